@@ -1,0 +1,56 @@
+"""Where Alembic finds the database: the connection that `sftd.store.migrate` hands over, else `SFTD_DATABASE_URL`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import context
+
+from sftd import settings
+from sftd.store.engine import Store, open_engine
+from sftd.store.tables import metadata
+
+
+def _compared(connection: sa.Connection) -> Any:
+    """What autogenerate may compare: all but an index by expressions on SQLite, which does not tell them."""
+    if connection.dialect.name != "sqlite":
+        return None
+    return lambda _object, name, kind, _reflected, _other: (kind, name) != ("index", "ix_queue_order")
+
+
+def _migrate(connection: sa.Connection) -> None:
+    # SQLite changes a column by copying its table, which Alembic does in batch mode.
+    batch = connection.dialect.name == "sqlite"
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        render_as_batch=batch,
+        include_object=_compared(connection),
+    )
+    # The caller's transaction is used: all revisions are applied, or none is.
+    context.run_migrations()
+
+
+def _print_sql(url: str) -> None:
+    context.configure(url=url, target_metadata=metadata, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _main() -> None:
+    given = context.config.attributes.get("connection")
+    if given is not None:
+        _migrate(given)
+        return
+    url = settings.read().database_url
+    if context.is_offline_mode():
+        _print_sql(url)
+        return
+    engine = open_engine(url)
+    with Store(engine).write() as tx:
+        _migrate(tx.connection)
+    engine.dispose()
+
+
+_main()

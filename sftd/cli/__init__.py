@@ -1,0 +1,87 @@
+"""The `sftd` command: parse, call one operation, print. Each command's module is imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# Command → (module, one line of help). The help stands here so that `sftd --help` imports no command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "Fine-tune a real small model on this machine, from download to answer."),
+    "init": ("admin", "Create or upgrade the database."),
+    "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
+    "submit": ("submit", "Queue a run."),
+    "ls": ("runs", "List runs."),
+    "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
+    "events": ("events", "Print a run's events."),
+    "logs": ("events", "Print what a run's ranks wrote."),
+    "resume": ("control", "Queue another attempt of a run."),
+    "cancel": ("control", "End a run, with a checkpoint."),
+    "daemon": ("daemon", "Take runs from the queue and drive them."),
+    "config": ("config", "List every key of a run's config."),
+    "ui": ("ui", "Open MLflow on the runs of this home."),
+    "views": ("admin", "Rebuild or dump the views folded from the log."),
+}
+
+
+class _Group(click.Group):
+    """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"sftd.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean `sftd {near[0]}`?" if near else ""
+            raise click.UsageError(f"There is no command `{args[0]}`.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from sftd.domain.errors import SftdError
+        from sftd.settings import SettingsError
+
+        try:
+            return super().invoke(ctx)
+        except SftdError as error:
+            from sftd.cli.output import print_error
+
+            print_error(error)
+            sys.exit(error.exit_code)
+        except SettingsError as error:
+            click.echo(f"sftd: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="sftd", message="sftd %(version)s")
+def main() -> None:
+    """Submit fine-tuning runs and walk away; prove afterwards what happened.
+
+    \b
+    Example:
+      sftd demo                     a real model, fine-tuned in minutes
+      sftd daemon --detach          start the daemon
+      sftd submit run.yaml -q       queue a run, print its id
+      sftd ls                       what became of it
+
+    Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused.
+    """

@@ -1,0 +1,69 @@
+"""The composition root: settings → store with its views, context with its actor."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from typing import TYPE_CHECKING
+
+from sftd import settings as settings_module
+from sftd.settings import Settings
+
+if TYPE_CHECKING:
+    from sftd.operations.context import Context
+    from sftd.store.engine import Store
+
+
+def read_settings() -> Settings:
+    """The settings of this process."""
+    return settings_module.read()
+
+
+def user_name() -> str:
+    """Who asks."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def context() -> Context:
+    """Context of an operation asked for at the command line."""
+    from sftd.operations.context import Context
+
+    return Context(actor=f"cli:{user_name()}")
+
+
+def make_home(settings: Settings) -> None:
+    """Make `SFTD_HOME`, mode 0700."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def open_store(settings: Settings) -> Store:
+    """Open the database. An embedded SQLite database is made and upgraded on the way; a server's tables are only ever
+    changed by `sftd init`. Raises `DatabaseNotReady` or `DatabaseUnreachable`."""
+    from sftd.projections import views
+    from sftd.store.engine import Store, open_engine
+    from sftd.store.tables import SCHEMA_REVISION
+
+    engine = open_engine(settings.database_url)
+    store = Store(engine, before_commit=(views.catch_up,))
+    if engine.dialect.name == "sqlite" and store.schema_revision() != SCHEMA_REVISION:
+        from sftd.store import migrate
+
+        migrate.upgrade(engine)
+    store.check_schema()
+    views_up_to_date(store)
+    return store
+
+
+def views_up_to_date(store: Store) -> None:
+    """Fold what the views lack: nothing, unless they were deleted."""
+    from sftd.projections import views
+    from sftd.store import event_store, positions
+
+    with store.read() as connection:
+        behind = positions.projection_position(connection, views.NAME) < event_store.last_position(connection)
+    if behind:
+        with store.write() as tx:
+            views.catch_up(tx.connection)

@@ -1,0 +1,148 @@
+"""`sftd daemon`."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import click
+
+from sftd.cli import app
+from sftd.settings import Settings
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 60.0
+_LOG_BYTES, _LOG_FILES = 10_000_000, 5
+
+
+@click.command("daemon")
+@click.option("--detach", is_flag=True, help="Run in the background, logging to SFTD_HOME/logs/daemon.log.")
+@click.option("--drain", is_flag=True, help="End when the queue is empty.")
+@click.option("--stop", "stop_it", is_flag=True, help="Stop the running daemon; training goes on without it.")
+@click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
+def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool) -> None:
+    """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
+
+    It may be stopped or killed at any time: training goes on, and the next daemon takes it over.
+
+    \b
+    Example:
+      sftd daemon                  in the foreground
+      sftd daemon --detach         in the background
+      sftd daemon --drain          until nothing is left to do
+    """
+    from sftd.daemon import lock
+
+    settings = app.read_settings()
+    app.make_home(settings)
+    holder = lock.holder(settings.daemon_lock)
+    if tell:
+        click.echo(f"a daemon runs, pid {holder}" if holder else "no daemon runs")
+        sys.exit(0 if holder else 1)
+    if stop_it:
+        _stop(settings, holder)
+    elif detach:
+        start_detached(settings, drain=drain)
+    else:
+        run_daemon(settings, drain=drain)
+
+
+def _stop(settings: Settings, holder: int | None) -> None:
+    from sftd.daemon import lock
+    from sftd.domain.errors import SftdError
+
+    if holder is None:
+        click.echo("no daemon runs")
+        return
+    os.kill(holder, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while lock.holder(settings.daemon_lock) == holder:
+        if time.monotonic() > deadline:
+            raise SftdError(f"the daemon (pid {holder}) does not stop; see {settings.logs / 'daemon.log'}")
+        time.sleep(0.05)
+    click.echo(f"stopped the daemon (pid {holder})")
+
+
+def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = False) -> int:
+    """Start a daemon in the background and wait until it holds the lock. Returns its pid."""
+    from sftd.daemon import lock
+    from sftd.domain.errors import SftdError
+
+    if (pid := lock.holder(settings.daemon_lock)) is not None:
+        raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
+    # Found out here, where a person reads it, and not in the background.
+    app.open_store(settings)
+    settings.logs.mkdir(mode=0o700, exist_ok=True)
+    log = settings.logs / "daemon.log"
+    argv = [sys.executable, "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
+    env = os.environ | {"SFTD_DAEMON_LOG": str(log), "SFTD_HOME": str(settings.home)}
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        child = subprocess.Popen(
+            argv,
+            cwd=settings.home,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _START_SECONDS
+    while lock.holder(settings.daemon_lock) != child.pid:
+        if child.poll() is not None:
+            raise SftdError(f"the daemon ended at once (exit code {child.returncode}); see {log}")
+        if time.monotonic() > deadline:
+            raise SftdError(f"the daemon did not start; see {log}")
+        time.sleep(0.05)
+    if not quiet:
+        click.echo(f"daemon started, pid {child.pid}, log {log}")
+    return child.pid
+
+
+def run_daemon(settings: Settings, *, drain: bool) -> None:
+    """Be the daemon."""
+    from sftd.daemon.lock import DaemonLock
+    from sftd.daemon.loop import Daemon
+    from sftd.launcher.inventory import Inventory, gpu_count
+
+    _log_setup()
+    with DaemonLock(settings.daemon_lock):
+        store = app.open_store(settings)
+        inventory = Inventory(gpu_count(), settings.cpu_slots)
+        daemon = Daemon(store, settings, inventory, _mirror(settings))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: daemon.stop())
+        daemon.run(drain=drain)
+
+
+def _mirror(settings: Settings) -> Callable[[], object] | None:
+    if not settings.mlflow_tracking_uri:
+        return None
+
+    def make() -> object:
+        from sftd.projections.mlflow_mirror import MlflowMirror
+
+        # A connection pool of its own: the mirror runs in a thread and may be slow.
+        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
+
+    return make
+
+
+def _log_setup() -> None:
+    path = os.environ.get("SFTD_DAEMON_LOG")
+    handler: logging.Handler
+    if path:
+        handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    for name in ("sftd.daemon", "sftd.mirror"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False

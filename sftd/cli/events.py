@@ -1,0 +1,187 @@
+"""`sftd events`, `sftd logs`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sftd.cli import app, output
+
+_POLL_SECONDS = 0.3
+
+
+def describe(event: Any) -> str:
+    """One line that says what matters of an event."""
+    from sftd.domain import events as e
+
+    match event:
+        case e.RunSubmitted():
+            return f"{event.planned_steps} steps, spec {event.spec_digest[:12]}, by {event.user}"
+        case e.AttemptClaimed():
+            start = f"step {event.from_step}" if event.from_step else "the pretrained model"
+            return f"from {start}, by {event.daemon}"
+        case e.AttemptLaunched():
+            return f"pid {event.pid} on {event.host}, {', '.join(event.devices)}"
+        case e.AttemptAdopted():
+            return f"pid {event.pid}, by {event.daemon}"
+        case e.ModelLoaded():
+            millions = event.parameters / 1e6
+            return f"{event.architecture}, {millions:.1f} M parameters, {event.dtype} on {event.device}, {event.seconds:.1f} s"
+        case e.DataBound():
+            lost = f", {event.truncated_rows} truncated, {event.dropped_rows} dropped"
+            return f"{event.train_rows} rows, {event.val_rows} for validation{lost}"
+        case e.TrainingResumed():
+            return f"from step {event.step}"
+        case e.StepCompleted():
+            return (
+                f"step {event.step}  loss {output.loss(event.loss)}  grad norm {event.grad_norm:.3f}  "
+                f"lr {event.lr:.2e}  {event.tokens_real} tokens  {event.seconds:.2f} s"
+            )
+        case e.ValidationCompleted():
+            return f"step {event.step}  loss {output.loss(event.loss)} over {event.tokens} tokens"
+        case e.SampleGenerated():
+            return f"step {event.step}  {event.prompt!r} → {event.text!r}"
+        case e.CheckpointStarted():
+            return f"step {event.step}"
+        case e.CheckpointPublished():
+            return f"step {event.step}  {output.size(event.bytes)} in {event.seconds:.1f} s"
+        case e.CheckpointRejected():
+            return f"step {event.step}: {event.reason}"
+        case e.CheckpointDeleted():
+            return f"step {event.step}  {output.size(event.bytes)} ({event.reason})"
+        case e.AnomalyDetected():
+            return f"step {event.step}: {event.what} {event.detail or ''}".rstrip()
+        case e.StopRequested():
+            return f"by {event.by}" + (f": {event.reason}" if event.reason else "")
+        case e.ResumeRequested():
+            where = "the last checkpoint" if event.from_step is None else f"step {event.from_step}"
+            return f"from {where}, by {event.by}"
+        case e.AttemptFailed():
+            return f"{event.cause}: {event.message}"
+        case e.AttemptLost():
+            return str(event.message)
+        case e.RunSucceeded():
+            return f"{event.steps} steps, {event.tokens} trained tokens"
+        case e.RunFailed():
+            return f"{event.cause}: {event.message}"
+        case e.RunCancelled():
+            return f"by {event.by}"
+    return ""
+
+
+@click.command("events")
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("-t", "--type", "types", multiple=True, help="Only events of this type; repeatable.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One event a line, with the fields of the events table."
+)
+def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool) -> None:
+    """Print a run's events in order.
+
+    \b
+    Example:
+      sftd events -f brave-otter
+      sftd events brave-otter --json -t StepCompleted | jq .payload.loss
+    """
+    from sftd.domain.errors import Problem, Refused
+    from sftd.domain.events import EVENT_TYPES
+    from sftd.operations import reading
+
+    for name in types:
+        if name not in EVENT_TYPES:
+            raise Refused(Problem("--type", f"no event is called {name}", "one of " + ", ".join(EVENT_TYPES)))
+    store = app.open_store(app.read_settings())
+    run_id = reading.find_run(store, run).run_id
+    version = 0
+    while True:
+        # Asked first: an event that comes after the end of the run is then read by this round.
+        ended = _has_ended(store, run_id)
+        version = _print_events(store, run_id, version, types, as_json)
+        if not follow or ended:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _has_ended(store: Any, run_id: str) -> bool:
+    from sftd.domain.run import ENDED
+    from sftd.operations import reading
+
+    return reading.find_run(store, run_id).status in ENDED
+
+
+def _print_events(store: Any, run_id: str, version: int, types: tuple[str, ...], as_json: bool) -> int:
+    from sftd.operations import reading
+
+    if as_json:
+        import msgspec
+
+        for row in reading.raw_events(store, run_id, version):
+            version = row["version"]
+            if not types or row["type"] in types:
+                row["payload"] = msgspec.Raw(row["payload"].encode())
+                row["occurred_at"], row["recorded_at"] = (
+                    output.iso(row["occurred_at"]),
+                    output.iso(row["recorded_at"]),
+                )
+                click.echo(output.json_line(row))
+        return version
+    for r in reading.run_events(store, run_id, version):
+        version = r.version
+        if not types or r.type in types:
+            attempt = f"#{r.attempt}" if r.attempt else ""
+            click.echo(f"{output.clock(r.occurred_at)}  {attempt:>3}  {r.type:<20} {describe(r.event)}")
+    return version
+
+
+@click.command("logs")
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended, across restarts.")
+@click.option("-a", "--attempt", type=click.IntRange(min=1), help="Only this attempt; all when not given.")
+def logs_command(run: str, follow: bool, attempt: int | None) -> None:
+    """Print what torchrun and the ranks of a run wrote.
+
+    \b
+    Example:
+      sftd logs -f brave-otter
+      sftd logs brave-otter --attempt 1
+    """
+    from sftd.operations import reading
+    from sftd.wire.attempt_dir import RunDir
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    found = reading.find_run(store, run)
+    directory = RunDir(settings.home, found.run_id)
+    number = attempt or 1
+    offset = 0
+    while True:
+        found = reading.find_run(store, found.run_id)
+        ended = _has_ended(store, found.run_id)
+        log = directory.attempt(number).output_log
+        for chunk in _chunks(log, offset):
+            click.echo(chunk, nl=False)
+            offset += len(chunk)
+        if attempt is None and number < found.attempt:
+            number, offset = number + 1, 0
+            click.echo(f"--- attempt {number} ---")
+            continue
+        if not follow or ended or (attempt is not None and attempt < found.attempt):
+            if offset == 0 and not log.exists():
+                output.note(f"attempt {number} of {found.run_id} has written nothing on this host")
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _chunks(path: Path, offset: int) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            while chunk := file.read(1 << 16):
+                yield chunk
+    except FileNotFoundError:
+        return

@@ -1,0 +1,151 @@
+"""How things look: times, durations, numbers, errors, JSON."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from sftd.domain.errors import Refused, SftdError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+STATUS_STYLE = {
+    "queued": "cyan",
+    "retrying": "yellow",
+    "starting": "blue",
+    "running": "bold blue",
+    "stopping": "yellow",
+    "succeeded": "bold green",
+    "failed": "bold red",
+    "cancelled": "magenta",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for people."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def status_text(status: str) -> Text:
+    """A status in its colour."""
+    from rich.text import Text
+
+    return Text(status, STATUS_STYLE.get(status, ""))
+
+
+def iso(micros: int | None) -> str | None:
+    """µs since the epoch → ISO 8601 in UTC with microseconds."""
+    if micros is None:
+        return None
+    seconds, rest = divmod(micros, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{rest:06d}Z"
+
+
+def clock(micros: int) -> str:
+    """µs since the epoch → local date and time, to the second."""
+    return datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def ago(micros: int) -> str:
+    """How long ago, in the largest unit."""
+    return duration(max(0.0, time.time() - micros / 1e6)) + " ago"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, secs = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{secs:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h"
+
+
+def size(count: int) -> str:
+    """Bytes → `1.6 GB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def loss(value: float | str | None) -> str:
+    """A loss with four decimals; a non-finite one by its name."""
+    if value is None:
+        return ""
+    number = float(value)
+    return f"{number:.4f}" if number - number == 0.0 else str(value)
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON."""
+    return msgspec.json.encode(value).decode()
+
+
+def print_error(error: SftdError) -> None:
+    """An error as a person wants to read it, on stderr."""
+    out = console(stderr=True)
+    if isinstance(error, Refused):
+        count = len(error.problems)
+        out.print(f"[bold red]refused[/]: {count} problem{'s' if count != 1 else ''}; nothing was written")
+        for problem in error.problems:
+            out.print(f"  [bold]{_escape(problem.where)}[/]: {_escape(problem.what)}", soft_wrap=True)
+            if problem.mend:
+                out.print(f"    mend: {_escape(problem.mend)}", soft_wrap=True)
+    else:
+        out.print(f"[bold red]sftd[/]: {_escape(str(error))}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    console(stderr=True).print(f"[yellow]warning[/]: {_escape(text)}", soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark for people on stderr, so that stdout stays for scripts."""
+    click.echo(text, err=True)
+
+
+def width() -> int:
+    """Columns of the terminal; COLUMNS wins, and what is no terminal has 120."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def styled(column: str, text: str) -> str:
+    """A cell of a plain table in its colour."""
+    if column == "run":
+        return click.style(text, bold=True)
+    if column == "status":
+        style = STATUS_STYLE.get(text.strip(), "")
+        return click.style(text, fg=style.removeprefix("bold ") or None, bold=style.startswith("bold"))
+    return text
+
+
+def is_terminal() -> bool:
+    """Whether a person watches stdout."""
+    return sys.stdout.isatty()

@@ -1,0 +1,268 @@
+"""`sftd ls`, `sftd show`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftd.cli import app, output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sftd.domain.events import Recorded
+    from sftd.domain.run import Run
+    from sftd.operations.reading import RunRow
+
+STATUSES = ("queued", "retrying", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
+# What `show` lists: everything but the steps and what belongs to them.
+HISTORY_TYPES = (
+    "RunSubmitted",
+    "AttemptClaimed",
+    "AttemptLaunched",
+    "AttemptAdopted",
+    "ModelLoaded",
+    "TrainingResumed",
+    "AnomalyDetected",
+    "CheckpointRejected",
+    "StopRequested",
+    "ResumeRequested",
+    "AttemptFailed",
+    "AttemptLost",
+    "RunSucceeded",
+    "RunFailed",
+    "RunCancelled",
+)
+
+
+@click.command("ls")
+@click.option(
+    "-s", "--status", "statuses", multiple=True, type=click.Choice(STATUSES), help="Only these; repeatable."
+)
+@click.option("-p", "--project", help="Only runs of this project.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None, as_json: bool) -> None:
+    """List runs, newest first.
+
+    \b
+    Example:
+      sftd ls -s running -s queued
+      sftd ls --json | jq -r '.[] | select(.status == "failed") | .run_id'
+    """
+    from sftd.operations import reading
+
+    store = app.open_store(app.read_settings())
+    rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit)
+    if as_json:
+        click.echo(output.json_line([_row_json(row) for row in rows]))
+    elif not rows:
+        click.echo("No runs. `sftd submit CONFIG` queues one; `sftd demo` shows how it all goes.")
+    else:
+        for line in runs_table(rows, output.width(), colour=output.is_terminal()):
+            click.echo(line)
+
+
+def _row_json(row: RunRow) -> dict[str, Any]:
+    import msgspec
+
+    values = msgspec.structs.asdict(row)
+    for name in ("submitted_at", "started_at", "ended_at"):
+        values[name] = output.iso(values[name])
+    for name in ("loss", "val_loss"):
+        # A loss that is not finite stays a text: JSON has no other way to say it.
+        text = values[name]
+        values[name] = float(text) if text is not None and text[-1].isdigit() else text
+    values["eta_seconds"] = row.eta_seconds
+    return values
+
+
+_COLUMNS = ("run", "status", "step", "loss", "val", "try", "took", "what")
+_RIGHT = frozenset({"step", "loss", "val", "try", "took"})
+
+
+def runs_table(rows: list[RunRow], width: int, *, colour: bool) -> Iterator[str]:
+    """Runs as lines of at most `width` columns; on a narrow screen the last column gives way.
+
+    Formatted by hand: a rich table of a thousand rows takes a second.
+    """
+    cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
+    widths = {name: max(len(name), *(len(cell[name]) for cell in cells)) for name in _COLUMNS}
+    taken = sum(widths[name] + 2 for name in _COLUMNS[:-1])
+    widths["what"] = max(len("what"), min(widths["what"], width - taken))
+
+    def line(cell: dict[str, str], style: Callable[[str, str], str]) -> str:
+        parts = []
+        for name in _COLUMNS:
+            text = cell[name]
+            if name == "what" and len(text) > widths[name]:
+                text = text[: widths[name] - 1] + "…"
+            text = text.rjust(widths[name]) if name in _RIGHT else text.ljust(widths[name])
+            parts.append(style(name, text))
+        return "  ".join(parts).rstrip()
+
+    yield line(
+        {name: name for name in _COLUMNS}, lambda name, text: click.style(text, dim=True) if colour else text
+    )
+    for cell in cells:
+        yield line(cell, lambda name, text: output.styled(name, text) if colour else text)
+
+
+def _cells(row: RunRow) -> tuple[str, ...]:
+    took = (row.ended_at - row.started_at) / 1e6 if row.ended_at and row.started_at else None
+    left = (
+        f"{output.duration(row.eta_seconds)} left" if row.eta_seconds is not None else output.duration(took)
+    )
+    name = "/".join(part for part in (row.project, row.name) if part)
+    return (
+        row.run_id,
+        row.status,
+        f"{row.step}/{row.planned_steps}",
+        output.loss(row.loss),
+        output.loss(row.val_loss),
+        str(row.attempt or ""),
+        left,
+        row.message if row.message and row.status in ("failed", "retrying") else name,
+    )
+
+
+@click.command("show")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print the run's whole state as JSON.")
+def show_command(run: str, as_json: bool) -> None:
+    """Show one run: status, progress, validation, attempts, checkpoints. A unique prefix of the id is enough.
+
+    \b
+    Example:
+      sftd show brave-otter-3f2a
+    """
+    import msgspec
+
+    from sftd.operations import reading
+
+    store = app.open_store(app.read_settings())
+    found = reading.find_run(store, run)
+    if as_json:
+        click.echo(output.json_line(msgspec.to_builtins(found)))
+        return
+    attempt_events = reading.run_events(
+        store,
+        found.run_id,
+        types=HISTORY_TYPES,
+    )
+    _print_run(found, attempt_events)
+
+
+def _print_run(run: Run, history: list[Recorded]) -> None:
+    from rich.table import Table
+
+    out = output.console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in _facts(run, history):
+        if value:
+            facts.add_row(name, value)
+    out.print(facts)
+    if run.checkpoints:
+        out.print()
+        out.print(_checkpoints_table(run))
+    out.print()
+    out.print(_history_table(history))
+
+
+def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
+    from rich.text import Text
+
+    from sftd.domain.events import RunSubmitted
+
+    spec = run.spec
+    m = spec.model.megatron
+    status = output.status_text(run.status)
+    if run.cause:
+        status.append(f"  {run.cause}: {run.message}", "default")
+    submitted = history[0].event if history and isinstance(history[0].event, RunSubmitted) else None
+    left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
+    validation = [
+        f"{label} {output.loss(v.loss)} (step {v.step})"
+        for label, v in (
+            ("first", run.first_validation),
+            ("best", run.best_validation),
+            ("last", run.last_validation),
+        )
+        if v is not None
+    ]
+    redone = ""
+    if run.steps_redone:
+        verdict = "all equal to the log, bit for bit" if not run.anomalies else f"{run.anomalies} anomalies"
+        redone = f"{run.steps_redone} ({verdict})"
+    return [
+        ("run", Text(run.run_id, "bold")),
+        ("status", status),
+        ("name", "/".join(p for p in (spec.trainer.project_name, spec.trainer.experiment_name) if p)),
+        ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
+        ("model", spec.model.partial_pretrain),
+        ("data", ", ".join(spec.data.train_files)),
+        (
+            "layout",
+            f"TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} DP{spec.data_parallel_size}",
+        ),
+        (
+            "batch",
+            f"{spec.data.train_batch_size} in micro-batches of {spec.training.micro_batch_size_per_gpu}",
+        ),
+        (
+            "steps",
+            f"{run.step} of {run.planned_steps}"
+            + (f", {output.duration(left)} left" if left else "")
+            + (f", {run.tokens_per_second:.0f} tokens/s" if run.tokens_per_second else ""),
+        ),
+        ("loss", output.loss(run.loss)),
+        ("validation", ", ".join(validation)),
+        ("tokens", f"{run.tokens_counted:,} trained" if run.tokens_counted else ""),
+        ("redone steps", redone),
+        ("anomalies", Text(str(run.anomalies), "bold red") if run.anomalies else ""),
+        ("spec", run.spec_digest[:16]),
+        ("warnings", "\n".join(submitted.warnings) if submitted else ""),
+    ]
+
+
+def _checkpoints_table(run: Run) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from sftd.domain.retention import why_kept
+
+    reasons = why_kept(run)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("checkpoint", "size", "val"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("kept because")
+    table.add_column("path", overflow="fold", style="dim")
+    for c in run.checkpoints:
+        table.add_row(
+            f"step {c.step}",
+            output.size(c.bytes),
+            output.loss(c.val_loss),
+            ", ".join(reasons[c.step]),
+            c.path,
+        )
+    return table
+
+
+def _history_table(history: list[Recorded]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from sftd.cli.events import describe
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("time", no_wrap=True, style="dim")
+    table.add_column("try", justify="right", no_wrap=True)
+    table.add_column("event", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for r in history:
+        table.add_row(output.clock(r.occurred_at), str(r.attempt or ""), r.type, describe(r.event))
+    return table

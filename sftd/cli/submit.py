@@ -1,0 +1,120 @@
+"""`sftd submit`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import click
+
+from sftd.cli import app, output
+from sftd.domain.errors import Problem
+from sftd.settings import Settings
+
+
+@click.command("submit")
+@click.argument("config", required=False, type=click.Path())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-f", "--file", "file", type=click.Path(), help="The config, as an option.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
+def submit_command(
+    config: str | None,
+    overrides: tuple[str, ...],
+    file: str | None,
+    quiet: bool,
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Queue the run that CONFIG (YAML) describes, with KEY=VALUE laid over it.
+
+    Everything that can be found wrong is found now, before a device is held: keys, types, layout, model and data
+    files. A refused run leaves nothing behind.
+
+    \b
+    Example:
+      sftd submit run.yaml optimizer.lr=1e-5 trainer.max_steps=200
+      id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
+    """
+    from sftd.operations import preflight, runs
+    from sftd.wire import specfile
+
+    if file is not None and config is not None:
+        overrides = (config, *overrides)
+        config = file
+    config = config or file
+    if config is None:
+        raise click.UsageError("Give a CONFIG file.")
+    settings = app.read_settings()
+    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    found = preflight.inspect(spec)
+    warnings = [*warnings, *found.warnings]
+    if dry_run:
+        from sftd.domain.spec import canonical_json
+
+        _print_warnings(warnings, quiet)
+        click.echo(canonical_json(spec))
+        return
+    app.make_home(settings)
+    store = app.open_store(settings)
+    run_id = runs.submit(store, app.context(), spec, found, warnings, app.user_name())
+    if not as_json:
+        _print_warnings(warnings, quiet)
+    if quiet:
+        click.echo(run_id)
+    elif as_json:
+        from sftd.domain.spec import spec_digest
+
+        click.echo(
+            output.json_line(
+                {
+                    "run_id": run_id,
+                    "spec_digest": spec_digest(spec),
+                    "planned_steps": found.planned_steps,
+                    "warnings": [str(w) for w in warnings],
+                }
+            )
+        )
+    else:
+        out = output.console()
+        rows = found.train.usable
+        out.print(f"[bold]{run_id}[/] is queued: {found.planned_steps} steps over {rows} rows")
+        if not wait and not _daemon_runs(settings):
+            out.print("No daemon runs here. Start one with [bold]sftd daemon --detach[/]")
+        out.print(f"Follow it with [bold]sftd events -f {run_id}[/]")
+    if wait:
+        sys.exit(_wait(store, run_id, quiet or as_json))
+
+
+def _print_warnings(warnings: list[Problem], quiet: bool) -> None:
+    if not quiet:
+        for warning in warnings:
+            output.warn(str(warning))
+
+
+def _daemon_runs(settings: Settings) -> bool:
+    from sftd.daemon import lock
+
+    return lock.holder(settings.daemon_lock) is not None
+
+
+def _wait(store: object, run_id: str, quiet: bool) -> int:
+    from sftd.domain.run import ENDED
+    from sftd.operations import reading
+    from sftd.store.engine import Store
+
+    assert isinstance(store, Store)
+    while True:
+        run = reading.find_run(store, run_id)
+        if run.status in ENDED:
+            if not quiet:
+                detail = f": {run.cause}: {run.message}" if run.cause else ""
+                output.console().print(f"[bold]{run_id}[/] has {run.status}{detail}")
+            return 0 if run.status == "succeeded" else 1
+        time.sleep(0.5)

@@ -1,0 +1,1 @@
+"""The long-running process: claims runs, supervises attempts, rescues those of dead daemons, feeds MLflow."""

@@ -1,0 +1,252 @@
+"""The daemon: one `tick` after another."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.daemon.mirror import MirrorThread
+from sftd.daemon.rescuer import orphaned
+from sftd.daemon.supervisor import Supervisor
+from sftd.domain import events as e
+from sftd.domain.errors import LeaseLost, SftdError
+from sftd.domain.failures import Cause, Failure
+from sftd.launcher import processes
+from sftd.launcher.inventory import Inventory
+from sftd.launcher.local import LocalAttempt
+from sftd.operations import attempts, reading
+from sftd.operations.attempts import Claimed
+from sftd.operations.context import Context
+from sftd.settings import Settings
+from sftd.store import daemons
+from sftd.store.daemons import DaemonRow
+from sftd.store.engine import Store
+from sftd.store.queue import Lease
+from sftd.wire.attempt_dir import Order, RunDir
+
+log = logging.getLogger("sftd.daemon")
+
+_MIRROR_DRAIN_SECONDS = 120.0
+
+
+class Daemon:
+    """Claims runs for the devices of this host and drives their attempts.
+
+    `mirror` makes the MLflow mirror, in a thread of its own. The daemon may be killed at any moment: what it knows is
+    in the database and in the attempt directories, and the next daemon of this home goes on from there.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        inventory: Inventory,
+        mirror: Callable[[], object] | None = None,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._inventory = inventory
+        me = processes.identify(os.getpid())
+        self.daemon_id = f"{me.host[:40]}-{me.pid}-{os.urandom(3).hex()}"
+        self._me = me
+        self._context = Context(actor=f"daemon:{self.daemon_id}")
+        self._lease_micros = int(settings.lease_seconds * 1_000_000)
+        self._supervisors: dict[str, Supervisor] = {}
+        self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
+        self._stop = threading.Event()
+        self._renew_at = 0.0
+        self._busy_reported = False
+
+    def stop(self) -> None:
+        """End after the present tick, leaving training alive. Safe in a signal handler."""
+        self._stop.set()
+
+    def run(self, *, drain: bool = False) -> None:
+        """Tick until stopped; with `drain`, until no run waits and none is driven."""
+        self._register()
+        if self._mirror:
+            self._mirror.start()
+        drained = False
+        try:
+            while not self._stop.is_set():
+                try:
+                    busy = self.tick()
+                    if drain and not self._supervisors and reading.queue_is_empty(self._store):
+                        drained = True
+                        break
+                except sa.exc.OperationalError as error:
+                    # Training goes on; its journal waits for us.
+                    log.warning("the database does not answer (%s); trying again", str(error.orig).strip())
+                    busy = False
+                if not busy:
+                    self._stop.wait(self._settings.poll_seconds)
+        finally:
+            if self._mirror and not self._mirror.stop(
+                _MIRROR_DRAIN_SECONDS if drained else 10.0, catch_up=True
+            ):
+                log.warning("MLflow has not everything yet; the next daemon goes on from there")
+            self._unregister()
+        log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
+
+    def _register(self) -> None:
+        now = self._context.now()
+        row = DaemonRow(
+            daemon_id=self.daemon_id,
+            host=self._me.host,
+            pid=self._me.pid,
+            create_time=self._me.create_time,
+            home=str(self._settings.home),
+            devices=msgspec.json.encode(self._inventory.describe()).decode(),
+            started_at=now,
+            seen_at=now,
+        )
+        with self._store.write(appends=False) as tx:
+            daemons.register(tx, row)
+        devices = ", ".join(f"{n} {kind}" for kind, n in self._inventory.describe().items() if n)
+        log.info("daemon %s on %s", self.daemon_id, devices)
+
+    def _unregister(self) -> None:
+        try:
+            with self._store.write(appends=False) as tx:
+                daemons.stopped(tx, self.daemon_id, self._context.now())
+        except sa.exc.OperationalError as error:
+            log.warning("the database does not answer (%s)", str(error.orig).strip())
+
+    def tick(self) -> bool:
+        """Do once what there is to do. Returns whether there was anything."""
+        if time.monotonic() >= self._renew_at:
+            self._renew()
+            self._adopt()
+            self._renew_at = time.monotonic() + self._settings.lease_seconds / 3
+        busy = self._supervise()
+        while (claimed := self._claim()) is not None:
+            self._launch(claimed)
+            busy = True
+        if busy and self._mirror:
+            self._mirror.wake()
+        return busy
+
+    def _renew(self) -> None:
+        leases = [s.lease for s in self._supervisors.values()]
+        for lost in attempts.renew(self._store, self._context, leases, self._lease_micros):
+            self._forget(lost)
+        with self._store.write(appends=False) as tx:
+            daemons.seen(tx, self.daemon_id, self._context.now())
+
+    def _forget(self, lease: Lease) -> None:
+        log.warning("%s: the lease is another daemon's now", lease.run_id)
+        self._supervisors.pop(lease.run_id, None)
+        self._inventory.release(lease.run_id)
+
+    def _supervise(self) -> bool:
+        stopping = (
+            {row.run_id for row in reading.list_runs(self._store, statuses=("stopping",))}
+            if self._supervisors
+            else ()
+        )
+        busy = False
+        for run_id, supervisor in list(self._supervisors.items()):
+            try:
+                if run_id in stopping:
+                    supervisor.request_stop()
+                if supervisor.tick() is not None:
+                    del self._supervisors[run_id]
+                    self._inventory.release(run_id)
+                    busy = True
+            except LeaseLost:
+                self._forget(supervisor.lease)
+        return busy
+
+    def _claim(self) -> Claimed | None:
+        return attempts.claim(
+            self._store,
+            self._context,
+            daemon=self.daemon_id,
+            host=self._me.host,
+            fits=lambda run: self._inventory.fits(run.spec),
+            lease_micros=self._lease_micros,
+        )
+
+    def _launch(self, claimed: Claimed) -> None:
+        lease, run = claimed.lease, claimed.run
+        run_dir = RunDir(self._settings.home, run.run_id)
+        directory = run_dir.attempt(lease.attempt)
+        order = Order(
+            run_id=run.run_id,
+            attempt=lease.attempt,
+            token=lease.token,
+            spec=run.spec,
+            planned_steps=run.planned_steps,
+            checkpoint_dir=str(run_dir.checkpoint_dir(run.spec.checkpoint.save_dir)),
+            checkpoint=claimed.start.checkpoint,
+            checkpoint_digest=claimed.checkpoint_digest,
+        )
+        need, devices = self._inventory.take(run.run_id, run.spec)
+        try:
+            attempt, argv = LocalAttempt.start(directory, order, need, devices)
+        except OSError as error:
+            self._inventory.release(run.run_id)
+            log.error("%s: attempt %d could not be started: %s", run.run_id, lease.attempt, error)
+            cause: Cause = "disk full" if error.errno == errno.ENOSPC else "crash"
+            attempts.finish(
+                self._store,
+                self._context,
+                lease,
+                exit_code=None,
+                failure=Failure(cause, f"torchrun could not be started: {error}"),
+                lost=False,
+                backoff_seconds=self._settings.backoff_seconds,
+            )
+            return
+        assert attempt.process is not None
+        # The attempt runs from here on, whether or not the next line can be written: supervise it in any case.
+        self._supervisors[run.run_id] = Supervisor(self._store, self._context, self._settings, lease, attempt)
+        attempts.launched(
+            self._store,
+            self._context,
+            lease,
+            e.AttemptLaunched(
+                pid=attempt.process.pid,
+                create_time=attempt.process.create_time,
+                host=attempt.process.host,
+                directory=str(directory.path),
+                argv=argv,
+                devices=devices,
+            ),
+        )
+        where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
+        log.info(
+            "%s: attempt %d started from %s, pid %d", run.run_id, lease.attempt, where, attempt.process.pid
+        )
+
+    def _adopt(self) -> None:
+        for lease in orphaned(self._store, self._me.host, str(self._settings.home), self.daemon_id):
+            directory = RunDir(self._settings.home, lease.run_id).attempt(lease.attempt)
+            attempt = LocalAttempt.adopt(directory, lease.token)
+            pid = attempt.process.pid if attempt.process else 0
+            event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
+            try:
+                mine = attempts.adopt(self._store, self._context, lease, event, self._lease_micros)
+            except (LeaseLost, SftdError) as error:
+                log.warning("%s: not adopted: %s", lease.run_id, error)
+                continue
+            if directory.path.is_dir():
+                directory.write_lease(mine.token)
+            self._inventory.restore(lease.run_id, self._devices_of(lease))
+            self._supervisors[lease.run_id] = Supervisor(
+                self._store, self._context, self._settings, mine, attempt
+            )
+            state = "is alive" if attempt.is_alive() else "has ended meanwhile"
+            log.info("%s: adopted attempt %d, which %s", lease.run_id, lease.attempt, state)
+
+    def _devices_of(self, lease: Lease) -> list[str]:
+        launches = reading.run_events(self._store, lease.run_id, types=("AttemptLaunched",))
+        mine = [r.event for r in launches if r.attempt == lease.attempt]
+        return mine[-1].devices if mine and isinstance(mine[-1], e.AttemptLaunched) else []

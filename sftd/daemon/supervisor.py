@@ -1,0 +1,136 @@
+"""Drives one attempt: ingests its journal, passes on a stop request, tells how it ended."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+
+from sftd.domain import events as e
+from sftd.domain.errors import JournalCorrupt, UnknownEvent
+from sftd.domain.failures import Failure, classify
+from sftd.domain.run import Run
+from sftd.launcher.local import LocalAttempt
+from sftd.operations import attempts
+from sftd.operations.context import Context
+from sftd.settings import Settings
+from sftd.store import positions
+from sftd.store.engine import Store
+from sftd.store.queue import Lease
+from sftd.wire import journal
+
+log = logging.getLogger("sftd.daemon")
+
+_LINES_PER_TRANSACTION = 500
+# A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
+_STOP_SECONDS = 600.0
+
+
+class Supervisor:
+    """One attempt under one lease. All methods raise `LeaseLost` once the lease is another's."""
+
+    def __init__(
+        self, store: Store, context: Context, settings: Settings, lease: Lease, attempt: LocalAttempt
+    ) -> None:
+        self._store = store
+        self._context = context
+        self._settings = settings
+        self.lease = lease
+        self.attempt = attempt
+        self._stopping_since: float | None = None
+        self._unreadable: Failure | None = None
+        with store.read() as connection:
+            self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
+
+    def ingest(self) -> int:
+        """Take in what the journal has. Returns the number of lines."""
+        taken = 0
+        published = False
+        while self._unreadable is None:
+            try:
+                lines, offset = journal.read(
+                    self.attempt.directory.journal, self._offset, self._line + 1, _LINES_PER_TRANSACTION
+                )
+            except (JournalCorrupt, UnknownEvent) as error:
+                # What stands before the bad line is lost to this read; take it in one by one.
+                lines, offset = self._lines_before_corruption(error)
+            if not lines:
+                break
+            recorded = attempts.record(self._store, self._context, self.lease, lines, offset)
+            self._line, self._offset = lines[-1].number, offset
+            taken += len(lines)
+            for r in recorded:
+                if isinstance(r.event, e.AnomalyDetected):
+                    log.warning("%s: anomaly at step %d: %s", self.lease.run_id, r.event.step, r.event.what)
+            published = published or any(isinstance(line.event, e.CheckpointPublished) for line in lines)
+        if published:
+            collect(self._store, self._context, self.lease, self.lease.run_id)
+        return taken
+
+    def _lines_before_corruption(self, error: Exception) -> tuple[list[journal.Line], int]:
+        try:
+            return journal.read(self.attempt.directory.journal, self._offset, self._line + 1, limit=1)
+        except (JournalCorrupt, UnknownEvent):
+            log.error("%s: %s", self.lease.run_id, error)
+            attempts.reject_journal(
+                self._store, self._context, self.lease, f"the journal cannot be read: {error}"
+            )
+            self._unreadable = Failure("crash", f"the journal cannot be read: {error}")
+            return [], self._offset
+
+    def request_stop(self) -> None:
+        """Ask the trainer to checkpoint and end; kill it when it does not."""
+        now = time.monotonic()
+        if self._stopping_since is None:
+            self._stopping_since = now
+            self.attempt.directory.request_stop()
+            log.info("%s: asked attempt %d to stop", self.lease.run_id, self.lease.attempt)
+        elif now - self._stopping_since > _STOP_SECONDS:
+            log.warning(
+                "%s: attempt %d did not stop in time; killing it", self.lease.run_id, self.lease.attempt
+            )
+            self.attempt.kill()
+
+    def tick(self) -> Run | None:
+        """Ingest, and when the attempt's processes are gone, finish it. Returns the run then, None while it lives."""
+        # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
+        alive = self.attempt.is_alive()
+        self.ingest()
+        if self._unreadable is not None:
+            self.attempt.kill()
+            alive = False
+        return None if alive else self._finish()
+
+    def _finish(self) -> Run:
+        exit_code = self.attempt.directory.exit_code()
+        # Ranks may outlive a killed torchrun; two attempts must never write at once.
+        if stuck := self.attempt.kill():
+            log.error("%s: processes %s do not die; waiting for them", self.lease.run_id, stuck)
+        self.ingest()
+        remains = self.attempt.remains()
+        failure = self._unreadable or classify(remains)
+        run = attempts.finish(
+            self._store,
+            self._context,
+            self.lease,
+            exit_code=exit_code,
+            failure=failure,
+            lost=exit_code is None and not remains.rank_errors,
+            backoff_seconds=self._settings.backoff_seconds,
+        )
+        log.info(
+            "%s: attempt %d ended, run is %s%s",
+            run.run_id,
+            self.lease.attempt,
+            run.status,
+            f" ({run.cause}: {run.message})" if run.cause else "",
+        )
+        collect(self._store, self._context, None, run.run_id)
+        return run
+
+
+def collect(store: Store, context: Context, lease: Lease | None, run_id: str) -> None:
+    """Delete the checkpoints that nothing keeps."""
+    for deleted in attempts.collect_checkpoints(store, context, lease, run_id):
+        log.info("%s: deleting checkpoint of step %d (%s)", run_id, deleted.step, deleted.reason)
+        shutil.rmtree(deleted.path, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""Commands become events here, and nowhere else. Each function takes the run as the log has it and returns the events
+to append, or raises `Refused`. Nothing is written by deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sftd.domain import events as e
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.failures import NOT_RETRIED, Failure
+from sftd.domain.run import ACTIVE, ENDED, WAITING, Run
+
+MICROS = 1_000_000
+MAX_BACKOFF_SECONDS = 600.0
+
+
+def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
+    """Wait before the next attempt: doubles with each attempt without progress, at most ten minutes."""
+    return min(MAX_BACKOFF_SECONDS, base_seconds * 2.0 ** max(0, fruitless_attempts - 1))
+
+
+def request_stop(run: Run, by: str, reason: str = "") -> list[e.Event]:
+    """Cancel: a waiting run ends at once, an active one when its attempt has ended."""
+    if run.status in ENDED:
+        raise Refused(Problem(run.run_id, f"has {run.status} already", "nothing is left to cancel"))
+    if run.status == "stopping":
+        return []
+    stop = e.StopRequested(by=by, reason=reason)
+    return [stop, e.RunCancelled(by=by)] if run.status in WAITING else [stop]
+
+
+def request_resume(run: Run, by: str, from_step: int | None) -> list[e.Event]:
+    """Another attempt of the same run, from its last published checkpoint or from `from_step` (0 is the pretrained model)."""
+    if run.status in ACTIVE:
+        raise Refused(
+            Problem(run.run_id, f"is {run.status}", f"wait for it, or `sftd cancel {run.run_id}` first")
+        )
+    if run.status == "queued":
+        raise Refused(
+            Problem(run.run_id, "is queued already", "start a daemon with `sftd daemon` if none is running")
+        )
+    if from_step is None:
+        if run.status == "succeeded":
+            raise Refused(
+                Problem(
+                    run.run_id,
+                    "has succeeded: no step is left",
+                    f"redo steps with --from-step ({_steps(run)})",
+                )
+            )
+    elif from_step != 0 and all(c.step != from_step for c in run.checkpoints):
+        raise Refused(
+            Problem(
+                "--from-step",
+                f"{run.run_id} has no checkpoint of step {from_step}",
+                f"use one of {_steps(run)}",
+            )
+        )
+    return [e.ResumeRequested(by=by, from_step=from_step)]
+
+
+def _steps(run: Run) -> str:
+    return ", ".join(str(s) for s in (0, *(c.step for c in run.checkpoints)))
+
+
+def claim(run: Run, daemon: str, host: str) -> e.AttemptClaimed:
+    """Start the next attempt from where the log says."""
+    checkpoint = run.restart_checkpoint
+    return e.AttemptClaimed(
+        daemon=daemon,
+        host=host,
+        from_step=checkpoint.step if checkpoint else 0,
+        checkpoint=checkpoint.path if checkpoint else None,
+    )
+
+
+def shortfall(run: Run) -> str | None:
+    """What is missing for success: planned steps, counted tokens, final checkpoint. None when nothing is."""
+    if run.step != run.planned_steps:
+        return f"{run.step} of {run.planned_steps} planned steps are in the log"
+    if run.tokens_counted != run.tokens_reported:
+        return f"the log's steps sum to {run.tokens_counted} trained tokens, but the trainer counted {run.tokens_reported}"
+    if not any(c.step == run.planned_steps and not c.superseded for c in run.checkpoints):
+        return "the final checkpoint was not published"
+    return None
+
+
+def end_attempt(
+    run: Run, *, exit_code: int | None, failure: Failure, lost: bool, now: e.Micros, backoff_base: float
+) -> list[e.Event]:
+    """An attempt's processes are gone: the run has succeeded, was cancelled, tries again later, or has failed.
+
+    The log decides success, not the exit code. `failure` says why the attempt ended if it did not do its work.
+    """
+    missing = shortfall(run)
+    if missing is None:
+        final = next(c for c in run.checkpoints if c.step == run.planned_steps)
+        return [e.RunSucceeded(steps=run.step, tokens=run.tokens_counted, final_checkpoint=final.path)]
+    if run.stop_by is not None:
+        return [e.RunCancelled(by=run.stop_by)]
+    if exit_code == 0:
+        failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
+    fruitless = 0 if run.attempt_progressed else run.fruitless_attempts + 1
+    if failure.cause in NOT_RETRIED:
+        verdict: e.Event | None = e.RunFailed(cause=failure.cause, message=failure.message)
+    elif fruitless > run.spec.launch.max_restarts:
+        verdict = e.RunFailed(
+            cause="crash loop" if fruitless > 1 else failure.cause,
+            message=f"{fruitless} attempts in a row without a new checkpoint; the last: {failure.cause}: {failure.message}",
+        )
+    else:
+        verdict = None
+    retry_at = None if verdict else now + int(backoff_seconds(fruitless, backoff_base) * MICROS)
+    ended: e.Event
+    if lost:
+        ended = e.AttemptLost(message=failure.message, retry_at=retry_at)
+    else:
+        ended = e.AttemptFailed(
+            cause=failure.cause,
+            message=failure.message,
+            exit_code=exit_code,
+            evidence=failure.evidence,
+            retry_at=retry_at,
+        )
+    return [ended, verdict] if verdict else [ended]
+
+
+# The numbers of a step that a redo must reproduce bit for bit.
+COMPARED = ("loss", "grad_norm", "lr", "tokens", "samples_digest")
+
+
+def compare_redone(
+    recorded: Mapping[int, e.StepCompleted], redone: e.StepCompleted
+) -> e.AnomalyDetected | None:
+    """A redone step must come out as the log has it. Compared bit for bit; two NaNs are equal."""
+    was = recorded.get(redone.step)
+    if was is None:
+        return None
+    differs = {
+        name: {"recorded": getattr(was, name), "redone": getattr(redone, name)}
+        for name in COMPARED
+        if not _same(getattr(was, name), getattr(redone, name))
+    }
+    return (
+        e.AnomalyDetected(step=redone.step, what="redone step differs from the log", detail=differs)
+        if differs
+        else None
+    )
+
+
+def _same(a: object, b: object) -> bool:
+    # A float's repr is exact; unlike ==, it tells -0.0 from 0.0 and takes one NaN for another.
+    return repr(a) == repr(b)
+
+
+def is_redo(run: Run, event: e.Event) -> bool:
+    """Whether the event is a step that the log has already."""
+    return isinstance(event, e.StepCompleted) and event.step <= run.highest_step

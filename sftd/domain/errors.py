@@ -1,0 +1,71 @@
+"""Errors that a user or a caller can meet. A class's docstring is its message when none is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+
+class SftdError(Exception):
+    """sftd could not do what was asked."""
+
+    exit_code = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One thing that is wrong with a request: where it stands, what is wrong, how to mend it."""
+
+    where: str
+    what: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+
+
+class Refused(SftdError):
+    """The request was refused; nothing was written."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class RunNotFound(SftdError):
+    """No run has this id or prefix. `sftd ls` lists the runs."""
+
+    exit_code = 2
+
+
+class AmbiguousRun(SftdError):
+    """More than one run begins with this prefix."""
+
+    exit_code = 2
+
+
+class LeaseLost(SftdError):
+    """The lease on this attempt is no longer ours: another daemon took it over."""
+
+
+class ConcurrencyConflict(SftdError):
+    """Another writer appended to this stream first; read it again and decide anew."""
+
+
+class UnknownEvent(SftdError):
+    """The log holds an event type or schema version that this sftd does not know: it was written by a newer one."""
+
+
+class JournalCorrupt(SftdError):
+    """A complete journal line cannot be read."""
+
+
+class DatabaseNotReady(SftdError):
+    """The database has no sftd tables of this version. Run `sftd init`."""
+
+    exit_code = 2

@@ -1,0 +1,255 @@
+"""The facts that the log holds. Type names and fields are contracts: never edited once published, only versioned
+(see `codec`). Times are whole microseconds since the Unix epoch (UTC); durations are seconds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+Micros = int
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A fact. The class's name is its type name in the log; `schema_version` counts its shapes."""
+
+    schema_version: ClassVar[int] = 1
+
+
+class RunSubmitted(Event, frozen=True):
+    """A run was asked for. `spec` is the resolved spec; `data` and `model` are what submit found in the files."""
+
+    spec: dict[str, Any]
+    spec_digest: str
+    planned_steps: int
+    user: str
+    data: dict[str, Any]
+    model: dict[str, Any]
+    sftd_version: str
+    warnings: list[str] = []
+
+
+class AttemptClaimed(Event, frozen=True):
+    """A daemon took the right to drive the next attempt. It starts from `from_step` (0 is the pretrained model)."""
+
+    daemon: str
+    host: str
+    from_step: int
+    checkpoint: str | None = None
+
+
+class AttemptLaunched(Event, frozen=True):
+    """torchrun was started. `pid` and `create_time` (seconds since the epoch) together identify the process."""
+
+    pid: int
+    create_time: float
+    host: str
+    directory: str
+    argv: list[str]
+    devices: list[str]
+
+
+class AttemptAdopted(Event, frozen=True):
+    """Another daemon took over a living attempt."""
+
+    daemon: str
+    host: str
+    pid: int
+
+
+class ModelLoaded(Event, frozen=True):
+    """Every rank holds its weights. `environment` is what decides the numbers: versions, device, threads, layout."""
+
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    seconds: float
+    environment: dict[str, Any]
+
+
+class DataBound(Event, frozen=True):
+    """The data files are open and the order of samples is fixed. Digests are sha256 over the files."""
+
+    train_rows: int
+    train_digest: str
+    val_rows: int
+    val_digest: str
+    truncated_rows: int
+    dropped_rows: int
+    steps_per_epoch: float
+    planned_steps: int
+
+
+class TrainingResumed(Event, frozen=True):
+    """The attempt goes on from the checkpoint of `step`; steps after it in earlier attempts are redone."""
+
+    step: int
+    path: str
+    tokens_total: int
+
+
+class StepCompleted(Event, frozen=True):
+    """One optimizer step. `loss` is the mean over the trained tokens of the global batch, `grad_norm` is before clipping.
+
+    `tokens` are trained (label is not -100), `tokens_real` not padding, `tokens_padded` all that was computed.
+    `tokens_total` are the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the
+    global row numbers in order.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_real: int
+    tokens_padded: int
+    tokens_total: int
+    samples: int
+    samples_digest: str
+    seconds: float
+
+
+class ValidationCompleted(Event, frozen=True):
+    """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens."""
+
+    step: int
+    loss: float
+    tokens: int
+    rows: int
+    seconds: float
+
+
+class SampleGenerated(Event, frozen=True):
+    """A fixed prompt was answered greedily with the model of `step`."""
+
+    step: int
+    prompt: str
+    text: str
+    tokens: int
+    stopped: bool
+
+
+class CheckpointStarted(Event, frozen=True):
+    """A checkpoint is being staged."""
+
+    step: int
+
+
+class CheckpointPublished(Event, frozen=True):
+    """A checkpoint is complete on the disk under its final name. `manifest_digest` is the sha256 of its manifest."""
+
+    step: int
+    path: str
+    bytes: int
+    manifest_digest: str
+    seconds: float
+
+
+class CheckpointRejected(Event, frozen=True):
+    """A checkpoint did not verify and will not be used."""
+
+    step: int
+    path: str
+    reason: str
+
+
+class CheckpointDeleted(Event, frozen=True):
+    """Retention took a checkpoint away."""
+
+    step: int
+    path: str
+    bytes: int
+    reason: str
+
+
+class AnomalyDetected(Event, frozen=True):
+    """Something that must not be: a redone step that differs from the log, a loss that is not a number."""
+
+    step: int
+    what: str
+    detail: dict[str, Any] = {}
+
+
+class StopRequested(Event, frozen=True):
+    """A person asked for the run to end."""
+
+    by: str
+    reason: str = ""
+
+
+class ResumeRequested(Event, frozen=True):
+    """A person asked for another attempt. `from_step` None is the last published checkpoint."""
+
+    by: str
+    from_step: int | None = None
+
+
+class AttemptFailed(Event, frozen=True):
+    """An attempt ended before its run did. `evidence` are the lines that prove the cause."""
+
+    cause: str
+    message: str
+    exit_code: int | None
+    evidence: list[str] = []
+    retry_at: Micros | None = None
+
+
+class AttemptLost(Event, frozen=True):
+    """An attempt's process is gone without a word (killed with its supervisor, host restarted)."""
+
+    message: str
+    retry_at: Micros | None = None
+
+
+class RunSucceeded(Event, frozen=True):
+    """Planned steps and counted tokens equal what the log holds, and the final checkpoint is published."""
+
+    steps: int
+    tokens: int
+    final_checkpoint: str
+
+
+class RunFailed(Event, frozen=True):
+    """The run ended without success, and sftd will not try again by itself."""
+
+    cause: str
+    message: str
+
+
+class RunCancelled(Event, frozen=True):
+    """The run ended because it was asked to."""
+
+    by: str
+
+
+EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """An event in its place in the log: one row of the events table."""
+
+    position: int
+    event_id: str
+    run_id: str
+    version: int
+    type: str
+    schema_version: int
+    occurred_at: Micros
+    recorded_at: Micros
+    attempt: int | None
+    actor: str
+    causation_id: str | None
+    event: Event
+
+
+class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event about to be appended to a run's stream."""
+
+    event: Event
+    event_id: str
+    occurred_at: Micros
+    actor: str
+    attempt: int | None = None
+    causation_id: str | None = None

@@ -1,0 +1,107 @@
+"""Why an attempt ended, from what it left behind: exit code, the ranks' error files, the end of its output."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+Cause = Literal[
+    "user error",
+    "bad checkpoint",
+    "not a number",
+    "out of memory",
+    "disk full",
+    "communication",
+    "killed",
+    "crash",
+    "incomplete",
+    "lost",
+]
+# Trying again would fail in the same way: the trainer is deterministic.
+NOT_RETRIED: frozenset[str] = frozenset({"user error", "not a number"})
+
+
+class RankError(msgspec.Struct, frozen=True):
+    """What torchelastic's error file of a rank says: the exception as `Class: text`, and the last traceback lines."""
+
+    rank: int
+    exception: str
+    traceback: list[str] = []
+
+
+class Remains(msgspec.Struct, frozen=True):
+    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without being able to say."""
+
+    exit_code: int | None
+    rank_errors: list[RankError] = []
+    output_tail: list[str] = []
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A cause, one line for people, and the lines that prove it."""
+
+    cause: Cause
+    message: str
+    evidence: list[str] = []
+
+
+# In order: the first that matches decides. A rank that dies of its own fault breaks its peers' connections, so
+# communication comes after every other pattern.
+_PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
+    ("user error", re.compile(r"\b(?:UserError|DataError|Refused)\b")),
+    ("bad checkpoint", re.compile(r"\bCheckpointInvalid\b")),
+    ("not a number", re.compile(r"\bNonFiniteLoss\b")),
+    (
+        "out of memory",
+        re.compile(r"OutOfMemoryError|CUDA out of memory|DefaultCPUAllocator: can't allocate|MemoryError\b"),
+    ),
+    ("disk full", re.compile(r"No space left on device|Disk quota exceeded|File too large")),
+)
+_COMMUNICATION = re.compile(
+    r"NCCL|DistBackendError|[Gg]loo|Connection (?:reset|closed|refused)|Broken pipe|Timed out"
+)
+# torch warns that a process group was not destroyed whenever a rank ends early, whatever the reason.
+_WARNING = re.compile(r"\[W\d{4} |Warning:")
+_SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\)|(?:exitcode\s*:\s*-|got signal: )(\d+)")
+_ERROR_LINE = re.compile(
+    r"^\s*(?:\[rank\d+\]:\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Invalid|Loss|Refused)\b.*)"
+)
+
+
+def classify(remains: Remains) -> Failure:
+    """Name the cause of a failed attempt."""
+    texts = [f"rank {e.rank}: {e.exception}" for e in remains.rank_errors] + remains.output_tail
+    for cause, pattern in _PATTERNS:
+        if found := [t for t in texts if pattern.search(t)]:
+            return Failure(cause, _clean(found[0]), _evidence(found))
+    # A rank's own exception explains its peers' broken connections and aborts, never the other way round.
+    own = [t for t in texts[: len(remains.rank_errors)] if not _COMMUNICATION.search(t)]
+    if own:
+        return Failure("crash", _clean(own[0]), _evidence(own))
+    if matches := [m for t in texts if (m := _SIGNAL.search(t))]:
+        named = next((m for m in matches if m.group(1)), matches[0])
+        name = named.group(1) or f"signal {named.group(2)}"
+        return Failure("killed", f"a rank was killed by {name}", _evidence([m.string for m in matches]))
+    if found := [t for t in texts if _COMMUNICATION.search(t) and not _WARNING.search(t)]:
+        return Failure("communication", _clean(found[0]), _evidence(found))
+    if remains.exit_code is None:
+        return Failure(
+            "killed", "the attempt's processes are gone and left no exit code", remains.output_tail[-3:]
+        )
+    if remains.exit_code > 128 or remains.exit_code < 0:
+        number = remains.exit_code - 128 if remains.exit_code > 128 else -remains.exit_code
+        return Failure("killed", f"torchrun was killed by signal {number}", remains.output_tail[-3:])
+    errors = [t for t in remains.output_tail if _ERROR_LINE.search(t)]
+    if errors:
+        return Failure("crash", _clean(errors[-1]), _evidence(errors[-3:]))
+    return Failure("crash", f"torchrun ended with exit code {remains.exit_code}", remains.output_tail[-5:])
+
+
+def _clean(line: str) -> str:
+    return re.sub(r"\s+", " ", line).strip()[:300]
+
+
+def _evidence(lines: list[str]) -> list[str]:
+    return [line.rstrip()[:500] for line in lines[:5]]

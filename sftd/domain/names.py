@@ -1,0 +1,22 @@
+"""Run ids: short, readable, sayable. `brave-otter-3f2a`."""
+
+from __future__ import annotations
+
+_FIRST = (
+    "amber agile azure bold brave bright brisk calm clear clever cosmic crisp deep eager early fair fast fine fleet fresh "
+    "gentle glad golden grand green happy honest jolly keen kind light lively lucky lunar mellow merry mighty mild neat noble "
+    "polar proud quick quiet rapid ready royal sharp silent silver sleek smart snowy solar steady stout sunny swift tidy vivid "
+    "warm wise witty zesty"
+).split()
+_SECOND = (
+    "badger bear beaver bison crane condor cougar coyote deer dingo dolphin dove eagle egret elk falcon ferret finch fox gecko "
+    "gibbon goose hare hawk heron ibex ibis jaguar jay koala lark lemur lion llama lynx marmot marten mole moose newt ocelot "
+    "orca osprey otter owl panda pika plover puffin puma quail raven robin salmon seal shrew sparrow stork swan tapir tern "
+    "tiger toucan trout"
+).split()
+
+
+def run_id(random: bytes) -> str:
+    """A readable id from 4 random bytes: 64 × 64 names with 16 bits behind them."""
+    a, b, c, d = random[:4]
+    return f"{_FIRST[a % len(_FIRST)]}-{_SECOND[b % len(_SECOND)]}-{c:02x}{d:02x}"

@@ -1,0 +1,40 @@
+"""Which checkpoints stay, decided from the log's timeline."""
+
+from __future__ import annotations
+
+from sftd.domain.run import ACTIVE, CheckpointInfo, Run
+
+
+def why_kept(run: Run) -> dict[int, list[str]]:
+    """Step → reasons why its checkpoint stays. A checkpoint without a reason may be deleted."""
+    policy = run.spec.checkpoint
+    timeline = sorted((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step)
+    reasons: dict[int, list[str]] = {c.step: [] for c in run.checkpoints}
+    for c in timeline[-policy.keep_last :]:
+        reasons[c.step].append("last" if c is timeline[-1] else f"last {policy.keep_last}")
+    scored = sorted((c.val_loss, c.step) for c in timeline if isinstance(c.val_loss, float))
+    for rank, (_, step) in enumerate(scored[: policy.keep_best]):
+        reasons[step].append("best" if rank == 0 else f"best {policy.keep_best}")
+    for c in timeline:
+        if policy.keep_every and c.step % policy.keep_every == 0:
+            reasons[c.step].append(f"every {policy.keep_every}")
+        if c.step == run.planned_steps:
+            reasons[c.step].append("final")
+    if verified := [c for c in run.checkpoints if c.verified]:
+        reasons[max(verified, key=lambda c: c.version).step].append("last verified")
+    if run.status in ACTIVE:
+        # The attempt may be about to write a superseded step's folder anew, or be reading the one it starts from.
+        for c in run.checkpoints:
+            if c.superseded:
+                reasons[c.step].append("superseded, an attempt is running")
+    if run.resume_from is not None and run.resume_from in reasons:
+        reasons[run.resume_from].append("about to be resumed from")
+    return reasons
+
+
+def deletable(run: Run) -> list[CheckpointInfo]:
+    """Checkpoints that nothing keeps. Empty until a starting attempt has read the one that it starts from."""
+    if run.status == "starting":
+        return []
+    reasons = why_kept(run)
+    return [c for c in run.checkpoints if not reasons[c.step]]

@@ -1,0 +1,315 @@
+"""The state of a run, folded from its events by `evolve`. The fold is the only way to make one."""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+from typing import Literal
+
+import msgspec
+
+from sftd.domain import events as e
+from sftd.domain.codec import json_float
+from sftd.domain.spec import Spec
+
+Status = Literal[
+    "queued",  # waits for devices                            → starting
+    "retrying",  # waits until retry_at after a failure        → starting
+    "starting",  # claimed or launched, no step yet            → running, retrying, failed
+    "running",  # steps are being recorded                     → stopping, succeeded, retrying, failed
+    "stopping",  # a stop was requested, the attempt is ending → cancelled, succeeded
+    "succeeded",
+    "failed",
+    "cancelled",
+]
+ACTIVE: frozenset[Status] = frozenset({"starting", "running", "stopping"})
+WAITING: frozenset[Status] = frozenset({"queued", "retrying"})
+ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class CheckpointInfo(msgspec.Struct, frozen=True):
+    """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
+    which a later attempt went on."""
+
+    step: int
+    path: str
+    bytes: int
+    manifest_digest: str
+    tokens_total: int
+    version: int
+    published_at: e.Micros
+    val_loss: float | str | None = None
+    verified: bool = False
+    superseded: bool = False
+
+
+class Validation(msgspec.Struct, frozen=True):
+    """A validation. A loss that is not finite is kept as its name (see `codec.json_float`)."""
+
+    step: int
+    loss: float | str
+
+
+class Run(msgspec.Struct, frozen=True):
+    """What the log says of a run up to `version`. Only what a decision or a summary needs; steps stay in the log."""
+
+    run_id: str
+    version: int = 0
+    status: Status = "queued"
+    spec: Spec = Spec()
+    spec_digest: str = ""
+    user: str = ""
+    planned_steps: int = 0
+    submitted_at: e.Micros = 0
+    started_at: e.Micros | None = None
+    ended_at: e.Micros | None = None
+    updated_at: e.Micros = 0
+    attempt: int = 0
+    daemon: str | None = None
+    retry_at: e.Micros | None = None
+    stop_by: str | None = None
+    resume_from: int | None = None
+    # The timeline: what later attempts have not superseded.
+    step: int = 0
+    loss: float | str | None = None
+    lr: float | None = None
+    tokens_counted: int = 0
+    tokens_reported: int = 0
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
+    first_validation: Validation | None = None
+    last_validation: Validation | None = None
+    best_validation: Validation | None = None
+    checkpoints: tuple[CheckpointInfo, ...] = ()
+    # Over all attempts.
+    highest_step: int = 0
+    steps_redone: int = 0
+    anomalies: int = 0
+    attempt_base: int = 0
+    attempt_progressed: bool = False
+    fruitless_attempts: int = 0
+    cause: str | None = None
+    message: str | None = None
+
+    @property
+    def restart_checkpoint(self) -> CheckpointInfo | None:
+        """Where the next attempt starts: the asked-for checkpoint or the newest of the timeline; None is the pretrained model."""
+        if self.resume_from is not None:
+            return next((c for c in self.checkpoints if c.step == self.resume_from), None)
+        return max((c for c in self.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
+
+
+def fold(run: Run, recorded: list[e.Recorded]) -> Run:
+    """Apply events in order."""
+    for r in recorded:
+        run = evolve(run, r)
+    return run
+
+
+def evolve(run: Run, recorded: e.Recorded) -> Run:
+    """The run after one more event. Never fails on an event that a newer decision would not have made."""
+    run = _apply(recorded.event, run, recorded)
+    return msgspec.structs.replace(run, version=recorded.version, updated_at=recorded.occurred_at)
+
+
+_set = msgspec.structs.replace
+
+
+@singledispatch
+def _apply(event: e.Event, run: Run, recorded: e.Recorded) -> Run:
+    return run
+
+
+@_apply.register
+def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
+    return _set(
+        run,
+        # Convert leniently: a later sftd may have dropped or added keys with defaults.
+        spec=msgspec.convert(event.spec, Spec),
+        spec_digest=event.spec_digest,
+        user=event.user,
+        planned_steps=event.planned_steps,
+        submitted_at=recorded.occurred_at,
+    )
+
+
+@_apply.register
+def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
+    return _set(
+        # An attempt that dies before it resumes must not lose the step that was asked for: the claim decides.
+        _rewind(run, event.from_step),
+        status="starting",
+        attempt=recorded.attempt or run.attempt + 1,
+        daemon=event.daemon,
+        retry_at=None,
+        resume_from=None,
+        attempt_base=run.highest_step,
+        attempt_progressed=False,
+        started_at=run.started_at or recorded.occurred_at,
+        ended_at=None,
+        cause=None,
+        message=None,
+    )
+
+
+@_apply.register
+def _(event: e.AttemptAdopted, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, daemon=event.daemon)
+
+
+@_apply.register
+def _(event: e.TrainingResumed, run: Run, recorded: e.Recorded) -> Run:
+    return _set(
+        run,
+        step=event.step,
+        tokens_reported=event.tokens_total,
+        checkpoints=tuple(_set(c, verified=True) if c.step == event.step else c for c in run.checkpoints),
+    )
+
+
+def _rewind(run: Run, step: int) -> Run:
+    """The timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
+    tokens = next((c.tokens_total for c in run.checkpoints if c.step == step), 0)
+    return _set(
+        run,
+        step=step,
+        tokens_counted=tokens,
+        tokens_reported=tokens,
+        checkpoints=tuple(_set(c, superseded=True) if c.step > step else c for c in run.checkpoints),
+    )
+
+
+@_apply.register
+def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
+    redone = event.step <= run.highest_step
+    smooth = (
+        event.seconds if run.seconds_per_step is None else 0.8 * run.seconds_per_step + 0.2 * event.seconds
+    )
+    return _set(
+        run,
+        status="running" if run.status == "starting" else run.status,
+        step=event.step,
+        loss=json_float(event.loss),
+        lr=event.lr,
+        tokens_counted=run.tokens_counted + event.tokens,
+        tokens_reported=event.tokens_total,
+        seconds_per_step=smooth,
+        tokens_per_second=event.tokens_real / event.seconds if event.seconds > 0 else None,
+        highest_step=max(run.highest_step, event.step),
+        steps_redone=run.steps_redone + redone,
+        attempt_progressed=run.attempt_progressed
+        or event.step - run.attempt_base >= run.spec.launch.min_progress_steps,
+    )
+
+
+@_apply.register
+def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
+    v = Validation(event.step, json_float(event.loss))
+    best = run.best_validation
+    better = math.isfinite(event.loss) and (best is None or event.loss < float(best.loss))
+    return _set(
+        run,
+        first_validation=run.first_validation or v,
+        last_validation=v,
+        best_validation=v if better else best,
+    )
+
+
+@_apply.register
+def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
+    validation = run.last_validation
+    info = CheckpointInfo(
+        step=event.step,
+        path=event.path,
+        bytes=event.bytes,
+        manifest_digest=event.manifest_digest,
+        tokens_total=run.tokens_counted,
+        version=recorded.version,
+        published_at=recorded.occurred_at,
+        val_loss=validation.loss if validation and validation.step == event.step else None,
+    )
+    others = tuple(c for c in run.checkpoints if c.step != event.step)
+    return _set(
+        run,
+        checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
+        attempt_progressed=run.attempt_progressed
+        or event.step > run.attempt_base
+        or len(others) == len(run.checkpoints),
+    )
+
+
+@_apply.register
+def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.step != event.step))
+
+
+@_apply.register
+def _(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.path != event.path))
+
+
+@_apply.register
+def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, anomalies=run.anomalies + 1)
+
+
+@_apply.register
+def _(event: e.StopRequested, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, stop_by=event.by, status="stopping" if run.status in ACTIVE else run.status)
+
+
+@_apply.register
+def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
+    return _set(
+        run,
+        status="queued",
+        resume_from=event.from_step,
+        stop_by=None,
+        retry_at=None,
+        ended_at=None,
+        fruitless_attempts=0,
+        cause=None,
+        message=None,
+    )
+
+
+def _attempt_ended(run: Run, cause: str, message: str, retry_at: e.Micros | None) -> Run:
+    return _set(
+        run,
+        # The event that follows a failure without retry_at says how the run ended.
+        status="retrying",
+        retry_at=retry_at,
+        daemon=None,
+        cause=cause,
+        message=message,
+        fruitless_attempts=0 if run.attempt_progressed else run.fruitless_attempts + 1,
+    )
+
+
+@_apply.register
+def _(event: e.AttemptFailed, run: Run, recorded: e.Recorded) -> Run:
+    return _attempt_ended(run, event.cause, event.message, event.retry_at)
+
+
+@_apply.register
+def _(event: e.AttemptLost, run: Run, recorded: e.Recorded) -> Run:
+    return _attempt_ended(run, "lost", event.message, event.retry_at)
+
+
+def _ended(run: Run, status: Status, recorded: e.Recorded) -> Run:
+    return _set(run, status=status, ended_at=recorded.occurred_at, daemon=None, retry_at=None)
+
+
+@_apply.register
+def _(event: e.RunSucceeded, run: Run, recorded: e.Recorded) -> Run:
+    return _set(_ended(run, "succeeded", recorded), cause=None, message=None)
+
+
+@_apply.register
+def _(event: e.RunFailed, run: Run, recorded: e.Recorded) -> Run:
+    return _set(_ended(run, "failed", recorded), cause=event.cause, message=event.message)
+
+
+@_apply.register
+def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
+    return _ended(run, "cancelled", recorded)

@@ -1,0 +1,276 @@
+"""The spec: the frozen, validated, fully resolved config of a run. Its digest names it.
+
+The structs hold names, types, defaults and the check of each value on its own; `spec_parse` makes a spec from
+what a user wrote, `layout` checks what must fit together. A field's docstring-comment (`Meta(description=...)`)
+is its documentation: the configuration reference is generated from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+Size = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+# 1 is excluded: an Adam moment with beta 1 never moves.
+Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of the spec."""
+
+
+class Megatron(Section, frozen=True):
+    """`model.megatron`: how Megatron-core lays the model out over the ranks."""
+
+    tensor_model_parallel_size: Annotated[
+        Size, Meta(description="ranks that share each layer's matrices (TP)")
+    ] = 1
+    pipeline_model_parallel_size: Annotated[
+        Size, Meta(description="groups of layers on different ranks (PP)")
+    ] = 1
+    virtual_pipeline_model_parallel_size: Annotated[
+        Size | None,
+        Meta(
+            description="model chunks per pipeline rank (VPP, interleaved schedule); needs PP of at least 2"
+        ),
+    ] = None
+    context_parallel_size: Annotated[Size, Meta(description="ranks that share each sequence (CP)")] = 1
+    expert_model_parallel_size: Annotated[
+        Size, Meta(description="ranks that share the experts of an MoE layer (EP)")
+    ] = 1
+    sequence_parallel: Annotated[
+        bool, Meta(description="shard norms and residuals over the TP ranks; needs TP of at least 2")
+    ] = False
+    use_distributed_optimizer: Annotated[
+        bool, Meta(description="shard optimizer state over the data-parallel ranks")
+    ] = True
+    seed: Annotated[Count, Meta(description="seed of data order, dropout and initialisation")] = 1234
+    params_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Meta(
+            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and float32 on CPUs"
+        ),
+    ] = "auto"
+
+
+class Model(Section, frozen=True):
+    """`model`: what is trained."""
+
+    name: Annotated[Literal["megatron-sft"], Meta(description="kind of training")] = "megatron-sft"
+    partial_pretrain: Annotated[str, Meta(description="Hugging Face folder of the model to start from")] = ""
+    enable_gradient_checkpointing: Annotated[
+        bool, Meta(description="recompute activations in backward to save memory")
+    ] = False
+    trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
+        False
+    )
+    override_config: Annotated[
+        dict[str, Any], Meta(description="keys of the model's config.json to replace")
+    ] = msgspec.field(default_factory=dict)
+    megatron: Megatron = Megatron()
+
+
+class Data(Section, frozen=True):
+    """`data`: what it is trained on. Parquet with `input_ids`, `attention_mask`, `labels` (see `sftd prepare`)."""
+
+    train_files: Annotated[list[str], Meta(description="Parquet files to train on")] = msgspec.field(
+        default_factory=list
+    )
+    val_files: Annotated[list[str], Meta(description="Parquet files to validate on")] = msgspec.field(
+        default_factory=list
+    )
+    train_batch_size: Annotated[
+        Size, Meta(description="samples in the global batch of one optimizer step")
+    ] = 64
+    sequence_length: Annotated[
+        Size, Meta(description="longest sequence in tokens; longer rows are truncated")
+    ] = 2048
+    truncation: Annotated[
+        Literal["right", "left", "error"],
+        Meta(description="which end of a row longer than sequence_length is cut, or refuse it"),
+    ] = "right"
+    shuffle: Annotated[bool, Meta(description="new order each epoch, a function of (seed, epoch) alone")] = (
+        True
+    )
+
+
+class Training(Section, frozen=True):
+    """`training`: how a batch is computed."""
+
+    micro_batch_size_per_gpu: Annotated[
+        Size, Meta(description="samples in one forward and backward on one rank")
+    ] = 1
+    gradient_accumulation_steps: Annotated[
+        Size | None,
+        Meta(description="micro-batches per step; train_batch_size decides, this is only compared with it"),
+    ] = None
+    use_rmpad: Annotated[
+        bool, Meta(description="remove padding: the samples of a micro-batch are laid end to end")
+    ] = False
+
+
+class Optimizer(Section, frozen=True):
+    """`optimizer`: AdamW."""
+
+    lr: Annotated[NonNegative, Meta(description="peak learning rate")] = 1e-5
+    weight_decay: Annotated[
+        NonNegative, Meta(description="decoupled weight decay; norms and biases have none")
+    ] = 0.01
+    adam_beta1: Annotated[Beta, Meta(description="decay of the first moment")] = 0.9
+    adam_beta2: Annotated[Beta, Meta(description="decay of the second moment")] = 0.95
+    adam_eps: Annotated[float, Meta(gt=0.0, description="added to the root of the second moment")] = 1e-8
+    clip_grad: Annotated[
+        NonNegative, Meta(description="largest global gradient norm; 0 turns clipping off")
+    ] = 1.0
+
+
+class Scheduler(Section, frozen=True):
+    """`scheduler`: the learning rate over the steps."""
+
+    type: Annotated[
+        Literal["constant", "linear", "cosine"], Meta(description="shape of the decay after warm-up")
+    ] = "cosine"
+    warmup_steps: Annotated[
+        Count | None, Meta(description="steps of linear warm-up; wins over warmup_ratio")
+    ] = None
+    warmup_ratio: Annotated[Fraction, Meta(description="warm-up as a share of all steps")] = 0.0
+    min_lr_ratio: Annotated[Fraction, Meta(description="lowest learning rate as a share of the peak")] = 0.0
+
+
+class Trainer(Section, frozen=True):
+    """`trainer`: how long, and what is done on the way."""
+
+    max_steps: Annotated[Size | None, Meta(description="optimizer steps; wins over epochs")] = None
+    epochs: Annotated[
+        Size | None, Meta(description="passes over the training data; 1 when max_steps is not set either")
+    ] = None
+    val_check_interval: Annotated[
+        Count, Meta(description="steps between validations; 0 is only at start and end")
+    ] = 0
+    val_before_train: Annotated[bool, Meta(description="validate the untrained model as step 0")] = True
+    save_interval: Annotated[Count, Meta(description="steps between checkpoints; 0 is only at the end")] = 100
+    project_name: Annotated[str, Meta(description="groups runs; the MLflow experiment")] = "default"
+    experiment_name: Annotated[str, Meta(description="a name for people; need not be unique")] = ""
+    sample_prompts: Annotated[
+        list[str],
+        Meta(
+            description="user messages answered greedily at each validation and recorded as SampleGenerated"
+        ),
+    ] = msgspec.field(default_factory=list)
+    sample_max_tokens: Annotated[Size, Meta(description="longest sample answer in tokens")] = 64
+
+
+class Checkpoint(Section, frozen=True):
+    """`checkpoint`: what is kept. The newest published checkpoint is always kept."""
+
+    keep_last: Annotated[Size, Meta(description="newest checkpoints to keep")] = 2
+    keep_best: Annotated[Count, Meta(description="checkpoints with the lowest validation loss to keep")] = 1
+    keep_every: Annotated[
+        Count, Meta(description="keep each checkpoint whose step is a multiple of this; 0 is off")
+    ] = 0
+    async_save: Annotated[bool, Meta(description="write checkpoints while training goes on")] = False
+    save_dir: Annotated[
+        str, Meta(description="folder for checkpoints; empty is the run's own folder under SFTD_HOME")
+    ] = ""
+
+
+class Launch(Section, frozen=True):
+    """`launch`: where it runs."""
+
+    nnodes: Annotated[Size, Meta(description="machines")] = 1
+    nproc_per_node: Annotated[
+        Size | None, Meta(description="ranks per machine; the least that the layout needs when not set")
+    ] = None
+    priority: Annotated[int, Meta(description="higher starts first; equal ones by age")] = 0
+    max_restarts: Annotated[
+        Count,
+        Meta(
+            description="restarts in a row without progress (a new checkpoint or min_progress_steps); then the run fails"
+        ),
+    ] = 2
+    min_progress_steps: Annotated[
+        Size, Meta(description="new steps that count as progress without a new checkpoint")
+    ] = 200
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Meta(description="what the ranks compute on; auto is GPUs where there are any"),
+    ] = "auto"
+    threads_per_rank: Annotated[
+        Size | None,
+        Meta(description="CPU threads of each rank on a CPU; all cores shared by the ranks when not set"),
+    ] = None
+
+
+class Spec(Section, frozen=True):
+    """A whole run. Resolved: `launch.nproc_per_node`, `training.gradient_accumulation_steps` and `trainer.epochs`
+    or `trainer.max_steps` are filled in by `spec_parse.resolve`."""
+
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    trainer: Trainer = Trainer()
+    checkpoint: Checkpoint = Checkpoint()
+    launch: Launch = Launch()
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP × PP × CP."""
+        m = self.model.megatron
+        return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+
+    @property
+    def nproc_per_node(self) -> int:
+        """Ranks per machine."""
+        return self.launch.nproc_per_node or -(-self.model_parallel_size // self.launch.nnodes)
+
+    @property
+    def world_size(self) -> int:
+        """All ranks of an attempt."""
+        return self.launch.nnodes * self.nproc_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model that each take a share of the batch."""
+        return max(1, self.world_size // self.model_parallel_size)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP)."""
+        return max(
+            1,
+            self.data.train_batch_size // (self.training.micro_batch_size_per_gpu * self.data_parallel_size),
+        )
+
+    def planned_steps(self, train_rows: int) -> int:
+        """Optimizer steps of the whole run over `train_rows` usable rows.
+
+        An epoch is the steps that see every row at least once; its last batch is filled from the epoch that
+        follows, so that every step has the same number of samples and no row is dropped.
+        """
+        if self.trainer.max_steps is not None:
+            return self.trainer.max_steps
+        return -(-(self.trainer.epochs or 1) * train_rows // self.data.train_batch_size)
+
+    def warmup_steps(self, planned_steps: int) -> int:
+        """Steps of linear warm-up; `scheduler.warmup_steps` wins over `scheduler.warmup_ratio`."""
+        if self.scheduler.warmup_steps is not None:
+            return self.scheduler.warmup_steps
+        return round(self.scheduler.warmup_ratio * planned_steps)
+
+
+def canonical_json(spec: Spec) -> bytes:
+    """The spec as JSON with sorted keys: equal specs give equal bytes."""
+    return msgspec.json.encode(msgspec.to_builtins(spec), order="sorted")
+
+
+def spec_digest(spec: Spec) -> str:
+    """sha256 (hex) of the canonical JSON: names the spec."""
+    return hashlib.sha256(canonical_json(spec)).hexdigest()

@@ -1,0 +1,163 @@
+"""What must fit together inside a spec, whatever the model and the data are (for those see `layout`)."""
+
+from __future__ import annotations
+
+import re
+
+from sftd.domain.errors import Problem
+from sftd.domain.spec import Spec
+
+# One path segment that is safe as a folder and as a tag; no separators, no leading dot.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+ -]{0,99}")
+
+
+def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
+    """Returns (problems, warnings)."""
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    m = spec.model.megatron
+    if not spec.model.partial_pretrain:
+        problems.append(
+            Problem(
+                "model.partial_pretrain",
+                "is not set",
+                "give the Hugging Face folder of the model to start from",
+            )
+        )
+    if not spec.data.train_files:
+        problems.append(
+            Problem(
+                "data.train_files", "is empty", "give at least one Parquet file; `sftd prepare` makes one"
+            )
+        )
+    for where, name in (
+        ("trainer.project_name", spec.trainer.project_name),
+        ("trainer.experiment_name", spec.trainer.experiment_name or "unnamed"),
+    ):
+        if not _NAME.fullmatch(name):
+            problems.append(
+                Problem(
+                    where,
+                    f"{name!r} is not a plain name",
+                    "use letters, digits, spaces and . _ - + @ (100 at most)",
+                )
+            )
+    if (
+        m.virtual_pipeline_model_parallel_size
+        and m.virtual_pipeline_model_parallel_size > 1
+        and m.pipeline_model_parallel_size < 2
+    ):
+        problems.append(
+            Problem(
+                "model.megatron.virtual_pipeline_model_parallel_size",
+                "virtual pipelines need a pipeline of at least 2 ranks",
+                "set model.megatron.pipeline_model_parallel_size to 2 or more, or drop this key",
+            )
+        )
+    if m.sequence_parallel and m.tensor_model_parallel_size < 2:
+        problems.append(
+            Problem(
+                "model.megatron.sequence_parallel",
+                "is on, but there is one tensor-parallel rank to share the sequence with",
+                "set model.megatron.tensor_model_parallel_size to 2 or more, or turn it off",
+            )
+        )
+    problems.extend(
+        Problem(
+            f"model.megatron.{name}", f"{getattr(m, name)}: this version of sftd trains with 1", "set it to 1"
+        )
+        for name in ("context_parallel_size", "expert_model_parallel_size")
+        if getattr(m, name) > 1
+    )
+    if spec.launch.nnodes > 1:
+        problems.append(
+            Problem(
+                "launch.nnodes",
+                f"{spec.launch.nnodes}: this version of sftd launches on one machine",
+                "set it to 1",
+            )
+        )
+    mp = spec.model_parallel_size
+    if spec.world_size % mp:
+        problems.append(
+            Problem(
+                "launch.nproc_per_node",
+                f"{spec.launch.nnodes} × {spec.nproc_per_node} = {spec.world_size} ranks, but one copy of the model takes "
+                f"TP {m.tensor_model_parallel_size} × PP {m.pipeline_model_parallel_size} × CP {m.context_parallel_size} = {mp}",
+                f"use a multiple of {mp} ranks, or smaller parallel sizes",
+            )
+        )
+    else:
+        problems += _check_batch(spec, warnings)
+    t = spec.trainer
+    if t.max_steps is not None and t.epochs is not None:
+        warnings.append(
+            Problem("trainer.epochs", f"{t.epochs} is not used: trainer.max_steps={t.max_steps} decides")
+        )
+    if t.max_steps is not None and spec.warmup_steps(t.max_steps) > t.max_steps:
+        problems.append(
+            Problem(
+                "scheduler.warmup_steps",
+                f"{spec.scheduler.warmup_steps} is more than the {t.max_steps} steps of the run",
+                "warm up for fewer steps",
+            )
+        )
+    if spec.scheduler.warmup_steps is not None and spec.scheduler.warmup_ratio:
+        warnings.append(
+            Problem(
+                "scheduler.warmup_ratio",
+                f"is not used: scheduler.warmup_steps={spec.scheduler.warmup_steps} decides",
+            )
+        )
+    if spec.checkpoint.async_save:
+        warnings.append(
+            Problem(
+                "checkpoint.async_save",
+                "this version saves synchronously: training waits until the bytes are on the disk",
+            )
+        )
+    if not spec.data.val_files:
+        warnings.append(
+            Problem(
+                "data.val_files", "is empty: nothing will be validated, and keep_best has nothing to go by"
+            )
+        )
+    return problems, warnings
+
+
+def _check_batch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
+    micro, dp, batch = (
+        spec.training.micro_batch_size_per_gpu,
+        spec.data_parallel_size,
+        spec.data.train_batch_size,
+    )
+    if batch % (micro * dp):
+        lower = batch - batch % (micro * dp)
+        return [
+            Problem(
+                "data.train_batch_size",
+                f"{batch} is not a multiple of micro-batch {micro} × data-parallel {dp} = {micro * dp}",
+                f"use {lower or micro * dp} or {lower + micro * dp}, or another training.micro_batch_size_per_gpu",
+            )
+        ]
+    m = spec.model.megatron
+    vpp, pp = m.virtual_pipeline_model_parallel_size or 1, m.pipeline_model_parallel_size
+    if vpp > 1 and spec.num_microbatches % pp:
+        return [
+            Problem(
+                "model.megatron.virtual_pipeline_model_parallel_size",
+                f"the interleaved schedule needs the micro-batches of a step ({spec.num_microbatches}) to be a multiple of PP ({pp})",
+                "change data.train_batch_size or training.micro_batch_size_per_gpu",
+            )
+        ]
+    said = spec.training.gradient_accumulation_steps
+    if said is not None and said != spec.num_microbatches:
+        warnings.append(
+            Problem(
+                "training.gradient_accumulation_steps",
+                f"says {said}, but data.train_batch_size {batch} ÷ (micro-batch {micro} × data-parallel {dp}) "
+                f"= {spec.num_microbatches} decides",
+                f"set it to {spec.num_microbatches} or leave it out",
+            )
+        )
+    return []

@@ -1,0 +1,62 @@
+"""The command and the environment of an attempt. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from sftd.domain.spec import Spec
+from sftd.wire.attempt_dir import AttemptDir
+
+# Marks every process of an attempt, so that survivors can be found when the leader is gone.
+TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
+# The trainer talks to neither the database nor MLflow, and their URLs may hold passwords.
+_WITHHELD = (
+    "SFTD_DATABASE_URL",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+# torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
+_SHELL = '"$@"; code=$?; echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
+
+
+def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
+    """The torchrun command of an attempt on one machine. sftd restarts attempts itself, hence `--max-restarts 0`."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nnodes=1",
+        f"--nproc-per-node={spec.nproc_per_node}",
+        "--max-restarts=0",
+        f"--log-dir={directory.ranks_dir}",
+        "-m",
+        "sftd.trainer",
+        str(directory.path),
+    ]
+
+
+def wrapped_argv(argv: list[str], directory: AttemptDir) -> list[str]:
+    """`argv` under a shell that leaves its exit code in the attempt's exit file."""
+    return ["/bin/sh", "-c", _SHELL, str(directory.exit_file), *argv]
+
+
+def environment(
+    base: Mapping[str, str], *, token: str, device: str, threads: int, devices: list[str]
+) -> dict[str, str]:
+    """Environment of an attempt: the daemon's own, less what the trainer must not know, plus what it is to use."""
+    env = {name: value for name, value in base.items() if name not in _WITHHELD}
+    env |= {
+        TOKEN_VARIABLE: token,
+        "SFTD_DEVICE": device,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cuda":
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(d.removeprefix("cuda:") for d in devices)
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    return env

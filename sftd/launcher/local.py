@@ -1,0 +1,128 @@
+"""Attempts on this host: torchrun in its own process session, so that training survives the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from typing import Any
+
+from sftd.domain.failures import RankError, Remains
+from sftd.launcher import processes
+from sftd.launcher.command import environment, torchrun_argv, wrapped_argv
+from sftd.launcher.inventory import Need
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+
+_TAIL_BYTES = 64 * 1024
+_TAIL_LINES = 200
+
+
+class LocalAttempt:
+    """An attempt's processes on this host, started by this daemon or adopted from one before."""
+
+    def __init__(
+        self, directory: AttemptDir, process: ProcessFile | None, token: str, child: Any = None
+    ) -> None:
+        self.directory = directory
+        self.process = process
+        self._token = token
+        self._child = child
+
+    @classmethod
+    def start(
+        cls, directory: AttemptDir, order: Order, need: Need, devices: list[str]
+    ) -> tuple[LocalAttempt, list[str]]:
+        """Write the order and start torchrun. Returns the attempt and torchrun's argv."""
+        directory.create(order)
+        argv = torchrun_argv(order.spec, directory)
+        env = environment(
+            os.environ, token=order.token, device=need.device, threads=need.threads, devices=devices
+        )
+        log = os.open(directory.output_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            child = subprocess.Popen(
+                wrapped_argv(argv, directory),
+                cwd=directory.path,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,
+            )
+        finally:
+            os.close(log)
+        process = processes.identify(child.pid)
+        directory.write_process(process)
+        return cls(directory, process, order.token, child), argv
+
+    @classmethod
+    def adopt(cls, directory: AttemptDir, fallback_token: str) -> LocalAttempt:
+        """Find an attempt that an earlier daemon of this host claimed, whatever is left of it."""
+        try:
+            token = directory.order().token
+        except (OSError, ValueError):
+            # The daemon died between the claim and the order: nothing was started under the claim's token.
+            token = fallback_token
+        return cls(directory, directory.process(), token)
+
+    def is_alive(self) -> bool:
+        """Whether the attempt's leading process runs."""
+        if self._child is not None:
+            # Reaps the child, which would otherwise stay a zombie for as long as this daemon lives.
+            return self._child.poll() is None
+        return self.process is not None and processes.is_alive(self.process.pid, self.process.create_time)
+
+    def kill(self) -> list[int]:
+        """SIGKILL every process of the attempt, the leader's orphans included. Returns pids that would not die."""
+        stuck: list[int] = []
+        # A process may fork while the list is made, so look again until nothing is found.
+        for _ in range(5):
+            pids = processes.survivors(self._token)
+            if not pids:
+                break
+            stuck = processes.kill(pids)
+        if self._child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(timeout=5)
+        return stuck
+
+    def remains(self) -> Remains:
+        """What the ended attempt left to tell why."""
+        return Remains(
+            exit_code=self.directory.exit_code(),
+            rank_errors=_rank_errors(self.directory),
+            output_tail=tail(self.directory),
+        )
+
+
+def tail(directory: AttemptDir) -> list[str]:
+    """The last lines that the attempt printed."""
+    try:
+        with open(directory.output_log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    except FileNotFoundError:
+        return []
+
+
+def _rank_errors(directory: AttemptDir) -> list[RankError]:
+    """torchelastic's error files: `<ranks>/<rendezvous>/attempt_0/<local rank>/error.json`."""
+    errors: list[tuple[int, RankError]] = []
+    for path in sorted(directory.ranks_dir.glob("*/attempt_*/*/error.json")):
+        try:
+            message = json.loads(path.read_text())["message"]
+            if isinstance(message, dict):
+                text = str(message["message"])
+                extra = message.get("extraInfo") or {}
+                stack = str(extra.get("py_callstack", "")).splitlines()
+                when = int(extra.get("timestamp", 0))
+            else:
+                text, stack, when = str(message), [], 0
+            errors.append((when, RankError(rank=int(path.parent.name), exception=text, traceback=stack[-5:])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    # The rank that failed first is the cause; the others usually only lost their peer.
+    return [error for _, error in sorted(errors, key=lambda item: (item[0], item[1].rank))]

@@ -1,0 +1,68 @@
+"""Processes and their identity: pid and create time together; a pid alone may be another's by now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+
+import psutil
+
+from sftd.launcher.command import TOKEN_VARIABLE
+from sftd.wire.attempt_dir import ProcessFile
+
+# psutil's clock has 10 ms ticks.
+_SAME_SECONDS = 0.05
+
+
+def host_name() -> str:
+    """Name of this host."""
+    return socket.gethostname()
+
+
+def identify(pid: int) -> ProcessFile:
+    """Identity of a living process."""
+    return ProcessFile(pid=pid, create_time=psutil.Process(pid).create_time(), host=host_name())
+
+
+def is_alive(pid: int, create_time: float) -> bool:
+    """Whether the process that had this pid and create time still runs. A zombie does not."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - create_time) < _SAME_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def survivors(token: str) -> list[int]:
+    """Pids of all processes of the attempt that was launched with `token`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(TOKEN_VARIABLE) == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def kill(pids: list[int], timeout: float = 10.0) -> list[int]:
+    """SIGKILL processes and wait until they are gone. Returns those that are not (uninterruptible sleep)."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            process.send_signal(signal.SIGKILL)
+            processes.append(process)
+    _, alive = psutil.wait_procs(processes, timeout=timeout)
+    return [p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def ranks(token: str) -> list[int]:
+    """Pids of the training ranks of an attempt: what torchrun started, not torchrun itself."""
+    found = []
+    for pid in survivors(token):
+        with contextlib.suppress(psutil.Error, OSError):
+            if "LOCAL_RANK" in psutil.Process(pid).environ():
+                found.append(pid)
+    return found

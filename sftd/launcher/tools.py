@@ -1,0 +1,51 @@
+"""Work that needs transformers, done in a process of its own that reports JSON lines: `python -m sftd.trainer.…`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from sftd.domain.errors import SftdError
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class ToolFailed(SftdError):
+    """A tool process failed."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_tool(module: str, arguments: list[str], on_progress: Progress) -> dict[str, Any]:
+    """Run `python -m sftd.trainer.<module> ARGUMENTS…`. Each JSON line it prints goes to `on_progress`; the last one
+    is returned. Raises `ToolFailed` with what it wrote to stderr: exit code 2 is a refusal, anything else a failure."""
+    argv = [sys.executable, "-m", f"sftd.trainer.{module}", *arguments]
+    last: dict[str, Any] = {}
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        errors: list[str] = []
+        assert process.stdout is not None
+        assert process.stderr is not None
+        drain = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
+        drain.start()
+        for line in process.stdout:
+            try:
+                last = msgspec.json.decode(line, type=dict[str, Any])
+            except msgspec.MsgspecError:
+                errors.append(line)
+                continue
+            on_progress(last)
+        code = process.wait()
+        drain.join()
+    if code != 0:
+        text = "".join(errors).strip()
+        raise ToolFailed(text or f"{module} ended with exit code {code}", 2 if code == 2 else 1)
+    return last

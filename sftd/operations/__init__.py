@@ -1,0 +1,1 @@
+"""What can be done with runs: one function, one transaction. And what can be read of them."""

@@ -1,0 +1,206 @@
+"""What a daemon does with attempts. Every write checks the lease's token and raises `LeaseLost` when it is another's."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import msgspec
+
+from sftd.domain import decisions
+from sftd.domain import events as e
+from sftd.domain.errors import LeaseLost
+from sftd.domain.failures import Failure
+from sftd.domain.retention import deletable
+from sftd.domain.run import ENDED, Run
+from sftd.operations.context import Context, append_decided, current
+from sftd.store import event_store, positions, queue
+from sftd.store.engine import Store, Tx
+from sftd.store.queue import Lease
+from sftd.wire.journal import Line
+
+# Names event ids of journal lines: ingesting a line twice gives the same id twice.
+_JOURNAL_NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """A lease just taken, the run as it was before, and where the attempt starts."""
+
+    lease: Lease
+    run: Run
+    start: e.AttemptClaimed
+    checkpoint_digest: str | None
+
+
+def claim(
+    store: Store,
+    context: Context,
+    *,
+    daemon: str,
+    host: str,
+    fits: Callable[[Run], bool | None],
+    lease_micros: int,
+) -> Claimed | None:
+    """Lease the run whose turn it is and record the claim.
+
+    `fits` says whether a run's devices are free now (True), are in use (False), or are more than this daemon will
+    ever have (None). A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so
+    that a large run cannot starve. Returns None when nothing can start.
+    """
+    with store.write() as tx:
+        now = context.now()
+        too_large: list[str] = []
+        while (run_id := queue.next_waiting(tx, now, too_large)) is not None:
+            run = current(tx.connection, run_id)
+            fit = fits(run)
+            if fit is None:
+                too_large.append(run_id)
+                continue
+            if not fit:
+                return None
+            checkpoint = run.restart_checkpoint
+            start = decisions.claim(run, daemon, host)
+            lease = Lease(run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
+            queue.lease(tx, run_id, lease.attempt, lease.token, daemon, lease.expires_at)
+            append_decided(tx, context, run_id, run.version, [start], lease.attempt)
+            return Claimed(lease, run, start, checkpoint.manifest_digest if checkpoint else None)
+    return None
+
+
+def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
+    """Record that the attempt's processes were started."""
+    _append_leased(store, context, lease, event)
+
+
+def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, lease_micros: int) -> Lease:
+    """Take a living attempt over from a daemon that is gone."""
+    with store.write() as tx:
+        run = current(tx.connection, old.run_id)
+        lease = Lease(old.run_id, old.attempt, context.new_id(), event.daemon, context.now() + lease_micros)
+        if not queue.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
+            raise LeaseLost
+        append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
+        return lease
+
+
+def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event) -> None:
+    with store.write() as tx:
+        queue.check(tx, lease.run_id, lease.token)
+        run = current(tx.connection, lease.run_id)
+        append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
+
+
+def record(
+    store: Store, context: Context, lease: Lease, lines: list[Line], byte_offset: int
+) -> list[e.Recorded]:
+    """Ingest journal lines, the last of which ends at `byte_offset`: exactly once, and redone steps are compared with
+    the log. Returns the events appended."""
+    if not lines:
+        return []
+    with store.write() as tx:
+        queue.check(tx, lease.run_id, lease.token)
+        run = current(tx.connection, lease.run_id)
+        cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
+        fresh = [line for line in lines if line.number > cursor]
+        new = [
+            e.NewEvent(
+                event=line.event,
+                event_id=str(uuid.uuid5(_JOURNAL_NAMESPACE, f"{lease.run_id}/{lease.attempt}/{line.number}")),
+                occurred_at=line.occurred_at,
+                actor="trainer",
+                attempt=lease.attempt,
+            )
+            for line in fresh
+        ]
+        new = list(_with_anomalies(tx, context, run, new))
+        recorded = event_store.append(tx, lease.run_id, run.version, new, context.now())
+        positions.set_journal_cursor(tx, lease.run_id, lease.attempt, lines[-1].number, byte_offset)
+        return recorded
+
+
+def _with_anomalies(tx: Tx, context: Context, run: Run, new: list[e.NewEvent]) -> list[e.NewEvent]:
+    if not any(decisions.is_redo(run, item.event) for item in new):
+        return new
+    first = min(item.event.step for item in new if isinstance(item.event, e.StepCompleted))
+    # Steps after the last checkpoint before `first` were all recorded after it.
+    since = max((c.version for c in run.checkpoints if c.step < first), default=0)
+    before: dict[int, e.StepCompleted] = {}
+    for r in event_store.read_stream(
+        tx.connection, run.run_id, 0 if run.steps_redone else since, ("StepCompleted",)
+    ):
+        if isinstance(r.event, e.StepCompleted) and r.event.step >= first:
+            before[r.event.step] = r.event
+    out: list[e.NewEvent] = []
+    for item in new:
+        out.append(item)
+        if isinstance(item.event, e.StepCompleted) and (
+            anomaly := decisions.compare_redone(before, item.event)
+        ):
+            out.append(
+                msgspec.structs.replace(
+                    item,
+                    event=anomaly,
+                    event_id=context.new_id(),
+                    actor=context.actor,
+                    causation_id=item.event_id,
+                )
+            )
+    return out
+
+
+def reject_journal(store: Store, context: Context, lease: Lease, what: str) -> None:
+    """Record that an attempt's journal cannot be read any further."""
+    _append_leased(store, context, lease, e.AnomalyDetected(step=0, what=what))
+
+
+def finish(
+    store: Store,
+    context: Context,
+    lease: Lease,
+    *,
+    exit_code: int | None,
+    failure: Failure,
+    lost: bool,
+    backoff_seconds: float,
+) -> Run:
+    """An attempt's processes are gone and its journal is ingested: end the run, or queue its next attempt."""
+    with store.write() as tx:
+        queue.check(tx, lease.run_id, lease.token)
+        run = current(tx.connection, lease.run_id)
+        now = context.now()
+        decided = decisions.end_attempt(
+            run, exit_code=exit_code, failure=failure, lost=lost, now=now, backoff_base=backoff_seconds
+        )
+        append_decided(tx, context, run.run_id, run.version, decided, lease.attempt)
+        run = current(tx.connection, lease.run_id)
+        if run.status in ENDED:
+            queue.leave(tx, run.run_id)
+        else:
+            queue.wait_again(tx, run.run_id, run.retry_at or now)
+        return run
+
+
+def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
+    """Prolong leases. Returns those that were lost."""
+    with store.write(appends=False) as tx:
+        held = queue.renew(tx, [lease.token for lease in leases], context.now() + lease_micros)
+    return [lease for lease in leases if lease.token not in held]
+
+
+def collect_checkpoints(
+    store: Store, context: Context, lease: Lease | None, run_id: str
+) -> list[e.CheckpointDeleted]:
+    """Record the deletion of every checkpoint that nothing keeps. The caller deletes the folders afterwards: a folder
+    too many is harmless, a checkpoint in the log without its folder is not."""
+    with store.write() as tx:
+        if lease is not None:
+            queue.check(tx, run_id, lease.token)
+        run = current(tx.connection, run_id)
+        doomed = [
+            e.CheckpointDeleted(
+                step=c.step, path=c.path, bytes=c.bytes, reason="superseded" if c.superseded else "retention"
+            )
+            for c in deletable(run)
+        ]
+        append_decided(tx, context, run_id, run.version, list(doomed), run.attempt)
+        return doomed

@@ -1,0 +1,71 @@
+"""Everything that can be found wrong with a run before a device is held: reads the model's and the data's files."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
+from sftd.domain.spec import Spec
+from sftd.wire import dataset, model_folder
+
+
+class Preflight(msgspec.Struct, frozen=True):
+    """What submit found in the files of a run that is not refused."""
+
+    shape: ModelShape
+    train: DataFacts
+    val: DataFacts | None
+    planned_steps: int
+    warnings: list[Problem]
+
+
+def inspect(spec: Spec) -> Preflight:
+    """Read the files that the spec names. Raises `Refused` with every problem found in them."""
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    shape = None
+    try:
+        shape = model_folder.read_shape(spec.model.partial_pretrain, spec.model.override_config)
+        model_folder.check_weights(spec.model.partial_pretrain)
+    except Refused as refused:
+        problems += refused.problems
+    if shape is not None:
+        wrong, doubtful = check_model(spec, shape)
+        problems += wrong
+        warnings += doubtful
+    found: dict[str, DataFacts] = {}
+    for where, files in (
+        ("data.train_files", spec.data.train_files),
+        ("data.val_files", spec.data.val_files),
+    ):
+        if not files:
+            continue
+        try:
+            found[where] = dataset.inspect(
+                where,
+                files,
+                # Without a readable model the ids cannot be checked; its problem is told already.
+                vocab_size=shape.vocab_size if shape else 2**31,
+                sequence_length=spec.data.sequence_length,
+                truncation=spec.data.truncation,
+            )
+        except Refused as refused:
+            problems += refused.problems
+    train, val = found.get("data.train_files"), found.get("data.val_files")
+    if train is not None:
+        wrong, doubtful = check_data(spec, train, val)
+        problems += wrong
+        warnings += doubtful
+    if problems or shape is None or train is None:
+        raise Refused(problems)
+    planned = spec.planned_steps(train.usable)
+    if spec.warmup_steps(planned) > planned:
+        raise Refused(
+            Problem(
+                "scheduler.warmup_steps",
+                f"{spec.scheduler.warmup_steps} is more than the {planned} steps of the run",
+                "warm up for fewer steps",
+            )
+        )
+    return Preflight(shape, train, val, planned, warnings)

@@ -1,0 +1,64 @@
+"""What people do with runs: submit, cancel, resume."""
+
+from __future__ import annotations
+
+import msgspec
+
+import sftd
+from sftd.domain import decisions, names
+from sftd.domain.errors import Problem
+from sftd.domain.events import RunSubmitted
+from sftd.domain.run import ENDED, Run
+from sftd.domain.spec import Spec, spec_digest
+from sftd.operations.context import Context, append_decided, current
+from sftd.operations.preflight import Preflight
+from sftd.store import queue
+from sftd.store.engine import Store
+from sftd.store.runs import resolve_id
+
+
+def submit(
+    store: Store, context: Context, spec: Spec, found: Preflight, warnings: list[Problem], user: str
+) -> str:
+    """Record a run and queue it. Returns its id."""
+    submitted = RunSubmitted(
+        spec=msgspec.to_builtins(spec),
+        spec_digest=spec_digest(spec),
+        planned_steps=found.planned_steps,
+        user=user,
+        data={
+            "train": msgspec.to_builtins(found.train),
+            "val": msgspec.to_builtins(found.val) if found.val else None,
+        },
+        model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
+        sftd_version=sftd.__version__,
+        warnings=[str(w) for w in warnings],
+    )
+    # 2^28 names: a name that is taken raises ConcurrencyConflict, and the user submits again.
+    run_id = names.run_id(context.random(4))
+    with store.write() as tx:
+        append_decided(tx, context, run_id, 0, [submitted])
+        queue.enqueue(tx, run_id, spec.launch.priority, context.now())
+    return run_id
+
+
+def cancel(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
+    """Ask a run to end. A waiting run ends at once; an active one when its daemon has seen the request."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        append_decided(
+            tx, context, run.run_id, run.version, decisions.request_stop(run, by, reason), run.attempt or None
+        )
+        run = current(tx.connection, run.run_id)
+        if run.status in ENDED:
+            queue.leave(tx, run.run_id)
+        return run
+
+
+def resume(store: Store, context: Context, prefix: str, by: str, from_step: int | None = None) -> Run:
+    """Queue another attempt of a run that waits after a failure or has ended."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        append_decided(tx, context, run.run_id, run.version, decisions.request_resume(run, by, from_step))
+        queue.wait_again(tx, run.run_id, context.now())
+        return current(tx.connection, run.run_id)

@@ -1,0 +1,214 @@
+"""The MLflow server or store as the mirror needs it: every call that leaves the process is here.
+
+mlflow is imported when the first call is made, never before: the control plane starts without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from sftd.domain.errors import SftdError
+from sftd.projections.mlflow_mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point
+
+# 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
+METRICS_PER_BATCH = 960
+_PARAMS_PER_BATCH = 100
+
+# Marks an experiment as the mirror's own, so that it is found again when a person has renamed it.
+_TAG_EXPERIMENT = "sftd.experiment"
+
+NO_PHONE_HOME = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+_QUIET_DEFAULTS = {
+    # Else creating the tables logs every migration, and each ended run prints a link.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow's own retries keep a call for four minutes, and then it cannot be stopped. The caller backs off instead.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_CREDENTIALS = re.compile(r"//[^/@\s]*@")
+
+
+class MirrorUnavailable(SftdError):
+    """MLflow does not take anything now. Nothing is lost: call again later."""
+
+
+class RemoteRun(NamedTuple):
+    """An MLflow run that mirrors a run of ours, up to version `cursor` of its stream."""
+
+    uuid: str
+    cursor: int
+    status: str
+    end_time: int | None
+    deleted: bool
+
+
+class RemoteExperiment(NamedTuple):
+    """An MLflow experiment."""
+
+    id: str
+    deleted: bool
+
+
+def is_remote(tracking_uri: str) -> bool:
+    """Whether a server stands between us and the store."""
+    return not tracking_uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
+
+
+class Tracking:
+    """Any call raises `MirrorUnavailable` when MLflow does not answer or refuses."""
+
+    def __init__(self, uri: str, artifacts_dir: Path | None) -> None:
+        self._uri = uri
+        # A server decides itself where artifacts go.
+        self._artifacts = artifacts_dir.absolute().as_uri() if artifacts_dir and not is_remote(uri) else None
+        self._opened: Any = None
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        os.environ.update(NO_PHONE_HOME)
+        for name, value in _QUIET_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._opened is None:
+                self._opened = self._open()
+            yield self._opened
+        except (MlflowException, sa.exc.SQLAlchemyError, OSError, json.JSONDecodeError) as error:
+            raise MirrorUnavailable(
+                f"MLflow at {_shown(self._uri)} does not take the mirror's data: {_shown(str(error))}"
+            ) from None
+
+    def _open(self) -> Any:
+        from mlflow.tracking import MlflowClient
+
+        if self._artifacts is not None:
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            # The first to open a store makes its tables and MLflow's "Default" experiment, whose artifacts would be in
+            # ./mlruns of whatever folder we run in.
+            SqlAlchemyStore(self._uri, self._artifacts)
+        return MlflowClient(tracking_uri=self._uri)
+
+    def experiment(self, name: str) -> RemoteExperiment:
+        """Find an experiment by its name, or by the name that the mirror gave it, deleted ones too; else create it."""
+        with self._client() as client:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                found = next((x for x in _experiments(client) if x.tags.get(_TAG_EXPERIMENT) == name), None)
+            if found is not None:
+                return RemoteExperiment(found.experiment_id, found.lifecycle_stage == "deleted")
+            made = client.create_experiment(
+                name, artifact_location=self._artifacts, tags={_TAG_EXPERIMENT: name}
+            )
+            return RemoteExperiment(made, deleted=False)
+
+    def restore_experiment(self, experiment_id: str) -> None:
+        """Undo the deletion of an experiment, and with it that of its runs."""
+        with self._client() as client:
+            client.restore_experiment(experiment_id)
+
+    def find_run(self, experiment_id: str, run_id: str) -> RemoteRun | None:
+        """The MLflow run of a run of ours, deleted or not."""
+        with self._client() as client:
+            from mlflow.entities import ViewType
+
+            found = client.search_runs(
+                [experiment_id], f"tags.`{TAG_RUN}` = '{run_id}'", ViewType.ALL, max_results=10
+            )
+        # More than one only if a create_run was carried out although its answer was lost: the one in use is ahead.
+        return max((_remote(r) for r in found), key=lambda r: (r.cursor, not r.deleted, r.uuid), default=None)
+
+    def create_run(
+        self, experiment_id: str, name: str, start_time: int, tags: Mapping[str, str]
+    ) -> RemoteRun:
+        """Make a run that started at `start_time` (milliseconds)."""
+        with self._client() as client:
+            return _remote(client.create_run(experiment_id, start_time, dict(tags), name))
+
+    def restore_run(self, uuid: str) -> None:
+        """Undo the deletion of a run."""
+        with self._client() as client:
+            client.restore_run(uuid)
+
+    def describe(self, uuid: str, params: Mapping[str, str], datasets: Sequence[DatasetFacts]) -> None:
+        """Write what never changes. Doing it again with the same values does nothing."""
+        with self._client() as client:
+            from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+            entities = [Param(key, value) for key, value in params.items()]
+            for start in range(0, len(entities), _PARAMS_PER_BATCH):
+                client.log_batch(uuid, params=entities[start : start + _PARAMS_PER_BATCH])
+            inputs = [
+                DatasetInput(
+                    Dataset(d.name, d.digest, "local", d.source, profile=d.profile),
+                    [InputTag("mlflow.data.context", d.context)],
+                )
+                for d in datasets
+            ]
+            if inputs:
+                client.log_inputs(uuid, inputs)
+
+    def log(self, uuid: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
+        """Write points and tags in one request. The store commits the points first, then all tags at once.
+
+        A point that is there already, equal in key, value, time and step, is not written again.
+        """
+        with self._client() as client:
+            from mlflow.entities import Metric, RunTag
+
+            client.log_batch(
+                uuid,
+                metrics=[Metric(p.key, p.value, p.timestamp, p.step) for p in points],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+
+    def set_status(self, uuid: str, status: str, end_time: int | None) -> None:
+        """Set the status; `end_time` (milliseconds) is for one that ends the run.
+
+        MLflow cannot take an end time back: a resumed run shows its last one until it ends again.
+        """
+        with self._client() as client:
+            if end_time is None:
+                client.update_run(uuid, status=status)
+            else:
+                client.set_terminated(uuid, status, end_time)
+
+
+def _experiments(client: Any) -> Iterator[Any]:
+    from mlflow.entities import ViewType
+
+    token = None
+    while True:
+        page = client.search_experiments(ViewType.ALL, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _remote(run: Any) -> RemoteRun:
+    cursor = run.data.tags.get(TAG_CURSOR, "")
+    return RemoteRun(
+        uuid=run.info.run_id,
+        # One that a person has spoilt counts as none: what is sent again is there already.
+        cursor=int(cursor) if cursor.isdecimal() else 0,
+        status=run.info.status,
+        end_time=run.info.end_time,
+        deleted=run.info.lifecycle_stage == "deleted",
+    )
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text, without credentials in URLs."""
+    first = _CREDENTIALS.sub("//", text.strip()).partition("\n")[0]
+    return first if len(first) <= 400 else first[:400] + "..."

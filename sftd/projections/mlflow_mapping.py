@@ -1,0 +1,202 @@
+"""What an event means in MLflow's words: metrics, parameters, tags, status, datasets. Pure; knows no server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from sftd.domain import events as e
+from sftd.domain.run import Run, Status
+
+TAG_RUN = "sftd.run"
+TAG_CURSOR = "sftd.cursor"
+
+# The most points that one event becomes.
+POINTS_PER_EVENT = 6
+ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
+
+# MLflow's limits, in characters.
+_PARAM_VALUE = 6000
+_TAG_VALUE = 5000  # 8000 since MLflow 2.x, 5000 on older servers
+_KEY = 250
+_NAME = 250
+_DATASET_NAME = 500
+_DATASET_DIGEST = 36
+_DATASET_SOURCE = 65_535
+
+# MLflow takes paths as keys too, but refuses those that are not normal; a dotted key needs none.
+_NOT_IN_KEY = re.compile(r"[^\w. -]")
+_STATUS: dict[Status, str] = {
+    "queued": "SCHEDULED",
+    "succeeded": "FINISHED",
+    "failed": "FAILED",
+    "cancelled": "KILLED",
+}
+
+
+class Point(NamedTuple):
+    """One value of a metric. `timestamp` is milliseconds since the epoch."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class DatasetFacts(NamedTuple):
+    """A dataset of a run; `context` says what for ("train", "val"), `source` and `profile` are JSON."""
+
+    context: str
+    name: str
+    digest: str
+    source: str
+    profile: str
+
+
+def millis(micros: e.Micros) -> int:
+    """MLflow counts milliseconds."""
+    return micros // 1000
+
+
+def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
+    """The metrics of an event. `highest` holds the highest step seen so far by event type and is moved on.
+
+    A step that a later attempt redoes gives nothing: a redone step equals the log, so its point is already there.
+    """
+    # SampleGenerated is no metric: a text that belongs to a step is an artifact, and would get a branch in the mirror.
+    event = recorded.event
+    if not isinstance(event, e.StepCompleted | e.ValidationCompleted):
+        return []
+    if event.step <= highest.get(recorded.type, -1):
+        return []
+    highest[recorded.type] = event.step
+    at = millis(recorded.occurred_at)
+    if isinstance(event, e.ValidationCompleted):
+        return [Point("val_loss", event.loss, at, event.step)]
+    values = {
+        "loss": event.loss,
+        "grad_norm": event.grad_norm,
+        "lr": event.lr,
+        "tokens_total": float(event.tokens_total),
+        "step_seconds": event.seconds,
+    }
+    if event.seconds > 0:
+        values["tokens_per_second"] = event.tokens_real / event.seconds
+    return [Point(key, value, at, event.step) for key, value in values.items()]
+
+
+def status(run: Run) -> tuple[str, int | None]:
+    """MLflow's status of a run, and when it ended (milliseconds); None while it has not."""
+    name = _STATUS.get(run.status, "RUNNING")
+    ended = name in ENDED and run.ended_at is not None
+    return name, millis(run.ended_at) if ended and run.ended_at is not None else None
+
+
+def tags(run: Run) -> dict[str, str]:
+    """The tags that change while a run goes on. An empty value takes back what an earlier attempt said."""
+    newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
+    texts = {
+        "sftd.status": run.status,
+        "sftd.attempts": str(run.attempt),
+        "sftd.last_checkpoint": newest.path if newest else "",
+        "sftd.cause": run.cause or "",
+        "sftd.message": run.message or "",
+    }
+    return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
+
+
+def first_tags(run_id: str, event: e.RunSubmitted) -> dict[str, str]:
+    """The tags that an MLflow run is created with. People may edit the note: it is never written again."""
+    texts = {
+        TAG_RUN: run_id,
+        "sftd.spec_digest": event.spec_digest,
+        "sftd.user": event.user,
+        "sftd.version": event.sftd_version,
+        "mlflow.user": event.user,
+        "mlflow.source.name": "sftd",
+        "mlflow.source.type": "JOB",
+        "mlflow.note.content": _note(run_id, event),
+    }
+    return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
+
+
+def _note(run_id: str, event: e.RunSubmitted) -> str:
+    lines = [
+        f"sftd run `{run_id}`, submitted by {event.user}.",
+        f"{event.planned_steps} planned steps; spec `{event.spec_digest[:12]}`.",
+    ]
+    model = _section(event.spec, "model").get("partial_pretrain")
+    if model:
+        lines.append(f"Starts from `{model}`.")
+    lines += [f"{data.context}: `{data.name}` {data.profile}" for data in datasets(event)]
+    lines += [f"Warning: {warning}" for warning in event.warnings]
+    return "\n\n".join(lines)
+
+
+def _section(spec: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = spec.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def experiment_name(event: e.RunSubmitted) -> str:
+    """The MLflow experiment that a run belongs to, without any prefix."""
+    return fit(str(_section(event.spec, "trainer").get("project_name") or "default"), _NAME)
+
+
+def run_name(run_id: str, event: e.RunSubmitted) -> str:
+    """What people call the run."""
+    return fit(str(_section(event.spec, "trainer").get("experiment_name") or run_id), _NAME)
+
+
+def params(spec: Mapping[str, Any]) -> dict[str, str]:
+    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`)."""
+    return {_NOT_IN_KEY.sub("_", key)[:_KEY]: fit(text, _PARAM_VALUE) for key, text in _flat(spec, "")}
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and (value or not key):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def fit(text: str, limit: int) -> str:
+    """The text itself, or its beginning with a digest of the whole: equal texts stay equal, others differ."""
+    if len(text) <= limit:
+        return text
+    end = f"... ({len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
+    return text[: limit - len(end)] + end
+
+
+def datasets(event: e.RunSubmitted) -> list[DatasetFacts]:
+    """The data files that submit found; none where the event does not say."""
+    found = []
+    for context in ("train", "val"):
+        facts = _section(event.data, context)
+        files, digest = [str(f) for f in facts.get("files") or ()], str(facts.get("digest") or "")
+        if not files or not digest:
+            continue
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        profile = {k: facts[k] for k in ("rows", "tokens", "trained_tokens") if k in facts}
+        found.append(
+            DatasetFacts(
+                context=context,
+                name=fit(PurePath(files[0]).name + more, _DATASET_NAME),
+                digest=digest[:_DATASET_DIGEST],
+                source=_source(files),
+                profile=json.dumps(profile),
+            )
+        )
+    return found
+
+
+def _source(files: list[str]) -> str:
+    kept = files
+    while len(text := json.dumps({"files": kept, "count": len(files)})) > _DATASET_SOURCE:
+        kept = kept[: len(kept) // 2]
+    return text

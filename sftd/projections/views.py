@@ -1,0 +1,120 @@
+"""The SQL views `view_runs` and `view_checkpoints`: pure functions of the log, never behind it.
+
+`catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
+views anew. Both go through `_apply`, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain import run as run_state
+from sftd.domain.events import Recorded
+from sftd.domain.retention import why_kept
+from sftd.domain.run import Run
+from sftd.store import event_store, positions
+from sftd.store.engine import Store, insert
+from sftd.store.runs import encode_state
+from sftd.store.tables import view_checkpoints, view_runs
+
+NAME = "views"
+_BATCH = 1000
+_decoder = msgspec.json.Decoder(Run)
+
+
+def catch_up(connection: sa.Connection) -> int:
+    """Take in every event behind the views' position. Returns how many."""
+    position = positions.projection_position(connection, NAME)
+    taken = 0
+    while batch := event_store.read_all(connection, position, _BATCH):
+        _apply(connection, batch)
+        position = batch[-1].position
+        positions.set_projection_position(connection, NAME, position)
+        taken += len(batch)
+    return taken
+
+
+def rebuild(store: Store) -> int:
+    """Delete the views and fold them anew from the first event, in one transaction. Returns the events taken in."""
+    with store.write() as tx:
+        for table in (view_runs, view_checkpoints):
+            tx.execute(sa.delete(table))
+        positions.set_projection_position(tx.connection, NAME, 0)
+        return catch_up(tx.connection)
+
+
+def dump(connection: sa.Connection) -> Iterator[bytes]:
+    """Every row of the views as JSON lines in a fixed order: two databases with equal views give equal bytes."""
+    for table in (view_runs, view_checkpoints):
+        for row in connection.execute(sa.select(table).order_by(*table.primary_key.columns)):
+            fields = {str(name): value for name, value in row._mapping.items()}
+            yield msgspec.json.encode({"table": str(table.name), **fields}, order="sorted") + b"\n"
+
+
+def _apply(connection: sa.Connection, batch: list[Recorded]) -> None:
+    by_run = sorted(batch, key=lambda r: (r.run_id, r.version))
+    for run_id, group in groupby(by_run, key=lambda r: r.run_id):
+        state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
+        before = _decoder.decode(state) if state is not None else Run(run_id)
+        run = run_state.fold(before, list(group))
+        _write_run(connection, run)
+        if _kept(run) != _kept(before):
+            _write_checkpoints(connection, run)
+
+
+def _kept(run: Run) -> list[tuple[run_state.CheckpointInfo, str]]:
+    reasons = why_kept(run)
+    return [(c, ", ".join(reasons[c.step])) for c in run.checkpoints]
+
+
+def _text(value: float | str | None) -> str | None:
+    return None if value is None else repr(value) if isinstance(value, float) else value
+
+
+def _write_run(connection: sa.Connection, run: Run) -> None:
+    values = {
+        "version": run.version,
+        "status": run.status,
+        "project": run.spec.trainer.project_name,
+        "name": run.spec.trainer.experiment_name,
+        "user": run.user,
+        "submitted_at": run.submitted_at,
+        "started_at": run.started_at,
+        "ended_at": run.ended_at,
+        "updated_at": run.updated_at,
+        "attempt": run.attempt,
+        "step": run.step,
+        "planned_steps": run.planned_steps,
+        "loss": _text(run.loss),
+        "val_loss": _text(run.last_validation.loss if run.last_validation else None),
+        "seconds_per_step": run.seconds_per_step,
+        "anomalies": run.anomalies,
+        "message": f"{run.cause}: {run.message}" if run.cause else None,
+        "state": encode_state(run),
+    }
+    statement = insert(connection, view_runs).values(run_id=run.run_id, **values)
+    connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
+
+
+def _write_checkpoints(connection: sa.Connection, run: Run) -> None:
+    connection.execute(sa.delete(view_checkpoints).where(view_checkpoints.c.run_id == run.run_id))
+    rows = [
+        {
+            "run_id": run.run_id,
+            "step": c.step,
+            "path": c.path,
+            "bytes": c.bytes,
+            "manifest_digest": c.manifest_digest,
+            "val_loss": _text(c.val_loss),
+            "published_at": c.published_at,
+            "superseded": c.superseded,
+            "kept_because": kept,
+        }
+        for c, kept in _kept(run)
+    ]
+    if rows:
+        connection.execute(sa.insert(view_checkpoints), rows)

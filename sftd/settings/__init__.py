@@ -1,0 +1,101 @@
+"""The environment of the control plane, read once. A value comes from the environment, else from
+`SFTD_HOME/config.toml`, else it has the default written here."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class SettingsError(Exception):
+    """A setting cannot be used."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
+    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds."""
+
+    home: Path
+    database_url: str
+    mlflow_tracking_uri: str
+    cpu_slots: int
+    backoff_seconds: float
+    lease_seconds: float
+    poll_seconds: float
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the daemon's own log."""
+        return self.home / "logs"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """File that the running daemon of this home holds locked."""
+        return self.home / "daemon.lock"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Folder of MLflow's artifacts when its store is the embedded one."""
+        return self.home / "mlartifacts"
+
+
+def _database_url(url: str) -> str:
+    # People and hosting services write the scheme without a driver; SQLAlchemy's default one is not installed.
+    for scheme in ("postgresql://", "postgres://"):
+        if url.startswith(scheme):
+            return "postgresql+psycopg://" + url[len(scheme) :]
+    return _absolute_sqlite(url)
+
+
+def _absolute_sqlite(url: str) -> str:
+    """The daemon runs in another folder than the command that started it, so a relative file is made absolute."""
+    prefix = "sqlite:///"
+    path = url.removeprefix(prefix)
+    if url.startswith(prefix) and path and not path.startswith(("/", ":")):
+        return f"{prefix}{os.path.abspath(path)}"
+    return url
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings. Raises `SettingsError` naming the setting that cannot be used."""
+    home = Path(environ.get("SFTD_HOME") or "~/.sftd").expanduser().absolute()
+    file = home / "config.toml"
+    stored: dict[str, object] = {}
+    if file.is_file():
+        try:
+            stored = tomllib.loads(file.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{file}: {error}") from None
+
+    def value(name: str, default: str, variable: str | None = None) -> str:
+        return environ.get(variable or "SFTD_" + name.upper()) or str(stored.get(name, default))
+
+    def number(name: str, default: float) -> float:
+        text = value(name, str(default))
+        try:
+            parsed = float(text)
+        except ValueError:
+            parsed = -1.0
+        if not parsed > 0:
+            raise SettingsError(
+                f"SFTD_{name.upper()} (or `{name}` in {file}): {text!r} is not a number above 0"
+            )
+        return parsed
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tracking = environ.get("MLFLOW_TRACKING_URI")
+    if tracking is None:
+        tracking = str(stored.get("mlflow_tracking_uri", f"sqlite:///{home}/mlflow.db"))
+    return Settings(
+        home=home,
+        database_url=_database_url(value("database_url", f"sqlite:///{home}/sftd.db")),
+        mlflow_tracking_uri=_absolute_sqlite(tracking),
+        cpu_slots=int(number("cpu_slots", cores)),
+        backoff_seconds=number("backoff_seconds", 15.0),
+        lease_seconds=number("lease_seconds", 30.0),
+        poll_seconds=number("poll_seconds", 0.25),
+    )

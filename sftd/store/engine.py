@@ -1,0 +1,156 @@
+"""Opening a database, and everything in which SQLite and PostgreSQL differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from sftd.domain.errors import DatabaseNotReady, SftdError
+from sftd.store.tables import SCHEMA_REVISION
+
+_WRITE = "sftd_write"
+# Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
+_APPEND_LOCK = 0x73667464
+_BUSY_SECONDS = 30.0
+
+
+class DatabaseUnreachable(SftdError):
+    """The database cannot be opened."""
+
+
+def shown_url(url: str) -> str:
+    """A database URL without its password."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return "(not a database URL)"
+
+
+def open_engine(url: str) -> sa.Engine:
+    """Make an engine. An embedded SQLite file is created with mode 0600 in a folder of mode 0700."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise DatabaseUnreachable(
+            "SFTD_DATABASE_URL is not a database URL such as postgresql://user@host/name"
+        ) from None
+    if parsed.get_backend_name() == "sqlite":
+        return _open_sqlite(parsed)
+    if parsed.get_backend_name() == "postgresql":
+        try:
+            return sa.create_engine(parsed, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise DatabaseUnreachable(f"{error}: install it with `pip install 'sftd[postgres]'`") from None
+    raise DatabaseUnreachable(f"{shown_url(url)}: only SQLite and PostgreSQL are supported")
+
+
+def _open_sqlite(url: sa.URL) -> sa.Engine:
+    if not url.database or url.database == ":memory:":
+        raise DatabaseUnreachable("the database must be a file: several processes share it")
+    path = Path(url.database)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "isolation_level": None})
+
+    @sa.event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        # A deferred transaction that reads and then writes fails with "database is locked" beside another writer.
+        write = connection.get_execution_options().get(_WRITE)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def insert(engine_or_connection: sa.Engine | sa.Connection, table: sa.Table) -> Any:
+    """An INSERT that knows ON CONFLICT, for the dialect at hand."""
+    dialect = engine_or_connection.dialect.name
+    return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
+
+
+class Tx:
+    """A write transaction: everything in it happens or nothing does."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.connection = connection
+        self.appended = False
+
+    def execute(self, statement: Any, parameters: Any = None) -> sa.CursorResult[Any]:
+        """Run one statement."""
+        return self.connection.execute(statement, parameters)
+
+
+class Store:
+    """A database. `before_commit` functions run inside each transaction that appended events, such as the views
+    that must never lag behind the log."""
+
+    def __init__(
+        self, engine: sa.Engine, before_commit: tuple[Callable[[sa.Connection], object], ...] = ()
+    ) -> None:
+        self.engine = engine
+        self.before_commit = before_commit
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A read transaction: one consistent snapshot."""
+        options = {"isolation_level": "REPEATABLE READ"} if self.engine.dialect.name == "postgresql" else {}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self, *, appends: bool = True) -> Iterator[Tx]:
+        """A write transaction. `appends` False is for rows beside the log, such as lease renewals."""
+        with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
+            if appends and self.engine.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_APPEND_LOCK)))
+            tx = Tx(connection)
+            yield tx
+            if tx.appended:
+                for function in self.before_commit:
+                    function(connection)
+
+    def check_schema(self) -> None:
+        """Raises `DatabaseNotReady` when the tables are missing or of another version, `DatabaseUnreachable` when
+        the server does not answer."""
+        found = self.schema_revision()
+        if found is None:
+            raise DatabaseNotReady(
+                f"{shown_url(str(self.engine.url))} has no sftd tables yet. Run `sftd init`."
+            )
+        if found != SCHEMA_REVISION:
+            raise DatabaseNotReady(
+                f"{shown_url(str(self.engine.url))} has tables of revision {found}, this sftd needs {SCHEMA_REVISION}. "
+                "Run `sftd init`."
+            )
+
+    def schema_revision(self) -> str | None:
+        """The Alembic revision of the tables, or None when there are none."""
+        try:
+            with self.engine.connect() as connection:
+                return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+        except sa.exc.ProgrammingError:
+            return None
+        except sa.exc.OperationalError as error:
+            if "no such table" in str(error):
+                return None
+            reason = str(error.orig).strip().splitlines()[0]
+            raise DatabaseUnreachable(
+                f"{shown_url(str(self.engine.url))} does not answer: {reason}"
+            ) from None
+        except sa.exc.DatabaseError as error:
+            raise DatabaseUnreachable(
+                f"{shown_url(str(self.engine.url))} cannot be read: {error.orig}"
+            ) from None

@@ -1,0 +1,51 @@
+"""The state of runs, from the log. The run view spares reading a whole stream; without it the answer is the same."""
+
+from __future__ import annotations
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain import run as run_state
+from sftd.domain.errors import AmbiguousRun, RunNotFound
+from sftd.domain.run import Run
+from sftd.store.event_store import read_stream
+from sftd.store.tables import events, view_runs
+
+_decoder = msgspec.json.Decoder(Run)
+_encoder = msgspec.json.Encoder()
+
+
+def encode_state(run: Run) -> str:
+    """A run's state as JSON; `load_run` reads it back."""
+    return _encoder.encode(run).decode()
+
+
+def load_run(connection: sa.Connection, run_id: str) -> Run:
+    """The run as the log has it now. Raises `RunNotFound`."""
+    state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
+    run = _decoder.decode(state) if state is not None else Run(run_id)
+    run = run_state.fold(run, list(read_stream(connection, run_id, run.version)))
+    if run.version == 0:
+        raise RunNotFound(f"There is no run {run_id}. `sftd ls` lists the runs.")
+    return run
+
+
+def resolve_id(connection: sa.Connection, prefix: str) -> str:
+    """The id of the one run that begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
+    started = sa.select(events.c.run_id).where(events.c.version == 1)
+    if connection.execute(started.where(events.c.run_id == prefix)).scalar() is not None:
+        return prefix
+    # Not LIKE: % and _ in a prefix would match anything.
+    matches = (
+        started.where(sa.func.substr(events.c.run_id, 1, len(prefix)) == prefix)
+        .order_by(events.c.run_id)
+        .limit(6)
+    )
+    found = list(connection.execute(matches).scalars()) if prefix else []
+    if not found:
+        raise RunNotFound(f"There is no run {prefix!r}. `sftd ls` lists the runs.")
+    if len(found) > 1:
+        raise AmbiguousRun(
+            f"{prefix!r} could be {', '.join(found[:5])}{' or others' if len(found) > 5 else ''}."
+        )
+    return str(found[0])

@@ -1,0 +1,130 @@
+"""Every table. Times are whole microseconds since the Unix epoch (UTC).
+
+`events` is the truth. `queue` and `daemons` are operational rows: who may drive what now. `journal_cursors` and
+`projection_positions` say how far was read. `view_*` can be deleted and rebuilt from events.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+# The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
+SCHEMA_REVISION = "0001"
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite gives ids by itself only to a column that is exactly INTEGER.
+_Position = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("position", _Position, primary_key=True, autoincrement=True),
+    sa.Column("event_id", sa.String(36), nullable=False, unique=True),
+    sa.Column("run_id", sa.String(64), nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("type", sa.String(64), nullable=False),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    sa.Column("occurred_at", sa.BigInteger, nullable=False),
+    sa.Column("recorded_at", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("causation_id", sa.String(36)),
+    # JSON as text: PostgreSQL's jsonb would rewrite numbers (-0.0 becomes 0).
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.UniqueConstraint("run_id", "version"),
+    # A deleted position must never be given out again: readers continue behind the highest they saw.
+    sqlite_autoincrement=True,
+)
+
+queue = sa.Table(
+    "queue",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("enqueued_at", sa.BigInteger, nullable=False),
+    sa.Column("not_before", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("token", sa.String(36)),
+    sa.Column("owner", sa.String(64)),
+    sa.Column("expires_at", sa.BigInteger),
+    sa.Index("ix_queue_order", "state", sa.text("priority DESC"), "enqueued_at", "run_id"),
+)
+
+daemons = sa.Table(
+    "daemons",
+    metadata,
+    sa.Column("daemon_id", sa.String(64), primary_key=True),
+    sa.Column("host", sa.String(200), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("create_time", sa.Float(53), nullable=False),
+    sa.Column("home", sa.Text, nullable=False),
+    sa.Column("devices", sa.Text, nullable=False),
+    sa.Column("started_at", sa.BigInteger, nullable=False),
+    sa.Column("seen_at", sa.BigInteger, nullable=False),
+    sa.Column("stopped_at", sa.BigInteger),
+)
+
+journal_cursors = sa.Table(
+    "journal_cursors",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("line", sa.BigInteger, nullable=False),
+    sa.Column("byte_offset", sa.BigInteger, nullable=False),
+)
+
+projection_positions = sa.Table(
+    "projection_positions",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False),
+)
+
+view_runs = sa.Table(
+    "view_runs",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("project", sa.String(200), nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("user", sa.String(200), nullable=False),
+    sa.Column("submitted_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger),
+    sa.Column("ended_at", sa.BigInteger),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("planned_steps", sa.BigInteger, nullable=False),
+    # Text, because a loss may be NaN and must read back bit for bit.
+    sa.Column("loss", sa.String(32)),
+    sa.Column("val_loss", sa.String(32)),
+    sa.Column("seconds_per_step", sa.Float(53)),
+    sa.Column("anomalies", sa.Integer, nullable=False),
+    sa.Column("message", sa.Text),
+    # The folded Run as JSON: from here a decision need not read the whole stream again.
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Index("ix_view_runs_submitted_at", "submitted_at"),
+)
+
+view_checkpoints = sa.Table(
+    "view_checkpoints",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("manifest_digest", sa.String(64), nullable=False),
+    sa.Column("val_loss", sa.String(32)),
+    sa.Column("published_at", sa.BigInteger, nullable=False),
+    sa.Column("superseded", sa.Boolean(create_constraint=False), nullable=False),
+    sa.Column("kept_because", sa.Text, nullable=False),
+)

@@ -1,0 +1,23 @@
+"""Why a trainer ends early. The daemon classifies a failure by the class name in torchelastic's error file."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user gave cannot be trained: bad data, an unsupported model, a layout that does not fit."""
+
+
+class DataError(UserError):
+    """The data files hold something that cannot be trained on."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss or the gradient norm is not a finite number."""
+
+
+class CheckpointInvalid(Exception):
+    """The checkpoint to resume from is not whole, or not the one that was ordered."""
+
+
+class CheckpointSaveFailed(Exception):
+    """A checkpoint could not be written."""

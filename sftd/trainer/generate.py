@@ -1,0 +1,101 @@
+"""Greedy answers to fixed prompts, from the model as it is being trained."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from sftd.domain.events import SampleGenerated
+from sftd.domain.spec import Spec
+from sftd.trainer import model as models
+from sftd.trainer.attention import KeyValueCache, SequenceLayout
+from sftd.trainer.errors import UserError
+from sftd.trainer.session import Session
+from sftd.trainer.trainee import LossFunction, Trainee
+
+
+class Generator:
+    """Answers `trainer.sample_prompts`. Every rank takes part; each data-parallel copy computes the same."""
+
+    def __init__(self, spec: Spec, session: Session) -> None:
+        # transformers takes seconds to import: only runs with sample prompts pay for it.
+        from transformers import AutoTokenizer
+
+        folder = spec.model.partial_pretrain
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=spec.model.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"trainer.sample_prompts needs the tokenizer of {folder}: {error}") from error
+        self._stops = {self._tokenizer.eos_token_id} | _generation_stops(folder)
+        self._prompts = {prompt: self._encode(prompt) for prompt in spec.trainer.sample_prompts}
+        self._limit = spec.trainer.sample_max_tokens
+        self._session = session
+        self._multiple = session.layout.tp if spec.model.megatron.sequence_parallel else 1
+
+    def answers(self, step: int, trainee: Trainee) -> list[SampleGenerated]:
+        """One event for each prompt. Leaves weights, gradients and random streams as they were."""
+        trainee.train(False)
+        with torch.no_grad():
+            events = [self._answer(step, trainee, prompt, ids) for prompt, ids in self._prompts.items()]
+        trainee.train(True)
+        return events
+
+    def _encode(self, prompt: str) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            return list(self._tokenizer(prompt)["input_ids"])
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _answer(self, step: int, trainee: Trainee, prompt: str, ids: list[int]) -> SampleGenerated:
+        cache = KeyValueCache()
+        new: list[int] = []
+        stopped, feed = False, ids
+        while len(new) < self._limit and not stopped:
+            token = self._next(trainee, cache, feed)
+            new.append(token)
+            stopped, feed = token in self._stops, [token]
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        return SampleGenerated(step=step, prompt=prompt, text=text, tokens=len(new), stopped=stopped)
+
+    def _next(self, trainee: Trainee, cache: KeyValueCache, feed: list[int]) -> int:
+        """Feed tokens behind those in the cache; the token that follows, on every rank."""
+        device = self._session.device
+        length = -(-len(feed) // self._multiple) * self._multiple
+        tokens = torch.tensor([feed + [0] * (length - len(feed))], device=device)
+        positions = torch.arange(cache.length, cache.length + length, device=device)
+        layout = SequenceLayout(qkv_format="sbhd", positions=positions, cache=cache)
+
+        def forward(_batch: None, model: Any) -> tuple[Tensor, LossFunction]:
+            output = models.next_token(model, tokens, layout, len(feed) - 1, trainee.shape.vocab_size)
+            return output, partial(_keep, device)
+
+        # The interleaved schedule takes micro-batches by the number of stages only; the copies are not looked at.
+        copies = self._session.layout.pp if self._session.layout.vpp > 1 else 1
+        found = trainee.run([None] * copies, forward, rows=1, length=length, forward_only=True)
+        token = found[0] if found else torch.empty(1, dtype=torch.int64, device=device)
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(token, last, group=parallel_state.get_pipeline_model_parallel_group())
+        # Padding behind the fed tokens is forgotten.
+        cache.length += len(feed)
+        return int(token)
+
+
+def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return output, torch.zeros((), dtype=torch.int, device=device), output
+
+
+def _generation_stops(folder: str) -> set[int]:
+    path = Path(folder) / "generation_config.json"
+    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return set(stops) if isinstance(stops, list) else {stops} if stops is not None else set()

@@ -1,0 +1,241 @@
+"""The attempt from start to end: load, bind, resume, then step, validate and save until the planned steps are done."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sftd.domain.errors import Refused
+from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
+from sftd.domain.layout import ModelShape
+from sftd.trainer import process
+from sftd.trainer import session as sessions
+from sftd.trainer import trainee as trainees
+from sftd.trainer.batches import Batching, share
+from sftd.trainer.checkpoint import Checkpoints, Progress
+from sftd.trainer.data import Rows
+from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
+from sftd.trainer.reporter import Reporter
+from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.trainer.schedule import learning_rate
+from sftd.trainer.validate import validate
+from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.wire.dataset import files_digest
+from sftd.wire.model_folder import read_shape
+
+
+def run(attempt_path: str) -> None:
+    """Train as the attempt's order says. The entry point of every rank."""
+    started = time.perf_counter()
+    attempt = AttemptDir(attempt_path)
+    order = attempt.order()
+    session = sessions.start(order.spec)
+    reporter = Reporter(attempt, session.layout.reports)
+    try:
+        Attempt(attempt, order, session, reporter, started).run()
+        reporter.flush()
+        sessions.close()
+    finally:
+        reporter.close()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """One step summed over all ranks."""
+
+    loss: float
+    trained: int
+    real: int
+    padded: int
+    stop: bool
+
+
+class Attempt:
+    """One attempt on one rank."""
+
+    def __init__(
+        self, attempt: AttemptDir, order: Order, session: sessions.Session, reporter: Reporter, started: float
+    ) -> None:
+        self._attempt = attempt
+        self._order = order
+        self._spec = order.spec
+        self._session = session
+        self._reporter = reporter
+        shape = self._read_shape()
+        self._trainee = trainees.load(self._spec, shape, session, pretrained=order.checkpoint is None)
+        self._environment = sessions.environment(session)
+        reporter.emit(
+            ModelLoaded(
+                architecture=shape.architecture,
+                parameters=self._trainee.parameters,
+                dtype=self._environment["dtype"],
+                device=self._environment["device"],
+                seconds=time.perf_counter() - started,
+                environment=self._environment,
+            )
+        )
+        self._bind_data(shape)
+        self._checkpoints = Checkpoints(order, session, self._trainee, reporter)
+        self._progress = Progress(step=0, tokens_total=0, loss=math.nan, grad_norm=math.nan)
+        self._saved_step = 0
+        self._generator = None
+        if self._spec.trainer.sample_prompts:
+            from sftd.trainer.generate import Generator
+
+            self._generator = Generator(self._spec, session)
+
+    def run(self) -> None:
+        """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""
+        if self._order.checkpoint is not None:
+            self._resume()
+        elif self._spec.trainer.val_before_train:
+            self._validate()
+        stop = False
+        while self._progress.step < self._order.planned_steps and not stop:
+            stop = self._train_step()
+            is_last = self._progress.step == self._order.planned_steps
+            if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
+                self._validate()
+            if is_last or stop or _is_due(self._progress.step, self._spec.trainer.save_interval):
+                self._save(must_succeed=is_last)
+
+    def _read_shape(self) -> ModelShape:
+        try:
+            return read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
+        except Refused as refused:
+            raise UserError(str(refused)) from refused
+
+    def _bind_data(self, shape: ModelShape) -> None:
+        spec, data = self._spec, self._spec.data
+
+        def rows(paths: list[str]) -> Rows:
+            return Rows(
+                paths,
+                sequence_length=data.sequence_length,
+                truncation=data.truncation,
+                vocab_size=shape.vocab_size,
+            )
+
+        self._train, self._val = rows(data.train_files), rows(data.val_files)
+        if not len(self._train):
+            raise DataError(
+                f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
+            )
+        planned = spec.planned_steps(len(self._train))
+        if planned != self._order.planned_steps:
+            raise UserError(
+                f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
+                f"{planned}: have the data files changed?"
+            )
+        self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
+        self._batching = Batching.of(spec, self._session)
+        if self._session.layout.reports:
+            self._reporter.emit(
+                DataBound(
+                    train_rows=len(self._train),
+                    train_digest=files_digest(data.train_files),
+                    val_rows=len(self._val),
+                    val_digest=files_digest(data.val_files),
+                    truncated_rows=self._train.truncated_rows,
+                    dropped_rows=self._train.dropped_rows,
+                    steps_per_epoch=len(self._train) / data.train_batch_size,
+                    planned_steps=planned,
+                )
+            )
+
+    def _resume(self) -> None:
+        manifest = self._checkpoints.load()
+        self._progress = Progress(manifest.step, manifest.tokens_total, math.nan, math.nan)
+        self._saved_step = manifest.step
+        path = self._order.checkpoint or ""
+        self._reporter.emit(
+            TrainingResumed(step=manifest.step, path=path, tokens_total=manifest.tokens_total)
+        )
+
+    def _train_step(self) -> bool:
+        """One optimizer step. Returns whether a stop was asked for. Raises `NonFiniteLoss`."""
+        started = time.perf_counter()
+        step, size = self._progress.step, self._spec.data.train_batch_size
+        rows = self._samples.rows(step * size, size)
+        lengths = self._batching.lengths(self._train.lengths[rows])
+        each = self._batching.size
+        batches = []
+        for number in share(len(lengths), self._session.layout):
+            samples = [self._train[int(row)] for row in rows[number * each : (number + 1) * each]]
+            batches.append(self._batching.make(samples, int(lengths[number])))
+        self._trainee.zero_grad()
+        loss = self._trainee.losses(batches, forward_only=False)
+        rate = learning_rate(step, self._spec, self._order.planned_steps)
+        grad_norm = self._trainee.step(rate)
+        sums = self._sum(
+            loss,
+            sum(b.trained for b in batches),
+            sum(b.real for b in batches),
+            sum(b.rows * b.length for b in batches),
+        )
+        self._progress = Progress(
+            step + 1, self._progress.tokens_total + sums.trained, sums.loss / sums.trained, grad_norm
+        )
+        event = StepCompleted(
+            step=self._progress.step,
+            epoch=self._samples.epoch(step * size),
+            loss=self._progress.loss,
+            grad_norm=grad_norm,
+            lr=rate,
+            tokens=sums.trained,
+            tokens_real=sums.real,
+            tokens_padded=sums.padded,
+            tokens_total=self._progress.tokens_total,
+            samples=size,
+            samples_digest=samples_digest(self._train.numbers[rows]),
+            seconds=time.perf_counter() - started,
+        )
+        self._reporter.emit(event)
+        if not (math.isfinite(event.loss) and math.isfinite(event.grad_norm)):
+            detail = {
+                "loss": event.loss,
+                "grad_norm": event.grad_norm,
+                "samples_digest": event.samples_digest,
+            }
+            self._reporter.emit(AnomalyDetected(step=event.step, what="non_finite_loss", detail=detail))
+            self._reporter.flush()
+            raise NonFiniteLoss(f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}")
+        return sums.stop
+
+    def _sum(self, loss: float, trained: int, real: int, padded: int) -> _Sums:
+        """Everything that a step needs to know of the other ranks, the wish to stop included, in one small all-reduce."""
+        counts = self._session.layout.counts
+        wants_stop = process.stop_signalled() or (
+            self._session.layout.reports and self._attempt.stop_requested()
+        )
+        mine = [loss, trained, real, padded] if counts else [0.0] * 4
+        sums = torch.tensor([*mine, float(wants_stop)], dtype=torch.float64, device=self._session.device)
+        dist.all_reduce(sums)
+        values = sums.tolist()
+        return _Sums(values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0)
+
+    def _validate(self) -> None:
+        step = self._progress.step
+        if len(self._val):
+            round_size = self._spec.num_microbatches
+            self._reporter.emit(
+                validate(step, self._trainee, self._val, self._batching, self._session, round_size)
+            )
+        if self._generator:
+            for event in self._generator.answers(step, self._trainee):
+                self._reporter.emit(event)
+
+    def _save(self, *, must_succeed: bool) -> None:
+        if self._saved_step == self._progress.step:
+            return
+        versions = {name: self._environment[name] for name in ("sftd", "python", "torch", "megatron_core")}
+        self._checkpoints.save(self._progress, versions, must_succeed=must_succeed)
+        self._saved_step = self._progress.step
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

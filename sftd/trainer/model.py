@@ -1,0 +1,223 @@
+"""The model behind one seam: built with Megatron's GPTModel, used through `loss_sum` and `next_token`.
+
+megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
+family to it. If that changes, this is the only module (with its tables in weights.py) that has to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from sftd.domain.layout import ModelShape
+from sftd.domain.spec import Spec
+from sftd.trainer.attention import CausalAttention, SequenceLayout
+from sftd.trainer.batches import MicroBatch
+from sftd.trainer.loss import vocab_parallel_cross_entropy
+from sftd.trainer.norm import RMSNorm
+from sftd.trainer.rope import RotaryEmbedding
+from sftd.trainer.session import Session
+from sftd.wire.dataset import IGNORE_INDEX
+
+
+def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> TransformerConfig:
+    """Megatron's config of the model in `shape`, laid out as `spec` says."""
+    layout, is_cpu = session.layout, session.device.type == "cpu"
+    recompute: dict[str, Any] = {}
+    if spec.model.enable_gradient_checkpointing:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.attention_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Every parameter is loaded; random values would be drawn for nothing.
+        perform_initialization=False,
+        use_cpu_initialization=is_cpu,
+        params_dtype=session.dtype,
+        pipeline_dtype=session.dtype,
+        bf16=session.dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=spec.model.megatron.sequence_parallel,
+        # Σ loss ÷ Σ trained tokens over the whole global batch, whatever the micro-batch or the layout.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        # gloo has no batched point-to-point messages.
+        batch_p2p_comm=not is_cpu,
+        deterministic_mode=False,
+        **recompute,
+    )
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual stage), with unset weights, on its device."""
+    layout = session.layout
+    chunks = []
+    for chunk in range(layout.vpp):
+        stage = chunk if layout.vpp > 1 else None
+        layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=layout.pp_rank)
+        model = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
+            vocab_size=padded_vocabulary(shape.vocab_size, layout.tp),
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            # Megatron's own embedding would be built only to be replaced.
+            position_embedding_type="none",
+            vp_stage=stage,
+        )
+        model.position_embedding_type = "rope"
+        model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        chunks.append(model.to(session.device))
+    return chunks
+
+
+def _layer_spec(shape: ModelShape) -> Any:
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def distribute(
+    config: TransformerConfig, chunks: list[GPTModel], spec: Spec
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks for training: FP32 gradients, reduced over the data-parallel ranks at the end of a step."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        # A bad gradient is reported by the loop, with the step's numbers, rather than asserted on.
+        check_for_nan_in_grad=False,
+    )
+    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    return [
+        DistributedDataParallel(config, settings, m, disable_bucketing=i > 0) for i, m in enumerate(modules)
+    ]
+
+
+def loss_sum(model: torch.nn.Module, batch: MicroBatch, vocab_size: int) -> Tensor:
+    """Σ cross-entropy of the micro-batch's trained tokens, FP32 scalar. On an inner stage: its hidden states [s, b, h]."""
+    output = model(
+        batch.tokens,
+        batch.layout.positions[None],
+        None,
+        labels=batch.labels,
+        packed_seq_params=batch.layout,
+        output_processor=_sum_of_losses,
+        output_processor_context=vocab_size,
+    )
+    return cast(Tensor, output)
+
+
+def _sum_of_losses(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    context: int,
+    **_: object,
+) -> Tensor:
+    """GPTModel's hook behind the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
+    flat_labels = labels.transpose(0, 1).reshape(-1)
+    if not output_layer.sequence_parallel:
+        # Only trained positions need logits; those of the prompts would be computed for nothing. With sequence
+        # parallelism the output layer gathers the positions itself, so there all are computed.
+        trained = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)
+        flat_labels = flat_labels[trained]
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, trained)[:, None]
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    return vocab_parallel_cross_entropy(logits.flatten(0, 1), flat_labels, vocab_size=context).sum()
+
+
+def next_token(
+    model: torch.nn.Module, tokens: Tensor, layout: SequenceLayout, last: int, vocab_size: int
+) -> Tensor:
+    """Most probable token after position `last` of `tokens` int64 [1, s]: int64 [1]; of equals the lowest id.
+
+    On an inner pipeline stage: its hidden states [s, 1, h].
+    """
+    output = model(
+        tokens,
+        layout.positions[None],
+        None,
+        labels=tokens,
+        packed_seq_params=layout,
+        output_processor=_most_probable,
+        output_processor_context=(last, vocab_size),
+    )
+    return cast(Tensor, output)
+
+
+def _most_probable(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: tuple[int, int],
+    **_: object,
+) -> Tensor:
+    last, vocab_size = context
+    if not output_layer.sequence_parallel:
+        hidden_states, last = hidden_states[last : last + 1], 0
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    scores = logits[last, 0].float()
+    first = parallel_state.get_tensor_model_parallel_rank() * scores.numel()
+    scores = scores[: max(0, vocab_size - first)]
+    best = int(scores.argmax()) if scores.numel() else 0
+    # A token id is exact in FP64.
+    mine = torch.tensor(
+        [float(scores[best]) if scores.numel() else float("-inf"), first + best],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    candidates = [
+        torch.empty_like(mine) for _ in range(parallel_state.get_tensor_model_parallel_world_size())
+    ]
+    torch.distributed.all_gather(candidates, mine, group=parallel_state.get_tensor_model_parallel_group())
+    # Ranks hold ascending ids and max keeps the first of equals.
+    return max(candidates, key=lambda c: float(c[0]))[1:].long()

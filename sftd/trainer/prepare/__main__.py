@@ -1,0 +1,104 @@
+"""Command line of the preparation tools; reports as JSON lines on standard output.
+
+    model NAME_OR_PATH --cache DIR                    find, download or convert a model folder
+    stdlib-chats OUT_DIR [--rows N]                   write the demo's chats
+    tokenize SOURCE... --model FOLDER --out FILE      chats to token ids and labels in Parquet
+    show FILE --model FOLDER [--row K]                one tokenised row as text
+
+The last line of a run that succeeds has the event `done` (`row` for `show`). Exit codes: 0; 2 with a
+message on standard error for what the user can mend; anything else is a defect.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.prepare.progress import EventWriter, claim_stdout
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    events = claim_stdout()
+    try:
+        _run(arguments, events)
+    except (PrepareError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
+    # Each command imports its own module, so that none waits for libraries that only another needs.
+    if arguments.command == "model":
+        from sftd.trainer.prepare.model_folder import prepare_model
+
+        events.emit("done", **prepare_model(arguments.name_or_path, arguments.cache, events))
+    elif arguments.command == "stdlib-chats":
+        from sftd.trainer.prepare.stdlib_chats import write_stdlib_chats
+
+        events.emit("done", **write_stdlib_chats(arguments.out_dir, rows=arguments.rows))
+    elif arguments.command == "tokenize":
+        from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
+
+        options = TokenizeOptions(
+            max_length=arguments.max_length,
+            truncation=arguments.truncation,
+            messages_key=arguments.messages_key,
+            val_fraction=arguments.val_fraction,
+            val_out=arguments.val_out,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        done = tokenize_files(arguments.sources, arguments.model, arguments.out, options, events)
+        events.emit("done", **done)
+    else:
+        from sftd.trainer.prepare.show_row import show_row
+
+        trust = arguments.trust_remote_code
+        events.emit(
+            "row", **show_row(arguments.file, arguments.model, arguments.row, trust_remote_code=trust)
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sftd.trainer.prepare", description="Prepare model and data."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    model = commands.add_parser("model", help="find, download or convert a model folder")
+    model.add_argument("name_or_path", help="smollm2, a local folder, or a name on the Hugging Face hub")
+    model.add_argument("--cache", type=Path, required=True, help="folder that downloads are kept in")
+
+    chats = commands.add_parser("stdlib-chats", help="write the demo's chats from Python's own documentation")
+    chats.add_argument("out_dir", type=Path)
+    chats.add_argument("--rows", type=int, help="at most so many chats, both files together")
+
+    tokenize = commands.add_parser("tokenize", help="turn chats into token ids and labels")
+    tokenize.add_argument("sources", type=Path, nargs="+", help="chat files: .jsonl or .parquet")
+    tokenize.add_argument("--model", type=Path, required=True, help="model folder whose tokenizer is used")
+    tokenize.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    tokenize.add_argument("--max-length", type=int, help="longest row, in tokens")
+    tokenize.add_argument("--truncation", choices=("right", "left", "error", "drop"), default="right")
+    tokenize.add_argument("--messages-key", default="messages", help="field or column that holds the chat")
+    tokenize.add_argument("--val-fraction", type=float, help="share of the chats that goes to --val-out")
+    tokenize.add_argument("--val-out", type=Path, help="Parquet file of the held-out chats")
+    tokenize.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
+
+    show = commands.add_parser("show", help="show one tokenised row")
+    show.add_argument("file", type=Path)
+    show.add_argument("--model", type=Path, required=True)
+    show.add_argument("--row", type=int, default=0, help="counted from 0")
+    show.add_argument("--trust-remote-code", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

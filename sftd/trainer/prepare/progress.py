@@ -1,0 +1,34 @@
+"""The JSON lines by which a preparation tool reports to the process that started it."""
+
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+
+class EventWriter:
+    """Writes one JSON object a line, each with the key `event`, and flushes it at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event. `fields` must be JSON-serialisable."""
+        self._stream.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def progress(self, stage: str, **fields: Any) -> None:
+        """Write a `progress` event of the named stage."""
+        self.emit("progress", stage=stage, **fields)
+
+
+def claim_stdout() -> EventWriter:
+    """Keep standard output for events alone.
+
+    File descriptor 1 is made a copy of standard error, so that whatever a library prints, from
+    Python or from C, cannot get between two events.
+    """
+    sys.stdout.flush()
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return EventWriter(events)

@@ -1,0 +1,66 @@
+"""Shows a tokenised row as text, trained and untrained parts apart."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sftd.trainer.prepare.chat_mask import IGNORE_INDEX
+from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, tokenizer_digest
+from sftd.trainer.prepare.tokenize_files import METADATA_KEY
+
+
+def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Decode row `row` (from 0) of a file that `tokenize_files` wrote.
+
+    Returns the fields of the `row` event: `row`, `segments` (a list of `{"text", "trained"}`, one for
+    each run of tokens that are alike in being trained), `tokens` and `trained` (numbers of tokens).
+    Raises PrepareError when there is no such row or another tokenizer made the file.
+    """
+    try:
+        parquet = pq.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise PrepareError(f"There is no file {path}.") from error
+    except pa.ArrowInvalid as error:
+        raise PrepareError(f"{path} is not a Parquet file ({error}).") from error
+    if missing := {"input_ids", "labels"}.difference(parquet.schema_arrow.names):
+        raise PrepareError(
+            f"{path} is no tokenised data set: it has no column {' nor '.join(sorted(missing))}."
+        )
+    rows = parquet.metadata.num_rows
+    if not 0 <= row < rows:
+        raise PrepareError(f"{path} has no row {row}: its {rows} rows are counted from 0.")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    metadata = json.loads((parquet.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+    if metadata.get("tokenizer_digest", tokenizer_digest(tokenizer)) != tokenizer_digest(tokenizer):
+        raise PrepareError(
+            f"{path} was made with another tokenizer than that of {model}; name the model it was made for."
+        )
+    ids, labels = _read(parquet, row)
+    segments = []
+    for trained, run in itertools.groupby(
+        zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX
+    ):
+        text = tokenizer.decode(
+            [id_ for id_, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        segments.append({"text": text, "trained": trained})
+    return {
+        "row": row,
+        "segments": segments,
+        "tokens": len(ids),
+        "trained": len(labels) - labels.count(IGNORE_INDEX),
+    }
+
+
+def _read(parquet: pq.ParquetFile, row: int) -> tuple[list[int], list[int]]:
+    group = 0
+    while row >= parquet.metadata.row_group(group).num_rows:
+        row -= parquet.metadata.row_group(group).num_rows
+        group += 1
+    table = parquet.read_row_group(group, columns=["input_ids", "labels"]).slice(row, 1).to_pylist()[0]
+    return table["input_ids"], table["labels"]

@@ -1,0 +1,87 @@
+"""What a rank's process needs before torch computes anything: its tie to torchrun, signals, warnings, environment."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+
+# (message, category, module) of warnings that third-party code raises on every start and that nobody can act on here.
+_KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
+    # On import, without the optional packages that sftd does without.
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, r"megatron\.core\."),
+    (r"absl\.logging is not installed", UserWarning, r"megatron\.core\."),
+    # About Megatron's own defaults and modules, none of which are chosen here.
+    (r"full scope is deprecated", UserWarning, r"megatron\.core\."),
+    (r"MimoModelConfig is experimental", UserWarning, r"megatron\.core\."),
+    (r"The following imports from `dynamic_context\.py`", DeprecationWarning, r"megatron\.core\."),
+    (r"MLP requires ffn_hidden_size", DeprecationWarning, r"megatron\.core\."),
+    (r"Warning: tp_group is None, using default tp group", DeprecationWarning, r"megatron\.core\."),
+    # Megatron reads a checkpoint's plain values on each rank by itself.
+    (
+        r"torch\.distributed is disabled, unavailable or uninitialized",
+        UserWarning,
+        r"torch\.distributed\.checkpoint",
+    ),
+    (r"The argument order of load has been changed", UserWarning, r"torch\.distributed\.checkpoint"),
+    # Both from inside Megatron's checkpoint code, blamed on whoever passes the call on (such as device_mode.py).
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning, r""),
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning, r""),
+]
+
+_stop_signalled = threading.Event()
+
+
+def prepare() -> None:
+    """Prepare this process: die with torchrun, stop cleanly on SIGTERM, quiet what is known, deterministic cuBLAS."""
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    quiet_third_parties()
+    # Both are read once, when CUDA starts. Deterministic mode raises without the first; the second lets Megatron's
+    # tensor-parallel communication overlap with computing.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when torchrun dies, so that no rank ever outlives it (Linux only).
+
+    Ends the process when torchrun has died already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # An orphan belongs to pid 1; in a container torchrun itself may be pid 1.
+    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+        os._exit(1)
+
+
+def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    _stop_signalled.set()
+
+
+def stop_signalled() -> bool:
+    """Whether this process got SIGTERM."""
+    return _stop_signalled.is_set()
+
+
+def quiet_third_parties() -> None:
+    """Silence the known, harmless noise of the libraries; everything else stays audible."""
+    for message, category, module in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    # Deprecation notices of GPTModel and of the checkpoint writer (model.py and checkpoint.py say why they are used
+    # all the same), and a note on every start that DDP lays out its own buffers.
+    for name in (
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron.core.distributed.distributed_data_parallel",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)

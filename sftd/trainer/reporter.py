@@ -1,0 +1,29 @@
+"""The one rank that writes the journal, seen from all ranks."""
+
+from __future__ import annotations
+
+from sftd.domain.events import Event
+from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.journal import JournalWriter
+
+
+class Reporter:
+    """Appends events on the reporting rank, does nothing on the others: callers need no `if`."""
+
+    def __init__(self, attempt: AttemptDir, is_reporter: bool) -> None:
+        self._journal = JournalWriter(attempt.journal) if is_reporter else None
+
+    def emit(self, event: Event) -> None:
+        """Append an event: one buffered write. When it returns, the event survives this process."""
+        if self._journal:
+            self._journal.append(event)
+
+    def flush(self) -> None:
+        """When it returns, every event so far survives a power cut."""
+        if self._journal:
+            self._journal.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._journal:
+            self._journal.close()

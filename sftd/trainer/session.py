@@ -1,0 +1,171 @@
+"""The process group, the parallel layout, the device and the seeds of this rank."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+import sftd
+from sftd.domain.spec import Spec
+from sftd.trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank` and `dp_rank` count from 0."""
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes alone, as events and manifests show them."""
+        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "dp")}
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's loss and token counts enter the sums: one rank per data-parallel share."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank writes the journal: rank 0 of the last pipeline stage."""
+        return self.counts and self.dp_rank == 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where this rank computes. `dtype` is that of the weights in forward and backward."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+
+
+def start(spec: Spec) -> Session:
+    """Join the process group and seed this rank. Raises `UserError` when the device is not there."""
+    device = _device(spec)
+    # Decided before Megatron makes its first tensor.
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        from sftd.trainer import device_mode, megatron_edges
+
+        device_mode.install()
+        megatron_edges.install_for_cpu()
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))
+        dist.init_process_group("gloo")
+    torch.use_deterministic_algorithms(True)
+    # Deterministic mode would also fill every torch.empty; nothing here reads uninitialised memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    megatron = spec.model.megatron
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_chunks(spec) if _chunks(spec) > 1 else None,
+        context_parallel_size=megatron.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    layout = Layout(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        vpp=_chunks(spec),
+        cp=parallel_state.get_context_parallel_world_size(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+    # Each stage draws its own numbers, as in Megatron-LM; data-parallel copies draw the same ones.
+    seed = megatron.seed + 100 * layout.pp_rank
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    name = megatron.params_dtype
+    is_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
+    return Session(device, torch.bfloat16 if is_bf16 else torch.float32, layout)
+
+
+def close() -> None:
+    """Leave the process group, after every rank has come this far."""
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _chunks(spec: Spec) -> int:
+    return spec.model.megatron.virtual_pipeline_model_parallel_size or 1
+
+
+def _device(spec: Spec) -> torch.device:
+    wanted: str = spec.launch.device
+    if wanted == "auto":
+        wanted = os.environ.get("SFTD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ["LOCAL_RANK"])
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"launch.device is cuda, but this host has {torch.cuda.device_count()} GPUs and rank {index} needs its own"
+        )
+    return torch.device("cuda", index)
+
+
+def environment(session: Session) -> dict[str, Any]:
+    """What decides the numbers of a run besides its spec: versions, device, threads, layout."""
+    import megatron.core
+
+    is_cuda = session.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "megatron_core": megatron.core.__version__,
+        "transformers": _installed_version("transformers"),
+        "sftd": sftd.__version__,
+        "device": torch.cuda.get_device_name(session.device) if is_cuda else "cpu",
+        "cuda": torch.version.cuda if is_cuda else None,
+        "cpu_model": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        "layout": session.layout.sizes,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _installed_version(package: str) -> str | None:
+    # Importing transformers takes seconds; its metadata does not.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

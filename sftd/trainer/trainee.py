@@ -1,0 +1,140 @@
+"""What is being trained on this rank: model chunks, their data-parallel wrappers, the optimizer, and one step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from sftd.domain.layout import ModelShape
+from sftd.domain.spec import Spec
+from sftd.trainer import model as models
+from sftd.trainer import optimizer as optimizers
+from sftd.trainer import weights
+from sftd.trainer.batches import MicroBatch
+from sftd.trainer.session import Session
+
+# Bytes of a checkpoint per parameter: two FP32 moments and the weight in FP32, and in BF16 besides.
+_STATE_BYTES = {torch.float32: 12, torch.bfloat16: 14}
+LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model and its optimizer on this rank. `parameters` and `state_bytes` are those of the whole model."""
+
+    shape: ModelShape
+    config: TransformerConfig
+    chunks: list[GPTModel]
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    session: Session
+    parameters: int
+    state_bytes: int
+
+    def run(
+        self,
+        batches: Sequence[Any],
+        forward: Callable[[Any, Any], Any],
+        *,
+        rows: int,
+        length: int,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Put micro-batches through the pipeline schedule.
+
+        `forward(batch, model)` → (output, loss function), see Megatron's schedules. Returns what the loss functions
+        returned last, on the last stage; nothing on the others.
+        """
+
+        def step(iterator: Iterator[Any], model: Any) -> Any:
+            return forward(next(iterator), model)
+
+        iterators = [iter(batches) for _ in self.model]
+        schedule = get_forward_backward_func()
+        found = schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        return list(found)
+
+    def losses(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> float:
+        """Σ loss over the trained tokens of this rank's micro-batches; gradients are accumulated unless `forward_only`.
+
+        0 on ranks that do not compute the loss.
+        """
+
+        def forward(batch: MicroBatch, model: Any) -> tuple[Tensor, LossFunction]:
+            output = models.loss_sum(model, batch, self.shape.vocab_size)
+            return output, partial(_count, batch)
+
+        first = batches[0]
+        found = self.run(batches, forward, rows=first.rows, length=first.length, forward_only=forward_only)
+        return float(torch.stack(found).double().sum()) if found else 0.0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        for module in self.model:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, then update the weights with the accumulated gradients. Returns the norm before clipping."""
+        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        _ok, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode."""
+        for module in self.model:
+            module.train(mode)
+
+
+def _count(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return output, torch.tensor(batch.trained, dtype=torch.int, device=output.device), output.detach()
+
+
+def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:
+    """Build the model and the optimizer. Weights come from the model folder if `pretrained`; otherwise they are unset,
+    for a checkpoint to fill. Raises `UserError`."""
+    config = models.transformer_config(spec, shape, session)
+    chunks = models.build(config, shape, session)
+    if pretrained:
+        weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
+    model = models.distribute(config, chunks, spec)
+    optimizer = optimizers.build(spec, model, session)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    no_sync = [module.no_sync for module in model]
+    config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    parameters = _count_parameters(chunks, session)
+    state_bytes = parameters * _STATE_BYTES[session.dtype]
+    return Trainee(shape, config, chunks, model, optimizer, session, parameters, state_bytes)
+
+
+def _count_parameters(chunks: list[GPTModel], session: Session) -> int:
+    count = 0
+    if session.layout.dp_rank == 0:
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            # `shared` marks the last stage's copy of a tied embedding.
+            if (is_split or session.layout.tp_rank == 0) and not getattr(parameter, "shared", False):
+                count += parameter.numel()
+    total = torch.tensor(count, dtype=torch.int64, device=session.device)
+    dist.all_reduce(total)
+    return int(total)

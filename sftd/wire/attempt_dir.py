@@ -1,0 +1,147 @@
+"""Every path of an attempt, and the small files in it. One owner: nobody else joins paths under an attempt.
+
+<attempt>/order.json     what to do (written by the launcher before the start, never changed)
+          journal        the trainer's events, one JSON object a line, append-only
+          lease          token of the daemon that may drive this attempt; replaced on adoption
+          process.json   pid and create time of torchrun's session leader
+          exit           exit code of torchrun, written when it ends
+          stop           present when the trainer shall checkpoint at the next step boundary and end
+          output.log     what torchrun and the ranks printed
+          ranks/         torchrun's own folder, with each rank's error file
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from sftd.domain.spec import Spec
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
+    None starts from the pretrained model. `token` names the lease under which the attempt was launched."""
+
+    run_id: str
+    attempt: int
+    token: str
+    spec: Spec
+    planned_steps: int
+    checkpoint_dir: str
+    checkpoint: str | None = None
+    checkpoint_digest: str | None = None
+
+
+class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not."""
+
+    pid: int
+    create_time: float
+    host: str
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader sees the old or the new, never a part; mode 0600; survives a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_private(path: Path) -> None:
+    """Make a folder and its missing parents, mode 0700 (`Path.mkdir` gives the parents the usual mode)."""
+    for folder in (*reversed(path.parents), path):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+class AttemptDir:
+    """The folder of one attempt."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.order_file = self.path / "order.json"
+        self.journal = self.path / "journal"
+        self.lease_file = self.path / "lease"
+        self.process_file = self.path / "process.json"
+        self.exit_file = self.path / "exit"
+        self.stop_file = self.path / "stop"
+        self.output_log = self.path / "output.log"
+        self.ranks_dir = self.path / "ranks"
+
+    def create(self, order: Order) -> None:
+        """Make the folder (mode 0700) and write the order and the lease."""
+        make_private(self.ranks_dir)
+        write_atomic(self.lease_file, order.token.encode())
+        write_atomic(self.order_file, msgspec.json.format(msgspec.json.encode(order), indent=2))
+
+    def order(self) -> Order:
+        """Read the order."""
+        return msgspec.json.decode(self.order_file.read_bytes(), type=Order)
+
+    def lease(self) -> str | None:
+        """Token of the daemon that drives this attempt, or None when there is none."""
+        try:
+            return self.lease_file.read_text()
+        except FileNotFoundError:
+            return None
+
+    def write_lease(self, token: str) -> None:
+        """Hand the attempt to the holder of `token`."""
+        write_atomic(self.lease_file, token.encode())
+
+    def process(self) -> ProcessFile | None:
+        """Identity of the attempt's process, or None when it was never started."""
+        try:
+            return msgspec.json.decode(self.process_file.read_bytes(), type=ProcessFile)
+        except FileNotFoundError:
+            return None
+
+    def write_process(self, process: ProcessFile) -> None:
+        """Record the identity of the attempt's process."""
+        write_atomic(self.process_file, msgspec.json.encode(process))
+
+    def exit_code(self) -> int | None:
+        """torchrun's exit code, or None when it has not ended (or ended without being able to say so)."""
+        try:
+            return int(self.exit_file.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def request_stop(self) -> None:
+        """Ask the trainer to checkpoint at the next step boundary and end."""
+        self.stop_file.touch(mode=0o600)
+
+    def stop_requested(self) -> bool:
+        """Whether the trainer was asked to end."""
+        return self.stop_file.exists()
+
+
+class RunDir:
+    """The folder of one run: its attempts and, unless the spec says otherwise, its checkpoints."""
+
+    def __init__(self, home: str | os.PathLike[str], run_id: str) -> None:
+        self.path = Path(home) / "runs" / run_id
+
+    def attempt(self, number: int) -> AttemptDir:
+        """Folder of attempt `number` (from 1)."""
+        return AttemptDir(self.path / f"attempt-{number:04d}")
+
+    def checkpoint_dir(self, save_dir: str) -> Path:
+        """Folder of the run's checkpoints; a run never shares one with another."""
+        return Path(save_dir) / self.path.name if save_dir else self.path / "checkpoints"

@@ -1,0 +1,179 @@
+"""The training data as both processes read it: Parquet with one sample a row.
+
+`input_ids`: list of integers (token ids); `attention_mask`: list of 0/1; `labels`: list of integers, unshifted
+(`labels[i]` is `input_ids[i]` where trained, -100 elsewhere). The three lists of a row have one length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.layout import DataFacts
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+COLUMNS = ("input_ids", "attention_mask", "labels")
+IGNORE_INDEX = -100
+_PREPARE = "make the file with `sftd prepare`"
+
+
+def files_digest(paths: list[str]) -> str:
+    """sha256 (hex) over the contents of the files in order, each preceded by its size."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).stat().st_size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def inspect(
+    where: str, paths: list[str], *, vocab_size: int, sequence_length: int, truncation: str
+) -> DataFacts:
+    """Read every row of the files and say what is in them.
+
+    `where` is the spec's key that named them. Raises `Refused` with every file's first problem: missing, not
+    Parquet, wrong schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary.
+    """
+    problems: list[Problem] = []
+    rows = tokens = trained = longest = truncated = unusable = 0
+    for path in paths:
+        try:
+            for batch in _row_groups(where, path):
+                counts = _inspect_batch(where, path, batch, vocab_size, sequence_length, truncation)
+                rows += counts[0]
+                tokens += counts[1]
+                trained += counts[2]
+                longest = max(longest, counts[3])
+                truncated += counts[4]
+                unusable += counts[5]
+        except Refused as refused:
+            problems += refused.problems
+    if problems:
+        raise Refused(problems)
+    return DataFacts(
+        files=paths,
+        digest=files_digest(paths),
+        rows=rows,
+        tokens=tokens,
+        trained_tokens=trained,
+        longest=longest,
+        truncated=truncated,
+        unusable=unusable,
+    )
+
+
+def _refuse(where: str, path: str, what: str, mend: str = _PREPARE) -> Refused:
+    return Refused(Problem(where, f"{path}: {what}", mend))
+
+
+def _open(where: str, path: str) -> pq.ParquetFile:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise _refuse(
+            where, path, "no such file", "check the path; relative ones start at the folder you submit from"
+        )
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _refuse(where, path, f"is not a Parquet file ({str(error).splitlines()[0]})") from None
+    return file
+
+
+def _row_groups(where: str, path: str) -> Iterator[pa.Table]:
+    import pyarrow as pa
+
+    with _open(where, path) as file:
+        schema = file.schema_arrow
+        for column in COLUMNS:
+            if column not in schema.names:
+                raise _refuse(
+                    where, path, f"has no column {column!r}; it has {', '.join(schema.names) or 'none'}"
+                )
+            kind = schema.field(column).type
+            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            if not is_list or not pa.types.is_integer(kind.value_type):
+                raise _refuse(where, path, f"column {column!r} is {kind}, not a list of integers")
+        if file.metadata.num_rows == 0:
+            raise _refuse(where, path, "has no rows", "give a file with data")
+        for group in range(file.num_row_groups):
+            try:
+                yield file.read_row_group(group, columns=list(COLUMNS))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise _refuse(
+                    where, path, f"row group {group} is damaged ({str(error).splitlines()[0]})"
+                ) from None
+
+
+def _inspect_batch(
+    where: str, path: str, table: pa.Table, vocab_size: int, sequence_length: int, truncation: str
+) -> tuple[int, int, int, int, int, int]:
+    import numpy as np
+    import pyarrow.compute as pc
+
+    columns = {name: table.column(name).combine_chunks() for name in COLUMNS}
+    for name, column in columns.items():
+        if column.null_count or column.flatten().null_count:
+            raise _refuse(where, path, f"column {name!r} holds nulls")
+    lengths = pc.list_value_length(columns["input_ids"]).to_numpy(zero_copy_only=False)
+    for name in COLUMNS[1:]:
+        other = pc.list_value_length(columns[name]).to_numpy(zero_copy_only=False)
+        if (bad := np.flatnonzero(other != lengths)).size:
+            row = int(bad[0])
+            raise _refuse(
+                where, path, f"row {row} of a row group has {lengths[row]} input_ids but {other[row]} {name}"
+            )
+    ids = columns["input_ids"].flatten().to_numpy(zero_copy_only=False)
+    labels = columns["labels"].flatten().to_numpy(zero_copy_only=False)
+    mask = columns["attention_mask"].flatten().to_numpy(zero_copy_only=False)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad_id = int(ids.min() if ids.min() < 0 else ids.max())
+        mend = "tokenise with the tokenizer of the model that is trained"
+        raise _refuse(
+            where, path, f"token id {bad_id} is outside the model's vocabulary of {vocab_size}", mend
+        )
+    is_trained = labels != IGNORE_INDEX
+    if is_trained.any() and (labels[is_trained].min() < 0 or labels[is_trained].max() >= vocab_size):
+        raise _refuse(
+            where,
+            path,
+            f"a label is neither {IGNORE_INDEX} nor within the model's vocabulary of {vocab_size}",
+        )
+    if mask.size and not np.isin(mask, (0, 1)).all():
+        raise _refuse(where, path, "attention_mask holds values other than 0 and 1")
+    if (mask == 0).any() and _has_left_padding(mask, lengths):
+        raise _refuse(where, path, "has rows padded on the left", "leave padding out: sftd pads by itself")
+    # A row's first token is never predicted, so a label there trains nothing.
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
+    position = np.arange(ids.size) - np.repeat(starts, lengths)
+    cut = np.maximum(lengths - sequence_length, 0) if truncation == "left" else np.zeros_like(lengths)
+    first = np.repeat(cut, lengths)
+    visible = is_trained & (mask == 1) & (position > first) & (position < first + sequence_length)
+    per_row = np.bincount(
+        np.repeat(np.arange(lengths.size), lengths), weights=visible, minlength=lengths.size
+    )
+    return (
+        int(lengths.size),
+        int(mask.sum()),
+        int(per_row.sum()),
+        int(lengths.max(initial=0)),
+        int((lengths > sequence_length).sum()),
+        int((per_row == 0).sum()),
+    )
+
+
+def _has_left_padding(mask: np.ndarray, lengths: np.ndarray) -> bool:
+    import numpy as np
+
+    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
+    return bool((mask[starts] == 0).any())

@@ -1,0 +1,94 @@
+"""Reading the shape of a Hugging Face model folder without transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.layout import ModelShape
+
+_WHERE = "model.partial_pretrain"
+
+
+def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model folder with `override` laid over it. Raises `Refused`."""
+    path = Path(folder)
+    mend = "give a folder that holds config.json, *.safetensors and the tokenizer"
+    if not path.is_dir():
+        raise Refused(Problem(_WHERE, f"no such folder: {folder}", mend))
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise Refused(Problem(_WHERE, f"{folder} holds no config.json", mend)) from None
+    except (ValueError, OSError) as error:
+        raise Refused(Problem(_WHERE, f"{folder}/config.json cannot be read: {error}", mend)) from None
+    if not isinstance(config, dict):
+        raise Refused(Problem(_WHERE, f"{folder}/config.json is not a mapping", mend))
+    return config | override
+
+
+def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
+    """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
+    config = read_config(folder, override)
+    architecture = (config.get("architectures") or ["(none named)"])[0]
+    # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+    try:
+        heads = int(config["num_attention_heads"])
+        return ModelShape(
+            architecture=architecture,
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocab_size=int(config["vocab_size"]),
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(theta),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=architecture == "Qwen2ForCausalLM" or bool(config.get("attention_bias", False)),
+            qk_norm=architecture == "Qwen3ForCausalLM",
+        )
+    except KeyError as error:
+        raise Refused(
+            Problem(
+                _WHERE, f"{folder}/config.json has no {error}", "give the folder of a causal language model"
+            )
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise Refused(
+            Problem(_WHERE, f"{folder}/config.json: {error}", "mend config.json or model.override_config")
+        ) from None
+
+
+def check_weights(folder: str) -> None:
+    """That the folder holds safetensors weights, all shards of them. Raises `Refused`."""
+    path = Path(folder)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise Refused(
+                Problem(_WHERE, f"{index} cannot be read: {error}", "fetch the model again")
+            ) from None
+        missing = sorted(s for s in shards if not (path / s).is_file())
+        if missing:
+            raise Refused(
+                Problem(
+                    _WHERE,
+                    f"{folder} lacks {len(missing)} weight files, such as {missing[0]}",
+                    "fetch the model again",
+                )
+            )
+    elif not any(path.glob("*.safetensors")):
+        raise Refused(
+            Problem(_WHERE, f"{folder} holds no *.safetensors", "save the model with safe_serialization")
+        )

@@ -1,0 +1,89 @@
+"""The shape of the code: small files with a purpose, everything public explained, nothing that ties it to one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = sorted((ROOT / "sftd").rglob("*.py"))
+LONGEST = 400
+VAGUE = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_a_file_is_short_and_named_for_what_it_holds(path: Path) -> None:
+    assert path.name not in VAGUE
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST, "split it where its purpose says `and`"
+
+
+def public(tree: ast.Module) -> Iterator[ast.AST]:
+    yield tree
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+            yield node
+            if isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    if isinstance(member, ast.FunctionDef) and member.name[0] != "_" and not overrides(node):
+                        yield member
+
+
+def overrides(cls: ast.ClassDef) -> bool:
+    """Whether a class may override methods that its base has documented."""
+    return bool(cls.bases)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_everything_public_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    bare = [getattr(node, "name", "module") for node in public(tree) if not ast.get_docstring(node)]  # type: ignore[arg-type]
+    assert bare == []
+
+
+# No path of the machine that it was written on, no package index, nothing left to do.
+FORBIDDEN = re.compile(
+    r"/work/|(?<![\w/.])/root/|/home/\w+/|/tmp/(?!\{)|https?://[\w.-]*(?:pypi|index|mirror)[\w.-]*/simple"
+    r"|\b(?:TODO|FIXME|XXX)\b|breakpoint\(|pdb"
+)
+SHIPPED = sorted(
+    path
+    for pattern in (
+        "sftd/**/*.py",
+        "migrations/**/*.py",
+        "scripts/*",
+        "Makefile",
+        "*.toml",
+        "*.ini",
+        "*.txt",
+        ".ci/*",
+    )
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name)
+def test_nothing_is_left_over(path: Path) -> None:
+    found = [line for line in path.read_text().splitlines() if FORBIDDEN.search(line)]
+    assert found == []
+
+
+def test_the_command_line_is_not_made_of_prints() -> None:
+    """Only the trainer's own output and the CLI talk; a library that prints cannot be used in a daemon."""
+    quiet = [p for p in PACKAGE if p.relative_to(ROOT / "sftd").parts[0] not in ("cli", "trainer")]
+    calls = [
+        name(path)
+        for path in quiet
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []

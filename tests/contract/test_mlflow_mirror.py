@@ -1,0 +1,675 @@
+"""The MLflow mirror against real MLflow: what is in MLflow equals what is in the log, whatever happens on the way."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from sftd.domain import events as e
+from sftd.domain.spec import Spec
+from sftd.projections import mlflow_mirror
+from sftd.projections.mlflow_mirror import MirrorUnavailable, MlflowMirror
+from sftd.projections.mlflow_server import ui_command
+from sftd.store import event_store
+from sftd.store.engine import Store, open_engine
+from sftd.store.positions import projection_position
+from sftd.store.tables import events, metadata, projection_positions
+
+# MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 1_700_000_000_000_000
+History = dict[str, list[tuple[int, int, str]]]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Log:
+    """Writes runs into the log, a second between events."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.now = START
+        self.versions: dict[str, int] = {}
+
+    def add(self, run_id: str, *new: e.Event, attempt: int | None = None) -> None:
+        items = []
+        for event in new:
+            self.now += 1_000_001
+            items.append(
+                e.NewEvent(
+                    event=event,
+                    event_id=str(uuid.uuid4()),
+                    occurred_at=self.now,
+                    actor="test",
+                    attempt=attempt,
+                )
+            )
+        with self.store.write() as tx:
+            event_store.append(tx, run_id, self.versions.get(run_id, 0), items, self.now)
+        self.versions[run_id] = self.versions.get(run_id, 0) + len(items)
+
+    def submit(self, run_id: str, **spec: Any) -> None:
+        built = msgspec.to_builtins(Spec())
+        for section, values in spec.items():
+            built[section] |= values
+        self.add(
+            run_id,
+            e.RunSubmitted(
+                spec=built,
+                spec_digest="d" * 64,
+                planned_steps=9,
+                user="ada",
+                data={
+                    "train": {"files": ["/d/train.parquet"], "digest": "a" * 64, "rows": 5},
+                    "val": {"files": ["/d/val.parquet"], "digest": "b" * 64, "rows": 2},
+                },
+                model={},
+                sftd_version="1.0",
+            ),
+        )
+
+    def train(self, run_id: str, attempt: int, steps: range, **changes: Any) -> None:
+        start = e.AttemptClaimed(daemon="d", host="h", from_step=steps.start - 1)
+        self.add(run_id, start, *(step(n, attempt, **changes) for n in steps), attempt=attempt)
+
+
+def step(number: int, attempt: int = 1, **changes: Any) -> e.StepCompleted:
+    fields: dict[str, Any] = {
+        "epoch": 0,
+        "loss": 1 / number,
+        "grad_norm": math.sqrt(number),
+        "lr": 1e-5 / number,
+        "tokens": 80,
+        "tokens_real": 100,
+        "tokens_padded": 128,
+        "tokens_total": 80 * number,
+        "samples": 4,
+        "samples_digest": "s",
+        "seconds": 0.1 * attempt,
+    }
+    return e.StepCompleted(step=number, **fields | changes)
+
+
+def validation(number: int, loss: float = 2.5) -> e.ValidationCompleted:
+    return e.ValidationCompleted(step=number, loss=loss, tokens=10, rows=2, seconds=0.1)
+
+
+def published(number: int) -> e.CheckpointPublished:
+    return e.CheckpointPublished(
+        step=number, path=f"/c/step-{number}", bytes=1, manifest_digest="m", seconds=1
+    )
+
+
+def never() -> bool:
+    return False
+
+
+def expected(store: Store, run_id: str) -> History:
+    """The history that the log holds, worked out anew: the first value of each step."""
+    history: dict[str, dict[int, tuple[int, int, str]]] = {}
+    with store.read() as connection:
+        types = ("StepCompleted", "ValidationCompleted")
+        for r in event_store.read_stream(connection, run_id, types=types):
+            event, at = r.event, r.occurred_at // 1000
+            if isinstance(event, e.StepCompleted):
+                values = {
+                    "loss": event.loss,
+                    "grad_norm": event.grad_norm,
+                    "lr": event.lr,
+                    "tokens_total": float(event.tokens_total),
+                    "step_seconds": event.seconds,
+                    "tokens_per_second": event.tokens_real / event.seconds,
+                }
+            elif isinstance(event, e.ValidationCompleted):
+                values = {"val_loss": event.loss}
+            else:
+                continue
+            for key, value in values.items():
+                history.setdefault(key, {}).setdefault(event.step, (event.step, at, repr(value)))
+    return {key: [found[n] for n in sorted(found)] for key, found in history.items()}
+
+
+class Server:
+    """What MLflow shows of the mirror's work."""
+
+    def __init__(self, uri: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(uri)
+
+    def run(self, run_id: str, experiment: str = "default") -> Any:
+        from mlflow.entities import ViewType
+
+        found = self.client.get_experiment_by_name(experiment)
+        [run] = self.client.search_runs(
+            [found.experiment_id], f"tags.`sftd.run` = '{run_id}'", ViewType.ALL, max_results=5
+        )
+        return run
+
+    def status(self, run_id: str) -> str:
+        return str(self.run(run_id).info.status)
+
+    def history(self, run_id: str) -> History:
+        """All points, in the order of steps; one that is there twice is seen twice."""
+        run = self.run(run_id)
+        return {
+            key: sorted(
+                (m.step, m.timestamp, repr(m.value))
+                for m in self.client.get_metric_history(run.info.run_id, key)
+            )
+            for key in run.data.metrics
+        }
+
+
+@pytest.fixture(scope="module")
+def first_sync(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """(home, process): the first sync of a process of its own with no MLflow store yet."""
+    home = tmp_path_factory.mktemp("home")
+    engine = open_engine(f"sqlite:///{home}/sftd.db")
+    metadata.create_all(engine)
+    Log(Store(engine)).submit("template", trainer={"project_name": "template"})
+    engine.dispose()
+    (home / "cwd").mkdir()
+    code = f"""
+from pathlib import Path
+from sftd.projections.mlflow_mirror import MlflowMirror
+from sftd.store.engine import Store, open_engine
+store = Store(open_engine("sqlite:///{home}/sftd.db"))
+MlflowMirror(store, "sqlite:///{home}/new/mlflow.db", Path("{home}/mlartifacts")).sync(lambda: False)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=home / "cwd",
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )
+    return home, process
+
+
+@pytest.fixture(scope="module")
+def mlflow_template(first_sync: tuple[Path, subprocess.CompletedProcess[str]]) -> Path:
+    """An MLflow store with tables, to be copied."""
+    return first_sync[0] / "new/mlflow.db"
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+    """A log in a new SQLite store; nothing may be left behind in the working directory."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    engine = open_engine(f"sqlite:///{tmp_path}/sftd.db")
+    metadata.create_all(engine)
+    yield Log(Store(engine))
+    engine.dispose()
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.fixture
+def new_uri(tmp_path: Path, mlflow_template: Path) -> Iterator[Callable[[], str]]:
+    """Makes MLflow stores without runs of the test."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    made: list[str] = []
+
+    def make() -> str:
+        path = tmp_path / f"mlflow-{len(made)}.db"
+        shutil.copyfile(mlflow_template, path)
+        made.append(f"sqlite:///{path}")
+        return made[-1]
+
+    yield make
+    for uri in made:
+        if engine := SqlAlchemyStore._engine_map.pop(uri, None):
+            engine.dispose()
+
+
+@pytest.fixture
+def uri(new_uri: Callable[[], str]) -> str:
+    """The URI of the MLflow store that a test mirrors into."""
+    return new_uri()
+
+
+@pytest.fixture
+def server(uri: str) -> Server:
+    return Server(uri)
+
+
+@pytest.fixture
+def new_mirror(log: Log, uri: str, tmp_path: Path) -> Callable[[], MlflowMirror]:
+    return lambda: MlflowMirror(log.store, uri, tmp_path / "mlartifacts")
+
+
+def position(store: Store) -> int:
+    with store.read() as connection:
+        return projection_position(connection, mlflow_mirror.POSITION)
+
+
+def crash_and_redo(log: Log, run_id: str) -> None:
+    """A run that crashes after step 7, is redone from step 5, and succeeds."""
+    log.submit(run_id)
+    log.add(run_id, validation(0))
+    log.train(run_id, 1, range(1, 6))
+    log.add(run_id, published(5), validation(5), step(6), step(7), attempt=1)
+    log.add(run_id, e.AttemptFailed(cause="oom", message="no memory", exit_code=1), attempt=1)
+    log.train(run_id, 2, range(6, 10))
+    log.add(run_id, validation(9), published(9), attempt=2)
+    log.add(run_id, e.RunSucceeded(steps=9, tokens=720, final_checkpoint="/c/step-9"))
+
+
+def test_history_of_a_redone_run_equals_the_log(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], tmp_path: Path
+) -> None:
+    crash_and_redo(log, "run-1")
+    rows = log.versions["run-1"]
+    mirror = new_mirror()
+    assert mirror.sync(never) == rows
+    assert mirror.sync(never) == 0
+    assert server.history("run-1") == expected(log.store, "run-1")
+    run = server.run("run-1")
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run-1")
+    assert run.info.start_time == (START + 1_000_001) // 1000
+    assert run.info.end_time == log.now // 1000
+    assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+    tags = run.data.tags
+    assert tags["sftd.cursor"] == str(rows)
+    assert (tags["sftd.status"], tags["sftd.attempts"]) == ("succeeded", "2")
+    assert tags["sftd.last_checkpoint"] == "/c/step-9"
+    assert (tags["sftd.cause"], tags["sftd.message"]) == ("", "")
+    assert run.data.params["optimizer.lr"] == "1e-05"
+    inputs = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    assert {c: (d.name, d.digest) for c, d in inputs.items()} == {
+        "train": ("train.parquet", "a" * 36),
+        "val": ("val.parquet", "b" * 36),
+    }
+
+
+def test_a_fresh_mirror_for_every_event_makes_the_same_run(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    crash_and_redo(log, "whole")
+    with log.store.read() as connection:
+        stream = list(event_store.read_stream(connection, "whole"))
+    for r in stream:
+        log.add("pieces", r.event, attempt=r.attempt)
+        assert new_mirror().sync(never) == (len(stream) + 1 if r.version == 1 else 1)
+    assert server.history("pieces") == expected(log.store, "pieces")
+    one, other = server.run("whole").data, server.run("pieces").data
+    assert one.params == other.params
+    volatile = {"sftd.run", "mlflow.runName", "mlflow.note.content"}
+    assert {k: v for k, v in one.tags.items() if k not in volatile} == {
+        k: v for k, v in other.tags.items() if k not in volatile
+    }
+
+
+def test_killed_before_the_position_is_saved(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash_and_redo(log, "run-1")
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_mirror, "set_projection_position", kill)
+        with pytest.raises(Killed):
+            new_mirror().sync(never)
+    assert position(log.store) == 0
+    log.add("run-1", e.ResumeRequested(by="ada"))
+    new_mirror().sync(never)
+    assert server.history("run-1") == expected(log.store, "run-1")
+    assert server.status("run-1") == "SCHEDULED"
+
+
+@pytest.mark.parametrize("same_mirror", [True, False])
+def test_killed_between_the_points_and_the_cursor(
+    log: Log,
+    server: Server,
+    new_mirror: Callable[[], MlflowMirror],
+    monkeypatch: pytest.MonkeyPatch,
+    same_mirror: bool,
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 200))
+    log.add("run-1", step(200, loss=math.nan), step(201, loss=math.inf), attempt=1)
+    mirror = new_mirror()
+    write_tags, calls = SqlAlchemyStore._set_tags, []
+
+    def kill_at_the_second_page(self: Any, run_id: str, tags: Any) -> None:
+        calls.append([t.key for t in tags])
+        if sum("sftd.cursor" in c for c in calls) == 2:
+            raise Killed
+        write_tags(self, run_id, tags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SqlAlchemyStore, "_set_tags", kill_at_the_second_page)
+        with pytest.raises(Killed):
+            mirror.sync(never)
+    assert len(server.history("run-1")["loss"]) == 201
+    assert int(server.run("run-1").data.tags["sftd.cursor"]) < 200
+    # What is sent again comes with more behind it and redone steps: other pages than before.
+    log.train("run-1", 2, range(190, 300))
+    (mirror if same_mirror else new_mirror()).sync(never)
+    history, in_log = server.history("run-1"), expected(log.store, "run-1")
+    assert history["loss"][200] == (201, in_log["loss"][200][1], repr(sys.float_info.max))
+    history["loss"][200] = in_log["loss"][200]  # infinity, as far as MLflow can hold it
+    assert history == in_log
+    assert server.run("run-1").data.tags["sftd.cursor"] == str(log.versions["run-1"])
+
+
+def test_killed_after_the_run_was_created(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    crash_and_redo(log, "run-1")
+    for function in ("_log_params", "log_inputs", "update_run_info", "_log_metrics"):
+        with monkeypatch.context() as patch:
+            patch.setattr(SqlAlchemyStore, function, kill)
+            with pytest.raises(Killed):
+                new_mirror().sync(never)
+    new_mirror().sync(never)
+    assert server.history("run-1") == expected(log.store, "run-1")
+    assert len(server.run("run-1").inputs.dataset_inputs) == 2
+
+
+def test_without_its_position_the_mirror_reads_all_and_writes_nothing(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for run_id in ("run-1", "run-2"):
+        crash_and_redo(log, run_id)
+    log.submit("run-3")
+    new_mirror().sync(never)
+    end = position(log.store)
+    with log.store.write(appends=False) as tx:
+        tx.execute(sa.delete(projection_positions))
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("the mirror wrote")
+
+    for function in ("log_batch", "update_run_info", "create_run", "log_inputs", "create_experiment"):
+        monkeypatch.setattr(SqlAlchemyStore, function, refuse)
+    monkeypatch.setattr(mlflow_mirror, "_WINDOW", 7)
+    assert new_mirror().sync(never) == end == position(log.store)
+
+
+def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]) -> None:
+    mirror = new_mirror()
+
+    def after(*new: e.Event, attempt: int | None = None) -> str:
+        log.add("run-1", *new, attempt=attempt)
+        mirror.sync(never)
+        return server.status("run-1")
+
+    log.submit("run-1")
+    mirror.sync(never)
+    assert server.status("run-1") == "SCHEDULED"
+    claimed = e.AttemptClaimed(daemon="d", host="h", from_step=0)
+    assert after(claimed, attempt=1) == "RUNNING"
+    assert after(step(1), attempt=1) == "RUNNING"
+    assert (
+        after(e.AttemptFailed(cause="nccl", message="lost", exit_code=1, retry_at=1), attempt=1) == "RUNNING"
+    )
+    assert after(claimed, attempt=2) == "RUNNING"
+    assert after(e.AttemptLost(message="gone"), e.RunFailed(cause="lost", message="gave up")) == "FAILED"
+    run = server.run("run-1")
+    assert run.info.end_time == log.now // 1000
+    assert run.data.tags["sftd.message"] == "gave up"
+    assert after(e.ResumeRequested(by="ada")) == "SCHEDULED"
+    assert after(claimed, step(2, 3), attempt=3) == "RUNNING"
+    assert server.run("run-1").data.tags["sftd.message"] == ""
+    assert after(e.StopRequested(by="ada")) == "RUNNING"
+    assert after(e.RunCancelled(by="ada")) == "KILLED"
+    # The end moves, though the status stays, when all of a second end comes at once.
+    assert after(e.ResumeRequested(by="ada"), claimed, e.RunCancelled(by="ada")) == "KILLED"
+    assert server.run("run-1").info.end_time == log.now // 1000
+    assert server.history("run-1") == expected(log.store, "run-1")
+
+
+def test_nan_and_long_params(log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]) -> None:
+    files = [f"/data/{n:04}.parquet" for n in range(500)]
+    overrides = {f"key_{n}": n for n in range(150)}
+    log.submit("run-1", data={"train_files": files}, model={"override_config": overrides})
+    log.train("run-1", 1, range(1, 4), loss=math.nan)
+    log.add("run-1", validation(3, math.nan), attempt=1)
+    new_mirror().sync(never)
+    assert server.history("run-1") == expected(log.store, "run-1")
+    params = server.run("run-1").data.params
+    assert len(params["data.train_files"]) == 6000
+    assert params["model.override_config.key_149"] == "149"
+
+
+def test_interleaved_runs(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_mirror, "_WINDOW", 5)
+    log.submit("run-1", trainer={"experiment_name": "first"})
+    log.submit("run-2")
+    for start in range(1, 40, 3):
+        for run_id in ("run-1", "run-2"):
+            log.train(run_id, start, range(start, start + 3), loss=float(start + len(run_id)))
+    mirror = new_mirror()
+    for _ in range(3):
+        # Stops after a few requests, wherever that is.
+        answers = iter([False] * 9 + [True])
+        mirror.sync(lambda answers=answers: next(answers))
+    mirror.sync(never)
+    for run_id in ("run-1", "run-2"):
+        assert server.history(run_id) == expected(log.store, run_id)
+    assert server.run("run-1").info.run_name == "first"
+
+
+def test_types_of_a_newer_sftd_are_passed_over(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1")
+    log.add("run-1", e.AttemptAdopted(daemon="d", host="h", pid=1))
+    with log.store.write() as tx:
+        tx.execute(sa.update(events).where(events.c.version == 2).values(type="Dreamt"))
+    mirror = new_mirror()
+    assert mirror.sync(never) == 2
+    assert server.run("run-1").data.tags["sftd.cursor"] == "2"
+    log.train("run-1", 1, range(1, 4))
+    mirror.sync(never)
+    assert server.history("run-1") == expected(log.store, "run-1")
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_deleted_in_mlflow(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], what: str
+) -> None:
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 4))
+    mirror = new_mirror()
+    mirror.sync(never)
+    run = server.run("run-1")
+    if what == "run":
+        server.client.delete_run(run.info.run_id)
+    else:
+        server.client.delete_experiment(run.info.experiment_id)
+    with log.store.write(appends=False) as tx:
+        tx.execute(sa.delete(projection_positions))
+    new_mirror().sync(never)
+    assert server.run("run-1").info.lifecycle_stage == "deleted", "there was nothing new to say"
+    log.train("run-1", 2, range(4, 6))
+    with pytest.raises(MirrorUnavailable):
+        mirror.sync(never)  # it learns of the deletion
+    mirror.sync(never)
+    assert server.run("run-1").info.run_id == run.info.run_id
+    assert server.run("run-1").info.lifecycle_stage == "active"
+    assert server.history("run-1") == expected(log.store, "run-1")
+
+
+def test_gone_for_good_is_written_again(
+    log: Log, new_uri: Callable[[], str], new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 400))
+    new_mirror().sync(never)
+    log.add("run-1", step(400), attempt=1)
+    # The position says that only the last step is new; an empty MLflow says that all is.
+    other = new_uri()
+    MlflowMirror(log.store, other).sync(never)
+    assert Server(other).history("run-1") == expected(log.store, "run-1")
+
+
+def test_on_every_database(store: Store, uri: str, server: Server) -> None:
+    log = Log(store)
+    crash_and_redo(log, "run-1")
+    MlflowMirror(store, uri).sync(never)
+    log.add("run-1", e.ResumeRequested(by="ada", from_step=5))
+    log.train("run-1", 3, range(6, 12))
+    log.add("run-1", validation(9), validation(11), attempt=3)
+    MlflowMirror(store, uri).sync(never)
+    assert server.history("run-1") == expected(store, "run-1")
+    assert server.status("run-1") == "RUNNING"
+
+
+def test_renamed_experiment_stays_in_use(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1", trainer={"project_name": 'it\'s a "name"'})
+    new_mirror().sync(never)
+    found = server.client.get_experiment_by_name('it\'s a "name"')
+    server.client.rename_experiment(found.experiment_id, "better")
+    log.train("run-1", 1, range(1, 4))
+    new_mirror().sync(never)
+    assert server.run("run-1", "better").data.tags["sftd.cursor"] == "5"
+
+
+def test_a_second_set_of_experiments(
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    crash_and_redo(log, "run-1")
+    new_mirror().sync(never)
+    MlflowMirror(log.store, uri, experiment_prefix="new/", position_name="mlflow-new").sync(never)
+    assert server.run("run-1", "new/default").info.run_id != server.run("run-1").info.run_id
+    assert server.run("run-1", "new/default").data.metrics == server.run("run-1").data.metrics
+
+
+def test_mlflow_sets_up_its_store_in_silence(
+    first_sync: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    home, done = first_sync
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list((home / "cwd").iterdir()) == []
+    engine = sa.create_engine(f"sqlite:///{home}/new/mlflow.db")
+    with engine.connect() as connection:
+        places = connection.execute(sa.text("SELECT artifact_location FROM experiments")).scalars().all()
+    engine.dispose()
+    assert len(places) == 2
+    assert all(place.startswith(f"file://{home}/mlartifacts") for place in places)
+
+
+def test_two_mirrors_do_not_send_twice(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    write, sent = SqlAlchemyStore._log_metrics, []
+
+    def count(self: Any, run_id: str, metrics: list[Any]) -> None:
+        sent.extend((m.key, m.step) for m in metrics)
+        write(self, run_id, metrics)
+
+    monkeypatch.setattr(SqlAlchemyStore, "_log_metrics", count)
+    log.submit("run-1")
+    mirrors = new_mirror(), new_mirror()
+    for start in range(1, 20, 2):
+        log.train("run-1", start, range(start, start + 2))
+        mirrors[start % 4 == 1].sync(never)
+    assert len(sent) == len(set(sent)) == 20 * 6
+    assert server.history("run-1") == expected(log.store, "run-1")
+
+
+@contextmanager
+def mlflow_server(uri: str, artifacts: Path, port: int) -> Iterator[None]:
+    """A real MLflow server, ready to answer."""
+    command = ui_command(uri, artifacts, port)
+    assert command is not None
+    argv, environment = command
+    process = subprocess.Popen(
+        argv, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not healthy(port):
+            assert time.monotonic() < deadline, "the MLflow server does not come up"
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"the MLflow server ended with {process.wait(timeout=0.05)}")
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_server_that_is_away_for_the_middle_third(
+    log: Log, uri: str, server: Server, tmp_path: Path
+) -> None:
+    port = free_port()
+    mirror = MlflowMirror(log.store, f"http://ada:secret@127.0.0.1:{port}")
+    log.submit("run-1")
+    with mlflow_server(uri, tmp_path / "mlartifacts", port):
+        log.train("run-1", 1, range(1, 201))
+        assert mirror.sync(never) == 202
+    before = server.history("run-1")
+    assert before == expected(log.store, "run-1")
+    log.add("run-1", e.AttemptLost(message="host restarted", retry_at=1), attempt=1)
+    log.train("run-1", 2, range(150, 401), loss=math.nan)
+    for _ in range(3):
+        with pytest.raises(MirrorUnavailable) as caught:
+            mirror.sync(never)
+    assert "secret" not in str(caught.value)
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert server.history("run-1") == before
+    with mlflow_server(uri, tmp_path / "mlartifacts", port):
+        log.train("run-1", 3, range(401, 601))
+        log.add("run-1", e.RunFailed(cause="oom", message="gave up"))
+        assert mirror.sync(never) == 455
+        assert mirror.sync(never) == 0
+    assert server.history("run-1") == expected(log.store, "run-1")
+    assert server.status("run-1") == "FAILED"
+    assert server.run("run-1").data.tags["sftd.last_checkpoint"] == ""

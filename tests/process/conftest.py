@@ -1,0 +1,62 @@
+"""A tiny model, and a home in which the real `sftd` runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.process.harness import SHAPE, VOCABULARY, Home
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a Llama with 2 layers and random weights."""
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    rng = np.random.default_rng(0)
+    hidden, ffn, kv = 64, 128, 32
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "self_attn.q_proj.weight": (hidden, hidden),
+            layer + "self_attn.k_proj.weight": (kv, hidden),
+            layer + "self_attn.v_proj.weight": (kv, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, hidden),
+            layer + "mlp.gate_proj.weight": (ffn, hidden),
+            layer + "mlp.up_proj.weight": (ffn, hidden),
+            layer + "mlp.down_proj.weight": (hidden, ffn),
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "post_attention_layernorm.weight": (hidden,),
+        }
+    weights = {
+        name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, 0.05, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_model: Path) -> Iterator[Home]:
+    """A fresh home. Whatever still runs in it at the end is killed."""
+    home = Home(tmp_path, tiny_model)
+    yield home
+    mine = str(tmp_path / "home")
+    doomed = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SFTD_HOME") == mine:
+                doomed.append(process)
+        except (psutil.Error, OSError):
+            continue
+    for process in doomed:
+        process.kill()
+    psutil.wait_procs(doomed, timeout=10)

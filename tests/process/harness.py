@@ -1,0 +1,174 @@
+"""A home of its own, tiny data, and the real `sftd` in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from sftd.launcher import processes
+from sftd.wire.attempt_dir import AttemptDir
+
+VOCABULARY = 128
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
+
+
+def write_rows(path: Path, rows: int, seed: int = 0, **columns: Any) -> Path:
+    """A Parquet file of random samples; `columns` replace columns."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, 33, rows)
+    ids = [rng.integers(0, VOCABULARY, n).tolist() for n in lengths]
+    labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in ids]
+    table = {
+        "input_ids": pa.array(ids, pa.list_(pa.int32())),
+        "attention_mask": pa.array([[1] * len(row) for row in ids], pa.list_(pa.int8())),
+        "labels": pa.array(labels, pa.list_(pa.int32())),
+    }
+    pq.write_table(
+        pa.table({name: array for name, array in (table | columns).items() if array is not None}), path
+    )
+    return path
+
+
+class Home:
+    """An SFTD_HOME and the `sftd` command on it."""
+
+    def __init__(self, path: Path, model: Path) -> None:
+        self.path = path
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))} | {
+            "SFTD_HOME": str(path / "home"),
+            "SFTD_BACKOFF_SECONDS": "0.1",
+            "MLFLOW_TRACKING_URI": "",
+            "COLUMNS": "200",
+        }
+        self.config = path / "run.yaml"
+        write_rows(path / "train.parquet", 64)
+        write_rows(path / "val.parquet", 8, seed=1)
+        self.config.write_text(
+            yaml.safe_dump(
+                {
+                    "model": {"partial_pretrain": str(model)},
+                    "data": {
+                        "train_files": [str(path / "train.parquet")],
+                        "val_files": [str(path / "val.parquet")],
+                        "train_batch_size": 4,
+                        "sequence_length": 32,
+                    },
+                    "training": {"micro_batch_size_per_gpu": 2},
+                    "optimizer": {"lr": 1e-3},
+                    "trainer": {"max_steps": 12, "save_interval": 5},
+                    "launch": {"threads_per_rank": 1},
+                }
+            )
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "sftd", *arguments]
+
+    def run(self, *arguments: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run one command to its end; `check` is the exit code it must have."""
+        done = subprocess.run(
+            self.command(*arguments), env=self.env, cwd=self.path, capture_output=True, text=True, timeout=240
+        )
+        if check is not None:
+            assert done.returncode == check, (
+                f"sftd {' '.join(arguments)} → {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
+        return done
+
+    def submit(self, *overrides: str) -> str:
+        """Queue a run of the home's config. Returns its id."""
+        return self.run("submit", str(self.config), *overrides, "-q").stdout.strip()
+
+    def drain(self) -> str:
+        """Run a daemon until the queue is empty. Returns its log."""
+        return self.run("daemon", "--drain").stderr
+
+    def start_daemon(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a daemon in the foreground of a process of its own."""
+        log = open(self.path / "daemon.log", "a")  # noqa: SIM115
+        with log:
+            return subprocess.Popen(
+                self.command("daemon", *arguments),
+                env=self.env,
+                cwd=self.path,
+                stdout=log,
+                stderr=log,
+                text=True,
+            )
+
+    def follow(self, run_id: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Read the run's events as they come until one matches; it is returned. Blocks on the pipe."""
+        with subprocess.Popen(
+            self.command("events", "-f", "--json", run_id), env=self.env, stdout=subprocess.PIPE, text=True
+        ) as stream:
+            assert stream.stdout is not None
+            try:
+                for line in stream.stdout:
+                    event = json.loads(line)
+                    if until(event):
+                        return event
+            finally:
+                stream.kill()
+        raise AssertionError(
+            f"{run_id} ended without the awaited event:\n" + self.run("events", run_id).stdout
+        )
+
+    def wait(self, run_id: str, status: str) -> dict[str, Any]:
+        """Wait until the run has ended. Returns its state, which must have `status`."""
+        with subprocess.Popen(
+            self.command("events", "-f", run_id), env=self.env, stdout=subprocess.DEVNULL
+        ) as stream:
+            assert stream.wait(timeout=240) == 0
+        shown = self.show(run_id)
+        assert shown["status"] == status, self.run("events", run_id).stdout + self.run("logs", run_id).stdout
+        return shown
+
+    def show(self, run_id: str) -> dict[str, Any]:
+        return json.loads(self.run("show", run_id, "--json").stdout)
+
+    def events(self, run_id: str, *types: str) -> list[dict[str, Any]]:
+        """The run's events, optionally of some types."""
+        lines = self.run("events", run_id, "--json").stdout.splitlines()
+        return [e for e in map(json.loads, lines) if not types or e["type"] in types]
+
+    def attempt(self, run_id: str, number: int = 1) -> AttemptDir:
+        return AttemptDir(self.path / "home" / "runs" / run_id / f"attempt-{number:04d}")
+
+    def kill_ranks(self, run_id: str, number: int = 1) -> None:
+        """SIGKILL the training ranks of an attempt."""
+        pids = processes.ranks(self.attempt(run_id, number).order().token)
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
+    """Matches the event of a step, or of a later one."""
+    return lambda event: event["type"] == "StepCompleted" and event["payload"]["step"] >= step

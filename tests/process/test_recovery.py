@@ -1,0 +1,200 @@
+"""What must hold when things die: ranks, daemons, checkpoints. Real daemon, real torchrun, real kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import psutil
+import pytest
+
+from sftd.wire import journal
+from tests.process.harness import Home, at_step
+
+pytestmark = pytest.mark.slow
+
+# Long enough that a kill lands in the middle, on a machine of any speed that waits for events.
+LONG = ("trainer.max_steps=120", "trainer.save_interval=20")
+
+
+def numbers(event: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a step must come out the same again."""
+    p = event["payload"]
+    return tuple(p[name] for name in ("loss", "grad_norm", "lr", "tokens", "tokens_total", "samples_digest"))
+
+
+def timeline(home: Home, run_id: str) -> dict[int, tuple[Any, ...]]:
+    """Step → numbers, as the last attempt that made the step recorded them."""
+    return {e["payload"]["step"]: numbers(e) for e in home.events(run_id, "StepCompleted")}
+
+
+def assert_log_holds_journals(home: Home, run_id: str) -> None:
+    """Every journal line is in the log once, in order, and no more than those."""
+    events = home.events(run_id)
+    assert [e["version"] for e in events] == list(range(1, len(events) + 1))
+    for number in range(1, home.show(run_id)["attempt"] + 1):
+        lines, _ = journal.read(home.attempt(run_id, number).journal, limit=10**9)
+        ingested = [e for e in events if e["attempt"] == number and e["actor"] == "trainer"]
+        assert [type(line.event).__name__ for line in lines] == [e["type"] for e in ingested]
+        steps = [line.event.step for line in lines if type(line.event).__name__ == "StepCompleted"]
+        assert steps == [e["payload"]["step"] for e in ingested if e["type"] == "StepCompleted"]
+
+
+def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
+    undisturbed = home.submit(*LONG)
+    crashed = home.submit(*LONG)
+    daemon = home.start_daemon("--drain")
+    home.follow(crashed, at_step(50))
+    home.kill_ranks(crashed)
+    shown = home.wait(crashed, "succeeded")
+    assert daemon.wait(timeout=120) == 0
+
+    assert shown["attempt"] == 2
+    assert shown["steps_redone"] > 0
+    assert shown["anomalies"] == 0
+    assert timeline(home, crashed) == timeline(home, undisturbed)
+    failed = home.events(crashed, "AttemptFailed")[0]["payload"]
+    assert failed["cause"] == "killed"
+    assert any("SIGKILL" in line or "exitcode" in line for line in failed["evidence"])
+    resumed = home.events(crashed, "TrainingResumed")[0]["payload"]
+    assert resumed["step"] in (40, 60, 80, 100)
+    assert_log_holds_journals(home, crashed)
+    # The default policy keeps two, and the best of what was validated.
+    assert {c["step"] for c in shown["checkpoints"]} >= {100, 120}
+    assert not (home.attempt(crashed).path.parent / "checkpoints" / "step-00000020").exists()
+
+
+def test_training_survives_the_daemon(home: Home) -> None:
+    run_id = home.submit(*LONG)
+    first = home.start_daemon()
+    home.follow(run_id, at_step(10))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    process = home.attempt(run_id).process()
+    assert process is not None
+    assert psutil.pid_exists(process.pid)
+    # It goes on without any daemon, to its end.
+    psutil.wait_procs([psutil.Process(process.pid)], timeout=120)
+
+    home.drain()
+    shown = home.wait(run_id, "succeeded")
+    assert shown["attempt"] == 1
+    assert len(home.events(run_id, "AttemptAdopted")) == 1
+    assert [e["payload"]["step"] for e in home.events(run_id, "StepCompleted")] == list(range(1, 121))
+    assert_log_holds_journals(home, run_id)
+
+
+def test_a_new_daemon_adopts_living_training(home: Home) -> None:
+    run_id = home.submit("trainer.max_steps=400", "trainer.save_interval=0")
+    first = home.start_daemon()
+    home.follow(run_id, at_step(5))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == 0
+    process = home.attempt(run_id).process()
+    assert process is not None
+    assert psutil.pid_exists(process.pid)
+
+    second = home.start_daemon("--drain")
+    home.follow(run_id, lambda e: e["type"] == "AttemptAdopted")
+    home.wait(run_id, "succeeded")
+    assert second.wait(timeout=120) == 0
+    assert_log_holds_journals(home, run_id)
+
+
+def test_views_rebuilt_from_events_are_equal(home: Home) -> None:
+    home.submit()
+    failed = home.submit("trainer.experiment_name=other")
+    (home.path / "train.parquet").rename(home.path / "gone.parquet")
+    home.drain()
+    shown = home.show(failed)
+    assert shown["status"] == "failed"
+    assert shown["attempt"] == 1, "a user's error is not retried"
+    assert shown["cause"] == "user error", shown["message"]
+    before = home.run("views", "dump").stdout
+    assert before.count("\n") >= 2
+    home.run("views", "rebuild")
+    assert home.run("views", "dump").stdout == before
+
+
+def test_cancel_checkpoints_and_resume_goes_on(home: Home) -> None:
+    steps = ("trainer.max_steps=300", "trainer.save_interval=0")
+    run_id = home.submit(*steps)
+    daemon = home.start_daemon()
+    home.follow(run_id, at_step(20))
+    home.run("cancel", run_id, "--reason", "lunch")
+    shown = home.wait(run_id, "cancelled")
+    stopped_at = shown["step"]
+    assert 20 <= stopped_at < 300
+    assert [c["step"] for c in shown["checkpoints"]] == [stopped_at]
+
+    home.run("resume", run_id)
+    home.follow(run_id, lambda e: e["type"] == "TrainingResumed")
+    shown = home.wait(run_id, "succeeded")
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(timeout=60) == 0
+    assert shown["steps_redone"] == 0
+    assert shown["step"] == 300
+    assert_log_holds_journals(home, run_id)
+
+
+def test_resume_from_an_earlier_step_redoes_the_same(home: Home) -> None:
+    run_id = home.submit("checkpoint.keep_last=5", "trainer.save_interval=4")
+    home.drain()
+    before = timeline(home, run_id)
+    refused = home.run("resume", run_id, check=2)
+    assert "--from-step" in refused.stderr
+    refused = home.run("resume", run_id, "--from-step", "3", check=2)
+    assert "0, 4, 8, 12" in refused.stderr
+    home.run("resume", run_id, "--from-step", "4")
+    home.drain()
+    shown = home.show(run_id)
+    assert shown["status"] == "succeeded"
+    assert shown["steps_redone"] == 8
+    assert shown["anomalies"] == 0
+    assert timeline(home, run_id) == before
+
+
+def test_a_damaged_checkpoint_is_rejected_and_the_one_before_used(home: Home) -> None:
+    run_id = home.submit("checkpoint.keep_last=5", "trainer.save_interval=4")
+    home.drain()
+    folder = home.attempt(run_id).path.parent / "checkpoints" / "step-00000008"
+    victim = max((f for f in folder.rglob("*") if f.suffix == ".distcp"), key=lambda f: f.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    home.run("resume", run_id, "--from-step", "8")
+    home.drain()
+    shown = home.show(run_id)
+    assert shown["status"] == "succeeded"
+    assert shown["anomalies"] == 0
+    rejected = home.events(run_id, "CheckpointRejected")[0]["payload"]
+    assert rejected["step"] == 8
+    assert victim.name in rejected["reason"]
+    assert home.events(run_id, "TrainingResumed")[-1]["payload"]["step"] == 4
+
+
+def test_a_crash_loop_ends_with_an_explanation(home: Home) -> None:
+    run_id = home.submit("launch.max_restarts=1", *LONG)
+    daemon = home.start_daemon()
+    for number in (1, 2):
+        home.follow(run_id, lambda e, n=number: e["type"] == "ModelLoaded" and e["attempt"] == n)
+        home.kill_ranks(run_id, number)
+    shown = home.wait(run_id, "failed")
+    daemon.send_signal(signal.SIGTERM)
+    daemon.wait(timeout=60)
+    assert shown["attempt"] == 2
+    assert shown["cause"] == "crash loop"
+    assert "2 attempts in a row" in shown["message"]
+
+
+def test_data_parallel_run_in_two_ranks(home: Home) -> None:
+    one = home.submit()
+    two = home.submit("launch.nproc_per_node=2", "launch.threads_per_rank=1")
+    home.drain()
+    assert home.show(two)["status"] == "succeeded"
+    for a, b in zip(home.events(one, "StepCompleted"), home.events(two, "StepCompleted"), strict=True):
+        assert a["payload"]["samples_digest"] == b["payload"]["samples_digest"]
+        assert b["payload"]["loss"] == pytest.approx(a["payload"]["loss"], rel=1e-5)
+    listed = json.loads(home.run("ls", "--json").stdout)
+    assert {row["run_id"]: row["status"] for row in listed} == {one: "succeeded", two: "succeeded"}

@@ -1,0 +1,385 @@
+"""Everything a user can get wrong is refused at submit: what, where, how to mend it; and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from sftd.cli import main
+from tests.process.harness import SHAPE, VOCABULARY, Home, write_rows
+
+INT = pa.list_(pa.int32())
+Prepare = Callable[[Home], None]
+
+
+def config(text: str) -> Prepare:
+    return lambda home: home.config.write_text(text) and None
+
+
+def append(text: str) -> Prepare:
+    return lambda home: home.config.write_text(home.config.read_text() + text) and None
+
+
+def rows(**columns: object) -> Prepare:
+    return lambda home: write_rows(home.path / "train.parquet", 3, **columns) and None
+
+
+def shape(**changes: object) -> Prepare:
+    """Replace the model by one whose config.json differs."""
+
+    def prepare(home: Home) -> None:
+        folder = home.path / "other-model"
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in (SHAPE | changes).items() if v is not None})
+        )
+        (folder / "model.safetensors").write_bytes(b"")
+        spec = yaml.safe_load(home.config.read_text())
+        spec["model"]["partial_pretrain"] = str(folder)
+        home.config.write_text(yaml.safe_dump(spec))
+
+    return prepare
+
+
+def nothing(home: Home) -> None:
+    """The config as it is."""
+
+
+def three(*values: list[int]) -> pa.Array:
+    return pa.array(list(values), INT)
+
+
+GOOD = [1, 2, 3]
+M = "model.megatron."
+# name: (what is done to the home, overrides, where the problem is, what is said, how to mend it)
+TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
+    "unknown key": (nothing, ["optimizer.lrr=1"], "optimizer.lrr", "unknown key", "optimizer.lr"),
+    "unknown section": (nothing, ["optimiser.lr=1"], "optimiser.lr", "unknown key", "optimizer.lr"),
+    "unknown key in the file": (
+        append("sheduler: {type: linear}\n"),
+        [],
+        "sheduler.type",
+        "unknown key",
+        "scheduler.type",
+    ),
+    "section is a number": (nothing, ["optimizer=3"], "optimizer", "is a section", "optimizer.KEY"),
+    "not key=value": (
+        nothing,
+        ["trainer.max_steps"],
+        "trainer.max_steps",
+        "not of the form",
+        "optimizer.lr=1e-5",
+    ),
+    "wrong type": (nothing, ["trainer.max_steps=many"], "trainer.max_steps", "'many'", "a whole number"),
+    "bool for a number": (nothing, ["optimizer.lr=true"], "optimizer.lr", "True", "a number"),
+    "fraction for a count": (
+        nothing,
+        ["trainer.max_steps=1.5"],
+        "trainer.max_steps",
+        "1.5",
+        "a whole number",
+    ),
+    "zero steps": (nothing, ["trainer.max_steps=0"], "trainer.max_steps", "0", "a whole number"),
+    "negative learning rate": (nothing, ["optimizer.lr=-1e-5"], "optimizer.lr", "-1e-05", "a number"),
+    "infinite learning rate": (
+        nothing,
+        ["optimizer.lr=.inf"],
+        "optimizer.lr",
+        "not a finite number",
+        "finite",
+    ),
+    "beta of one": (nothing, ["optimizer.adam_beta1=1.0"], "optimizer.adam_beta1", "1.0", "a number"),
+    "unknown schedule": (
+        nothing,
+        ["scheduler.type=cosin"],
+        "scheduler.type",
+        "cosin",
+        "constant, linear, cosine",
+    ),
+    "betas of verl": (nothing, ["optim.betas=0.9"], "optim.betas", "cannot be used", "two numbers"),
+    "resume mode of verl": (
+        nothing,
+        ["trainer.resume_mode=disable"],
+        "trainer.resume_mode",
+        "cannot be used",
+        "sftd resume",
+    ),
+    "messages of verl": (
+        nothing,
+        ["data.messages_key=messages"],
+        "data.messages_key",
+        "cannot be used",
+        "sftd prepare",
+    ),
+    "two names, two values": (
+        append("optim: {lr: 3.0}\n"),
+        [],
+        "optim",
+        "another name for",
+        "keep one",
+    ),
+    "batch not divisible": (
+        nothing,
+        ["data.train_batch_size=5"],
+        "data.train_batch_size",
+        "5 is not a multiple",
+        "use 4 or 6",
+    ),
+    "ranks not divisible": (
+        nothing,
+        [f"{M}tensor_model_parallel_size=2", "launch.nproc_per_node=3"],
+        "launch.nproc_per_node",
+        "3 ranks",
+        "multiple of 2",
+    ),
+    "heads not divisible": (
+        nothing,
+        [f"{M}tensor_model_parallel_size=3", "data.train_batch_size=6"],
+        f"{M}tensor_model_parallel_size",
+        "4 attention heads",
+        "1, 2",
+    ),
+    "layers not divisible": (
+        nothing,
+        [f"{M}pipeline_model_parallel_size=3"],
+        f"{M}pipeline_model_parallel_size",
+        "2 layers",
+        "product divides the layers",
+    ),
+    "virtual pipeline alone": (
+        nothing,
+        [f"{M}virtual_pipeline_model_parallel_size=2"],
+        f"{M}virtual_pipeline",
+        "at least 2 ranks",
+        "pipeline_model_parallel_size",
+    ),
+    "sequence parallel alone": (
+        nothing,
+        [f"{M}sequence_parallel=true"],
+        f"{M}sequence_parallel",
+        "one tensor-parallel rank",
+        "2 or more",
+    ),
+    "context parallel": (
+        nothing,
+        [f"{M}context_parallel_size=2"],
+        f"{M}context_parallel_size",
+        "trains with 1",
+        "set it to 1",
+    ),
+    "several machines": (nothing, ["launch.nnodes=2"], "launch.nnodes", "one machine", "set it to 1"),
+    "warm-up too long": (
+        nothing,
+        ["scheduler.warmup_steps=99"],
+        "scheduler.warmup_steps",
+        "more than the 12 steps",
+        "fewer",
+    ),
+    "path in a project name": (
+        nothing,
+        ["trainer.project_name=../../etc"],
+        "trainer.project_name",
+        "not a plain name",
+        "letters",
+    ),
+    "no data": (nothing, ["data.train_files=[]"], "data.train_files", "is empty", "sftd prepare"),
+    "no model": (
+        nothing,
+        ["model.partial_pretrain=''"],
+        "model.partial_pretrain",
+        "is not set",
+        "Hugging Face folder",
+    ),
+    "no such config": (lambda home: home.config.unlink(), [], "run.yaml", "cannot be read", "YAML file"),
+    "broken YAML": (config("model: [1"), [], "run.yaml, line", "not valid YAML", "mend the line"),
+    "key twice": (
+        config("trainer: {max_steps: 1, max_steps: 2}"),
+        [],
+        "run.yaml, line 1",
+        "given twice",
+        "mend the line",
+    ),
+    "YAML is a list": (config("- 1"), [], "run.yaml", "not a mapping", "model:"),
+    "YAML of Python objects": (
+        config("a: !!python/object/apply:os.getcwd []"),
+        [],
+        "run.yaml",
+        "not valid YAML",
+        "mend",
+    ),
+    "no such model": (
+        nothing,
+        ["model.partial_pretrain=/no/such/model"],
+        "model.partial_pretrain",
+        "no such folder",
+        "config.json",
+    ),
+    "model of another kind": (
+        shape(architectures=["BertModel"]),
+        [],
+        "model.partial_pretrain",
+        "BertModel",
+        "LlamaForCausalLM",
+    ),
+    "model config without sizes": (
+        shape(hidden_size=None),
+        [],
+        "model.partial_pretrain",
+        "hidden_size",
+        "causal language model",
+    ),
+    "no such data": (
+        nothing,
+        ["data.train_files=nowhere.parquet"],
+        "data.train_files",
+        "no such file",
+        "check the path",
+    ),
+    "no such validation data": (
+        nothing,
+        ["data.val_files=nowhere.parquet"],
+        "data.val_files",
+        "no such file",
+        "check the path",
+    ),
+    "data is no Parquet": (
+        lambda home: (home.path / "train.parquet").write_text("text") and None,
+        [],
+        "data.train_files",
+        "not a Parquet file",
+        "sftd prepare",
+    ),
+    "data without labels": (rows(labels=None), [], "data.train_files", "no column 'labels'", "sftd prepare"),
+    "data of texts": (
+        rows(input_ids=pa.array(["a", "b", "c"])),
+        [],
+        "data.train_files",
+        "not a list of integers",
+        "sftd prepare",
+    ),
+    "data without rows": (
+        lambda home: write_rows(home.path / "train.parquet", 0) and None,
+        [],
+        "data.train_files",
+        "no rows",
+        "with data",
+    ),
+    "lists of unequal length": (
+        rows(labels=three(GOOD, GOOD, GOOD)),
+        [],
+        "data.train_files",
+        "input_ids but 3 labels",
+        "sftd prepare",
+    ),
+    "token outside the vocabulary": (
+        rows(
+            input_ids=three(GOOD, [1, 2, VOCABULARY], GOOD),
+            attention_mask=three([1] * 3, [1] * 3, [1] * 3),
+            labels=three(GOOD, GOOD, GOOD),
+        ),
+        [],
+        "data.train_files",
+        f"token id {VOCABULARY}",
+        "tokenizer of the model",
+    ),
+    "negative token": (
+        rows(
+            input_ids=three(GOOD, [1, -2, 3], GOOD),
+            attention_mask=three([1] * 3, [1] * 3, [1] * 3),
+            labels=three(GOOD, GOOD, GOOD),
+        ),
+        [],
+        "data.train_files",
+        "token id -2",
+        "tokenizer of the model",
+    ),
+    "no trained label": (
+        rows(
+            input_ids=three(GOOD, GOOD, GOOD),
+            attention_mask=three([1] * 3, [1] * 3, [1] * 3),
+            labels=three(*[[-100] * 3] * 3),
+        ),
+        [],
+        "data.train_files",
+        "none of the 3 rows",
+        "masks",
+    ),
+    "labels beyond the cut": (
+        nothing,
+        ["data.sequence_length=4"],
+        "data.train_files",
+        "within 4 tokens",
+        "sequence_length",
+    ),
+    "rows too long": (
+        nothing,
+        ["data.sequence_length=20", "data.truncation=error"],
+        "data.train_files",
+        "longer than",
+        "data.truncation",
+    ),
+    "nulls": (
+        rows(
+            input_ids=pa.array([GOOD, None, GOOD], INT),
+            attention_mask=three([1] * 3, [1] * 3, [1] * 3),
+            labels=three(GOOD, GOOD, GOOD),
+        ),
+        [],
+        "data.train_files",
+        "nulls",
+        "sftd prepare",
+    ),
+}
+
+
+def contents(home: Home) -> list[tuple[object, ...]]:
+    """Every row of every table."""
+    with sqlite3.connect(home.path / "home" / "sftd.db") as connection:
+        tables = [
+            r[0]
+            for r in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
+        ]
+        return [(t, *row) for t in tables for row in connection.execute(f'SELECT * FROM "{t}"')]
+
+
+@pytest.fixture
+def sftd(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """The command in this process, in the home."""
+    for name, value in home.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(home.path)
+    return lambda *arguments: CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("name", list(TABLE))
+def test_refused(name: str, home: Home, sftd: Callable[..., object]) -> None:
+    prepare, overrides, where, what, mend = TABLE[name]
+    accepted = sftd("submit", "run.yaml", "-q")
+    assert accepted.exit_code == 0, accepted.output  # type: ignore[attr-defined]
+    before = contents(home)
+
+    prepare(home)
+    done = sftd("submit", "run.yaml", *overrides)
+    assert done.exit_code == 2, done.output  # type: ignore[attr-defined]
+    said = done.stderr.replace("\n", " ")  # type: ignore[attr-defined]
+    for text in (where, what, mend):
+        assert text in said, said
+    assert "Traceback" not in said
+    assert contents(home) == before
+
+
+def test_refused_in_an_empty_home_makes_no_database(home: Home, sftd: Callable[..., object]) -> None:
+    done = sftd("submit", "run.yaml", "foo=1")
+    assert done.exit_code == 2  # type: ignore[attr-defined]
+    assert not (home.path / "home").exists()
+
+
+def test_every_problem_is_told_at_once(sftd: Callable[..., object]) -> None:
+    done = sftd("submit", "run.yaml", "optimizer.lrr=1", "trainer.max_steps=x", "scheduler.type=y")
+    assert "3 problems" in done.stderr  # type: ignore[attr-defined]

@@ -1,0 +1,227 @@
+"""Tiny random models, data and attempts; `launch` trains them with the real trainer under the real torchrun."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sftd.domain.events import Event, StepCompleted, ValidationCompleted
+from sftd.domain.spec import Spec
+from sftd.domain.spec_parse import parse
+from sftd.wire import journal
+from sftd.wire.attempt_dir import AttemptDir, Order
+
+VOCAB = 250
+TRAIN_ROWS = 37
+PROMPT = "abc"
+E = TypeVar("E", bound=Event)
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "eos_token_id": 0,
+    "bos_token_id": 1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Name → (transformers model, config, what its config gets besides the sizes).
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
+    "llama3_rope": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny models of `MODELS`, in FP32, each with a tokenizer of one token per character."""
+    folder = tmp_path_factory.mktemp("models")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+        from tokenizers import Tokenizer, decoders, pre_tokenizers
+        from tokenizers.models import WordLevel
+
+        words = {"<eos>": 0, "<bos>": 1, "<unk>": 2} | {chr(33 + i): 3 + i for i in range(VOCAB - 3)}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+        )
+        fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
+        for name, (model, config, extra) in MODELS.items():
+            torch.manual_seed(7)
+            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES, **extra)).float()
+            with torch.no_grad():
+                # Norms start at one and biases at zero, which would hide a wrong mapping.
+                for parameter in network.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+            network.save_pretrained(folder / name)
+            fast.save_pretrained(folder / name)
+    return folder
+
+
+def write_rows(path: Path, rows: int, seed: int, row_group_size: int = 10) -> None:
+    """Random rows of 6 to 60 tokens, each with a prompt that is not trained."""
+    rng = np.random.default_rng(seed)
+    ids, labels = [], []
+    for _ in range(rows):
+        tokens = rng.integers(3, VOCAB, int(rng.integers(6, 61)))
+        trained = tokens.copy()
+        trained[: int(rng.integers(1, tokens.size - 1))] = -100
+        ids.append(tokens.tolist())
+        labels.append(trained.tolist())
+    table = pa.table({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels})
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.parquet and val.parquet (whose 11 rows no batch size divides)."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "train.parquet", TRAIN_ROWS, seed=1)
+    write_rows(folder / "val.parquet", 11, seed=2)
+    return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """An attempt that has ended."""
+
+    attempt: AttemptDir
+    code: int
+    output: str
+
+    def events(self, kind: type[E]) -> list[E]:
+        """Its events of one type, in order."""
+        return [e for e in self.all_events() if isinstance(e, kind)]
+
+    def all_events(self) -> list[Event]:
+        """Its events in order."""
+        return [line.event for line in journal.read(self.attempt.journal)[0]]
+
+    def steps(self) -> dict[int, StepCompleted]:
+        """Its steps by number."""
+        return {e.step: e for e in self.events(StepCompleted)}
+
+    def validations(self) -> dict[int, ValidationCompleted]:
+        """Its validations by step."""
+        return {e.step: e for e in self.events(ValidationCompleted)}
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of a published checkpoint."""
+        return Path(self.attempt.order().checkpoint_dir) / f"step-{step:08d}"
+
+    def errors(self) -> str:
+        """What the ranks wrote into torchelastic's error files."""
+        return "\n".join(p.read_text() for p in self.attempt.ranks_dir.rglob("error.json"))
+
+
+class Trainer:
+    """Prepares and runs attempts of the tiny Llama."""
+
+    def __init__(self, root: Path, models: Path, data: Path) -> None:
+        self._root = root
+        self._models = models
+        self._data = data
+        self._done: dict[str, Run] = {}
+
+    def spec(self, ranks: int = 1, **overrides: Any) -> Spec:
+        """Six steps of eight samples; `overrides` are dotted keys with __ for the dot."""
+        config = {
+            "model": {"partial_pretrain": str(self._models / "llama_tied")},
+            "data": {
+                "train_files": [str(self._data / "train.parquet")],
+                "val_files": [str(self._data / "val.parquet")],
+                "train_batch_size": 8,
+                "sequence_length": 64,
+            },
+            "optimizer": {"lr": 1e-3},
+            "scheduler": {"warmup_steps": 2, "min_lr_ratio": 0.1},
+            "trainer": {"max_steps": 6, "save_interval": 3, "val_check_interval": 2},
+            "launch": {"nproc_per_node": ranks, "device": "cpu"},
+        }
+        return parse(config, [(key.replace("__", "."), value) for key, value in overrides.items()])[0]
+
+    def prepare(self, name: str, spec: Spec, **order: Any) -> AttemptDir:
+        """Write the order of an attempt."""
+        attempt = AttemptDir(self._root / name)
+        shutil.rmtree(attempt.path, ignore_errors=True)
+        fields = {"checkpoint_dir": str(attempt.path / "checkpoints"), "planned_steps": spec.planned_steps(TRAIN_ROWS)}
+        attempt.create(Order(run_id="run", attempt=1, token="token", spec=spec, **fields | order))
+        return attempt
+
+    def start(
+        self, attempt: AttemptDir, limits: Callable[[], None] | None = None, module: str = "sftd.trainer"
+    ) -> subprocess.Popen[bytes]:
+        """torchrun on an attempt, warnings being errors."""
+        ranks = attempt.order().spec.world_size
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error", CUDA_VISIBLE_DEVICES="")
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+        argv += ["--standalone", "--max-restarts", "0", "--log-dir", str(attempt.ranks_dir)]
+        argv += ["-m", module] if not module.endswith(".py") else [module]
+        with open(attempt.output_log, "wb") as log:
+            return subprocess.Popen(
+                [*argv, str(attempt.path)], env=environment, stdout=log, stderr=log, preexec_fn=limits
+            )
+
+    def finish(self, attempt: AttemptDir, process: subprocess.Popen[bytes], *, expect: int | None = 0) -> Run:
+        """Wait for the end; anything but the expected exit code fails the test with the output."""
+        code = process.wait(timeout=240)
+        output = attempt.output_log.read_text(errors="replace")
+        if expect is not None and code != expect:
+            pytest.fail(f"exit code {code}\n{output[-6000:]}")
+        return Run(attempt, code, output)
+
+    def run(self, name: str, ranks: int = 1, **overrides: Any) -> Run:
+        """Train an attempt from the pretrained model to its end, once per name in the whole test session."""
+        if name not in self._done:
+            attempt = self.prepare(name, self.spec(ranks, **overrides))
+            self._done[name] = self.finish(attempt, self.start(attempt))
+        return self._done[name]
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path) -> Trainer:
+    """Runs attempts, and keeps those that have ended for other tests to compare with."""
+    return Trainer(tmp_path_factory.mktemp("attempts"), models, data)
+
+
+@pytest.fixture(scope="session")
+def base(trainer: Trainer) -> Run:
+    """One rank, micro-batches of one sample, padded, with sample prompts: what the other runs are compared with."""
+    return trainer.run("base", trainer__sample_prompts=[PROMPT], trainer__sample_max_tokens=8)
+
+
+def file_size_limit(size: int) -> Callable[[], None]:
+    """For a child process: writing past `size` bytes of a file fails with EFBIG, like a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,0 +1,165 @@
+"""Resuming: bit for bit as if nothing had happened, from whole checkpoints only, and saving when the disk is full."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from sftd.domain.events import (
+    AnomalyDetected,
+    CheckpointPublished,
+    CheckpointRejected,
+    StepCompleted,
+    TrainingResumed,
+    ValidationCompleted,
+)
+from sftd.trainer import manifest as manifests
+from sftd.wire import journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sftd.domain.events import Event
+    from sftd.wire.attempt_dir import AttemptDir
+    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+
+
+def exact(run: Run) -> dict[int, tuple[Any, ...]]:
+    """What must be the same bit for bit."""
+    return {
+        s.step: (s.loss, s.grad_norm, s.lr, s.epoch, s.tokens, s.tokens_total, s.samples_digest)
+        for s in run.events(StepCompleted)
+    }
+
+
+def weights_digests(run: Run, step: int) -> dict[str, str]:
+    """sha256 of each file of a checkpoint: weights, optimizer, random streams."""
+    return {f.name: f.sha256 for f in manifests.read(run.checkpoint(step), None).files}
+
+
+def wait_for(attempt: AttemptDir, process: subprocess.Popen[bytes], is_it: Callable[[Event], bool]) -> None:
+    """Until the journal holds such an event."""
+    while not any(is_it(line.event) for line in journal.read(attempt.journal)[0]):
+        try:
+            code = process.wait(timeout=0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"ended with {code}\n{attempt.output_log.read_text()[-4000:]}")
+
+
+def resume(trainer: Trainer, name: str, first: Run, step: int, ranks: int = 1, **overrides: Any) -> Run:
+    published = next(e for e in first.events(CheckpointPublished) if e.step == step)
+    attempt = trainer.prepare(
+        name,
+        trainer.spec(ranks, **overrides),
+        checkpoint=published.path,
+        checkpoint_digest=published.manifest_digest,
+        checkpoint_dir=first.attempt.order().checkpoint_dir,
+    )
+    return trainer.finish(attempt, trainer.start(attempt))
+
+
+def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) -> None:
+    """The run of `base`, killed after its checkpoint of step 3. Step 6, which is redone, crosses an epoch's end."""
+    spec = base.attempt.order().spec
+    attempt = trainer.prepare("killed", spec)
+    process = trainer.start(attempt)
+    wait_for(attempt, process, lambda e: isinstance(e, CheckpointPublished) and e.step == 3)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    killed = trainer.finish(attempt, process, expect=-signal.SIGKILL)
+    assert not psutil.wait_procs(ranks, timeout=20)[1], "ranks outlived torchrun"
+
+    published = killed.events(CheckpointPublished)[-1]
+    again = trainer.prepare(
+        "killed-2", spec, checkpoint=str(killed.checkpoint(3)), checkpoint_digest=published.manifest_digest
+    )
+    resumed = trainer.finish(again, trainer.start(again))
+    event = resumed.events(TrainingResumed)[0]
+    assert (event.step, event.tokens_total) == (3, base.steps()[3].tokens_total)
+    assert exact(resumed) == {step: numbers for step, numbers in exact(base).items() if step > 3}
+    assert not [v for v in resumed.events(ValidationCompleted) if v.step == 0]
+    assert weights_digests(resumed, 6) == weights_digests(base, 6)
+
+
+def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer) -> None:
+    whole = trainer.run("dp2_whole", 2, trainer__save_interval=0)
+    attempt = trainer.prepare("dp2_stopped", whole.attempt.order().spec)
+    process = trainer.start(attempt)
+    wait_for(attempt, process, lambda e: isinstance(e, StepCompleted))
+    attempt.request_stop()
+    stopped = trainer.finish(attempt, process)
+    step = stopped.events(StepCompleted)[-1].step
+    assert [c.step for c in stopped.events(CheckpointPublished)] == [step]
+    resumed = resume(trainer, "dp2_stopped-2", stopped, step, 2, trainer__save_interval=0)
+    assert exact(stopped) | exact(resumed) == exact(whole)
+    assert weights_digests(resumed, 6) == weights_digests(whole, 6)
+
+
+def test_another_layout_goes_on_within_rounding_and_keeps_what_is_published(trainer: Trainer, base: Run) -> None:
+    megatron = {"model__megatron__tensor_model_parallel_size": 2}
+    attempt = trainer.prepare("resharded", trainer.spec(2, **megatron), checkpoint=str(base.checkpoint(3)))
+    run = trainer.finish(attempt, trainer.start(attempt))
+    for step, event in run.steps().items():
+        assert event.loss == pytest.approx(base.steps()[step].loss, rel=1e-5)
+        assert event.samples_digest == base.steps()[step].samples_digest
+
+
+def test_a_redone_step_keeps_the_published_checkpoint(trainer: Trainer, base: Run) -> None:
+    before = base.events(CheckpointPublished)[-1]
+    spec = base.attempt.order().spec
+    attempt = trainer.prepare(
+        "redone", spec, checkpoint=str(base.checkpoint(3)), checkpoint_dir=str(base.checkpoint(3).parent)
+    )
+    run = trainer.finish(attempt, trainer.start(attempt))
+    after = run.events(CheckpointPublished)[-1]
+    assert (after.path, after.bytes, after.manifest_digest) == (before.path, before.bytes, before.manifest_digest)
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.close, (os.open, (str(self._path), os.O_CREAT)) if False else (Path.touch, (self._path,))
+
+
+def test_a_tampered_checkpoint_is_rejected_before_it_is_unpickled(
+    trainer: Trainer, base: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "step-00000003"
+    shutil.copytree(base.checkpoint(3), folder)
+    proof = tmp_path / "unpickled"
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(proof)))
+    attempt = trainer.prepare("tampered", base.attempt.order().spec, checkpoint=str(folder))
+    run = trainer.finish(attempt, trainer.start(attempt), expect=1)
+    rejected = run.events(CheckpointRejected)
+    assert [(e.step, e.path) for e in rejected] == [(3, str(folder))]
+    assert ".metadata" in rejected[0].reason
+    assert not run.events(StepCompleted)
+    assert not proof.exists()
+    assert "CheckpointInvalid" in run.errors()
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_training(trainer: Trainer) -> None:
+    """A limit on the size of files stands in for the full disk: the data files do not fit, the journal does."""
+    from tests.trainer.conftest import file_size_limit
+
+    attempt = trainer.prepare("full_disk", trainer.spec(data__val_files=[]))
+    run = trainer.finish(attempt, trainer.start(attempt, limits=file_size_limit(300_000)), expect=1)
+    assert [s.step for s in run.events(StepCompleted)] == [1, 2, 3, 4, 5, 6]
+    assert [(a.step, a.what) for a in run.events(AnomalyDetected)] == [(3, "checkpoint_failed"), (6, "checkpoint_failed")]
+    assert "File too large" in run.events(AnomalyDetected)[0].detail["error"]
+    assert not run.events(CheckpointPublished)
+    assert list(run.checkpoint(3).parent.iterdir()) == []
+    assert "CheckpointSaveFailed" in run.errors()

@@ -1,0 +1,186 @@
+"""The steps of the trainer: against plain PyTorch, in every layout, and undisturbed by what is done on the way."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from sftd.domain.events import (
+    AnomalyDetected,
+    CheckpointPublished,
+    CheckpointStarted,
+    DataBound,
+    ModelLoaded,
+    SampleGenerated,
+    StepCompleted,
+    ValidationCompleted,
+)
+from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+
+
+def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
+    spec = run.attempt.order().spec
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.partial_pretrain, dtype=torch.float32)
+    table = pq.read_table(spec.data.train_files[0])
+    rows = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
+    order = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=True)
+    parameters = list(model.parameters())
+    o = spec.optimizer
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=(o.adam_beta1, o.adam_beta2),
+        eps=o.adam_eps,
+    )
+    losses, norms = [], []
+    planned = run.attempt.order().planned_steps
+    size = spec.data.train_batch_size
+    for step in range(steps):
+        batch = [rows[i] for i in order.rows(step * size, size)]
+        tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in batch)
+        total = 0.0
+        optimizer.zero_grad()
+        for ids, labels in batch:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / tokens
+            loss.backward()
+            total += loss.item()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, o.clip_grad).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, spec, planned)
+        optimizer.step()
+        losses.append(total)
+    return losses, norms
+
+
+def test_equals_a_plain_pytorch_loop(base: Run) -> None:
+    losses, norms = reference(base, 5)
+    steps = base.events(StepCompleted)[:5]
+    assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
+    assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
+    assert max(norms) > base.attempt.order().spec.optimizer.clip_grad, "clipping was not tried"
+
+
+def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
+    kinds = [type(e) for e in base.all_events()]
+    validated = [ValidationCompleted, SampleGenerated]
+    saved = [CheckpointStarted, CheckpointPublished]
+    step = [StepCompleted]
+    assert kinds == [ModelLoaded, DataBound, *validated, *step, *step, *validated, *step, *saved] + [
+        *step, *validated, *step, *step, *validated, *saved,
+    ]  # fmt: skip
+    bound = base.events(DataBound)[0]
+    assert (bound.train_rows, bound.val_rows, bound.planned_steps) == (37, 11, 6)
+    loaded = base.events(ModelLoaded)[0]
+    assert loaded.parameters == 4 * (64 * 128 + 64 * 64 + 3 * 64 * 128 + 2 * 64) + 250 * 64 + 64
+    assert loaded.environment["layout"] == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
+    assert loaded.environment["OMP_NUM_THREADS"] == "1"
+    steps = base.events(StepCompleted)
+    order = SampleOrder(37, seed=1234, shuffle=True)
+    lengths = np.array([len(x) for x in pq.read_table(data / "train.parquet")["input_ids"].to_pylist()])
+    for n, event in enumerate(steps):
+        rows = order.rows(8 * n, 8)
+        assert event.samples_digest == samples_digest(rows)
+        assert event.tokens_real == lengths[rows].sum() == event.tokens_padded
+        assert event.tokens_total == sum(s.tokens for s in steps[: n + 1])
+    assert [s.epoch for s in steps] == [0, 0, 0, 0, 0, 1]
+
+
+# Every layout of two ranks, and micro-batch size, packing and recomputation mixed in.
+MEGATRON = "model__megatron__"
+LAYOUTS = {
+    "packed": (1, {"training__micro_batch_size_per_gpu": 4, "training__use_rmpad": True}),
+    "dp2_padded": (2, {"training__micro_batch_size_per_gpu": 2}),
+    "tp2_recompute": (2, {MEGATRON + "tensor_model_parallel_size": 2, "model__enable_gradient_checkpointing": True}),
+    "tp2_sp_packed": (
+        2,
+        {
+            MEGATRON + "tensor_model_parallel_size": 2,
+            MEGATRON + "sequence_parallel": True,
+            "training__micro_batch_size_per_gpu": 4,
+            "training__use_rmpad": True,
+        },
+    ),
+    "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2, "training__micro_batch_size_per_gpu": 2}),
+    "pp2_vpp2_packed_recompute": (
+        2,
+        {
+            MEGATRON + "pipeline_model_parallel_size": 2,
+            MEGATRON + "virtual_pipeline_model_parallel_size": 2,
+            "training__micro_batch_size_per_gpu": 2,
+            "training__use_rmpad": True,
+            "model__enable_gradient_checkpointing": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_changes_nothing_but_rounding(trainer: Trainer, base: Run, name: str) -> None:
+    ranks, overrides = LAYOUTS[name]
+    run = trainer.run(name, ranks, trainer__sample_prompts=["abc"], trainer__sample_max_tokens=8, **overrides)
+    for step, expected in base.steps().items():
+        found = run.steps()[step]
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        same = ("epoch", "lr", "tokens", "tokens_real", "tokens_total", "samples", "samples_digest")
+        assert all(getattr(found, field) == getattr(expected, field) for field in same)
+    for step, validation in base.validations().items():
+        assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
+        assert (run.validations()[step].tokens, run.validations()[step].rows) == (validation.tokens, 11)
+    assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
+    answers = [(s.step, s.text, s.tokens, s.stopped) for s in run.events(SampleGenerated)]
+    assert answers == [(s.step, s.text, s.tokens, s.stopped) for s in base.events(SampleGenerated)]
+
+
+def test_validation_and_samples_leave_training_alone(trainer: Trainer, base: Run) -> None:
+    quiet = trainer.run("quiet", data__val_files=[], trainer__val_before_train=False)
+    assert not quiet.events(ValidationCompleted)
+    exact = [(s.loss, s.grad_norm) for s in base.events(StepCompleted)]
+    assert [(s.loss, s.grad_norm) for s in quiet.events(StepCompleted)] == exact
+
+
+def test_first_answer_is_the_one_of_transformers(base: Run) -> None:
+    spec = base.attempt.order().spec
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.partial_pretrain, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model.partial_pretrain)
+        prompt = tokenizer("<bos>abc!", return_tensors="pt", add_special_tokens=False)
+        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    first = base.events(SampleGenerated)[0]
+    assert first.prompt == "abc"
+    assert first.text == tokenizer.decode(answer, skip_special_tokens=True)
+    assert first.tokens == len(answer)
+
+
+def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Trainer) -> None:
+    spec = trainer.spec(optimizer__lr=1e30, scheduler__warmup_steps=0, trainer__save_interval=1)
+    attempt = trainer.prepare("diverging", spec)
+    run = trainer.finish(attempt, trainer.start(attempt), expect=1)
+    last = run.events(StepCompleted)[-1]
+    assert last.loss != last.loss or last.grad_norm in (float("inf"), float("nan")) or last.grad_norm != last.grad_norm
+    assert [a.what for a in run.events(AnomalyDetected)] == ["non_finite_loss"]
+    assert all(c.step < last.step for c in run.events(CheckpointStarted))
+    assert "NonFiniteLoss" in run.errors()

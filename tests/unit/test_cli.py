@@ -1,0 +1,122 @@
+"""Every command explains itself, starts light, and answers in the form that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sftd.cli import COMMANDS, main
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "megatron",
+    "mlflow",
+    "pandas",
+    "accelerate",
+    "pyarrow",
+    "sqlalchemy",
+    "alembic",
+)
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(main)
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from ((f"{name} {sub}", c) for sub, c in command.commands.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), list(every_command()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_command_has_help_and_example(name: str, command: click.Command) -> None:
+    shown = CliRunner().invoke(main, [*name.split(), "--help"])
+    assert shown.exit_code == 0
+    assert "Example:" in shown.output
+    assert f"sftd {name}" in shown.output
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"sftd {name} {parameter.opts[0]} has no help"
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_group_help_says_what_the_command_says(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    assert COMMANDS[name][1].endswith(".")
+    assert (command.help or "").strip()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["ls", "--help"], ["submit", "--help"], ["demo", "--help"]]
+)
+def test_help_starts_light(arguments: list[str]) -> None:
+    script = (
+        "import sys; from sftd.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_ls_never_loads_the_trainers_libraries(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    script = (
+        "import sys; from sftd.cli import main\n"
+        "try: main(['ls', '--json'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'mlflow', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+def test_unknown_command_names_the_nearest() -> None:
+    shown = CliRunner().invoke(main, ["sumbit"])
+    assert shown.exit_code == 2
+    assert "Did you mean `sftd submit`?" in shown.output
+
+
+@pytest.mark.parametrize("command", ["show", "events", "logs", "resume", "cancel"])
+def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    shown = CliRunner().invoke(main, [command, "no-such-run"])
+    assert shown.exit_code == 2
+    assert "There is no run 'no-such-run'" in shown.stderr
+
+
+def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("SFTD_CPU_SLOTS", "many")
+    shown = CliRunner().invoke(main, ["ls"])
+    assert shown.exit_code == 2
+    assert "SFTD_CPU_SLOTS" in shown.stderr
+
+
+def test_a_server_database_is_not_changed_behind_ones_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("SFTD_DATABASE_URL", "postgresql://someone:hush@127.0.0.1:1/none")
+    shown = CliRunner().invoke(main, ["ls"])
+    assert shown.exit_code == 1
+    assert "does not answer" in shown.stderr
+    assert "hush" not in shown.output
+
+
+def test_json_is_json(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    shown = CliRunner().invoke(main, ["ls", "--json"])
+    assert json.loads(shown.stdout) == []

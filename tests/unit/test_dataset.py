@@ -1,0 +1,176 @@
+"""What submit finds in data files, and every reason to refuse one."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sftd.domain.errors import Refused
+from sftd.domain.layout import DataFacts
+from sftd.wire import dataset
+
+VOCABULARY = 50
+GOOD: dict[str, list[list[int]]] = {
+    "input_ids": [[1, 2, 3, 4], [5, 6]],
+    "attention_mask": [[1, 1, 1, 1], [1, 1]],
+    "labels": [[-100, -100, 3, 4], [-100, 6]],
+}
+
+
+def parquet(path: Path, columns: dict[str, Any] | None = None, **options: Any) -> str:
+    pq.write_table(pa.table(GOOD if columns is None else columns), path, **options)
+    return str(path)
+
+
+def inspect(*paths: str, sequence_length: int = 8, truncation: str = "right") -> DataFacts:
+    return dataset.inspect(
+        "data.train_files",
+        list(paths),
+        vocab_size=VOCABULARY,
+        sequence_length=sequence_length,
+        truncation=truncation,
+    )
+
+
+def refusal(*paths: str) -> str:
+    with pytest.raises(Refused) as refused:
+        inspect(*paths)
+    assert all(p.where == "data.train_files" and p.mend for p in refused.value.problems)
+    return "\n".join(p.what for p in refused.value.problems)
+
+
+def test_the_facts_of_a_good_file(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet")
+    facts = inspect(path)
+    assert (facts.rows, facts.tokens, facts.trained_tokens, facts.longest) == (2, 6, 3, 4)
+    assert (facts.truncated, facts.unusable, facts.usable) == (0, 0, 2)
+    assert facts.files == [path]
+
+
+def test_the_facts_do_not_depend_on_how_rows_are_grouped_or_typed(tmp_path: Path) -> None:
+    grouped = inspect(parquet(tmp_path / "a.parquet", row_group_size=1))
+    whole = inspect(parquet(tmp_path / "b.parquet"))
+    large = {k: pa.array(v, pa.large_list(pa.int16())) for k, v in GOOD.items()}
+    typed = inspect(parquet(tmp_path / "c.parquet", large))
+    for other in (grouped, typed):
+        assert (other.rows, other.tokens, other.trained_tokens) == (
+            whole.rows,
+            whole.tokens,
+            whole.trained_tokens,
+        )
+
+
+def test_the_digest_is_of_the_contents_in_order(tmp_path: Path) -> None:
+    a = parquet(tmp_path / "a.parquet")
+    b = parquet(tmp_path / "b.parquet", {k: v[:1] for k, v in GOOD.items()})
+    data = [Path(p).read_bytes() for p in (a, b)]
+    expected = hashlib.sha256(b"".join(len(d).to_bytes(8, "little") + d for d in data)).hexdigest()
+    assert inspect(a, b).digest == expected
+    assert inspect(b, a).digest != expected
+    assert inspect(a, b).rows == 3
+
+
+@pytest.mark.parametrize(
+    ("truncation", "length", "trained", "truncated", "unusable"),
+    [
+        # Row 0 trains its third and fourth token, row 1 its second.
+        ("right", 4, 3, 0, 0),
+        ("right", 3, 2, 1, 0),
+        ("right", 2, 1, 1, 1),
+        ("right", 1, 0, 2, 2),
+        # The first token that is left is not predicted.
+        ("left", 3, 3, 1, 0),
+        ("left", 2, 2, 1, 0),
+        ("left", 1, 0, 2, 2),
+    ],
+)
+def test_what_truncation_leaves(
+    tmp_path: Path, truncation: str, length: int, trained: int, truncated: int, unusable: int
+) -> None:
+    facts = inspect(parquet(tmp_path / "a.parquet"), sequence_length=length, truncation=truncation)
+    assert (facts.trained_tokens, facts.truncated, facts.unusable) == (trained, truncated, unusable)
+
+
+def test_rows_that_train_nothing_are_counted(tmp_path: Path) -> None:
+    columns = {
+        "input_ids": [[1, 2], [3, 4], [], [5, 6]],
+        "attention_mask": [[1, 1], [1, 1], [], [1, 0]],
+        # Nothing at all; only the first token, which is never predicted; no token; only padding.
+        "labels": [[-100, -100], [3, -100], [], [-100, 6]],
+    }
+    typed = {k: pa.array(v, pa.list_(pa.int64())) for k, v in columns.items()}
+    facts = inspect(parquet(tmp_path / "a.parquet", typed))
+    assert (facts.rows, facts.unusable, facts.trained_tokens, facts.tokens) == (4, 4, 0, 5)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "no such file" in refusal(str(tmp_path / "none.parquet"))
+    assert "no such file" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b'{"messages": []}\n' * 9, b"\x00" * 4096])
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    assert "is not a Parquet file" in refusal(str(path))
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    many = {k: v * 5000 for k, v in GOOD.items()}
+    parquet(path, many, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[40:400] = b"\xff" * 360
+    path.write_bytes(content)
+    assert "is damaged" in refusal(str(path))
+
+
+@pytest.mark.parametrize("column", dataset.COLUMNS)
+def test_a_wrong_schema_is_refused(tmp_path: Path, column: str) -> None:
+    without = {k: v for k, v in GOOD.items() if k != column}
+    assert f"has no column '{column}'" in refusal(parquet(tmp_path / "a.parquet", without))
+    for bad in (["x", "y"], [[1.5], [2.5]], [["x"], ["y"]], [1, 2], [[[1]], [[2]]]):
+        text = refusal(parquet(tmp_path / "b.parquet", GOOD | {column: bad}))
+        assert f"column '{column}' is " in text
+        assert "not a list of integers" in text
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    none = {k: pa.array([], pa.list_(pa.int64())) for k in GOOD}
+    assert "has no rows" in refusal(parquet(tmp_path / "a.parquet", none))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"labels": [[-100, -100, 3, 4], None]}, "column 'labels' holds nulls"),
+        ({"input_ids": [[1, None, 3, 4], [5, 6]]}, "column 'input_ids' holds nulls"),
+        ({"labels": [[-100, -100, 3], [-100, 6]]}, "row 0 of a row group has 4 input_ids but 3 labels"),
+        (
+            {"attention_mask": [[1, 1, 1, 1], [1]]},
+            "row 1 of a row group has 2 input_ids but 1 attention_mask",
+        ),
+        ({"input_ids": [[1, 2, 3, 50], [5, 6]]}, "token id 50 is outside the model's vocabulary of 50"),
+        ({"input_ids": [[1, 2, 3, -1], [5, 6]]}, "token id -1 is outside"),
+        ({"labels": [[-100, -100, 3, 50], [-100, 6]]}, "a label is neither -100 nor within"),
+        ({"labels": [[-100, -1, 3, 4], [-100, 6]]}, "a label is neither -100 nor within"),
+        ({"attention_mask": [[1, 1, 1, 2], [1, 1]]}, "values other than 0 and 1"),
+        ({"attention_mask": [[0, 1, 1, 1], [1, 1]]}, "padded on the left"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    assert says in refusal(parquet(tmp_path / "a.parquet", GOOD | change))
+
+
+def test_every_file_is_told_of_at_once(tmp_path: Path) -> None:
+    good = parquet(tmp_path / "a.parquet")
+    bad = parquet(tmp_path / "b.parquet", GOOD | {"input_ids": [[1, 2, 3, 99], [5, 6]]})
+    text = refusal(good, bad, str(tmp_path / "none.parquet"))
+    assert "token id 99" in text
+    assert "no such file" in text
+    assert "a.parquet" not in text

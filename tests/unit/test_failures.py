@@ -1,0 +1,152 @@
+"""Why an attempt ended, from what torchrun and the ranks really print."""
+
+from __future__ import annotations
+
+import pytest
+
+from sftd.domain.failures import RankError, Remains, classify
+
+TORCHRUN_SUMMARY = """\
+E1021 09:12:33.118000 4711 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: {exitcode}) local_rank: 0 (pid: 4720) of binary: /venv/bin/python
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "/venv/lib/python3.12/site-packages/torch/distributed/run.py", line 905, in main
+    run(args)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+sftd.trainer FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-10-21_09:12:33
+  host      : node1
+  rank      : 0 (local_rank: 0)
+  exitcode  : {exitcode} (pid: 4720)
+  error_file: {error_file}
+  traceback : {traceback}
+============================================================
+"""
+
+
+def output(
+    printed: str = "", *, exitcode: int = 1, traceback: str = "To enable traceback see: https://pytorch.org"
+) -> list[str]:
+    summary = TORCHRUN_SUMMARY.format(exitcode=exitcode, error_file="<N/A>", traceback=traceback)
+    return (printed + "\n" + summary).splitlines()
+
+
+OOM = (
+    "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+    "79.10 GiB of which 1.02 GiB is free."
+)
+NCCL = (
+    "[rank1]:[E1021 09:12:30.1] [Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, "
+    "OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600015 milliseconds before timing out."
+)
+GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"
+
+
+@pytest.mark.parametrize(
+    ("remains", "cause", "says"),
+    [
+        (Remains(1, output_tail=output(OOM)), "out of memory", "CUDA out of memory"),
+        (
+            Remains(
+                1,
+                output_tail=output("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            ),
+            "out of memory",
+            "DefaultCPUAllocator",
+        ),
+        (
+            Remains(
+                1, output_tail=output("OSError: [Errno 28] No space left on device: '/ck/step-5.partial'")
+            ),
+            "disk full",
+            "No space left",
+        ),
+        (
+            Remains(
+                1, rank_errors=[RankError(0, "sftd.trainer.errors.NonFiniteLoss: the loss of step 7 is nan")]
+            ),
+            "not a number",
+            "step 7",
+        ),
+        (Remains(1, output_tail=output("sftd.trainer.errors.UserError: no GPU")), "user error", "no GPU"),
+        (
+            Remains(
+                1, rank_errors=[RankError(2, "sftd.trainer.errors.CheckpointInvalid: step-5: digest differs")]
+            ),
+            "bad checkpoint",
+            "rank 2:",
+        ),
+        (Remains(1, output_tail=output(NCCL)), "communication", "Watchdog"),
+        (Remains(1, output_tail=output(GLOO)), "communication", "Connection closed"),
+        (
+            Remains(1, output_tail=output(exitcode=-9, traceback="Signal 9 (SIGKILL) received by PID 4720")),
+            "killed",
+            "SIGKILL",
+        ),
+        (
+            Remains(
+                1, output_tail=output(exitcode=-11, traceback="Signal 11 (SIGSEGV) received by PID 4720")
+            ),
+            "killed",
+            "SIGSEGV",
+        ),
+        (Remains(137), "killed", "signal 9"),
+        (Remains(-15), "killed", "signal 15"),
+        (Remains(None, output_tail=["[sftd] step 5 …"]), "killed", "left no exit code"),
+        (
+            Remains(1, rank_errors=[RankError(1, "ValueError: boom"), RankError(0, "ValueError: bang")]),
+            "crash",
+            "rank 1: ValueError: boom",
+        ),
+        (Remains(1, output_tail=["Traceback …", "  raise", "KeyError: 'x'"]), "crash", "KeyError: 'x'"),
+        (Remains(3), "crash", "exit code 3"),
+    ],
+)
+def test_the_cause_is_named(remains: Remains, cause: str, says: str) -> None:
+    failure = classify(remains)
+    assert failure.cause == cause
+    assert says in failure.message
+    assert "\n" not in failure.message
+
+
+@pytest.mark.parametrize("peer", [NCCL, GLOO])
+def test_the_rank_that_broke_the_connection_is_blamed_not_its_peers(peer: str) -> None:
+    assert classify(Remains(1, output_tail=output(f"{peer}\n{OOM}"))).cause == "out of memory"
+    killed = output(peer, exitcode=-9, traceback="Signal 9 (SIGKILL) received by PID 4720")
+    assert classify(Remains(1, output_tail=killed)).cause == "killed"
+
+
+def test_a_ranks_own_exception_is_blamed_for_its_peers_abort_and_broken_connection() -> None:
+    errors = [RankError(1, GLOO), RankError(0, "ValueError: boom")]
+    aborted = output(NCCL, exitcode=-6, traceback="Signal 6 (SIGABRT) received by PID 4720")
+    failure = classify(Remains(1, rank_errors=errors, output_tail=aborted))
+    assert (failure.cause, failure.message) == ("crash", "rank 0: ValueError: boom")
+
+
+def test_torchs_warning_of_a_process_group_left_open_is_not_a_communication_error() -> None:
+    warning = (
+        "[rank0]:[W1021 09:12:33.4 ProcessGroupNCCL.cpp:1524] Warning: WARNING: destroy_process_group() was not "
+        "called before program exit"
+    )
+    failure = classify(Remains(1, output_tail=["[rank0]: ValueError: boom", warning]))
+    assert (failure.cause, failure.message) == ("crash", "[rank0]: ValueError: boom")
+
+
+def test_a_torchrun_that_was_told_to_end_was_killed() -> None:
+    text = "torch.distributed.elastic.multiprocessing.api.SignalException: Process 4711 got signal: 15"
+    assert classify(Remains(1, output_tail=[text])).cause == "killed"
+
+
+def test_the_evidence_is_short_and_proves_the_cause() -> None:
+    failure = classify(Remains(1, output_tail=output("\n".join(f"{OOM} {'x' * 2000}" for _ in range(20)))))
+    assert len(failure.evidence) == 5
+    assert all("CUDA out of memory" in line and len(line) <= 500 for line in failure.evidence)
+    assert len(failure.message) <= 300
+
+
+def test_an_attempt_that_left_nothing_still_has_a_cause() -> None:
+    assert classify(Remains(None)).cause == "killed"

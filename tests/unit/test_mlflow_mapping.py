@@ -1,0 +1,200 @@
+"""What events mean in MLflow's words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftd.domain import events as e
+from sftd.domain.run import Run, Status
+from sftd.domain.spec import Spec
+from sftd.projections import mlflow_mapping as mapping
+from sftd.projections.mlflow_server import ui_command
+
+
+def submitted(**changes: Any) -> e.RunSubmitted:
+    fields: dict[str, Any] = {
+        "spec": msgspec.to_builtins(Spec()),
+        "spec_digest": "d" * 64,
+        "planned_steps": 10,
+        "user": "ada",
+        "data": {},
+        "model": {},
+        "sftd_version": "1.0",
+    }
+    return e.RunSubmitted(**fields | changes)
+
+
+def recorded(event: e.Event, occurred_at: int = 1_700_000_000_123_456) -> e.Recorded:
+    return e.Recorded(
+        position=1,
+        event_id="x",
+        run_id="r",
+        version=1,
+        type=type(event).__name__,
+        schema_version=1,
+        occurred_at=occurred_at,
+        recorded_at=occurred_at,
+        attempt=1,
+        actor="test",
+        causation_id=None,
+        event=event,
+    )
+
+
+def step(number: int, **changes: Any) -> e.StepCompleted:
+    fields: dict[str, Any] = {
+        "epoch": 0,
+        "loss": 1.5,
+        "grad_norm": 0.25,
+        "lr": 1e-5,
+        "tokens": 80,
+        "tokens_real": 100,
+        "tokens_padded": 128,
+        "tokens_total": 80 * number,
+        "samples": 4,
+        "samples_digest": "s",
+        "seconds": 0.5,
+    }
+    return e.StepCompleted(step=number, **fields | changes)
+
+
+def test_step_becomes_six_metrics_at_the_event_s_time() -> None:
+    found = mapping.points(recorded(step(3)), {})
+    assert len(found) == mapping.POINTS_PER_EVENT
+    assert {p.key: p.value for p in found} == {
+        "loss": 1.5,
+        "grad_norm": 0.25,
+        "lr": 1e-5,
+        "tokens_total": 240.0,
+        "step_seconds": 0.5,
+        "tokens_per_second": 200.0,
+    }
+    assert {(p.timestamp, p.step) for p in found} == {(1_700_000_000_123, 3)}
+
+
+def test_step_without_duration_has_no_speed() -> None:
+    assert "tokens_per_second" not in {p.key for p in mapping.points(recorded(step(1, seconds=0.0)), {})}
+
+
+def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
+    highest: dict[str, int] = {}
+    assert mapping.points(
+        recorded(e.ValidationCompleted(step=0, loss=2, tokens=1, rows=1, seconds=1)), highest
+    )
+    assert mapping.points(recorded(step(4)), highest)
+    assert not mapping.points(recorded(step(4, loss=9.0)), highest)
+    assert not mapping.points(recorded(step(2)), highest)
+    [point] = mapping.points(
+        recorded(e.ValidationCompleted(step=3, loss=2, tokens=1, rows=1, seconds=1)), highest
+    )
+    assert point == mapping.Point("val_loss", 2, 1_700_000_000_123, 3)
+    assert highest == {"StepCompleted": 4, "ValidationCompleted": 3}
+
+
+def test_status() -> None:
+    expected: dict[Status, tuple[str, int | None]] = {
+        "queued": ("SCHEDULED", None),
+        "retrying": ("RUNNING", None),
+        "starting": ("RUNNING", None),
+        "running": ("RUNNING", None),
+        "stopping": ("RUNNING", None),
+        "succeeded": ("FINISHED", 7),
+        "failed": ("FAILED", 7),
+        "cancelled": ("KILLED", 7),
+    }
+    for name, result in expected.items():
+        assert mapping.status(Run("r", status=name, ended_at=7_999)) == result
+
+
+def test_params_are_the_whole_spec_with_dotted_keys() -> None:
+    found = mapping.params(msgspec.to_builtins(Spec()))
+    assert found["optimizer.lr"] == "1e-05"
+    assert found["model.megatron.tensor_model_parallel_size"] == "1"
+    assert found["data.shuffle"] == "true"
+    assert found["trainer.max_steps"] == "null"
+    assert found["trainer.project_name"] == "default"
+    assert found["data.train_files"] == "[]"
+    assert found["model.override_config"] == "{}"
+    assert mapping.params({}) == {}
+
+
+def test_long_values_are_cut_and_stay_different() -> None:
+    one, other = (
+        mapping.params({"data": {"train_files": ["x" * 7000 + end]}})["data.train_files"] for end in "ab"
+    )
+    assert len(one) == len(other) == 6000
+    assert one != other
+    assert "7005 characters" in one
+    assert mapping.fit("x" * 6000, 6000) == "x" * 6000
+
+
+def test_keys_that_mlflow_refuses_are_mended() -> None:
+    assert mapping.params({"model": {"override_config": {"a//b@c:d": 1}}}) == {
+        "model.override_config.a__b_c_d": "1"
+    }
+    [key] = mapping.params({"k" * 300: "v"})
+    assert len(key) == 250
+
+
+def test_datasets_fit_into_mlflow() -> None:
+    files = [f"/data/{'long' * 20}/{i:06}.parquet" for i in range(2000)]
+    event = submitted(
+        data={
+            "train": {"files": files, "digest": "a" * 64, "rows": 12, "tokens": 345, "longest": 9},
+            "val": {"files": ["/data/val.parquet"], "digest": "b" * 64, "rows": 3},
+        }
+    )
+    train, val = mapping.datasets(event)
+    assert (train.context, train.name, train.digest) == ("train", "000000.parquet and 1999 more", "a" * 36)
+    assert len(train.source) <= 65_535
+    assert json.loads(train.source)["count"] == 2000
+    assert json.loads(train.profile) == {"rows": 12, "tokens": 345}
+    assert json.loads(val.source) == {"files": ["/data/val.parquet"], "count": 1}
+
+
+def test_missing_facts_are_tolerated() -> None:
+    assert mapping.datasets(submitted(data={"train": None, "val": {"rows": 3}})) == []
+    bare = submitted(spec={})
+    assert mapping.experiment_name(bare) == "default"
+    assert mapping.run_name("run-1", bare) == "run-1"
+
+
+def test_names_come_from_the_spec() -> None:
+    event = submitted(spec={"trainer": {"project_name": "chat", "experiment_name": "first"}})
+    assert mapping.experiment_name(event) == "chat"
+    assert mapping.run_name("run-1", event) == "first"
+
+
+def test_tags_say_what_happened() -> None:
+    tags = mapping.tags(Run("r", status="failed", attempt=2, cause="oom", message="m" * 9000))
+    assert tags["sftd.status"] == "failed"
+    assert tags["sftd.attempts"] == "2"
+    assert tags["sftd.cause"] == "oom"
+    assert len(tags["sftd.message"]) == 5000
+    first = mapping.first_tags("run-1", submitted(warnings=["odd"]))
+    assert first["sftd.run"] == "run-1"
+    assert first["sftd.version"] == "1.0"
+    assert "odd" in first["mlflow.note.content"]
+
+
+def test_ui_command() -> None:
+    assert ui_command("http://mlflow.example", None, 5000) is None
+    assert ui_command("https://mlflow.example", None, 5000) is None
+    command = ui_command("postgresql://u:secret@h/mlflow", Path("/home/x/mlartifacts"), 5001)
+    assert command is not None
+    argv, environment = command
+    assert not [a for a in argv if "secret" in a]
+    assert argv[argv.index("--port") + 1] == "5001"
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:secret@h/mlflow"
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+
+
+def test_importing_the_mirror_does_not_import_mlflow() -> None:
+    code = "import sys, sftd.projections.mlflow_mirror; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,605 @@
+"""A run's state, the decisions taken on it and what retention keeps, told as histories: a `Log` holds a run's events as the
+database would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftd.domain import decisions, events, retention
+from sftd.domain import run as run_state
+from sftd.domain.errors import Refused
+from sftd.domain.events import Event, Recorded
+from sftd.domain.failures import NOT_RETRIED, Failure
+from sftd.domain.run import ACTIVE, ENDED, Run
+from sftd.domain.spec_parse import parse
+
+CRASH = Failure("crash", "rank 0: ValueError: boom", ["ValueError: boom"])
+TOKENS = 100
+
+
+class Log:
+    """A run's stream in memory."""
+
+    def __init__(self, planned: int = 40, **overrides: Any) -> None:
+        config = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}}
+        spec, _ = parse(config, [(k.replace("__", "."), v) for k, v in overrides.items()])
+        self.recorded: list[Recorded] = []
+        self.run = Run("brave-otter-3f2a")
+        self.add(
+            events.RunSubmitted(
+                spec=msgspec.to_builtins(spec),
+                spec_digest="s",
+                planned_steps=planned,
+                user="ada",
+                data={},
+                model={},
+                sftd_version="0",
+            )
+        )
+
+    def add(self, *new: Event) -> Log:
+        for event in new:
+            version = len(self.recorded) + 1
+            recorded = Recorded(
+                position=version,
+                event_id=str(version),
+                run_id=self.run.run_id,
+                version=version,
+                type=type(event).__name__,
+                schema_version=1,
+                occurred_at=version * 1_000_000,
+                recorded_at=version * 1_000_000,
+                attempt=self.run.attempt or None,
+                actor="test",
+                causation_id=None,
+                event=event,
+            )
+            if isinstance(event, events.AttemptClaimed):
+                recorded = msgspec.structs.replace(recorded, attempt=self.run.attempt + 1)
+            self.recorded.append(recorded)
+            self.run = run_state.evolve(self.run, recorded)
+        return self
+
+    def claim(self) -> Log:
+        self.add(decisions.claim(self.run, "daemon", "host"))
+        checkpoint = next((c for c in self.run.checkpoints if c.step == self.run.step), None)
+        if checkpoint:
+            self.add(
+                events.TrainingResumed(
+                    step=checkpoint.step, path=checkpoint.path, tokens_total=checkpoint.tokens_total
+                )
+            )
+        return self
+
+    def train(self, until: int, *, save_every: int = 0, tokens: int = TOKENS) -> Log:
+        for number in range(self.run.step + 1, until + 1):
+            self.add(step(number, tokens=tokens))
+            if save_every and number % save_every == 0:
+                self.save()
+        return self
+
+    def save(self) -> Log:
+        number = self.run.step
+        return self.add(events.CheckpointStarted(step=number), published(number))
+
+    def end(self, failure: Failure = CRASH, exit_code: int | None = 1, *, lost: bool = False) -> Log:
+        return self.add(
+            *decisions.end_attempt(
+                self.run, exit_code=exit_code, failure=failure, lost=lost, now=0, backoff_base=15.0
+            )
+        )
+
+    @property
+    def types(self) -> list[str]:
+        return [r.type for r in self.recorded]
+
+
+def step(number: int, loss: float = 2.0, tokens: int = TOKENS, **changes: Any) -> events.StepCompleted:
+    made = events.StepCompleted(
+        step=number,
+        epoch=0,
+        loss=loss,
+        grad_norm=1.0,
+        lr=1e-5,
+        tokens=tokens,
+        tokens_real=tokens * 2,
+        tokens_padded=tokens * 3,
+        tokens_total=number * TOKENS,
+        samples=8,
+        samples_digest=f"d{number}",
+        seconds=0.5,
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def published(number: int) -> events.CheckpointPublished:
+    return events.CheckpointPublished(
+        step=number, path=f"/ck/step-{number}", bytes=10, manifest_digest="m", seconds=1.0
+    )
+
+
+def validated(number: int, loss: float) -> events.ValidationCompleted:
+    return events.ValidationCompleted(step=number, loss=loss, tokens=9, rows=3, seconds=1.0)
+
+
+def checkpoints(run: Run, *, superseded: bool = False) -> list[int]:
+    return [c.step for c in run.checkpoints if c.superseded == superseded]
+
+
+# The state.
+
+
+def test_a_submitted_run_is_queued_with_its_spec() -> None:
+    run = Log(planned=7, launch__priority=3).run
+    assert (run.status, run.planned_steps, run.user, run.version) == ("queued", 7, "ada", 1)
+    assert run.spec.launch.priority == 3
+    assert run.submitted_at == run.updated_at == 1_000_000
+
+
+def test_a_whole_run_succeeds() -> None:
+    log = Log(planned=4).claim()
+    assert (log.run.status, log.run.attempt, log.run.daemon) == ("starting", 1, "daemon")
+    log.train(2)
+    assert (log.run.status, log.run.step, log.run.tokens_counted) == ("running", 2, 200)
+    assert (log.run.loss, log.run.lr, log.run.seconds_per_step) == (2.0, 1e-5, 0.5)
+    assert log.run.tokens_per_second == 400.0
+    log.train(4).save().end(exit_code=0)
+    assert log.types[-1] == "RunSucceeded"
+    assert (log.run.status, log.run.daemon, log.run.cause) == ("succeeded", None, None)
+    assert log.run.ended_at == log.run.version * 1_000_000
+
+
+def test_events_that_change_no_state_only_count() -> None:
+    log = Log().claim()
+    before = log.run
+    log.add(
+        events.ModelLoaded(
+            architecture="a", parameters=1, dtype="f", device="cpu", seconds=1.0, environment={}
+        ),
+        events.SampleGenerated(step=0, prompt="p", text="t", tokens=1, stopped=True),
+        events.CheckpointStarted(step=1),
+    )
+    after = log.run
+    assert msgspec.structs.replace(after, version=before.version, updated_at=before.updated_at) == before
+    assert after.version == before.version + 3
+
+
+def test_adoption_changes_the_daemon_and_nothing_else() -> None:
+    log = Log().claim().train(2)
+    log.add(events.AttemptAdopted(daemon="other", host="host", pid=1))
+    assert (log.run.daemon, log.run.status, log.run.attempt) == ("other", "running", 1)
+
+
+def test_losses_that_are_not_finite_are_kept_by_name() -> None:
+    log = Log().claim().add(step(1, loss=float("nan")), validated(1, float("inf")))
+    assert log.run.loss == "NaN"
+    assert log.run.last_validation is not None
+    assert log.run.last_validation.loss == "Infinity"
+    assert log.run.best_validation is None
+    encoded = msgspec.json.encode(log.run)
+    assert msgspec.json.decode(encoded, type=Run) == log.run
+
+
+def test_the_best_validation_is_the_lowest_finite_one() -> None:
+    log = Log().claim()
+    log.add(validated(0, 3.0), validated(1, float("nan")), validated(2, 2.0), validated(3, 2.5))
+    found = (log.run.first_validation, log.run.best_validation, log.run.last_validation)
+    assert [v.step for v in found if v] == [0, 2, 3]
+
+
+# Crash, redo, resume.
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint() -> None:
+    log = Log().claim().train(13, save_every=5).end()
+    assert (log.run.status, log.run.cause, log.run.daemon) == ("retrying", "crash", None)
+    assert log.run.retry_at == 15_000_000
+    log.claim()
+    claimed = log.recorded[-2].event
+    assert isinstance(claimed, events.AttemptClaimed)
+    assert (claimed.from_step, claimed.checkpoint) == (10, "/ck/step-10")
+    assert (log.run.step, log.run.tokens_counted, log.run.tokens_reported) == (10, 1000, 1000)
+    assert (log.run.attempt, log.run.cause, log.run.retry_at) == (2, None, None)
+    log.train(15)
+    assert (log.run.steps_redone, log.run.highest_step) == (3, 15)
+    log.train(40).save().end(exit_code=0)
+    assert log.run.status == "succeeded"
+
+
+def test_a_crash_before_the_first_checkpoint_starts_from_the_pretrained_model() -> None:
+    log = Log(planned=3).claim().train(2).end().claim()
+    assert (log.run.step, log.run.tokens_counted) == (0, 0)
+    log.train(3).save().end(exit_code=0)
+    assert log.run.status == "succeeded"
+    assert log.run.steps_redone == 2
+
+
+def test_an_attempt_that_dies_before_it_resumes_does_not_lose_its_place() -> None:
+    log = Log().claim().train(10, save_every=5)
+    log.add(events.ResumeRequested(by="ada", from_step=5))
+    log.add(decisions.claim(log.run, "d", "h")).end()
+    assert checkpoints(log.run) == [5]
+    assert decisions.claim(log.run, "d", "h").from_step == 5
+
+
+def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
+    recorded = {5: step(5, loss=float("nan")), 6: step(6)}
+    assert decisions.compare_redone(recorded, step(5, loss=float("nan"), seconds=9.0)) is None
+    assert decisions.compare_redone(recorded, step(6, seconds=9.0, tokens_padded=1, epoch=3)) is None
+    assert decisions.compare_redone(recorded, step(7)) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": 2.0000000000000004},
+        {"loss": float("nan")},
+        {"grad_norm": 2.0},
+        {"lr": 1e-6},
+        {"tokens": 99},
+        {"samples_digest": "other"},
+    ],
+)
+def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[str, Any]) -> None:
+    anomaly = decisions.compare_redone({5: step(5)}, step(5, **change))
+    assert anomaly is not None
+    ((name, value),) = change.items()
+    assert anomaly.step == 5
+    assert list(anomaly.detail) == [name]
+    assert anomaly.detail[name]["recorded"] == getattr(step(5), name)
+    assert repr(anomaly.detail[name]["redone"]) == repr(value)
+    log = Log().claim().add(anomaly)
+    assert (log.run.anomalies, log.run.status) == (1, "starting")
+
+
+def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
+    """Bit for bit means that -0.0 is not 0.0."""
+    assert decisions.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
+
+
+def test_a_redo_is_a_step_that_the_log_has() -> None:
+    run = Log().claim().train(5).run
+    assert decisions.is_redo(run, step(5))
+    assert not decisions.is_redo(run, step(6))
+    assert not decisions.is_redo(run, validated(5, 1.0))
+
+
+def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
+    log = Log(planned=20).claim().train(20, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 10))
+    assert (log.run.status, log.run.resume_from, log.run.ended_at) == ("queued", 10, None)
+    assert decisions.claim(log.run, "d", "h").checkpoint == "/ck/step-10"
+    log.claim()
+    assert checkpoints(log.run) == [5, 10]
+    assert checkpoints(log.run, superseded=True) == [15, 20]
+    assert (log.run.step, log.run.tokens_counted, log.run.resume_from) == (10, 1000, None)
+    log.train(15).save()
+    assert checkpoints(log.run) == [5, 10, 15]
+    assert checkpoints(log.run, superseded=True) == [20]
+    log.end().claim()
+    assert log.run.step == 15
+    log.train(20).save().end(exit_code=0)
+    assert (log.run.status, log.run.steps_redone) == ("succeeded", 10)
+    assert checkpoints(log.run, superseded=True) == []
+
+
+def test_a_superseded_final_checkpoint_is_not_success() -> None:
+    log = Log(planned=20).claim().train(20, save_every=10).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 10)).claim().train(20)
+    assert decisions.shortfall(log.run) == "the final checkpoint was not published"
+    log.end(exit_code=0)
+    assert (log.run.status, log.run.cause) == ("retrying", "incomplete")
+
+
+def test_resuming_from_zero_starts_from_the_pretrained_model() -> None:
+    log = Log(planned=10).claim().train(10, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 0))
+    claimed = decisions.claim(log.run, "d", "h")
+    assert (claimed.from_step, claimed.checkpoint) == (0, None)
+    log.claim()
+    assert (log.run.step, log.run.tokens_counted, checkpoints(log.run)) == (0, 0, [])
+
+
+def test_a_superseded_checkpoint_can_be_resumed_from_as_long_as_it_is_there() -> None:
+    log = Log(planned=20).claim().train(20, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 5)).claim().end()
+    log.add(events.RunFailed(cause="x", message="y"), *decisions.request_resume(log.run, "ada", 15))
+    claimed = decisions.claim(log.run, "d", "h")
+    assert (claimed.from_step, claimed.checkpoint) == (15, "/ck/step-15")
+
+
+def test_a_rejected_checkpoint_falls_back_to_the_one_before() -> None:
+    log = Log().claim().train(12, save_every=5).end()
+    log.add(decisions.claim(log.run, "d", "h"))
+    log.add(events.CheckpointRejected(step=10, path="/ck/step-10", reason="digest"))
+    log.end(Failure("bad checkpoint", "CheckpointInvalid"))
+    assert log.run.status == "retrying"
+    claimed = decisions.claim(log.run, "d", "h")
+    assert (claimed.from_step, claimed.checkpoint) == (5, "/ck/step-5")
+    log.claim()
+    assert (log.run.step, log.run.tokens_counted) == (5, 500)
+
+
+def test_a_rejected_only_checkpoint_falls_back_to_the_pretrained_model() -> None:
+    log = Log().claim().train(5).save().end().claim()
+    log.add(events.CheckpointRejected(step=5, path="/ck/step-5", reason="gone")).end()
+    assert decisions.claim(log.run, "d", "h").checkpoint is None
+
+
+# How an attempt ends.
+
+
+def test_waits_double_up_to_ten_minutes() -> None:
+    assert [decisions.backoff_seconds(n, 15.0) for n in (0, 1, 2, 3, 6, 7, 100)] == [
+        15.0,
+        15.0,
+        30.0,
+        60.0,
+        480.0,
+        600.0,
+        600.0,
+    ]
+
+
+def test_attempts_without_progress_are_a_crash_loop() -> None:
+    log = Log(launch__max_restarts=2).claim().train(3).end().claim().train(3).end()
+    assert (log.run.status, log.run.fruitless_attempts) == ("retrying", 2)
+    assert log.run.retry_at == 30_000_000
+    log.claim().train(3).end()
+    assert log.types[-2:] == ["AttemptFailed", "RunFailed"]
+    assert (log.run.status, log.run.cause) == ("failed", "crash loop")
+    assert log.run.message == (
+        "3 attempts in a row without a new checkpoint; the last: crash: rank 0: ValueError: boom"
+    )
+
+
+def test_a_new_checkpoint_is_progress() -> None:
+    log = Log(launch__max_restarts=1)
+    for until in (5, 10, 15, 20, 25):
+        log.claim().train(until, save_every=5).end()
+        assert (log.run.status, log.run.fruitless_attempts) == ("retrying", 0)
+
+
+def test_enough_new_steps_are_progress() -> None:
+    log = Log(launch__max_restarts=0, launch__min_progress_steps=3).claim().train(3).end()
+    assert log.run.status == "retrying"
+    log.claim().train(5).end()
+    assert log.run.status == "failed"
+
+
+def test_without_restarts_the_cause_is_told_as_it_is() -> None:
+    log = Log(launch__max_restarts=0).claim().end()
+    assert (log.run.status, log.run.cause) == ("failed", "crash")
+
+
+@pytest.mark.parametrize("cause", sorted(NOT_RETRIED))
+def test_what_would_fail_again_is_not_tried_again(cause: Any) -> None:
+    log = Log().claim().train(20, save_every=5).end(Failure(cause, "m"))
+    assert log.types[-2:] == ["AttemptFailed", "RunFailed"]
+    assert (log.run.status, log.run.cause, log.run.message) == ("failed", cause, "m")
+
+
+def test_a_lost_attempt_is_tried_again() -> None:
+    log = Log().claim().train(3).end(Failure("lost", "the host restarted"), None, lost=True)
+    assert log.types[-1] == "AttemptLost"
+    assert (log.run.status, log.run.cause) == ("retrying", "lost")
+
+
+def test_exit_code_zero_is_not_enough() -> None:
+    log = Log().claim().train(39).end(exit_code=0)
+    assert (log.run.status, log.run.cause) == ("retrying", "incomplete")
+    assert "39 of 40 planned steps" in str(log.run.message)
+
+
+def test_a_finished_run_has_succeeded_whatever_its_exit_code() -> None:
+    assert Log(planned=5).claim().train(5).save().end(exit_code=1).run.status == "succeeded"
+
+
+def test_tokens_that_do_not_add_up_are_not_success() -> None:
+    log = Log(planned=2).claim().train(2, tokens=99).save()
+    assert decisions.shortfall(log.run) == (
+        "the log's steps sum to 198 trained tokens, but the trainer counted 200"
+    )
+
+
+# Cancel and resume in every status.
+
+
+def in_status(status: str) -> Log:
+    log = Log(planned=10)
+    if status == "queued":
+        return log
+    log.claim()
+    if status == "starting":
+        return log
+    log.train(6, save_every=5)
+    match status:
+        case "retrying":
+            log.end()
+        case "stopping":
+            log.add(events.StopRequested(by="ada"))
+        case "succeeded":
+            log.train(10).save().end(exit_code=0)
+        case "failed":
+            log.end(Failure("user error", "m"))
+        case "cancelled":
+            log.add(events.StopRequested(by="ada")).end(exit_code=0)
+    assert log.run.status == status
+    return log
+
+
+STATUSES = ["queued", "retrying", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_cancel_in_every_status(status: str) -> None:
+    log = in_status(status)
+    if status in ENDED:
+        with pytest.raises(Refused, match=f"has {status} already"):
+            decisions.request_stop(log.run, "bob")
+        return
+    log.add(*decisions.request_stop(log.run, "bob", "why"))
+    if status in ACTIVE:
+        assert log.run.status == "stopping"
+        assert decisions.request_stop(log.run, "bob") == []
+        log.end(Failure("killed", "m"), 143)
+    assert log.run.status == "cancelled"
+    assert log.run.stop_by == ("ada" if status == "stopping" else "bob")
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("from_step", [None, 0, 5, 7])
+def test_resume_in_every_status(status: str, from_step: int | None) -> None:
+    log = in_status(status)
+    allowed = status in {"retrying", "failed", "cancelled"} or (
+        status == "succeeded" and from_step is not None
+    )
+    if allowed and from_step != 7:
+        log.add(*decisions.request_resume(log.run, "bob", from_step))
+        assert (log.run.status, log.run.stop_by, log.run.cause) == ("queued", None, None)
+        assert decisions.claim(log.run, "d", "h").from_step == (5 if from_step is None else from_step)
+        return
+    with pytest.raises(Refused) as refused:
+        decisions.request_resume(log.run, "bob", from_step)
+    (problem,) = refused.value.problems
+    assert problem.mend
+    if allowed:
+        assert "has no checkpoint of step 7" in problem.what
+        assert problem.mend.startswith("use one of 0, 5")
+
+
+def test_a_run_that_ends_its_work_while_it_is_being_cancelled_has_succeeded() -> None:
+    log = Log(planned=5).claim().train(4).add(events.StopRequested(by="ada")).train(5).save().end(exit_code=0)
+    assert log.run.status == "succeeded"
+
+
+# Retention.
+
+
+def kept(run: Run) -> list[int]:
+    return [s for s, reasons in retention.why_kept(run).items() if reasons]
+
+
+def deletable(run: Run) -> list[int]:
+    return [c.step for c in retention.deletable(run)]
+
+
+def test_the_newest_and_the_best_are_kept() -> None:
+    log = Log(planned=100, checkpoint__keep_last=2, checkpoint__keep_best=1).claim()
+    for number, loss in ((5, 3.0), (10, 1.0), (15, 2.0), (20, 2.5), (25, float("nan"))):
+        log.train(number).add(validated(number, loss)).save()
+    assert retention.why_kept(log.run) == {5: [], 10: ["best"], 15: [], 20: ["last 2"], 25: ["last"]}
+    assert deletable(log.run) == [5, 15]
+    log.add(events.CheckpointDeleted(step=5, path="/ck/step-5", bytes=10, reason="r"))
+    assert deletable(log.run) == [15]
+
+
+def test_every_nth_and_the_final_one_are_kept() -> None:
+    log = Log(planned=20, checkpoint__keep_last=1, checkpoint__keep_every=10).claim().train(20, save_every=5)
+    assert retention.why_kept(log.run) == {5: [], 10: ["every 10"], 15: [], 20: ["last", "every 10", "final"]}
+
+
+def test_nothing_is_best_without_validations() -> None:
+    assert kept(Log(checkpoint__keep_last=1).claim().train(15, save_every=5).run) == [15]
+
+
+def test_the_last_verified_one_is_kept() -> None:
+    log = Log(checkpoint__keep_last=1).claim().train(5).save().end().claim().train(15, save_every=5)
+    assert retention.why_kept(log.run) == {5: ["last verified"], 10: [], 15: ["last"]}
+
+
+def test_nothing_is_deleted_until_a_starting_attempt_has_read_its_checkpoint() -> None:
+    log = Log(planned=20, checkpoint__keep_last=1).claim().train(20, save_every=5).end(exit_code=0)
+    assert deletable(log.run) == [5, 10, 15]
+    log.add(*decisions.request_resume(log.run, "ada", 10))
+    assert deletable(log.run) == [5, 15]
+    log.add(decisions.claim(log.run, "d", "h"))
+    assert deletable(log.run) == []
+
+
+def test_superseded_ones_stay_while_an_attempt_runs_and_go_when_it_has_ended() -> None:
+    log = Log(planned=20, checkpoint__keep_last=1).claim().train(20, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 10)).claim().train(12)
+    assert deletable(log.run) == [5]
+    log.add(events.StopRequested(by="ada")).end(exit_code=0)
+    assert deletable(log.run) == [5, 15, 20]
+
+
+# Histories that nobody thought of.
+
+_STORY = st.lists(
+    st.sampled_from(
+        ["train", "save", "validate", "nan", "crash", "claim", "resume", "cancel", "reject", "delete"]
+    ),
+    max_size=40,
+)
+
+
+def _live(story: list[str]) -> Log:
+    log = Log(planned=12, launch__max_restarts=3)
+    for number, deed in enumerate(story):
+        run = log.run
+        match deed:
+            case "claim" if run.status in run_state.WAITING:
+                log.claim()
+            case "train" if run.status in ACTIVE and run.step < run.planned_steps:
+                log.train(run.step + 1)
+            case "save" if run.status in ACTIVE and run.step:
+                log.save()
+            case "validate" if run.status in ACTIVE:
+                log.add(validated(run.step, 1.0 + (number * 7919) % 13))
+            case "nan" if run.status in ACTIVE:
+                log.add(validated(run.step, float("nan")))
+            case "crash" if run.status in ACTIVE:
+                log.end()
+            case "cancel" if run.status not in ENDED:
+                log.add(*decisions.request_stop(run, "ada"))
+            case "resume":
+                steps = [None, 0, *(c.step for c in run.checkpoints)]
+                try:
+                    log.add(*decisions.request_resume(run, "ada", steps[number % len(steps)]))
+                except Refused:
+                    continue
+            case "reject" if run.status == "starting" and run.checkpoints:
+                last = run.checkpoints[-1]
+                log.add(events.CheckpointRejected(step=last.step, path=last.path, reason="r"))
+            case "delete":
+                for c in retention.deletable(run)[:1]:
+                    log.add(events.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason="r"))
+    return log
+
+
+@settings(max_examples=200, deadline=None)
+@given(_STORY, st.data())
+def test_folding_in_any_batches_gives_the_same_bytes(story: list[str], data: st.DataObject) -> None:
+    log = _live(story)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(log.recorded)), max_size=5)))
+    run = Run(log.run.run_id)
+    for start, end in zip([0, *cuts], [*cuts, len(log.recorded)], strict=True):
+        run = run_state.fold(run, log.recorded[start:end])
+        # A state is stored between batches, as JSON.
+        run = msgspec.json.decode(msgspec.json.encode(run), type=Run)
+    assert msgspec.json.encode(run) == msgspec.json.encode(log.run)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_STORY)
+def test_what_always_holds(story: list[str]) -> None:
+    run = _live(story).run
+    steps = [c.step for c in run.checkpoints]
+    assert steps == sorted(set(steps))
+    assert run.step <= run.highest_step
+    assert run.tokens_counted == run.step * TOKENS
+    gone = set(deletable(run))
+    assert not gone or (run.restart_checkpoint is not None and run.restart_checkpoint.step not in gone)
+    if run.best_validation is not None:
+        assert all(
+            c.step not in gone for c in run.checkpoints if c.step == run.planned_steps and not c.superseded
+        )
+    assert decisions.claim(run, "d", "h").from_step in {0, *steps}
+    assert (run.ended_at is not None) == (run.status in ENDED)
