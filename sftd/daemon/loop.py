@@ -18,6 +18,7 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.failures import Cause, Failure
+from sftd.domain.run import Run
 from sftd.launcher import processes
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
@@ -62,7 +63,7 @@ class Daemon:
         self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
         self._stop = threading.Event()
         self._renew_at = 0.0
-        self._busy_reported = False
+        self._too_large: set[str] = set()
 
     def stop(self) -> None:
         """End after the present tick, leaving training alive. Safe in a signal handler."""
@@ -78,7 +79,7 @@ class Daemon:
             while not self._stop.is_set():
                 try:
                     busy = self.tick()
-                    if drain and not self._supervisors and reading.queue_is_empty(self._store):
+                    if drain and not self._supervisors and self._nothing_left():
                         drained = True
                         break
                 except sa.exc.OperationalError as error:
@@ -94,6 +95,24 @@ class Daemon:
                 log.warning("MLflow has not everything yet; the next daemon goes on from there")
             self._unregister()
         log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
+
+    def _nothing_left(self) -> bool:
+        """Whether no run is driven by anybody, and none waits but those that can never start here."""
+        waiting, driven = reading.queued(self._store)
+        return not driven and waiting <= self._too_large
+
+    def _fits(self, run: Run) -> bool | None:
+        fit = self._inventory.fits(run.spec)
+        if fit is None and run.run_id not in self._too_large:
+            self._too_large.add(run.run_id)
+            need = self._inventory.need(run.spec)
+            log.warning(
+                "%s: needs %d %s devices, more than there are here; it waits",
+                run.run_id,
+                need.count,
+                need.device,
+            )
+        return fit
 
     def _register(self) -> None:
         now = self._context.now()
@@ -170,7 +189,7 @@ class Daemon:
             self._context,
             daemon=self.daemon_id,
             host=self._me.host,
-            fits=lambda run: self._inventory.fits(run.spec),
+            fits=self._fits,
             lease_micros=self._lease_micros,
         )
 
@@ -187,6 +206,8 @@ class Daemon:
             checkpoint_dir=str(run_dir.checkpoint_dir(run.spec.checkpoint.save_dir)),
             checkpoint=claimed.start.checkpoint,
             checkpoint_digest=claimed.checkpoint_digest,
+            train_digest=run.train_digest,
+            val_digest=run.val_digest,
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:

@@ -22,6 +22,8 @@ from sftd.wire import journal
 log = logging.getLogger("sftd.daemon")
 
 _LINES_PER_TRANSACTION = 500
+# A long backlog is taken in over several ticks, so that leases are renewed between them.
+_LINES_PER_TICK = 20 * _LINES_PER_TRANSACTION
 # A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
 _STOP_SECONDS = 600.0
 
@@ -46,7 +48,7 @@ class Supervisor:
         """Take in what the journal has. Returns the number of lines."""
         taken = 0
         published = False
-        while self._unreadable is None:
+        while self._unreadable is None and taken < _LINES_PER_TICK:
             try:
                 lines, offset = journal.read(
                     self.attempt.directory.journal, self._offset, self._line + 1, _LINES_PER_TRANSACTION
@@ -101,12 +103,14 @@ class Supervisor:
             alive = False
         return None if alive else self._finish()
 
-    def _finish(self) -> Run:
+    def _finish(self) -> Run | None:
         exit_code = self.attempt.directory.exit_code()
         # Ranks may outlive a killed torchrun; two attempts must never write at once.
         if stuck := self.attempt.kill():
             log.error("%s: processes %s do not die; waiting for them", self.lease.run_id, stuck)
-        self.ingest()
+            return None
+        if self.ingest() >= _LINES_PER_TICK:
+            return None
         remains = self.attempt.remains()
         failure = self._unreadable or classify(remains)
         run = attempts.finish(

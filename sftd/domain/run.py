@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatch
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -59,6 +59,9 @@ class Run(msgspec.Struct, frozen=True):
     spec: Spec = Spec()
     spec_digest: str = ""
     user: str = ""
+    # sha256 of the data as submitted: a changed file is another run.
+    train_digest: str = ""
+    val_digest: str = ""
     planned_steps: int = 0
     submitted_at: e.Micros = 0
     started_at: e.Micros | None = None
@@ -128,9 +131,15 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
         spec=msgspec.convert(event.spec, Spec),
         spec_digest=event.spec_digest,
         user=event.user,
+        train_digest=_digest(event.data, "train"),
+        val_digest=_digest(event.data, "val"),
         planned_steps=event.planned_steps,
         submitted_at=recorded.occurred_at,
     )
+
+
+def _digest(data: dict[str, Any], part: str) -> str:
+    return str((data.get(part) or {}).get("digest", ""))
 
 
 @_apply.register
@@ -170,11 +179,20 @@ def _(event: e.TrainingResumed, run: Run, recorded: e.Recorded) -> Run:
 def _rewind(run: Run, step: int) -> Run:
     """The timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
     tokens = next((c.tokens_total for c in run.checkpoints if c.step == step), 0)
+    kept = [v for v in (run.first_validation, run.last_validation) if v is not None and v.step <= step]
+    kept += [
+        Validation(c.step, c.val_loss) for c in run.checkpoints if c.val_loss is not None and c.step <= step
+    ]
     return _set(
         run,
         step=step,
         tokens_counted=tokens,
         tokens_reported=tokens,
+        first_validation=min(kept, key=lambda v: v.step, default=None),
+        last_validation=max(kept, key=lambda v: v.step, default=None),
+        best_validation=min(
+            (v for v in kept if isinstance(v.loss, float)), key=lambda v: (v.loss, v.step), default=None
+        ),
         checkpoints=tuple(_set(c, superseded=True) if c.step > step else c for c in run.checkpoints),
     )
 

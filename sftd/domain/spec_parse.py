@@ -133,12 +133,16 @@ def _nearest(path: str) -> str:
     return tails[by_name[0]] if by_name else ""
 
 
+# Deeper than any key: a YAML alias can make a mapping contain itself.
+_DEEPEST = 4
+
+
 def _flatten(tree: Mapping[Any, Any], prefix: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if path in LEAVES or path in ALIASES or path == _MIN_LR:
             yield path, value
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and path.count(".") < _DEEPEST:
             yield from _flatten(value, path + ".", problems)
         elif path in SECTIONS:
             # `optimizer:` with nothing under it is an empty section, not a mistake.

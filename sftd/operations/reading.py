@@ -10,8 +10,7 @@ import sqlalchemy as sa
 
 from sftd.domain.events import Recorded
 from sftd.domain.run import Run
-from sftd.store import daemons, event_store, queue
-from sftd.store.daemons import DaemonRow
+from sftd.store import event_store, queue
 from sftd.store.engine import Store
 from sftd.store.runs import load_run, resolve_id
 from sftd.store.tables import view_runs
@@ -79,13 +78,8 @@ def raw_events(store: Store, run_id: str, after_version: int = 0) -> Iterator[di
         yield from event_store.raw_rows(connection, run_id, after_version)
 
 
-def queue_is_empty(store: Store) -> bool:
-    """Whether no run waits and none is driven."""
+def queued(store: Store) -> tuple[set[str], set[str]]:
+    """Ids of the runs that wait, and of those that some daemon drives."""
     with store.read() as connection:
-        return not queue.waiting(connection) and not queue.leases(connection)
-
-
-def known_daemons(store: Store) -> list[DaemonRow]:
-    """Every daemon that ever used this database, newest first."""
-    with store.read() as connection:
-        return daemons.all_daemons(connection)
+        waiting = {run_id for run_id, _ in queue.waiting(connection)}
+        return waiting, {lease.run_id for lease in queue.leases(connection)}

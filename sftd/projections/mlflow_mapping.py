@@ -148,8 +148,9 @@ def experiment_name(event: e.RunSubmitted) -> str:
 
 
 def run_name(run_id: str, event: e.RunSubmitted) -> str:
-    """What people call the run."""
-    return fit(str(_section(event.spec, "trainer").get("experiment_name") or run_id), _NAME)
+    """What people call the run, and its id: a name is often used for several runs."""
+    name = str(_section(event.spec, "trainer").get("experiment_name") or "")
+    return fit(f"{name} {run_id}".strip(), _NAME)
 
 
 def params(spec: Mapping[str, Any]) -> dict[str, str]:

@@ -39,14 +39,6 @@ def stopped(tx: Tx, daemon_id: str, now: Micros) -> None:
     tx.execute(sa.update(daemons).where(daemons.c.daemon_id == daemon_id).values(stopped_at=now, seen_at=now))
 
 
-def all_daemons(connection: sa.Connection) -> list[DaemonRow]:
-    """Every daemon, newest first."""
-    return [
-        DaemonRow(*row)
-        for row in connection.execute(sa.select(daemons).order_by(daemons.c.started_at.desc()))
-    ]
-
-
 def find(connection: sa.Connection, daemon_id: str) -> DaemonRow | None:
     """One daemon, or None."""
     row = connection.execute(sa.select(daemons).where(daemons.c.daemon_id == daemon_id)).first()

@@ -29,6 +29,7 @@ from sftd.domain.spec import spec_digest
 from sftd.trainer import manifest as manifests
 from sftd.trainer import megatron_edges
 from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
+from sftd.trainer.folder_swap import publish_folder
 from sftd.trainer.manifest import Manifest
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session
@@ -80,19 +81,19 @@ class Checkpoints:
         published = self._folder / folder_name(progress.step)
         partial = published.with_name(published.name + ".partial")
         try:
-            if not self._agreed(lambda: self._is_same(published, progress)):
+            if not self._gather(lambda: dist.get_rank() == 0 and self._is_same(published, progress))[0]:
                 self._attempt(lambda: self._stage_folder(partial))
                 self._attempt(lambda: self._write(partial))
                 entries = self._gather(lambda: self._describe_share(partial))
                 self._attempt(lambda: self._publish(partial, published, progress, versions, entries))
         except CheckpointSaveFailed as error:
+            reason = self._explain(error)
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._reporter.emit(
-                AnomalyDetected(step=progress.step, what="checkpoint_failed", detail={"error": str(error)})
-            )
+            anomaly = AnomalyDetected(step=progress.step, what="checkpoint_failed", detail={"error": reason})
+            self._reporter.emit(anomaly)
             if must_succeed:
-                raise
+                raise CheckpointSaveFailed(reason) from error
             return
         data = (published / manifests.NAME).read_bytes()
         total = len(data) + sum(entry.bytes for entry in manifests.read(published, None).files)
@@ -252,20 +253,19 @@ class Checkpoints:
         fsync_dir(partial)
         # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
         self._reporter.flush()
-        if published.exists():
-            # Damaged, or of a history that is being redone differently. Nothing in the log points at it any more.
-            aside = published.with_name(published.name + ".replaced")
-            shutil.rmtree(aside, ignore_errors=True)
-            published.rename(aside)
-            partial.rename(published)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            partial.rename(published)
-        fsync_dir(published.parent)
+        # One that is there already is damaged, or of a history that is being redone differently.
+        publish_folder(partial, published)
 
-    def _agreed(self, question: Callable[[], bool]) -> bool:
-        """Rank 0's answer, on all ranks."""
-        return bool(_all_gather(question() if dist.get_rank() == 0 else None)[0])
+    def _explain(self, error: CheckpointSaveFailed) -> str:
+        """The error, and that the disk is full where it is: Megatron's writer swallows the reason."""
+        try:
+            free = shutil.disk_usage(self._folder).free
+        except OSError:
+            return str(error)
+        is_full = free < self._trainee.state_bytes
+        return (
+            f"{'No space left on device: ' if is_full else ''}{error} ({free} bytes free in {self._folder})"
+        )
 
     def _attempt(self, action: Callable[[], None]) -> None:
         self._gather(action)

@@ -19,13 +19,14 @@ from sftd.trainer.batches import Batching, share
 from sftd.trainer.checkpoint import Checkpoints, Progress
 from sftd.trainer.data import Rows
 from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
+from sftd.trainer.model import check_supported
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.schedule import learning_rate
 from sftd.trainer.validate import validate
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.dataset import files_digest
-from sftd.wire.model_folder import read_shape
+from sftd.wire.model_folder import read_config, read_shape
 
 
 def run(attempt_path: str) -> None:
@@ -104,8 +105,11 @@ class Attempt:
                 self._save(must_succeed=is_last)
 
     def _read_shape(self) -> ModelShape:
+        model = self._spec.model
         try:
-            return read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
+            config = read_config(model.partial_pretrain, model.override_config)
+            check_supported(config, self._spec.data.sequence_length)
+            return read_shape(model.partial_pretrain, model.override_config)
         except Refused as refused:
             raise UserError(str(refused)) from refused
 
@@ -126,7 +130,7 @@ class Attempt:
                 f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
             )
         planned = spec.planned_steps(len(self._train))
-        if planned != self._order.planned_steps:
+        if spec.trainer.max_steps is None and planned != self._order.planned_steps:
             raise UserError(
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"
@@ -134,16 +138,18 @@ class Attempt:
         self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
         self._batching = Batching.of(spec, self._session)
         if self._session.layout.reports:
+            train_digest = _unchanged(data.train_files, self._order.train_digest)
+            val_digest = _unchanged(data.val_files, self._order.val_digest)
             self._reporter.emit(
                 DataBound(
                     train_rows=len(self._train),
-                    train_digest=files_digest(data.train_files),
+                    train_digest=train_digest,
                     val_rows=len(self._val),
-                    val_digest=files_digest(data.val_files),
+                    val_digest=val_digest,
                     truncated_rows=self._train.truncated_rows,
                     dropped_rows=self._train.dropped_rows,
                     steps_per_epoch=len(self._train) / data.train_batch_size,
-                    planned_steps=planned,
+                    planned_steps=self._order.planned_steps,
                 )
             )
 
@@ -235,6 +241,16 @@ class Attempt:
         versions = {name: self._environment[name] for name in ("sftd", "python", "torch", "megatron_core")}
         self._checkpoints.save(self._progress, versions, must_succeed=must_succeed)
         self._saved_step = self._progress.step
+
+
+def _unchanged(paths: list[str], submitted: str) -> str:
+    """Digest of the files. Raises `DataError` when they are no longer those that were submitted."""
+    found = files_digest(paths)
+    if submitted and found != submitted:
+        raise DataError(
+            f"{', '.join(paths)} changed since the run was submitted: submit a new run, or put the old files back"
+        )
+    return found
 
 
 def _is_due(step: int, interval: int) -> bool:

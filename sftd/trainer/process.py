@@ -59,9 +59,16 @@ def die_with_parent() -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # An orphan belongs to pid 1; in a container torchrun itself may be pid 1.
-    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+    if os.getppid() == 1 and not _is_torchrun(1):
         os._exit(1)
+
+
+def _is_torchrun(pid: int) -> bool:
+    # Orphans belong to pid 1, but in a container torchrun itself may be pid 1.
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:

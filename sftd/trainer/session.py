@@ -132,13 +132,12 @@ def _device(spec: Spec) -> torch.device:
 
 def environment(session: Session) -> dict[str, Any]:
     """What decides the numbers of a run besides its spec: versions, device, threads, layout."""
-    import megatron.core
-
     is_cuda = session.device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "megatron_core": megatron.core.__version__,
+        # Not megatron.core.__version__: that appends the commit of whatever repository the process runs in.
+        "megatron_core": _installed_version("megatron-core"),
         "transformers": _installed_version("transformers"),
         "sftd": sftd.__version__,
         "device": torch.cuda.get_device_name(session.device) if is_cuda else "cpu",

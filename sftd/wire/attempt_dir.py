@@ -22,7 +22,8 @@ from sftd.domain.spec import Spec
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
-    None starts from the pretrained model. `token` names the lease under which the attempt was launched."""
+    None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
+    (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched."""
 
     run_id: str
     attempt: int
@@ -32,6 +33,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_dir: str
     checkpoint: str | None = None
     checkpoint_digest: str | None = None
+    train_digest: str = ""
+    val_digest: str = ""
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,9 +18,10 @@ def test_daemons_come_and_go(store: Store) -> None:
         daemons.seen(tx, "first", 15)
         daemons.stopped(tx, "second", 25)
     with store.read() as connection:
-        second, first = daemons.all_daemons(connection)
-        assert daemons.find(connection, "first") == first
+        first, second = daemons.find(connection, "first"), daemons.find(connection, "second")
         assert daemons.find(connection, "none") is None
+    assert first is not None
+    assert second is not None
     assert (first.daemon_id, first.seen_at, first.stopped_at) == ("first", 15, None)
     assert (second.daemon_id, second.seen_at, second.stopped_at) == ("second", 25, 25)
     assert first.create_time == 1760000000.123456

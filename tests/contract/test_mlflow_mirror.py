@@ -485,7 +485,7 @@ def test_interleaved_runs(
     mirror.sync(never)
     for run_id in ("run-1", "run-2"):
         assert server.history(run_id) == expected(log.store, run_id)
-    assert server.run("run-1").info.run_name == "first"
+    assert server.run("run-1").info.run_name == "first run-1"
 
 
 def test_types_of_a_newer_sftd_are_passed_over(

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,7 +50,11 @@ _LLAMA3 = {
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
-    "llama3_rope": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False, "rope_parameters": _LLAMA3}),
+    "llama3_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "rope_parameters": _LLAMA3},
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
@@ -176,22 +179,41 @@ class Trainer:
         """Write the order of an attempt."""
         attempt = AttemptDir(self._root / name)
         shutil.rmtree(attempt.path, ignore_errors=True)
-        fields = {"checkpoint_dir": str(attempt.path / "checkpoints"), "planned_steps": spec.planned_steps(TRAIN_ROWS)}
+        fields = {
+            "checkpoint_dir": str(attempt.path / "checkpoints"),
+            "planned_steps": spec.planned_steps(TRAIN_ROWS),
+        }
         attempt.create(Order(run_id="run", attempt=1, token="token", spec=spec, **fields | order))
         return attempt
 
     def start(
-        self, attempt: AttemptDir, limits: Callable[[], None] | None = None, module: str = "sftd.trainer"
+        self, attempt: AttemptDir, *, largest_file: int | None = None, script: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """torchrun on an attempt, warnings being errors."""
+        """torchrun on an attempt, warnings being errors. `script` takes the trainer's place.
+
+        Writing past `largest_file` bytes of a file fails with EFBIG, like a full disk.
+        """
         ranks = attempt.order().spec.world_size
         environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error", CUDA_VISIBLE_DEVICES="")
-        argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(ranks)]
+        argv = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "1",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         argv += ["--standalone", "--max-restarts", "0", "--log-dir", str(attempt.ranks_dir)]
-        argv += ["-m", module] if not module.endswith(".py") else [module]
+        argv += [str(script)] if script else ["-m", "sftd.trainer"]
+
+        def limit() -> None:
+            if largest_file is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
         with open(attempt.output_log, "wb") as log:
             return subprocess.Popen(
-                [*argv, str(attempt.path)], env=environment, stdout=log, stderr=log, preexec_fn=limits
+                [*argv, str(attempt.path)], env=environment, stdout=log, stderr=log, preexec_fn=limit
             )
 
     def finish(self, attempt: AttemptDir, process: subprocess.Popen[bytes], *, expect: int | None = 0) -> Run:
@@ -220,8 +242,3 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path) 
 def base(trainer: Trainer) -> Run:
     """One rank, micro-batches of one sample, padded, with sample prompts: what the other runs are compared with."""
     return trainer.run("base", trainer__sample_prompts=[PROMPT], trainer__sample_max_tokens=8)
-
-
-def file_size_limit(size: int) -> Callable[[], None]:
-    """For a child process: writing past `size` bytes of a file fails with EFBIG, like a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +27,6 @@ from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
 
 
@@ -36,7 +38,9 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.partial_pretrain, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            spec.model.partial_pretrain, dtype=torch.float32
+        )
     table = pq.read_table(spec.data.train_files[0])
     rows = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
     order = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=True)
@@ -60,7 +64,9 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
         optimizer.zero_grad()
         for ids, labels in batch:
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / tokens
+            loss = (
+                torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / tokens
+            )
             loss.backward()
             total += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, o.clip_grad).item())
@@ -79,14 +85,42 @@ def test_equals_a_plain_pytorch_loop(base: Run) -> None:
     assert max(norms) > base.attempt.order().spec.optimizer.clip_grad, "clipping was not tried"
 
 
+def real_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct; skips the test where it is not."""
+    default = Path.home() / ".cache/sftd/models/SmolLM2-135M-Instruct"
+    folder = Path(os.environ.get("SFTD_TEST_MODEL", default))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder}: `make demo` fetches it, SFTD_TEST_MODEL names another folder")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_a_real_model_equals_a_plain_pytorch_loop(trainer: Trainer) -> None:
+    run = trainer.run(
+        "real",
+        model__partial_pretrain=str(real_model()),
+        training__micro_batch_size_per_gpu=4,
+        training__use_rmpad=True,
+        data__train_batch_size=4,
+        data__val_files=[],
+        optimizer__lr=5e-5,
+        trainer__max_steps=5,
+        trainer__save_interval=0,
+    )
+    shutil.rmtree(run.attempt.order().checkpoint_dir)
+    losses, norms = reference(run, 5)
+    steps = run.events(StepCompleted)
+    assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-4)
+    assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
+
+
 def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
     kinds = [type(e) for e in base.all_events()]
-    validated = [ValidationCompleted, SampleGenerated]
+    step, validated = [StepCompleted], [ValidationCompleted, SampleGenerated]
     saved = [CheckpointStarted, CheckpointPublished]
-    step = [StepCompleted]
-    assert kinds == [ModelLoaded, DataBound, *validated, *step, *step, *validated, *step, *saved] + [
-        *step, *validated, *step, *step, *validated, *saved,
-    ]  # fmt: skip
+    first = [ModelLoaded, DataBound, *validated, *step, *step, *validated, *step, *saved]
+    assert kinds == [*first, *step, *validated, *step, *step, *validated, *saved]
     bound = base.events(DataBound)[0]
     assert (bound.train_rows, bound.val_rows, bound.planned_steps) == (37, 11, 6)
     loaded = base.events(ModelLoaded)[0]
@@ -109,7 +143,10 @@ MEGATRON = "model__megatron__"
 LAYOUTS = {
     "packed": (1, {"training__micro_batch_size_per_gpu": 4, "training__use_rmpad": True}),
     "dp2_padded": (2, {"training__micro_batch_size_per_gpu": 2}),
-    "tp2_recompute": (2, {MEGATRON + "tensor_model_parallel_size": 2, "model__enable_gradient_checkpointing": True}),
+    "tp2_recompute": (
+        2,
+        {MEGATRON + "tensor_model_parallel_size": 2, "model__enable_gradient_checkpointing": True},
+    ),
     "tp2_sp_packed": (
         2,
         {
@@ -165,10 +202,14 @@ def test_first_answer_is_the_one_of_transformers(base: Run) -> None:
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(spec.model.partial_pretrain, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            spec.model.partial_pretrain, dtype=torch.float32
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model.partial_pretrain)
         prompt = tokenizer("<bos>abc!", return_tensors="pt", add_special_tokens=False)
-        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
     first = base.events(SampleGenerated)[0]
     assert first.prompt == "abc"
     assert first.text == tokenizer.decode(answer, skip_special_tokens=True)
@@ -180,7 +221,17 @@ def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Train
     attempt = trainer.prepare("diverging", spec)
     run = trainer.finish(attempt, trainer.start(attempt), expect=1)
     last = run.events(StepCompleted)[-1]
-    assert last.loss != last.loss or last.grad_norm in (float("inf"), float("nan")) or last.grad_norm != last.grad_norm
+    assert not (math.isfinite(last.loss) and math.isfinite(last.grad_norm))
     assert [a.what for a in run.events(AnomalyDetected)] == ["non_finite_loss"]
     assert all(c.step < last.step for c in run.events(CheckpointStarted))
     assert "NonFiniteLoss" in run.errors()
+
+
+def test_data_that_changed_since_submit_is_the_users_error(trainer: Trainer) -> None:
+    attempt = trainer.prepare(
+        "changed", trainer.spec(trainer__max_steps=None, trainer__epochs=1), planned_steps=99
+    )
+    run = trainer.finish(attempt, trainer.start(attempt), expect=1)
+    assert "UserError" in run.errors()
+    assert "have the data files changed?" in run.errors()
+    assert not run.events(StepCompleted)

@@ -168,7 +168,7 @@ def test_missing_facts_are_tolerated() -> None:
 def test_names_come_from_the_spec() -> None:
     event = submitted(spec={"trainer": {"project_name": "chat", "experiment_name": "first"}})
     assert mapping.experiment_name(event) == "chat"
-    assert mapping.run_name("run-1", event) == "first"
+    assert mapping.run_name("run-1", event) == "first run-1"
 
 
 def test_tags_say_what_happened() -> None:

@@ -1,0 +1,123 @@
+"""From submit to success, as a user and as a script see it; on SQLite with MLflow, and on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tests.process.harness import Home, at_step, write_rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def postgres_url(postgres_server: sa.URL) -> Iterator[str]:
+    """An empty database on a real PostgreSQL."""
+    name = f"process_{uuid.uuid4().hex}"
+    engine = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        yield postgres_server.set(database=name).render_as_string(hide_password=False)
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
+    home.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{home.path}/mlflow.db"
+    daemon = home.start_daemon()
+    done = home.run("submit", str(home.config), "trainer.experiment_name=first", "--wait", "-q")
+    run_id = done.stdout.strip()
+    assert home.show(run_id)["status"] == "succeeded"
+    # Another daemon of the same home is told so, and changes nothing.
+    assert "running already" in home.run("daemon", "--drain", check=1).stderr
+    home.run("daemon", "--stop")
+    assert daemon.wait(timeout=60) == 0
+
+    log = {e["payload"]["step"]: e["payload"]["loss"] for e in home.events(run_id, "StepCompleted")}
+    assert list(log) == list(range(1, 13))
+    with sa.create_engine(home.env["MLFLOW_TRACKING_URI"]).connect() as connection:
+        rows = connection.execute(sa.text("SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY step"))
+        assert {row.step: row.value for row in rows} == log
+        statuses = list(connection.execute(sa.text("SELECT name, status FROM runs")))
+    assert statuses == [(f"first {run_id}", "FINISHED")]
+    published = [e["payload"]["step"] for e in home.events(run_id, "CheckpointPublished")]
+    assert published == [5, 10, 12]
+    validated = [e["payload"]["step"] for e in home.events(run_id, "ValidationCompleted")]
+    assert validated == [0, 12]
+    # Nothing of it is for other eyes.
+    for path in (home.path / "home").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0 or path.suffix in (".distcp", ".metadata"), path
+
+
+def test_submit_wait_fails_when_the_run_does(home: Home) -> None:
+    daemon = home.start_daemon()
+    # The submit is right when it is made; the file is another by the time it is read.
+    with subprocess.Popen(
+        home.command("submit", str(home.config), "--wait", "-q"),
+        env=home.env,
+        cwd=home.path,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stdout is not None
+        run_id = waiting.stdout.readline().strip()
+        write_rows(home.path / "train.parquet", 64, seed=9)
+        assert waiting.wait(timeout=120) == 1
+    daemon.terminate()
+    daemon.wait(timeout=60)
+    shown = home.show(run_id)
+    assert shown["cause"] == "user error"
+    assert "changed since the run was submitted" in shown["message"]
+
+
+def test_on_postgresql(home: Home, postgres_url: str) -> None:
+    home.env["SFTD_DATABASE_URL"] = postgres_url
+    refused = home.run("ls", check=2)
+    assert "sftd init" in refused.stderr
+    home.run("init")
+    run_id = home.submit("trainer.max_steps=60")
+    daemon = home.start_daemon("--drain")
+    home.follow(run_id, at_step(20))
+    home.kill_ranks(run_id)
+    home.wait(run_id, "succeeded")
+    assert daemon.wait(timeout=60) == 0
+    shown = home.show(run_id)
+    assert shown["anomalies"] == 0
+    assert shown["steps_redone"] > 0
+    before = home.run("views", "dump").stdout
+    home.run("views", "rebuild")
+    assert home.run("views", "dump").stdout == before
+
+
+def test_the_model_learns_from_the_command_line(home: Home) -> None:
+    """`logs`, `events` and `ls` say what happened, in words and in JSON."""
+    run_id = home.submit("optimizer.lr=0.01", "trainer.max_steps=20")
+    home.drain()
+    losses = [e["payload"]["loss"] for e in home.events(run_id, "StepCompleted")]
+    assert losses[-1] < losses[0]
+    assert run_id in home.run("ls").stdout
+    assert "succeeded" in home.run("ls", "-s", "succeeded").stdout
+    assert json.loads(home.run("ls", "-s", "failed", "--json").stdout) == []
+    text = home.run("events", run_id[:6]).stdout
+    assert "CheckpointPublished" in text
+    assert "RunSucceeded" in text
+    assert home.run("logs", run_id).returncode == 0
+    assert "checkpoint" in home.run("show", run_id).stdout
+    assert Path(home.show(run_id)["checkpoints"][-1]["path"]).is_dir()
+    assert os.environ.get("SFTD_HOME") != home.env["SFTD_HOME"]
+
+
+def test_a_run_too_large_for_the_machine_waits_and_says_so(home: Home) -> None:
+    home.env["SFTD_CPU_SLOTS"] = "1"
+    large = home.submit("launch.device=cuda", "launch.nproc_per_node=2")
+    small = home.submit("trainer.max_steps=2")
+    log = home.drain()
+    assert f"{large}: needs 2 cuda devices, more than there are here" in log
+    assert home.show(large)["status"] == "queued"
+    assert home.show(small)["status"] == "succeeded"

@@ -1,0 +1,208 @@
+"""The parts of the trainer that need no ranks: schedule, order of samples, rows, batches, manifest."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sftd.domain.spec import Optimizer, Scheduler, Spec
+from sftd.trainer import folder_swap
+from sftd.trainer import manifest as manifests
+from sftd.trainer.data import Rows
+from sftd.trainer.errors import CheckpointInvalid, DataError
+from sftd.trainer.manifest import FileEntry, Manifest
+from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def rates(kind: str, steps: int = 10, **scheduler: Any) -> list[float]:
+    spec = Spec(optimizer=Optimizer(lr=2.0), scheduler=Scheduler(type=kind, **scheduler))  # type: ignore[arg-type]
+    return [learning_rate(step, spec, steps) for step in range(steps)]
+
+
+def test_warm_up_learns_from_the_first_step_and_ends_at_the_peak() -> None:
+    assert rates("constant", 6, warmup_steps=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert rates("constant", 10, warmup_ratio=0.2)[:3] == [1.0, 2.0, 2.0]
+
+
+def test_linear_and_cosine_fall_from_the_peak_towards_the_floor() -> None:
+    assert rates("linear", 4, min_lr_ratio=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25])
+    half = [2.0 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+    assert rates("cosine", 4) == pytest.approx(half)
+    assert rates("cosine", 6, warmup_steps=2) == pytest.approx([1.0, 2.0, *half])
+    assert min(rates("cosine", 100, min_lr_ratio=0.1)) > 0.2
+
+
+def test_a_warm_up_of_the_whole_run_is_no_division_by_zero() -> None:
+    assert rates("cosine", 3, warmup_steps=3)[-1] == 2.0
+
+
+def test_every_epoch_is_a_permutation_of_its_own_and_steps_straddle_its_end() -> None:
+    order = SampleOrder(37, seed=5, shuffle=True)
+    stream = np.concatenate([order.rows(8 * step, 8) for step in range(14)])
+    epochs = [stream[37 * e : 37 * (e + 1)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [order.epoch(p) for p in (0, 36, 37, 74)] == [0, 0, 1, 2]
+    # Any place can be asked for without what came before: that is all a resume needs.
+    assert np.array_equal(SampleOrder(37, seed=5, shuffle=True).rows(80, 8), stream[80:88])
+    assert not np.array_equal(SampleOrder(37, seed=6, shuffle=True).rows(0, 37), epochs[0])
+
+
+def test_the_order_is_a_contract() -> None:
+    assert SampleOrder(8, seed=1234, shuffle=True).rows(0, 8).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
+    assert SampleOrder(3, seed=1, shuffle=False).rows(2, 5).tolist() == [2, 0, 1, 2, 0]
+    assert (
+        samples_digest(np.array([1, 2])) == "0c730b69905c5ef7a4ca5269f72365400bde2dd2c04eaf9bbb3d1c4a265a0131"
+    )
+
+
+def write(path: Path, rows: Sequence[tuple[list[int], list[int], list[int]]]) -> str:
+    columns = dict(
+        zip(("input_ids", "attention_mask", "labels"), map(list, zip(*rows, strict=True)), strict=True)
+    )
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    return str(path)
+
+
+def row(tokens: list[int], trained: int, padding: int = 0) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of which the last `trained` are trained, with padding on the right."""
+    untrained = len(tokens) - trained
+    return (
+        tokens + [0] * padding,
+        [1] * len(tokens) + [0] * padding,
+        [-100] * untrained + tokens[untrained:] + [-100] * padding,
+    )
+
+
+def rows_of(paths: list[str], **options: Any) -> Rows:
+    return Rows(paths, **{"sequence_length": 4, "truncation": "right", "vocab_size": 100} | options)
+
+
+def test_rows_are_shifted_truncated_counted_and_numbered(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", [row([5, 6, 7], 2), row([1, 2, 3, 4, 5, 6], 1), row([8, 9], 2, padding=1)])
+    second = write(tmp_path / "b", [row([1, 2], 0), row([1, 2, 3, 4, 5, 6], 3)])
+    rows = rows_of([first, second])
+    assert (len(rows), rows.truncated_rows, rows.dropped_rows) == (3, 2, 2)
+    assert rows.numbers.tolist() == [0, 2, 4]
+    assert rows.lengths.tolist() == [3, 2, 4]
+    # labels[i] is what token i is to predict; the first token's own label is nobody's to predict.
+    assert [(s.tokens.tolist(), s.labels.tolist()) for s in map(rows.__getitem__, range(3))] == [
+        ([5, 6, 7], [6, 7, -100]),
+        ([8, 9], [9, -100]),
+        ([1, 2, 3, 4], [-100, -100, 4, -100]),
+    ]
+    left = rows_of([first, second], truncation="left")
+    assert left.numbers.tolist() == [0, 1, 2, 4]
+    assert (left[3].tokens.tolist(), left[3].labels.tolist()) == ([3, 4, 5, 6], [4, 5, 6, -100])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([row([1, 2, 3, 4, 5], 1)], {"truncation": "error"}, "5 tokens are more than data.sequence_length 4"),
+        ([row([1, 200], 1)], {}, "outside the model's vocabulary"),
+        ([([1, 2, 3], [1, 0, 1], [1, 2, 3])], {}, "attention_mask has a 0 before a 1"),
+        ([([1, 2], [1, 1], [1])], {}, "differ in length"),
+    ],
+)
+def test_rows_that_cannot_be_trained_are_refused(
+    tmp_path: Path, rows: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        rows_of([write(tmp_path / "bad", rows)], **options)
+
+
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("{}")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        rows_of([str(tmp_path / "bad")])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, Manifest]:
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    for name in ("a.distcp", ".metadata"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    manifest = Manifest(
+        schema_version=1,
+        run_id="run",
+        spec_digest="s",
+        step=3,
+        tokens_total=5,
+        samples=24,
+        loss=float("nan").hex(),
+        grad_norm=(1.5).hex(),
+        layout={"tp": 1},
+        dtype="float32",
+        versions={"torch": "2"},
+        files=manifests.describe(folder, manifests.list_files(folder)),
+    )
+    (folder / manifests.NAME).write_bytes(manifests.encode(manifest))
+    return folder, manifest
+
+
+def test_a_whole_checkpoint_verifies(checkpoint: tuple[Path, Manifest]) -> None:
+    folder, manifest = checkpoint
+    digest = manifests.digest((folder / manifests.NAME).read_bytes())
+    assert manifests.read(folder, digest) == manifest
+    assert manifests.find_damage(folder, manifest.files) is None
+
+
+def test_every_damage_is_found(checkpoint: tuple[Path, Manifest]) -> None:
+    folder, manifest = checkpoint
+    data = bytearray((folder / "a.distcp").read_bytes())
+    data[500] ^= 1
+    (folder / "a.distcp").write_bytes(data)
+    assert "a.distcp has sha256" in (manifests.find_damage(folder, manifest.files) or "")
+    (folder / "a.distcp").write_bytes(data[:-1])
+    assert manifests.find_damage(folder, manifest.files) == "a.distcp has 7999 bytes, not 8000"
+    (folder / "a.distcp").unlink()
+    assert manifests.find_damage(folder, manifest.files) == "a.distcp is missing"
+
+
+def test_a_manifest_cannot_point_out_of_its_folder(checkpoint: tuple[Path, Manifest]) -> None:
+    folder, _ = checkpoint
+    (folder.parent / "x").write_text("x")
+    entry = FileEntry(name="../x", bytes=1, sha256="")
+    assert manifests.find_damage(folder, [entry]) == "../x is missing"
+
+
+def test_a_manifest_that_is_torn_missing_new_or_another_is_refused(checkpoint: tuple[Path, Manifest]) -> None:
+    folder, manifest = checkpoint
+    path = folder / manifests.NAME
+    with pytest.raises(CheckpointInvalid, match="not the one that was published"):
+        manifests.read(folder, "0" * 64)
+    path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, schema_version=2)))
+    with pytest.raises(CheckpointInvalid, match="a newer sftd wrote it"):
+        manifests.read(folder, None)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointInvalid, match="cannot be read"):
+        manifests.read(folder, None)
+    path.unlink()
+    with pytest.raises(CheckpointInvalid, match="cannot be read"):
+        manifests.read(folder, None)
+
+
+def test_a_folder_is_put_in_place_of_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for can_exchange in (True, False):
+        if not can_exchange:
+            monkeypatch.setattr(folder_swap, "_exchange", lambda *_: False)
+        for content in ("first", "second"):
+            new = tmp_path / "new"
+            new.mkdir()
+            (new / "file").write_text(content)
+            folder_swap.publish_folder(new, tmp_path / "published")
+            assert (tmp_path / "published/file").read_text() == content
+            assert [p.name for p in tmp_path.iterdir()] == ["published"]
