@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +53,6 @@ def iso(micros: int | None) -> str | None:
 def clock(micros: int) -> str:
     """µs since the epoch → local date and time, to the second."""
     return datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def ago(micros: int) -> str:
-    """How long ago, in the largest unit."""
-    return duration(max(0.0, time.time() - micros / 1e6)) + " ago"
 
 
 def duration(seconds: float | None) -> str:
