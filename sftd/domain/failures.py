@@ -75,17 +75,19 @@ def classify(remains: Remains) -> Failure:
     texts = [f"rank {e.rank}: {e.exception}" for e in remains.rank_errors] + remains.output_tail
     for cause, pattern in _PATTERNS:
         if found := [t for t in texts if pattern.search(t)]:
-            return Failure(cause, _clean(found[0]), _evidence(found))
+            return Failure(cause, _clean(found[0]), _evidence(found, remains))
     # A rank's own exception explains its peers' broken connections and aborts, never the other way round.
     own = [t for t in texts[: len(remains.rank_errors)] if not _COMMUNICATION.search(t)]
     if own:
-        return Failure("crash", _clean(own[0]), _evidence(own))
+        return Failure("crash", _clean(own[0]), _evidence(own, remains))
     if matches := [m for t in texts if (m := _SIGNAL.search(t))]:
         named = next((m for m in matches if m.group(1)), matches[0])
         name = named.group(1) or f"signal {named.group(2)}"
-        return Failure("killed", f"a rank was killed by {name}", _evidence([m.string for m in matches]))
+        return Failure(
+            "killed", f"a rank was killed by {name}", _evidence([m.string for m in matches], remains)
+        )
     if found := [t for t in texts if _COMMUNICATION.search(t) and not _WARNING.search(t)]:
-        return Failure("communication", _clean(found[0]), _evidence(found))
+        return Failure("communication", _clean(found[0]), _evidence(found, remains))
     if remains.exit_code is None:
         return Failure(
             "killed", "the attempt's processes are gone and left no exit code", remains.output_tail[-3:]
@@ -95,7 +97,7 @@ def classify(remains: Remains) -> Failure:
         return Failure("killed", f"torchrun was killed by signal {number}", remains.output_tail[-3:])
     errors = [t for t in remains.output_tail if _ERROR_LINE.search(t)]
     if errors:
-        return Failure("crash", _clean(errors[-1]), _evidence(errors[-3:]))
+        return Failure("crash", _clean(errors[-1]), _evidence(errors[-3:], remains))
     return Failure("crash", f"torchrun ended with exit code {remains.exit_code}", remains.output_tail[-5:])
 
 
@@ -103,5 +105,7 @@ def _clean(line: str) -> str:
     return re.sub(r"\s+", " ", line).strip()[:300]
 
 
-def _evidence(lines: list[str]) -> list[str]:
-    return [line.rstrip()[:500] for line in lines[:5]]
+def _evidence(lines: list[str], remains: Remains) -> list[str]:
+    """The lines that match, then where in the code the first rank failed."""
+    where = remains.rank_errors[0].traceback[-4:] if remains.rank_errors else []
+    return [line.rstrip()[:500] for line in (*lines[:5], *where)]

@@ -15,7 +15,8 @@ _ROPE_SCALINGS = ("default", "llama3")
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's config.json says of its shape. `attention_bias` is on the QKV projections."""
+    """What a model's config.json says of its shape. `attention_bias` is on the QKV projections; `sliding_window` is how
+    many tokens back attention looks, None for all."""
 
     architecture: str
     hidden_size: int
@@ -32,6 +33,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool
     attention_bias: bool
     qk_norm: bool
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +72,22 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
                 "model.partial_pretrain",
                 f"architecture {shape.architecture} has no weight mapping",
                 "use a model of one of: " + ", ".join(ARCHITECTURES),
+            )
+        )
+    if shape.hidden_act != "silu":
+        problems.append(
+            Problem(
+                "model.partial_pretrain",
+                f"config.json has hidden_act {shape.hidden_act!r}",
+                "use a model with silu (SwiGLU) layers",
+            )
+        )
+    if shape.sliding_window is not None and spec.data.sequence_length > shape.sliding_window:
+        problems.append(
+            Problem(
+                "data.sequence_length",
+                f"{spec.data.sequence_length} is more than the {shape.sliding_window} tokens of the model's sliding window",
+                f"set it to {shape.sliding_window} or less",
             )
         )
     rope = (shape.rope_scaling or {}).get("rope_type", (shape.rope_scaling or {}).get("type", "default"))

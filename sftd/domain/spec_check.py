@@ -109,6 +109,13 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 f"is not used: scheduler.warmup_steps={spec.scheduler.warmup_steps} decides",
             )
         )
+    if not m.use_distributed_optimizer:
+        warnings.append(
+            Problem(
+                "model.megatron.use_distributed_optimizer",
+                "false is not used: sftd always shards the optimizer, with the same numbers and less memory",
+            )
+        )
     if spec.checkpoint.async_save:
         warnings.append(
             Problem(

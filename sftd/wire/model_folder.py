@@ -55,6 +55,8 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=architecture == "Qwen2ForCausalLM" or bool(config.get("attention_bias", False)),
             qk_norm=architecture == "Qwen3ForCausalLM",
+            hidden_act=str(config.get("hidden_act", "silu")),
+            sliding_window=_sliding_window(config),
         )
     except KeyError as error:
         raise Refused(
@@ -66,6 +68,12 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
         raise Refused(
             Problem(_WHERE, f"{folder}/config.json: {error}", "mend config.json or model.override_config")
         ) from None
+
+
+def _sliding_window(config: dict[str, Any]) -> int | None:
+    # Qwen names a window that it does not use unless use_sliding_window says so; Mistral has no such key.
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return None if window is None else int(window)
 
 
 def check_weights(folder: str) -> None:

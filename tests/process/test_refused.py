@@ -227,6 +227,20 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "BertModel",
         "LlamaForCausalLM",
     ),
+    "model with another activation": (
+        shape(hidden_act="gelu"),
+        [],
+        "model.partial_pretrain",
+        "hidden_act 'gelu'",
+        "silu",
+    ),
+    "longer than the sliding window": (
+        shape(sliding_window=16),
+        [],
+        "data.sequence_length",
+        "sliding window",
+        "16 or less",
+    ),
     "model config without sizes": (
         shape(hidden_size=None),
         [],
