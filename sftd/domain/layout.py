@@ -35,6 +35,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     hidden_act: str = "silu"
     sliding_window: int | None = None
+    mlp_bias: bool = False
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +73,15 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
                 "model.partial_pretrain",
                 f"architecture {shape.architecture} has no weight mapping",
                 "use a model of one of: " + ", ".join(ARCHITECTURES),
+            )
+        )
+    if shape.mlp_bias or (shape.attention_bias and shape.architecture != "Qwen2ForCausalLM"):
+        problems.append(
+            Problem(
+                "model.partial_pretrain",
+                f"config.json has {'mlp_bias' if shape.mlp_bias else 'attention_bias'}, which {shape.architecture} "
+                "is not trained with here",
+                "use a model without these biases",
             )
         )
     if shape.hidden_act != "silu":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sftd.domain.errors import Refused
 from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.layout import ModelShape
+from sftd.domain.layout import ModelShape, check_model
 from sftd.trainer import process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
@@ -19,14 +19,13 @@ from sftd.trainer.batches import Batching, share
 from sftd.trainer.checkpoint import Checkpoints, Progress
 from sftd.trainer.data import Rows
 from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
-from sftd.trainer.model import check_supported
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.schedule import learning_rate
 from sftd.trainer.validate import validate
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.dataset import files_digest
-from sftd.wire.model_folder import read_config, read_shape
+from sftd.wire.model_folder import read_shape
 
 
 def run(attempt_path: str) -> None:
@@ -105,13 +104,15 @@ class Attempt:
                 self._save(must_succeed=is_last)
 
     def _read_shape(self) -> ModelShape:
-        model = self._spec.model
         try:
-            config = read_config(model.partial_pretrain, model.override_config)
-            check_supported(config, self._spec.data.sequence_length)
-            return read_shape(model.partial_pretrain, model.override_config)
+            shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
+            # Submit has checked this too, unless the folder changed or the trainer is used directly.
+            problems, _ = check_model(self._spec, shape)
+            if problems:
+                raise Refused(problems)
         except Refused as refused:
             raise UserError(str(refused)) from refused
+        return shape
 
     def _bind_data(self, shape: ModelShape) -> None:
         spec, data = self._spec, self._spec.data

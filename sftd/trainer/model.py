@@ -23,24 +23,11 @@ from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
 from sftd.trainer.attention import CausalAttention, SequenceLayout
 from sftd.trainer.batches import MicroBatch
-from sftd.trainer.errors import UserError
 from sftd.trainer.loss import vocab_parallel_cross_entropy
 from sftd.trainer.norm import RMSNorm
 from sftd.trainer.rope import RotaryEmbedding
 from sftd.trainer.session import Session
 from sftd.wire.dataset import IGNORE_INDEX
-
-
-def check_supported(config: dict[str, Any], sequence_length: int) -> None:
-    """Raises `UserError` for what a Hugging Face config.json asks for and this model does not do."""
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"config.json has hidden_act {activation!r}; models with silu can be trained")
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and sequence_length > window:
-        raise UserError(
-            f"the model attends to a sliding window of {window} tokens: set data.sequence_length to {window} or less"
-        )
 
 
 def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> TransformerConfig:

@@ -15,7 +15,6 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.layout import DataFacts
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -151,11 +150,12 @@ def _inspect_batch(
         )
     if mask.size and not np.isin(mask, (0, 1)).all():
         raise _refuse(where, path, "attention_mask holds values other than 0 and 1")
-    if (mask == 0).any() and _has_left_padding(mask, lengths):
-        raise _refuse(where, path, "has rows padded on the left", "leave padding out: sftd pads by itself")
     # A row's first token is never predicted, so a label there trains nothing.
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.int64)
     position = np.arange(ids.size) - np.repeat(starts, lengths)
+    if ((mask == 1) & (position > 0) & (np.roll(mask, 1) == 0)).any():
+        what = "attention_mask has a 0 before a 1: padding may only stand on the right"
+        raise _refuse(where, path, what, "leave padding out: sftd pads by itself")
     cut = np.maximum(lengths - sequence_length, 0) if truncation == "left" else np.zeros_like(lengths)
     first = np.repeat(cut, lengths)
     visible = is_trained & (mask == 1) & (position > first) & (position < first + sequence_length)
@@ -170,10 +170,3 @@ def _inspect_batch(
         int((lengths > sequence_length).sum()),
         int((per_row == 0).sum()),
     )
-
-
-def _has_left_padding(mask: np.ndarray, lengths: np.ndarray) -> bool:
-    import numpy as np
-
-    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    return bool((mask[starts] == 0).any())

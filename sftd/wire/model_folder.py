@@ -57,6 +57,7 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
             qk_norm=architecture == "Qwen3ForCausalLM",
             hidden_act=str(config.get("hidden_act", "silu")),
             sliding_window=_sliding_window(config),
+            mlp_bias=bool(config.get("mlp_bias", False)),
         )
     except KeyError as error:
         raise Refused(

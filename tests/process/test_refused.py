@@ -227,6 +227,13 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "BertModel",
         "LlamaForCausalLM",
     ),
+    "model with biases": (
+        shape(attention_bias=True),
+        [],
+        "model.partial_pretrain",
+        "attention_bias",
+        "without these biases",
+    ),
     "model with another activation": (
         shape(hidden_act="gelu"),
         [],

@@ -152,8 +152,9 @@ class Run:
 class Trainer:
     """Prepares and runs attempts of the tiny Llama."""
 
-    def __init__(self, root: Path, models: Path, data: Path) -> None:
+    def __init__(self, root: Path, models: Path, data: Path, device: str = "cpu") -> None:
         self._root = root
+        self._device = device
         self._models = models
         self._data = data
         self._done: dict[str, Run] = {}
@@ -171,7 +172,7 @@ class Trainer:
             "optimizer": {"lr": 1e-3},
             "scheduler": {"warmup_steps": 2, "min_lr_ratio": 0.1},
             "trainer": {"max_steps": 6, "save_interval": 3, "val_check_interval": 2},
-            "launch": {"nproc_per_node": ranks, "device": "cpu"},
+            "launch": {"nproc_per_node": ranks, "device": self._device},
         }
         return parse(config, [(key.replace("__", "."), value) for key, value in overrides.items()])[0]
 
@@ -194,7 +195,10 @@ class Trainer:
         Writing past `largest_file` bytes of a file fails with EFBIG, like a full disk.
         """
         ranks = attempt.order().spec.world_size
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="error", CUDA_VISIBLE_DEVICES="")
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        if self._device == "cpu":
+            # On a GPU machine the libraries are the machine's own, with warnings of their own.
+            environment |= {"PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
         argv = [
             sys.executable,
             "-m",

@@ -160,7 +160,8 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         ({"labels": [[-100, -100, 3, 50], [-100, 6]]}, "a label is neither -100 nor within"),
         ({"labels": [[-100, -1, 3, 4], [-100, 6]]}, "a label is neither -100 nor within"),
         ({"attention_mask": [[1, 1, 1, 2], [1, 1]]}, "values other than 0 and 1"),
-        ({"attention_mask": [[0, 1, 1, 1], [1, 1]]}, "padded on the left"),
+        ({"attention_mask": [[0, 1, 1, 1], [1, 1]]}, "0 before a 1"),
+        ({"attention_mask": [[1, 0, 1, 1], [1, 1]]}, "0 before a 1"),
     ],
 )
 def test_bad_rows_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:

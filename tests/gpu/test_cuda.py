@@ -1,0 +1,82 @@
+"""The trainer on GPUs: the numbers of the CPU, BF16, packed samples, and exact resume."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sftd.domain.events import CheckpointPublished, ModelLoaded
+
+if TYPE_CHECKING:
+    from tests.trainer.conftest import Run, Trainer
+
+pytestmark = pytest.mark.gpu
+
+FP32 = {"model__megatron__params_dtype": "float32"}
+
+
+def losses(run: Run) -> list[float]:
+    return [step.loss for step in run.steps().values()]
+
+
+def exact(run: Run) -> dict[int, tuple[float, float, str]]:
+    return {n: (s.loss, s.grad_norm, s.samples_digest) for n, s in run.steps().items()}
+
+
+def test_fp32_agrees_with_the_cpu(on_gpu: Trainer, on_cpu: Trainer) -> None:
+    gpu, cpu = on_gpu.run("fp32", **FP32), on_cpu.run("fp32", **FP32)
+    assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-4)
+    assert gpu.events(ModelLoaded)[0].dtype == "float32"
+
+
+def test_bf16_trains_padded_and_packed_alike(on_gpu: Trainer) -> None:
+    padded = on_gpu.run("bf16", training__micro_batch_size_per_gpu=4)
+    packed = on_gpu.run("bf16-packed", training__micro_batch_size_per_gpu=4, training__use_rmpad=True)
+    assert padded.events(ModelLoaded)[0].dtype == "bfloat16"
+    assert all(map(math.isfinite, losses(padded)))
+    assert losses(packed) == pytest.approx(losses(padded), rel=2e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_resume_is_bit_for_bit(on_gpu: Trainer, packed: bool) -> None:
+    options = {"training__micro_batch_size_per_gpu": 4, "training__use_rmpad": packed}
+    whole = on_gpu.run("bf16-packed" if packed else "bf16", **options)
+    again = on_gpu.run(f"again-{packed}", **options)
+    assert exact(again) == exact(whole)
+    published = next(c for c in whole.events(CheckpointPublished) if c.step == 3)
+    attempt = on_gpu.prepare(
+        f"resumed-{packed}",
+        on_gpu.spec(**options),
+        checkpoint=published.path,
+        checkpoint_digest=published.manifest_digest,
+    )
+    resumed = on_gpu.finish(attempt, on_gpu.start(attempt))
+    assert exact(resumed) == {n: step for n, step in exact(whole).items() if n > 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dp2", {}),
+        ("tp2", {"model__megatron__tensor_model_parallel_size": 2}),
+        (
+            "tp2-sp",
+            {"model__megatron__tensor_model_parallel_size": 2, "model__megatron__sequence_parallel": True},
+        ),
+        ("pp2", {"model__megatron__pipeline_model_parallel_size": 2}),
+        ("pp2-packed", {"model__megatron__pipeline_model_parallel_size": 2, "training__use_rmpad": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layouts_agree_with_one_gpu(
+    on_gpu: Trainer, gpus: int, name: str, options: dict[str, object]
+) -> None:
+    if gpus < 2:
+        pytest.skip("one GPU on this machine: layouts of two were not run")
+    # varlen attention takes half precision only, so packed samples are compared in BF16.
+    dtype, tolerance = ({}, 2e-2) if "training__use_rmpad" in options else (FP32, 1e-4)
+    one = on_gpu.run("one-bf16" if not dtype else "fp32", **dtype)
+    two = on_gpu.run(name, ranks=2, **dtype, **options)
+    assert losses(two) == pytest.approx(losses(one), rel=tolerance)
