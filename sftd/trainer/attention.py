@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from itertools import pairwise
 from typing import Any, cast
 
@@ -95,6 +96,13 @@ class CausalAttention(MegatronModule):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.squeeze(1) for x in (query, key, value))
+        options: dict[str, Any] = {}
+        if self.is_grouped:
+            if "enable_gqa" in signature(varlen_attn).parameters:
+                options["enable_gqa"] = True
+            else:
+                # torch before 2.12 takes equal head counts only.
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         assert layout.cu_seqlens_q is not None
         assert layout.max_seqlen_q is not None
         out = varlen_attn(
@@ -107,7 +115,7 @@ class CausalAttention(MegatronModule):
             layout.max_seqlen_q,
             scale=self.scale,
             window_size=(-1, 0),
-            enable_gqa=self.is_grouped,
+            **options,
         )
         return cast(Tensor, out)
 

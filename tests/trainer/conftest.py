@@ -152,9 +152,13 @@ class Run:
 class Trainer:
     """Prepares and runs attempts of the tiny Llama."""
 
-    def __init__(self, root: Path, models: Path, data: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, root: Path, models: Path, data: Path, *, device: str = "cpu", strict: bool = True
+    ) -> None:
+        """`strict`: warnings are errors; not on a GPU machine, whose libraries and their warnings are its own."""
         self._root = root
         self._device = device
+        self._strict = strict
         self._models = models
         self._data = data
         self._done: dict[str, Run] = {}
@@ -196,9 +200,10 @@ class Trainer:
         """
         ranks = attempt.order().spec.world_size
         environment = dict(os.environ, OMP_NUM_THREADS="1")
+        if self._strict:
+            environment["PYTHONWARNINGS"] = "error"
         if self._device == "cpu":
-            # On a GPU machine the libraries are the machine's own, with warnings of their own.
-            environment |= {"PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         argv = [
             sys.executable,
             "-m",
