@@ -11,11 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 
 from sftd.store.engine import Store, open_engine
 from sftd.store.migrate import upgrade
+
+# CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftd.domain.run import ACTIVE, CheckpointInfo, Run
+from sftd.domain.run import CheckpointInfo, Run
 
 
 def why_kept(run: Run) -> dict[int, list[str]]:
@@ -22,11 +22,12 @@ def why_kept(run: Run) -> dict[int, list[str]]:
             reasons[c.step].append("final")
     if verified := [c for c in run.checkpoints if c.verified]:
         reasons[max(verified, key=lambda c: c.version).step].append("last verified")
-    if run.status in ACTIVE:
-        # The attempt may be about to write a superseded step's folder anew, or be reading the one it starts from.
+    if run.status != "succeeded":
+        # Until the new history has come as far, the old one's checkpoints are the only ones of their steps; and an
+        # attempt may be about to write such a step's folder anew.
         for c in run.checkpoints:
             if c.superseded:
-                reasons[c.step].append("superseded, an attempt is running")
+                reasons[c.step].append("superseded, until the run succeeds")
     if run.resume_from is not None and run.resume_from in reasons:
         reasons[run.resume_from].append("about to be resumed from")
     return reasons

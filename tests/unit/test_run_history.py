@@ -522,12 +522,15 @@ def test_nothing_is_deleted_until_a_starting_attempt_has_read_its_checkpoint() -
     assert deletable(log.run) == []
 
 
-def test_superseded_ones_stay_while_an_attempt_runs_and_go_when_it_has_ended() -> None:
+def test_superseded_ones_stay_until_the_new_history_has_come_to_its_end() -> None:
     log = Log(planned=20, checkpoint__keep_last=1).claim().train(20, save_every=5).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim().train(12)
     assert deletable(log.run) == [5]
     log.add(events.StopRequested(by="ada")).end(exit_code=0)
-    assert deletable(log.run) == [5, 15, 20]
+    assert deletable(log.run) == [5]
+    log.add(*decisions.request_resume(log.run, "ada", None)).claim().train(20, save_every=20).end(exit_code=0)
+    assert log.run.status == "succeeded"
+    assert deletable(log.run) == [5, 15]
 
 
 # Histories that nobody thought of.
