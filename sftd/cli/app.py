@@ -67,3 +67,10 @@ def views_up_to_date(store: Store) -> None:
     if behind:
         with store.write() as tx:
             views.catch_up(tx.connection)
+
+
+def lacks_daemon(settings: Settings) -> bool:
+    """Whether nobody drives the runs of this home. On a database server daemons of other homes may, so: False."""
+    from sftd.daemon import lock
+
+    return settings.database_url.startswith("sqlite") and lock.holder(settings.daemon_lock) is None

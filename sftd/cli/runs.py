@@ -54,7 +54,8 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
     """
     from sftd.operations import reading
 
-    store = app.open_store(app.read_settings())
+    settings = app.read_settings()
+    store = app.open_store(settings)
     rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit)
     if as_json:
         click.echo(output.json_line([_row_json(row) for row in rows]))
@@ -63,6 +64,8 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
     else:
         for line in runs_table(rows, output.width(), colour=output.is_terminal()):
             click.echo(line)
+        if any(row.ended_at is None for row in rows) and app.lacks_daemon(settings):
+            output.note("No daemon runs here, so this may be out of date: `sftd daemon --detach` starts one.")
 
 
 def _row_json(row: RunRow) -> dict[str, Any]:

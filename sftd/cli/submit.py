@@ -10,7 +10,6 @@ import click
 
 from sftd.cli import app, output
 from sftd.domain.errors import Problem
-from sftd.settings import Settings
 
 
 @click.command("submit")
@@ -85,9 +84,9 @@ def submit_command(
         out = output.console()
         rows = found.train.usable
         out.print(f"[bold]{run_id}[/] is queued: {found.planned_steps} steps over {rows} rows")
-        if not wait and not _daemon_runs(settings):
-            out.print("No daemon runs here. Start one with [bold]sftd daemon --detach[/]")
         out.print(f"Follow it with [bold]sftd events -f {run_id}[/]")
+    if app.lacks_daemon(settings):
+        output.note("No daemon runs here, so it waits: `sftd daemon --detach` starts one.")
     if wait:
         sys.exit(_wait(store, run_id, quiet or as_json))
 
@@ -96,12 +95,6 @@ def _print_warnings(warnings: list[Problem], quiet: bool) -> None:
     if not quiet:
         for warning in warnings:
             output.warn(str(warning))
-
-
-def _daemon_runs(settings: Settings) -> bool:
-    from sftd.daemon import lock
-
-    return lock.holder(settings.daemon_lock) is not None
 
 
 def _wait(store: object, run_id: str, quiet: bool) -> int:
