@@ -22,7 +22,9 @@ def init_command() -> None:
 
     settings = app.read_settings()
     app.make_home(settings)
-    applied = migrate.upgrade(open_engine(settings.database_url))
+    engine = open_engine(settings.database_url)
+    applied = migrate.upgrade(engine)
+    engine.dispose()
     url = shown_url(settings.database_url)
     click.echo(f"{url}: {'applied ' + ', '.join(applied) if applied else 'is up to date'}")
     click.echo(f"home: {settings.home}")

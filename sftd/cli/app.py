@@ -6,6 +6,8 @@ import getpass
 import os
 from typing import TYPE_CHECKING
 
+import click
+
 from sftd import settings as settings_module
 from sftd.settings import Settings
 
@@ -47,6 +49,9 @@ def open_store(settings: Settings) -> Store:
     from sftd.store.tables import SCHEMA_REVISION
 
     engine = open_engine(settings.database_url)
+    if (command := click.get_current_context(silent=True)) is not None:
+        # Not left to the garbage collector: it would warn of connections that nobody closed.
+        command.find_root().call_on_close(engine.dispose)
     store = Store(engine, before_commit=(views.catch_up,))
     if engine.dialect.name == "sqlite" and store.schema_revision() != SCHEMA_REVISION:
         from sftd.store import migrate

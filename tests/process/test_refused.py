@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 
 import pyarrow as pa
 import pytest
@@ -361,7 +362,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
 
 def contents(home: Home) -> list[tuple[object, ...]]:
     """Every row of every table."""
-    with sqlite3.connect(home.path / "home" / "sftd.db") as connection:
+    with closing(sqlite3.connect(home.path / "home" / "sftd.db")) as connection:
         tables = [
             r[0]
             for r in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")
