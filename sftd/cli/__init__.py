@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from typing import Any
@@ -69,6 +70,18 @@ class _Group(click.Group):
         except SettingsError as error:
             click.echo(f"sftd: {error}", err=True)
             sys.exit(2)
+        except (OSError, UnicodeError, OverflowError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # click ends quietly
+            click.echo(f"sftd: {error}", err=True)
+            sys.exit(1)
+        except Exception as error:
+            # Asked this way round, SQLAlchemy is not imported for it.
+            alchemy = sys.modules.get("sqlalchemy")
+            if alchemy is None or not isinstance(error, alchemy.exc.DBAPIError):
+                raise
+            click.echo(f"sftd: the database: {str(error.orig).strip().splitlines()[0]}", err=True)
+            sys.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -61,7 +61,7 @@ def _type(annotation: Any) -> str:
     if metadata:
         base = _type(annotation.__origin__)
         for bound, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
-            limits = [getattr(m, bound) for m in metadata if getattr(m, bound, None) is not None]
+            limits = [getattr(m, bound) for m in metadata if getattr(m, bound, None) not in (None, 2**53)]
             base += "".join(f" {sign} {limit:g}" for limit in limits)
         return base
     origin = get_origin(annotation)

@@ -33,15 +33,23 @@ def resume_command(run: str, from_step: int | None) -> None:
 @click.command("cancel")
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
-def cancel_command(run: str, reason: str) -> None:
+@click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
+def cancel_command(run: str, reason: str, abandon: bool) -> None:
     """End RUN: at the next step boundary, after a checkpoint. `sftd resume` can take it up again.
 
     \b
     Example:
       sftd cancel brave-otter --reason "wrong data"
+      sftd cancel brave-otter --abandon     after its host was renamed or rebuilt
     """
     from sftd.operations import runs
 
+    if abandon:
+        found = runs.abandon(app.open_store(app.read_settings()), app.context(), run, app.user_name())
+        output.console().print(
+            f"[bold]{found.run_id}[/] is given up; make sure that nothing of it still runs"
+        )
+        return
     found = runs.cancel(app.open_store(app.read_settings()), app.context(), run, app.user_name(), reason)
     if found.status == "cancelled":
         output.console().print(f"[bold]{found.run_id}[/] is cancelled")

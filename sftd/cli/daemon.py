@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import logging.handlers
 import os
@@ -81,7 +82,13 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     log = settings.logs / "daemon.log"
     argv = [sys.executable, "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
-    env = os.environ | {"SFTD_DAEMON_LOG": str(log), "SFTD_HOME": str(settings.home)}
+    # Resolved: the daemon runs in another folder, where a relative path means another file.
+    env = os.environ | {
+        "SFTD_DAEMON_LOG": str(log),
+        "SFTD_HOME": str(settings.home),
+        "SFTD_DATABASE_URL": settings.database_url,
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+    }
     with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
         child = subprocess.Popen(
             argv,
@@ -128,7 +135,10 @@ def _mirror(settings: Settings) -> Callable[[], object] | None:
         from sftd.projections.mlflow_mirror import MlflowMirror
 
         # A connection pool of its own: the mirror runs in a thread and may be slow.
-        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
+        uri = settings.mlflow_tracking_uri
+        # Another MLflow starts from the first event.
+        position = f"mlflow:{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+        return MlflowMirror(app.open_store(settings), uri, settings.mlflow_artifacts, position_name=position)
 
     return make
 

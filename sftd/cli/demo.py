@@ -266,7 +266,7 @@ def report(
 
     run = reading.find_run(store, run_id)
     if run.status != "succeeded":
-        out.print(f"   [bold red]{run.status}[/]: {run.cause}: {run.message}")
+        out.print(f"   [bold red]{run.status}[/]: {output.escape(f'{run.cause}: {run.message}')}")
         out.print(f"   sftd show {run_id}\n   sftd logs {run_id}")
         return 1
     out.print(f"   {validation_line(history)}")

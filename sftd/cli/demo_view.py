@@ -46,7 +46,8 @@ class LiveSteps:
 
     def say(self, text: str) -> None:
         """Something that stays on the screen."""
-        self._progress.console.print(f"   [bold red]{text}[/]" if text.startswith("kill") else f"   {text}")
+        style = "bold red" if text.startswith(("kill", "ANOMALY")) else None
+        self._progress.console.print(f"   {text}", style=style, markup=False)
 
     def _now(self, what: str, numbers: str = "") -> None:
         self._progress.update(self._task, description=what, numbers=numbers)

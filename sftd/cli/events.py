@@ -12,6 +12,7 @@ import click
 from sftd.cli import app, output
 
 _POLL_SECONDS = 0.3
+_PAGE = 1000
 
 
 def describe(event: Any) -> str:
@@ -115,27 +116,31 @@ def _has_ended(store: Any, run_id: str) -> bool:
 
 
 def _print_events(store: Any, run_id: str, version: int, types: tuple[str, ...], as_json: bool) -> int:
+    """Print what comes after `version`, a page at a time: no reader holds the database while a person reads."""
     from sftd.operations import reading
 
-    if as_json:
-        import msgspec
+    while True:
+        if as_json:
+            rows = reading.raw_events(store, run_id, version, types, _PAGE)
+            for row in rows:
+                click.echo(_json_event(row))
+            read, last = len(rows), rows[-1]["version"] if rows else version
+        else:
+            events = reading.run_events(store, run_id, version, types, _PAGE)
+            for r in events:
+                attempt = f"#{r.attempt}" if r.attempt else ""
+                click.echo(f"{output.clock(r.occurred_at)}  {attempt:>3}  {r.type:<20} {describe(r.event)}")
+            read, last = len(events), events[-1].version if events else version
+        version = last
+        if read < _PAGE:
+            return version
 
-        for row in reading.raw_events(store, run_id, version):
-            version = row["version"]
-            if not types or row["type"] in types:
-                row["payload"] = msgspec.Raw(row["payload"].encode())
-                row["occurred_at"], row["recorded_at"] = (
-                    output.iso(row["occurred_at"]),
-                    output.iso(row["recorded_at"]),
-                )
-                click.echo(output.json_line(row))
-        return version
-    for r in reading.run_events(store, run_id, version):
-        version = r.version
-        if not types or r.type in types:
-            attempt = f"#{r.attempt}" if r.attempt else ""
-            click.echo(f"{output.clock(r.occurred_at)}  {attempt:>3}  {r.type:<20} {describe(r.event)}")
-    return version
+
+def _json_event(row: dict[str, Any]) -> str:
+    import msgspec
+
+    times = {name: output.iso(row[name]) for name in ("occurred_at", "recorded_at")}
+    return output.json_line({**row, **times, "payload": msgspec.Raw(row["payload"].encode())})
 
 
 @click.command("logs")
@@ -150,12 +155,16 @@ def logs_command(run: str, follow: bool, attempt: int | None) -> None:
       sftd logs -f brave-otter
       sftd logs brave-otter --attempt 1
     """
+    from sftd.domain.errors import Problem, Refused
     from sftd.operations import reading
     from sftd.wire.attempt_dir import RunDir
 
     settings = app.read_settings()
     store = app.open_store(settings)
     found = reading.find_run(store, run)
+    if attempt is not None and attempt > max(1, found.attempt):
+        what = f"{found.run_id} has made {found.attempt} attempts"
+        raise Refused(Problem("--attempt", what, "leave it out to read all"))
     directory = RunDir(settings.home, found.run_id)
     number = attempt or 1
     offset = 0

@@ -102,22 +102,23 @@ def print_error(error: SftdError) -> None:
         count = len(error.problems)
         out.print(f"[bold red]refused[/]: {count} problem{'s' if count != 1 else ''}; nothing was written")
         for problem in error.problems:
-            out.print(f"  [bold]{_escape(problem.where)}[/]: {_escape(problem.what)}", soft_wrap=True)
+            out.print(f"  [bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
             if problem.mend:
-                out.print(f"    mend: {_escape(problem.mend)}", soft_wrap=True)
+                out.print(f"    mend: {escape(problem.mend)}", soft_wrap=True)
     else:
-        out.print(f"[bold red]sftd[/]: {_escape(str(error))}", soft_wrap=True)
+        out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def escape(text: str) -> str:
+    """A text for a rich console that must not be read as markup."""
+    from rich import markup
 
-    return escape(text)
+    return markup.escape(text)
 
 
 def warn(text: str) -> None:
     """A warning on stderr."""
-    console(stderr=True).print(f"[yellow]warning[/]: {_escape(text)}", soft_wrap=True)
+    console(stderr=True).print(f"[yellow]warning[/]: {escape(text)}", soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -160,6 +160,7 @@ def show_command(run: str, as_json: bool) -> None:
 
 def _print_run(run: Run, history: list[Recorded]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     out = output.console()
     facts = Table.grid(padding=(0, 2))
@@ -167,7 +168,7 @@ def _print_run(run: Run, history: list[Recorded]) -> None:
     facts.add_column(overflow="fold")
     for name, value in _facts(run, history):
         if value:
-            facts.add_row(name, value)
+            facts.add_row(name, Text(value) if isinstance(value, str) else value)
     out.print(facts)
     if run.checkpoints:
         out.print()
@@ -235,6 +236,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
 def _checkpoints_table(run: Run) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from sftd.domain.retention import why_kept
 
@@ -250,7 +252,7 @@ def _checkpoints_table(run: Run) -> Table:
             output.size(c.bytes),
             output.loss(c.val_loss),
             ", ".join(reasons[c.step]),
-            c.path,
+            Text(c.path),
         )
     return table
 
@@ -258,6 +260,7 @@ def _checkpoints_table(run: Run) -> Table:
 def _history_table(history: list[Recorded]) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from sftd.cli.events import describe
 
@@ -267,5 +270,5 @@ def _history_table(history: list[Recorded]) -> Table:
     table.add_column("event", no_wrap=True)
     table.add_column("", overflow="fold")
     for r in history:
-        table.add_row(output.clock(r.occurred_at), str(r.attempt or ""), r.type, describe(r.event))
+        table.add_row(output.clock(r.occurred_at), str(r.attempt or ""), r.type, Text(describe(r.event)))
     return table

@@ -108,6 +108,6 @@ def _wait(store: object, run_id: str, quiet: bool) -> int:
         if run.status in ENDED:
             if not quiet:
                 detail = f": {run.cause}: {run.message}" if run.cause else ""
-                output.console().print(f"[bold]{run_id}[/] has {run.status}{detail}")
+                output.console().print(f"[bold]{run_id}[/] has {run.status}{output.escape(detail)}")
             return 0 if run.status == "succeeded" else 1
         time.sleep(0.5)

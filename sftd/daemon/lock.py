@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
 from sftd.domain.errors import SftdError
+
+# Longer than any probe holds the lock, or a starting daemon needs to write its pid.
+_PROBE_SECONDS = 1.0
 
 
 class AlreadyRunning(SftdError):
@@ -24,13 +28,20 @@ class DaemonLock:
     def __enter__(self) -> DaemonLock:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise AlreadyRunning(
-                f"A daemon of this home is running already (pid {holder(self._path)})."
-            ) from None
+        # `holder` takes a shared lock for an instant: that is nobody's daemon.
+        deadline = time.monotonic() + _PROBE_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                os.close(fd)
+                raise AlreadyRunning(
+                    f"A daemon of this home is running already (pid {holder(self._path)})."
+                ) from None
         os.ftruncate(fd, 0)
         os.write(fd, str(os.getpid()).encode())
         self._fd = fd
@@ -50,11 +61,20 @@ def holder(path: Path) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    deadline = time.monotonic() + _PROBE_SECONDS
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        text = os.read(fd, 32).decode().strip()
-        return int(text) if text.isdigit() else -1
+        while True:
+            try:
+                # Shared: two who ask at once must not take each other for the daemon.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                text = os.pread(fd, 32, 0).decode().strip()
+            if text.isdigit() and int(text) >= 1:
+                return int(text)
+            # A daemon that starts or ends this very moment.
+            if time.monotonic() > deadline:
+                raise SftdError(f"{path} is locked, but does not say by whom")
+            time.sleep(0.02)
     finally:
         os.close(fd)

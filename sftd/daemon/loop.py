@@ -35,6 +35,8 @@ from sftd.wire.attempt_dir import Order, RunDir
 log = logging.getLogger("sftd.daemon")
 
 _MIRROR_DRAIN_SECONDS = 120.0
+# Down, restarting, read-only for a while, or locked: all of it passes.
+_DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 
 
 class Daemon:
@@ -64,6 +66,7 @@ class Daemon:
         self._stop = threading.Event()
         self._renew_at = 0.0
         self._too_large: set[str] = set()
+        self._reported: dict[str, str] = {}
 
     def stop(self) -> None:
         """End after the present tick, leaving training alive. Safe in a signal handler."""
@@ -82,9 +85,9 @@ class Daemon:
                     if drain and not self._supervisors and self._nothing_left():
                         drained = True
                         break
-                except sa.exc.OperationalError as error:
+                except _DATABASE_ERRORS as error:
                     # Training goes on; its journal waits for us.
-                    log.warning("the database does not answer (%s); trying again", str(error.orig).strip())
+                    log.warning("the database: %s; trying again", str(error.orig).strip())
                     busy = False
                 if not busy:
                     self._stop.wait(self._settings.poll_seconds)
@@ -98,7 +101,7 @@ class Daemon:
 
     def _nothing_left(self) -> bool:
         """Whether no run is driven by anybody, and none waits but those that can never start here."""
-        waiting, driven = reading.queued(self._store)
+        waiting, driven = reading.queued(self._store, self._context.now())
         return not driven and waiting <= self._too_large
 
     def _fits(self, run: Run) -> bool | None:
@@ -135,8 +138,8 @@ class Daemon:
         try:
             with self._store.write(appends=False) as tx:
                 daemons.stopped(tx, self.daemon_id, self._context.now())
-        except sa.exc.OperationalError as error:
-            log.warning("the database does not answer (%s)", str(error.orig).strip())
+        except _DATABASE_ERRORS as error:
+            log.warning("the database: %s", str(error.orig).strip())
 
     def tick(self) -> bool:
         """Do once what there is to do. Returns whether there was anything."""
@@ -160,8 +163,11 @@ class Daemon:
             daemons.seen(tx, self.daemon_id, self._context.now())
 
     def _forget(self, lease: Lease) -> None:
-        log.warning("%s: the lease is another daemon's now", lease.run_id)
-        self._supervisors.pop(lease.run_id, None)
+        log.warning("%s: the lease is no longer ours", lease.run_id)
+        supervisor = self._supervisors.pop(lease.run_id, None)
+        if supervisor is not None and supervisor.attempt.directory.lease() in (lease.token, None):
+            # Given up rather than taken over: nobody else will end these processes, and the run may start anew.
+            supervisor.attempt.kill()
         self._inventory.release(lease.run_id)
 
     def _supervise(self) -> bool:
@@ -181,7 +187,15 @@ class Daemon:
                     busy = True
             except LeaseLost:
                 self._forget(supervisor.lease)
+            except (OSError, ValueError, SftdError) as error:
+                # One run's broken folder must not end the supervision of the others.
+                self._report_once(run_id, error)
         return busy
+
+    def _report_once(self, run_id: str, error: Exception) -> None:
+        if self._reported.get(run_id) != str(error):
+            self._reported[run_id] = str(error)
+            log.error("%s: %s; trying again", run_id, error)
 
     def _claim(self) -> Claimed | None:
         return attempts.claim(
@@ -227,20 +241,17 @@ class Daemon:
             )
             return
         assert attempt.process is not None
-        # The attempt runs from here on, whether or not the next line can be written: supervise it in any case.
-        self._supervisors[run.run_id] = Supervisor(self._store, self._context, self._settings, lease, attempt)
-        attempts.launched(
-            self._store,
-            self._context,
-            lease,
-            e.AttemptLaunched(
-                pid=attempt.process.pid,
-                create_time=attempt.process.create_time,
-                host=attempt.process.host,
-                directory=str(directory.path),
-                argv=argv,
-                devices=devices,
-            ),
+        launched = e.AttemptLaunched(
+            pid=attempt.process.pid,
+            create_time=attempt.process.create_time,
+            host=attempt.process.host,
+            directory=str(directory.path),
+            argv=argv,
+            devices=devices,
+        )
+        # Written at its first tick. Should the database fail right here, the lease is found undriven, and adopted.
+        self._supervisors[run.run_id] = Supervisor(
+            self._store, self._context, self._settings, lease, attempt, launched
         )
         where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
         log.info(
@@ -248,26 +259,23 @@ class Daemon:
         )
 
     def _adopt(self) -> None:
-        for lease in orphaned(self._store, self._me.host, str(self._settings.home), self.daemon_id):
+        driven = {supervisor.lease.token for supervisor in self._supervisors.values()}
+        home = str(self._settings.home)
+        for lease in orphaned(self._store, self._me.host, home, self.daemon_id, driven):
             directory = RunDir(self._settings.home, lease.run_id).attempt(lease.attempt)
             attempt = LocalAttempt.adopt(directory, lease.token)
             pid = attempt.process.pid if attempt.process else 0
             event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
             try:
                 mine = attempts.adopt(self._store, self._context, lease, event, self._lease_micros)
-            except (LeaseLost, SftdError) as error:
-                log.warning("%s: not adopted: %s", lease.run_id, error)
+                if directory.path.is_dir():
+                    directory.write_lease(mine.token)
+            except (OSError, SftdError) as error:
+                self._report_once(lease.run_id, error)
                 continue
-            if directory.path.is_dir():
-                directory.write_lease(mine.token)
-            self._inventory.restore(lease.run_id, self._devices_of(lease))
+            self._inventory.restore(lease.run_id, attempt.process.devices if attempt.process else [])
             self._supervisors[lease.run_id] = Supervisor(
                 self._store, self._context, self._settings, mine, attempt
             )
             state = "is alive" if attempt.is_alive() else "has ended meanwhile"
             log.info("%s: adopted attempt %d, which %s", lease.run_id, lease.attempt, state)
-
-    def _devices_of(self, lease: Lease) -> list[str]:
-        launches = reading.run_events(self._store, lease.run_id, types=("AttemptLaunched",))
-        mine = [r.event for r in launches if r.attempt == lease.attempt]
-        return mine[-1].devices if mine and isinstance(mine[-1], e.AttemptLaunched) else []

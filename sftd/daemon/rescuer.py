@@ -8,14 +8,17 @@ from sftd.store.engine import Store
 from sftd.store.queue import Lease
 
 
-def orphaned(store: Store, host: str, home: str, me: str) -> list[Lease]:
+def orphaned(store: Store, host: str, home: str, me: str, driven: set[str]) -> list[Lease]:
     """Leases of daemons of this host and home that no longer run. A daemon on another host cannot be observed from here, and
     "cannot observe" is not "dead": its leases are left alone, expired or not."""
     with store.read() as connection:
-        held = [lease for lease in queue.leases(connection) if lease.owner != me]
+        held = [lease for lease in queue.leases(connection) if lease.token not in driven]
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in held}
     found = []
     for lease in held:
+        if lease.owner == me:  # claimed, but an error came before it was supervised
+            found.append(lease)
+            continue
         owner = owners[lease.owner]
         if owner is None or (owner.host, owner.home) != (host, home):
             continue

@@ -32,13 +32,22 @@ class Supervisor:
     """One attempt under one lease. All methods raise `LeaseLost` once the lease is another's."""
 
     def __init__(
-        self, store: Store, context: Context, settings: Settings, lease: Lease, attempt: LocalAttempt
+        self,
+        store: Store,
+        context: Context,
+        settings: Settings,
+        lease: Lease,
+        attempt: LocalAttempt,
+        launched: e.AttemptLaunched | None = None,
     ) -> None:
+        """`launched` is recorded before anything else of the attempt."""
         self._store = store
         self._context = context
         self._settings = settings
         self.lease = lease
         self.attempt = attempt
+        self._launched = launched
+        self._before: dict[int, e.StepCompleted] | None = None
         self._stopping_since: float | None = None
         self._unreadable: Failure | None = None
         with store.read() as connection:
@@ -46,6 +55,11 @@ class Supervisor:
 
     def ingest(self) -> int:
         """Take in what the journal has. Returns the number of lines."""
+        if self._launched is not None:
+            attempts.launched(self._store, self._context, self.lease, self._launched)
+            self._launched = None
+        if self._before is None:
+            self._before = attempts.steps_before(self._store, self.lease)
         taken = 0
         published = False
         while self._unreadable is None and taken < _LINES_PER_TICK:
@@ -58,7 +72,7 @@ class Supervisor:
                 lines, offset = self._lines_before_corruption(error)
             if not lines:
                 break
-            recorded = attempts.record(self._store, self._context, self.lease, lines, offset)
+            recorded = attempts.record(self._store, self._context, self.lease, lines, offset, self._before)
             self._line, self._offset = lines[-1].number, offset
             taken += len(lines)
             for r in recorded:
@@ -85,7 +99,11 @@ class Supervisor:
         now = time.monotonic()
         if self._stopping_since is None:
             self._stopping_since = now
-            self.attempt.directory.request_stop()
+            try:
+                self.attempt.directory.request_stop()
+            except OSError as error:
+                log.error("%s: cannot ask for a stop (%s); killing the attempt", self.lease.run_id, error)
+                self.attempt.kill()
             log.info("%s: asked attempt %d to stop", self.lease.run_id, self.lease.attempt)
         elif now - self._stopping_since > _STOP_SECONDS:
             log.warning(

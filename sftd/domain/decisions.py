@@ -29,6 +29,17 @@ def request_stop(run: Run, by: str, reason: str = "") -> list[e.Event]:
     return [stop, e.RunCancelled(by=by)] if run.status in WAITING else [stop]
 
 
+def abandon(run: Run, by: str) -> list[e.Event]:
+    """Give up an attempt that no daemon can observe any more, on a person's word, and end the run."""
+    if run.status not in ACTIVE:
+        raise Refused(
+            Problem(
+                run.run_id, f"is {run.status}: no attempt is driven", "use `sftd cancel` or `sftd resume`"
+            )
+        )
+    return [e.AttemptLost(message=f"given up by {by}"), e.RunCancelled(by=by)]
+
+
 def request_resume(run: Run, by: str, from_step: int | None) -> list[e.Event]:
     """Another attempt of the same run, from its last published checkpoint or from `from_step` (0 is the pretrained model)."""
     if run.status in ACTIVE:
@@ -151,8 +162,3 @@ def compare_redone(
 def _same(a: object, b: object) -> bool:
     # A float's repr is exact; unlike ==, it tells -0.0 from 0.0 and takes one NaN for another.
     return repr(a) == repr(b)
-
-
-def is_redo(run: Run, event: e.Event) -> bool:
-    """Whether the event is a step that the log has already."""
-    return isinstance(event, e.StepCompleted) and event.step <= run.highest_step

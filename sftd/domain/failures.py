@@ -102,7 +102,7 @@ def classify(remains: Remains) -> Failure:
 
 
 def _clean(line: str) -> str:
-    return re.sub(r"\s+", " ", line).strip()[:300]
+    return re.sub(r"[\s\x00-\x1f]+", " ", line).strip()[:300]
 
 
 def _evidence(lines: list[str], remains: Remains) -> list[str]:

@@ -10,6 +10,7 @@ import msgspec
 
 from sftd.domain import events as e
 from sftd.domain.codec import json_float
+from sftd.domain.errors import UnknownEvent
 from sftd.domain.spec import Spec
 
 Status = Literal[
@@ -127,8 +128,7 @@ def _apply(event: e.Event, run: Run, recorded: e.Recorded) -> Run:
 def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
-        # Convert leniently: a later sftd may have dropped or added keys with defaults.
-        spec=msgspec.convert(event.spec, Spec),
+        spec=_spec(event.spec),
         spec_digest=event.spec_digest,
         user=event.user,
         train_digest=_digest(event.data, "train"),
@@ -136,6 +136,28 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
         planned_steps=event.planned_steps,
         submitted_at=recorded.occurred_at,
     )
+
+
+def _spec(written: dict[str, Any]) -> Spec:
+    """The spec of a submission, without keys that a newer sftd added. Raises `UnknownEvent` if it cannot be read."""
+    try:
+        return msgspec.convert(_known(written, Spec), Spec)
+    except msgspec.ValidationError as error:
+        raise UnknownEvent(
+            f"The log holds a spec that this sftd cannot read ({error}): a newer one wrote it."
+        ) from None
+
+
+def _known(written: dict[str, Any], section: type[msgspec.Struct]) -> dict[str, Any]:
+    kept = {}
+    for field in msgspec.structs.fields(section):
+        if field.name in written:
+            value, kind = written[field.name], field.type
+            is_section = (
+                isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict)
+            )
+            kept[field.name] = _known(value, kind) if is_section else value
+    return kept
 
 
 def _digest(data: dict[str, Any], part: str) -> str:
@@ -252,7 +274,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
         checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
         attempt_progressed=run.attempt_progressed
         or event.step > run.attempt_base
-        or len(others) == len(run.checkpoints),
+        or all(c.superseded for c in run.checkpoints if c.step == event.step),
     )
 
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-Size = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
+# JSON's numbers, and the database's, are exact up to 2^53.
+Size = Annotated[int, Meta(ge=1, le=2**53)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 # 1 is excluded: an Adam moment with beta 1 never moves.
@@ -187,7 +188,9 @@ class Launch(Section, frozen=True):
     nproc_per_node: Annotated[
         Size | None, Meta(description="ranks per machine; the least that the layout needs when not set")
     ] = None
-    priority: Annotated[int, Meta(description="higher starts first; equal ones by age")] = 0
+    priority: Annotated[
+        int, Meta(ge=-1_000_000, le=1_000_000, description="higher starts first; equal ones by age")
+    ] = 0
     max_restarts: Annotated[
         Count,
         Meta(

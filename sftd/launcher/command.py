@@ -16,6 +16,8 @@ _WITHHELD = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "PGPASSWORD",
 )
 # torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
 _SHELL = '"$@"; code=$?; echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'

@@ -8,6 +8,8 @@ import os
 import subprocess
 from typing import Any
 
+import msgspec
+
 from sftd.domain.failures import RankError, Remains
 from sftd.launcher import processes
 from sftd.launcher.command import environment, torchrun_argv, wrapped_argv
@@ -53,9 +55,15 @@ class LocalAttempt:
             )
         finally:
             os.close(log)
-        process = processes.identify(child.pid)
-        directory.write_process(process)
-        return cls(directory, process, order.token, child), argv
+        attempt = cls(directory, None, order.token, child)
+        try:
+            attempt.process = msgspec.structs.replace(processes.identify(child.pid), devices=devices)
+            directory.write_process(attempt.process)
+        except BaseException:
+            # The caller takes an error for "nothing was started".
+            attempt.kill()
+            raise
+        return attempt, argv
 
     @classmethod
     def adopt(cls, directory: AttemptDir, fallback_token: str) -> LocalAttempt:
@@ -72,7 +80,11 @@ class LocalAttempt:
         if self._child is not None:
             # Reaps the child, which would otherwise stay a zombie for as long as this daemon lives.
             return self._child.poll() is None
-        return self.process is not None and processes.is_alive(self.process.pid, self.process.create_time)
+        # The create time is counted from the wall clock, which may have been set since; the token is not.
+        return self.process is not None and (
+            processes.is_alive(self.process.pid, self.process.create_time)
+            or self.process.pid in processes.survivors(self._token)
+        )
 
     def kill(self) -> list[int]:
         """SIGKILL every process of the attempt, the leader's orphans included. Returns pids that would not die."""

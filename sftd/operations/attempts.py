@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -15,7 +15,7 @@ from sftd.domain.retention import deletable
 from sftd.domain.run import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import event_store, positions, queue
-from sftd.store.engine import Store, Tx
+from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire.journal import Line
 
@@ -90,62 +90,64 @@ def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event)
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
 
 
+def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
+    """The steps that earlier attempts recorded behind the one from which this attempt starts, by number: what it does
+    again must equal them."""
+    if lease.attempt == 1:
+        return {}
+    start, found = 0, {}
+    with store.read() as connection:
+        for r in event_store.read_stream(connection, lease.run_id, types=("AttemptClaimed", "StepCompleted")):
+            if isinstance(r.event, e.AttemptClaimed) and r.attempt == lease.attempt:
+                start = r.event.from_step
+            elif isinstance(r.event, e.StepCompleted) and r.attempt != lease.attempt:
+                found[r.event.step] = r.event
+    return {step: event for step, event in found.items() if step > start}
+
+
 def record(
-    store: Store, context: Context, lease: Lease, lines: list[Line], byte_offset: int
+    store: Store,
+    context: Context,
+    lease: Lease,
+    lines: list[Line],
+    byte_offset: int,
+    before: Mapping[int, e.StepCompleted],
 ) -> list[e.Recorded]:
-    """Ingest journal lines, the last of which ends at `byte_offset`: exactly once, and redone steps are compared with
-    the log. Returns the events appended."""
+    """Ingest journal lines, the last of which ends at `byte_offset`: exactly once. Steps that are done again are
+    compared with `before` (see `steps_before`). Returns the events appended."""
     if not lines:
         return []
     with store.write() as tx:
         queue.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
         cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
-        fresh = [line for line in lines if line.number > cursor]
-        new = [
-            e.NewEvent(
+        new: list[e.NewEvent] = []
+        for line in lines:
+            if line.number <= cursor:
+                continue
+            item = e.NewEvent(
                 event=line.event,
                 event_id=str(uuid.uuid5(_JOURNAL_NAMESPACE, f"{lease.run_id}/{lease.attempt}/{line.number}")),
                 occurred_at=line.occurred_at,
                 actor="trainer",
                 attempt=lease.attempt,
             )
-            for line in fresh
-        ]
-        new = list(_with_anomalies(tx, context, run, new))
+            new.append(item)
+            if isinstance(line.event, e.StepCompleted) and (
+                anomaly := decisions.compare_redone(before, line.event)
+            ):
+                new.append(
+                    msgspec.structs.replace(
+                        item,
+                        event=anomaly,
+                        event_id=context.new_id(),
+                        actor=context.actor,
+                        causation_id=item.event_id,
+                    )
+                )
         recorded = event_store.append(tx, lease.run_id, run.version, new, context.now())
         positions.set_journal_cursor(tx, lease.run_id, lease.attempt, lines[-1].number, byte_offset)
         return recorded
-
-
-def _with_anomalies(tx: Tx, context: Context, run: Run, new: list[e.NewEvent]) -> list[e.NewEvent]:
-    if not any(decisions.is_redo(run, item.event) for item in new):
-        return new
-    first = min(item.event.step for item in new if isinstance(item.event, e.StepCompleted))
-    # Steps after the last checkpoint before `first` were all recorded after it.
-    since = max((c.version for c in run.checkpoints if c.step < first), default=0)
-    before: dict[int, e.StepCompleted] = {}
-    for r in event_store.read_stream(
-        tx.connection, run.run_id, 0 if run.steps_redone else since, ("StepCompleted",)
-    ):
-        if isinstance(r.event, e.StepCompleted) and r.event.step >= first:
-            before[r.event.step] = r.event
-    out: list[e.NewEvent] = []
-    for item in new:
-        out.append(item)
-        if isinstance(item.event, e.StepCompleted) and (
-            anomaly := decisions.compare_redone(before, item.event)
-        ):
-            out.append(
-                msgspec.structs.replace(
-                    item,
-                    event=anomaly,
-                    event_id=context.new_id(),
-                    actor=context.actor,
-                    causation_id=item.event_id,
-                )
-            )
-    return out
 
 
 def reject_journal(store: Store, context: Context, lease: Lease, what: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import msgspec
 
 from sftd.domain.errors import Problem, Refused
@@ -20,9 +23,23 @@ class Preflight(msgspec.Struct, frozen=True):
     warnings: list[Problem]
 
 
+def _check_save_dir(spec: Spec) -> list[Problem]:
+    """That checkpoints can be written: found out now and not at the first save."""
+    if not spec.checkpoint.save_dir:
+        return []
+    where, mend = "checkpoint.save_dir", "give a folder that you may write to"
+    try:
+        path = Path(spec.checkpoint.save_dir)
+        nearest = next(p for p in (path, *path.parents) if p.exists())
+        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    except (OSError, ValueError) as error:
+        return [Problem(where, f"{spec.checkpoint.save_dir!r}: {error}", mend)]
+    return [] if writable else [Problem(where, f"{nearest} is not a folder that can be written to", mend)]
+
+
 def inspect(spec: Spec) -> Preflight:
     """Read the files that the spec names. Raises `Refused` with every problem found in them."""
-    problems: list[Problem] = []
+    problems = _check_save_dir(spec)
     warnings: list[Problem] = []
     shape = None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -65,21 +64,23 @@ def find_run(store: Store, prefix: str) -> Run:
 
 
 def run_events(
-    store: Store, run_id: str, after_version: int = 0, types: tuple[str, ...] = ()
+    store: Store, run_id: str, after_version: int = 0, types: tuple[str, ...] = (), limit: int | None = None
 ) -> list[Recorded]:
     """A run's events in order."""
     with store.read() as connection:
-        return list(event_store.read_stream(connection, run_id, after_version, types))
+        return list(event_store.read_stream(connection, run_id, after_version, types, limit))
 
 
-def raw_events(store: Store, run_id: str, after_version: int = 0) -> Iterator[dict[str, Any]]:
+def raw_events(
+    store: Store, run_id: str, after_version: int = 0, types: tuple[str, ...] = (), limit: int | None = None
+) -> list[dict[str, Any]]:
     """A run's rows of the events table as they stand there."""
     with store.read() as connection:
-        yield from event_store.raw_rows(connection, run_id, after_version)
+        return list(event_store.raw_rows(connection, run_id, after_version, types, limit))
 
 
-def queued(store: Store) -> tuple[set[str], set[str]]:
-    """Ids of the runs that wait, and of those that some daemon drives."""
+def queued(store: Store, now: int) -> tuple[set[str], set[str]]:
+    """Ids of the runs that wait, and of those that some daemon drives: whose lease has not expired at `now` (µs)."""
     with store.read() as connection:
         waiting = {run_id for run_id, _ in queue.waiting(connection)}
-        return waiting, {lease.run_id for lease in queue.leases(connection)}
+        return waiting, {lease.run_id for lease in queue.leases(connection) if lease.expires_at > now}

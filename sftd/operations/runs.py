@@ -6,7 +6,7 @@ import msgspec
 
 import sftd
 from sftd.domain import decisions, names
-from sftd.domain.errors import Problem
+from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.run import ENDED, Run
 from sftd.domain.spec import Spec, spec_digest
@@ -53,6 +53,21 @@ def cancel(store: Store, context: Context, prefix: str, by: str, reason: str = "
         if run.status in ENDED:
             queue.leave(tx, run.run_id)
         return run
+
+
+def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
+    """Cancel a run whose daemon is gone for good (another host name, a moved home): its lease must have expired."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        expires_at = queue.expires_at(tx.connection, run.run_id)
+        if expires_at is not None and expires_at > context.now():
+            what = f"is driven by the living daemon {run.daemon}"
+            raise Refused(
+                Problem(run.run_id, what, f"use `sftd cancel {run.run_id}`, or stop that daemon first")
+            )
+        append_decided(tx, context, run.run_id, run.version, decisions.abandon(run, by), run.attempt or None)
+        queue.leave(tx, run.run_id)
+        return current(tx.connection, run.run_id)
 
 
 def resume(store: Store, context: Context, prefix: str, by: str, from_step: int | None = None) -> Run:

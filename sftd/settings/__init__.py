@@ -68,7 +68,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     if file.is_file():
         try:
             stored = tomllib.loads(file.read_text())
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"{file}: {error}") from None
 
     def value(name: str, default: str, variable: str | None = None) -> str:
@@ -80,7 +80,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             parsed = float(text)
         except ValueError:
             parsed = -1.0
-        if not parsed > 0:
+        if not 0 < parsed < float("inf"):
             raise SettingsError(
                 f"SFTD_{name.upper()} (or `{name}` in {file}): {text!r} is not a number above 0"
             )
@@ -94,7 +94,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         home=home,
         database_url=_database_url(value("database_url", f"sqlite:///{home}/sftd.db")),
         mlflow_tracking_uri=_absolute_sqlite(tracking),
-        cpu_slots=int(number("cpu_slots", cores)),
+        cpu_slots=max(1, int(number("cpu_slots", cores))),
         backoff_seconds=number("backoff_seconds", 15.0),
         lease_seconds=number("lease_seconds", 30.0),
         poll_seconds=number("poll_seconds", 0.25),

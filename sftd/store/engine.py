@@ -27,16 +27,19 @@ class DatabaseUnreachable(SftdError):
 def shown_url(url: str) -> str:
     """A database URL without its password."""
     try:
-        return sa.make_url(url).render_as_string(hide_password=True)
-    except sa.exc.ArgumentError:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
         return "(not a database URL)"
+    # libpq takes secrets as parameters, too.
+    hidden = {name: "***" for name in parsed.query if "pass" in name}
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def open_engine(url: str) -> sa.Engine:
     """Make an engine. An embedded SQLite file is created with mode 0600 in a folder of mode 0700."""
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):
         raise DatabaseUnreachable(
             "SFTD_DATABASE_URL is not a database URL such as postgresql://user@host/name"
         ) from None
@@ -47,6 +50,8 @@ def open_engine(url: str) -> sa.Engine:
             return sa.create_engine(parsed, pool_pre_ping=True)
         except ModuleNotFoundError as error:
             raise DatabaseUnreachable(f"{error}: install it with `pip install 'sftd[postgres]'`") from None
+        except sa.exc.NoSuchModuleError as error:
+            raise DatabaseUnreachable(f"{shown_url(url)}: {error}") from None
     raise DatabaseUnreachable(f"{shown_url(url)}: only SQLite and PostgreSQL are supported")
 
 
@@ -141,8 +146,13 @@ class Store:
         try:
             with self.engine.connect() as connection:
                 return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-        except sa.exc.ProgrammingError:
-            return None
+        except sa.exc.ProgrammingError as error:
+            # 42P01 is PostgreSQL's "undefined table"; anything else is not a matter of missing tables.
+            if getattr(error.orig, "sqlstate", None) == "42P01":
+                return None
+            raise DatabaseUnreachable(
+                f"{shown_url(str(self.engine.url))} cannot be read: {error.orig}"
+            ) from None
         except sa.exc.OperationalError as error:
             if "no such table" in str(error):
                 return None

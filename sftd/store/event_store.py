@@ -77,6 +77,13 @@ def _recorded(row: sa.Row[Any]) -> Recorded:
     )
 
 
+def _stream(run_id: str, after_version: int, types: Sequence[str], limit: int | None) -> sa.Select[Any]:
+    query = sa.select(events).where(events.c.run_id == run_id, events.c.version > after_version)
+    if types:
+        query = query.where(events.c.type.in_(types))
+    return query.order_by(events.c.version).limit(limit)
+
+
 def read_stream(
     connection: sa.Connection,
     run_id: str,
@@ -85,10 +92,7 @@ def read_stream(
     limit: int | None = None,
 ) -> Iterator[Recorded]:
     """Events of one run in order, optionally of some types only."""
-    query = sa.select(events).where(events.c.run_id == run_id, events.c.version > after_version)
-    if types:
-        query = query.where(events.c.type.in_(types))
-    for row in connection.execute(query.order_by(events.c.version).limit(limit)):
+    for row in connection.execute(_stream(run_id, after_version, types, limit)):
         yield _recorded(row)
 
 
@@ -105,12 +109,13 @@ def last_position(connection: sa.Connection) -> int:
     return connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0
 
 
-def raw_rows(connection: sa.Connection, run_id: str, after_version: int = 0) -> Iterator[dict[str, Any]]:
+def raw_rows(
+    connection: sa.Connection,
+    run_id: str,
+    after_version: int = 0,
+    types: Sequence[str] = (),
+    limit: int | None = None,
+) -> Iterator[dict[str, Any]]:
     """Rows of the events table of one run as they stand there, for people and scripts."""
-    query = (
-        sa.select(events)
-        .where(events.c.run_id == run_id, events.c.version > after_version)
-        .order_by(events.c.version)
-    )
-    for row in connection.execute(query):
+    for row in connection.execute(_stream(run_id, after_version, types, limit)):
         yield {str(name): value for name, value in row._mapping.items()}

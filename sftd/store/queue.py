@@ -99,6 +99,12 @@ def take_over(tx: Tx, old: Lease, token: str, owner: str, expires_at: Micros) ->
     return tx.execute(statement).first() is not None
 
 
+def expires_at(connection: sa.Connection, run_id: str) -> Micros | None:
+    """When the lease on a run ends; None when there is none."""
+    c = queue.c
+    return connection.execute(sa.select(c.expires_at).where(c.run_id == run_id, c.state == LEASED)).scalar()
+
+
 def leases(connection: sa.Connection) -> list[Lease]:
     """Every lease."""
     c = queue.c

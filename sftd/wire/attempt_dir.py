@@ -38,11 +38,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not."""
+    """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not.
+    `devices` are those it was given."""
 
     pid: int
     create_time: float
     host: str
+    devices: list[str] = []
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -112,7 +114,7 @@ class AttemptDir:
         """Identity of the attempt's process, or None when it was never started."""
         try:
             return msgspec.json.decode(self.process_file.read_bytes(), type=ProcessFile)
-        except FileNotFoundError:
+        except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     def write_process(self, process: ProcessFile) -> None:

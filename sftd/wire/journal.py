@@ -117,5 +117,5 @@ def _parse(path: Path, number: int, raw: bytes) -> Line:
         return Line(
             number=number, occurred_at=fields.t, event=codec.decode(fields.type, fields.v, bytes(fields.p))
         )
-    except msgspec.MsgspecError as error:
+    except (ValueError, TypeError, KeyError) as error:  # msgspec's errors are ValueErrors
         raise JournalCorrupt(f"{path}:{number}: {error}") from error

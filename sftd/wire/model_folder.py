@@ -32,12 +32,12 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
     config = read_config(folder, override)
-    architecture = (config.get("architectures") or ["(none named)"])[0]
-    # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
     try:
+        architecture = (config.get("architectures") or ["(none named)"])[0]
+        # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         heads = int(config["num_attention_heads"])
         return ModelShape(
             architecture=architecture,
@@ -65,7 +65,7 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
                 _WHERE, f"{folder}/config.json has no {error}", "give the folder of a causal language model"
             )
         ) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise Refused(
             Problem(_WHERE, f"{folder}/config.json: {error}", "mend config.json or model.override_config")
         ) from None
@@ -84,7 +84,7 @@ def check_weights(folder: str) -> None:
     if index.is_file():
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise Refused(
                 Problem(_WHERE, f"{index} cannot be read: {error}", "fetch the model again")
             ) from None

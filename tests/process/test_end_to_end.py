@@ -41,7 +41,8 @@ def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
 
     log = {e["payload"]["step"]: e["payload"]["loss"] for e in home.events(run_id, "StepCompleted")}
     assert list(log) == list(range(1, 13))
-    with sa.create_engine(home.env["MLFLOW_TRACKING_URI"]).connect() as connection:
+    engine = sa.create_engine(home.env["MLFLOW_TRACKING_URI"], poolclass=sa.NullPool)
+    with engine.connect() as connection:
         rows = connection.execute(sa.text("SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY step"))
         assert {row.step: row.value for row in rows} == log
         statuses = list(connection.execute(sa.text("SELECT name, status FROM runs")))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -120,3 +121,32 @@ def test_json_is_json(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
     shown = CliRunner().invoke(main, ["ls", "--json"])
     assert json.loads(shown.stdout) == []
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["init"], ["daemon", "--status"]])
+def test_a_home_that_is_a_file_is_a_sentence(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.write_text("")
+    monkeypatch.setenv("SFTD_HOME", str(home))
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 1
+    assert str(home) in shown.stderr
+    assert isinstance(shown.exception, SystemExit)
+
+
+def test_secrets_in_a_url_are_not_shown() -> None:
+    from sftd.store.engine import shown_url
+
+    for url in ("postgresql://me:s3cret@host/db", "postgresql://host/db?password=s3cret&sslpassword=s3cret"):
+        assert "s3cret" not in shown_url(url)
+    assert shown_url("postgresql://host:port/db") == "(not a database URL)"
+
+
+def test_ui_says_what_is_no_tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "/some/mlruns")
+    shown = CliRunner().invoke(main, ["ui"])
+    assert shown.exit_code == 2
+    assert "neither a database nor a server" in shown.stderr.replace("\n", " ")

@@ -262,13 +262,6 @@ def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     assert decisions.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
 
 
-def test_a_redo_is_a_step_that_the_log_has() -> None:
-    run = Log().claim().train(5).run
-    assert decisions.is_redo(run, step(5))
-    assert not decisions.is_redo(run, step(6))
-    assert not decisions.is_redo(run, validated(5, 1.0))
-
-
 def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
     log = Log(planned=20).claim().train(20, save_every=5).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 10))
@@ -606,3 +599,20 @@ def test_what_always_holds(story: list[str]) -> None:
         )
     assert decisions.claim(run, "d", "h").from_step in {0, *steps}
     assert (run.ended_at is not None) == (run.status in ENDED)
+
+
+def test_a_redone_checkpoint_is_progress() -> None:
+    """Going back and publishing anew is no crash loop, although the log has seen these steps before."""
+    log = Log(planned=20, launch__max_restarts=0).claim().train(20, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 5)).claim().train(10, save_every=5)
+    assert log.run.attempt_progressed
+
+
+def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
+    log = Log()
+    submitted = log.recorded[0].event
+    assert isinstance(submitted, events.RunSubmitted)
+    newer = submitted.spec | {"model": submitted.spec["model"] | {"added": 1}, "new_section": {"x": 1}}
+    event = msgspec.structs.replace(submitted, spec=newer)
+    run = run_state.evolve(Run("r"), msgspec.structs.replace(log.recorded[0], event=event))
+    assert run.spec == log.run.spec

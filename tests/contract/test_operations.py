@@ -1,0 +1,193 @@
+"""Operations on a real database: leases, giving up, ingesting once."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sftd.daemon.rescuer import orphaned
+from sftd.domain import events as e
+from sftd.domain.errors import LeaseLost, Refused
+from sftd.domain.failures import Failure
+from sftd.domain.layout import DataFacts, ModelShape
+from sftd.domain.spec import Data, Model, Spec, Trainer
+from sftd.launcher import processes
+from sftd.operations import attempts, runs
+from sftd.operations.attempts import Claimed
+from sftd.operations.context import Context
+from sftd.operations.preflight import Preflight
+from sftd.projections import views
+from sftd.store import daemons, queue
+from sftd.store.daemons import DaemonRow
+from sftd.store.engine import Store
+from sftd.wire.journal import Line
+
+LEASE = 30_000_000
+SPEC = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]), trainer=Trainer(max_steps=3))
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM",
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+    rms_norm_eps=1e-5,
+    rope_theta=1.0,
+    rope_scaling=None,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    qk_norm=False,
+)
+FACTS = DataFacts(
+    files=["t"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
+)
+
+
+class Clock:
+    """A context whose time stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.time = 1_000_000_000
+        self.context = Context(actor="test", now=lambda: self.time)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def log(store: Store) -> Store:
+    """The store with its views, as the command line opens it."""
+    return Store(store.engine, before_commit=(views.catch_up,))
+
+
+def claimed(log: Store, clock: Clock, daemon: str = "daemon-1") -> Claimed:
+    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    found = attempts.claim(
+        log, clock.context, daemon=daemon, host="host", fits=lambda run: True, lease_micros=LEASE
+    )
+    assert found is not None
+    return found
+
+
+def step(number: int, loss: float = 1.0) -> e.StepCompleted:
+    return e.StepCompleted(
+        step=number,
+        epoch=0,
+        loss=loss,
+        grad_norm=1.0,
+        lr=1e-5,
+        tokens=10,
+        tokens_real=10,
+        tokens_padded=10,
+        tokens_total=10 * number,
+        samples=1,
+        samples_digest="s",
+        seconds=1.0,
+    )
+
+
+def lines(*steps: e.StepCompleted) -> list[Line]:
+    return [Line(number=n, occurred_at=n, event=s) for n, s in enumerate(steps, 1)]
+
+
+def test_lines_are_ingested_once(log: Store, clock: Clock) -> None:
+    lease = claimed(log, clock).lease
+    first = attempts.record(log, clock.context, lease, lines(step(1), step(2)), 20, {})
+    again = attempts.record(log, clock.context, lease, lines(step(1), step(2), step(3)), 30, {})
+    assert [len(first), len(again)] == [2, 1]
+
+
+def test_a_step_done_again_differently_is_an_anomaly(log: Store, clock: Clock) -> None:
+    first = claimed(log, clock)
+    attempts.record(log, clock.context, first.lease, lines(step(1), step(2)), 20, {})
+    failure = Failure("killed", "boom")
+    attempts.finish(
+        log, clock.context, first.lease, exit_code=1, failure=failure, lost=False, backoff_seconds=1.0
+    )
+    clock.time += 60_000_000
+    second = attempts.claim(
+        log, clock.context, daemon="daemon-1", host="host", fits=lambda run: True, lease_micros=LEASE
+    )
+    assert second is not None
+    before = attempts.steps_before(log, second.lease)
+    assert sorted(before) == [1, 2]
+    recorded = attempts.record(
+        log, clock.context, second.lease, lines(step(1), step(2, loss=1.5)), 20, before
+    )
+    assert [type(r.event).__name__ for r in recorded] == ["StepCompleted", "StepCompleted", "AnomalyDetected"]
+    assert recorded[2].causation_id == recorded[1].event_id
+
+
+def test_every_write_under_a_lost_lease_is_refused(log: Store, clock: Clock) -> None:
+    lease = claimed(log, clock).lease
+    adopted = e.AttemptAdopted(daemon="daemon-2", host="host", pid=1)
+    mine = attempts.adopt(log, clock.context, lease, adopted, LEASE)
+    with pytest.raises(LeaseLost):
+        attempts.record(log, clock.context, lease, lines(step(1)), 10, {})
+    with pytest.raises(LeaseLost):
+        attempts.adopt(log, clock.context, lease, adopted, LEASE)
+    assert attempts.renew(log, clock.context, [lease, mine], LEASE) == [lease]
+    assert len(attempts.record(log, clock.context, mine, lines(step(1)), 10, {})) == 1
+
+
+def test_a_run_is_given_up_only_when_its_daemon_is_silent(log: Store, clock: Clock) -> None:
+    found = claimed(log, clock)
+    with pytest.raises(Refused, match="living daemon"):
+        runs.abandon(log, clock.context, found.run.run_id, "ada")
+    clock.time += LEASE + 1
+    assert runs.abandon(log, clock.context, found.run.run_id, "ada").status == "cancelled"
+    with pytest.raises(LeaseLost):
+        attempts.record(log, clock.context, found.lease, lines(step(1)), 10, {})
+    assert runs.resume(log, clock.context, found.run.run_id, "ada").status == "queued"
+
+
+def test_orphans_are_proven(log: Store, clock: Clock) -> None:
+    """A dead daemon of this home, or our own lease without a supervisor; never another host's."""
+    me = processes.identify(os.getpid())
+    rows = {
+        "alive": DaemonRow("alive", "host", me.pid, me.create_time, "/home", "{}", 1, 1),
+        "dead": DaemonRow("dead", "host", me.pid, me.create_time - 1000, "/home", "{}", 1, 1),
+        "elsewhere": DaemonRow("elsewhere", "other", me.pid, me.create_time - 1000, "/home", "{}", 1, 1),
+        "another home": DaemonRow("another home", "host", me.pid, me.create_time - 1000, "/else", "{}", 1, 1),
+        "me": DaemonRow("me", "host", me.pid, me.create_time, "/home", "{}", 1, 1),
+    }
+    leases = {}
+    for name, row in rows.items():
+        with log.write(appends=False) as tx:
+            daemons.register(tx, row)
+        leases[name] = claimed(log, clock, daemon=name).lease
+    found = {lease.owner for lease in orphaned(log, "host", "/home", "me", set())}
+    assert found == {"dead", "me"}
+    driven = {leases["me"].token}
+    assert {lease.owner for lease in orphaned(log, "host", "/home", "me", driven)} == {"dead"}
+
+
+def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
+    first = claimed(log, clock).run.run_id
+    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    clock.time += 1
+    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    with log.read() as connection:
+        large, small = (run_id for run_id, _ in queue.waiting(connection))
+    assert first not in (large, small)
+
+    def claim(busy: bool | None) -> Claimed | None:
+        return attempts.claim(
+            log,
+            clock.context,
+            daemon="d",
+            host="h",
+            fits=lambda run: busy if run.run_id == large else True,
+            lease_micros=LEASE,
+        )
+
+    assert claim(False) is None, "a run that waits for devices keeps its turn"
+    found = claim(None)
+    assert found is not None, "one that can never start here does not hold up the others"
+    assert found.run.run_id == small

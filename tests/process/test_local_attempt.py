@@ -1,0 +1,94 @@
+"""Processes of an attempt on this host, with `sleep` in torchrun's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sftd.domain.spec import Spec
+from sftd.launcher import local, processes
+from sftd.launcher.inventory import Inventory, Need
+from sftd.launcher.local import LocalAttempt
+from sftd.wire.attempt_dir import AttemptDir, Order
+
+NEED = Need("cpu", 1, 1)
+
+
+@pytest.fixture
+def order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Order]:
+    """An order under a token of its own; whatever was started under it is killed at the end."""
+    monkeypatch.setattr(local, "torchrun_argv", lambda spec, directory: ["sleep", "600"])
+    token = f"token-of-{tmp_path}"
+    yield Order(
+        run_id="run",
+        attempt=1,
+        token=token,
+        spec=Spec(),
+        planned_steps=1,
+        checkpoint_dir=str(tmp_path / "checkpoints"),
+    )
+    processes.kill(processes.survivors(token))
+
+
+def test_started_found_again_and_killed(tmp_path: Path, order: Order) -> None:
+    directory = AttemptDir(tmp_path / "attempt")
+    attempt, _ = LocalAttempt.start(directory, order, NEED, ["cpu:0"])
+    assert attempt.is_alive()
+    again = LocalAttempt.adopt(directory, "unused")
+    assert again.is_alive()
+    assert again.process is not None
+    assert again.process.devices == ["cpu:0"]
+    assert attempt.kill() == []
+    assert not attempt.is_alive()
+    assert not again.is_alive()
+    assert again.remains().exit_code is None
+
+
+def test_a_clock_that_was_set_does_not_make_it_dead(tmp_path: Path, order: Order) -> None:
+    """Create times count from the wall clock; the token in the processes' environment does not."""
+    directory = AttemptDir(tmp_path / "attempt")
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [])
+    assert attempt.process is not None
+    directory.write_process(
+        msgspec.structs.replace(attempt.process, create_time=attempt.process.create_time - 3600)
+    )
+    assert LocalAttempt.adopt(directory, "unused").is_alive()
+    assert attempt.kill() == []
+
+
+def test_nothing_lives_on_when_the_start_fails_halfway(
+    tmp_path: Path, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk behind the start: the caller is told that nothing was started, so nothing may have been."""
+
+    def full(self: AttemptDir, process: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AttemptDir, "write_process", full)
+    with pytest.raises(OSError, match="No space left"):
+        LocalAttempt.start(AttemptDir(tmp_path / "attempt"), order, NEED, [])
+    assert processes.survivors(order.token) == []
+
+
+def test_an_identity_file_cut_short_is_no_identity(tmp_path: Path, order: Order) -> None:
+    directory = AttemptDir(tmp_path / "attempt")
+    directory.create(order)
+    directory.process_file.write_text('{"pid": 12')
+    assert directory.process() is None
+    assert not LocalAttempt.adopt(directory, "unused").is_alive()
+
+
+def test_devices_are_never_given_twice() -> None:
+    inventory = Inventory(gpus=2, cpu_slots=4)
+    spec = Spec()
+    assert inventory.need(spec) == Need("cuda", 1, 2)
+    _, first = inventory.take("a", spec)
+    inventory.restore("b", ["cuda:1"])
+    assert (first, inventory.fits(spec)) == (["cuda:0"], False)
+    inventory.release("a")
+    assert inventory.fits(spec) is True
+    large = msgspec.structs.replace(spec, launch=msgspec.structs.replace(spec.launch, nproc_per_node=3))
+    assert inventory.fits(large) is None
