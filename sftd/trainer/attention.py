@@ -75,7 +75,8 @@ class CausalAttention(MegatronModule):
         layout = packed_seq_params
         assert isinstance(layout, SequenceLayout)
         tokens, rows = query.shape[:2]
-        if layout.boundaries is not None and query.is_cuda:
+        # The varlen kernel takes half precision only.
+        if layout.boundaries is not None and query.is_cuda and query.dtype != torch.float32:
             return self._packed_cuda(query, key, value, layout).reshape(tokens, rows, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if layout.cache is not None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
@@ -83,7 +82,7 @@ class Checkpoints:
         try:
             if not self._gather(lambda: dist.get_rank() == 0 and self._is_same(published, progress))[0]:
                 self._attempt(lambda: self._stage_folder(partial))
-                self._attempt(lambda: self._write(partial))
+                self._gather(lambda: self._write(partial), (CheckpointException, CheckpointSaveFailed))
                 entries = self._gather(lambda: self._describe_share(partial))
                 self._attempt(lambda: self._publish(partial, published, progress, versions, entries))
         except CheckpointSaveFailed as error:
@@ -199,7 +198,9 @@ class Checkpoints:
     def _stage_folder(self, partial: Path) -> None:
         if dist.get_rank() != 0:
             return
-        shutil.rmtree(partial, ignore_errors=True)
+        # A run has one attempt at a time: whatever is half written was left by one that was killed.
+        for left in self._folder.glob("step-*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         need = int(_HEADROOM * self._trainee.state_bytes)
         if (free := shutil.disk_usage(partial).free) < need:
@@ -211,7 +212,8 @@ class Checkpoints:
         megatron_edges.use_in_process_queue()
         state = self._state(is_loading=False, with_rng=True)
         strategy = TorchDistSaveShardedStrategy(thread_count=_WRITERS)
-        dist_checkpointing.save(state, str(partial), strategy, content_metadata=_CONTENT)
+        with megatron_edges.keep_rank_zero_in_step():
+            dist_checkpointing.save(state, str(partial), strategy, content_metadata=_CONTENT)
 
     def _describe_share(self, partial: Path) -> list[manifests.FileEntry]:
         names = manifests.list_files(partial)[dist.get_rank() :: dist.get_world_size()]
@@ -270,12 +272,20 @@ class Checkpoints:
     def _attempt(self, action: Callable[[], None]) -> None:
         self._gather(action)
 
-    def _gather(self, action: Callable[[], Any]) -> list[Any]:
-        """Every rank's result. Raises `CheckpointSaveFailed` on all ranks when it fails on one."""
+    def _gather(
+        self,
+        action: Callable[[], Any],
+        failures: tuple[type[BaseException], ...] = (OSError, RuntimeError),
+    ) -> list[Any]:
+        """Every rank's result. Raises `CheckpointSaveFailed` on all ranks when it fails on one.
+
+        `failures` must leave the ranks in step: anything else that an action with collectives raises on one rank has
+        to end the process, for the others are waiting in a collective of Megatron's.
+        """
         result, reason = None, None
         try:
             result = action()
-        except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        except failures as error:
             reason = _cause(error)
         outcomes = _all_gather((result, reason))
         if reasons := [r for _, r in outcomes if r]:
@@ -290,6 +300,8 @@ def _exact(progress: Progress) -> tuple[str, str]:
 def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "; ".join(str(failure[0]) for failure in error.failures.values()) or str(error)
+    if isinstance(error, CheckpointSaveFailed):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 

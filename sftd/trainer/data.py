@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from sftd.wire.dataset import COLUMNS, IGNORE_INDEX
 Ints = npt.NDArray[np.int64]
 # Decoded row groups that are kept: random access comes back to them, and memory stays bounded.
 _CACHE_BYTES = 256 << 20
+_SCAN_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,11 @@ class Sample:
 class _RowGroup:
     starts: Ints
     ids: npt.NDArray[np.int32]
-    mask: npt.NDArray[np.int8]
     labels: npt.NDArray[np.int32]
 
     @property
     def nbytes(self) -> int:
-        return int(self.starts.nbytes + self.ids.nbytes + self.mask.nbytes + self.labels.nbytes)
+        return int(self.starts.nbytes + self.ids.nbytes + self.labels.nbytes)
 
 
 class Rows:
@@ -61,15 +62,19 @@ class Rows:
         number = 0
         for file, parquet in enumerate(self._files):
             for group in range(parquet.num_row_groups):
-                where = f"{paths[file]}, row group {group}"
-                index = self._scan(self._decode(file, group), where, truncation == "error", vocab_size)
-                count = index.shape[1]
-                place = np.stack(
-                    [np.full(count, file), np.full(count, group), np.arange(count), number + np.arange(count)]
-                )
-                parts.append(np.concatenate([place, index])[:, index[1] > 0])
-                self.dropped_rows += int((index[1] == 0).sum())
-                number += count
+                offset = 0
+                for data in self._slices(file, group):
+                    where = f"{paths[file]}, row group {group}, from row {offset}"
+                    index = self._scan(data, where, truncation == "error", vocab_size)
+                    count = index.shape[1]
+                    inside = offset + np.arange(count)
+                    place = np.stack(
+                        [np.full(count, file), np.full(count, group), inside, number + np.arange(count)]
+                    )
+                    parts.append(np.concatenate([place, index])[:, index[1] > 0])
+                    self.dropped_rows += int((index[1] == 0).sum())
+                    offset += count
+                    number += count
         table = np.concatenate(parts, axis=1) if parts else np.empty((6, 0), np.int64)
         self._place = table[:3].astype(np.int32)
         self.numbers: Ints = table[3].copy()
@@ -100,13 +105,6 @@ class Rows:
                 raise DataError(f"{where}: {name} holds ids outside the model's vocabulary of {vocab_size}")
         row = np.repeat(np.arange(sizes.size), sizes)
         position = np.arange(data.ids.size) - data.starts[row]
-        is_real = data.mask == 1
-        after_padding = is_real & (position > 0) & np.concatenate(([False], ~is_real[:-1]))
-        if after_padding.any():
-            bad = int(row[after_padding.argmax()])
-            raise DataError(
-                f"{where}, row {bad}: attention_mask has a 0 before a 1; only padding on the right is understood"
-            )
         too_long = sizes > self._limit
         if refuses_long and too_long.any():
             bad = int(too_long.argmax())
@@ -115,7 +113,7 @@ class Rows:
             )
         self.truncated_rows += int(too_long.sum())
         first = (np.maximum(sizes - self._limit, 0) if self._keeps_end else np.zeros_like(sizes))[row]
-        is_kept = is_real & (position >= first) & (position < first + self._limit)
+        is_kept = (position >= first) & (position < first + self._limit)
         # Nothing predicts the first token that is kept.
         counts = (
             np.bincount(row, weights=w, minlength=sizes.size)
@@ -134,22 +132,46 @@ class Rows:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return data
 
+    def _slices(self, file: int, group: int) -> Iterator[_RowGroup]:
+        """A row group a few rows at a time: one of millions of rows is never in memory whole while it is scanned."""
+        where = f"{self._paths[file]}, row group {group}"
+        try:
+            for batch in self._files[file].iter_batches(
+                _SCAN_ROWS, row_groups=[group], columns=list(COLUMNS)
+            ):
+                yield _decode(pa.Table.from_batches([batch]), where)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{where} cannot be read: {error}") from error
+
     def _decode(self, file: int, group: int) -> _RowGroup:
         where = f"{self._paths[file]}, row group {group}"
         try:
-            table = self._files[file].read_row_group(group, columns=list(COLUMNS))
+            return _decode(self._files[file].read_row_group(group, columns=list(COLUMNS)), where)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{where} cannot be read: {error}") from error
-        columns: list[Any] = [table.column(name).combine_chunks() for name in COLUMNS]
-        flat = [column.flatten() for column in columns]
-        if any(array.null_count for array in (*columns, *flat)):
-            raise DataError(f"{where} holds nulls")
-        sizes = [column.value_lengths().to_numpy(zero_copy_only=False) for column in columns]
-        if any(not np.array_equal(sizes[0], other) for other in sizes[1:]):
-            raise DataError(f"{where}: {', '.join(COLUMNS)} differ in length")
-        starts = np.concatenate(([0], np.cumsum(sizes[0], dtype=np.int64)))
-        ids, mask, labels = (array.to_numpy(zero_copy_only=False) for array in flat)
-        return _RowGroup(starts, ids.astype(np.int32), mask.astype(np.int8), labels.astype(np.int32))
+
+
+def _decode(table: pa.Table, where: str) -> _RowGroup:
+    """Rows of a table without their padding, which is no part of them. Raises `DataError`."""
+    columns: list[Any] = [table.column(name).combine_chunks() for name in COLUMNS]
+    flat = [column.flatten() for column in columns]
+    if any(array.null_count for array in (*columns, *flat)):
+        raise DataError(f"{where} holds nulls")
+    sizes = [column.value_lengths().to_numpy(zero_copy_only=False) for column in columns]
+    if any(not np.array_equal(sizes[0], other) for other in sizes[1:]):
+        raise DataError(f"{where}: {', '.join(COLUMNS)} differ in length")
+    ids, mask, labels = (array.to_numpy(zero_copy_only=False) for array in flat)
+    is_real, row = mask == 1, np.repeat(np.arange(sizes[0].size), sizes[0])
+    after_padding = is_real[1:] & ~is_real[:-1] & (row[1:] == row[:-1])
+    if after_padding.any():
+        bad = int(row[1:][after_padding.argmax()])
+        raise DataError(
+            f"{where}, row {bad}: attention_mask has a 0 before a 1; only padding on the right is understood"
+        )
+    # Padding is no part of a row: it neither counts towards sequence_length nor is it what truncation keeps.
+    real = np.bincount(row, weights=is_real, minlength=sizes[0].size).astype(np.int64)
+    starts = np.concatenate(([0], np.cumsum(real)))
+    return _RowGroup(starts, ids[is_real].astype(np.int32), labels[is_real].astype(np.int32))
 
 
 def _open(path: str) -> pq.ParquetFile:

@@ -24,7 +24,8 @@ from sftd.trainer.trainee import LossFunction, Trainee
 class Generator:
     """Answers `trainer.sample_prompts`. Every rank takes part; each data-parallel copy computes the same."""
 
-    def __init__(self, spec: Spec, session: Session) -> None:
+    def __init__(self, spec: Spec, session: Session, vocab_size: int) -> None:
+        """Raises `UserError` for a tokenizer or prompt that cannot be used."""
         # transformers takes seconds to import: only runs with sample prompts pay for it.
         from transformers import AutoTokenizer
 
@@ -33,10 +34,10 @@ class Generator:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=spec.model.trust_remote_code
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a tokenizer folder can fail in any way
             raise UserError(f"trainer.sample_prompts needs the tokenizer of {folder}: {error}") from error
         self._stops = {self._tokenizer.eos_token_id} | _generation_stops(folder)
-        self._prompts = {prompt: self._encode(prompt) for prompt in spec.trainer.sample_prompts}
+        self._prompts = {prompt: self._checked(prompt, vocab_size) for prompt in spec.trainer.sample_prompts}
         self._limit = spec.trainer.sample_max_tokens
         self._session = session
         self._multiple = session.layout.tp if spec.model.megatron.sequence_parallel else 1
@@ -48,6 +49,15 @@ class Generator:
             events = [self._answer(step, trainee, prompt, ids) for prompt, ids in self._prompts.items()]
         trainee.train(True)
         return events
+
+    def _checked(self, prompt: str, vocab_size: int) -> list[int]:
+        try:
+            ids = self._encode(prompt)
+        except Exception as error:  # a chat template is a program
+            raise UserError(f"trainer.sample_prompts: {prompt!r}: {type(error).__name__}: {error}") from error
+        if not ids or max(ids) >= vocab_size:
+            raise UserError(f"trainer.sample_prompts: {prompt!r} makes no tokens that the model knows")
+        return ids
 
     def _encode(self, prompt: str) -> list[int]:
         if self._tokenizer.chat_template is None:

@@ -86,7 +86,7 @@ class Attempt:
         if self._spec.trainer.sample_prompts:
             from sftd.trainer.generate import Generator
 
-            self._generator = Generator(self._spec, session)
+            self._generator = Generator(self._spec, session, shape.vocab_size)
 
     def run(self) -> None:
         """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""
@@ -98,9 +98,12 @@ class Attempt:
         while self._progress.step < self._order.planned_steps and not stop:
             stop = self._train_step()
             is_last = self._progress.step == self._order.planned_steps
+            if stop and not is_last:
+                # First of all: who asked for the stop may not wait for a validation.
+                self._save(must_succeed=False)
             if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
                 self._validate()
-            if is_last or stop or _is_due(self._progress.step, self._spec.trainer.save_interval):
+            if is_last or _is_due(self._progress.step, self._spec.trainer.save_interval):
                 self._save(must_succeed=is_last)
 
     def _read_shape(self) -> ModelShape:

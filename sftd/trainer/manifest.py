@@ -66,7 +66,7 @@ def describe(folder: Path, names: Iterable[str]) -> list[FileEntry]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return FileEntry(name=name, bytes=os.fstat(file.fileno()).st_size, sha256=sha256)
 
-    with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(one, names))
 
 
@@ -91,6 +91,13 @@ def read(folder: Path, expected_digest: str | None) -> Manifest:
 
 def find_damage(folder: Path, entries: Iterable[FileEntry]) -> str | None:
     """What is wrong with the files of a checkpoint, or None when each has its size and sha256. Opens no pickle."""
+    try:
+        return _find_damage(folder, entries)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror or error}"
+
+
+def _find_damage(folder: Path, entries: Iterable[FileEntry]) -> str | None:
     intact = []
     for entry in entries:
         path = folder / entry.name

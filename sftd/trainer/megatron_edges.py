@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -20,6 +21,8 @@ from megatron.core.jit import disable_jit_fuser
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
+
+from sftd.trainer.errors import CheckpointSaveFailed
 
 
 class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -61,6 +64,35 @@ def use_in_process_queue() -> None:
     second at the first save, and an orphan after a SIGKILL.
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+@contextlib.contextmanager
+def keep_rank_zero_in_step() -> Iterator[None]:
+    """Hold back what rank 0 raises at the end of a save until every rank is through; then raise `CheckpointSaveFailed`.
+
+    state_dict_saver.py:243 (`.metadata`) and serialization.py:449 (`metadata.json`) write on rank 0 alone, between
+    collectives: an error there leaves the others in a broadcast or barrier that rank 0 never joins.
+    """
+    held: list[Exception] = []
+
+    def guard(write: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  raised again below
+                held.append(error)
+
+        return call
+
+    writer = filesystem_async.FileSystemWriterAsync
+    finish, save_config = writer.finish, serialization.save_config
+    writer.finish, serialization.save_config = guard(finish), guard(save_config)
+    try:
+        yield
+    finally:
+        writer.finish, serialization.save_config = finish, save_config
+    if held:
+        raise CheckpointSaveFailed(f"{type(held[0]).__name__}: {held[0]}") from held[0]
 
 
 def _torch_adamw(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:

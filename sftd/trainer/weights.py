@@ -58,10 +58,14 @@ class Folder:
         window = slice(part[0] * size, (part[0] + 1) * size)
         return piece[window] if dim == 0 else piece[:, window]
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, without those behind its last."""
+    def rows(self, name: str) -> int:
+        """First dimension of a tensor. Raises `UserError` when it is missing."""
         if name not in self._files:
             raise UserError(f"the weights in {self._path} lack {name}")
+        return int(self._files[name].get_slice(name).get_shape()[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a matrix, without those behind its last."""
         return self._files[name].get_slice(name)[start:stop]
 
 
@@ -152,16 +156,18 @@ def _chunk_values(
             yield f"decoder.layers.{local}.{rule.target}", rule.join(pieces, shape)
     embedding = "model.embed_tokens.weight"
     if chunk.pre_process:
-        yield "embedding.word_embeddings.weight", _vocabulary_rows(folder, embedding, chunk, layout)
+        yield "embedding.word_embeddings.weight", _vocabulary_rows(folder, embedding, chunk, shape, layout)
     if chunk.post_process:
         yield "decoder.final_layernorm.weight", folder.read("model.norm.weight")
         # A tied model's last stage holds its own copy of the embedding unless it is also the first.
         if chunk.output_layer.weight is not None:
             name = embedding if shape.tie_word_embeddings else "lm_head.weight"
-            yield "output_layer.weight", _vocabulary_rows(folder, name, chunk, layout)
+            yield "output_layer.weight", _vocabulary_rows(folder, name, chunk, shape, layout)
 
 
-def _vocabulary_rows(folder: Folder, name: str, chunk: GPTModel, layout: Layout) -> Tensor:
+def _vocabulary_rows(folder: Folder, name: str, chunk: GPTModel, shape: ModelShape, layout: Layout) -> Tensor:
+    if (found := folder.rows(name)) != shape.vocab_size:
+        raise UserError(f"{name} has {found} rows, but config.json's vocab_size is {shape.vocab_size}")
     rows = chunk.vocab_size // layout.tp
     start = layout.tp_rank * rows
     value = folder.read_rows(name, start, start + rows)

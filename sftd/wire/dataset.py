@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("input_ids", "attention_mask", "labels")
 IGNORE_INDEX = -100
+_SLICE_ROWS = 4096
 _PREPARE = "make the file with `sftd prepare`"
 
 
@@ -46,8 +47,8 @@ def inspect(
     rows = tokens = trained = longest = truncated = unusable = 0
     for path in paths:
         try:
-            for batch in _row_groups(where, path):
-                counts = _inspect_batch(where, path, batch, vocab_size, sequence_length, truncation)
+            for first, table in _slices(where, path):
+                counts = _inspect_slice(where, path, first, table, vocab_size, sequence_length, truncation)
                 rows += counts[0]
                 tokens += counts[1]
                 trained += counts[2]
@@ -89,7 +90,8 @@ def _open(where: str, path: str) -> pq.ParquetFile:
     return file
 
 
-def _row_groups(where: str, path: str) -> Iterator[pa.Table]:
+def _slices(where: str, path: str) -> Iterator[tuple[int, pa.Table]]:
+    """(number of the first row, a few rows) after another: a row group may hold millions."""
     import pyarrow as pa
 
     with _open(where, path) as file:
@@ -105,17 +107,25 @@ def _row_groups(where: str, path: str) -> Iterator[pa.Table]:
                 raise _refuse(where, path, f"column {column!r} is {kind}, not a list of integers")
         if file.metadata.num_rows == 0:
             raise _refuse(where, path, "has no rows", "give a file with data")
-        for group in range(file.num_row_groups):
-            try:
-                yield file.read_row_group(group, columns=list(COLUMNS))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise _refuse(
-                    where, path, f"row group {group} is damaged ({str(error).splitlines()[0]})"
-                ) from None
+        first = 0
+        try:
+            for batch in file.iter_batches(_SLICE_ROWS, columns=list(COLUMNS)):
+                yield first, pa.Table.from_batches([batch])
+                first += batch.num_rows
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _refuse(
+                where, path, f"is damaged behind row {first} ({str(error).splitlines()[0]})"
+            ) from None
 
 
-def _inspect_batch(
-    where: str, path: str, table: pa.Table, vocab_size: int, sequence_length: int, truncation: str
+def _inspect_slice(
+    where: str,
+    path: str,
+    first_row: int,
+    table: pa.Table,
+    vocab_size: int,
+    sequence_length: int,
+    truncation: str,
 ) -> tuple[int, int, int, int, int, int]:
     import numpy as np
     import pyarrow.compute as pc
@@ -130,7 +140,7 @@ def _inspect_batch(
         if (bad := np.flatnonzero(other != lengths)).size:
             row = int(bad[0])
             raise _refuse(
-                where, path, f"row {row} of a row group has {lengths[row]} input_ids but {other[row]} {name}"
+                where, path, f"row {first_row + row} has {lengths[row]} input_ids but {other[row]} {name}"
             )
     ids = columns["input_ids"].flatten().to_numpy(zero_copy_only=False)
     labels = columns["labels"].flatten().to_numpy(zero_copy_only=False)
@@ -156,17 +166,18 @@ def _inspect_batch(
     if ((mask == 1) & (position > 0) & (np.roll(mask, 1) == 0)).any():
         what = "attention_mask has a 0 before a 1: padding may only stand on the right"
         raise _refuse(where, path, what, "leave padding out: sftd pads by itself")
-    cut = np.maximum(lengths - sequence_length, 0) if truncation == "left" else np.zeros_like(lengths)
+    rows = np.repeat(np.arange(lengths.size), lengths)
+    # Padding is no part of a row.
+    real = np.bincount(rows, weights=mask, minlength=lengths.size).astype(np.int64)
+    cut = np.maximum(real - sequence_length, 0) if truncation == "left" else np.zeros_like(real)
     first = np.repeat(cut, lengths)
     visible = is_trained & (mask == 1) & (position > first) & (position < first + sequence_length)
-    per_row = np.bincount(
-        np.repeat(np.arange(lengths.size), lengths), weights=visible, minlength=lengths.size
-    )
+    per_row = np.bincount(rows, weights=visible, minlength=lengths.size)
     return (
         int(lengths.size),
         int(mask.sum()),
         int(per_row.sum()),
-        int(lengths.max(initial=0)),
-        int((lengths > sequence_length).sum()),
+        int(real.max(initial=0)),
+        int((real > sequence_length).sum()),
         int((per_row == 0).sum()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,43 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
     return config | override
 
 
+# What `read_shape` reads: to override anything else would change nothing.
+_KEYS = (
+    "architectures hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings "
+    "attention_bias mlp_bias hidden_act sliding_window use_sliding_window"
+).split()
+
+
+def _refuse_unknown(override: dict[str, Any]) -> None:
+    problems = []
+    for key in override:
+        if key not in _KEYS:
+            nearest = difflib.get_close_matches(key, _KEYS, n=1)
+            mend = (
+                f"did you mean `{nearest[0]}`?"
+                if nearest
+                else "leave it out; these are read: " + ", ".join(_KEYS)
+            )
+            problems.append(Problem(f"model.override_config.{key}", "is not read by the trainer", mend))
+    if problems:
+        raise Refused(problems)
+
+
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
+    _refuse_unknown(override)
     config = read_config(folder, override)
     try:
         architecture = (config.get("architectures") or ["(none named)"])[0]
         # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        if "rope_parameters" not in override:
+            # What the user says wins over either spelling in the file.
+            if "rope_scaling" in override:
+                rope = dict(override["rope_scaling"] or {})
+            theta = override.get("rope_theta", rope.pop("rope_theta", theta))
         scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
         heads = int(config["num_attention_heads"])
         return ModelShape(

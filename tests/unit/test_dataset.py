@@ -96,6 +96,18 @@ def test_what_truncation_leaves(
     assert (facts.trained_tokens, facts.truncated, facts.unusable) == (trained, truncated, unusable)
 
 
+@pytest.mark.parametrize("truncation", ["left", "right", "error"])
+def test_padding_is_no_part_of_a_row(tmp_path: Path, truncation: str) -> None:
+    """Files padded to one length are common: 3 real tokens of 9 are not truncated at 4."""
+    columns = {
+        "input_ids": [[1, 2, 3, 0, 0, 0, 0, 0, 0]],
+        "attention_mask": [[1, 1, 1, 0, 0, 0, 0, 0, 0]],
+        "labels": [[-100, 2, 3, -100, -100, -100, -100, -100, -100]],
+    }
+    facts = inspect(parquet(tmp_path / "a.parquet", columns), sequence_length=4, truncation=truncation)
+    assert (facts.longest, facts.truncated, facts.unusable, facts.trained_tokens) == (3, 0, 0, 2)
+
+
 def test_rows_that_train_nothing_are_counted(tmp_path: Path) -> None:
     columns = {
         "input_ids": [[1, 2], [3, 4], [], [5, 6]],
@@ -150,10 +162,10 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     [
         ({"labels": [[-100, -100, 3, 4], None]}, "column 'labels' holds nulls"),
         ({"input_ids": [[1, None, 3, 4], [5, 6]]}, "column 'input_ids' holds nulls"),
-        ({"labels": [[-100, -100, 3], [-100, 6]]}, "row 0 of a row group has 4 input_ids but 3 labels"),
+        ({"labels": [[-100, -100, 3], [-100, 6]]}, "row 0 has 4 input_ids but 3 labels"),
         (
             {"attention_mask": [[1, 1, 1, 1], [1]]},
-            "row 1 of a row group has 2 input_ids but 1 attention_mask",
+            "row 1 has 2 input_ids but 1 attention_mask",
         ),
         ({"input_ids": [[1, 2, 3, 50], [5, 6]]}, "token id 50 is outside the model's vocabulary of 50"),
         ({"input_ids": [[1, 2, 3, -1], [5, 6]]}, "token id -1 is outside"),

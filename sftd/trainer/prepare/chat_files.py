@@ -75,7 +75,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             place = f"{path}, line {number}"
             try:
                 yield place, json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
+            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
                 raise PrepareError(
                     f"{place} is not JSON ({error}). Write one JSON object a line, in UTF-8."
                 ) from error
@@ -140,11 +140,10 @@ def _message(message: Any, number: int) -> dict[str, Any]:
             "into it; images and bare tool calls cannot be trained on"
         )
     try:
-        content.encode()
+        json.dumps(given, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise ChatError(
-            f"the content of message {number} ({role}) is not valid Unicode ({error.reason}). Mend or "
-            "remove the row"
+            f"message {number} ({role}) is not valid Unicode ({error.reason}). Mend or remove the row"
         ) from error
     if role == "assistant" and not content.strip():
         raise ChatError(f"message {number} is an empty answer of the assistant. Remove the row or the turn")

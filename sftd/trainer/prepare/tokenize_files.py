@@ -138,12 +138,14 @@ def tokenize_files(
         "truncation": options.truncation,
         "val_fraction": options.val_fraction,
     }
-    train = _RowFile(out, _dump(metadata | {"split": "train"}))
-    val = (
-        _RowFile(options.val_out, _dump(metadata | {"split": "val"})) if options.val_out is not None else None
-    )
-    files = [train] if val is None else [train, val]
+    files: list[_RowFile] = []
     try:
+        train = _RowFile(out, _dump(metadata | {"split": "train"}))
+        files.append(train)
+        val = None
+        if options.val_out is not None:
+            val = _RowFile(options.val_out, _dump(metadata | {"split": "val"}))
+            files.append(val)
         counts = _write_rows(opened, masker, train, val, options, events)
         for file in files:
             file.close()
