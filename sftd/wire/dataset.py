@@ -44,9 +44,10 @@ def inspect(
     Parquet, wrong schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary.
     """
     problems: list[Problem] = []
-    rows = tokens = trained = longest = truncated = unusable = 0
+    rows = tokens = trained = longest = truncated = unusable = largest_group = 0
     for path in paths:
         try:
+            largest_group = max(largest_group, _largest_row_group(where, path))
             for first, table in _slices(where, path):
                 counts = _inspect_slice(where, path, first, table, vocab_size, sequence_length, truncation)
                 rows += counts[0]
@@ -68,6 +69,7 @@ def inspect(
         longest=longest,
         truncated=truncated,
         unusable=unusable,
+        largest_row_group=largest_group,
     )
 
 
@@ -88,6 +90,12 @@ def _open(where: str, path: str) -> pq.ParquetFile:
     except (pa.ArrowInvalid, OSError) as error:
         raise _refuse(where, path, f"is not a Parquet file ({str(error).splitlines()[0]})") from None
     return file
+
+
+def _largest_row_group(where: str, path: str) -> int:
+    with _open(where, path) as file:
+        groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        return max(groups, default=0)
 
 
 def _slices(where: str, path: str) -> Iterator[tuple[int, pa.Table]]:
