@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import logging.handlers
 import os
@@ -135,10 +134,7 @@ def _mirror(settings: Settings) -> Callable[[], object] | None:
         from sftd.projections.mlflow_mirror import MlflowMirror
 
         # A connection pool of its own: the mirror runs in a thread and may be slow.
-        uri = settings.mlflow_tracking_uri
-        # Another MLflow starts from the first event.
-        position = f"mlflow:{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
-        return MlflowMirror(app.open_store(settings), uri, settings.mlflow_artifacts, position_name=position)
+        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
 
     return make
 

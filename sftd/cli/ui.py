@@ -33,11 +33,11 @@ def ui_command(port: int, open_browser: bool) -> None:
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     url = f"http://127.0.0.1:{port}"
     if command is None:
-        address = settings.mlflow_tracking_uri
+        address = re.sub(r"//[^/@]*@", "//", settings.mlflow_tracking_uri)
         if not address.startswith(("http:", "https:")):
             what = f"{address!r} is neither a database nor a server"
             raise Refused(Problem("MLFLOW_TRACKING_URI", what, "write sqlite:///FILE or http://HOST:PORT"))
-        click.echo(f"MLflow is at {re.sub(r'//[^/@]*@', '//', address)}")
+        click.echo(f"MLflow is at {address}")
         return
     argv, env = command
     click.echo(f"MLflow on {url} (Ctrl-C ends it)")

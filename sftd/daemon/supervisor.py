@@ -104,7 +104,8 @@ class Supervisor:
             except OSError as error:
                 log.error("%s: cannot ask for a stop (%s); killing the attempt", self.lease.run_id, error)
                 self.attempt.kill()
-            log.info("%s: asked attempt %d to stop", self.lease.run_id, self.lease.attempt)
+            else:
+                log.info("%s: asked attempt %d to stop", self.lease.run_id, self.lease.attempt)
         elif now - self._stopping_since > _STOP_SECONDS:
             log.warning(
                 "%s: attempt %d did not stop in time; killing it", self.lease.run_id, self.lease.attempt

@@ -13,6 +13,7 @@ cursor are still there. One that is gone for good is written again from its firs
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -30,9 +31,8 @@ from sftd.store.event_store import read_stream
 from sftd.store.positions import projection_position, set_projection_position
 from sftd.store.tables import events
 
-__all__ = ["POSITION", "MirrorUnavailable", "MlflowMirror"]
+__all__ = ["MirrorUnavailable", "MlflowMirror", "position_name"]
 
-POSITION = "mlflow"
 
 # Rows of the log that are looked at before the position moves.
 _WINDOW = 5000
@@ -83,12 +83,17 @@ class _Mirrored:
     tags: dict[str, str] = field(default_factory=dict)
 
 
+def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
+    """Name of the position of the mirror into these experiments. The URI may hold a password, so its digest stands in."""
+    return f"mlflow:{hashlib.sha256(f'{tracking_uri} {experiment_prefix}'.encode()).hexdigest()[:16]}"
+
+
 class MlflowMirror:
     """Mirrors the log into the MLflow at `tracking_uri`. Not for several threads.
 
     `artifacts_dir` is where artifacts go when `tracking_uri` is a database; a server decides that itself.
-    `experiment_prefix` comes before each experiment's name, and a mirror looks for its runs only there:
-    with another `position_name` it fills a second set of experiments beside the first.
+    `experiment_prefix` comes before each experiment's name, and a mirror looks for its runs only there: with another
+    prefix, or another MLflow, it fills a second set of experiments from the first event on.
     """
 
     def __init__(
@@ -98,12 +103,11 @@ class MlflowMirror:
         artifacts_dir: Path | None = None,
         *,
         experiment_prefix: str = "",
-        position_name: str = POSITION,
     ) -> None:
         self._store = store
         self._tracking = Tracking(tracking_uri, artifacts_dir)
         self._prefix = experiment_prefix
-        self._position_name = position_name
+        self._position_name = position_name(tracking_uri, experiment_prefix)
         # Only what spares asking MLflow again; forgotten at the first trouble. Ended runs are dropped.
         self._runs: dict[str, _Mirrored] = {}
         self._position: int | None = None

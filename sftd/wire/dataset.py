@@ -47,15 +47,19 @@ def inspect(
     rows = tokens = trained = longest = truncated = unusable = largest_group = 0
     for path in paths:
         try:
-            largest_group = max(largest_group, _largest_row_group(where, path))
-            for first, table in _slices(where, path):
-                counts = _inspect_slice(where, path, first, table, vocab_size, sequence_length, truncation)
-                rows += counts[0]
-                tokens += counts[1]
-                trained += counts[2]
-                longest = max(longest, counts[3])
-                truncated += counts[4]
-                unusable += counts[5]
+            with _open(where, path) as file:
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                largest_group = max(largest_group, *groups, 0)
+                for first, table in _slices(where, path, file):
+                    counts = _inspect_slice(
+                        where, path, first, table, vocab_size, sequence_length, truncation
+                    )
+                    rows += counts[0]
+                    tokens += counts[1]
+                    trained += counts[2]
+                    longest = max(longest, counts[3])
+                    truncated += counts[4]
+                    unusable += counts[5]
         except Refused as refused:
             problems += refused.problems
     if problems:
@@ -92,38 +96,29 @@ def _open(where: str, path: str) -> pq.ParquetFile:
     return file
 
 
-def _largest_row_group(where: str, path: str) -> int:
-    with _open(where, path) as file:
-        groups = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-        return max(groups, default=0)
-
-
-def _slices(where: str, path: str) -> Iterator[tuple[int, pa.Table]]:
+def _slices(where: str, path: str, file: pq.ParquetFile) -> Iterator[tuple[int, pa.Table]]:
     """(number of the first row, a few rows) after another: a row group may hold millions."""
     import pyarrow as pa
 
-    with _open(where, path) as file:
-        schema = file.schema_arrow
-        for column in COLUMNS:
-            if column not in schema.names:
-                raise _refuse(
-                    where, path, f"has no column {column!r}; it has {', '.join(schema.names) or 'none'}"
-                )
-            kind = schema.field(column).type
-            is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-            if not is_list or not pa.types.is_integer(kind.value_type):
-                raise _refuse(where, path, f"column {column!r} is {kind}, not a list of integers")
-        if file.metadata.num_rows == 0:
-            raise _refuse(where, path, "has no rows", "give a file with data")
-        first = 0
-        try:
-            for batch in file.iter_batches(_SLICE_ROWS, columns=list(COLUMNS)):
-                yield first, pa.Table.from_batches([batch])
-                first += batch.num_rows
-        except (pa.ArrowInvalid, OSError) as error:
+    schema = file.schema_arrow
+    for column in COLUMNS:
+        if column not in schema.names:
             raise _refuse(
-                where, path, f"is damaged behind row {first} ({str(error).splitlines()[0]})"
-            ) from None
+                where, path, f"has no column {column!r}; it has {', '.join(schema.names) or 'none'}"
+            )
+        kind = schema.field(column).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not is_list or not pa.types.is_integer(kind.value_type):
+            raise _refuse(where, path, f"column {column!r} is {kind}, not a list of integers")
+    if file.metadata.num_rows == 0:
+        raise _refuse(where, path, "has no rows", "give a file with data")
+    first = 0
+    try:
+        for batch in file.iter_batches(_SLICE_ROWS, columns=list(COLUMNS)):
+            yield first, pa.Table.from_batches([batch])
+            first += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _refuse(where, path, f"is damaged behind row {first} ({str(error).splitlines()[0]})") from None
 
 
 def _inspect_slice(

@@ -156,6 +156,7 @@ class Server:
     def __init__(self, uri: str) -> None:
         from mlflow.tracking import MlflowClient
 
+        self.uri = uri
         self.client = MlflowClient(uri)
 
     def run(self, run_id: str, experiment: str = "default") -> Any:
@@ -262,9 +263,9 @@ def new_mirror(log: Log, uri: str, tmp_path: Path) -> Callable[[], MlflowMirror]
     return lambda: MlflowMirror(log.store, uri, tmp_path / "mlartifacts")
 
 
-def position(store: Store) -> int:
+def position(store: Store, uri: str) -> int:
     with store.read() as connection:
-        return projection_position(connection, mlflow_mirror.POSITION)
+        return projection_position(connection, mlflow_mirror.position_name(uri))
 
 
 def crash_and_redo(log: Log, run_id: str) -> None:
@@ -336,7 +337,7 @@ def test_killed_before_the_position_is_saved(
         patch.setattr(mlflow_mirror, "set_projection_position", kill)
         with pytest.raises(Killed):
             new_mirror().sync(never)
-    assert position(log.store) == 0
+    assert position(log.store, server.uri) == 0
     log.add("run-1", e.ResumeRequested(by="ada"))
     new_mirror().sync(never)
     assert server.history("run-1") == expected(log.store, "run-1")
@@ -409,7 +410,7 @@ def test_without_its_position_the_mirror_reads_all_and_writes_nothing(
         crash_and_redo(log, run_id)
     log.submit("run-3")
     new_mirror().sync(never)
-    end = position(log.store)
+    end = position(log.store, server.uri)
     with log.store.write(appends=False) as tx:
         tx.execute(sa.delete(projection_positions))
 
@@ -419,7 +420,7 @@ def test_without_its_position_the_mirror_reads_all_and_writes_nothing(
     for function in ("log_batch", "update_run_info", "create_run", "log_inputs", "create_experiment"):
         monkeypatch.setattr(SqlAlchemyStore, function, refuse)
     monkeypatch.setattr(mlflow_mirror, "_WINDOW", 7)
-    assert new_mirror().sync(never) == end == position(log.store)
+    assert new_mirror().sync(never) == end == position(log.store, server.uri)
 
 
 def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]) -> None:
@@ -571,7 +572,7 @@ def test_a_second_set_of_experiments(
 ) -> None:
     crash_and_redo(log, "run-1")
     new_mirror().sync(never)
-    MlflowMirror(log.store, uri, experiment_prefix="new/", position_name="mlflow-new").sync(never)
+    MlflowMirror(log.store, uri, experiment_prefix="new/").sync(never)
     assert server.run("run-1", "new/default").info.run_id != server.run("run-1").info.run_id
     assert server.run("run-1", "new/default").data.metrics == server.run("run-1").data.metrics
 
