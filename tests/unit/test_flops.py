@@ -1,0 +1,75 @@
+"""The arithmetic behind MFU."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from sftd.domain.layout import ModelShape
+from sftd.trainer.flops import matmul_parameters, peak_flops, training_flops
+
+LLAMA_1B = ModelShape(
+    architecture="LlamaForCausalLM",
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=None,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    qk_norm=False,
+)
+
+
+def test_llama_1b_has_the_parameters_of_its_model_card() -> None:
+    # 1,235,814,400 in all, of which 33 norms of 2048 are no matrices.
+    assert matmul_parameters(LLAMA_1B) == 1_235_814_400 - 33 * 2048
+
+
+def test_a_full_sequence_counts_half_of_its_square() -> None:
+    length = 4096
+    flops = training_flops(LLAMA_1B, length, length**2)
+    # Forward per token and layer: QKᵀ and PV, each 2 · s/2 · heads · head_dim; backward twice that.
+    attention = 3 * 16 * (2 * 2 * length / 2 * 32 * 64)
+    assert flops / length == pytest.approx(6 * matmul_parameters(LLAMA_1B) + attention, rel=1e-12)
+    # A measurement that was turned into MFU elsewhere, with the same convention.
+    assert 62_368 * flops / length / 989e12 == pytest.approx(0.518, abs=5e-4)
+
+
+def test_packing_shortens_attention_and_nothing_else() -> None:
+    whole, halves = training_flops(LLAMA_1B, 4096, 4096**2), training_flops(LLAMA_1B, 4096, 2 * 2048**2)
+    assert whole - halves == pytest.approx(6 * 16 * 32 * 64 * 4096**2 / 2, rel=1e-12)
+
+
+def test_tying_the_embedding_changes_nothing() -> None:
+    untied = msgspec.structs.replace(LLAMA_1B, tie_word_embeddings=False)
+    assert matmul_parameters(untied) == matmul_parameters(LLAMA_1B)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2.25e15),
+        # Not a slow H200: a card of its own, which the table does not know.
+        ("NVIDIA H20", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_a_device(name: str, peak: float | None) -> None:
+    assert peak_flops(name, "torch.bfloat16") == peak_flops(name, "bfloat16") == peak
+
+
+def test_no_peak_is_claimed_for_fp32() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
