@@ -26,7 +26,11 @@ def fill(runs: int) -> None:
     """Write runs with some steps each into the database of SFTD_HOME."""
     store = app.open_store(app.read_settings())
     context = Context(actor="bench")
-    spec = Spec(model=Model(partial_pretrain="model"), data=Data(train_files=["data"]), trainer=Trainer(max_steps=STEPS))
+    spec = Spec(
+        model=Model(partial_pretrain="model"),
+        data=Data(train_files=["data"]),
+        trainer=Trainer(max_steps=STEPS),
+    )
     submitted = RunSubmitted(
         spec=msgspec.to_builtins(spec),
         spec_digest=spec_digest(spec),
@@ -88,7 +92,9 @@ def main() -> None:
     print(f"{runs} runs, {runs * (STEPS + 2)} events, median of {ROUNDS}")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"{name:16} {median:6.3f} s   {median / floor:5.1f} × an empty Python   (min {min(values):.3f}, max {max(values):.3f})")
+        print(
+            f"{name:16} {median:6.3f} s   {median / floor:5.1f} × an empty Python   (min {min(values):.3f}, max {max(values):.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ def draw_samples(job: Job) -> list[list[Any]]:
     return found
 
 
-# One optimizer step over samples: → (mean loss of the trained tokens, tokens that were computed, with padding).
-Step = Callable[[list[Any]], tuple[float, int]]
+# One optimizer step over samples, and the samples of the next step or None: → (mean loss of the trained tokens, tokens
+# that were computed, with padding).
+Step = Callable[[list[Any], list[Any] | None], tuple[float, int]]
 
 
 def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
@@ -117,7 +119,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     from sftd.domain.spec_parse import LEAVES, parse
     from sftd.trainer import session as sessions
     from sftd.trainer import trainee as trainees
-    from sftd.trainer.batches import Batching, share
+    from sftd.trainer.batches import Batching
     from sftd.trainer.data import Sample
     from sftd.trainer.schedule import learning_rate
     from sftd.wire.dataset import IGNORE_INDEX
@@ -160,20 +162,34 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     batching = Batching.of(spec, session)
     done = 0
 
-    def step(samples: list[Any]) -> tuple[float, int]:
-        nonlocal done
-        trained = [Sample(ids, np.append(ids[1:], IGNORE_INDEX)) for ids in samples]
-        lengths = batching.lengths(np.array([ids.size for ids in samples]))
-        each = batching.size
-        batches = [
-            batching.make(trained[i * each : (i + 1) * each], int(lengths[i]))
-            for i in share(len(lengths), session.layout)
-        ]
-        trainee.zero_grad()
-        loss = trainee.losses(batches, forward_only=False)
-        trainee.step(learning_rate(done, spec, job.warmup + job.steps))
+    prepared: list[Any] | None = None
+
+    class InMemory:
+        """Samples in the place of `Rows`: every token but a sample's last is trained to predict the next."""
+
+        def __init__(self, samples: list[Any]) -> None:
+            self._samples = samples
+            self.lengths = np.array([ids.size for ids in samples])
+
+        def __getitem__(self, row: int) -> Sample:
+            ids = self._samples[row]
+            return Sample(ids, np.append(ids[1:], IGNORE_INDEX))
+
+    def prepare(samples: list[Any]) -> list[Any]:
+        return batching.batches(InMemory(samples), np.arange(len(samples)))
+
+    def step(samples: list[Any], upcoming: list[Any] | None) -> tuple[float, int]:
+        nonlocal done, prepared
+        batches = prepared if prepared is not None else prepare(samples)
+        loss, _norm = trainee.step(
+            batches,
+            trained=sum(b.trained for b in batches),
+            learning_rate=learning_rate(done, spec, job.warmup + job.steps),
+        )
+        # As the trainer's loop does: the next step's micro-batches are made while the GPU computes.
+        prepared = None if upcoming is None else prepare(upcoming)
         done += 1
-        return float(loss) / sum(b.trained for b in batches), sum(b.rows * b.length for b in batches)
+        return float(loss), sum(b.tokens.numel() for b in batches)
 
     return step, str(session.dtype).removeprefix("torch.")
 
@@ -209,7 +225,7 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
     )
     cast = contextlib.nullcontext if is_bf16 else lambda: torch.autocast(job.device, torch.bfloat16)
 
-    def step(samples: list[Any]) -> tuple[float, int]:
+    def step(samples: list[Any], _upcoming: list[Any] | None) -> tuple[float, int]:
         rows = torch.from_numpy(np.stack(samples)).to(job.device).split(job.rows)
         optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -244,13 +260,13 @@ def measure(job: Job) -> dict[str, Any]:
         if is_cuda:
             torch.cuda.synchronize()
 
-    losses = [step(samples)[0] for samples in steps[: job.warmup]]
+    losses = [step(samples, upcoming)[0] for samples, upcoming in pairwise(steps[: job.warmup + 1])]
     computed = 0
     timed = steps[job.warmup : job.warmup + job.steps]
     wait()
     ends = [time.perf_counter()]
-    for samples in timed:
-        loss, padded = step(samples)
+    for samples, upcoming in zip(timed, [*timed[1:], None], strict=True):
+        loss, padded = step(samples, upcoming)
         losses.append(loss)
         computed += padded
         ends.append(time.perf_counter())
@@ -281,7 +297,9 @@ def measure(job: Job) -> dict[str, Any]:
     if not (math.isfinite(losses[-1]) and losses[-1] < losses[0]):
         raise RuntimeError(f"the loss went from {losses[0]} to {losses[-1]}: this is no training")
     if job.profile:
-        found["profile"] = profile(lambda: [step(s) for s in steps[-PROFILED_STEPS:]], is_cuda, wait)
+        found["profile"] = profile(
+            lambda: [step(*pair) for pair in pairwise([*steps[-PROFILED_STEPS:], None])], is_cuda, wait
+        )
     return found
 
 

@@ -215,7 +215,12 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ),
         (
             "batch",
-            f"{spec.data.train_batch_size} in micro-batches of {spec.training.micro_batch_size_per_gpu}",
+            f"{spec.data.train_batch_size} in micro-batches of "
+            + (
+                f"at most {spec.micro_batch_tokens} tokens"
+                if spec.training.use_rmpad
+                else f"{spec.training.micro_batch_size_per_gpu}"
+            ),
         ),
         (
             "steps",

@@ -18,7 +18,9 @@ from sftd.domain.events import EVENT_TYPES, Event
 
 Payload = dict[str, Any]
 # (type, N) -> function from a payload of schema version N to one of version N + 1.
-UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {}
+UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
+    ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
+}
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(dict[str, Any])

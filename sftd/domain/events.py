@@ -94,8 +94,12 @@ class StepCompleted(Event, frozen=True):
 
     `tokens` are trained (label is not -100), `tokens_real` not padding, `tokens_padded` all that was computed.
     `tokens_total` are the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the
-    global row numbers in order.
+    global row numbers in order. `mfu` is the share of the devices' peak FLOP/s that the model's own FLOPs took, None where
+    the peak is not known; `peak_memory_bytes` the most that any rank has had in use so far (on a GPU its tensors', on a
+    CPU the process's).
     """
+
+    schema_version: ClassVar[int] = 2
 
     step: int
     epoch: int
@@ -109,6 +113,8 @@ class StepCompleted(Event, frozen=True):
     samples: int
     samples_digest: str
     seconds: float
+    mfu: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 class ValidationCompleted(Event, frozen=True):

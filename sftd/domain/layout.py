@@ -11,8 +11,6 @@ from sftd.domain.spec import Spec
 
 # Hugging Face architectures that the trainer has a weight mapping for.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Decoding a row group of so many rows takes about as long as a small step.
-_SLOW_ROW_GROUP = 20_000
 _ROPE_SCALINGS = ("default", "llama3")
 
 
@@ -42,7 +40,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in data files. `truncated` rows are longer than the sequence length; `unusable` rows have no
-    trained label within it. Lengths are tokens; `largest_row_group` is in rows."""
+    trained label within it. Lengths are tokens."""
 
     files: list[str]
     digest: str
@@ -52,7 +50,6 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     longest: int
     truncated: int
     unusable: int
-    largest_row_group: int = 0
 
     @property
     def usable(self) -> int:
@@ -165,15 +162,6 @@ def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[lis
         elif facts.unusable:
             warnings.append(
                 Problem(where, f"{facts.unusable} of {facts.rows} rows have no trained label and are dropped")
-            )
-        if facts.largest_row_group > _SLOW_ROW_GROUP:
-            warnings.append(
-                Problem(
-                    where,
-                    f"has row groups of {facts.largest_row_group} rows; a shuffled read decodes a whole one for a sample, "
-                    "which is slow",
-                    "write the file with row_group_size=1000, as `sftd prepare` does",
-                )
             )
         if facts.truncated:
             text = f"{facts.truncated} of {facts.rows} rows are longer than data.sequence_length {spec.data.sequence_length}"

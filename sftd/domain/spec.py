@@ -68,6 +68,13 @@ class Model(Section, frozen=True):
     enable_gradient_checkpointing: Annotated[
         bool, Meta(description="recompute activations in backward to save memory")
     ] = False
+    recompute: Annotated[
+        Literal["full", "selective"],
+        Meta(
+            description="what gradient checkpointing recomputes: whole layers, or the norms and activations alone "
+            "(a third of the memory for a few percent of the time)"
+        ),
+    ] = "full"
     trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
         False
     )
@@ -105,15 +112,32 @@ class Training(Section, frozen=True):
     """`training`: how a batch is computed."""
 
     micro_batch_size_per_gpu: Annotated[
-        Size, Meta(description="samples in one forward and backward on one rank")
+        Size, Meta(description="samples in one forward and backward on one rank, without use_rmpad")
     ] = 1
     gradient_accumulation_steps: Annotated[
         Size | None,
-        Meta(description="micro-batches per step; train_batch_size decides, this is only compared with it"),
+        Meta(
+            description="micro-batches per step on one rank (with use_rmpad the most that there can be); the other keys "
+            "decide, this is only compared with them"
+        ),
     ] = None
     use_rmpad: Annotated[
-        bool, Meta(description="remove padding: the samples of a micro-batch are laid end to end")
+        bool, Meta(description="remove padding: the samples of a step are laid end to end")
     ] = False
+    deterministic: Annotated[
+        bool | None,
+        Meta(
+            description="the same numbers bit for bit whenever a step is computed again; when not set, on for CPUs "
+            "and off for GPUs, where it costs speed"
+        ),
+    ] = None
+    micro_batch_tokens: Annotated[
+        Size | None,
+        Meta(
+            description="with use_rmpad: tokens in one forward and backward on one rank, at most; "
+            "micro_batch_size_per_gpu × data.sequence_length when not set"
+        ),
+    ] = None
 
 
 class Optimizer(Section, frozen=True):
@@ -245,12 +269,26 @@ class Spec(Section, frozen=True):
         return max(1, self.world_size // self.model_parallel_size)
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens of a packed micro-batch."""
+        t = self.training
+        return t.micro_batch_tokens or t.micro_batch_size_per_gpu * self.data.sequence_length
+
+    @property
     def num_microbatches(self) -> int:
-        """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP)."""
-        return max(
-            1,
-            self.data.train_batch_size // (self.training.micro_batch_size_per_gpu * self.data_parallel_size),
-        )
+        """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP).
+
+        Packed, a step has as many as its tokens need; these are the most, needed when every sample has
+        `sequence_length` tokens.
+        """
+        m, size = self.model.megatron, self.training.micro_batch_size_per_gpu
+        if not self.training.use_rmpad:
+            return max(1, self.data.train_batch_size // (size * self.data_parallel_size))
+        samples = max(1, self.micro_batch_tokens // self.data.sequence_length)
+        count = -(-self.data.train_batch_size // (samples * self.data_parallel_size))
+        # What the interleaved schedule takes; empty micro-batches fill up.
+        group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
+        return -(-count // group) * group
 
     def planned_steps(self, train_rows: int) -> int:
         """Optimizer steps of the whole run over `train_rows` usable rows.

@@ -133,6 +133,63 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
 
 
 def _check_batch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
+    problems = _check_packed(spec, warnings) if spec.training.use_rmpad else _check_padded(spec, warnings)
+    said = spec.training.gradient_accumulation_steps
+    if not problems and said is not None and said != spec.num_microbatches:
+        decides = (
+            f"packed into micro-batches of {spec.micro_batch_tokens} tokens the {spec.data.train_batch_size} samples of a "
+            f"step make {spec.num_microbatches} or fewer on each of {spec.data_parallel_size} data-parallel ranks"
+            if spec.training.use_rmpad
+            else f"data.train_batch_size {spec.data.train_batch_size} ÷ (micro-batch {spec.training.micro_batch_size_per_gpu}"
+            f" × data-parallel {spec.data_parallel_size}) = {spec.num_microbatches} decides"
+        )
+        warnings.append(
+            Problem(
+                "training.gradient_accumulation_steps",
+                f"says {said}, but {decides}",
+                f"set it to {spec.num_microbatches} or leave it out",
+            )
+        )
+    return problems
+
+
+def _check_packed(spec: Spec, warnings: list[Problem]) -> list[Problem]:
+    t, length = spec.training, spec.data.sequence_length
+    if spec.micro_batch_tokens < length:
+        return [
+            Problem(
+                "training.micro_batch_tokens",
+                f"{t.micro_batch_tokens} is less than data.sequence_length {length}: the longest sample would not fit",
+                f"set it to {length} or more",
+            )
+        ]
+    if spec.data.train_batch_size < spec.data_parallel_size:
+        return [
+            Problem(
+                "data.train_batch_size",
+                f"{spec.data.train_batch_size} is less than the {spec.data_parallel_size} data-parallel ranks",
+                f"use {spec.data_parallel_size} or more, so that every rank has a sample",
+            )
+        ]
+    if t.micro_batch_tokens is not None and t.micro_batch_size_per_gpu > 1:
+        warnings.append(
+            Problem(
+                "training.micro_batch_size_per_gpu",
+                f"{t.micro_batch_size_per_gpu} is not used: training.micro_batch_tokens={t.micro_batch_tokens} decides",
+            )
+        )
+    return []
+
+
+def _check_padded(spec: Spec, warnings: list[Problem]) -> list[Problem]:
+    if spec.training.micro_batch_tokens is not None:
+        warnings.append(
+            Problem(
+                "training.micro_batch_tokens",
+                f"{spec.training.micro_batch_tokens} is not used without training.use_rmpad",
+                "set training.use_rmpad to true, or drop this key",
+            )
+        )
     micro, dp, batch = (
         spec.training.micro_batch_size_per_gpu,
         spec.data_parallel_size,
@@ -157,14 +214,4 @@ def _check_batch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
                 "change data.train_batch_size or training.micro_batch_size_per_gpu",
             )
         ]
-    said = spec.training.gradient_accumulation_steps
-    if said is not None and said != spec.num_microbatches:
-        warnings.append(
-            Problem(
-                "training.gradient_accumulation_steps",
-                f"says {said}, but data.train_batch_size {batch} ÷ (micro-batch {micro} × data-parallel {dp}) "
-                f"= {spec.num_microbatches} decides",
-                f"set it to {spec.num_microbatches} or leave it out",
-            )
-        )
     return []

@@ -16,7 +16,7 @@ TAG_RUN = "sftd.run"
 TAG_CURSOR = "sftd.cursor"
 
 # The most points that one event becomes.
-POINTS_PER_EVENT = 6
+POINTS_PER_EVENT = 8
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 
 # MLflow's limits, in characters.
@@ -86,6 +86,10 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     }
     if event.seconds > 0:
         values["tokens_per_second"] = event.tokens_real / event.seconds
+    if event.mfu is not None:
+        values["mfu"] = event.mfu
+    if event.peak_memory_bytes is not None:
+        values["peak_memory_gib"] = event.peak_memory_bytes / 2**30
     return [Point(key, value, at, event.step) for key, value in values.items()]
 
 

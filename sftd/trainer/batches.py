@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,15 @@ from torch import Tensor
 
 from sftd.domain.spec import Spec
 from sftd.trainer.attention import SequenceLayout
-from sftd.trainer.data import Ints, Sample
+from sftd.trainer.data import Ints, Rows, Sample
+from sftd.trainer.packing import Planner
 from sftd.trainer.session import Layout, Session
 from sftd.wire.dataset import IGNORE_INDEX
 
 # A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
 EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))
+# Lengths on a GPU are rounded up to it: whole tiles for the matrix products, and fewer shapes to allocate memory for.
+_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,16 @@ class MicroBatch:
     """What one forward and backward computes.
 
     tokens, labels: int64 [rows, s]; a label is the token to predict at its place, or -100. Packed: rows is 1 and the
-    samples lie end to end. trained, real: tokens that enter the loss, tokens that are not padding.
+    samples lie end to end. With context parallelism s is this rank's share of `length`, the tokens of a row with its
+    padding. places: int64 [trained], where the trained labels are in the transposed labels laid flat (Megatron's [s, b]
+    order), ascending. trained, real: tokens of the share that enter the loss, and that are not padding.
     """
 
     tokens: Tensor
     labels: Tensor
+    places: Tensor
     layout: SequenceLayout
+    length: int
     trained: int
     real: int
 
@@ -38,57 +47,56 @@ class MicroBatch:
         """First dimension of `tokens`."""
         return self.tokens.shape[0]
 
-    @property
-    def length(self) -> int:
-        """Tokens of a row with its padding."""
-        return self.tokens.shape[1]
-
 
 @dataclass(frozen=True)
 class Batching:
-    """How samples become micro-batches: `size` samples each, packed or padded, of a length that `multiple` divides;
-    all of a step of one length where a pipeline needs that."""
+    """How the samples of a global batch become this rank's micro-batches."""
 
-    size: int
-    packed: bool
-    one_length: bool
-    multiple: int
+    planner: Planner
+    layout: Layout
     device: torch.device
 
     @classmethod
     def of(cls, spec: Spec, session: Session) -> Batching:
         """As the spec and the layout ask for."""
-        return cls(
+        layout = session.layout
+        planner = Planner(
             size=spec.training.micro_batch_size_per_gpu,
+            tokens=spec.micro_batch_tokens,
             packed=spec.training.use_rmpad,
-            one_length=session.layout.pp > 1,
-            # Sequence parallelism gives each tensor-parallel rank an equal share of the sequence.
-            multiple=session.layout.tp if spec.model.megatron.sequence_parallel else 1,
-            device=session.device,
+            one_length=layout.pp > 1,
+            multiple=_length_multiple(spec, session),
+            # The interleaved schedule takes multiples of PP.
+            unit=layout.dp * (layout.pp if layout.vpp > 1 else 1),
         )
+        return cls(planner, layout, session.device)
 
-    def lengths(self, sample_lengths: Ints) -> Ints:
-        """Length of each micro-batch of a global batch whose samples have `sample_lengths`.
+    def batches(self, rows: Rows, chosen: Ints) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch of the rows `chosen` (int64 [n]).
 
-        Needs no communication: every rank knows the length of every row. int64 [samples / size].
+        Needs no communication: every rank knows the length of every row. Each data-parallel rank takes a contiguous
+        part of the micro-batches.
         """
-        groups = sample_lengths.reshape(-1, self.size)
-        lengths = groups.sum(axis=1) if self.packed else groups.max(axis=1)
-        lengths = -(-lengths // self.multiple) * self.multiple
-        return np.full_like(lengths, lengths.max()) if self.one_length else lengths
+        members, lengths = self.planner.plan(rows.lengths[chosen])
+        each = len(members) // self.layout.dp
+        mine = range(self.layout.dp_rank * each, (self.layout.dp_rank + 1) * each)
+        return [self.make([rows[int(chosen[i])] for i in members[k]], int(lengths[k])) for k in mine]
 
     def make(self, samples: Sequence[Sample], length: int) -> MicroBatch:
-        """One micro-batch of `length` out of its samples."""
-        build = self._pack if self.packed else self._pad
-        return build(samples, length)
+        """One micro-batch of `length` out of its samples; those that it lacks are empty ones."""
+        if self.planner.packed:
+            return self._pack(samples or [EMPTY], length)
+        return self._pad([*samples, *[EMPTY] * (self.planner.size - len(samples))], length)
 
     def _pad(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         tokens = np.zeros((len(samples), length), np.int64)
         labels = np.full((len(samples), length), IGNORE_INDEX, np.int64)
+        is_real = np.zeros((len(samples), length), np.bool_)
         for row, sample in enumerate(samples):
             tokens[row, : sample.tokens.size] = sample.tokens
             labels[row, : sample.labels.size] = sample.labels
-        return self._finish(tokens, labels, np.arange(length), None, samples)
+            is_real[row, : sample.tokens.size] = sample is not EMPTY
+        return self._finish(tokens, labels, is_real, np.arange(length), None)
 
     def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         sizes = [s.tokens.size for s in samples]
@@ -98,33 +106,50 @@ class Batching:
         ends = np.cumsum([0, *sizes])
         tokens = np.zeros(length, np.int64)
         labels = np.full(length, IGNORE_INDEX, np.int64)
+        is_real = np.zeros(length, np.bool_)
         for start, sample in zip(ends, samples, strict=False):
             tokens[start : start + sample.tokens.size] = sample.tokens
             labels[start : start + sample.labels.size] = sample.labels
+            is_real[start : start + sample.tokens.size] = sample is not EMPTY
         positions = np.concatenate([np.arange(size) for size in sizes])
-        return self._finish(tokens[None], labels[None], positions, ends, samples)
+        return self._finish(tokens[None], labels[None], is_real[None], positions, ends)
 
     def _finish(
-        self, tokens: Ints, labels: Ints, positions: Ints, ends: Ints | None, samples: Sequence[Sample]
+        self,
+        tokens: Ints,
+        labels: Ints,
+        is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+        positions: Ints,
+        ends: Ints | None,
     ) -> MicroBatch:
         layout = SequenceLayout(
             qkv_format="sbhd",
-            positions=torch.from_numpy(positions).to(self.device),
+            positions=self._send(positions),
             boundaries=None if ends is None else ends.tolist(),
-            cu_seqlens_q=None if ends is None else torch.from_numpy(ends).to(self.device, torch.int32),
+            cu_seqlens_q=None if ends is None else self._send(ends.astype(np.int32)),
             max_seqlen_q=None if ends is None else int(np.diff(ends).max()),
         )
+        # Found here and not on the device, which would have to wait for the answer.
+        places = np.flatnonzero(labels.T != IGNORE_INDEX)
         return MicroBatch(
-            tokens=torch.from_numpy(tokens).to(self.device),
-            labels=torch.from_numpy(labels).to(self.device),
+            tokens=self._send(tokens),
+            labels=self._send(labels),
+            places=self._send(places),
             layout=layout,
-            trained=int((labels != IGNORE_INDEX).sum()),
-            real=sum(s.tokens.size for s in samples if s is not EMPTY),
+            length=tokens.shape[1],
+            trained=places.size,
+            real=int(is_real.sum()),
         )
 
+    def _send(self, values: np.ndarray[Any, Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cpu":
+            return tensor
+        # Pinned, the copy neither waits for what the GPU is doing nor lets the host wait.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
-def share(count: int, layout: Layout) -> range:
-    """The micro-batches of a global batch of `count` that this data-parallel rank computes: a contiguous part, so
-    that the micro-batches themselves are the same for any data-parallel size."""
-    each = count // layout.dp
-    return range(layout.dp_rank * each, (layout.dp_rank + 1) * each)
+
+def _length_multiple(spec: Spec, session: Session) -> int:
+    # Sequence parallelism gives each tensor-parallel rank an equal share of the sequence.
+    shares = session.layout.tp if spec.model.megatron.sequence_parallel else 1
+    return math.lcm(shares, _TILE) if session.device.type == "cuda" else shares

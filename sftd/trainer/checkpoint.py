@@ -137,6 +137,7 @@ class Checkpoints:
             )
         optimizer.load_state_dict(state["optimizer"])
         megatron_edges.separate_adamw_steps(optimizer)
+        megatron_edges.fuse_adamw(optimizer)
         if same_layout:
             torch.set_rng_state(state["rng"]["cpu"])
             if self._session.device.type == "cuda":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
@@ -15,13 +17,15 @@ from sftd.domain.layout import ModelShape, check_model
 from sftd.trainer import process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
-from sftd.trainer.batches import Batching, share
+from sftd.trainer.batches import Batching, MicroBatch
 from sftd.trainer.checkpoint import Checkpoints, Progress
-from sftd.trainer.data import Rows
+from sftd.trainer.data import Ints, Rows, write_spool
 from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
+from sftd.trainer.meter import Meter
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.schedule import learning_rate
+from sftd.trainer.spool import shared_folder
 from sftd.trainer.validate import validate
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.dataset import files_digest
@@ -45,13 +49,14 @@ def run(attempt_path: str) -> None:
 
 @dataclass(frozen=True)
 class _Sums:
-    """One step summed over all ranks."""
+    """One step over all ranks: sums, but for the gradient's norm and the peak memory in bytes (of the fullest rank)."""
 
     loss: float
-    trained: int
+    grad_norm: float
     real: int
     padded: int
     stop: bool
+    peak_memory: int
 
 
 class Attempt:
@@ -82,6 +87,9 @@ class Attempt:
         self._checkpoints = Checkpoints(order, session, self._trainee, reporter)
         self._progress = Progress(step=0, tokens_total=0, loss=math.nan, grad_norm=math.nan)
         self._saved_step = 0
+        # The rows and micro-batches of the step that comes, made while the step before is computed.
+        self._next: tuple[Ints, list[MicroBatch]] | None = None
+        self._meter = Meter(shape, session)
         self._generator = None
         if self._spec.trainer.sample_prompts:
             from sftd.trainer.generate import Generator
@@ -121,12 +129,15 @@ class Attempt:
         spec, data = self._spec, self._spec.data
 
         def rows(paths: list[str]) -> Rows:
-            return Rows(
-                paths,
+            decode = partial(
+                write_spool,
+                paths=paths,
                 sequence_length=data.sequence_length,
                 truncation=data.truncation,
                 vocab_size=shape.vocab_size,
             )
+            with shared_folder(self._attempt.rows_dir, decode) as spool:
+                return Rows(spool)
 
         self._train, self._val = rows(data.train_files), rows(data.val_files)
         if not len(self._train):
@@ -170,39 +181,31 @@ class Attempt:
         """One optimizer step. Returns whether a stop was asked for. Raises `NonFiniteLoss`."""
         started = time.perf_counter()
         step, size = self._progress.step, self._spec.data.train_batch_size
-        rows = self._samples.rows(step * size, size)
-        lengths = self._batching.lengths(self._train.lengths[rows])
-        each = self._batching.size
-        batches = []
-        for number in share(len(lengths), self._session.layout):
-            samples = [self._train[int(row)] for row in rows[number * each : (number + 1) * each]]
-            batches.append(self._batching.make(samples, int(lengths[number])))
-        self._trainee.zero_grad()
-        loss = self._trainee.losses(batches, forward_only=False)
+        rows, batches = self._next or self._prepare(step)
         rate = learning_rate(step, self._spec, self._order.planned_steps)
-        grad_norm = self._trainee.step(rate)
-        sums = self._sum(
-            loss,
-            sum(b.trained for b in batches),
-            sum(b.real for b in batches),
-            sum(b.rows * b.length for b in batches),
-        )
-        self._progress = Progress(
-            step + 1, self._progress.tokens_total + sums.trained, sums.loss / sums.trained, grad_norm
-        )
+        trained = int(self._train.trained[rows].sum())
+        loss, norm = self._trainee.step(batches, trained=trained, learning_rate=rate)
+        # A GPU is still at it: the time is free.
+        self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
+        sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
+        seconds = time.perf_counter() - started
+        self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
+        lengths = self._train.lengths[rows].astype(float)
         event = StepCompleted(
             step=self._progress.step,
             epoch=self._samples.epoch(step * size),
-            loss=self._progress.loss,
-            grad_norm=grad_norm,
+            loss=sums.loss,
+            grad_norm=sums.grad_norm,
             lr=rate,
-            tokens=sums.trained,
+            tokens=trained,
             tokens_real=sums.real,
             tokens_padded=sums.padded,
             tokens_total=self._progress.tokens_total,
             samples=size,
             samples_digest=samples_digest(self._train.numbers[rows]),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            mfu=self._meter.mfu(sums.real, float((lengths**2).sum()), seconds),
+            peak_memory_bytes=sums.peak_memory,
         )
         self._reporter.emit(event)
         if not (math.isfinite(event.loss) and math.isfinite(event.grad_norm)):
@@ -216,22 +219,39 @@ class Attempt:
             raise NonFiniteLoss(f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}")
         return sums.stop
 
-    def _sum(self, loss: float, trained: int, real: int, padded: int) -> _Sums:
-        """Everything that a step needs to know of the other ranks, the wish to stop included, in one small all-reduce."""
-        counts = self._session.layout.counts
-        wants_stop = process.stop_signalled() or (
-            self._session.layout.reports and self._attempt.stop_requested()
+    def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
+        """The rows of 0-based `step` and this rank's micro-batches of them."""
+        size = self._spec.data.train_batch_size
+        rows = self._samples.rows(step * size, size)
+        return rows, self._batching.batches(self._train, rows)
+
+    def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
+        """Everything that a step needs to know of the other ranks, the wish to stop included, in one small all-reduce,
+        which is also where the host waits for a GPU."""
+        layout = self._session.layout
+        wants_stop = process.stop_signalled() or (layout.reports and self._attempt.stop_requested())
+        # A place for each rank: a sum that is a gather.
+        memory = [0.0] * dist.get_world_size()
+        memory[dist.get_rank()] = float(self._meter.peak_memory())
+        mine = torch.tensor(
+            [real * layout.counts, padded * layout.counts, wants_stop, *memory], dtype=torch.float64
+        ).to(loss.device, non_blocking=True)
+        vector = torch.cat([(loss * layout.counts)[None], mine])
+        dist.all_reduce(vector)
+        values = torch.cat([vector, norm[None]]).tolist()
+        return _Sums(
+            loss=values[0],
+            grad_norm=values[-1],
+            real=int(values[1]),
+            padded=int(values[2]),
+            stop=values[3] > 0,
+            peak_memory=int(max(values[4:-1])),
         )
-        mine = [loss, trained, real, padded] if counts else [0.0] * 4
-        sums = torch.tensor([*mine, float(wants_stop)], dtype=torch.float64, device=self._session.device)
-        dist.all_reduce(sums)
-        values = sums.tolist()
-        return _Sums(values[0], int(values[1]), int(values[2]), int(values[3]), values[4] > 0)
 
     def _validate(self) -> None:
         step = self._progress.step
         if len(self._val):
-            round_size = self._spec.num_microbatches
+            round_size = self._spec.data.train_batch_size
             self._reporter.emit(
                 validate(step, self._trainee, self._val, self._batching, self._session, round_size)
             )

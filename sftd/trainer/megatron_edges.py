@@ -95,20 +95,37 @@ def keep_rank_zero_in_step() -> Iterator[None]:
         raise CheckpointSaveFailed(f"{type(held[0]).__name__}: {held[0]}") from held[0]
 
 
-def _torch_adamw(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain (one for each kind of parameter, such as experts), or the one itself."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def adamw_of(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
+    """torch's AdamW inside each part."""
+    for part in parts_of(optimizer):
         if isinstance(inner := getattr(part, "optimizer", None), torch.optim.AdamW):
             yield inner
 
 
+def fuse_adamw(optimizer: MegatronOptimizer) -> None:
+    """One kernel for all of AdamW where the weights are on a GPU: Megatron asks for it only of TransformerEngine's or
+    Apex's Adam. After a load too, which brings back the settings of whoever saved."""
+    for adamw in adamw_of(optimizer):
+        for group in adamw.param_groups:
+            group["fused"] = all(parameter.is_cuda for parameter in group["params"])
+            for parameter in group["params"] if group["fused"] else ():
+                if "step" in (state := adamw.state[parameter]):
+                    state["step"] = state["step"].to(parameter.device)
+
+
 def prepare_adamw_for_load(optimizer: MegatronOptimizer) -> None:
     """Allocate AdamW's lazy state: distrib_optimizer.py:838 asserts that it is there before a load."""
-    for adamw in _torch_adamw(optimizer):
+    for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
             for parameter in group["params"]:
                 if not adamw.state[parameter]:
                     adamw.state[parameter].update(
-                        step=torch.tensor(0.0, dtype=torch.float32),
+                        step=torch.tensor(0.0, device=parameter.device if group["fused"] else None),
                         exp_avg=torch.zeros_like(parameter),
                         exp_avg_sq=torch.zeros_like(parameter),
                     )
@@ -120,7 +137,7 @@ def separate_adamw_steps(optimizer: MegatronOptimizer) -> None:
     DistributedOptimizer.load_state_dict puts one tensor into all of them, and AdamW would then count it up once per
     parameter: a silently wrong bias correction.
     """
-    for adamw in _torch_adamw(optimizer):
+    for adamw in adamw_of(optimizer):
         for state in adamw.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
@@ -135,7 +152,7 @@ def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
       parallelism), its own tensors go into the same format as they are: 8 s less for 135 M parameters on a CPU.
     - FP32 weights are their own master copy (the two share memory), so the master copy is left out.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if not isinstance(part, DistributedOptimizer):
             continue
         set_states, gathered = (

@@ -1,4 +1,4 @@
-"""The model behind one seam: built with Megatron's GPTModel, used through `loss_sum` and `next_token`.
+"""The model behind one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
 
 megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
 family to it. If that changes, this is the only module (with its tables in weights.py) that has to.
@@ -14,6 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,25 +25,31 @@ from torch import Tensor
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
+from sftd.trainer import gradients
 from sftd.trainer.attention import CausalAttention, SequenceLayout
 from sftd.trainer.batches import MicroBatch
-from sftd.trainer.loss import vocab_parallel_cross_entropy
+from sftd.trainer.embedding import embed
+from sftd.trainer.layer import DecoderLayer
+from sftd.trainer.loss import linear_cross_entropy
 from sftd.trainer.norm import RMSNorm
 from sftd.trainer.rope import RotaryEmbedding
 from sftd.trainer.session import Session
-from sftd.wire.dataset import IGNORE_INDEX
 
 
 def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> TransformerConfig:
     """Megatron's config of the model in `shape`, laid out as `spec` says."""
     layout, is_cpu = session.layout, session.device.type == "cpu"
     recompute: dict[str, Any] = {}
-    if spec.model.enable_gradient_checkpointing:
+    if spec.model.enable_gradient_checkpointing and spec.model.recompute == "full":
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    elif spec.model.enable_gradient_checkpointing:
+        # What DecoderLayer goes by.
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    gradients.install()
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -72,7 +82,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         apply_rope_fusion=False,
         # gloo has no batched point-to-point messages.
@@ -114,6 +124,7 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
 
 def _layer_spec(shape: ModelShape) -> Any:
     spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    spec.module = DecoderLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
@@ -124,12 +135,13 @@ def _layer_spec(shape: ModelShape) -> Any:
 
 
 def distribute(
-    config: TransformerConfig, chunks: list[GPTModel], spec: Spec
+    config: TransformerConfig, chunks: list[GPTModel], session: Session
 ) -> list[DistributedDataParallel]:
-    """Wrap the chunks for training: FP32 gradients, reduced over the data-parallel ranks at the end of a step."""
+    """Wrap the chunks for training: FP32 gradients, reduced over the data-parallel ranks in the last backward of a step."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
+        overlap_grad_reduce=session.device.type == "cuda" and session.layout.dp > 1,
         # A bad gradient is reported by the loop, with the step's numbers, rather than asserted on.
         check_for_nan_in_grad=False,
     )
@@ -139,18 +151,31 @@ def distribute(
     ]
 
 
-def loss_sum(model: torch.nn.Module, batch: MicroBatch, vocab_size: int) -> Tensor:
-    """Σ cross-entropy of the micro-batch's trained tokens, FP32 scalar. On an inner stage: its hidden states [s, b, h]."""
+def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float) -> Tensor:
+    """Σ cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar. On an inner stage: its hidden states
+    [s, b, h]."""
+    core = _core(model)
+    is_parallel = core.config.sequence_parallel
     output = model(
         batch.tokens,
         batch.layout.positions[None],
         None,
+        decoder_input=embed(core.embedding, batch.tokens, sequence_parallel=is_parallel)
+        if core.pre_process
+        else None,
         labels=batch.labels,
         packed_seq_params=batch.layout,
         output_processor=_sum_of_losses,
-        output_processor_context=vocab_size,
+        output_processor_context=(vocab_size, divisor, batch.places, core.pre_process),
     )
     return cast(Tensor, output)
+
+
+def _core(model: torch.nn.Module) -> GPTModel:
+    """The model without its wrappers."""
+    while not isinstance(model, GPTModel):
+        model = cast(torch.nn.Module, model.module)
+    return model
 
 
 def _sum_of_losses(
@@ -159,19 +184,27 @@ def _sum_of_losses(
     output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
-    context: int,
+    context: tuple[int, float, Tensor, bool],
     **_: object,
 ) -> Tensor:
     """GPTModel's hook behind the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
-    flat_labels = labels.transpose(0, 1).reshape(-1)
-    if not output_layer.sequence_parallel:
-        # Only trained positions need logits; those of the prompts would be computed for nothing. With sequence
-        # parallelism the output layer gathers the positions itself, so there all are computed.
-        trained = (flat_labels != IGNORE_INDEX).nonzero().squeeze(1)
-        flat_labels = flat_labels[trained]
-        hidden_states = hidden_states.flatten(0, 1).index_select(0, trained)[:, None]
-    logits, _bias = output_layer(hidden_states, weight=output_weight)
-    return vocab_parallel_cross_entropy(logits.flatten(0, 1), flat_labels, vocab_size=context).sum()
+    vocab_size, divisor, places, has_embedding = context
+    if output_layer.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+    hidden_states = hidden_states.flatten(0, 1)
+    if places.numel() < hidden_states.shape[0]:
+        # Only trained positions need logits; those of the prompts would be computed for nothing.
+        hidden_states = hidden_states.index_select(0, places)
+    return linear_cross_entropy(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        labels.transpose(0, 1).reshape(-1)[places],
+        divisor=divisor,
+        vocab_size=vocab_size,
+        weight_is_shared=has_embedding and output_weight is not None,
+    )
 
 
 def next_token(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 from sftd.domain.spec import Spec
-from sftd.trainer.megatron_edges import install_optimizer_state
+from sftd.trainer.megatron_edges import adamw_of, fuse_adamw, install_optimizer_state, parts_of
 from sftd.trainer.session import Session
 
 
@@ -25,14 +25,13 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
         adam_beta1=o.adam_beta1,
         adam_beta2=o.adam_beta2,
         adam_eps=o.adam_eps,
-        # Megatron computes the norm only when it clips.
-        clip_grad=o.clip_grad or math.inf,
         bf16=session.dtype == torch.bfloat16,
         params_dtype=session.dtype,
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     install_optimizer_state(optimizer)
+    fuse_adamw(optimizer)
     for group in optimizer.param_groups:
         # What Megatron's scheduler would do.
         group["weight_decay"] = o.weight_decay * group["wd_mult"]
@@ -43,3 +42,39 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
     """Use `value` for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, clip_grad: float) -> Tensor:
+    """Clip the accumulated gradients to the norm `clip_grad` (0: not at all), and update the weights with them.
+
+    Returns the norm before clipping, FP64 scalar on the device. Nothing here waits for a GPU.
+    """
+    optimizer.prepare_grads()
+    norm = _grad_norm(optimizer)
+    if clip_grad:
+        # As in torch.nn.utils.clip_grad_norm_.
+        _scale(optimizer, (clip_grad / (norm + 1e-6)).clamp(max=1.0).float())
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _grad_norm(optimizer: MegatronOptimizer) -> Tensor:
+    squares = []
+    for part in parts_of(optimizer):
+        grads = part.get_grads_for_grad_norm() if part.get_parameters() else []
+        norms = torch._foreach_norm(grads) if grads else [torch.zeros((), device=torch.cuda.current_device())]
+        square = torch.stack(list(norms)).double().square().sum()
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def _scale(optimizer: MegatronOptimizer, factor: Tensor) -> None:
+    for adamw in adamw_of(optimizer):
+        if adamw.param_groups[0].get("fused"):
+            # The kernel divides by it as it reads the gradients (the way of torch's GradScaler).
+            adamw.grad_scale = factor.reciprocal()  # type: ignore[attr-defined]
+        else:
+            grads = [p.grad for group in adamw.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(grads, factor)

@@ -51,6 +51,6 @@ class RotaryEmbedding(torch.nn.Module):
         return layout.positions
 
     def forward(self, positions: Tensor, **_: object) -> Tensor:
-        """Angles of each position: FP32 [s, 1, 1, head_dim], the two halves alike."""
+        """Cosine and sine of each position's angles, once for all layers: FP32 [2, s, head_dim / 2]."""
         angles = torch.outer(positions.float(), self.frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return torch.stack((angles.cos(), angles.sin()))

@@ -75,7 +75,8 @@ def start(spec: Spec) -> Session:
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo")
-    torch.use_deterministic_algorithms(True)
+    chosen = spec.training.deterministic
+    torch.use_deterministic_algorithms(device.type == "cpu" if chosen is None else chosen)
     # Deterministic mode would also fill every torch.empty; nothing here reads uninitialised memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     megatron = spec.model.megatron

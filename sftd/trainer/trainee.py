@@ -39,6 +39,7 @@ class Trainee:
     model: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     session: Session
+    clip_grad: float
     parameters: int
     state_bytes: int
 
@@ -73,31 +74,38 @@ class Trainee:
         )
         return list(found)
 
-    def losses(self, batches: Sequence[MicroBatch], *, forward_only: bool) -> float:
-        """Σ loss over the trained tokens of this rank's micro-batches; gradients are accumulated unless `forward_only`.
+    def losses(self, batches: Sequence[MicroBatch], *, divisor: float, forward_only: bool) -> Tensor:
+        """Σ loss over the trained tokens of this rank's micro-batches ÷ `divisor`, FP64 scalar on the device, which is
+        not waited for; its gradient is accumulated unless `forward_only`.
 
         0 on ranks that do not compute the loss.
         """
 
         def forward(batch: MicroBatch, model: Any) -> tuple[Tensor, LossFunction]:
-            output = models.loss_sum(model, batch, self.shape.vocab_size)
-            return output, partial(_count, batch)
+            output = models.loss_share(model, batch, self.shape.vocab_size, divisor)
+            return output, partial(_keep, self.session.device)
 
         first = batches[0]
         found = self.run(batches, forward, rows=first.rows, length=first.length, forward_only=forward_only)
-        return float(torch.stack(found).double().sum()) if found else 0.0
+        if not found:
+            return torch.zeros((), dtype=torch.float64, device=self.session.device)
+        return torch.stack(found).double().sum()
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+    def step(
+        self, batches: Sequence[MicroBatch], *, trained: int, learning_rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step over this rank's micro-batches of a global batch with `trained` trained tokens.
+
+        Returns (this rank's part of the loss per trained token, the gradient's norm before clipping), FP64 scalars on
+        the device, which is not waited for. The gradient is that of Σ loss ÷ Σ trained tokens of the global batch,
+        whatever the micro-batches or the layout.
+        """
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-    def step(self, learning_rate: float) -> float:
-        """Clip, then update the weights with the accumulated gradients. Returns the norm before clipping."""
+        loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        _ok, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        return loss, optimizers.update(self.optimizer, self.clip_grad)
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""
@@ -105,8 +113,14 @@ class Trainee:
             module.train(mode)
 
 
-def _count(batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return output, torch.tensor(batch.trained, dtype=torch.int, device=output.device), output.detach()
+def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Megatron's number of tokens: not used, see `_finalize`.
+    return output, torch.zeros((), dtype=torch.int, device=device), output.detach()
+
+
+def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -> None:
+    # The loss is divided already. Megatron would read and write all gradients once more to divide them.
+    finalize_model_grads(model, None, **options)
 
 
 def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:
@@ -116,15 +130,17 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     chunks = models.build(config, shape, session)
     if pretrained:
         weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
-    model = models.distribute(config, chunks, spec)
+    model = models.distribute(config, chunks, session)
     optimizer = optimizers.build(spec, model, session)
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     parameters = _count_parameters(chunks, session)
     state_bytes = parameters * _STATE_BYTES[session.dtype]
-    return Trainee(shape, config, chunks, model, optimizer, session, parameters, state_bytes)
+    return Trainee(
+        shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
+    )
 
 
 def _count_parameters(chunks: list[GPTModel], session: Session) -> int:

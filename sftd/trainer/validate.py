@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sftd.domain.events import ValidationCompleted
-from sftd.trainer.batches import EMPTY, Batching, share
+from sftd.trainer.batches import Batching
 from sftd.trainer.data import Rows
 from sftd.trainer.session import Session
 from sftd.trainer.trainee import Trainee
@@ -20,25 +20,16 @@ def validate(
 ) -> ValidationCompleted:
     """Mean loss per trained token over every row; the same in any layout, and nothing is dropped.
 
-    Rows go through the model in rounds of `round_size` micro-batches per rank, short rows first, so that little is
-    padding; empty samples fill the last round.
+    Rows go through the model in rounds of at most `round_size`, short rows first, so that little is padding.
     """
     started = time.perf_counter()
     by_length = np.argsort(rows.lengths, kind="stable")
-    per_round = round_size * session.layout.dp * batching.size
     loss = tokens = 0.0
     trainee.train(False)
     with torch.no_grad():
-        for start in range(0, len(rows), per_round):
-            chosen = by_length[start : start + per_round]
-            empty = per_round - chosen.size
-            lengths = batching.lengths(np.concatenate([rows.lengths[chosen], np.ones(empty, np.int64)]))
-            batches = []
-            for number in share(len(lengths), session.layout):
-                mine = chosen[number * batching.size : (number + 1) * batching.size]
-                samples = [rows[int(row)] for row in mine] + [EMPTY] * (batching.size - mine.size)
-                batches.append(batching.make(samples, int(lengths[number])))
-            loss += trainee.losses(batches, forward_only=True)
+        for start in range(0, len(rows), round_size):
+            batches = batching.batches(rows, by_length[start : start + round_size])
+            loss += float(trainee.losses(batches, divisor=1, forward_only=True))
             tokens += sum(batch.trained for batch in batches)
     trainee.train(True)
     sums = torch.tensor(

@@ -8,6 +8,7 @@
           stop           present when the trainer shall checkpoint at the next step boundary and end
           output.log     what torchrun and the ranks printed
           ranks/         torchrun's own folder, with each rank's error file
+          rows/          decoded data, until every rank has mapped it
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class AttemptDir:
         self.stop_file = self.path / "stop"
         self.output_log = self.path / "output.log"
         self.ranks_dir = self.path / "ranks"
+        self.rows_dir = self.path / "rows"
 
     def create(self, order: Order) -> None:
         """Make the folder (mode 0700) and write the order and the lease."""

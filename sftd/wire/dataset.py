@@ -44,12 +44,10 @@ def inspect(
     Parquet, wrong schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary.
     """
     problems: list[Problem] = []
-    rows = tokens = trained = longest = truncated = unusable = largest_group = 0
+    rows = tokens = trained = longest = truncated = unusable = 0
     for path in paths:
         try:
             with _open(where, path) as file:
-                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-                largest_group = max(largest_group, *groups, 0)
                 for first, table in _slices(where, path, file):
                     counts = _inspect_slice(
                         where, path, first, table, vocab_size, sequence_length, truncation
@@ -73,7 +71,6 @@ def inspect(
         longest=longest,
         truncated=truncated,
         unusable=unusable,
-        largest_row_group=largest_group,
     )
 
 

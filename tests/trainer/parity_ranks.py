@@ -72,8 +72,8 @@ def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, floa
     )
 
 
-def packing(model: Any, session: Session) -> dict[str, Any]:
-    batching = Batching(size=3, packed=True, one_length=False, multiple=1, device=session.device)
+def packing(model: Any, spec: Spec, session: Session) -> dict[str, Any]:
+    batching = Batching.of(spec, session)
     generator = torch.Generator().manual_seed(4)
     samples = []
     for length in (11, 17, 7):
@@ -106,7 +106,7 @@ def main(path: str) -> None:
         difference = logits(model, tokens, layout)[:, : shape.vocab_size] - expected
         found["logits"][name] = difference.abs().max().item()
         if name == "llama_tied":
-            found |= packing(model, session)
+            found |= packing(model, spec, session)
     found["loss"], found["gradient"], _ = cross_entropy(session, 250)
     found["padded_loss"], _, found["padding_gradient"] = cross_entropy(session, 251)
     if session.layout.tp_rank == 0:

@@ -39,7 +39,7 @@ def ranks(request: pytest.FixtureRequest, trainer: Trainer, models: Path, expect
     import torch
 
     size = request.param
-    spec = trainer.spec(size, model__megatron__tensor_model_parallel_size=size)
+    spec = trainer.spec(size, training__use_rmpad=True, model__megatron__tensor_model_parallel_size=size)
     attempt = trainer.prepare(f"parity{size}", spec)
     torch.save({"tokens": TOKENS, "models": str(models), "expected": expected}, attempt.path / "expected.pt")
     trainer.finish(attempt, trainer.start(attempt, script=SCRIPT))

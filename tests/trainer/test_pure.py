@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import pytest
 from sftd.domain.spec import Optimizer, Scheduler, Spec
 from sftd.trainer import folder_swap
 from sftd.trainer import manifest as manifests
-from sftd.trainer.data import Rows
+from sftd.trainer.data import Rows, write_spool
 from sftd.trainer.errors import CheckpointInvalid, DataError
 from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.sample_order import SampleOrder, samples_digest
@@ -86,7 +88,10 @@ def row(tokens: list[int], trained: int, padding: int = 0) -> tuple[list[int], l
 
 
 def rows_of(paths: list[str], **options: Any) -> Rows:
-    return Rows(paths, **{"sequence_length": 4, "truncation": "right", "vocab_size": 100} | options)
+    with tempfile.TemporaryDirectory() as spool:
+        settings = {"sequence_length": 4, "truncation": "right", "vocab_size": 100} | options
+        write_spool(Path(spool), paths, **settings)
+        return Rows(Path(spool))
 
 
 def test_rows_are_shifted_truncated_counted_and_numbered(tmp_path: Path) -> None:
@@ -121,6 +126,24 @@ def test_rows_that_cannot_be_trained_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=words):
         rows_of([write(tmp_path / "bad", rows)], **options)
+
+
+def test_no_file_and_no_usable_row_are_no_rows(tmp_path: Path) -> None:
+    assert len(rows_of([])) == 0
+    rows = rows_of([write(tmp_path / "a", [row([1, 2], 0), row([3, 4, 5], 0)])])
+    assert (len(rows), rows.dropped_rows) == (0, 2)
+
+
+def test_a_disk_that_the_decoded_rows_do_not_fit_on_is_told(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk."""
+    path = write(tmp_path / "a", [row(list(range(1, 51)), 4)] * 20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written to .*File too large"):
+            rows_of([path], sequence_length=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -141,7 +142,9 @@ def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
 # Every layout of two ranks, and micro-batch size, packing and recomputation mixed in.
 MEGATRON = "model__megatron__"
 LAYOUTS = {
-    "packed": (1, {"training__micro_batch_size_per_gpu": 4, "training__use_rmpad": True}),
+    "packed": (1, {"training__micro_batch_tokens": 150, "training__use_rmpad": True}),
+    # Eight samples on three ranks, and one packed micro-batch for each sample.
+    "dp3_packed": (3, {"training__use_rmpad": True}),
     "dp2_padded": (2, {"training__micro_batch_size_per_gpu": 2}),
     "tp2_recompute": (
         2,
@@ -184,6 +187,7 @@ def test_layout_changes_nothing_but_rounding(trainer: Trainer, base: Run, name: 
         assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
         assert (run.validations()[step].tokens, run.validations()[step].rows) == (validation.tokens, 11)
     assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
+    assert not list(run.attempt.rows_dir.iterdir()), "the decoded data was left behind"
     answers = [(s.step, s.text, s.tokens, s.stopped) for s in run.events(SampleGenerated)]
     assert answers == [(s.step, s.text, s.tokens, s.stopped) for s in base.events(SampleGenerated)]
 
@@ -225,6 +229,17 @@ def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Train
     assert [a.what for a in run.events(AnomalyDetected)] == ["non_finite_loss"]
     assert all(c.step < last.step for c in run.events(CheckpointStarted))
     assert "NonFiniteLoss" in run.errors()
+
+
+def test_what_one_rank_finds_in_the_data_is_told_by_all(trainer: Trainer, tmp_path: Path) -> None:
+    path = tmp_path / "bad.parquet"
+    columns = {"input_ids": [[1, 999]], "attention_mask": [[1, 1]], "labels": [[-100, 5]]}
+    pq.write_table(pa.table(columns), path)
+    attempt = trainer.prepare("bad_data", trainer.spec(2, data__train_files=[str(path)]))
+    run = trainer.finish(attempt, trainer.start(attempt), expect=1)
+    assert run.errors().count("DataError: ") == 2
+    assert "input_ids holds ids outside the model's vocabulary" in run.errors()
+    assert not list(run.attempt.rows_dir.iterdir())
 
 
 def test_data_that_changed_since_submit_is_the_users_error(trainer: Trainer) -> None:

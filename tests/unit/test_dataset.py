@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import DataFacts, check_data
-from sftd.domain.spec import Data, Model, Spec
+from sftd.domain.layout import DataFacts
 from sftd.wire import dataset
 
 VOCABULARY = 50
@@ -107,15 +106,6 @@ def test_padding_is_no_part_of_a_row(tmp_path: Path, truncation: str) -> None:
     }
     facts = inspect(parquet(tmp_path / "a.parquet", columns), sequence_length=4, truncation=truncation)
     assert (facts.longest, facts.truncated, facts.unusable, facts.trained_tokens) == (3, 0, 0, 2)
-
-
-def test_large_row_groups_are_warned_of(tmp_path: Path) -> None:
-    many = {name: values[:1] * 20_001 for name, values in GOOD.items()}
-    spec = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]))
-    for size, count in ((None, 1), (1000, 0)):
-        facts = inspect(parquet(tmp_path / "a.parquet", many, row_group_size=size))
-        warnings = check_data(spec, facts, None)[1]
-        assert len([w for w in warnings if "row groups" in w.what]) == count
 
 
 def test_rows_that_train_nothing_are_counted(tmp_path: Path) -> None:

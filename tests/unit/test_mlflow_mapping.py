@@ -60,11 +60,13 @@ def step(number: int, **changes: Any) -> e.StepCompleted:
         "samples": 4,
         "samples_digest": "s",
         "seconds": 0.5,
+        "mfu": 0.5,
+        "peak_memory_bytes": 3 * 2**29,
     }
     return e.StepCompleted(step=number, **fields | changes)
 
 
-def test_step_becomes_six_metrics_at_the_event_s_time() -> None:
+def test_step_becomes_metrics_at_the_event_s_time() -> None:
     found = mapping.points(recorded(step(3)), {})
     assert len(found) == mapping.POINTS_PER_EVENT
     assert {p.key: p.value for p in found} == {
@@ -74,8 +76,15 @@ def test_step_becomes_six_metrics_at_the_event_s_time() -> None:
         "tokens_total": 240.0,
         "step_seconds": 0.5,
         "tokens_per_second": 200.0,
+        "mfu": 0.5,
+        "peak_memory_gib": 1.5,
     }
     assert {(p.timestamp, p.step) for p in found} == {(1_700_000_000_123, 3)}
+
+
+def test_step_of_an_unknown_device_or_an_older_sftd_has_no_mfu() -> None:
+    found = mapping.points(recorded(step(1, mfu=None, peak_memory_bytes=None)), {})
+    assert not {"mfu", "peak_memory_gib"} & {p.key for p in found}
 
 
 def test_step_without_duration_has_no_speed() -> None:

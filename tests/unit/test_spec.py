@@ -177,6 +177,34 @@ def test_a_bad_value_is_refused_where_it_stands(key: str, value: Any, says: str)
     assert says in found[key]
 
 
+def test_a_packed_micro_batch_holds_the_longest_sample() -> None:
+    found = problems_of(
+        ("training.use_rmpad", True), ("training.micro_batch_tokens", 2047), ("data.sequence_length", 2048)
+    )
+    assert "set it to 2048 or more" in found["training.micro_batch_tokens"]
+
+
+def test_packed_any_batch_goes_that_gives_each_rank_a_sample() -> None:
+    packed = [("training.use_rmpad", True), ("launch.nproc_per_node", 3)]
+    assert "use 3 or more" in problems_of(*packed, ("data.train_batch_size", 2))["data.train_batch_size"]
+    spec = spec_of(
+        training__use_rmpad=True,
+        training__micro_batch_tokens=5000,
+        launch__nproc_per_node=3,
+        data__train_batch_size=64,
+    )
+    # Two samples of 2048 tokens fit into one: 64 ÷ (2 × 3), rounded up.
+    assert (spec.micro_batch_tokens, spec.num_microbatches) == (5000, 11)
+    assert spec_of(training__micro_batch_size_per_gpu=4).micro_batch_tokens == 4 * 2048
+    interleaved = spec_of(
+        training__use_rmpad=True,
+        data__train_batch_size=5,
+        model__megatron__pipeline_model_parallel_size=2,
+        model__megatron__virtual_pipeline_model_parallel_size=2,
+    )
+    assert interleaved.num_microbatches == 6
+
+
 def test_ranks_that_do_not_divide_are_refused() -> None:
     found = problems_of(("launch.nproc_per_node", 3), ("model.megatron.tensor_model_parallel_size", 2))
     assert "use a multiple of 2 ranks" in found["launch.nproc_per_node"]
@@ -217,6 +245,15 @@ def test_keys_that_are_not_texts_are_refused_not_crashed_on() -> None:
         ([("checkpoint.async_save", True)], "checkpoint.async_save"),
         ([("data.val_files", [])], "data.val_files"),
         ([("training.gradient_accumulation_steps", 3)], "training.gradient_accumulation_steps"),
+        ([("training.micro_batch_tokens", 4096)], "training.micro_batch_tokens"),
+        (
+            [
+                ("training.use_rmpad", True),
+                ("training.micro_batch_tokens", 4096),
+                ("training.micro_batch_size_per_gpu", 2),
+            ],
+            "training.micro_batch_size_per_gpu",
+        ),
     ],
 )
 def test_what_is_not_used_is_warned_of(overrides: list[tuple[str, Any]], where: str) -> None:
@@ -263,7 +300,7 @@ def test_warm_up_in_steps_wins_over_the_ratio() -> None:
 
 def test_the_digest_is_pinned() -> None:
     """A digest names a spec for years: a new default or a renamed key must be a decision, not an accident."""
-    assert spec_digest(spec_of()) == "364a38c515c5c310dee9481010ca4321380661215a9fe0e597a50c86aecec2a8"
+    assert spec_digest(spec_of()) == "49cae72e8f886a67ab414851c6a5b147c0d2f772a0e06c97aeba50d947319107"
 
 
 def test_the_digest_does_not_depend_on_how_the_spec_was_written() -> None:

@@ -54,8 +54,9 @@ def test_on_eight_gpus_it_is_told_that_it_accumulates_eight_times(spec_file: Pat
     assert (spec.data_parallel_size, spec.num_microbatches) == (2, 8)
     (warning,) = warnings
     assert warning.where == "training.gradient_accumulation_steps"
-    assert (
-        warning.what == "says 4, but data.train_batch_size 64 ÷ (micro-batch 4 × data-parallel 2) = 8 decides"
+    assert warning.what == (
+        "says 4, but packed into micro-batches of 8192 tokens the 64 samples of a step make 8 or fewer on each of 2 "
+        "data-parallel ranks"
     )
     assert spec.training.gradient_accumulation_steps == 8
 
