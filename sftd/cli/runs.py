@@ -211,7 +211,9 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("data", ", ".join(spec.data.train_files)),
         (
             "layout",
-            f"TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} DP{spec.data_parallel_size}",
+            f"TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
+            + (f"CP{m.context_parallel_size} " if m.context_parallel_size > 1 else "")
+            + f"DP{spec.data_parallel_size}",
         ),
         (
             "batch",

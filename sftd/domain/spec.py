@@ -134,7 +134,7 @@ class Training(Section, frozen=True):
     micro_batch_tokens: Annotated[
         Size | None,
         Meta(
-            description="with use_rmpad: tokens in one forward and backward on one rank, at most; "
+            description="with use_rmpad: tokens of a micro-batch (which the CP ranks share), at most; "
             "micro_batch_size_per_gpu × data.sequence_length when not set"
         ),
     ] = None

@@ -66,7 +66,7 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
         Problem(
             f"model.megatron.{name}", f"{getattr(m, name)}: this version of sftd trains with 1", "set it to 1"
         )
-        for name in ("context_parallel_size", "expert_model_parallel_size")
+        for name in ("expert_model_parallel_size",)
         if getattr(m, name) > 1
     )
     if spec.launch.nnodes > 1:

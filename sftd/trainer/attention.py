@@ -1,18 +1,26 @@
-"""Causal attention for the layer spec: PyTorch's SDPA, packed samples, and a key-value cache for greedy answers."""
+"""Causal attention for the layer spec: PyTorch's SDPA, packed samples, sequences shared by context-parallel ranks, and
+a key-value cache for greedy answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from inspect import signature
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from sftd.trainer.context_parallel import gather_stream
+from sftd.trainer.sequence_shards import cut_segments, spans
+from sftd.trainer.upload import upload
 
 
 @dataclass
@@ -23,21 +31,60 @@ class KeyValueCache:
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens whose queries this rank computes, cut where samples end.
+
+    keys: the tokens of the whole stream that they see. query_ends, key_ends: where each segment ends among the queries
+    and among those keys, with a leading 0; a segment's queries are the last of its keys. The same as int32 on the
+    device: cu_seqlens_q, cu_seqlens_k.
+    """
+
+    keys: slice
+    query_ends: list[int]
+    key_ends: list[int]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+    @cached_property
+    def longest_query(self) -> int:
+        """Queries of the segment with most."""
+        return max(stop - start for start, stop in pairwise(self.query_ends))
+
+    @cached_property
+    def longest_key(self) -> int:
+        """Keys of the segment with most."""
+        return max(stop - start for start, stop in pairwise(self.key_ends))
+
+
+def make_chunks(length: int, ends: list[int], *, rank: int, ranks: int, device: torch.device) -> list[Chunk]:
+    """What context-parallel rank `rank` of `ranks` computes of `length` tokens whose samples end at `ends` (with a
+    leading 0)."""
+    chunks = []
+    for start, stop in spans(length, rank, ranks):
+        first, query_ends, key_ends = cut_segments(start, stop, ends)
+        on_device = (upload(np.array(x, np.int32), device) for x in (query_ends, key_ends))
+        chunks.append(Chunk(slice(first, stop), query_ends, key_ends, *on_device))
+    return chunks
+
+
 @dataclass
 class SequenceLayout(PackedSeqParams):
     """Where the tokens of a micro-batch stand. Rides through GPTModel on every pipeline stage.
 
     It keeps Megatron's ordinary [s, b, h, d] format (`qkv_format` is not "thd"): RoPE goes by `positions`, so only
-    the core attention has to know that samples are packed.
+    the core attention has to know that samples are packed or shared by context-parallel ranks.
 
     positions: int64 [s], each token's position in its own sample.
-    boundaries: ends of the packed samples with a leading 0, covering all s tokens; None when rows are not packed.
-    cu_seqlens_q: the boundaries as int32 on the device, for the CUDA kernel.
-    cache: set while an answer is generated.
+    chunks: what this rank's s tokens are of the whole stream, in order; None for rows that are not packed and that no
+    other rank shares.
+    is_packed: whether samples lie end to end (b is 1).
+    cache: set while an answer is generated; every rank then has the whole sequence.
     """
 
     positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults
-    boundaries: list[int] | None = None
+    chunks: list[Chunk] | None = None
+    is_packed: bool = False
     cache: KeyValueCache | None = None
 
 
@@ -74,51 +121,52 @@ class CausalAttention(MegatronModule):
         """
         layout = packed_seq_params
         assert isinstance(layout, SequenceLayout)
-        tokens, rows = query.shape[:2]
+        if layout.chunks is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = self._sdpa(q, k, v) if layout.cache is None else self._cached(q, k, v, layout.cache)
+            return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        if len(layout.chunks) > 1:
+            key, value = gather_stream(key, value)
         # The varlen kernel takes half precision only.
-        if layout.boundaries is not None and query.is_cuda and query.dtype != torch.float32:
-            return self._packed_cuda(query, key, value, layout).reshape(tokens, rows, -1)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if layout.cache is not None:
-            out = self._cached(q, k, v, layout.cache)
-        elif layout.boundaries is not None:
-            samples = [slice(*ends) for ends in pairwise(layout.boundaries)]
-            out = torch.cat([self._sdpa(q[:, :, s], k[:, :, s], v[:, :, s]) for s in samples], dim=2)
-        else:
-            out = self._sdpa(q, k, v)
-        return out.permute(2, 0, 1, 3).reshape(tokens, rows, -1)
+        is_varlen = layout.is_packed and query.is_cuda and query.dtype != torch.float32
+        attend = self._varlen if is_varlen else self._by_segment
+        queries = query.split([chunk.query_ends[-1] for chunk in layout.chunks])
+        outs = [
+            attend(q, key[chunk.keys], value[chunk.keys], chunk)
+            for q, chunk in zip(queries, layout.chunks, strict=True)
+        ]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2)
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        outs = []
+        for (start, stop), (first, last) in zip(
+            pairwise(chunk.query_ends), pairwise(chunk.key_ends), strict=True
+        ):
+            mask = _last_of(stop - start, last - first, query)
+            outs.append(self._sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], mask))
+        return torch.cat(outs, dim=2).permute(2, 0, 1, 3)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.is_grouped
         )
 
-    def _packed_cuda(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        options: dict[str, Any] = {}
-        if self.is_grouped:
-            if "enable_gqa" in signature(varlen_attn).parameters:
-                options["enable_gqa"] = True
-            else:
-                # torch before 2.12 takes equal head counts only.
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        assert layout.cu_seqlens_q is not None
-        assert layout.max_seqlen_q is not None
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            layout.cu_seqlens_q,
-            layout.cu_seqlens_q,
-            layout.max_seqlen_q,
-            layout.max_seqlen_q,
-            scale=self.scale,
-            window_size=(-1, 0),
-            **options,
-        )
-        return cast(Tensor, out)
+        ends = chunk.cu_seqlens_q, chunk.cu_seqlens_k, chunk.longest_query, chunk.longest_key
+        if not self.is_grouped or _varlen_takes_groups():
+            from torch.nn.attention.varlen import varlen_attn
+
+            # Causal, where the last query sees the last key.
+            options: dict[str, Any] = {"enable_gqa": True} if self.is_grouped else {}
+            out = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
+        else:
+            # torch before 2.12: the kernel below takes groups, its public face equal head counts only.
+            out, *_ = torch.ops.aten._flash_attention_forward(
+                q, k, v, *ends, 0.0, is_causal=True, return_debug_mask=False, scale=self.scale
+            )
+        return cast(Tensor, out)[:, None]
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
         if cache.length:
@@ -128,3 +176,20 @@ class CausalAttention(MegatronModule):
         cache.layers[self.layer_number] = (k, v)
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)
         return self._sdpa(q, k, v, mask)
+
+
+@cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+def _last_of(queries: int, keys: int, like: Tensor) -> Any:
+    """Causal attention of the last `queries` of `keys` tokens, as an attention mask; None where it is all of them."""
+    if queries == keys:
+        return None
+    if like.is_cuda and like.dtype != torch.float32:
+        # A kernel's own mask.
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sftd.domain.spec import Spec
-from sftd.trainer.attention import SequenceLayout
+from sftd.trainer.attention import SequenceLayout, make_chunks
 from sftd.trainer.data import Ints, Rows, Sample
 from sftd.trainer.packing import Planner
+from sftd.trainer.sequence_shards import spans
 from sftd.trainer.session import Layout, Session
+from sftd.trainer.upload import upload
 from sftd.wire.dataset import IGNORE_INDEX
 
 # A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
@@ -122,34 +123,35 @@ class Batching:
         positions: Ints,
         ends: Ints | None,
     ) -> MicroBatch:
-        layout = SequenceLayout(
-            qkv_format="sbhd",
-            positions=self._send(positions),
-            boundaries=None if ends is None else ends.tolist(),
-            cu_seqlens_q=None if ends is None else self._send(ends.astype(np.int32)),
-            max_seqlen_q=None if ends is None else int(np.diff(ends).max()),
-        )
+        length, cp, cp_rank = tokens.shape[1], self.layout.cp, self.layout.cp_rank
+        layout = SequenceLayout(qkv_format="sbhd", is_packed=ends is not None)
+        if ends is not None or cp > 1:
+            layout.chunks = make_chunks(
+                length,
+                [0, length] if ends is None else ends.tolist(),
+                rank=cp_rank,
+                ranks=cp,
+                device=self.device,
+            )
+        mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
+        labels = labels[:, mine]
+        layout.positions = upload(positions[mine], self.device)
         # Found here and not on the device, which would have to wait for the answer.
         places = np.flatnonzero(labels.T != IGNORE_INDEX)
         return MicroBatch(
-            tokens=self._send(tokens),
-            labels=self._send(labels),
-            places=self._send(places),
+            tokens=upload(tokens[:, mine], self.device),
+            labels=upload(labels, self.device),
+            places=upload(places, self.device),
             layout=layout,
-            length=tokens.shape[1],
+            length=length,
             trained=places.size,
-            real=int(is_real.sum()),
+            real=int(is_real[:, mine].sum()),
         )
-
-    def _send(self, values: np.ndarray[Any, Any]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        if self.device.type == "cpu":
-            return tensor
-        # Pinned, the copy neither waits for what the GPU is doing nor lets the host wait.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _length_multiple(spec: Spec, session: Session) -> int:
-    # Sequence parallelism gives each tensor-parallel rank an equal share of the sequence.
-    shares = session.layout.tp if spec.model.megatron.sequence_parallel else 1
-    return math.lcm(shares, _TILE) if session.device.type == "cuda" else shares
+    layout = session.layout
+    # Context parallelism gives a rank two chunks of a sequence, sequence parallelism each tensor-parallel rank its part
+    # of those.
+    share = math.lcm(2 if layout.cp > 1 else 1, layout.tp if spec.model.megatron.sequence_parallel else 1)
+    return layout.cp * (math.lcm(share, _TILE) if session.device.type == "cuda" else share)

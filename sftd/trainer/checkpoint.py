@@ -165,9 +165,9 @@ class Checkpoints:
                 "cuda": torch.cuda.get_rng_state() if is_cuda else None,
                 "streams": tensor_parallel.get_cuda_rng_tracker().get_states(),
             }
-            place = (layout.pp_rank, layout.tp_rank, layout.dp_rank)
+            place = (layout.pp_rank, layout.tp_rank, layout.dp_rank * layout.cp + layout.cp_rank)
             state["rng"] = ShardedObject(
-                "rng", streams, (layout.pp, layout.tp, layout.dp), place, replica_id=0
+                "rng", streams, (layout.pp, layout.tp, layout.dp * layout.cp), place, replica_id=0
             )
         return state
 

@@ -17,7 +17,8 @@ from sftd.trainer.errors import DataError
 from sftd.wire.dataset import COLUMNS, IGNORE_INDEX
 
 Ints = npt.NDArray[np.int64]
-_SCAN_ROWS = 4096
+# Rows decoded at a time: a few hundred MB where all are as long as can be.
+_SCAN_ROWS = 512
 # In a spool: int32 [tokens, 2], a token's id and its label side by side; int64 [rows, 4], see `Rows`; two counts.
 _TOKENS, _INDEX, _COUNTS = "tokens", "index", "counts.json"
 

@@ -22,7 +22,7 @@ from sftd.trainer.trainee import LossFunction, Trainee
 
 
 class Generator:
-    """Answers `trainer.sample_prompts`. Every rank takes part; each data-parallel copy computes the same."""
+    """Answers `trainer.sample_prompts`. Every rank takes part; each data-parallel copy and context-parallel rank computes the same."""
 
     def __init__(self, spec: Spec, session: Session, vocab_size: int) -> None:
         """Raises `UserError` for a tokenizer or prompt that cannot be used."""
@@ -92,7 +92,9 @@ class Generator:
 
         # The interleaved schedule takes micro-batches by the number of stages only; the copies are not looked at.
         copies = self._session.layout.pp if self._session.layout.vpp > 1 else 1
-        found = trainee.run([None] * copies, forward, rows=1, length=length, forward_only=True)
+        # Every context-parallel rank computes the whole; Megatron's schedules count on a share.
+        whole = length * self._session.layout.cp
+        found = trainee.run([None] * copies, forward, rows=1, length=whole, forward_only=True)
         token = found[0] if found else torch.empty(1, dtype=torch.int64, device=device)
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(token, last, group=parallel_state.get_pipeline_model_parallel_group())

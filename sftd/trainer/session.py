@@ -19,7 +19,8 @@ from sftd.trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank` and `dp_rank` count from 0."""
+    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank`, `cp_rank` and `dp_rank` count
+    from 0."""
 
     tp: int
     pp: int
@@ -28,6 +29,7 @@ class Layout:
     dp: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
 
     @property
@@ -42,13 +44,13 @@ class Layout:
 
     @property
     def counts(self) -> bool:
-        """Whether this rank's loss and token counts enter the sums: one rank per data-parallel share."""
+        """Whether this rank's loss and token counts enter the sums: one rank per share of the tokens (DP × CP)."""
         return self.is_last_stage and self.tp_rank == 0
 
     @property
     def reports(self) -> bool:
         """Whether this rank writes the journal: rank 0 of the last pipeline stage."""
-        return self.counts and self.dp_rank == 0
+        return self.counts and self.cp_rank == 0 and self.dp_rank == 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def start(spec: Spec) -> Session:
         dp=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
     # Each stage draws its own numbers, as in Megatron-LM; data-parallel copies draw the same ones.

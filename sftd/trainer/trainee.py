@@ -145,7 +145,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
 
 def _count_parameters(chunks: list[GPTModel], session: Session) -> int:
     count = 0
-    if session.layout.dp_rank == 0:
+    if session.layout.dp_rank == session.layout.cp_rank == 0:
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             is_split = getattr(parameter, "tensor_model_parallel", False)
             # `shared` marks the last stage's copy of a tied embedding.

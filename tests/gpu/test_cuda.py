@@ -70,6 +70,9 @@ def test_resume_is_bit_for_bit(on_gpu: Trainer, packed: bool) -> None:
         ),
         ("pp2", {"model__megatron__pipeline_model_parallel_size": 2}),
         ("pp2-packed", {"model__megatron__pipeline_model_parallel_size": 2, "training__use_rmpad": True}),
+        ("cp2", {"model__megatron__context_parallel_size": 2}),
+        ("cp2-bf16", {"model__megatron__context_parallel_size": 2}),
+        ("cp2-packed", {"model__megatron__context_parallel_size": 2, "training__use_rmpad": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -79,7 +82,8 @@ def test_layouts_agree_with_one_gpu(
     if gpus < 2:
         pytest.skip("one GPU on this machine: layouts of two were not run")
     # Packed samples in BF16, for which there is a kernel of its own.
-    dtype, tolerance = ({}, 2e-2) if "training__use_rmpad" in options else (FP32, 1e-4)
+    is_bf16 = "training__use_rmpad" in options or name.endswith("bf16")
+    dtype, tolerance = ({}, 2e-2) if is_bf16 else (FP32, 1e-4)
     one = on_gpu.run("one-bf16" if not dtype else "fp32", **dtype)
     two = on_gpu.run(name, ranks=2, **dtype, **options)
     assert losses(two) == pytest.approx(losses(one), rel=tolerance)

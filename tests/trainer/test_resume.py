@@ -105,6 +105,14 @@ def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer) -> None:
     assert weights_digests(resumed, 6) == weights_digests(whole, 6)
 
 
+def test_ranks_that_share_sequences_go_on_bit_for_bit(trainer: Trainer) -> None:
+    layout = {"model__megatron__context_parallel_size": 2, "training__use_rmpad": True, "data__val_files": []}
+    whole = trainer.run("cp2_whole", 2, **layout)
+    resumed = resume(trainer, "cp2_resumed", whole, 3, 2, **layout)
+    assert exact(resumed) == {step: numbers for step, numbers in exact(whole).items() if step > 3}
+    assert weights_digests(resumed, 6) == weights_digests(whole, 6)
+
+
 def test_sigterm_saves_a_checkpoint_at_the_step_boundary(trainer: Trainer) -> None:
     attempt = trainer.prepare("terminated", trainer.spec(trainer__save_interval=0, data__val_files=[]))
     process = trainer.start(attempt)
