@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from sftd.trainer import ops
+from sftd.trainer.recompute import computed_again
 
 
 class DecoderLayer(TransformerLayer):
@@ -29,41 +31,32 @@ class DecoderLayer(TransformerLayer):
         """Hidden states [s, b, h] (with sequence parallelism this rank's share of s) and the positions' cos and sin
         FP32 [2, s, d / 2] → [s, b, h]. The second output is Megatron's cross-attention context, of which there is none.
         """
-        residual, normed, forget = self._norm(self.input_layernorm, hidden_states)
-        attended = self._attend(normed, rotary_pos_emb, packed_seq_params, forget)
+        norm = self.input_layernorm
+        residual, normed = ops.add_rms_norm(hidden_states, None, norm.weight, norm.eps)
+        with self._recomputing(normed, norm, residual):
+            qkv, _bias = self.self_attention.linear_qkv(normed)
+        attended = self._attend(qkv, rotary_pos_emb, packed_seq_params)
         attended, _bias = self.self_attention.linear_proj(attended)
-        residual, normed, forget = self._norm(self.pre_mlp_layernorm, residual, attended)
+        norm = self.pre_mlp_layernorm
+        residual, normed = ops.add_rms_norm(residual, attended, norm.weight, norm.eps)
         if self.is_moe_layer:
             out, _bias = self.mlp(normed)
-            _recompute_for(out, forget)
             return residual + out, None
-        gate_up, _bias = self.mlp.linear_fc1(normed)
-        _recompute_for(gate_up, forget)
-        if forget is None:
-            activated = ops.swiglu(gate_up)
-        else:
-            forget = CheckpointWithoutOutput()
-            activated = forget.checkpoint(ops.swiglu, gate_up)
-        out, _bias = self.mlp.linear_fc2(activated)
-        _recompute_for(out, forget)
+        with self._recomputing(normed, norm, residual):
+            gate_up, _bias = self.mlp.linear_fc1(normed)
+        activated = ops.swiglu(gate_up)
+        with self._recomputing(activated, ops.swiglu, gate_up):
+            out, _bias = self.mlp.linear_fc2(activated)
         return residual + out, None
 
-    def _norm(
-        self, norm: Any, x: Tensor, delta: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, CheckpointWithoutOutput | None]:
-        """x + delta, its norm, and with selective recomputation what brings the norm back in backward."""
-        if not self.recompute_input_layernorm:
-            return *ops.add_rms_norm(x, delta, norm.weight, norm.eps), None
-        total = x if delta is None else x + delta
-        forget = CheckpointWithoutOutput()
-        return total, forget.checkpoint(norm, total), forget
+    def _recomputing(
+        self, tensor: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor
+    ) -> AbstractContextManager[None]:
+        # What model.transformer_config sets for selective recomputation.
+        return computed_again(tensor, function, argument) if self.recompute_input_layernorm else nullcontext()
 
-    def _attend(
-        self, normed: Tensor, angles: Tensor, layout: Any, forget: CheckpointWithoutOutput | None
-    ) -> Tensor:
+    def _attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
         attention = self.self_attention
-        qkv, _bias = attention.linear_qkv(normed)
-        _recompute_for(qkv, forget)
         groups, head_dim = (
             attention.num_query_groups_per_partition,
             attention.hidden_size_per_attention_head,
@@ -75,9 +68,3 @@ class DecoderLayer(TransformerLayer):
             q = ops.rotate(attention.q_layernorm(q), angles)
             k = ops.rotate(attention.k_layernorm(k), angles)
         return attention.core_attention(q, k, v, None, packed_seq_params=layout)
-
-
-def _recompute_for(user: Tensor, forget: CheckpointWithoutOutput | None) -> None:
-    """Free the checkpointed tensor that `user` was computed from, until backward comes to `user`."""
-    if forget:
-        forget.discard_output_and_register_recompute(user)

@@ -1,4 +1,4 @@
-"""The steps of the trainer: against plain PyTorch, in every layout, and undisturbed by what is done on the way."""
+"""The steps of the trainer: against plain PyTorch, and undisturbed by what is done on the way (layouts: test_layouts.py)."""
 
 from __future__ import annotations
 
@@ -78,12 +78,15 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def test_equals_a_plain_pytorch_loop(base: Run) -> None:
-    losses, norms = reference(base, 5)
-    steps = base.events(StepCompleted)[:5]
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_equals_a_plain_pytorch_loop(trainer: Trainer, base: Run, rows: str) -> None:
+    packed = {"training__use_rmpad": True, "training__micro_batch_size_per_gpu": 4, "data__val_files": []}
+    run = base if rows == "padded" else trainer.run("packed", **packed)
+    losses, norms = reference(run, 5)
+    steps = run.events(StepCompleted)[:5]
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
-    assert max(norms) > base.attempt.order().spec.optimizer.clip_grad, "clipping was not tried"
+    assert max(norms) > run.attempt.order().spec.optimizer.clip_grad, "clipping was not tried"
 
 
 def real_model() -> Path:
@@ -137,87 +140,6 @@ def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
         assert event.tokens_real == lengths[rows].sum() == event.tokens_padded
         assert event.tokens_total == sum(s.tokens for s in steps[: n + 1])
     assert [s.epoch for s in steps] == [0, 0, 0, 0, 0, 1]
-
-
-# Every layout of two ranks, and micro-batch size, packing and recomputation mixed in.
-MEGATRON = "model__megatron__"
-LAYOUTS = {
-    "packed": (1, {"training__micro_batch_tokens": 150, "training__use_rmpad": True}),
-    # Eight samples on three ranks, and one packed micro-batch for each sample.
-    "dp3_packed": (3, {"training__use_rmpad": True}),
-    "dp2_padded": (2, {"training__micro_batch_size_per_gpu": 2}),
-    "tp2_recompute": (
-        2,
-        {MEGATRON + "tensor_model_parallel_size": 2, "model__enable_gradient_checkpointing": True},
-    ),
-    "tp2_sp_packed": (
-        2,
-        {
-            MEGATRON + "tensor_model_parallel_size": 2,
-            MEGATRON + "sequence_parallel": True,
-            "training__micro_batch_size_per_gpu": 4,
-            "training__use_rmpad": True,
-        },
-    ),
-    "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2, "training__micro_batch_size_per_gpu": 2}),
-    "pp2_vpp2_packed_recompute": (
-        2,
-        {
-            MEGATRON + "pipeline_model_parallel_size": 2,
-            MEGATRON + "virtual_pipeline_model_parallel_size": 2,
-            "training__micro_batch_size_per_gpu": 2,
-            "training__use_rmpad": True,
-            "model__enable_gradient_checkpointing": True,
-        },
-    ),
-    "cp2": (2, {MEGATRON + "context_parallel_size": 2, "training__micro_batch_size_per_gpu": 2}),
-    "cp2_packed_recompute": (
-        2,
-        {
-            MEGATRON + "context_parallel_size": 2,
-            "training__micro_batch_tokens": 150,
-            "training__use_rmpad": True,
-            "model__enable_gradient_checkpointing": True,
-        },
-    ),
-    "cp2_tp2_sp_packed": (
-        4,
-        {
-            MEGATRON + "context_parallel_size": 2,
-            MEGATRON + "tensor_model_parallel_size": 2,
-            MEGATRON + "sequence_parallel": True,
-            "training__micro_batch_tokens": 150,
-            "training__use_rmpad": True,
-        },
-    ),
-    "cp2_pp2": (
-        4,
-        {
-            MEGATRON + "context_parallel_size": 2,
-            MEGATRON + "pipeline_model_parallel_size": 2,
-            "training__micro_batch_size_per_gpu": 2,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_changes_nothing_but_rounding(trainer: Trainer, base: Run, name: str) -> None:
-    ranks, overrides = LAYOUTS[name]
-    run = trainer.run(name, ranks, trainer__sample_prompts=["abc"], trainer__sample_max_tokens=8, **overrides)
-    for step, expected in base.steps().items():
-        found = run.steps()[step]
-        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-        same = ("epoch", "lr", "tokens", "tokens_real", "tokens_total", "samples", "samples_digest")
-        assert all(getattr(found, field) == getattr(expected, field) for field in same)
-    for step, validation in base.validations().items():
-        assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
-        assert (run.validations()[step].tokens, run.validations()[step].rows) == (validation.tokens, 11)
-    assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
-    assert not list(run.attempt.rows_dir.iterdir()), "the decoded data was left behind"
-    answers = [(s.step, s.text, s.tokens, s.stopped) for s in run.events(SampleGenerated)]
-    assert answers == [(s.step, s.text, s.tokens, s.stopped) for s in base.events(SampleGenerated)]
 
 
 def test_validation_and_samples_leave_training_alone(trainer: Trainer, base: Run) -> None:

@@ -73,3 +73,34 @@ def test_peak_of_a_device(name: str, peak: float | None) -> None:
 
 def test_no_peak_is_claimed_for_fp32() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+
+
+class _Mixtral(ModelShape, frozen=True, kw_only=True):
+    """Mixtral 8x7B."""
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 14336
+
+
+def test_of_the_experts_only_those_count_that_a_token_is_sent_to() -> None:
+    shape = _Mixtral(
+        architecture="MixtralForCausalLM",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        qk_norm=False,
+    )
+    # Of the 46.7 billion of its model card, six of eight experts, the embedding and 65 norms are in no product.
+    idle = 32 * 6 * 3 * 4096 * 14336 + 32000 * 4096 + 65 * 4096
+    assert matmul_parameters(shape) == 46_702_792_704 - idle
