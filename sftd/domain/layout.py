@@ -10,13 +10,24 @@ from sftd.domain.errors import Problem
 from sftd.domain.spec import Spec
 
 # Hugging Face architectures that the trainer has a weight mapping for.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 _ROPE_SCALINGS = ("default", "llama3")
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """What a model's config.json says of its shape. `attention_bias` is on the QKV projections; `sliding_window` is how
-    many tokens back attention looks, None for all."""
+    many tokens back attention looks, None for all.
+
+    A mixture of experts (MoE) has `num_experts` in every layer, each of `moe_intermediate_size` units, of which a token
+    takes `num_experts_per_tok`, weighted by their softmax over all experts, or, with `norm_topk_prob`, over the taken
+    ones. `unsupported` names what config.json asks for that the trainer does not compute."""
 
     architecture: str
     hidden_size: int
@@ -36,6 +47,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: str = "silu"
     sliding_window: int | None = None
     mlp_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    unsupported: tuple[str, ...] = ()
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +100,15 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
                 "use a model without these biases",
             )
         )
+    problems.extend(
+        Problem(
+            "model.partial_pretrain",
+            f"config.json has {what}, which {shape.architecture} is not trained with here",
+            "use a model without it",
+        )
+        for what in shape.unsupported
+    )
+    problems += _check_experts(spec, shape)
     if shape.hidden_act != "silu":
         problems.append(
             Problem(
@@ -110,9 +135,11 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
     for what, number in (
         ("attention heads", shape.num_attention_heads),
         ("key-value heads", shape.num_key_value_heads),
-        ("FFN units", shape.intermediate_size),
+        ("FFN units", _ffn_units(shape)),
     ):
-        if number % tp:
+        # With expert parallelism a rank holds experts whole.
+        is_whole = what == "FFN units" and m.expert_model_parallel_size > 1
+        if number % tp and not is_whole:
             problems.append(
                 Problem(
                     "model.megatron.tensor_model_parallel_size",
@@ -139,8 +166,43 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
     return problems, warnings
 
 
+def _check_experts(spec: Spec, shape: ModelShape) -> list[Problem]:
+    problems: list[Problem] = []
+    m = spec.model.megatron
+    ep, where = m.expert_model_parallel_size, "model.megatron.expert_model_parallel_size"
+    if not shape.num_experts:
+        if ep > 1:
+            what = f"{ep}, but {shape.architecture} has no experts to share"
+            problems.append(Problem(where, what, "set it to 1"))
+        return problems
+    # Of a single expert whose weight is normalised to 1, the router would learn nothing.
+    least = 2 if shape.norm_topk_prob else 1
+    if not least <= shape.num_experts_per_tok <= shape.num_experts:
+        what = f"config.json gives a token {shape.num_experts_per_tok} of {shape.num_experts} experts"
+        mend = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
+        problems.append(Problem("model.partial_pretrain", what, mend))
+    if shape.num_experts % ep:
+        sizes = ", ".join(str(n) for n in range(1, shape.num_experts + 1) if shape.num_experts % n == 0)
+        what = f"{ep} does not divide the model's {shape.num_experts} experts"
+        problems.append(Problem(where, what, f"use one of {sizes}"))
+    if m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        problems.append(
+            Problem(
+                "model.megatron.sequence_parallel",
+                "is off, but experts are trained only with each tensor-parallel rank holding its own part of the "
+                "sequence: otherwise all of them would send the same tokens to the experts",
+                "turn it on, or set model.megatron.tensor_model_parallel_size to 1",
+            )
+        )
+    return problems
+
+
+def _ffn_units(shape: ModelShape) -> int:
+    return shape.moe_intermediate_size if shape.num_experts else shape.intermediate_size
+
+
 def _divisors(shape: ModelShape) -> str:
-    numbers = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size)
+    numbers = (shape.num_attention_heads, shape.num_key_value_heads, _ffn_units(shape))
     return ", ".join(str(n) for n in range(1, 65) if all(x % n == 0 for x in numbers))
 
 

@@ -8,6 +8,7 @@ is its documentation: the configuration reference is generated from it.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -43,7 +44,8 @@ class Megatron(Section, frozen=True):
     ] = None
     context_parallel_size: Annotated[Size, Meta(description="ranks that share each sequence (CP)")] = 1
     expert_model_parallel_size: Annotated[
-        Size, Meta(description="ranks that share the experts of an MoE layer (EP)")
+        Size,
+        Meta(description="ranks that share the experts of an MoE layer (EP); any ranks of a pipeline stage"),
     ] = 1
     sequence_parallel: Annotated[
         bool, Meta(description="shard norms and residuals over the TP ranks; needs TP of at least 2")
@@ -256,7 +258,12 @@ class Spec(Section, frozen=True):
     @property
     def nproc_per_node(self) -> int:
         """Ranks per machine."""
-        return self.launch.nproc_per_node or -(-self.model_parallel_size // self.launch.nnodes)
+        if self.launch.nproc_per_node:
+            return self.launch.nproc_per_node
+        m = self.model.megatron
+        # Any ranks of a pipeline stage share the experts.
+        stage = math.lcm(m.tensor_model_parallel_size * m.context_parallel_size, m.expert_model_parallel_size)
+        return -(-stage * m.pipeline_model_parallel_size // self.launch.nnodes)
 
     @property
     def world_size(self) -> int:

@@ -62,13 +62,6 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "set model.megatron.tensor_model_parallel_size to 2 or more, or turn it off",
             )
         )
-    problems.extend(
-        Problem(
-            f"model.megatron.{name}", f"{getattr(m, name)}: this version of sftd trains with 1", "set it to 1"
-        )
-        for name in ("expert_model_parallel_size",)
-        if getattr(m, name) > 1
-    )
     if spec.launch.nnodes > 1:
         problems.append(
             Problem(
@@ -85,6 +78,16 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 f"{spec.launch.nnodes} × {spec.nproc_per_node} = {spec.world_size} ranks, but one copy of the model takes "
                 f"TP {m.tensor_model_parallel_size} × PP {m.pipeline_model_parallel_size} × CP {m.context_parallel_size} = {mp}",
                 f"use a multiple of {mp} ranks, or smaller parallel sizes",
+            )
+        )
+    elif spec.world_size // m.pipeline_model_parallel_size % m.expert_model_parallel_size:
+        problems.append(
+            Problem(
+                "model.megatron.expert_model_parallel_size",
+                f"{m.expert_model_parallel_size} does not divide the ranks of a pipeline stage, which share the experts: "
+                f"{spec.world_size} ranks ÷ PP {m.pipeline_model_parallel_size} = "
+                f"{spec.world_size // m.pipeline_model_parallel_size}",
+                "use a size that divides them, or another launch.nproc_per_node",
             )
         )
     else:

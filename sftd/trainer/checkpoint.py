@@ -127,7 +127,8 @@ class Checkpoints:
             raise UserError(
                 f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
             )
-        same_layout = manifest.layout == self._session.layout.sizes
+        # Manifests of before there was expert parallelism do not name its size.
+        same_layout = {"ep": 1} | manifest.layout == self._session.layout.sizes
         optimizer = self._trainee.optimizer
         megatron_edges.prepare_adamw_for_load(optimizer)
         state = dist_checkpointing.load(self._state(is_loading=True, with_rng=same_layout), str(folder))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
-from sftd.trainer import gradients
+from sftd.trainer import experts, gradients
 from sftd.trainer.attention import CausalAttention, SequenceLayout
 from sftd.trainer.batches import MicroBatch
 from sftd.trainer.embedding import embed
@@ -88,6 +88,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         # gloo has no batched point-to-point messages.
         batch_p2p_comm=not is_cpu,
         deterministic_mode=False,
+        **experts.config_fields(spec, shape),
         **recompute,
     )
 
@@ -118,12 +119,15 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         )
         model.position_embedding_type = "rope"
         model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        experts.mark(model)
         chunks.append(model.to(session.device))
     return chunks
 
 
 def _layer_spec(shape: ModelShape) -> Any:
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+    )
     spec.module = DecoderLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -25,6 +25,12 @@ _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
     (r"The following imports from `dynamic_context\.py`", DeprecationWarning, r"megatron\.core\."),
     (r"MLP requires ffn_hidden_size", DeprecationWarning, r"megatron\.core\."),
     (r"Warning: tp_group is None, using default tp group", DeprecationWarning, r"megatron\.core\."),
+    # Whole experts (see experts.py) beside layers that are split.
+    (
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+        UserWarning,
+        r"megatron\.core\.",
+    ),
     # Megatron reads a checkpoint's plain values on each rank by itself.
     (
         r"torch\.distributed is disabled, unavailable or uninitialized",
@@ -90,5 +96,7 @@ def quiet_third_parties() -> None:
         "megatron.core.models.gpt.gpt_model",
         "megatron.core.dist_checkpointing.strategies.torch",
         "megatron.core.distributed.distributed_data_parallel",
+        # "No CUDA runtime is found", where a CUDA toolkit is installed and a process works on the CPU.
+        "torch.utils.cpp_extension",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

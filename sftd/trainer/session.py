@@ -14,13 +14,15 @@ from megatron.core import parallel_state, tensor_parallel
 
 import sftd
 from sftd.domain.spec import Spec
+from sftd.trainer import experts
 from sftd.trainer.errors import UserError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank`, `cp_rank` and `dp_rank` count
-    from 0."""
+    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank`, `cp_rank`, `dp_rank` and `ep_rank` count
+    from 0. The `ep` ranks that share the experts of a layer are any of its pipeline stage (see `experts`).
+    """
 
     tp: int
     pp: int
@@ -31,11 +33,13 @@ class Layout:
     pp_rank: int
     cp_rank: int
     dp_rank: int
+    ep: int = 1
+    ep_rank: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes alone, as events and manifests show them."""
-        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "dp")}
+        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "ep", "dp")}
 
     @property
     def is_last_stage(self) -> bool:
@@ -74,6 +78,7 @@ def start(spec: Spec) -> Session:
 
         device_mode.install()
         megatron_edges.install_for_cpu()
+        experts.install_for_cpu(torch.cuda.current_stream())
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo")
@@ -87,6 +92,8 @@ def start(spec: Spec) -> Session:
         pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=_chunks(spec) if _chunks(spec) > 1 else None,
         context_parallel_size=megatron.context_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=experts.tensor_parallel_size(spec),
         create_gloo_process_groups=False,
     )
     layout = Layout(
@@ -99,6 +106,8 @@ def start(spec: Spec) -> Session:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
     )
     # Each stage draws its own numbers, as in Megatron-LM; data-parallel copies draw the same ones.
     seed = megatron.seed + 100 * layout.pp_rank

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
+from sftd.trainer import experts, weights
 from sftd.trainer import model as models
 from sftd.trainer import optimizer as optimizers
-from sftd.trainer import weights
 from sftd.trainer.batches import MicroBatch
 from sftd.trainer.session import Session
 
@@ -145,12 +145,14 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
 
 def _count_parameters(chunks: list[GPTModel], session: Session) -> int:
     count = 0
-    if session.layout.dp_rank == session.layout.cp_rank == 0:
-        for parameter in (p for chunk in chunks for p in chunk.parameters()):
-            is_split = getattr(parameter, "tensor_model_parallel", False)
-            # `shared` marks the last stage's copy of a tied embedding.
-            if (is_split or session.layout.tp_rank == 0) and not getattr(parameter, "shared", False):
-                count += parameter.numel()
+    copy = max(session.layout.dp_rank, session.layout.cp_rank)
+    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+        if not experts.is_counted(parameter, copy):
+            continue
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        # `shared` marks the last stage's copy of a tied embedding.
+        if (is_split or session.layout.tp_rank == 0) and not getattr(parameter, "shared", False):
+            count += parameter.numel()
     total = torch.tensor(count, dtype=torch.int64, device=session.device)
     dist.all_reduce(total)
     return int(total)

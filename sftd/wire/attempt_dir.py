@@ -76,6 +76,11 @@ def make_private(path: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
+def read_order(path: Path) -> Order:
+    """Read an order.json. Raises `OSError`."""
+    return msgspec.json.decode(path.read_bytes(), type=Order)
+
+
 class AttemptDir:
     """The folder of one attempt."""
 
@@ -99,7 +104,7 @@ class AttemptDir:
 
     def order(self) -> Order:
         """Read the order."""
-        return msgspec.json.decode(self.order_file.read_bytes(), type=Order)
+        return read_order(self.order_file)
 
     def lease(self) -> str | None:
         """Token of the daemon that drives this attempt, or None when there is none."""

@@ -34,7 +34,9 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
 _KEYS = (
     "architectures hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings "
-    "attention_bias mlp_bias hidden_act sliding_window use_sliding_window"
+    "attention_bias mlp_bias hidden_act sliding_window use_sliding_window num_experts num_local_experts "
+    "num_experts_per_tok moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step "
+    "shared_expert_intermediate_size router_jitter_noise"
 ).split()
 
 
@@ -84,10 +86,11 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
             rope_scaling=scaling,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=architecture == "Qwen2ForCausalLM" or bool(config.get("attention_bias", False)),
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             hidden_act=str(config.get("hidden_act", "silu")),
             sliding_window=_sliding_window(config),
             mlp_bias=bool(config.get("mlp_bias", False)),
+            **_experts(config, architecture),
         )
     except KeyError as error:
         raise Refused(
@@ -101,10 +104,61 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
         ) from None
 
 
+def _experts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """The fields of `ModelShape` that a mixture of experts has besides; what a config.json leaves out is as
+    transformers has it by default. Raises `KeyError`."""
+    if architecture == "MixtralForCausalLM":
+        count, units, chosen, is_normalised = (
+            config["num_local_experts"],
+            config["intermediate_size"],
+            2,
+            True,
+        )
+    elif architecture == "Qwen3MoeForCausalLM":
+        # Published configs say num_experts, those that transformers 5 writes num_local_experts.
+        count = config.get("num_experts") or config["num_local_experts"]
+        units, chosen, is_normalised = config["moe_intermediate_size"], 8, config.get("norm_topk_prob", False)
+    else:
+        return {}
+    unsupported = {
+        "dense layers between its MoE layers (mlp_only_layers, decoder_sparse_step)": (
+            config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+        ),
+        "shared experts (shared_expert_intermediate_size)": config.get("shared_expert_intermediate_size"),
+        "router noise (router_jitter_noise)": config.get("router_jitter_noise"),
+    }
+    return {
+        "num_experts": int(count),
+        "num_experts_per_tok": int(config.get("num_experts_per_tok", chosen)),
+        "moe_intermediate_size": int(units),
+        "norm_topk_prob": bool(is_normalised),
+        "unsupported": tuple(what for what, is_asked in unsupported.items() if is_asked),
+    }
+
+
 def _sliding_window(config: dict[str, Any]) -> int | None:
     # Qwen names a window that it does not use unless use_sliding_window says so; Mistral has no such key.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     return None if window is None else int(window)
+
+
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+
+
+def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json for weights of `dtype` ("bfloat16", …) that were trained from `folder` with `override`.
+
+    `read_shape` finds the same shape in it as in `folder` with `override`. Raises `Refused`.
+    """
+    config = read_config(folder, override)
+    if _ROPE_KEYS & override.keys():
+        # In both spellings, each of which says all of it: transformers 4 reads the two keys, 5 the one mapping.
+        shape = read_shape(folder, override)
+        scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
+        config |= {"rope_scaling": scaling, **theta}
+        config["rope_parameters"] = {"rope_type": "default"} | (scaling or {}) | theta
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return config | {key: dtype}
 
 
 def check_weights(folder: str) -> None:

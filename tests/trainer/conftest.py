@@ -58,6 +58,43 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
+    # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
+    "llama2": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "vocab_size": VOCAB + 1},
+    ),
+    "qwen2_untied": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.1},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.1,
+        },
+    ),
+    # Weights of the taken experts that do not sum to one.
+    "qwen3_moe_plain": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": False,
+            "initializer_range": 0.1,
+        },
+    ),
 }
 
 
@@ -82,7 +119,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
         for name, (model, config, extra) in MODELS.items():
             torch.manual_seed(7)
-            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES, **extra)).float()
+            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
                 for parameter in network.parameters():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from sftd.trainer import process
@@ -102,7 +103,7 @@ def main(path: str) -> None:
     layout = SequenceLayout(qkv_format="sbhd", positions=torch.arange(tokens.shape[1]))
     found: dict[str, Any] = {"logits": {}}
     for name, expected in given["expected"].items():
-        model, shape = build(spec, f"{given['models']}/{name}", session)
+        model, shape = build(spec, str(Path(given["models"]) / name), session)
         difference = logits(model, tokens, layout)[:, : shape.vocab_size] - expected
         found["logits"][name] = difference.abs().max().item()
         if name == "llama_tied":

@@ -9,28 +9,38 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.trainer.test_training import real_model  # type: ignore[import-not-found]
+
 if TYPE_CHECKING:
     from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
 
 SCRIPT = Path(__file__).with_name("parity_ranks.py")
-MODELS = ("llama_tied", "llama", "llama3_rope", "mistral", "qwen2", "qwen3")
+MODELS = (
+    *("llama_tied", "llama", "llama2", "llama3_rope", "mistral", "qwen2", "qwen2_untied", "qwen3"),
+    *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
+)
 TOKENS = list(range(3, 51))
 
 
-@pytest.fixture(scope="module")
-def expected(models: Path) -> dict[str, Any]:
-    """Logits of transformers for TOKENS: FP32 [48, vocabulary] as nested lists."""
+def logits_of_transformers(folders: dict[str, Path]) -> dict[str, Any]:
+    """Of each model for TOKENS: FP32 [48, vocabulary]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
         import transformers
 
         found = {}
-        for name in MODELS:
-            model = transformers.AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        for name, folder in folders.items():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             with torch.no_grad():
                 found[name] = model(input_ids=torch.tensor([TOKENS])).logits[0]
         return found
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path) -> dict[str, Any]:
+    """Logits of the tiny models."""
+    return logits_of_transformers({name: models / name for name in MODELS})
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
@@ -49,6 +59,24 @@ def ranks(request: pytest.FixtureRequest, trainer: Trainer, models: Path, expect
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(ranks: dict[str, Any], name: str) -> None:
     assert ranks["logits"][name] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_logits_of_a_real_model_are_those_of_transformers(trainer: Trainer) -> None:
+    import torch
+
+    folder = real_model()
+    attempt = trainer.prepare("parity_real", trainer.spec())
+    given = {
+        "tokens": TOKENS,
+        "models": str(folder.parent),
+        "expected": logits_of_transformers({folder.name: folder}),
+    }
+    torch.save(given, attempt.path / "expected.pt")
+    trainer.finish(attempt, trainer.start(attempt, script=SCRIPT))
+    found = json.loads((attempt.path / "found.json").read_text())["logits"]
+    assert found[folder.name] < 1e-4
 
 
 def test_loss_and_its_gradient_are_those_of_pytorch(ranks: dict[str, Any]) -> None:

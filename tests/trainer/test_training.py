@@ -129,7 +129,7 @@ def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
     assert (bound.train_rows, bound.val_rows, bound.planned_steps) == (37, 11, 6)
     loaded = base.events(ModelLoaded)[0]
     assert loaded.parameters == 4 * (64 * 128 + 64 * 64 + 3 * 64 * 128 + 2 * 64) + 250 * 64 + 64
-    assert loaded.environment["layout"] == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1}
+    assert loaded.environment["layout"] == {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 1}
     assert loaded.environment["OMP_NUM_THREADS"] == "1"
     steps = base.events(StepCompleted)
     order = SampleOrder(37, seed=1234, shuffle=True)

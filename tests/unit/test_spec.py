@@ -166,7 +166,6 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         ("trainer.experiment_name", "a/b", "not a plain name"),
         ("model.megatron.virtual_pipeline_model_parallel_size", 2, "at least 2 ranks"),
         ("model.megatron.sequence_parallel", True, "tensor_model_parallel_size to 2 or more"),
-        ("model.megatron.expert_model_parallel_size", 2, "set it to 1"),
         ("launch.nnodes", 2, "set it to 1"),
         ("data.train_batch_size", 65, "use 64 or 80"),
     ],

@@ -17,6 +17,10 @@ class EventWriter:
         self._stream.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
         self._stream.flush()
 
+    def close(self) -> None:
+        """Close the stream."""
+        self._stream.close()
+
     def progress(self, stage: str, **fields: Any) -> None:
         """Write a `progress` event of the named stage."""
         self.emit("progress", stage=stage, **fields)
