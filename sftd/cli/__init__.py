@@ -23,6 +23,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cancel": ("control", "End a run, with a checkpoint."),
     "daemon": ("daemon", "Take runs from the queue and drive them."),
     "config": ("config", "List every key of a run's config."),
+    "generate": ("generate", "Answer prompts from a checkpoint."),
+    "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
+    "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
 }

@@ -191,8 +191,8 @@ def write_config(settings: Settings, folder: str, data: dict[str, Any], steps: i
 
 def submit(store: Store, config: Path) -> str:
     """Submit the config, as `sftd submit` does."""
-    from sftd.operations import preflight, runs
-    from sftd.wire import specfile
+    from sftd.operations import runs
+    from sftd.wire import preflight, specfile
 
     spec, warnings = specfile.read(str(config), (), os.getcwd())
     found = preflight.inspect(spec)

@@ -71,6 +71,8 @@ def describe(event: Any) -> str:
             return f"{event.cause}: {event.message}"
         case e.RunCancelled():
             return f"by {event.by}"
+        case e.ModelExported():
+            return f"step {event.step}  {output.size(event.bytes)} {event.dtype} to {event.path}"
     return ""
 
 

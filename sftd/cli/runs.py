@@ -34,6 +34,7 @@ HISTORY_TYPES = (
     "RunSucceeded",
     "RunFailed",
     "RunCancelled",
+    "ModelExported",
 )
 
 

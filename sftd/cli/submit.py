@@ -41,8 +41,8 @@ def submit_command(
       sftd submit run.yaml optimizer.lr=1e-5 trainer.max_steps=200
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
-    from sftd.operations import preflight, runs
-    from sftd.wire import specfile
+    from sftd.operations import runs
+    from sftd.wire import preflight, specfile
 
     if file is not None and config is not None:
         overrides = (config, *overrides)

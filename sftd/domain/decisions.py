@@ -105,8 +105,7 @@ def end_attempt(
     """
     missing = shortfall(run)
     if missing is None:
-        final = next(c for c in run.checkpoints if c.step == run.planned_steps)
-        return [e.RunSucceeded(steps=run.step, tokens=run.tokens_counted, final_checkpoint=final.path)]
+        return [_success(run)]
     if run.stop_by is not None:
         return [e.RunCancelled(by=run.stop_by)]
     if exit_code == 0:
@@ -122,18 +121,46 @@ def end_attempt(
     else:
         verdict = None
     retry_at = None if verdict else now + int(backoff_seconds(fruitless, backoff_base) * MICROS)
-    ended: e.Event
-    if lost:
-        ended = e.AttemptLost(message=failure.message, retry_at=retry_at)
-    else:
-        ended = e.AttemptFailed(
-            cause=failure.cause,
-            message=failure.message,
-            exit_code=exit_code,
-            evidence=failure.evidence,
-            retry_at=retry_at,
-        )
+    ended = _attempt_ended(exit_code, failure, lost, retry_at)
     return [ended, verdict] if verdict else [ended]
+
+
+def end_direct_attempt(
+    run: Run, *, exit_code: int | None, failure: Failure, lost: bool, stopped_by: str | None
+) -> list[e.Event]:
+    """An attempt that a person started without a daemon is over: nobody tries again, unless the person does.
+
+    The log decides success, as in `end_attempt`. `stopped_by` is who had it end at a step boundary.
+    """
+    missing = shortfall(run)
+    if missing is None:
+        return [_success(run)]
+    if stopped_by is not None:
+        stop = e.StopRequested(by=stopped_by, reason="the training command was interrupted")
+        return [stop, e.RunCancelled(by=stopped_by)]
+    if exit_code == 0:
+        failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
+    verdict = e.RunFailed(cause="lost" if lost else failure.cause, message=failure.message)
+    return [_attempt_ended(exit_code, failure, lost, None), verdict]
+
+
+def _success(run: Run) -> e.RunSucceeded:
+    final = next(c for c in run.checkpoints if c.step == run.planned_steps)
+    return e.RunSucceeded(steps=run.step, tokens=run.tokens_counted, final_checkpoint=final.path)
+
+
+def _attempt_ended(
+    exit_code: int | None, failure: Failure, lost: bool, retry_at: e.Micros | None
+) -> e.AttemptFailed | e.AttemptLost:
+    if lost:
+        return e.AttemptLost(message=failure.message, retry_at=retry_at)
+    return e.AttemptFailed(
+        cause=failure.cause,
+        message=failure.message,
+        exit_code=exit_code,
+        evidence=failure.evidence,
+        retry_at=retry_at,
+    )
 
 
 # The numbers of a step that a redo must reproduce bit for bit.

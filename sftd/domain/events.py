@@ -230,6 +230,17 @@ class RunCancelled(Event, frozen=True):
     by: str
 
 
+class ModelExported(Event, frozen=True):
+    """The model of a checkpoint was written as a Hugging Face folder. `digest` is a sha256 over its files, `dtype` that of
+    its weights."""
+
+    step: int
+    path: str
+    bytes: int
+    digest: str
+    dtype: str
+
+
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
 
 

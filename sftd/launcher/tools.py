@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -23,19 +24,27 @@ class ToolFailed(SftdError):
         self.exit_code = exit_code
 
 
-def run_tool(module: str, arguments: list[str], on_progress: Progress) -> dict[str, Any]:
-    """Run `python -m sftd.trainer.<module> ARGUMENTS…`. Each JSON line it prints goes to `on_progress`; the last one
-    is returned. Raises `ToolFailed` with what it wrote to stderr: exit code 2 is a refusal, anything else a failure."""
+def run_tool(
+    module: str, arguments: list[str], on_progress: Progress, request: bytes | None = None
+) -> dict[str, Any]:
+    """Run `python -m sftd.trainer.<module> ARGUMENTS…`, with `request` as its standard input, which it must read before
+    it reports anything. Each JSON line it prints goes to `on_progress`; the last one is returned. Raises `ToolFailed` with what it wrote to stderr: exit code 2 is a refusal, anything else a failure."""
     argv = [sys.executable, "-m", f"sftd.trainer.{module}", *arguments]
     last: dict[str, Any] = {}
+    stdin = subprocess.DEVNULL if request is None else subprocess.PIPE
     with subprocess.Popen(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         errors: list[str] = []
         assert process.stdout is not None
         assert process.stderr is not None
         drain = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
         drain.start()
+        if process.stdin is not None:
+            # A tool that died before it read this says why on stderr.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write((request or b"").decode())
+                process.stdin.close()
         for line in process.stdout:
             try:
                 last = msgspec.json.decode(line, type=dict[str, Any])

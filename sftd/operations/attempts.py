@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -17,10 +16,8 @@ from sftd.operations.context import Context, append_decided, current
 from sftd.store import event_store, positions, queue
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
+from sftd.wire import journal
 from sftd.wire.journal import Line
-
-# Names event ids of journal lines: ingesting a line twice gives the same id twice.
-_JOURNAL_NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -127,7 +124,7 @@ def record(
                 continue
             item = e.NewEvent(
                 event=line.event,
-                event_id=str(uuid.uuid5(_JOURNAL_NAMESPACE, f"{lease.run_id}/{lease.attempt}/{line.number}")),
+                event_id=journal.event_id(lease.run_id, lease.attempt, line.number),
                 occurred_at=line.occurred_at,
                 actor="trainer",
                 attempt=lease.attempt,

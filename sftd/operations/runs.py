@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import msgspec
-
-import sftd
 from sftd.domain import decisions, names
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.events import RunSubmitted
 from sftd.domain.run import ENDED, Run
-from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
-from sftd.operations.preflight import Preflight
 from sftd.store import queue
 from sftd.store.engine import Store
 from sftd.store.runs import resolve_id
+from sftd.wire import preflight
+from sftd.wire.preflight import Preflight
 
 
 def submit(
     store: Store, context: Context, spec: Spec, found: Preflight, warnings: list[Problem], user: str
 ) -> str:
     """Record a run and queue it. Returns its id."""
-    submitted = RunSubmitted(
-        spec=msgspec.to_builtins(spec),
-        spec_digest=spec_digest(spec),
-        planned_steps=found.planned_steps,
-        user=user,
-        data={
-            "train": msgspec.to_builtins(found.train),
-            "val": msgspec.to_builtins(found.val) if found.val else None,
-        },
-        model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
-        sftd_version=sftd.__version__,
-        warnings=[str(w) for w in warnings],
-    )
+    submitted = preflight.submission(spec, found, warnings, user)
     # 2^28 names: a name that is taken raises ConcurrencyConflict, and the user submits again.
     run_id = names.run_id(context.random(4))
     with store.write() as tx:

@@ -109,6 +109,12 @@ def last_position(connection: sa.Connection) -> int:
     return connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0
 
 
+def event_types(connection: sa.Connection, run_id: str) -> dict[str, str]:
+    """Event id → type name, of one run's events in order; nothing is decoded."""
+    query = sa.select(events.c.event_id, events.c.type).where(events.c.run_id == run_id)
+    return {row.event_id: row.type for row in connection.execute(query.order_by(events.c.version))}
+
+
 def raw_rows(
     connection: sa.Connection,
     run_id: str,

@@ -1,4 +1,5 @@
-"""`python -m sftd.trainer ATTEMPT_DIR`: one rank of an attempt, started by torchrun.
+"""`python -m sftd.trainer ATTEMPT_DIR`: one rank of an attempt that a daemon ordered, started by torchrun.
+`python -m sftd.trainer [CONFIG] [KEY=VALUE]...`: one rank of a run that a person starts without a daemon.
 
 Kept this small, and guarded, because Python's spawned helper processes import the main module again.
 """
@@ -9,9 +10,15 @@ if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from sftd.trainer.process import prepare
+    from sftd.wire.attempt_dir import AttemptDir
 
     prepare()
 
-    from sftd.trainer.loop import run
+    if len(sys.argv) == 2 and AttemptDir(sys.argv[1]).order_file.is_file():
+        from sftd.trainer.loop import run
 
-    record(run)(sys.argv[1])
+        record(run)(sys.argv[1])
+    else:
+        from sftd.trainer.direct import main
+
+        record(main)(sys.argv[1:])

@@ -35,7 +35,7 @@ class Generator:
                 folder, trust_remote_code=spec.model.trust_remote_code
             )
         except Exception as error:  # a tokenizer folder can fail in any way
-            raise UserError(f"trainer.sample_prompts needs the tokenizer of {folder}: {error}") from error
+            raise UserError(f"the prompts need the tokenizer of {folder}: {error}") from error
         self._stops = {self._tokenizer.eos_token_id} | _generation_stops(folder)
         self._prompts = {prompt: self._checked(prompt, vocab_size) for prompt in spec.trainer.sample_prompts}
         self._limit = spec.trainer.sample_max_tokens
@@ -54,9 +54,9 @@ class Generator:
         try:
             ids = self._encode(prompt)
         except Exception as error:  # a chat template is a program
-            raise UserError(f"trainer.sample_prompts: {prompt!r}: {type(error).__name__}: {error}") from error
+            raise UserError(f"the prompt {prompt!r}: {type(error).__name__}: {error}") from error
         if not ids or max(ids) >= vocab_size:
-            raise UserError(f"trainer.sample_prompts: {prompt!r} makes no tokens that the model knows")
+            raise UserError(f"the prompt {prompt!r} makes no tokens that the model knows")
         return ids
 
     def _encode(self, prompt: str) -> list[int]:

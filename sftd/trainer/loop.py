@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,13 +33,13 @@ from sftd.wire.dataset import files_digest
 from sftd.wire.model_folder import read_shape
 
 
-def run(attempt_path: str) -> None:
-    """Train as the attempt's order says. The entry point of every rank."""
+def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter] = Reporter) -> None:
+    """Train as the attempt's order says. The entry point of every rank. `make_reporter` makes what takes the events."""
     started = time.perf_counter()
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     session = sessions.start(order.spec)
-    reporter = Reporter(attempt, session.layout.reports)
+    reporter = make_reporter(attempt, session.layout.reports)
     try:
         Attempt(attempt, order, session, reporter, started).run()
         reporter.flush()

@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from types import FrameType
 
+from sftd.domain.spec import Spec
+
 _PR_SET_PDEATHSIG = 1
 
 # (message, category, module) of warnings that third-party code raises on every start and that nobody can act on here.
@@ -48,13 +50,36 @@ _stop_signalled = threading.Event()
 
 def prepare() -> None:
     """Prepare this process: die with torchrun, stop cleanly on SIGTERM, quiet what is known, deterministic cuBLAS."""
-    die_with_parent()
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    stop_on(signal.SIGTERM)
     quiet_third_parties()
-    # Both are read once, when CUDA starts. Deterministic mode raises without the first; the second lets Megatron's
-    # tensor-parallel communication overlap with computing.
+    set_cuda_defaults()
+
+
+def set_cuda_defaults() -> None:
+    """Settings that are read once, when CUDA starts."""
+    # Deterministic mode raises without the first; the second lets Megatron's tensor-parallel communication overlap
+    # with computing.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def use_single_process_defaults() -> None:
+    """Make this process the only rank of its world, unless torchrun has said otherwise."""
+    if "RANK" not in os.environ:
+        # Port 0 is any that is free.
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+        os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def device_kind(spec: Spec) -> str:
+    """`cpu` or `cuda`: what the spec asks for, or what the daemon or this host offers."""
+    if spec.launch.device != "auto":
+        return spec.launch.device
+    import torch
+
+    return os.environ.get("SFTD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def die_with_parent() -> None:
@@ -77,12 +102,17 @@ def _is_torchrun(pid: int) -> bool:
         return False
 
 
-def _on_sigterm(_signal: int, _frame: FrameType | None) -> None:
+def stop_on(number: signal.Signals) -> None:
+    """Have a signal end training at the next step boundary, after a checkpoint."""
+    signal.signal(number, _on_stop_signal)
+
+
+def _on_stop_signal(_signal: int, _frame: FrameType | None) -> None:
     _stop_signalled.set()
 
 
 def stop_signalled() -> bool:
-    """Whether this process got SIGTERM."""
+    """Whether this process got a signal that ends training."""
     return _stop_signalled.is_set()
 
 

@@ -16,6 +16,7 @@ import sftd
 from sftd.domain.spec import Spec
 from sftd.trainer import experts
 from sftd.trainer.errors import UserError
+from sftd.trainer.process import device_kind
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,7 @@ def _chunks(spec: Spec) -> int:
 
 
 def _device(spec: Spec) -> torch.device:
-    wanted: str = spec.launch.device
-    if wanted == "auto":
-        wanted = os.environ.get("SFTD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cpu":
+    if device_kind(spec) == "cpu":
         return torch.device("cpu")
     index = int(os.environ["LOCAL_RANK"])
     if index >= torch.cuda.device_count():

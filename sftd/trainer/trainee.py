@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from sftd.domain.layout import ModelShape
@@ -141,6 +142,15 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     return Trainee(
         shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
     )
+
+
+def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GPTModel]) -> Trainee:
+    """Loaded chunks that only answer: without gradients and optimizer, so `step` fails."""
+    config = models.transformer_config(spec, shape, session)
+    model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    nothing: Any = None
+    return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0)
 
 
 def _count_parameters(chunks: list[GPTModel], session: Session) -> int:

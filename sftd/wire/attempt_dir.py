@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from sftd.domain.events import Micros
 from sftd.domain.spec import Spec
 
 
@@ -40,12 +41,15 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
     """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not.
-    `devices` are those it was given."""
+    `devices` are those it was given. A run made directly, without a daemon that records the launch, tells more:
+    `argv`, and `started_at`, when the attempt began."""
 
     pid: int
     create_time: float
     host: str
     devices: list[str] = []
+    argv: list[str] = []
+    started_at: Micros = 0
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -135,6 +139,16 @@ class AttemptDir:
         except (FileNotFoundError, ValueError):
             return None
 
+    def write_exit_code(self, code: int) -> None:
+        """Record how the attempt ended, where no shell round torchrun does."""
+        write_atomic(self.exit_file, f"{code}\n".encode())
+
+    def write_rank_error(self, local_rank: int, error: str) -> None:
+        """Record why a rank failed, as JSON in torchelastic's form, where torchrun's own folder is elsewhere."""
+        folder = self.ranks_dir / "direct" / "attempt_0" / str(local_rank)
+        make_private(folder)
+        write_atomic(folder / "error.json", error.encode())
+
     def request_stop(self) -> None:
         """Ask the trainer to checkpoint at the next step boundary and end."""
         self.stop_file.touch(mode=0o600)
@@ -142,6 +156,11 @@ class AttemptDir:
     def stop_requested(self) -> bool:
         """Whether the trainer was asked to end."""
         return self.stop_file.exists()
+
+
+def attempt_dir(run: Path, number: int) -> AttemptDir:
+    """Folder of attempt `number` (from 1) in a run's folder."""
+    return AttemptDir(run / f"attempt-{number:04d}")
 
 
 class RunDir:
@@ -152,7 +171,7 @@ class RunDir:
 
     def attempt(self, number: int) -> AttemptDir:
         """Folder of attempt `number` (from 1)."""
-        return AttemptDir(self.path / f"attempt-{number:04d}")
+        return attempt_dir(self.path, number)
 
     def checkpoint_dir(self, save_dir: str) -> Path:
         """Folder of the run's checkpoints; a run never shares one with another."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from sftd.domain.errors import JournalCorrupt
 from sftd.domain.events import Event, Micros
 
 FSYNC_SECONDS = 1.0
+# Names the ids of journal lines: ingesting a line twice gives the same id twice.
+_NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
+
+
+def event_id(run_id: str, attempt: int, line: int | str) -> str:
+    """The id of an event: of a journal's line by its number, of another fact about the attempt by its name."""
+    return str(uuid.uuid5(_NAMESPACE, f"{run_id}/{attempt}/{line}"))
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

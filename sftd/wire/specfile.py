@@ -94,12 +94,12 @@ def _absolute(path: str, base: str) -> str:
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
 
-def read(path: str, arguments: Iterable[str], base: str) -> tuple[Spec, list[Problem]]:
+def read(path: str | None, arguments: Iterable[str], base: str) -> tuple[Spec, list[Problem]]:
     """Read a spec file and overrides into a resolved spec whose paths are absolute, relative ones taken from `base`.
 
-    Returns the spec and its warnings. Raises `Refused`.
+    Without a file the overrides say everything. Returns the spec and its warnings. Raises `Refused`.
     """
-    spec, warnings = parse(load_file(path), parse_overrides(arguments))
+    spec, warnings = parse(load_file(path) if path is not None else {}, parse_overrides(arguments))
     replace = msgspec.structs.replace
     return (
         replace(

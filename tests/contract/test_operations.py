@@ -16,12 +16,12 @@ from sftd.launcher import processes
 from sftd.operations import attempts, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
-from sftd.operations.preflight import Preflight
 from sftd.projections import views
 from sftd.store import daemons, queue
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.wire.journal import Line
+from sftd.wire.preflight import Preflight
 
 LEASE = 30_000_000
 SPEC = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]), trainer=Trainer(max_steps=3))

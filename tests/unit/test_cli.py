@@ -90,12 +90,30 @@ def test_unknown_command_names_the_nearest() -> None:
     assert "Did you mean `sftd submit`?" in shown.output
 
 
-@pytest.mark.parametrize("command", ["show", "events", "logs", "resume", "cancel"])
+@pytest.mark.parametrize("command", ["show", "events", "logs", "resume", "cancel", "generate -p x", "export"])
 def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
-    shown = CliRunner().invoke(main, [command, "no-such-run"])
+    more = ["somewhere"] if command == "export" else []
+    shown = CliRunner().invoke(main, [*command.split(), "no-such-run", *more])
     assert shown.exit_code == 2
     assert "There is no run 'no-such-run'" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "r"], "Missing option '-p' / '--prompt'"),
+        (["import", "nowhere"], "it has no run.json"),
+        (["export", "r"], "Missing argument 'DIR'"),
+    ],
+)
+def test_what_a_command_lacks_is_said(
+    arguments: list[str], said: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 2
+    assert said in shown.stderr.replace("\n", " ")
 
 
 def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

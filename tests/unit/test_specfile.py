@@ -175,3 +175,10 @@ def test_relative_paths_are_taken_from_the_base(spec_file: Path) -> None:
     assert spec.data.val_files == [str(Path.home() / "v.parquet")]
     assert spec.checkpoint.save_dir == "/base/here/ck"
     assert specfile.read(str(spec_file), [], "/base")[0].checkpoint.save_dir == ""
+
+
+def test_without_a_file_the_overrides_say_everything() -> None:
+    spec, _ = specfile.read(None, ["model.partial_pretrain=m", "data.train_files=t.parquet"], "/base")
+    assert (spec.model.partial_pretrain, spec.data.train_files) == ("/base/m", ["/base/t.parquet"])
+    with pytest.raises(Refused, match="is not set"):
+        specfile.read(None, [], "/base")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,20 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
 
 from sftd.domain.layout import ModelShape
-from sftd.domain.spec import Megatron, Spec
-from sftd.trainer import device_mode, experts, megatron_edges, weights
+from sftd.domain.spec import Spec
 from sftd.trainer import manifest as manifests
-from sftd.trainer import model as models
-from sftd.trainer.errors import CheckpointInvalid, UserError
+from sftd.trainer import session as sessions
+from sftd.trainer import weights
+from sftd.trainer.errors import UserError
 from sftd.trainer.export.shards import write_shards
+from sftd.trainer.load_model import one_rank, read_model, verify
 from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.session import Layout, Session
 from sftd.wire.attempt_dir import fsync_dir
 from sftd.wire.model_folder import exported_config, read_shape
 
@@ -51,9 +47,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new or an empty folder")
     events.progress("verify", path=str(checkpoint))
-    manifest = manifests.read(checkpoint, digest)
-    if damage := manifests.find_damage(checkpoint, manifest.files):
-        raise CheckpointInvalid(f"{checkpoint}: {damage}")
+    manifest = verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
     partial = out.with_name(out.name + ".partial")
@@ -66,10 +60,14 @@ def export(
         for path in sorted({path for pattern in _COPIED for path in Path(folder).glob(pattern)}):
             if path.is_file():
                 shutil.copyfile(path, partial / path.name)
-        with _one_rank(getattr(torch, manifest.dtype)) as session:
+        session = one_rank(spec, device="cpu", dtype=manifest.dtype)
+        try:
             events.progress("load", path=str(checkpoint))
-            model = _load(spec, shape, session, checkpoint, partial)
+            (model,) = read_model(spec, shape, session, checkpoint)
+            _check_space(model, partial)
             parameters = write_shards(partial, _tensors(model, shape, events), shard_bytes)
+        finally:
+            sessions.close()
         events.progress("digest", path=str(partial))
         entries = manifests.describe(partial, manifests.list_files(partial))
         for entry in entries:
@@ -95,43 +93,12 @@ def export(
     }
 
 
-@contextlib.contextmanager
-def _one_rank(dtype: torch.dtype) -> Iterator[Session]:
-    """A process group of this process alone, on the CPU."""
-    device_mode.install()
-    megatron_edges.install_for_cpu()
-    experts.install_for_cpu(torch.cuda.current_stream())
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-        layout = Layout(tp=1, pp=1, vpp=1, cp=1, dp=1, tp_rank=0, pp_rank=0, dp_rank=0)
-        yield Session(torch.device("cpu"), dtype, layout)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
-def _load(
-    spec: Spec, shape: ModelShape, session: Session, checkpoint: Path, partial: Path
-) -> torch.nn.Module:
-    """The whole model out of a verified checkpoint of any layout, without its optimizer.
-
-    Raises `UserError` when the disk is too small for the weights.
-    """
-    alone = msgspec.structs.replace(spec.model, megatron=Megatron())
-    config = models.transformer_config(msgspec.structs.replace(spec, model=alone), shape, session)
-    (model,) = models.build(config, shape, session)
+def _check_space(model: torch.nn.Module, partial: Path) -> None:
     need = sum(parameter.nbytes for parameter in model.parameters())
     if (free := shutil.disk_usage(partial).free) < need:
         raise UserError(
             f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
         )
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = model.sharded_state_dict(metadata={"dp_cp_group": group, "singleton_local_shards": False})
-    loaded = dist_checkpointing.load({"model": state}, str(checkpoint))["model"]
-    model.load_state_dict({k: v for k, v in loaded.items() if not k.endswith("_extra_state")})
-    return model
 
 
 @torch.no_grad()

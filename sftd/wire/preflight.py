@@ -7,9 +7,11 @@ from pathlib import Path
 
 import msgspec
 
+import sftd
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
-from sftd.domain.spec import Spec
+from sftd.domain.spec import Spec, spec_digest
 from sftd.wire import dataset, model_folder
 
 
@@ -86,3 +88,20 @@ def inspect(spec: Spec) -> Preflight:
             )
         )
     return Preflight(shape, train, val, planned, warnings)
+
+
+def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str) -> RunSubmitted:
+    """The event that begins a run: what was asked for, and what was found in its files."""
+    return RunSubmitted(
+        spec=msgspec.to_builtins(spec),
+        spec_digest=spec_digest(spec),
+        planned_steps=found.planned_steps,
+        user=user,
+        data={
+            "train": msgspec.to_builtins(found.train),
+            "val": msgspec.to_builtins(found.val) if found.val else None,
+        },
+        model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
+        sftd_version=sftd.__version__,
+        warnings=[str(w) for w in warnings],
+    )

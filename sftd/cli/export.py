@@ -1,0 +1,53 @@
+"""`sftd export`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from sftd.cli import app, output
+
+
+@click.command("export")
+@click.argument("run")
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option(
+    "--step", type=click.IntRange(min=1), help="Export this step's checkpoint; the last if not given."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export_command(run: str, directory: str, step: int | None, as_json: bool) -> None:
+    """Write the model of a published checkpoint of RUN to DIR, as a Hugging Face folder.
+
+    Weights (safetensors), config and tokenizer, whatever layout the run was trained in. The checkpoint is verified
+    first; DIR must be new or empty.
+
+    \b
+    Example:
+      sftd export brave-otter ./my-model
+      sftd export brave-otter ./my-model --step 100
+    """
+    from sftd.cli.generate import with_stages
+    from sftd.cli.order_file import order_file
+    from sftd.domain.errors import Problem, Refused
+    from sftd.domain.events import ModelExported
+    from sftd.launcher.tools import run_tool
+    from sftd.operations import checkpoints
+
+    store = app.open_store(app.read_settings())
+    found, checkpoint = checkpoints.find(store, run, step)
+    path = os.path.abspath(directory)
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
+    with order_file(found, checkpoint) as order:
+        arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
+        done = with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
+    exported = ModelExported(
+        step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
+    )
+    checkpoints.record_export(store, app.context(), found.run_id, exported)
+    if as_json:
+        fields = {"run_id": found.run_id, "step": exported.step, "path": path, "bytes": exported.bytes}
+        click.echo(output.json_line(fields | {"digest": exported.digest, "dtype": exported.dtype}))
+    else:
+        click.echo(f"wrote {path}: {output.size(exported.bytes)}, {exported.dtype}")

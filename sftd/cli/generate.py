@@ -1,0 +1,98 @@
+"""`sftd generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from sftd.cli import app, output
+
+
+@click.command("generate")
+@click.argument("run")
+@click.option(
+    "--step", type=click.IntRange(min=1), help="Answer from this step's checkpoint; the last if not given."
+)
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    required=True,
+    help="What to answer; repeatable; - reads stdin.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer."
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What to compute on; auto is a GPU where there is one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of answers.")
+def generate_command(
+    run: str, step: int | None, prompts: tuple[str, ...], max_tokens: int, device: str, as_json: bool
+) -> None:
+    """Answer prompts from a published checkpoint of RUN, greedily, each as a user's message in the chat template.
+
+    The checkpoint is verified first. Answers go to stdout, everything else to stderr.
+
+    \b
+    Example:
+      sftd generate brave-otter --prompt "What is the capital of France?"
+      sftd generate brave-otter --step 100 --prompt - --max-tokens 64 < question.txt
+    """
+    import msgspec
+
+    from sftd.cli.order_file import order_file
+    from sftd.launcher.tools import run_tool
+    from sftd.operations import checkpoints
+
+    found, checkpoint = checkpoints.find(app.open_store(app.read_settings()), run, step)
+    if list(prompts).count("-") > 1:
+        raise click.UsageError("Only one --prompt can be read from stdin.")
+    texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
+    if not all(text.strip() for text in texts):
+        raise click.UsageError("A --prompt is empty.")
+    with order_file(found, checkpoint) as order:
+        arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
+        arguments += ["--device", device, "--max-tokens", str(max_tokens)]
+        title = f"{found.run_id}, step {checkpoint.step}"
+        done = with_stages(title, "answer", arguments, run_tool, msgspec.json.encode(texts))
+    answers = done["answers"]
+    if as_json:
+        click.echo(output.json_line(answers))
+        return
+    for i, answer in enumerate(answers):
+        if len(answers) > 1:
+            click.echo(click.style(f"{'' if i == 0 else chr(10)}> {answer['prompt']}", dim=True))
+        click.echo(answer["text"])
+        if not answer["stopped"]:
+            output.note(f"(cut after {answer['tokens']} tokens; --max-tokens allows more)")
+
+
+def with_stages(
+    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
+) -> dict[str, Any]:
+    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
+    console = output.console(stderr=True)
+    with console.status(output.escape(f"{title}: starting")) as status:
+        last = ""
+
+        def show(line: dict[str, Any]) -> None:
+            nonlocal last
+            stage = str(line.get("stage", ""))
+            if line.get("event") != "progress" or stage == last:
+                return
+            last = stage
+            if console.is_terminal:
+                status.update(output.escape(f"{title}: {stage}"))
+            else:
+                output.note(f"{title}: {stage}")
+
+        done: dict[str, Any] = run_tool(module, arguments, show, request)
+        return done

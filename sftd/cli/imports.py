@@ -1,0 +1,48 @@
+"""`sftd import`."""
+
+from __future__ import annotations
+
+import click
+
+from sftd.cli import app, output
+
+
+@click.command("import")
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option("--json", "as_json", is_flag=True, help="Print id, status and number of new events as JSON.")
+def import_command(directory: str, quiet: bool, as_json: bool) -> None:
+    """Take the run in DIR, which was trained without a daemon, into the event store.
+
+    DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Importing
+    again adds what is new; a run that is being trained is refused until it has ended. Nothing in DIR is changed, and
+    its checkpoints stay where they are. Only if `sftd resume` goes on with the run, a daemon deletes those of them
+    that `checkpoint.keep_last`, `keep_best` and `keep_every` do not keep, as the training command itself does.
+
+    \b
+    Example:
+      torchrun --nproc-per-node=8 -m sftd.trainer run.yaml checkpoint.save_dir=out trainer.experiment_name=first
+      sftd import out/first
+    """
+    from sftd.operations import imports
+
+    settings = app.read_settings()
+    app.make_home(settings)
+    done = imports.take_in(app.open_store(settings), app.context(), directory)
+    run = done.run
+    if not quiet:
+        for path in done.missing:
+            output.warn(f"the checkpoint {path} is not there: it can be neither resumed from nor exported")
+    if as_json:
+        fields = {"run_id": run.run_id, "status": run.status, "new_events": done.new_events}
+        click.echo(output.json_line(fields))
+    elif quiet:
+        click.echo(run.run_id)
+    else:
+        count = f"{done.new_events} new events" if done.new_events else "nothing new"
+        out = output.console()
+        out.print(
+            f"[bold]{run.run_id}[/]: {count}; {run.status}, at step {run.step} of {run.planned_steps}",
+            soft_wrap=True,
+        )
+        out.print(f"Look at it with [bold]sftd show {run.run_id}[/]")

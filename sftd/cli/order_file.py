@@ -1,0 +1,34 @@
+"""What a tool process needs to know of a run: an order, as the trainer reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sftd.domain.run import CheckpointInfo, Run
+
+
+@contextmanager
+def order_file(run: Run, checkpoint: CheckpointInfo) -> Iterator[str]:
+    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone."""
+    from sftd.wire.attempt_dir import AttemptDir, Order
+
+    with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
+        directory = AttemptDir(Path(folder) / "attempt")
+        directory.create(
+            Order(
+                run_id=run.run_id,
+                attempt=run.attempt,
+                token="",
+                spec=run.spec,
+                planned_steps=run.planned_steps,
+                checkpoint_dir=str(Path(checkpoint.path).parent),
+                checkpoint=checkpoint.path,
+                checkpoint_digest=checkpoint.manifest_digest,
+            )
+        )
+        yield str(directory.order_file)

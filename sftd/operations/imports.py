@@ -1,0 +1,83 @@
+"""Taking runs that were made directly, without a daemon, into the log."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from itertools import batched
+from pathlib import Path
+
+import msgspec
+
+from sftd.domain import events as e
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.run import Run
+from sftd.operations.context import Context, current
+from sftd.store import event_store, queue
+from sftd.store.engine import Store, Tx
+from sftd.wire.direct_run import DirectRun, History, Submission, read_history
+
+_EVENTS_PER_INSERT = 500
+# Only the log holds these when a daemon went on with an imported run.
+_GONE_ON = (e.ResumeRequested.__name__, e.AttemptClaimed.__name__)
+
+
+class Imported(msgspec.Struct, frozen=True):
+    """What an import did. `missing` are folders of checkpoints that the history names and that are not there."""
+
+    run: Run
+    new_events: int
+    missing: list[str]
+
+
+def take_in(store: Store, context: Context, folder: str) -> Imported:
+    """Append what the folder of a direct run tells and the log does not hold yet; nothing the second time.
+
+    Nothing in the folder is changed. Raises `Refused` when it is no run's, lives, or when a daemon has gone on with
+    the run since the last import and the folder has, too.
+    """
+    run = DirectRun(Path(folder).resolve())
+    if not run.submission_file.is_file():
+        what = f"{folder} is not the folder of a run that was trained without a daemon: it has no run.json"
+        raise Refused(Problem("DIR", what, "give the folder that the training command named"))
+    with closing(run.hold()):
+        submission = run.submission()
+        assert submission is not None
+        history = read_history(run, submission)
+        with store.write() as tx:
+            known = event_store.event_types(tx.connection, submission.run_id)
+            new = [n for n in history.events if n.event_id not in known]
+            if new:
+                _refuse_another_history(known, history, new, submission)
+                _append(tx, context, submission.run_id, len(known), new)
+            if not known:
+                # It waits for nobody, but `sftd resume` may queue it.
+                queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, context.now())
+                queue.leave(tx, submission.run_id)
+            found = current(tx.connection, submission.run_id)
+    missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
+    return Imported(found, len(new), missing)
+
+
+def _append(tx: Tx, context: Context, run_id: str, version: int, new: list[e.NewEvent]) -> None:
+    for part in batched(new, _EVENTS_PER_INSERT):
+        version = event_store.append(tx, run_id, version, part, context.now())[-1].version
+
+
+def _refuse_another_history(
+    known: dict[str, str], history: History, new: list[e.NewEvent], submission: Submission
+) -> None:
+    run_id = submission.run_id
+    ids = [n.event_id for n in history.events]
+    if known and ids[0] not in known:
+        what = "is the id of another run in this database"
+        raise Refused(Problem(run_id, what, "import it into another database (SFTD_DATABASE_URL)"))
+    of_folder = set(ids)
+    gone_on = any(name in _GONE_ON for key, name in known.items() if key not in of_folder)
+    if gone_on or [n.event_id for n in new] != ids[len(ids) - len(new) :]:
+        raise Refused(
+            Problem(
+                run_id,
+                "went on in the log and in its folder, each by itself, since it was imported",
+                f"go on with one of them: `sftd resume {run_id}`, or the folder under another trainer.experiment_name",
+            )
+        )

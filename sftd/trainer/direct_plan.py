@@ -1,0 +1,204 @@
+"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt goes on."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from sftd.domain import names
+from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.run import Run
+from sftd.domain.spec import Spec, spec_digest
+from sftd.trainer import process
+from sftd.trainer.progress_lines import tell
+from sftd.wire import preflight, specfile
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+from sftd.wire.direct_run import DirectRun, Hold, Submission, read_history
+from sftd.wire.journal import now_micros
+from sftd.wire.preflight import Preflight
+
+_DEFAULT_SAVE_DIR = "sftd-runs"
+_REFUSED = 2
+
+
+def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
+    """Check everything and write the order of the next attempt.
+
+    Returns its folder, or "" when there is nothing to train; the exit code then; and the hold on the run.
+    """
+    hold = None
+    try:
+        spec, warnings = _read_spec(arguments)
+        _check_devices(spec)
+        found = preflight.inspect(spec)
+        run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
+        hold = run.hold()
+        attempt = _begin(run, spec, found, [*warnings, *found.warnings])
+        if attempt is None:
+            return "", 0, hold
+        hold.share()
+        return str(attempt.path), 0, hold
+    except SftdError as error:
+        _tell_error(error)
+        return "", _REFUSED if isinstance(error, Refused) else 1, hold
+
+
+def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
+    """The spec of CONFIG and KEY=VALUE in the world that torchrun made."""
+    config, overrides = None, list(arguments)
+    if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
+        config, *overrides = overrides
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
+    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    if not spec.checkpoint.save_dir:
+        folder = str(Path.cwd() / _DEFAULT_SAVE_DIR)
+        checkpoint = msgspec.structs.replace(spec.checkpoint, save_dir=folder)
+        spec = msgspec.structs.replace(spec, checkpoint=checkpoint)
+    return spec, warnings
+
+
+def _check_devices(spec: Spec) -> None:
+    """Raises `Refused` when there are fewer GPUs than ranks here."""
+    if process.device_kind(spec) == "cpu":
+        return
+    import torch
+
+    if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
+        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
+        mend = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
+        raise Refused(Problem("launch.device", what, mend))
+
+
+def _run_name(spec: Spec) -> str:
+    return spec.trainer.experiment_name or f"run-{spec_digest(spec)[:12]}"
+
+
+def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]) -> AttemptDir | None:
+    """Write the order of the run's next attempt. None when the run has succeeded. Raises `Refused`."""
+    submission = run.submission()
+    if submission is None:
+        user = _user()
+        event = preflight.submission(spec, found, warnings, user)
+        submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
+        run.write_submission(submission)
+    state = read_history(run, submission).run
+    _refuse_changes(run, state, spec, found)
+    say = f"sftd: run {state.run_id} in {run.path}\n"
+    if state.status == "succeeded":
+        tell(
+            f"{say}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
+            "For another run, give another trainer.experiment_name.\n"
+        )
+        return None
+    checkpoint = state.restart_checkpoint
+    attempt = run.attempt(run.attempts() + 1)
+    attempt.create(
+        Order(
+            run_id=state.run_id,
+            attempt=run.attempts() + 1,
+            token=uuid.uuid4().hex,
+            spec=spec,
+            planned_steps=state.planned_steps,
+            checkpoint_dir=str(run.checkpoint_dir),
+            checkpoint=checkpoint.path if checkpoint else None,
+            checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
+            train_digest=state.train_digest,
+            val_digest=state.val_digest,
+        )
+    )
+    attempt.write_process(_identity(spec))
+    start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
+    how = "goes on" if state.attempt else "starts"
+    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {state.planned_steps} steps\n"
+    say += "".join(f"warning: {warning}\n" for warning in warnings)
+    tell(say)
+    return attempt
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _identity(spec: Spec) -> ProcessFile:
+    """torchrun, or this process where there is no torchrun."""
+    leader = psutil.Process(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    kind = process.device_kind(spec)
+    return ProcessFile(
+        pid=leader.pid,
+        create_time=leader.create_time(),
+        host=socket.gethostname(),
+        devices=[f"{kind}:{i}" for i in range(spec.nproc_per_node)],
+        argv=leader.cmdline(),
+        started_at=now_micros(),
+    )
+
+
+def _layout(spec: Spec) -> str:
+    m = spec.model.megatron
+    sizes = [("TP", m.tensor_model_parallel_size), ("PP", m.pipeline_model_parallel_size)]
+    sizes += [("VPP", m.virtual_pipeline_model_parallel_size or 1), ("CP", m.context_parallel_size)]
+    sizes += [("EP", m.expert_model_parallel_size), ("DP", spec.data_parallel_size)]
+    shown = " × ".join(f"{name}{size}" for name, size in sizes if size > 1)
+    ranks = f"{spec.world_size} rank" + "s" * (spec.world_size > 1)
+    return f"{ranks} ({shown})" if shown else ranks
+
+
+def _refuse_changes(run: DirectRun, state: Run, spec: Spec, found: Preflight) -> None:
+    """The same run is the same spec and the same data: anything else would make another curve. Raises `Refused`."""
+    old, new = _flat(msgspec.to_builtins(state.spec)), _flat(msgspec.to_builtins(spec))
+    mend = "set it back to go on with that run, or begin another: trainer.experiment_name=NAME"
+    problems = [
+        Problem(key, f"is {new.get(key)!r}, but the run in {run.path} has {old.get(key)!r}", mend)
+        for key in new
+        if new.get(key) != old.get(key)
+    ]
+    for where, was, now in (
+        ("data.train_files", state.train_digest, found.train.digest),
+        ("data.val_files", state.val_digest, found.val.digest if found.val else ""),
+    ):
+        if was != now and not problems:
+            what = f"the files hold other data than when the run in {run.path} began"
+            problems.append(
+                Problem(
+                    where, what, "put the old files back, or begin another run: trainer.experiment_name=NAME"
+                )
+            )
+    if problems:
+        raise Refused(problems)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _tell_error(error: SftdError) -> None:
+    if isinstance(error, Refused):
+        count = len(error.problems)
+        lines = [f"refused: {count} problem{'s' * (count != 1)}; nothing was written"]
+        for problem in error.problems:
+            lines.append(f"  {problem.where}: {problem.what}")
+            if problem.mend:
+                lines.append(f"    mend: {problem.mend}")
+    else:
+        lines = [f"sftd: {error}"]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()

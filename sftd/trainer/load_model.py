@@ -1,0 +1,81 @@
+"""The model of a checkpoint in one process, without torchrun: for answers and exports.
+
+Only the model part of a checkpoint is read, resharded from whatever layout it was trained in; neither optimizer nor
+data-parallel buffers are made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from sftd.domain.layout import ModelShape
+from sftd.domain.spec import Megatron, Spec
+from sftd.trainer import manifest as manifests
+from sftd.trainer import model as models
+from sftd.trainer import process
+from sftd.trainer import session as sessions
+from sftd.trainer.errors import CheckpointInvalid
+from sftd.trainer.manifest import Manifest
+from sftd.trainer.session import Session
+
+
+def verify(folder: Path, digest: str | None) -> Manifest:
+    """The manifest of a checkpoint whose every file is as it was published; nothing is unpickled.
+
+    `digest` is the sha256 of its manifest, None if that is not known. Raises `CheckpointInvalid`.
+    """
+    manifest = manifests.read(folder, digest)
+    if damage := manifests.find_damage(folder, manifest.files):
+        raise CheckpointInvalid(damage)
+    return manifest
+
+
+def one_rank_spec(spec: Spec, *, device: str, dtype: str | None = None) -> Spec:
+    """`spec` laid out on a single rank. `dtype` is that of the weights, such as a manifest says it (`bfloat16`)."""
+    replace = msgspec.structs.replace
+    weights = dtype or spec.model.megatron.params_dtype
+    megatron = msgspec.convert({"seed": spec.model.megatron.seed, "params_dtype": weights}, Megatron)
+    launch = replace(spec.launch, nnodes=1, nproc_per_node=1, device=device)
+    return replace(spec, model=replace(spec.model, megatron=megatron), launch=launch)
+
+
+def one_rank(spec: Spec, *, device: str, dtype: str | None = None) -> Session:
+    """Make this process the only rank of a world of its own. `device` is `cpu`, `cuda` or `auto`.
+
+    Raises `UserError` when there is no such device. `session.close` ends it.
+    """
+    process.use_single_process_defaults()
+    return sessions.start(one_rank_spec(spec, device=device, dtype=dtype))
+
+
+def load_model(
+    spec: Spec, shape: ModelShape, session: Session, folder: Path, digest: str | None
+) -> list[GPTModel]:
+    """The model of the checkpoint in `folder`, whole on the session's one rank, for evaluation.
+
+    Every file is verified before anything is unpickled (see `verify`). Raises `CheckpointInvalid`.
+    """
+    verify(folder, digest)
+    return read_model(spec, shape, session, folder)
+
+
+def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
+    """`load_model` of a checkpoint that was verified already."""
+    config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
+    chunks = models.build(config, shape, session)
+    content: dict[str, Any] = {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(
+            {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}
+        )
+    return [chunk.eval() for chunk in chunks]

@@ -1,0 +1,51 @@
+"""What a person who trains without a daemon sees: a line for each event that matters."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from sftd.domain import events as e
+
+
+def tell(text: str) -> None:
+    """Print for the person who trains. Nobody who listens any more is no reason to end."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def describe(event: e.Event, planned_steps: int) -> str | None:
+    """The event as a line, or None for one that says nothing new."""
+    match event:
+        case e.ModelLoaded():
+            millions = event.parameters / 1e6
+            return f"model: {event.architecture}, {millions:,.1f} M parameters, {event.dtype}, {event.device}"
+        case e.DataBound():
+            left_out = f", {event.truncated_rows} truncated" if event.truncated_rows else ""
+            left_out += f", {event.dropped_rows} dropped" if event.dropped_rows else ""
+            return f"data: {event.train_rows:,} rows{left_out}, {event.val_rows:,} for validation"
+        case e.TrainingResumed():
+            return f"resumed from the checkpoint of step {event.step}"
+        case e.StepCompleted():
+            speed = f"{event.tokens_real / event.seconds:,.0f} tokens/s" if event.seconds > 0 else ""
+            number = _step(event.step, planned_steps)
+            return f"{number}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {event.lr:.2e}  {speed}"
+        case e.ValidationCompleted():
+            return f"{_step(event.step, planned_steps)}  validation loss {event.loss:.4f} over {event.tokens:,} tokens"
+        case e.SampleGenerated():
+            return f"{_step(event.step, planned_steps)}  {event.prompt!r} → {event.text!r}"
+        case e.CheckpointPublished():
+            size = f"{event.bytes / 1e9:,.2f} GB" if event.bytes >= 1e8 else f"{event.bytes / 1e6:,.2f} MB"
+            return f"{_step(event.step, planned_steps)}  checkpoint saved: {size} in {event.seconds:.1f} s"
+        case e.CheckpointRejected():
+            return f"checkpoint of step {event.step} is rejected: {event.reason}"
+        case e.CheckpointDeleted():
+            return f"{_step(event.step, planned_steps)}  checkpoint deleted ({event.reason})"
+        case e.AnomalyDetected():
+            return f"ANOMALY at step {event.step}: {event.what} {event.detail or ''}".rstrip()
+    return None
+
+
+def _step(step: int, planned_steps: int) -> str:
+    return f"step {step:>{len(str(planned_steps))}}/{planned_steps}"

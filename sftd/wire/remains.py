@@ -1,0 +1,50 @@
+"""What an ended attempt left in its folder to tell why: exit code, the ranks' error files, the end of its output."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from sftd.domain.failures import RankError, Remains
+from sftd.wire.attempt_dir import AttemptDir
+
+_TAIL_BYTES = 64 * 1024
+_TAIL_LINES = 200
+
+
+def find_remains(directory: AttemptDir) -> Remains:
+    """Everything in the folder that says why the attempt ended."""
+    return Remains(
+        exit_code=directory.exit_code(), rank_errors=_rank_errors(directory), output_tail=_tail(directory)
+    )
+
+
+def _tail(directory: AttemptDir) -> list[str]:
+    """The last lines that the attempt printed."""
+    try:
+        with open(directory.output_log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    except FileNotFoundError:
+        return []
+
+
+def _rank_errors(directory: AttemptDir) -> list[RankError]:
+    """torchelastic's error files: `<ranks>/<rendezvous>/attempt_0/<local rank>/error.json`."""
+    errors: list[tuple[int, RankError]] = []
+    for path in sorted(directory.ranks_dir.glob("*/attempt_*/*/error.json")):
+        try:
+            message = json.loads(path.read_text())["message"]
+            if isinstance(message, dict):
+                text = str(message["message"])
+                extra = message.get("extraInfo") or {}
+                stack = str(extra.get("py_callstack", "")).splitlines()
+                when = int(extra.get("timestamp", 0))
+            else:
+                text, stack, when = str(message), [], 0
+            errors.append((when, RankError(rank=int(path.parent.name), exception=text, traceback=stack[-5:])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    # The rank that failed first is the cause; the others usually only lost their peer.
+    return [error for _, error in sorted(errors, key=lambda item: (item[0], item[1].rank))]
