@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftd.trainer.errors import DataError
+from sftd.trainer.errors import DataError, DataNotDecoded
 from sftd.wire.dataset import COLUMNS, IGNORE_INDEX
 
 Ints = npt.NDArray[np.int64]
@@ -69,7 +69,8 @@ def write_spool(
 ) -> None:
     """Decode and check the files, a few rows at a time, into the folder `spool`.
 
-    Raises `DataError` for a file that cannot be read or holds what cannot be trained on, and for a full disk.
+    Raises `DataError` for a file that cannot be read or holds what cannot be trained on, `DataNotDecoded` for a full
+    disk.
     """
     scan = _Scan(sequence_length, truncation, vocab_size)
     start = number = 0
@@ -87,7 +88,7 @@ def write_spool(
                 number += lengths.size
         (spool / _COUNTS).write_text(json.dumps([scan.truncated, scan.dropped]))
     except OSError as error:
-        raise DataError(
+        raise DataNotDecoded(
             f"the decoded rows of {', '.join(paths)} (8 bytes a token) cannot be written to {spool}: {error}"
         ) from error
 

@@ -11,6 +11,10 @@ class DataError(UserError):
     """The data files hold something that cannot be trained on."""
 
 
+class DataNotDecoded(Exception):
+    """The decoded rows could not be written: the disk is full, say."""
+
+
 class NonFiniteLoss(Exception):
     """The loss or the gradient norm is not a finite number."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sftd.trainer.errors import DataError
+from sftd.trainer.errors import DataError, DataNotDecoded
 
 _BUSY = "busy"
 _POLL_SECONDS = 0.05
@@ -24,25 +24,25 @@ def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder in `parent`, filled by `fill(folder)` on one rank of each host. Called by every rank.
 
     It is removed behind the block, in which each rank maps the files: what is mapped stays readable. Raises
-    `DataError` on every rank when `fill` raises it on one.
+    `DataError` or `DataNotDecoded` on every rank when `fill` raises it on one.
     """
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
     is_writer = dist.get_rank() == first
     folder = _all_gather(_make(parent) if is_writer else None)[first]
     try:
-        reason = None
+        found: Exception | None = None
         if is_writer:
             try:
                 fill(folder)
-            except DataError as error:
-                reason = str(error)
+            except (DataError, DataNotDecoded) as error:
+                found = error
             # Removed, not made: that works on a full disk too.
             (folder / _BUSY).unlink()
         # No collective waits for the writer, however long it takes: NCCL's would time out.
         while (folder / _BUSY).exists():
             time.sleep(_POLL_SECONDS)
-        if reasons := [r for r in _all_gather(reason) if r]:
-            raise DataError(reasons[0])
+        if errors := [error for error in _all_gather(found) if error]:
+            raise errors[0]
         yield folder
         dist.barrier()
     finally:

@@ -167,12 +167,19 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "one tensor-parallel rank",
         "2 or more",
     ),
-    "context parallel": (
+    "context parallel ranks": (
         nothing,
-        [f"{M}context_parallel_size=2"],
-        f"{M}context_parallel_size",
-        "trains with 1",
-        "set it to 1",
+        [f"{M}context_parallel_size=2", "launch.nproc_per_node=3"],
+        "launch.nproc_per_node",
+        "CP 2 = 2",
+        "a multiple of 2 ranks",
+    ),
+    "token budget below the longest sample": (
+        nothing,
+        ["training.use_rmpad=true", "training.micro_batch_tokens=1"],
+        "training.micro_batch_tokens",
+        "the longest sample would not fit",
+        "or more",
     ),
     "several machines": (nothing, ["launch.nnodes=2"], "launch.nnodes", "one machine", "set it to 1"),
     "warm-up too long": (

@@ -18,7 +18,7 @@ from sftd.domain.spec import Optimizer, Scheduler, Spec
 from sftd.trainer import folder_swap
 from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool
-from sftd.trainer.errors import CheckpointInvalid, DataError
+from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded
 from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.schedule import learning_rate
@@ -140,7 +140,7 @@ def test_a_disk_that_the_decoded_rows_do_not_fit_on_is_told(tmp_path: Path) -> N
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"cannot be written to .*File too large"):
+        with pytest.raises(DataNotDecoded, match=r"cannot be written to .*File too large"):
             rows_of([path], sequence_length=64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
