@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +28,12 @@ def exact(run: Run) -> dict[int, tuple[float, float, str]]:
     return {n: (s.loss, s.grad_norm, s.samples_digest) for n, s in run.steps().items()}
 
 
+def test_kernels_compute_what_pytorch_does(gpus: int) -> None:
+    script = Path(__file__).parents[1] / "trainer/kernels_interpreted.py"
+    run = subprocess.run([sys.executable, str(script), "cuda"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_fp32_agrees_with_the_cpu(on_gpu: Trainer, on_cpu: Trainer, packed: bool) -> None:
     options = FP32 | ({"training__use_rmpad": True} if packed else {})
@@ -42,10 +51,27 @@ def test_bf16_trains_padded_and_packed_alike(on_gpu: Trainer) -> None:
     assert losses(packed) == pytest.approx(losses(padded), rel=2e-2)
 
 
+def test_recomputing_changes_no_bit(on_gpu: Trainer) -> None:
+    options = {"training__micro_batch_size_per_gpu": 4, "training__deterministic": True}
+    kept = on_gpu.run("deterministic-False", training__use_rmpad=False, **options)
+    for recompute in ("full", "selective"):
+        run = on_gpu.run(
+            f"recompute-{recompute}",
+            model__enable_gradient_checkpointing=True,
+            model__recompute=recompute,
+            **options,
+        )
+        assert exact(run) == exact(kept)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_resume_is_bit_for_bit(on_gpu: Trainer, packed: bool) -> None:
-    options = {"training__micro_batch_size_per_gpu": 4, "training__use_rmpad": packed}
-    whole = on_gpu.run("bf16-packed" if packed else "bf16", **options)
+    options = {
+        "training__micro_batch_size_per_gpu": 4,
+        "training__use_rmpad": packed,
+        "training__deterministic": True,
+    }
+    whole = on_gpu.run(f"deterministic-{packed}", **options)
     again = on_gpu.run(f"again-{packed}", **options)
     assert exact(again) == exact(whole)
     published = next(c for c in whole.events(CheckpointPublished) if c.step == 3)
