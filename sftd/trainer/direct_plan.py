@@ -47,7 +47,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
             return "", 0, hold
         hold.share()
         return str(attempt.path), 0, hold
-    except SftdError as error:
+    except (SftdError, OSError) as error:
         _tell_error(error)
         return "", _REFUSED if isinstance(error, Refused) else 1, hold
 
@@ -190,7 +190,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tell_error(error: SftdError) -> None:
+def _tell_error(error: Exception) -> None:
     if isinstance(error, Refused):
         count = len(error.problems)
         lines = [f"refused: {count} problem{'s' * (count != 1)}; nothing was written"]

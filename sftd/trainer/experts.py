@@ -48,7 +48,7 @@ def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
 def install_for_cpu(stream: object) -> None:
     """Let Megatron's all-to-all dispatcher run without an accelerator.
 
-    `stream` becomes its side stream, where token_dispatcher.py:453 would make one on a GPU. moe_utils.py:1184 turns the
+    `stream` becomes its side stream, where token_dispatcher.py:469 would make one on a GPU. moe_utils.py:1184 turns the
     sizes of the all-to-all into numbers only on their way from a GPU.
     """
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
@@ -60,10 +60,10 @@ def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False
 
 
 def mark(model: torch.nn.Module) -> None:
-    """Mark the experts' parameters as reduced over the expert-data-parallel group, as Megatron does with EP alone.
+    """Mark the experts' parameters as reduced over the expert-data-parallel group in every layout.
 
-    Without EP that group is the data-parallel one. The mark makes Megatron give the experts an optimizer of their own,
-    and with it in every layout a checkpoint can be resumed with another EP.
+    Megatron itself does so only with EP; without it that group is the data-parallel one. The mark gives the experts an
+    optimizer of their own, and only if they have one in both layouts can a checkpoint be resumed with another EP.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:

@@ -241,6 +241,19 @@ def test_every_check_of_submit_is_made(
 
 
 @pytest.mark.usefixtures("rank_zero")
+def test_a_folder_that_cannot_be_used_is_a_sentence(
+    tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="named")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "named").write_text("a file")
+    _, code, said = plan(capsys, direct.config)
+    assert code == 1
+    assert said.startswith("sftd: ")
+    assert str(tmp_path / "out" / "named") in said
+
+
+@pytest.mark.usefixtures("rank_zero")
 def test_it_goes_on_from_the_checkpoint_that_was_not_rejected(
     tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
