@@ -10,8 +10,8 @@
 #   TRAIN_FILES  data.train_files         Parquet files, separated by commas; `sftd prepare` makes them
 #   VAL_FILES    data.val_files           the same for validation; may be left out
 #
-# Without layout keys, 8 ranks train TP2 x PP2 x VPP2 x DP2, 4 TP2 x PP2 x VPP2, 2 TP2, and any other number copies of
-# the whole model. With any *_model_parallel_size given, those not given are 1. Everything else is in the YAML beside
+# Without layout keys, 8 ranks train TP2 x PP2 x VPP2 x DP2, 4 TP2 x PP2 x VPP2, 2 TP2 (each with sequence parallelism),
+# and any other number copies of the whole model. With any *_model_parallel_size given, those not given are 1. Everything else is in the YAML beside
 # this script.
 set -euo pipefail
 
@@ -60,11 +60,11 @@ list() {
 [ -n "${TRAIN_FILES:-}" ] || given 'data\.train_files' ||
     fail "no data: set TRAIN_FILES, or give data.train_files=FILE"
 
-tp=1 pp=1 vpp=null
+tp=1 pp=1 vpp=null sp=false
 if ! given '.*_model_parallel_size'; then
     case $nproc in
-        8 | 4) tp=2 pp=2 vpp=2 ;;
-        2) tp=2 ;;
+        8 | 4) tp=2 pp=2 vpp=2 sp=true ;;
+        2) tp=2 sp=true ;;
     esac
 fi
 keys=(
@@ -72,6 +72,7 @@ keys=(
     "model.megatron.tensor_model_parallel_size=$tp"
     "model.megatron.pipeline_model_parallel_size=$pp"
     "model.megatron.virtual_pipeline_model_parallel_size=$vpp"
+    "model.megatron.sequence_parallel=$sp"
 )
 [ -z "${MODEL:-}" ] || keys+=("model.partial_pretrain=$(text "$MODEL")")
 [ -z "${TRAIN_FILES:-}" ] || keys+=("data.train_files=$(list "$TRAIN_FILES")")

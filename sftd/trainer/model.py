@@ -85,8 +85,10 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        # gloo has no batched point-to-point messages.
-        batch_p2p_comm=not is_cpu,
+        # gloo has no batched point-to-point messages. Nor may an interleaved pipeline of two stages have them: what one
+        # stage sends to the next and to the one before would meet in one batch between the same two ranks, and mix.
+        batch_p2p_comm=not is_cpu and layout.vpp == 1,
+        overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
         **experts.config_fields(spec, shape),
         **recompute,

@@ -63,6 +63,9 @@ def set_cuda_defaults() -> None:
     # with computing.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Packed micro-batches have ever new sizes, which cut ordinary memory segments into pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def use_single_process_defaults() -> None:
