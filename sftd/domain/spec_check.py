@@ -112,6 +112,13 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 f"is not used: scheduler.warmup_steps={spec.scheduler.warmup_steps} decides",
             )
         )
+    if spec.model.recompute != "full" and not spec.model.enable_gradient_checkpointing:
+        warnings.append(
+            Problem(
+                "model.recompute",
+                f"{spec.model.recompute} is not used: model.enable_gradient_checkpointing is off",
+            )
+        )
     if not m.use_distributed_optimizer:
         warnings.append(
             Problem(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -105,6 +106,12 @@ def adamw_of(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
     for part in parts_of(optimizer):
         if isinstance(inner := getattr(part, "optimizer", None), torch.optim.AdamW):
             yield inner
+
+
+def use_torch_adamw() -> None:
+    """Have Megatron make torch's AdamW whatever is installed (optimizer/__init__.py:13 prefers TransformerEngine's, then
+    Apex's): the numbers of a run and the format of its checkpoints must not hang on a package that comes or goes."""
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
 def fuse_adamw(optimizer: MegatronOptimizer) -> None:

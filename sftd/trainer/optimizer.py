@@ -9,7 +9,13 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from torch import Tensor
 
 from sftd.domain.spec import Spec
-from sftd.trainer.megatron_edges import adamw_of, fuse_adamw, install_optimizer_state, parts_of
+from sftd.trainer.megatron_edges import (
+    adamw_of,
+    fuse_adamw,
+    install_optimizer_state,
+    parts_of,
+    use_torch_adamw,
+)
 from sftd.trainer.session import Session
 
 
@@ -29,6 +35,7 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
         params_dtype=session.dtype,
         use_distributed_optimizer=True,
     )
+    use_torch_adamw()
     optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     install_optimizer_state(optimizer)
     fuse_adamw(optimizer)

@@ -29,6 +29,8 @@ def describe(event: e.Event, planned_steps: int) -> str | None:
             return f"resumed from the checkpoint of step {event.step}"
         case e.StepCompleted():
             speed = f"{event.tokens_real / event.seconds:,.0f} tokens/s" if event.seconds > 0 else ""
+            if event.mfu is not None:
+                speed += f"  MFU {event.mfu:.1%}  {(event.peak_memory_bytes or 0) / 2**30:.1f} GiB"
             number = _step(event.step, planned_steps)
             return f"{number}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {event.lr:.2e}  {speed}"
         case e.ValidationCompleted():

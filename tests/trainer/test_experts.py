@@ -25,6 +25,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         EP2 | TP2 | {"training__use_rmpad": True, "training__micro_batch_size_per_gpu": 2},
     ),
+    "ep2_packed_recompute": (
+        2,
+        EP2 | {"training__use_rmpad": True, "model__enable_gradient_checkpointing": True},
+    ),
+    "ep2_of_cp2_packed": (
+        2,
+        EP2 | {MEGATRON + "context_parallel_size": 2, "training__use_rmpad": True},
+    ),
     "tp2": (2, TP2 | {"model__enable_gradient_checkpointing": True}),
     "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2}),
 }

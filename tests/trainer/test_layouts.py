@@ -48,7 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
 RECOMPUTE: dict[str, dict[str, Any]] = {"kept": {}, "full": {"model__enable_gradient_checkpointing": True}}
 RECOMPUTE["selective"] = RECOMPUTE["full"] | {"model__recompute": "selective"}
 VARIANTS = [f"{rows}-{recompute}" for rows, recompute in product(ROWS, RECOMPUTE)]
-ALL = [(layout, rows) for layout, rows in product(LAYOUTS, ROWS) if (layout, rows) != ("dp3", "padded")]
+# Four ranks on two cores take their time: not every variant of context parallelism with something else.
+ALL = [
+    (layout, rows, recompute)
+    for layout, rows, recompute in product(LAYOUTS, ROWS, RECOMPUTE)
+    if (layout, rows) != ("dp3", "padded") and not (layout.startswith("cp2_") and recompute == "selective")
+]
+KEPT = [(layout, rows) for layout, rows, recompute in ALL if recompute == "kept"]
 # Of the step's gradient: one rank and two, and micro-batches of so many samples.
 GRADIENTS = [f"{rows}-{size}" for rows, size in product(ROWS, (1, 2, 4))]
 GRADIENT_LAYOUTS = ("one", "dp2")
@@ -61,7 +67,7 @@ def plan(layout: str) -> dict[str, dict[str, Any]]:
     variants = {}
     for name in VARIANTS:
         rows, recompute = name.split("-")
-        if (layout, rows) not in ALL:
+        if (layout, rows, recompute) not in ALL:
             continue
         variants[name] = ROWS[rows] | RECOMPUTE[recompute]
         if recompute == "kept":
@@ -109,8 +115,7 @@ def runs_of(trainer: Trainer) -> Callable[[str], Variants]:
     return find
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize(("layout", "rows"), ALL)
+@pytest.mark.parametrize(("layout", "rows", "recompute"), ALL)
 def test_losses_and_gradient_norms_are_those_of_one_rank(
     runs_of: Callable[[str], Variants], base: Run, layout: str, rows: str, recompute: str
 ) -> None:
@@ -125,7 +130,7 @@ def test_losses_and_gradient_norms_are_those_of_one_rank(
     assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
 
 
-@pytest.mark.parametrize(("layout", "rows"), ALL)
+@pytest.mark.parametrize(("layout", "rows"), KEPT)
 def test_validations_and_answers_are_those_of_one_rank(
     runs_of: Callable[[str], Variants], base: Run, layout: str, rows: str
 ) -> None:
@@ -140,15 +145,15 @@ def test_validations_and_answers_are_those_of_one_rank(
     assert answers == [(s.step, s.text, s.tokens, s.stopped) for s in base.events(SampleGenerated)]
 
 
-@pytest.mark.parametrize(("layout", "rows"), ALL)
-def test_recomputing_whole_layers_changes_no_bit(
-    runs_of: Callable[[str], Variants], layout: str, rows: str
+@pytest.mark.parametrize(("layout", "rows", "recompute"), [case for case in ALL if case[2] != "kept"])
+def test_recomputing_changes_no_bit(
+    runs_of: Callable[[str], Variants], layout: str, rows: str, recompute: str
 ) -> None:
-    kept, full = (
-        [(s.loss, s.grad_norm) for s in runs_of(layout)[f"{rows}-{recompute}"].events(StepCompleted)]
-        for recompute in ("kept", "full")
+    again, kept = (
+        [(s.loss, s.grad_norm) for s in runs_of(layout)[f"{rows}-{name}"].events(StepCompleted)]
+        for name in (recompute, "kept")
     )
-    assert full == kept
+    assert again == kept
 
 
 @pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -81,11 +80,12 @@ def test_layout_keys_lay_it_out(tp2: DirectRun, out: Path, models: Path, data: P
     assert done.returncode == 0, done.stdout + done.stderr
     run = DirectRun(out / "pipelined")
     loaded = next(e for e in events(run) if isinstance(e, ModelLoaded))
-    assert loaded.environment["layout"] == {"tp": 1, "pp": 2, "vpp": 2, "cp": 1, "dp": 1}
+    assert loaded.environment["layout"] == {"tp": 1, "pp": 2, "vpp": 2, "cp": 1, "ep": 1, "dp": 1}
     mine, theirs = ([e.loss for e in events(r) if isinstance(e, StepCompleted)] for r in (run, tp2))
     assert len(mine) == 6
     assert mine == pytest.approx(theirs, rel=1e-4)
     spec = run.attempt(1).order().spec
+    assert tp2.attempt(1).order().spec.model.megatron.sequence_parallel
     assert spec.training.use_rmpad
     assert spec.model.enable_gradient_checkpointing
 
@@ -167,8 +167,6 @@ def test_export_refuses_a_folder_with_something_in_it(imported: tuple[Path, str]
 
 
 def test_export_is_an_event(imported: tuple[Path, str], tmp_path: Path) -> None:
-    if importlib.util.find_spec("sftd.trainer.export") is None:
-        pytest.skip("THE EXPORT TOOL IS NOT MERGED YET")
     home, run_id = imported
     folder = tmp_path / "model"
     said = json.loads(sftd(home, "export", run_id, str(folder), "--step", "3", "--json").stdout)

@@ -244,6 +244,7 @@ def test_keys_that_are_not_texts_are_refused_not_crashed_on() -> None:
         ([("data.val_files", [])], "data.val_files"),
         ([("training.gradient_accumulation_steps", 3)], "training.gradient_accumulation_steps"),
         ([("training.micro_batch_tokens", 4096)], "training.micro_batch_tokens"),
+        ([("model.recompute", "selective")], "model.recompute"),
         (
             [
                 ("training.use_rmpad", True),
