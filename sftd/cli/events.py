@@ -41,7 +41,9 @@ def describe(event: Any) -> str:
             return (
                 f"step {event.step}  loss {output.loss(event.loss)}  grad norm {event.grad_norm:.3f}  "
                 f"lr {event.lr:.2e}  {event.tokens_real} tokens  {event.seconds:.2f} s"
-            ) + (f"  MFU {event.mfu:.1%}" if event.mfu is not None else "")
+                + (f"  MFU {event.mfu:.1%}" if event.mfu is not None else "")
+                + (f"  {output.size(event.peak_memory_bytes)}" if event.peak_memory_bytes else "")
+            )
         case e.ValidationCompleted():
             return f"step {event.step}  loss {output.loss(event.loss)} over {event.tokens} tokens"
         case e.SampleGenerated():

@@ -201,7 +201,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     ]
     redone = ""
     if run.steps_redone:
-        verdict = "all equal to the log, bit for bit" if not run.anomalies else f"{run.anomalies} anomalies"
+        equal = "all equal to the log, " + ("bit for bit" if run.is_exact else "but for rounding")
+        verdict = equal if not run.anomalies else f"{run.anomalies} anomalies"
         redone = f"{run.steps_redone} ({verdict})"
     return [
         ("run", Text(run.run_id, "bold")),
@@ -213,7 +214,13 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         (
             "layout",
             f"TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
+            + (
+                f"VPP{m.virtual_pipeline_model_parallel_size} "
+                if m.virtual_pipeline_model_parallel_size
+                else ""
+            )
             + (f"CP{m.context_parallel_size} " if m.context_parallel_size > 1 else "")
+            + (f"EP{m.expert_model_parallel_size} " if m.expert_model_parallel_size > 1 else "")
             + f"DP{spec.data_parallel_size}",
         ),
         (

@@ -73,6 +73,8 @@ class Run(msgspec.Struct, frozen=True):
     retry_at: e.Micros | None = None
     stop_by: str | None = None
     resume_from: int | None = None
+    # Whether a step that is computed again comes out bit for bit: the attempts so far were deterministic.
+    is_exact: bool = True
     # The timeline: what later attempts have not superseded.
     step: int = 0
     loss: float | str | None = None
@@ -136,6 +138,11 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
         planned_steps=event.planned_steps,
         submitted_at=recorded.occurred_at,
     )
+
+
+@_apply.register
+def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, is_exact=run.is_exact and bool(event.environment.get("deterministic", True)))
 
 
 def _spec(written: dict[str, Any]) -> Spec:

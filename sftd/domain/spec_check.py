@@ -105,6 +105,10 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "warm up for fewer steps",
             )
         )
+    if spec.scheduler.type == "constant" and spec.scheduler.min_lr_ratio:
+        warnings.append(
+            Problem("scheduler.min_lr_ratio", "is not used: scheduler.type constant has no decay to end")
+        )
     if spec.scheduler.warmup_steps is not None and spec.scheduler.warmup_ratio:
         warnings.append(
             Problem(

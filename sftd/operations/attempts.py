@@ -119,6 +119,7 @@ def record(
         run = current(tx.connection, lease.run_id)
         cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
         new: list[e.NewEvent] = []
+        is_exact = run.is_exact
         for line in lines:
             if line.number <= cursor:
                 continue
@@ -130,8 +131,10 @@ def record(
                 attempt=lease.attempt,
             )
             new.append(item)
+            if isinstance(line.event, e.ModelLoaded):
+                is_exact = is_exact and bool(line.event.environment.get("deterministic", True))
             if isinstance(line.event, e.StepCompleted) and (
-                anomaly := decisions.compare_redone(before, line.event)
+                anomaly := decisions.compare_redone(before, line.event, is_exact=is_exact)
             ):
                 new.append(
                     msgspec.structs.replace(

@@ -42,6 +42,9 @@ def take_in(store: Store, context: Context, folder: str) -> Imported:
     with closing(run.hold()):
         submission = run.submission()
         assert submission is not None
+        if not run.attempts():
+            what = f"{folder} holds a run that has not begun"
+            raise Refused(Problem("DIR", what, "start it with the training command first"))
         history = read_history(run, submission)
         with store.write() as tx:
             known = event_store.event_types(tx.connection, submission.run_id)

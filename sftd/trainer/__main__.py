@@ -4,6 +4,7 @@
 Kept this small, and guarded, because Python's spawned helper processes import the main module again.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
@@ -14,7 +15,7 @@ if __name__ == "__main__":
 
     prepare()
 
-    if len(sys.argv) == 2 and AttemptDir(sys.argv[1]).order_file.is_file():
+    if len(sys.argv) == 2 and os.path.isfile(AttemptDir(sys.argv[1]).order_file):
         from sftd.trainer.loop import run
 
         record(run)(sys.argv[1])

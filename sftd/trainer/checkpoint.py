@@ -27,6 +27,7 @@ from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointR
 from sftd.domain.spec import spec_digest
 from sftd.trainer import manifest as manifests
 from sftd.trainer import megatron_edges
+from sftd.trainer import optimizer as optimizers
 from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
 from sftd.trainer.folder_swap import publish_folder
 from sftd.trainer.manifest import Manifest
@@ -138,7 +139,7 @@ class Checkpoints:
             )
         optimizer.load_state_dict(state["optimizer"])
         megatron_edges.separate_adamw_steps(optimizer)
-        megatron_edges.fuse_adamw(optimizer)
+        optimizers.configure(self._order.spec, optimizer, self._session)
         if same_layout:
             torch.set_rng_state(state["rng"]["cpu"])
             if self._session.device.type == "cuda":

@@ -79,7 +79,9 @@ def write_spool(
             for where, data in _slices(paths):
                 lengths, trained, is_kept = scan.look(data, where)
                 is_used = trained > 0
-                tokens.write(np.stack((data.ids[is_kept], data.labels[is_kept]), axis=1).tobytes())
+                tokens.write(
+                    np.stack((data.ids[is_kept], data.labels[is_kept]), axis=1).astype(np.int32).tobytes()
+                )
                 used = lengths[is_used]
                 starts = start + np.cumsum(used) - used
                 numbers = number + np.flatnonzero(is_used)
@@ -105,8 +107,8 @@ class _Slice:
     """A few rows end to end: row i is `ids[starts[i]:starts[i + 1]]`."""
 
     starts: Ints
-    ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
+    ids: Ints
+    labels: Ints
 
 
 class _Scan:
@@ -184,7 +186,7 @@ def _decode(table: pa.Table, where: str) -> _Slice:
     # Padding is no part of a row: it neither counts towards sequence_length nor is it what truncation keeps.
     real = np.bincount(row, weights=is_real, minlength=sizes[0].size).astype(np.int64)
     starts = np.concatenate(([0], np.cumsum(real)))
-    return _Slice(starts, ids[is_real].astype(np.int32), labels[is_real].astype(np.int32))
+    return _Slice(starts, ids[is_real], labels[is_real])
 
 
 def _open(path: str) -> pq.ParquetFile:

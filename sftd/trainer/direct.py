@@ -31,6 +31,7 @@ from sftd.domain.retention import deletable
 from sftd.domain.run import Run
 from sftd.trainer import loop, process
 from sftd.trainer.direct_plan import plan
+from sftd.trainer.errors import CheckpointInvalid, NonFiniteLoss, UserError
 from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
 from sftd.wire.attempt_dir import AttemptDir
@@ -98,6 +99,13 @@ def _train(run: DirectRun, attempt: AttemptDir) -> None:
         process.stop_on(number)
     try:
         loop.run(str(attempt.path), lambda folder, reports: DirectReporter(run, folder, reports))
+    except (UserError, CheckpointInvalid, NonFiniteLoss) as error:
+        _leave_error(attempt, error)
+        if os.environ["RANK"] != "0":
+            raise
+        # What a person can do something about: a sentence, once, and no stack.
+        sys.stderr.write(f"sftd: {error}\n")
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except BaseException as error:
         _leave_error(attempt, error)
         raise
@@ -156,7 +164,9 @@ class DirectReporter(Reporter):
         seen = self._seen
         self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.redone)
         self._show(event)
-        if isinstance(event, e.StepCompleted) and (anomaly := decisions.compare_redone(seen.redone, event)):
+        if isinstance(event, e.StepCompleted) and (
+            anomaly := decisions.compare_redone(seen.redone, event, is_exact=seen.run.is_exact)
+        ):
             # Not journalled: whoever reads the history compares the steps anew.
             self._show(anomaly)
         if isinstance(event, e.CheckpointPublished):

@@ -55,7 +55,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
 def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
     """The spec of CONFIG and KEY=VALUE in the world that torchrun made."""
     config, overrides = None, list(arguments)
-    if overrides and ("=" not in overrides[0] or Path(overrides[0]).is_file()):
+    if overrides and ("=" not in overrides[0] or os.path.isfile(overrides[0])):
         config, *overrides = overrides
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]

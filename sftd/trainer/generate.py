@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from sftd.domain.events import SampleGenerated
@@ -96,8 +95,9 @@ class Generator:
         whole = length * self._session.layout.cp
         found = trainee.run([None] * copies, forward, rows=1, length=whole, forward_only=True)
         token = found[0] if found else torch.empty(1, dtype=torch.int64, device=device)
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(token, last, group=parallel_state.get_pipeline_model_parallel_group())
+        # One rank decides for all: copies that differ in a near-tie would stop at different tokens, and wait for each
+        # other where they share experts. The last stage's ranks are the last ones.
+        dist.broadcast(token, dist.get_world_size() - dist.get_world_size() // self._session.layout.pp)
         # Padding behind the fed tokens is forgotten.
         cache.length += len(feed)
         return int(token)
@@ -109,5 +109,8 @@ def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _generation_stops(folder: str) -> set[int]:
     path = Path(folder) / "generation_config.json"
-    stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    try:
+        stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     return set(stops) if isinstance(stops, list) else {stops} if stops is not None else set()

@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Megatron, Spec
@@ -65,7 +67,7 @@ def load_model(
 
 
 def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
-    """`load_model` of a checkpoint that was verified already."""
+    """`load_model` of a checkpoint that was verified already. Raises `CheckpointInvalid` when it cannot be read any more."""
     config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
     chunks = models.build(config, shape, session)
     content: dict[str, Any] = {
@@ -73,7 +75,12 @@ def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) ->
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(chunks)}
-    loaded = dist_checkpointing.load(state, str(folder))
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, CheckpointException, OSError) as error:
+        raise CheckpointInvalid(
+            f"{folder} cannot be read, or went away while it was read: {error}"
+        ) from error
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(
             {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}

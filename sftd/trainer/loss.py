@@ -90,8 +90,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor: float,
         vocab_size: int | None,
         weight_is_shared: bool,
+        wants_gradients: bool,
     ) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # A parameter needs a gradient under no_grad too, as far as this function is told.
+        wants_hidden, wants_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
         scale = 1.0 / divisor if wants_hidden or wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -121,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (d_weight * grad_outputs[0]).to(ctx.weight.dtype)
         elif ctx.needs_input_grad[1] and not ctx.weight_is_shared:
             grad_weight = mark_accumulated(ctx.weight)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -145,7 +147,9 @@ def linear_cross_entropy(
     """
     return cast(
         Tensor,
-        _LinearCrossEntropy.apply(hidden, weight, labels, divisor, vocab_size, weight_is_shared),
+        _LinearCrossEntropy.apply(
+            hidden, weight, labels, divisor, vocab_size, weight_is_shared, torch.is_grad_enabled()
+        ),
     )
 
 

@@ -114,12 +114,13 @@ def use_torch_adamw() -> None:
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
-def fuse_adamw(optimizer: MegatronOptimizer) -> None:
+def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:
     """One kernel for all of AdamW where the weights are on a GPU: Megatron asks for it only of TransformerEngine's or
     Apex's Adam. After a load too, which brings back the settings of whoever saved."""
     for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
-            group["fused"] = all(parameter.is_cuda for parameter in group["params"])
+            # Not by the parameters: a rank's share of a group may be empty, and the ranks must say the same.
+            group["fused"] = device.type == "cuda"
             for parameter in group["params"] if group["fused"] else ():
                 if "step" in (state := adamw.state[parameter]):
                     state["step"] = state["step"].to(parameter.device)

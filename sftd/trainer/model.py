@@ -147,7 +147,11 @@ def distribute(
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=session.device.type == "cuda" and session.layout.dp > 1,
+        # What `computed_again` keeps of a weight lacks the mark by which Megatron's hook, with overlap, knows that the
+        # gradient is there.
+        overlap_grad_reduce=session.device.type == "cuda"
+        and session.layout.dp > 1
+        and config.recompute_granularity != "selective",
         # A bad gradient is reported by the loop, with the step's numbers, rather than asserted on.
         check_for_nan_in_grad=False,
     )

@@ -38,11 +38,18 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
     use_torch_adamw()
     optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     install_optimizer_state(optimizer)
-    fuse_adamw(optimizer)
+    configure(spec, optimizer, session)
+    return optimizer
+
+
+def configure(spec: Spec, optimizer: MegatronOptimizer, session: Session) -> None:
+    """Make the settings those of the spec: at the start, and after a load, which brings those of whoever saved."""
+    o = spec.optimizer
+    fuse_adamw(optimizer, session.device)
     for group in optimizer.param_groups:
         # What Megatron's scheduler would do.
         group["weight_decay"] = o.weight_decay * group["wd_mult"]
-    return optimizer
+        group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:

@@ -284,7 +284,7 @@ class _Attempt:
             )
         )
         if isinstance(line.event, e.StepCompleted):
-            if anomaly := decisions.compare_redone(redone, line.event):
+            if anomaly := decisions.compare_redone(redone, line.event, is_exact=self._history.run.is_exact):
                 self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
             self._before[line.event.step] = line.event
 

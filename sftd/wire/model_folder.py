@@ -185,3 +185,35 @@ def check_weights(folder: str) -> None:
         raise Refused(
             Problem(_WHERE, f"{folder} holds no *.safetensors", "save the model with safe_serialization")
         )
+    for file in sorted(path.glob("*.safetensors")):
+        if not _is_whole(file):
+            raise Refused(
+                Problem(_WHERE, f"{file} is cut short or no safetensors file", "fetch the model again")
+            )
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, the header, the data."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            size = file.stat().st_size
+            header = json.loads(stream.read(length)) if 0 < length < size else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(ends) and size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return False
+
+
+def check_tokenizer(folder: str) -> None:
+    """That the folder holds a tokenizer, for a run that answers prompts. Raises `Refused`."""
+    if not any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise Refused(
+            Problem(
+                "trainer.sample_prompts",
+                f"{folder} holds no tokenizer to read them with",
+                "put the model's tokenizer there, or leave the prompts out",
+            )
+        )

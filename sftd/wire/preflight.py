@@ -47,6 +47,8 @@ def inspect(spec: Spec) -> Preflight:
     try:
         shape = model_folder.read_shape(spec.model.partial_pretrain, spec.model.override_config)
         model_folder.check_weights(spec.model.partial_pretrain)
+        if spec.trainer.sample_prompts:
+            model_folder.check_tokenizer(spec.model.partial_pretrain)
     except Refused as refused:
         problems += refused.problems
     if shape is not None:

@@ -89,6 +89,14 @@ def test_resume_is_bit_for_bit(on_gpu: Trainer, packed: bool) -> None:
     ("name", "options"),
     [
         ("dp2", {}),
+        ("dp2-selective", {"model__enable_gradient_checkpointing": True, "model__recompute": "selective"}),
+        (
+            "pp2-vpp2",
+            {
+                "model__megatron__pipeline_model_parallel_size": 2,
+                "model__megatron__virtual_pipeline_model_parallel_size": 2,
+            },
+        ),
         ("tp2", {"model__megatron__tensor_model_parallel_size": 2}),
         (
             "tp2-sp",

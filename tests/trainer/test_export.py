@@ -247,4 +247,4 @@ def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
         assert text in message
     assert not out.exists()
     assert [p.name for p in taken.iterdir()] == ["mine"]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]

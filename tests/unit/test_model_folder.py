@@ -11,6 +11,7 @@ import pytest
 from sftd.domain.errors import Refused
 from sftd.domain.layout import check_model
 from sftd.domain.spec_parse import parse
+from sftd.wire import model_folder
 from sftd.wire.model_folder import exported_config, read_shape
 
 DENSE = {
@@ -171,3 +172,25 @@ def test_an_exported_config_has_the_shape_that_was_trained(
 def test_an_exported_config_is_the_original_where_nothing_was_changed(tmp_path: Path) -> None:
     config = {k: v for k, v in DENSE.items() if k != "torch_dtype"} | {"dtype": "bfloat16", "mine": 1}
     assert exported_config(folder_of(tmp_path, config), {}, "bfloat16") == config
+
+
+def write_weights(folder: Path, *, missing: int = 0) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(16)
+    (folder / "model.safetensors").write_bytes(data[: len(data) - missing])
+
+
+def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
+    write_weights(tmp_path)
+    model_folder.check_weights(str(tmp_path))
+    for missing in (1, 16, 30, 1000):
+        write_weights(tmp_path, missing=missing)
+        with pytest.raises(Refused, match="cut short"):
+            model_folder.check_weights(str(tmp_path))
+
+
+def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no tokenizer"):
+        model_folder.check_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").touch()
+    model_folder.check_tokenizer(str(tmp_path))

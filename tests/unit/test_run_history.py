@@ -616,3 +616,17 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
     event = msgspec.structs.replace(submitted, spec=newer)
     run = run_state.evolve(Run("r"), msgspec.structs.replace(log.recorded[0], event=event))
     assert run.spec == log.run.spec
+
+
+def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
+    log = {5: step(5, loss=2.0, grad_norm=1.0)}
+    near = step(5, loss=2.001, grad_norm=1.01)
+    assert decisions.compare_redone(log, near) is not None
+    assert decisions.compare_redone(log, near, is_exact=False) is None
+    far = decisions.compare_redone(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
+    assert far is not None
+    assert set(far.detail) == {"loss"}
+    other = decisions.compare_redone(
+        log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False
+    )
+    assert other is not None

@@ -246,6 +246,10 @@ def test_keys_that_are_not_texts_are_refused_not_crashed_on() -> None:
         ([("training.micro_batch_tokens", 4096)], "training.micro_batch_tokens"),
         ([("model.recompute", "selective")], "model.recompute"),
         (
+            [("scheduler.type", "constant"), ("scheduler.min_lr_ratio", 0.1)],
+            "scheduler.min_lr_ratio",
+        ),
+        (
             [
                 ("training.use_rmpad", True),
                 ("training.micro_batch_tokens", 4096),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,16 @@ def export(
     `sha256sum` prints for the files in the order of their names.
     Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
     """
-    out = out.absolute()
+    out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new or an empty folder")
     events.progress("verify", path=str(checkpoint))
     manifest = verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
-    partial = out.with_name(out.name + ".partial")
-    # Left by an export that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial.chmod(0o755)
     try:
         config = exported_config(folder, override, manifest.dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
