@@ -1,7 +1,8 @@
-"""The trainer on GPUs: the numbers of the CPU, BF16, packed samples, and exact resume."""
+"""The trainer on GPUs: the numbers of the CPU, BF16, packed samples, recomputation, and exact resume."""
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -13,11 +14,66 @@ import pytest
 from sftd.domain.events import CheckpointPublished, ModelLoaded
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sftd.wire.attempt_dir import AttemptDir
     from tests.trainer.conftest import Run, Trainer
 
 pytestmark = pytest.mark.gpu
 
-FP32: dict[str, Any] = {"model__megatron__params_dtype": "float32"}
+TOGETHER = Path(__file__).with_name("together_ranks.py")
+KERNELS = Path(__file__).parents[1] / "trainer/kernels_interpreted.py"
+MEGATRON = "model__megatron__"
+FP32: dict[str, Any] = {MEGATRON + "params_dtype": "float32"}
+PACKED: dict[str, Any] = {"training__use_rmpad": True}
+FOUR: dict[str, Any] = {"training__micro_batch_size_per_gpu": 4}
+EXACT: dict[str, Any] = FOUR | {"training__deterministic": True}
+RECOMPUTE: dict[str, Any] = {"model__enable_gradient_checkpointing": True}
+ONE_GPU: dict[str, dict[str, Any]] = {
+    "fp32-padded": FP32,
+    "fp32-packed": FP32 | PACKED,
+    "bf16-padded": FOUR,
+    "bf16-packed": FOUR | PACKED,
+    "exact-padded": EXACT,
+    "exact-packed": EXACT | PACKED,
+    "again-padded": EXACT,
+    "again-packed": EXACT | PACKED,
+    "exact-full": EXACT | RECOMPUTE,
+    "exact-selective": EXACT | RECOMPUTE | {"model__recompute": "selective"},
+}
+TP2, PP2, CP2 = (
+    {f"{MEGATRON}{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context")
+)
+TWO_GPUS: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "dp2-selective": RECOMPUTE | {"model__recompute": "selective"},
+    "tp2": TP2,
+    "tp2-sp": TP2 | {MEGATRON + "sequence_parallel": True},
+    "pp2": PP2,
+    "pp2-packed": PP2 | PACKED,
+    "pp2-vpp2": PP2 | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
+    "pp2-vpp2-packed": PP2 | PACKED | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
+    "cp2": CP2,
+    "cp2-packed": CP2 | PACKED,
+}
+
+
+def train_together(trainer: Trainer, attempts: Mapping[str, AttemptDir]) -> dict[str, Run]:
+    """Train the attempts in one torchrun, in order."""
+    first = next(iter(attempts.values()))
+    (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
+    whole = trainer.finish(first, trainer.start(first, script=TOGETHER))
+    return {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
+
+
+def prepare(trainer: Trainer, ranks: int, variants: Mapping[str, dict[str, Any]]) -> dict[str, AttemptDir]:
+    return {name: trainer.prepare(name, trainer.spec(ranks, **given)) for name, given in variants.items()}
+
+
+@pytest.fixture(scope="module")
+def one(on_gpu: Trainer) -> dict[str, Run]:
+    """The runs of `ONE_GPU`."""
+    return train_together(on_gpu, prepare(on_gpu, 1, ONE_GPU))
 
 
 def losses(run: Run) -> list[float]:
@@ -29,95 +85,62 @@ def exact(run: Run) -> dict[int, tuple[float, float, str]]:
 
 
 def test_kernels_compute_what_pytorch_does(gpus: int) -> None:
-    script = Path(__file__).parents[1] / "trainer/kernels_interpreted.py"
-    run = subprocess.run([sys.executable, str(script), "cuda"], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, str(KERNELS), "cuda"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_fp32_agrees_with_the_cpu(on_gpu: Trainer, on_cpu: Trainer, packed: bool) -> None:
-    options = FP32 | ({"training__use_rmpad": True} if packed else {})
-    name = "fp32-packed" if packed else "fp32"
-    gpu, cpu = on_gpu.run(name, **options), on_cpu.run(name, **options)
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_fp32_agrees_with_the_cpu(one: dict[str, Run], on_cpu: Trainer, rows: str) -> None:
+    gpu, cpu = one[f"fp32-{rows}"], on_cpu.run(f"fp32-{rows}", **ONE_GPU[f"fp32-{rows}"])
     assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-4)
     assert gpu.events(ModelLoaded)[0].dtype == "float32"
 
 
-def test_bf16_trains_padded_and_packed_alike(on_gpu: Trainer) -> None:
-    padded = on_gpu.run("bf16", training__micro_batch_size_per_gpu=4)
-    packed = on_gpu.run("bf16-packed", training__micro_batch_size_per_gpu=4, training__use_rmpad=True)
+def test_bf16_trains_padded_and_packed_alike(one: dict[str, Run]) -> None:
+    padded, packed = one["bf16-padded"], one["bf16-packed"]
     assert padded.events(ModelLoaded)[0].dtype == "bfloat16"
+    assert not padded.events(ModelLoaded)[0].environment["deterministic"]
     assert all(map(math.isfinite, losses(padded)))
     assert losses(packed) == pytest.approx(losses(padded), rel=2e-2)
+    step = padded.steps()[6]
+    assert step.peak_memory_bytes is not None
+    assert step.peak_memory_bytes < 2**30
 
 
-def test_recomputing_changes_no_bit(on_gpu: Trainer) -> None:
-    options = {"training__micro_batch_size_per_gpu": 4, "training__deterministic": True}
-    kept = on_gpu.run("deterministic-False", training__use_rmpad=False, **options)
-    for recompute in ("full", "selective"):
-        run = on_gpu.run(
-            f"recompute-{recompute}",
-            model__enable_gradient_checkpointing=True,
-            model__recompute=recompute,
-            **options,
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputing_changes_no_bit(one: dict[str, Run], recompute: str) -> None:
+    assert exact(one[f"exact-{recompute}"]) == exact(one["exact-padded"])
+
+
+@pytest.fixture(scope="module")
+def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
+    """The deterministic runs gone on with from step 3, in new processes."""
+    attempts = {}
+    for rows in ("padded", "packed"):
+        published = next(c for c in one[f"exact-{rows}"].events(CheckpointPublished) if c.step == 3)
+        attempts[rows] = on_gpu.prepare(
+            f"resumed-{rows}",
+            on_gpu.spec(**ONE_GPU[f"exact-{rows}"]),
+            checkpoint=published.path,
+            checkpoint_digest=published.manifest_digest,
         )
-        assert exact(run) == exact(kept)
+    return train_together(on_gpu, attempts)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_resume_is_bit_for_bit(on_gpu: Trainer, packed: bool) -> None:
-    options = {
-        "training__micro_batch_size_per_gpu": 4,
-        "training__use_rmpad": packed,
-        "training__deterministic": True,
-    }
-    whole = on_gpu.run(f"deterministic-{packed}", **options)
-    again = on_gpu.run(f"again-{packed}", **options)
-    assert exact(again) == exact(whole)
-    published = next(c for c in whole.events(CheckpointPublished) if c.step == 3)
-    attempt = on_gpu.prepare(
-        f"resumed-{packed}",
-        on_gpu.spec(**options),
-        checkpoint=published.path,
-        checkpoint_digest=published.manifest_digest,
-    )
-    resumed = on_gpu.finish(attempt, on_gpu.start(attempt))
-    assert exact(resumed) == {n: step for n, step in exact(whole).items() if n > 3}
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_resume_is_bit_for_bit(one: dict[str, Run], resumed: dict[str, Run], rows: str) -> None:
+    whole = one[f"exact-{rows}"]
+    assert exact(one[f"again-{rows}"]) == exact(whole)
+    assert exact(resumed[rows]) == {n: step for n, step in exact(whole).items() if n > 3}
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("dp2", {}),
-        ("dp2-selective", {"model__enable_gradient_checkpointing": True, "model__recompute": "selective"}),
-        (
-            "pp2-vpp2",
-            {
-                "model__megatron__pipeline_model_parallel_size": 2,
-                "model__megatron__virtual_pipeline_model_parallel_size": 2,
-            },
-        ),
-        ("tp2", {"model__megatron__tensor_model_parallel_size": 2}),
-        (
-            "tp2-sp",
-            {"model__megatron__tensor_model_parallel_size": 2, "model__megatron__sequence_parallel": True},
-        ),
-        ("pp2", {"model__megatron__pipeline_model_parallel_size": 2}),
-        ("pp2-packed", {"model__megatron__pipeline_model_parallel_size": 2, "training__use_rmpad": True}),
-        ("cp2", {"model__megatron__context_parallel_size": 2}),
-        ("cp2-bf16", {"model__megatron__context_parallel_size": 2}),
-        ("cp2-packed", {"model__megatron__context_parallel_size": 2, "training__use_rmpad": True}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_layouts_agree_with_one_gpu(
-    on_gpu: Trainer, gpus: int, name: str, options: dict[str, object]
-) -> None:
+@pytest.mark.parametrize("name", TWO_GPUS)
+def test_layouts_agree_with_one_gpu(on_gpu: Trainer, gpus: int, one: dict[str, Run], name: str) -> None:
     if gpus < 2:
         pytest.skip("one GPU on this machine: layouts of two were not run")
     # Packed samples in BF16, for which there is a kernel of its own.
-    is_bf16 = "training__use_rmpad" in options or name.endswith("bf16")
-    dtype, tolerance = ({}, 2e-2) if is_bf16 else (FP32, 1e-4)
-    one = on_gpu.run("one-bf16" if not dtype else "fp32", **dtype)
-    two = on_gpu.run(name, ranks=2, **dtype, **options)
-    assert losses(two) == pytest.approx(losses(one), rel=tolerance)
+    dtype, tolerance, reference = (
+        ({}, 2e-2, "bf16-packed") if "packed" in name else (FP32, 1e-4, "fp32-padded")
+    )
+    two = on_gpu.run(name, ranks=2, **dtype, **TWO_GPUS[name])
+    assert losses(two) == pytest.approx(losses(one[reference]), rel=tolerance)
