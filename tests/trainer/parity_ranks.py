@@ -17,13 +17,14 @@ from megatron.core import parallel_state  # noqa: E402
 
 from sftd.domain.layout import ModelShape  # noqa: E402
 from sftd.domain.spec import Spec  # noqa: E402
+from sftd.trainer import loss as loss_module  # noqa: E402
 from sftd.trainer import model as models  # noqa: E402
 from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer import weights  # noqa: E402
 from sftd.trainer.attention import SequenceLayout  # noqa: E402
 from sftd.trainer.batches import Batching  # noqa: E402
 from sftd.trainer.data import Sample  # noqa: E402
-from sftd.trainer.loss import vocab_parallel_cross_entropy  # noqa: E402
+from sftd.trainer.loss import linear_cross_entropy, vocab_parallel_cross_entropy  # noqa: E402
 from sftd.trainer.session import Session  # noqa: E402
 from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
 from sftd.wire.model_folder import read_shape  # noqa: E402
@@ -73,6 +74,39 @@ def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, floa
     )
 
 
+def linear(session: Session, vocabulary: int) -> dict[str, float]:
+    """Largest differences of the chunked linear + cross-entropy from PyTorch: loss, gradients of hidden states and weight;
+    and what evaluation alone adds to the weight's gradient. 300 rows are three chunks here."""
+    loss_module._CHUNK_BYTES = 1
+    generator = torch.Generator().manual_seed(5)
+    padded = models.padded_vocabulary(vocabulary, session.layout.tp)
+    full, hidden = torch.randn(padded, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    labels = torch.randint(0, vocabulary, (300,), generator=generator)
+    labels[::7] = -100
+    truth, inputs = full[:vocabulary].clone().requires_grad_(), hidden.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(inputs @ truth.t(), labels, reduction="sum") / 3
+    expected.backward()
+    width = padded // session.layout.tp
+    first = session.layout.tp_rank * width
+    weight: Any = torch.nn.Parameter(full[first : first + width].clone())
+    weight.main_grad = torch.zeros(width, 16)
+    mine = hidden.clone().requires_grad_()
+    with torch.no_grad():
+        linear_cross_entropy(mine, weight, labels, divisor=3.0, vocab_size=vocabulary)
+    untouched = weight.main_grad.abs().max().item()
+    found = linear_cross_entropy(mine, weight, labels, divisor=3.0, vocab_size=vocabulary)
+    found.backward()
+    assert mine.grad is not None
+    dist.all_reduce(mine.grad, group=parallel_state.get_tensor_model_parallel_group())
+    real = max(0, min(width, vocabulary - first))
+    return {
+        "linear_loss": (found - expected).abs().item() / expected.item(),
+        "linear_hidden": (mine.grad - inputs.grad).abs().max().item(),
+        "linear_weight": (weight.main_grad[:real] - truth.grad[first : first + real]).abs().max().item(),
+        "linear_evaluation": untouched,
+    }
+
+
 def packing(model: Any, spec: Spec, session: Session) -> dict[str, Any]:
     batching = Batching.of(spec, session)
     generator = torch.Generator().manual_seed(4)
@@ -110,6 +144,7 @@ def main(path: str) -> None:
             found |= packing(model, spec, session)
     found["loss"], found["gradient"], _ = cross_entropy(session, 250)
     found["padded_loss"], _, found["padding_gradient"] = cross_entropy(session, 251)
+    found |= linear(session, 251)
     if session.layout.tp_rank == 0:
         (attempt.path / "found.json").write_text(json.dumps(found))
     sessions.close()

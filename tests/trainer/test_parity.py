@@ -85,6 +85,13 @@ def test_loss_and_its_gradient_are_those_of_pytorch(ranks: dict[str, Any]) -> No
     assert ranks["gradient"] < 1e-5
 
 
+def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, Any]) -> None:
+    assert ranks["linear_loss"] < 1e-5
+    assert ranks["linear_hidden"] < 1e-5
+    assert ranks["linear_weight"] < 1e-4
+    assert ranks["linear_evaluation"] == 0.0
+
+
 def test_padding_of_the_vocabulary_is_never_chosen_and_gets_no_gradient(ranks: dict[str, Any]) -> None:
     assert ranks["padding_gradient"] == 0.0
     assert ranks["padded_loss"] < 1e-5
