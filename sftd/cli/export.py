@@ -27,7 +27,6 @@ def export_command(run: str, directory: str, step: int | None, as_json: bool) ->
       sftd export brave-otter ./my-model
       sftd export brave-otter ./my-model --step 100
     """
-    from sftd.cli.generate import with_stages
     from sftd.cli.order_file import order_file
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.events import ModelExported
@@ -41,7 +40,7 @@ def export_command(run: str, directory: str, step: int | None, as_json: bool) ->
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
     with order_file(found, checkpoint) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
-        done = with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
+        done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(
         step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 
@@ -62,7 +61,7 @@ def generate_command(
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"
-        done = with_stages(title, "answer", arguments, run_tool, msgspec.json.encode(texts))
+        done = output.with_stages(title, "answer", arguments, run_tool, msgspec.json.encode(texts))
     answers = done["answers"]
     if as_json:
         click.echo(output.json_line(answers))
@@ -73,26 +72,3 @@ def generate_command(
         click.echo(answer["text"])
         if not answer["stopped"]:
             output.note(f"(cut after {answer['tokens']} tokens; --max-tokens allows more)")
-
-
-def with_stages(
-    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
-) -> dict[str, Any]:
-    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
-    console = output.console(stderr=True)
-    with console.status(output.escape(f"{title}: starting")) as status:
-        last = ""
-
-        def show(line: dict[str, Any]) -> None:
-            nonlocal last
-            stage = str(line.get("stage", ""))
-            if line.get("event") != "progress" or stage == last:
-                return
-            last = stage
-            if console.is_terminal:
-                status.update(output.escape(f"{title}: {stage}"))
-            else:
-                output.note(f"{title}: {stage}")
-
-        done: dict[str, Any] = run_tool(module, arguments, show, request)
-        return done

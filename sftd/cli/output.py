@@ -144,3 +144,26 @@ def styled(column: str, text: str) -> str:
 def is_terminal() -> bool:
     """Whether a person watches stdout."""
     return sys.stdout.isatty()
+
+
+def with_stages(
+    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
+) -> dict[str, Any]:
+    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
+    shown = console(stderr=True)
+    with shown.status(escape(f"{title}: starting")) as status:
+        last = ""
+
+        def show(line: dict[str, Any]) -> None:
+            nonlocal last
+            stage = str(line.get("stage", ""))
+            if line.get("event") != "progress" or stage == last:
+                return
+            last = stage
+            if shown.is_terminal:
+                status.update(escape(f"{title}: {stage}"))
+            else:
+                note(f"{title}: {stage}")
+
+        done: dict[str, Any] = run_tool(module, arguments, show, request)
+        return done

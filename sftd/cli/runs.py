@@ -184,7 +184,6 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     from sftd.domain.events import RunSubmitted
 
     spec = run.spec
-    m = spec.model.megatron
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {run.message}", "default")
@@ -213,15 +212,11 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("data", ", ".join(spec.data.train_files)),
         (
             "layout",
-            f"TP{m.tensor_model_parallel_size} PP{m.pipeline_model_parallel_size} "
-            + (
-                f"VPP{m.virtual_pipeline_model_parallel_size} "
-                if m.virtual_pipeline_model_parallel_size
-                else ""
-            )
-            + (f"CP{m.context_parallel_size} " if m.context_parallel_size > 1 else "")
-            + (f"EP{m.expert_model_parallel_size} " if m.expert_model_parallel_size > 1 else "")
-            + f"DP{spec.data_parallel_size}",
+            " ".join(
+                f"{name}{size}"
+                for name, size in spec.parallel_sizes.items()
+                if size > 1 or name in ("TP", "PP", "DP")
+            ),
         ),
         (
             "batch",

@@ -67,6 +67,11 @@ class ModelLoaded(Event, frozen=True):
     seconds: float
     environment: dict[str, Any]
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether this attempt's steps come out bit for bit when they are computed again."""
+        return bool(self.environment.get("deterministic", True))
+
 
 class DataBound(Event, frozen=True):
     """The data files are open and the order of samples is fixed. Digests are sha256 over the files."""

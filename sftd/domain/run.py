@@ -142,7 +142,7 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register
 def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, is_exact=run.is_exact and bool(event.environment.get("deterministic", True)))
+    return _set(run, is_exact=run.is_exact and event.is_deterministic)
 
 
 def _spec(written: dict[str, Any]) -> Spec:

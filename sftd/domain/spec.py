@@ -282,6 +282,19 @@ class Spec(Section, frozen=True):
         return t.micro_batch_tokens or t.micro_batch_size_per_gpu * self.data.sequence_length
 
     @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """The sizes of the layout by their usual short names."""
+        m = self.model.megatron
+        return {
+            "TP": m.tensor_model_parallel_size,
+            "PP": m.pipeline_model_parallel_size,
+            "VPP": m.virtual_pipeline_model_parallel_size or 1,
+            "CP": m.context_parallel_size,
+            "EP": m.expert_model_parallel_size,
+            "DP": self.data_parallel_size,
+        }
+
+    @property
     def num_microbatches(self) -> int:
         """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP).
 

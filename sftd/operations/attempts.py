@@ -132,7 +132,7 @@ def record(
             )
             new.append(item)
             if isinstance(line.event, e.ModelLoaded):
-                is_exact = is_exact and bool(line.event.environment.get("deterministic", True))
+                is_exact = is_exact and line.event.is_deterministic
             if isinstance(line.event, e.StepCompleted) and (
                 anomaly := decisions.compare_redone(before, line.event, is_exact=is_exact)
             ):

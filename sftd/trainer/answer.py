@@ -52,10 +52,10 @@ def _answer(arguments: argparse.Namespace, prompts: list[str], events: Any) -> N
     from sftd.trainer.generate import Generator
     from sftd.trainer.load_model import one_rank, one_rank_spec, read_model, verify
     from sftd.trainer.trainee import for_answers
-    from sftd.wire.attempt_dir import Order
+    from sftd.wire.attempt_dir import read_order
     from sftd.wire.model_folder import read_shape
 
-    order = msgspec.json.decode(arguments.order.read_bytes(), type=Order)
+    order = read_order(arguments.order)
     events.progress("verifying the checkpoint")
     manifest = verify(arguments.checkpoint, arguments.digest)
     events.progress("loading")

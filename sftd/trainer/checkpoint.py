@@ -29,10 +29,10 @@ from sftd.trainer import manifest as manifests
 from sftd.trainer import megatron_edges
 from sftd.trainer import optimizer as optimizers
 from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
-from sftd.trainer.folder_swap import publish_folder
+from sftd.trainer.folder_swap import fsync_file, publish_folder
 from sftd.trainer.manifest import Manifest
 from sftd.trainer.reporter import Reporter
-from sftd.trainer.session import Session
+from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
 from sftd.wire.attempt_dir import Order, fsync_dir
 
@@ -117,7 +117,7 @@ class Checkpoints:
         try:
             manifest = manifests.read(folder, self._order.checkpoint_digest)
             share = manifest.files[dist.get_rank() :: dist.get_world_size()]
-            damage = [reason for reason in _all_gather(manifests.find_damage(folder, share)) if reason]
+            damage = [reason for reason in gather(manifests.find_damage(folder, share)) if reason]
             if damage:
                 raise CheckpointInvalid(damage[0])
         except CheckpointInvalid as error:
@@ -221,7 +221,7 @@ class Checkpoints:
     def _describe_share(self, partial: Path) -> list[manifests.FileEntry]:
         names = manifests.list_files(partial)[dist.get_rank() :: dist.get_world_size()]
         for name in names:
-            _fsync(partial / name)
+            fsync_file(partial / name)
         return manifests.describe(partial, names)
 
     def _publish(
@@ -290,7 +290,7 @@ class Checkpoints:
             result = action()
         except failures as error:
             reason = _cause(error)
-        outcomes = _all_gather((result, reason))
+        outcomes = gather((result, reason))
         if reasons := [r for _, r in outcomes if r]:
             raise CheckpointSaveFailed(reasons[0])
         return [r for r, _ in outcomes]
@@ -306,17 +306,3 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointSaveFailed):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _all_gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

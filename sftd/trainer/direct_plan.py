@@ -147,11 +147,7 @@ def _identity(spec: Spec) -> ProcessFile:
 
 
 def _layout(spec: Spec) -> str:
-    m = spec.model.megatron
-    sizes = [("TP", m.tensor_model_parallel_size), ("PP", m.pipeline_model_parallel_size)]
-    sizes += [("VPP", m.virtual_pipeline_model_parallel_size or 1), ("CP", m.context_parallel_size)]
-    sizes += [("EP", m.expert_model_parallel_size), ("DP", spec.data_parallel_size)]
-    shown = " × ".join(f"{name}{size}" for name, size in sizes if size > 1)
+    shown = " × ".join(f"{name}{size}" for name, size in spec.parallel_sizes.items() if size > 1)
     ranks = f"{spec.world_size} rank" + "s" * (spec.world_size > 1)
     return f"{ranks} ({shown})" if shown else ranks
 

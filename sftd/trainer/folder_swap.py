@@ -16,6 +16,15 @@ _RENAME_EXCHANGE = 2
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
+def fsync_file(path: Path) -> None:
+    """Make a file's contents survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def publish_folder(new: Path, published: Path) -> None:
     """Rename `new` to `published`, in place of a folder that is there already, and make that survive a power cut."""
     if published.exists():

@@ -55,19 +55,11 @@ def one_rank(spec: Spec, *, device: str, dtype: str | None = None) -> Session:
     return sessions.start(one_rank_spec(spec, device=device, dtype=dtype))
 
 
-def load_model(
-    spec: Spec, shape: ModelShape, session: Session, folder: Path, digest: str | None
-) -> list[GPTModel]:
+def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
     """The model of the checkpoint in `folder`, whole on the session's one rank, for evaluation.
 
-    Every file is verified before anything is unpickled (see `verify`). Raises `CheckpointInvalid`.
+    What is read is unpickled: `verify` comes first. Raises `CheckpointInvalid` when it cannot be read any more.
     """
-    verify(folder, digest)
-    return read_model(spec, shape, session, folder)
-
-
-def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
-    """`load_model` of a checkpoint that was verified already. Raises `CheckpointInvalid` when it cannot be read any more."""
     config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
     chunks = models.build(config, shape, session)
     content: dict[str, Any] = {

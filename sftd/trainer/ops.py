@@ -5,14 +5,11 @@ Both compute the same; on a GPU with FP32 sums whatever the dtype.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         from sftd.trainer.kernels.norm import RmsNorm
 
-        return _apply(RmsNorm.apply, x, weight, eps)
+        return cast(Tensor, RmsNorm.apply(x, weight, eps))
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -42,7 +39,7 @@ def swiglu(x: Tensor) -> Tensor:
     if x.is_cuda:
         from sftd.trainer.kernels.swiglu import SwiGlu
 
-        return _apply(SwiGlu.apply, x)
+        return cast(Tensor, SwiGlu.apply(x))
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -70,7 +67,3 @@ def split_rotary(qkv: Tensor, angles: Tensor, groups: int, head_dim: int) -> tup
         return cast(tuple[Tensor, Tensor, Tensor], SplitRotary.apply(qkv, angles, groups, head_dim))
     q, k, v = split_qkv(qkv, groups, head_dim)
     return rotate(q, angles), rotate(k, angles), v
-
-
-def _apply(function: Callable[..., object], *args: object) -> Tensor:
-    return cast(Tensor, function(*args))

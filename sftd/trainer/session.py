@@ -119,6 +119,13 @@ def start(spec: Spec) -> Session:
     return Session(device, torch.bfloat16 if is_bf16 else torch.float32, layout)
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank. Called by every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def close() -> None:
     """Leave the process group, after every rank has come this far."""
     dist.barrier()

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from sftd.trainer.errors import DataError, DataNotDecoded
+from sftd.trainer.session import gather
 
 _BUSY = "busy"
 _POLL_SECONDS = 0.05
@@ -28,7 +28,7 @@ def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     """
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
     is_writer = dist.get_rank() == first
-    folder = _all_gather(_make(parent) if is_writer else None)[first]
+    folder = gather(_make(parent) if is_writer else None)[first]
     try:
         found: Exception | None = None
         if is_writer:
@@ -41,7 +41,7 @@ def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
         # No collective waits for the writer, however long it takes: NCCL's would time out.
         while (folder / _BUSY).exists():
             time.sleep(_POLL_SECONDS)
-        if errors := [error for error in _all_gather(found) if error]:
+        if errors := [error for error in gather(found) if error]:
             raise errors[0]
         yield folder
         dist.barrier()
@@ -55,9 +55,3 @@ def _make(parent: Path) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="rows-", dir=parent))
     (folder / _BUSY).touch()
     return folder
-
-
-def _all_gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

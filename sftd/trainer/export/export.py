@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from sftd.trainer import session as sessions
 from sftd.trainer import weights
 from sftd.trainer.errors import UserError
 from sftd.trainer.export.shards import write_shards
+from sftd.trainer.folder_swap import fsync_file
 from sftd.trainer.load_model import one_rank, read_model, verify
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.wire.attempt_dir import fsync_dir
@@ -73,7 +73,7 @@ def export(
         for entry in entries:
             # safetensors makes its files unreadable for others.
             shutil.copymode(partial / "config.json", partial / entry.name)
-            _fsync(partial / entry.name)
+            fsync_file(partial / entry.name)
         fsync_dir(partial)
         # Takes the place of an empty folder, and fails if something has been put into it meanwhile.
         partial.rename(out)
@@ -122,11 +122,3 @@ def _tensors(
             for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
                 yield name, tensor.contiguous()
     assert not own, f"no weight mapping for {sorted(own)}"
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
