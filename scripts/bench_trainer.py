@@ -116,12 +116,12 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     import numpy as np
     import torch
 
+    from sftd.domain.schedule import learning_rate
     from sftd.domain.spec_parse import LEAVES, parse
     from sftd.trainer import session as sessions
     from sftd.trainer import trainee as trainees
     from sftd.trainer.batches import Batching
     from sftd.trainer.data import Sample
-    from sftd.trainer.schedule import learning_rate
     from sftd.wire.dataset import IGNORE_INDEX
     from sftd.wire.model_folder import read_shape
 

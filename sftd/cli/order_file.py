@@ -29,6 +29,7 @@ def order_file(run: Run, checkpoint: CheckpointInfo) -> Iterator[str]:
                 checkpoint_dir=str(Path(checkpoint.path).parent),
                 checkpoint=checkpoint.path,
                 checkpoint_digest=checkpoint.manifest_digest,
+                order_start=run.order_start,
             )
         )
         yield str(directory.order_file)

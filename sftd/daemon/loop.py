@@ -222,6 +222,7 @@ class Daemon:
             checkpoint_digest=claimed.checkpoint_digest,
             train_digest=run.train_digest,
             val_digest=run.val_digest,
+            order_start=run.order_start,
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:

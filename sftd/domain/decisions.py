@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused
@@ -168,26 +169,28 @@ def _attempt_ended(
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "samples_digest")
 
 
-# How far a redone step may be off where the device's kernels are not deterministic (BF16: a few units in the third digit).
+# How far a redone step may be off where the device's kernels are not deterministic or the layout is another (BF16: a few
+# units in the third digit).
 _ROUNDING = {"loss": 0.02, "grad_norm": 0.2}
+_ROUNDING_FP32 = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
 def compare_redone(
-    recorded: Mapping[int, e.StepCompleted], redone: e.StepCompleted, *, is_exact: bool = True
+    recorded: Mapping[int, e.StepCompleted],
+    redone: e.StepCompleted,
+    *,
+    is_exact: bool = True,
+    dtype: str = "",
 ) -> e.AnomalyDetected | None:
     """A redone step must come out as the log has it. Compared bit for bit; two NaNs are equal.
 
-    Unless `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding; what was trained may not.
+    Unless `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; what was trained may
+    not.
     """
     was = recorded.get(redone.step)
     if was is None:
         return None
-    differs = {
-        name: {"recorded": getattr(was, name), "redone": getattr(redone, name)}
-        for name in COMPARED
-        if not _same(getattr(was, name), getattr(redone, name))
-        and (is_exact or not _is_near(name, getattr(was, name), getattr(redone, name)))
-    }
+    differs = differences(was, redone, is_exact=is_exact, dtype=dtype)
     return (
         e.AnomalyDetected(step=redone.step, what="redone step differs from the log", detail=differs)
         if differs
@@ -195,8 +198,17 @@ def compare_redone(
     )
 
 
-def _is_near(name: str, a: float, b: float) -> bool:
-    return name in _ROUNDING and math.isclose(a, b, rel_tol=_ROUNDING[name])
+def differences(
+    was: e.StepCompleted, redone: e.StepCompleted, *, is_exact: bool, dtype: str = ""
+) -> dict[str, dict[str, Any]]:
+    """The numbers of a step that came out otherwise: name → `recorded` and `redone`. See `compare_redone`."""
+    near = _ROUNDING_FP32 if dtype == "float32" else _ROUNDING
+    pairs = {name: (getattr(was, name), getattr(redone, name)) for name in COMPARED}
+    return {
+        name: {"recorded": a, "redone": b}
+        for name, (a, b) in pairs.items()
+        if not _same(a, b) and (is_exact or name not in near or not math.isclose(a, b, rel_tol=near[name]))
+    }
 
 
 def _same(a: object, b: object) -> bool:

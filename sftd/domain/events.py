@@ -29,6 +29,33 @@ class RunSubmitted(Event, frozen=True):
     warnings: list[str] = []
 
 
+class RunForked(Event, frozen=True):
+    """The run starts from another run's checkpoint, with another spec: the first event of its stream, before
+    `RunSubmitted`. `step` 0 is the parent's pretrained model, without a checkpoint.
+
+    `changes` maps the keys whose values differ to [the parent's, the fork's]. Training goes on at 0-based step `step` and
+    reads the samples from position `sample` of its own order of samples (see `sample_order`): where the parent stood, if
+    the fork has the parent's order, else its beginning.
+    """
+
+    parent: str
+    step: int
+    sample: int
+    checkpoint: str | None
+    manifest_digest: str | None
+    bytes: int
+    tokens_total: int
+    changes: dict[str, Any]
+    by: str
+
+
+class CheckpointPinned(Event, frozen=True):
+    """`fork` starts from this checkpoint, so it is never deleted."""
+
+    step: int
+    fork: str
+
+
 class AttemptClaimed(Event, frozen=True):
     """A daemon took the right to drive the next attempt. It starts from `from_step` (0 is the pretrained model)."""
 
@@ -191,10 +218,20 @@ class StopRequested(Event, frozen=True):
 
 
 class ResumeRequested(Event, frozen=True):
-    """A person asked for another attempt. `from_step` None is the last published checkpoint."""
+    """A person asked for another attempt. `from_step` None is the last published checkpoint.
+
+    `changes` maps keys of the spec to [before, after]; only such as leave the trajectory alone (`trajectory.py`). With
+    changes, `spec`, `spec_digest` and `planned_steps` hold from now on.
+    """
+
+    schema_version: ClassVar[int] = 2
 
     by: str
     from_step: int | None = None
+    changes: dict[str, Any] = {}
+    spec: dict[str, Any] | None = None
+    spec_digest: str | None = None
+    planned_steps: int | None = None
 
 
 class AttemptFailed(Event, frozen=True):
@@ -244,6 +281,29 @@ class ModelExported(Event, frozen=True):
     bytes: int
     digest: str
     dtype: str
+
+
+class ReplayVerified(Event, frozen=True):
+    """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
+    or but for rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
+
+    from_step: int
+    to_step: int
+    is_exact: bool
+    environment: dict[str, Any]
+    by: str
+
+
+class ReplayDiverged(Event, frozen=True):
+    """Steps behind `from_step` were trained again elsewhere, and `step` is the first that came out otherwise. `detail` is
+    that of `AnomalyDetected`, `environment` maps what differs to [the log's, the verifier's]."""
+
+    from_step: int
+    to_step: int
+    step: int
+    detail: dict[str, Any]
+    environment: dict[str, Any]
+    by: str
 
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}

@@ -22,6 +22,10 @@ def why_kept(run: Run) -> dict[int, list[str]]:
             reasons[c.step].append("final")
     if verified := [c for c in run.checkpoints if c.verified]:
         reasons[max(verified, key=lambda c: c.version).step].append("last verified")
+    for c in run.checkpoints:
+        if c.is_parents:
+            reasons[c.step].append("the parent's: not this run's to delete")
+        reasons[c.step] += [f"fork {name} starts from it" for name in c.forks]
     if run.status != "succeeded":
         # Until the new history has come as far, the old one's checkpoints are the only ones of their steps; and an
         # attempt may be about to write such a step's folder anew.

@@ -1,17 +1,13 @@
-"""The state of a run, folded from its events by `evolve`. The fold is the only way to make one."""
+"""The state of a run, as `evolve` folds it from events. The fold is the only way to make one."""
 
 from __future__ import annotations
 
-import math
-from functools import singledispatch
 from typing import Any, Literal
 
 import msgspec
 
 from sftd.domain import events as e
-from sftd.domain.codec import json_float
-from sftd.domain.errors import UnknownEvent
-from sftd.domain.spec import Spec
+from sftd.domain.spec import OrderStart, Spec
 
 Status = Literal[
     "queued",  # waits for devices                            → starting
@@ -30,7 +26,7 @@ ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 class CheckpointInfo(msgspec.Struct, frozen=True):
     """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
-    which a later attempt went on."""
+    which a later attempt went on. `is_parents`: it is another run's, from which this one was forked. `forks` start from it."""
 
     step: int
     path: str
@@ -42,6 +38,26 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     val_loss: float | str | None = None
     verified: bool = False
     superseded: bool = False
+    is_parents: bool = False
+    forks: tuple[str, ...] = ()
+
+
+class ForkPoint(msgspec.Struct, frozen=True):
+    """Where a fork left its parent. At step 0 it starts from the parent's pretrained model."""
+
+    parent: str
+    step: int
+    tokens_total: int
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """The last time that steps behind `from_step` up to `to_step` were trained again elsewhere. `diverged_at` is the first
+    that came out otherwise, None when none did."""
+
+    from_step: int
+    to_step: int
+    diverged_at: int | None
+    at: e.Micros
 
 
 class Validation(msgspec.Struct, frozen=True):
@@ -64,6 +80,8 @@ class Run(msgspec.Struct, frozen=True):
     train_digest: str = ""
     val_digest: str = ""
     planned_steps: int = 0
+    fork: ForkPoint | None = None
+    order_start: OrderStart = OrderStart()
     submitted_at: e.Micros = 0
     started_at: e.Micros | None = None
     ended_at: e.Micros | None = None
@@ -73,8 +91,10 @@ class Run(msgspec.Struct, frozen=True):
     retry_at: e.Micros | None = None
     stop_by: str | None = None
     resume_from: int | None = None
-    # Whether a step that is computed again comes out bit for bit: the attempts so far were deterministic.
+    # Whether a step that is computed again comes out bit for bit: the attempts so far were deterministic, and all of
+    # them in the environment of the last (versions, device, layout).
     is_exact: bool = True
+    environment: dict[str, Any] = {}
     # The timeline: what later attempts have not superseded.
     step: int = 0
     loss: float | str | None = None
@@ -87,6 +107,7 @@ class Run(msgspec.Struct, frozen=True):
     last_validation: Validation | None = None
     best_validation: Validation | None = None
     checkpoints: tuple[CheckpointInfo, ...] = ()
+    last_replay: Replay | None = None
     # Over all attempts.
     highest_step: int = 0
     steps_redone: int = 0
@@ -104,259 +125,12 @@ class Run(msgspec.Struct, frozen=True):
             return next((c for c in self.checkpoints if c.step == self.resume_from), None)
         return max((c for c in self.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
 
+    @property
+    def dtype(self) -> str:
+        """What the last attempt computed in, by torch's name; empty before the first."""
+        return str(self.environment.get("dtype", ""))
 
-def fold(run: Run, recorded: list[e.Recorded]) -> Run:
-    """Apply events in order."""
-    for r in recorded:
-        run = evolve(run, r)
-    return run
-
-
-def evolve(run: Run, recorded: e.Recorded) -> Run:
-    """The run after one more event. Never fails on an event that a newer decision would not have made."""
-    run = _apply(recorded.event, run, recorded)
-    return msgspec.structs.replace(run, version=recorded.version, updated_at=recorded.occurred_at)
-
-
-_set = msgspec.structs.replace
-
-
-@singledispatch
-def _apply(event: e.Event, run: Run, recorded: e.Recorded) -> Run:
-    return run
-
-
-@_apply.register
-def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        run,
-        spec=_spec(event.spec),
-        spec_digest=event.spec_digest,
-        user=event.user,
-        train_digest=_digest(event.data, "train"),
-        val_digest=_digest(event.data, "val"),
-        planned_steps=event.planned_steps,
-        submitted_at=recorded.occurred_at,
-    )
-
-
-@_apply.register
-def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, is_exact=run.is_exact and event.is_deterministic)
-
-
-def _spec(written: dict[str, Any]) -> Spec:
-    """The spec of a submission, without keys that a newer sftd added. Raises `UnknownEvent` if it cannot be read."""
-    try:
-        return msgspec.convert(_known(written, Spec), Spec)
-    except msgspec.ValidationError as error:
-        raise UnknownEvent(
-            f"The log holds a spec that this sftd cannot read ({error}): a newer one wrote it."
-        ) from None
-
-
-def _known(written: dict[str, Any], section: type[msgspec.Struct]) -> dict[str, Any]:
-    kept = {}
-    for field in msgspec.structs.fields(section):
-        if field.name in written:
-            value, kind = written[field.name], field.type
-            is_section = (
-                isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict)
-            )
-            kept[field.name] = _known(value, kind) if is_section else value
-    return kept
-
-
-def _digest(data: dict[str, Any], part: str) -> str:
-    return str((data.get(part) or {}).get("digest", ""))
-
-
-@_apply.register
-def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        # An attempt that dies before it resumes must not lose the step that was asked for: the claim decides.
-        _rewind(run, event.from_step),
-        status="starting",
-        attempt=recorded.attempt or run.attempt + 1,
-        daemon=event.daemon,
-        retry_at=None,
-        resume_from=None,
-        attempt_base=run.highest_step,
-        attempt_progressed=False,
-        started_at=run.started_at or recorded.occurred_at,
-        ended_at=None,
-        cause=None,
-        message=None,
-    )
-
-
-@_apply.register
-def _(event: e.AttemptAdopted, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, daemon=event.daemon)
-
-
-@_apply.register
-def _(event: e.TrainingResumed, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        run,
-        step=event.step,
-        tokens_reported=event.tokens_total,
-        checkpoints=tuple(_set(c, verified=True) if c.step == event.step else c for c in run.checkpoints),
-    )
-
-
-def _rewind(run: Run, step: int) -> Run:
-    """The timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
-    tokens = next((c.tokens_total for c in run.checkpoints if c.step == step), 0)
-    kept = [v for v in (run.first_validation, run.last_validation) if v is not None and v.step <= step]
-    kept += [
-        Validation(c.step, c.val_loss) for c in run.checkpoints if c.val_loss is not None and c.step <= step
-    ]
-    return _set(
-        run,
-        step=step,
-        tokens_counted=tokens,
-        tokens_reported=tokens,
-        first_validation=min(kept, key=lambda v: v.step, default=None),
-        last_validation=max(kept, key=lambda v: v.step, default=None),
-        best_validation=min(
-            (v for v in kept if isinstance(v.loss, float)), key=lambda v: (v.loss, v.step), default=None
-        ),
-        checkpoints=tuple(_set(c, superseded=True) if c.step > step else c for c in run.checkpoints),
-    )
-
-
-@_apply.register
-def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
-    redone = event.step <= run.highest_step
-    smooth = (
-        event.seconds if run.seconds_per_step is None else 0.8 * run.seconds_per_step + 0.2 * event.seconds
-    )
-    return _set(
-        run,
-        status="running" if run.status == "starting" else run.status,
-        step=event.step,
-        loss=json_float(event.loss),
-        lr=event.lr,
-        tokens_counted=run.tokens_counted + event.tokens,
-        tokens_reported=event.tokens_total,
-        seconds_per_step=smooth,
-        tokens_per_second=event.tokens_real / event.seconds if event.seconds > 0 else None,
-        highest_step=max(run.highest_step, event.step),
-        steps_redone=run.steps_redone + redone,
-        attempt_progressed=run.attempt_progressed
-        or event.step - run.attempt_base >= run.spec.launch.min_progress_steps,
-    )
-
-
-@_apply.register
-def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
-    v = Validation(event.step, json_float(event.loss))
-    best = run.best_validation
-    better = math.isfinite(event.loss) and (best is None or event.loss < float(best.loss))
-    return _set(
-        run,
-        first_validation=run.first_validation or v,
-        last_validation=v,
-        best_validation=v if better else best,
-    )
-
-
-@_apply.register
-def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
-    validation = run.last_validation
-    info = CheckpointInfo(
-        step=event.step,
-        path=event.path,
-        bytes=event.bytes,
-        manifest_digest=event.manifest_digest,
-        tokens_total=run.tokens_counted,
-        version=recorded.version,
-        published_at=recorded.occurred_at,
-        val_loss=validation.loss if validation and validation.step == event.step else None,
-    )
-    others = tuple(c for c in run.checkpoints if c.step != event.step)
-    return _set(
-        run,
-        checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
-        attempt_progressed=run.attempt_progressed
-        or event.step > run.attempt_base
-        or all(c.superseded for c in run.checkpoints if c.step == event.step),
-    )
-
-
-@_apply.register
-def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.step != event.step))
-
-
-@_apply.register
-def _(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.path != event.path))
-
-
-@_apply.register
-def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, anomalies=run.anomalies + 1)
-
-
-@_apply.register
-def _(event: e.StopRequested, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, stop_by=event.by, status="stopping" if run.status in ACTIVE else run.status)
-
-
-@_apply.register
-def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        run,
-        status="queued",
-        resume_from=event.from_step,
-        stop_by=None,
-        retry_at=None,
-        ended_at=None,
-        fruitless_attempts=0,
-        cause=None,
-        message=None,
-    )
-
-
-def _attempt_ended(run: Run, cause: str, message: str, retry_at: e.Micros | None) -> Run:
-    return _set(
-        run,
-        # The event that follows a failure without retry_at says how the run ended.
-        status="retrying",
-        retry_at=retry_at,
-        daemon=None,
-        cause=cause,
-        message=message,
-        fruitless_attempts=0 if run.attempt_progressed else run.fruitless_attempts + 1,
-    )
-
-
-@_apply.register
-def _(event: e.AttemptFailed, run: Run, recorded: e.Recorded) -> Run:
-    return _attempt_ended(run, event.cause, event.message, event.retry_at)
-
-
-@_apply.register
-def _(event: e.AttemptLost, run: Run, recorded: e.Recorded) -> Run:
-    return _attempt_ended(run, "lost", event.message, event.retry_at)
-
-
-def _ended(run: Run, status: Status, recorded: e.Recorded) -> Run:
-    return _set(run, status=status, ended_at=recorded.occurred_at, daemon=None, retry_at=None)
-
-
-@_apply.register
-def _(event: e.RunSucceeded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(_ended(run, "succeeded", recorded), cause=None, message=None)
-
-
-@_apply.register
-def _(event: e.RunFailed, run: Run, recorded: e.Recorded) -> Run:
-    return _set(_ended(run, "failed", recorded), cause=event.cause, message=event.message)
-
-
-@_apply.register
-def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
-    return _ended(run, "cancelled", recorded)
+    @property
+    def first_step(self) -> int:
+        """The step after which the run's own steps begin: where it was forked, else 0."""
+        return self.fork.step if self.fork else 0

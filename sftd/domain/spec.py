@@ -236,6 +236,21 @@ class Launch(Section, frozen=True):
     ] = None
 
 
+class OrderStart(msgspec.Struct, frozen=True):
+    """Where in the endless order of samples a run reads: 0-based step `step` begins at position `sample`. Both are 0 but in
+    a fork, which may go on where its parent stood with batches of another size, or begin with other data."""
+
+    step: int = 0
+    sample: int = 0
+
+    def position(self, step: int, batch_size: int) -> int:
+        """Position of the first sample of 0-based `step`, which is not before `self.step`."""
+        return self.sample + (step - self.step) * batch_size
+
+
+FROM_THE_BEGINNING = OrderStart()
+
+
 class Spec(Section, frozen=True):
     """A whole run. Resolved: `launch.nproc_per_node`, `training.gradient_accumulation_steps` and `trainer.epochs`
     or `trainer.max_steps` are filled in by `spec_parse.resolve`."""
@@ -310,15 +325,16 @@ class Spec(Section, frozen=True):
         group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
         return -(-count // group) * group
 
-    def planned_steps(self, train_rows: int) -> int:
-        """Optimizer steps of the whole run over `train_rows` usable rows.
+    def planned_steps(self, train_rows: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
+        """Optimizer steps of the whole run over `train_rows` usable rows, those before `start` included.
 
         An epoch is the steps that see every row at least once; its last batch is filled from the epoch that
         follows, so that every step has the same number of samples and no row is dropped.
         """
         if self.trainer.max_steps is not None:
             return self.trainer.max_steps
-        return -(-(self.trainer.epochs or 1) * train_rows // self.data.train_batch_size)
+        left = max(0, (self.trainer.epochs or 1) * train_rows - start.sample)
+        return start.step - (-left // self.data.train_batch_size)
 
     def warmup_steps(self, planned_steps: int) -> int:
         """Steps of linear warm-up; `scheduler.warmup_steps` wins over `scheduler.warmup_ratio`."""

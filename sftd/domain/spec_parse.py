@@ -279,6 +279,23 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
     return _resolve(spec), warnings
 
 
+def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:
+    """A resolved spec with `(dotted key, value)` overrides laid over it: what `_resolve` filled in follows them.
+
+    Returns the new spec and its warnings. Raises `Refused`.
+    """
+    config = msgspec.to_builtins(spec)
+    config["training"]["gradient_accumulation_steps"] = None
+    free = msgspec.structs.replace(spec, launch=msgspec.structs.replace(spec.launch, nproc_per_node=None))
+    if free.nproc_per_node == spec.launch.nproc_per_node:
+        # As many ranks as the layout needs: as many as the new one needs.
+        config["launch"]["nproc_per_node"] = None
+    given = list(overrides)
+    if any(key.removeprefix("+") == "trainer.epochs" for key, _ in given):
+        config["trainer"]["max_steps"] = None
+    return parse(config, given)
+
+
 def _resolve(spec: Spec) -> Spec:
     trainer = spec.trainer
     if trainer.max_steps is not None:

@@ -9,6 +9,7 @@ import msgspec
 from sftd.domain import decisions
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
+from sftd.domain.evolve import stays_exact
 from sftd.domain.failures import Failure
 from sftd.domain.retention import deletable
 from sftd.domain.run import ENDED, Run
@@ -119,7 +120,7 @@ def record(
         run = current(tx.connection, lease.run_id)
         cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
         new: list[e.NewEvent] = []
-        is_exact = run.is_exact
+        is_exact, environment = run.is_exact, run.environment
         for line in lines:
             if line.number <= cursor:
                 continue
@@ -132,9 +133,12 @@ def record(
             )
             new.append(item)
             if isinstance(line.event, e.ModelLoaded):
-                is_exact = is_exact and line.event.is_deterministic
+                is_exact = stays_exact(is_exact, environment, line.event)
+                environment = line.event.environment
             if isinstance(line.event, e.StepCompleted) and (
-                anomaly := decisions.compare_redone(before, line.event, is_exact=is_exact)
+                anomaly := decisions.compare_redone(
+                    before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
+                )
             ):
                 new.append(
                     msgspec.structs.replace(

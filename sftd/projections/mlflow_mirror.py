@@ -23,7 +23,8 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from sftd.domain import events as e
-from sftd.domain.run import Run, evolve, fold
+from sftd.domain.evolve import evolve, fold
+from sftd.domain.run import Run
 from sftd.projections import mlflow_mapping as mapping
 from sftd.projections.mlflow_client import METRICS_PER_BATCH, MirrorUnavailable, Tracking
 from sftd.store.engine import Store

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from sftd.domain import run as run_state
 from sftd.domain.events import Recorded
+from sftd.domain.evolve import fold
 from sftd.domain.retention import why_kept
 from sftd.domain.run import Run
 from sftd.store import event_store, positions
@@ -60,7 +61,7 @@ def _apply(connection: sa.Connection, batch: list[Recorded]) -> None:
     for run_id, group in groupby(by_run, key=lambda r: r.run_id):
         state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
         before = _decoder.decode(state) if state is not None else Run(run_id)
-        run = run_state.fold(before, list(group))
+        run = fold(before, list(group))
         _write_run(connection, run)
         if _kept(run) != _kept(before):
             _write_checkpoints(connection, run)

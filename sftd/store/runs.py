@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain import run as run_state
 from sftd.domain.errors import AmbiguousRun, RunNotFound
+from sftd.domain.evolve import fold
 from sftd.domain.run import Run
 from sftd.store.event_store import read_stream
 from sftd.store.tables import events, view_runs
@@ -24,7 +24,7 @@ def load_run(connection: sa.Connection, run_id: str) -> Run:
     """The run as the log has it now. Raises `RunNotFound`."""
     state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
     run = _decoder.decode(state) if state is not None else Run(run_id)
-    run = run_state.fold(run, list(read_stream(connection, run_id, run.version)))
+    run = fold(run, list(read_stream(connection, run_id, run.version)))
     if run.version == 0:
         raise RunNotFound(f"There is no run {run_id}. `sftd ls` lists the runs.")
     return run

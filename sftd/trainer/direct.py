@@ -165,7 +165,9 @@ class DirectReporter(Reporter):
         self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.redone)
         self._show(event)
         if isinstance(event, e.StepCompleted) and (
-            anomaly := decisions.compare_redone(seen.redone, event, is_exact=seen.run.is_exact)
+            anomaly := decisions.compare_redone(
+                seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
+            )
         ):
             # Not journalled: whoever reads the history compares the steps anew.
             self._show(anomaly)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sftd.domain.errors import Refused
 from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
 from sftd.domain.layout import ModelShape, check_model
+from sftd.domain.schedule import learning_rate
 from sftd.trainer import process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
@@ -25,7 +26,6 @@ from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
 from sftd.trainer.meter import Meter
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
-from sftd.trainer.schedule import learning_rate
 from sftd.trainer.spool import shared_folder
 from sftd.trainer.validate import validate
 from sftd.wire.attempt_dir import AttemptDir, Order
@@ -145,7 +145,7 @@ class Attempt:
             raise DataError(
                 f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
             )
-        planned = spec.planned_steps(len(self._train))
+        planned = spec.planned_steps(len(self._train), self._order.order_start)
         if spec.trainer.max_steps is None and planned != self._order.planned_steps:
             raise UserError(
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
@@ -194,7 +194,7 @@ class Attempt:
         lengths = self._train.lengths[rows].astype(float)
         event = StepCompleted(
             step=self._progress.step,
-            epoch=self._samples.epoch(step * size),
+            epoch=self._samples.epoch(self._order.order_start.position(step, size)),
             loss=sums.loss,
             grad_norm=sums.grad_norm,
             lr=rate,
@@ -223,7 +223,7 @@ class Attempt:
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
         """The rows of 0-based `step` and this rank's micro-batches of them."""
         size = self._spec.data.train_batch_size
-        rows = self._samples.rows(step * size, size)
+        rows = self._samples.rows(self._order.order_start.position(step, size), size)
         return rows, self._batching.batches(self._train, rows)
 
     def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:

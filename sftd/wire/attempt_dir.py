@@ -19,13 +19,14 @@ from pathlib import Path
 import msgspec
 
 from sftd.domain.events import Micros
-from sftd.domain.spec import Spec
+from sftd.domain.spec import OrderStart, Spec
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
     None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
-    (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched."""
+    (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched.
+    `order_start` says which samples the steps read."""
 
     run_id: str
     attempt: int
@@ -37,6 +38,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_digest: str | None = None
     train_digest: str = ""
     val_digest: str = ""
+    order_start: OrderStart = OrderStart()
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):

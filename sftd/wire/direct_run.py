@@ -23,8 +23,9 @@ import msgspec
 from sftd.domain import codec, decisions
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
+from sftd.domain.evolve import evolve
 from sftd.domain.failures import Failure, classify
-from sftd.domain.run import Run, evolve
+from sftd.domain.run import Run
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, attempt_dir, make_private, write_atomic
 from sftd.wire.remains import find_remains
@@ -284,7 +285,10 @@ class _Attempt:
             )
         )
         if isinstance(line.event, e.StepCompleted):
-            if anomaly := decisions.compare_redone(redone, line.event, is_exact=self._history.run.is_exact):
+            run = self._history.run
+            if anomaly := decisions.compare_redone(
+                redone, line.event, is_exact=run.is_exact, dtype=run.dtype
+            ):
                 self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
             self._before[line.event.step] = line.event
 

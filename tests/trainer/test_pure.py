@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import Optimizer, Scheduler, Spec
 from sftd.trainer import folder_swap
 from sftd.trainer import manifest as manifests
@@ -21,7 +22,6 @@ from sftd.trainer.data import Rows, write_spool
 from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded
 from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.sample_order import SampleOrder, samples_digest
-from sftd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,8 +24,8 @@ from sftd.domain.events import (
     StepCompleted,
     ValidationCompleted,
 )
+from sftd.domain.schedule import learning_rate
 from sftd.trainer.sample_order import SampleOrder, samples_digest
-from sftd.trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]

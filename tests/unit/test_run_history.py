@@ -14,6 +14,7 @@ from sftd.domain import decisions, events, retention
 from sftd.domain import run as run_state
 from sftd.domain.errors import Refused
 from sftd.domain.events import Event, Recorded
+from sftd.domain.evolve import evolve, fold
 from sftd.domain.failures import NOT_RETRIED, Failure
 from sftd.domain.run import ACTIVE, ENDED, Run
 from sftd.domain.spec_parse import parse
@@ -62,7 +63,7 @@ class Log:
             if isinstance(event, events.AttemptClaimed):
                 recorded = msgspec.structs.replace(recorded, attempt=self.run.attempt + 1)
             self.recorded.append(recorded)
-            self.run = run_state.evolve(self.run, recorded)
+            self.run = evolve(self.run, recorded)
         return self
 
     def claim(self) -> Log:
@@ -577,7 +578,7 @@ def test_folding_in_any_batches_gives_the_same_bytes(story: list[str], data: st.
     cuts = sorted(data.draw(st.lists(st.integers(0, len(log.recorded)), max_size=5)))
     run = Run(log.run.run_id)
     for start, end in zip([0, *cuts], [*cuts, len(log.recorded)], strict=True):
-        run = run_state.fold(run, log.recorded[start:end])
+        run = fold(run, log.recorded[start:end])
         # A state is stored between batches, as JSON.
         run = msgspec.json.decode(msgspec.json.encode(run), type=Run)
     assert msgspec.json.encode(run) == msgspec.json.encode(log.run)
@@ -614,7 +615,7 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
     assert isinstance(submitted, events.RunSubmitted)
     newer = submitted.spec | {"model": submitted.spec["model"] | {"added": 1}, "new_section": {"x": 1}}
     event = msgspec.structs.replace(submitted, spec=newer)
-    run = run_state.evolve(Run("r"), msgspec.structs.replace(log.recorded[0], event=event))
+    run = evolve(Run("r"), msgspec.structs.replace(log.recorded[0], event=event))
     assert run.spec == log.run.spec
 
 

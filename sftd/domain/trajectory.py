@@ -1,0 +1,81 @@
+"""Which settings decide the numbers of a run. Changing any other goes on with the same trajectory (a resume); changing one
+of these begins another (a fork)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sftd.domain.schedule import learning_rate
+from sftd.domain.spec import Spec
+
+# Keys, or beginnings of keys, under which steps come out the same: bit for bit, or but for rounding where the layout or
+# the micro-batches change what is summed in which order.
+_FREE = (
+    "launch.",
+    "checkpoint.keep_",
+    "checkpoint.async_save",
+    "model.megatron.tensor_model_parallel_size",
+    "model.megatron.pipeline_model_parallel_size",
+    "model.megatron.virtual_pipeline_model_parallel_size",
+    "model.megatron.context_parallel_size",
+    "model.megatron.expert_model_parallel_size",
+    "model.megatron.sequence_parallel",
+    "model.enable_gradient_checkpointing",
+    "model.recompute",
+    "training.",
+    "trainer.save_interval",
+    "trainer.val_check_interval",
+    "trainer.val_before_train",
+    "trainer.sample_",
+)
+# How long a run is decides the learning rate's decay, and nothing else of the steps that it has.
+_LENGTH = ("trainer.max_steps", "trainer.epochs")
+# What decides which rows there are, and in which order.
+_ORDER = (
+    "data.train_files",
+    "data.sequence_length",
+    "data.truncation",
+    "data.shuffle",
+    "model.megatron.seed",
+)
+
+
+def flatten(spec: Spec) -> dict[str, Any]:
+    """Dotted key → value. Lists and `model.override_config` are values."""
+    flat: dict[str, Any] = {}
+
+    def walk(section: msgspec.Struct, prefix: str) -> None:
+        for name in section.__struct_fields__:
+            value = getattr(section, name)
+            if isinstance(value, msgspec.Struct):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    walk(spec, "")
+    return flat
+
+
+def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
+    """Dotted key → [old value, new value], of those that differ."""
+    before, after = flatten(old), flatten(new)
+    return {key: [before[key], value] for key, value in after.items() if value != before[key]}
+
+
+def other_trajectory(old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int) -> list[str]:
+    """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
+    the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`."""
+    guilty = [key for key in changes(old, new) if not key.startswith((*_FREE, *_LENGTH))]
+    if old_planned != new_planned and any(
+        learning_rate(step, old, old_planned) != learning_rate(step, new, new_planned)
+        for step in range(steps)
+    ):
+        guilty += [key for key in changes(old, new) if key in _LENGTH] or ["trainer.max_steps"]
+    return guilty
+
+
+def same_order(old: Spec, new: Spec) -> bool:
+    """Whether both read the same samples in the same order, as far as their specs say."""
+    return not any(key in _ORDER for key in changes(old, new))
