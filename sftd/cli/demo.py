@@ -245,7 +245,7 @@ def kill_ranks(history: list[Recorded], step: int) -> str:
     from sftd.wire.attempt_dir import AttemptDir
 
     launch = [r.event for r in history if isinstance(r.event, e.AttemptLaunched)][-1]
-    pids = processes.ranks(AttemptDir(launch.directory).order().token)
+    pids = processes.ranks(AttemptDir(launch.directory).order().token).values()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     return f"kill -9 {' '.join(map(str, pids))}   (the training ranks, after step {step})"

@@ -6,10 +6,12 @@ import logging
 import shutil
 import time
 
+from sftd.daemon.watchdog import Watchdog
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, UnknownEvent
 from sftd.domain.failures import Failure, classify
 from sftd.domain.run import Run
+from sftd.domain.spec import Launch
 from sftd.launcher.local import LocalAttempt
 from sftd.operations import attempts
 from sftd.operations.context import Context
@@ -26,6 +28,7 @@ _LINES_PER_TRANSACTION = 500
 _LINES_PER_TICK = 20 * _LINES_PER_TRANSACTION
 # A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
 _STOP_SECONDS = 600.0
+_STACKS_SECONDS = 2.0
 
 
 class Supervisor:
@@ -49,7 +52,10 @@ class Supervisor:
         self._launched = launched
         self._before: dict[int, e.StepCompleted] | None = None
         self._stopping_since: float | None = None
-        self._unreadable: Failure | None = None
+        # Why the attempt is ended although its processes live.
+        self._verdict: Failure | None = None
+        self._watchdog = Watchdog(_launch(attempt))
+        self._asked_for_stacks: float | None = None
         with store.read() as connection:
             self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
 
@@ -62,7 +68,7 @@ class Supervisor:
             self._before = attempts.steps_before(self._store, self.lease)
         taken = 0
         published = False
-        while self._unreadable is None and taken < _LINES_PER_TICK:
+        while self._verdict is None and taken < _LINES_PER_TICK:
             try:
                 lines, offset = journal.read(
                     self.attempt.directory.journal, self._offset, self._line + 1, _LINES_PER_TRANSACTION
@@ -75,6 +81,10 @@ class Supervisor:
             recorded = attempts.record(self._store, self._context, self.lease, lines, offset, self._before)
             self._line, self._offset = lines[-1].number, offset
             taken += len(lines)
+            self._watchdog.progressed(
+                [line.event.seconds for line in lines if isinstance(line.event, e.StepCompleted)]
+            )
+            self._asked_for_stacks = None
             for r in recorded:
                 if isinstance(r.event, e.AnomalyDetected):
                     log.warning("%s: anomaly at step %d: %s", self.lease.run_id, r.event.step, r.event.what)
@@ -91,7 +101,7 @@ class Supervisor:
             attempts.reject_journal(
                 self._store, self._context, self.lease, f"the journal cannot be read: {error}"
             )
-            self._unreadable = Failure("crash", f"the journal cannot be read: {error}")
+            self._verdict = Failure("crash", f"the journal cannot be read: {error}")
             return [], self._offset
 
     def request_stop(self) -> None:
@@ -117,10 +127,28 @@ class Supervisor:
         # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
         alive = self.attempt.is_alive()
         self.ingest()
-        if self._unreadable is not None:
+        if alive and self._verdict is None:
+            self._watch()
+        if self._verdict is not None:
             self.attempt.kill()
             alive = False
         return None if alive else self._finish()
+
+    def _watch(self) -> None:
+        """End an attempt that hangs, once its ranks had the time to write their stacks."""
+        silent = self._watchdog.silent_too_long()
+        if silent is None:
+            return
+        if self._asked_for_stacks is None:
+            log.warning("%s: nothing recorded for %.0f s; asking for the stacks", self.lease.run_id, silent)
+            self.attempt.ask_for_stacks()
+            self._asked_for_stacks = time.monotonic()
+        elif time.monotonic() - self._asked_for_stacks > _STACKS_SECONDS:
+            median = self._watchdog.median_step
+            usual = f"; a step took {median:.3g} s" if median is not None else ", no step was made"
+            self._verdict = Failure(
+                "hang", f"nothing was recorded for {silent:.0f} s{usual}", self.attempt.stacks()
+            )
 
     def _finish(self) -> Run | None:
         exit_code = self.attempt.directory.exit_code()
@@ -131,14 +159,14 @@ class Supervisor:
         if self.ingest() >= _LINES_PER_TICK:
             return None
         remains = self.attempt.remains()
-        failure = self._unreadable or classify(remains)
+        failure = self._verdict or classify(remains)
         run = attempts.finish(
             self._store,
             self._context,
             self.lease,
             exit_code=exit_code,
             failure=failure,
-            lost=exit_code is None and not remains.rank_errors,
+            lost=exit_code is None and not remains.rank_errors and self._verdict is None,
             backoff_seconds=self._settings.backoff_seconds,
         )
         log.info(
@@ -150,6 +178,14 @@ class Supervisor:
         )
         collect(self._store, self._context, None, run.run_id)
         return run
+
+
+def _launch(attempt: LocalAttempt) -> Launch:
+    try:
+        return attempt.directory.order().spec.launch
+    except (OSError, ValueError):
+        # Nothing was started.
+        return Launch()
 
 
 def collect(store: Store, context: Context, lease: Lease | None, run_id: str) -> None:

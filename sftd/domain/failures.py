@@ -14,6 +14,7 @@ Cause = Literal[
     "out of memory",
     "disk full",
     "communication",
+    "hang",
     "killed",
     "crash",
     "incomplete",

@@ -226,6 +226,14 @@ class Launch(Section, frozen=True):
     min_progress_steps: Annotated[
         Size, Meta(description="new steps that count as progress without a new checkpoint")
     ] = 200
+    hang_seconds: Annotated[
+        Count,
+        Meta(
+            description="an attempt that records nothing for so long (and for hang_factor median steps) hangs: its stacks are "
+            "written down, it is killed and started again; longer than validating or saving takes; at least 900 before the first step; 0 is off"
+        ),
+    ] = 1800
+    hang_factor: Annotated[NonNegative, Meta(description="see hang_seconds")] = 20.0
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         Meta(description="what the ranks compute on; auto is GPUs where there are any"),

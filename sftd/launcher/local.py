@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from typing import Any
 
@@ -14,7 +15,7 @@ from sftd.launcher import processes
 from sftd.launcher.command import environment, torchrun_argv, wrapped_argv
 from sftd.launcher.inventory import Need
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
-from sftd.wire.remains import find_remains
+from sftd.wire.remains import find_remains, find_stack
 
 
 class LocalAttempt:
@@ -96,6 +97,24 @@ class LocalAttempt:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(timeout=5)
         return stuck
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank write down where it is: `stacks` reads that a moment later."""
+        for rank, pid in processes.ranks(self._token).items():
+            # A rank that has not come so far would be ended by the signal.
+            if self.directory.stack_file(rank).exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)
+
+    def stacks(self) -> list[str]:
+        """A line for each rank: where it is, innermost first, or why it does not say."""
+        lines = []
+        for rank, pid in sorted(processes.ranks(self._token).items()):
+            if processes.is_stopped(pid):
+                lines.append(f"rank {rank}: pid {pid} is stopped (SIGSTOP)")
+            else:
+                lines.append(f"rank {rank}: {find_stack(self.directory, rank) or 'gives no stack'}")
+        return lines
 
     def remains(self) -> Remains:
         """What the ended attempt left to tell why."""

@@ -58,11 +58,22 @@ def kill(pids: list[int], timeout: float = 10.0) -> list[int]:
     return [p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def ranks(token: str) -> list[int]:
-    """Pids of the training ranks of an attempt: what torchrun started, not torchrun itself."""
-    found = []
+def ranks(token: str) -> dict[int, int]:
+    """Rank → pid of an attempt's training processes: what torchrun started, without what they have started."""
+    found = {}
     for pid in survivors(token):
         with contextlib.suppress(psutil.Error, OSError):
-            if "LOCAL_RANK" in psutil.Process(pid).environ():
-                found.append(pid)
+            process = psutil.Process(pid)
+            if (
+                "RANK" in (env := process.environ())
+                and "RANK" not in psutil.Process(process.ppid()).environ()
+            ):
+                found[int(env["RANK"])] = pid
     return found
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was frozen by SIGSTOP."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     started = time.perf_counter()
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
+    process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
     session = sessions.start(order.spec)
     reporter = make_reporter(attempt, session.layout.reports)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from sftd.domain.spec import Spec
+from sftd.wire.attempt_dir import make_private
 
 _PR_SET_PDEATHSIG = 1
 
@@ -117,6 +119,14 @@ def _on_stop_signal(_signal: int, _frame: FrameType | None) -> None:
 def stop_signalled() -> bool:
     """Whether this process got a signal that ends training."""
     return _stop_signalled.is_set()
+
+
+def leave_stack_on_request(path: Path) -> None:
+    """Have SIGUSR1 write the stacks of all threads to `path`, whatever this process is waiting for at the time."""
+    make_private(path.parent)
+    # Never closed: the handler runs in C and needs the descriptor until the process ends.
+    file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
 
 
 def quiet_third_parties() -> None:

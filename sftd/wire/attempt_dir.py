@@ -8,6 +8,7 @@
           stop           present when the trainer shall checkpoint at the next step boundary and end
           output.log     what torchrun and the ranks printed
           ranks/         torchrun's own folder, with each rank's error file
+          stacks/        where each rank was when the attempt was found to hang
           rows/          decoded data, until every rank has mapped it
 """
 
@@ -104,6 +105,7 @@ class AttemptDir:
         self.stop_file = self.path / "stop"
         self.output_log = self.path / "output.log"
         self.ranks_dir = self.path / "ranks"
+        self.stacks_dir = self.path / "stacks"
         self.rows_dir = self.path / "rows"
 
     def create(self, order: Order) -> None:
@@ -154,6 +156,10 @@ class AttemptDir:
         folder = self.ranks_dir / "direct" / "attempt_0" / str(local_rank)
         make_private(folder)
         write_atomic(folder / "error.json", error.encode())
+
+    def stack_file(self, rank: int) -> Path:
+        """Where a rank writes its stack when it is asked to (`process.leave_stack_on_request`)."""
+        return self.stacks_dir / f"rank-{rank}"
 
     def request_stop(self) -> None:
         """Ask the trainer to checkpoint at the next step boundary and end."""

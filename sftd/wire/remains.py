@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 from sftd.domain.failures import RankError, Remains
 from sftd.wire.attempt_dir import AttemptDir
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 200
+_FRAME = re.compile(r'\s*File "([^"]*)", line (\d+) in (\S+)')
 
 
 def find_remains(directory: AttemptDir) -> Remains:
@@ -17,6 +19,20 @@ def find_remains(directory: AttemptDir) -> Remains:
     return Remains(
         exit_code=directory.exit_code(), rank_errors=_rank_errors(directory), output_tail=_tail(directory)
     )
+
+
+def find_stack(directory: AttemptDir, rank: int) -> str | None:
+    """The innermost frames of a rank that was asked for its stack (`LocalAttempt.ask_for_stacks`), None when it gave none."""
+    try:
+        lines = directory.stack_file(rank).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    # The signal comes to the main thread, which faulthandler calls the current one.
+    start = next((n for n, line in enumerate(lines) if line.startswith("Current thread")), None)
+    if start is None:
+        return None
+    frames = [m for line in lines[start + 1 : start + 9] if (m := _FRAME.match(line))]
+    return " < ".join(f"{m[3]} ({os.path.basename(m[1])}:{m[2]})" for m in frames)
 
 
 def _tail(directory: AttemptDir) -> list[str]:

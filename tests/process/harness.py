@@ -163,7 +163,7 @@ class Home:
 
     def kill_ranks(self, run_id: str, number: int = 1) -> None:
         """SIGKILL the training ranks of an attempt."""
-        pids = processes.ranks(self.attempt(run_id, number).order().token)
+        pids = processes.ranks(self.attempt(run_id, number).order().token).values()
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

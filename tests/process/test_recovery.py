@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from sftd.launcher import processes
 from sftd.wire import journal
 from tests.process.harness import Home, at_step
 
@@ -198,3 +199,28 @@ def test_data_parallel_run_in_two_ranks(home: Home) -> None:
         assert b["payload"]["loss"] == pytest.approx(a["payload"]["loss"], rel=1e-5)
     listed = json.loads(home.run("ls", "--json").stdout)
     assert {row["run_id"]: row["status"] for row in listed} == {one: "succeeded", two: "succeeded"}
+
+
+def test_a_hang_is_told_with_the_ranks_stacks_and_started_again(home: Home) -> None:
+    run_id = home.submit(
+        "trainer.max_steps=200",
+        "trainer.save_interval=20",
+        "launch.nproc_per_node=2",
+        "launch.hang_seconds=3",
+    )
+    daemon = home.start_daemon("--drain")
+    home.follow(run_id, at_step(25))
+    frozen = processes.ranks(home.attempt(run_id).order().token)[1]
+    psutil.Process(frozen).suspend()
+    home.wait(run_id, "succeeded")
+    assert daemon.wait(timeout=120) == 0
+
+    (failed,) = [e["payload"] for e in home.events(run_id, "AttemptFailed")]
+    assert failed["cause"] == "hang"
+    assert "nothing was recorded for" in failed["message"]
+    waiting, stopped = failed["evidence"]
+    assert waiting.startswith("rank 0: ")
+    assert "(distributed_c10d.py:" in waiting
+    assert stopped == f"rank 1: pid {frozen} is stopped (SIGSTOP)"
+    assert not psutil.pid_exists(frozen)
+    assert home.show(run_id)["anomalies"] == 0
