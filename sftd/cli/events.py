@@ -58,6 +58,8 @@ def describe(event: Any) -> str:
             return f"step {event.step}  {output.size(event.bytes)} ({event.reason})"
         case e.AnomalyDetected():
             return f"step {event.step}: {event.what} {event.detail or ''}".rstrip()
+        case e.SamplesSkipped():
+            return f"back to step {event.step}, on at sample {event.sample}: {event.reason}"
         case e.StopRequested():
             return f"by {event.by}" + (f": {event.reason}" if event.reason else "")
         case e.ResumeRequested():

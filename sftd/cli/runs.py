@@ -26,6 +26,7 @@ HISTORY_TYPES = (
     "ModelLoaded",
     "TrainingResumed",
     "AnomalyDetected",
+    "SamplesSkipped",
     "CheckpointRejected",
     "StopRequested",
     "ResumeRequested",

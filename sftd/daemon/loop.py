@@ -223,6 +223,7 @@ class Daemon:
             train_digest=run.train_digest,
             val_digest=run.val_digest,
             order_start=run.order_start,
+            losses=attempts.losses_before(self._store, run.run_id, claimed.start.from_step),
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:

@@ -4,7 +4,7 @@ to append, or raises `Refused`. Nothing is written by deciding."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sftd.domain import events as e
@@ -113,7 +113,8 @@ def end_attempt(
     if exit_code == 0:
         failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
     fruitless = 0 if run.attempt_progressed else run.fruitless_attempts + 1
-    if failure.cause in NOT_RETRIED:
+    skipped = _skipped(run, failure)
+    if failure.cause in NOT_RETRIED and not skipped:
         verdict: e.Event | None = e.RunFailed(cause=failure.cause, message=failure.message)
     elif fruitless > run.spec.launch.max_restarts:
         verdict = e.RunFailed(
@@ -124,7 +125,7 @@ def end_attempt(
         verdict = None
     retry_at = None if verdict else now + int(backoff_seconds(fruitless, backoff_base) * MICROS)
     ended = _attempt_ended(exit_code, failure, lost, retry_at)
-    return [ended, verdict] if verdict else [ended]
+    return [*skipped, ended, verdict] if verdict else [*skipped, ended]
 
 
 def end_direct_attempt(
@@ -143,7 +144,18 @@ def end_direct_attempt(
     if exit_code == 0:
         failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
     verdict = e.RunFailed(cause="lost" if lost else failure.cause, message=failure.message)
-    return [_attempt_ended(exit_code, failure, lost, None), verdict]
+    return [*_skipped(run, failure), _attempt_ended(exit_code, failure, lost, None), verdict]
+
+
+def _skipped(run: Run, failure: Failure) -> list[e.Event]:
+    """With the policy `rollback`: what the next attempt leaves out, so that it does not come to the same end."""
+    policies = {"not a number": run.spec.training.on_non_finite, "loss spike": run.spec.training.on_spike}
+    if policies.get(failure.cause) != "rollback":
+        return []
+    checkpoint = run.restart_checkpoint
+    back = checkpoint.step if checkpoint else run.first_step
+    reason = f"{failure.cause}: {failure.message}"
+    return [e.SamplesSkipped(step=back, sample=run.sample_position(run.step), reason=reason)]
 
 
 def _success(run: Run) -> e.RunSucceeded:
@@ -196,6 +208,18 @@ def compare_redone(
         if differs
         else None
     )
+
+
+def comparable(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
+    """Step → what a redo of it must reproduce, of events in order: the last that was recorded, but not where other samples
+    were read since."""
+    found: dict[int, e.StepCompleted] = {}
+    for event in events:
+        if isinstance(event, e.StepCompleted):
+            found[event.step] = event
+        elif isinstance(event, e.SamplesSkipped):
+            found = {step: was for step, was in found.items() if step <= event.step}
+    return found
 
 
 def differences(

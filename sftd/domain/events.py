@@ -210,6 +210,15 @@ class AnomalyDetected(Event, frozen=True):
     detail: dict[str, Any] = {}
 
 
+class SamplesSkipped(Event, frozen=True):
+    """Training goes back to the checkpoint of `step` and on at position `sample` of the order of samples: those in between
+    led to what `reason` says, and are left out."""
+
+    step: int
+    sample: int
+    reason: str
+
+
 class StopRequested(Event, frozen=True):
     """A person asked for the run to end."""
 

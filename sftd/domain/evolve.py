@@ -70,7 +70,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         fork=ForkPoint(event.parent, event.step, event.tokens_total),
-        order_start=OrderStart(event.step, event.sample),
+        order=(OrderStart(event.step, event.sample),),
         step=event.step,
         highest_step=event.step,
         attempt_base=event.step,
@@ -173,6 +173,8 @@ def _rewind(run: Run, step: int) -> Run:
     return _set(
         run,
         step=step,
+        # The first piece may be a fork's, at the very step where it begins.
+        order=tuple(o for o in run.order if o.step <= step),
         tokens_counted=tokens,
         tokens_reported=tokens,
         first_validation=min(kept, key=lambda v: v.step, default=None),
@@ -258,6 +260,14 @@ def _(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
 @_apply.register
 def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, anomalies=run.anomalies + 1)
+
+
+@_apply.register
+def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
+    return _set(
+        run,
+        order=(*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample)),
+    )
 
 
 @_apply.register

@@ -11,6 +11,7 @@ Cause = Literal[
     "user error",
     "bad checkpoint",
     "not a number",
+    "loss spike",
     "out of memory",
     "disk full",
     "communication",
@@ -21,7 +22,7 @@ Cause = Literal[
     "lost",
 ]
 # Trying again would fail in the same way: the trainer is deterministic.
-NOT_RETRIED: frozenset[str] = frozenset({"user error", "not a number"})
+NOT_RETRIED: frozenset[str] = frozenset({"user error", "not a number", "loss spike"})
 
 
 class RankError(msgspec.Struct, frozen=True):
@@ -54,6 +55,7 @@ _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     ("user error", re.compile(r"\b(?:UserError|DataError|Refused)\b")),
     ("bad checkpoint", re.compile(r"\bCheckpointInvalid\b")),
     ("not a number", re.compile(r"\bNonFiniteLoss\b")),
+    ("loss spike", re.compile(r"\bLossSpike\b")),
     (
         "out of memory",
         re.compile(r"OutOfMemoryError|CUDA out of memory|DefaultCPUAllocator: can't allocate|MemoryError\b"),
@@ -67,7 +69,7 @@ _COMMUNICATION = re.compile(
 _WARNING = re.compile(r"\[W\d{4} |Warning:")
 _SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\)|(?:exitcode\s*:\s*-|got signal: )(\d+)")
 _ERROR_LINE = re.compile(
-    r"^\s*(?:\[rank\d+\]:\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Invalid|Loss|Refused)\b.*)"
+    r"^\s*(?:\[rank\d+\]:\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Invalid|Loss|Spike|Refused)\b.*)"
 )
 
 

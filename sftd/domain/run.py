@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from sftd.domain import events as e
-from sftd.domain.spec import OrderStart, Spec
+from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 Status = Literal[
     "queued",  # waits for devices                            → starting
@@ -81,7 +81,8 @@ class Run(msgspec.Struct, frozen=True):
     val_digest: str = ""
     planned_steps: int = 0
     fork: ForkPoint | None = None
-    order_start: OrderStart = OrderStart()
+    # Where in the order of samples the timeline's steps read: each piece from its step on. Without one, from 0.
+    order: tuple[OrderStart, ...] = ()
     submitted_at: e.Micros = 0
     started_at: e.Micros | None = None
     ended_at: e.Micros | None = None
@@ -129,6 +130,16 @@ class Run(msgspec.Struct, frozen=True):
     def dtype(self) -> str:
         """What the last attempt computed in, by torch's name; empty before the first."""
         return str(self.environment.get("dtype", ""))
+
+    @property
+    def order_start(self) -> OrderStart:
+        """The piece of `order` that the steps to come read."""
+        return self.order[-1] if self.order else FROM_THE_BEGINNING
+
+    def sample_position(self, step: int) -> int:
+        """Position in the order of samples of the first sample of 0-based `step` of the timeline."""
+        piece = next((o for o in reversed(self.order) if o.step <= step), FROM_THE_BEGINNING)
+        return piece.position(step, self.spec.data.train_batch_size)
 
     @property
     def first_step(self) -> int:

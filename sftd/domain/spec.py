@@ -133,6 +133,21 @@ class Training(Section, frozen=True):
             "and off for GPUs, where it costs speed"
         ),
     ] = None
+    on_non_finite: Annotated[
+        Literal["stop", "skip", "rollback"],
+        Meta(
+            description="when the loss or the gradient norm is not a number: end the run, leave that step's update out, or go "
+            "back to the last checkpoint and on behind the samples since"
+        ),
+    ] = "stop"
+    on_spike: Annotated[
+        Literal["record", "stop", "skip", "rollback"],
+        Meta(description="when the loss spikes (see spike_factor): only record it, or as on_non_finite"),
+    ] = "record"
+    spike_factor: Annotated[
+        NonNegative,
+        Meta(description="a loss above this many times the median of the last 64 is a spike; 0 is never"),
+    ] = 3.0
     micro_batch_tokens: Annotated[
         Size | None,
         Meta(

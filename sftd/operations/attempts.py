@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from sftd.domain import decisions
+from sftd.domain import decisions, loss_watch
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.evolve import stays_exact
@@ -93,14 +93,23 @@ def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
     again must equal them."""
     if lease.attempt == 1:
         return {}
-    start, found = 0, {}
+    start, before = 0, []
+    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped")
     with store.read() as connection:
-        for r in event_store.read_stream(connection, lease.run_id, types=("AttemptClaimed", "StepCompleted")):
+        for r in event_store.read_stream(connection, lease.run_id, types=types):
             if isinstance(r.event, e.AttemptClaimed) and r.attempt == lease.attempt:
                 start = r.event.from_step
-            elif isinstance(r.event, e.StepCompleted) and r.attempt != lease.attempt:
-                found[r.event.step] = r.event
-    return {step: event for step, event in found.items() if step > start}
+            elif r.attempt != lease.attempt:
+                before.append(r.event)
+    return {step: event for step, event in decisions.comparable(before).items() if step > start}
+
+
+def losses_before(store: Store, run_id: str, step: int) -> list[float]:
+    """The losses with which the trainer's watch for spikes goes on behind `step`."""
+    types = ("StepCompleted", "AnomalyDetected")
+    with store.read() as connection:
+        recorded = event_store.read_stream(connection, run_id, types=types)
+        return loss_watch.losses_before((r.event for r in recorded), step)
 
 
 def record(

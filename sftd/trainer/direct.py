@@ -31,7 +31,7 @@ from sftd.domain.retention import deletable
 from sftd.domain.run import Run
 from sftd.trainer import loop, process
 from sftd.trainer.direct_plan import plan
-from sftd.trainer.errors import CheckpointInvalid, NonFiniteLoss, UserError
+from sftd.trainer.errors import CheckpointInvalid, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
 from sftd.wire.attempt_dir import AttemptDir
@@ -99,7 +99,7 @@ def _train(run: DirectRun, attempt: AttemptDir) -> None:
         process.stop_on(number)
     try:
         loop.run(str(attempt.path), lambda folder, reports: DirectReporter(run, folder, reports))
-    except (UserError, CheckpointInvalid, NonFiniteLoss) as error:
+    except (UserError, CheckpointInvalid, LossSpike, NonFiniteLoss) as error:
         _leave_error(attempt, error)
         if os.environ["RANK"] != "0":
             raise
@@ -153,8 +153,8 @@ class DirectReporter(Reporter):
         if is_reporter:
             history = read_history(run, submission, living=self._number)
             start = history.run.step
-            steps = [n.event for n in history.events if isinstance(n.event, e.StepCompleted)]
-            self._seen = _Seen(history.run, {s.step: s for s in steps if s.step > start})
+            before = decisions.comparable(n.event for n in history.events)
+            self._seen = _Seen(history.run, {n: was for n, was in before.items() if n > start})
 
     def emit(self, event: e.Event) -> None:
         """Append an event to the journal, and show it."""

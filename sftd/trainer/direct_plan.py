@@ -16,6 +16,7 @@ import psutil
 
 from sftd.domain import names
 from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.loss_watch import losses_before
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
 from sftd.trainer import process
@@ -91,7 +92,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
         event = preflight.submission(spec, found, warnings, user)
         submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
         run.write_submission(submission)
-    state = read_history(run, submission).run
+    history = read_history(run, submission)
+    state = history.run
     _refuse_changes(run, state, spec, found)
     say = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded":
@@ -114,6 +116,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
             checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
             train_digest=state.train_digest,
             val_digest=state.val_digest,
+            order_start=state.order_start,
+            losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
         )
     )
     attempt.write_process(_identity(spec))

@@ -19,6 +19,10 @@ class NonFiniteLoss(Exception):
     """The loss or the gradient norm is not a finite number."""
 
 
+class LossSpike(Exception):
+    """The loss is far above those of the steps before."""
+
+
 class CheckpointInvalid(Exception):
     """The checkpoint to resume from is not whole, or not the one that was ordered."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sftd.domain.errors import Refused
 from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
 from sftd.domain.layout import ModelShape, check_model
+from sftd.domain.loss_watch import LossWatch, What
 from sftd.domain.schedule import learning_rate
 from sftd.trainer import process
 from sftd.trainer import session as sessions
@@ -23,7 +24,7 @@ from sftd.trainer import trainee as trainees
 from sftd.trainer.batches import Batching, MicroBatch
 from sftd.trainer.checkpoint import Checkpoints, Progress
 from sftd.trainer.data import Ints, Rows, write_spool
-from sftd.trainer.errors import DataError, NonFiniteLoss, UserError
+from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.meter import Meter
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
@@ -93,6 +94,7 @@ class Attempt:
         # The rows and micro-batches of the step that comes, made while the step before is computed.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
         self._meter = Meter(shape, session)
+        self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
         if self._spec.trainer.sample_prompts:
             from sftd.trainer.generate import Generator
@@ -187,7 +189,10 @@ class Attempt:
         rows, batches = self._next or self._prepare(step)
         rate = learning_rate(step, self._spec, self._order.planned_steps)
         trained = int(self._train.trained[rows].sum())
-        loss, norm = self._trainee.step(batches, trained=trained, learning_rate=rate)
+        skips = "skip" in (self._spec.training.on_non_finite, self._spec.training.on_spike)
+        loss, norm = self._trainee.step(
+            batches, trained=trained, learning_rate=rate, accept=self._accept if skips else None
+        )
         # A GPU is still at it: the time is free.
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
         sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
@@ -211,16 +216,44 @@ class Attempt:
             peak_memory_bytes=sums.peak_memory,
         )
         self._reporter.emit(event)
-        if not (math.isfinite(event.loss) and math.isfinite(event.grad_norm)):
-            detail = {
-                "loss": event.loss,
-                "grad_norm": event.grad_norm,
-                "samples_digest": event.samples_digest,
-            }
-            self._reporter.emit(AnomalyDetected(step=event.step, what="non_finite_loss", detail=detail))
-            self._reporter.flush()
-            raise NonFiniteLoss(f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}")
+        self._judge(event)
         return sums.stop
+
+    def _accept(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the weights may learn from a step: all ranks say the same. Waits for the GPU."""
+        total = loss * self._session.layout.counts
+        dist.all_reduce(total)
+        what = self._watch.judge(float(total), float(norm))
+        return what is None or self._policy(what) != "skip"
+
+    def _policy(self, what: What) -> str:
+        training = self._spec.training
+        return training.on_non_finite if what == "non_finite_loss" else training.on_spike
+
+    def _judge(self, event: StepCompleted) -> None:
+        """Record a step that nobody should learn from, and end the attempt if the policy says so."""
+        what = self._watch.judge(event.loss, event.grad_norm)
+        if what is None:
+            self._watch.add(event.loss)
+            return
+        policy = self._policy(what)
+        detail = {
+            "loss": event.loss,
+            "median": self._watch.median,
+            "grad_norm": event.grad_norm,
+            "samples_digest": event.samples_digest,
+            "policy": policy,
+        }
+        self._reporter.emit(AnomalyDetected(step=event.step, what=what, detail=detail))
+        if policy == "record":
+            self._watch.add(event.loss)
+        if policy in ("stop", "rollback"):
+            self._reporter.flush()
+            text = f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}"
+            # Two lines, for the traceback shows one, and what ended the attempt is read off it.
+            if what == "non_finite_loss":
+                raise NonFiniteLoss(text)
+            raise LossSpike(text)
 
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
         """The rows of 0-based `step` and this rank's micro-batches of them."""

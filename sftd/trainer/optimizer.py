@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -59,13 +61,18 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 
 
 @torch.no_grad()
-def update(optimizer: MegatronOptimizer, clip_grad: float) -> Tensor:
+def update(
+    optimizer: MegatronOptimizer, clip_grad: float, accept: Callable[[Tensor], bool] | None = None
+) -> Tensor:
     """Clip the accumulated gradients to the norm `clip_grad` (0: not at all), and update the weights with them.
 
-    Returns the norm before clipping, FP64 scalar on the device. Nothing here waits for a GPU.
+    Unless `accept` is given and says no to the norm. Returns the norm before clipping, FP64 scalar on the device. Nothing
+    here waits for a GPU.
     """
     optimizer.prepare_grads()
     norm = _grad_norm(optimizer)
+    if accept is not None and not accept(norm):
+        return norm
     if clip_grad:
         # As in torch.nn.utils.clip_grad_norm_.
         _scale(optimizer, (clip_grad / (norm + 1e-6)).clamp(max=1.0).float())

@@ -93,20 +93,26 @@ class Trainee:
         return torch.stack(found).double().sum()
 
     def step(
-        self, batches: Sequence[MicroBatch], *, trained: int, learning_rate: float
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        trained: int,
+        learning_rate: float,
+        accept: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches of a global batch with `trained` trained tokens.
 
         Returns (this rank's part of the loss per trained token, the gradient's norm before clipping), FP64 scalars on
         the device, which is not waited for. The gradient is that of Σ loss ÷ Σ trained tokens of the global batch,
-        whatever the micro-batches or the layout.
+        whatever the micro-batches or the layout. With `accept`, the weights are updated only if it says yes to the two.
         """
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        return loss, optimizers.update(self.optimizer, self.clip_grad)
+        asks = None if accept is None else partial(accept, loss)
+        return loss, optimizers.update(self.optimizer, self.clip_grad, asks)
 
     def train(self, mode: bool) -> None:
         """Training or evaluation mode."""

@@ -27,7 +27,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
     None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
     (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched.
-    `order_start` says which samples the steps read."""
+    `order_start` says which samples the steps read, `losses` are those of the last steps before, oldest first."""
 
     run_id: str
     attempt: int
@@ -40,6 +40,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     train_digest: str = ""
     val_digest: str = ""
     order_start: OrderStart = OrderStart()
+    losses: list[float] = []
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -189,14 +189,13 @@ def read_history(run: DirectRun, submission: Submission, *, living: int | None =
             actor=f"{DAEMON}:{submitted.user}",
         )
     )
-    before: dict[int, e.StepCompleted] = {}
     for number in range(1, run.attempts() + 1):
-        _Attempt(run.attempt(number), number, history, submitted.user, before).read(ended=number != living)
+        _Attempt(run.attempt(number), number, history, submitted.user).read(ended=number != living)
     return history
 
 
 class _Attempt:
-    """One attempt's part of the history. `before` are the steps that earlier attempts recorded, and is moved on."""
+    """One attempt's part of the history."""
 
     def __init__(
         self,
@@ -204,13 +203,11 @@ class _Attempt:
         number: int,
         history: History,
         user: str,
-        before: dict[int, e.StepCompleted],
     ) -> None:
         self._directory = directory
         self._number = number
         self._history = history
         self._user = user
-        self._before = before
 
     def read(self, *, ended: bool) -> None:
         order, process = self._order(), self._directory.process()
@@ -254,7 +251,8 @@ class _Attempt:
 
     def _read_journal(self, start: int) -> Failure | None:
         """Take in the journal's lines. Returns what is wrong with the first that cannot be read, if there is one."""
-        redone = {step: event for step, event in self._before.items() if step > start}
+        before = decisions.comparable(n.event for n in self._history.events)
+        redone = {step: event for step, event in before.items() if step > start}
         number, offset, limit = 0, 0, 1000
         while True:
             try:
@@ -290,7 +288,6 @@ class _Attempt:
                 redone, line.event, is_exact=run.is_exact, dtype=run.dtype
             ):
                 self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
-            self._before[line.event.step] = line.event
 
     def _end(self, unreadable: Failure | None) -> None:
         remains = find_remains(self._directory)

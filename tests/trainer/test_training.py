@@ -181,6 +181,26 @@ def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Train
     assert "NonFiniteLoss" in run.errors()
 
 
+def test_a_spike_that_is_skipped_leaves_the_weights_alone(trainer: Trainer) -> None:
+    """With such a factor every step is a spike as soon as there are enough losses to tell."""
+    spec = trainer.spec(
+        2,
+        training__on_spike="skip",
+        training__spike_factor=1e-4,
+        trainer__max_steps=19,
+        trainer__val_check_interval=16,
+    )
+    attempt = trainer.prepare("skipping", spec)
+    run = trainer.finish(attempt, trainer.start(attempt))
+    anomalies = run.events(AnomalyDetected)
+    assert [(a.step, a.what, a.detail["policy"]) for a in anomalies] == [
+        (n, "loss_spike", "skip") for n in (17, 18, 19)
+    ]
+    validations = {v.step: v.loss for v in run.events(ValidationCompleted)}
+    assert validations[19] == validations[16] != validations[0]
+    assert run.events(CheckpointPublished)[-1].step == 19
+
+
 def test_what_one_rank_finds_in_the_data_is_told_by_all(trainer: Trainer, tmp_path: Path) -> None:
     path = tmp_path / "bad.parquet"
     columns = {"input_ids": [[1, 999]], "attention_mask": [[1, 1]], "labels": [[-100, 5]]}

@@ -1,0 +1,45 @@
+"""A loss that spikes on bad data: the daemon goes back behind it and on without the samples that led there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.process.harness import Home
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
+    # 80 samples that are learnt by heart, 4 of something else (the 21st step), and more of the first.
+    rows = [[7, 8, 9, 10] * 4] * 80 + [[99, 3, 54, 120] * 4] * 4 + [[7, 8, 9, 10] * 4] * 36
+    columns = {"input_ids": rows, "attention_mask": [[1] * 16] * 120, "labels": rows}
+    pq.write_table(pa.table(columns), home.path / "spiky.parquet")
+    run_id = home.submit(
+        f"data.train_files=[{home.path}/spiky.parquet]",
+        "data.shuffle=false",
+        "optimizer.lr=1e-2",
+        "scheduler.type=constant",
+        "trainer.max_steps=26",
+        "trainer.save_interval=6",
+        "training.on_spike=rollback",
+        "training.spike_factor=2.5",
+    )
+    home.drain()
+    shown = home.wait(run_id, "succeeded")
+
+    (spike,) = home.events(run_id, "AnomalyDetected")
+    assert spike["payload"]["what"] == "loss_spike"
+    assert spike["payload"]["step"] == 21
+    (skipped,) = home.events(run_id, "SamplesSkipped")
+    # Back to the checkpoint of step 18, and on behind the 21 steps of four samples.
+    assert (skipped["payload"]["step"], skipped["payload"]["sample"]) == (18, 84)
+    assert home.events(run_id, "AttemptFailed")[0]["payload"]["cause"] == "loss spike"
+    assert shown["attempt"] == 2
+    assert shown["order"] == [{"step": 18, "sample": 84}]
+    steps: dict[int, Any] = {e["payload"]["step"]: e for e in home.events(run_id, "StepCompleted")}
+    assert sorted(steps) == list(range(1, 27))
+    assert all(steps[n]["payload"]["loss"] < 1.0 for n in range(19, 27))
