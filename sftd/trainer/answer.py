@@ -32,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sftd.domain.errors import Refused
     from sftd.trainer.errors import CheckpointInvalid, UserError
+    from sftd.wire.checkpoint_dir import reading
 
     try:
         prompts = msgspec.json.decode(sys.stdin.buffer.read(), type=list[str])
-        _answer(arguments, prompts, events)
+        with reading(arguments.checkpoint):
+            _answer(arguments, prompts, events)
     except (UserError, CheckpointInvalid, Refused, msgspec.MsgspecError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return _USER_ERROR

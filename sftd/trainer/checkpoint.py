@@ -35,6 +35,7 @@ from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
 from sftd.wire.attempt_dir import Order, fsync_dir
+from sftd.wire.checkpoint_dir import reading
 
 # The only optimizer format that works without TransformerEngine and that another layout can load.
 _CONTENT = {
@@ -114,6 +115,10 @@ class Checkpoints:
         """
         assert self._order.checkpoint is not None
         folder = Path(self._order.checkpoint)
+        with reading(folder):
+            return self._load(folder)
+
+    def _load(self, folder: Path) -> Manifest:
         try:
             manifest = manifests.read(folder, self._order.checkpoint_digest)
             share = manifest.files[dist.get_rank() :: dist.get_world_size()]

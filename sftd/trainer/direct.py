@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import msgspec
 from torch.distributed.distributed_c10d import PrefixStore
@@ -35,6 +35,7 @@ from sftd.trainer.errors import CheckpointInvalid, LossSpike, NonFiniteLoss, Use
 from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
 from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.checkpoint_dir import delete_folder
 from sftd.wire.direct_run import DirectRun, read_history, take
 from sftd.wire.journal import now_micros
 
@@ -189,4 +190,4 @@ class DirectReporter(Reporter):
             # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
             reason = "superseded" if c.superseded else "retention"
             self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
-            shutil.rmtree(c.path, ignore_errors=True)
+            delete_folder(Path(c.path))

@@ -11,8 +11,10 @@ from pathlib import Path
 import msgspec
 
 from sftd.trainer.errors import CheckpointInvalid
+from sftd.wire.checkpoint_dir import MANIFEST
 
-NAME = "manifest.json"
+NAME = MANIFEST
+
 SCHEMA_VERSION = 1
 
 

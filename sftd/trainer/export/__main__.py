@@ -41,18 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sftd.trainer.export.export import export
     from sftd.trainer.prepare.progress import claim_stdout
     from sftd.wire.attempt_dir import read_order
+    from sftd.wire.checkpoint_dir import reading
 
     events = claim_stdout()
     try:
         order = read_order(arguments.order)
-        done = export(
-            order.spec,
-            arguments.checkpoint,
-            arguments.out,
-            arguments.digest,
-            arguments.max_shard_bytes,
-            events,
-        )
+        with reading(arguments.checkpoint):
+            done = export(
+                order.spec,
+                arguments.checkpoint,
+                arguments.out,
+                arguments.digest,
+                arguments.max_shard_bytes,
+                events,
+            )
         events.emit("done", **done)
     except (Refused, UserError, CheckpointInvalid, OSError) as error:
         sys.stderr.write(f"{error}\n")

@@ -1,0 +1,104 @@
+"""The folders of a run's checkpoints, seen by whoever reads or deletes them: who reads one holds it, who deletes asks.
+
+    <checkpoint_dir>/step-00000012/           published; `manifest.json` is what a reader locks
+    <checkpoint_dir>/step-00000012.deleted/   nobody's any more; what an interrupted deletion left, for `sweep`
+
+The lock is an flock on the manifest: it ends with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sftd.wire.attempt_dir import fsync_dir
+
+MANIFEST = "manifest.json"
+_DELETED = ".deleted"
+# What flock answers where the file system cannot lock: nobody is protected there, and nobody is kept from working.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep the checkpoint in `path` from being deleted until the block ends.
+
+    One that is not there, or went away just now, is no error here: the reader finds out, and has the better words.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                fd = os.open(path / MANIFEST, os.O_RDONLY)
+            except OSError:
+                break
+            stack.callback(os.close, fd)
+            # A deleter holds its lock only for a rename.
+            _lock(fd, fcntl.LOCK_SH)
+            if _is_named(fd, path / MANIFEST):
+                break
+        yield
+
+
+def delete_folder(path: Path) -> bool:
+    """Delete a checkpoint. False, and nothing is done, while somebody reads it: try again later.
+
+    It changes its name first, so that no half-deleted folder ever has the name of a checkpoint, and `sweep` finishes
+    what a crash interrupts. One that is not there is deleted.
+    """
+    gone = path.with_name(path.name + _DELETED)
+    try:
+        # Writable: over NFS only such a file can be locked exclusively.
+        fd = os.open(path / MANIFEST, os.O_RDWR)
+    except OSError:
+        # Without a manifest it is no checkpoint, and nobody loads it.
+        fd = -1
+    try:
+        if fd >= 0 and not _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
+        # Of an earlier deletion of the same step: a folder cannot be renamed to one that holds something.
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(gone)
+            fsync_dir(path.parent)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
+
+
+def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
+    """Finish the deletions of a run's folder of checkpoints that a crash or a reader interrupted.
+
+    `deleted` are the folders whose deletion the log tells. Only while no attempt of the run lives: an attempt may
+    have published one of these names again without the log knowing of it yet.
+    """
+    for left in directory.glob(f"step-*{_DELETED}"):
+        shutil.rmtree(left, ignore_errors=True)
+    for path in deleted:
+        if path.exists():
+            delete_folder(path)
+
+
+def _lock(fd: int, operation: int) -> bool:
+    try:
+        fcntl.flock(fd, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file: it may have been deleted, or another published in its place."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
