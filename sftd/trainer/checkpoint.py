@@ -142,6 +142,7 @@ class Checkpoints:
             chunk.load_state_dict(
                 {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
             )
+        optimizers.take_peak(self._order.spec, state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         megatron_edges.separate_adamw_steps(optimizer)
         optimizers.configure(self._order.spec, optimizer, self._session)

@@ -54,6 +54,19 @@ def configure(spec: Spec, optimizer: MegatronOptimizer, session: Session) -> Non
         group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
 
 
+def take_peak(spec: Spec, state: object) -> None:
+    """Make the peak learning rate in a loaded state that of the spec: Megatron finds a group of parameters by it
+    (distrib_optimizer.py:943), and a fork may change it."""
+    if isinstance(state, dict):
+        if "max_lr" in state:
+            state["max_lr"] = spec.optimizer.lr
+        for inner in state.values():
+            take_peak(spec, inner)
+    elif isinstance(state, list):
+        for inner in state:
+            take_peak(spec, inner)
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
     """Use `value` for the next step."""
     for group in optimizer.param_groups:
