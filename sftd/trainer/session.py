@@ -18,6 +18,25 @@ from sftd.trainer import experts
 from sftd.trainer.errors import UserError
 from sftd.trainer.process import device_kind
 
+# Variables by which somebody may make kernels, or the order of sums, others than those of this environment's versions.
+_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NCCL_ALGO",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -160,12 +179,19 @@ def environment(session: Session) -> dict[str, Any]:
         "sftd": sftd.__version__,
         "device": torch.cuda.get_device_name(session.device) if is_cuda else "cpu",
         "cuda": torch.version.cuda if is_cuda else None,
+        "driver": _driver_version() if is_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if is_cuda else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
+        "triton": _installed_version("triton") if is_cuda else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_model": _cpu_model(),
         "threads": torch.get_num_threads(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "layout": session.layout.sizes,
         "dtype": str(session.dtype).removeprefix("torch."),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
@@ -177,6 +203,15 @@ def _installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _driver_version() -> str | None:
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            words = file.readline().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[0].isdigit()), None)
 
 
 def _cpu_model() -> str:
