@@ -77,6 +77,12 @@ def describe(event: Any) -> str:
             return f"by {event.by}"
         case e.ModelExported():
             return f"step {event.step}  {output.size(event.bytes)} {event.dtype} to {event.path}"
+        case e.ReplayVerified():
+            how = "bit for bit" if event.is_exact else "but for rounding"
+            return f"steps {event.from_step + 1} to {event.to_step} came out as the log has them, {how}, by {event.by}"
+        case e.ReplayDiverged():
+            differs = f"; differs: {', '.join(event.environment)}" if event.environment else ""
+            return f"step {event.step} came out otherwise ({', '.join(event.detail)}){differs}, by {event.by}"
     return ""
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def order_file(run: Run, checkpoint: CheckpointInfo) -> Iterator[str]:
+def order_file(run: Run, checkpoint: CheckpointInfo | None) -> Iterator[str]:
     """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone."""
     from sftd.wire.attempt_dir import AttemptDir, Order
 
@@ -26,10 +26,10 @@ def order_file(run: Run, checkpoint: CheckpointInfo) -> Iterator[str]:
                 token="",
                 spec=run.spec,
                 planned_steps=run.planned_steps,
-                checkpoint_dir=str(Path(checkpoint.path).parent),
-                checkpoint=checkpoint.path,
-                checkpoint_digest=checkpoint.manifest_digest,
-                order_start=run.order_start,
+                checkpoint_dir=str(Path(checkpoint.path).parent) if checkpoint else "",
+                checkpoint=checkpoint.path if checkpoint else None,
+                checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
+                order_later=list(run.order),
             )
         )
         yield str(directory.order_file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,7 @@ from sftd.cli import app, output
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from sftd.domain.events import Recorded
     from sftd.domain.run import Run
@@ -36,6 +37,8 @@ HISTORY_TYPES = (
     "RunFailed",
     "RunCancelled",
     "ModelExported",
+    "ReplayVerified",
+    "ReplayDiverged",
 )
 
 
@@ -161,6 +164,14 @@ def show_command(run: str, as_json: bool) -> None:
 
 
 def _print_run(run: Run, history: list[Recorded]) -> None:
+    out = output.console()
+    print_state(run, history)
+    out.print()
+    out.print(_history_table(history))
+
+
+def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:
+    """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints."""
     from rich.table import Table
     from rich.text import Text
 
@@ -168,15 +179,13 @@ def _print_run(run: Run, history: list[Recorded]) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    for name, value in _facts(run, history):
+    for name, value in (*_facts(run, history), *more):
         if value:
             facts.add_row(name, Text(value) if isinstance(value, str) else value)
     out.print(facts)
     if run.checkpoints:
         out.print()
         out.print(_checkpoints_table(run))
-    out.print()
-    out.print(_history_table(history))
 
 
 def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
@@ -238,10 +247,22 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("validation", ", ".join(validation)),
         ("tokens", f"{run.tokens_counted:,} trained" if run.tokens_counted else ""),
         ("redone steps", redone),
+        ("last verified", _last_replay(run)),
         ("anomalies", Text(str(run.anomalies), "bold red") if run.anomalies else ""),
         ("spec", run.spec_digest[:16]),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]
+
+
+def _last_replay(run: Run) -> Text | str:
+    from rich.text import Text
+
+    if (replay := run.last_replay) is None:
+        return ""
+    told = f"steps {replay.from_step + 1} to {replay.to_step}, {output.clock(replay.at)}: "
+    if replay.diverged_at is not None:
+        return Text(f"{told}diverged at step {replay.diverged_at}", "bold red")
+    return f"{told}came out as the log has them"
 
 
 def _checkpoints_table(run: Run) -> Table:

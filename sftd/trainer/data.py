@@ -65,9 +65,16 @@ class Rows:
 
 
 def write_spool(
-    spool: Path, paths: list[str], *, sequence_length: int, truncation: str, vocab_size: int
+    spool: Path,
+    paths: list[str],
+    *,
+    sequence_length: int,
+    truncation: str,
+    vocab_size: int,
+    with_tokens: bool = True,
 ) -> None:
-    """Decode and check the files, a few rows at a time, into the folder `spool`.
+    """Decode and check the files, a few rows at a time, into the folder `spool`. Without tokens only what `Rows` knows of
+    every row is there, not the rows.
 
     Raises `DataError` for a file that cannot be read or holds what cannot be trained on, `DataNotDecoded` for a full
     disk.
@@ -79,9 +86,9 @@ def write_spool(
             for where, data in _slices(paths):
                 lengths, trained, is_kept = scan.look(data, where)
                 is_used = trained > 0
-                tokens.write(
-                    np.stack((data.ids[is_kept], data.labels[is_kept]), axis=1).astype(np.int32).tobytes()
-                )
+                if with_tokens:
+                    pairs = np.stack((data.ids[is_kept], data.labels[is_kept]), axis=1)
+                    tokens.write(pairs.astype(np.int32).tobytes())
                 used = lengths[is_used]
                 starts = start + np.cumsum(used) - used
                 numbers = number + np.flatnonzero(is_used)

@@ -96,7 +96,7 @@ class Attempt:
         self._meter = Meter(shape, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
-        if self._spec.trainer.sample_prompts:
+        if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.generate import Generator
 
             self._generator = Generator(self._spec, session, shape.vocab_size)
@@ -105,7 +105,11 @@ class Attempt:
         """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""
         if self._order.checkpoint is not None:
             self._resume()
-        elif self._spec.trainer.val_before_train:
+        if self._order.last_step is not None:
+            while self._progress.step < self._order.last_step:
+                self._train_step()
+            return
+        if self._order.checkpoint is None and self._spec.trainer.val_before_train:
             self._validate()
         stop = False
         while self._progress.step < self._order.planned_steps and not stop:
@@ -144,13 +148,14 @@ class Attempt:
             with shared_folder(self._attempt.rows_dir, decode) as spool:
                 return Rows(spool)
 
-        self._train, self._val = rows(data.train_files), rows(data.val_files)
+        is_replay = self._order.last_step is not None
+        self._train, self._val = rows(data.train_files), rows([] if is_replay else data.val_files)
         if not len(self._train):
             raise DataError(
                 f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
             )
         planned = spec.planned_steps(len(self._train), self._order.order_start)
-        if spec.trainer.max_steps is None and planned != self._order.planned_steps:
+        if spec.trainer.max_steps is None and planned != self._order.planned_steps and not is_replay:
             raise UserError(
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"
@@ -159,7 +164,7 @@ class Attempt:
         self._batching = Batching.of(spec, self._session)
         if self._session.layout.reports:
             train_digest = _unchanged(data.train_files, self._order.train_digest)
-            val_digest = _unchanged(data.val_files, self._order.val_digest)
+            val_digest = _unchanged([] if is_replay else data.val_files, self._order.val_digest)
             self._reporter.emit(
                 DataBound(
                     train_rows=len(self._train),
@@ -201,7 +206,7 @@ class Attempt:
         lengths = self._train.lengths[rows].astype(float)
         event = StepCompleted(
             step=self._progress.step,
-            epoch=self._samples.epoch(self._order.order_start.position(step, size)),
+            epoch=self._samples.epoch(self._order.sample_position(step)),
             loss=sums.loss,
             grad_norm=sums.grad_norm,
             lr=rate,
@@ -247,7 +252,8 @@ class Attempt:
         self._reporter.emit(AnomalyDetected(step=event.step, what=what, detail=detail))
         if policy == "record":
             self._watch.add(event.loss)
-        if policy in ("stop", "rollback"):
+        # What is trained again went on in the log, or ends with this step by itself.
+        if policy in ("stop", "rollback") and self._order.last_step is None:
             self._reporter.flush()
             text = f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}"
             # Two lines, for the traceback shows one, and what ended the attempt is read off it.
@@ -258,7 +264,7 @@ class Attempt:
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
         """The rows of 0-based `step` and this rank's micro-batches of them."""
         size = self._spec.data.train_batch_size
-        rows = self._samples.rows(self._order.order_start.position(step, size), size)
+        rows = self._samples.rows(self._order.sample_position(step), size)
         return rows, self._batching.batches(self._train, rows)
 
     def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:

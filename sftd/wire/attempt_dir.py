@@ -27,7 +27,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
     None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
     (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched.
-    `order_start` says which samples the steps read, `losses` are those of the last steps before, oldest first."""
+    `order_start` says which samples the steps read, `losses` are those of the last steps before, oldest first.
+
+    With `last_step` recorded steps are trained again for comparison: up to that one and nothing else, neither validations
+    nor checkpoints, from data that may have changed. `order_later` are the pieces of the order of samples that begin at
+    later steps."""
 
     run_id: str
     attempt: int
@@ -41,6 +45,13 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     val_digest: str = ""
     order_start: OrderStart = OrderStart()
     losses: list[float] = []
+    last_step: int | None = None
+    order_later: list[OrderStart] = []
+
+    def sample_position(self, step: int) -> int:
+        """Position in the order of samples of the first sample of 0-based `step`."""
+        begun = (piece for piece in reversed(self.order_later) if piece.step <= step)
+        return next(begun, self.order_start).position(step, self.spec.data.train_batch_size)
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -90,7 +90,21 @@ def test_unknown_command_names_the_nearest() -> None:
     assert "Did you mean `sftd submit`?" in shown.output
 
 
-@pytest.mark.parametrize("command", ["show", "events", "logs", "resume", "cancel", "generate -p x", "export"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "show",
+        "events",
+        "logs",
+        "replay",
+        "verify",
+        "data --step 1",
+        "resume",
+        "cancel",
+        "generate -p x",
+        "export",
+    ],
+)
 def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
     more = ["somewhere"] if command == "export" else []
@@ -168,3 +182,11 @@ def test_ui_says_what_is_no_tracking_uri(tmp_path: Path, monkeypatch: pytest.Mon
     shown = CliRunner().invoke(main, ["ui"])
     assert shown.exit_code == 2
     assert "neither a database nor a server" in shown.stderr.replace("\n", " ")
+
+
+def test_a_row_is_shown_with_both_of_its_kinds() -> None:
+    from sftd.cli.data import _marked
+
+    question = {"text": "What is\nthe capital of France, the one in Europe?", "trained": False}
+    shown = _marked([question, {"text": "Paris.", "trained": True}]).plain
+    assert shown == "What is the capital of France, the …«Paris.»"
