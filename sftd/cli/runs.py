@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from sftd.domain.events import Recorded
+    from sftd.domain.goodput import Ledger
     from sftd.domain.run import Run
     from sftd.operations.reading import RunRow
 
@@ -140,7 +141,8 @@ def _cells(row: RunRow) -> tuple[str, ...]:
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's whole state as JSON.")
 def show_command(run: str, as_json: bool) -> None:
-    """Show one run: status, progress, validation, attempts, checkpoints. A unique prefix of the id is enough.
+    """Show one run: status, progress, validation, where its time went, attempts, checkpoints. A unique prefix of the id
+    is enough.
 
     \b
     Example:
@@ -152,20 +154,21 @@ def show_command(run: str, as_json: bool) -> None:
 
     store = app.open_store(app.read_settings())
     found = reading.find_run(store, run)
+    ledger = reading.goodput(store, found.run_id, app.context().now())
     if as_json:
-        click.echo(output.json_line(msgspec.to_builtins(found)))
+        click.echo(output.json_line(msgspec.to_builtins(found) | {"goodput": ledger.as_json()}))
         return
     attempt_events = reading.run_events(
         store,
         found.run_id,
         types=HISTORY_TYPES,
     )
-    _print_run(found, attempt_events)
+    _print_run(found, attempt_events, ledger)
 
 
-def _print_run(run: Run, history: list[Recorded]) -> None:
+def _print_run(run: Run, history: list[Recorded], ledger: Ledger) -> None:
     out = output.console()
-    print_state(run, history)
+    print_state(run, history, _time_facts(ledger))
     out.print()
     out.print(_history_table(history))
 
@@ -263,6 +266,19 @@ def _last_replay(run: Run) -> Text | str:
     if replay.diverged_at is not None:
         return Text(f"{told}diverged at step {replay.diverged_at}", "bold red")
     return f"{told}came out as the log has them"
+
+
+def _time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
+    from sftd.domain.goodput import ACCOUNTS
+
+    def took(seconds: float) -> str:
+        return f"{seconds:.1f}s" if seconds < 10 else output.duration(seconds)
+
+    parts = [(account, took(ledger.seconds(account))) for account in ACCOUNTS]
+    yield "time", ", ".join(f"{account} {text}" for account, text in parts if text != "0.0s")
+    if ledger.seconds("productive"):
+        share, held = ledger.goodput or 0.0, ledger.held_seconds
+        yield "goodput", f"{share:.1%} of {took(held)} (all time but queued and idle)"
 
 
 def _checkpoints_table(run: Run) -> Table:

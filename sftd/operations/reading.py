@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.events import Recorded
+from sftd.domain.events import Micros, Recorded
+from sftd.domain.goodput import Ledger
 from sftd.domain.run import Run
 from sftd.store import event_store, queue
 from sftd.store.engine import Store
+from sftd.store.goodput import read_ledger
 from sftd.store.runs import load_run, resolve_id
 from sftd.store.tables import view_runs
 
@@ -61,6 +63,12 @@ def find_run(store: Store, prefix: str) -> Run:
     """The one run whose id begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
     with store.read() as connection:
         return load_run(connection, resolve_id(connection, prefix))
+
+
+def goodput(store: Store, run_id: str, now: Micros) -> Ledger:
+    """Where a run's time went: to its end, or to `now` (µs)."""
+    with store.read() as connection:
+        return read_ledger(connection, run_id, now)
 
 
 def run_events(

@@ -10,12 +10,14 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from sftd.domain import events as e
+from sftd.domain.goodput import ACCOUNTS, Ledger
 from sftd.domain.run import Run, Status
 
 TAG_RUN = "sftd.run"
 TAG_CURSOR = "sftd.cursor"
 
-# The most points that one event becomes.
+# The most points that one event becomes. The end of a run has three more, but any that is not the last is followed by a
+# resume, which has none.
 POINTS_PER_EVENT = 8
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 
@@ -91,6 +93,16 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     if event.peak_memory_bytes is not None:
         values["peak_memory_gib"] = event.peak_memory_bytes / 2**30
     return [Point(key, value, at, event.step) for key, value in values.items()]
+
+
+def goodput_points(ledger: Ledger, step: int) -> list[Point]:
+    """The metrics of a run that has ended at `step`: where its time went. One that ends again says it again."""
+    at = millis(ledger.until)
+    values = {f"seconds_{account}": ledger.seconds(account) for account in ACCOUNTS}
+    values["seconds_wall"] = ledger.wall_seconds
+    if ledger.goodput is not None:
+        values["goodput"] = ledger.goodput
+    return [Point(key, value, at, step) for key, value in values.items()]
 
 
 def status(run: Run) -> tuple[str, int | None]:

@@ -29,6 +29,7 @@ from sftd.projections import mlflow_mapping as mapping
 from sftd.projections.mlflow_client import METRICS_PER_BATCH, MirrorUnavailable, Tracking
 from sftd.store.engine import Store
 from sftd.store.event_store import read_stream
+from sftd.store.goodput import read_ledger
 from sftd.store.positions import projection_position, set_projection_position
 from sftd.store.tables import events
 
@@ -59,6 +60,7 @@ _LIFECYCLE = tuple(
         e.RunCancelled,
     )
 )
+_ENDS = (e.RunSucceeded.__name__, e.RunFailed.__name__, e.RunCancelled.__name__)
 # Types that are not named here are not even decoded: a newer sftd may have written them.
 _MIRRORED = _LIFECYCLE + _STEPS
 
@@ -202,6 +204,12 @@ class MlflowMirror:
             if run is None:
                 run, mirrored.highest = _recover(connection, run_id, mirrored.cursor)
             page = list(read_stream(connection, run_id, mirrored.cursor, _MIRRORED, _PAGE))
+            # As of each end, not of now: what is sent again after a crash is byte for byte the same.
+            ledgers = {
+                r.version: read_ledger(connection, run_id, r.occurred_at, r.version)
+                for r in page
+                if r.type in _ENDS
+            }
         found: list[mapping.Point] = []
         for recorded in page:
             if isinstance(recorded.event, e.RunSubmitted):
@@ -210,6 +218,8 @@ class MlflowMirror:
                 )
             run = evolve(run, recorded)
             found += mapping.points(recorded, mirrored.highest)
+            if recorded.version in ledgers:
+                found += mapping.goodput_points(ledgers[recorded.version], run.step)
         # Before the cursor, which says that all up to there is done.
         status, end_time = mapping.status(run)
         if status != mirrored.status or end_time not in (None, mirrored.end_time):

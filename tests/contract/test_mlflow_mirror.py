@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.domain import events as e
+from sftd.domain import goodput
 from sftd.domain.spec import Spec
 from sftd.projections import mlflow_mirror
 from sftd.projections.mlflow_mirror import MirrorUnavailable, MlflowMirror
@@ -126,12 +127,16 @@ def never() -> bool:
 
 
 def expected(store: Store, run_id: str) -> History:
-    """The history that the log holds, worked out anew: the first value of each step."""
+    """The history that the log holds, worked out anew: the first value of each step, and where the time went up to each
+    end."""
     history: dict[str, dict[int, tuple[int, int, str]]] = {}
+    ledger, now = goodput.Fold(), 0
     with store.read() as connection:
-        types = ("StepCompleted", "ValidationCompleted")
-        for r in event_store.read_stream(connection, run_id, types=types):
+        for r in event_store.read_stream(connection, run_id, types=goodput.TYPES):
             event, at = r.event, r.occurred_at // 1000
+            ledger.add(r.occurred_at, event)
+            if isinstance(event, e.StepCompleted | e.AttemptClaimed):
+                now = event.step if isinstance(event, e.StepCompleted) else event.from_step
             if isinstance(event, e.StepCompleted):
                 values = {
                     "loss": event.loss,
@@ -143,11 +148,18 @@ def expected(store: Store, run_id: str) -> History:
                 }
             elif isinstance(event, e.ValidationCompleted):
                 values = {"val_loss": event.loss}
+            elif isinstance(event, e.RunSucceeded | e.RunFailed | e.RunCancelled):
+                told = ledger.ledger(r.occurred_at).as_json()
+                share = told.pop("goodput")
+                spent = {f"seconds_{key}": value for key, value in told.items()}
+                for key, value in (spent if share is None else spent | {"goodput": share}).items():
+                    history.setdefault(key, {})[at] = (now, at, repr(value))
+                continue
             else:
                 continue
             for key, value in values.items():
                 history.setdefault(key, {}).setdefault(event.step, (event.step, at, repr(value)))
-    return {key: [found[n] for n in sorted(found)] for key, found in history.items()}
+    return {key: sorted(found.values()) for key, found in history.items()}
 
 
 class Server:

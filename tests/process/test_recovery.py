@@ -42,6 +42,21 @@ def assert_log_holds_journals(home: Home, run_id: str) -> None:
         assert steps == [e["payload"]["step"] for e in ingested if e["type"] == "StepCompleted"]
 
 
+def assert_time_adds_up(home: Home, shown: dict[str, Any]) -> dict[str, float]:
+    """Every second between submission and end has one account, and steps took the time that they say."""
+    spent: dict[str, float] = dict(shown["goodput"])
+    share, wall = spent.pop("goodput"), spent.pop("wall")
+    assert wall == pytest.approx((shown["ended_at"] - shown["submitted_at"]) / 1e6, abs=1e-6)
+    assert sum(spent.values()) == pytest.approx(wall, abs=1e-6)
+    assert 0 < share == pytest.approx(spent["productive"] / (wall - spent["queued"] - spent["idle"]))
+    events = home.events(shown["run_id"])
+    steps = sum(e["payload"]["seconds"] for e in events if e["type"] == "StepCompleted")
+    # Events lie a little closer together than what they report at times: the clocks are not the same.
+    assert spent["productive"] + spent["replayed"] == pytest.approx(steps, rel=0.1)
+    assert spent["checkpointing"] > 0
+    return spent
+
+
 def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
     undisturbed = home.submit(*LONG)
     crashed = home.submit(*LONG)
@@ -61,6 +76,9 @@ def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
     resumed = home.events(crashed, "TrainingResumed")[0]["payload"]
     assert resumed["step"] in (40, 60, 80, 100)
     assert_log_holds_journals(home, crashed)
+    told = [assert_time_adds_up(home, shown), assert_time_adds_up(home, home.show(undisturbed))]
+    assert [spent["replayed"] > 0 and spent["restarting"] > 0 for spent in told] == [True, False]
+    assert "goodput" in home.run("show", crashed).stdout
     # The default policy keeps two, and the best of what was validated.
     assert {c["step"] for c in shown["checkpoints"]} >= {100, 120}
     assert not (home.attempt(crashed).path.parent / "checkpoints" / "step-00000020").exists()

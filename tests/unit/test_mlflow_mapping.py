@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from sftd.domain import events as e
+from sftd.domain.goodput import ACCOUNTS, Ledger
 from sftd.domain.run import Run, Status
 from sftd.domain.spec import Spec
 from sftd.projections import mlflow_mapping as mapping
@@ -104,6 +105,17 @@ def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
     )
     assert point == mapping.Point("val_loss", 2, 1_700_000_000_123, 3)
     assert highest == {"StepCompleted": 4, "ValidationCompleted": 3}
+
+
+def test_the_end_of_a_run_says_where_its_time_went() -> None:
+    micros = dict.fromkeys(ACCOUNTS, 0) | {"queued": 1_000_000, "productive": 3_000_000, "other": 1_000_000}
+    found = mapping.goodput_points(Ledger(5_000_000, 10_000_000, micros), step=9)
+    assert len(found) == mapping.POINTS_PER_EVENT + 3
+    assert {(p.timestamp, p.step) for p in found} == {(10_000, 9)}
+    values = {p.key: p.value for p in found}
+    assert (values["goodput"], values["seconds_productive"], values["seconds_wall"]) == (0.75, 3.0, 5.0)
+    never_claimed = Ledger(0, 5, dict.fromkeys(ACCOUNTS, 0) | {"queued": 5})
+    assert "goodput" not in {p.key for p in mapping.goodput_points(never_claimed, step=0)}
 
 
 def test_status() -> None:

@@ -1,0 +1,39 @@
+"""The goodput ledger of one run, read from its stream alone.
+
+A run's rows lie together in the index (run_id, version), types that say nothing of time are filtered by the database,
+and of a step only two numbers are decoded: 2 to 10 µs a step, so that a run of a thousand takes 2 to 10 ms.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain import codec, goodput
+from sftd.domain.events import Micros, StepCompleted
+from sftd.domain.goodput import Fold, Ledger, StepTime
+from sftd.store.tables import events
+
+# These two fields are in every schema version of a step; a test holds it.
+_step = msgspec.json.Decoder(StepTime)
+
+
+def read_ledger(
+    connection: sa.Connection, run_id: str, now: Micros, until_version: int | None = None
+) -> Ledger:
+    """Where the time of a run went up to `until_version` (None is all): to its end, or to `now` while it has none."""
+    c = events.c
+    query = (
+        sa.select(c.type, c.schema_version, c.occurred_at, c.payload)
+        .where(c.run_id == run_id, c.type.in_(goodput.TYPES))
+        .order_by(c.version)
+    )
+    if until_version is not None:
+        query = query.where(c.version <= until_version)
+    fold = Fold()
+    for name, schema_version, occurred_at, payload in connection.execute(query):
+        if name == StepCompleted.__name__:
+            fold.add(occurred_at, _step.decode(payload))
+        else:
+            fold.add(occurred_at, codec.decode(name, schema_version, payload))
+    return fold.ledger(now)

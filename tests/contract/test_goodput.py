@@ -1,0 +1,75 @@
+"""The ledger read from the database is the fold of the run's events, and of no others."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from sftd.domain import events as e
+from sftd.domain.goodput import Fold
+from sftd.store import event_store
+from sftd.store.engine import Store
+from sftd.store.goodput import read_ledger
+
+SECOND = 1_000_000
+
+
+def step(number: int, seconds: float, **changes: Any) -> e.StepCompleted:
+    return e.StepCompleted(
+        step=number,
+        epoch=0,
+        loss=float("nan"),
+        grad_norm=float("inf"),
+        lr=1e-5,
+        tokens=1,
+        tokens_real=1,
+        tokens_padded=1,
+        tokens_total=number,
+        samples=1,
+        samples_digest="s",
+        seconds=seconds,
+    )
+
+
+HISTORY: list[e.Event] = [
+    e.RunSubmitted(
+        spec={}, spec_digest="s", planned_steps=4, user="ada", data={}, model={}, sftd_version="0"
+    ),
+    e.AttemptClaimed(daemon="d", host="h", from_step=0),
+    e.ModelLoaded(architecture="a", parameters=1, dtype="f", device="cpu", seconds=0.1, environment={}),
+    step(1, 0.7),
+    step(2, 0.3),
+    e.CheckpointStarted(step=2),
+    e.CheckpointPublished(step=2, path="p", bytes=1, manifest_digest="m", seconds=1.0),
+    step(3, 0.1),
+    e.AttemptFailed(cause="crash", message="m", exit_code=1),
+    e.AttemptClaimed(daemon="d", host="h", from_step=2),
+    step(3, 1 / 3),
+    step(4, 1e-7),
+    e.ValidationCompleted(step=4, loss=1.0, tokens=1, rows=1, seconds=0.25),
+    e.RunSucceeded(steps=4, tokens=4, final_checkpoint="p"),
+]
+
+
+def test_the_ledger_in_the_database_is_the_fold_of_the_events(store: Store) -> None:
+    for run_id, seconds in (("other", 7), ("run", 2)):
+        new = [
+            e.NewEvent(
+                event=event, event_id=str(uuid.uuid4()), occurred_at=n * seconds * SECOND, actor="test"
+            )
+            for n, event in enumerate(HISTORY, 1)
+        ]
+        with store.write() as tx:
+            event_store.append(tx, run_id, 0, new, 0)
+    fold = Fold()
+    with store.read() as connection:
+        for recorded in event_store.read_stream(connection, "run"):
+            fold.add(recorded.occurred_at, recorded.event)
+            expected = fold.ledger(recorded.occurred_at)
+            assert (
+                read_ledger(connection, "run", recorded.occurred_at, until_version=recorded.version)
+                == expected
+            )
+        assert read_ledger(connection, "run", now=10**15) == expected
+    assert expected.micros["replayed"] == 333_333
+    assert expected.wall_seconds == 2 * (len(HISTORY) - 1)
