@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from sftd.settings import Settings
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
-_LOG_BYTES, _LOG_FILES = 10_000_000, 5
 
 
 @click.command("daemon")
@@ -112,18 +110,24 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
 
 def run_daemon(settings: Settings, *, drain: bool) -> None:
     """Be the daemon."""
+    from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
     from sftd.launcher.inventory import Inventory, gpu_count
 
-    _log_setup()
+    log.set_up(settings.log_format)
     with DaemonLock(settings.daemon_lock):
         store = app.open_store(settings)
         inventory = Inventory(gpu_count(), settings.cpu_slots)
         daemon = Daemon(store, settings, inventory, _mirror(settings))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: daemon.stop())
-        daemon.run(drain=drain)
+        try:
+            daemon.run(drain=drain)
+        except Exception:
+            # In the log and in its format, where whoever reads the log finds it; training goes on.
+            logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
+            sys.exit(1)
 
 
 def _mirror(settings: Settings) -> Callable[[], object] | None:
@@ -137,18 +141,3 @@ def _mirror(settings: Settings) -> Callable[[], object] | None:
         return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
 
     return make
-
-
-def _log_setup() -> None:
-    path = os.environ.get("SFTD_DAEMON_LOG")
-    handler: logging.Handler
-    if path:
-        handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    for name in ("sftd.daemon", "sftd.mirror"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        logger.propagate = False

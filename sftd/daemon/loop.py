@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 import sqlalchemy as sa
 
+from sftd.daemon.log import of_run
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.rescuer import orphaned
 from sftd.daemon.supervisor import Supervisor
@@ -109,11 +110,8 @@ class Daemon:
         if fit is None and run.run_id not in self._too_large:
             self._too_large.add(run.run_id)
             need = self._inventory.need(run.spec)
-            log.warning(
-                "%s: needs %d %s devices, more than there are here; it waits",
-                run.run_id,
-                need.count,
-                need.device,
+            of_run(run.run_id).warning(
+                "needs %d %s devices, more than there are here; it waits", need.count, need.device
             )
         return fit
 
@@ -163,7 +161,7 @@ class Daemon:
             daemons.seen(tx, self.daemon_id, self._context.now())
 
     def _forget(self, lease: Lease) -> None:
-        log.warning("%s: the lease is no longer ours", lease.run_id)
+        of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
         supervisor = self._supervisors.pop(lease.run_id, None)
         if supervisor is not None and supervisor.attempt.directory.lease() in (lease.token, None):
             # Given up rather than taken over: nobody else will end these processes, and the run may start anew.
@@ -195,7 +193,7 @@ class Daemon:
     def _report_once(self, run_id: str, error: Exception) -> None:
         if self._reported.get(run_id) != str(error):
             self._reported[run_id] = str(error)
-            log.error("%s: %s; trying again", run_id, error)
+            of_run(run_id).error("%s; trying again", error)
 
     def _claim(self) -> Claimed | None:
         return attempts.claim(
@@ -230,7 +228,9 @@ class Daemon:
             attempt, argv = LocalAttempt.start(directory, order, need, devices)
         except OSError as error:
             self._inventory.release(run.run_id)
-            log.error("%s: attempt %d could not be started: %s", run.run_id, lease.attempt, error)
+            of_run(run.run_id, lease.attempt).error(
+                "attempt %d could not be started: %s", lease.attempt, error
+            )
             cause: Cause = "disk full" if error.errno == errno.ENOSPC else "crash"
             attempts.finish(
                 self._store,
@@ -256,8 +256,8 @@ class Daemon:
             self._store, self._context, self._settings, lease, attempt, launched
         )
         where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
-        log.info(
-            "%s: attempt %d started from %s, pid %d", run.run_id, lease.attempt, where, attempt.process.pid
+        of_run(run.run_id, lease.attempt).info(
+            "attempt %d started from %s, pid %d", lease.attempt, where, attempt.process.pid
         )
 
     def _adopt(self) -> None:
@@ -280,4 +280,4 @@ class Daemon:
                 self._store, self._context, self._settings, mine, attempt
             )
             state = "is alive" if attempt.is_alive() else "has ended meanwhile"
-            log.info("%s: adopted attempt %d, which %s", lease.run_id, lease.attempt, state)
+            of_run(lease.run_id, lease.attempt).info("adopted attempt %d, which %s", lease.attempt, state)

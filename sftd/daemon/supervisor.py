@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 
+from sftd.daemon.log import of_run
 from sftd.daemon.watchdog import Watchdog
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, UnknownEvent
@@ -20,8 +20,6 @@ from sftd.store import positions
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire import journal
-
-log = logging.getLogger("sftd.daemon")
 
 _LINES_PER_TRANSACTION = 500
 # A long backlog is taken in over several ticks, so that leases are renewed between them.
@@ -50,6 +48,7 @@ class Supervisor:
         self.lease = lease
         self.attempt = attempt
         self._launched = launched
+        self._log = of_run(lease.run_id, lease.attempt)
         self._before: dict[int, e.StepCompleted] | None = None
         self._stopping_since: float | None = None
         # Why the attempt is ended although its processes live.
@@ -87,7 +86,7 @@ class Supervisor:
             self._asked_for_stacks = None
             for r in recorded:
                 if isinstance(r.event, e.AnomalyDetected):
-                    log.warning("%s: anomaly at step %d: %s", self.lease.run_id, r.event.step, r.event.what)
+                    self._log.warning("anomaly at step %d: %s", r.event.step, r.event.what)
             published = published or any(isinstance(line.event, e.CheckpointPublished) for line in lines)
         if published:
             collect(self._store, self._context, self.lease, self.lease.run_id)
@@ -97,7 +96,7 @@ class Supervisor:
         try:
             return journal.read(self.attempt.directory.journal, self._offset, self._line + 1, limit=1)
         except (JournalCorrupt, UnknownEvent):
-            log.error("%s: %s", self.lease.run_id, error)
+            self._log.error("%s", error)
             attempts.reject_journal(
                 self._store, self._context, self.lease, f"the journal cannot be read: {error}"
             )
@@ -112,14 +111,12 @@ class Supervisor:
             try:
                 self.attempt.directory.request_stop()
             except OSError as error:
-                log.error("%s: cannot ask for a stop (%s); killing the attempt", self.lease.run_id, error)
+                self._log.error("cannot ask for a stop (%s); killing the attempt", error)
                 self.attempt.kill()
             else:
-                log.info("%s: asked attempt %d to stop", self.lease.run_id, self.lease.attempt)
+                self._log.info("asked attempt %d to stop", self.lease.attempt)
         elif now - self._stopping_since > _STOP_SECONDS:
-            log.warning(
-                "%s: attempt %d did not stop in time; killing it", self.lease.run_id, self.lease.attempt
-            )
+            self._log.warning("attempt %d did not stop in time; killing it", self.lease.attempt)
             self.attempt.kill()
 
     def tick(self) -> Run | None:
@@ -140,7 +137,7 @@ class Supervisor:
         if silent is None:
             return
         if self._asked_for_stacks is None:
-            log.warning("%s: nothing recorded for %.0f s; asking for the stacks", self.lease.run_id, silent)
+            self._log.warning("nothing recorded for %.0f s; asking for the stacks", silent)
             self.attempt.ask_for_stacks()
             self._asked_for_stacks = time.monotonic()
         elif time.monotonic() - self._asked_for_stacks > _STACKS_SECONDS:
@@ -154,7 +151,7 @@ class Supervisor:
         exit_code = self.attempt.directory.exit_code()
         # Ranks may outlive a killed torchrun; two attempts must never write at once.
         if stuck := self.attempt.kill():
-            log.error("%s: processes %s do not die; waiting for them", self.lease.run_id, stuck)
+            self._log.error("processes %s do not die; waiting for them", stuck)
             return None
         if self.ingest() >= _LINES_PER_TICK:
             return None
@@ -169,9 +166,8 @@ class Supervisor:
             lost=exit_code is None and not remains.rank_errors and self._verdict is None,
             backoff_seconds=self._settings.backoff_seconds,
         )
-        log.info(
-            "%s: attempt %d ended, run is %s%s",
-            run.run_id,
+        self._log.info(
+            "attempt %d ended, run is %s%s",
             self.lease.attempt,
             run.status,
             f" ({run.cause}: {run.message})" if run.cause else "",
@@ -191,5 +187,5 @@ def _launch(attempt: LocalAttempt) -> Launch:
 def collect(store: Store, context: Context, lease: Lease | None, run_id: str) -> None:
     """Delete the checkpoints that nothing keeps."""
     for deleted in attempts.collect_checkpoints(store, context, lease, run_id):
-        log.info("%s: deleting checkpoint of step %d (%s)", run_id, deleted.step, deleted.reason)
+        of_run(run_id).info("deleting checkpoint of step %d (%s)", deleted.step, deleted.reason)
         shutil.rmtree(deleted.path, ignore_errors=True)

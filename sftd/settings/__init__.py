@@ -17,7 +17,7 @@ class SettingsError(Exception):
 @dataclass(frozen=True)
 class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
-    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds."""
+    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json"."""
 
     home: Path
     database_url: str
@@ -26,6 +26,7 @@ class Settings:
     backoff_seconds: float
     lease_seconds: float
     poll_seconds: float
+    log_format: str
 
     @property
     def logs(self) -> Path:
@@ -86,6 +87,11 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             )
         return parsed
 
+    log_format = value("log_format", "text")
+    if log_format not in ("text", "json"):
+        raise SettingsError(
+            f"SFTD_LOG_FORMAT (or `log_format` in {file}): {log_format!r} is neither text nor json"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tracking = environ.get("MLFLOW_TRACKING_URI")
     if tracking is None:
@@ -98,4 +104,5 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         backoff_seconds=number("backoff_seconds", 15.0),
         lease_seconds=number("lease_seconds", 30.0),
         poll_seconds=number("poll_seconds", 0.25),
+        log_format=log_format,
     )

@@ -30,6 +30,7 @@ def postgres_url(postgres_server: sa.URL) -> Iterator[str]:
 
 def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
     home.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{home.path}/mlflow.db"
+    home.env["SFTD_LOG_FORMAT"] = "json"
     daemon = home.start_daemon()
     done = home.run("submit", str(home.config), "trainer.experiment_name=first", "--wait", "-q")
     run_id = done.stdout.strip()
@@ -51,6 +52,11 @@ def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
     assert published == [5, 10, 12]
     validated = [e["payload"]["step"] for e in home.events(run_id, "ValidationCompleted")]
     assert validated == [0, 12]
+    said = [json.loads(line) for line in (home.path / "daemon.log").read_text().splitlines()]
+    assert [x["message"] for x in said if (x["run_id"], x["attempt"]) == (run_id, 1)] == [
+        said[1]["message"],
+        "attempt 1 ended, run is succeeded",
+    ]
     # Nothing of it is for other eyes.
     for path in (home.path / "home").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.suffix in (".distcp", ".metadata"), path

@@ -1,0 +1,94 @@
+"""The daemon's own log: whom a line is about, how it is written, and how much of it is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+_BYTES, _KEPT = 10_000_000, 5
+NAMES = ("sftd.daemon", "sftd.mirror", "py.warnings")
+_daemon = logging.getLogger("sftd.daemon")
+
+
+class _RunLog(logging.LoggerAdapter[logging.Logger]):
+    """Adds whom a line is about, for either format to write in its own way."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, {**kwargs, "extra": self.extra}
+
+
+def of_run(run_id: str, attempt: int | None = None) -> logging.LoggerAdapter[logging.Logger]:
+    """The daemon's log for lines about a run, or about one of its attempts."""
+    about: Mapping[str, object] = {"run_id": run_id, "attempt": attempt}
+    return _RunLog(_daemon, about)
+
+
+class TextFormat(logging.Formatter):
+    """For people: `2026-01-31 12:00:00,000 INFO    brave-otter-3f2a: attempt 1 started`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(about)s%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        run_id = getattr(record, "run_id", None)
+        record.about = f"{run_id}: " if run_id else ""
+        return super().format(record)
+
+
+class JsonFormat(logging.Formatter):
+    """For machines: one object a line, always with the same keys; an error's traceback is in `exception`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {
+                "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "run_id": getattr(record, "run_id", None),
+                "attempt": getattr(record, "attempt", None),
+                "message": record.getMessage(),
+                "exception": self.formatException(record.exc_info) if record.exc_info else None,
+            }
+        )
+
+
+class PrivateFile(logging.handlers.RotatingFileHandler):
+    """A file of at most `size` bytes beside at most `kept` older ones, all of mode 0600.
+
+    With `takes_output` what this process writes to stdout and stderr goes along: into the new file after a rotation.
+    """
+
+    def __init__(
+        self, path: Path, *, size: int = _BYTES, kept: int = _KEPT, takes_output: bool = False
+    ) -> None:
+        self._takes_output = takes_output
+        super().__init__(path, maxBytes=size, backupCount=kept, encoding="utf-8")
+
+    def _open(self) -> IO[Any]:  # type: ignore[override]
+        stream = open(  # noqa: SIM115  the handler closes it
+            self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)
+        )
+        if self._takes_output:
+            for standard in (1, 2):
+                os.dup2(stream.fileno(), standard)
+        return stream
+
+
+def set_up(form: str) -> None:
+    """Log as `form` says ("text", "json"), to the file in SFTD_DAEMON_LOG, which `--detach` sets, else to stderr."""
+    path = os.environ.get("SFTD_DAEMON_LOG")
+    handler = PrivateFile(Path(path), takes_output=True) if path else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormat() if form == "json" else TextFormat())
+    logging.captureWarnings(True)
+    for name in NAMES:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
