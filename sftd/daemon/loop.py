@@ -13,6 +13,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.daemon.log import of_run
+from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.rescuer import orphaned
 from sftd.daemon.supervisor import Supervisor
@@ -65,6 +66,7 @@ class Daemon:
         self._supervisors: dict[str, Supervisor] = {}
         self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
         self._stop = threading.Event()
+        self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
         self._renew_at = 0.0
         self._too_large: set[str] = set()
         self._reported: dict[str, str] = {}
@@ -83,8 +85,10 @@ class Daemon:
             while not self._stop.is_set():
                 try:
                     busy = self.tick()
+                    self._metrics.write_when_due(self._supervisors, self._context.now())
                     if drain and not self._supervisors and self._nothing_left():
                         drained = True
+                        self._metrics.write({}, self._context.now())
                         break
                 except _DATABASE_ERRORS as error:
                     # Training goes on; its journal waits for us.

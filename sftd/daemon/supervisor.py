@@ -103,6 +103,10 @@ class Supervisor:
             self._verdict = Failure("crash", f"the journal cannot be read: {error}")
             return [], self._offset
 
+    def backlog(self) -> tuple[int, e.Micros | None]:
+        """How many lines of the journal are not in the log yet, and when the first of them occurred."""
+        return journal.backlog(self.attempt.directory.journal, self._offset)
+
     def request_stop(self) -> None:
         """Ask the trainer to checkpoint and end; kill it when it does not."""
         now = time.monotonic()

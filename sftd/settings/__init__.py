@@ -17,7 +17,8 @@ class SettingsError(Exception):
 @dataclass(frozen=True)
 class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
-    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json"."""
+    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
+    `metrics_file`: what the daemon writes for Prometheus."""
 
     home: Path
     database_url: str
@@ -27,6 +28,7 @@ class Settings:
     lease_seconds: float
     poll_seconds: float
     log_format: str
+    metrics_file: Path
 
     @property
     def logs(self) -> Path:
@@ -105,4 +107,5 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         lease_seconds=number("lease_seconds", 30.0),
         poll_seconds=number("poll_seconds", 0.25),
         log_format=log_format,
+        metrics_file=Path(value("metrics_file", str(home / "metrics.prom"))).expanduser().absolute(),
     )

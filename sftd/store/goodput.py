@@ -22,18 +22,27 @@ def read_ledger(
     connection: sa.Connection, run_id: str, now: Micros, until_version: int | None = None
 ) -> Ledger:
     """Where the time of a run went up to `until_version` (None is all): to its end, or to `now` while it has none."""
+    fold = Fold()
+    advance(connection, run_id, fold, 0, until_version)
+    return fold.ledger(now)
+
+
+def advance(
+    connection: sa.Connection, run_id: str, fold: Fold, after_version: int, until_version: int | None = None
+) -> int:
+    """Have `fold` take in the events of a run behind `after_version`. Returns the version up to which it did."""
     c = events.c
     query = (
-        sa.select(c.type, c.schema_version, c.occurred_at, c.payload)
-        .where(c.run_id == run_id, c.type.in_(goodput.TYPES))
+        sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)
+        .where(c.run_id == run_id, c.version > after_version, c.type.in_(goodput.TYPES))
         .order_by(c.version)
     )
     if until_version is not None:
         query = query.where(c.version <= until_version)
-    fold = Fold()
-    for name, schema_version, occurred_at, payload in connection.execute(query):
+    for version, name, schema_version, occurred_at, payload in connection.execute(query):
         if name == StepCompleted.__name__:
             fold.add(occurred_at, _step.decode(payload))
         else:
             fold.add(occurred_at, codec.decode(name, schema_version, payload))
-    return fold.ledger(now)
+        after_version = version
+    return after_version

@@ -21,6 +21,7 @@ from sftd.domain.errors import JournalCorrupt
 from sftd.domain.events import Event, Micros
 
 FSYNC_SECONDS = 1.0
+_BACKLOG_BYTES = 1 << 20
 # Names the ids of journal lines: ingesting a line twice gives the same id twice.
 _NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
 
@@ -110,6 +111,24 @@ def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) 
     except FileNotFoundError:
         pass
     return lines, offset
+
+
+def backlog(path: Path, offset: int) -> tuple[int, Micros | None]:
+    """How many lines are complete behind byte `offset`, of which the first MiB is looked at, and when the first of them
+    occurred."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            rest = file.read(_BACKLOG_BYTES)
+    except FileNotFoundError:
+        return 0, None
+    first, newline, _ = rest.partition(b"\n")
+    if not newline:
+        return 0, None
+    try:
+        return rest.count(b"\n"), _raw_decoder.decode(first).t
+    except msgspec.MsgspecError:
+        return rest.count(b"\n"), None
 
 
 def _complete_lines(file: Iterator[bytes]) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.process.harness import Home, at_step, write_rows
+from tests.prometheus import parse
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,9 @@ def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
     assert published == [5, 10, 12]
     validated = [e["payload"]["step"] for e in home.events(run_id, "ValidationCompleted")]
     assert validated == [0, 12]
+    samples = parse((home.path / "home" / "metrics.prom").read_text())
+    assert samples["sftd_daemon_info"]
+    assert samples["sftd_devices"][(("kind", "gpu"),)] == 0
     said = [json.loads(line) for line in (home.path / "daemon.log").read_text().splitlines()]
     assert [x["message"] for x in said if (x["run_id"], x["attempt"]) == (run_id, 1)] == [
         said[1]["message"],

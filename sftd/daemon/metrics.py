@@ -1,0 +1,174 @@
+"""What Prometheus may know, as a text file for node_exporter's textfile collector: the daemon opens no port.
+
+Everything is told anew every few seconds from the database and from what this daemon drives. The log is the truth; this
+is for graphs and alarms.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import sftd
+from sftd.domain.errors import SftdError
+from sftd.domain.events import Micros
+from sftd.domain.goodput import Fold
+from sftd.launcher.inventory import Inventory
+from sftd.operations import figures
+from sftd.projections.mlflow_mirror import position_name
+from sftd.settings import Settings
+from sftd.store.engine import Store
+from sftd.store.goodput import advance
+
+log = logging.getLogger("sftd.daemon")
+
+_SECONDS = 10.0
+_MICROS = 1_000_000
+Labels = Mapping[str, str]
+Sample = tuple[Labels, float]
+
+
+class Driven(Protocol):
+    """An attempt that this daemon drives, as the metrics see it."""
+
+    def backlog(self) -> tuple[int, Micros | None]:
+        """Lines of its journal that are not in the log yet, and when the first of them occurred."""
+        ...
+
+
+class Metrics:
+    """Writes the file at most every ten seconds. A file that cannot be written is said once, and stops nothing."""
+
+    def __init__(
+        self, store: Store, settings: Settings, inventory: Inventory, daemon_id: str, *, mirrors: bool
+    ) -> None:
+        self._store = store
+        self._inventory = inventory
+        self._daemon_id = daemon_id
+        self._mirror = position_name(settings.mlflow_tracking_uri) if mirrors else None
+        self._path = settings.metrics_file
+        # Outside the home it is for node_exporter, who is another user; it holds counts and the ids of runs.
+        self._mode = 0o600 if self._path.is_relative_to(settings.home) else 0o644
+        self._due_at = 0.0
+        self._failed = ""
+        # Folds of the driven runs, which go on where they were.
+        self._folds: dict[str, tuple[Fold, int]] = {}
+
+    def write_when_due(self, driven: Mapping[str, Driven], now: Micros) -> None:
+        """Write the file unless that was done a moment ago. Raises only what the database does."""
+        if time.monotonic() >= self._due_at:
+            self.write(driven, now)
+            self._due_at = time.monotonic() + _SECONDS
+
+    def write(self, driven: Mapping[str, Driven], now: Micros) -> None:
+        """Write the file."""
+        try:
+            text = "".join(_family(*family) for family in self._families(driven, now))
+            _replace(self._path, text.encode(), self._mode)
+        except (OSError, SftdError) as error:
+            if self._failed != str(error):
+                log.warning("the metrics file cannot be written: %s", error)
+            self._failed = str(error)
+        else:
+            self._failed = ""
+
+    def _families(self, driven: Mapping[str, Driven], now: Micros) -> Iterator[tuple[str, str, list[Sample]]]:
+        found = figures.read(self._store, now, self._mirror)
+        info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
+        yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
+        yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
+        yield (
+            "sftd_queue_runs",
+            "Runs in the queue: ready waits for devices, delayed for its next attempt's time, leased is driven.",
+            [({"state": state}, count) for state, count in found.queue.items()],
+        )
+        yield (
+            "sftd_queue_oldest_wait_seconds",
+            "How long the run has waited that is ready for the longest time; 0 when none is.",
+            [({}, found.oldest_wait_micros / _MICROS)],
+        )
+        yield (
+            "sftd_runs",
+            "Runs by status.",
+            [({"status": status}, count) for status, count in found.runs.items()],
+        )
+        kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
+        yield (
+            "sftd_devices",
+            "Devices of this daemon.",
+            [({"kind": kind}, len(all_of)) for kind, (all_of, _) in kinds.items()],
+        )
+        yield (
+            "sftd_devices_used",
+            "Devices that attempts of this daemon hold.",
+            [
+                ({"kind": kind}, len(all_of) - len(self._inventory.free(device)))
+                for kind, (all_of, device) in kinds.items()
+            ],
+        )
+        yield "sftd_attempts_driven", "Attempts that this daemon drives.", [({}, len(driven))]
+        backlogs = [one.backlog() for one in driven.values()]
+        oldest = min((first for _, first in backlogs if first is not None), default=now)
+        yield (
+            "sftd_ingest_lag_events",
+            "Events in the journals of driven attempts that are not in the log yet.",
+            [({}, sum(lines for lines, _ in backlogs))],
+        )
+        yield (
+            "sftd_ingest_lag_seconds",
+            "Age of the oldest of them; 0 when there is none.",
+            [({}, max(0, now - oldest) / _MICROS)],
+        )
+        if self._mirror is not None:
+            yield (
+                "sftd_mirror_lag_events",
+                "Events in the log that MLflow does not have yet.",
+                [({}, found.mirror_lag_events)],
+            )
+            yield (
+                "sftd_mirror_lag_seconds",
+                "How long the oldest of them has been in the log; 0 when there is none.",
+                [({}, found.mirror_lag_micros / _MICROS)],
+            )
+        yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
+
+    def _goodput(self, driven: Mapping[str, Driven], now: Micros) -> list[Sample]:
+        folds: dict[str, tuple[Fold, int]] = {}
+        with self._store.read() as connection:
+            for run_id in driven:
+                fold, version = self._folds.get(run_id, (Fold(), 0))
+                folds[run_id] = fold, advance(connection, run_id, fold, version)
+        self._folds = folds
+        shares = ((run_id, fold.ledger(now).goodput) for run_id, (fold, _) in folds.items())
+        return [({"run_id": run_id}, share) for run_id, share in shares if share is not None]
+
+
+def _family(name: str, meaning: str, samples: list[Sample]) -> str:
+    """One metric in Prometheus' text format; every one is a gauge."""
+    lines = [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
+    for labels, value in samples:
+        inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
+        lines.append(f"{name}{{{inside}}} {value!r}" if inside else f"{name} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _replace(path: Path, data: bytes, mode: int) -> None:
+    """Whoever reads the file has the old or the new one whole. Not fsynced: after a power cut it is written anew."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with open(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

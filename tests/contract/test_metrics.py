@@ -1,0 +1,200 @@
+"""What the daemon tells Prometheus, read back by a strict reader, from a real database."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from sftd.daemon import metrics
+from sftd.daemon.metrics import Metrics
+from sftd.domain import events as e
+from sftd.domain.spec import Data, Model, Spec
+from sftd.launcher.inventory import Inventory
+from sftd.projections import views
+from sftd.projections.mlflow_mirror import position_name
+from sftd.settings import read
+from sftd.store import event_store, queue
+from sftd.store.engine import Store
+from sftd.store.positions import set_projection_position
+from sftd.wire.journal import backlog
+from tests.contract.test_goodput import step
+from tests.prometheus import parse
+
+SECOND = 1_000_000
+NOW = 1_000 * SECOND
+SPEC = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]))
+
+
+class Driven:
+    """An attempt that is behind."""
+
+    def backlog(self) -> tuple[int, int | None]:
+        return 3, NOW - 2 * SECOND
+
+
+def add(store: Store, run_id: str, *told: tuple[int, e.Event], version: int = 0) -> None:
+    new = [
+        e.NewEvent(event=event, event_id=str(uuid.uuid4()), occurred_at=at * SECOND, actor="test")
+        for at, event in told
+    ]
+    with store.write() as tx:
+        event_store.append(tx, run_id, version, new, told[-1][0] * SECOND)
+
+
+def submitted() -> e.RunSubmitted:
+    return e.RunSubmitted(
+        spec=msgspec.to_builtins(SPEC),
+        spec_digest="s",
+        planned_steps=4,
+        user="ada",
+        data={},
+        model={},
+        sftd_version="0",
+    )
+
+
+@pytest.fixture
+def filled(store: Store) -> Store:
+    """Four runs: one ready since 100 s, one to be retried later, one driven, one that has ended."""
+    store.before_commit = (views.catch_up,)
+    with store.write() as tx:
+        for n, run_id in enumerate(("ready", "delayed", "driven", "done")):
+            queue.enqueue(tx, run_id, 0, NOW - (100 + n) * SECOND)
+        queue.wait_again(tx, "delayed", NOW + SECOND)
+        queue.leave(tx, "done")
+        queue.lease(tx, "driven", 1, "token", "daemon", NOW)
+    claimed = e.AttemptClaimed(daemon="d", host="h", from_step=0)
+    add(store, "ready", (900, submitted()))
+    add(store, "delayed", (900, submitted()), (900, claimed))
+    add(store, "driven", (900, submitted()), (900, claimed), (940, step(1, 20.0)), (960, step(2, 20.0)))
+    add(store, "done", (900, submitted()), (901, e.RunCancelled(by="ada")))
+    return store
+
+
+def told(store: Store, home: Path, driven: dict[str, Any], **more: str) -> dict[str, Any]:
+    settings = read({"SFTD_HOME": str(home), **more})
+    inventory = Inventory(gpus=2, cpu_slots=4)
+    inventory.restore("driven", ["cuda:1"])
+    home.mkdir(exist_ok=True)
+    writer = Metrics(store, settings, inventory, 'host-1-"a\\b', mirrors=True)
+    writer.write_when_due(driven, NOW)
+    return parse(settings.metrics_file.read_text())
+
+
+def test_everything_is_told(filled: Store, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with filled.write(appends=False) as tx:
+        name = position_name(f"sqlite:///{home}/mlflow.db")
+        behind = event_store.last_position(tx.connection) - 2
+        set_projection_position(tx.connection, name, behind)
+    found = told(filled, home, {"driven": Driven()})
+
+    def one(name: str, **labels: str) -> float:
+        value: float = found[name][tuple(sorted(labels.items()))]
+        return value
+
+    assert one("sftd_daemon_last_tick_timestamp_seconds") == 1000
+    [(info, _)] = found["sftd_daemon_info"].items()
+    assert dict(info)["daemon_id"] == 'host-1-"a\\b'
+    assert [one("sftd_queue_runs", state=s) for s in ("ready", "delayed", "leased")] == [1, 1, 1]
+    assert one("sftd_queue_oldest_wait_seconds") == 100
+    statuses = {dict(labels)["status"]: n for labels, n in found["sftd_runs"].items()}
+    assert {status: n for status, n in statuses.items() if n} == {
+        "queued": 1,
+        "starting": 1,
+        "running": 1,
+        "cancelled": 1,
+    }
+    assert statuses["failed"] == 0, "one that is not there yet is told, too: graphs begin at 0"
+    assert (one("sftd_devices", kind="gpu"), one("sftd_devices_used", kind="gpu")) == (2, 1)
+    assert (one("sftd_devices", kind="cpu"), one("sftd_devices_used", kind="cpu")) == (4, 0)
+    assert one("sftd_attempts_driven") == 1
+    assert (one("sftd_ingest_lag_events"), one("sftd_ingest_lag_seconds")) == (3, 2)
+    assert (one("sftd_mirror_lag_events"), one("sftd_mirror_lag_seconds")) == (2, 1000 - 901)
+    assert one("sftd_run_goodput_ratio", run_id="driven") == 0.4
+    assert (home / "metrics.prom").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_empty_database_and_a_file_elsewhere(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "collector" / "sftd.prom"
+    file.parent.mkdir()
+    found = told(store, tmp_path / "home", {}, SFTD_METRICS_FILE=str(file))
+    assert found["sftd_queue_oldest_wait_seconds"] == {(): 0}
+    assert found["sftd_ingest_lag_seconds"] == found["sftd_mirror_lag_events"] == {(): 0}
+    assert found["sftd_run_goodput_ratio"] == {}
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_the_goodput_goes_on_where_it_was(
+    filled: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = read({"SFTD_HOME": str(tmp_path)})
+    writer = Metrics(filled, settings, Inventory(0, 1), "d", mirrors=False)
+    writer.write({"driven": Driven()}, NOW)
+    add(filled, "driven", (980, step(3, 20.0)), version=4)
+    rows: list[int] = []
+
+    def watched(*arguments: Any) -> int:
+        rows.append(arguments[3])
+        return real(*arguments)
+
+    real = metrics.advance
+    monkeypatch.setattr(metrics, "advance", watched)
+    writer.write({"driven": Driven()}, NOW)
+    assert rows == [4]
+    found = parse(settings.metrics_file.read_text())
+    assert found["sftd_run_goodput_ratio"] == {(("run_id", "driven"),): 0.6}
+    assert "sftd_mirror_lag_events" not in found
+
+
+def test_a_file_that_cannot_be_written_stops_nothing(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = read({"SFTD_HOME": str(tmp_path), "SFTD_METRICS_FILE": str(tmp_path / "nowhere" / "x.prom")})
+    writer = Metrics(store, settings, Inventory(0, 1), "d", mirrors=False)
+    writer.write({}, NOW)
+    writer.write({}, NOW)
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["the metrics file cannot be written"]
+
+
+def test_a_database_that_is_down_is_the_loop_s_to_report(tmp_path: Path) -> None:
+    store = Store(sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
+    writer = Metrics(store, read({"SFTD_HOME": str(tmp_path)}), Inventory(0, 1), "d", mirrors=False)
+    with pytest.raises(sa.exc.OperationalError):
+        writer.write({}, NOW)
+
+
+def test_a_journal_s_backlog(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert backlog(path, 0) == (0, None)
+    line = b'{"t":%d,"type":"X","v":1,"p":{}}\n'
+    path.write_bytes(line % 5 + line % 7 + line % 9 + b'{"t":')
+    assert backlog(path, 0) == (3, 5)
+    assert backlog(path, len(line % 5)) == (2, 7)
+    assert backlog(path, 3 * len(line % 5)) == (0, None)
+    path.write_bytes(b"nonsense\n")
+    assert backlog(path, 0) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x 1",
+        "x 1\n",
+        "# TYPE x gauge\nx 1\n",
+        "# HELP x a\n# TYPE x gauge\nx 1\nx 2\n",
+        "# HELP x a\n# TYPE x gauge\ny 1\n",
+        '# HELP x a\n# TYPE x gauge\nx{a="b"c"} 1\n',
+        "# HELP x a\n# TYPE x gauge\nx one\n",
+        "# HELP x a\n# TYPE x gauge\nx  1\n",
+    ],
+)
+def test_the_reader_is_strict(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse(text)
