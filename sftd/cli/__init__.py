@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
     "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
+    "doctor": ("doctor", "Say what is wrong with this installation, and how to mend it."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import webbrowser
 
 import click
@@ -26,6 +25,7 @@ def ui_command(port: int, open_browser: bool) -> None:
     Example:
       sftd ui --port 5001
     """
+    from sftd.projections.mlflow_client import without_credentials
     from sftd.projections.mlflow_server import ui_command as server_command
 
     settings = app.read_settings()
@@ -33,7 +33,7 @@ def ui_command(port: int, open_browser: bool) -> None:
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     url = f"http://127.0.0.1:{port}"
     if command is None:
-        address = re.sub(r"//[^/@]*@", "//", settings.mlflow_tracking_uri)
+        address = without_credentials(settings.mlflow_tracking_uri)
         if not address.startswith(("http:", "https:")):
             what = f"{address!r} is neither a database nor a server"
             raise Refused(Problem("MLFLOW_TRACKING_URI", what, "write sqlite:///FILE or http://HOST:PORT"))

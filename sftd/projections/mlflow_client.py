@@ -35,6 +35,8 @@ _QUIET_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")
+# libpq takes secrets as parameters, too.
+_SECRET_PARAMETER = re.compile(r"([?&]\w*pass\w*=)[^&\s]*", re.IGNORECASE)
 
 
 class MirrorUnavailable(SftdError):
@@ -208,7 +210,12 @@ def _remote(run: Any) -> RemoteRun:
     )
 
 
+def without_credentials(text: str) -> str:
+    """A text whose URLs name no user and no password."""
+    return _SECRET_PARAMETER.sub(r"\1***", _CREDENTIALS.sub("//", text))
+
+
 def _shown(text: str) -> str:
     """The beginning of a text, without credentials in URLs."""
-    first = _CREDENTIALS.sub("//", text.strip()).partition("\n")[0]
+    first = without_credentials(text.strip()).partition("\n")[0]
     return first if len(first) <= 400 else first[:400] + "..."

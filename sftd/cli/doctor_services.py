@@ -1,0 +1,207 @@
+"""What `sftd doctor` looks at besides the host: database, MLflow, the daemon, and what dead attempts left behind."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftd.cli import output
+from sftd.cli.findings import Finding, broken, ok, warning
+from sftd.settings import Settings
+
+if TYPE_CHECKING:
+    from sftd.store.engine import Store
+
+_SKEW_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0
+_SILENT_SECONDS = 120.0
+
+
+def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
+    """The store when it can be used, and what was found of it. Makes and changes nothing."""
+    from sftd.store.engine import Store, open_engine, shown_url
+    from sftd.store.tables import SCHEMA_REVISION
+
+    url = shown_url(settings.database_url)
+    is_sqlite = settings.database_url.startswith("sqlite")
+    if is_sqlite and not _exists(settings.database_url):
+        return None, [ok("database", f"{url}: will be made by the first command that needs it")]
+    store = Store(open_engine(settings.database_url))
+    revision = store.schema_revision()
+    if revision != SCHEMA_REVISION:
+        store.engine.dispose()
+        if is_sqlite and (revision is None or revision < SCHEMA_REVISION):
+            return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
+        what = f"tables of revision {revision}" if revision else "no tables"
+        mend = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
+        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", mend)]
+    return store, [_skew(store, f"{url}, revision {revision}")]
+
+
+def _exists(sqlite_url: str) -> bool:
+    import sqlalchemy as sa
+
+    return Path(sa.make_url(sqlite_url).database or "").exists()
+
+
+def _skew(store: Store, text: str) -> Finding:
+    import sqlalchemy as sa
+
+    if store.engine.dialect.name != "postgresql":
+        return ok("database", text)
+    with store.engine.connect() as connection:
+        before = time.time()
+        theirs = float(
+            connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+        )
+        after = time.time()
+    skew = theirs - (before + after) / 2
+    text += f", answers in {(after - before) * 1000:.1f} ms"
+    if abs(skew) > _SKEW_SECONDS:
+        mend = "synchronise both clocks (NTP): leases are judged by the daemons' clocks"
+        return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", mend)
+    return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
+
+
+def mlflow(settings: Settings) -> Iterator[Finding]:
+    """Whether runs can be mirrored."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from sftd.projections.mlflow_client import is_remote, without_credentials
+
+    uri = settings.mlflow_tracking_uri
+    if not uri:
+        yield ok("MLflow", "the mirror is off (MLFLOW_TRACKING_URI is empty)")
+        return
+    try:
+        mine = version("mlflow")
+    except PackageNotFoundError:
+        yield broken(
+            "MLflow", "is not installed", "pip install mlflow, or set MLFLOW_TRACKING_URI= to turn it off"
+        )
+        return
+    shown = without_credentials(uri)
+    if is_remote(uri):
+        yield _server(uri, shown, mine)
+        return
+    if uri.startswith("sqlite") and not _exists(uri):
+        yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
+        return
+    yield _tracking_store(uri, shown, mine)
+
+
+def _tracking_store(uri: str, shown: str, mine: str) -> Finding:
+    import sqlalchemy as sa
+
+    try:
+        engine = sa.create_engine(uri)
+        with engine.connect() as connection:
+            sa.inspect(connection).get_table_names()
+        engine.dispose()
+    except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        return warning(
+            "MLflow", f"{shown} does not answer: {reason}", "runs go on; the mirror catches up later"
+        )
+    return ok("MLflow", f"{mine}, {shown}")
+
+
+def _server(uri: str, shown: str, mine: str) -> Finding:
+    import base64
+    import os
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    if not uri.startswith(("http://", "https://")):
+        mend = "write sqlite:///FILE or http://HOST:PORT"
+        return broken("MLflow", f"{shown} is neither a database nor a server", mend)
+    bare = re.sub(r"//[^/@\s]*@", "//", uri).rstrip("/")
+    request = Request(f"{bare}/version")  # noqa: S310  its scheme was just checked
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
+        request.add_header("Authorization", "Basic " + base64.b64encode(pair).decode())
+    try:
+        with urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310
+            theirs = answer.read(100).decode(errors="replace").strip()
+    except (OSError, HTTPException, ValueError) as error:
+        reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
+        mend = "runs go on, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
+        return warning("MLflow", f"{shown} does not answer: {reason}", mend)
+    if theirs.partition(".")[0] != mine.partition(".")[0]:
+        mend = "use the same major version on both sides"
+        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", mend)
+    return ok("MLflow", f"{shown}, version {theirs}, client {mine}")
+
+
+def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    """Whether a daemon drives this home, and whether others of this database have fallen silent."""
+    from sftd.daemon import lock
+
+    holder = lock.holder(settings.daemon_lock)
+    if holder is None:
+        start = "`sftd daemon --detach`, or a systemd unit (`sftd daemon --print-systemd`)"
+        yield warning(
+            "daemon", "none runs in this home: queued runs wait, and attempts are not watched", start
+        )
+    else:
+        yield ok("daemon", f"runs, pid {holder}, log {settings.logs / 'daemon.log'} when detached")
+    if store is None:
+        return
+    from sftd.launcher import processes
+    from sftd.store import daemons, queue
+
+    now = time.time()
+    with store.read() as connection:
+        leases = queue.leases(connection)
+        owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
+    for lease in leases:
+        owner = owners[lease.owner]
+        silent = now - (owner.seen_at / 1e6 if owner else 0)
+        if owner is None or silent < _SILENT_SECONDS:
+            continue
+        said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent)}"
+        if owner.host != processes.host_name():
+            mend = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
+            yield warning("daemon", said, mend)
+        elif holder is None:
+            yield warning("daemon", said, "start a daemon: it takes the run over")
+
+
+def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    """Processes and half-written checkpoints of attempts that nobody drives."""
+    import psutil
+
+    from sftd.launcher.command import TOKEN_VARIABLE
+    from sftd.store import queue
+
+    runs_dir = settings.home / "runs"
+    if store is None:
+        return
+    with store.read() as connection:
+        driven = {lease.run_id: lease.attempt for lease in queue.leases(connection)}
+    stray: dict[str, list[int]] = {}
+    for process in psutil.process_iter():
+        try:
+            if TOKEN_VARIABLE not in process.environ():
+                continue
+            place = Path(process.cwd()).relative_to(runs_dir)
+        except (psutil.Error, OSError, ValueError):
+            continue
+        run_id, attempt = place.parts[0], place.parts[1] if len(place.parts) > 1 else ""
+        if attempt != f"attempt-{driven.get(run_id, 0):04d}":
+            stray.setdefault(run_id, []).append(process.pid)
+    for run_id, pids in stray.items():
+        kill = f"kill -9 {' '.join(map(str, pids))}"
+        what = f"{len(pids)} processes of {run_id}, whose attempt is over"
+        yield warning("leftovers", f"{what} (pids {', '.join(map(str, pids))})", kill)
+    partial = [p for p in runs_dir.glob("*/checkpoints/*.partial") if p.parts[-3] not in driven]
+    if partial:
+        size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
+        what = f"{len(partial)} half-written checkpoints of runs that nobody drives, {output.size(size)}"
+        mend = "rm -r " + " ".join(map(str, partial[:3])) + (" …" if len(partial) > 3 else "")
+        yield warning("leftovers", what, mend)
+    if not stray and not partial:
+        yield ok("leftovers", "none of dead attempts")
