@@ -24,7 +24,15 @@ _STOP_SECONDS = 60.0
 @click.option("--drain", is_flag=True, help="End when the queue is empty.")
 @click.option("--stop", "stop_it", is_flag=True, help="Stop the running daemon; training goes on without it.")
 @click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
-def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool) -> None:
+@click.option(
+    "--print-systemd",
+    "unit",
+    is_flag=False,
+    flag_value="user",
+    type=click.Choice(["user", "system"]),
+    help="Print a systemd unit for this home; `--print-systemd system` runs it at boot, as you.",
+)
+def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: str | None) -> None:
     """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
 
     It may be stopped or killed at any time: training goes on, and the next daemon takes it over.
@@ -34,10 +42,16 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool) -> None
       sftd daemon                  in the foreground
       sftd daemon --detach         in the background
       sftd daemon --drain          until nothing is left to do
+      sftd daemon --print-systemd > ~/.config/systemd/user/sftd.service
     """
     from sftd.daemon import lock
 
     settings = app.read_settings()
+    if unit is not None:
+        from sftd.cli import systemd
+
+        click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
+        return
     app.make_home(settings)
     holder = lock.holder(settings.daemon_lock)
     if tell:

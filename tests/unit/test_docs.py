@@ -30,21 +30,29 @@ def test_readme_names_every_command(command: str) -> None:
     assert re.search(rf"\bsftd {command}\b", README)
 
 
-def test_readme_uses_only_commands_and_options_that_exist() -> None:
+@pytest.mark.parametrize(("page", "at_least"), [("README.md", 20), ("docs/operations.md", 10)])
+def test_a_page_uses_only_commands_and_options_that_exist(page: str, at_least: int) -> None:
+    text = (ROOT / page).read_text()
     code = "\n".join(
-        re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) + re.findall(r"`(sftd [^`]+)`", README)
+        re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) + re.findall(r"`(sftd [^`]+)`", text)
     )
-    used = re.findall(r"(?:^|\()sftd ([a-z]+)([^\n#|)]*)", code, flags=re.MULTILINE)
-    assert len(used) > 20
+    used = re.findall(r"(?:^|\()sftd ([a-z]+)([^\n#|>)]*)", code, flags=re.MULTILINE)
+    assert len(used) > at_least
     for name, rest in used:
         command = main.get_command(click.Context(main), name)
-        assert command is not None, f"README: sftd {name}"
+        assert command is not None, f"{page}: sftd {name}"
         known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         for option in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
-            assert option in known, f"README: sftd {name} {option}"
+            assert option in known, f"{page}: sftd {name} {option}"
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "install", "clean"])
 def test_readme_names_the_make_targets_that_exist(target: str) -> None:
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_the_metrics_are_those_that_the_daemon_writes() -> None:
+    written = set(re.findall(r'"(sftd_[a-z_]+)"', (ROOT / "sftd/daemon/metrics.py").read_text()))
+    told = set(re.findall(r"`(sftd_[a-z_]+)(?:\{[a-z_,]+\})?`", (ROOT / "docs/operations.md").read_text()))
+    assert written == told
