@@ -29,7 +29,12 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
+        # As --standalone, but with a file in place of a port that would be open to the network.
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=store_type=file",
+        f"--rdzv-endpoint={directory.rendezvous_file}",
+        f"--rdzv-id={directory.path.parent.name}",
+        "--local-addr=127.0.0.1",
         "--nnodes=1",
         f"--nproc-per-node={spec.nproc_per_node}",
         "--max-restarts=0",
@@ -56,7 +61,12 @@ def environment(
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # torchrun opens no port for the ranks: they meet by themselves (see sftd/trainer/rendezvous.py).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+    # Ranks of one host talk over shared memory and NVLink; what NCCL and gloo listen on is for finding each other.
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        env.setdefault(name, "lo")
     if device == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = ",".join(d.removeprefix("cuda:") for d in devices)
     else:

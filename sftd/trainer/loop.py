@@ -41,7 +41,7 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
-    session = sessions.start(order.spec)
+    session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)
     try:
         Attempt(attempt, order, session, reporter, started).run()

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 import sftd
 from sftd.domain.spec import Spec
-from sftd.trainer import experts
+from sftd.trainer import experts, rendezvous
 from sftd.trainer.errors import UserError
 from sftd.trainer.process import device_kind
 
@@ -86,13 +87,23 @@ class Session:
     layout: Layout
 
 
-def start(spec: Spec) -> Session:
-    """Join the process group and seed this rank. Raises `UserError` when the device is not there."""
+def start(spec: Spec, port_file: Path | None = None) -> Session:
+    """Join the process group and seed this rank. `port_file`: see `rendezvous.store`. Raises `UserError` when the device is
+    not there."""
     device = _device(spec)
+    store = rendezvous.store(port_file)
+    world: dict[str, Any] = {}
+    if store is not None:
+        # With a store torch wants to be told what it would else read from the environment.
+        world = {
+            "store": store,
+            "rank": int(os.environ["RANK"]),
+            "world_size": int(os.environ["WORLD_SIZE"]),
+        }
     # Decided before Megatron makes its first tensor.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **world)
     else:
         from sftd.trainer import device_mode, megatron_edges
 
@@ -101,7 +112,7 @@ def start(spec: Spec) -> Session:
         experts.install_for_cpu(torch.cuda.current_stream())
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **world)
     chosen = spec.training.deterministic
     torch.use_deterministic_algorithms(device.type == "cpu" if chosen is None else chosen)
     # Deterministic mode would also fill every torch.empty; nothing here reads uninitialised memory.

@@ -10,6 +10,8 @@
           ranks/         torchrun's own folder, with each rank's error file
           stacks/        where each rank was when the attempt was found to hang
           rows/          decoded data, until every rank has mapped it
+          rendezvous     torchrun's own notes
+          port           where on the loopback device the ranks meet
 """
 
 from __future__ import annotations
@@ -119,6 +121,8 @@ class AttemptDir:
         self.ranks_dir = self.path / "ranks"
         self.stacks_dir = self.path / "stacks"
         self.rows_dir = self.path / "rows"
+        self.rendezvous_file = self.path / "rendezvous"
+        self.port_file = self.path / "port"
 
     def create(self, order: Order) -> None:
         """Make the folder (mode 0700) and write the order and the lease."""
