@@ -129,6 +129,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.daemon.loop import Daemon
     from sftd.launcher.inventory import Inventory, gpu_count
 
+    # Whatever is made from here on, by MLflow too, is for no other eyes.
+    os.umask(0o077)
     log.set_up(settings.log_format)
     with DaemonLock(settings.daemon_lock):
         store = app.open_store(settings)

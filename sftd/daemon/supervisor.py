@@ -20,6 +20,7 @@ from sftd.store import positions
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire import journal
+from sftd.wire.attempt_dir import is_checkpoint_of
 
 _LINES_PER_TRANSACTION = 500
 # A long backlog is taken in over several ticks, so that leases are renewed between them.
@@ -69,9 +70,7 @@ class Supervisor:
         published = False
         while self._verdict is None and taken < _LINES_PER_TICK:
             try:
-                lines, offset = journal.read(
-                    self.attempt.directory.journal, self._offset, self._line + 1, _LINES_PER_TRANSACTION
-                )
+                lines, offset = self._read(_LINES_PER_TRANSACTION)
             except (JournalCorrupt, UnknownEvent) as error:
                 # What stands before the bad line is lost to this read; take it in one by one.
                 lines, offset = self._lines_before_corruption(error)
@@ -92,9 +91,15 @@ class Supervisor:
             collect(self._store, self._context, self.lease, self.lease.run_id)
         return taken
 
+    def _read(self, limit: int) -> tuple[list[journal.Line], int]:
+        lines, offset = journal.read(self.attempt.directory.journal, self._offset, self._line + 1, limit)
+        if any(isinstance(line.event, e.CheckpointPublished) for line in lines):
+            journal.check_paths(lines, self.attempt.directory.order().checkpoint_dir)
+        return lines, offset
+
     def _lines_before_corruption(self, error: Exception) -> tuple[list[journal.Line], int]:
         try:
-            return journal.read(self.attempt.directory.journal, self._offset, self._line + 1, limit=1)
+            return self._read(limit=1)
         except (JournalCorrupt, UnknownEvent):
             self._log.error("%s", error)
             attempts.reject_journal(
@@ -191,5 +196,9 @@ def _launch(attempt: LocalAttempt) -> Launch:
 def collect(store: Store, context: Context, lease: Lease | None, run_id: str) -> None:
     """Delete the checkpoints that nothing keeps."""
     for deleted in attempts.collect_checkpoints(store, context, lease, run_id):
+        if not is_checkpoint_of(deleted.path, run_id):
+            # Gone already, or what an imported history says of somebody else's folder.
+            of_run(run_id).warning("%s is no checkpoint of this run; leaving it alone", deleted.path)
+            continue
         of_run(run_id).info("deleting checkpoint of step %d (%s)", deleted.step, deleted.reason)
         shutil.rmtree(deleted.path, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _FIRST = (
     "amber agile azure bold brave bright brisk calm clear clever cosmic crisp deep eager early fair fast fine fleet fresh "
     "gentle glad golden grand green happy honest jolly keen kind light lively lucky lunar mellow merry mighty mild neat noble "
@@ -14,6 +16,15 @@ _SECOND = (
     "orca osprey otter owl panda pika plover puffin puma quail raven robin salmon seal shrew sparrow stork swan tapir tern "
     "tiger toucan trout"
 ).split()
+
+
+# What a folder may be called by: one path segment, not hidden, no `..`.
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def is_run_id(text: str) -> bool:
+    """Whether a text may be the id of a run: folders are named by it, so one that came from elsewhere is asked first."""
+    return _SAFE.fullmatch(text) is not None
 
 
 def run_id(random: bytes) -> str:

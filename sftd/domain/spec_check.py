@@ -137,6 +137,11 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "this version saves synchronously: training waits until the bytes are on the disk",
             )
         )
+    if spec.model.trust_remote_code:
+        # Warnings are in the run's first event: the log says whose code was let in, and when.
+        warnings.append(
+            Problem("model.trust_remote_code", "is on: Python code in the model folder runs with your rights")
+        )
     if not spec.data.val_files:
         warnings.append(
             Problem(

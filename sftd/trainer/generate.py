@@ -31,7 +31,7 @@ class Generator:
         folder = spec.model.partial_pretrain
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=spec.model.trust_remote_code
+                folder, local_files_only=True, trust_remote_code=spec.model.trust_remote_code
             )
         except Exception as error:  # a tokenizer folder can fail in any way
             raise UserError(f"the prompts need the tokenizer of {folder}: {error}") from error

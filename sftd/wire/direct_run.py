@@ -25,6 +25,7 @@ from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
 from sftd.domain.evolve import evolve
 from sftd.domain.failures import Failure, classify
+from sftd.domain.names import is_run_id
 from sftd.domain.run import Run
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, attempt_dir, make_private, write_atomic
@@ -67,7 +68,11 @@ class DirectRun:
     def submission(self) -> Submission | None:
         """What was asked for, or None in a new folder. Raises `Refused` when the file cannot be read."""
         try:
-            return msgspec.json.decode(self.submission_file.read_bytes(), type=Submission)
+            found = msgspec.json.decode(self.submission_file.read_bytes(), type=Submission)
+            if not is_run_id(found.run_id):
+                # Folders are named by it.
+                raise msgspec.ValidationError(f"{found.run_id!r} is no id of a run")
+            return found
         except FileNotFoundError:
             return None
         except msgspec.MsgspecError as error:

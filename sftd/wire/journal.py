@@ -18,7 +18,7 @@ import msgspec
 
 from sftd.domain import codec
 from sftd.domain.errors import JournalCorrupt
-from sftd.domain.events import Event, Micros
+from sftd.domain.events import CheckpointPublished, Event, Micros
 
 FSYNC_SECONDS = 1.0
 _BACKLOG_BYTES = 1 << 20
@@ -111,6 +111,17 @@ def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) 
     except FileNotFoundError:
         pass
     return lines, offset
+
+
+def check_paths(lines: list[Line], checkpoint_dir: str) -> None:
+    """Raises `JournalCorrupt` for a checkpoint that does not lie in the folder that the attempt was given: what the log
+    says of paths is read, and in time deleted."""
+    for line in lines:
+        event = line.event
+        if isinstance(event, CheckpointPublished) and os.path.dirname(event.path) != checkpoint_dir:
+            raise JournalCorrupt(
+                f"line {line.number}: the checkpoint {event.path} lies outside of {checkpoint_dir}"
+            )
 
 
 def backlog(path: Path, offset: int) -> tuple[int, Micros | None]:

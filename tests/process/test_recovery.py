@@ -136,11 +136,28 @@ def test_views_rebuilt_from_events_are_equal(home: Home) -> None:
     assert home.run("views", "dump").stdout == before
 
 
+def assert_no_port_is_open_to_the_network(home: Home, daemon: int) -> None:
+    """The daemon listens nowhere; torchrun and the ranks on the loopback device alone."""
+    listening: dict[int, list[str]] = {}
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SFTD_HOME") == home.env["SFTD_HOME"]:
+                sockets = process.net_connections(kind="inet")
+                # Of UDP none is expected, and it would have no state.
+                listening[process.pid] = [s.laddr.ip for s in sockets if s.status in ("LISTEN", "NONE")]
+        except (psutil.Error, OSError):
+            continue
+    assert listening[daemon] == []
+    addresses = {address for found in listening.values() for address in found}
+    assert addresses == {"127.0.0.1"}, listening
+
+
 def test_cancel_checkpoints_and_resume_goes_on(home: Home) -> None:
     steps = ("trainer.max_steps=300", "trainer.save_interval=0")
     run_id = home.submit(*steps)
     daemon = home.start_daemon()
     home.follow(run_id, at_step(20))
+    assert_no_port_is_open_to_the_network(home, daemon.pid)
     home.run("cancel", run_id, "--reason", "lunch")
     shown = home.wait(run_id, "cancelled")
     stopped_at = shown["step"]
