@@ -30,11 +30,12 @@ from sftd.domain import events as e
 from sftd.domain.retention import deletable
 from sftd.domain.run import Run
 from sftd.trainer import loop, process
+from sftd.trainer import rendezvous as loopback
 from sftd.trainer.direct_plan import plan
 from sftd.trainer.errors import CheckpointInvalid, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.attempt_dir import AttemptDir, is_checkpoint_of
 from sftd.wire.checkpoint_dir import delete_folder
 from sftd.wire.direct_run import DirectRun, read_history, take
 from sftd.wire.journal import now_micros
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str]) -> None:
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     process.use_single_process_defaults()
-    store, rank, _ = next(rendezvous("env://"))
+    rank = int(os.environ["RANK"])
+    # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
+    store = loopback.store(None) or next(rendezvous("env://"))[0]
     # torchrun's store outlives a restart of the ranks.
     store = PrefixStore(f"sftd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set_timeout(_CHECKS)
@@ -190,4 +193,5 @@ class DirectReporter(Reporter):
             # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
             reason = "superseded" if c.superseded else "retention"
             self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
-            delete_folder(Path(c.path))
+            if is_checkpoint_of(c.path, run.run_id):
+                delete_folder(Path(c.path))

@@ -110,6 +110,8 @@ def test_interrupted_alone_it_saves_and_goes_on(tmp_path: Path, models: Path, da
     run = direct.run("alone")
     process = direct.start(None)
     wait_for(run, process, lambda e: isinstance(e, StepCompleted) and e.step == 3)
+    sockets = psutil.Process(process.pid).net_connections(kind="inet")
+    assert {s.laddr.ip for s in sockets if s.status == "LISTEN"} == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
