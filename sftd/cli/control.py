@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+
 import click
 
 from sftd.cli import app, output
@@ -9,25 +12,46 @@ from sftd.cli import app, output
 
 @click.command("resume")
 @click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--from-step", type=click.IntRange(min=0), help="Go on from this step's checkpoint; 0 begins anew."
 )
-def resume_command(run: str, from_step: int | None) -> None:
-    """Queue another attempt of RUN, from its last published checkpoint.
+def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
+    """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
 
-    It stays the same run: steps that are done again must come out as the log has them, and are compared.
+    It stays the same run: steps that are done again must come out as the log has them, and are compared. So only such
+    keys may change as leave its steps alone: the layout, micro-batches, what is saved and kept, `launch.*`, and
+    `trainer.max_steps` where the learning rates of the steps so far do not depend on it. For any other there is
+    `sftd fork`.
 
     \b
     Example:
       sftd resume brave-otter
       sftd resume brave-otter --from-step 100
+      sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
-    from sftd.operations import runs
+    from sftd.domain import decisions, trajectory
+    from sftd.operations import reading, runs
+    from sftd.wire import preflight, specfile
 
-    found = runs.resume(app.open_store(app.read_settings()), app.context(), run, app.user_name(), from_step)
+    store = app.open_store(app.read_settings())
+    new, instead = None, ""
+    if overrides:
+        now = reading.find_run(store, run)
+        decisions.refuse_busy(now)
+        spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
+        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now))
+        for warning in (*warnings, *inspected.warnings):
+            output.warn(str(warning))
+        new = preflight.proposal(spec, inspected)
+        step = [] if from_step is None else ["--from-step", str(from_step)]
+        instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
+    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead)
     checkpoint = found.restart_checkpoint
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
-    output.console().print(f"[bold]{found.run_id}[/] is queued again, from {start}")
+    output.console().print(
+        f"[bold]{found.run_id}[/] is queued again, from {start} to step {found.planned_steps}"
+    )
 
 
 @click.command("cancel")

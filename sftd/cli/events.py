@@ -22,6 +22,11 @@ def describe(event: Any) -> str:
     match event:
         case e.RunSubmitted():
             return f"{event.planned_steps} steps, spec {event.spec_digest[:12]}, by {event.user}"
+        case e.RunForked():
+            changed = "".join(f"; {change}" for change in output.changes(event.changes))
+            return f"from step {event.step} of {event.parent}, by {event.by}{changed}"
+        case e.CheckpointPinned():
+            return f"step {event.step}, from which {event.fork} was forked"
         case e.AttemptClaimed():
             start = f"step {event.from_step}" if event.from_step else "the pretrained model"
             return f"from {start}, by {event.daemon}"
@@ -64,7 +69,8 @@ def describe(event: Any) -> str:
             return f"by {event.by}" + (f": {event.reason}" if event.reason else "")
         case e.ResumeRequested():
             where = "the last checkpoint" if event.from_step is None else f"step {event.from_step}"
-            return f"from {where}, by {event.by}"
+            changed = "".join(f"; {change}" for change in output.changes(event.changes))
+            return f"from {where}, by {event.by}{changed}"
         case e.AttemptFailed():
             return f"{event.cause}: {event.message}"
         case e.AttemptLost():

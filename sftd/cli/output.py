@@ -90,6 +90,21 @@ def loss(value: float | str | None) -> str:
     return f"{number:.4f}" if number - number == 0.0 else str(value)
 
 
+def number(text: str | None) -> float | str | None:
+    """A number of a view, which stands there as text. One that is not finite stays a text: JSON has no other way."""
+    return float(text) if text is not None and text[-1].isdigit() else text
+
+
+def changes(changed: dict[str, Any]) -> list[str]:
+    """Changes of a spec, key → [before, after], a line each."""
+    import json
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) and value else json.dumps(value)
+
+    return [f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items()]
+
+
 def json_line(value: Any) -> str:
     """A value as one line of JSON."""
     return msgspec.json.encode(value).decode()

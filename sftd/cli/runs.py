@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 STATUSES = ("queued", "retrying", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
 # What `show` lists: everything but the steps and what belongs to them.
 HISTORY_TYPES = (
+    "RunForked",
     "RunSubmitted",
+    "CheckpointPinned",
     "AttemptClaimed",
     "AttemptLaunched",
     "AttemptAdopted",
@@ -81,9 +83,7 @@ def _row_json(row: RunRow) -> dict[str, Any]:
     for name in ("submitted_at", "started_at", "ended_at"):
         values[name] = output.iso(values[name])
     for name in ("loss", "val_loss"):
-        # A loss that is not finite stays a text: JSON has no other way to say it.
-        text = values[name]
-        values[name] = float(text) if text is not None and text[-1].isdigit() else text
+        values[name] = output.number(values[name])
     values["eta_seconds"] = row.eta_seconds
     return values
 
@@ -200,7 +200,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {run.message}", "default")
-    submitted = history[0].event if history and isinstance(history[0].event, RunSubmitted) else None
+    submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [
         f"{label} {output.loss(v.loss)} (step {v.step})"
@@ -220,6 +220,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("run", Text(run.run_id, "bold")),
         ("status", status),
         ("name", "/".join(p for p in (spec.trainer.project_name, spec.trainer.experiment_name) if p)),
+        ("forked", f"from step {run.fork.step} of {run.fork.parent}" if run.fork else ""),
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("data", ", ".join(spec.data.train_files)),

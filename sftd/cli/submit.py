@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app, output
 from sftd.domain.errors import Problem
+
+if TYPE_CHECKING:
+    from sftd.domain.spec import Spec
+    from sftd.settings import Settings
+    from sftd.store.engine import Store
+    from sftd.wire.preflight import Preflight
 
 
 @click.command("submit")
@@ -55,16 +62,31 @@ def submit_command(
     found = preflight.inspect(spec)
     warnings = [*warnings, *found.warnings]
     if dry_run:
-        from sftd.domain.spec import canonical_json
-
-        _print_warnings(warnings, quiet)
-        click.echo(canonical_json(spec))
+        print_dry_run(spec, warnings, quiet)
         return
     app.make_home(settings)
     store = app.open_store(settings)
     run_id = runs.submit(store, app.context(), spec, found, warnings, app.user_name())
+    said = f"is queued: {found.planned_steps} steps over {found.train.usable} rows"
+    announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
+
+
+def announce(
+    settings: Settings,
+    store: Store,
+    run_id: str,
+    spec: Spec,
+    found: Preflight,
+    warnings: list[Problem],
+    said: str,
+    *,
+    quiet: bool,
+    as_json: bool,
+    wait: bool,
+) -> None:
+    """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
     if not as_json:
-        _print_warnings(warnings, quiet)
+        print_warnings(warnings, quiet)
     if quiet:
         click.echo(run_id)
     elif as_json:
@@ -82,8 +104,7 @@ def submit_command(
         )
     else:
         out = output.console()
-        rows = found.train.usable
-        out.print(f"[bold]{run_id}[/] is queued: {found.planned_steps} steps over {rows} rows")
+        out.print(f"[bold]{run_id}[/] {said}", soft_wrap=True)
         out.print(f"Follow it with [bold]sftd events -f {run_id}[/]")
     if app.lacks_daemon(settings):
         output.note("No daemon runs here, so it waits: `sftd daemon --detach` starts one.")
@@ -91,18 +112,25 @@ def submit_command(
         sys.exit(_wait(store, run_id, quiet or as_json))
 
 
-def _print_warnings(warnings: list[Problem], quiet: bool) -> None:
+def print_dry_run(spec: Spec, warnings: list[Problem], quiet: bool) -> None:
+    """The resolved spec as JSON, and on stderr what it is warned of."""
+    from sftd.domain.spec import canonical_json
+
+    print_warnings(warnings, quiet)
+    click.echo(canonical_json(spec))
+
+
+def print_warnings(warnings: list[Problem], quiet: bool) -> None:
+    """Warnings on stderr, unless quiet."""
     if not quiet:
         for warning in warnings:
             output.warn(str(warning))
 
 
-def _wait(store: object, run_id: str, quiet: bool) -> int:
+def _wait(store: Store, run_id: str, quiet: bool) -> int:
     from sftd.domain.run import ENDED
     from sftd.operations import reading
-    from sftd.store.engine import Store
 
-    assert isinstance(store, Store)
     while True:
         run = reading.find_run(store, run_id)
         if run.status in ENDED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 
 from sftd.daemon.log import of_run
@@ -13,14 +12,13 @@ from sftd.domain.failures import Failure, classify
 from sftd.domain.run import Run
 from sftd.domain.spec import Launch
 from sftd.launcher.local import LocalAttempt
-from sftd.operations import attempts
+from sftd.operations import attempts, checkpoints
 from sftd.operations.context import Context
 from sftd.settings import Settings
 from sftd.store import positions
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire import journal
-from sftd.wire.attempt_dir import is_checkpoint_of
 
 _LINES_PER_TRANSACTION = 500
 # A long backlog is taken in over several ticks, so that leases are renewed between them.
@@ -88,7 +86,7 @@ class Supervisor:
                     self._log.warning("anomaly at step %d: %s", r.event.step, r.event.what)
             published = published or any(isinstance(line.event, e.CheckpointPublished) for line in lines)
         if published:
-            collect(self._store, self._context, self.lease, self.lease.run_id)
+            collect(self._store, self._context, self.lease.run_id, self.lease)
         return taken
 
     def _read(self, limit: int) -> tuple[list[journal.Line], int]:
@@ -164,6 +162,8 @@ class Supervisor:
             return None
         if self.ingest() >= _LINES_PER_TICK:
             return None
+        # No attempt lives, and until the lease ends none can begin.
+        checkpoints.sweep(self._store, self.lease.run_id)
         remains = self.attempt.remains()
         failure = self._verdict or classify(remains)
         run = attempts.finish(
@@ -181,7 +181,7 @@ class Supervisor:
             run.status,
             f" ({run.cause}: {run.message})" if run.cause else "",
         )
-        collect(self._store, self._context, None, run.run_id)
+        collect(self._store, self._context, run.run_id)
         return run
 
 
@@ -193,12 +193,7 @@ def _launch(attempt: LocalAttempt) -> Launch:
         return Launch()
 
 
-def collect(store: Store, context: Context, lease: Lease | None, run_id: str) -> None:
+def collect(store: Store, context: Context, run_id: str, lease: Lease | None = None) -> None:
     """Delete the checkpoints that nothing keeps."""
-    for deleted in attempts.collect_checkpoints(store, context, lease, run_id):
-        if not is_checkpoint_of(deleted.path, run_id):
-            # Gone already, or what an imported history says of somebody else's folder.
-            of_run(run_id).warning("%s is no checkpoint of this run; leaving it alone", deleted.path)
-            continue
-        of_run(run_id).info("deleting checkpoint of step %d (%s)", deleted.step, deleted.reason)
-        shutil.rmtree(deleted.path, ignore_errors=True)
+    for deleted in checkpoints.collect(store, context, run_id, lease):
+        of_run(run_id).info("deleted the checkpoint of step %d (%s)", deleted.step, deleted.reason)

@@ -7,13 +7,26 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from sftd.domain import events as e
+from sftd.domain import trajectory
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.failures import NOT_RETRIED, Failure
-from sftd.domain.run import ACTIVE, ENDED, WAITING, Run
+from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
+from sftd.domain.spec import Spec, spec_digest
 
 MICROS = 1_000_000
 MAX_BACKOFF_SECONDS = 600.0
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """A spec that a person wants a run to go on with, or to be forked with, and what was found in its data files."""
+
+    spec: Spec
+    planned_steps: int
+    train_digest: str
+    val_digest: str
 
 
 def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
@@ -42,8 +55,8 @@ def abandon(run: Run, by: str) -> list[e.Event]:
     return [e.AttemptLost(message=f"given up by {by}"), e.RunCancelled(by=by)]
 
 
-def request_resume(run: Run, by: str, from_step: int | None) -> list[e.Event]:
-    """Another attempt of the same run, from its last published checkpoint or from `from_step` (0 is the pretrained model)."""
+def refuse_busy(run: Run) -> None:
+    """Raises `Refused` unless the run waits for a retry or has ended."""
     if run.status in ACTIVE:
         raise Refused(
             Problem(run.run_id, f"is {run.status}", f"wait for it, or `sftd cancel {run.run_id}` first")
@@ -52,28 +65,155 @@ def request_resume(run: Run, by: str, from_step: int | None) -> list[e.Event]:
         raise Refused(
             Problem(run.run_id, "is queued already", "start a daemon with `sftd daemon` if none is running")
         )
-    if from_step is None:
-        if run.status == "succeeded":
-            raise Refused(
-                Problem(
-                    run.run_id,
-                    "has succeeded: no step is left",
-                    f"redo steps with --from-step ({_steps(run)})",
-                )
-            )
-    elif from_step != 0 and all(c.step != from_step for c in run.checkpoints):
-        raise Refused(
-            Problem(
-                "--from-step",
-                f"{run.run_id} has no checkpoint of step {from_step}",
-                f"use one of {_steps(run)}",
-            )
+
+
+def request_resume(
+    run: Run, by: str, from_step: int | None, new: Proposal | None = None, instead: str = ""
+) -> list[e.Event]:
+    """Another attempt of the same run, from its last published checkpoint or from `from_step` (0 is the pretrained model).
+
+    `new` changes the spec, as far as the steps so far come out the same; `instead` is the command that forks the run
+    with these changes.
+    """
+    refuse_busy(run)
+    planned = new.planned_steps if new else run.planned_steps
+    if new and (problems := other_run(run, new)):
+        problems[-1] = msgspec.structs.replace(problems[-1], mend=f"another trajectory is a fork: {instead}")
+        raise Refused(problems)
+    start = _resume_start(run, from_step)
+    if from_step is None and run.status == "succeeded" and planned == run.planned_steps:
+        mend = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
+        raise Refused(Problem(run.run_id, "has succeeded: no step is left", mend))
+    if planned < start:
+        what = f"{planned} steps are fewer than the {start} behind which it goes on"
+        raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
+    changes = trajectory.changes(run.spec, new.spec) if new else {}
+    if not new or not changes:
+        return [e.ResumeRequested(by=by, from_step=from_step)]
+    return [
+        e.ResumeRequested(
+            by=by,
+            from_step=from_step,
+            changes=changes,
+            spec=msgspec.to_builtins(new.spec),
+            spec_digest=spec_digest(new.spec),
+            planned_steps=planned,
         )
-    return [e.ResumeRequested(by=by, from_step=from_step)]
+    ]
+
+
+def other_run(run: Run, new: Proposal) -> list[Problem]:
+    """Why `run` cannot go on with a changed spec: its steps so far would have come out otherwise. How to mend that depends
+    on who asks."""
+    changes = trajectory.changes(run.spec, new.spec)
+    guilty = trajectory.other_trajectory(
+        run.spec,
+        new.spec,
+        steps=run.highest_step,
+        old_planned=run.planned_steps,
+        new_planned=new.planned_steps,
+    )
+    digests = {
+        "data.train_files": (run.train_digest, new.train_digest),
+        "data.val_files": (run.val_digest, new.val_digest),
+    }
+    problems = []
+    for key in guilty:
+        # Files are what they hold, wherever they lie now.
+        if key not in changes or key in digests:
+            continue
+        was, now = changes[key]
+        what = f"is {now!r}, but {run.run_id} has {was!r}"
+        if key in trajectory.LENGTH:
+            what += f", and its {run.highest_step} steps so far had learning rates for {run.planned_steps}"
+        problems.append(Problem(key, what))
+    if not problems:
+        problems += [
+            Problem(key, f"the files hold other data than when {run.run_id} began")
+            for key, (was, now) in digests.items()
+            if was != now
+        ]
+    return problems
+
+
+def _resume_start(run: Run, from_step: int | None) -> int:
+    """The step behind which a resumed run goes on. Raises `Refused`."""
+    if from_step is None:
+        newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
+        if newest is None and run.first_step:
+            raise Refused(_no_start(run))
+        return newest.step if newest else 0
+    if (from_step or run.first_step) and all(c.step != from_step for c in run.checkpoints):
+        if not run.checkpoints and run.first_step:
+            raise Refused(_no_start(run))
+        what = f"{run.run_id} has no checkpoint of step {from_step}"
+        raise Refused(Problem("--from-step", what, f"use one of {_steps(run)}"))
+    pinned = [(name, c.step) for c in run.checkpoints if c.step > from_step for name in c.forks]
+    if pinned:
+        name, step = pinned[0]
+        what = f"would write step {step} anew, from which {name} was forked"
+        raise Refused(Problem("--from-step", what, f"sftd fork {run.run_id} --from-step {from_step}"))
+    return from_step
+
+
+def _no_start(run: Run) -> Problem:
+    assert run.fork is not None
+    what = (
+        f"the checkpoint from which it was forked, step {run.fork.step} of {run.fork.parent}, cannot be used"
+    )
+    mend = f"fork again from another step: `sftd checkpoints {run.fork.parent}` lists them"
+    return Problem(run.run_id, what, mend)
 
 
 def _steps(run: Run) -> str:
-    return ", ".join(str(s) for s in (0, *(c.step for c in run.checkpoints)))
+    pretrained = [] if run.first_step else [0]
+    return ", ".join(str(s) for s in (*pretrained, *(c.step for c in run.checkpoints)))
+
+
+def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
+    """The checkpoint of `step` in the timeline from which a fork would start, the newest without `step`. None is the
+    pretrained model, which is step 0. Raises `Refused`."""
+    timeline = [c for c in parent.checkpoints if not c.superseded]
+    have = ", ".join(str(s) for s in (*([] if parent.first_step else [0]), *(c.step for c in timeline)))
+    if step is None:
+        if not timeline:
+            mend = "wait until it has saved one (trainer.save_interval)" + (
+                "" if parent.first_step else ", or start from the pretrained model: --from-step 0"
+            )
+            raise Refused(Problem(parent.run_id, "has no published checkpoint", mend))
+        return timeline[-1]
+    if step == 0 and not parent.first_step:
+        return None
+    found = next((c for c in timeline if c.step == step), None)
+    if found is None:
+        superseded = any(c.step == step for c in parent.checkpoints)
+        what = f"the checkpoint of step {step} of {parent.run_id} " + (
+            "is superseded: a later attempt went on from before it" if superseded else "is not there"
+        )
+        raise Refused(Problem("--from-step", what, f"use one of {have}"))
+    return found
+
+
+def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
+    """Begin another run behind `step` of `parent`, with another spec. Steps count from the parent's first. Raises
+    `Refused`."""
+    point = fork_point(parent, step)
+    start = point.step if point else 0
+    if new.planned_steps <= start:
+        what = f"{new.planned_steps} steps in all, but the fork begins behind step {start} of {parent.run_id}"
+        mend = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
+        raise Refused(Problem("trainer.max_steps", what, mend))
+    return e.RunForked(
+        parent=parent.run_id,
+        step=start,
+        sample=trajectory.forked_order(parent, start, new.spec, new.train_digest).sample,
+        checkpoint=point.path if point else None,
+        manifest_digest=point.manifest_digest if point else None,
+        bytes=point.bytes if point else 0,
+        tokens_total=point.tokens_total if point else 0,
+        changes=trajectory.changes(parent.spec, new.spec),
+        by=by,
+    )
 
 
 def claim(run: Run, daemon: str, host: str) -> e.AttemptClaimed:
@@ -114,8 +254,12 @@ def end_attempt(
         failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
     fruitless = 0 if run.attempt_progressed else run.fruitless_attempts + 1
     skipped = _skipped(run, failure)
-    if failure.cause in NOT_RETRIED and not skipped:
-        verdict: e.Event | None = e.RunFailed(cause=failure.cause, message=failure.message)
+    verdict: e.Event | None
+    if run.first_step and run.restart_checkpoint is None:
+        # Never from the pretrained model: that would be another run.
+        verdict = e.RunFailed(cause=failure.cause, message=f"{_no_start(run).what}: {failure.message}")
+    elif failure.cause in NOT_RETRIED and not skipped:
+        verdict = e.RunFailed(cause=failure.cause, message=failure.message)
     elif fruitless > run.spec.launch.max_restarts:
         verdict = e.RunFailed(
             cause="crash loop" if fruitless > 1 else failure.cause,

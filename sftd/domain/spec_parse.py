@@ -262,6 +262,8 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
             all(isinstance(v, int | float) and not isinstance(v, bool) for v in (lr, min_lr))
             and 0 <= min_lr <= lr > 0
         ):
+            if min_lr_override is not None and "scheduler.min_lr_ratio" not in from_overrides:
+                flat.pop("scheduler.min_lr_ratio", None)
             flat.setdefault("scheduler.min_lr_ratio", min_lr / lr)
         else:
             problems.append(
@@ -291,7 +293,7 @@ def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list
         # As many ranks as the layout needs: as many as the new one needs.
         config["launch"]["nproc_per_node"] = None
     given = list(overrides)
-    if any(key.removeprefix("+") == "trainer.epochs" for key, _ in given):
+    if any(key.removeprefix("+") in ("trainer.epochs", "trainer.total_epochs") for key, _ in given):
         config["trainer"]["max_steps"] = None
     return parse(config, given)
 

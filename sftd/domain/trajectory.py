@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.run import Run
 from sftd.domain.schedule import learning_rate
-from sftd.domain.spec import Spec
+from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 # Keys, or beginnings of keys, under which steps come out the same: bit for bit, or but for rounding where the layout or
 # the micro-batches change what is summed in which order.
@@ -16,6 +17,7 @@ _FREE = (
     "launch.",
     "checkpoint.keep_",
     "checkpoint.async_save",
+    "checkpoint.save_dir",
     "model.megatron.tensor_model_parallel_size",
     "model.megatron.pipeline_model_parallel_size",
     "model.megatron.virtual_pipeline_model_parallel_size",
@@ -31,15 +33,18 @@ _FREE = (
     "trainer.sample_",
 )
 # How long a run is decides the learning rate's decay, and nothing else of the steps that it has.
-_LENGTH = ("trainer.max_steps", "trainer.epochs")
-# What decides which rows there are, and in which order.
+LENGTH = ("trainer.max_steps", "trainer.epochs")
+# What decides, beside the contents of the data files, which rows there are, and in which order.
 _ORDER = (
-    "data.train_files",
     "data.sequence_length",
     "data.truncation",
     "data.shuffle",
     "model.megatron.seed",
 )
+
+
+# What other keys decide, so that naming them says enough.
+_DERIVED = ("training.gradient_accumulation_steps",)
 
 
 def flatten(spec: Spec) -> dict[str, Any]:
@@ -61,21 +66,38 @@ def flatten(spec: Spec) -> dict[str, Any]:
 def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
     """Dotted key → [old value, new value], of those that differ."""
     before, after = flatten(old), flatten(new)
-    return {key: [before[key], value] for key, value in after.items() if value != before[key]}
+    return {
+        key: [before[key], value]
+        for key, value in after.items()
+        if value != before[key] and key not in _DERIVED
+    }
 
 
 def other_trajectory(old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int) -> list[str]:
     """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
     the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`."""
-    guilty = [key for key in changes(old, new) if not key.startswith((*_FREE, *_LENGTH))]
+    guilty = [key for key in changes(old, new) if not key.startswith((*_FREE, *LENGTH))]
     if old_planned != new_planned and any(
-        learning_rate(step, old, old_planned) != learning_rate(step, new, new_planned)
+        learning_rate(step, old, old_planned) != learning_rate(step, old, new_planned)
         for step in range(steps)
     ):
-        guilty += [key for key in changes(old, new) if key in _LENGTH] or ["trainer.max_steps"]
+        guilty += [key for key in changes(old, new) if key in LENGTH] or ["trainer.max_steps"]
     return guilty
 
 
 def same_order(old: Spec, new: Spec) -> bool:
-    """Whether both read the same samples in the same order, as far as their specs say."""
+    """Whether both read the same samples in the same order, given the same data."""
     return not any(key in _ORDER for key in changes(old, new))
+
+
+def forked_order(parent: Run, step: int, spec: Spec, train_digest: str) -> OrderStart:
+    """Where a fork of `parent` behind `step` begins to read: where the parent stood, if it has the parent's order of
+    samples, else at the beginning of its own."""
+    if train_digest != parent.train_digest or not same_order(parent.spec, spec):
+        return OrderStart(step, 0)
+    return OrderStart(step, parent.sample_position(step))
+
+
+def beginning(run: Run) -> OrderStart:
+    """Where the run's own steps began to read: what its planned steps were counted from."""
+    return run.order[0] if run.fork and run.order else FROM_THE_BEGINNING

@@ -11,7 +11,6 @@ from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.evolve import stays_exact
 from sftd.domain.failures import Failure
-from sftd.domain.retention import deletable
 from sftd.domain.run import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import event_store, positions, queue
@@ -200,22 +199,3 @@ def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int
     with store.write(appends=False) as tx:
         held = queue.renew(tx, [lease.token for lease in leases], context.now() + lease_micros)
     return [lease for lease in leases if lease.token not in held]
-
-
-def collect_checkpoints(
-    store: Store, context: Context, lease: Lease | None, run_id: str
-) -> list[e.CheckpointDeleted]:
-    """Record the deletion of every checkpoint that nothing keeps. The caller deletes the folders afterwards: a folder
-    too many is harmless, a checkpoint in the log without its folder is not."""
-    with store.write() as tx:
-        if lease is not None:
-            queue.check(tx, run_id, lease.token)
-        run = current(tx.connection, run_id)
-        doomed = [
-            e.CheckpointDeleted(
-                step=c.step, path=c.path, bytes=c.bytes, reason="superseded" if c.superseded else "retention"
-            )
-            for c in deletable(run)
-        ]
-        append_decided(tx, context, run_id, run.version, list(doomed), run.attempt)
-        return doomed

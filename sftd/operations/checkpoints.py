@@ -1,15 +1,24 @@
-"""What people do with a run's published checkpoints: find one, record that its model was exported."""
+"""A run's checkpoints: find one, list them all, delete what nothing keeps, record that a model was exported."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
+
+from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.events import ModelExported
+from sftd.domain.retention import deletable, why_kept
 from sftd.domain.run import CheckpointInfo, Run
 from sftd.operations.context import Context, append_decided, current
+from sftd.store import queue
 from sftd.store.engine import Store
+from sftd.store.event_store import read_stream
+from sftd.store.queue import Lease
 from sftd.store.runs import load_run, resolve_id
+from sftd.wire import checkpoint_dir
+from sftd.wire.attempt_dir import is_checkpoint_of
 
 
 def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointInfo]:
@@ -37,8 +46,120 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
     return run, found
 
 
-def record_export(store: Store, context: Context, run_id: str, exported: ModelExported) -> None:
+def record_export(store: Store, context: Context, run_id: str, exported: e.ModelExported) -> None:
     """Record that the model of a checkpoint was exported."""
     with store.write() as tx:
         run = current(tx.connection, run_id)
         append_decided(tx, context, run_id, run.version, [exported])
+
+
+class CheckpointRow(msgspec.Struct, frozen=True):
+    """What became of one checkpoint. `status` is `published`, `pinned` (a fork starts from it), `superseded` (a later
+    attempt went on from before it), `missing` (its folder is not on this host), `deleted` or `rejected` (damaged).
+    `layout` holds the sizes in which it was saved, empty when its manifest cannot be read."""
+
+    step: int
+    status: str
+    path: str
+    bytes: int
+    layout: dict[str, int]
+    val_loss: float | str | None
+    published_at: e.Micros
+    kept_because: list[str]
+
+
+def overview(store: Store, run: Run) -> list[CheckpointRow]:
+    """Every checkpoint that the run has published, by step and time, those that are gone included."""
+    reasons = why_kept(run)
+    rows = [
+        CheckpointRow(
+            step=c.step,
+            status=_status(c),
+            path=c.path,
+            bytes=c.bytes,
+            layout=checkpoint_dir.saved(Path(c.path)).layout,
+            val_loss=c.val_loss,
+            published_at=c.published_at,
+            kept_because=reasons[c.step],
+        )
+        for c in run.checkpoints
+    ]
+    rows += _gone(store, run)
+    return sorted(rows, key=lambda row: (row.step, row.published_at))
+
+
+def _status(c: CheckpointInfo) -> str:
+    if not Path(c.path).is_dir():
+        return "missing"
+    return "pinned" if c.forks else "superseded" if c.superseded else "published"
+
+
+def _gone(store: Store, run: Run) -> list[CheckpointRow]:
+    found: list[CheckpointRow] = []
+    there: dict[int, CheckpointRow] = {}
+    types = tuple(t.__name__ for t in (e.CheckpointPublished, e.CheckpointRejected, e.CheckpointDeleted))
+    with store.read() as connection:
+        for r in read_stream(connection, run.run_id, types=types):
+            match r.event:
+                case e.CheckpointPublished(step=step, path=path, bytes=size):
+                    there[step] = CheckpointRow(step, "", path, size, {}, None, r.occurred_at, [])
+                case e.CheckpointRejected(step=step) if step in there:
+                    found.append(msgspec.structs.replace(there.pop(step), status="rejected"))
+                case e.CheckpointDeleted(step=step) if step in there:
+                    found.append(msgspec.structs.replace(there.pop(step), status="deleted"))
+    return found
+
+
+def collectable(run: Run) -> list[CheckpointInfo]:
+    """What nothing keeps, and lies on this host: by its manifest, for an imported history may name anybody's folders."""
+    return [c for c in deletable(run) if is_checkpoint_of(c.path, run.run_id)]
+
+
+def collect(
+    store: Store, context: Context, run_id: str, lease: Lease | None = None
+) -> list[e.CheckpointDeleted]:
+    """Delete every checkpoint that nothing keeps, but those that somebody reads. Returns what was deleted.
+
+    Readers are kept out first, then the deletion is recorded, then it is done: the log never names a checkpoint that is
+    gone, and never says deleted of one that is read. A crash leaves at most a folder too many, for `sweep`.
+    """
+    with store.read() as connection:
+        run = load_run(connection, run_id)
+    with ExitStack() as unread:
+        free = {c.path for c in collectable(run) if unread.enter_context(checkpoint_dir.unread(Path(c.path)))}
+        if not free:
+            return []
+        with store.write() as tx:
+            if lease is not None:
+                queue.check(tx, run_id, lease.token)
+            run = current(tx.connection, run_id)
+            gone = [
+                e.CheckpointDeleted(
+                    step=c.step,
+                    path=c.path,
+                    bytes=c.bytes,
+                    reason="superseded" if c.superseded else "retention",
+                )
+                for c in deletable(run)
+                if c.path in free
+            ]
+            append_decided(tx, context, run_id, run.version, list(gone), run.attempt or None)
+        for deleted in gone:
+            checkpoint_dir.remove(Path(deleted.path))
+    return gone
+
+
+def sweep(store: Store, run_id: str) -> None:
+    """Finish the deletions that a crash interrupted. Only while no attempt of the run lives."""
+    with store.read() as connection:
+        run = load_run(connection, run_id)
+        types = (e.CheckpointDeleted.__name__,)
+        deleted = {
+            Path(r.event.path)
+            for r in read_stream(connection, run_id, types=types)
+            if isinstance(r.event, e.CheckpointDeleted) and is_checkpoint_of(r.event.path, run_id)
+        }
+    own = {Path(c.path) for c in run.checkpoints if not c.is_parents}
+    gone = deleted - own
+    for folder in {path.parent for path in gone | own}:
+        checkpoint_dir.sweep(folder, [path for path in gone if path.parent == folder])

@@ -1,9 +1,11 @@
-"""What people do with runs: submit, cancel, resume."""
+"""What people do with runs: submit, fork, cancel, resume."""
 
 from __future__ import annotations
 
 from sftd.domain import decisions, names
+from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.events import CheckpointPinned
 from sftd.domain.run import ENDED, Run
 from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
@@ -55,10 +57,46 @@ def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
         return current(tx.connection, run.run_id)
 
 
-def resume(store: Store, context: Context, prefix: str, by: str, from_step: int | None = None) -> Run:
-    """Queue another attempt of a run that waits after a failure or has ended."""
+def resume(
+    store: Store,
+    context: Context,
+    prefix: str,
+    by: str,
+    from_step: int | None = None,
+    new: Proposal | None = None,
+    instead: str = "",
+) -> Run:
+    """Queue another attempt of a run that waits after a failure or has ended, with another spec if one is given (see
+    `decisions.request_resume`)."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        append_decided(tx, context, run.run_id, run.version, decisions.request_resume(run, by, from_step))
-        queue.wait_again(tx, run.run_id, context.now())
-        return current(tx.connection, run.run_id)
+        decided = decisions.request_resume(run, by, from_step, new, instead)
+        append_decided(tx, context, run.run_id, run.version, decided)
+        run = current(tx.connection, run.run_id)
+        queue.wait_again(tx, run.run_id, context.now(), priority=run.spec.launch.priority)
+        return run
+
+
+def fork(
+    store: Store,
+    context: Context,
+    parent_id: str,
+    step: int | None,
+    spec: Spec,
+    found: Preflight,
+    warnings: list[Problem],
+    user: str,
+) -> str:
+    """Record a run that begins with a checkpoint of another, and queue it; the checkpoint is kept from now on. Returns the
+    new run's id."""
+    submitted = preflight.submission(spec, found, warnings, user)
+    run_id = names.run_id(context.random(4))
+    with store.write() as tx:
+        parent = current(tx.connection, parent_id)
+        forked = decisions.fork(parent, user, step, preflight.proposal(spec, found))
+        append_decided(tx, context, run_id, 0, [forked, submitted])
+        if forked.checkpoint is not None:
+            pin = CheckpointPinned(step=forked.step, fork=run_id)
+            append_decided(tx, context, parent_id, parent.version, [pin])
+        queue.enqueue(tx, run_id, spec.launch.priority, context.now())
+    return run_id

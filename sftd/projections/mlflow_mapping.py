@@ -105,6 +105,12 @@ def goodput_points(ledger: Ledger, step: int) -> list[Point]:
     return [Point(key, value, at, step) for key, value in values.items()]
 
 
+def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[Point]:
+    """The metrics of a parent's event that a fork shows as its own beginning. The fork validates `fork_step` itself."""
+    last = fork_step - isinstance(recorded.event, e.ValidationCompleted)
+    return [point for point in points(recorded, highest) if point.step <= last]
+
+
 def status(run: Run) -> tuple[str, int | None]:
     """MLflow's status of a run, and when it ended (milliseconds); None while it has not."""
     name = _STATUS.get(run.status, "RUNNING")
@@ -122,6 +128,8 @@ def tags(run: Run) -> dict[str, str]:
         "sftd.cause": run.cause or "",
         "sftd.message": run.message or "",
     }
+    if run.fork:
+        texts |= {"sftd.parent": run.fork.parent, "sftd.fork_step": str(run.fork.step)}
     return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
 
 

@@ -14,7 +14,7 @@ cursor are still there. One that is gone for good is written again from its firs
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -45,6 +45,7 @@ _STEPS = (e.StepCompleted.__name__, e.ValidationCompleted.__name__)
 _LIFECYCLE = tuple(
     cls.__name__
     for cls in (
+        e.RunForked,
         e.RunSubmitted,
         e.AttemptClaimed,
         e.TrainingResumed,
@@ -212,7 +213,10 @@ class MlflowMirror:
             }
         found: list[mapping.Point] = []
         for recorded in page:
-            if isinstance(recorded.event, e.RunSubmitted):
+            if isinstance(recorded.event, e.RunForked):
+                for inherited in self._inherited(recorded, recorded.event):
+                    self._tracking.log(mirrored.uuid, inherited, {})
+            elif isinstance(recorded.event, e.RunSubmitted):
                 self._tracking.describe(
                     mirrored.uuid, mapping.params(recorded.event.spec), mapping.datasets(recorded.event)
                 )
@@ -231,6 +235,30 @@ class MlflowMirror:
         self._tracking.log(mirrored.uuid, found, {**changed, mapping.TAG_CURSOR: str(cursor)})
         mirrored.run, mirrored.cursor, mirrored.tags = run, cursor, tags
         mirrored.status, mirrored.end_time = status, end_time or mirrored.end_time
+
+    def _inherited(self, recorded: e.Recorded, forked: e.RunForked) -> Iterator[list[mapping.Point]]:
+        """The parent's curve, and its ancestors', up to the fork: the points of their own MLflow runs, a request at a time.
+
+        As the log had them when the fork was made, so that they are the same whenever they are sent.
+        """
+        highest: dict[str, int] = {}
+        version = 0
+        while True:
+            with self._store.read() as connection:
+                page = list(
+                    read_stream(connection, forked.parent, version, (e.RunForked.__name__, *_STEPS), _PAGE)
+                )
+            found: list[mapping.Point] = []
+            for r in page:
+                if isinstance(r.event, e.RunForked):
+                    yield from self._inherited(r, r.event)
+                elif r.position < recorded.position:
+                    found += mapping.inherited(r, highest, forked.step)
+            if found:
+                yield found
+            if len(page) < _PAGE:
+                return
+            version = page[-1].version
 
 
 def _recover(connection: sa.Connection, run_id: str, cursor: int) -> tuple[Run, dict[str, int]]:

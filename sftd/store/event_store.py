@@ -11,7 +11,7 @@ from sftd.domain import codec
 from sftd.domain.errors import ConcurrencyConflict
 from sftd.domain.events import Micros, NewEvent, Recorded
 from sftd.store.engine import Tx
-from sftd.store.tables import events
+from sftd.store.tables import events, view_runs
 
 _BATCH = 1000
 
@@ -94,6 +94,14 @@ def read_stream(
     """Events of one run in order, optionally of some types only."""
     for row in connection.execute(_stream(run_id, after_version, types, limit)):
         yield _recorded(row)
+
+
+def first_events(connection: sa.Connection, type_name: str) -> list[Recorded]:
+    """The first event of each run where it is of this type. Costs a look at each run, not at each event."""
+    query = sa.select(events).join(
+        view_runs, sa.and_(events.c.run_id == view_runs.c.run_id, events.c.version == 1)
+    )
+    return [_recorded(row) for row in connection.execute(query.where(events.c.type == type_name))]
 
 
 def read_all(connection: sa.Connection, after_position: int = 0, limit: int = _BATCH) -> list[Recorded]:

@@ -32,9 +32,11 @@ def enqueue(tx: Tx, run_id: str, priority: int, now: Micros) -> None:
     )
 
 
-def wait_again(tx: Tx, run_id: str, not_before: Micros) -> None:
-    """Put a run back into the queue in its old place, not to start before a time. Ends a lease on it."""
-    _set(tx, run_id, state=WAITING, not_before=not_before, token=None, owner=None, expires_at=None)
+def wait_again(tx: Tx, run_id: str, not_before: Micros, priority: int | None = None) -> None:
+    """Put a run back into the queue in its old place (among those of another `priority`, if one is given), not to start
+    before a time. Ends a lease on it."""
+    moved = {} if priority is None else {"priority": priority}
+    _set(tx, run_id, state=WAITING, not_before=not_before, token=None, owner=None, expires_at=None, **moved)
 
 
 def leave(tx: Tx, run_id: str) -> None:

@@ -248,7 +248,9 @@ class Checkpoints:
                 spec_digest=self._spec_digest,
                 step=progress.step,
                 tokens_total=progress.tokens_total,
-                samples=progress.step * self._order.spec.data.train_batch_size,
+                samples=self._order.order_start.position(
+                    progress.step, self._order.spec.data.train_batch_size
+                ),
                 loss=loss,
                 grad_norm=grad_norm,
                 layout=self._session.layout.sizes,

@@ -36,7 +36,7 @@ from sftd.trainer.errors import CheckpointInvalid, LossSpike, NonFiniteLoss, Use
 from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
 from sftd.wire.attempt_dir import AttemptDir, is_checkpoint_of
-from sftd.wire.checkpoint_dir import delete_folder
+from sftd.wire.checkpoint_dir import remove, unread
 from sftd.wire.direct_run import DirectRun, read_history, take
 from sftd.wire.journal import now_micros
 
@@ -190,8 +190,11 @@ class DirectReporter(Reporter):
             # What the old history is kept for until then.
             run = msgspec.structs.replace(run, status="succeeded")
         for c in deletable(run):
-            # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
-            reason = "superseded" if c.superseded else "retention"
-            self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
-            if is_checkpoint_of(c.path, run.run_id):
-                delete_folder(Path(c.path))
+            if not is_checkpoint_of(c.path, run.run_id):
+                continue
+            with unread(Path(c.path)) as free:
+                if free:
+                    # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
+                    reason = "superseded" if c.superseded else "retention"
+                    self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
+                    remove(Path(c.path))

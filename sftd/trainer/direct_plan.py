@@ -9,21 +9,22 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
 
-from sftd.domain import names
+from sftd.domain import decisions, names
+from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.events import CheckpointDeleted
 from sftd.domain.loss_watch import losses_before
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
 from sftd.trainer import process
 from sftd.trainer.progress_lines import tell
-from sftd.wire import preflight, specfile
+from sftd.wire import checkpoint_dir, preflight, specfile
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
-from sftd.wire.direct_run import DirectRun, Hold, Submission, read_history
+from sftd.wire.direct_run import DirectRun, History, Hold, Submission, read_history
 from sftd.wire.journal import now_micros
 from sftd.wire.preflight import Preflight
 
@@ -93,15 +94,16 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
         submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
         run.write_submission(submission)
     history = read_history(run, submission)
-    state = history.run
-    _refuse_changes(run, state, spec, found)
+    state, new = history.run, preflight.proposal(spec, found)
+    _refuse_another_run(run, state, new)
     say = f"sftd: run {state.run_id} in {run.path}\n"
-    if state.status == "succeeded":
+    if state.status == "succeeded" and new.planned_steps == state.planned_steps:
         tell(
             f"{say}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
-            "For another run, give another trainer.experiment_name.\n"
+            "To train more give a larger trainer.max_steps, for another run another trainer.experiment_name.\n"
         )
         return None
+    _sweep(run, history)
     checkpoint = state.restart_checkpoint
     attempt = run.attempt(run.attempts() + 1)
     attempt.create(
@@ -110,7 +112,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
             attempt=run.attempts() + 1,
             token=uuid.uuid4().hex,
             spec=spec,
-            planned_steps=state.planned_steps,
+            planned_steps=new.planned_steps,
             checkpoint_dir=str(run.checkpoint_dir),
             checkpoint=checkpoint.path if checkpoint else None,
             checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
@@ -123,10 +125,17 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     attempt.write_process(_identity(spec))
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     how = "goes on" if state.attempt else "starts"
-    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {state.planned_steps} steps\n"
+    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {new.planned_steps} steps\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
     tell(say)
     return attempt
+
+
+def _sweep(run: DirectRun, history: History) -> None:
+    """Finish the deletions that a crash interrupted."""
+    deleted = {n.event.path for n in history.events if isinstance(n.event, CheckpointDeleted)}
+    gone = deleted - {c.path for c in history.run.checkpoints}
+    checkpoint_dir.sweep(run.checkpoint_dir, map(Path, gone))
 
 
 def _user() -> str:
@@ -156,38 +165,22 @@ def _layout(spec: Spec) -> str:
     return f"{ranks} ({shown})" if shown else ranks
 
 
-def _refuse_changes(run: DirectRun, state: Run, spec: Spec, found: Preflight) -> None:
-    """The same run is the same spec and the same data: anything else would make another curve. Raises `Refused`."""
-    old, new = _flat(msgspec.to_builtins(state.spec)), _flat(msgspec.to_builtins(spec))
+def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
+    """What makes other steps of those that are done is another run. Raises `Refused`."""
     mend = "set it back to go on with that run, or begin another: trainer.experiment_name=NAME"
     problems = [
-        Problem(key, f"is {new.get(key)!r}, but the run in {run.path} has {old.get(key)!r}", mend)
-        for key in new
-        if new.get(key) != old.get(key)
+        msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", mend=mend)
+        for problem in decisions.other_run(state, new)
     ]
-    for where, was, now in (
-        ("data.train_files", state.train_digest, found.train.digest),
-        ("data.val_files", state.val_digest, found.val.digest if found.val else ""),
-    ):
-        if was != now and not problems:
-            what = f"the files hold other data than when the run in {run.path} began"
-            problems.append(
-                Problem(
-                    where, what, "put the old files back, or begin another run: trainer.experiment_name=NAME"
-                )
-            )
+    if not problems and new.planned_steps < state.step:
+        what = f"{new.planned_steps} steps are fewer than the {state.step} that are done in {run.path}"
+        problems.append(Problem("trainer.max_steps", what, mend))
+    if not problems and new.spec.checkpoint.save_dir != state.spec.checkpoint.save_dir:
+        # The checkpoints of its history would all be missing, and it would begin anew.
+        what = f"{run.path} was moved: its checkpoints were in {state.spec.checkpoint.save_dir}"
+        problems.append(Problem("checkpoint.save_dir", what, "move the folder back"))
     if problems:
         raise Refused(problems)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _tell_error(error: Exception) -> None:

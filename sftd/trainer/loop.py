@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from sftd.domain.events import AnomalyDetected, DataBound, ModelLoaded, StepComp
 from sftd.domain.layout import ModelShape, check_model
 from sftd.domain.loss_watch import LossWatch, What
 from sftd.domain.schedule import learning_rate
+from sftd.domain.spec import FROM_THE_BEGINNING
 from sftd.trainer import process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
@@ -109,7 +111,9 @@ class Attempt:
             while self._progress.step < self._order.last_step:
                 self._train_step()
             return
-        if self._order.checkpoint is None and self._spec.trainer.val_before_train:
+        # A fork starts from its parent's checkpoint, but its settings or its data may be others.
+        is_others = Path(self._order.checkpoint or "").parent != Path(self._order.checkpoint_dir)
+        if self._spec.trainer.val_before_train and is_others:
             self._validate()
         stop = False
         while self._progress.step < self._order.planned_steps and not stop:
@@ -154,8 +158,10 @@ class Attempt:
             raise DataError(
                 f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
             )
-        planned = spec.planned_steps(len(self._train), self._order.order_start)
-        if spec.trainer.max_steps is None and planned != self._order.planned_steps and not is_replay:
+        planned = spec.planned_steps(len(self._train))
+        # Not a fork, nor a run that left samples out: those were planned otherwise.
+        is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
+        if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
             raise UserError(
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"

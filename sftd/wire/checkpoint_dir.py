@@ -16,12 +16,22 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from sftd.wire.attempt_dir import fsync_dir
 
 MANIFEST = "manifest.json"
 _DELETED = ".deleted"
 # What flock answers where the file system cannot lock: nobody is protected there, and nobody is kept from working.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """What the manifest of a checkpoint says of how it was saved: the sizes of the layout by their names in lower case, and
+    torch's name of the dtype."""
+
+    layout: dict[str, int] = {}
+    dtype: str = ""
 
 
 @contextlib.contextmanager
@@ -44,13 +54,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
 
 
-def delete_folder(path: Path) -> bool:
-    """Delete a checkpoint. False, and nothing is done, while somebody reads it: try again later.
-
-    It changes its name first, so that no half-deleted folder ever has the name of a checkpoint, and `sweep` finishes
-    what a crash interrupts. One that is not there is deleted.
-    """
-    gone = path.with_name(path.name + _DELETED)
+@contextlib.contextmanager
+def unread(path: Path) -> Iterator[bool]:
+    """Keep readers from the checkpoint in `path` until the block ends. False when somebody reads it; one that is not there
+    is not read."""
     try:
         # Writable: over NFS only such a file can be locked exclusively.
         fd = os.open(path / MANIFEST, os.O_RDWR)
@@ -58,18 +65,41 @@ def delete_folder(path: Path) -> bool:
         # Without a manifest it is no checkpoint, and nobody loads it.
         fd = -1
     try:
-        if fd >= 0 and not _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            return False
-        # Of an earlier deletion of the same step: a folder cannot be renamed to one that holds something.
-        shutil.rmtree(gone, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(gone)
-            fsync_dir(path.parent)
+        yield fd < 0 or _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def delete_folder(path: Path) -> bool:
+    """Delete a checkpoint. False, and nothing is done, while somebody reads it: try again later."""
+    with unread(path) as free:
+        if free:
+            remove(path)
+        return free
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint that is known to be `unread`.
+
+    It changes its name first, so that no half-deleted folder ever has the name of a checkpoint, and `sweep` finishes
+    what a crash interrupts. One that is not there is deleted.
+    """
+    gone = path.with_name(path.name + _DELETED)
+    # Of an earlier deletion of the same step: a folder cannot be renamed to one that holds something.
     shutil.rmtree(gone, ignore_errors=True)
-    return True
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(gone)
+        fsync_dir(path.parent)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def saved(path: Path) -> Saved:
+    """How the checkpoint in `path` was saved, unverified; empty when its manifest cannot be read."""
+    try:
+        return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Saved)
+    except (OSError, msgspec.MsgspecError):
+        return Saved()
 
 
 def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain import codec, decisions
+from sftd.domain import codec, decisions, trajectory
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
 from sftd.domain.evolve import evolve
 from sftd.domain.failures import Failure, classify
 from sftd.domain.names import is_run_id
 from sftd.domain.run import Run
+from sftd.domain.spec import spec_digest
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, attempt_dir, make_private, write_atomic
 from sftd.wire.remains import find_remains
@@ -218,7 +219,17 @@ class _Attempt:
         order, process = self._order(), self._directory.process()
         run = self._history.run
         at = process.started_at if process else run.updated_at
-        if self._number > 1:
+        changes = trajectory.changes(run.spec, order.spec)
+        if changes:
+            resumed = e.ResumeRequested(
+                by=self._user,
+                changes=changes,
+                spec=msgspec.to_builtins(order.spec),
+                spec_digest=spec_digest(order.spec),
+                planned_steps=order.planned_steps,
+            )
+            self._add(resumed, "resumed", at, attempt=None)
+        elif self._number > 1:
             self._add(e.ResumeRequested(by=self._user), "resumed", at, attempt=None)
         start = _from_step(run, order)
         self._add(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 import sftd
+from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
-from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.wire import dataset, model_folder
 
 
@@ -39,8 +41,11 @@ def _check_save_dir(spec: Spec) -> list[Problem]:
     return [] if writable else [Problem(where, f"{nearest} is not a folder that can be written to", mend)]
 
 
-def inspect(spec: Spec) -> Preflight:
-    """Read the files that the spec names. Raises `Refused` with every problem found in them."""
+def inspect(
+    spec: Spec, start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING
+) -> Preflight:
+    """Read the files that the spec names. `start` says, given the digest of the training data, where the run begins to
+    read it. Raises `Refused` with every problem found."""
     problems = _check_save_dir(spec)
     warnings: list[Problem] = []
     shape = None
@@ -80,7 +85,7 @@ def inspect(spec: Spec) -> Preflight:
         warnings += doubtful
     if problems or shape is None or train is None:
         raise Refused(problems)
-    planned = spec.planned_steps(train.usable)
+    planned = spec.planned_steps(train.usable, start(train.digest))
     if spec.warmup_steps(planned) > planned:
         raise Refused(
             Problem(
@@ -90,6 +95,11 @@ def inspect(spec: Spec) -> Preflight:
             )
         )
     return Preflight(shape, train, val, planned, warnings)
+
+
+def proposal(spec: Spec, found: Preflight) -> Proposal:
+    """What a decision on another spec of a run needs to know of it."""
+    return Proposal(spec, found.planned_steps, found.train.digest, found.val.digest if found.val else "")
 
 
 def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str) -> RunSubmitted:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from sftd.domain import spec_parse
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
@@ -100,20 +101,28 @@ def read(path: str | None, arguments: Iterable[str], base: str) -> tuple[Spec, l
     Without a file the overrides say everything. Returns the spec and its warnings. Raises `Refused`.
     """
     spec, warnings = parse(load_file(path) if path is not None else {}, parse_overrides(arguments))
+    return _with_absolute_paths(spec, base), warnings
+
+
+def change(spec: Spec, arguments: Iterable[str], base: str) -> tuple[Spec, list[Problem]]:
+    """A resolved spec with `key=value` laid over it; relative paths are taken from `base`. Returns the new spec and its
+    warnings. Raises `Refused`."""
+    changed, warnings = spec_parse.change(spec, parse_overrides(arguments))
+    return _with_absolute_paths(changed, base), warnings
+
+
+def _with_absolute_paths(spec: Spec, base: str) -> Spec:
     replace = msgspec.structs.replace
-    return (
-        replace(
-            spec,
-            model=replace(spec.model, partial_pretrain=_absolute(spec.model.partial_pretrain, base)),
-            data=replace(
-                spec.data,
-                train_files=[_absolute(p, base) for p in spec.data.train_files],
-                val_files=[_absolute(p, base) for p in spec.data.val_files],
-            ),
-            checkpoint=replace(
-                spec.checkpoint,
-                save_dir=_absolute(spec.checkpoint.save_dir, base) if spec.checkpoint.save_dir else "",
-            ),
+    return replace(
+        spec,
+        model=replace(spec.model, partial_pretrain=_absolute(spec.model.partial_pretrain, base)),
+        data=replace(
+            spec.data,
+            train_files=[_absolute(p, base) for p in spec.data.train_files],
+            val_files=[_absolute(p, base) for p in spec.data.val_files],
         ),
-        warnings,
+        checkpoint=replace(
+            spec.checkpoint,
+            save_dir=_absolute(spec.checkpoint.save_dir, base) if spec.checkpoint.save_dir else "",
+        ),
     )

@@ -337,6 +337,69 @@ def test_a_fresh_mirror_for_every_event_makes_the_same_run(
     }
 
 
+def fork(log: Log, parent: str, step: int, run_id: str) -> None:
+    """A run that begins behind `step` of another."""
+    forked = e.RunForked(
+        parent=parent,
+        step=step,
+        sample=0,
+        checkpoint=f"/c/step-{step}",
+        manifest_digest="m",
+        bytes=1,
+        tokens_total=80 * step,
+        changes={},
+        by="ada",
+    )
+    log.add(run_id, forked)
+    log.submit(run_id)
+    log.add(run_id, validation(step, 2.0))
+
+
+def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash_and_redo(log, "root")
+    fork(log, "root", 7, "child")
+    log.train("child", 1, range(8, 10), loss=9.0)
+    # What the parent does later is no part of it.
+    log.train("root", 3, range(10, 12))
+    fork(log, "child", 9, "grandchild")
+    log.train("grandchild", 1, range(10, 11), loss=8.0)
+
+    sent = []
+    monkeypatch.setattr(mlflow_mirror, "_PAGE", 4)
+    mirror = new_mirror()
+    log_points = mirror._tracking.log
+
+    def dies_early(*arguments: Any) -> None:
+        sent.append(arguments)
+        log_points(*arguments)
+        if len(sent) == 9:
+            raise Killed
+
+    monkeypatch.setattr(mirror._tracking, "log", dies_early)
+    with pytest.raises(Killed):
+        mirror.sync(never)
+    new_mirror().sync(never)
+
+    root = expected(log.store, "root")
+    child = expected(log.store, "child")
+    grandchild = expected(log.store, "grandchild")
+
+    def until(history: History, step: int) -> History:
+        return {k: [p for p in v if p[0] < step + (k != "val_loss")] for k, v in history.items()}
+
+    whole_child = {key: until(root, 7)[key] + child[key] for key in root}
+    assert server.history("child") == whole_child
+    assert server.history("grandchild") == {
+        key: until(whole_child, 9)[key] + grandchild[key] for key in whole_child
+    }
+    assert [p[0] for p in server.history("grandchild")["loss"]] == list(range(1, 11))
+    tags = server.run("grandchild").data.tags
+    assert (tags["sftd.parent"], tags["sftd.fork_step"]) == ("child", "9")
+    assert "sftd.parent" not in server.run("root").data.tags
+
+
 def test_killed_before_the_position_is_saved(
     log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:

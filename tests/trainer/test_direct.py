@@ -44,11 +44,13 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
         "direct_undisturbed",
         2,
         data__val_files=[],
+        scheduler__type="constant",
         **{f"trainer__{k}": v for k, v in LONG.items()},
     )
     direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="first", **LONG)
+    constant = "scheduler.type=constant"
     run = direct.run("first")
-    process = direct.start(2)
+    process = direct.start(2, constant)
     wait_for(run, process, lambda e: isinstance(e, StepCompleted) and e.step == 14)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -59,7 +61,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     crashed = sftd(home, "import", str(run.path), "-q").stdout.strip()
     assert (show(home, crashed)["status"], show(home, crashed)["cause"]) == ("failed", "lost")
 
-    out, _ = direct.train(2)
+    out, _ = direct.train(2, constant)
     saved = max(e.step for e in events(run) if isinstance(e, CheckpointPublished))
     assert f"Attempt 2 goes on from step {saved}: 2 ranks (DP2), 30 steps" in out
     assert "step 30/30  loss " in out
@@ -83,9 +85,20 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     assert shown["tokens_counted"] == undisturbed.steps()[30].tokens_total
     assert "nothing new" in sftd(home, "import", str(run.path)).stdout
 
-    out, _ = direct.train(2)
+    out, _ = direct.train(2, constant)
     assert "All of its 30 steps are done" in out
     assert run.attempts() == 2
+
+    # Longer, and in another layout: still the same run, and its history says what changed.
+    out, _ = direct.train(2, constant, "trainer.max_steps=32", "model.megatron.tensor_model_parallel_size=2")
+    assert "Attempt 3 goes on from step 30: 2 ranks (TP2), 32 steps" in out
+    assert sorted(exact(events(run, 3))) == [31, 32]
+    sftd(home, "import", str(run.path))
+    shown = show(home, crashed)
+    assert (shown["status"], shown["attempt"], shown["step"], shown["anomalies"]) == ("succeeded", 3, 32, 0)
+    said = sftd(home, "events", crashed, "-t", "ResumeRequested").stdout.splitlines()
+    assert "→" not in said[0]
+    assert "tensor_model_parallel_size: 1 → 2; trainer.max_steps: 30 → 32" in said[1], said
 
 
 def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path, data: Path) -> None:
@@ -160,10 +173,16 @@ def test_another_spec_or_other_data_are_another_run(
 
     _, code, said = plan(capsys, direct.config, "optimizer.lr=5e-5", "data.train_batch_size=4")
     assert code == 2
-    assert "refused: 3 problems; nothing was written" in said
-    assert f"optimizer.lr: is 5e-05, but the run in {direct.run('named').path} has 0.001" in said
+    assert "refused: 2 problems; nothing was written" in said
+    name = direct.run("named").submission().run_id
+    assert f"optimizer.lr: is 5e-05, but {name} has 0.001 (in {direct.run('named').path})" in said
     assert "data.train_batch_size: is 4, but" in said
     assert "begin another: trainer.experiment_name=NAME" in said
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(direct.run("named").path, tmp_path / "moved" / "named")
+    _, code, said = plan(capsys, direct.config, f"checkpoint.save_dir={tmp_path / 'moved'}")
+    assert code == 2
+    assert f"was moved: its checkpoints were in {tmp_path / 'out'}" in said
 
     # It died before it saved anything.
     second, code, said = plan(capsys, direct.config)
@@ -173,7 +192,7 @@ def test_another_spec_or_other_data_are_another_run(
     write_rows(tmp_path / "data" / "train.parquet", 37, seed=99)
     _, code, said = plan(capsys, direct.config)
     assert code == 2
-    assert "data.train_files: the files hold other data than when the run" in said
+    assert f"data.train_files: the files hold other data than when {name} began" in said
     assert direct.run("named").attempts() == 2
 
     other, code, _ = plan(capsys, direct.config, "trainer.experiment_name=other")

@@ -103,6 +103,10 @@ def test_unknown_command_names_the_nearest() -> None:
         "cancel",
         "generate -p x",
         "export",
+        "fork",
+        "lineage",
+        "checkpoints",
+        "gc",
     ],
 )
 def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

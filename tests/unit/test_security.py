@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sftd.daemon import supervisor
 from sftd.domain import events as e
 from sftd.domain import names
 from sftd.domain.errors import JournalCorrupt, Refused
+from sftd.domain.retention import deletable
+from sftd.domain.run import CheckpointInfo, Run
 from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.launcher.command import environment, torchrun_argv
+from sftd.operations.checkpoints import collectable
 from sftd.projections.mlflow_client import without_credentials
 from sftd.store.engine import shown_url
 from sftd.wire import journal, specfile
@@ -73,9 +75,7 @@ def test_a_journal_names_no_checkpoint_outside_of_its_folder(path: str) -> None:
         journal.check_paths([published(path)], "/c")
 
 
-def test_only_a_checkpoint_of_the_run_is_deleted_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_checkpoint_of_the_run_is_deleted_as_one(tmp_path: Path) -> None:
     """An imported history may say anything of any path."""
     folders = {name: tmp_path / name for name in ("mine", "others", "photos")}
     for folder in folders.values():
@@ -83,13 +83,22 @@ def test_only_a_checkpoint_of_the_run_is_deleted_as_one(
     (folders["mine"] / "manifest.json").write_text(json.dumps({"run_id": "run-a"}))
     (folders["others"] / "manifest.json").write_text(json.dumps({"run_id": "run-b"}))
     assert [name for name, path in folders.items() if is_checkpoint_of(str(path), "run-a")] == ["mine"]
-    doomed = [
-        e.CheckpointDeleted(step=n, path=str(path), bytes=1, reason="retention")
-        for n, path in enumerate((*folders.values(), tmp_path / "gone"))
-    ]
-    monkeypatch.setattr(supervisor.attempts, "collect_checkpoints", lambda *_: doomed)
-    supervisor.collect(None, None, None, "run-a")  # type: ignore[arg-type]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["others", "photos"]
+    doomed = tuple(
+        CheckpointInfo(
+            step=n,
+            path=str(path),
+            bytes=1,
+            manifest_digest="m",
+            tokens_total=0,
+            version=n,
+            published_at=0,
+            superseded=True,
+        )
+        for n, path in enumerate((*folders.values(), tmp_path / "gone"), 1)
+    )
+    run = Run("run-a", status="succeeded", checkpoints=doomed)
+    assert len(deletable(run)) == 4
+    assert [Path(c.path).name for c in collectable(run)] == ["mine"]
 
 
 def test_the_trainer_knows_no_passwords_of_ours() -> None:

@@ -1,0 +1,213 @@
+"""Forks, changed resumes and the collection of checkpoints on a real database, with real folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sftd.domain import events as e
+from sftd.domain.errors import Refused
+from sftd.domain.failures import Failure
+from sftd.domain.run import Run
+from sftd.domain.spec_parse import change
+from sftd.operations import attempts, checkpoints, collecting, forks, reading, runs
+from sftd.operations.attempts import Claimed
+from sftd.store import queue
+from sftd.store.engine import Store
+from sftd.wire import preflight
+from sftd.wire.checkpoint_dir import MANIFEST
+from sftd.wire.checkpoint_dir import reading as held
+from sftd.wire.journal import Line
+from sftd.wire.preflight import Preflight
+from tests.contract import test_operations as base
+from tests.contract.test_imports import Folder, take_in
+from tests.contract.test_imports import step as direct_step
+from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, Clock, step
+
+log, clock = base.log, base.clock
+RESOLVED, _ = change(SPEC, [])
+CRASH = Failure("killed", "boom")
+
+
+def found(planned: int) -> Preflight:
+    return Preflight(SHAPE, FACTS, None, planned, [])
+
+
+def claim(log: Store, clock: Clock) -> Claimed:
+    claimed = attempts.claim(
+        log, clock.context, daemon="d", host="h", fits=lambda run: True, lease_micros=LEASE
+    )
+    assert claimed is not None
+    return claimed
+
+
+def end(log: Store, clock: Clock, claimed: Claimed, exit_code: int = 1) -> Run:
+    return attempts.finish(
+        log, clock.context, claimed.lease, exit_code=exit_code, failure=CRASH, lost=False, backoff_seconds=1.0
+    )
+
+
+def train(log: Store, clock: Clock, claimed: Claimed, folder: Path, first: int, last: int) -> None:
+    """Steps, each with a published checkpoint that has a manifest."""
+    lines: list[e.Event] = []
+    for number in range(first, last + 1):
+        path = folder / f"step-{number:08d}"
+        path.mkdir(parents=True, exist_ok=True)
+        (path / MANIFEST).write_text(json.dumps({"layout": {"tp": 2, "pp": 1}, "dtype": "float32"}))
+        publish = e.CheckpointPublished(
+            step=number, path=str(path), bytes=1, manifest_digest=f"m{number}", seconds=0.1
+        )
+        lines += [step(number), publish]
+    attempts.record(
+        log,
+        clock.context,
+        claimed.lease,
+        [Line(number=n, occurred_at=n, event=line) for n, line in enumerate(lines, 1)],
+        100,
+        {},
+    )
+
+
+@pytest.fixture
+def parent(log: Store, clock: Clock, tmp_path: Path) -> Run:
+    """A run of three steps that has succeeded, each of them with a checkpoint."""
+    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")
+    claimed = claim(log, clock)
+    train(log, clock, claimed, tmp_path / "parent", 1, 3)
+    return end(log, clock, claimed, 0)
+
+
+def fork(log: Store, clock: Clock, parent: Run, step: int | None, *overrides: tuple[str, object]) -> str:
+    spec, _ = change(parent.spec, [("trainer.max_steps", 6), *overrides])
+    return runs.fork(log, clock.context, parent.run_id, step, spec, found(6), [], "bob")
+
+
+def test_a_fork_and_its_pin_are_one_transaction(log: Store, clock: Clock, parent: Run) -> None:
+    name = fork(log, clock, parent, 2, ("optimizer.lr", 0.5))
+    mine, pins = reading.run_events(log, name), reading.run_events(log, parent.run_id, parent.version)
+    assert [r.type for r in mine] == ["RunForked", "RunSubmitted"]
+    assert [r.event for r in pins] == [e.CheckpointPinned(step=2, fork=name)]
+    assert mine[1].position + 1 == pins[0].position
+    assert isinstance(mine[0].event, e.RunForked)
+    assert mine[0].event.changes == {"trainer.max_steps": [3, 6], "optimizer.lr": [1e-5, 0.5]}
+    claimed = claim(log, clock)
+    assert (claimed.run.run_id, claimed.start.from_step) == (name, 2)
+    assert (claimed.start.checkpoint, claimed.checkpoint_digest) == (mine[0].event.checkpoint, "m2")
+    before = log.schema_revision(), [row.run_id for row in reading.list_runs(log)]
+    with pytest.raises(Refused):
+        fork(log, clock, parent, 9)
+    assert before == (log.schema_revision(), [row.run_id for row in reading.list_runs(log)])
+    assert reading.find_run(log, parent.run_id).version == parent.version + 1
+
+
+def test_the_tree_holds_every_generation(log: Store, clock: Clock, parent: Run) -> None:
+    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")  # no relative
+    one = fork(log, clock, parent, 2)
+    two = fork(log, clock, parent, 1)
+    three = fork(log, clock, reading.find_run(log, one), 2, ("optimizer.lr", 0.25))
+    for asked in (parent.run_id, one, two, three):
+        run_id, root = forks.lineage(log, asked)
+        assert run_id == asked
+        assert (root.run_id, root.parent, root.status) == (parent.run_id, None, "succeeded")
+        assert [(m.run_id, m.forked_at) for m in root.forks] == [(two, 1), (one, 2)]
+        [grandchild] = root.forks[1].forks
+        assert (grandchild.run_id, grandchild.parent, grandchild.changes) == (
+            three,
+            one,
+            {"optimizer.lr": [1e-5, 0.25]},
+        )
+
+
+def test_a_resume_with_another_spec_goes_on_with_it(log: Store, clock: Clock, parent: Run) -> None:
+    spec, _ = change(
+        parent.spec, [("trainer.max_steps", 5), ("launch.priority", 7), ("scheduler.type", "constant")]
+    )
+    with pytest.raises(Refused, match=r"scheduler.type"):
+        runs.resume(
+            log, clock.context, parent.run_id, "bob", None, preflight.proposal(spec, found(5)), "fork"
+        )
+    spec, _ = change(parent.spec, [("launch.priority", 7), ("checkpoint.keep_last", 1)])
+    run = runs.resume(log, clock.context, parent.run_id, "bob", 2, preflight.proposal(spec, found(3)))
+    assert (run.status, run.spec, run.planned_steps) == ("queued", spec, 3)
+    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")
+    assert claim(log, clock).run.run_id == parent.run_id, "its priority is that of the new spec"
+
+
+def test_collecting_keeps_readers_and_forks(
+    log: Store, clock: Clock, parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "parent"
+    fork(log, clock, parent, 1, ("launch.priority", -1))
+    spec, _ = change(parent.spec, [("checkpoint.keep_last", 1)])
+    runs.resume(log, clock.context, parent.run_id, "bob", 3, preflight.proposal(spec, found(3)))
+    claimed = claim(log, clock)
+    assert claimed.run.run_id == parent.run_id
+    with pytest.raises(Refused, match="its daemon deletes"):
+        collecting.leftovers(log, clock.context, [parent.run_id], dry_run=False)
+    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+    end(log, clock, claimed, 0)
+
+    def left(*, dry_run: bool) -> list[tuple[int, bool]]:
+        return [
+            (row.step, row.is_gone) for row in collecting.leftovers(log, clock.context, [], dry_run=dry_run)
+        ]
+
+    with held(folder / "step-00000002"):
+        assert left(dry_run=True) == left(dry_run=False) == [(2, False)]
+    assert left(dry_run=True) == [(2, True)]
+    # A crash right after the deletion was recorded.
+    with monkeypatch.context() as crash:
+        crash.setattr("sftd.wire.checkpoint_dir.remove", lambda path: None)
+        assert left(dry_run=False) == [(2, True)]
+    assert (folder / "step-00000002").is_dir()
+    assert left(dry_run=False) == []
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001", "step-00000003"]
+    rows = {row.step: row for row in checkpoints.overview(log, reading.find_run(log, parent.run_id))}
+    assert {n: row.status for n, row in rows.items()} == {1: "pinned", 2: "deleted", 3: "published"}
+    assert rows[1].layout == {"tp": 2, "pp": 1}
+    assert reading.run_events(log, parent.run_id, types=("CheckpointDeleted",))[0].event == (
+        e.CheckpointDeleted(step=2, path=str(folder / "step-00000002"), bytes=1, reason="retention")
+    )
+
+
+def test_what_is_on_another_host_is_left_alone(log: Store, clock: Clock, parent: Run, tmp_path: Path) -> None:
+    (tmp_path / "parent").rename(tmp_path / "elsewhere")
+    spec, _ = change(parent.spec, [("checkpoint.keep_last", 1)])
+    runs.resume(log, clock.context, parent.run_id, "bob", 3, preflight.proposal(spec, found(3)))
+    end(log, clock, claim(log, clock), 0)
+    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+    run = reading.find_run(log, parent.run_id)
+    assert [c.step for c in run.checkpoints] == [1, 2, 3]
+    assert {row.status for row in checkpoints.overview(log, run)} == {"missing"}
+    with pytest.raises(Refused, match="is not on this host"):
+        forks.find(log, parent.run_id, 2)
+
+
+def test_a_direct_run_that_went_on_in_another_layout_is_taken_in_as_that(
+    log: Store, clock: Clock, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path / "run")
+    folder.attempt(direct_step(1), folder.published(1), exit_code=0, stop=True)
+    take_in(log, folder)
+    name = fork(log, clock, reading.find_run(log, "brave"), 1)
+    folder.attempt(direct_step(2), direct_step(3), folder.published(3), exit_code=0, resumed=1)
+    order = folder.run.attempt(2).order()
+    changed, _ = change(order.spec, [("model.megatron.tensor_model_parallel_size", 2)])
+    text = msgspec.json.encode(msgspec.structs.replace(order, spec=changed))
+    folder.run.attempt(2).order_file.write_bytes(text)
+    run = take_in(log, folder).run
+    assert (run.status, run.spec, run.spec.nproc_per_node) == ("succeeded", changed, 2)
+    assert [c.forks for c in run.checkpoints] == [(name,), ()]
+    [asked] = reading.run_events(log, run.run_id, types=("ResumeRequested",))
+    assert isinstance(asked.event, e.ResumeRequested)
+    assert asked.event.changes["model.megatron.tensor_model_parallel_size"] == [1, 2]
+    assert take_in(log, folder).new_events == 0
+
+
+def test_a_fork_in_the_queue_has_its_own_place(log: Store, clock: Clock, parent: Run) -> None:
+    name = fork(log, clock, parent, None, ("launch.priority", 2))
+    with log.read() as connection:
+        assert [run_id for run_id, _ in queue.waiting(connection)] == [name]
