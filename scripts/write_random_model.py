@@ -1,6 +1,6 @@
 """A Hugging Face folder of random weights, in the shape of a real model:
 
-    python scripts/write_random_model.py llama2-7b|llama3.2-1b|tiny DIR [--dtype bfloat16] [--seed 0]
+    python scripts/write_random_model.py llama2-7b|llama3.2-1b|smollm2-135m|tiny DIR [--dtype bfloat16] [--seed 0]
 
 For benchmarks where the weights' values do not matter and nothing can be downloaded. Matrices are normal(0, 0.02), norms
 are one; a GPU makes them where there is one. There is no tokenizer: training needs none without sample prompts.
@@ -57,6 +57,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
+    },
+    "smollm2-135m": _LLAMA
+    | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     "tiny": _LLAMA
     | {

@@ -12,7 +12,7 @@ import msgspec
 from sftd.domain import events as e
 from sftd.domain.codec import json_float
 from sftd.domain.errors import UnknownEvent
-from sftd.domain.run import ACTIVE, CheckpointInfo, ForkPoint, Replay, Run, Status, Validation
+from sftd.domain.run import ACTIVE, CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
 from sftd.domain.spec import OrderStart, Spec
 
 
@@ -223,18 +223,29 @@ def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
 
 
 @_apply.register
-def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
+def _(event: e.CheckpointStarted, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, saving=_saving(run, event.step))
+
+
+def _saving(run: Run, step: int) -> Saving:
     validation = run.last_validation
+    val_loss = validation.loss if validation and validation.step == step else None
+    return Saving(step, run.tokens_counted, val_loss)
+
+
+@_apply.register
+def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
+    saved = run.saving if run.saving and run.saving.step == event.step else _saving(run, event.step)
     forks = next((c.forks for c in run.checkpoints if c.step == event.step), ())
     info = CheckpointInfo(
         step=event.step,
         path=event.path,
         bytes=event.bytes,
         manifest_digest=event.manifest_digest,
-        tokens_total=run.tokens_counted,
+        tokens_total=saved.tokens_total,
         version=recorded.version,
         published_at=recorded.occurred_at,
-        val_loss=validation.loss if validation and validation.step == event.step else None,
+        val_loss=saved.val_loss,
         forks=forks,
     )
     others = tuple(c for c in run.checkpoints if c.step != event.step)

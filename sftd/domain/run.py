@@ -67,6 +67,14 @@ class Validation(msgspec.Struct, frozen=True):
     loss: float | str
 
 
+class Saving(msgspec.Struct, frozen=True):
+    """A checkpoint that was begun, and what was known of its step then."""
+
+    step: int
+    tokens_total: int
+    val_loss: float | str | None
+
+
 class Run(msgspec.Struct, frozen=True):
     """What the log says of a run up to `version`. Only what a decision or a summary needs; steps stay in the log."""
 
@@ -109,6 +117,8 @@ class Run(msgspec.Struct, frozen=True):
     best_validation: Validation | None = None
     checkpoints: tuple[CheckpointInfo, ...] = ()
     last_replay: Replay | None = None
+    # What a checkpoint being written will hold: training may be steps further when it is published.
+    saving: Saving | None = None
     # Over all attempts.
     highest_step: int = 0
     steps_redone: int = 0

@@ -216,7 +216,13 @@ class Checkpoint(Section, frozen=True):
     keep_every: Annotated[
         Count, Meta(description="keep each checkpoint whose step is a multiple of this; 0 is off")
     ] = 0
-    async_save: Annotated[bool, Meta(description="write checkpoints while training goes on")] = False
+    async_save: Annotated[
+        bool,
+        Meta(
+            description="write checkpoints while training goes on, from a copy in host memory; where that does not fit, "
+            "training waits"
+        ),
+    ] = False
     save_dir: Annotated[
         str, Meta(description="folder for checkpoints; empty is the run's own folder under SFTD_HOME")
     ] = ""

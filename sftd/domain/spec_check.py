@@ -130,13 +130,6 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "false is not used: sftd always shards the optimizer, with the same numbers and less memory",
             )
         )
-    if spec.checkpoint.async_save:
-        warnings.append(
-            Problem(
-                "checkpoint.async_save",
-                "this version saves synchronously: training waits until the bytes are on the disk",
-            )
-        )
     if spec.model.trust_remote_code:
         # Warnings are in the run's first event: the log says whose code was let in, and when.
         warnings.append(

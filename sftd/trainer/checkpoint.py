@@ -8,6 +8,9 @@ The format is Megatron's `torch_dist`, which another layout can load too.
 
 from __future__ import annotations
 
+import atexit
+import gc
+import logging
 import os
 import shutil
 import time
@@ -18,8 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -28,23 +30,19 @@ from sftd.domain.spec import spec_digest
 from sftd.trainer import manifest as manifests
 from sftd.trainer import megatron_edges
 from sftd.trainer import optimizer as optimizers
+from sftd.trainer.checkpoint_state import CONTENT, sharded_state
+from sftd.trainer.checkpoint_writer import FilePlan, HostCopy, ShareWriter, install_writer, writers
 from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
 from sftd.trainer.folder_swap import fsync_file, publish_folder
-from sftd.trainer.manifest import Manifest
+from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
 from sftd.wire.attempt_dir import Order, fsync_dir
 from sftd.wire.checkpoint_dir import reading
 
-# The only optimizer format that works without TransformerEngine and that another layout can load.
-_CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
-# Files, and threads that write and hash them, per rank.
-_WRITERS = 2
+Versions = dict[str, str | None]
+_log = logging.getLogger(__name__)
 # Free space that must be there before a checkpoint is begun, as a share of its expected size.
 _HEADROOM = 1.1
 
@@ -57,6 +55,28 @@ class Progress:
     tokens_total: int
     loss: float
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save whose bytes are being written."""
+
+    progress: Progress
+    versions: Versions
+    started: float
+    partial: Path
+    published: Path
+    writer: ShareWriter
+    # Megatron's: where it looks for what was written, and what it does when everything is.
+    results: Any
+    finalize: list[Callable[[], None]]
+
+    def collect(self) -> list[FileEntry]:
+        """Wait for this rank's files. Raises `OSError`."""
+        results, entries = self.writer.result()
+        if self.results is not None:
+            self.results.put(results)
+        return entries
 
 
 def folder_name(step: int) -> str:
@@ -74,39 +94,101 @@ class Checkpoints:
         self._reporter = reporter
         self._folder = Path(order.checkpoint_dir)
         self._spec_digest = spec_digest(order.spec)
+        self._host_copy = HostCopy(session.device)
+        self._pending: _Pending | None = None
+        install_writer()
+        # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
+        gc.freeze()
+        atexit.register(gc.unfreeze)
 
-    def save(self, progress: Progress, versions: dict[str, str | None], *, must_succeed: bool) -> None:
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save was begun and is not published yet. The same on every rank."""
+        return self._pending is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's share of the save that is in flight is on the disk, or failed."""
+        return self._pending is not None and self._pending.writer.is_done
+
+    def save(self, progress: Progress, versions: Versions, *, must_succeed: bool) -> None:
         """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`."""
+        self.finish()
+        self._begin(progress, versions, must_succeed=must_succeed, is_copied=False)
+        self.finish(must_succeed=must_succeed)
+
+    def begin(self, progress: Progress, versions: Versions) -> None:
+        """Begin a save that goes on while training does; `finish` publishes it. One that is in flight is finished first."""
+        self.finish()
+        self._begin(progress, versions, must_succeed=False, is_copied=True)
+
+    def _begin(self, progress: Progress, versions: Versions, *, must_succeed: bool, is_copied: bool) -> None:
         started = time.perf_counter()
         self._reporter.emit(CheckpointStarted(step=progress.step))
         published = self._folder / folder_name(progress.step)
         partial = published.with_name(published.name + ".partial")
         try:
-            if not self._gather(lambda: dist.get_rank() == 0 and self._is_same(published, progress))[0]:
-                self._attempt(lambda: self._stage_folder(partial))
-                self._gather(lambda: self._write(partial), (CheckpointException, CheckpointSaveFailed))
-                entries = self._gather(lambda: self._describe_share(partial))
-                self._attempt(lambda: self._publish(partial, published, progress, versions, entries))
+            if self._gather(lambda: dist.get_rank() == 0 and self._is_same(published, progress))[0]:
+                self._announce(progress.step, published, started)
+                return
+            self._gather(lambda: self._stage_folder(partial))
+            requests: list[Any] = []
+            plans = (CheckpointException, CheckpointSaveFailed)
+            self._gather(lambda: requests.append(self._plan(partial)), plans)
         except CheckpointSaveFailed as error:
-            reason = self._explain(error)
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            anomaly = AnomalyDetected(step=progress.step, what="checkpoint_failed", detail={"error": reason})
-            self._reporter.emit(anomaly)
-            if must_succeed:
-                raise CheckpointSaveFailed(reason) from error
+            self._fail(error, progress.step, partial, must_succeed=must_succeed)
+            return
+        request = requests[0]
+        files, results = request.async_fn_args[1:] if request.async_fn_args else ([], None)
+        copied = self._copy(files) if is_copied else None
+        writer = ShareWriter(partial, *(copied or (files, lambda: None)))
+        self._pending = _Pending(
+            progress, versions, started, partial, published, writer, results, request.finalize_fns
+        )
+        if is_copied and copied is None:
+            # The threads read what training would change.
+            self.finish()
+
+    def finish(self, *, must_succeed: bool = False) -> None:
+        """Wait for the save that is in flight, if there is one, and publish it. Fails as `save` does."""
+        if (pending := self._pending) is None:
+            return
+        self._pending = None
+        try:
+            entries = self._gather(pending.collect)
+            self._gather(lambda: self._finalize(pending), (CheckpointException, CheckpointSaveFailed))
+            known = [entry for share in entries for entry in share]
+            rest = self._gather(lambda: self._describe_rest(pending.partial, known))
+            files = known + [entry for share in rest for entry in share]
+            self._gather(lambda: self._publish(pending, files))
+        except CheckpointSaveFailed as error:
+            self._fail(error, pending.progress.step, pending.partial, must_succeed=must_succeed)
+            return
+        self._announce(pending.progress.step, pending.published, pending.started)
+
+    def _announce(self, step: int, published: Path, started: float) -> None:
+        if not self._session.layout.reports:
             return
         data = (published / manifests.NAME).read_bytes()
         total = len(data) + sum(entry.bytes for entry in manifests.read(published, None).files)
         self._reporter.emit(
             CheckpointPublished(
-                step=progress.step,
+                step=step,
                 path=str(published),
                 bytes=total,
                 manifest_digest=manifests.digest(data),
                 seconds=time.perf_counter() - started,
             )
         )
+
+    def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
+        reason = self._explain(error)
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
+        self._reporter.emit(anomaly)
+        if must_succeed:
+            raise CheckpointSaveFailed(reason) from error
 
     def load(self) -> Manifest:
         """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams.
@@ -137,7 +219,9 @@ class Checkpoints:
         same_layout = {"ep": 1} | manifest.layout == self._session.layout.sizes
         optimizer = self._trainee.optimizer
         megatron_edges.prepare_adamw_for_load(optimizer)
-        state = dist_checkpointing.load(self._state(is_loading=True, with_rng=same_layout), str(folder))
+        state = dist_checkpointing.load(
+            sharded_state(self._session, self._trainee, is_loading=True, with_rng=same_layout), str(folder)
+        )
         for i, chunk in enumerate(self._trainee.chunks):
             chunk.load_state_dict(
                 {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
@@ -152,32 +236,6 @@ class Checkpoints:
                 torch.cuda.set_rng_state(state["rng"]["cuda"])
             tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
         return manifest
-
-    def _state(self, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
-        layout = self._session.layout
-        content = dict(
-            _CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True)
-        )
-        # The unwrapped modules: DDP and Float16Module would put their own prefix before every name.
-        state: dict[str, Any] = {
-            f"model{i}": chunk.sharded_state_dict(metadata=content)
-            for i, chunk in enumerate(self._trainee.chunks)
-        }
-        state["optimizer"] = self._trainee.optimizer.sharded_state_dict(
-            state, is_loading=is_loading, metadata=content
-        )
-        if with_rng:
-            is_cuda = self._session.device.type == "cuda"
-            streams = {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if is_cuda else None,
-                "streams": tensor_parallel.get_cuda_rng_tracker().get_states(),
-            }
-            place = (layout.pp_rank, layout.tp_rank, layout.dp_rank * layout.cp + layout.cp_rank)
-            state["rng"] = ShardedObject(
-                "rng", streams, (layout.pp, layout.tp, layout.dp * layout.cp), place, replica_id=0
-            )
-        return state
 
     def _is_same(self, published: Path, progress: Progress) -> bool:
         """Whether this very step is already published and whole, by an earlier attempt that computed the same."""
@@ -217,29 +275,51 @@ class Checkpoints:
                 f"No space left on device: {partial} has {free} bytes free, a checkpoint needs {need}"
             )
 
-    def _write(self, partial: Path) -> None:
-        megatron_edges.use_in_process_queue()
-        state = self._state(is_loading=False, with_rng=True)
-        strategy = TorchDistSaveShardedStrategy(thread_count=_WRITERS)
-        with megatron_edges.keep_rank_zero_in_step():
-            dist_checkpointing.save(state, str(partial), strategy, content_metadata=_CONTENT)
+    def _plan(self, partial: Path) -> Any:
+        state = sharded_state(self._session, self._trainee, is_loading=False, with_rng=True)
+        strategy = TorchDistSaveShardedStrategy(thread_count=writers())
+        return dist_checkpointing.save(
+            state,
+            str(partial),
+            strategy,
+            content_metadata=CONTENT,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
 
-    def _describe_share(self, partial: Path) -> list[manifests.FileEntry]:
-        names = manifests.list_files(partial)[dist.get_rank() :: dist.get_world_size()]
+    def _copy(self, files: list[FilePlan]) -> tuple[list[FilePlan], Callable[[], object]] | None:
+        """A copy of this rank's share in host memory, or None when a rank has no room for its own."""
+        copied, reason = None, None
+        try:
+            copied = self._host_copy.take(files)
+        except (MemoryError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reasons := [r for r in gather(reason) if r]:
+            if dist.get_rank() == 0:
+                _log.warning("a checkpoint is saved while training waits: %s", reasons[0])
+            return None
+        return copied
+
+    @staticmethod
+    def _finalize(pending: _Pending) -> None:
+        with megatron_edges.keep_rank_zero_in_step():
+            for finalize in pending.finalize:
+                finalize()
+
+    @staticmethod
+    def _describe_rest(partial: Path, known: list[FileEntry]) -> list[FileEntry]:
+        """What Megatron wrote on rank 0 at the end: small files that name the others."""
+        if dist.get_rank() != 0:
+            return []
+        names = sorted({*manifests.list_files(partial)} - {entry.name for entry in known})
         for name in names:
             fsync_file(partial / name)
         return manifests.describe(partial, names)
 
-    def _publish(
-        self,
-        partial: Path,
-        published: Path,
-        progress: Progress,
-        versions: dict[str, str | None],
-        entries: list[list[manifests.FileEntry]],
-    ) -> None:
+    def _publish(self, pending: _Pending, files: list[FileEntry]) -> None:
         if not self._session.layout.reports:
             return
+        progress, partial = pending.progress, pending.partial
         loss, grad_norm = _exact(progress)
         data = manifests.encode(
             Manifest(
@@ -255,8 +335,8 @@ class Checkpoints:
                 grad_norm=grad_norm,
                 layout=self._session.layout.sizes,
                 dtype=str(self._session.dtype).removeprefix("torch."),
-                versions=versions,
-                files=sorted((e for share in entries for e in share), key=lambda e: e.name),
+                versions=pending.versions,
+                files=sorted(files, key=lambda e: e.name),
             )
         )
         with open(partial / manifests.NAME, "wb") as file:
@@ -267,7 +347,7 @@ class Checkpoints:
         # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
         self._reporter.flush()
         # One that is there already is damaged, or of a history that is being redone differently.
-        publish_folder(partial, published)
+        publish_folder(partial, pending.published)
 
     def _explain(self, error: CheckpointSaveFailed) -> str:
         """The error, and that the disk is full where it is: Megatron's writer swallows the reason."""
@@ -280,11 +360,8 @@ class Checkpoints:
             f"{'No space left on device: ' if is_full else ''}{error} ({free} bytes free in {self._folder})"
         )
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        self._gather(action)
-
+    @staticmethod
     def _gather(
-        self,
         action: Callable[[], Any],
         failures: tuple[type[BaseException], ...] = (OSError, RuntimeError),
     ) -> list[Any]:

@@ -55,13 +55,17 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
 
 @dataclass(frozen=True)
 class _Sums:
-    """One step over all ranks: sums, but for the gradient's norm and the peak memory in bytes (of the fullest rank)."""
+    """One step over all ranks: sums, but for the gradient's norm and the peak memory in bytes (of the fullest rank).
+
+    `is_written`: every rank has its share of the save that is in flight on the disk.
+    """
 
     loss: float
     grad_norm: float
     real: int
     padded: int
     stop: bool
+    is_written: bool
     peak_memory: int
 
 
@@ -95,6 +99,7 @@ class Attempt:
         self._saved_step = 0
         # The rows and micro-batches of the step that comes, made while the step before is computed.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
+        self._is_written = False
         self._meter = Meter(shape, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
@@ -118,6 +123,8 @@ class Attempt:
         stop = False
         while self._progress.step < self._order.planned_steps and not stop:
             stop = self._train_step()
+            if self._is_written:
+                self._checkpoints.finish()
             is_last = self._progress.step == self._order.planned_steps
             if stop and not is_last:
                 # First of all: who asked for the stop may not wait for a validation.
@@ -125,7 +132,11 @@ class Attempt:
             if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
                 self._validate()
             if is_last or _is_due(self._progress.step, self._spec.trainer.save_interval):
-                self._save(must_succeed=is_last)
+                if is_last or not self._spec.checkpoint.async_save:
+                    self._save(must_succeed=is_last)
+                else:
+                    self._begin_save()
+        self._checkpoints.finish()
 
     def _read_shape(self) -> ModelShape:
         try:
@@ -208,6 +219,7 @@ class Attempt:
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
         sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
         seconds = time.perf_counter() - started
+        self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
         lengths = self._train.lengths[rows].astype(float)
         event = StepCompleted(
@@ -260,6 +272,8 @@ class Attempt:
             self._watch.add(event.loss)
         # What is trained again went on in the log, or ends with this step by itself.
         if policy in ("stop", "rollback") and self._order.last_step is None:
+            # Of a step before this one: where the next attempt may start.
+            self._checkpoints.finish()
             self._reporter.flush()
             text = f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}"
             # Two lines, for the traceback shows one, and what ended the attempt is read off it.
@@ -281,9 +295,8 @@ class Attempt:
         # A place for each rank: a sum that is a gather.
         memory = [0.0] * dist.get_world_size()
         memory[dist.get_rank()] = float(self._meter.peak_memory())
-        mine = torch.tensor(
-            [real * layout.counts, padded * layout.counts, wants_stop, *memory], dtype=torch.float64
-        ).to(loss.device, non_blocking=True)
+        counts = [real * layout.counts, padded * layout.counts, wants_stop, self._checkpoints.is_written]
+        mine = torch.tensor([*counts, *memory], dtype=torch.float64).to(loss.device, non_blocking=True)
         vector = torch.cat([(loss * layout.counts)[None], mine])
         dist.all_reduce(vector)
         values = torch.cat([vector, norm[None]]).tolist()
@@ -293,7 +306,8 @@ class Attempt:
             real=int(values[1]),
             padded=int(values[2]),
             stop=values[3] > 0,
-            peak_memory=int(max(values[4:-1])),
+            is_written=values[4] == dist.get_world_size(),
+            peak_memory=int(max(values[5:-1])),
         )
 
     def _validate(self) -> None:
@@ -310,9 +324,18 @@ class Attempt:
     def _save(self, *, must_succeed: bool) -> None:
         if self._saved_step == self._progress.step:
             return
-        versions = {name: self._environment[name] for name in ("sftd", "python", "torch", "megatron_core")}
-        self._checkpoints.save(self._progress, versions, must_succeed=must_succeed)
+        self._checkpoints.save(self._progress, self._versions(), must_succeed=must_succeed)
         self._saved_step = self._progress.step
+
+    def _begin_save(self) -> None:
+        """A save that training does not wait for. The step after which every rank has written its share publishes it."""
+        if self._saved_step == self._progress.step:
+            return
+        self._checkpoints.begin(self._progress, self._versions())
+        self._saved_step = self._progress.step
+
+    def _versions(self) -> dict[str, str | None]:
+        return {name: self._environment[name] for name in ("sftd", "python", "torch", "megatron_core")}
 
 
 def _unchanged(paths: list[str], submitted: str) -> str:

@@ -80,7 +80,7 @@ def read(folder: Path, expected_digest: str | None) -> Manifest:
         raise CheckpointInvalid(f"{NAME} cannot be read: {error.strerror}") from error
     if expected_digest is not None and digest(data) != expected_digest:
         raise CheckpointInvalid(
-            f"{NAME} is not the one that was published (sha256 {digest(data)}, not {expected_digest})"
+            f"{NAME} is not the one that was published (sha256 {digest(data)}, not {expected_digest}): {_whose(data)}"
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -89,6 +89,14 @@ def read(folder: Path, expected_digest: str | None) -> Manifest:
     if manifest.schema_version > SCHEMA_VERSION:
         raise CheckpointInvalid(f"{NAME} has schema version {manifest.schema_version}: a newer sftd wrote it")
     return manifest
+
+
+def _whose(data: bytes) -> str:
+    try:
+        found = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        return f"it is torn or no manifest ({error})"
+    return f"it is of step {found.step} of run {found.run_id}, spec {found.spec_digest[:12]}"
 
 
 def find_damage(folder: Path, entries: Iterable[FileEntry]) -> str | None:

@@ -6,21 +6,15 @@ Every function names the line that makes it necessary, so that a Megatron upgrad
 from __future__ import annotations
 
 import contextlib
-import queue
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.jit import disable_jit_fuser
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 
 from sftd.trainer.errors import CheckpointSaveFailed
@@ -56,15 +50,6 @@ def install_for_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     disable_jit_fuser()
-
-
-def use_in_process_queue() -> None:
-    """Collect the results of a synchronous save through a plain queue.
-
-    filesystem_async.py:53 spawns a Manager process for it, although the writers are threads of this process: half a
-    second at the first save, and an orphan after a SIGKILL.
-    """
-    filesystem_async._results_queue = queue.Queue()
 
 
 @contextlib.contextmanager
@@ -149,74 +134,3 @@ def separate_adamw_steps(optimizer: MegatronOptimizer) -> None:
         for state in adamw.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
-
-
-def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Make the `fully_reshardable` optimizer format lean, and loadable with torch's AdamW.
-
-    - distrib_optimizer.py:1223 looks up every tensor of AdamW's state, its `step` included, which no format stores:
-      what a checkpoint does not hold is passed as None, which the lookup skips.
-    - distrib_optimizer.py:1262 gathers by way of three copies. Where one rank holds all of the state (no data
-      parallelism), its own tensors go into the same format as they are: 8 s less for 135 M parameters on a CPU.
-    - FP32 weights are their own master copy (the two share memory), so the master copy is left out.
-    """
-    for part in parts_of(optimizer):
-        if not isinstance(part, DistributedOptimizer):
-            continue
-        set_states, gathered = (
-            part._set_main_param_and_optimizer_states,
-            part.sharded_param_state_fully_reshardable,
-        )
-        keys = (
-            part.optimizer_state_keys
-            if part.config.params_dtype == torch.float32
-            else ("param", *part.optimizer_state_keys)
-        )
-
-        def pass_missing(
-            parameter: torch.nn.Parameter, tensors: dict[str, Any], set_states: Any = set_states
-        ) -> None:
-            set_states(parameter, {"step": None, "param": None, **tensors})
-
-        def param_state(
-            model: dict[str, Any],
-            is_loading: bool = False,
-            metadata: dict[str, Any] | None = None,
-            part: DistributedOptimizer = part,
-            gathered: Any = gathered,
-            keys: tuple[str, ...] = keys,
-        ) -> dict[int, dict[str, ShardedBase]]:
-            if is_loading or part.data_parallel_group.size() > 1:
-                state = gathered(model, is_loading, metadata)
-                return {i: {k: v for k, v in tensors.items() if k in keys} for i, tensors in state.items()}
-            return _own_param_state(part, model, keys)
-
-        part._set_main_param_and_optimizer_states = pass_missing
-        part.sharded_param_state_fully_reshardable = param_state
-
-
-def _own_param_state(
-    part: DistributedOptimizer, model: dict[str, Any], keys: tuple[str, ...]
-) -> dict[int, dict[str, ShardedBase]]:
-    """What DistributedOptimizer.sharded_param_state_fully_reshardable returns, out of this rank's own tensors."""
-    places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model)[0])}
-    state: dict[int, dict[str, ShardedBase]] = {}
-    for parameter in (p for buffer in part.buffers for p in buffer.param_index_map):
-        place = places[parameter]
-        tensors = part._get_main_param_and_optimizer_states(parameter)
-        state[len(state)] = {
-            key: replace(
-                place,
-                key=f"optimizer.state.{key}.{place.key}",
-                data=tensors[key].detach().view(parameter.shape),
-            )
-            if isinstance(place, ShardedTensorFactory)
-            else replace(
-                place,
-                key=f"optimizer.state.{key}.{place.key}",
-                data=tensors[key].detach().view(parameter.shape),
-                dtype=tensors[key].dtype,
-            )
-            for key in keys
-        }
-    return state

@@ -14,10 +14,10 @@ from sftd.domain.spec import Spec
 from sftd.trainer.megatron_edges import (
     adamw_of,
     fuse_adamw,
-    install_optimizer_state,
     parts_of,
     use_torch_adamw,
 )
+from sftd.trainer.optimizer_state import install_optimizer_state
 from sftd.trainer.session import Session
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests.warm import Ranks, WarmTrainer
 
 VOCAB = 250
 TRAIN_ROWS = 37
@@ -270,6 +272,22 @@ class Trainer:
             pytest.fail(f"exit code {code}\n{output[-6000:]}")
         return Run(attempt, code, output)
 
+    def train(self, warm: WarmTrainer, attempt: AttemptDir, *, expect: int = 0) -> Run:
+        """Train an attempt to its end without torchrun."""
+        return self.ended(attempt, self.start_warm(warm, attempt), expect=expect)
+
+    def start_warm(self, warm: WarmTrainer, attempt: AttemptDir) -> Ranks:
+        """The ranks of an attempt without torchrun."""
+        return warm.attempt(attempt.path, attempt.order().spec.world_size, attempt.output_log)
+
+    def ended(self, attempt: AttemptDir, ranks: Ranks, *, expect: int = 0) -> Run:
+        """Wait for the end; anything but the expected exit code of a rank fails the test with the output."""
+        codes = ranks.wait()
+        run = Run(attempt, codes[0], attempt.output_log.read_text(errors="replace"))
+        if any(code != expect for code in codes):
+            pytest.fail(f"exit codes {codes}\n{run.output[-6000:]}")
+        return run
+
     def run(self, name: str, ranks: int = 1, **overrides: Any) -> Run:
         """Train an attempt from the pretrained model to its end, once per name in the whole test session."""
         if name not in self._done:
@@ -282,6 +300,14 @@ class Trainer:
 def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path) -> Trainer:
     """Runs attempts, and keeps those that have ended for other tests to compare with."""
     return Trainer(tmp_path_factory.mktemp("attempts"), models, data)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmTrainer]:
+    """Starts ranks without torchrun, in a fraction of its time."""
+    process = WarmTrainer()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

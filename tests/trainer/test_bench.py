@@ -85,3 +85,13 @@ def test_random_model_and_data_can_be_trained(trainer: Trainer, tmp_path: Path) 
     assert run.events(ModelLoaded)[0].parameters == reference.num_parameters()
     assert [v.rows for v in run.events(ValidationCompleted)] == [2, 2]
     assert run.steps()[1].loss == pytest.approx(math.log(250), abs=0.1)
+
+
+def test_the_cost_of_checkpoints_is_measured() -> None:
+    output = script("bench_checkpoint.py", "--shape", "tiny", "--device", "cpu", "--steps", 1)
+    (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert found["bytes"] > 0
+    assert found["load"] > 0
+    for saved in found["async"]:
+        assert saved["steps"] >= 1
+        assert 0 < saved["blocking"] < saved["seconds"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import resource
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool
 from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded
 from sftd.trainer.manifest import FileEntry, Manifest
+from sftd.trainer.rectangles import rectangles
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 
 if TYPE_CHECKING:
@@ -229,3 +231,17 @@ def test_a_folder_is_put_in_place_of_an_old_one(tmp_path: Path, monkeypatch: pyt
             folder_swap.publish_folder(new, tmp_path / "published")
             assert (tmp_path / "published/file").read_text() == content
             assert [p.name for p in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_range_of_elements_is_cut_into_rectangles_in_order() -> None:
+    numbers = random.Random(1)
+    for _ in range(500):
+        shape = tuple(numbers.randint(1, 5) for _ in range(numbers.randint(0, 4)))
+        whole = np.arange(math.prod(shape)).reshape(shape)
+        start = numbers.randint(0, whole.size)
+        end = numbers.randint(start, whole.size)
+        found = [
+            whole[tuple(slice(o, o + s) for o, s in zip(offset, sides, strict=True))].ravel()
+            for offset, sides in rectangles(shape, start, end)
+        ]
+        assert np.concatenate([*found, []]).tolist() == list(range(start, end))

@@ -16,6 +16,7 @@ from sftd.domain.events import (
     AnomalyDetected,
     CheckpointPublished,
     CheckpointRejected,
+    CheckpointStarted,
     StepCompleted,
     TrainingResumed,
     ValidationCompleted,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sftd.domain.events import Event
     from sftd.wire.attempt_dir import AttemptDir
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.warm import WarmTrainer
 
 
 def exact(run: Run) -> dict[int, tuple[Any, ...]]:
@@ -56,7 +58,9 @@ def wait_for(attempt: AttemptDir, process: subprocess.Popen[bytes], is_it: Calla
         pytest.fail(f"ended with {code}\n{attempt.output_log.read_text()[-4000:]}")
 
 
-def resume(trainer: Trainer, name: str, first: Run, step: int, ranks: int = 1, **overrides: Any) -> Run:
+def resume(
+    trainer: Trainer, warm: WarmTrainer, name: str, first: Run, step: int, ranks: int = 1, **overrides: Any
+) -> Run:
     published = next(e for e in first.events(CheckpointPublished) if e.step == step)
     attempt = trainer.prepare(
         name,
@@ -65,7 +69,7 @@ def resume(trainer: Trainer, name: str, first: Run, step: int, ranks: int = 1, *
         checkpoint_digest=published.manifest_digest,
         checkpoint_dir=first.attempt.order().checkpoint_dir,
     )
-    return trainer.finish(attempt, trainer.start(attempt))
+    return trainer.train(warm, attempt)
 
 
 def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) -> None:
@@ -91,26 +95,41 @@ def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) 
     assert weights_digests(resumed, 6) == weights_digests(base, 6)
 
 
-def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer) -> None:
-    whole = trainer.run("dp2_whole", 2, trainer__save_interval=0)
+def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer, warm: WarmTrainer) -> None:
+    whole = trainer.train(warm, trainer.prepare("dp2_whole", trainer.spec(2, trainer__save_interval=0)))
     attempt = trainer.prepare("dp2_stopped", whole.attempt.order().spec)
-    process = trainer.start(attempt)
-    wait_for(attempt, process, lambda e: isinstance(e, StepCompleted))
+    ranks = trainer.start_warm(warm, attempt)
+    ranks.until(attempt.journal, lambda e: isinstance(e, StepCompleted))
     attempt.request_stop()
-    stopped = trainer.finish(attempt, process)
+    stopped = trainer.ended(attempt, ranks)
     step = stopped.events(StepCompleted)[-1].step
     assert [c.step for c in stopped.events(CheckpointPublished)] == [step]
-    resumed = resume(trainer, "dp2_stopped-2", stopped, step, 2, trainer__save_interval=0)
+    resumed = resume(trainer, warm, "dp2_stopped-2", stopped, step, 2, trainer__save_interval=0)
     assert exact(stopped) | exact(resumed) == exact(whole)
     assert weights_digests(resumed, 6) == weights_digests(whole, 6)
 
 
-def test_ranks_that_share_sequences_go_on_bit_for_bit(trainer: Trainer) -> None:
+def test_ranks_that_share_sequences_go_on_bit_for_bit(trainer: Trainer, warm: WarmTrainer) -> None:
     layout = {"model__megatron__context_parallel_size": 2, "training__use_rmpad": True, "data__val_files": []}
-    whole = trainer.run("cp2_whole", 2, **layout)
-    resumed = resume(trainer, "cp2_resumed", whole, 3, 2, **layout)
+    whole = trainer.train(warm, trainer.prepare("cp2_whole", trainer.spec(2, **layout)))
+    resumed = resume(trainer, warm, "cp2_resumed", whole, 3, 2, **layout)
     assert exact(resumed) == {step: numbers for step, numbers in exact(whole).items() if step > 3}
     assert weights_digests(resumed, 6) == weights_digests(whole, 6)
+
+
+def test_a_stop_waits_for_the_save_that_is_in_flight(trainer: Trainer, warm: WarmTrainer) -> None:
+    spec = trainer.spec(
+        data__val_files=[], trainer__max_steps=60, trainer__save_interval=1, checkpoint__async_save=True
+    )
+    attempt = trainer.prepare("stopped_while_saving", spec)
+    ranks = trainer.start_warm(warm, attempt)
+    ranks.until(attempt.journal, lambda e: isinstance(e, CheckpointStarted) and e.step == 3)
+    attempt.request_stop()
+    run = trainer.ended(attempt, ranks)
+    steps = [s.step for s in run.events(StepCompleted)]
+    assert len(steps) < 60
+    assert [c.step for c in run.events(CheckpointStarted)] == steps
+    assert [c.step for c in run.events(CheckpointPublished)] == steps
 
 
 def test_sigterm_saves_a_checkpoint_at_the_step_boundary(trainer: Trainer) -> None:
@@ -124,24 +143,13 @@ def test_sigterm_saves_a_checkpoint_at_the_step_boundary(trainer: Trainer) -> No
     assert not run.errors()
 
 
-def test_another_layout_goes_on_within_rounding_and_keeps_what_is_published(
-    trainer: Trainer, base: Run
-) -> None:
-    megatron = {"model__megatron__tensor_model_parallel_size": 2}
-    attempt = trainer.prepare("resharded", trainer.spec(2, **megatron), checkpoint=str(base.checkpoint(3)))
-    run = trainer.finish(attempt, trainer.start(attempt))
-    for step, event in run.steps().items():
-        assert event.loss == pytest.approx(base.steps()[step].loss, rel=1e-5)
-        assert event.samples_digest == base.steps()[step].samples_digest
-
-
-def test_a_redone_step_keeps_the_published_checkpoint(trainer: Trainer, base: Run) -> None:
+def test_a_redone_step_keeps_the_published_checkpoint(trainer: Trainer, warm: WarmTrainer, base: Run) -> None:
     before = base.events(CheckpointPublished)[-1]
     spec = base.attempt.order().spec
     attempt = trainer.prepare(
         "redone", spec, checkpoint=str(base.checkpoint(3)), checkpoint_dir=str(base.checkpoint(3).parent)
     )
-    run = trainer.finish(attempt, trainer.start(attempt))
+    run = trainer.train(warm, attempt)
     after = run.events(CheckpointPublished)[-1]
     assert (after.path, after.bytes, after.manifest_digest) == (
         before.path,
@@ -161,20 +169,20 @@ class Payload:
 
 
 def test_a_tampered_checkpoint_is_rejected_before_it_is_unpickled(
-    trainer: Trainer, base: Run, tmp_path: Path
+    trainer: Trainer, warm: WarmTrainer, base: Run, tmp_path: Path
 ) -> None:
     folder = tmp_path / "step-00000003"
     shutil.copytree(base.checkpoint(3), folder)
     proof = tmp_path / "unpickled"
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(proof)))
     attempt = trainer.prepare("tampered", base.attempt.order().spec, checkpoint=str(folder))
-    run = trainer.finish(attempt, trainer.start(attempt), expect=1)
+    run = trainer.train(warm, attempt, expect=1)
     rejected = run.events(CheckpointRejected)
     assert [(e.step, e.path) for e in rejected] == [(3, str(folder))]
     assert ".metadata" in rejected[0].reason
     assert not run.events(StepCompleted)
     assert not proof.exists()
-    assert "CheckpointInvalid" in run.errors()
+    assert "CheckpointInvalid" in run.output
 
 
 def test_a_full_disk_costs_a_checkpoint_but_not_the_training(trainer: Trainer) -> None:

@@ -1,16 +1,27 @@
-"""A save that fails on one rank alone: every rank hears of it, none waits for ever, and training goes on."""
+"""Saves that fail, and checkpoints that were damaged: an event and a sentence each, and training goes on where it can."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from sftd.domain.events import AnomalyDetected, CheckpointPublished
+from sftd.domain.events import (
+    AnomalyDetected,
+    CheckpointPublished,
+    CheckpointRejected,
+    ModelLoaded,
+    StepCompleted,
+)
+from sftd.trainer import manifest as manifests
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
+    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.warm import WarmTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +59,91 @@ def test_rank_zero_alone_cannot_write(trainer: Trainer, tmp_path: Path) -> None:
     assert [e.step for e in failed] == [3]
     assert "No space left on device" in failed[0].detail["error"]
     assert [e.step for e in run.events(CheckpointPublished)] == [6]
+
+
+@pytest.fixture(scope="module")
+def whole(trainer: Trainer, warm: WarmTrainer) -> Run:
+    return trainer.train(warm, trainer.prepare("whole", trainer.spec(data__val_files=[])))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, whole: Run) -> Iterator[Path]:
+    """A file system that looks large enough for a checkpoint, and is not."""
+    published = whole.events(CheckpointPublished)[0]
+    looked_for = int(1.1 * 12 * whole.events(ModelLoaded)[0].parameters)
+    assert looked_for + 20_000 < published.bytes, "what files add to the tensors would fit too"
+    folder = tmp_path / "small"
+    folder.mkdir()
+    size = (looked_for + published.bytes) // 2
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "sftd-test", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"NOT TESTED: a full disk, as this user may not mount one: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_disk_that_fills_up_costs_checkpoints_but_no_step(
+    trainer: Trainer, warm: WarmTrainer, whole: Run, small_disk: Path, is_async: bool
+) -> None:
+    spec = trainer.spec(data__val_files=[], checkpoint__async_save=is_async, trainer__save_interval=2)
+    attempt = trainer.prepare(f"small-disk-{is_async}", spec, checkpoint_dir=str(small_disk / "checkpoints"))
+    run = trainer.train(warm, attempt, expect=1)
+    assert [(s.step, s.loss) for s in run.events(StepCompleted)] == [
+        (s.step, s.loss) for s in whole.events(StepCompleted)
+    ]
+    failed = run.events(AnomalyDetected)
+    assert [(a.step, a.what) for a in failed] == [(step, "checkpoint_failed") for step in (2, 4, 6)]
+    assert all("No space left on device" in a.detail["error"] for a in failed)
+    assert not run.events(CheckpointPublished)
+    assert not list((small_disk / "checkpoints").iterdir())
+    assert "CheckpointSaveFailed" in run.output
+
+
+def flip(folder: Path, _: Path) -> str:
+    victim = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    return f"{victim.name} has sha256"
+
+
+def lose(folder: Path, _: Path) -> str:
+    victim = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    victim.unlink()
+    return f"{victim.name} is missing"
+
+
+def truncate(folder: Path, _: Path) -> str:
+    path = folder / manifests.NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    return "it is torn or no manifest"
+
+
+def exchange(folder: Path, other: Path) -> str:
+    found = manifests.read(other, None)
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    return f"it is of step {found.step} of run run, spec {found.spec_digest[:12]}"
+
+
+@pytest.mark.parametrize("damage", [flip, lose, truncate, exchange])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    trainer: Trainer, warm: WarmTrainer, whole: Run, tmp_path: Path, damage: Callable[[Path, Path], str]
+) -> None:
+    folder = tmp_path / "step-00000003"
+    shutil.copytree(whole.checkpoint(3), folder)
+    reason = damage(folder, whole.checkpoint(6))
+    digest = whole.events(CheckpointPublished)[0].manifest_digest
+    attempt = trainer.prepare(
+        damage.__name__, whole.attempt.order().spec, checkpoint=str(folder), checkpoint_digest=digest
+    )
+    run = trainer.train(warm, attempt, expect=1)
+    (rejected,) = run.events(CheckpointRejected)
+    assert (rejected.step, rejected.path) == (3, str(folder))
+    assert reason in rejected.reason
+    assert not run.events(StepCompleted)

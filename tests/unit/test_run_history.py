@@ -163,11 +163,10 @@ def test_events_that_change_no_state_only_count() -> None:
             architecture="a", parameters=1, dtype="f", device="cpu", seconds=1.0, environment={}
         ),
         events.SampleGenerated(step=0, prompt="p", text="t", tokens=1, stopped=True),
-        events.CheckpointStarted(step=1),
     )
     after = log.run
     assert msgspec.structs.replace(after, version=before.version, updated_at=before.updated_at) == before
-    assert after.version == before.version + 3
+    assert after.version == before.version + 2
 
 
 def test_adoption_changes_the_daemon_and_nothing_else() -> None:
@@ -631,3 +630,12 @@ def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
         log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False
     )
     assert other is not None
+
+
+def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at() -> None:
+    log = Log(planned=9).claim().train(2)
+    log.add(validated(2, 1.5), events.CheckpointStarted(step=2))
+    log.train(4)
+    log.add(validated(4, 1.0), published(2))
+    found = {c.step: c for c in log.run.checkpoints}[2]
+    assert (found.tokens_total, found.val_loss) == (2 * TOKENS, 1.5)

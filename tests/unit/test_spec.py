@@ -240,7 +240,6 @@ def test_keys_that_are_not_texts_are_refused_not_crashed_on() -> None:
     [
         ([("trainer.max_steps", 5), ("trainer.epochs", 2)], "trainer.epochs"),
         ([("scheduler.warmup_steps", 5), ("scheduler.warmup_ratio", 0.5)], "scheduler.warmup_ratio"),
-        ([("checkpoint.async_save", True)], "checkpoint.async_save"),
         ([("data.val_files", [])], "data.val_files"),
         ([("training.gradient_accumulation_steps", 3)], "training.gradient_accumulation_steps"),
         ([("training.micro_batch_tokens", 4096)], "training.micro_batch_tokens"),

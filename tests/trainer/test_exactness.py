@@ -1,0 +1,147 @@
+"""Killed and resumed, again and again: bit for bit the run that nobody disturbed, in every layout; and, to rounding, the
+same across layouts. One warm process forks the ranks of all attempts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sftd.domain.events import CheckpointPublished, CheckpointStarted, Event, StepCompleted, TrainingResumed
+from sftd.trainer import manifest as manifests
+
+if TYPE_CHECKING:
+    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.warm import WarmTrainer
+
+pytestmark = pytest.mark.slow
+
+SEED = 4
+STEPS = 10
+# Rows are 37, a batch is 8: the fifth step takes the first epoch's last rows and the second's first.
+EPOCH_ENDS = 5
+MEGATRON = "model__megatron__"
+TP2 = {MEGATRON + "tensor_model_parallel_size": 2}
+PP2 = {
+    MEGATRON + "pipeline_model_parallel_size": 2,
+    MEGATRON + "virtual_pipeline_model_parallel_size": 2,
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, TP2),
+    "pp2_vpp2": (2, PP2),
+}
+PLAN = {
+    "trainer__max_steps": STEPS,
+    "trainer__save_interval": 2,
+    "training__micro_batch_size_per_gpu": 2,
+    "data__val_files": [],
+}
+
+
+class Exactness:
+    """Attempts of the tiny Llama in the warm process."""
+
+    def __init__(self, trainer: Trainer, warm: WarmTrainer) -> None:
+        self._trainer = trainer
+        self._warm = warm
+        self._whole: dict[str, Run] = {}
+
+    def whole(self, layout: str) -> Run:
+        """The run that nobody disturbs, which saves while training waits."""
+        if layout not in self._whole:
+            self._whole[layout] = self.run(f"{layout}-whole", layout)
+        return self._whole[layout]
+
+    def run(
+        self,
+        name: str,
+        layout: str,
+        resumed: Run | None = None,
+        *,
+        step: int | None = None,
+        kill: Callable[[Event], bool] | None = None,
+        delay: float = 0.0,
+        **overrides: Any,
+    ) -> Run:
+        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed `delay` after such an event."""
+        ranks, sizes = LAYOUTS[layout]
+        order = {}
+        if resumed is not None:
+            order = newest(resumed, step)
+            if step is None:
+                order["checkpoint_dir"] = resumed.attempt.order().checkpoint_dir
+        attempt = self._trainer.prepare(name, self._trainer.spec(ranks, **PLAN | sizes | overrides), **order)
+        started = self._warm.attempt(attempt.path, ranks, attempt.output_log)
+        if kill:
+            started.until(attempt.journal, kill)
+            time.sleep(delay)
+            started.kill()
+        return self._trainer.ended(attempt, started, expect=-9 if kill else 0)
+
+
+def newest(run: Run, step: int | None) -> dict[str, Any]:
+    """What an order says of the checkpoint to go on from."""
+    found = [p for p in run.events(CheckpointPublished) if step is None or p.step == step]
+    if not found:
+        before = run.attempt.order()
+        return {"checkpoint": before.checkpoint, "checkpoint_digest": before.checkpoint_digest}
+    return {"checkpoint": found[-1].path, "checkpoint_digest": found[-1].manifest_digest}
+
+
+def exact(run: Run) -> dict[int, tuple[Any, ...]]:
+    """What must be the same bit for bit."""
+    return {
+        s.step: (s.loss.hex(), s.grad_norm.hex(), s.lr, s.epoch, s.tokens_total, s.samples_digest)
+        for s in run.events(StepCompleted)
+    }
+
+
+def contents(run: Run) -> dict[str, str]:
+    """sha256 of each file of the last checkpoint: weights, optimizer, random streams. `.metadata` names its own folder."""
+    files = manifests.read(run.checkpoint(STEPS), None).files
+    return {f.name: f.sha256 for f in files if f.name != ".metadata"}
+
+
+@pytest.fixture(scope="module")
+def attempts(trainer: Trainer, warm: WarmTrainer) -> Exactness:
+    return Exactness(trainer, warm)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_anywhere_it_goes_on_bit_for_bit(attempts: Exactness, layout: str) -> None:
+    """At a random step, at an epoch's end, and while a checkpoint is saved as training goes on."""
+    whole = attempts.whole(layout)
+    numbers = random.Random(f"{SEED} {layout}")
+    somewhere = numbers.randint(1, EPOCH_ENDS - 1)
+    kills: list[tuple[Callable[[Event], bool], float]] = [
+        (lambda e: isinstance(e, StepCompleted) and e.step == somewhere, 0.0),
+        (lambda e: isinstance(e, StepCompleted) and e.step == EPOCH_ENDS, 0.0),
+        (lambda e: isinstance(e, CheckpointStarted) and e.step >= 6, numbers.random() * 0.2),
+    ]
+    run, seen = None, {}
+    for number, (kill, delay) in enumerate([*kills, (None, 0.0)]):
+        name = f"{layout}-{number}"
+        run = attempts.run(name, layout, run, kill=kill, delay=delay, checkpoint__async_save=True)
+        steps = exact(run)
+        assert steps == {step: numbers for step, numbers in exact(whole).items() if step in steps}
+        seen |= steps
+    assert seen == exact(whole)
+    assert run is not None
+    assert contents(run) == contents(whole)
+
+
+@pytest.mark.parametrize("chain", [("one", "tp2", "pp2_vpp2"), ("dp2", "one")])
+def test_another_layout_goes_on_within_rounding(attempts: Exactness, chain: tuple[str, ...]) -> None:
+    first = attempts.whole("one")
+    run = attempts.whole(chain[0])
+    for number, layout in enumerate(chain[1:], 1):
+        run = attempts.run(f"{chain[0]}-to-{layout}", layout, run, step=4 * number)
+        assert run.events(TrainingResumed)[0].step == 4 * number
+    for step, event in run.steps().items():
+        assert event.loss == pytest.approx(first.steps()[step].loss, rel=1e-5)
+        assert event.samples_digest == first.steps()[step].samples_digest
