@@ -71,7 +71,7 @@ def views_up_to_date(store: Store) -> None:
         behind = positions.projection_position(connection, views.NAME) < event_store.last_position(connection)
     if behind:
         with store.write() as tx:
-            views.catch_up(tx.connection)
+            views.catch_up(tx)
 
 
 def lacks_daemon(settings: Settings) -> bool:

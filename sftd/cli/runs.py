@@ -70,8 +70,8 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
     elif not rows:
         click.echo("No runs. `sftd submit CONFIG` queues one; `sftd demo` shows how it all goes.")
     else:
-        for line in runs_table(rows, output.width(), colour=output.is_terminal()):
-            click.echo(line)
+        # In one piece: ten thousand calls of echo take a tenth of a second.
+        click.echo("\n".join(runs_table(rows, output.width(), colour=output.is_terminal())))
         if any(row.ended_at is None for row in rows) and app.lacks_daemon(settings):
             output.note("No daemon runs here, so this may be out of date: `sftd daemon --detach` starts one.")
 

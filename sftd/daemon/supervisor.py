@@ -20,9 +20,10 @@ from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire import journal
 
-_LINES_PER_TRANSACTION = 500
+# A commit waits for the disk, whatever is in it.
+_LINES_PER_TRANSACTION = 2000
 # A long backlog is taken in over several ticks, so that leases are renewed between them.
-_LINES_PER_TICK = 20 * _LINES_PER_TRANSACTION
+_LINES_PER_TICK = 5 * _LINES_PER_TRANSACTION
 # A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
 _STOP_SECONDS = 600.0
 _STACKS_SECONDS = 2.0
@@ -65,10 +66,13 @@ class Supervisor:
         if self._before is None:
             self._before = attempts.steps_before(self._store, self.lease)
         taken = 0
-        published = False
-        while self._verdict is None and taken < _LINES_PER_TICK:
+        published = caught_up = False
+        while self._verdict is None and taken < _LINES_PER_TICK and not caught_up:
             try:
                 lines, offset = self._read(_LINES_PER_TRANSACTION)
+                # The trainer goes on writing. What comes now is for the next tick: read at once, each line would have a
+                # transaction of its own, and the other attempts would wait.
+                caught_up = len(lines) < _LINES_PER_TRANSACTION
             except (JournalCorrupt, UnknownEvent) as error:
                 # What stands before the bad line is lost to this read; take it in one by one.
                 lines, offset = self._lines_before_corruption(error)

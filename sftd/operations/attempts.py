@@ -45,7 +45,7 @@ def claim(
     that a large run cannot starve. Returns None when nothing can start.
     """
     with store.write() as tx:
-        now = context.now()
+        now = tx.now(context.now())
         too_large: list[str] = []
         while (run_id := queue.next_waiting(tx, now, too_large)) is not None:
             run = current(tx.connection, run_id)
@@ -73,7 +73,9 @@ def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, l
     """Take a living attempt over from a daemon that is gone."""
     with store.write() as tx:
         run = current(tx.connection, old.run_id)
-        lease = Lease(old.run_id, old.attempt, context.new_id(), event.daemon, context.now() + lease_micros)
+        lease = Lease(
+            old.run_id, old.attempt, context.new_id(), event.daemon, tx.now(context.now()) + lease_micros
+        )
         if not queue.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
             raise LeaseLost
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
@@ -190,12 +192,14 @@ def finish(
         if run.status in ENDED:
             queue.leave(tx, run.run_id)
         else:
-            queue.wait_again(tx, run.run_id, run.retry_at or now)
+            # The back-off begins now, whatever this host's clock says.
+            wait = max(0, run.retry_at - now) if run.retry_at else 0
+            queue.wait_again(tx, run.run_id, tx.now(now) + wait)
         return run
 
 
 def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
     """Prolong leases. Returns those that were lost."""
     with store.write(appends=False) as tx:
-        held = queue.renew(tx, [lease.token for lease in leases], context.now() + lease_micros)
+        held = queue.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
     return [lease for lease in leases if lease.token not in held]

@@ -132,6 +132,9 @@ def collect(
         with store.write() as tx:
             if lease is not None:
                 queue.check(tx, run_id, lease.token)
+            elif queue.expires_at(tx.connection, run_id) is not None:
+                # Another attempt has begun meanwhile: its daemon decides.
+                return []
             run = current(tx.connection, run_id)
             gone = [
                 e.CheckpointDeleted(

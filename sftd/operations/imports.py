@@ -54,7 +54,7 @@ def take_in(store: Store, context: Context, folder: str) -> Imported:
                 _append(tx, context, submission.run_id, len(known), new)
             if not known:
                 # It waits for nobody, but `sftd resume` may queue it.
-                queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, context.now())
+                queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
                 queue.leave(tx, submission.run_id)
             found = current(tx.connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]

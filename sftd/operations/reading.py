@@ -88,7 +88,9 @@ def raw_events(
 
 
 def queued(store: Store, now: int) -> tuple[set[str], set[str]]:
-    """Ids of the runs that wait, and of those that some daemon drives: whose lease has not expired at `now` (µs)."""
+    """Ids of the runs that wait, and of those that some daemon drives: whose lease has not expired. `now` is this host's
+    time (µs)."""
     with store.read() as connection:
+        now = store.clock(connection, now)
         waiting = {run_id for run_id, _ in queue.waiting(connection)}
         return waiting, {lease.run_id for lease in queue.leases(connection) if lease.expires_at > now}

@@ -25,7 +25,7 @@ def submit(
     run_id = names.run_id(context.random(4))
     with store.write() as tx:
         append_decided(tx, context, run_id, 0, [submitted])
-        queue.enqueue(tx, run_id, spec.launch.priority, context.now())
+        queue.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
     return run_id
 
 
@@ -47,7 +47,7 @@ def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         expires_at = queue.expires_at(tx.connection, run.run_id)
-        if expires_at is not None and expires_at > context.now():
+        if expires_at is not None and expires_at > tx.now(context.now()):
             what = f"is driven by the living daemon {run.daemon}"
             raise Refused(
                 Problem(run.run_id, what, f"use `sftd cancel {run.run_id}`, or stop that daemon first")
@@ -73,7 +73,7 @@ def resume(
         decided = decisions.request_resume(run, by, from_step, new, instead)
         append_decided(tx, context, run.run_id, run.version, decided)
         run = current(tx.connection, run.run_id)
-        queue.wait_again(tx, run.run_id, context.now(), priority=run.spec.launch.priority)
+        queue.wait_again(tx, run.run_id, tx.now(context.now()), priority=run.spec.launch.priority)
         return run
 
 
@@ -98,5 +98,5 @@ def fork(
         if forked.checkpoint is not None:
             pin = CheckpointPinned(step=forked.step, fork=run_id)
             append_decided(tx, context, parent_id, parent.version, [pin])
-        queue.enqueue(tx, run_id, spec.launch.priority, context.now())
+        queue.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
     return run_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from sftd.domain.evolve import fold
 from sftd.domain.retention import why_kept
 from sftd.domain.run import Run
 from sftd.store import event_store, positions
-from sftd.store.engine import Store, insert
+from sftd.store.engine import Store, Tx, insert
 from sftd.store.runs import encode_state
 from sftd.store.tables import view_checkpoints, view_runs
 
@@ -27,10 +28,17 @@ _BATCH = 1000
 _decoder = msgspec.json.Decoder(Run)
 
 
-def catch_up(connection: sa.Connection) -> int:
+def catch_up(tx: Tx) -> int:
     """Take in every event behind the views' position. Returns how many."""
+    connection = tx.connection
     position = positions.projection_position(connection, NAME)
     taken = 0
+    if tx.appended and not event_store.any_between(connection, position, tx.appended[0].position):
+        # What is at hand need not be read again.
+        _apply(connection, tx.appended)
+        position = tx.appended[-1].position
+        positions.set_projection_position(connection, NAME, position)
+        return len(tx.appended)
     while batch := event_store.read_all(connection, position, _BATCH):
         _apply(connection, batch)
         position = batch[-1].position
@@ -45,7 +53,7 @@ def rebuild(store: Store) -> int:
         for table in (view_runs, view_checkpoints):
             tx.execute(sa.delete(table))
         positions.set_projection_position(tx.connection, NAME, 0)
-        return catch_up(tx.connection)
+        return catch_up(tx)
 
 
 def dump(connection: sa.Connection) -> Iterator[bytes]:
@@ -76,8 +84,10 @@ def _text(value: float | str | None) -> str | None:
     return None if value is None else repr(value) if isinstance(value, float) else value
 
 
-def _write_run(connection: sa.Connection, run: Run) -> None:
-    values = {
+def run_row(run: Run) -> dict[str, Any]:
+    """The row of `view_runs` that a run has."""
+    return {
+        "run_id": run.run_id,
         "version": run.version,
         "status": run.status,
         "project": run.spec.trainer.project_name,
@@ -97,13 +107,18 @@ def _write_run(connection: sa.Connection, run: Run) -> None:
         "message": f"{run.cause}: {run.message}" if run.cause else None,
         "state": encode_state(run),
     }
-    statement = insert(connection, view_runs).values(run_id=run.run_id, **values)
+
+
+def _write_run(connection: sa.Connection, run: Run) -> None:
+    values = run_row(run)
+    statement = insert(connection, view_runs).values(values)
+    del values["run_id"]
     connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
 
 
-def _write_checkpoints(connection: sa.Connection, run: Run) -> None:
-    connection.execute(sa.delete(view_checkpoints).where(view_checkpoints.c.run_id == run.run_id))
-    rows = [
+def checkpoint_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `view_checkpoints` that a run has."""
+    return [
         {
             "run_id": run.run_id,
             "step": c.step,
@@ -117,5 +132,9 @@ def _write_checkpoints(connection: sa.Connection, run: Run) -> None:
         }
         for c, kept in _kept(run)
     ]
-    if rows:
+
+
+def _write_checkpoints(connection: sa.Connection, run: Run) -> None:
+    connection.execute(sa.delete(view_checkpoints).where(view_checkpoints.c.run_id == run.run_id))
+    if rows := checkpoint_rows(run):
         connection.execute(sa.insert(view_checkpoints), rows)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from sftd.domain.errors import DatabaseNotReady, SftdError
+from sftd.domain.events import Micros, Recorded
 from sftd.store.tables import SCHEMA_REVISION
 
 _WRITE = "sftd_write"
 # Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
+# (connection, this host's time) → the time by which the queue and leases are judged.
+Clock = Callable[[sa.Connection, Micros], Micros]
 
 
 class DatabaseUnreachable(SftdError):
@@ -82,16 +84,63 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
 
 def insert(engine_or_connection: sa.Engine | sa.Connection, table: sa.Table) -> Any:
     """An INSERT that knows ON CONFLICT, for the dialect at hand."""
-    dialect = engine_or_connection.dialect.name
-    return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
+    # Imported here: each takes its time, and what only reads, such as `sftd ls`, needs neither.
+    if engine_or_connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table)
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert(table)
+
+
+def insert_rows(
+    connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]
+) -> None:
+    """Insert rows whose values stand in the order of `columns`, by the quickest way of each driver: two to three times as
+    fast as an INSERT by SQLAlchemy. A run's steps are many, and so are the rows of a database that is copied."""
+    names = ", ".join(f'"{name}"' for name in columns)
+    if connection.dialect.name != "postgresql":
+        marks = ", ".join("?" * len(columns))
+        if given := list(rows):
+            connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', given)  # noqa: S608
+        return
+    statement = f'COPY "{table.name}" ({names}) FROM STDIN'
+    driver: Any = connection.connection.driver_connection
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except connection.dialect.loaded_dbapi.Error as error:
+        # As SQLAlchemy tells the errors of its own statements.
+        raise sa.exc.DBAPIError.instance(
+            statement, None, error, connection.dialect.loaded_dbapi.Error
+        ) from error
+
+
+def shared_clock(connection: sa.Connection, local: Micros) -> Micros:
+    """The time by which the queue and leases are judged. Several hosts share a PostgreSQL and their clocks differ, so it is
+    the server's; a SQLite file has one host, whose time is `local`."""
+    if connection.dialect.name != "postgresql":
+        return local
+    # Not now(): that is when the transaction began, and it may have waited for the append lock since.
+    return int(connection.execute(_SERVER_TIME).scalar_one())
+
+
+_SERVER_TIME = sa.text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)")
 
 
 class Tx:
-    """A write transaction: everything in it happens or nothing does."""
+    """A write transaction: everything in it happens or nothing does. `appended` are the events that it appended."""
 
-    def __init__(self, connection: sa.Connection) -> None:
+    def __init__(self, connection: sa.Connection, clock: Clock) -> None:
         self.connection = connection
-        self.appended = False
+        self.appended: list[Recorded] = []
+        self._clock = clock
+
+    def now(self, local: Micros) -> Micros:
+        """The time by which the queue and leases are judged (see `shared_clock`); `local` is this host's."""
+        return self._clock(self.connection, local)
 
     def execute(self, statement: Any, parameters: Any = None) -> sa.CursorResult[Any]:
         """Run one statement."""
@@ -100,13 +149,17 @@ class Tx:
 
 class Store:
     """A database. `before_commit` functions run inside each transaction that appended events, such as the views
-    that must never lag behind the log."""
+    that must never lag behind the log. `clock` is replaced in tests."""
 
     def __init__(
-        self, engine: sa.Engine, before_commit: tuple[Callable[[sa.Connection], object], ...] = ()
+        self,
+        engine: sa.Engine,
+        before_commit: tuple[Callable[[Tx], object], ...] = (),
+        clock: Clock = shared_clock,
     ) -> None:
         self.engine = engine
         self.before_commit = before_commit
+        self.clock = clock
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -121,11 +174,11 @@ class Store:
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
             if appends and self.engine.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_APPEND_LOCK)))
-            tx = Tx(connection)
+            tx = Tx(connection, self.clock)
             yield tx
             if tx.appended:
                 for function in self.before_commit:
-                    function(connection)
+                    function(tx)
 
     def check_schema(self) -> None:
         """Raises `DatabaseNotReady` when the tables are missing or of another version, `DatabaseUnreachable` when

@@ -9,11 +9,13 @@ import sqlalchemy as sa
 
 from sftd.domain import codec
 from sftd.domain.errors import ConcurrencyConflict
-from sftd.domain.events import Micros, NewEvent, Recorded
-from sftd.store.engine import Tx
-from sftd.store.tables import events, view_runs
+from sftd.domain.events import Micros, NewEvent, Recorded, StepCompleted
+from sftd.store.engine import Tx, insert_rows
+from sftd.store.tables import NO_STEP, events, view_runs
 
 _BATCH = 1000
+# What an event is given; its position comes from the database.
+_GIVEN = [column.name for column in events.columns if column.name != "position"]
 
 
 def append(
@@ -34,53 +36,75 @@ def append(
         )
     rows = []
     for version, item in enumerate(new, expected_version + 1):
-        name, schema_version, payload = codec.encode(item.event)
+        encoded = codec.encode(item.event)
         rows.append(
-            {
-                "event_id": item.event_id,
-                "run_id": run_id,
-                "version": version,
-                "type": name,
-                "schema_version": schema_version,
-                "occurred_at": item.occurred_at,
-                "recorded_at": recorded_at,
-                "attempt": item.attempt,
-                "actor": item.actor,
-                "causation_id": item.causation_id,
-                "payload": payload,
-            }
+            (
+                item.event_id,
+                run_id,
+                version,
+                encoded[0],
+                encoded[1],
+                item.occurred_at,
+                recorded_at,
+                item.attempt,
+                item.actor,
+                item.causation_id,
+                encoded[2],
+            )
         )
-    tx.execute(sa.insert(events), rows)
-    tx.appended = True
+    insert_rows(tx.connection, events, _GIVEN, rows)
     query = (
-        sa.select(events)
+        sa.select(events.c.position)
         .where(events.c.run_id == run_id, events.c.version > expected_version)
         .order_by(events.c.version)
     )
-    return [_recorded(row) for row in tx.execute(query)]
+    # Decoded and not handed on as they came: what reads the log later sees just this.
+    recorded = [
+        to_recorded((position, *row)) for position, row in zip(tx.execute(query).scalars(), rows, strict=True)
+    ]
+    tx.appended += recorded
+    return recorded
 
 
-def _recorded(row: sa.Row[Any]) -> Recorded:
+def to_recorded(row: Sequence[Any]) -> Recorded:
+    """A row of the events table, columns in their order, as an event. Raises `UnknownEvent`."""
+    (
+        position,
+        event_id,
+        run_id,
+        version,
+        name,
+        schema,
+        occurred_at,
+        recorded_at,
+        attempt,
+        actor,
+        cause,
+        payload,
+    ) = row
     return Recorded(
-        position=row.position,
-        event_id=row.event_id,
-        run_id=row.run_id,
-        version=row.version,
-        type=row.type,
-        schema_version=row.schema_version,
-        occurred_at=row.occurred_at,
-        recorded_at=row.recorded_at,
-        attempt=row.attempt,
-        actor=row.actor,
-        causation_id=row.causation_id,
-        event=codec.decode(row.type, row.schema_version, row.payload),
+        position=position,
+        event_id=event_id,
+        run_id=run_id,
+        version=version,
+        type=name,
+        schema_version=schema,
+        occurred_at=occurred_at,
+        recorded_at=recorded_at,
+        attempt=attempt,
+        actor=actor,
+        causation_id=cause,
+        event=codec.decode(name, schema, payload),
     )
 
 
-def _stream(run_id: str, after_version: int, types: Sequence[str], limit: int | None) -> sa.Select[Any]:
+def of_run(run_id: str, after_version: int, types: Sequence[str], limit: int | None) -> sa.Select[Any]:
+    """The query of a run's rows in order. Without steps among the types an index leads past them."""
     query = sa.select(events).where(events.c.run_id == run_id, events.c.version > after_version)
     if types:
         query = query.where(events.c.type.in_(types))
+        if StepCompleted.__name__ not in types:
+            query = query.where(NO_STEP)
     return query.order_by(events.c.version).limit(limit)
 
 
@@ -92,8 +116,15 @@ def read_stream(
     limit: int | None = None,
 ) -> Iterator[Recorded]:
     """Events of one run in order, optionally of some types only."""
-    for row in connection.execute(_stream(run_id, after_version, types, limit)):
-        yield _recorded(row)
+    for row in connection.execute(of_run(run_id, after_version, types, limit)):
+        yield to_recorded(row)
+
+
+def read_types(connection: sa.Connection, run_ids: Sequence[str], types: Sequence[str]) -> list[Recorded]:
+    """Events of several runs and of some types, steps not among them, in commit order."""
+    c = events.c
+    query = sa.select(events).where(c.run_id.in_(run_ids), c.type.in_(types), NO_STEP).order_by(c.position)
+    return [to_recorded(row) for row in connection.execute(query)]
 
 
 def first_events(connection: sa.Connection, type_name: str) -> list[Recorded]:
@@ -101,7 +132,7 @@ def first_events(connection: sa.Connection, type_name: str) -> list[Recorded]:
     query = sa.select(events).join(
         view_runs, sa.and_(events.c.run_id == view_runs.c.run_id, events.c.version == 1)
     )
-    return [_recorded(row) for row in connection.execute(query.where(events.c.type == type_name))]
+    return [to_recorded(row) for row in connection.execute(query.where(events.c.type == type_name))]
 
 
 def read_all(connection: sa.Connection, after_position: int = 0, limit: int = _BATCH) -> list[Recorded]:
@@ -109,7 +140,13 @@ def read_all(connection: sa.Connection, after_position: int = 0, limit: int = _B
     query = (
         sa.select(events).where(events.c.position > after_position).order_by(events.c.position).limit(limit)
     )
-    return [_recorded(row) for row in connection.execute(query)]
+    return [to_recorded(row) for row in connection.execute(query)]
+
+
+def any_between(connection: sa.Connection, after: int, before: int) -> bool:
+    """Whether there is an event between two positions, neither counted."""
+    query = sa.select(events.c.position).where(events.c.position > after, events.c.position < before)
+    return connection.execute(query.limit(1)).first() is not None
 
 
 def last_position(connection: sa.Connection) -> int:
@@ -131,5 +168,5 @@ def raw_rows(
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the events table of one run as they stand there, for people and scripts."""
-    for row in connection.execute(_stream(run_id, after_version, types, limit)):
+    for row in connection.execute(of_run(run_id, after_version, types, limit)):
         yield {str(name): value for name, value in row._mapping.items()}

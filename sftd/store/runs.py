@@ -32,14 +32,13 @@ def load_run(connection: sa.Connection, run_id: str) -> Run:
 
 def resolve_id(connection: sa.Connection, prefix: str) -> str:
     """The id of the one run that begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
-    started = sa.select(events.c.run_id).where(events.c.version == 1)
-    if connection.execute(started.where(events.c.run_id == prefix)).scalar() is not None:
+    started = sa.select(events.c.run_id).where(events.c.run_id == prefix, events.c.version == 1)
+    if connection.execute(started).scalar() is not None:
         return prefix
-    # Not LIKE: % and _ in a prefix would match anything.
+    # The view has a row for each run, the log millions. Not LIKE: % and _ in a prefix would match anything.
+    run_id = view_runs.c.run_id
     matches = (
-        started.where(sa.func.substr(events.c.run_id, 1, len(prefix)) == prefix)
-        .order_by(events.c.run_id)
-        .limit(6)
+        sa.select(run_id).where(sa.func.substr(run_id, 1, len(prefix)) == prefix).order_by(run_id).limit(6)
     )
     found = list(connection.execute(matches).scalars()) if prefix else []
     if not found:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
+
+# Events that are not steps have an index of their own. A query must say it in these words to be given it.
+NO_STEP = sa.text("type <> 'StepCompleted'")
 
 metadata = sa.MetaData(
     naming_convention={
@@ -26,7 +29,7 @@ events = sa.Table(
     "events",
     metadata,
     sa.Column("position", _Position, primary_key=True, autoincrement=True),
-    sa.Column("event_id", sa.String(36), nullable=False, unique=True),
+    sa.Column("event_id", sa.String(36), nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
     sa.Column("type", sa.String(64), nullable=False),
@@ -39,6 +42,9 @@ events = sa.Table(
     # JSON as text: PostgreSQL's jsonb would rewrite numbers (-0.0 becomes 0).
     sa.Column("payload", sa.Text, nullable=False),
     sa.UniqueConstraint("run_id", "version"),
+    # Not over all runs: ids are random, and an index over all of them makes appending to a large log slow.
+    sa.UniqueConstraint("run_id", "event_id"),
+    sa.Index("ix_events_history", "run_id", "version", postgresql_where=NO_STEP, sqlite_where=NO_STEP),
     # A deleted position must never be given out again: readers continue behind the highest they saw.
     sqlite_autoincrement=True,
 )

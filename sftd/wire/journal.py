@@ -7,6 +7,7 @@ fsyncs at most `FSYNC_SECONDS` later, for the power cut. A last line without its
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -23,12 +24,18 @@ from sftd.domain.events import CheckpointPublished, Event, Micros
 FSYNC_SECONDS = 1.0
 _BACKLOG_BYTES = 1 << 20
 # Names the ids of journal lines: ingesting a line twice gives the same id twice.
-_NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
+_NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57").bytes
 
 
 def event_id(run_id: str, attempt: int, line: int | str) -> str:
     """The id of an event: of a journal's line by its number, of another fact about the attempt by its name."""
-    return str(uuid.uuid5(_NAMESPACE, f"{run_id}/{attempt}/{line}"))
+    # uuid.uuid5, spelled out: it takes a third of the time, and a daemon needs one for each step.
+    name = hashlib.sha1(_NAMESPACE + f"{run_id}/{attempt}/{line}".encode(), usedforsecurity=False)
+    raw = bytearray(name.digest()[:16])
+    raw[6] = raw[6] & 0x0F | 0x50
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,8 @@ def row(daemon_id: str, started_at: int) -> DaemonRow:
 
 
 def test_daemons_come_and_go(store: Store) -> None:
+    # The time of this test, and not the server's.
+    store = Store(store.engine, clock=lambda _connection, local: local)
     with store.write(appends=False) as tx:
         daemons.register(tx, row("first", 10))
         daemons.register(tx, row("second", 20))

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import DatabaseNotReady
 from sftd.store.engine import DatabaseUnreachable, Store, open_engine, shown_url
+from sftd.store.tables import SCHEMA_REVISION
 
 
 def test_a_database_without_tables_is_not_ready(empty_engine: sa.Engine) -> None:
@@ -25,7 +26,7 @@ def test_a_database_with_the_tables_is_ready(store: Store) -> None:
 def test_tables_of_another_revision_are_told(store: Store) -> None:
     with store.write() as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(DatabaseNotReady, match="revision 9999, this sftd needs 0001"):
+    with pytest.raises(DatabaseNotReady, match=f"revision 9999, this sftd needs {SCHEMA_REVISION}"):
         store.check_schema()
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from sftd.domain.errors import AmbiguousRun, ConcurrencyConflict, RunNotFound
 from sftd.domain.events import CheckpointStarted, Event, NewEvent, Recorded, SampleGenerated, StepCompleted
+from sftd.projections import views
 from sftd.store import event_store, positions, runs
-from sftd.store.engine import Store
+from sftd.store.engine import Store, Tx
 from sftd.store.tables import events, view_runs
 
 
@@ -88,6 +89,21 @@ def test_a_stream_is_read_from_a_version_by_type_and_up_to_a_limit(store: Store)
     assert stream(store, "none") == []
 
 
+def test_what_is_no_step_is_found_among_many_steps_by_an_index(store: Store) -> None:
+    append(store, "r", 0, [*started(1), *(new(step_completed(1.0, 1.0)) for _ in range(400)), *started(2)])
+    with store.write(appends=False) as tx:
+        tx.connection.exec_driver_sql("ANALYZE")
+    query = event_store.of_run("r", 0, ["CheckpointStarted"], None)
+    text = str(query.compile(store.engine, compile_kwargs={"literal_binds": True}))
+    explain = "EXPLAIN" if store.engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN"
+    with store.read() as connection:
+        plan = "\n".join(str(row) for row in connection.exec_driver_sql(f"{explain} {text}"))
+        assert "ix_events_history" in plan, plan
+        found = event_store.read_types(connection, ["r"], ["CheckpointStarted"])
+    assert [r.version for r in found] == [r.version for r in stream(store, "r", types=["CheckpointStarted"])]
+    assert [r.version for r in found] == [1, 402]
+
+
 def test_all_events_are_read_page_by_page(store: Store) -> None:
     append(store, "r", 0, started(*range(25)))
     seen: list[int] = []
@@ -129,18 +145,18 @@ def test_one_of_two_writers_with_the_same_expectation_wins(store: Store) -> None
     assert count(store) == 1
 
 
-def test_an_event_id_is_there_once(store: Store) -> None:
+def test_an_event_id_is_there_once_in_a_run(store: Store) -> None:
     append(store, "a", 0, [new(CheckpointStarted(step=1), "same")])
     with pytest.raises(sa.exc.IntegrityError):
         append(
-            store, "b", 0, [new(CheckpointStarted(step=2), "fine"), new(CheckpointStarted(step=2), "same")]
+            store, "a", 1, [new(CheckpointStarted(step=2), "fine"), new(CheckpointStarted(step=2), "same")]
         )
     assert count(store) == 1
 
 
 def test_appending_nothing_writes_nothing_and_calls_no_view(store: Store) -> None:
     called: list[str] = []
-    observed = Store(store.engine, (lambda _connection: called.append("view"),))
+    observed = Store(store.engine, (lambda _tx: called.append("view"),))
     with observed.write() as tx:
         assert event_store.append(tx, "r", 0, [], recorded_at=1) == []
     assert called == []
@@ -157,7 +173,7 @@ def test_a_failure_leaves_nothing(store: Store) -> None:
 
 
 def test_a_failing_view_takes_the_events_back(store: Store) -> None:
-    def fail(_connection: sa.Connection) -> None:
+    def fail(_tx: Tx) -> None:
         raise RuntimeError("view")
 
     with pytest.raises(RuntimeError, match="view"):
@@ -167,7 +183,12 @@ def test_a_failing_view_takes_the_events_back(store: Store) -> None:
 
 def test_a_view_sees_the_events_of_its_transaction(store: Store) -> None:
     seen: list[int] = []
-    append(Store(store.engine, (lambda c: seen.append(event_store.last_position(c)),)), "r", 0, started(1, 2))
+    append(
+        Store(store.engine, (lambda tx: seen.append(event_store.last_position(tx.connection)),)),
+        "r",
+        0,
+        started(1, 2),
+    )
     assert len(seen) == 1
     assert seen[0] > 0
 
@@ -340,42 +361,48 @@ def test_projections_begin_at_zero_and_move(store: Store) -> None:
 # Runs.
 
 
+@pytest.fixture
+def viewed(store: Store) -> Store:
+    """A store whose views are kept."""
+    return Store(store.engine, (views.catch_up,))
+
+
 def resolve(store: Store, prefix: str) -> str:
     with store.read() as connection:
         return runs.resolve_id(connection, prefix)
 
 
-def test_a_prefix_names_the_one_run_that_begins_with_it(store: Store) -> None:
+def test_a_prefix_names_the_one_run_that_begins_with_it(viewed: Store) -> None:
     for run_id in ("brave-otter-1", "brave-otter-12", "calm-heron-2"):
-        append(store, run_id, 0, started(1))
-    assert resolve(store, "calm") == "calm-heron-2"
-    assert resolve(store, "brave-otter-12") == "brave-otter-12"
-    assert resolve(store, "brave-otter-1") == "brave-otter-1", "a whole id wins over being a prefix"
+        append(viewed, run_id, 0, started(1))
+    assert resolve(viewed, "calm") == "calm-heron-2"
+    assert resolve(viewed, "brave-otter-12") == "brave-otter-12"
+    assert resolve(viewed, "brave-otter-1") == "brave-otter-1", "a whole id wins over being a prefix"
     with pytest.raises(AmbiguousRun, match="brave-otter-1, brave-otter-12"):
-        resolve(store, "brave")
+        resolve(viewed, "brave")
 
 
 @pytest.mark.parametrize(
     "prefix", ["", "%", "_", "calm%", "c_lm", "otter", "CALM", "calm-heron-2x", "'", "\\"]
 )
-def test_a_prefix_is_taken_literally(store: Store, prefix: str) -> None:
-    append(store, "calm-heron-2", 0, started(1))
+def test_a_prefix_is_taken_literally(viewed: Store, prefix: str) -> None:
+    append(viewed, "calm-heron-2", 0, started(1))
     with pytest.raises(RunNotFound):
-        resolve(store, prefix)
+        resolve(viewed, prefix)
 
 
-def test_wildcards_in_an_id_are_letters(store: Store) -> None:
+def test_wildcards_in_an_id_are_letters(viewed: Store) -> None:
     for run_id in ("a_b", "axb", "a%c"):
-        append(store, run_id, 0, started(1))
-    assert resolve(store, "a_") == "a_b"
-    assert resolve(store, "a%") == "a%c"
+        append(viewed, run_id, 0, started(1))
+    assert resolve(viewed, "a_") == "a_b"
+    assert resolve(viewed, "a%") == "a%c"
 
 
-def test_many_matches_are_not_all_listed(store: Store) -> None:
+def test_many_matches_are_not_all_listed(viewed: Store) -> None:
     for number in range(8):
-        append(store, f"r{number}", 0, started(1))
+        append(viewed, f"r{number}", 0, started(1))
     with pytest.raises(AmbiguousRun, match="r0, r1, r2, r3, r4 or others"):
-        resolve(store, "r")
+        resolve(viewed, "r")
 
 
 def test_a_run_is_loaded_from_its_events_with_or_without_its_view(store: Store) -> None:

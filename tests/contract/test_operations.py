@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sftd import settings
 from sftd.daemon.rescuer import orphaned
+from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
 from sftd.domain.layout import DataFacts, ModelShape
 from sftd.domain.spec import Data, Model, Spec, Trainer
 from sftd.launcher import processes
+from sftd.launcher.local import LocalAttempt
 from sftd.operations import attempts, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
@@ -20,7 +25,8 @@ from sftd.projections import views
 from sftd.store import daemons, queue
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
-from sftd.wire.journal import Line
+from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.journal import JournalWriter, Line
 from sftd.wire.preflight import Preflight
 
 LEASE = 30_000_000
@@ -62,8 +68,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def log(store: Store) -> Store:
-    """The store with its views, as the command line opens it."""
-    return Store(store.engine, before_commit=(views.catch_up,))
+    """The store with its views, as the command line opens it, whose time is the clock's also on a server."""
+    return Store(store.engine, before_commit=(views.catch_up,), clock=lambda _connection, local: local)
 
 
 def claimed(log: Store, clock: Clock, daemon: str = "daemon-1") -> Claimed:
@@ -191,3 +197,28 @@ def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
     found = claim(None)
     assert found is not None, "one that can never start here does not hold up the others"
     assert found.run.run_id == small
+
+
+def test_a_trainer_that_goes_on_writing_does_not_hold_up_the_daemon(
+    log: Store,
+    clock: Clock,
+    clean_environment: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is written while lines are recorded is for the next tick: other attempts wait for theirs."""
+    lease = claimed(log, clock).lease
+    attempt = LocalAttempt(AttemptDir(tmp_path), None, lease.token)
+    supervisor = Supervisor(log, clock.context, settings.read(), lease, attempt)
+    writer = JournalWriter(attempt.directory.journal)
+    writer.append(step(1))
+    record = attempts.record
+
+    def record_while_writing(*arguments: Any) -> list[e.Recorded]:
+        recorded = record(*arguments)
+        writer.append(step(recorded[-1].version))
+        return recorded
+
+    monkeypatch.setattr(attempts, "record", record_while_writing)
+    assert [supervisor.ingest() for _ in range(3)] == [1, 1, 1]
+    writer.close()

@@ -23,6 +23,7 @@ from sftd.store.tables import SCHEMA_REVISION, metadata
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(ROOT / "migrations"))
+REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 
 
 @pytest.fixture
@@ -84,8 +85,7 @@ def test_the_code_needs_the_newest_revision() -> None:
 
 
 def test_upgrading_tells_what_it_did_and_does_it_once(empty_engine: sa.Engine) -> None:
-    expected = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
-    assert migrate.upgrade(empty_engine) == expected
+    assert migrate.upgrade(empty_engine) == REVISIONS
     Store(empty_engine).check_schema()
     assert migrate.upgrade(empty_engine) == []
 
@@ -98,6 +98,40 @@ def test_every_revision_goes_up_down_and_up_again(empty_engine: sa.Engine) -> No
     assert Store(empty_engine).schema_revision() is None
     migrate.upgrade(empty_engine)
     assert schema_of(empty_engine) == before
+
+
+def test_a_log_is_carried_through_every_revision(empty_engine: sa.Engine) -> None:
+    """Up and down again, with events in the tables: each row stays as it is, and positions go on behind the last."""
+    names = "event_id, run_id, version, type, schema_version, occurred_at, recorded_at, attempt, actor, causation_id, payload"
+
+    def add(run_id: str, version: int, event_id: str) -> None:
+        values = f"'{event_id}', '{run_id}', {version}, 'StepCompleted', 2, 5, 6, NULL, 'ä', NULL, '{{\"loss\":-0.0}}'"
+        with empty_engine.begin() as connection:
+            connection.execute(sa.text(f"INSERT INTO events ({names}) VALUES ({values})".replace(":", "\\:")))
+
+    def log() -> list[Any]:
+        with empty_engine.connect() as connection:
+            return [
+                tuple(row) for row in connection.exec_driver_sql("SELECT * FROM events ORDER BY position")
+            ]
+
+    migrate.upgrade(empty_engine)
+    migrate.downgrade(empty_engine, REVISIONS[0])
+    add("a", 1, "first")
+    add("b", 1, "second")
+    before = log()
+    with pytest.raises(sa.exc.IntegrityError):
+        add("b", 2, "first")
+    assert migrate.upgrade(empty_engine) == REVISIONS[1:]
+    assert log() == before
+    add("a", 2, "third")
+    for event_id, version in (("third", 3), ("fourth", 2)):
+        with pytest.raises(sa.exc.IntegrityError):
+            add("a", version, event_id)
+    migrate.downgrade(empty_engine, REVISIONS[0])
+    assert [row[1:4] for row in log()] == [("first", "a", 1), ("second", "b", 1), ("third", "a", 2)]
+    assert [row[0] for row in log()] == sorted({row[0] for row in log()})
+    migrate.upgrade(empty_engine)
 
 
 def test_a_failed_upgrade_leaves_nothing(empty_engine: sa.Engine) -> None:
@@ -149,7 +183,7 @@ def test_processes_that_upgrade_at_once_do_it_once(empty_database_url: str) -> N
         process.stdin.flush()
     done = [process.communicate(timeout=60) for process in processes]
     assert [error for _, error in done] == ["", "", ""]
-    assert sorted(out for out, _ in done) == sorted(["[]\n", "[]\n", f"{[SCHEMA_REVISION]}\n"])
+    assert sorted(out for out, _ in done) == sorted(["[]\n", "[]\n", f"{REVISIONS}\n"])
 
 
 def alembic(*arguments: str, url: str, home: Path) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,16 @@ def test_any_text_stays_on_one_line(tmp_path_factory: pytest.TempPathFactory, te
 def test_closing_ends_its_thread(path: Path) -> None:
     write(path, 1)
     assert not [t for t in threading.enumerate() if t.name == "journal-fsync"]
+
+
+def test_an_event_id_is_the_uuid5_of_its_run_attempt_and_line() -> None:
+    """Logs and folders of direct runs hold such ids: they may never come out otherwise."""
+    namespace = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
+    for run_id, attempt, line in (
+        ("brave-otter-3f2a", 1, 1),
+        ("brave-otter-3f2a", 12, 10**9),
+        ("ä", 2, "launched"),
+    ):
+        assert journal.event_id(run_id, attempt, line) == str(
+            uuid.uuid5(namespace, f"{run_id}/{attempt}/{line}")
+        )
