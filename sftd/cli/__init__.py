@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fork": ("fork", "Start a new run from a checkpoint of another."),
     "lineage": ("fork", "Draw the tree of forks that a run belongs to."),
     "cancel": ("control", "End a run, with a checkpoint."),
+    "nodes": ("nodes", "List the daemons that share the database, and their devices."),
     "daemon": ("daemon", "Take runs from the queue and drive them."),
     "config": ("config", "List every key of a run's config."),
     "generate": ("generate", "Answer prompts from a checkpoint."),
