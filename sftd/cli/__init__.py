@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ui": ("ui", "Open MLflow on the runs of this home."),
     "doctor": ("doctor", "Say what is wrong with this installation, and how to mend it."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
+    "db": ("db", "Check a database, or copy it to another one."),
 }
 
 

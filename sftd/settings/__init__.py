@@ -46,7 +46,8 @@ class Settings:
         return self.home / "mlartifacts"
 
 
-def _database_url(url: str) -> str:
+def full_database_url(url: str) -> str:
+    """A database URL as SQLAlchemy needs it: with its driver, and with an absolute path of a file."""
     # People and hosting services write the scheme without a driver; SQLAlchemy's default one is not installed.
     for scheme in ("postgresql://", "postgres://"):
         if url.startswith(scheme):
@@ -100,7 +101,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         tracking = str(stored.get("mlflow_tracking_uri", f"sqlite:///{home}/mlflow.db"))
     return Settings(
         home=home,
-        database_url=_database_url(value("database_url", f"sqlite:///{home}/sftd.db")),
+        database_url=full_database_url(value("database_url", f"sqlite:///{home}/sftd.db")),
         mlflow_tracking_uri=_absolute_sqlite(tracking),
         cpu_slots=max(1, int(number("cpu_slots", cores))),
         backoff_seconds=number("backoff_seconds", 15.0),

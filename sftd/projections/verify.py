@@ -1,0 +1,110 @@
+"""Whether a database tells one story: the log is whole, and the views say what it says. Nothing here writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.errors import UnknownEvent
+from sftd.domain.evolve import evolve
+from sftd.domain.run import Run
+from sftd.projections import views
+from sftd.store import event_store
+from sftd.store.engine import Store
+from sftd.store.tables import events, projection_positions, queue, view_checkpoints, view_runs
+
+_BATCH = 5000
+_REBUILD = "`sftd views rebuild` mends it"
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What was looked at, and everything that is wrong with it."""
+
+    events: int
+    runs: int
+    problems: list[str]
+
+
+def check(store: Store, progress: Callable[[int, int], None]) -> Checked:
+    """Read the whole log of one snapshot: versions without a gap, payloads that decode, views equal to the fold.
+    `progress` is told events done and events in all."""
+    with store.read() as connection:
+        log = _Log()
+        total = connection.execute(sa.select(sa.func.count()).select_from(events)).scalar_one()
+        query = sa.select(events).order_by(events.c.position).execution_options(yield_per=_BATCH)
+        for number, row in enumerate(connection.execute(query)):
+            if number % _BATCH == 0:
+                progress(number, total)
+            log.take(row)
+        problems = [*log.problems, *_positions(connection, log.position)]
+        if not problems:
+            problems += _views(connection, log.runs)
+        problems += _queue(connection, log.runs)
+        return Checked(total, len(log.runs), problems)
+
+
+class _Log:
+    """Folds every run, in memory."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = {}
+        self.problems: list[str] = []
+        self.position = 0
+
+    def take(self, row: sa.Row[Any]) -> None:
+        run = self.runs.get(row.run_id) or Run(row.run_id)
+        self.position = row.position
+        where = f"{row.run_id}, version {row.version} (position {row.position})"
+        if row.version != run.version + 1:
+            self.problems.append(f"{where}: the log's last version before it is {run.version}")
+        try:
+            run = evolve(run, event_store.to_recorded(row))
+        except (UnknownEvent, ValueError, TypeError, KeyError) as error:  # msgspec's errors are ValueErrors
+            self.problems.append(f"{where}: its {row.type} cannot be read: {error}")
+            run = msgspec.structs.replace(run, version=row.version)
+        self.runs[row.run_id] = run
+
+
+def _positions(connection: sa.Connection, last: int) -> Iterator[str]:
+    found = {row.name: row.position for row in connection.execute(sa.select(projection_positions))}
+    for name, position in found.items():
+        if position > last:
+            yield f"projection {name} is at position {position}, but the log ends at {last}: events are missing"
+    if (behind := found.get(views.NAME, 0)) < last:
+        yield f"the views are at position {behind}, the log ends at {last}: {_REBUILD}"
+
+
+def _views(connection: sa.Connection, runs: dict[str, Run]) -> Iterator[str]:
+    expected = {(run_id,): views.run_row(run) for run_id, run in runs.items()}
+    yield from _differences(connection, view_runs, expected)
+    checkpoints = [row for run in runs.values() for row in views.checkpoint_rows(run)]
+    yield from _differences(
+        connection, view_checkpoints, {(row["run_id"], row["step"]): row for row in checkpoints}
+    )
+
+
+def _differences(
+    connection: sa.Connection, table: sa.Table, expected: dict[tuple[Any, ...], dict[str, Any]]
+) -> Iterator[str]:
+    keys = [column.name for column in table.primary_key.columns]
+    for row in connection.execute(sa.select(table).execution_options(yield_per=_BATCH)).mappings():
+        key = tuple(row[name] for name in keys)
+        where = f"{table.name}, {' '.join(str(part) for part in key)}"
+        wanted = expected.pop(key, None)
+        if wanted is None:
+            yield f"{where}: the log has nothing of it; {_REBUILD}"
+        elif wrong := [name for name in wanted if row[name] != wanted[name]]:
+            yield f"{where}: {', '.join(wrong)} differ from what the log says; {_REBUILD}"
+    for key in expected:
+        yield f"{table.name}, {' '.join(str(part) for part in key)}: is missing; {_REBUILD}"
+
+
+def _queue(connection: sa.Connection, runs: dict[str, Run]) -> Iterator[str]:
+    queued = set(connection.execute(sa.select(queue.c.run_id)).scalars())
+    for run_id in sorted(runs.keys() - queued):
+        yield f"{run_id}: is in the log, but has no row in the queue: no daemon will ever take it"
+    for run_id in sorted(queued - runs.keys()):
+        yield f"{run_id}: has a row in the queue, but nothing in the log"
