@@ -163,6 +163,7 @@ def lease(store: Store, home: Path, host: str, seen_at: int) -> None:
     row = DaemonRow("old", host, 1, 1.0, str(home), "{}", started_at=1, seen_at=seen_at)
     with store.write(appends=False) as tx:
         daemons.register(tx, row)
+        tx.execute(sa.text("UPDATE daemons SET seen_at = :at"), {"at": seen_at})
         queue.enqueue(tx, "run-a", 0, 0)
         queue.lease(tx, "run-a", 2, "token", "old", 0)
 

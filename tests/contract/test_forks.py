@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from sftd.domain import events as e
-from sftd.domain.errors import Refused
+from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
 from sftd.domain.run import Run
 from sftd.domain.spec_parse import change
@@ -56,7 +56,8 @@ def train(log: Store, clock: Clock, claimed: Claimed, folder: Path, first: int, 
     for number in range(first, last + 1):
         path = folder / f"step-{number:08d}"
         path.mkdir(parents=True, exist_ok=True)
-        (path / MANIFEST).write_text(json.dumps({"layout": {"tp": 2, "pp": 1}, "dtype": "float32"}))
+        manifest = {"run_id": claimed.run.run_id, "layout": {"tp": 2, "pp": 1}, "dtype": "float32"}
+        (path / MANIFEST).write_text(json.dumps(manifest))
         publish = e.CheckpointPublished(
             step=number, path=str(path), bytes=1, manifest_digest=f"m{number}", seconds=0.1
         )
@@ -171,6 +172,26 @@ def test_collecting_keeps_readers_and_forks(
     assert reading.run_events(log, parent.run_id, types=("CheckpointDeleted",))[0].event == (
         e.CheckpointDeleted(step=2, path=str(folder / "step-00000002"), bytes=1, reason="retention")
     )
+
+
+def test_a_daemon_that_lost_the_run_deletes_nothing(
+    log: Store, clock: Clock, parent: Run, tmp_path: Path
+) -> None:
+    spec, _ = change(parent.spec, [("checkpoint.keep_last", 1)])
+    runs.resume(log, clock.context, parent.run_id, "bob", 3, preflight.proposal(spec, found(3)))
+    lost = claim(log, clock).lease
+    # A step more, so that the attempt is no longer starting, and step 1 and 2 may go.
+    lines = [Line(number=1, occurred_at=1, event=step(4))]
+    attempts.record(log, clock.context, lost, lines, 10, {})
+    adopted = e.AttemptAdopted(daemon="other", host="h", pid=1)
+    mine = attempts.adopt(log, clock.context, lost, adopted, LEASE)
+    assert len(checkpoints.collectable(reading.find_run(log, parent.run_id))) == 2
+    with pytest.raises(LeaseLost):
+        checkpoints.collect(log, clock.context, parent.run_id, lost)
+    # Nor does one who has no lease while another daemon drives it.
+    assert checkpoints.collect(log, clock.context, parent.run_id) == []
+    assert len(list((tmp_path / "parent").iterdir())) == 3
+    assert [c.step for c in checkpoints.collect(log, clock.context, parent.run_id, mine)] == [1, 2]
 
 
 def test_what_is_on_another_host_is_left_alone(log: Store, clock: Clock, parent: Run, tmp_path: Path) -> None:

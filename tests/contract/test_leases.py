@@ -65,7 +65,6 @@ WRITES: dict[str, Callable[[Store, Lease], object]] = {
     "finish": lambda log, lease: attempts.finish(
         log, CONTEXT, lease, exit_code=1, failure=FAILURE, lost=False, backoff_seconds=1.0
     ),
-    "collect_checkpoints": lambda log, lease: attempts.collect_checkpoints(log, CONTEXT, lease, lease.run_id),
     "adopt": lambda log, lease: attempts.adopt(
         log, CONTEXT, lease, e.AttemptAdopted(daemon="d", host="host", pid=1), LEASE
     ),
@@ -82,11 +81,6 @@ def test_a_daemon_that_wakes_up_writes_nothing_under_the_lease_that_it_lost(log:
     assert attempts.renew(log, CONTEXT, [lease], LEASE) == [lease]
     with log.read() as connection:
         assert (event_store.last_position(connection), queue.leases(connection)) == before
-
-
-def test_checkpoints_of_a_run_that_another_daemon_drives_are_left_to_it(log: Store) -> None:
-    lease = taken_over(log)
-    assert attempts.collect_checkpoints(log, CONTEXT, None, lease.run_id) == []
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

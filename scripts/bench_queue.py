@@ -1,0 +1,266 @@
+"""Many clients submit at once against several daemons, whose trainer is a stub: does each run start exactly once, how
+soon, and how many claims a second are there?
+
+    python scripts/bench_queue.py                                    SQLite, in a temporary folder that is deleted
+    scripts/with-postgres .venv/bin/python scripts/bench_queue.py    PostgreSQL, throw-away
+
+The daemons are real, each a process with a home and slots of its own; so are the database, the leases and the journals.
+Only torchrun is not: `cp` puts a finished journal in place. SFTD_DATABASE_URL, when it is set, must name a database
+without tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from sftd import settings as settings_module
+from sftd.cli import app
+from sftd.domain import events as e
+from sftd.domain.layout import DataFacts, ModelShape
+from sftd.domain.spec import Data, Launch, Model, Spec, Trainer
+from sftd.operations import attempts, runs
+from sftd.operations.context import Context
+from sftd.projections import verify
+from sftd.store.engine import Store, open_engine
+from sftd.store.migrate import upgrade
+from sftd.store.tables import events, view_runs
+from sftd.wire.journal import JournalWriter
+from sftd.wire.preflight import Preflight
+
+SPEC = Spec(
+    model=Model(partial_pretrain="model"),
+    data=Data(train_files=["data"]),
+    trainer=Trainer(max_steps=1),
+    launch=Launch(device="cpu", nproc_per_node=1, threads_per_rank=1),
+)
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM",
+    hidden_size=1,
+    intermediate_size=1,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=1,
+    vocab_size=1,
+    max_position_embeddings=1,
+    rms_norm_eps=1e-5,
+    rope_theta=1.0,
+    rope_scaling=None,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    qk_norm=False,
+)
+FACTS = DataFacts(
+    files=["data"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
+)
+FOUND = Preflight(SHAPE, FACTS, None, 1, [])
+
+
+def write_journal(path: Path) -> None:
+    """What a trainer that is done with its one step has written."""
+    writer = JournalWriter(path)
+    writer.append(
+        e.StepCompleted(
+            step=1,
+            epoch=0,
+            loss=1.0,
+            grad_norm=1.0,
+            lr=1e-5,
+            tokens=1,
+            tokens_real=1,
+            tokens_padded=1,
+            tokens_total=1,
+            samples=1,
+            samples_digest="d",
+            seconds=0.1,
+        )
+    )
+    writer.append(e.CheckpointPublished(step=1, path="step-1", bytes=1, manifest_digest="d", seconds=0.1))
+    writer.close()
+
+
+def be_daemon(home: str, journal: str, slots: int) -> None:
+    """Drive runs until SIGTERM, with `cp` for a trainer."""
+    from sftd.daemon.loop import Daemon
+    from sftd.launcher import local
+    from sftd.launcher.inventory import Inventory
+
+    local.torchrun_argv = lambda _spec, directory: ["/bin/cp", journal, str(directory.journal)]
+    settings = replace(settings_module.read(), home=Path(home))
+    daemon = Daemon(app.open_store(settings), settings, Inventory(0, slots))
+    signal.signal(signal.SIGTERM, lambda *_: daemon.stop())
+    print("ready", flush=True)
+    daemon.run()
+
+
+def submit_at_once(url: str, clients: int, count: int) -> float:
+    """Each client with a connection of its own. Returns the seconds that it took."""
+    barrier = threading.Barrier(clients + 1)
+
+    def client(number: int) -> None:
+        store = app.open_store(replace(settings_module.read(), database_url=url))
+        context = Context(actor=f"client-{number}")
+        barrier.wait()
+        for _ in range(number, count, clients):
+            runs.submit(store, context, SPEC, FOUND, [], "bench")
+        store.engine.dispose()
+
+    with ThreadPoolExecutor(clients) as pool:
+        futures = [pool.submit(client, number) for number in range(clients)]
+        barrier.wait()
+        started = time.perf_counter()
+        for future in futures:
+            future.result()
+    return time.perf_counter() - started
+
+
+def wait_until_ended(store: Store, count: int, limit: float) -> None:
+    """Until so many runs have succeeded."""
+    deadline = time.monotonic() + limit
+    done = sa.select(sa.func.count()).select_from(view_runs).where(view_runs.c.status == "succeeded")
+    while True:
+        with store.read() as connection:
+            ended = connection.execute(done).scalar_one()
+        if ended == count:
+            return
+        if time.monotonic() > deadline:
+            sys.exit(f"after {limit:.0f} s only {ended} of {count} runs have succeeded")
+        time.sleep(0.5)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which such a share lies."""
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def report(store: Store, count: int) -> bool:
+    """What the log says of it. Returns whether all is well."""
+    with store.read() as connection:
+        query = sa.select(events.c.run_id, events.c.type, events.c.recorded_at).order_by(events.c.position)
+        rows = connection.execute(query).all()
+    at: dict[str, dict[str, int]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for run_id, name, recorded_at in rows:
+        at.setdefault(run_id, {})[name] = recorded_at
+        seen[run_id, name] += 1
+    once = all(
+        seen[run_id, name] == 1
+        for run_id in at
+        for name in ("AttemptClaimed", "AttemptLaunched", "RunSucceeded")
+    )
+    for name, said in (("AttemptClaimed", "submit to claim"), ("AttemptLaunched", "submit to launch")):
+        waits = [(found[name] - found["RunSubmitted"]) / 1e6 for found in at.values()]
+        print(
+            f"  {said:18} median {percentile(waits, 0.5):.2f} s, p99 {percentile(waits, 0.99):.2f} s, most {max(waits):.2f} s"
+        )
+    claims = sorted(found["AttemptClaimed"] for found in at.values())
+    print(
+        f"  claims             {(len(claims) - 1) / ((claims[-1] - claims[0]) / 1e6):.0f}/s, launches and endings among them"
+    )
+    checked = verify.check(store, lambda *_: None)
+    print(f"  {len(at)} of {count} runs, each claimed, launched and ended once: {once and len(at) == count}")
+    print(f"  the log and its views: {'OK' if not checked.problems else checked.problems[:3]}")
+    return once and len(at) == count and not checked.problems
+
+
+def claims_alone(url: str, count: int, daemons: int) -> None:
+    """What the queue does when nothing is launched."""
+    submit_at_once(url, daemons, count)
+    barrier = threading.Barrier(daemons)
+
+    def claimer(number: int) -> list[float]:
+        store = app.open_store(replace(settings_module.read(), database_url=url))
+        context = Context(actor="claimer")
+        took = []
+        barrier.wait()
+        while True:
+            started = time.perf_counter()
+            found = attempts.claim(
+                store,
+                context,
+                daemon=f"d{number}",
+                host="h",
+                fits=lambda run: True,
+                lease_micros=3_600_000_000,
+            )
+            if found is None:
+                store.engine.dispose()
+                return took
+            took.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(daemons) as pool:
+        took = [seconds for each in pool.map(claimer, range(daemons)) for seconds in each]
+    wall = time.perf_counter() - started
+    print(
+        f"claims alone, {daemons} claimers in one process: {len(took) / wall:.0f}/s, p99 {1000 * percentile(took, 0.99):.1f} ms"
+    )
+
+
+def main() -> None:
+    """Start daemons, submit, wait, look."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--daemons", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=8, help="runs at once of each daemon")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds until it is given up")
+    parser.add_argument("--daemon", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.daemon:
+        be_daemon(*options.daemon, slots=options.slots)
+        return
+    with tempfile.TemporaryDirectory(prefix="sftd-bench-") as folder:
+        os.environ["SFTD_HOME"] = folder
+        settings = settings_module.read()
+        os.environ["SFTD_DATABASE_URL"] = url = settings.database_url
+        engine = open_engine(url)
+        if Store(engine).schema_revision() is not None:
+            sys.exit("the database has tables: name an empty one, which this benchmark may fill")
+        upgrade(engine)
+        journal = Path(folder, "journal")
+        write_journal(journal)
+        argv = [sys.executable, __file__, "--slots", str(options.slots), "--daemon"]
+        daemons = [
+            subprocess.Popen([*argv, f"{folder}/home-{n}", str(journal)], stdout=subprocess.PIPE, text=True)
+            for n in range(options.daemons)
+        ]
+        try:
+            for daemon in daemons:
+                assert daemon.stdout is not None
+                assert daemon.stdout.readline() == "ready\n"
+            print(
+                f"{engine.dialect.name}: {options.clients} clients, {options.runs} runs, {options.daemons} daemons of "
+                f"{options.slots} slots; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+            )
+            took = submit_at_once(url, options.clients, options.runs)
+            print(f"  submitted          {options.runs / took:.0f}/s")
+            wait_until_ended(Store(engine), options.runs, options.limit)
+        finally:
+            for daemon in daemons:
+                daemon.terminate()
+            for daemon in daemons:
+                daemon.wait()
+        fine = report(Store(engine), options.runs)
+        claims_alone(url, options.runs, options.daemons)
+        engine.dispose()
+    sys.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main()
