@@ -20,11 +20,12 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.failures import Cause, Failure
-from sftd.domain.run import Run
+from sftd.domain.queueing import Entry, Limits
 from sftd.launcher import processes
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
-from sftd.operations import attempts, reading
+from sftd.launcher.seam import Launcher
+from sftd.operations import attempts, turns
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.settings import Settings
@@ -54,14 +55,17 @@ class Daemon:
         settings: Settings,
         inventory: Inventory,
         mirror: Callable[[], object] | None = None,
+        launcher: Launcher = LocalAttempt,
     ) -> None:
         self._store = store
         self._settings = settings
         self._inventory = inventory
+        self._launcher = launcher
         me = processes.identify(os.getpid())
         self.daemon_id = f"{me.host[:40]}-{me.pid}-{os.urandom(3).hex()}"
         self._me = me
         self._context = Context(actor=f"daemon:{self.daemon_id}")
+        self._limits = Limits(settings.user_limit, settings.project_limit)
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
         self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
@@ -106,15 +110,14 @@ class Daemon:
 
     def _nothing_left(self) -> bool:
         """Whether no run is driven by anybody, and none waits but those that can never start here."""
-        waiting, driven = reading.queued(self._store, self._context.now())
-        return not driven and waiting <= self._too_large
+        return not turns.anything_left(self._store, self._context, self._fits, self._limits)
 
-    def _fits(self, run: Run) -> bool | None:
-        fit = self._inventory.fits(run.spec)
-        if fit is None and run.run_id not in self._too_large:
-            self._too_large.add(run.run_id)
-            need = self._inventory.need(run.spec)
-            of_run(run.run_id).warning(
+    def _fits(self, entry: Entry) -> bool | None:
+        fit = self._inventory.fits(entry.demand)
+        if fit is None and entry.run_id not in self._too_large:
+            self._too_large.add(entry.run_id)
+            need = self._inventory.need(entry.demand)
+            of_run(entry.run_id).warning(
                 "needs %d %s devices, more than there are here; it waits", need.count, need.device
             )
         return fit
@@ -153,6 +156,7 @@ class Daemon:
         while (claimed := self._claim()) is not None:
             self._launch(claimed)
             busy = True
+        self._preempt()
         if busy and self._mirror:
             self._mirror.wake()
         return busy
@@ -173,16 +177,12 @@ class Daemon:
         self._inventory.release(lease.run_id)
 
     def _supervise(self) -> bool:
-        stopping = (
-            {row.run_id for row in reading.list_runs(self._store, statuses=("stopping",))}
-            if self._supervisors
-            else ()
-        )
+        stopping = turns.stopping(self._store, self.daemon_id) if self._supervisors else {}
         busy = False
         for run_id, supervisor in list(self._supervisors.items()):
             try:
                 if run_id in stopping:
-                    supervisor.request_stop()
+                    supervisor.request_stop(now=stopping[run_id])
                 if supervisor.tick() is not None:
                     del self._supervisors[run_id]
                     self._inventory.release(run_id)
@@ -207,7 +207,23 @@ class Daemon:
             host=self._me.host,
             fits=self._fits,
             lease_micros=self._lease_micros,
+            limits=self._limits,
         )
+
+    def _preempt(self) -> None:
+        """Have runs of lower priority make room for the run whose turn it is."""
+        if not self._supervisors:
+            return
+        for run_id in turns.preempt(
+            self._store,
+            self._context,
+            daemon=self.daemon_id,
+            fits=self._fits,
+            need=self._inventory.need,
+            free=lambda kind: len(self._inventory.free(kind)),
+            limits=self._limits,
+        ):
+            of_run(run_id).info("makes room for a run of higher priority")
 
     def _launch(self, claimed: Claimed) -> None:
         lease, run = claimed.lease, claimed.run
@@ -229,7 +245,7 @@ class Daemon:
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:
-            attempt, argv = LocalAttempt.start(directory, order, need, devices)
+            attempt, argv = self._launcher.start(directory, order, need, devices)
         except OSError as error:
             self._inventory.release(run.run_id)
             of_run(run.run_id, lease.attempt).error(
@@ -269,7 +285,7 @@ class Daemon:
         home = str(self._settings.home)
         for lease in orphaned(self._store, self._me.host, home, self.daemon_id, driven):
             directory = RunDir(self._settings.home, lease.run_id).attempt(lease.attempt)
-            attempt = LocalAttempt.adopt(directory, lease.token)
+            attempt = self._launcher.adopt(directory, lease.token)
             pid = attempt.process.pid if attempt.process else 0
             event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
             try:

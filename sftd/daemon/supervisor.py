@@ -11,7 +11,7 @@ from sftd.domain.errors import JournalCorrupt, UnknownEvent
 from sftd.domain.failures import Failure, classify
 from sftd.domain.run import Run
 from sftd.domain.spec import Launch
-from sftd.launcher.local import LocalAttempt
+from sftd.launcher.seam import Attempt
 from sftd.operations import attempts, checkpoints
 from sftd.operations.context import Context
 from sftd.settings import Settings
@@ -38,7 +38,7 @@ class Supervisor:
         context: Context,
         settings: Settings,
         lease: Lease,
-        attempt: LocalAttempt,
+        attempt: Attempt,
         launched: e.AttemptLaunched | None = None,
     ) -> None:
         """`launched` is recorded before anything else of the attempt."""
@@ -114,11 +114,15 @@ class Supervisor:
         """How many lines of the journal are not in the log yet, and when the first of them occurred."""
         return journal.backlog(self.attempt.directory.journal, self._offset)
 
-    def request_stop(self) -> None:
-        """Ask the trainer to checkpoint and end; kill it when it does not."""
-        now = time.monotonic()
+    def request_stop(self, *, now: bool = False) -> None:
+        """Ask the trainer to checkpoint and end; kill it when it does not, or when it is to end `now`."""
+        if now:
+            self._log.info("killing attempt %d, as asked", self.lease.attempt)
+            self.attempt.kill()
+            return
+        since = time.monotonic()
         if self._stopping_since is None:
-            self._stopping_since = now
+            self._stopping_since = since
             try:
                 self.attempt.directory.request_stop()
             except OSError as error:
@@ -126,7 +130,7 @@ class Supervisor:
                 self.attempt.kill()
             else:
                 self._log.info("asked attempt %d to stop", self.lease.attempt)
-        elif now - self._stopping_since > _STOP_SECONDS:
+        elif since - self._stopping_since > _STOP_SECONDS:
             self._log.warning("attempt %d did not stop in time; killing it", self.lease.attempt)
             self.attempt.kill()
 
@@ -189,7 +193,7 @@ class Supervisor:
         return run
 
 
-def _launch(attempt: LocalAttempt) -> Launch:
+def _launch(attempt: Attempt) -> Launch:
     try:
         return attempt.directory.order().spec.launch
     except (OSError, ValueError):

@@ -20,6 +20,7 @@ Payload = dict[str, Any]
 # (type, N) -> function from a payload of schema version N to one of version N + 1.
 UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
     ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
+    ("StopRequested", 1): lambda payload: payload | {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): lambda payload: (
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
     ),

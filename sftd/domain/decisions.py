@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from sftd.domain import events as e
-from sftd.domain import trajectory
+from sftd.domain import halting, trajectory
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.failures import NOT_RETRIED, Failure
-from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
+from sftd.domain.run import ACTIVE, ENDED, CheckpointInfo, Run
 from sftd.domain.spec import Spec, spec_digest
 
 MICROS = 1_000_000
@@ -34,14 +34,15 @@ def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
     return min(MAX_BACKOFF_SECONDS, base_seconds * 2.0 ** max(0, fruitless_attempts - 1))
 
 
-def request_stop(run: Run, by: str, reason: str = "") -> list[e.Event]:
-    """Cancel: a waiting run ends at once, an active one when its attempt has ended."""
+def request_stop(run: Run, by: str, reason: str = "", *, now: bool = False) -> list[e.Event]:
+    """Cancel: a run without an attempt ends at once, an active one when its attempt has ended, which `now` kills."""
     if run.status in ENDED:
         raise Refused(Problem(run.run_id, f"has {run.status} already", "nothing is left to cancel"))
-    if run.status == "stopping":
-        return []
-    stop = e.StopRequested(by=by, reason=reason)
-    return [stop, e.RunCancelled(by=by)] if run.status in WAITING else [stop]
+    stop = e.StopRequested(by=by, reason=reason, now=now)
+    if run.status not in ACTIVE:
+        return [stop, e.RunCancelled(by=by)]
+    asked_already = run.status == "stopping" and run.stop_then == "cancelled" and run.stop_now >= now
+    return [] if asked_already else [stop]
 
 
 def abandon(run: Run, by: str) -> list[e.Event]:
@@ -56,7 +57,7 @@ def abandon(run: Run, by: str) -> list[e.Event]:
 
 
 def refuse_busy(run: Run) -> None:
-    """Raises `Refused` unless the run waits for a retry or has ended."""
+    """Raises `Refused` unless the run waits for a retry, is paused or has ended."""
     if run.status in ACTIVE:
         raise Refused(
             Problem(run.run_id, f"is {run.status}", f"wait for it, or `sftd cancel {run.run_id}` first")
@@ -65,6 +66,8 @@ def refuse_busy(run: Run) -> None:
         raise Refused(
             Problem(run.run_id, "is queued already", "start a daemon with `sftd daemon` if none is running")
         )
+    if run.status == "held":
+        raise Refused(Problem(run.run_id, "is held", f"use `sftd release {run.run_id}`"))
 
 
 def request_resume(
@@ -249,7 +252,7 @@ def end_attempt(
     if missing is None:
         return [_success(run)]
     if run.stop_by is not None:
-        return [e.RunCancelled(by=run.stop_by)]
+        return [halting.stopped(run, run.stop_by)]
     if exit_code == 0:
         failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
     fruitless = 0 if run.attempt_progressed else run.fruitless_attempts + 1

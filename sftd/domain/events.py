@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 Micros = int
+# What becomes of a run whose attempt was asked to stop.
+AfterStop = Literal["cancelled", "paused", "queued"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,10 +222,57 @@ class SamplesSkipped(Event, frozen=True):
 
 
 class StopRequested(Event, frozen=True):
-    """A person asked for the run to end."""
+    """The run shall not go on: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
+    devices. `then` is what follows; `now` kills the attempt, else it saves a checkpoint at the next step boundary."""
+
+    schema_version: ClassVar[int] = 2
 
     by: str
     reason: str = ""
+    then: AfterStop = "cancelled"
+    now: bool = False
+    preempted_by: str | None = None
+
+
+class RunDeferred(Event, frozen=True):
+    """The run does not start before these runs have succeeded."""
+
+    after: list[str]
+
+
+class SweepJoined(Event, frozen=True):
+    """The run is one point of a sweep; `values` are the settings that make it this point."""
+
+    sweep: str
+    values: dict[str, Any]
+
+
+class RunHeld(Event, frozen=True):
+    """A person keeps a waiting run from starting."""
+
+    by: str
+    reason: str = ""
+
+
+class RunReleased(Event, frozen=True):
+    """A held run waits for its turn again."""
+
+    by: str
+
+
+class AttemptPaused(Event, frozen=True):
+    """The attempt ended because a person paused the run; `step` is where the next one goes on."""
+
+    step: int
+    by: str
+
+
+class AttemptPreempted(Event, frozen=True):
+    """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
+    attempt goes on."""
+
+    step: int
+    by_run: str
 
 
 class ResumeRequested(Event, frozen=True):

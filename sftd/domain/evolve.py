@@ -12,7 +12,8 @@ import msgspec
 from sftd.domain import events as e
 from sftd.domain.codec import json_float
 from sftd.domain.errors import UnknownEvent
-from sftd.domain.run import ACTIVE, CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
+from sftd.domain.evolve_halts import HALTS, NO_STOP
+from sftd.domain.run import CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
 from sftd.domain.spec import OrderStart, Spec
 
 
@@ -282,11 +283,6 @@ def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
 
 
 @_apply.register
-def _(event: e.StopRequested, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, stop_by=event.by, status="stopping" if run.status in ACTIVE else run.status)
-
-
-@_apply.register
 def _(event: e.ReplayVerified, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, last_replay=Replay(event.from_step, event.to_step, None, recorded.occurred_at))
 
@@ -309,7 +305,7 @@ def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
         run,
         status="queued",
         resume_from=event.from_step,
-        stop_by=None,
+        **NO_STOP,
         retry_at=None,
         ended_at=None,
         fruitless_attempts=0,
@@ -358,3 +354,7 @@ def _(event: e.RunFailed, run: Run, recorded: e.Recorded) -> Run:
 @_apply.register
 def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
+
+
+for _type, _fold in HALTS.items():
+    _apply.register(_type, _fold)

@@ -56,6 +56,8 @@ TYPES = tuple(
         e.ResumeRequested,
         e.AttemptFailed,
         e.AttemptLost,
+        e.AttemptPaused,
+        e.AttemptPreempted,
         e.RunSucceeded,
         e.RunFailed,
         e.RunCancelled,
@@ -153,6 +155,10 @@ class Fold:
                 if self._phase == "other":
                     self._phase = "restarting"
                 self._turn(at, "restarting")
+            case e.AttemptPaused():
+                self._turn(at, "idle")
+            case e.AttemptPreempted():
+                self._turn(at, "queued")
             case e.RunSucceeded() | e.RunFailed() | e.RunCancelled():
                 self._turn(at, "idle")
                 self._ended = True

@@ -10,17 +10,21 @@ from sftd.domain import events as e
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 Status = Literal[
-    "queued",  # waits for devices                            → starting
-    "retrying",  # waits until retry_at after a failure        → starting
+    "queued",  # waits for its turn                           → starting, held, cancelled
+    "retrying",  # waits until retry_at after a failure        → starting, held, cancelled
+    "held",  # a person keeps it from starting                → queued, retrying, cancelled
     "starting",  # claimed or launched, no step yet            → running, retrying, failed
     "running",  # steps are being recorded                     → stopping, succeeded, retrying, failed
-    "stopping",  # a stop was requested, the attempt is ending → cancelled, succeeded
+    "stopping",  # a stop was requested, the attempt is ending → cancelled, paused, queued (preempted), succeeded
+    "paused",  # stopped with a checkpoint                    → queued (resume), cancelled
     "succeeded",
     "failed",
     "cancelled",
 ]
 ACTIVE: frozenset[Status] = frozenset({"starting", "running", "stopping"})
 WAITING: frozenset[Status] = frozenset({"queued", "retrying"})
+# Nothing happens until a person says so.
+HALTED: frozenset[Status] = frozenset({"held", "paused"})
 ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -98,7 +102,15 @@ class Run(msgspec.Struct, frozen=True):
     attempt: int = 0
     daemon: str | None = None
     retry_at: e.Micros | None = None
+    # The stop that was asked for: by whom and why, what follows it, and whether the attempt is killed for it.
     stop_by: str | None = None
+    stop_reason: str = ""
+    stop_then: e.AfterStop = "cancelled"
+    stop_now: bool = False
+    preempted_by: str | None = None
+    # It does not start before these have succeeded.
+    after: tuple[str, ...] = ()
+    sweep: str = ""
     resume_from: int | None = None
     # Whether a step that is computed again comes out bit for bit: the attempts so far were deterministic, and all of
     # them in the environment of the last (versions, device, layout).
@@ -123,6 +135,7 @@ class Run(msgspec.Struct, frozen=True):
     highest_step: int = 0
     steps_redone: int = 0
     anomalies: int = 0
+    preemptions: int = 0
     attempt_base: int = 0
     attempt_progressed: bool = False
     fruitless_attempts: int = 0

@@ -238,6 +238,13 @@ class Launch(Section, frozen=True):
     priority: Annotated[
         int, Meta(ge=-1_000_000, le=1_000_000, description="higher starts first; equal ones by age")
     ] = 0
+    preemptible: Annotated[
+        bool,
+        Meta(
+            description="a waiting run of higher priority may take its place: it saves a checkpoint, is queued again and goes on "
+            "later"
+        ),
+    ] = False
     max_restarts: Annotated[
         Count,
         Meta(

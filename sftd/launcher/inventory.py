@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
-
+from sftd.domain.demand import Demand, Need, need
 from sftd.domain.spec import Spec
 
-
-class Need(msgspec.Struct, frozen=True):
-    """What an attempt takes: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank."""
-
-    device: str
-    count: int
-    threads: int
+__all__ = ["Inventory", "Need", "gpu_count"]
 
 
 def gpu_count() -> int:
@@ -39,21 +32,10 @@ class Inventory:
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
         self._held: dict[str, list[str]] = {}
 
-    def need(self, spec: Spec) -> Need:
-        """What a run takes here. Without `launch.threads_per_rank` the ranks of a CPU run share all cores."""
-        device = spec.launch.device
-        if device == "auto":
-            device = "cuda" if self.gpus else "cpu"
-        ranks = spec.nproc_per_node
-        if device == "cuda":
-            return Need(
-                "cuda",
-                ranks,
-                spec.launch.threads_per_rank or max(1, len(self.cpus) // max(1, len(self.gpus))),
-            )
-        threads = spec.launch.threads_per_rank or max(1, len(self.cpus) // ranks)
-        # More ranks than cores is slow but works, as GPUs do not: it takes the whole machine.
-        return Need("cpu", min(len(self.cpus), ranks * threads), threads)
+    def need(self, wanted: Spec | Demand) -> Need:
+        """What a run takes here."""
+        demand = wanted if isinstance(wanted, Demand) else Demand.of(wanted)
+        return need(demand, len(self.gpus), len(self.cpus))
 
     def _all(self, device: str) -> list[str]:
         return self.gpus if device == "cuda" else self.cpus
@@ -63,19 +45,19 @@ class Inventory:
         held = {d for devices in self._held.values() for d in devices}
         return [d for d in self._all(device) if d not in held]
 
-    def fits(self, spec: Spec) -> bool | None:
+    def fits(self, wanted: Spec | Demand) -> bool | None:
         """True: free now. False: in use now. None: more than this host has."""
-        need = self.need(spec)
-        if need.count > len(self._all(need.device)):
+        mine = self.need(wanted)
+        if mine.count > len(self._all(mine.device)):
             return None
-        return need.count <= len(self.free(need.device))
+        return mine.count <= len(self.free(mine.device))
 
     def take(self, holder: str, spec: Spec) -> tuple[Need, list[str]]:
         """Hand the devices of a run that fits to `holder`."""
-        need = self.need(spec)
-        devices = self.free(need.device)[: need.count]
+        mine = self.need(spec)
+        devices = self.free(mine.device)[: mine.count]
         self._held[holder] = devices
-        return need, devices
+        return mine, devices
 
     def restore(self, holder: str, devices: list[str]) -> None:
         """An adopted attempt holds these devices already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import msgspec
 
@@ -11,8 +11,11 @@ from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.evolve import stays_exact
 from sftd.domain.failures import Failure
+from sftd.domain.queueing import Limits
 from sftd.domain.run import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
+from sftd.operations.dependents import leave_queue
+from sftd.operations.turns import NO_LIMITS, Fits, next_turn
 from sftd.store import event_store, positions, queue
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
@@ -35,33 +38,32 @@ def claim(
     *,
     daemon: str,
     host: str,
-    fits: Callable[[Run], bool | None],
+    fits: Fits,
     lease_micros: int,
+    limits: Limits = NO_LIMITS,
 ) -> Claimed | None:
-    """Lease the run whose turn it is and record the claim.
+    """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
 
-    `fits` says whether a run's devices are free now (True), are in use (False), or are more than this daemon will
-    ever have (None). A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so
-    that a large run cannot starve. Returns None when nothing can start.
+    A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so that a large run cannot
+    starve.
     """
+    with store.read() as connection:
+        # Most of the time there is nothing to do, and nobody is kept from writing to find that out.
+        turn = next_turn(connection, store.clock(connection, context.now()), fits, limits)
+        if turn is None or not turn.fits:
+            return None
     with store.write() as tx:
         now = tx.now(context.now())
-        too_large: list[str] = []
-        while (run_id := queue.next_waiting(tx, now, too_large)) is not None:
-            run = current(tx.connection, run_id)
-            fit = fits(run)
-            if fit is None:
-                too_large.append(run_id)
-                continue
-            if not fit:
-                return None
-            checkpoint = run.restart_checkpoint
-            start = decisions.claim(run, daemon, host)
-            lease = Lease(run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
-            queue.lease(tx, run_id, lease.attempt, lease.token, daemon, lease.expires_at)
-            append_decided(tx, context, run_id, run.version, [start], lease.attempt)
-            return Claimed(lease, run, start, checkpoint.manifest_digest if checkpoint else None)
-    return None
+        turn = next_turn(tx.connection, now, fits, limits)
+        if turn is None or not turn.fits:
+            return None
+        run = current(tx.connection, turn.entry.run_id)
+        checkpoint = run.restart_checkpoint
+        start = decisions.claim(run, daemon, host)
+        lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
+        queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
+        append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
+        return Claimed(lease, run, start, checkpoint.manifest_digest if checkpoint else None)
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
@@ -179,7 +181,7 @@ def finish(
     lost: bool,
     backoff_seconds: float,
 ) -> Run:
-    """An attempt's processes are gone and its journal is ingested: end the run, or queue its next attempt."""
+    """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
     with store.write() as tx:
         queue.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
@@ -190,6 +192,8 @@ def finish(
         append_decided(tx, context, run.run_id, run.version, decided, lease.attempt)
         run = current(tx.connection, lease.run_id)
         if run.status in ENDED:
+            leave_queue(tx, context, run)
+        elif run.status == "paused":
             queue.leave(tx, run.run_id)
         else:
             # The back-off begins now, whatever this host's clock says.

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sftd.domain.events import Micros, Recorded
 from sftd.domain.goodput import Ledger
 from sftd.domain.run import Run
-from sftd.store import event_store, queue
+from sftd.store import event_store
 from sftd.store.engine import Store
 from sftd.store.goodput import read_ledger
 from sftd.store.runs import load_run, resolve_id
@@ -85,12 +85,3 @@ def raw_events(
     """A run's rows of the events table as they stand there."""
     with store.read() as connection:
         return list(event_store.raw_rows(connection, run_id, after_version, types, limit))
-
-
-def queued(store: Store, now: int) -> tuple[set[str], set[str]]:
-    """Ids of the runs that wait, and of those that some daemon drives: whose lease has not expired. `now` is this host's
-    time (µs)."""
-    with store.read() as connection:
-        now = store.clock(connection, now)
-        waiting = {run_id for run_id, _ in queue.waiting(connection)}
-        return waiting, {lease.run_id for lease in queue.leases(connection) if lease.expires_at > now}

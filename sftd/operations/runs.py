@@ -9,7 +9,9 @@ from sftd.domain.events import CheckpointPinned
 from sftd.domain.run import ENDED, Run
 from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
-from sftd.store import queue
+from sftd.operations.dependents import leave_queue
+from sftd.operations.submitting import Wish, submit_all
+from sftd.store import queue, schedule
 from sftd.store.engine import Store
 from sftd.store.runs import resolve_id
 from sftd.wire import preflight
@@ -20,25 +22,21 @@ def submit(
     store: Store, context: Context, spec: Spec, found: Preflight, warnings: list[Problem], user: str
 ) -> str:
     """Record a run and queue it. Returns its id."""
-    submitted = preflight.submission(spec, found, warnings, user)
-    # 2^28 names: a name that is taken raises ConcurrencyConflict, and the user submits again.
-    run_id = names.run_id(context.random(4))
-    with store.write() as tx:
-        append_decided(tx, context, run_id, 0, [submitted])
-        queue.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
-    return run_id
+    return submit_all(store, context, [Wish(spec, found, warnings)], user)[0]
 
 
-def cancel(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
-    """Ask a run to end. A waiting run ends at once; an active one when its daemon has seen the request."""
+def cancel(
+    store: Store, context: Context, prefix: str, by: str, reason: str = "", *, now: bool = False
+) -> Run:
+    """Ask a run to end. A waiting run ends at once; an active one when its daemon has seen the request: after a checkpoint,
+    or, with `now`, killed."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        append_decided(
-            tx, context, run.run_id, run.version, decisions.request_stop(run, by, reason), run.attempt or None
-        )
+        decided = decisions.request_stop(run, by, reason, now=now)
+        append_decided(tx, context, run.run_id, run.version, decided, run.attempt or None)
         run = current(tx.connection, run.run_id)
         if run.status in ENDED:
-            queue.leave(tx, run.run_id)
+            leave_queue(tx, context, run)
         return run
 
 
@@ -53,8 +51,9 @@ def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
                 Problem(run.run_id, what, f"use `sftd cancel {run.run_id}`, or stop that daemon first")
             )
         append_decided(tx, context, run.run_id, run.version, decisions.abandon(run, by), run.attempt or None)
-        queue.leave(tx, run.run_id)
-        return current(tx.connection, run.run_id)
+        run = current(tx.connection, run.run_id)
+        leave_queue(tx, context, run)
+        return run
 
 
 def resume(
@@ -66,7 +65,7 @@ def resume(
     new: Proposal | None = None,
     instead: str = "",
 ) -> Run:
-    """Queue another attempt of a run that waits after a failure or has ended, with another spec if one is given (see
+    """Queue another attempt of a run that waits after a failure, was paused or has ended, with another spec if one is given (see
     `decisions.request_resume`)."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
@@ -74,6 +73,7 @@ def resume(
         append_decided(tx, context, run.run_id, run.version, decided)
         run = current(tx.connection, run.run_id)
         queue.wait_again(tx, run.run_id, tx.now(context.now()), priority=run.spec.launch.priority)
+        schedule.set_demand(tx, run.run_id, run.spec)
         return run
 
 
@@ -99,4 +99,5 @@ def fork(
             pin = CheckpointPinned(step=forked.step, fork=run_id)
             append_decided(tx, context, parent_id, parent.version, [pin])
         queue.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
+        schedule.set_demand(tx, run_id, spec)
     return run_id

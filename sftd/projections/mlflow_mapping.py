@@ -34,6 +34,8 @@ _DATASET_SOURCE = 65_535
 _NOT_IN_KEY = re.compile(r"[^\w. -]")
 _STATUS: dict[Status, str] = {
     "queued": "SCHEDULED",
+    "held": "SCHEDULED",
+    "paused": "SCHEDULED",
     "succeeded": "FINISHED",
     "failed": "FAILED",
     "cancelled": "KILLED",
@@ -130,6 +132,8 @@ def tags(run: Run) -> dict[str, str]:
     }
     if run.fork:
         texts |= {"sftd.parent": run.fork.parent, "sftd.fork_step": str(run.fork.step)}
+    if run.sweep:
+        texts["sftd.sweep"] = run.sweep
     return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
 
 

@@ -47,6 +47,9 @@ _LIFECYCLE = tuple(
     for cls in (
         e.RunForked,
         e.RunSubmitted,
+        e.SweepJoined,
+        e.RunHeld,
+        e.RunReleased,
         e.AttemptClaimed,
         e.TrainingResumed,
         e.CheckpointPublished,
@@ -56,6 +59,8 @@ _LIFECYCLE = tuple(
         e.ResumeRequested,
         e.AttemptFailed,
         e.AttemptLost,
+        e.AttemptPaused,
+        e.AttemptPreempted,
         e.RunSucceeded,
         e.RunFailed,
         e.RunCancelled,

@@ -18,7 +18,8 @@ class SettingsError(Exception):
 class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
     off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
-    `metrics_file`: what the daemon writes for Prometheus."""
+    `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
+    of one user or project may have at once; None is no limit."""
 
     home: Path
     database_url: str
@@ -29,6 +30,8 @@ class Settings:
     poll_seconds: float
     log_format: str
     metrics_file: Path
+    user_limit: int | None = None
+    project_limit: int | None = None
 
     @property
     def logs(self) -> Path:
@@ -95,6 +98,20 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         raise SettingsError(
             f"SFTD_LOG_FORMAT (or `log_format` in {file}): {log_format!r} is neither text nor json"
         )
+
+    def limit(name: str) -> int | None:
+        variable = f"SFTD_LIMIT_{name.upper()}"
+        table = stored.get("limits", {})
+        if not isinstance(table, dict):
+            raise SettingsError(f"{file}: write `[limits]` and, below it, `user = N` or `project = N`")
+        text = environ.get(variable) or str(table.get(name, ""))
+        if not text:
+            return None
+        if not text.isdecimal() or int(text) == 0:
+            what = f"{variable} (or `{name}` under [limits] in {file}): {text!r} is not a number of devices above 0"
+            raise SettingsError(what)
+        return int(text)
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tracking = environ.get("MLFLOW_TRACKING_URI")
     if tracking is None:
@@ -109,4 +126,6 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         poll_seconds=number("poll_seconds", 0.25),
         log_format=log_format,
         metrics_file=Path(value("metrics_file", str(home / "metrics.prom"))).expanduser().absolute(),
+        user_limit=limit("user"),
+        project_limit=limit("project"),
     )

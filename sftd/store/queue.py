@@ -10,7 +10,7 @@ from sftd.domain.events import Micros
 from sftd.store.engine import Tx
 from sftd.store.tables import queue
 
-WAITING, LEASED, IDLE = "waiting", "leased", "idle"
+WAITING, HELD, LEASED, IDLE = "waiting", "held", "leased", "idle"
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -48,14 +48,14 @@ def _set(tx: Tx, run_id: str, **values: object) -> None:
     tx.execute(sa.update(queue).where(queue.c.run_id == run_id).values(**values))
 
 
-def next_waiting(tx: Tx, now: Micros, excluded: list[str]) -> str | None:
-    """The run whose turn it is: highest priority, then oldest. Locked against other claimants until the end of the
-    transaction (on SQLite the whole transaction is)."""
-    query = sa.select(queue.c.run_id).where(queue.c.state == WAITING, queue.c.not_before <= now)
-    if excluded:
-        query = query.where(queue.c.run_id.not_in(excluded))
-    query = query.order_by(queue.c.priority.desc(), queue.c.enqueued_at, queue.c.run_id).limit(1)
-    return tx.execute(query.with_for_update(skip_locked=True)).scalar()
+def hold(tx: Tx, run_id: str) -> None:
+    """Keep a waiting run from starting, in its place."""
+    tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == WAITING).values(state=HELD))
+
+
+def release(tx: Tx, run_id: str) -> None:
+    """Let a held run wait for its turn again."""
+    tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == HELD).values(state=WAITING))
 
 
 def lease(tx: Tx, run_id: str, attempt: int, token: str, owner: str, expires_at: Micros) -> bool:
@@ -116,13 +116,3 @@ def leases(connection: sa.Connection) -> list[Lease]:
         .order_by(c.run_id)
     )
     return [Lease(*row) for row in connection.execute(query)]
-
-
-def waiting(connection: sa.Connection) -> list[tuple[str, Micros]]:
-    """Runs that wait, in the order in which they start, with the time before which they do not."""
-    c = queue.c
-    query = sa.select(c.run_id, c.not_before).where(c.state == WAITING)
-    return [
-        (r.run_id, r.not_before)
-        for r in connection.execute(query.order_by(c.priority.desc(), c.enqueued_at, c.run_id))
-    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 # Events that are not steps have an index of their own. A query must say it in these words to be given it.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -62,6 +62,23 @@ queue = sa.Table(
     sa.Column("owner", sa.String(64)),
     sa.Column("expires_at", sa.BigInteger),
     sa.Index("ix_queue_order", "state", sa.text("priority DESC"), "enqueued_at", "run_id"),
+)
+
+# What the scheduler needs to know of a run's spec, as JSON (`Demand`).
+queue_demands = sa.Table(
+    "queue_demands",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("demand", sa.Text, nullable=False),
+)
+
+# `run_id` does not start before `after` has succeeded.
+queue_after = sa.Table(
+    "queue_after",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("after", sa.String(64), primary_key=True),
+    sa.Index("ix_queue_after_after", "after"),
 )
 
 daemons = sa.Table(

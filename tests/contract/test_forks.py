@@ -15,7 +15,7 @@ from sftd.domain.run import Run
 from sftd.domain.spec_parse import change
 from sftd.operations import attempts, checkpoints, collecting, forks, reading, runs
 from sftd.operations.attempts import Claimed
-from sftd.store import queue
+from sftd.store import schedule
 from sftd.store.engine import Store
 from sftd.wire import preflight
 from sftd.wire.checkpoint_dir import MANIFEST
@@ -231,4 +231,4 @@ def test_a_direct_run_that_went_on_in_another_layout_is_taken_in_as_that(
 def test_a_fork_in_the_queue_has_its_own_place(log: Store, clock: Clock, parent: Run) -> None:
     name = fork(log, clock, parent, None, ("launch.priority", 2))
     with log.read() as connection:
-        assert [run_id for run_id, _ in queue.waiting(connection)] == [name]
+        assert [entry.run_id for entry in schedule.waiting(connection)] == [name]

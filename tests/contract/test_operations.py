@@ -22,7 +22,7 @@ from sftd.operations import attempts, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections import views
-from sftd.store import daemons, queue
+from sftd.store import daemons, schedule
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir
@@ -180,7 +180,7 @@ def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
     clock.time += 1
     runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
     with log.read() as connection:
-        large, small = (run_id for run_id, _ in queue.waiting(connection))
+        large, small = (entry.run_id for entry in schedule.waiting(connection))
     assert first not in (large, small)
 
     def claim(busy: bool | None) -> Claimed | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sftd.domain.errors import LeaseLost
-from sftd.store import queue
+from sftd.domain.spec import Spec
+from sftd.store import queue, schedule
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 
@@ -19,14 +19,15 @@ def enqueue(store: Store, *entries: tuple[str, int, int]) -> None:
     with store.write(appends=False) as tx:
         for run_id, priority, now in entries:
             queue.enqueue(tx, run_id, priority, now)
+            schedule.set_demand(tx, run_id, Spec())
 
 
-def claim(store: Store, token: str, now: int = 1000, excluded: Sequence[str] = ()) -> str | None:
-    with store.write(appends=False) as tx:
-        run_id = queue.next_waiting(tx, now, list(excluded))
-        if run_id is not None:
-            assert queue.lease(tx, run_id, 1, token, "owner", now + 30)
-        return run_id
+def claim(store: Store, token: str, now: int = 1000) -> str | None:
+    with store.write() as tx:
+        for entry in schedule.in_order(tx.connection, now):
+            assert queue.lease(tx, entry.run_id, 1, token, "owner", now + 30)
+            return entry.run_id
+        return None
 
 
 def leases(store: Store) -> list[Lease]:
@@ -36,7 +37,7 @@ def leases(store: Store) -> list[Lease]:
 
 def waiting(store: Store) -> list[tuple[str, int]]:
     with store.read() as connection:
-        return queue.waiting(connection)
+        return [(entry.run_id, entry.not_before) for entry in schedule.waiting(connection)]
 
 
 def check(store: Store, run_id: str, token: str) -> None:
@@ -62,10 +63,24 @@ def test_a_run_does_not_start_before_its_time(store: Store) -> None:
     assert claim(store, "v", now=500) == "a"
 
 
-def test_excluded_runs_are_passed_over(store: Store) -> None:
+def test_a_long_queue_is_read_in_order_page_by_page(store: Store) -> None:
+    entries = [(f"run-{number:03d}", -(number // 90), number % 7) for number in range(250)]
+    enqueue(store, *entries[::-1])
+    expected = [run_id for run_id, *_ in sorted(entries, key=lambda e: (-e[1], e[2], e[0]))]
+    with store.read() as connection:
+        assert [entry.run_id for entry in schedule.in_order(connection, 1000)] == expected
+
+
+def test_a_held_run_keeps_its_place(store: Store) -> None:
     enqueue(store, ("a", 0, 1), ("b", 0, 2))
-    assert claim(store, "t", excluded=["a"]) == "b"
-    assert claim(store, "t", excluded=["a"]) is None
+    with store.write(appends=False) as tx:
+        queue.hold(tx, "a")
+    assert claim(store, "t") == "b"
+    assert claim(store, "u") is None
+    with store.write(appends=False) as tx:
+        queue.hold(tx, "b")  # it runs: nothing happens
+        queue.release(tx, "a")
+    assert claim(store, "u") == "a"
 
 
 def test_a_leased_run_is_not_leased_again(store: Store) -> None:

@@ -140,6 +140,28 @@ def test_a_failed_run_is_idle_until_a_person_resumes_it() -> None:
     }
 
 
+def test_a_stopped_attempt_gives_its_devices_back() -> None:
+    """Preempted it waits for its turn, paused for a person; neither is time in which it held devices."""
+    history: History = [
+        (0, submitted()),
+        (1, claimed()),
+        (4, step(1)),
+        (5, e.AttemptPreempted(step=1, by_run="urgent")),
+        (15, claimed()),
+        (18, step(2)),
+        (19, e.AttemptPaused(step=2, by="ada")),
+        (49, e.ResumeRequested(by="ada")),
+    ]
+    assert spent(history) == {
+        "queued": 11,
+        "starting": 2,
+        "restarting": 2,
+        "productive": 2,
+        "other": 2,
+        "idle": 30,
+    }
+
+
 def test_what_is_done_again_is_replayed_whatever_it_is() -> None:
     first: History = [(0, submitted()), (0, claimed()), (1, step(1)), (2, validated(1, 1)), (3, saving(1))]
     first += [(4, saved(1)), (5, succeeded()), (5, e.ResumeRequested(by="ada", from_step=0)), (5, claimed())]
@@ -223,6 +245,8 @@ _events: st.SearchStrategy[e.Event | StepTime] = st.one_of(
     st.builds(saved, _numbers),
     st.builds(failed),
     st.builds(lambda: e.AttemptLost(message="m")),
+    st.builds(lambda: e.AttemptPaused(step=1, by="ada")),
+    st.builds(lambda: e.AttemptPreempted(step=1, by_run="r")),
     st.builds(succeeded),
     st.builds(lambda: e.RunFailed(cause="c", message="m")),
     st.builds(lambda: e.RunCancelled(by="ada")),

@@ -121,6 +121,8 @@ def test_the_end_of_a_run_says_where_its_time_went() -> None:
 def test_status() -> None:
     expected: dict[Status, tuple[str, int | None]] = {
         "queued": ("SCHEDULED", None),
+        "held": ("SCHEDULED", None),
+        "paused": ("SCHEDULED", None),
         "retrying": ("RUNNING", None),
         "starting": ("RUNNING", None),
         "running": ("RUNNING", None),
@@ -196,6 +198,8 @@ def test_tags_say_what_happened() -> None:
     tags = mapping.tags(Run("r", status="failed", attempt=2, cause="oom", message="m" * 9000))
     assert tags["sftd.status"] == "failed"
     assert tags["sftd.attempts"] == "2"
+    assert "sftd.sweep" not in tags
+    assert mapping.tags(Run("r", sweep="sweep-1"))["sftd.sweep"] == "sweep-1"
     assert tags["sftd.cause"] == "oom"
     assert len(tags["sftd.message"]) == 5000
     first = mapping.first_tags("run-1", submitted(warnings=["odd"]))

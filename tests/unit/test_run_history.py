@@ -3,14 +3,14 @@ database would."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain import decisions, events, retention
+from sftd.domain import decisions, events, halting, retention
 from sftd.domain import run as run_state
 from sftd.domain.errors import Refused
 from sftd.domain.events import Event, Recorded
@@ -407,6 +407,8 @@ def in_status(status: str) -> Log:
     log = Log(planned=10)
     if status == "queued":
         return log
+    if status == "held":
+        return log.add(*halting.hold(log.run, "ada"))
     log.claim()
     if status == "starting":
         return log
@@ -416,6 +418,8 @@ def in_status(status: str) -> Log:
             log.end()
         case "stopping":
             log.add(events.StopRequested(by="ada"))
+        case "paused":
+            log.add(*halting.pause(log.run, "ada")).end(exit_code=0)
         case "succeeded":
             log.train(10).save().end(exit_code=0)
         case "failed":
@@ -426,7 +430,7 @@ def in_status(status: str) -> Log:
     return log
 
 
-STATUSES = ["queued", "retrying", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
+STATUSES = list(get_args(run_state.Status))
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -449,7 +453,7 @@ def test_cancel_in_every_status(status: str) -> None:
 @pytest.mark.parametrize("from_step", [None, 0, 5, 7])
 def test_resume_in_every_status(status: str, from_step: int | None) -> None:
     log = in_status(status)
-    allowed = status in {"retrying", "failed", "cancelled"} or (
+    allowed = status in {"retrying", "paused", "failed", "cancelled"} or (
         status == "succeeded" and from_step is not None
     )
     if allowed and from_step != 7:
@@ -464,6 +468,83 @@ def test_resume_in_every_status(status: str, from_step: int | None) -> None:
     if allowed:
         assert "has no checkpoint of step 7" in problem.what
         assert problem.mend.startswith("use one of 0, 5")
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("deed", ["hold", "release", "pause"])
+def test_hold_release_and_pause_in_every_status(status: str, deed: str) -> None:
+    log = in_status(status)
+    becomes = {
+        ("hold", "queued"): "held",
+        ("hold", "retrying"): "held",
+        ("hold", "held"): "held",
+        ("release", "held"): "queued",
+        ("pause", "starting"): "stopping",
+        ("pause", "running"): "stopping",
+        ("pause", "paused"): "paused",
+    }
+    if (deed, status) in becomes:
+        log.add(*getattr(halting, deed)(log.run, "bob"))
+        assert log.run.status == becomes[deed, status]
+        return
+    with pytest.raises(Refused) as refused:
+        getattr(halting, deed)(log.run, "bob")
+    assert refused.value.problems[0].mend
+
+
+def test_a_released_run_waits_out_its_back_off() -> None:
+    log = in_status("retrying")
+    retry_at = log.run.retry_at
+    log.add(*halting.hold(log.run, "ada"), *halting.release(in_status("held").run, "ada"))
+    assert (log.run.status, log.run.retry_at) == ("retrying", retry_at)
+
+
+@pytest.mark.parametrize("then", ["paused", "queued"])
+@pytest.mark.parametrize(
+    ("failure", "exit_code", "lost"), [(CRASH, 1, False), (CRASH, 0, False), (CRASH, None, True)]
+)
+def test_a_stopped_attempt_is_no_failure_however_it_ends(
+    then: str, failure: Failure, exit_code: int | None, lost: bool
+) -> None:
+    log = Log(launch__max_restarts=0).claim().train(6, save_every=5)
+    stop = halting.pause(log.run, "ada") if then == "paused" else halting.preempt(log.run, "urgent", 5)
+    log.add(*stop).end(failure, exit_code, lost=lost)
+    assert (log.run.status, log.run.fruitless_attempts, log.run.cause) == (then, 0, None)
+    ended = log.recorded[-1].event
+    assert isinstance(ended, events.AttemptPaused | events.AttemptPreempted)
+    assert ended.step == 5
+    assert log.run.preemptions == (then == "queued")
+    if then == "paused":
+        log.add(*decisions.request_resume(log.run, "ada", None))
+    log.claim()
+    assert (log.run.status, log.run.step, log.run.stop_by) == ("starting", 5, None)
+    log.end()
+    assert log.run.status == "failed", "what fails afterwards is a failure again"
+
+
+def test_a_run_that_makes_room_again_and_again_never_is_a_crash_loop() -> None:
+    log = Log(launch__max_restarts=1)
+    for _ in range(5):
+        log.claim().train(3).add(*halting.preempt(log.run, "urgent", 5)).end(CRASH)
+    assert (log.run.status, log.run.fruitless_attempts, log.run.preemptions) == ("queued", 0, 5)
+
+
+def test_the_harder_stop_wins() -> None:
+    log = Log().claim().train(3)
+    log.add(*halting.preempt(log.run, "urgent", 5))
+    assert halting.preempt(log.run, "other", 9) == []
+    log.add(*halting.pause(log.run, "ada"))
+    assert log.run.stop_then == "paused"
+    assert halting.pause(log.run, "ada") == []
+    log.add(*decisions.request_stop(log.run, "ada"))
+    assert (log.run.stop_then, log.run.stop_now) == ("cancelled", False)
+    with pytest.raises(Refused, match="is being cancelled"):
+        halting.pause(log.run, "ada")
+    log.add(*decisions.request_stop(log.run, "ada", now=True))
+    assert log.run.stop_now
+    assert decisions.request_stop(log.run, "ada") == decisions.request_stop(log.run, "ada", now=True) == []
+    log.end(CRASH, 137)
+    assert log.run.status == "cancelled"
 
 
 def test_a_run_that_ends_its_work_while_it_is_being_cancelled_has_succeeded() -> None:
@@ -530,7 +611,10 @@ def test_superseded_ones_stay_until_the_new_history_has_come_to_its_end() -> Non
 
 _STORY = st.lists(
     st.sampled_from(
-        ["train", "save", "validate", "nan", "crash", "claim", "resume", "cancel", "reject", "delete"]
+        [
+            *("train", "save", "validate", "nan", "crash", "claim", "resume", "cancel", "reject", "delete"),
+            *("hold", "release", "pause", "preempt"),
+        ]
     ),
     max_size=40,
 )
@@ -553,6 +637,14 @@ def _live(story: list[str]) -> Log:
                 log.add(validated(run.step, float("nan")))
             case "crash" if run.status in ACTIVE:
                 log.end()
+            case "hold" if run.status in run_state.WAITING:
+                log.add(*halting.hold(run, "ada"))
+            case "release" if run.status == "held":
+                log.add(*halting.release(run, "ada"))
+            case "pause" if run.status in ("starting", "running"):
+                log.add(*halting.pause(run, "ada"))
+            case "preempt":
+                log.add(*halting.preempt(run, "urgent", 9))
             case "cancel" if run.status not in ENDED:
                 log.add(*decisions.request_stop(run, "ada"))
             case "resume":
@@ -586,7 +678,8 @@ def test_folding_in_any_batches_gives_the_same_bytes(story: list[str], data: st.
 @settings(max_examples=200, deadline=None)
 @given(_STORY)
 def test_what_always_holds(story: list[str]) -> None:
-    run = _live(story).run
+    log = _live(story)
+    run = log.run
     steps = [c.step for c in run.checkpoints]
     assert steps == sorted(set(steps))
     assert run.step <= run.highest_step
@@ -599,6 +692,12 @@ def test_what_always_holds(story: list[str]) -> None:
         )
     assert decisions.claim(run, "d", "h").from_step in {0, *steps}
     assert (run.ended_at is not None) == (run.status in ENDED)
+    # Who was asked to stop and did is neither stopping any more nor on the way to a crash loop.
+    assert (run.stop_by is None) or run.status in {"stopping", "cancelled", "succeeded"}
+    assert run.preemptions == sum(t == "AttemptPreempted" for t in log.types)
+    failed = sum(t in ("AttemptFailed", "AttemptLost") for t in log.types)
+    assert run.fruitless_attempts <= failed
+    assert run.status != "failed" or failed
 
 
 def test_a_redone_checkpoint_is_progress() -> None:

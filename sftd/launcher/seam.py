@@ -1,0 +1,50 @@
+"""What the daemon needs of whoever starts attempts, and nothing more: `local` starts them on this host. Another launcher
+must pass `tests/process/test_launchers.py`.
+
+Everything else passes through the attempt's folder, which both sides see: the order, the journal, the request to stop,
+torchrun's exit code and `output.log`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sftd.domain.demand import Need
+from sftd.domain.failures import Remains
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+
+
+class Attempt(Protocol):
+    """The processes of an attempt, started by this daemon or by one before it."""
+
+    directory: AttemptDir
+    process: ProcessFile | None
+
+    def is_alive(self) -> bool:
+        """Whether the attempt's leading process runs. False only with proof."""
+
+    def kill(self) -> list[int]:
+        """End every process of the attempt at once, the leader's orphans included. Returns pids that would not die."""
+
+    def ask_for_stacks(self) -> None:
+        """Have every rank write down where it is."""
+
+    def stacks(self) -> list[str]:
+        """A line for each rank: where it is, or why it does not say."""
+
+    def remains(self) -> Remains:
+        """What the ended attempt left to tell why."""
+
+
+class Launcher(Protocol):
+    """Starts attempts, and finds those again that a daemon before started."""
+
+    def start(
+        self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
+    ) -> tuple[Attempt, list[str]]:
+        """Write the order and start torchrun. Returns the attempt and torchrun's argv. Raises `OSError`, and then nothing
+        runs."""
+
+    def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
+        """Find an attempt that an earlier daemon claimed, whatever is left of it. `fallback_token` is the lease's, for one
+        that has no order."""

@@ -1,0 +1,28 @@
+"""An ended run leaves the queue, and so do the runs that waited for its success in vain."""
+
+from __future__ import annotations
+
+from sftd.domain import decisions
+from sftd.domain.run import Run
+from sftd.operations.context import Context, append_decided, current
+from sftd.store import queue, schedule
+from sftd.store.engine import Tx
+
+
+def leave_queue(tx: Tx, context: Context, ended: Run) -> list[str]:
+    """Take an ended run out of the queue. If it has not succeeded, the runs that wait for it are cancelled, and those that
+    wait for these. Returns their ids."""
+    queue.leave(tx, ended.run_id)
+    cancelled: list[str] = []
+    todo = [ended] if ended.status != "succeeded" else []
+    while todo:
+        gone = todo.pop()
+        for run_id in schedule.dependents(tx.connection, gone.run_id):
+            run = current(tx.connection, run_id)
+            reason = f"waits for {gone.run_id}, which {'was' if gone.status == 'cancelled' else 'has'} {gone.status}"
+            decided = decisions.request_stop(run, "sftd", reason)
+            append_decided(tx, context, run_id, run.version, decided)
+            queue.leave(tx, run_id)
+            cancelled.append(run_id)
+            todo.append(current(tx.connection, run_id))
+    return cancelled

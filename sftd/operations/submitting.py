@@ -1,0 +1,73 @@
+"""Queueing runs: one, or all points of a sweep at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from sftd.domain import events as e
+from sftd.domain import names
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.run import ENDED
+from sftd.domain.spec import Spec
+from sftd.operations.context import Context, append_decided, current
+from sftd.store import queue, schedule
+from sftd.store.engine import Store, Tx
+from sftd.store.runs import resolve_id
+from sftd.wire import preflight
+from sftd.wire.preflight import Preflight
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """A run to be queued. `values` are what makes it its sweep's point."""
+
+    spec: Spec
+    found: Preflight
+    warnings: Sequence[Problem] = ()
+    values: dict[str, Any] = {}
+
+
+def submit_all(
+    store: Store,
+    context: Context,
+    wishes: Sequence[Wish],
+    user: str,
+    *,
+    after: Sequence[str] = (),
+    sweep: str = "",
+) -> list[str]:
+    """Record runs and queue them, all or none. They start once the runs `after` have succeeded. Returns their ids."""
+    with store.write() as tx:
+        others = _to_wait_for(tx, after)
+        now = tx.now(context.now())
+        run_ids = []
+        for number, wish in enumerate(wishes):
+            # 2^28 names: a name that is taken raises ConcurrencyConflict, and the user submits again.
+            run_id = names.run_id(context.random(4))
+            first: list[e.Event] = [preflight.submission(wish.spec, wish.found, list(wish.warnings), user)]
+            if sweep:
+                first.append(e.SweepJoined(sweep=sweep, values=wish.values))
+            if others:
+                first.append(e.RunDeferred(after=others))
+            append_decided(tx, context, run_id, 0, first)
+            # A sweep starts in the order in which it was written.
+            queue.enqueue(tx, run_id, wish.spec.launch.priority, now + number)
+            schedule.set_demand(tx, run_id, wish.spec)
+            schedule.set_after(tx, run_id, others)
+            run_ids.append(run_id)
+    return run_ids
+
+
+def _to_wait_for(tx: Tx, prefixes: Sequence[str]) -> list[str]:
+    """Ids of the runs to wait for. Raises `Refused` when one will not succeed without a person."""
+    found: list[str] = []
+    for prefix in prefixes:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        if run.status in ENDED and run.status != "succeeded":
+            what = f"{run.run_id} {'was' if run.status == 'cancelled' else 'has'} {run.status}"
+            raise Refused(Problem("--after", what, f"take it up again first: `sftd resume {run.run_id}`"))
+        if run.run_id not in found:
+            found.append(run.run_id)
+    return found

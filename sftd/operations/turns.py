@@ -1,0 +1,118 @@
+"""Whose turn it is on a daemon's host, and which runs make room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain import halting
+from sftd.domain.demand import Demand, Need
+from sftd.domain.events import Micros
+from sftd.domain.queueing import Entry, Gate, Limits, choose_victims, stuck
+from sftd.operations.context import Context, append_decided, current
+from sftd.store import queue, schedule
+from sftd.store.engine import Store
+
+NO_LIMITS = Limits()
+# Whether a run's devices are free now (True), are in use (False), or are more than the daemon will ever have (None).
+Fits = Callable[[Entry], bool | None]
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and so does all behind it."""
+
+    entry: Entry
+    fits: bool
+
+
+def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
+    """The first run in order that nothing but devices can keep waiting here."""
+    gate = Gate(limits, schedule.running(connection) if limits != NO_LIMITS else (), now)
+    for entry in schedule.in_order(connection, now):
+        if gate.why_not(entry) is None and (fit := fits(entry)) is not None:
+            return Turn(entry, fit)
+    return None
+
+
+def preempt(
+    store: Store,
+    context: Context,
+    *,
+    daemon: str,
+    fits: Fits,
+    need: Callable[[Demand], Need],
+    free: Callable[[str], int],
+    limits: Limits,
+) -> list[str]:
+    """Ask running runs of lower priority to make room for the run whose turn it is, if that is enough. Returns their ids.
+
+    `need` says what a run takes on this daemon's host, `free` how many devices of a kind are free there.
+    """
+
+    def plan(connection: sa.Connection) -> tuple[Entry, list[Entry]] | None:
+        mine = schedule.running(connection, daemon)
+        if not any(e.demand.preemptible for e in mine):
+            return None
+        turn = next_turn(connection, store.clock(connection, context.now()), fits, limits)
+        if turn is None or turn.fits:
+            return None
+        wanted = need(turn.entry.demand)
+
+        def count(entry: Entry) -> int:
+            has = need(entry.demand)
+            return has.count if has.device == wanted.device else 0
+
+        going = [e for e in mine if e.status == "stopping"]
+        staying = [e for e in mine if e.status != "stopping"]
+        lacking = wanted.count - free(wanted.device) - sum(map(count, going))
+        victims = choose_victims(turn.entry, staying, lacking, count)
+        if not victims or _others_make_room(connection, turn.entry, daemon):
+            return None
+        return turn.entry, victims
+
+    with store.read() as connection:
+        if plan(connection) is None:
+            return []
+    with store.write() as tx:
+        # Once more: now nobody else changes the queue.
+        found = plan(tx.connection)
+        if found is None:
+            return []
+        head, victims = found
+        for victim in victims:
+            run = current(tx.connection, victim.run_id)
+            decided = halting.preempt(run, head.run_id, head.priority)
+            append_decided(tx, context, run.run_id, run.version, decided, run.attempt)
+        return [victim.run_id for victim in victims]
+
+
+def _others_make_room(connection: sa.Connection, head: Entry, daemon: str) -> bool:
+    """Whether another daemon has runs make room for `head` already."""
+    return any(
+        current(connection, e.run_id).preempted_by == head.run_id
+        for e in schedule.running(connection)
+        if e.owner != daemon and e.status == "stopping"
+    )
+
+
+def stopping(store: Store, daemon: str) -> Mapping[str, bool]:
+    """The runs of this daemon that were asked to stop, and whether they are to be killed for it."""
+    with store.read() as connection:
+        return {
+            e.run_id: current(connection, e.run_id).stop_now
+            for e in schedule.running(connection, daemon)
+            if e.status == "stopping"
+        }
+
+
+def anything_left(store: Store, context: Context, fits: Fits, limits: Limits) -> bool:
+    """Whether some daemon drives a run, or a run waits that will start here without a person."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        if any(lease.expires_at > now for lease in queue.leases(connection)):
+            return True
+        waiting = [e for e in schedule.waiting(connection) if not e.is_held]
+    gate = Gate(limits, (), now)
+    return len(stuck(waiting, lambda e: gate.can_ever_pass(e) and fits(e) is not None)) < len(waiting)

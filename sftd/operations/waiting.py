@@ -1,0 +1,99 @@
+"""The queue as people see it: who runs, who waits, what for, and how long still. Nothing here writes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftd.domain.demand import need
+from sftd.domain.events import Micros
+from sftd.domain.forecast import Host, Outlook, look_ahead
+from sftd.domain.queueing import Entry, Limits
+from sftd.operations.context import Context
+from sftd.store import daemons, schedule
+from sftd.store.daemons import DaemonRow
+from sftd.store.engine import Store
+
+
+class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
+    `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
+    lately. Times are µs since the epoch; `starts_at` None is unknown."""
+
+    run_id: str
+    status: str
+    priority: int
+    devices: int
+    user: str
+    project: str
+    step: int
+    planned_steps: int
+    seconds_left: float | None
+    host: str | None = None
+    observed: bool = True
+    kind: str = ""
+    waits_for: str = ""
+    not_before: Micros | None = None
+    starts_at: Micros | None = None
+
+
+def list_queue(store: Store, context: Context, limits: Limits, silent_micros: int) -> list[QueueRow]:
+    """Every run that a daemon drives, then those that wait, in the order in which they start. A daemon that was not seen for
+    `silent_micros` starts nothing."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        running = schedule.running(connection)
+        waiting = schedule.waiting(connection)
+        rows = daemons.every(connection)
+    hosts = {row.daemon_id: _host(row) for row in rows}
+    alive = [hosts[r.daemon_id] for r in rows if r.stopped_at is None and r.seen_at > now - silent_micros]
+    outlooks = look_ahead(waiting, running, alive, limits, now)
+    driven = [_driven(entry, hosts.get(entry.owner or ""), alive) for entry in running]
+    return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
+
+
+def _host(row: DaemonRow) -> Host:
+    devices = msgspec.json.decode(row.devices, type=dict[str, int])
+    return Host(row.daemon_id, row.host, devices.get("gpus", 0), devices.get("cpus", 0))
+
+
+def _devices(entry: Entry, hosts: list[Host]) -> int:
+    """What the run takes on the first of these hosts that can ever take it."""
+    for host in hosts:
+        wanted = need(entry.demand, host.gpus, host.cpus)
+        if wanted.count <= (host.gpus if wanted.device == "cuda" else host.cpus):
+            return wanted.count
+    return entry.demand.world
+
+
+def _driven(entry: Entry, host: Host | None, alive: list[Host]) -> QueueRow:
+    return QueueRow(
+        run_id=entry.run_id,
+        status=entry.status,
+        priority=entry.priority,
+        devices=_devices(entry, [host] if host else []),
+        user=entry.user,
+        project=entry.project,
+        step=entry.step,
+        planned_steps=entry.planned_steps,
+        seconds_left=entry.seconds_left,
+        host=host.name if host else None,
+        observed=host in alive,
+    )
+
+
+def _waiting(entry: Entry, outlook: Outlook, alive: list[Host]) -> QueueRow:
+    return QueueRow(
+        run_id=entry.run_id,
+        status=entry.status,
+        priority=entry.priority,
+        devices=_devices(entry, alive),
+        user=entry.user,
+        project=entry.project,
+        step=entry.step,
+        planned_steps=entry.planned_steps,
+        seconds_left=entry.seconds_left,
+        kind=outlook.wait.kind,
+        waits_for=outlook.wait.text,
+        not_before=entry.not_before if outlook.wait.kind == "backoff" else None,
+        starts_at=outlook.starts_at,
+    )
