@@ -57,13 +57,16 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.command("cancel")
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
+@click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
 @click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
-def cancel_command(run: str, reason: str, abandon: bool) -> None:
-    """End RUN: at the next step boundary, after a checkpoint. `sftd resume` can take it up again.
+def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
+    """End RUN: at the next step boundary, after a checkpoint. `sftd resume` can take it up again. Runs that wait for its
+    success (`sftd submit --after`) are cancelled with it.
 
     \b
     Example:
       sftd cancel brave-otter --reason "wrong data"
+      sftd cancel brave-otter --now         kill it: steps since the last checkpoint are lost
       sftd cancel brave-otter --abandon     after its host was renamed or rebuilt
     """
     from sftd.operations import runs
@@ -74,8 +77,11 @@ def cancel_command(run: str, reason: str, abandon: bool) -> None:
             f"[bold]{found.run_id}[/] is given up; make sure that nothing of it still runs"
         )
         return
-    found = runs.cancel(app.open_store(app.read_settings()), app.context(), run, app.user_name(), reason)
+    store = app.open_store(app.read_settings())
+    found = runs.cancel(store, app.context(), run, app.user_name(), reason, now=now)
     if found.status == "cancelled":
         output.console().print(f"[bold]{found.run_id}[/] is cancelled")
+    elif found.stop_now:
+        output.console().print(f"[bold]{found.run_id}[/] is being killed")
     else:
         output.console().print(f"[bold]{found.run_id}[/] will checkpoint at its next step and stop")

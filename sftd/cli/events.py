@@ -66,7 +66,21 @@ def describe(event: Any) -> str:
         case e.SamplesSkipped():
             return f"back to step {event.step}, on at sample {event.sample}: {event.reason}"
         case e.StopRequested():
+            how = "killed, " if event.now else ""
+            follows = "" if event.then == "cancelled" else f"then {event.then}, "
+            return f"{how}{follows}by {event.by}" + (f": {event.reason}" if event.reason else "")
+        case e.RunHeld():
             return f"by {event.by}" + (f": {event.reason}" if event.reason else "")
+        case e.RunReleased():
+            return f"by {event.by}"
+        case e.RunDeferred():
+            return f"until {', '.join(event.after)} succeeded"
+        case e.SweepJoined():
+            return f"{event.sweep}: " + ", ".join(f"{key}={value}" for key, value in event.values.items())
+        case e.AttemptPaused():
+            return f"at step {event.step}, by {event.by}"
+        case e.AttemptPreempted():
+            return f"at step {event.step}, by {event.by_run}; queued again"
         case e.ResumeRequested():
             where = "the last checkpoint" if event.from_step is None else f"step {event.from_step}"
             changed = "".join(f"; {change}" for change in output.changes(event.changes))

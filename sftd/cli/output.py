@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from sftd.domain.errors import Refused, SftdError
+from sftd.domain.errors import Problem, Refused, SftdError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 STATUS_STYLE = {
     "queued": "cyan",
     "retrying": "yellow",
+    "held": "yellow",
     "starting": "blue",
     "running": "bold blue",
     "stopping": "yellow",
+    "paused": "yellow",
     "succeeded": "bold green",
     "failed": "bold red",
     "cancelled": "magenta",
@@ -134,6 +137,13 @@ def escape(text: str) -> str:
 def warn(text: str) -> None:
     """A warning on stderr."""
     console(stderr=True).print(f"[yellow]warning[/]: {escape(text)}", soft_wrap=True)
+
+
+def warn_all(warnings: Iterable[Problem], quiet: bool) -> None:
+    """Warnings on stderr, unless they are not wanted."""
+    if not quiet:
+        for warning in warnings:
+            warn(str(warning))
 
 
 def note(text: str) -> None:

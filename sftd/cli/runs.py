@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from sftd.domain.run import Run
     from sftd.operations.reading import RunRow
 
-STATUSES = ("queued", "retrying", "starting", "running", "stopping", "succeeded", "failed", "cancelled")
+STATUSES = (
+    "queued",
+    "retrying",
+    "held",
+    "starting",
+    "running",
+    "stopping",
+    "paused",
+    "succeeded",
+    "failed",
+    "cancelled",
+)
 # What `show` lists: everything but the steps and what belongs to them.
 HISTORY_TYPES = (
     "RunForked",
@@ -32,8 +43,14 @@ HISTORY_TYPES = (
     "AnomalyDetected",
     "SamplesSkipped",
     "CheckpointRejected",
+    "RunDeferred",
+    "SweepJoined",
+    "RunHeld",
+    "RunReleased",
     "StopRequested",
     "ResumeRequested",
+    "AttemptPaused",
+    "AttemptPreempted",
     "AttemptFailed",
     "AttemptLost",
     "RunSucceeded",
@@ -200,6 +217,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {run.message}", "default")
+    elif run.stop_reason:
+        status.append(f"  {run.stop_reason}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [
@@ -253,6 +272,9 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("redone steps", redone),
         ("last verified", _last_replay(run)),
         ("anomalies", Text(str(run.anomalies), "bold red") if run.anomalies else ""),
+        ("after", ", ".join(run.after)),
+        ("sweep", run.sweep),
+        ("preempted", f"{run.preemptions} times" if run.preemptions > 1 else "once" * run.preemptions),
         ("spec", run.spec_digest[:16]),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]

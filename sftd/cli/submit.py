@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app, output
-from sftd.domain.errors import Problem
 
 if TYPE_CHECKING:
+    from sftd.domain.errors import Problem
     from sftd.domain.spec import Spec
     from sftd.settings import Settings
     from sftd.store.engine import Store
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
 )
+@click.option(
+    "--after", multiple=True, metavar="RUN", help="Start once this run has succeeded; repeatable. See below."
+)
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="KEY=VALUE,…",
+    help="A run for each value; repeatable: each combination.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
 def submit_command(
     config: str | None,
@@ -36,6 +45,8 @@ def submit_command(
     quiet: bool,
     wait: bool,
     dry_run: bool,
+    after: tuple[str, ...],
+    grid: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Queue the run that CONFIG (YAML) describes, with KEY=VALUE laid over it.
@@ -43,12 +54,17 @@ def submit_command(
     Everything that can be found wrong is found now, before a device is held: keys, types, layout, model and data
     files. A refused run leaves nothing behind.
 
+    With --after the run is cancelled when the other one fails or is cancelled. With --grid either all runs are queued or,
+    if one of them is refused, none.
+
     \b
     Example:
       sftd submit run.yaml optimizer.lr=1e-5 trainer.max_steps=200
+      sftd submit run.yaml --grid optimizer.lr=1e-5,2e-5 --grid model.megatron.seed=1,2
+      sftd submit second.yaml --after brave-otter
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
-    from sftd.operations import runs
+    from sftd.operations.submitting import Wish, submit_all
     from sftd.wire import preflight, specfile
 
     if file is not None and config is not None:
@@ -58,6 +74,13 @@ def submit_command(
     if config is None:
         raise click.UsageError("Give a CONFIG file.")
     settings = app.read_settings()
+    if grid:
+        from sftd.cli import sweep
+
+        if wait:
+            raise click.UsageError("--wait waits for one run: it cannot be used with --grid.")
+        sweep.submit(settings, config, overrides, grid, after, quiet=quiet, dry_run=dry_run, as_json=as_json)
+        return
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec)
     warnings = [*warnings, *found.warnings]
@@ -66,7 +89,7 @@ def submit_command(
         return
     app.make_home(settings)
     store = app.open_store(settings)
-    run_id = runs.submit(store, app.context(), spec, found, warnings, app.user_name())
+    (run_id,) = submit_all(store, app.context(), [Wish(spec, found, warnings)], app.user_name(), after=after)
     said = f"is queued: {found.planned_steps} steps over {found.train.usable} rows"
     announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
 
@@ -86,7 +109,7 @@ def announce(
 ) -> None:
     """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
     if not as_json:
-        print_warnings(warnings, quiet)
+        output.warn_all(warnings, quiet)
     if quiet:
         click.echo(run_id)
     elif as_json:
@@ -116,15 +139,8 @@ def print_dry_run(spec: Spec, warnings: list[Problem], quiet: bool) -> None:
     """The resolved spec as JSON, and on stderr what it is warned of."""
     from sftd.domain.spec import canonical_json
 
-    print_warnings(warnings, quiet)
+    output.warn_all(warnings, quiet)
     click.echo(canonical_json(spec))
-
-
-def print_warnings(warnings: list[Problem], quiet: bool) -> None:
-    """Warnings on stderr, unless quiet."""
-    if not quiet:
-        for warning in warnings:
-            output.warn(str(warning))
 
 
 def _wait(store: Store, run_id: str, quiet: bool) -> int:

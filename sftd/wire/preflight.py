@@ -42,10 +42,12 @@ def _check_save_dir(spec: Spec) -> list[Problem]:
 
 
 def inspect(
-    spec: Spec, start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING
+    spec: Spec,
+    start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
+    read: Callable[..., DataFacts] = dataset.inspect,
 ) -> Preflight:
     """Read the files that the spec names. `start` says, given the digest of the training data, where the run begins to
-    read it. Raises `Refused` with every problem found."""
+    read it; `read` reads the files of the data. Raises `Refused` with every problem found."""
     problems = _check_save_dir(spec)
     warnings: list[Problem] = []
     shape = None
@@ -68,7 +70,7 @@ def inspect(
         if not files:
             continue
         try:
-            found[where] = dataset.inspect(
+            found[where] = read(
                 where,
                 files,
                 # Without a readable model the ids cannot be checked; its problem is told already.

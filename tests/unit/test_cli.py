@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from sftd import settings
 from sftd.cli import COMMANDS, main
 
 HEAVY = (
@@ -101,6 +102,9 @@ def test_unknown_command_names_the_nearest() -> None:
         "data --step 1",
         "resume",
         "cancel",
+        "hold",
+        "release",
+        "pause",
         "generate -p x",
         "export",
         "fork",
@@ -140,6 +144,29 @@ def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.Mon
     shown = CliRunner().invoke(main, ["ls"])
     assert shown.exit_code == 2
     assert "SFTD_CPU_SLOTS" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "limit"),
+    [
+        ("", None, None),
+        ("[limits]\nuser = 4\n", None, 4),
+        ("[limits]\nuser = 4\n", "2", 2),
+        ("[limits]\nuser = 0\n", None, "not a number of devices above 0"),
+        ("limits = 4\n", None, "below it"),
+        ("", "1.5", "SFTD_LIMIT_USER"),
+    ],
+)
+def test_limits_are_settings(
+    file: str, variable: str | None, limit: int | str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(file)
+    env = {"SFTD_HOME": str(tmp_path)} | ({"SFTD_LIMIT_USER": variable} if variable else {})
+    if isinstance(limit, str):
+        with pytest.raises(settings.SettingsError, match=limit):
+            settings.read(env)
+    else:
+        assert settings.read(env).user_limit == limit
 
 
 def test_a_server_database_is_not_changed_behind_ones_back(

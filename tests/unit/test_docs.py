@@ -30,7 +30,9 @@ def test_readme_names_every_command(command: str) -> None:
     assert re.search(rf"\bsftd {command}\b", README)
 
 
-@pytest.mark.parametrize(("page", "at_least"), [("README.md", 20), ("docs/operations.md", 10)])
+@pytest.mark.parametrize(
+    ("page", "at_least"), [("README.md", 20), ("docs/operations.md", 10), ("docs/scheduling.md", 8)]
+)
 def test_a_page_uses_only_commands_and_options_that_exist(page: str, at_least: int) -> None:
     text = (ROOT / page).read_text()
     code = "\n".join(
