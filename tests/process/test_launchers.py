@@ -1,0 +1,131 @@
+"""What every launcher promises (`sftd.launcher.seam`), with a shell script in torchrun's place: real processes, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sftd.domain.spec import Spec
+from sftd.launcher import local, processes
+from sftd.launcher.command import TOKEN_VARIABLE
+from sftd.launcher.inventory import Need
+from sftd.launcher.local import LocalAttempt
+from sftd.launcher.seam import Attempt, Launcher
+from sftd.wire.attempt_dir import AttemptDir, Order
+
+LAUNCHERS: dict[str, Launcher] = {"local": LocalAttempt}
+# Each sleep is a step; at its end a trainer looks whether it is to stop.
+UNTIL_STOPPED = "while [ ! -e stop ]; do sleep 0.02; done; exit 3"
+FOR_EVER = "(setsid sleep 600 &) ; sleep 600 & wait"
+
+
+@pytest.fixture(params=sorted(LAUNCHERS))
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    return LAUNCHERS[request.param]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> AttemptDir:
+    return AttemptDir(tmp_path / "attempt")
+
+
+@pytest.fixture
+def start(
+    launcher: Launcher, directory: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Attempt]]:
+    """Start an attempt whose torchrun is this script. Whatever lives at the end is killed."""
+    token = f"token-of-{directory.path}"
+
+    def begin(script: str) -> Attempt:
+        monkeypatch.setattr(local, "torchrun_argv", lambda spec, folder: ["bash", "-c", script])
+        order = Order(
+            run_id="run",
+            attempt=1,
+            token=token,
+            spec=Spec(),
+            planned_steps=1,
+            checkpoint_dir=str(directory.path / "checkpoints"),
+        )
+        attempt, argv = launcher.start(directory, order, Need("cpu", 1, 1), ["cpu:0"])
+        assert argv == ["bash", "-c", script]
+        return attempt
+
+    yield begin
+    processes.kill(processes.survivors(token))
+
+
+def wait(attempt: Attempt) -> None:
+    """Until the leading process is gone."""
+    assert attempt.process is not None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(attempt.process.pid).wait(timeout=30)
+    assert not attempt.is_alive()
+
+
+def test_an_attempt_ends_with_its_exit_code_and_its_output(
+    start: Callable[[str], Attempt], directory: AttemptDir
+) -> None:
+    attempt = start("echo to stdout; echo to stderr >&2; exit 7")
+    wait(attempt)
+    assert attempt.remains().exit_code == 7
+    assert set(directory.output_log.read_text().split("\n")) >= {"to stdout", "to stderr"}
+    assert directory.output_log.stat().st_mode & 0o077 == 0
+
+
+def test_a_stop_is_asked_for_through_the_folder(
+    start: Callable[[str], Attempt], directory: AttemptDir
+) -> None:
+    attempt = start(UNTIL_STOPPED)
+    assert attempt.is_alive()
+    directory.request_stop()
+    wait(attempt)
+    assert attempt.remains().exit_code == 3
+
+
+def test_another_daemon_finds_it_alive_sees_it_end_and_knows_its_devices(
+    launcher: Launcher, start: Callable[[str], Attempt], directory: AttemptDir
+) -> None:
+    first = start(UNTIL_STOPPED)
+    again = launcher.adopt(directory, "unused")
+    assert again.is_alive()
+    assert again.process is not None
+    assert again.process.devices == ["cpu:0"]
+    directory.request_stop()
+    wait(first)
+    assert not again.is_alive()
+    assert again.remains().exit_code == 3
+
+
+def test_a_kill_leaves_no_process_whoever_does_it(
+    launcher: Launcher, start: Callable[[str], Attempt], directory: AttemptDir
+) -> None:
+    attempt = start(FOR_EVER)
+    again = launcher.adopt(directory, "unused")
+    assert again.kill() == []
+    assert not again.is_alive()
+    assert not attempt.is_alive()
+    assert attempt.kill() == [], "killing the dead is nothing"
+    assert processes.survivors(directory.order().token) == []
+    assert attempt.remains().exit_code is None
+    assert attempt.stacks() == []
+
+
+def test_what_was_never_started_is_dead(launcher: Launcher, directory: AttemptDir) -> None:
+    found = launcher.adopt(directory, "some-token")
+    assert not found.is_alive()
+    assert found.kill() == []
+    assert found.remains().exit_code is None
+
+
+def test_the_trainer_gets_its_token_and_no_secret(
+    start: Callable[[str], Attempt], directory: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTD_DATABASE_URL", "postgresql://me:hush@host/db")
+    wait(start("env"))
+    told = directory.output_log.read_text()
+    assert f"{TOKEN_VARIABLE}={directory.order().token}" in told
+    assert "hush" not in told
