@@ -13,11 +13,12 @@ import sqlalchemy as sa
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
-from sftd.operations import attempts, reading, runs
+from sftd.operations import attempts, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
+from sftd.operations.turns import NO_LIMITS, anything_left
 from sftd.projections import views
-from sftd.store import event_store, queue
+from sftd.store import event_store, queue, schedule
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.store.tables import events
