@@ -386,14 +386,14 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     child = expected(log.store, "child")
     grandchild = expected(log.store, "grandchild")
 
-    def until(history: History, step: int) -> History:
-        return {k: [p for p in v if p[0] < step + (k != "val_loss")] for k, v in history.items()}
+    def joined(parent: History, step: int, own: History) -> History:
+        # Where its time went is the parent's own affair: it stands at the parent's end.
+        theirs = {k: [p for p in v if p[0] < step + (k != "val_loss")] for k, v in parent.items()}
+        return {k: both for k in parent if (both := theirs[k] + own.get(k, []))}
 
-    whole_child = {key: until(root, 7)[key] + child[key] for key in root}
+    whole_child = joined(root, 7, child)
     assert server.history("child") == whole_child
-    assert server.history("grandchild") == {
-        key: until(whole_child, 9)[key] + grandchild[key] for key in whole_child
-    }
+    assert server.history("grandchild") == joined(whole_child, 9, grandchild)
     assert [p[0] for p in server.history("grandchild")["loss"]] == list(range(1, 11))
     tags = server.run("grandchild").data.tags
     assert (tags["sftd.parent"], tags["sftd.fork_step"]) == ("child", "9")
