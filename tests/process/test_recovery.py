@@ -211,7 +211,13 @@ def test_a_damaged_checkpoint_is_rejected_and_the_one_before_used(home: Home) ->
 
 
 def test_a_crash_loop_ends_with_an_explanation(home: Home) -> None:
-    run_id = home.submit("launch.max_restarts=1", *LONG)
+    # However late the kills come, there is no progress.
+    run_id = home.submit(
+        "trainer.max_steps=5000",
+        "trainer.save_interval=0",
+        "launch.min_progress_steps=5000",
+        "launch.max_restarts=1",
+    )
     daemon = home.start_daemon()
     for number in (1, 2):
         home.follow(run_id, lambda e, n=number: e["type"] == "ModelLoaded" and e["attempt"] == n)
