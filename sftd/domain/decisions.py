@@ -176,7 +176,9 @@ def _steps(run: Run) -> str:
 def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     """The checkpoint of `step` in the timeline from which a fork would start, the newest without `step`. None is the
     pretrained model, which is step 0. Raises `Refused`."""
-    timeline = [c for c in parent.checkpoints if not c.superseded]
+    # Those behind which a queued attempt will go back are about to be superseded: it may write their folders anew.
+    back = parent.resume_from if parent.status in WAITING else None
+    timeline = [c for c in parent.checkpoints if not c.superseded and (back is None or c.step <= back)]
     have = ", ".join(str(s) for s in (*([] if parent.first_step else [0]), *(c.step for c in timeline)))
     if step is None:
         if not timeline:
@@ -191,7 +193,7 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     if found is None:
         superseded = any(c.step == step for c in parent.checkpoints)
         what = f"the checkpoint of step {step} of {parent.run_id} " + (
-            "is superseded: a later attempt went on from before it" if superseded else "is not there"
+            "is superseded: a later attempt goes on from before it" if superseded else "is not there"
         )
         raise Refused(Problem("--from-step", what, f"use one of {have}"))
     return found

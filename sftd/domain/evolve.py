@@ -183,7 +183,10 @@ def _rewind(run: Run, step: int) -> Run:
         best_validation=min(
             (v for v in kept if isinstance(v.loss, float)), key=lambda v: (v.loss, v.step), default=None
         ),
-        checkpoints=tuple(_set(c, superseded=True) if c.step > step else c for c in run.checkpoints),
+        # A superseded one that was asked for is of the timeline again: an attempt that dies goes on from it, too.
+        checkpoints=tuple(
+            _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
+        ),
     )
 
 
@@ -220,6 +223,13 @@ def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
         first_validation=run.first_validation or v,
         last_validation=v,
         best_validation=v if better else best,
+        # Whoever asks for a stop has the checkpoint saved first.
+        checkpoints=tuple(
+            _set(c, val_loss=v.loss)
+            if c.step == v.step and not (c.superseded or c.is_parents) and c.val_loss is None
+            else c
+            for c in run.checkpoints
+        ),
     )
 
 
@@ -237,7 +247,8 @@ def _saving(run: Run, step: int) -> Saving:
 @_apply.register
 def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     saved = run.saving if run.saving and run.saving.step == event.step else _saving(run, event.step)
-    forks = next((c.forks for c in run.checkpoints if c.step == event.step), ())
+    pins = dict(run.rejected_pins)
+    forks = next((c.forks for c in run.checkpoints if c.step == event.step), pins.pop(event.step, ()))
     info = CheckpointInfo(
         step=event.step,
         path=event.path,
@@ -253,6 +264,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
+        rejected_pins=pins,
         attempt_progressed=run.attempt_progressed
         or event.step > run.attempt_base
         or all(c.superseded for c in run.checkpoints if c.step == event.step),
@@ -261,7 +273,12 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register
 def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.step != event.step))
+    pins = {c.step: c.forks for c in run.checkpoints if c.step == event.step and c.forks}
+    return _set(
+        run,
+        checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
+        rejected_pins=run.rejected_pins | pins,
+    )
 
 
 @_apply.register

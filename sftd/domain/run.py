@@ -128,6 +128,8 @@ class Run(msgspec.Struct, frozen=True):
     last_validation: Validation | None = None
     best_validation: Validation | None = None
     checkpoints: tuple[CheckpointInfo, ...] = ()
+    # Step → forks that start from its checkpoint, which this run could not load: they may, and it may be published again.
+    rejected_pins: dict[int, tuple[str, ...]] = {}
     last_replay: Replay | None = None
     # What a checkpoint being written will hold: training may be steps further when it is published.
     saving: Saving | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftd.domain import decisions, events, retention, trajectory
@@ -133,6 +133,29 @@ def test_the_same_spec_again_is_a_resume_like_any_other() -> None:
 # Forks.
 
 
+def test_what_a_queued_resume_will_write_anew_is_no_start_for_a_fork() -> None:
+    parent = trained()
+    parent.add(*decisions.request_resume(parent.run, "ada", 10))
+    [problem] = refusal(decisions.fork_point, parent.run, 20)
+    assert "is superseded" in problem.what
+    point = decisions.fork_point(parent.run, None)
+    assert point is not None
+    assert point.step == 10
+    # Called off, nothing goes back.
+    parent.add(*decisions.request_stop(parent.run, "ada"))
+    assert decisions.fork_point(parent.run, 20) is not None
+
+
+def test_a_checkpoint_that_the_parent_rejects_and_publishes_again_stays_the_forks() -> None:
+    parent = trained(checkpoint__keep_last=1)
+    child = forked(parent, 30, trainer__max_steps=60)
+    parent.add(decisions.claim(parent.run, "d", "h"))
+    parent.add(events.CheckpointRejected(step=30, path="/ck/step-30", reason="EIO")).end(BAD)
+    parent.claim().train(40, save_every=5).end(exit_code=0)
+    assert retention.why_kept(parent.run)[30] == [f"fork {child.run.run_id} starts from it"]
+    assert parent.run.rejected_pins == {}
+
+
 @pytest.mark.parametrize("step", [None, 0, 5])
 def test_a_fork_begins_where_it_left_its_parent(step: int | None) -> None:
     parent = trained()
@@ -213,6 +236,7 @@ def test_what_a_fork_starts_from_is_kept_for_ever() -> None:
     assert decisions.claim(parent.run, "d", "h").from_step == 10
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([5, 10, 15, 20, 25, 30])), max_size=12))
 def test_no_history_deletes_what_a_fork_starts_from(moves: list[tuple[bool, int]]) -> None:
     """Forks, resumes from earlier steps and collections in any order."""

@@ -304,6 +304,16 @@ def test_a_superseded_checkpoint_can_be_resumed_from_as_long_as_it_is_there() ->
     log.add(events.RunFailed(cause="x", message="y"), *decisions.request_resume(log.run, "ada", 15))
     claimed = decisions.claim(log.run, "d", "h")
     assert (claimed.from_step, claimed.checkpoint) == (15, "/ck/step-15")
+    # And again, should the attempt die before it has come any further.
+    log.claim().end()
+    assert decisions.claim(log.run, "d", "h").from_step == 15
+
+
+def test_a_superseded_final_checkpoint_that_was_asked_for_is_success() -> None:
+    log = Log(planned=20).claim().train(20, save_every=5).end(exit_code=0)
+    log.add(*decisions.request_resume(log.run, "ada", 5)).claim().end()
+    log.add(events.RunFailed(cause="x", message="y"), *decisions.request_resume(log.run, "ada", 20))
+    assert log.claim().end(exit_code=0).run.status == "succeeded"
 
 
 def test_a_rejected_checkpoint_falls_back_to_the_one_before() -> None:
@@ -571,6 +581,13 @@ def test_the_newest_and_the_best_are_kept() -> None:
     assert deletable(log.run) == [5, 15]
     log.add(events.CheckpointDeleted(step=5, path="/ck/step-5", bytes=10, reason="r"))
     assert deletable(log.run) == [15]
+
+
+def test_the_best_is_kept_when_it_was_validated_after_it_was_saved() -> None:
+    """As a stop does."""
+    log = Log(checkpoint__keep_last=1).claim().train(5).save().add(validated(5, 1.0)).end()
+    log.claim().train(10).add(validated(10, 2.0)).save().train(15).save()
+    assert retention.why_kept(log.run)[5] == ["best", "last verified"]
 
 
 def test_every_nth_and_the_final_one_are_kept() -> None:
