@@ -13,8 +13,8 @@ from sftd.domain import events as e
 from sftd.domain import halting, trajectory
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.failures import NOT_RETRIED, Failure
-from sftd.domain.run import ACTIVE, ENDED, CheckpointInfo, Run
-from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
+from sftd.domain.spec import OrderStart, Spec, spec_digest
 
 MICROS = 1_000_000
 MAX_BACKOFF_SECONDS = 600.0
@@ -360,15 +360,27 @@ def compare_redone(
 
 
 def comparable(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
-    """Step → what a redo of it must reproduce, of events in order: the last that was recorded, but not where other samples
-    were read since."""
-    found: dict[int, e.StepCompleted] = {}
+    """Step → what a redo of it must reproduce, of events in order: the last that was recorded where the same samples were
+    read as the last attempt reads."""
+    found: dict[tuple[int, OrderStart | None], e.StepCompleted] = {}
+    order: tuple[OrderStart, ...] = ()
+    # As `evolve` has it.
+    saved: dict[int, tuple[OrderStart, ...]] = {}
+
+    def piece(step: int) -> OrderStart | None:
+        return next((o for o in reversed(order) if o.step < step), None)
+
     for event in events:
-        if isinstance(event, e.StepCompleted):
-            found[event.step] = event
-        elif isinstance(event, e.SamplesSkipped):
-            found = {step: was for step, was in found.items() if step <= event.step}
-    return found
+        match event:
+            case e.StepCompleted(step=step):
+                found[step, piece(step)] = event
+            case e.CheckpointPublished(step=step):
+                saved[step] = order
+            case e.SamplesSkipped(step=step, sample=sample):
+                order = saved[step] = (*(o for o in order if o.step < step), OrderStart(step, sample))
+            case e.AttemptClaimed(from_step=step):
+                order = saved.get(step, tuple(o for o in order if o.step <= step))
+    return {step: was for (step, read), was in found.items() if read == piece(step)}
 
 
 def differences(

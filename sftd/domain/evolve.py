@@ -55,6 +55,7 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
 @_apply.register
 def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
     start: tuple[CheckpointInfo, ...] = ()
+    order = (OrderStart(event.step, event.sample),)
     if event.checkpoint is not None:
         start = (
             CheckpointInfo(
@@ -66,12 +67,13 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
                 version=recorded.version,
                 published_at=recorded.occurred_at,
                 is_parents=True,
+                order=order,
             ),
         )
     return _set(
         run,
-        fork=ForkPoint(event.parent, event.step, event.tokens_total),
-        order=(OrderStart(event.step, event.sample),),
+        fork=ForkPoint(event.parent, event.step, event.tokens_total, event.sample),
+        order=order,
         step=event.step,
         highest_step=event.step,
         attempt_base=event.step,
@@ -174,8 +176,7 @@ def _rewind(run: Run, step: int) -> Run:
     return _set(
         run,
         step=step,
-        # The first piece may be a fork's, at the very step where it begins.
-        order=tuple(o for o in run.order if o.step <= step),
+        order=run.order_behind(step),
         tokens_counted=tokens,
         tokens_reported=tokens,
         first_validation=min(kept, key=lambda v: v.step, default=None),
@@ -259,6 +260,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
         published_at=recorded.occurred_at,
         val_loss=saved.val_loss,
         forks=forks,
+        order=run.order,
     )
     others = tuple(c for c in run.checkpoints if c.step != event.step)
     return _set(
@@ -293,9 +295,12 @@ def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register
 def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
+    order = (*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample))
     return _set(
         run,
-        order=(*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample)),
+        order=order,
+        # Whoever goes on from there leaves them out, too.
+        checkpoints=tuple(_set(c, order=order) if c.step == event.step else c for c in run.checkpoints),
     )
 
 

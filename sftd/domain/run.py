@@ -30,7 +30,8 @@ ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 class CheckpointInfo(msgspec.Struct, frozen=True):
     """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
-    which a later attempt went on. `is_parents`: it is another run's, from which this one was forked. `forks` start from it."""
+    which a later attempt went on. `is_parents`: it is another run's, from which this one was forked. `forks` start from it.
+    `order` is the run's as of this checkpoint (see `Run.order`), None where an older sftd did not record it."""
 
     step: int
     path: str
@@ -44,14 +45,17 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     superseded: bool = False
     is_parents: bool = False
     forks: tuple[str, ...] = ()
+    order: tuple[OrderStart, ...] | None = None
 
 
 class ForkPoint(msgspec.Struct, frozen=True):
-    """Where a fork left its parent. At step 0 it starts from the parent's pretrained model."""
+    """Where a fork left its parent, and the position in the order of samples from which it reads (None in a state that an
+    older sftd stored). At step 0 it starts from the parent's pretrained model."""
 
     parent: str
     step: int
     tokens_total: int
+    sample: int | None = None
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -158,8 +162,17 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def order_start(self) -> OrderStart:
-        """The piece of `order` that the steps to come read."""
-        return self.order[-1] if self.order else FROM_THE_BEGINNING
+        """The piece of the order of samples that the steps of the next attempt read: it may go back behind a piece that
+        began later, when it was asked to, or when a checkpoint was rejected."""
+        start = self.restart_checkpoint
+        order = self.order_behind(start.step if start else 0)
+        return order[-1] if order else FROM_THE_BEGINNING
+
+    def order_behind(self, step: int) -> tuple[OrderStart, ...]:
+        """What `order` is once the timeline has gone back to the checkpoint of `step` (0 is the pretrained model)."""
+        saved = next((c.order for c in self.checkpoints if c.step == step), None)
+        # The first piece may be a fork's, at the very step where it begins.
+        return tuple(o for o in self.order if o.step <= step) if saved is None else saved
 
     def sample_position(self, step: int) -> int:
         """Position in the order of samples of the first sample of 0-based `step` of the timeline."""

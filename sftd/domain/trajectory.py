@@ -100,4 +100,9 @@ def forked_order(parent: Run, step: int, spec: Spec, train_digest: str) -> Order
 
 def beginning(run: Run) -> OrderStart:
     """Where the run's own steps began to read: what its planned steps were counted from."""
-    return run.order[0] if run.fork and run.order else FROM_THE_BEGINNING
+    if run.fork is None:
+        return FROM_THE_BEGINNING
+    if run.fork.sample is None:
+        return run.order[0] if run.order else FROM_THE_BEGINNING
+    # Not the first piece of its order: that goes when the samples right behind the fork are left out.
+    return OrderStart(run.fork.step, run.fork.sample)

@@ -96,12 +96,14 @@ def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
     again must equal them."""
     if lease.attempt == 1:
         return {}
-    start, before = 0, []
-    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped")
+    start = 0
+    before: list[e.Event] = []
+    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped", "CheckpointPublished")
     with store.read() as connection:
         for r in event_store.read_stream(connection, lease.run_id, types=types):
-            if isinstance(r.event, e.AttemptClaimed) and r.attempt == lease.attempt:
+            if isinstance(r.event, e.AttemptClaimed):
                 start = r.event.from_step
+                before.append(r.event)
             elif r.attempt != lease.attempt:
                 before.append(r.event)
     return {step: event for step, event in decisions.comparable(before).items() if step > start}

@@ -28,6 +28,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
         "trainer.save_interval=6",
         "training.on_spike=rollback",
         "training.spike_factor=2.5",
+        "checkpoint.keep_last=9",
     )
     home.drain()
     shown = home.wait(run_id, "succeeded")
@@ -51,3 +52,15 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
     seen = home.run("data", run_id, "--step", "20").stdout
     assert "attempt 1 saw others, which were left out afterwards" in seen
     assert "is the log's (attempt 2" in seen
+
+    # From before the checkpoint to which it went back: the samples are read again, up to the spike, and left out again.
+    home.run("resume", run_id, "--from-step", "12")
+    home.drain()
+    shown = home.wait(run_id, "succeeded")
+    found = [e["payload"]["what"] for e in home.events(run_id, "AnomalyDetected")]
+    assert found == ["loss_spike", "loss_spike"]
+    assert shown["order"] == [{"step": 18, "sample": 84}]
+    again = {
+        e["payload"]["step"]: e["payload"]["samples_digest"] for e in home.events(run_id, "StepCompleted")
+    }
+    assert again == {n: e["payload"]["samples_digest"] for n, e in steps.items()}

@@ -156,6 +156,13 @@ def test_a_checkpoint_that_the_parent_rejects_and_publishes_again_stays_the_fork
     assert parent.run.rejected_pins == {}
 
 
+def test_samples_left_out_right_behind_the_fork_do_not_change_what_was_planned() -> None:
+    log = forked(trained(), 10, trainer__max_steps=35)
+    planned_from = trajectory.beginning(log.run)
+    log.claim().train(12).add(events.SamplesSkipped(step=10, sample=12 * 64, reason="r"))
+    assert trajectory.beginning(log.run) == planned_from == OrderStart(10, 640)
+
+
 @pytest.mark.parametrize("step", [None, 0, 5])
 def test_a_fork_begins_where_it_left_its_parent(step: int | None) -> None:
     parent = trained()

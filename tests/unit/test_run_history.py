@@ -17,6 +17,7 @@ from sftd.domain.events import Event, Recorded
 from sftd.domain.evolve import evolve, fold
 from sftd.domain.failures import NOT_RETRIED, Failure
 from sftd.domain.run import ACTIVE, ENDED, Run
+from sftd.domain.spec import OrderStart
 from sftd.domain.spec_parse import parse
 
 CRASH = Failure("crash", "rank 0: ValueError: boom", ["ValueError: boom"])
@@ -314,6 +315,51 @@ def test_a_superseded_final_checkpoint_that_was_asked_for_is_success() -> None:
     log.add(*decisions.request_resume(log.run, "ada", 5)).claim().end()
     log.add(events.RunFailed(cause="x", message="y"), *decisions.request_resume(log.run, "ada", 20))
     assert log.claim().end(exit_code=0).run.status == "succeeded"
+
+
+def _rolled_back() -> Log:
+    """Went back from step 17 to 15, on behind the samples so far, and to the end with checkpoints every 5 steps."""
+    log = Log(planned=20, data__train_batch_size=4, checkpoint__keep_last=9).claim().train(17, save_every=5)
+    log.end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
+    log.claim().add(*(step(number, samples_digest=f"skipped{number}") for number in range(16, 21)))
+    return log.save().end(exit_code=0)
+
+
+def test_samples_that_were_left_out_belong_to_the_history_that_left_them_out() -> None:
+    log = _rolled_back()
+    assert log.run.status == "succeeded"
+    assert log.run.order_start == OrderStart(15, 68)
+    # Before the step from which they were left out, they are read again, by the next attempt already.
+    log.add(*decisions.request_resume(log.run, "ada", 10))
+    assert log.run.order_start == OrderStart()
+    log.claim().train(12).end()
+    # The superseded checkpoint is of the history that left them out.
+    log.add(events.RunFailed(cause="x", message="y"), *decisions.request_resume(log.run, "ada", 20))
+    assert log.run.order_start == OrderStart(15, 68)
+    assert log.claim().run.order == (OrderStart(15, 68),)
+
+
+def test_a_rejected_checkpoint_takes_what_was_left_out_behind_it_along() -> None:
+    log = Log(data__train_batch_size=4).claim().train(17, save_every=5).end()
+    log.add(events.SamplesSkipped(step=15, sample=68, reason="r"), decisions.claim(log.run, "d", "h"))
+    log.add(events.CheckpointRejected(step=15, path="/ck/step-15", reason="r")).end()
+    assert decisions.claim(log.run, "d", "h").from_step == 10
+    assert log.run.order_start == OrderStart()
+
+
+def test_steps_are_compared_with_those_that_read_the_same_samples() -> None:
+    log = _rolled_back()
+
+    def compared() -> dict[int, str]:
+        found = decisions.comparable(r.event for r in log.recorded)
+        return {n: was.samples_digest for n, was in found.items()}
+
+    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
+    log.add(*decisions.request_resume(log.run, "ada", 10)).claim()
+    assert [compared().get(n) for n in (15, 16, 17, 18)] == ["d15", "d16", "d17", None]
+    log.train(17, save_every=5).end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
+    log.claim()
+    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
 
 
 def test_a_rejected_checkpoint_falls_back_to_the_one_before() -> None:
