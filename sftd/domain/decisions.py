@@ -115,6 +115,7 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
         steps=run.highest_step,
         old_planned=run.planned_steps,
         new_planned=new.planned_steps,
+        anomalies=run.anomalies,
     )
     digests = {
         "data.train_files": (run.train_digest, new.train_digest),

@@ -73,15 +73,35 @@ def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
     }
 
 
-def other_trajectory(old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int) -> list[str]:
+def other_trajectory(
+    old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int, anomalies: int = 0
+) -> list[str]:
     """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
-    the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`."""
+    the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`. `anomalies` were
+    recorded in these steps."""
     guilty = [key for key in changes(old, new) if not key.startswith((*_FREE, *LENGTH))]
+    guilty += _skips_others(old, new, steps, anomalies)
     if old_planned != new_planned and any(
         learning_rate(step, old, old_planned) != learning_rate(step, old, new_planned)
         for step in range(steps)
     ):
         guilty += [key for key in changes(old, new) if key in LENGTH] or ["trainer.max_steps"]
+    return guilty
+
+
+def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]:
+    """Keys by which other steps would have been left out of learning. A step that ended an attempt was the last of its
+    timeline, so it may be skipped from now on."""
+    was, now = old.training, new.training
+    guilty = []
+    if anomalies and was.on_non_finite == "skip" != now.on_non_finite:
+        guilty.append("training.on_non_finite")
+    if anomalies and (
+        was.on_spike == "skip" != now.on_spike or (was.on_spike, now.on_spike) == ("record", "skip")
+    ):
+        guilty.append("training.on_spike")
+    if steps and was.spike_factor != now.spike_factor and "skip" in (was.on_spike, now.on_spike):
+        guilty.append("training.spike_factor")
     return guilty
 
 

@@ -30,6 +30,30 @@ def guilty(old: Spec, new: Spec, steps: int = 50) -> list[str]:
     return trajectory.other_trajectory(old, new, steps=steps, old_planned=planned[0], new_planned=planned[1])
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "anomalies", "expected"),
+    [
+        ({"on_spike": "record"}, {"on_spike": "skip"}, 1, ["training.on_spike"]),
+        ({"on_spike": "record"}, {"on_spike": "skip"}, 0, []),
+        ({"on_spike": "skip"}, {"on_spike": "stop"}, 1, ["training.on_spike"]),
+        ({"on_spike": "stop"}, {"on_spike": "skip"}, 1, []),
+        ({"on_spike": "record"}, {"on_spike": "rollback"}, 1, []),
+        ({"on_non_finite": "stop"}, {"on_non_finite": "skip"}, 1, []),
+        ({"on_non_finite": "skip"}, {"on_non_finite": "stop"}, 1, ["training.on_non_finite"]),
+        ({}, {"spike_factor": 2.0}, 1, []),
+        ({"on_spike": "skip"}, {"on_spike": "skip", "spike_factor": 2.0}, 0, ["training.spike_factor"]),
+    ],
+)
+def test_a_policy_that_would_have_skipped_other_steps_is_another_trajectory(
+    old: dict[str, Any], new: dict[str, Any], anomalies: int, expected: list[str]
+) -> None:
+    specs = [spec(**{f"training__{key}": value for key, value in one.items()}) for one in (old, new)]
+    found = trajectory.other_trajectory(
+        *specs, steps=50, old_planned=100, new_planned=100, anomalies=anomalies
+    )
+    assert found == expected
+
+
 FREE = {
     "launch.nproc_per_node": 8,
     "launch.priority": 3,
