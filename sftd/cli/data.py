@@ -33,7 +33,8 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
 
     Computed anew from the data files and the seed, and checked against the log: the digest of the rows and the number of
     trained tokens of every attempt that did the step, and the digest of the files as they were submitted. Exit code 1
-    when they are not what the log has. Steps before a fork's first are its parent's.
+    when they are not what the log has. Steps before a fork's first are its parent's; of a row, those of parents with the
+    same files.
 
     \b
     Example:
@@ -127,9 +128,15 @@ def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
 
     steps: list[dict[str, Any]] = []
     problems: list[str] = []
+    others: list[str] = []
     found: dict[str, Any] = {}
+    own = story[-1].run().train_digest
     for chapter in story:
         run = chapter.run()
+        if run.train_digest != own:
+            # The row of that number is another one there.
+            others.append(run.run_id)
+            continue
         last = run.planned_steps if chapter.last_step is None else chapter.last_step
         found = _ask(run, "--row", str(row), "--after-step", str(run.first_step), "--last-step", str(last))
         recorded = {r.event.step for r in chapter.recorded if isinstance(r.event, StepCompleted)}
@@ -137,7 +144,13 @@ def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
             {"run_id": run.run_id, **step, "recorded": step["step"] in recorded} for step in found["steps"]
         ]
         problems += [f"{run.run_id}: {problem}" for problem in _changed_files(run, found)]
-    return {"run_id": story[-1].run_id, **found, "steps": steps, "problems": problems}
+    return {
+        "run_id": story[-1].run_id,
+        **found,
+        "steps": steps,
+        "read_other_files": others,
+        "problems": problems,
+    }
 
 
 def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
@@ -200,6 +213,9 @@ def _print_steps(answer: dict[str, Any]) -> None:
         out.print("It has no trained label, so no step sees it.")
     for line in _steps(answer):
         out.print(line, soft_wrap=True)
+    for parent in answer["read_other_files"]:
+        command = f"sftd data {parent} --row {answer['row']}"
+        out.print(f"{parent}, its parent, read other files: see {command}", soft_wrap=True)
     _print_problems(answer["problems"])
 
 

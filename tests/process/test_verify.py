@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.wire.attempt_dir import AttemptDir
-from tests.process.harness import Home
+from tests.process.harness import Home, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -197,3 +197,15 @@ def test_the_log_is_played(trained: tuple[Home, str]) -> None:
     text = home.run("replay", run_id, "--until", "step:5").stdout
     assert "steps 1–5" in text
     assert "5 of 12" in text
+
+
+def test_a_row_of_a_fork_with_other_data_is_not_its_parents(trained: tuple[Home, str]) -> None:
+    home, run_id = trained
+    other = write_rows(home.path / "other.parquet", 20, seed=9)
+    changes = (f"data.train_files=[{other}]", "trainer.max_steps=17")
+    fork = home.run("fork", run_id, "--from-step", "12", *changes, "-q").stdout.strip()
+    answer = json.loads(home.run("data", fork, "--row", "3", "--json").stdout)
+    assert (answer["file"], answer["read_other_files"]) == (str(other), [run_id])
+    assert [step["run_id"] for step in answer["steps"]] == [fork], "an epoch is five steps"
+    said = home.run("data", fork, "--row", "3").stdout
+    assert f"{run_id}, its parent, read other files: see sftd data {run_id} --row 3" in said
