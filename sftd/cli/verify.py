@@ -81,9 +81,11 @@ def verify_command(
     store = app.open_store(settings)
     chosen = replays.plan(store, run, from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
+    planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        verdict, comparing = _compare(settings, chosen, spec, extra, need, taken, keep)
+        order = _order(chosen, spec, planned)
+        verdict, comparing = _compare(settings, chosen, order, extra, need, taken, keep)
     if not changes:
         replays.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
@@ -166,7 +168,22 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     return need, wanted[: need.count]
 
 
-def _order(chosen: Comparison, spec: Spec) -> Order:
+def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:
+    """How long the run would be, which decides its learning rates. Raises `Refused`."""
+    from sftd.domain import trajectory
+    from sftd.domain.errors import Problem, Refused
+
+    if not differs.keys() & set(trajectory.LENGTH):
+        return chosen.run.planned_steps
+    planned = spec.trainer.max_steps
+    if planned is None or planned < chosen.to_step:
+        what = "only a number of steps can be tried, not epochs" if planned is None else f"is {planned}"
+        mend = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
+        raise Refused(Problem("--with", what, mend))
+    return planned
+
+
+def _order(chosen: Comparison, spec: Spec, planned_steps: int) -> Order:
     from sftd.wire.attempt_dir import Order
 
     run, checkpoint = chosen.run, chosen.checkpoint
@@ -175,7 +192,7 @@ def _order(chosen: Comparison, spec: Spec) -> Order:
         attempt=run.attempt,
         token="",
         spec=spec,
-        planned_steps=run.planned_steps,
+        planned_steps=planned_steps,
         checkpoint_dir="",
         checkpoint=checkpoint.path if checkpoint else None,
         checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
@@ -188,7 +205,7 @@ def _order(chosen: Comparison, spec: Spec) -> Order:
 def _compare(
     settings: Settings,
     chosen: Comparison,
-    spec: Spec,
+    order: Order,
     extra: dict[str, list[Any]],
     need: Need,
     devices: list[str],
@@ -210,7 +227,7 @@ def _compare(
         show = stack.enter_context(_progress(run.run_id, chosen))
         show(f"training again from {where} on {', '.join(devices)}")
         home = settings.home / _SCRATCH
-        scratch = stack.enter_context(rerun(_order(chosen, spec), need, devices, home, keep=keep))
+        scratch = stack.enter_context(rerun(order, need, devices, home, keep=keep))
         if keep:
             output.note(f"{run.run_id}: the scratch folder is {scratch.folder}")
         for event in scratch.events():

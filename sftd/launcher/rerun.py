@@ -80,7 +80,9 @@ class Rerun:
         remains = self._attempt.remains()
         if remains.exit_code != 0:
             failure = classify(remains)
+            # What the message says in full would only be said again, once for each rank and line of the traceback.
+            is_plain = failure.cause in ("user error", "bad checkpoint")
             raise RerunFailed(
                 f"The steps could not be trained again: {failure.cause}: {failure.message}"
-                + "".join(f"\n    {line}" for line in failure.evidence)
+                + "".join(f"\n    {line}" for line in ([] if is_plain else failure.evidence))
             )

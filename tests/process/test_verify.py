@@ -115,6 +115,13 @@ def test_another_learning_rate_is_found(trained: tuple[Home, str]) -> None:
     assert outcomes(home, run_id) == before
 
 
+def test_another_length_is_tried_with_its_learning_rates(trained: tuple[Home, str]) -> None:
+    home, run_id = trained
+    done = home.run("verify", run_id, "--from-step", "10", "--with", "trainer.max_steps=20", check=1)
+    assert "diverged at step 11 (the first one)" in done.stdout
+    assert "differs: trainer.max_steps: log 12, now 20" in done.stdout
+
+
 @pytest.mark.parametrize("victim", ["torchrun", "sftd"])
 def test_what_is_killed_leaves_nothing(trained: tuple[Home, str], victim: str) -> None:
     home, run_id = trained
@@ -157,6 +164,8 @@ def wait_for_torchrun(home: Home, verifying: subprocess.Popen[str]) -> int:
         (["--to-step", "99"], "its own steps are 1 to 12"),
         (["--devices", "0"], "the steps are trained on CPUs"),
         (["--with", "optimizer.l=1"], "optimizer.l"),
+        (["--with", "trainer.max_steps=9"], "at least 12"),
+        (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "not epochs"),
     ],
 )
 def test_what_cannot_be_is_refused(trained: tuple[Home, str], options: list[str], said: str) -> None:
