@@ -109,8 +109,10 @@ def changes(changed: dict[str, Any]) -> list[str]:
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON."""
-    return msgspec.json.encode(value).decode()
+    """A value as one line of JSON; a number that is not finite by its name."""
+    from sftd.domain.codec import finite
+
+    return msgspec.json.encode(finite(value)).decode()
 
 
 def print_error(error: SftdError) -> None:

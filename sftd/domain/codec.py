@@ -37,13 +37,14 @@ def json_float(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value of plain types, with `json_float` for each float in it."""
     if isinstance(value, float):
         return json_float(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 
@@ -64,7 +65,7 @@ def encode(event: Event) -> tuple[str, int, str]:
     payload = _encoder.encode(event)
     # msgspec writes a float that is not finite as null: only where there is a null can there be one.
     if b"null" in payload:
-        payload = _encoder.encode(_finite(msgspec.to_builtins(event)))
+        payload = _encoder.encode(finite(msgspec.to_builtins(event)))
     return cls.__name__, cls.schema_version, payload.decode()
 
 
