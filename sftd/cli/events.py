@@ -62,7 +62,7 @@ def describe(event: Any) -> str:
         case e.CheckpointDeleted():
             return f"step {event.step}  {output.size(event.bytes)} ({event.reason})"
         case e.AnomalyDetected():
-            return f"step {event.step}: {event.what} {event.detail or ''}".rstrip()
+            return f"step {event.step}: " + "  ".join((event.what, *_details(event.detail)))
         case e.SamplesSkipped():
             return f"back to step {event.step}, on at sample {event.sample}: {event.reason}"
         case e.StopRequested():
@@ -226,3 +226,18 @@ def _chunks(path: Path, offset: int) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError:
         return
+
+
+def _details(detail: dict[str, Any]) -> Iterator[str]:
+    """What an anomaly says of itself: numbers in full where two are compared, for they may differ in the last digit."""
+
+    def short(value: object) -> str:
+        text = str(value)
+        return text[:12] if len(text) == 64 and " " not in text else text
+
+    for name, value in detail.items():
+        label = name.removesuffix("_digest").replace("_", " ")
+        if isinstance(value, dict) and value.keys() == {"recorded", "redone"}:
+            yield f"{label}: log {short(value['recorded'])}, now {short(value['redone'])}"
+        elif value is not None:
+            yield f"{label} {value:.6g}" if isinstance(value, float) else f"{label} {short(value)}"

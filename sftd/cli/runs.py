@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ STATUSES = (
     "failed",
     "cancelled",
 )
+# More anomalies of one kind in one attempt are counted, not listed.
+_ANOMALIES = 3
 # What `show` lists: everything but the steps and what belongs to them.
 HISTORY_TYPES = (
     "RunForked",
@@ -187,7 +190,7 @@ def _print_run(run: Run, history: list[Recorded], ledger: Ledger) -> None:
     out = output.console()
     print_state(run, history, _time_facts(ledger))
     out.print()
-    out.print(_history_table(history))
+    out.print(history_table(history))
 
 
 def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:
@@ -230,11 +233,6 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         )
         if v is not None
     ]
-    redone = ""
-    if run.steps_redone:
-        equal = "all equal to the log, " + ("bit for bit" if run.is_exact else "but for rounding")
-        verdict = equal if not run.anomalies else f"{run.anomalies} anomalies"
-        redone = f"{run.steps_redone} ({verdict})"
     return [
         ("run", Text(run.run_id, "bold")),
         ("status", status),
@@ -269,7 +267,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("loss", output.loss(run.loss)),
         ("validation", ", ".join(validation)),
         ("tokens", f"{run.tokens_counted:,} trained" if run.tokens_counted else ""),
-        ("redone steps", redone),
+        ("redone steps", _redone(run, history) if run.steps_redone else ""),
         ("last verified", _last_replay(run)),
         ("anomalies", Text(str(run.anomalies), "bold red") if run.anomalies else ""),
         ("after", ", ".join(run.after)),
@@ -278,6 +276,19 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("spec", run.spec_digest[:16]),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]
+
+
+def _redone(run: Run, history: list[Recorded]) -> str:
+    from sftd.domain.decisions import REDONE_DIFFERS
+    from sftd.domain.events import AnomalyDetected, SamplesSkipped
+
+    odd = sum(isinstance(r.event, AnomalyDetected) and r.event.what == REDONE_DIFFERS for r in history)
+    if odd:
+        return f"{run.steps_redone} ({odd} differ from the log)"
+    # Where samples are left out, or read again, they are other steps: nothing to compare.
+    which = "with the same samples " if any(isinstance(r.event, SamplesSkipped) for r in history) else ""
+    how = "bit for bit" if run.is_exact else "but for rounding"
+    return f"{run.steps_redone} (all {which}equal to the log, {how})"
 
 
 def _last_replay(run: Run) -> Text | str:
@@ -328,18 +339,29 @@ def _checkpoints_table(run: Run) -> Table:
     return table
 
 
-def _history_table(history: list[Recorded]) -> Table:
+def history_table(history: list[Recorded]) -> Table:
+    """The events of `history` that are not steps, one a row."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from sftd.cli.events import describe
+    from sftd.domain.events import AnomalyDetected
 
+    count: Counter[tuple[int | None, str]] = Counter()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("time", no_wrap=True, style="dim")
     table.add_column("try", justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
     table.add_column("", overflow="fold")
     for r in history:
+        if isinstance(r.event, AnomalyDetected):
+            count[r.attempt, r.event.what] += 1
+            if count[r.attempt, r.event.what] > _ANOMALIES:
+                continue
         table.add_row(output.clock(r.occurred_at), str(r.attempt or ""), r.type, Text(describe(r.event)))
+    for (attempt, what), number in count.items():
+        if number > _ANOMALIES:
+            more = f"{number - _ANOMALIES} more of attempt {attempt}: {what} (sftd events RUN -t AnomalyDetected)"
+            table.add_row("", str(attempt or ""), "…", Text(more))
     return table

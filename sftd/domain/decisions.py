@@ -327,6 +327,7 @@ def _attempt_ended(
     )
 
 
+REDONE_DIFFERS = "redone step differs from the log"
 # The numbers of a step that a redo must reproduce bit for bit.
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "samples_digest")
 
@@ -353,11 +354,7 @@ def compare_redone(
     if was is None:
         return None
     differs = differences(was, redone, is_exact=is_exact, dtype=dtype)
-    return (
-        e.AnomalyDetected(step=redone.step, what="redone step differs from the log", detail=differs)
-        if differs
-        else None
-    )
+    return e.AnomalyDetected(step=redone.step, what=REDONE_DIFFERS, detail=differs) if differs else None
 
 
 def comparable(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:

@@ -64,3 +64,5 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
         e["payload"]["step"]: e["payload"]["samples_digest"] for e in home.events(run_id, "StepCompleted")
     }
     assert again == {n: e["payload"]["samples_digest"] for n, e in steps.items()}
+    assert "is the log's (attempt 4" in home.run("data", run_id, "--step", "20").stdout
+    assert "(all with the same samples equal to the log, bit for bit)" in home.run("show", run_id).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from sftd import settings
-from sftd.cli import COMMANDS, main
+from sftd.cli import COMMANDS, main, output
+from sftd.cli.events import describe
+from sftd.cli.runs import history_table
+from sftd.domain import events
+from sftd.domain.decisions import REDONE_DIFFERS
+from sftd.domain.events import Recorded
 
 HEAVY = (
     "torch",
@@ -221,3 +227,44 @@ def test_a_row_is_shown_with_both_of_its_kinds() -> None:
     question = {"text": "What is\nthe capital of France, the one in Europe?", "trained": False}
     shown = _marked([question, {"text": "Paris.", "trained": True}]).plain
     assert shown == "What is the capital of France, the …«Paris.»"
+
+
+def test_numbers_that_are_not_finite_have_their_names_in_json() -> None:
+    detail = {"loss": {"recorded": math.nan, "redone": -math.inf}, "steps": [math.inf, 1.5]}
+    assert output.json_line(detail) == (
+        '{"loss":{"recorded":"NaN","redone":"-Infinity"},"steps":["Infinity",1.5]}'
+    )
+
+
+def test_an_anomaly_is_told_in_words_and_many_of_a_kind_are_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {"recorded": "a" * 64, "redone": "b" * 64}
+    detail = {"loss": {"recorded": 0.1, "redone": 0.10000000000000002}, "samples_digest": digests}
+    odd = events.AnomalyDetected(step=7, what=REDONE_DIFFERS, detail=detail)
+    told = "loss: log 0.1, now 0.10000000000000002  samples: log aaaaaaaaaaaa, now bbbbbbbbbbbb"
+    assert describe(odd) == f"step 7: {REDONE_DIFFERS}  {told}"
+    spike = events.AnomalyDetected(step=8, what="loss_spike", detail={"loss": math.nan, "median": None})
+    assert describe(spike) == "step 8: loss_spike  loss nan"
+
+    monkeypatch.setenv("COLUMNS", "200")
+    recorded = [
+        Recorded(
+            position=n,
+            event_id=str(n),
+            run_id="brave-otter-3f2a",
+            version=n,
+            type="AnomalyDetected",
+            schema_version=1,
+            occurred_at=n,
+            recorded_at=n,
+            attempt=1,
+            actor="trainer",
+            causation_id=None,
+            event=spike,
+        )
+        for n in range(1, 11)
+    ]
+    output.console().print(history_table(recorded))
+    shown = capsys.readouterr().out
+    assert (shown.count("step 8: loss_spike"), "7 more of attempt 1: loss_spike" in shown) == (3, True)
