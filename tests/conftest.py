@@ -19,9 +19,10 @@ from sftd.store.engine import Store, open_engine
 from sftd.store.migrate import upgrade
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# No deadlines: how long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(scope="session")

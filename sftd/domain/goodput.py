@@ -116,6 +116,7 @@ class Fold:
         self._began: e.Micros | None = None
         # Everything before the edge has its account; what no claim covers behind it belongs to the phase.
         self._edge: e.Micros = 0
+        self._latest: e.Micros = 0
         self._phase: Account = "queued"
         self._ended = False
         self._claims: list[tuple[Account, e.Micros, e.Micros]] = []
@@ -128,8 +129,8 @@ class Fold:
     def add(self, at: e.Micros, event: e.Event | StepTime) -> None:
         """Take in the next event, which occurred at `at`."""
         if self._began is None:
-            self._began = self._edge = at
-        at = max(at, self._edge)
+            self._began = self._latest = self._edge = at
+        at = self._latest = max(at, self._latest)
         match event:
             case StepTime() | e.StepCompleted():
                 self._step(at, event.step, event.seconds)

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sftd.domain import codec
@@ -256,6 +256,7 @@ _events: st.SearchStrategy[e.Event | StepTime] = st.one_of(
 
 
 @given(st.lists(st.tuples(st.floats(-1, 4), _events), max_size=40), st.floats(0, 100))
+@example([(1.0, saving(0)), (-1.0, succeeded())], 0.0)
 def test_the_accounts_add_up_to_the_wall_time(after: list[tuple[float, Any]], now: float) -> None:
     """Whatever happened, in whatever order, with whatever clocks: nothing is lost, nothing counted twice."""
     at = 0.0
