@@ -125,7 +125,12 @@ def test_a_run_goes_on_longer_and_in_another_layout(story: Story) -> None:
 def test_a_fork_goes_on_where_its_parent_stood(story: Story) -> None:
     shown = story.home.show(story.child)
     assert (shown["status"], shown["step"], shown["planned_steps"]) == ("succeeded", 8, 8)
-    assert shown["fork"] == {"parent": story.parent, "step": 4, "tokens_total": shown["fork"]["tokens_total"]}
+    # Four steps of four samples.
+    assert {n: shown["fork"][n] for n in ("parent", "step", "sample")} == {
+        "parent": story.parent,
+        "step": 4,
+        "sample": 16,
+    }
     mine, parents = timeline(story.home, story.child), timeline(story.home, story.parent)
     assert list(mine) == [5, 6, 7, 8]
     loss, _, lr, tokens, total, samples = mine[5]
