@@ -13,7 +13,7 @@ from tests.trainer.test_training import reference  # type: ignore[import-not-fou
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.trainer.conftest import Run, Trainer, WarmTrainer  # type: ignore[import-not-found]
 
 MEGATRON = "model__megatron__"
 EP2 = {MEGATRON + "expert_model_parallel_size": 2}
@@ -77,9 +77,12 @@ def test_layout_changes_nothing_but_rounding(
     assert [(s.step, s.text) for s in run.events(SampleGenerated)] == texts
 
 
-def test_expert_parallel_ranks_go_on_bit_for_bit(trainer: Trainer, models: Path, ep2: Run) -> None:
+def test_expert_parallel_ranks_go_on_bit_for_bit(
+    trainer: Trainer, warm: WarmTrainer, models: Path, ep2: Run
+) -> None:
     resumed = resume(
         trainer,
+        warm,
         "experts_ep2-2",
         ep2,
         3,
