@@ -13,12 +13,11 @@ import pytest
 from tests.process.harness import SHAPE, VOCABULARY, Home
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a Llama with 2 layers and random weights."""
+def write_tiny_model(folder: Path) -> Path:
+    """Write the Hugging Face folder of a Llama with 2 layers and random weights. Returns it."""
     from safetensors.numpy import save_file
 
-    folder = tmp_path_factory.mktemp("model")
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SHAPE))
     rng = np.random.default_rng(0)
     hidden, ffn, kv = 64, 128, 32
@@ -42,6 +41,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a Llama with 2 layers and random weights."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
