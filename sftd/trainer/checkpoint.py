@@ -102,11 +102,6 @@ class Checkpoints:
         atexit.register(gc.unfreeze)
 
     @property
-    def is_saving(self) -> bool:
-        """Whether a save was begun and is not published yet. The same on every rank."""
-        return self._pending is not None
-
-    @property
     def is_written(self) -> bool:
         """Whether this rank's share of the save that is in flight is on the disk, or failed."""
         return self._pending is not None and self._pending.writer.is_done
