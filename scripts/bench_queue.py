@@ -30,7 +30,8 @@ from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.domain import events as e
 from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Data, Launch, Model, Spec, Trainer
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Data, Launch, Model, Trainer
 from sftd.operations import attempts, runs
 from sftd.operations.context import Context
 from sftd.projections import verify

@@ -31,7 +31,8 @@ from sftd.cli import COMMANDS, app
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.run import Run
-from sftd.domain.spec import Data, Model, Spec, Trainer, spec_digest
+from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.spec_sections import Data, Model, Trainer
 from sftd.launcher.local import LocalAttempt
 from sftd.operations import attempts
 from sftd.operations.context import Context, append_decided

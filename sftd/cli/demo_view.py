@@ -128,7 +128,7 @@ def answers(history: list[Recorded], question: str, reference: str) -> Table:
 
 def redone_lines(history: list[Recorded]) -> tuple[list[str], bool]:
     """Steps that a later attempt did again, against the log. Returns lines to print and whether all are equal."""
-    from sftd.domain.decisions import COMPARED, compare_redone
+    from sftd.domain.redoing import COMPARED, compare_redone
 
     first: dict[int, e.StepCompleted] = {}
     lines = [f"   {'step':>4}  {'loss recorded':<20}  {'loss done again':<20}"]

@@ -279,8 +279,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
 
 
 def _redone(run: Run, history: list[Recorded]) -> str:
-    from sftd.domain.decisions import REDONE_DIFFERS
     from sftd.domain.events import AnomalyDetected, SamplesSkipped
+    from sftd.domain.redoing import REDONE_DIFFERS
 
     odd = sum(isinstance(r.event, AnomalyDetected) and r.event.what == REDONE_DIFFERS for r in history)
     if odd:

@@ -10,7 +10,7 @@ from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, UnknownEvent
 from sftd.domain.failures import Failure, classify
 from sftd.domain.run import Run
-from sftd.domain.spec import Launch
+from sftd.domain.spec_sections import Launch
 from sftd.launcher.seam import Attempt
 from sftd.operations import attempts, checkpoints
 from sftd.operations.context import Context

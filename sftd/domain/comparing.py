@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from sftd.domain import events as e
-from sftd.domain.decisions import differences
+from sftd.domain.redoing import differences
 from sftd.domain.replay import Timeline, decides_numbers, environment_differences
 
 

@@ -12,8 +12,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.spec import Section, Spec
+from sftd.domain.spec import Spec
 from sftd.domain.spec_check import check
+from sftd.domain.spec_sections import Section
 
 
 def _struct_type(annotation: Any) -> type[Section] | None:

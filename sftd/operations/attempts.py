@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from sftd.domain import decisions, loss_watch
+from sftd.domain import decisions, loss_watch, redoing
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.evolve import stays_exact
@@ -106,7 +106,7 @@ def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
                 before.append(r.event)
             elif r.attempt != lease.attempt:
                 before.append(r.event)
-    return {step: event for step, event in decisions.comparable(before).items() if step > start}
+    return {step: event for step, event in redoing.comparable(before).items() if step > start}
 
 
 def losses_before(store: Store, run_id: str, step: int) -> list[float]:
@@ -150,7 +150,7 @@ def record(
                 is_exact = stays_exact(is_exact, environment, line.event)
                 environment = line.event.environment
             if isinstance(line.event, e.StepCompleted) and (
-                anomaly := decisions.compare_redone(
+                anomaly := redoing.compare_redone(
                     before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
                 )
             ):

@@ -25,7 +25,7 @@ import msgspec
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from sftd.domain import decisions
+from sftd.domain import decisions, redoing
 from sftd.domain import events as e
 from sftd.domain.retention import deletable
 from sftd.domain.run import Run
@@ -157,7 +157,7 @@ class DirectReporter(Reporter):
         if is_reporter:
             history = read_history(run, submission, living=self._number)
             start = history.run.step
-            before = decisions.comparable(n.event for n in history.events)
+            before = redoing.comparable(n.event for n in history.events)
             self._seen = _Seen(history.run, {n: was for n, was in before.items() if n > start})
 
     def emit(self, event: e.Event) -> None:
@@ -169,7 +169,7 @@ class DirectReporter(Reporter):
         self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.redone)
         self._show(event)
         if isinstance(event, e.StepCompleted) and (
-            anomaly := decisions.compare_redone(
+            anomaly := redoing.compare_redone(
                 seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
             )
         ):

@@ -16,7 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.layout import ModelShape
-from sftd.domain.spec import Megatron, Spec
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Megatron
 from sftd.trainer import manifest as manifests
 from sftd.trainer import model as models
 from sftd.trainer import process

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sftd.domain.spec import Data
+from sftd.domain.spec_sections import Data
 from sftd.trainer.data import Ints, Rows, write_spool
 from sftd.trainer.errors import UserError
 from sftd.trainer.prepare.errors import PrepareError

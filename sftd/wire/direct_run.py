@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain import codec, decisions, trajectory
+from sftd.domain import codec, decisions, redoing, trajectory
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
 from sftd.domain.evolve import evolve
@@ -267,7 +267,7 @@ class _Attempt:
 
     def _read_journal(self, start: int) -> Failure | None:
         """Take in the journal's lines. Returns what is wrong with the first that cannot be read, if there is one."""
-        before = decisions.comparable(n.event for n in self._history.events)
+        before = redoing.comparable(n.event for n in self._history.events)
         redone = {step: event for step, event in before.items() if step > start}
         number, offset, limit = 0, 0, 1000
         while True:
@@ -300,9 +300,7 @@ class _Attempt:
         )
         if isinstance(line.event, e.StepCompleted):
             run = self._history.run
-            if anomaly := decisions.compare_redone(
-                redone, line.event, is_exact=run.is_exact, dtype=run.dtype
-            ):
+            if anomaly := redoing.compare_redone(redone, line.event, is_exact=run.is_exact, dtype=run.dtype):
                 self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
 
     def _end(self, unreadable: Failure | None) -> None:

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sftd.daemon import metrics
 from sftd.daemon.metrics import Metrics
 from sftd.domain import events as e
-from sftd.domain.spec import Data, Model, Spec
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Data, Model
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views
 from sftd.projections.mlflow_mirror import position_name

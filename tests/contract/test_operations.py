@@ -15,7 +15,8 @@ from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
 from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Data, Model, Spec, Trainer
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Data, Model, Trainer
 from sftd.launcher import processes
 from sftd.launcher.local import LocalAttempt
 from sftd.operations import attempts, runs

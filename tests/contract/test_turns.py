@@ -13,7 +13,8 @@ from sftd.domain.errors import ConcurrencyConflict, Refused
 from sftd.domain.failures import Failure
 from sftd.domain.queueing import Limits
 from sftd.domain.run import Run
-from sftd.domain.spec import Data, Launch, Model, Spec, Trainer
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Data, Launch, Model, Trainer
 from sftd.launcher.inventory import Inventory
 from sftd.operations import attempts, halting, runs, submitting, turns, waiting
 from sftd.operations.attempts import Claimed

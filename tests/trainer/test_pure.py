@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.schedule import learning_rate
-from sftd.domain.spec import Optimizer, Scheduler, Spec
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Optimizer, Scheduler
 from sftd.trainer import folder_swap
 from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool

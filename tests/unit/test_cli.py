@@ -18,8 +18,8 @@ from sftd.cli import COMMANDS, main, output
 from sftd.cli.events import describe
 from sftd.cli.runs import history_table
 from sftd.domain import events
-from sftd.domain.decisions import REDONE_DIFFERS
 from sftd.domain.events import Recorded
+from sftd.domain.redoing import REDONE_DIFFERS
 
 HEAVY = (
     "torch",

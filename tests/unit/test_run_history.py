@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain import decisions, events, halting, retention
+from sftd.domain import decisions, events, halting, redoing, retention
 from sftd.domain import run as run_state
 from sftd.domain.errors import Refused
 from sftd.domain.events import Event, Recorded
@@ -230,9 +230,9 @@ def test_an_attempt_that_dies_before_it_resumes_does_not_lose_its_place() -> Non
 
 def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
     recorded = {5: step(5, loss=float("nan")), 6: step(6)}
-    assert decisions.compare_redone(recorded, step(5, loss=float("nan"), seconds=9.0)) is None
-    assert decisions.compare_redone(recorded, step(6, seconds=9.0, tokens_padded=1, epoch=3)) is None
-    assert decisions.compare_redone(recorded, step(7)) is None
+    assert redoing.compare_redone(recorded, step(5, loss=float("nan"), seconds=9.0)) is None
+    assert redoing.compare_redone(recorded, step(6, seconds=9.0, tokens_padded=1, epoch=3)) is None
+    assert redoing.compare_redone(recorded, step(7)) is None
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
     ],
 )
 def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[str, Any]) -> None:
-    anomaly = decisions.compare_redone({5: step(5)}, step(5, **change))
+    anomaly = redoing.compare_redone({5: step(5)}, step(5, **change))
     assert anomaly is not None
     ((name, value),) = change.items()
     assert anomaly.step == 5
@@ -260,7 +260,7 @@ def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[
 
 def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     """Bit for bit means that -0.0 is not 0.0."""
-    assert decisions.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
+    assert redoing.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
 
 
 def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
@@ -351,7 +351,7 @@ def test_steps_are_compared_with_those_that_read_the_same_samples() -> None:
     log = _rolled_back()
 
     def compared() -> dict[int, str]:
-        found = decisions.comparable(r.event for r in log.recorded)
+        found = redoing.comparable(r.event for r in log.recorded)
         return {n: was.samples_digest for n, was in found.items()}
 
     assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
@@ -783,14 +783,12 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
 def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
     log = {5: step(5, loss=2.0, grad_norm=1.0)}
     near = step(5, loss=2.001, grad_norm=1.01)
-    assert decisions.compare_redone(log, near) is not None
-    assert decisions.compare_redone(log, near, is_exact=False) is None
-    far = decisions.compare_redone(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
+    assert redoing.compare_redone(log, near) is not None
+    assert redoing.compare_redone(log, near, is_exact=False) is None
+    far = redoing.compare_redone(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
     assert far is not None
     assert set(far.detail) == {"loss"}
-    other = decisions.compare_redone(
-        log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False
-    )
+    other = redoing.compare_redone(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
     assert other is not None
 
 
