@@ -5,7 +5,7 @@ soon, and how many claims a second are there?
     scripts/with-postgres .venv/bin/python scripts/bench_queue.py    PostgreSQL, throw-away
 
 The daemons are real, each a process with a home and slots of its own; so are the database, the leases and the journals.
-Only torchrun is not: `cp` puts a finished journal in place. SFTD_DATABASE_URL, when it is set, must name a database
+Only torchrun is not: `sed` puts a finished journal in place. SFTD_DATABASE_URL, when it is set, must name a database
 without tables.
 """
 
@@ -38,6 +38,7 @@ from sftd.projections import verify
 from sftd.store.engine import Store, open_engine
 from sftd.store.migrate import upgrade
 from sftd.store.tables import events, view_runs
+from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.journal import JournalWriter
 from sftd.wire.preflight import Preflight
 
@@ -70,6 +71,10 @@ FACTS = DataFacts(
 FOUND = Preflight(SHAPE, FACTS, None, 1, [])
 
 
+# Where the journal says the folder of the run's checkpoints.
+FOLDER = "CHECKPOINTS"
+
+
 def write_journal(path: Path) -> None:
     """What a trainer that is done with its one step has written."""
     writer = JournalWriter(path)
@@ -89,17 +94,23 @@ def write_journal(path: Path) -> None:
             seconds=0.1,
         )
     )
-    writer.append(e.CheckpointPublished(step=1, path="step-1", bytes=1, manifest_digest="d", seconds=0.1))
+    writer.append(
+        e.CheckpointPublished(step=1, path=f"{FOLDER}/step-1", bytes=1, manifest_digest="d", seconds=0.1)
+    )
     writer.close()
 
 
 def be_daemon(home: str, journal: str, slots: int) -> None:
-    """Drive runs until SIGTERM, with `cp` for a trainer."""
+    """Drive runs until SIGTERM, with `sed` for a trainer."""
     from sftd.daemon.loop import Daemon
     from sftd.launcher import local
     from sftd.launcher.inventory import Inventory
 
-    local.torchrun_argv = lambda _spec, directory: ["/bin/cp", journal, str(directory.journal)]
+    def argv(_spec: Spec, directory: AttemptDir) -> list[str]:
+        there = f"s,{FOLDER},{directory.order().checkpoint_dir},"
+        return ["/bin/sed", "-n", "-e", there, "-e", f"w {directory.journal}", journal]
+
+    local.torchrun_argv = argv
     settings = replace(settings_module.read(), home=Path(home))
     daemon = Daemon(app.open_store(settings), settings, Inventory(0, slots))
     signal.signal(signal.SIGTERM, lambda *_: daemon.stop())
