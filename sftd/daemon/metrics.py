@@ -16,13 +16,12 @@ from typing import Protocol
 import sftd
 from sftd.domain.errors import SftdError
 from sftd.domain.events import Micros
-from sftd.domain.goodput import Fold
 from sftd.launcher.inventory import Inventory
 from sftd.operations import figures
 from sftd.projections.mlflow_mirror import position_name
 from sftd.settings import Settings
 from sftd.store.engine import Store
-from sftd.store.goodput import advance
+from sftd.store.goodput import read_ledger
 
 log = logging.getLogger("sftd.daemon")
 
@@ -55,8 +54,6 @@ class Metrics:
         self._mode = 0o600 if self._path.is_relative_to(settings.home) else 0o644
         self._due_at = 0.0
         self._failed = ""
-        # Folds of the driven runs, which go on where they were.
-        self._folds: dict[str, tuple[Fold, int]] = {}
 
     def write_when_due(self, driven: Mapping[str, Driven], now: Micros) -> None:
         """Write the file unless that was done a moment ago. Raises only what the database does."""
@@ -137,13 +134,8 @@ class Metrics:
         yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
 
     def _goodput(self, driven: Mapping[str, Driven], now: Micros) -> list[Sample]:
-        folds: dict[str, tuple[Fold, int]] = {}
         with self._store.read() as connection:
-            for run_id in driven:
-                fold, version = self._folds.get(run_id, (Fold(), 0))
-                folds[run_id] = fold, advance(connection, run_id, fold, version)
-        self._folds = folds
-        shares = ((run_id, fold.ledger(now).goodput) for run_id, (fold, _) in folds.items())
+            shares = [(run_id, read_ledger(connection, run_id, now).goodput) for run_id in driven]
         return [({"run_id": run_id}, share) for run_id, share in shares if share is not None]
 
 

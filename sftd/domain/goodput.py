@@ -108,53 +108,53 @@ class Ledger(msgspec.Struct, frozen=True):
         }
 
 
-class Fold:
-    """Takes a run's events of `TYPES` one by one, in order; `ledger` says what they come to."""
+class Fold(msgspec.Struct, kw_only=True):
+    """Takes a run's events of `TYPES` one by one, in order; `ledger` says what they come to. It can be written down and
+    go on from there."""
 
-    def __init__(self) -> None:
-        self._micros: dict[Account, int] = dict.fromkeys(ACCOUNTS, 0)
-        self._began: e.Micros | None = None
-        # Everything before the edge has its account; what no claim covers behind it belongs to the phase.
-        self._edge: e.Micros = 0
-        self._latest: e.Micros = 0
-        self._phase: Account = "queued"
-        self._ended = False
-        self._claims: list[tuple[Account, e.Micros, e.Micros]] = []
-        self._attempts = 0
-        self._highest_step = 0
-        self._validated = -1
-        self._published = 0
-        self._saving: tuple[Account, e.Micros] | None = None
+    micros: dict[Account, int] = msgspec.field(default_factory=lambda: dict.fromkeys(ACCOUNTS, 0))
+    began: e.Micros | None = None
+    # Everything before the edge has its account; what no claim covers behind it belongs to the phase.
+    edge: e.Micros = 0
+    latest: e.Micros = 0
+    phase: Account = "queued"
+    ended: bool = False
+    claims: list[tuple[Account, e.Micros, e.Micros]] = []
+    attempts: int = 0
+    highest_step: int = 0
+    validated: int = -1
+    published: int = 0
+    saving: tuple[Account, e.Micros] | None = None
 
     def add(self, at: e.Micros, event: e.Event | StepTime) -> None:
         """Take in the next event, which occurred at `at`."""
-        if self._began is None:
-            self._began = self._latest = self._edge = at
-        at = self._latest = max(at, self._latest)
+        if self.began is None:
+            self.began = self.latest = self.edge = at
+        at = self.latest = max(at, self.latest)
         match event:
             case StepTime() | e.StepCompleted():
                 self._step(at, event.step, event.seconds)
             case e.ValidationCompleted():
-                is_new = event.step > self._validated
-                self._validated = max(self._validated, event.step)
+                is_new = event.step > self.validated
+                self.validated = max(self.validated, event.step)
                 account: Account = "validating" if is_new else "replayed"
                 # Not booked at once, nor is a checkpoint: a step that ran meanwhile comes first, and its event later.
-                self._claims.append((account, at - _micros(event.seconds), at))
+                self.claims.append((account, at - _micros(event.seconds), at))
             case e.CheckpointStarted():
-                is_new = event.step > self._published
-                self._saving = ("checkpointing" if is_new else "replayed"), at
+                is_new = event.step > self.published
+                self.saving = ("checkpointing" if is_new else "replayed"), at
             case e.CheckpointPublished():
                 self._saved(at)
-                self._published = max(self._published, event.step)
+                self.published = max(self.published, event.step)
             case e.AnomalyDetected(what="checkpoint_failed"):
                 self._saved(at)
             case e.AttemptClaimed():
-                self._turn(at, "restarting" if self._attempts else "starting")
-                self._attempts += 1
+                self._turn(at, "restarting" if self.attempts else "starting")
+                self.attempts += 1
             case e.AttemptFailed() | e.AttemptLost():
                 # The tail of an attempt that failed: a step that never ended, a hang, the unwinding.
-                if self._phase == "other":
-                    self._phase = "restarting"
+                if self.phase == "other":
+                    self.phase = "restarting"
                 self._turn(at, "restarting")
             case e.AttemptPaused():
                 self._turn(at, "idle")
@@ -162,53 +162,53 @@ class Fold:
                 self._turn(at, "queued")
             case e.RunSucceeded() | e.RunFailed() | e.RunCancelled():
                 self._turn(at, "idle")
-                self._ended = True
+                self.ended = True
             case e.ResumeRequested():
                 self._turn(at, "queued")
-                self._ended = False
+                self.ended = False
 
     def ledger(self, now: e.Micros) -> Ledger:
         """The ledger up to the end of the run, or up to `now` while it has none. The fold may go on afterwards."""
-        micros, edge, claims = dict(self._micros), self._edge, list(self._claims)
-        if not self._ended:
-            self._close(max(now, self._edge))
-        found = Ledger(self._began if self._began is not None else self._edge, self._edge, self._micros)
-        self._micros, self._edge, self._claims = micros, edge, claims
+        micros, edge, claims = dict(self.micros), self.edge, list(self.claims)
+        if not self.ended:
+            self._close(max(now, self.edge))
+        found = Ledger(self.began if self.began is not None else self.edge, self.edge, self.micros)
+        self.micros, self.edge, self.claims = micros, edge, claims
         return found
 
     def _step(self, at: e.Micros, step: int, seconds: float | str) -> None:
-        began = max(self._edge, at - _micros(seconds))
+        began = max(self.edge, at - _micros(seconds))
         self._close(began)
-        is_new = step > self._highest_step
-        self._micros["productive" if is_new else "replayed"] += at - began
-        self._edge = at
+        is_new = step > self.highest_step
+        self.micros["productive" if is_new else "replayed"] += at - began
+        self.edge = at
         if is_new:
-            self._highest_step = step
-            self._phase = "other"
+            self.highest_step = step
+            self.phase = "other"
 
     def _saved(self, at: e.Micros) -> None:
-        if self._saving is not None:
-            self._claims.append((*self._saving, at))
-            self._saving = None
+        if self.saving is not None:
+            self.claims.append((*self.saving, at))
+            self.saving = None
 
     def _turn(self, at: e.Micros, phase: Account) -> None:
         """The attempt or the wait that went on until now is over."""
         self._close(at)
-        self._phase = phase
-        self._saving = None
+        self.phase = phase
+        self.saving = None
 
     def _close(self, until: e.Micros) -> None:
         """Give all time up to `until` its account."""
-        still = [(*self._saving, until)] if self._saving is not None else []
-        for account, since, at in (*self._claims, *still):
-            begin, end = max(since, self._edge), min(at, until)
+        still = [(*self.saving, until)] if self.saving is not None else []
+        for account, since, at in (*self.claims, *still):
+            begin, end = max(since, self.edge), min(at, until)
             if end > begin:
-                self._micros[self._phase] += begin - self._edge
-                self._micros[account] += end - begin
-                self._edge = end
-        self._claims.clear()
-        self._micros[self._phase] += until - self._edge
-        self._edge = until
+                self.micros[self.phase] += begin - self.edge
+                self.micros[account] += end - begin
+                self.edge = end
+        self.claims.clear()
+        self.micros[self.phase] += until - self.edge
+        self.edge = until
 
 
 def _micros(seconds: float | str) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from sftd.domain import goodput
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.evolve import evolve
 from sftd.domain.run import Run
 from sftd.projections import views
 from sftd.store import event_store
 from sftd.store.engine import Store
-from sftd.store.tables import events, projection_positions, queue, view_checkpoints, view_runs
+from sftd.store.tables import events, projection_positions, queue, view_checkpoints, view_goodput, view_runs
 
 _BATCH = 5000
 _REBUILD = "`sftd views rebuild` mends it"
@@ -41,7 +42,7 @@ def check(store: Store, progress: Callable[[int, int], None]) -> Checked:
             log.take(row)
         problems = [*log.problems, *_positions(connection, log.position)]
         if not problems:
-            problems += _views(connection, log.runs)
+            problems += _views(connection, log)
         problems += _queue(connection, log.runs)
         return Checked(total, len(log.runs), problems)
 
@@ -51,6 +52,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
+        self.ledgers: dict[str, goodput.Fold] = {}
         self.problems: list[str] = []
         self.position = 0
 
@@ -61,7 +63,11 @@ class _Log:
         if row.version != run.version + 1:
             self.problems.append(f"{where}: the log's last version before it is {run.version}")
         try:
-            run = evolve(run, event_store.to_recorded(row))
+            recorded = event_store.to_recorded(row)
+            run = evolve(run, recorded)
+            ledger = self.ledgers.setdefault(row.run_id, goodput.Fold())
+            if recorded.type in goodput.TYPES:
+                ledger.add(recorded.occurred_at, recorded.event)
         except (UnknownEvent, ValueError, TypeError, KeyError) as error:  # msgspec's errors are ValueErrors
             self.problems.append(f"{where}: its {row.type} cannot be read: {error}")
             run = msgspec.structs.replace(run, version=row.version)
@@ -77,13 +83,22 @@ def _positions(connection: sa.Connection, last: int) -> Iterator[str]:
         yield f"the views are at position {behind}, the log ends at {last}: {_REBUILD}"
 
 
-def _views(connection: sa.Connection, runs: dict[str, Run]) -> Iterator[str]:
+def _views(connection: sa.Connection, log: _Log) -> Iterator[str]:
+    runs = log.runs
     expected = {(run_id,): views.run_row(run) for run_id, run in runs.items()}
     yield from _differences(connection, view_runs, expected)
     checkpoints = [row for run in runs.values() for row in views.checkpoint_rows(run)]
     yield from _differences(
         connection, view_checkpoints, {(row["run_id"], row["step"]): row for row in checkpoints}
     )
+    # A run from before there was this view has no row until its next event.
+    at_hand = set(connection.execute(sa.select(view_goodput.c.run_id)).scalars())
+    ledgers = {
+        (run_id,): views.goodput_row(run, log.ledgers[run_id])
+        for run_id, run in runs.items()
+        if run_id in at_hand
+    }
+    yield from _differences(connection, view_goodput, ledgers)
 
 
 def _differences(

@@ -1,4 +1,4 @@
-"""The SQL views `view_runs` and `view_checkpoints`: pure functions of the log, never behind it.
+"""The SQL views `view_runs`, `view_checkpoints` and `view_goodput`: pure functions of the log, never behind it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
 views anew. Both go through `_apply`, so that they cannot differ.
@@ -13,17 +13,20 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from sftd.domain import goodput
 from sftd.domain import run as run_state
 from sftd.domain.events import Recorded
 from sftd.domain.evolve import fold
 from sftd.domain.retention import why_kept
 from sftd.domain.run import Run
 from sftd.store import event_store, positions
+from sftd.store import goodput as goodput_store
 from sftd.store.engine import Store, Tx, insert
 from sftd.store.runs import encode_state
-from sftd.store.tables import view_checkpoints, view_runs
+from sftd.store.tables import view_checkpoints, view_goodput, view_runs
 
 NAME = "views"
+TABLES = (view_runs, view_checkpoints, view_goodput)
 _BATCH = 1000
 _decoder = msgspec.json.Decoder(Run)
 
@@ -50,7 +53,7 @@ def catch_up(tx: Tx) -> int:
 def rebuild(store: Store) -> int:
     """Delete the views and fold them anew from the first event, in one transaction. Returns the events taken in."""
     with store.write() as tx:
-        for table in (view_runs, view_checkpoints):
+        for table in TABLES:
             tx.execute(sa.delete(table))
         positions.set_projection_position(tx.connection, NAME, 0)
         return catch_up(tx)
@@ -58,7 +61,7 @@ def rebuild(store: Store) -> int:
 
 def dump(connection: sa.Connection) -> Iterator[bytes]:
     """Every row of the views as JSON lines in a fixed order: two databases with equal views give equal bytes."""
-    for table in (view_runs, view_checkpoints):
+    for table in TABLES:
         for row in connection.execute(sa.select(table).order_by(*table.primary_key.columns)):
             fields = {str(name): value for name, value in row._mapping.items()}
             yield msgspec.json.encode({"table": str(table.name), **fields}, order="sorted") + b"\n"
@@ -69,8 +72,10 @@ def _apply(connection: sa.Connection, batch: list[Recorded]) -> None:
     for run_id, group in groupby(by_run, key=lambda r: r.run_id):
         state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
         before = _decoder.decode(state) if state is not None else Run(run_id)
-        run = fold(before, list(group))
+        new = list(group)
+        run = fold(before, new)
         _write_run(connection, run)
+        _write_goodput(connection, run, new)
         if _kept(run) != _kept(before):
             _write_checkpoints(connection, run)
 
@@ -112,6 +117,30 @@ def run_row(run: Run) -> dict[str, Any]:
 def _write_run(connection: sa.Connection, run: Run) -> None:
     values = run_row(run)
     statement = insert(connection, view_runs).values(values)
+    del values["run_id"]
+    connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
+
+
+def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:
+    """The row of `view_goodput` that a run has."""
+    return {
+        "run_id": run.run_id,
+        "version": run.version,
+        "fold": msgspec.json.encode(ledger, order="sorted").decode(),
+    }
+
+
+def _write_goodput(connection: sa.Connection, run: Run, new: list[Recorded]) -> None:
+    ledger, version = goodput_store.read_fold(connection, run.run_id)
+    if version == new[0].version - 1:
+        for r in new:
+            if r.type in goodput.TYPES:
+                ledger.add(r.occurred_at, r.event)
+    else:
+        # From before there was this view.
+        goodput_store.advance(connection, run.run_id, ledger, version, run.version)
+    values = goodput_row(run, ledger)
+    statement = insert(connection, view_goodput).values(values)
     del values["run_id"]
     connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
 

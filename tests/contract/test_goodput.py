@@ -5,11 +5,16 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+import pytest
+import sqlalchemy as sa
+
 from sftd.domain import events as e
 from sftd.domain.goodput import Fold
+from sftd.projections import verify, views
 from sftd.store import event_store
 from sftd.store.engine import Store
-from sftd.store.goodput import read_ledger
+from sftd.store.goodput import advance, read_fold, read_ledger
+from sftd.store.tables import view_goodput
 
 SECOND = 1_000_000
 
@@ -73,3 +78,38 @@ def test_the_ledger_in_the_database_is_the_fold_of_the_events(store: Store) -> N
         assert read_ledger(connection, "run", now=10**15) == expected
     assert expected.micros["replayed"] == 333_333
     assert expected.wall_seconds == 2 * (len(HISTORY) - 1)
+
+
+def new(event: e.Event, number: int) -> e.NewEvent:
+    return e.NewEvent(event=event, event_id=str(uuid.uuid4()), occurred_at=number * SECOND, actor="test")
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, len(HISTORY)])
+def test_the_view_has_it_folded_up_to_the_last_event(store: Store, at_once: int) -> None:
+    store.before_commit = (views.catch_up,)
+    for first in range(0, len(HISTORY), at_once):
+        with store.write() as tx:
+            batch = [new(event, n) for n, event in enumerate(HISTORY[first : first + at_once], first + 1)]
+            event_store.append(tx, "run", first, batch, 0)
+        if first == 3 * at_once:
+            # As it is for a run from before there was this view.
+            with store.write() as tx:
+                tx.execute(sa.delete(view_goodput))
+    with store.read() as connection:
+        whole = Fold()
+        advance(connection, "run", whole, 0)
+        assert read_fold(connection, "run") == (whole, len(HISTORY))
+        assert read_ledger(connection, "run", 10**15) == whole.ledger(10**15)
+
+
+def test_a_view_that_says_otherwise_is_found(store: Store) -> None:
+    store.before_commit = (views.catch_up,)
+    with store.write() as tx:
+        event_store.append(tx, "run", 0, [new(event, n) for n, event in enumerate(HISTORY, 1)], 0)
+    before = verify.check(store, lambda *_: None).problems
+    with store.write() as tx:
+        fold = sa.func.replace(view_goodput.c.fold, '"attempts":2', '"attempts":3')
+        tx.execute(sa.update(view_goodput).values(fold=fold))
+    found = [p for p in verify.check(store, lambda *_: None).problems if p not in before]
+    assert len(found) == 1
+    assert found[0].startswith("view_goodput, run: fold differ")
