@@ -50,7 +50,7 @@ def iso(micros: int | None) -> str | None:
     if micros is None:
         return None
     seconds, rest = divmod(micros, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{rest:06d}Z"
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19] + f".{rest:06d}Z"
 
 
 def clock(micros: int) -> str:

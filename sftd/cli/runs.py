@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,13 +80,16 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
       sftd ls -s running -s queued
       sftd ls --json | jq -r '.[] | select(.status == "failed") | .run_id'
     """
+    import msgspec
+
     from sftd.operations import reading
 
     settings = app.read_settings()
     store = app.open_store(settings)
     rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit)
     if as_json:
-        click.echo(output.json_line([_row_json(row) for row in rows]))
+        # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
+        click.echo(msgspec.json.encode([_row_json(row) for row in rows]).decode())
     elif not rows:
         click.echo("No runs. `sftd submit CONFIG` queues one; `sftd demo` shows how it all goes.")
     else:
@@ -117,26 +120,29 @@ def runs_table(rows: list[RunRow], width: int, *, colour: bool) -> Iterator[str]
 
     Formatted by hand: a rich table of a thousand rows takes a second.
     """
-    cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
-    widths = {name: max(len(name), *(len(cell[name]) for cell in cells)) for name in _COLUMNS}
-    taken = sum(widths[name] + 2 for name in _COLUMNS[:-1])
-    widths["what"] = max(len("what"), min(widths["what"], width - taken))
-
-    def line(cell: dict[str, str], style: Callable[[str, str], str]) -> str:
-        parts = []
-        for name in _COLUMNS:
-            text = cell[name]
-            if name == "what" and len(text) > widths[name]:
-                text = text[: widths[name] - 1] + "…"
-            text = text.rjust(widths[name]) if name in _RIGHT else text.ljust(widths[name])
-            parts.append(style(name, text))
-        return "  ".join(parts).rstrip()
-
-    yield line(
-        {name: name for name in _COLUMNS}, lambda name, text: click.style(text, dim=True) if colour else text
+    cells = [_cells(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *cells, strict=True)]
+    widths[-1] = last = max(len("what"), min(widths[-1], width - sum(widths[:-1]) - 2 * len(widths[:-1])))
+    template = "  ".join(
+        f"{{:{'>' if name in _RIGHT else '<'}{size}}}" for name, size in zip(_COLUMNS, widths, strict=True)
     )
+
+    def line(cell: Sequence[str]) -> str:
+        *rest, what = cell
+        return template.format(*rest, what if len(what) <= last else what[: last - 1] + "…")
+
+    def styled(text: str) -> str:
+        """Cells cannot be told from the text alone: one may hold two spaces."""
+        parts, at = [], 0
+        for name, size in zip(_COLUMNS, widths, strict=True):
+            parts.append(output.styled(name, text[at : at + size]))
+            at += size + 2
+        return "  ".join(parts)
+
+    head = line(_COLUMNS).rstrip()
+    yield click.style(head, dim=True) if colour else head
     for cell in cells:
-        yield line(cell, lambda name, text: output.styled(name, text) if colour else text)
+        yield styled(line(cell)).rstrip() if colour else line(cell).rstrip()
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:
