@@ -46,6 +46,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+def _who_locks() -> str:
+    """Of a SQLite file that stays locked: the daemon, if it is stopped in the middle of a transaction."""
+    import psutil
+
+    from sftd.cli import app
+    from sftd.daemon import lock
+
+    pid = lock.holder(app.read_settings().daemon_lock)
+    if pid is None or psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+        return ""
+    return (
+        f". The daemon (pid {pid}) was stopped by a signal while it wrote; it goes on with `kill -CONT {pid}`"
+    )
+
+
 class _Group(click.Group):
     """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
 
@@ -100,7 +115,8 @@ class _Group(click.Group):
             alchemy = sys.modules.get("sqlalchemy")
             if alchemy is None or not isinstance(error, alchemy.exc.DBAPIError):
                 raise
-            click.echo(f"sftd: the database: {str(error.orig).strip().splitlines()[0]}", err=True)
+            said = str(error.orig).strip().splitlines()[0]
+            click.echo(f"sftd: the database: {said}{_who_locks() if 'locked' in said else ''}", err=True)
             sys.exit(1)
 
 

@@ -7,16 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app
 from sftd.settings import Settings
 
+if TYPE_CHECKING:
+    from sftd.store.engine import Store
+
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
+# Between two looks whether the database answers.
+_DATABASE_SECONDS = 1.0
 
 
 @click.command("daemon")
@@ -132,18 +139,40 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     # Whatever is made from here on, by MLflow too, is for no other eyes.
     os.umask(0o077)
     log.set_up(settings.log_format)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     with DaemonLock(settings.daemon_lock):
-        store = app.open_store(settings)
+        # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
+        store = app.open_store(settings) if drain else _open_when_it_answers(settings, stop)
+        if store is None:
+            return
         inventory = Inventory(gpu_count(), settings.cpu_slots)
-        daemon = Daemon(store, settings, inventory, _mirror(settings))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: daemon.stop())
+        daemon = Daemon(store, settings, inventory, _mirror(settings), stop=stop)
         try:
             daemon.run(drain=drain)
         except Exception:
             # In the log and in its format, where whoever reads the log finds it; training goes on.
             logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
             sys.exit(1)
+
+
+def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | None:
+    """The store, once its database answers; None when asked to stop before that. Raises `DatabaseNotReady`."""
+    from sftd.store.engine import DatabaseUnreachable, open_engine
+
+    # What no waiting mends is told at once, such as a URL that is none.
+    open_engine(settings.database_url).dispose()
+    said = ""
+    while not stop.is_set():
+        try:
+            return app.open_store(settings)
+        except DatabaseUnreachable as error:
+            if str(error) != said:
+                said = str(error)
+                logging.getLogger("sftd.daemon").warning("%s; trying again", said)
+        stop.wait(_DATABASE_SECONDS)
+    return None
 
 
 def _mirror(settings: Settings) -> Callable[[], object] | None:

@@ -46,7 +46,8 @@ class Daemon:
     """Claims runs for the devices of this host and drives their attempts.
 
     `mirror` makes the MLflow mirror, in a thread of its own. The daemon may be killed at any moment: what it knows is
-    in the database and in the attempt directories, and the next daemon of this home goes on from there.
+    in the database and in the attempt directories, and the next daemon of this home goes on from there. `stop` ends it
+    after the present tick.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Daemon:
         inventory: Inventory,
         mirror: Callable[[], object] | None = None,
         launcher: Launcher = LocalAttempt,
+        stop: threading.Event | None = None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -69,7 +71,7 @@ class Daemon:
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
         self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
         self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
         self._renew_at = 0.0
         self._too_large: set[str] = set()
@@ -81,13 +83,15 @@ class Daemon:
 
     def run(self, *, drain: bool = False) -> None:
         """Tick until stopped; with `drain`, until no run waits and none is driven."""
-        self._register()
         if self._mirror:
             self._mirror.start()
-        drained = False
+        registered = drained = False
         try:
             while not self._stop.is_set():
                 try:
+                    if not registered:
+                        self._register()
+                        registered = True
                     busy = self.tick()
                     self._metrics.write_when_due(self._supervisors, self._context.now())
                     if drain and not self._supervisors and self._nothing_left():

@@ -18,6 +18,11 @@ _WRITE = "sftd_write"
 # Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
+# A process that is frozen in the middle of a transaction holds the append lock: after so long the server ends its
+# session, which undoes the transaction, and the others go on. (Nothing ends it on SQLite but a person.)
+IDLE_SECONDS = 30.0
+# libpq waits for ever where a host is gone without a word.
+_PATIENCE = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
 # (connection, this host's time) → the time by which the queue and leases are judged.
 Clock = Callable[[sa.Connection, Micros], Micros]
 
@@ -49,12 +54,25 @@ def open_engine(url: str) -> sa.Engine:
         return _open_sqlite(parsed)
     if parsed.get_backend_name() == "postgresql":
         try:
-            return sa.create_engine(parsed, pool_pre_ping=True)
+            return _open_postgresql(parsed)
         except ModuleNotFoundError as error:
             raise DatabaseUnreachable(f"{error}: install it with `pip install 'sftd[postgres]'`") from None
         except sa.exc.NoSuchModuleError as error:
             raise DatabaseUnreachable(f"{shown_url(url)}: {error}") from None
     raise DatabaseUnreachable(f"{shown_url(url)}: only SQLite and PostgreSQL are supported")
+
+
+def _open_postgresql(url: sa.URL) -> sa.Engine:
+    patience = {name: value for name, value in _PATIENCE.items() if name not in url.query}
+    engine = sa.create_engine(url, pool_pre_ping=True, connect_args=patience)
+
+    @sa.event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = '{round(IDLE_SECONDS * 1000)}ms'")
+        connection.commit()
+
+    return engine
 
 
 def _open_sqlite(url: sa.URL) -> sa.Engine:
