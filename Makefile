@@ -20,7 +20,7 @@ demo: install
 	@$(BIN)/sftd demo $(ARGS)
 
 test: install
-	@scripts/run-checks lint tests tests/architecture tests/unit tests/contract tests/migration tests
+	@scripts/run-checks lint tests tests/process tests/trainer tests
 
 test-fast: install
 	@scripts/run-checks tests tests/architecture tests/unit
