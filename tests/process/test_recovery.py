@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 from typing import Any
 
 import psutil
@@ -134,6 +135,45 @@ def test_views_rebuilt_from_events_are_equal(home: Home) -> None:
     assert before.count("\n") >= 2
     home.run("views", "rebuild")
     assert home.run("views", "dump").stdout == before
+
+
+def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> None:
+    """The log is the truth: whatever else was lost, it says what was."""
+    held = home.submit("trainer.experiment_name=held")
+    home.run("hold", held)
+    run_id = home.submit("trainer.max_steps=60", "trainer.save_interval=20")
+    daemon = home.start_daemon()
+    home.follow(run_id, at_step(25))
+    process = home.attempt(run_id).process()
+    assert process is not None
+    doomed = [psutil.Process(pid) for pid in (daemon.pid, process.pid)]
+    doomed += [child for parent in doomed for child in parent.children(recursive=True)]
+    for each in doomed:
+        each.kill()
+    daemon.wait()
+    psutil.wait_procs(doomed, timeout=60)
+
+    before = home.run("views", "dump").stdout
+    with sqlite3.connect(home.path / "home" / "sftd.db") as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        projections = [name for name in tables if name.startswith("view_")]
+        assert len(projections) >= 3
+        for name in (*projections, "projection_positions"):
+            database.execute(f"DELETE FROM {name}")
+        log = database.execute("SELECT run_id, type, payload FROM events ORDER BY position").fetchall()
+    database.close()
+
+    listed = {row["run_id"]: row for row in json.loads(home.run("ls", "--json").stdout)}
+    assert home.run("views", "dump").stdout == before
+    assert listed.keys() == {run for run, _, _ in log}
+    steps = [json.loads(payload) for run, name, payload in log if (run, name) == (run_id, "StepCompleted")]
+    assert (listed[run_id]["step"], listed[run_id]["loss"]) == (steps[-1]["step"], steps[-1]["loss"])
+    assert [listed[run]["status"] for run in (run_id, held)] == ["running", "held"]
+    # What was not ingested before the kill stands in the journal, and comes now.
+    home.drain()
+    assert home.wait(run_id, "succeeded")["attempt"] == 2
+    assert_log_holds_journals(home, run_id)
+    assert home.run("db", "check").returncode == 0
 
 
 def assert_no_port_is_open_to_the_network(home: Home, daemon: int) -> None:
