@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -18,6 +20,12 @@ README = (ROOT / "README.md").read_text()
 def test_configuration_reference_is_up_to_date() -> None:
     made = "sftd config --markdown > docs/configuration.md"
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), f"make it anew: {made}"
+
+
+def test_command_reference_is_up_to_date() -> None:
+    script = ROOT / "scripts" / "cli_reference.py"
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "docs" / "cli.md").read_text() == made, f"python {script.relative_to(ROOT)} > docs/cli.md"
 
 
 def test_every_key_has_a_meaning() -> None:
