@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 from sftd.cli import COMMANDS, main
 from sftd.cli.config import reference
+from sftd.domain.failures import Cause
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,6 +30,17 @@ def test_command_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == made, f"python {script.relative_to(ROOT)} > docs/cli.md"
 
 
+def test_every_cause_of_a_failure_is_explained() -> None:
+    told = (ROOT / "docs" / "recovering.md").read_text()
+    assert [cause for cause in get_args(Cause) if f"`{cause}`" not in told] == []
+
+
+def test_the_index_names_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\(([a-z-]+\.md)\)", index)) == pages
+
+
 def test_every_key_has_a_meaning() -> None:
     rows = [line.split("|") for line in reference().splitlines() if line.startswith("| `")]
     assert all(row[-2].strip() for row in rows)
@@ -39,7 +52,15 @@ def test_readme_names_every_command(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "at_least"), [("README.md", 20), ("docs/operations.md", 10), ("docs/scheduling.md", 8)]
+    ("page", "at_least"),
+    [
+        ("README.md", 20),
+        ("docs/operations.md", 10),
+        ("docs/postgresql.md", 4),
+        ("docs/recovering.md", 15),
+        ("docs/scheduling.md", 8),
+        ("docs/several-gpus.md", 4),
+    ],
 )
 def test_a_page_uses_only_commands_and_options_that_exist(page: str, at_least: int) -> None:
     text = (ROOT / page).read_text()
