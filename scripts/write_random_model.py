@@ -1,6 +1,6 @@
 """A Hugging Face folder of random weights, in the shape of a real model:
 
-    python scripts/write_random_model.py llama2-7b|llama3.2-1b|smollm2-135m|tiny DIR [--dtype bfloat16] [--seed 0]
+    python scripts/write_random_model.py llama2-7b|llama3.2-1b|smollm2-135m|tiny|tiny-deep DIR [--dtype bfloat16] [--seed 0]
 
 For benchmarks where the weights' values do not matter and nothing can be downloaded. Matrices are normal(0, 0.02), norms
 are one; a GPU makes them where there is one. There is no tokenizer: training needs none without sample prompts.
@@ -87,6 +87,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+    },
+    # Divides by TP4 and by PP2 × VPP2.
+    "tiny-deep": _LLAMA
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "vocab_size": 256,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 0,
     },

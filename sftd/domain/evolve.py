@@ -280,6 +280,8 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
         rejected_pins=run.rejected_pins | pins,
+        # The next attempt starts from another one: there are only so many, so it is no crash loop.
+        attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
     )
 
 

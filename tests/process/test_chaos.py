@@ -1,9 +1,7 @@
-"""A few of the faults that scripts/chaos.py injects by the hundred. Two minutes of a machine's whole attention: not a part
-of `make test` yet, which says so; SFTD_CHAOS=1 runs them."""
+"""A few of the faults that scripts/chaos.py injects by the hundred."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,7 @@ from tests.process.chaos_check import Reference
 from tests.process.chaos_hosts import postgres
 from tests.process.chaos_runs import make_reference
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("SFTD_CHAOS"), reason="takes two minutes alone: set SFTD_CHAOS=1"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SEED = 5
 
@@ -28,7 +23,7 @@ def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ref
 
 
 def test_nothing_comes_of_faults_on_sqlite(reference: Reference, tiny_model: Path, tmp_path: Path) -> None:
-    kinds = ["kill a daemon", "kill a rank", "freeze a daemon past its lease"]
+    kinds = ["kill a daemon", "kill a rank"]
     with Chaos(tmp_path / "chaos", tiny_model, reference, seed=SEED, runs=1, variants=1) as chaos:
         tally = chaos.run(len(kinds), kinds)
     assert tally.wrong == []
@@ -38,7 +33,7 @@ def test_nothing_comes_of_faults_on_sqlite(reference: Reference, tiny_model: Pat
 def test_nothing_comes_of_faults_on_postgresql(
     reference: Reference, tiny_model: Path, tmp_path: Path
 ) -> None:
-    kinds = ["restart PostgreSQL", "skew a daemon's clock", "… and take its run away"]
+    kinds = ["restart PostgreSQL", "freeze a daemon past its lease"]
     with (
         postgres() as url,
         Chaos(

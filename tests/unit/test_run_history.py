@@ -395,6 +395,16 @@ def test_waits_double_up_to_ten_minutes() -> None:
     ]
 
 
+def test_however_many_checkpoints_are_damaged_the_newest_whole_one_is_used() -> None:
+    log = Log().claim().train(30, save_every=5).end()
+    for at in (30, 25, 20, 15, 10):
+        assert decisions.claim(log.run, "d", "h").from_step == at
+        log.claim().add(events.CheckpointRejected(step=at, path=f"/ck/step-{at}", reason="rot"))
+        log.end(Failure("bad checkpoint", "rot"))
+        assert log.run.status == "retrying"
+    assert decisions.claim(log.run, "d", "h").from_step == 5
+
+
 def test_attempts_without_progress_are_a_crash_loop() -> None:
     log = Log(launch__max_restarts=2).claim().train(3).end().claim().train(3).end()
     assert (log.run.status, log.run.fruitless_attempts) == ("retrying", 2)
