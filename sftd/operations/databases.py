@@ -29,7 +29,8 @@ def copy(
         if target.schema_revision() is None:
             migrate.upgrade(target.engine)
         _refuse_other_tables("TO", target)
-        with target.write() as tx:
+        # Nobody else uses it yet, and a large table of the source may take its time to answer.
+        with target.write(may_idle=True) as tx:
             if (table := copying.first_filled(tx.connection)) is not None:
                 what = f"{_shown(target)} is not empty: its table {table} has rows"
                 raise Refused(Problem("TO", what, "name a database that nobody has used yet"))

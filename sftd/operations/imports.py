@@ -11,9 +11,10 @@ import msgspec
 from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.run import Run
-from sftd.operations.context import Context, current
+from sftd.operations.context import Context
 from sftd.store import event_store, queue
 from sftd.store.engine import Store, Tx
+from sftd.store.runs import load_run
 from sftd.wire.direct_run import DirectRun, History, Submission, read_history
 
 _EVENTS_PER_INSERT = 500
@@ -56,7 +57,9 @@ def take_in(store: Store, context: Context, folder: str) -> Imported:
                 # It waits for nobody, but `sftd resume` may queue it.
                 queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
                 queue.leave(tx, submission.run_id)
-            found = current(tx.connection, submission.run_id)
+    with store.read() as connection:
+        # Not within the transaction, which would have everybody wait while a long history is folded.
+        found = load_run(connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
     return Imported(found, len(new), missing)
 

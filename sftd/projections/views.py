@@ -6,8 +6,8 @@ views anew. Both go through `_apply`, so that they cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import batched, groupby
 from typing import Any
 
 import msgspec
@@ -28,6 +28,8 @@ from sftd.store.tables import view_checkpoints, view_goodput, view_runs
 NAME = "views"
 TABLES = (view_runs, view_checkpoints, view_goodput)
 _BATCH = 1000
+# More than a daemon ever takes in at once.
+_AT_HAND = 10_000
 _decoder = msgspec.json.Decoder(Run)
 
 
@@ -37,8 +39,10 @@ def catch_up(tx: Tx) -> int:
     position = positions.projection_position(connection, NAME)
     taken = 0
     if tx.appended and not event_store.any_between(connection, position, tx.appended[0].position):
-        # What is at hand need not be read again.
-        _apply(connection, tx.appended)
+        # What is at hand need not be read again. In parts: an import may bring millions of steps, and the server must hear
+        # from us while they are folded (`engine.IDLE_SECONDS`).
+        for part in batched(tx.appended, _AT_HAND):
+            _apply(connection, part)
         position = tx.appended[-1].position
         positions.set_projection_position(connection, NAME, position)
         return len(tx.appended)
@@ -67,7 +71,7 @@ def dump(connection: sa.Connection) -> Iterator[bytes]:
             yield msgspec.json.encode({"table": str(table.name), **fields}, order="sorted") + b"\n"
 
 
-def _apply(connection: sa.Connection, batch: list[Recorded]) -> None:
+def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     by_run = sorted(batch, key=lambda r: (r.run_id, r.version))
     for run_id, group in groupby(by_run, key=lambda r: r.run_id):
         state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()

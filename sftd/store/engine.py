@@ -18,8 +18,9 @@ _WRITE = "sftd_write"
 # Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
-# A process that is frozen in the middle of a transaction holds the append lock: after so long the server ends its
-# session, which undoes the transaction, and the others go on. (Nothing ends it on SQLite but a person.)
+# A process that is frozen in the middle of a write holds the append lock, or rows of the queue: after so long the server
+# ends its session, which undoes the transaction, and the others go on. (Nothing ends it on SQLite but a person.) Whoever
+# only reads holds up nobody, and may think for as long as it likes between two statements.
 IDLE_SECONDS = 30.0
 # libpq waits for ever where a host is gone without a word.
 _PATIENCE = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
@@ -64,15 +65,7 @@ def open_engine(url: str) -> sa.Engine:
 
 def _open_postgresql(url: sa.URL) -> sa.Engine:
     patience = {name: value for name, value in _PATIENCE.items() if name not in url.query}
-    engine = sa.create_engine(url, pool_pre_ping=True, connect_args=patience)
-
-    @sa.event.listens_for(engine, "connect")
-    def _connect(connection: Any, _record: Any) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET idle_in_transaction_session_timeout = '{round(IDLE_SECONDS * 1000)}ms'")
-        connection.commit()
-
-    return engine
+    return sa.create_engine(url, pool_pre_ping=True, connect_args=patience)
 
 
 def _open_sqlite(url: sa.URL) -> sa.Engine:
@@ -187,11 +180,16 @@ class Store:
             yield connection
 
     @contextmanager
-    def write(self, *, appends: bool = True) -> Iterator[Tx]:
-        """A write transaction. `appends` False is for rows beside the log, such as lease renewals."""
+    def write(self, *, appends: bool = True, may_idle: bool = False) -> Iterator[Tx]:
+        """A write transaction. `appends` False is for rows beside the log, such as lease renewals. `may_idle` is for a
+        database that nobody shares yet: the server then waits for ever for the next statement."""
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
-            if appends and self.engine.dialect.name == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_APPEND_LOCK)))
+            if self.engine.dialect.name == "postgresql":
+                idle = "0" if may_idle else f"{round(IDLE_SECONDS * 1000)}ms"
+                first = [sa.func.set_config("idle_in_transaction_session_timeout", idle, True)]
+                if appends:
+                    first.append(sa.func.pg_advisory_xact_lock(_APPEND_LOCK))
+                connection.execute(sa.select(*first))
             tx = Tx(connection, self.clock)
             yield tx
             if tx.appended:

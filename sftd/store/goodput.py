@@ -14,6 +14,7 @@ from sftd.domain.events import Micros, StepCompleted
 from sftd.domain.goodput import Fold, Ledger, StepTime
 from sftd.store.tables import events, view_goodput
 
+_BATCH = 10_000
 # These two fields are in every schema version of a step; a test holds it.
 _step = msgspec.json.Decoder(StepTime)
 _fold = msgspec.json.Decoder(Fold)
@@ -47,6 +48,9 @@ def advance(
     )
     if until_version is not None:
         query = query.where(c.version <= until_version)
+    # A batch at a time: a run of before this view may have millions of steps, and whoever writes must not keep the
+    # server waiting for as long as they take to decode (`engine.IDLE_SECONDS`).
+    query = query.execution_options(yield_per=_BATCH)
     for version, name, schema_version, occurred_at, payload in connection.execute(query):
         if name == StepCompleted.__name__:
             fold.add(occurred_at, _step.decode(payload))

@@ -85,7 +85,11 @@ def new(event: e.Event, number: int) -> e.NewEvent:
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, len(HISTORY)])
-def test_the_view_has_it_folded_up_to_the_last_event(store: Store, at_once: int) -> None:
+def test_the_view_has_it_folded_up_to_the_last_event(
+    store: Store, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What one transaction brings is folded in parts when it is much.
+    monkeypatch.setattr(views, "_AT_HAND", 5)
     store.before_commit = (views.catch_up,)
     for first in range(0, len(HISTORY), at_once):
         with store.write() as tx:
