@@ -67,8 +67,12 @@ def claim(
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
-    """Record that the attempt's processes were started."""
-    _append_leased(store, context, lease, event)
+    """Record that the attempt's processes were started: once, although a caller whose database went away while it
+    answered asks again."""
+    with store.read() as connection:
+        told = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
+    if not any(r.attempt == lease.attempt for r in told):
+        _append_leased(store, context, lease, event)
 
 
 def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, lease_micros: int) -> Lease:

@@ -46,6 +46,11 @@ def _tail(directory: AttemptDir) -> list[str]:
         return []
 
 
+def _writable(text: object) -> str:
+    """A text as the log can hold it. Python's exceptions name a file whose name is not UTF-8 by lone surrogates."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def _rank_errors(directory: AttemptDir) -> list[RankError]:
     """torchelastic's error files: `<ranks>/<rendezvous>/attempt_0/<local rank>/error.json`."""
     errors: list[tuple[int, RankError]] = []
@@ -53,14 +58,15 @@ def _rank_errors(directory: AttemptDir) -> list[RankError]:
         try:
             message = json.loads(path.read_text())["message"]
             if isinstance(message, dict):
-                text = str(message["message"])
+                text = _writable(message["message"])
                 extra = message.get("extraInfo") or {}
-                stack = str(extra.get("py_callstack", "")).splitlines()
+                stack = _writable(extra.get("py_callstack", "")).splitlines()
                 when = int(extra.get("timestamp", 0))
             else:
-                text, stack, when = str(message), [], 0
+                text, stack, when = _writable(message), [], 0
             errors.append((when, RankError(rank=int(path.parent.name), exception=text, traceback=stack[-5:])))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            # Whatever a rank left there: an attempt that ended must not keep its daemon from going on.
             continue
     # The rank that failed first is the cause; the others usually only lost their peer.
     return [error for _, error in sorted(errors, key=lambda item: (item[0], item[1].rank))]

@@ -84,6 +84,18 @@ def test_a_daemon_that_wakes_up_writes_nothing_under_the_lease_that_it_lost(log:
         assert (event_store.last_position(connection), queue.leases(connection)) == before
 
 
+def test_a_launch_whose_answer_was_lost_is_recorded_once(log: Store) -> None:
+    """The server committed and went away before it could say so: the daemon tries again."""
+    run_id = submit(log)
+    found = claim(log)
+    assert found is not None
+    for _ in range(2):
+        attempts.launched(log, CONTEXT, found.lease, LAUNCHED)
+    with log.read() as connection:
+        launches = event_store.read_types(connection, [run_id], ("AttemptLaunched",))
+    assert [r.attempt for r in launches] == [1]
+
+
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_wrong_clock_neither_shortens_a_lease_nor_makes_it_longer(log: Store, hours: int) -> None:
     """On a server. A SQLite file has one host, and its clock is the clock."""

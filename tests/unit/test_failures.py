@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from sftd.domain import codec
+from sftd.domain import events as e
 from sftd.domain.failures import RankError, Remains, classify
+from sftd.wire.attempt_dir import AttemptDir, make_private
+from sftd.wire.remains import find_remains
 
 TORCHRUN_SUMMARY = """\
 E1021 09:12:33.118000 4711 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: {exitcode}) local_rank: 0 (pid: 4720) of binary: /venv/bin/python
@@ -150,3 +157,38 @@ def test_the_evidence_is_short_and_proves_the_cause() -> None:
 
 def test_an_attempt_that_left_nothing_still_has_a_cause() -> None:
     assert classify(Remains(None)).cause == "killed"
+
+
+def left(path: Path, error: str) -> Remains:
+    """What is found of an attempt whose rank 0 left this error file."""
+    directory = AttemptDir(path)
+    folder = directory.ranks_dir / "rendezvous" / "attempt_0" / "0"
+    make_private(folder)
+    (folder / "error.json").write_text(error)
+    return find_remains(directory)
+
+
+def test_a_file_name_that_is_not_utf8_does_not_keep_the_end_from_the_log(tmp_path: Path) -> None:
+    said = f"FileNotFoundError: {b'/data/caf\xe9'.decode(errors='surrogateescape')}"
+    remains = left(tmp_path, json.dumps({"message": {"message": said, "extraInfo": {"py_callstack": said}}}))
+    failure = classify(remains)
+    assert "caf" in failure.message
+    event = e.AttemptFailed(
+        cause=failure.cause, message=failure.message, exit_code=1, evidence=failure.evidence
+    )
+    _, version, payload = codec.encode(event)
+    assert codec.decode("AttemptFailed", version, payload) == event
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        '{"message": {"message": "m", "extraInfo": "no object"}}',
+        '{"message": {"message": "m", "extraInfo": {"timestamp": Infinity}}}',
+        "[" * 100_000,
+        "[]",
+        "torn",
+    ],
+)
+def test_an_error_file_that_is_none_does_not_end_the_daemon(tmp_path: Path, error: str) -> None:
+    assert classify(left(tmp_path, error)).cause == "killed"
