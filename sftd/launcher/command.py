@@ -11,14 +11,7 @@ from sftd.wire.attempt_dir import AttemptDir
 # Marks every process of an attempt, so that survivors can be found when the leader is gone.
 TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
 # The trainer talks to neither the database nor MLflow, and their URLs may hold passwords.
-_WITHHELD = (
-    "SFTD_DATABASE_URL",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "PGPASSWORD",
-)
+_WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "PGPASSWORD")
 # torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
 _SHELL = '"$@"; code=$?; echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
 
@@ -54,7 +47,7 @@ def environment(
     base: Mapping[str, str], *, token: str, device: str, threads: int, devices: list[str]
 ) -> dict[str, str]:
     """Environment of an attempt: the daemon's own, less what the trainer must not know, plus what it is to use."""
-    env = {name: value for name, value in base.items() if name not in _WITHHELD}
+    env = {name: value for name, value in base.items() if not name.startswith(_WITHHELD)}
     env |= {
         TOKEN_VARIABLE: token,
         "SFTD_DEVICE": device,

@@ -34,7 +34,8 @@ _QUIET_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-_CREDENTIALS = re.compile(r"//[^/@\s]*@")
+# A password may hold a slash or an @ that nobody has quoted: it ends at the last @ of the word then.
+_CREDENTIALS = re.compile(r"//(?:[^/@:\s]*:\S*@|[^/@\s]*@)")
 # libpq takes secrets as parameters, too.
 _SECRET_PARAMETER = re.compile(r"([?&]\w*pass\w*=)[^&\s]*", re.IGNORECASE)
 

@@ -38,6 +38,8 @@ def shown_url(url: str) -> str:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
         return "(not a database URL)"
+    if "@" in (parsed.host or ""):
+        return "(no database URL: a / or @ in its password must be written as %2F or %40)"
     # libpq takes secrets as parameters, too.
     hidden = {name: "***" for name in parsed.query if "pass" in name}
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)

@@ -192,3 +192,17 @@ def test_a_file_name_that_is_not_utf8_does_not_keep_the_end_from_the_log(tmp_pat
 )
 def test_an_error_file_that_is_none_does_not_end_the_daemon(tmp_path: Path, error: str) -> None:
     assert classify(left(tmp_path, error)).cause == "killed"
+
+
+def test_a_secret_that_a_rank_dies_with_does_not_reach_the_log(tmp_path: Path) -> None:
+    """What it prints is in its output alone."""
+    said = "OSError: 401 for https://ada:hush-9@host/x with hf_SECRETSECRET"
+    (tmp_path / "output.log").write_text(f"{said}\n")
+    error = json.dumps({"message": {"message": said, "extraInfo": {"py_callstack": said}}})
+    folder = AttemptDir(tmp_path).ranks_dir / "rendezvous" / "attempt_0" / "0"
+    make_private(folder)
+    (folder / "error.json").write_text(error)
+    remains = find_remains(AttemptDir(tmp_path), {"HF_TOKEN": "hf_SECRETSECRET", "API_KEY": "for"})
+    clean = "OSError: 401 for https://ada:***@host/x with ***"
+    assert remains.output_tail == [clean]
+    assert remains.rank_errors == [RankError(0, clean, [clean])]

@@ -106,6 +106,7 @@ def test_the_trainer_knows_no_passwords_of_ours() -> None:
         "SFTD_DATABASE_URL": f"postgresql://a:{SECRET}@h/d",
         "MLFLOW_TRACKING_PASSWORD": SECRET,
         "MLFLOW_TRACKING_TOKEN": SECRET,
+        "MLFLOW_TRACKING_CLIENT_CERT_PATH": SECRET,
         "PGPASSWORD": SECRET,
     }
     given = environment(ours | {"PATH": "/bin"}, token="t", device="cpu", threads=1, devices=[])
@@ -127,6 +128,9 @@ def test_ranks_meet_on_the_loopback_device_unless_told_otherwise(tmp_path: Path)
     [
         f"postgresql+psycopg://ada:{SECRET}@host:5432/db",
         f"postgresql://host/db?user=ada&password={SECRET}",
+        f"postgresql://ada:x/{SECRET}@host/db",
+        f"postgresql://ada:x@{SECRET}@host/db",
+        f"http://ada:x@{SECRET}@mlflow:5000",
         f"postgresql://host/db?sslpassword={SECRET}&x=1",
         f"http://ada:{SECRET}@mlflow:5000",
         f"connection to https://ada:{SECRET}@mlflow/api refused",
