@@ -49,16 +49,21 @@ def open_store(settings: Settings) -> Store:
     from sftd.store.tables import SCHEMA_REVISION
 
     engine = open_engine(settings.database_url)
+    store = Store(engine, before_commit=(views.catch_up,))
+    try:
+        if engine.dialect.name == "sqlite" and store.schema_revision() != SCHEMA_REVISION:
+            from sftd.store import migrate
+
+            migrate.upgrade(engine)
+        store.check_schema()
+        views_up_to_date(store)
+    except BaseException:
+        # A daemon that waits for its database asks again every second, for days if need be.
+        engine.dispose()
+        raise
     if (command := click.get_current_context(silent=True)) is not None:
         # Not left to the garbage collector: it would warn of connections that nobody closed.
         command.find_root().call_on_close(engine.dispose)
-    store = Store(engine, before_commit=(views.catch_up,))
-    if engine.dialect.name == "sqlite" and store.schema_revision() != SCHEMA_REVISION:
-        from sftd.store import migrate
-
-        migrate.upgrade(engine)
-    store.check_schema()
-    views_up_to_date(store)
     return store
 
 

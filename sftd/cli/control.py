@@ -61,7 +61,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
 def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     """End RUN: at the next step boundary, after a checkpoint. `sftd resume` can take it up again. Runs that wait for its
-    success (`sftd submit --after`) are cancelled with it.
+    success (`sftd submit --after`) are cancelled with it, and named.
 
     \b
     Example:
@@ -71,17 +71,20 @@ def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     """
     from sftd.operations import runs
 
-    if abandon:
-        found = runs.abandon(app.open_store(app.read_settings()), app.context(), run, app.user_name())
-        output.console().print(
-            f"[bold]{found.run_id}[/] is given up; make sure that nothing of it still runs"
-        )
-        return
     store = app.open_store(app.read_settings())
-    found = runs.cancel(store, app.context(), run, app.user_name(), reason, now=now)
-    if found.status == "cancelled":
-        output.console().print(f"[bold]{found.run_id}[/] is cancelled")
-    elif found.stop_now:
-        output.console().print(f"[bold]{found.run_id}[/] is being killed")
+    if abandon:
+        ending = runs.abandon(store, app.context(), run, app.user_name())
+        what = "is given up; make sure that nothing of it still runs"
     else:
-        output.console().print(f"[bold]{found.run_id}[/] will checkpoint at its next step and stop")
+        ending = runs.cancel(store, app.context(), run, app.user_name(), reason, now=now)
+        if ending.run.status == "cancelled":
+            what = "is cancelled"
+        elif ending.run.stop_now:
+            what = "is being killed"
+        else:
+            what = "will checkpoint at its next step and stop"
+    out = output.console()
+    out.print(f"[bold]{ending.run.run_id}[/] {what}", soft_wrap=True)
+    for dependent in ending.dependents:
+        has = "is" if ending.run.status == "cancelled" else "will be"
+        out.print(f"[bold]{dependent}[/] {has} cancelled with it (--after)", soft_wrap=True)

@@ -144,7 +144,9 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         signal.signal(number, lambda *_: stop.set())
     with DaemonLock(settings.daemon_lock):
         # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
-        store = app.open_store(settings) if drain else _open_when_it_answers(settings, stop)
+        # A file needs no waiting for: what is wrong with it, a person has to mend.
+        at_once = drain or settings.database_url.startswith("sqlite")
+        store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
             return
         inventory = Inventory(gpu_count(), settings.cpu_slots)
@@ -159,6 +161,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
 
 def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | None:
     """The store, once its database answers; None when asked to stop before that. Raises `DatabaseNotReady`."""
+    from sftd.daemon.loop import DATABASE_ERRORS
     from sftd.store.engine import DatabaseUnreachable, open_engine
 
     # What no waiting mends is told at once, such as a URL that is none.
@@ -167,9 +170,11 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     while not stop.is_set():
         try:
             return app.open_store(settings)
-        except DatabaseUnreachable as error:
-            if str(error) != said:
-                said = str(error)
+        except (DatabaseUnreachable, *DATABASE_ERRORS) as error:
+            # It may also go away between two questions.
+            text = str(getattr(error, "orig", error)).strip()
+            if text != said:
+                said = text
                 logging.getLogger("sftd.daemon").warning("%s; trying again", said)
         stop.wait(_DATABASE_SECONDS)
     return None

@@ -38,8 +38,10 @@ from sftd.wire.attempt_dir import Order, RunDir
 log = logging.getLogger("sftd.daemon")
 
 _MIRROR_DRAIN_SECONDS = 120.0
+# Daemons say that they live three times in a lease.
+_SILENT_LEASES = 2
 # Down, restarting, read-only for a while, or locked: all of it passes.
-_DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
+DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 
 
 class Daemon:
@@ -98,7 +100,7 @@ class Daemon:
                         drained = True
                         self._metrics.write({}, self._context.now())
                         break
-                except _DATABASE_ERRORS as error:
+                except DATABASE_ERRORS as error:
                     # Training goes on; its journal waits for us.
                     log.warning("the database: %s; trying again", str(error.orig).strip())
                     busy = False
@@ -147,7 +149,7 @@ class Daemon:
         try:
             with self._store.write(appends=False) as tx:
                 daemons.stopped(tx, self.daemon_id, self._context.now())
-        except _DATABASE_ERRORS as error:
+        except DATABASE_ERRORS as error:
             log.warning("the database: %s", str(error.orig).strip())
 
     def tick(self) -> bool:
@@ -175,10 +177,19 @@ class Daemon:
     def _forget(self, lease: Lease) -> None:
         of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
         supervisor = self._supervisors.pop(lease.run_id, None)
-        if supervisor is not None and supervisor.attempt.directory.lease() in (lease.token, None):
-            # Given up rather than taken over: nobody else will end these processes, and the run may start anew.
+        if supervisor is not None and self._is_given_up(supervisor):
+            # Nobody else will end these processes, and the run may start anew.
             supervisor.attempt.kill()
         self._inventory.release(lease.run_id)
+
+    def _is_given_up(self, supervisor: Supervisor) -> bool:
+        """Whether a lost attempt was given up by a person rather than taken over by another daemon."""
+        try:
+            return supervisor.attempt.directory.lease() in (supervisor.lease.token, None)
+        except OSError as error:
+            # Another daemon of this home could not have read it either.
+            self._report_once(supervisor.lease.run_id, error)
+            return True
 
     def _supervise(self) -> bool:
         stopping = turns.stopping(self._store, self.daemon_id) if self._supervisors else {}
@@ -226,11 +237,15 @@ class Daemon:
             need=self._inventory.need,
             free=lambda kind: len(self._inventory.free(kind)),
             limits=self._limits,
+            silent_micros=_SILENT_LEASES * self._lease_micros,
         ):
             of_run(run_id).info("makes room for a run of higher priority")
 
     def _launch(self, claimed: Claimed) -> None:
         lease, run = claimed.lease, claimed.run
+        if (before := self._supervisors.get(run.run_id)) is not None:
+            # A person gave it up and resumed it before this daemon noticed that its lease had ended.
+            self._forget(before.lease)
         run_dir = RunDir(self._settings.home, run.run_id)
         directory = run_dir.attempt(lease.attempt)
         order = Order(
@@ -289,16 +304,20 @@ class Daemon:
         home = str(self._settings.home)
         for lease in orphaned(self._store, self._me.host, home, self.daemon_id, driven):
             directory = RunDir(self._settings.home, lease.run_id).attempt(lease.attempt)
-            attempt = self._launcher.adopt(directory, lease.token)
-            pid = attempt.process.pid if attempt.process else 0
-            event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
             try:
+                attempt = self._launcher.adopt(directory, lease.token)
+                pid = attempt.process.pid if attempt.process else 0
+                event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
                 mine = attempts.adopt(self._store, self._context, lease, event, self._lease_micros)
-                if directory.path.is_dir():
-                    directory.write_lease(mine.token)
             except (OSError, SftdError) as error:
                 self._report_once(lease.run_id, error)
                 continue
+            try:
+                if directory.path.is_dir():
+                    directory.write_lease(mine.token)
+            except OSError as error:
+                # A full disk, mostly: all the more the attempt must be watched, and its end told.
+                self._report_once(lease.run_id, error)
             self._inventory.restore(lease.run_id, attempt.process.devices if attempt.process else [])
             self._supervisors[lease.run_id] = Supervisor(
                 self._store, self._context, self._settings, mine, attempt

@@ -30,8 +30,7 @@ def is_alive(pid: int, create_time: float) -> bool:
     """Whether the process that had this pid and create time still runs. A zombie does not."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - create_time) < _SAME_SECONDS
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - create_time) < _SAME_SECONDS and _runs(process)
     except psutil.NoSuchProcess:
         return False
 
@@ -55,7 +54,14 @@ def kill(pids: list[int], timeout: float = 10.0) -> list[int]:
             process.send_signal(signal.SIGKILL)
             processes.append(process)
     _, alive = psutil.wait_procs(processes, timeout=timeout)
-    return [p.pid for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p.pid for p in alive if _runs(p)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ranks(token: str) -> dict[int, int]:

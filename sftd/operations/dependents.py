@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
+
 from sftd.domain import decisions
 from sftd.domain.run import Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import queue, schedule
 from sftd.store.engine import Tx
+
+
+def all_dependents(connection: sa.Connection, run_id: str) -> list[str]:
+    """The runs that wait for the success of this one, and those that wait for these."""
+    found = [run_id]
+    for one in found:
+        found += [other for other in schedule.dependents(connection, one) if other not in found]
+    return found[1:]
 
 
 def leave_queue(tx: Tx, context: Context, ended: Run) -> list[str]:

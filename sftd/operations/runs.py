@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from sftd.domain import decisions, names
+import msgspec
+
+from sftd.domain import decisions
 from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import CheckpointPinned
 from sftd.domain.run import ENDED, Run
 from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
-from sftd.operations.dependents import leave_queue
-from sftd.operations.submitting import Wish, submit_all
+from sftd.operations.dependents import all_dependents, leave_queue
+from sftd.operations.submitting import Wish, new_run_id, submit_all
 from sftd.store import queue, schedule
 from sftd.store.engine import Store
 from sftd.store.runs import resolve_id
@@ -25,9 +27,16 @@ def submit(
     return submit_all(store, context, [Wish(spec, found, warnings)], user)[0]
 
 
+class Ending(msgspec.Struct, frozen=True):
+    """A run that has ended or was asked to, and the runs that are cancelled with it, for they wait for its success."""
+
+    run: Run
+    dependents: list[str]
+
+
 def cancel(
     store: Store, context: Context, prefix: str, by: str, reason: str = "", *, now: bool = False
-) -> Run:
+) -> Ending:
     """Ask a run to end. A waiting run ends at once; an active one when its daemon has seen the request: after a checkpoint,
     or, with `now`, killed."""
     with store.write() as tx:
@@ -36,11 +45,11 @@ def cancel(
         append_decided(tx, context, run.run_id, run.version, decided, run.attempt or None)
         run = current(tx.connection, run.run_id)
         if run.status in ENDED:
-            leave_queue(tx, context, run)
-        return run
+            return Ending(run, leave_queue(tx, context, run))
+        return Ending(run, all_dependents(tx.connection, run.run_id))
 
 
-def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
+def abandon(store: Store, context: Context, prefix: str, by: str) -> Ending:
     """Cancel a run whose daemon is gone for good (another host name, a moved home): its lease must have expired."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
@@ -52,8 +61,7 @@ def abandon(store: Store, context: Context, prefix: str, by: str) -> Run:
             )
         append_decided(tx, context, run.run_id, run.version, decisions.abandon(run, by), run.attempt or None)
         run = current(tx.connection, run.run_id)
-        leave_queue(tx, context, run)
-        return run
+        return Ending(run, leave_queue(tx, context, run))
 
 
 def resume(
@@ -90,8 +98,8 @@ def fork(
     """Record a run that begins with a checkpoint of another, and queue it; the checkpoint is kept from now on. Returns the
     new run's id."""
     submitted = preflight.submission(spec, found, warnings, user)
-    run_id = names.run_id(context.random(4))
     with store.write() as tx:
+        run_id = new_run_id(tx, context)
         parent = current(tx.connection, parent_id)
         forked = decisions.fork(parent, user, step, preflight.proposal(spec, found))
         append_decided(tx, context, run_id, 0, [forked, submitted])

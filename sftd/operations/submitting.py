@@ -15,9 +15,12 @@ from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import queue, schedule
 from sftd.store.engine import Store, Tx
-from sftd.store.runs import resolve_id
+from sftd.store.runs import is_taken, resolve_id
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
+
+# Of 2^28 ids: where ten thousand are taken, one sweep of a thousand in thirty draws one of them.
+_DRAWS = 10
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -44,8 +47,7 @@ def submit_all(
         now = tx.now(context.now())
         run_ids = []
         for number, wish in enumerate(wishes):
-            # 2^28 names: a name that is taken raises ConcurrencyConflict, and the user submits again.
-            run_id = names.run_id(context.random(4))
+            run_id = new_run_id(tx, context)
             first: list[e.Event] = [preflight.submission(wish.spec, wish.found, list(wish.warnings), user)]
             if sweep:
                 first.append(e.SweepJoined(sweep=sweep, values=wish.values))
@@ -58,6 +60,14 @@ def submit_all(
             schedule.set_after(tx, run_id, others)
             run_ids.append(run_id)
     return run_ids
+
+
+def new_run_id(tx: Tx, context: Context) -> str:
+    """An id that no run has."""
+    drawn = (names.run_id(context.random(4)) for _ in range(_DRAWS))
+    return next(
+        (run_id for run_id in drawn if not is_taken(tx.connection, run_id)), names.run_id(context.random(4))
+    )
 
 
 def _to_wait_for(tx: Tx, prefixes: Sequence[str]) -> list[str]:

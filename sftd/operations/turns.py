@@ -10,9 +10,11 @@ import sqlalchemy as sa
 from sftd.domain import halting
 from sftd.domain.demand import Demand, Need
 from sftd.domain.events import Micros
+from sftd.domain.forecast import look_ahead
 from sftd.domain.queueing import Entry, Gate, Limits, choose_victims, stuck
 from sftd.operations.context import Context, append_decided, current
-from sftd.store import queue, schedule
+from sftd.operations.waiting import host_of
+from sftd.store import daemons, queue, schedule
 from sftd.store.engine import Store
 
 NO_LIMITS = Limits()
@@ -45,17 +47,20 @@ def preempt(
     need: Callable[[Demand], Need],
     free: Callable[[str], int],
     limits: Limits,
+    silent_micros: int,
 ) -> list[str]:
     """Ask running runs of lower priority to make room for the run whose turn it is, if that is enough. Returns their ids.
 
-    `need` says what a run takes on this daemon's host, `free` how many devices of a kind are free there.
+    `need` says what a run takes on this daemon's host, `free` how many devices of a kind are free there. Nobody has to go
+    while another daemon, seen in the last `silent_micros`, has the devices: it is about to start the run.
     """
 
     def plan(connection: sa.Connection) -> tuple[Entry, list[Entry]] | None:
         mine = schedule.running(connection, daemon)
         if not any(e.demand.preemptible for e in mine):
             return None
-        turn = next_turn(connection, store.clock(connection, context.now()), fits, limits)
+        now = store.clock(connection, context.now())
+        turn = next_turn(connection, now, fits, limits)
         if turn is None or turn.fits:
             return None
         wanted = need(turn.entry.demand)
@@ -68,7 +73,9 @@ def preempt(
         staying = [e for e in mine if e.status != "stopping"]
         lacking = wanted.count - free(wanted.device) - sum(map(count, going))
         victims = choose_victims(turn.entry, staying, lacking, count)
-        if not victims or _others_make_room(connection, turn.entry, daemon):
+        if not victims or _others_make_room(connection, turn.entry, daemon, now):
+            return None
+        if _others_have_room(connection, turn.entry, daemon, now, silent_micros):
             return None
         return turn.entry, victims
 
@@ -88,12 +95,29 @@ def preempt(
         return [victim.run_id for victim in victims]
 
 
-def _others_make_room(connection: sa.Connection, head: Entry, daemon: str) -> bool:
-    """Whether another daemon has runs make room for `head` already."""
+def _others_make_room(connection: sa.Connection, head: Entry, daemon: str, now: Micros) -> bool:
+    """Whether another daemon has runs make room for `head` already. One that has fallen silent may never do it."""
     return any(
         current(connection, e.run_id).preempted_by == head.run_id
+        and (queue.expires_at(connection, e.run_id) or 0) > now
         for e in schedule.running(connection)
         if e.owner != daemon and e.status == "stopping"
+    )
+
+
+def _others_have_room(
+    connection: sa.Connection, head: Entry, daemon: str, now: Micros, silent_micros: int
+) -> bool:
+    """Whether the host of another living daemon has devices free for `head`."""
+    rows = daemons.every(connection)
+    hosts = [
+        host_of(r)
+        for r in rows
+        if r.daemon_id != daemon and r.stopped_at is None and r.seen_at > now - silent_micros
+    ]
+    return (
+        look_ahead([head], schedule.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind
+        == "start"
     )
 
 

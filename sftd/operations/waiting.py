@@ -44,14 +44,15 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         running = schedule.running(connection)
         waiting = schedule.waiting(connection)
         rows = daemons.every(connection)
-    hosts = {row.daemon_id: _host(row) for row in rows}
+    hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[r.daemon_id] for r in rows if r.stopped_at is None and r.seen_at > now - silent_micros]
     outlooks = look_ahead(waiting, running, alive, limits, now)
     driven = [_driven(entry, hosts.get(entry.owner or ""), alive) for entry in running]
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
 
 
-def _host(row: DaemonRow) -> Host:
+def host_of(row: DaemonRow) -> Host:
+    """A daemon's host, with its devices."""
     devices = msgspec.json.decode(row.devices, type=dict[str, int])
     return Host(row.daemon_id, row.host, devices.get("gpus", 0), devices.get("cpus", 0))
 

@@ -30,10 +30,15 @@ def load_run(connection: sa.Connection, run_id: str) -> Run:
     return run
 
 
+def is_taken(connection: sa.Connection, run_id: str) -> bool:
+    """Whether there is a run of this id."""
+    started = sa.select(events.c.run_id).where(events.c.run_id == run_id, events.c.version == 1)
+    return connection.execute(started).scalar() is not None
+
+
 def resolve_id(connection: sa.Connection, prefix: str) -> str:
     """The id of the one run that begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
-    started = sa.select(events.c.run_id).where(events.c.run_id == prefix, events.c.version == 1)
-    if connection.execute(started).scalar() is not None:
+    if is_taken(connection, prefix):
         return prefix
     # The view has a row for each run, the log millions. Not LIKE: % and _ in a prefix would match anything.
     run_id = view_runs.c.run_id

@@ -135,7 +135,7 @@ def test_a_lease_that_ran_out_is_given_up_by_a_host_whose_clock_is_slow(log: Sto
     with log.write(appends=False) as tx:
         queue.renew(tx, [found.lease.token], tx.now(CONTEXT.now()) - 1)
     context = skewed(-HOUR) if log.engine.dialect.name == "postgresql" else CONTEXT
-    assert runs.abandon(log, context, found.run.run_id, "ada").status == "cancelled"
+    assert runs.abandon(log, context, found.run.run_id, "ada").run.status == "cancelled"
 
 
 def test_what_a_fast_clock_queues_starts_at_once(log: Store) -> None:

@@ -148,7 +148,7 @@ def test_a_run_is_given_up_only_when_its_daemon_is_silent(log: Store, clock: Clo
     with pytest.raises(Refused, match="living daemon"):
         runs.abandon(log, clock.context, found.run.run_id, "ada")
     clock.time += LEASE + 1
-    assert runs.abandon(log, clock.context, found.run.run_id, "ada").status == "cancelled"
+    assert runs.abandon(log, clock.context, found.run.run_id, "ada").run.status == "cancelled"
     with pytest.raises(LeaseLost):
         attempts.record(log, clock.context, found.lease, lines(step(1)), 10, {})
     assert runs.resume(log, clock.context, found.run.run_id, "ada").status == "queued"

@@ -21,7 +21,7 @@ from sftd.operations.attempts import Claimed
 from sftd.operations.reading import find_run
 from sftd.operations.submitting import Wish
 from sftd.projections import views
-from sftd.store import daemons, event_store
+from sftd.store import daemons, event_store, queue
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.store.tables import queue_demands
@@ -121,6 +121,7 @@ class Farm:
             need=self.inventory.need,
             free=lambda kind: len(self.inventory.free(kind)),
             limits=self.limits,
+            silent_micros=10 * LEASE,
         )
 
     def anything_left(self) -> bool:
@@ -228,7 +229,7 @@ def test_a_held_run_keeps_its_place_and_others_go_ahead(farm: Farm) -> None:
     farm.end(a)
     halting.hold(farm.log, farm.clock.context, c, "ada")
     assert not farm.anything_left(), "a daemon that drains does not wait for a person"
-    assert runs.cancel(farm.log, farm.clock.context, c, "ada").status == "cancelled"
+    assert runs.cancel(farm.log, farm.clock.context, c, "ada").run.status == "cancelled"
     assert farm.queue() == {}
 
 
@@ -288,9 +289,32 @@ def test_those_that_wait_for_a_failed_run_are_cancelled_with_the_reason(farm: Fa
 def test_cancelling_a_waiting_run_cancels_those_behind_it(farm: Farm) -> None:
     a = farm.submit(1)
     b = farm.submit(1, after=(a,))
-    runs.cancel(farm.log, farm.clock.context, a, "ada")
-    assert farm.status(b) == "cancelled"
+    c = farm.submit(1, after=(b,))
+    assert runs.cancel(farm.log, farm.clock.context, a, "ada").dependents == [b, c]
+    assert [farm.status(r) for r in (b, c)] == ["cancelled", "cancelled"]
     assert not farm.anything_left()
+
+
+def test_whoever_cancels_a_run_that_trains_is_told_what_will_end_with_it(farm: Farm) -> None:
+    a = farm.submit(1)
+    b = farm.submit(1, after=(a,))
+    c = farm.submit(1, after=(a, b))
+    assert farm.claim() == a
+    ending = runs.cancel(farm.log, farm.clock.context, a, "ada")
+    assert (ending.run.status, ending.dependents) == ("stopping", sorted([b, c]))
+    assert farm.status(b) == "queued", "it may still succeed"
+    farm.end(a)
+    assert [farm.status(r) for r in (b, c)] == ["cancelled", "cancelled"]
+
+
+def test_a_name_that_is_taken_is_drawn_again(farm: Farm) -> None:
+    context = farm.clock.context
+    drawn = iter([bytes(4), bytes(4), bytes(4), bytes([0, 0, 0, 1])])
+    twice = type(context)(
+        actor="test", now=context.now, random=lambda n: next(drawn) if n == 4 else os.urandom(n)
+    )
+    wishes = [Wish(spec(1), FOUND), Wish(spec(1), FOUND)]
+    assert len(set(submitting.submit_all(farm.log, twice, wishes, "ada"))) == 2
 
 
 def test_what_waits_for_a_paused_or_held_run_does_not_keep_a_daemon_from_draining(farm: Farm) -> None:
@@ -362,6 +386,32 @@ def test_two_daemons_do_not_both_make_room_for_one_run(farm: Farm) -> None:
     farm.submit(4, 5)
     assert farm.preempt() == [low[0]]
     assert other.preempt() == []
+
+
+def test_nobody_makes_room_while_another_host_has_it(farm: Farm) -> None:
+    """Whichever daemon looks first: the other one is about to start the run."""
+    low = farm.submit(4, preemptible=True)
+    assert farm.claim() == low
+    other = Farm(farm.log, name="d2", clock=farm.clock)
+    urgent = farm.submit(4, 5)
+    assert farm.preempt() == []
+    with farm.log.write(appends=False) as tx:
+        daemons.stopped(tx, "d2", farm.clock.time)
+    assert farm.preempt() == [low], "a daemon that has stopped starts nothing"
+    assert other.claim() == urgent
+
+
+def test_a_daemon_that_fell_silent_does_not_keep_others_from_making_room(farm: Farm) -> None:
+    other = Farm(farm.log, name="d2", clock=farm.clock)
+    low = [farm.submit(4, preemptible=True), farm.submit(4, preemptible=True)]
+    assert [farm.claim(), other.claim()] == low
+    farm.submit(4, 5)
+    assert other.preempt() == [low[1]]
+    assert farm.preempt() == []
+    with farm.log.write(appends=False) as tx:
+        # Its lease has ended: its host may be gone for good.
+        queue.renew(tx, [other.driven[low[1]].lease.token], 1)
+    assert farm.preempt() == [low[0]]
 
 
 def test_a_run_queued_by_an_older_sftd_is_looked_up_in_its_log(farm: Farm) -> None:

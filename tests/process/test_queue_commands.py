@@ -72,3 +72,14 @@ def test_the_queue_says_what_each_run_waits_for_in_80_columns(home: Home, sftd: 
     sftd("cancel", first)
     assert [row["run_id"] for row in json.loads(sftd("queue", "--json").stdout)] == [urgent]
     assert "which was cancelled" in sftd("show", second).stdout.replace("\n", " ")
+
+
+def test_whoever_cancels_a_run_is_told_which_are_cancelled_with_it(home: Home, sftd: Any) -> None:
+    first = sftd("submit", str(home.config), "-q").stdout.strip()
+    second = sftd("submit", str(home.config), "--after", first, "-q").stdout.strip()
+    third = sftd("submit", str(home.config), "--after", second, "-q").stdout.strip()
+    assert sftd("cancel", first).stdout.splitlines() == [
+        f"{first} is cancelled",
+        f"{second} is cancelled with it (--after)",
+        f"{third} is cancelled with it (--after)",
+    ]

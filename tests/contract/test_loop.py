@@ -1,0 +1,163 @@
+"""The daemon's loop where folders are broken and leases change hands, with attempts that are no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sftd.daemon.loop import Daemon
+from sftd.domain.demand import Need
+from sftd.domain.failures import Remains
+from sftd.domain.spec_sections import Launch
+from sftd.launcher.inventory import Inventory
+from sftd.operations import runs
+from sftd.operations.context import Context
+from sftd.projections import views
+from sftd.settings import read
+from sftd.store import event_store, queue
+from sftd.store.engine import Store
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+from sftd.wire.preflight import Preflight
+from tests.contract.test_operations import FACTS, SHAPE, SPEC
+
+CONTEXT = Context(actor="test")
+# One of the host's two devices.
+ONE_DEVICE = msgspec.structs.replace(SPEC, launch=Launch(threads_per_rank=1))
+
+
+class Attempt:
+    """Lives until it is killed."""
+
+    def __init__(self, directory: AttemptDir, devices: list[str]) -> None:
+        self.directory = directory
+        self.process: ProcessFile | None = ProcessFile(pid=1, create_time=1.0, host="h", devices=devices)
+        self.is_killed = False
+
+    def is_alive(self) -> bool:
+        return not self.is_killed
+
+    def kill(self) -> list[int]:
+        self.is_killed = True
+        return []
+
+    def ask_for_stacks(self) -> None:
+        raise AssertionError("it does not hang")
+
+    def stacks(self) -> list[str]:
+        return []
+
+    def remains(self) -> Remains:
+        return Remains(None)
+
+
+class Launcher:
+    """Notes what it starts, and finds it again."""
+
+    def __init__(self) -> None:
+        self.started: list[Attempt] = []
+
+    def start(
+        self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
+    ) -> tuple[Any, list[str]]:
+        directory.create(order)
+        self.started.append(Attempt(directory, devices))
+        return self.started[-1], []
+
+    def adopt(self, directory: AttemptDir, fallback_token: str) -> Any:
+        return next(a for a in self.started if a.directory.path == directory.path)
+
+
+@pytest.fixture
+def log(store: Store) -> Store:
+    return Store(store.engine, before_commit=(views.catch_up,))
+
+
+@pytest.fixture
+def daemon(log: Store, tmp_path: Path) -> Callable[[Launcher], Daemon]:
+    settings = read({"SFTD_HOME": str(tmp_path), "SFTD_CPU_SLOTS": "2", "MLFLOW_TRACKING_URI": ""})
+
+    def make(launcher: Launcher) -> Daemon:
+        made = Daemon(log, settings, Inventory(0, 2), launcher=launcher)
+        made._register()
+        return made
+
+    return make
+
+
+def submit(log: Store) -> str:
+    return runs.submit(log, CONTEXT, ONE_DEVICE, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+
+
+def give_up(log: Store, run_id: str) -> None:
+    """As a person does once the lease has ended."""
+    with log.read() as connection:
+        token = next(lease.token for lease in queue.leases(connection) if lease.run_id == run_id)
+    with log.write(appends=False) as tx:
+        queue.renew(tx, [token], 1)
+    runs.abandon(log, CONTEXT, run_id, "ada")
+
+
+def unreadable(directory: AttemptDir) -> None:
+    """Make a file of the attempt one that can be neither read nor replaced, whoever asks."""
+    directory.lease_file.unlink()
+    (directory.lease_file / "x").mkdir(parents=True)
+
+
+def test_a_lost_attempt_whose_folder_cannot_be_read_is_killed_and_the_daemon_lives(
+    log: Store, daemon: Callable[[Launcher], Daemon]
+) -> None:
+    launcher = Launcher()
+    one = daemon(launcher)
+    run_id = submit(log)
+    one.tick()
+    (attempt,) = launcher.started
+    unreadable(attempt.directory)
+    give_up(log, run_id)
+    one._renew_at = 0.0
+    one.tick()
+    assert attempt.is_killed
+    assert one._supervisors == {}
+
+
+def test_an_attempt_is_adopted_although_its_folder_takes_no_file(
+    log: Store, daemon: Callable[[Launcher], Daemon]
+) -> None:
+    """A full disk, for one: it must be watched, its end told, and its devices not given to another run."""
+    launcher = Launcher()
+    first = daemon(launcher)
+    run_id = submit(log)
+    first.tick()
+    first._unregister()
+    unreadable(launcher.started[0].directory)
+    second = daemon(launcher)
+    for _ in range(2):
+        second._renew_at = 0.0
+        second.tick()
+    assert list(second._supervisors) == [run_id]
+    with log.read() as connection:
+        adopted = event_store.read_types(connection, [run_id], ("AttemptAdopted",))
+    assert len(adopted) == 1
+
+
+def test_an_attempt_that_a_person_gave_up_is_killed_before_the_next_one_starts(
+    log: Store, daemon: Callable[[Launcher], Daemon]
+) -> None:
+    """Although its daemon has not noticed yet that it has lost it."""
+    launcher = Launcher()
+    one = daemon(launcher)
+    run_id = submit(log)
+    one.tick()
+    # Its launch is recorded, and nothing more is to be written of it for now.
+    one.tick()
+    give_up(log, run_id)
+    runs.resume(log, CONTEXT, run_id, "ada")
+    one._renew_at = float("inf")
+    one.tick()
+    old, new = launcher.started
+    assert (old.is_killed, new.is_killed) == (True, False)
+    assert new.process is not None
+    assert sorted(one._inventory.free("cpu") + new.process.devices) == ["cpu:0", "cpu:1"]
