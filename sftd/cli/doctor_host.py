@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -152,7 +153,9 @@ def disk(settings: Settings) -> Iterator[Finding]:
     home = settings.home
     mode = home.stat().st_mode & 0o777
     if mode & 0o077:
-        yield warning("home", f"{home} has mode {mode:04o}: others can look in", f"chmod 700 {home}")
+        yield warning(
+            "home", f"{home} has mode {mode:04o}: others can look in", f"chmod 700 {shlex.quote(str(home))}"
+        )
     else:
         yield ok("home", f"{home}, mode {mode:04o}")
     mounts = [m for m in psutil.disk_partitions(all=True) if home.is_relative_to(m.mountpoint)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def _skew(store: Store, text: str) -> Finding:
     skew = theirs - (before + after) / 2
     text += f", answers in {(after - before) * 1000:.1f} ms"
     if abs(skew) > _SKEW_SECONDS:
-        mend = "synchronise both clocks (NTP): leases are judged by the daemons' clocks"
+        mend = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
         return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", mend)
     return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
 
@@ -153,8 +154,8 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
     from sftd.launcher import processes
     from sftd.store import daemons, queue
 
-    now = time.time()
     with store.read() as connection:
+        now = store.clock(connection, time.time_ns() // 1000) / 1e6
         leases = queue.leases(connection)
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
     for lease in leases:
@@ -201,7 +202,7 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     if partial:
         size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
         what = f"{len(partial)} half-written checkpoints of runs that nobody drives, {output.size(size)}"
-        mend = "rm -r " + " ".join(map(str, partial[:3])) + (" …" if len(partial) > 3 else "")
+        mend = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
         yield warning("leftovers", what, mend)
     if not stray and not partial:
         yield ok("leftovers", "none of dead attempts")

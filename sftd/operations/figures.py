@@ -27,10 +27,12 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 def read(store: Store, now: Micros, mirror: str | None) -> Figures:
-    """The figures at `now`. `mirror` names the position of the MLflow mirror."""
+    """The figures at `now`, this host's time. `mirror` names the position of the MLflow mirror."""
     with store.read() as connection:
         q = queue.c
-        is_ready = sa.and_(q.state == WAITING, q.not_before <= now)
+        # The queue goes by the clock that all share, events by that of the host which recorded them.
+        shared = store.clock(connection, now)
+        is_ready = sa.and_(q.state == WAITING, q.not_before <= shared)
 
         def count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
             return sa.func.count(sa.case((condition, 1)))
@@ -38,7 +40,7 @@ def read(store: Store, now: Micros, mirror: str | None) -> Figures:
         row = connection.execute(
             sa.select(
                 count(is_ready),
-                count(sa.and_(q.state == WAITING, q.not_before > now)),
+                count(sa.and_(q.state == WAITING, q.not_before > shared)),
                 count(q.state == LEASED),
                 # It is set when a run begins to wait, and to when it may start.
                 sa.func.min(sa.case((is_ready, q.not_before))),
@@ -50,7 +52,7 @@ def read(store: Store, now: Micros, mirror: str | None) -> Figures:
         lag, since = _mirror_lag(connection, mirror)
     return Figures(
         queue={"ready": row[0], "delayed": row[1], "leased": row[2]},
-        oldest_wait_micros=max(0, now - row[3]) if row[3] is not None else 0,
+        oldest_wait_micros=max(0, shared - row[3]) if row[3] is not None else 0,
         runs=runs,
         mirror_lag_events=lag,
         mirror_lag_micros=max(0, now - since) if since is not None else 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -70,11 +71,16 @@ def test_a_server_whose_clock_is_off(
         pytest.skip("SQLite has no clock of its own")
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 30)
+    monkeypatch.setattr(time, "time_ns", lambda: int((real() + 300) * 1e9))
     store, found = doctor_services.database(settings(tmp_path / "home", SFTD_DATABASE_URL=database_url))
     assert store is not None
-    store.engine.dispose()
     assert only(found).state == "warning"
     assert "its clock is -30.0 s off ours" in only(found).said
+    assert "the queue goes by the server's clock" in only(found).mend
+    lease(store, tmp_path / "home", "elsewhere", seen_at=int(real() * 1e6))
+    found = list(doctor_services.daemon(settings(tmp_path / "home"), store))
+    assert [f.said for f in found if "silent" in f.said] == [], "a daemon that was seen just now"
+    store.engine.dispose()
 
 
 def test_the_command_says_what_is_broken_without_a_password(
@@ -185,7 +191,7 @@ def test_a_daemon_that_is_gone_is_named(store: Store, tmp_path: Path) -> None:
 
 
 def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
-    mine = settings(tmp_path / "home")
+    mine = settings(tmp_path / "my home")
     assert only(doctor_services.leftovers(mine, store)).state == "ok"
     lease(store, mine.home, "host", 1)  # drives attempt 2 of run-a
     order = Order(run_id="r", attempt=1, token="t", spec=Spec(), planned_steps=1, checkpoint_dir="c")
@@ -203,7 +209,9 @@ def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
         process, files = doctor_services.leftovers(mine, store)
         assert (process.state, process.mend) == ("warning", f"kill -9 {children[0].pid}")
         assert files.said.startswith("1 half-written checkpoints of runs that nobody drives, 2.0 kB")
-        assert "run-b" in files.mend
+        assert shlex.split(files.mend)[2:] == [
+            str(mine.home / "runs" / "run-b" / "checkpoints" / "step-00000005.partial")
+        ]
     finally:
         for child in children:
             child.kill()
@@ -211,11 +219,11 @@ def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
 
 
 def test_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = settings(tmp_path / "home")
+    mine = settings(tmp_path / "my home")
     assert next(iter(doctor_host.disk(mine))).state == "ok"
     assert list(mine.home.iterdir()) == []
     mine.home.chmod(0o755)
-    assert next(doctor_host.disk(mine)).mend == f"chmod 700 {mine.home}"
+    assert next(doctor_host.disk(mine)).mend == f"chmod 700 '{mine.home}'"
     monkeypatch.setattr(doctor_host, "_NONE_BYTES", 2**60)
     assert list(doctor_host.disk(mine))[-1].state == "broken"
     monkeypatch.setattr(doctor_host, "_FILES", 2**40)

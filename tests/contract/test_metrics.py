@@ -62,6 +62,8 @@ def submitted() -> e.RunSubmitted:
 def filled(store: Store) -> Store:
     """Four runs: one ready since 100 s, one to be retried later, one driven, one that has ended."""
     store.before_commit = (views.catch_up,)
+    # The time of these tests, and not the server's.
+    store.clock = lambda _connection, local: local
     with store.write() as tx:
         for n, run_id in enumerate(("ready", "delayed", "driven", "done")):
             queue.enqueue(tx, run_id, 0, NOW - (100 + n) * SECOND)
@@ -118,6 +120,16 @@ def test_everything_is_told(filled: Store, tmp_path: Path) -> None:
     assert (one("sftd_mirror_lag_events"), one("sftd_mirror_lag_seconds")) == (2, 1000 - 901)
     assert one("sftd_run_goodput_ratio", run_id="driven") == 0.4
     assert (home / "metrics.prom").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_queue_goes_by_the_clock_that_all_daemons_share(filled: Store, tmp_path: Path) -> None:
+    filled.clock = lambda _connection, _local: NOW
+    settings = read({"SFTD_HOME": str(tmp_path)})
+    # This host's clock is an hour fast.
+    Metrics(filled, settings, Inventory(0, 1), "d", mirrors=False).write({}, NOW + 3600 * SECOND)
+    found = parse(settings.metrics_file.read_text())
+    assert found["sftd_queue_runs"][(("state", "delayed"),)] == 1
+    assert found["sftd_queue_oldest_wait_seconds"] == {(): 100}
 
 
 def test_an_empty_database_and_a_file_elsewhere(store: Store, tmp_path: Path) -> None:
