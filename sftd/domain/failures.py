@@ -52,13 +52,17 @@ class Failure(msgspec.Struct, frozen=True):
 # In order: the first that matches decides. A rank that dies of its own fault breaks its peers' connections, so
 # communication comes after every other pattern.
 _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
-    ("user error", re.compile(r"\b(?:UserError|DataError|Refused)\b")),
+    # By its class, not a "Connection Refused" in somebody's words: this is never tried again.
+    ("user error", re.compile(r"\b(?:UserError|DataError)\b|(?:^|: |\.)Refused:")),
     ("bad checkpoint", re.compile(r"\bCheckpointInvalid\b")),
     ("not a number", re.compile(r"\bNonFiniteLoss\b")),
     ("loss spike", re.compile(r"\bLossSpike\b")),
     (
         "out of memory",
-        re.compile(r"OutOfMemoryError|CUDA out of memory|DefaultCPUAllocator: can't allocate|MemoryError\b"),
+        re.compile(
+            r"OutOfMemoryError|CUDA out of memory|(?i:cuda error:? '?out of memory)|CUBLAS_STATUS_ALLOC_FAILED"
+            r"|DefaultCPUAllocator: can't allocate|MemoryError\b|Cannot allocate memory"
+        ),
     ),
     ("disk full", re.compile(r"No space left on device|Disk quota exceeded|File too large")),
 )

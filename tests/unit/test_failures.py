@@ -87,6 +87,32 @@ GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Conne
             "bad checkpoint",
             "rank 2:",
         ),
+        (
+            Remains(1, rank_errors=[RankError(0, "Refused: data.train_files: is empty")]),
+            "user error",
+            "is empty",
+        ),
+        (
+            Remains(1, output_tail=output("sftd.domain.errors.Refused: data.train_files: is empty")),
+            "user error",
+            "is empty",
+        ),
+        (
+            Remains(1, rank_errors=[RankError(0, "ConnectionError: Connection Refused by node2")]),
+            "crash",
+            "node2",
+        ),
+        (Remains(1, output_tail=output("RuntimeError: CUDA error: out of memory")), "out of memory", "CUDA"),
+        (
+            Remains(1, output_tail=output("NCCL error: unhandled cuda error 'out of memory'")),
+            "out of memory",
+            "NCCL",
+        ),
+        (
+            Remains(1, rank_errors=[RankError(0, "OSError: [Errno 12] Cannot allocate memory")]),
+            "out of memory",
+            "Errno 12",
+        ),
         (Remains(1, output_tail=output(NCCL)), "communication", "Watchdog"),
         (Remains(1, output_tail=output(GLOO)), "communication", "Connection closed"),
         (
