@@ -19,8 +19,9 @@ _WRITE = "sftd_write"
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
 # A process that is frozen in the middle of a write holds the append lock, or rows of the queue: after so long the server
-# ends its session, which undoes the transaction, and the others go on. (Nothing ends it on SQLite but a person.) Whoever
-# only reads holds up nobody, and may think for as long as it likes between two statements.
+# ends its session, which undoes the transaction, and the others go on. (Nothing but a person ends it on SQLite, nor one that
+# is frozen in the middle of a COPY, which for the server is no idleness.) Whoever only reads holds up nobody, and may think
+# for as long as it likes between two statements.
 IDLE_SECONDS = 30.0
 # libpq waits for ever where a host is gone without a word.
 _PATIENCE = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
