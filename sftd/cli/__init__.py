@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("submit", "Queue a run."),
     "ls": ("runs", "List runs."),
     "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
+    "compare": ("compare", "Hold runs against each other: what differs, and what came of it."),
     "events": ("events", "Print a run's events."),
     "replay": ("replay", "Play a run's log: its state at any moment."),
     "verify": ("verify", "Train recorded steps again and compare them with the log."),

@@ -20,6 +20,11 @@ _ROUNDING = {"loss": 0.02, "grad_norm": 0.2}
 _ROUNDING_FP32 = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
+def rounds_to(dtype: str) -> dict[str, float]:
+    """Number of a step → the relative difference that rounding in `dtype` may make."""
+    return _ROUNDING_FP32 if dtype == "float32" else _ROUNDING
+
+
 def compare_redone(
     recorded: Mapping[int, e.StepCompleted],
     redone: e.StepCompleted,
@@ -67,7 +72,7 @@ def differences(
     was: e.StepCompleted, redone: e.StepCompleted, *, is_exact: bool, dtype: str = ""
 ) -> dict[str, dict[str, Any]]:
     """The numbers of a step that came out otherwise: name → `recorded` and `redone`. See `compare_redone`."""
-    near = _ROUNDING_FP32 if dtype == "float32" else _ROUNDING
+    near = rounds_to(dtype)
     pairs = {name: (getattr(was, name), getattr(redone, name)) for name in COMPARED}
     return {
         name: {"recorded": a, "redone": b}

@@ -73,6 +73,16 @@ def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
     }
 
 
+def is_derived(key: str) -> bool:
+    """Whether other keys decide this one's value."""
+    return key in _DERIVED
+
+
+def keeps_steps(key: str) -> bool:
+    """Whether with another value of this key the same steps come out, bit for bit or but for rounding."""
+    return key.startswith(_FREE)
+
+
 def other_trajectory(
     old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int, anomalies: int = 0
 ) -> list[str]:

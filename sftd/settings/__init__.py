@@ -19,7 +19,7 @@ class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
     off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
-    of one user or project may have at once; None is no limit."""
+    of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None unknown."""
 
     home: Path
     database_url: str
@@ -32,6 +32,7 @@ class Settings:
     metrics_file: Path
     user_limit: int | None = None
     project_limit: int | None = None
+    device_price: float | None = None
 
     @property
     def logs(self) -> Path:
@@ -128,4 +129,5 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         metrics_file=Path(value("metrics_file", str(home / "metrics.prom"))).expanduser().absolute(),
         user_limit=limit("user"),
         project_limit=limit("project"),
+        device_price=number("device_price", 1.0) if value("device_price", "") else None,
     )
