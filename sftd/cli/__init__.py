@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("replay", "Play a run's log: its state at any moment."),
     "verify": ("verify", "Train recorded steps again and compare them with the log."),
     "data": ("data", "Show which rows of the data a step saw."),
-    "logs": ("events", "Print what a run's ranks wrote."),
+    "logs": ("logs", "Print what a run's ranks wrote."),
     "checkpoints": ("checkpoints", "List a run's checkpoints and why each is kept."),
     "resume": ("control", "Queue another attempt of a run."),
     "fork": ("fork", "Start a new run from a checkpoint of another."),

@@ -1,10 +1,9 @@
-"""`sftd events`, `sftd logs`."""
+"""`sftd events`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -173,59 +172,6 @@ def _json_event(row: dict[str, Any]) -> str:
 
     times = {name: output.iso(row[name]) for name in ("occurred_at", "recorded_at")}
     return output.json_line({**row, **times, "payload": msgspec.Raw(row["payload"].encode())})
-
-
-@click.command("logs")
-@click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended, across restarts.")
-@click.option("-a", "--attempt", type=click.IntRange(min=1), help="Only this attempt; all when not given.")
-def logs_command(run: str, follow: bool, attempt: int | None) -> None:
-    """Print what torchrun and the ranks of a run wrote.
-
-    \b
-    Example:
-      sftd logs -f brave-otter
-      sftd logs brave-otter --attempt 1
-    """
-    from sftd.domain.errors import Problem, Refused
-    from sftd.operations import reading
-    from sftd.wire.attempt_dir import RunDir
-
-    settings = app.read_settings()
-    store = app.open_store(settings)
-    found = reading.find_run(store, run)
-    if attempt is not None and attempt > max(1, found.attempt):
-        what = f"{found.run_id} has made {found.attempt} attempts"
-        raise Refused(Problem("--attempt", what, "leave it out to read all"))
-    directory = RunDir(settings.home, found.run_id)
-    number = attempt or 1
-    offset = 0
-    while True:
-        found = reading.find_run(store, found.run_id)
-        ended = _has_ended(store, found.run_id)
-        log = directory.attempt(number).output_log
-        for chunk in _chunks(log, offset):
-            click.echo(chunk, nl=False)
-            offset += len(chunk)
-        if attempt is None and number < found.attempt:
-            number, offset = number + 1, 0
-            click.echo(f"--- attempt {number} ---")
-            continue
-        if not follow or ended or (attempt is not None and attempt < found.attempt):
-            if offset == 0 and not log.exists():
-                output.note(f"attempt {number} of {found.run_id} has written nothing on this host")
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def _chunks(path: Path, offset: int) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            while chunk := file.read(1 << 16):
-                yield chunk
-    except FileNotFoundError:
-        return
 
 
 def _details(detail: dict[str, Any]) -> Iterator[str]:

@@ -32,6 +32,8 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
         f"--nproc-per-node={spec.nproc_per_node}",
         "--max-restarts=0",
         f"--log-dir={directory.ranks_dir}",
+        # Each rank writes to files of its own: nothing is lost with torchrun, and every line has its rank.
+        "--redirects=3",
         "-m",
         "sftd.trainer",
         str(directory.path),

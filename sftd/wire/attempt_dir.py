@@ -6,8 +6,8 @@
           process.json   pid and create time of torchrun's session leader
           exit           exit code of torchrun, written when it ends
           stop           present when the trainer shall checkpoint at the next step boundary and end
-          output.log     what torchrun and the ranks printed
-          ranks/         torchrun's own folder, with each rank's error file
+          output.log     what torchrun printed (and the ranks, where they are not redirected)
+          ranks/         torchrun's own folder: what each rank printed, and its error file
           stacks/        where each rank was when the attempt was found to hang
           rows/          decoded data, until every rank has mapped it
           rendezvous     torchrun's own notes
@@ -167,6 +167,14 @@ class AttemptDir:
     def write_exit_code(self, code: int) -> None:
         """Record how the attempt ended, where no shell round torchrun does."""
         write_atomic(self.exit_file, f"{code}\n".encode())
+
+    def rank_outputs(self) -> list[tuple[int, Path]]:
+        """What each rank printed: (rank, file), its stdout before its stderr. torchrun makes them when the ranks start."""
+        found = ((path, path.parent.name) for path in self.ranks_dir.glob("*/attempt_*/*/std*.log"))
+        return sorted(
+            ((int(rank), path) for path, rank in found if rank.isdecimal()),
+            key=lambda item: (item[0], item[1].parent, item[1].name != "stdout.log"),
+        )
 
     def write_rank_error(self, local_rank: int, error: str) -> None:
         """Record why a rank failed, as JSON in torchelastic's form, where torchrun's own folder is elsewhere."""

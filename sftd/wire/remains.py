@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -69,9 +70,14 @@ def find_stack(directory: AttemptDir, rank: int) -> str | None:
 
 
 def _tail(directory: AttemptDir) -> list[str]:
-    """The last lines that the attempt printed."""
+    """The last lines that the ranks, then torchrun, printed."""
+    files = [*(path for _, path in directory.rank_outputs()), directory.output_log]
+    return [line for path in files for line in _last_lines(path)]
+
+
+def _last_lines(path: Path) -> list[str]:
     try:
-        with open(directory.output_log, "rb") as file:
+        with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]

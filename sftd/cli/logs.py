@@ -1,0 +1,90 @@
+"""`sftd logs`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app, output
+from sftd.cli.plot import COLOURS
+
+if TYPE_CHECKING:
+    from sftd.wire.printed import Output
+
+_POLL_SECONDS = 0.3
+
+
+@click.command("logs")
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended, across restarts.")
+@click.option("-a", "--attempt", type=click.IntRange(min=1), help="Only this attempt; all when not given.")
+@click.option(
+    "-r", "--rank", "ranks", multiple=True, type=click.IntRange(min=0), help="Only this rank; repeatable."
+)
+@click.option(
+    "-n",
+    "--tail",
+    type=click.IntRange(min=0),
+    help="Begin with the last N lines of each rank in the last attempt.",
+)
+def logs_command(
+    run: str, follow: bool, attempt: int | None, ranks: tuple[int, ...], tail: int | None
+) -> None:
+    """Print what torchrun and the ranks of a run wrote, each line with its attempt and rank.
+
+    Every line comes once. A rank's lines are in the order in which it wrote them; those of different ranks, as they are
+    found. Only what was written on this host is here.
+
+    \b
+    Example:
+      sftd logs -f brave-otter
+      sftd logs -f brave-otter --tail 20
+      sftd logs brave-otter --attempt 1 --rank 0
+    """
+    from sftd.domain.errors import Problem, Refused
+    from sftd.domain.run import ENDED
+    from sftd.operations import reading
+    from sftd.wire.attempt_dir import RunDir
+    from sftd.wire.printed import Output
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    found = reading.find_run(store, run)
+    if attempt is not None and attempt > max(1, found.attempt):
+        what = f"{found.run_id} has made {found.attempt} attempts"
+        raise Refused(Problem("--attempt", what, "leave it out to read all"))
+    directory = RunDir(settings.home, found.run_id)
+    number = attempt or (max(1, found.attempt) if tail is not None else 1)
+    wanted = frozenset(ranks)
+    printed = Output(directory.attempt(number), wanted, tail)
+    wrote = False
+    while True:
+        # Asked first: what an attempt wrote before it was over is then read by this round.
+        found = reading.find_run(store, found.run_id)
+        is_over = found.status in ENDED or number < found.attempt
+        _print(printed, number, to_the_end=is_over or not follow)
+        wrote = wrote or printed.has_lines
+        if attempt is None and number < found.attempt:
+            number += 1
+            printed = Output(directory.attempt(number), wanted)
+        elif is_over or not follow:
+            break
+        else:
+            time.sleep(_POLL_SECONDS)
+    if not wrote:
+        who = f"rank {', '.join(map(str, sorted(wanted)))} of {found.run_id}" if wanted else found.run_id
+        of_attempt = f" in attempt {attempt}" if attempt else ""
+        output.note(f"{who} has written nothing on this host{of_attempt}")
+
+
+def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
+    colour = output.is_terminal()
+    for rank, line in printed.lines(to_the_end=to_the_end):
+        prefix = f"[attempt {attempt}]" if rank is None else f"[attempt {attempt} · rank {rank}]"
+        if colour:
+            prefix = click.style(
+                prefix, fg=None if rank is None else COLOURS[rank % len(COLOURS)], dim=rank is None
+            )
+        click.echo(f"{prefix} {line}")

@@ -1,0 +1,113 @@
+"""What an attempt printed, line by line: torchrun's own output and that of each rank, also while it is being written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sftd.wire.attempt_dir import AttemptDir
+
+_BLOCK = 1 << 16
+# A line without an end is given out in pieces of this size.
+_LONGEST = 1 << 20
+
+
+class Follower:
+    """Gives each line of a file once, in order, however often it is asked; a line that is not finished is kept back."""
+
+    def __init__(self, path: Path, last: int | None = None) -> None:
+        """`last` begins with so many of the lines that are there."""
+        self._path = path
+        self._offset = 0 if last is None else _offset_of_last(path, last)
+        self._rest = b""
+
+    def lines(self, *, to_the_end: bool = False) -> Iterator[str]:
+        """What was written since the last time; `to_the_end`, also what has no end of a line."""
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            while block := file.read(_BLOCK):
+                self._offset += len(block)
+                *whole, self._rest = (self._rest + block).split(b"\n")
+                for line in whole:
+                    yield _text(line)
+                if len(self._rest) > _LONGEST:
+                    yield self._take_rest()
+        if to_the_end and self._rest:
+            yield self._take_rest()
+
+    def _take_rest(self) -> str:
+        line, self._rest = _text(self._rest), b""
+        return line
+
+
+def _text(line: bytes) -> str:
+    # Of a progress bar that paints over itself, what stays on the screen.
+    return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+
+
+def _offset_of_last(path: Path, count: int) -> int:
+    """Where the last `count` lines of a file begin. Read from the end, so that a long file costs no more."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return 0
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        if end == 0 or count == 0:
+            return end
+        # The end of the last line begins no other.
+        file.seek(end - 1)
+        missing = count + (file.read(1) == b"\n")
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            block = file.read(end - start)
+            found = block.count(b"\n")
+            if found >= missing:
+                at = len(block)
+                for _ in range(missing):
+                    at = block.rindex(b"\n", 0, at)
+                return start + at + 1
+            missing -= found
+            end = start
+    return 0
+
+
+class Output:
+    """Everything that an attempt prints: (rank, line); the rank is None for torchrun's own lines."""
+
+    def __init__(
+        self, directory: AttemptDir, ranks: frozenset[int] = frozenset(), last: int | None = None
+    ) -> None:
+        """`ranks` are those that are wanted, torchrun not among them; none is everything. `last` begins with so many lines
+        of each."""
+        self._directory = directory
+        self._ranks = ranks
+        self._followers: dict[Path, Follower] = {}
+        self._last = last
+        self.has_lines = False
+
+    def lines(self, *, to_the_end: bool = False) -> Iterator[tuple[int | None, str]]:
+        """What was printed since the last time. The order is right for each rank; torchrun, which says at the end why,
+        comes last."""
+        files: list[tuple[int | None, Path]] = [
+            (rank, path)
+            for rank, path in self._directory.rank_outputs()
+            if not self._ranks or rank in self._ranks
+        ]
+        if not self._ranks:
+            files.append((None, self._directory.output_log))
+        for rank, path in files:
+            follower = self._followers.get(path)
+            if follower is None:
+                follower = self._followers[path] = Follower(path, self._last)
+            for line in follower.lines(to_the_end=to_the_end):
+                self.has_lines = True
+                yield rank, line
+        # What begins from now on is new, all of it.
+        self._last = None

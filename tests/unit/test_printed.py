@@ -1,0 +1,95 @@
+"""What attempts print is read once, whole and in order, also while it is being written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sftd.domain.spec import Spec
+from sftd.launcher.command import torchrun_argv
+from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.printed import Follower, Output
+from sftd.wire.remains import find_remains
+
+
+@given(pieces=st.lists(st.text(alphabet="ab\n", max_size=8), max_size=30))
+def test_no_line_is_lost_or_doubled(pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("log") / "log"
+    follower = Follower(path)
+    seen = list(follower.lines())
+    with open(path, "w", newline="") as file:
+        for piece in pieces:
+            file.write(piece)
+            file.flush()
+            seen += follower.lines()
+    seen += follower.lines(to_the_end=True)
+    whole = "".join(pieces)
+    assert seen == (whole.removesuffix("\n").split("\n") if whole else [])
+    assert list(follower.lines(to_the_end=True)) == []
+
+
+@given(
+    lines=st.lists(st.text(alphabet="ab", max_size=40_000), max_size=8),
+    count=st.integers(0, 10),
+    ends=st.booleans(),
+)
+def test_the_last_lines_are_found_from_the_end(
+    lines: list[str], count: int, ends: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "log"
+    text = "\n".join(lines) + "\n" * (ends and bool(lines))
+    path.write_text(text)
+    every = text.removesuffix("\n").split("\n") if text else []
+    assert list(Follower(path, count).lines(to_the_end=True)) == every[len(every) - min(count, len(every)) :]
+
+
+def test_a_line_that_never_ends_is_given_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x" * 3_000_000)
+    pieces = list(Follower(path).lines(to_the_end=True))
+    assert (len(pieces) > 1, "".join(pieces)) == (True, "x" * 3_000_000)
+
+
+def test_of_a_progress_bar_the_last_state_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"10%\r50%\r100%\r\nnext \xff\n")
+    assert list(Follower(path).lines()) == ["100%", "next �"]
+
+
+def rank_file(directory: AttemptDir, rank: int, name: str) -> Path:
+    folder = directory.ranks_dir / "run_x1" / "attempt_0" / str(rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def test_every_line_has_its_rank_and_torchrun_speaks_last(tmp_path: Path) -> None:
+    directory = AttemptDir(tmp_path)
+    rank_file(directory, 10, "stderr.log").write_text("ten\n")
+    rank_file(directory, 2, "stdout.log").write_text("two\n")
+    rank_file(directory, 2, "stderr.log").write_text("RuntimeError: two\n")
+    directory.output_log.write_text("torchrun\n")
+    output = Output(directory)
+    assert list(output.lines()) == [(2, "two"), (2, "RuntimeError: two"), (10, "ten"), (None, "torchrun")]
+    rank_file(directory, 0, "stdout.log").write_text("zero\n")
+    assert list(output.lines()) == [(0, "zero")]
+    assert list(Output(directory, frozenset({10})).lines()) == [(10, "ten")]
+    # Why an attempt failed is looked for in all of it.
+    tail = find_remains(directory).output_tail
+    assert tail == ["zero", "two", "RuntimeError: two", "ten", "torchrun"]
+
+
+def test_with_a_tail_what_begins_later_is_whole(tmp_path: Path) -> None:
+    directory = AttemptDir(tmp_path)
+    directory.output_log.write_text("a\nb\nc\n")
+    output = Output(directory, last=1)
+    assert list(output.lines()) == [(None, "c")]
+    rank_file(directory, 0, "stdout.log").write_text("1\n2\n")
+    assert list(output.lines()) == [(0, "1"), (0, "2")]
+
+
+def test_torchrun_writes_each_ranks_output_where_it_is_looked_for(tmp_path: Path) -> None:
+    argv = torchrun_argv(Spec(), AttemptDir(tmp_path))
+    assert {"--redirects=3", f"--log-dir={AttemptDir(tmp_path).ranks_dir}"} <= set(argv)
