@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("submit", "Queue a run."),
     "ls": ("runs", "List runs."),
     "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
+    "watch": ("watch", "A live board of the queue, the devices and the runs, or of one run."),
     "compare": ("compare", "Hold runs against each other: what differs, and what came of it."),
     "events": ("events", "Print a run's events."),
     "replay": ("replay", "Play a run's log: its state at any moment."),
@@ -42,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
     "doctor": ("doctor", "Say what is wrong with this installation, and how to mend it."),
+    "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
     "db": ("db", "Check a database, or copy it to another one."),
 }
@@ -62,6 +65,11 @@ def _who_locks() -> str:
     )
 
 
+def _is_completing() -> bool:
+    """Whether a shell asks what could come next (see `completion.py`)."""
+    return "_SFTD_COMPLETE" in os.environ
+
+
 class _Group(click.Group):
     """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
 
@@ -73,6 +81,10 @@ class _Group(click.Group):
             return None
         module = importlib.import_module(f"sftd.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
+        if _is_completing():
+            from sftd.cli.completion import complete_runs
+
+            complete_runs(command)
         return command
 
     def resolve_command(

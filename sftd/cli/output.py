@@ -129,6 +129,11 @@ def print_error(error: SftdError) -> None:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 
 
+def printable(text: str) -> str:
+    """A text of one line that can do nothing to a terminal, whoever wrote it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split(" "))
+
+
 def escape(text: str) -> str:
     """A text for a rich console that must not be read as markup."""
     from rich import markup

@@ -131,6 +131,8 @@ def test_views_rebuilt_from_events_are_equal(home: Home) -> None:
     assert shown["status"] == "failed"
     assert shown["attempt"] == 1, "a user's error is not retried"
     assert shown["cause"] == "user error", shown["message"]
+    # What the rank said, by torchrun's own hand where `logs` looks for it.
+    assert "[attempt 1 · rank 0] " in home.run("logs", failed).stdout
     before = home.run("views", "dump").stdout
     assert before.count("\n") >= 2
     home.run("views", "rebuild")

@@ -103,6 +103,8 @@ def test_unknown_command_names_the_nearest() -> None:
         "show",
         "events",
         "logs",
+        "watch",
+        "compare no-such-run",
         "replay",
         "verify",
         "data --step 1",

@@ -55,6 +55,7 @@ def test_readme_names_every_command(command: str) -> None:
     ("page", "at_least"),
     [
         ("README.md", 20),
+        ("docs/compare-and-watch.md", 10),
         ("docs/operations.md", 10),
         ("docs/postgresql.md", 4),
         ("docs/recovering.md", 15),
