@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import click
 
 from sftd.cli import output
+
+# Options that the tool knows by the same name.
+_PASSED = (
+    "max_length",
+    "truncation",
+    "messages_key",
+    "split",
+    "val_fraction",
+    "val_rows",
+    "val_split",
+    "val_out",
+    "rewritten",
+    "workers",
+)
 
 
 @click.command("prepare")
@@ -31,56 +44,72 @@ from sftd.cli import output
     help="What happens to a longer row.",
 )
 @click.option(
-    "--messages-key", default="messages", show_default=True, help="Field or column that holds the chat."
+    "--messages-key", help="Field or column that holds the chat, when it has none of the usual names."
 )
+@click.option("--split", default="train", show_default=True, help="Split of a data set folder to read.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share split off for validation.",
+    help="Share of the chats split off for validation.",
 )
+@click.option("--val-rows", type=click.IntRange(min=1), help="Or so many rows.")
+@click.option("--val-split", help="Or a split that the data set folder has.")
 @click.option("--val-out", type=click.Path(), help="Parquet file for the validation rows.")
+@click.option(
+    "--rewritten",
+    type=click.Choice(["refuse", "mask", "split"]),
+    default="refuse",
+    show_default=True,
+    help="Answers that the template rewrites when turns follow: refuse the row, do not train them, or train each in a row of its own.",
+)
+@click.option("--skip-bad-rows", is_flag=True, help="Leave out and count rows that cannot be used.")
+@click.option(
+    "--template-arg",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Variable for the chat template, such as enable_thinking=false.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes; by default one a core for large files."
+)
 @click.option("--trust-remote-code", is_flag=True, help="Allow the tokenizer's own code to run.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def prepare_command(
     sources: tuple[str, ...],
     model: str,
     out: str,
-    max_length: int | None,
-    truncation: str,
-    messages_key: str,
-    val_fraction: float | None,
-    val_out: str | None,
+    skip_bad_rows: bool,
+    template_arg: tuple[str, ...],
     trust_remote_code: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Turn chats (JSONL or Parquet) into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
+    """Turn chats into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
 
-    The model's chat template is applied. Trained are the assistant's answers and their stop token; everything else
-    is masked with -100.
+    SOURCES are files (.jsonl, .json, .parquet) or Hugging Face data set folders, with messages, conversations,
+    prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
+    answers and their stop token; everything else is masked with -100. A card beside the file says what was done.
 
     \b
     Example:
       sftd prepare chats.jsonl -m ./SmolLM2 -o train.parquet --val-fraction 0.05 --val-out val.parquet
+      sftd prepare ./my-dataset -m ./Qwen3-8B -o train.parquet --rewritten split --max-length 4096
     """
     from sftd.launcher.tools import run_tool
 
-    if (val_fraction is None) != (val_out is None):
-        raise click.UsageError("--val-fraction and --val-out belong together.")
-    arguments = [
-        *sources,
-        "--model",
-        model,
-        "--out",
-        out,
-        "--truncation",
-        truncation,
-        "--messages-key",
-        messages_key,
-    ]
-    if max_length is not None:
-        arguments += ["--max-length", str(max_length)]
-    if val_fraction is not None and val_out is not None:
-        arguments += ["--val-fraction", str(val_fraction), "--val-out", val_out]
+    ways = [options["val_fraction"], options["val_rows"], options["val_split"]]
+    if any(way is not None for way in ways) != (options["val_out"] is not None):
+        raise click.UsageError(
+            "--val-out belongs together with one of --val-fraction, --val-rows and --val-split."
+        )
+    arguments = [*sources, "--model", model, "--out", out]
+    for name in _PASSED:
+        if options[name] is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(options[name])]
+    for text in template_arg:
+        arguments += ["--template-arg", text]
+    if skip_bad_rows:
+        arguments.append("--skip-bad-rows")
     if trust_remote_code:
         arguments.append("--trust-remote-code")
     done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
@@ -90,7 +119,10 @@ def prepare_command(
     for warning in done.get("warnings", []):
         output.warn(str(warning))
     click.echo(summary(done))
-    click.echo(f"wrote {os.path.abspath(out)}")
+    if val := done.get("val"):
+        click.echo(f"for validation: {summary(val)}")
+    for path in (done["path"], *([val["path"]] if val else []), done["card_text"]):
+        click.echo(f"wrote {path}")
 
 
 def summary(done: dict[str, Any]) -> str:
@@ -98,9 +130,11 @@ def summary(done: dict[str, Any]) -> str:
     share = done["trained_tokens"] / max(1, done["tokens"])
     text = f"{done['rows']:,} rows, {done['tokens']:,} tokens, of which {share:.0%} are trained"
     if done.get("truncated"):
-        text += f"; {done['truncated']} truncated"
+        text += f"; {done['truncated']:,} truncated"
     if done.get("dropped"):
-        text += f"; {done['dropped']} dropped"
+        text += f"; {done['dropped']:,} dropped"
+    if done.get("rejected"):
+        text += f"; {done['rejected']:,} rejected"
     return text
 
 

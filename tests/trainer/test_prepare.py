@@ -12,11 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sftd.cli import main
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.model_folder import check_model_folder, prepare_model
@@ -367,8 +369,8 @@ def test_warnings_tell_of_missing_stop_tokens_and_of_rows_past_the_context(
         ([1], "the row is a list, not an object"),
         ({"messages": ["x"]}, "message 1 is a string, not an object"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "message 1 has the role 'bot'; use one of"),
-        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "message 1 .user. is a list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has the role 'robot'; use one of"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 .user. is a list"),
         ({"messages": [*chat("q"), {"role": "assistant", "content": None}]}, "is missing, not a string"),
         ({"messages": chat("q", " ")}, "message 2 is an empty answer"),
         ({"messages": chat("q", "\ud800")}, "not valid Unicode"),
@@ -391,8 +393,8 @@ def test_unusable_files_and_options_are_refused(make_model: MakeModel, tmp_path:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "other.parquet")
     for name, message in {
         "missing.jsonl": "no chat file",
-        "good.csv": "must end in .jsonl or .parquet",
-        "bad.jsonl": "line 1 is not JSON",
+        "good.csv": "must end in .jsonl, .json, .parquet or .arrow",
+        "bad.jsonl": "line 1: it is not JSON",
         "bad.parquet": "is not a Parquet file",
         "other.parquet": "no column 'messages'; it has text",
     }.items():
@@ -473,6 +475,15 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{source}, line 1: the row has no messages")
     assert len(result.stderr.splitlines()) == 1
-    source.write_text(json.dumps({"messages": chat("q", "x")}))
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [json.loads(line)["event"] for line in result.stdout.splitlines()] == ["progress", "done"]
+    # The command of sftd runs the same tool, and hands every option on.
+    write_jsonl(source, [{"messages": chat(f"q{n}", "x")} for n in range(3)])
+    arguments = ["prepare", str(source), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "t.parquet")]
+    arguments += ["--val-rows", "1", "--val-out", str(tmp_path / "v.parquet"), "--template-arg", "x=1"]
+    shown = CliRunner().invoke(main, [*arguments, "--rewritten", "split", "--skip-bad-rows"])
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("2 rows, ")
+    assert "for validation: 1 rows, " in shown.stdout
+    card = json.loads((tmp_path / "t.parquet.card.json").read_text())
+    assert card["chat_template"]["arguments"] == {"x": 1}
+    assert (card["options"]["rewritten"], card["options"]["skip_bad_rows"]) == ("split", True)
+    assert str(tmp_path / "t.parquet.card.md") in shown.stdout

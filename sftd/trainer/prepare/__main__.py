@@ -10,9 +10,11 @@ message on standard error for what the user can mend; anything else is a defect.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.progress import EventWriter, claim_stdout
@@ -52,9 +54,16 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
             max_length=arguments.max_length,
             truncation=arguments.truncation,
             messages_key=arguments.messages_key,
+            split=arguments.split,
             val_fraction=arguments.val_fraction,
+            val_rows=arguments.val_rows,
+            val_split=arguments.val_split,
             val_out=arguments.val_out,
+            rewritten=arguments.rewritten,
+            skip_bad_rows=arguments.skip_bad_rows,
+            template_args=dict(map(_template_arg, arguments.template_arg)),
             trust_remote_code=arguments.trust_remote_code,
+            workers=arguments.workers,
         )
         done = tokenize_files(arguments.sources, arguments.model, arguments.out, options, events)
         events.emit("done", **done)
@@ -65,6 +74,16 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
         events.emit(
             "row", **show_row(arguments.file, arguments.model, arguments.row, trust_remote_code=trust)
         )
+
+
+def _template_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise PrepareError(f"The template argument {text!r} is not NAME=VALUE.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a word without quotes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,14 +101,28 @@ def _parser() -> argparse.ArgumentParser:
     chats.add_argument("--rows", type=int, help="at most so many chats, both files together")
 
     tokenize = commands.add_parser("tokenize", help="turn chats into token ids and labels")
-    tokenize.add_argument("sources", type=Path, nargs="+", help="chat files: .jsonl or .parquet")
+    tokenize.add_argument(
+        "sources",
+        type=Path,
+        nargs="+",
+        help="chat files (.jsonl, .json, .parquet, .arrow) or data set folders",
+    )
     tokenize.add_argument("--model", type=Path, required=True, help="model folder whose tokenizer is used")
     tokenize.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     tokenize.add_argument("--max-length", type=int, help="longest row, in tokens")
     tokenize.add_argument("--truncation", choices=("right", "left", "error", "drop"), default="right")
-    tokenize.add_argument("--messages-key", default="messages", help="field or column that holds the chat")
+    tokenize.add_argument("--messages-key", help="field or column that holds the chat")
+    tokenize.add_argument("--split", default="train", help="split of a data set folder")
     tokenize.add_argument("--val-fraction", type=float, help="share of the chats that goes to --val-out")
+    tokenize.add_argument("--val-rows", type=int, help="number of rows that go to --val-out")
+    tokenize.add_argument("--val-split", help="split of a data set folder that goes to --val-out")
     tokenize.add_argument("--val-out", type=Path, help="Parquet file of the held-out chats")
+    tokenize.add_argument("--rewritten", choices=("refuse", "mask", "split"), default="refuse")
+    tokenize.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
+    tokenize.add_argument(
+        "--template-arg", action="append", default=[], help="NAME=JSON that the chat template is given"
+    )
+    tokenize.add_argument("--workers", type=int, help="processes; by default one a core for large files")
     tokenize.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
 
     show = commands.add_parser("show", help="show one tokenised row")

@@ -1,17 +1,21 @@
-"""Reads conversations from JSON Lines and Parquet files, checked, with their place for messages."""
+"""Files of conversations, read in pieces of a few hundred rows: JSON Lines, JSON, Parquet, and the Arrow files of Hugging
+Face data set folders. A piece is bytes; whoever gets it reads its rows (see `rows_of`)."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sftd.trainer.prepare.chat_rows import FIELDS, shape_of
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 
-_ROLES = frozenset({"system", "user", "assistant", "tool"})
-_PARQUET_BATCH = 512
+# The size of a piece decides how many rows are in memory at once; it depends on nothing but the file.
+_PIECE_ROWS = 256
+_PIECE_BYTES = 1 << 20
 _BLOCK = 1 << 20
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -24,17 +28,21 @@ class ChatSource:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """One conversation; `place` names its file and line or row (from 1) for messages."""
+class Piece:
+    """Some rows of a file in order, the first being number `first` (from 1); `data` is JSON Lines or an Arrow stream."""
 
-    place: str
-    messages: list[dict[str, Any]]
+    path: str
+    kind: Literal["lines", "objects", "arrow"]
+    first: int
+    data: bytes
 
 
 def open_source(path: Path) -> ChatSource:
     """Measure a file. Raises PrepareError when it is missing or of another kind than read here."""
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise PrepareError(f"{path} is no chat file: its name must end in .jsonl or .parquet.")
+    if path.suffix not in SUFFIXES:
+        raise PrepareError(
+            f"{path} is no chat file: its name must end in .jsonl, .json, .parquet or .arrow, or it is a folder of such."
+        )
     digest = hashlib.sha256()
     lines, last = 0, b"\n"
     try:
@@ -47,53 +55,145 @@ def open_source(path: Path) -> ChatSource:
         raise PrepareError(f"There is no chat file {path}.") from error
     except OSError as error:
         raise PrepareError(f"The chat file {path} cannot be read: {error.strerror}.") from error
-    rows = _open_parquet(path).metadata.num_rows if path.suffix == ".parquet" else lines + (last != b"\n")
+    if path.suffix == ".parquet":
+        rows = _open_parquet(path).metadata.num_rows
+    elif path.suffix == ".arrow":
+        rows = sum(batch.num_rows for batch in _arrow_batches(path))
+    elif _is_array(path):
+        rows = sum(1 for _ in _objects(path))
+    else:
+        rows = lines + (last != b"\n")
     return ChatSource(path, rows, digest.hexdigest())
 
 
-def read_chats(source: ChatSource, messages_key: str) -> Iterator[Chat]:
-    """Yield a file's conversations in order.
-
-    A row holds a list of `{"role", "content"}` under `messages_key`, or else the strings `prompt` and
-    `completion`. Raises PrepareError at the first row that is neither, or whose messages cannot be
-    trained on.
-    """
+def pieces(source: ChatSource, messages_key: str | None) -> Iterator[Piece]:
+    """The file in pieces. Raises PrepareError when it cannot be read on."""
     path = source.path
-    rows = _parquet_rows(path, messages_key) if path.suffix == ".parquet" else _jsonl_rows(path)
-    for place, row in rows:
-        try:
-            yield Chat(place, _messages(row, messages_key))
-        except ChatError as error:
-            raise PrepareError(f"{place}: {error}.") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix in (".parquet", ".arrow"):
+        yield from _arrow_pieces(path, messages_key)
+        return
+    kind: Literal["lines", "objects"] = "objects" if _is_array(path) else "lines"
+    part: list[bytes] = []
+    first, size = 1, 0
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
+        for number, line in enumerate(_objects(path) if kind == "objects" else stream, start=1):
+            part.append(line)
+            size += len(line)
+            if len(part) == _PIECE_ROWS or size >= _PIECE_BYTES:
+                yield Piece(str(path), kind, first, b"".join(part))
+                part, first, size = [], number + 1, 0
+    if part:
+        yield Piece(str(path), kind, first, b"".join(part))
+
+
+def rows_of(piece: Piece) -> Iterator[tuple[str, Any]]:
+    """(place for messages, row) of each row; the row is a ChatError where it cannot be read. Blank lines are skipped."""
+    if piece.kind == "arrow":
+        import pyarrow as pa
+
+        with pa.ipc.open_stream(piece.data) as reader:
+            rows = [row for batch in reader for row in batch.to_pylist()]
+        for number, row in enumerate(rows, start=piece.first):
+            yield f"{piece.path}, row {number}", row
+        return
+    unit = "line" if piece.kind == "lines" else "row"
+    # Not splitlines(): JSON may hold other characters that it takes for line ends.
+    for number, line in enumerate(piece.data.split(b"\n"), start=piece.first):
+        if not line.strip():
+            continue
+        place = f"{piece.path}, {unit} {number}"
+        try:
+            yield place, json.loads(line)
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
+            yield place, ChatError(f"it is not JSON ({error}). Write one JSON object a line, in UTF-8")
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a JSON file is one array of rows, not a row a line."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as stream:
+        while byte := stream.read(1):
+            if not byte.isspace():
+                return byte == b"["
+    return False
+
+
+def _objects(path: Path) -> Iterator[bytes]:
+    """The rows of a JSON array, each as a line, without having the whole file in memory."""
+    decoder = json.JSONDecoder()
+    rows = 0
+    with path.open(encoding="utf-8") as stream:
+        text, position, ended = stream.read(_BLOCK), 0, False
+        position = text.index("[") + 1
+        while True:
+            while position < len(text) and (text[position].isspace() or text[position] == ","):
+                position += 1
+            if position < len(text) and text[position] == "]":
+                return
             try:
-                yield place, json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
-                raise PrepareError(
-                    f"{place} is not JSON ({error}). Write one JSON object a line, in UTF-8."
-                ) from error
+                value, after = decoder.raw_decode(text, position)
+            except ValueError as error:
+                if ended:
+                    raise PrepareError(
+                        f"{path}, row {rows + 1} is not JSON ({error}). Write an array of objects, or one object a line."
+                    ) from error
+                # An object may go on behind what has been read.
+                more = stream.read(max(_BLOCK, len(text) - position))
+                ended = not more
+                text, position = text[position:] + more, 0
+                continue
+            rows += 1
+            yield json.dumps(value).encode() + b"\n"
+            position = after
 
 
-def _parquet_rows(path: Path, messages_key: str) -> Iterator[tuple[str, Any]]:
-    parquet = _open_parquet(path)
-    columns = [name for name in (messages_key, "prompt", "completion") if name in parquet.schema_arrow.names]
-    if messages_key not in columns and len(columns) < 2:
+def _arrow_pieces(path: Path, messages_key: str | None) -> Iterator[Piece]:
+    import pyarrow as pa
+
+    if path.suffix == ".parquet":
+        parquet = _open_parquet(path)
+        columns = _columns(path, parquet.schema_arrow.names, messages_key)
+        batches = parquet.iter_batches(batch_size=_PIECE_ROWS, columns=columns)
+    else:
+        batches = (
+            batch.select(_columns(path, batch.schema.names, messages_key)) for batch in _arrow_batches(path)
+        )
+    first = 1
+    for whole in batches:
+        for start in range(0, whole.num_rows, _PIECE_ROWS):
+            batch = whole.slice(start, _PIECE_ROWS)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            yield Piece(str(path), "arrow", first, sink.getvalue().to_pybytes())
+            first += batch.num_rows
+
+
+def _columns(path: Path, names: list[str], messages_key: str | None) -> list[str]:
+    if shape_of(names, messages_key) is None:
         raise PrepareError(
-            f"{path} has no column {messages_key!r}; it has {', '.join(parquet.schema_arrow.names)}. "
+            f"{path} has no column {messages_key or 'messages'!r}; it has {', '.join(names)}. "
             "Name the column that holds the chats."
         )
-    number = 0
-    for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
+    return [name for name in names if name in FIELDS or name == messages_key]
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """The record batches of an Arrow file, of either of its two formats."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader: Any = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            try:
+                file = pa.ipc.open_file(source)
+            except pa.ArrowInvalid as error:
+                raise PrepareError(f"{path} is not an Arrow file ({error}).") from error
+            reader = (file.get_batch(number) for number in range(file.num_record_batches))
+        yield from reader
 
 
 def _open_parquet(path: Path) -> Any:
@@ -101,60 +201,7 @@ def _open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        # Without its read-ahead, which takes whole row groups into memory.
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise PrepareError(f"{path} is not a Parquet file ({error}).") from error
-
-
-def _messages(row: Any, key: str) -> list[dict[str, Any]]:
-    if not isinstance(row, dict):
-        raise ChatError(f"the row is {_kind(row)}, not an object with the field {key!r}")
-    messages = row.get(key)
-    if messages is None and "prompt" in row and "completion" in row:
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-    if not isinstance(messages, list) or not messages:
-        raise ChatError(
-            f"the row has no messages: the field {key!r} must be a list of objects with role and content, "
-            "and not empty. Mend or remove the row, or name the field that holds the chat"
-        )
-    checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
-    if not any(message["role"] == "assistant" for message in checked):
-        raise ChatError("the chat has no assistant message, so there is nothing to train on. Remove the row")
-    return checked
-
-
-def _message(message: Any, number: int) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise ChatError(f"message {number} is {_kind(message)}, not an object with role and content")
-    # Parquet fills the fields that only other messages have with null.
-    given = {key: value for key, value in message.items() if value is not None}
-    role, content = given.get("role"), given.get("content")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ChatError(f"message {number} has the role {role!r}; use one of {', '.join(sorted(_ROLES))}")
-    if not isinstance(content, str):
-        raise ChatError(
-            f"the content of message {number} ({role}) is {_kind(content)}, not a string. Write the text "
-            "into it; images and bare tool calls cannot be trained on"
-        )
-    try:
-        json.dumps(given, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise ChatError(
-            f"message {number} ({role}) is not valid Unicode ({error.reason}). Mend or remove the row"
-        ) from error
-    if role == "assistant" and not content.strip():
-        raise ChatError(f"message {number} is an empty answer of the assistant. Remove the row or the turn")
-    return given
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "missing", dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return names.get(type(value), "a number")
-
-
-def digest_of_chat(messages: Sequence[dict[str, Any]]) -> bytes:
-    """sha256 of a conversation's content, the same wherever it stands."""
-    return hashlib.sha256(json.dumps(messages, sort_keys=True, ensure_ascii=False).encode()).digest()

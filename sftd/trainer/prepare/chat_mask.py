@@ -6,31 +6,16 @@ templates put after the stop token, and all other turns are not.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sftd.trainer.prepare.errors import ChatError
+from sftd.trainer.prepare.chat_render import ChatRenderer, Message, RenderedChat, Rewritten, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
-
-Message = dict[str, Any]
-Span = tuple[int, int]  # [start, end), in characters or in tokens
-
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Stands in for an answer to see what the template puts around it.
-_PLACEHOLDER = "sftdAnswerPlaceholder"
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as text, and the character spans of its answers, without their stop tokens."""
-
-    text: str
-    answers: list[Span]
 
 
 @dataclass(frozen=True)
@@ -53,17 +38,33 @@ class ChatMasker:
     itself puts after an answer is added to them.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        stop_ids: Iterable[int] = (),
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._renderer = ChatRenderer(tokenizer, template_args)
         self._special_ids = {*tokenizer.all_special_ids, *stop_ids}
         self._special_ids.update(
             id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special
         )
         self._stop_ids = set(stop_ids)
-        self._marks_answers = bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template()))
+        special = sorted(filter(None, map(str, tokenizer.convert_ids_to_tokens(sorted(self._special_ids)))))
+        self._special_text = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._template_stop = self._find_template_stop()
         if self._template_stop is not None:
             self._stop_ids.add(self._template_stop)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the chat template itself marks what is trained."""
+        return self._renderer.marks_answers()
+
+    def holds_special(self, messages: Sequence[Message]) -> bool:
+        """Whether the text of a message has what the tokenizer takes for one of its special tokens."""
+        return any(self._special_text.search(str(message.get("content"))) for message in messages)
 
     @property
     def stop_token(self) -> str | None:
@@ -72,17 +73,18 @@ class ChatMasker:
             return None
         return str(self._tokenizer.convert_ids_to_tokens(self._template_stop))
 
-    def render(self, messages: Sequence[Message]) -> RenderedChat:
-        """Render a conversation and find its answers.
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> RenderedChat:
+        """The one row of a conversation. Raises ChatError as `rows` does, and when an answer is rewritten."""
+        return self.rows(messages, tools)[0]
 
-        `messages` are dicts of `role` and `content`, at least one of them an assistant's. Raises
-        ChatError when the template refuses them, or changes an answer so that it cannot be found.
+    def rows(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, rewritten: Rewritten = "refuse"
+    ) -> list[RenderedChat]:
+        """Render a conversation and find its answers (see `ChatRenderer.rows`).
+
+        `messages` are dicts of `role` and `content`, at least one of them an assistant's.
         """
-        if self._marks_answers:
-            return self._render_marked(messages)
-        text = self._render(messages)
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        return RenderedChat(text, [self._answer_span(messages, turn, text) for turn in turns])
+        return self._renderer.rows(messages, tools, rewritten)
 
     def encode(self, chats: Sequence[RenderedChat]) -> list[MaskedChat]:
         """Tokenise rendered conversations, each text once and whole, and label their answers."""
@@ -131,93 +133,11 @@ class ChatMasker:
             return after + 1, True
         return end, False
 
-    def _answer_span(self, messages: Sequence[Message], turn: int, text: str) -> Span:
-        content: str = messages[turn]["content"]
-        head, tail = self._around(messages, turn)
-        end = len(text) - len(tail)
-        start = len(head) if text.startswith(head) else None
-        prompt = self._generation_prompt(messages[:turn])
-        if prompt is not None and text.startswith(prompt) and len(prompt) <= end:
-            between = text[len(prompt) : start] if start is not None else content
-            # Where the template knows no generation prompt, the role header lies between.
-            if not between.strip() or prompt != self._render(messages[:turn]):
-                start = len(prompt)
-        elif prompt is not None and start is not None:
-            # The template writes earlier turns otherwise when others follow. The blanks that the model
-            # has to write between prompt and answer are seen in the chat that ends here.
-            lead = self._around(messages[: turn + 1], turn)[0].removeprefix(prompt)
-            if not lead.strip() and head.endswith(lead):
-                start -= len(lead)
-        found = text.endswith(tail) and text[:end].rstrip().endswith(content.strip())
-        if start is None or start > end or not found:
-            raise ChatError(
-                f"the chat template changes the assistant's message {turn + 1} otherwise than by trimming it "
-                "(some cut the reasoning out of earlier answers), so its tokens cannot be found. Give the "
-                "content as the template renders it, or split the chat so that it ends with this answer"
-            )
-        return start, end
-
-    def _around(self, messages: Sequence[Message], turn: int) -> tuple[str, str]:
-        """The text before and after the content of one message."""
-        if any(_PLACEHOLDER in message["content"] for message in messages):
-            raise ChatError(f"a message contains {_PLACEHOLDER!r}, which is reserved; remove it")
-        replaced = [*messages]
-        replaced[turn] = {**messages[turn], "content": _PLACEHOLDER}
-        parts = self._render(replaced).split(_PLACEHOLDER)
-        if len(parts) != 2:
-            raise ChatError(
-                f"the chat template writes the assistant's message {turn + 1} {len(parts) - 1} times, not "
-                "once; use a model folder with another chat template"
-            )
-        return parts[0], parts[1]
-
-    def _generation_prompt(self, messages: Sequence[Message]) -> str | None:
-        """The prompt at which the model would answer; None where the template has none for these messages."""
-        if not messages:
-            return None
-        try:
-            return self._render(messages, add_generation_prompt=True)
-        except ChatError:  # such as a template that wants the system message with a user's
-            return None
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program of its own; it can fail in any way
-            raise ChatError(_refusal(error)) from error
-        return str(text)
-
-    def _render_marked(self, messages: Sequence[Message]) -> RenderedChat:
-        """Render under a template that marks the answers itself, with `{% generation %}`."""
-        # apply_chat_template gives this mask by tokens, but loses an answer that begins with a blank;
-        # the characters' spans, which it computes it from, are exact.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template  # its annotations are wrong
-        try:
-            texts, spans = render(
-                conversations=[list(messages)],
-                chat_template=self._tokenizer.get_chat_template(),
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        except Exception as error:
-            raise ChatError(_refusal(error)) from error
-        answers = [(start, end) for start, end in spans[0] if end > start]
-        if not answers:
-            raise ChatError("the chat template marks no text of this chat as the assistant's")
-        return RenderedChat(texts[0], answers)
-
     def _find_template_stop(self) -> int | None:
         """The id of the special token that the template puts after an answer, if it does."""
-        question: Message = {"role": "user", "content": "Question?"}
-        try:
-            text = self._render([question, {"role": "assistant", "content": _PLACEHOLDER}])
-        except ChatError:
+        text, end = self._renderer.probe_text, self._renderer.probe_answer_end
+        if text is None:
             return None  # the template wants other messages; the rows will show
-        end = text.rfind(_PLACEHOLDER) + len(_PLACEHOLDER)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for id_, span in zip(encoded["input_ids"], _contiguous(encoded["offset_mapping"]), strict=True):
             if span[0] < end:
@@ -253,7 +173,3 @@ def _carries(text: str, span: Span, start: int) -> bool:
 
 def _blank(text: str, span: Span) -> bool:
     return not text[span[0] : span[1]].strip()
-
-
-def _refusal(error: Exception) -> str:
-    return f"the model's chat template refuses it ({type(error).__name__}: {error})"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, tokenizer_digest
-from sftd.trainer.prepare.tokenize_files import METADATA_KEY
+from sftd.trainer.prepare.row_file import METADATA_KEY
 
 
 def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:

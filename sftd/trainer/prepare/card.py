@@ -1,0 +1,198 @@
+"""The card of a tokenised data set: what it was made of, how, and what became of each row. The same input gives the same
+bytes: neither times nor folders are in it."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sftd
+from sftd.trainer.prepare.card_text import as_markdown
+from sftd.trainer.prepare.chat_files import ChatSource
+from sftd.trainer.prepare.hf_tokenizer import chat_template_sha256, tokenizer_digest
+from sftd.trainer.prepare.row_file import RowFile
+from sftd.trainer.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
+
+# Reasons that are counted apart, and rows that are named.
+_REASONS, _EXAMPLES = 40, 20
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass
+class Counts:
+    """What became of the chats. `rejected` and `dropped` are by reason; `leaked` are training rows whose chats are in the
+    data set's own validation split as well."""
+
+    chats: int = 0
+    truncated: int = 0
+    unstopped: int = 0
+    as_shown: int = 0
+    rewritten: int = 0
+    special: int = 0
+    leaked: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    examples: list[dict[str, str]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, done: Done) -> None:
+        """Count a piece."""
+        self.chats += done.chats
+        self.unstopped += done.unstopped
+        self.as_shown += done.as_shown
+        self.rewritten += done.rewritten
+        self.special += done.special
+        for total, part in ((self.dropped, done.dropped), (self.shapes, done.shapes)):
+            for name, count in part.items():
+                total[name] = total.get(name, 0) + count
+        for place, why in done.rejected:
+            # The same mistake in another message is the same reason.
+            reason = _NUMBER.sub("N", why)
+            if reason not in self.rejected and len(self.rejected) >= _REASONS:
+                reason = "other reasons"
+            self.rejected[reason] = self.rejected.get(reason, 0) + 1
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append({"place": place.rpartition("/")[2], "reason": why})
+
+
+def make_card(
+    tokenizer: PieceTokenizer,
+    model: Path,
+    sources: Sequence[ChatSource],
+    held_out: Sequence[ChatSource],
+    options: TokenizeOptions,
+    train: RowFile,
+    val: RowFile | None,
+    published: Sequence[dict[str, Any]],
+    counts: Counts,
+) -> dict[str, Any]:
+    """The card as a JSON object."""
+    import tokenizers
+    import transformers
+
+    loaded, masker = tokenizer.tokenizer, tokenizer.masker
+    files = [("train", train), *([("validation", val)] if val is not None else [])]
+    named = [*((source, "train") for source in sources), *((source, "validation") for source in held_out)]
+    return {
+        "format": 1,
+        "made_with": {
+            "sftd": sftd.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "sources": [
+            {"name": source.path.name, "split": split, "rows": source.rows, "sha256": source.sha256}
+            for source, split in named
+        ],
+        "shapes": counts.shapes,
+        "tokenizer": {
+            "model": model.resolve().name,
+            "digest": tokenizer_digest(loaded),
+            "vocab_size": len(loaded),
+            "stop_token": masker.stop_token,
+        },
+        "chat_template": {
+            "sha256": chat_template_sha256(loaded),
+            "answers": "marked by the template" if masker.marks_answers else "found by rendering",
+            "arguments": dict(options.template_args),
+        },
+        "options": {
+            "max_length": options.max_length,
+            "truncation": options.truncation,
+            "messages_key": options.messages_key,
+            "split": options.split,
+            "val_fraction": options.val_fraction,
+            "val_rows": options.val_rows,
+            "val_split": options.val_split,
+            "rewritten": options.rewritten,
+            "skip_bad_rows": options.skip_bad_rows,
+        },
+        "chats": {
+            "used": counts.chats,
+            "with_special_tokens_in_their_text": counts.special,
+            "rejected": sum(counts.rejected.values()),
+            "rejected_by_reason": counts.rejected,
+            "rejected_first": counts.examples,
+            "dropped": sum(counts.dropped.values()),
+            "dropped_by_reason": counts.dropped,
+        },
+        "answers": {
+            "without_stop_token": counts.unstopped,
+            "trained_as_shown": counts.as_shown,
+            "left_out_because_rewritten": counts.rewritten,
+        },
+        "outputs": {
+            split: {
+                "name": file.path.name,
+                "sha256": done["sha256"],
+                "rows": file.rows,
+                "tokens": file.tokens,
+                "trained_tokens": file.trained_tokens,
+                "trained_share": round(file.trained_tokens / max(1, file.tokens), 6),
+                "longest": file.longest,
+                "rows_by_length_up_to": file.lengths(),
+                "truncated": file.truncated,
+                "cut_tokens": file.cut_tokens,
+                "cut_trained_tokens": file.cut_trained_tokens,
+            }
+            for (split, file), done in zip(files, published, strict=True)
+        },
+        "warnings": _warnings(counts, model, [file for _, file in files]),
+    }
+
+
+def write_card(out: Path, card: dict[str, Any]) -> dict[str, str]:
+    """Write the card beside the data, for programs and for people. Returns the fields `card` and `card_text`."""
+    paths = {"card": f"{out.name}.card.json", "card_text": f"{out.name}.card.md"}
+    texts = {"card": json.dumps(card, indent=2, ensure_ascii=False) + "\n", "card_text": as_markdown(card)}
+    for name, text in texts.items():
+        partial = out.with_name(paths[name] + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out.with_name(paths[name]))
+    return {name: str(out.with_name(path).resolve()) for name, path in paths.items()}
+
+
+def _warnings(counts: Counts, model: Path, files: Sequence[RowFile]) -> list[str]:
+    warnings = []
+    if counts.unstopped:
+        warnings.append(
+            f"{counts.unstopped} answers are trained without a stop token, so the model does not learn to "
+            "stop: the chat template puts no special token directly after them"
+        )
+    if counts.as_shown:
+        warnings.append(
+            f"{counts.as_shown} answers are trained as the chat template shows them to later turns, without what the model "
+            "writes before them (such as an empty think block); --rewritten split trains each as the model writes it"
+        )
+    if counts.rewritten:
+        warnings.append(
+            f"{counts.rewritten} answers are not trained, because the chat template rewrites them when other turns follow; "
+            "--rewritten split trains each in a row of its own"
+        )
+    if cut := sum(file.cut_trained_tokens for file in files):
+        rows = sum(file.truncated for file in files)
+        warnings.append(f"truncation has cut {cut} tokens of answers off {rows} rows")
+    if counts.special:
+        warnings.append(
+            f"{counts.special} chats have text in their messages that the tokenizer takes for special tokens of its own "
+            "(such as a stop token), so the model would read it as the chat's structure"
+        )
+    if counts.leaked:
+        warnings.append(f"{counts.leaked} training rows have chats that are in the validation split as well")
+    context, longest = _context_length(model), max(file.longest for file in files)
+    if context is not None and longest > context:
+        warnings.append(
+            f"the longest row has {longest} tokens, but the model was trained with a context of {context}"
+        )
+    return warnings
+
+
+def _context_length(model: Path) -> int | None:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # only the tokenizer was needed; the training run checks the model
+    length = config.get("max_position_embeddings")
+    return length if isinstance(length, int) else None

@@ -1,0 +1,63 @@
+"""Whether a chat template has kept what the messages hold: nothing of them is left out without a word."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def lost_of_answer(message: Mapping[str, Any], shown: str) -> str | None:
+    """What of an assistant's message is not in the text that shows it, in words; None when all is there."""
+    squeezed = _squeeze(shown)
+    if not _has(squeezed, message.get("content")):
+        return "a part of the content"
+    if any(not _has(squeezed, message.get(field)) for field in _REASONING):
+        return "the reasoning"
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        told = [function.get("name"), *_leaves(function.get("arguments"))]
+        if not all(_has(squeezed, part) for part in told):
+            return "the tool calls"
+    return None
+
+
+def first_lost_message(messages: Sequence[Mapping[str, Any]], text: str) -> int | None:
+    """The first message of a system, user or tool that is not in the whole text, whole but for blanks."""
+    squeezed = _squeeze(text)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant" and not _has(squeezed, message.get("content")):
+            return turn
+    return None
+
+
+def first_lost_tool(tools: Sequence[Any] | None, text: str) -> str | None:
+    """The name of the first tool that the whole text does not name."""
+    names = [tool.get("function", tool).get("name") for tool in tools or () if isinstance(tool, Mapping)]
+    return next((name for name in names if isinstance(name, str) and name not in text), None)
+
+
+def _has(squeezed: str, part: Any) -> bool:
+    if part is None:
+        return True
+    wanted = part if isinstance(part, str) else json.dumps(part)
+    # Templates write JSON by Jinja's `tojson` or transformers', which differ in what they escape.
+    forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
+    return any(_squeeze(form) in squeezed for form in forms)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The strings and numbers inside of arguments; templates write the rest in their own ways."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

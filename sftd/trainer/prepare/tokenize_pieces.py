@@ -1,0 +1,144 @@
+"""What a worker does with a piece of a chat file: rows → conversations → texts → token ids and labels, cut to length."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sftd.trainer.prepare.chat_files import Piece, rows_of
+from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
+from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
+from sftd.trainer.prepare.chat_rows import Conversation, conversation
+from sftd.trainer.prepare.errors import ChatError, PrepareError
+from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
+
+Truncation = Literal["right", "left", "error", "drop"]
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How chats become rows.
+
+    `max_length` in tokens, None for no limit. `truncation` says what becomes of a longer chat: its
+    end (`right`) or beginning (`left`) is cut off, the run fails (`error`), or the chat is left out
+    (`drop`). `val_fraction` (0 to 1) of the chats, or `val_rows` rows, go to `val_out`, chosen by a hash of the
+    chat, so that the same chat is never in both files; without either, `val_split` of the data set folders does.
+    `rewritten` says what becomes of answers that the template rewrites when other turns follow, `skip_bad_rows`
+    whether rows that cannot be used are left out and counted. `template_args` are given to the chat template.
+    """
+
+    max_length: int | None = None
+    truncation: Truncation = "right"
+    messages_key: str | None = None
+    split: str = "train"
+    val_fraction: float | None = None
+    val_rows: int | None = None
+    val_split: str | None = None
+    val_out: Path | None = None
+    rewritten: Rewritten = "refuse"
+    skip_bad_rows: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to write: `input_ids` and unshifted `labels` (int32), and the 8 bytes that place it in a split.
+
+    `cut` is the number of tokens that it is shorter than its chat, of which `cut_trained` were trained.
+    """
+
+    input_ids: Any
+    labels: Any
+    key: bytes
+    cut: int
+    cut_trained: int
+
+
+@dataclass
+class Done:
+    """A piece's rows in order, and what happened to the others: `rejected` are (place, reason), `dropped` reason → chats."""
+
+    rows: list[Row] = field(default_factory=list)
+    chats: int = 0
+    seen: int = 0
+    unstopped: int = 0
+    as_shown: int = 0
+    rewritten: int = 0
+    special: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+
+
+class PieceTokenizer:
+    """Tokenises pieces with the tokenizer of one model folder."""
+
+    def __init__(self, model: Path, options: TokenizeOptions) -> None:
+        self._options = options
+        self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        self.masker = ChatMasker(self.tokenizer, stop_token_ids(self.tokenizer, model), options.template_args)
+
+    def __call__(self, piece: Piece) -> Done:
+        """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
+        options, done = self._options, Done()
+        rendered: list[tuple[str, Conversation, RenderedChat]] = []
+        for place, row in rows_of(piece):
+            done.seen += 1
+            try:
+                if isinstance(row, ChatError):
+                    raise row
+                chat = conversation(row, options.messages_key, fills_nulls=piece.kind == "arrow")
+                texts = self.masker.rows(chat.messages, chat.tools, options.rewritten)
+            except ChatError as error:
+                if not options.skip_bad_rows:
+                    raise PrepareError(
+                        f"{place}: {error}. (--skip-bad-rows leaves such rows out.)"
+                    ) from error
+                done.rejected.append((place, str(error)))
+                continue
+            done.chats += 1
+            done.special += self.masker.holds_special(chat.messages)
+            done.shapes[chat.shape] = done.shapes.get(chat.shape, 0) + 1
+            rendered += [(place, chat, text) for text in texts]
+        masked = self.masker.encode([text for _, _, text in rendered])
+        for (place, chat, text), whole in zip(rendered, masked, strict=True):
+            done.unstopped += whole.unstopped
+            done.as_shown += text.as_shown
+            done.rewritten += text.rewritten
+            kept = _fit(whole, place, options)
+            if isinstance(kept, str):
+                done.dropped[kept] = done.dropped.get(kept, 0) + 1
+            else:
+                done.rows.append(_row(whole, kept, chat.key()))
+        return done
+
+
+def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
+    ids = np.asarray(whole.input_ids, np.int32)
+    labels = np.asarray(whole.labels, np.int32)
+    trained = int((labels != IGNORE_INDEX).sum())
+    left = labels[kept]
+    return Row(ids[kept], left, key, len(labels) - len(left), trained - int((left != IGNORE_INDEX).sum()))
+
+
+def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
+    """The part of a chat that becomes a row, or why there is none."""
+    limit, length = options.max_length, len(chat.input_ids)
+    kept = slice(None)
+    if limit is not None and length > limit:
+        if options.truncation == "error":
+            raise PrepareError(
+                f"{place}: the chat has {length} tokens, more than the {limit} allowed. Allow a "
+                "greater length, shorten the chat, or choose another truncation: right, left or drop."
+            )
+        if options.truncation == "drop":
+            return "longer than the greatest length"
+        kept = slice(limit) if options.truncation == "right" else slice(-limit, None)
+    # The first token of a row is never predicted, so its label trains nothing.
+    if all(label == IGNORE_INDEX for label in chat.labels[kept][1:]):
+        return "no trained token is left"
+    return kept
