@@ -18,6 +18,7 @@ from sftd.cli import app
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
+    from sftd.daemon.notices import NoticeThread
     from sftd.store.engine import Store
 
 _START_SECONDS = 60.0
@@ -150,7 +151,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         if store is None:
             return
         inventory = Inventory(gpu_count(), settings.cpu_slots)
-        daemon = Daemon(store, settings, inventory, _mirror(settings), stop=stop)
+        mirror, notices = _mirror(settings), _notices(settings, store)
+        daemon = Daemon(store, settings, inventory, mirror, stop=stop, notices=notices)
         try:
             daemon.run(drain=drain)
         except Exception:
@@ -178,6 +180,15 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
                 logging.getLogger("sftd.daemon").warning("%s; trying again", said)
         stop.wait(_DATABASE_SECONDS)
     return None
+
+
+def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
+    if not (settings.notify_command or settings.notify_webhook):
+        return []
+    from sftd.cli.notify import notifiers
+    from sftd.daemon.notices import NoticeThread
+
+    return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
 
 
 def _mirror(settings: Settings) -> Callable[[], object] | None:

@@ -12,7 +12,7 @@ _TAKEN = ("PATH", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "HF_HO
 _TAKEN_PREFIXES = ("SFTD_", "NCCL_", "MLFLOW_TRACKING_URI")
 # Set by sftd itself, for one process.
 _NOT_TAKEN = ("SFTD_HOME", "SFTD_DAEMON_LOG", "SFTD_ATTEMPT_TOKEN", "SFTD_DEVICE")
-_SECRET = ("PASSWORD", "TOKEN", "SECRET", "KEY")
+_SECRET = ("PASSWORD", "TOKEN", "SECRET", "KEY", "WEBHOOK", "NOTIFY_COMMAND")
 
 _SERVICE = """\
 # Training survives a stop, a restart and an upgrade of the daemon: only the daemon itself is ended, and the kernel's

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _BYTES, _KEPT = 10_000_000, 5
-NAMES = ("sftd.daemon", "sftd.mirror", "py.warnings")
+NAMES = ("sftd.daemon", "sftd.mirror", "sftd.notify", "py.warnings")
 _daemon = logging.getLogger("sftd.daemon")
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import sqlalchemy as sa
@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sftd.daemon.log import of_run
 from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
+from sftd.daemon.notices import NoticeThread
 from sftd.daemon.rescuer import orphaned
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
@@ -60,6 +61,7 @@ class Daemon:
         mirror: Callable[[], object] | None = None,
         launcher: Launcher = LocalAttempt,
         stop: threading.Event | None = None,
+        notices: Sequence[NoticeThread] = (),
     ) -> None:
         self._store = store
         self._settings = settings
@@ -73,6 +75,7 @@ class Daemon:
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
         self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
+        self._notices = notices
         self._stop = stop or threading.Event()
         self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
         self._renew_at = 0.0
@@ -92,6 +95,8 @@ class Daemon:
             while not self._stop.is_set():
                 try:
                     if not registered:
+                        for channel in self._notices:
+                            channel.start()
                         self._register()
                         registered = True
                     busy = self.tick()
@@ -111,6 +116,8 @@ class Daemon:
                 _MIRROR_DRAIN_SECONDS if drained else 10.0, catch_up=True
             ):
                 log.warning("MLflow has not everything yet; the next daemon goes on from there")
+            for channel in self._notices:
+                channel.stop()
             self._unregister()
         log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
 
@@ -165,6 +172,9 @@ class Daemon:
         self._preempt()
         if busy and self._mirror:
             self._mirror.wake()
+        if busy:
+            for channel in self._notices:
+                channel.wake()
         return busy
 
     def _renew(self) -> None:

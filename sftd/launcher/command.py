@@ -11,7 +11,7 @@ from sftd.wire.attempt_dir import AttemptDir
 # Marks every process of an attempt, so that survivors can be found when the leader is gone.
 TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
 # The trainer talks to neither the database nor MLflow, and their URLs may hold passwords.
-_WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "PGPASSWORD")
+_WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "PGPASSWORD", "SFTD_NOTIFY_")
 # torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
 _SHELL = '"$@"; code=$?; echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
 

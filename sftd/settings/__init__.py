@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tomllib
+import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+# What a person can be told of; `domain/notices.py` says which events that is.
+NOTIFY_KINDS = ("ended", "failed", "anomaly", "started", "retrying", "paused")
 
 
 class SettingsError(Exception):
@@ -19,7 +24,8 @@ class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
     off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
-    of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None unknown."""
+    of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
+    unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none."""
 
     home: Path
     database_url: str
@@ -33,6 +39,10 @@ class Settings:
     user_limit: int | None = None
     project_limit: int | None = None
     device_price: float | None = None
+    # Both may hold secrets.
+    notify_command: str = field(default="", repr=False)
+    notify_webhook: str = field(default="", repr=False)
+    notify_on: tuple[str, ...] = NOTIFY_KINDS[:3]
 
     @property
     def logs(self) -> Path:
@@ -66,6 +76,38 @@ def _absolute_sqlite(url: str) -> str:
     if url.startswith(prefix) and path and not path.startswith(("/", ":")):
         return f"{prefix}{os.path.abspath(path)}"
     return url
+
+
+def _command(text: str, where: str) -> str:
+    try:
+        argv = shlex.split(text)
+    except ValueError as error:
+        raise SettingsError(f"{where}: {error}: it is split as a shell would, but run without one") from None
+    return text if argv else ""
+
+
+def _webhook(url: str, where: str) -> str:
+    """The URL, which no message quotes: it is a secret."""
+    try:
+        parsed = urllib.parse.urlsplit(url)
+        usable = parsed.scheme in ("http", "https") and parsed.hostname and (parsed.port or True)
+    except ValueError:
+        usable = False
+    if url and (not usable or any(not "!" <= letter <= "~" for letter in url)):
+        raise SettingsError(f"{where}: it is not a URL such as https://host/path")
+    if url and "@" in parsed.netloc:
+        raise SettingsError(
+            f"{where}: a user and a password in the URL are not sent; put a token into its path"
+        )
+    return url
+
+
+def _kinds(value: object, where: str) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else str(value).split(",")
+    kinds = tuple(str(name).strip() for name in names if str(name).strip())
+    if unknown := [kind for kind in kinds if kind not in NOTIFY_KINDS]:
+        raise SettingsError(f"{where}: {unknown[0]!r} is none of {', '.join(NOTIFY_KINDS)}")
+    return kinds
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -130,4 +172,14 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         user_limit=limit("user"),
         project_limit=limit("project"),
         device_price=number("device_price", 1.0) if value("device_price", "") else None,
+        notify_command=_command(
+            value("notify_command", ""), f"SFTD_NOTIFY_COMMAND (or `notify_command` in {file})"
+        ),
+        notify_webhook=_webhook(
+            value("notify_webhook", "").strip(), f"SFTD_NOTIFY_WEBHOOK (or `notify_webhook` in {file})"
+        ),
+        notify_on=_kinds(
+            environ.get("SFTD_NOTIFY_ON") or stored.get("notify_on", list(NOTIFY_KINDS[:3])),
+            f"SFTD_NOTIFY_ON (or `notify_on` in {file})",
+        ),
     )

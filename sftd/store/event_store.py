@@ -143,6 +143,15 @@ def read_all(connection: sa.Connection, after_position: int = 0, limit: int = _B
     return [to_recorded(row) for row in connection.execute(query)]
 
 
+def read_types_after(
+    connection: sa.Connection, after_position: int, types: Sequence[str], limit: int
+) -> list[Recorded]:
+    """The next events of some types, steps not among them, in commit order."""
+    c = events.c
+    query = sa.select(events).where(c.position > after_position, c.type.in_(types))
+    return [to_recorded(row) for row in connection.execute(query.order_by(c.position).limit(limit))]
+
+
 def any_between(connection: sa.Connection, after: int, before: int) -> bool:
     """Whether there is an event between two positions, neither counted."""
     query = sa.select(events.c.position).where(events.c.position > after, events.c.position < before)

@@ -57,6 +57,7 @@ def test_readme_names_every_command(command: str) -> None:
         ("README.md", 20),
         ("docs/compare-and-watch.md", 10),
         ("docs/operations.md", 10),
+        ("docs/notifications.md", 3),
         ("docs/postgresql.md", 4),
         ("docs/prepare.md", 1),
         ("docs/recovering.md", 15),

@@ -1,0 +1,164 @@
+"""Ways in which a notice leaves: a command, or a POST to a webhook. Each takes a bounded time."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+import sftd
+from sftd.domain.notices import Notice
+
+COMMAND_SECONDS, WEBHOOK_SECONDS = 20.0, 10.0
+# The receiver understands the request and does not want this notice: sending it again would change nothing.
+_REFUSED = (400, 413, 422)
+_STDERR_BYTES = 300
+
+
+class NotSent(Exception):
+    """A notice did not arrive. `is_final`: it never will, and the next one may."""
+
+    def __init__(self, message: str, *, is_final: bool = False) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+
+
+class Channel(Protocol):
+    """Where notices go. `identity` is the same for the same place, on every host; `shown` holds no secret."""
+
+    identity: str
+    shown: str
+
+    def send(self, notice: Notice) -> None:
+        """Send a notice, or raise `NotSent`."""
+        ...
+
+
+def channels(command: str, webhook: str) -> list[Channel]:
+    """The channels that are set."""
+    found: list[Channel] = []
+    if command:
+        found.append(Command(shlex.split(command)))
+    if webhook:
+        found.append(Webhook(webhook))
+    return found
+
+
+def _identity(kind: str, parts: Sequence[str]) -> str:
+    """The settings may hold a secret, so a digest stands in for them."""
+    return f"notify:{kind}:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+class Command:
+    """Runs a command with the notice as JSON on its standard input. What it must do it does in `seconds`."""
+
+    def __init__(self, argv: Sequence[str], seconds: float = COMMAND_SECONDS) -> None:
+        self._argv = list(argv)
+        self._seconds = seconds
+        self.identity = _identity("command", self._argv)
+        # Arguments may be secret.
+        self.shown = f"command {os.path.basename(self._argv[0])}"
+
+    def send(self, notice: Notice) -> None:
+        """Run it. It has arrived when the exit code is 0."""
+        env = {**os.environ, **_variables(notice)}
+        # Files, not pipes: a command that reads nothing, or leaves children behind, holds nobody up.
+        with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+            stdin.write(msgspec.json.encode(notice) + b"\n")
+            stdin.seek(0)
+            try:
+                process = subprocess.Popen(
+                    self._argv,
+                    stdin=stdin,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    env=env,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise NotSent(f"it cannot be started: {error.strerror}") from error
+            try:
+                code = process.wait(self._seconds)
+            except subprocess.TimeoutExpired:
+                raise NotSent(f"it was killed after {self._seconds:g} s") from None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            if code:
+                size = stderr.seek(0, os.SEEK_END)
+                stderr.seek(max(0, size - _STDERR_BYTES))
+                said = " ".join(stderr.read().decode(errors="replace").split())
+                raise NotSent(f"exit code {code}" + (f": {said}" if said else ""))
+
+
+def _variables(notice: Notice) -> Mapping[str, str]:
+    return {
+        "SFTD_NOTICE_ID": notice.id,
+        "SFTD_NOTICE_KIND": notice.kind,
+        "SFTD_NOTICE_RUN": notice.run_id,
+        "SFTD_NOTICE_TEXT": notice.text,
+    }
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """A redirected POST would arrive as an empty GET."""
+        return
+
+
+class Webhook:
+    """POSTs the notice as JSON. Its key `text` is what Slack, Mattermost and the like show."""
+
+    def __init__(self, url: str, seconds: float = WEBHOOK_SECONDS) -> None:
+        self._url = url
+        self._seconds = seconds
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self.identity = _identity("webhook", [url])
+        # The path is the secret.
+        self.shown = f"webhook at {urllib.parse.urlsplit(url).hostname}"
+
+    def send(self, notice: Notice) -> None:
+        """POST it. It has arrived when the answer is 2xx."""
+        found: list[NotSent | None] = []
+        # In a thread of its own: a timeout of a socket bounds neither the look-up of a name nor a slow answer.
+        worker = threading.Thread(
+            target=lambda: found.append(self._post(notice)), name="webhook", daemon=True
+        )
+        worker.start()
+        worker.join(self._seconds)
+        if not found:
+            raise NotSent(f"no answer within {self._seconds:g} s")
+        if found[0] is not None:
+            raise found[0]
+
+    def _post(self, notice: Notice) -> NotSent | None:
+        headers = {"Content-Type": "application/json", "User-Agent": f"sftd/{sftd.__version__}"}
+        try:
+            request = urllib.request.Request(  # noqa: S310  the settings take http and https only
+                self._url, msgspec.json.encode(notice), headers, method="POST"
+            )
+            with self._opener.open(request, timeout=self._seconds):
+                return None
+        except urllib.error.HTTPError as error:
+            with error:
+                return NotSent(f"the answer is {error.code} {error.reason}", is_final=error.code in _REFUSED)
+        except urllib.error.URLError as error:
+            reason = error.reason
+            told = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
+            return NotSent(f"it does not answer: {told}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # The messages of the last two may quote the URL.
+            return NotSent(f"it does not answer: {type(error).__name__}")
