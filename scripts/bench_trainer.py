@@ -14,7 +14,7 @@
 
 Every row of the table is a process of its own, started one after the other: same tokens a step, warm-up and timed steps.
 Tokens are drawn by Zipf's law from a fixed seed, and weights are random, so no file is needed but this repository.
-Printed are real tokens/s (over the whole timed block and of the median step), MFU (model FLOPs by `sftd.trainer.flops`,
+Printed are real tokens/s (over the whole timed block and of the median step), MFU (model FLOPs by `sftd.domain.flops`,
 which states the formula, over the device's BF16 peak; padding and recomputation count as nothing), peak GiB that torch
 allocated, the share of the computed tokens that are no padding, and the mean loss of the first and the last step. Each
 row is printed as a line of JSON too.
@@ -245,7 +245,7 @@ def measure(job: Job) -> dict[str, Any]:
     """Run the contender and say how fast it was."""
     import torch
 
-    from sftd.trainer.flops import peak_flops, training_flops
+    from sftd.domain.flops import peak_flops, training_flops
     from sftd.wire.model_folder import read_shape
 
     is_cuda = job.device == "cuda"

@@ -54,9 +54,18 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     unsupported: tuple[str, ...] = ()
 
 
+# Where `DataFacts.lengths` are taken: finer at the long end, which decides about padding.
+LENGTH_QUANTILES = (*(i / 32 for i in range(32)), *(1 - 2**-k for k in range(6, 13)), 1.0)
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in data files. `truncated` rows are longer than the sequence length; `unusable` rows have no
-    trained label within it. Lengths are tokens."""
+    trained label within it, and `unusable_rows` numbers the first of them, from 0 over all files. Lengths are tokens.
+
+    Of the rows that training sees, as it sees them: `seen_tokens` with Σ n² = `seen_squares`, `lengths` at
+    `LENGTH_QUANTILES`, and the `stopping` ones, in which a token is trained that ends an answer (None where that token is not
+    known). Logs of older versions lack these.
+    """
 
     files: list[str]
     digest: str
@@ -66,6 +75,11 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     longest: int
     truncated: int
     unusable: int
+    unusable_rows: tuple[int, ...] = ()
+    seen_tokens: int = 0
+    seen_squares: int = 0
+    lengths: tuple[int, ...] = ()
+    stopping: int | None = None
 
     @property
     def usable(self) -> int:
@@ -222,8 +236,22 @@ def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[lis
                 )
             )
         elif facts.unusable:
+            rows = ", ".join(map(str, facts.unusable_rows))
+            more = facts.unusable - len(facts.unusable_rows)
+            which = f" (rows {rows}{f' and {more} more' if more > 0 else ''}, from 0)" if rows else ""
             warnings.append(
-                Problem(where, f"{facts.unusable} of {facts.rows} rows have no trained label and are dropped")
+                Problem(
+                    where,
+                    f"{facts.unusable} of {facts.rows} rows have no trained label and are dropped{which}",
+                )
+            )
+        if facts.stopping == 0 and facts.usable:
+            warnings.append(
+                Problem(
+                    where,
+                    "no row trains a token that ends an answer: the model will not learn to stop",
+                    "have the labels include the end of each answer, as `sftd prepare` does",
+                )
             )
         if facts.truncated:
             text = f"{facts.truncated} of {facts.rows} rows are longer than data.sequence_length {spec.data.sequence_length}"

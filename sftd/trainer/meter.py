@@ -7,8 +7,8 @@ import resource
 import torch
 import torch.distributed as dist
 
+from sftd.domain.flops import peak_flops, training_flops
 from sftd.domain.layout import ModelShape
-from sftd.trainer.flops import peak_flops, training_flops
 from sftd.trainer.session import Session
 
 

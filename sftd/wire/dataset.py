@@ -7,20 +7,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.layout import DataFacts
+from sftd.domain.layout import LENGTH_QUANTILES, DataFacts
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 COLUMNS = ("input_ids", "attention_mask", "labels")
 IGNORE_INDEX = -100
 _SLICE_ROWS = 4096
+# Rows without a trained label that are named.
+_FIRST_ROWS = 5
 _PREPARE = "make the file with `sftd prepare`"
 
 
@@ -36,32 +40,50 @@ def files_digest(paths: list[str]) -> str:
 
 
 def inspect(
-    where: str, paths: list[str], *, vocab_size: int, sequence_length: int, truncation: str
+    where: str,
+    paths: list[str],
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    truncation: str,
+    stop_ids: Sequence[int] = (),
 ) -> DataFacts:
-    """Read every row of the files and say what is in them.
+    """Read every row of the files and say what is in them. `stop_ids` are the tokens that end an answer.
 
     `where` is the spec's key that named them. Raises `Refused` with every file's first problem: missing, not
     Parquet, wrong schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary.
     """
+    import numpy as np
+
     problems: list[Problem] = []
-    rows = tokens = trained = longest = truncated = unusable = 0
+    rows = tokens = trained = longest = truncated = unusable = stopping = 0
+    unusable_rows: list[int] = []
+    # How many rows that training sees have how many tokens.
+    of_length = np.zeros(sequence_length + 1, np.int64)
     for path in paths:
         try:
             with _open(where, path) as file:
                 for first, table in _slices(where, path, file):
-                    counts = _inspect_slice(
-                        where, path, first, table, vocab_size, sequence_length, truncation
+                    found = _inspect_slice(
+                        where, path, first, table, vocab_size, sequence_length, truncation, stop_ids
                     )
-                    rows += counts[0]
-                    tokens += counts[1]
-                    trained += counts[2]
-                    longest = max(longest, counts[3])
-                    truncated += counts[4]
-                    unusable += counts[5]
+                    is_unusable = found.trained == 0
+                    seen = np.minimum(found.lengths, sequence_length)[~is_unusable]
+                    of_length += np.bincount(seen, minlength=sequence_length + 1)
+                    if len(unusable_rows) < _FIRST_ROWS:
+                        unusable_rows += (rows + np.flatnonzero(is_unusable)).tolist()
+                    tokens += int(found.lengths.sum())
+                    trained += int(found.trained.sum())
+                    longest = max(longest, int(found.lengths.max(initial=0)))
+                    truncated += int((found.lengths > sequence_length).sum())
+                    unusable += int(is_unusable.sum())
+                    stopping += found.stopping
+                    rows += int(found.lengths.size)
         except Refused as refused:
             problems += refused.problems
     if problems:
         raise Refused(problems)
+    sizes = np.arange(sequence_length + 1)
     return DataFacts(
         files=paths,
         digest=files_digest(paths),
@@ -71,7 +93,32 @@ def inspect(
         longest=longest,
         truncated=truncated,
         unusable=unusable,
+        unusable_rows=tuple(unusable_rows[:_FIRST_ROWS]),
+        seen_tokens=int((of_length * sizes).sum()),
+        seen_squares=int((of_length * sizes * sizes).sum()),
+        lengths=_quantiles(of_length),
+        stopping=stopping if stop_ids else None,
     )
+
+
+def _quantiles(of_length: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """The lengths at `LENGTH_QUANTILES` of the rows in order of their length."""
+    import numpy as np
+
+    ends = np.cumsum(of_length)
+    if not ends[-1]:
+        return ()
+    places = (np.array(LENGTH_QUANTILES) * (ends[-1] - 1)).round().astype(np.int64)
+    return tuple(np.searchsorted(ends, places, side="right").tolist())
+
+
+def first_rows(path: str, count: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """`input_ids`, `attention_mask` and `labels` of the first `count` rows of a file that was inspected."""
+    with _open("", path) as file:
+        for batch in file.iter_batches(count, columns=list(COLUMNS)):
+            for row in batch.to_pylist()[:count]:
+                yield row["input_ids"], row["attention_mask"], row["labels"]
+            return
 
 
 def _refuse(where: str, path: str, what: str, mend: str = _PREPARE) -> Refused:
@@ -118,6 +165,15 @@ def _slices(where: str, path: str, file: pq.ParquetFile) -> Iterator[tuple[int, 
         raise _refuse(where, path, f"is damaged behind row {first} ({str(error).splitlines()[0]})") from None
 
 
+class _SliceFacts(NamedTuple):
+    """Of a few rows: each one's tokens without padding and its trained labels within reach (int64 [rows]), and how many
+    rows train a token that ends an answer."""
+
+    lengths: npt.NDArray[np.int64]
+    trained: npt.NDArray[np.int64]
+    stopping: int
+
+
 def _inspect_slice(
     where: str,
     path: str,
@@ -126,7 +182,8 @@ def _inspect_slice(
     vocab_size: int,
     sequence_length: int,
     truncation: str,
-) -> tuple[int, int, int, int, int, int]:
+    stop_ids: Sequence[int],
+) -> _SliceFacts:
     import numpy as np
     import pyarrow.compute as pc
 
@@ -172,12 +229,6 @@ def _inspect_slice(
     cut = np.maximum(real - sequence_length, 0) if truncation == "left" else np.zeros_like(real)
     first = np.repeat(cut, lengths)
     visible = is_trained & (mask == 1) & (position > first) & (position < first + sequence_length)
-    per_row = np.bincount(rows, weights=visible, minlength=lengths.size)
-    return (
-        int(lengths.size),
-        int(mask.sum()),
-        int(per_row.sum()),
-        int(real.max(initial=0)),
-        int((real > sequence_length).sum()),
-        int((per_row == 0).sum()),
-    )
+    per_row = np.bincount(rows, weights=visible, minlength=lengths.size).astype(np.int64)
+    stops = visible & np.isin(labels, stop_ids)
+    return _SliceFacts(real, per_row, int(np.unique(rows[stops]).size))

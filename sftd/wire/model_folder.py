@@ -205,6 +205,19 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
+def stop_ids(folder: str) -> tuple[int, ...]:
+    """The ids of the tokens at which generation ends, as config.json and generation_config.json say; none where they say
+    nothing."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        try:
+            named = json.loads((Path(folder) / name).read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        found.update(i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int))
+    return tuple(sorted(found))
+
+
 def check_tokenizer(folder: str) -> None:
     """That the folder holds a tokenizer, for a run that answers prompts. Raises `Refused`."""
     if not any(

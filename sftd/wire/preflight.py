@@ -77,6 +77,7 @@ def inspect(
                 vocab_size=shape.vocab_size if shape else 2**31,
                 sequence_length=spec.data.sequence_length,
                 truncation=spec.data.truncation,
+                stop_ids=model_folder.stop_ids(spec.model.partial_pretrain) if shape else (),
             )
         except Refused as refused:
             problems += refused.problems

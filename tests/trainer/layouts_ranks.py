@@ -18,6 +18,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer.loop import Attempt  # noqa: E402
+from sftd.trainer.megatron_edges import adamw_of  # noqa: E402
 from sftd.trainer.reporter import Reporter  # noqa: E402
 from sftd.trainer.trainee import Trainee  # noqa: E402
 from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
@@ -35,6 +36,24 @@ def gradient(trainee: Trainee) -> torch.Tensor:
     return torch.cat([parameter.main_grad.flatten() for parameter in module.parameters()])
 
 
+def held(trainee: Trainee) -> dict[str, int]:
+    """Elements of this rank's weights, gradients and optimizer state."""
+    parameters = [p for chunk in trainee.chunks for p in chunk.parameters()]
+    state = [
+        tensor
+        for adamw in adamw_of(trainee.optimizer)
+        for values in adamw.state.values()
+        for tensor in values.values()
+        if tensor.dim()
+    ]
+    return {
+        "stage": trainee.session.layout.pp_rank,
+        "weights": sum(p.numel() for p in parameters),
+        "gradients": sum(p.main_grad.numel() for p in parameters),
+        "optimizer": sum(tensor.numel() for tensor in state),
+    }
+
+
 def main(path: str) -> None:
     paths = json.loads(Path(path, "attempts.json").read_text())
     session = sessions.start(AttemptDir(paths[0]).order().spec)
@@ -44,6 +63,9 @@ def main(path: str) -> None:
         training = Attempt(attempt, order, session, reporter, time.perf_counter())
         training.run()
         reporter.close()
+        if attempt.path == AttemptDir(paths[0]).path:
+            text = json.dumps(held(training._trainee))
+            Path(attempt.path, f"held-{dist.get_rank()}.json").write_text(text)
         if order.planned_steps == 1:
             found = gradient(training._trainee)
             if session.layout.reports:

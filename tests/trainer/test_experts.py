@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.events import ModelLoaded, SampleGenerated
+from sftd.domain.parameters import whole_model
+from sftd.wire.model_folder import read_shape
 from tests.trainer.test_resume import exact, resume, weights_digests  # type: ignore[import-not-found]
 from tests.trainer.test_training import reference  # type: ignore[import-not-found]
 
@@ -73,6 +75,7 @@ def test_layout_changes_nothing_but_rounding(
     for step, validation in one_rank.validations().items():
         assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
     assert run.events(ModelLoaded)[0].parameters == one_rank.events(ModelLoaded)[0].parameters
+    assert run.events(ModelLoaded)[0].parameters == whole_model(read_shape(str(models / "qwen3_moe"), {}))
     texts = [(s.step, s.text) for s in one_rank.events(SampleGenerated)]
     assert [(s.step, s.text) for s in run.events(SampleGenerated)] == texts
 

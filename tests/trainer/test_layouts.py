@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.events import ModelLoaded, SampleGenerated, StepCompleted
+from sftd.domain.parameters import held
+from sftd.wire.model_folder import read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +130,25 @@ def test_losses_and_gradient_norms_are_those_of_one_rank(
         same = ("epoch", "lr", "tokens", "tokens_real", "tokens_total", "samples", "samples_digest")
         assert all(getattr(found, field) == getattr(expected, field) for field in same)
     assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_plan_knows_what_each_rank_holds(runs_of: Callable[[str], Variants], layout: str) -> None:
+    run = next(iter(runs_of(layout).values()))
+    spec = run.attempt.order().spec
+    shape = read_shape(spec.model.partial_pretrain, {})
+    found = [
+        json.loads((run.attempt.path / f"held-{rank}.json").read_text()) for rank in range(spec.world_size)
+    ]
+    stages = range(spec.model.megatron.pipeline_model_parallel_size)
+    for rank in found:
+        planned = held(spec, shape, rank["stage"]).total
+        assert (rank["weights"], rank["gradients"]) == (planned, planned)
+    for stage in stages:
+        # Two moments of FP32 weights; DP × CP ranks have a share each, together everything.
+        copies = spec.model.megatron.tensor_model_parallel_size
+        planned = 2 * copies * held(spec, shape, stage).total
+        assert sum(rank["optimizer"] for rank in found if rank["stage"] == stage) == planned
 
 
 @pytest.mark.parametrize(("layout", "rows"), KEPT)

@@ -62,3 +62,13 @@ def peak_flops(device_name: str, dtype: object) -> float | None:
         if set(name.split()) <= words:
             return peak
     return None
+
+
+# What CUDA calls the total memory of a device, in GiB, by words of its name.
+_GIB = (("B200", 179.0), ("H200", 139.8), ("H100 NVL", 93.1), ("H100", 79.1), ("A100", 79.1), ("L40S", 44.4))
+
+
+def device_bytes(device_name: str) -> int:
+    """Memory of a device by its name; 0 where that is not known."""
+    words = set(re.split(r"[\s-]+", device_name.upper()))
+    return next((int(size * 2**30) for name, size in _GIB if set(name.split()) <= words), 0)
