@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Fine-tune a real small model on this machine, from download to answer."),
     "init": ("admin", "Create or upgrade the database."),
     "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
+    "plan": ("plan", "Say what a run will take: memory, time, disk, and the best layout."),
     "submit": ("submit", "Queue a run."),
     "ls": ("runs", "List runs."),
     "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),

@@ -176,27 +176,26 @@ def show_command(run: str, as_json: bool) -> None:
     """
     import msgspec
 
-    from sftd.operations import reading
+    from sftd.cli.plan_view import outcome_facts
+    from sftd.operations import planning, reading
 
     store = app.open_store(app.read_settings())
     found = reading.find_run(store, run)
     ledger = reading.goodput(store, found.run_id, app.context().now())
+    planned = planning.outcome(store, found, ledger)
     if as_json:
-        click.echo(output.json_line(msgspec.to_builtins(found) | {"goodput": ledger.as_json()}))
+        more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
+        click.echo(output.json_line(msgspec.to_builtins(found) | more))
         return
     attempt_events = reading.run_events(
         store,
         found.run_id,
         types=HISTORY_TYPES,
     )
-    _print_run(found, attempt_events, ledger)
-
-
-def _print_run(run: Run, history: list[Recorded], ledger: Ledger) -> None:
     out = output.console()
-    print_state(run, history, _time_facts(ledger))
+    print_state(found, attempt_events, (*_time_facts(ledger), *outcome_facts(planned)))
     out.print()
-    out.print(history_table(history))
+    out.print(history_table(attempt_events))
 
 
 def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     help="A run for each value; repeatable: each combination.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
+@click.option(
+    "--xray/--no-xray",
+    default=None,
+    help="Show which tokens are trained, and what it will take; on a terminal it does.",
+)
 def submit_command(
     config: str | None,
     overrides: tuple[str, ...],
@@ -48,6 +53,7 @@ def submit_command(
     after: tuple[str, ...],
     grid: tuple[str, ...],
     as_json: bool,
+    xray: bool | None,
 ) -> None:
     """Queue the run that CONFIG (YAML) describes, with KEY=VALUE laid over it.
 
@@ -60,6 +66,7 @@ def submit_command(
     \b
     Example:
       sftd submit run.yaml optimizer.lr=1e-5 trainer.max_steps=200
+      sftd submit run.yaml --dry-run --xray
       sftd submit run.yaml --grid optimizer.lr=1e-5,2e-5 --grid model.megatron.seed=1,2
       sftd submit second.yaml --after brave-otter
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
@@ -86,9 +93,13 @@ def submit_command(
     warnings = [*warnings, *found.warnings]
     if dry_run:
         print_dry_run(spec, warnings, quiet)
+        if xray and not quiet:
+            look_inside(spec, found, stderr=True)
         return
     app.make_home(settings)
     store = app.open_store(settings)
+    if not (quiet or as_json) and (output.is_terminal() if xray is None else xray):
+        look_inside(spec, found)
     (run_id,) = submit_all(store, app.context(), [Wish(spec, found, warnings)], app.user_name(), after=after)
     said = f"is queued: {found.planned_steps} steps over {found.train.usable} rows"
     announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
@@ -133,6 +144,25 @@ def announce(
         output.note("No daemon runs here, so it waits: `sftd daemon --detach` starts one.")
     if wait:
         sys.exit(_wait(store, run_id, quiet or as_json))
+
+
+def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
+    """Show which tokens are trained, and in a line what the run will take on this host."""
+    from sftd.cli import plan, xray
+    from sftd.cli.plan_view import summary
+    from sftd.domain.errors import Refused
+    from sftd.domain.plan import make_plan
+
+    out = output.console(stderr=stderr)
+    xray.show(spec, found, out)
+    try:
+        host = plan.Host.find(spec)
+    except Refused:
+        return
+    made = make_plan(spec, plan.facts_of(found), host.machine, plan.known_pace(found.shape, host.machine))
+    out.print(f"  {summary(made)}", soft_wrap=True)
+    if not host.fits(made.needed, spec.world_size):
+        output.warn(f"that is more than the {host.memory / 2**30:.1f} GiB there are: see `sftd plan`")
 
 
 def print_dry_run(spec: Spec, warnings: list[Problem], quiet: bool) -> None:

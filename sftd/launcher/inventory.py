@@ -5,7 +5,7 @@ from __future__ import annotations
 from sftd.domain.demand import Demand, Need, need
 from sftd.domain.spec import Spec
 
-__all__ = ["Inventory", "Need", "gpu_count"]
+__all__ = ["Inventory", "Need", "gpu_count", "gpus"]
 
 
 def gpu_count() -> int:
@@ -20,6 +20,22 @@ def gpu_count() -> int:
         return 0
     try:
         return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def gpus() -> list[tuple[str, int]]:
+    """Name and bytes of memory of each GPU that NVML lists; none without a driver or without nvidia-ml-py."""
+    if not gpu_count():
+        return []
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            (str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total)) for h in handles
+        ]
     finally:
         pynvml.nvmlShutdown()
 

@@ -120,6 +120,14 @@ def read_stream(
         yield to_recorded(row)
 
 
+def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded | None:
+    """The last event of a type of a run. Quick for a type that is near the end of its stream."""
+    c = events.c
+    query = sa.select(events).where(c.run_id == run_id, c.type == type_name)
+    row = connection.execute(query.order_by(c.version.desc()).limit(1)).first()
+    return None if row is None else to_recorded(row)
+
+
 def read_types(connection: sa.Connection, run_ids: Sequence[str], types: Sequence[str]) -> list[Recorded]:
     """Events of several runs and of some types, steps not among them, in commit order."""
     c = events.c

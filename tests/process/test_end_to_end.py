@@ -159,6 +159,14 @@ def test_the_model_learns_from_the_command_line(home: Home) -> None:
     assert home.run("logs", run_id).returncode == 0
     assert "checkpoint" in home.run("show", run_id).stdout
     assert Path(home.show(run_id)["checkpoints"][-1]["path"]).is_dir()
+    compared = home.show(run_id)["planned"]["compared"]
+    # Of so small a model nearly all memory is the process's, and as much time its start.
+    assert abs(compared["peak memory"]["error"]) < 0.35
+    assert abs(compared["checkpoint"]["error"]) < 0.35
+    assert compared["whole run"]["actual"] > compared["step"]["actual"] > 0
+    assert "peak memory" in home.run("show", run_id).stdout
+    # The next plan knows the pace.
+    assert json.loads(home.run("plan", str(home.config), "--json").stdout)["pace"]["basis"] == "log"
     assert os.environ.get("SFTD_HOME") != home.env["SFTD_HOME"]
 
 

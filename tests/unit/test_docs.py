@@ -58,6 +58,7 @@ def test_readme_names_every_command(command: str) -> None:
         ("docs/compare-and-watch.md", 10),
         ("docs/operations.md", 10),
         ("docs/notifications.md", 3),
+        ("docs/plan.md", 5),
         ("docs/postgresql.md", 4),
         ("docs/prepare.md", 1),
         ("docs/recovering.md", 15),
