@@ -22,10 +22,11 @@ CUBLAS_BYTES = 8 * 4096 * 1024
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
-# What a GPU needs besides the tensors, so that a rank fits: the CUDA context, kernels, and the buffers of some twenty NCCL
-# groups that are made at the start, 8.8 GiB with one rank of an H100; and what the allocator reserves and does not use, up to
-# 3.7 %. Measured: docs/plan.md.
+# What a GPU needs besides the tensors, so that a rank fits: the CUDA context, kernels, and, with several ranks, the buffers of
+# some twenty NCCL groups that are made at the start: 2.0 and 8.8 GiB on an H100; and what the allocator reserves and does
+# not use, up to 3.7 %. Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
+GPU_OUTSIDE_ALONE_BYTES = 9 << 28
 GPU_CUT_SHARE = 0.04
 
 
@@ -58,11 +59,12 @@ def fullest(found: list[Footprint]) -> Footprint:
     return max(found, key=lambda f: f.total)
 
 
-def needed(footprint: Footprint, device: str) -> int:
-    """Bytes that a device must have for it."""
+def needed(footprint: Footprint, device: str, ranks: int) -> int:
+    """Bytes that a device must have for it, of a run of so many ranks."""
     if device == "cpu":
         return footprint.total
-    return int(footprint.total * (1 + GPU_CUT_SHARE)) + GPU_OUTSIDE_BYTES
+    outside = GPU_OUTSIDE_BYTES if ranks > 1 else GPU_OUTSIDE_ALONE_BYTES
+    return int(footprint.total * (1 + GPU_CUT_SHARE)) + outside
 
 
 def host_copy_bytes(spec: Spec, checkpoint_bytes: int) -> int:

@@ -28,6 +28,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The prediction. `memory` has each pipeline stage; `host_copy` is the host's, of all ranks."""
 
     machine: Machine
+    ranks: int
     dtype: str
     work: Workload
     memory: list[Footprint]
@@ -43,7 +44,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needed(self) -> int:
         """Bytes that each device, or on CPUs the host for each rank, must have."""
-        return needed(self.fullest, self.machine.device)
+        return needed(self.fullest, self.machine.device, self.ranks)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the sums."""
@@ -64,6 +65,7 @@ def make_plan(spec: Spec, facts: Facts, machine: Machine, calibration: float | N
     disk = storage(spec, facts.shape, facts.planned_steps, dtype)
     return Plan(
         machine=machine,
+        ranks=spec.world_size,
         dtype=dtype,
         work=work,
         memory=footprints(spec, facts.shape, work, device=machine.device, dtype=dtype),

@@ -29,6 +29,8 @@ _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
     (r"The following imports from `dynamic_context\.py`", DeprecationWarning, r"megatron\.core\."),
     (r"MLP requires ffn_hidden_size", DeprecationWarning, r"megatron\.core\."),
     (r"Warning: tp_group is None, using default tp group", DeprecationWarning, r"megatron\.core\."),
+    # The device is set, only not named (see session.py).
+    (r"barrier\(\): using the device under current context", UserWarning, r"torch\.distributed\."),
     # Whole experts (see experts.py) beside layers that are split.
     (
         r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",

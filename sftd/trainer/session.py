@@ -103,7 +103,10 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     # Decided before Megatron makes its first tensor.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **world)
+        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A rank that
+        # is alone has nobody to talk to.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        dist.init_process_group("nccl", device_id=device if several else None, **world)
     else:
         from sftd.trainer import device_mode, megatron_edges
 
