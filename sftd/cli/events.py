@@ -96,6 +96,10 @@ def describe(event: Any) -> str:
             return f"by {event.by}"
         case e.ModelExported():
             return f"step {event.step}  {output.size(event.bytes)} {event.dtype} to {event.path}"
+        case e.ModelRegistered():
+            return f"step {event.step} as {event.name} version {event.model_version}, by {event.by}"
+        case e.SystemSampled():
+            return _sampled(event)
         case e.ReplayVerified():
             how = "bit for bit" if event.is_exact else "but for rounding"
             return f"steps {event.from_step + 1} to {event.to_step} came out as the log has them, {how}, by {event.by}"
@@ -103,6 +107,16 @@ def describe(event: Any) -> str:
             differs = f"; differs: {', '.join(event.environment)}" if event.environment else ""
             return f"step {event.step} came out otherwise ({', '.join(event.detail)}){differs}, by {event.by}"
     return ""
+
+
+def _sampled(event: Any) -> str:
+    gpus = [
+        f"GPU {gpu.index}"
+        + (f" {gpu.utilization_percent:.0f} %" if gpu.utilization_percent is not None else "")
+        + (f" {output.size(gpu.memory_used_bytes)}" if gpu.memory_used_bytes is not None else "")
+        for gpu in event.gpus
+    ]
+    return ", ".join([f"CPU {event.cpu_percent:.0f} %", output.size(event.memory_used_bytes), *gpus])
 
 
 @click.command("events")

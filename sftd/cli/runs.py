@@ -60,6 +60,7 @@ HISTORY_TYPES = (
     "RunFailed",
     "RunCancelled",
     "ModelExported",
+    "ModelRegistered",
     "ReplayVerified",
     "ReplayDiverged",
 )

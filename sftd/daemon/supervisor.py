@@ -58,6 +58,11 @@ class Supervisor:
         with store.read() as connection:
             self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the log knows of the attempt's launch."""
+        return self._launched is None
+
     def ingest(self) -> int:
         """Take in what the journal has. Returns the number of lines."""
         if self._launched is not None:

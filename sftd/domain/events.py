@@ -341,6 +341,16 @@ class ModelExported(Event, frozen=True):
     dtype: str
 
 
+class ModelRegistered(Event, frozen=True):
+    """An exported model was put into MLflow's model registry as `name`, `model_version`; `digest` is the export's."""
+
+    step: int
+    name: str
+    model_version: str
+    digest: str
+    by: str
+
+
 class ReplayVerified(Event, frozen=True):
     """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
     or but for rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
@@ -362,6 +372,27 @@ class ReplayDiverged(Event, frozen=True):
     detail: dict[str, Any]
     environment: dict[str, Any]
     by: str
+
+
+class GpuSample(msgspec.Struct, frozen=True):
+    """One GPU at a moment, by NVML's index. What its driver does not tell is None."""
+
+    index: int
+    utilization_percent: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    power_watts: float | None
+
+
+class SystemSampled(Event, frozen=True):
+    """What the host of an attempt was doing, as its daemon saw it: CPU (the mean of all cores since the sample before) and
+    memory of the whole host, and the GPUs that the attempt holds."""
+
+    host: str
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    gpus: list[GpuSample] = []
 
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}

@@ -75,6 +75,11 @@ def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunc
         _append_leased(store, context, lease, event)
 
 
+def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled) -> None:
+    """Record what the attempt's host is doing."""
+    _append_leased(store, context, lease, event)
+
+
 def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, lease_micros: int) -> Lease:
     """Take a living attempt over from a daemon that is gone."""
     with store.write() as tx:

@@ -25,7 +25,8 @@ class Settings:
     off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
     of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
-    unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none."""
+    unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none. `sample_seconds`:
+    how often an attempt's host is looked at."""
 
     home: Path
     database_url: str
@@ -43,6 +44,7 @@ class Settings:
     notify_command: str = field(default="", repr=False)
     notify_webhook: str = field(default="", repr=False)
     notify_on: tuple[str, ...] = NOTIFY_KINDS[:3]
+    sample_seconds: float = 30.0
 
     @property
     def logs(self) -> Path:
@@ -182,4 +184,5 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             environ.get("SFTD_NOTIFY_ON") or stored.get("notify_on", list(NOTIFY_KINDS[:3])),
             f"SFTD_NOTIFY_ON (or `notify_on` in {file})",
         ),
+        sample_seconds=number("sample_seconds", 30.0),
     )

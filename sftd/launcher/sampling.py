@@ -1,0 +1,88 @@
+"""What this host is doing: CPU and memory by psutil, GPUs by NVML where there are any."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+
+from sftd.domain.events import GpuSample, SystemSampled
+from sftd.launcher.processes import host_name
+
+
+class HostWatch:
+    """Looks at this host now and then. CPU time is counted from one look to the next, so the first only begins to count."""
+
+    def __init__(self) -> None:
+        self._before = _cpu_seconds()
+
+    def look(self) -> Callable[[Sequence[str]], SystemSampled]:
+        """Look once; the answer gives the sample of an attempt by the names of its devices."""
+        now = _cpu_seconds()
+        busy, all_of_it = now[0] - self._before[0], now[1] - self._before[1]
+        self._before = now
+        percent = round(100 * min(1.0, max(0.0, busy / all_of_it)), 1) if all_of_it > 0 else 0.0
+        memory = psutil.virtual_memory()
+        gpus: dict[int, GpuSample] = {}
+
+        def sample(devices: Sequence[str]) -> SystemSampled:
+            wanted = [int(name) for kind, _, name in (d.partition(":") for d in devices) if kind == "cuda"]
+            if missing := [index for index in wanted if index not in gpus]:
+                gpus.update(_gpus(missing))
+            return SystemSampled(
+                host=host_name(),
+                cpu_percent=percent,
+                memory_used_bytes=memory.total - memory.available,
+                memory_total_bytes=memory.total,
+                gpus=[gpus[index] for index in wanted if index in gpus],
+            )
+
+        return sample
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """(busy, all) seconds of all cores since the host started."""
+    times = psutil.cpu_times()
+    every = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    return every - times.idle - getattr(times, "iowait", 0.0), every
+
+
+def _gpus(indexes: Sequence[int]) -> dict[int, GpuSample]:
+    """What NVML tells of GPUs; nothing without a driver or without nvidia-ml-py."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return {}
+    found = {}
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            for index in indexes:
+                with contextlib.suppress(pynvml.NVMLError):
+                    found[index] = _gpu(pynvml, index)
+        finally:
+            pynvml.nvmlShutdown()
+    return found
+
+
+def _gpu(nvml: Any, index: int) -> GpuSample:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def told(ask: Callable[[Any], Any]) -> Any:
+        # Some drivers do not know one thing or the other: MIG has no utilisation, a laptop no power.
+        try:
+            return ask(handle)
+        except nvml.NVMLError:
+            return None
+
+    memory, rates = told(nvml.nvmlDeviceGetMemoryInfo), told(nvml.nvmlDeviceGetUtilizationRates)
+    power = told(nvml.nvmlDeviceGetPowerUsage)
+    return GpuSample(
+        index=index,
+        utilization_percent=float(rates.gpu) if rates is not None else None,
+        memory_used_bytes=int(memory.used) if memory is not None else None,
+        memory_total_bytes=int(memory.total) if memory is not None else None,
+        power_watts=power / 1000 if power is not None else None,
+    )
