@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gc": ("checkpoints", "Delete the checkpoints that nothing keeps."),
     "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
+    "mlflow": ("mlflow", "Compare MLflow with the log, build it anew, register models."),
     "notify": ("notify", "Say who is told when runs end, and try it."),
     "doctor": ("doctor", "Say what is wrong with this installation, and how to mend it."),
     "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),

@@ -53,6 +53,28 @@ def record_export(store: Store, context: Context, run_id: str, exported: e.Model
         append_decided(tx, context, run_id, run.version, [exported])
 
 
+def record_registration(store: Store, context: Context, run_id: str, registered: e.ModelRegistered) -> None:
+    """Record that an exported model was put into MLflow's registry, unless that is recorded already."""
+    with store.write() as tx:
+        there = read_stream(tx.connection, run_id, types=(e.ModelRegistered.__name__,))
+        same = (registered.name, registered.model_version)
+        if any(
+            (r.event.name, r.event.model_version) == same
+            for r in there
+            if isinstance(r.event, e.ModelRegistered)
+        ):
+            return
+        run = current(tx.connection, run_id)
+        append_decided(tx, context, run_id, run.version, [registered])
+
+
+def exports(store: Store, run_id: str) -> list[e.ModelExported]:
+    """What was exported of a run, in order."""
+    with store.read() as connection:
+        recorded = read_stream(connection, run_id, types=(e.ModelExported.__name__,))
+        return [r.event for r in recorded if isinstance(r.event, e.ModelExported)]
+
+
 class CheckpointRow(msgspec.Struct, frozen=True):
     """What became of one checkpoint. `status` is `published`, `pinned` (a fork starts from it), `superseded` (a later
     attempt went on from before it), `missing` (its folder is not on this host), `deleted` or `rejected` (damaged).

@@ -5,11 +5,11 @@ mlflow is imported when the first call is made, never before: the control plane 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ _PARAMS_PER_BATCH = 100
 
 # Marks an experiment as the mirror's own, so that it is found again when a person has renamed it.
 _TAG_EXPERIMENT = "sftd.experiment"
+
+# MLflow's own: which artifacts its pages show as tables.
+_TAG_ARTIFACTS = "mlflow.loggedArtifacts"
 
 NO_PHONE_HOME = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _QUIET_DEFAULTS = {
@@ -54,6 +57,17 @@ class RemoteRun(NamedTuple):
     deleted: bool
 
 
+class Described(NamedTuple):
+    """What MLflow tells of a run. Datasets are (name, digest)."""
+
+    status: str
+    start_time: int
+    end_time: int | None
+    params: dict[str, str]
+    tags: dict[str, str]
+    datasets: set[tuple[str, str]]
+
+
 class RemoteExperiment(NamedTuple):
     """An MLflow experiment."""
 
@@ -75,7 +89,7 @@ class Tracking:
         self._artifacts = artifacts_dir.absolute().as_uri() if artifacts_dir and not is_remote(uri) else None
         self._opened: Any = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         os.environ.update(NO_PHONE_HOME)
         for name, value in _QUIET_DEFAULTS.items():
@@ -99,21 +113,27 @@ class Tracking:
 
             # The first to open a store makes its tables and MLflow's "Default" experiment, whose artifacts would be in
             # ./mlruns of whatever folder we run in.
-            SqlAlchemyStore(self._uri, self._artifacts)
+            store = SqlAlchemyStore(self._uri, self._artifacts)
+            if store.engine.dialect.name == "sqlite":
+                _write_ahead(store.engine)
         return MlflowClient(tracking_uri=self._uri)
 
     def experiment(self, name: str) -> RemoteExperiment:
         """Find an experiment by its name, or by the name that the mirror gave it, deleted ones too; else create it."""
         with self._client() as client:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                found = next((x for x in _experiments(client) if x.tags.get(_TAG_EXPERIMENT) == name), None)
+            found = _named(client, name)
             if found is not None:
                 return RemoteExperiment(found.experiment_id, found.lifecycle_stage == "deleted")
             made = client.create_experiment(
                 name, artifact_location=self._artifacts, tags={_TAG_EXPERIMENT: name}
             )
             return RemoteExperiment(made, deleted=False)
+
+    def find_experiment(self, name: str) -> str | None:
+        """The id of the experiment of this name, or that the mirror made under it. Makes nothing."""
+        with self._client() as client:
+            found = _named(client, name)
+        return str(found.experiment_id) if found is not None else None
 
     def restore_experiment(self, experiment_id: str) -> None:
         """Undo the deletion of an experiment, and with it that of its runs."""
@@ -130,6 +150,26 @@ class Tracking:
             )
         # More than one only if a create_run was carried out although its answer was lost: the one in use is ahead.
         return max((_remote(r) for r in found), key=lambda r: (r.cursor, not r.deleted, r.uuid), default=None)
+
+    def described(self, uuid: str) -> Described:
+        """Everything of a run but its points."""
+        with self._client() as client:
+            run = client.get_run(uuid)
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        return Described(
+            run.info.status,
+            run.info.start_time,
+            run.info.end_time,
+            dict(run.data.params),
+            dict(run.data.tags),
+            {(i.dataset.name, i.dataset.digest) for i in inputs},
+        )
+
+    def points(self, uuid: str, key: str) -> list[Point]:
+        """All points of a metric, those that are there twice as well."""
+        with self._client() as client:
+            found = client.get_metric_history(uuid, key)
+        return [Point(m.key, m.value, m.timestamp, m.step) for m in found]
 
     def create_run(
         self, experiment_id: str, name: str, start_time: int, tags: Mapping[str, str]
@@ -175,6 +215,48 @@ class Tracking:
                 tags=[RunTag(key, value) for key, value in tags.items()],
             )
 
+    def log_table(self, uuid: str, file: str, table: Mapping[str, Any]) -> str | None:
+        """Write a table as an artifact that MLflow's pages show as one, in place of what is there under this name. Returns
+        why the artifact store does not take it, None if it does."""
+        # What MLflow's own log_table does, which appends instead, and needs pandas.
+        refused = None
+        for _ in range(2):
+            with self._client() as client:
+                kept = client.get_run(uuid).data.tags.get(_TAG_ARTIFACTS, "[]")
+                try:
+                    client.log_dict(uuid, dict(table), file)
+                except Exception as error:  # noqa: BLE001  each kind of store has errors of its own
+                    # MLflow may have gone down in between: then the next call says so.
+                    refused = _shown(str(error)) or type(error).__name__
+                    continue
+                mark = {"path": file, "type": "table"}
+                tables = json.loads(kept)
+                if mark not in tables:
+                    client.set_tag(uuid, _TAG_ARTIFACTS, json.dumps([*tables, mark]))
+                return None
+        return refused
+
+    def register(self, uuid: str, folder: Path, place: str, name: str, tags: Mapping[str, str]) -> str:
+        """Copy a model's folder to `place` among a run's artifacts, and make it a version of the registered model `name`.
+        Returns the version: the one that has these tags already, if there is one."""
+        with self._client() as client:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            for version in client.search_model_versions(f"name = {_quoted(name)}"):
+                if tags.items() <= version.tags.items():
+                    return str(version.version)
+            client.log_artifacts(uuid, str(folder), place)
+            root = client.get_run(uuid).info.artifact_uri
+            made = client.create_model_version(
+                name, f"{root.rstrip('/')}/{place}", uuid, dict(tags), await_creation_for=0
+            )
+            return str(made.version)
+
     def set_status(self, uuid: str, status: str, end_time: int | None) -> None:
         """Set the status; `end_time` (milliseconds) is for one that ends the run.
 
@@ -185,6 +267,23 @@ class Tracking:
                 client.update_run(uuid, status=status)
             else:
                 client.set_terminated(uuid, status, end_time)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if "'" in text else f"'{text}'"
+
+
+def _write_ahead(engine: sa.Engine) -> None:
+    # Else whoever looks at a page keeps the mirror waiting, and each commit takes three syncs. The file remembers it.
+    with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+
+def _named(client: Any, name: str) -> Any:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found
+    return next((x for x in _experiments(client) if x.tags.get(_TAG_EXPERIMENT) == name), None)
 
 
 def _experiments(client: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -16,9 +16,7 @@ from sftd.domain.run import Run, Status
 TAG_RUN = "sftd.run"
 TAG_CURSOR = "sftd.cursor"
 
-# The most points that one event becomes. The end of a run has three more, but any that is not the last is followed by a
-# resume, which has none.
-POINTS_PER_EVENT = 8
+SAMPLES_FILE = "samples.json"
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 
 # MLflow's limits, in characters.
@@ -71,8 +69,10 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
 
     A step that a later attempt redoes gives nothing: a redone step equals the log, so its point is already there.
     """
-    # SampleGenerated is no metric: a text that belongs to a step is an artifact, and would get a branch in the mirror.
     event = recorded.event
+    if isinstance(event, e.SystemSampled):
+        highest[recorded.type] = number = highest.get(recorded.type, -1) + 1
+        return _system_points(event, millis(recorded.occurred_at), number)
     if not isinstance(event, e.StepCompleted | e.ValidationCompleted):
         return []
     if event.step <= highest.get(recorded.type, -1):
@@ -97,9 +97,42 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     return [Point(key, value, at, event.step) for key, value in values.items()]
 
 
+def most_points(event: e.Event) -> int:
+    """No fewer points than the event can become."""
+    if isinstance(event, e.StepCompleted):
+        return 8
+    if isinstance(event, e.SystemSampled):
+        return 3 + 4 * len(event.gpus)
+    return 2 + len(ACCOUNTS)
+
+
+def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
+    """What MLflow itself would log, and under its names, so that its page of system metrics shows it. As there, `number`
+    counts samples: a run's steps would go back with each attempt."""
+    values: dict[str, float | None] = {
+        "cpu_utilization_percentage": event.cpu_percent,
+        "system_memory_usage_megabytes": event.memory_used_bytes / 1e6,
+        "system_memory_usage_percentage": _percent(event.memory_used_bytes, event.memory_total_bytes),
+    }
+    for gpu in event.gpus:
+        used = gpu.memory_used_bytes
+        values |= {
+            f"gpu_{gpu.index}_utilization_percentage": gpu.utilization_percent,
+            f"gpu_{gpu.index}_memory_usage_megabytes": used / 1e6 if used is not None else None,
+            f"gpu_{gpu.index}_memory_usage_percentage": _percent(used, gpu.memory_total_bytes),
+            f"gpu_{gpu.index}_power_usage_watts": gpu.power_watts,
+        }
+    return [Point(f"system/{key}", value, at, number) for key, value in values.items() if value is not None]
+
+
+def _percent(part: int | None, whole: int | None) -> float | None:
+    return round(100 * part / whole, 1) if part is not None and whole else None
+
+
 def goodput_points(ledger: Ledger, step: int) -> list[Point]:
     """The metrics of a run that has ended at `step`: where its time went. One that ends again says it again."""
     at = millis(ledger.until)
+    # No slash, as in time/queued: that is a section of its own, which MLflow's page shows before the curves.
     values = {f"seconds_{account}": ledger.seconds(account) for account in ACCOUNTS}
     values["seconds_wall"] = ledger.wall_seconds
     if ledger.goodput is not None:
@@ -131,10 +164,36 @@ def tags(run: Run) -> dict[str, str]:
         "sftd.message": run.message or "",
     }
     if run.fork:
+        # Not mlflow.parentRunId: MLflow's pages fold such a run away below its parent, and leave it out of the charts.
         texts |= {"sftd.parent": run.fork.parent, "sftd.fork_step": str(run.fork.step)}
     if run.sweep:
         texts["sftd.sweep"] = run.sweep
     return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
+
+
+def event_tags(event: e.Event) -> dict[str, str]:
+    """The tags that an event of its own right sets."""
+    if isinstance(event, e.ModelExported):
+        return {"sftd.exported": fit(f"{event.path} (step {event.step})", _TAG_VALUE)}
+    if isinstance(event, e.ModelRegistered):
+        return {"sftd.registered_model": fit(f"{event.name} version {event.model_version}", _TAG_VALUE)}
+    return {}
+
+
+def samples_table(generated: Iterable[e.SampleGenerated]) -> dict[str, Any]:
+    """Answers to the sample prompts, in the form that MLflow shows as a table. An answer that a later attempt gave again
+    is there once."""
+    rows: dict[tuple[int, str], list[Any]] = {}
+    for s in generated:
+        rows.setdefault((s.step, s.prompt), [s.step, s.prompt, s.text, s.tokens, s.stopped])
+    columns = ["step", "prompt", "answer", "tokens", "stopped"]
+    return {"columns": columns, "data": sorted(rows.values(), key=lambda row: row[0])}
+
+
+def samples_tag(refused: str | None) -> dict[str, str]:
+    """Whether the table of samples is there, and why not if it was `refused`."""
+    text = SAMPLES_FILE if refused is None else f"{SAMPLES_FILE} could not be written: {refused}"
+    return {"sftd.samples": fit(text, _TAG_VALUE)}
 
 
 def first_tags(run_id: str, event: e.RunSubmitted) -> dict[str, str]:

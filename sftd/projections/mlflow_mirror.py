@@ -14,18 +14,21 @@ cursor are still there. One that is gone for good is written again from its firs
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import socket
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import batched
 from pathlib import Path
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
 from sftd.domain import events as e
-from sftd.domain.evolve import evolve, fold
+from sftd.domain.evolve import evolve
 from sftd.domain.run import Run
 from sftd.projections import mlflow_mapping as mapping
+from sftd.projections import mlflow_reading as reading
 from sftd.projections.mlflow_client import METRICS_PER_BATCH, MirrorUnavailable, Tracking
 from sftd.store.engine import Store
 from sftd.store.event_store import read_stream
@@ -38,37 +41,6 @@ __all__ = ["MirrorUnavailable", "MlflowMirror", "position_name"]
 
 # Rows of the log that are looked at before the position moves.
 _WINDOW = 5000
-# Events in one request to MLflow.
-_PAGE = METRICS_PER_BATCH // mapping.POINTS_PER_EVENT
-
-_STEPS = (e.StepCompleted.__name__, e.ValidationCompleted.__name__)
-_LIFECYCLE = tuple(
-    cls.__name__
-    for cls in (
-        e.RunForked,
-        e.RunSubmitted,
-        e.SweepJoined,
-        e.RunHeld,
-        e.RunReleased,
-        e.AttemptClaimed,
-        e.TrainingResumed,
-        e.CheckpointPublished,
-        e.CheckpointRejected,
-        e.CheckpointDeleted,
-        e.StopRequested,
-        e.ResumeRequested,
-        e.AttemptFailed,
-        e.AttemptLost,
-        e.AttemptPaused,
-        e.AttemptPreempted,
-        e.RunSucceeded,
-        e.RunFailed,
-        e.RunCancelled,
-    )
-)
-_ENDS = (e.RunSucceeded.__name__, e.RunFailed.__name__, e.RunCancelled.__name__)
-# Types that are not named here are not even decoded: a newer sftd may have written them.
-_MIRRORED = _LIFECYCLE + _STEPS
 
 
 class _Window(NamedTuple):
@@ -88,12 +60,17 @@ class _Mirrored:
     status: str
     end_time: int | None
     run: Run | None = None
+    # Events that are read and not yet sent.
+    ahead: deque[e.Recorded] = field(default_factory=deque)
     highest: dict[str, int] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
 
 def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
-    """Name of the position of the mirror into these experiments. The URI may hold a password, so its digest stands in."""
+    """Name of the position of the mirror into these experiments, and of the claim on mirroring there. The URI may hold a
+    password, so its digest stands in. A file of one host is not that of another, though both have the same name."""
+    if tracking_uri.startswith("sqlite:"):
+        tracking_uri = f"{socket.gethostname()} {tracking_uri}"
     return f"mlflow:{hashlib.sha256(f'{tracking_uri} {experiment_prefix}'.encode()).hexdigest()[:16]}"
 
 
@@ -140,6 +117,14 @@ class MlflowMirror:
             self._position = window.position
             taken += window.rows
         return taken
+
+    def forget(self) -> None:
+        """Another mirror has written meanwhile: ask MLflow again how far each run is."""
+        self._runs.clear()
+
+    def mirror_run(self, run_id: str, version: int, should_stop: Callable[[], bool]) -> bool:
+        """Mirror one run at least up to `version`, wherever the position is. False when it was told to stop before."""
+        return self._mirror(run_id, version, should_stop)
 
     def _next_window(self) -> _Window:
         with self._store.read() as connection:
@@ -205,86 +190,60 @@ class MlflowMirror:
 
     def _send_page(self, run_id: str, mirrored: _Mirrored, version: int) -> None:
         """Send the events behind the cursor that fit into one request."""
+        run = mirrored.run
         with self._store.read() as connection:
-            run = mirrored.run
             if run is None:
-                run, mirrored.highest = _recover(connection, run_id, mirrored.cursor)
-            page = list(read_stream(connection, run_id, mirrored.cursor, _MIRRORED, _PAGE))
-            # As of each end, not of now: what is sent again after a crash is byte for byte the same.
-            ledgers = {
-                r.version: read_ledger(connection, run_id, r.occurred_at, r.version)
-                for r in page
-                if r.type in _ENDS
-            }
+                run, mirrored.highest = reading.recover(connection, run_id, mirrored.cursor)
+            if not mirrored.ahead:
+                page = read_stream(connection, run_id, mirrored.cursor, reading.MIRRORED, reading.PAGE)
+                mirrored.ahead.extend(page)
         found: list[mapping.Point] = []
-        for recorded in page:
-            if isinstance(recorded.event, e.RunForked):
-                for inherited in self._inherited(recorded, recorded.event):
-                    self._tracking.log(mirrored.uuid, inherited, {})
-            elif isinstance(recorded.event, e.RunSubmitted):
-                self._tracking.describe(
-                    mirrored.uuid, mapping.params(recorded.event.spec), mapping.datasets(recorded.event)
-                )
+        own_tags: dict[str, str] = {}
+        # Only events that are not mirrored may be left.
+        cursor, generated = version, 0
+        while (
+            mirrored.ahead and len(found) + mapping.most_points(mirrored.ahead[0].event) <= METRICS_PER_BATCH
+        ):
+            recorded = mirrored.ahead.popleft()
+            cursor = recorded.version
             run = evolve(run, recorded)
             found += mapping.points(recorded, mirrored.highest)
-            if recorded.version in ledgers:
-                found += mapping.goodput_points(ledgers[recorded.version], run.step)
+            own_tags |= mapping.event_tags(recorded.event)
+            generated += isinstance(recorded.event, e.SampleGenerated)
+            if recorded.type in reading.ENDS:
+                found += self._goodput(run_id, recorded, run.step)
+            elif isinstance(recorded.event, e.RunForked):
+                for points in batched(
+                    reading.inherited(self._store, recorded, recorded.event), METRICS_PER_BATCH
+                ):
+                    self._tracking.log(mirrored.uuid, points, {})
+            elif isinstance(recorded.event, e.RunSubmitted):
+                submitted = recorded.event
+                self._tracking.describe(
+                    mirrored.uuid, mapping.params(submitted.spec), mapping.datasets(submitted)
+                )
         # Before the cursor, which says that all up to there is done.
+        if generated:
+            own_tags |= self._samples(run_id, mirrored.uuid, cursor)
         status, end_time = mapping.status(run)
         if status != mirrored.status or end_time not in (None, mirrored.end_time):
             self._tracking.set_status(mirrored.uuid, status, end_time)
-        # No page: only events that are not mirrored are left.
-        cursor = page[-1].version if page else version
         tags = mapping.tags(run)
         changed = {key: value for key, value in tags.items() if mirrored.tags.get(key) != value}
-        self._tracking.log(mirrored.uuid, found, {**changed, mapping.TAG_CURSOR: str(cursor)})
+        self._tracking.log(mirrored.uuid, found, {**changed, **own_tags, mapping.TAG_CURSOR: str(cursor)})
         mirrored.run, mirrored.cursor, mirrored.tags = run, cursor, tags
         mirrored.status, mirrored.end_time = status, end_time or mirrored.end_time
 
-    def _inherited(self, recorded: e.Recorded, forked: e.RunForked) -> Iterator[list[mapping.Point]]:
-        """The parent's curve, and its ancestors', up to the fork: the points of their own MLflow runs, a request at a time.
+    def _goodput(self, run_id: str, end: e.Recorded, step: int) -> list[mapping.Point]:
+        # As of the end, not of now: what is sent again after a crash is byte for byte the same.
+        with self._store.read() as connection:
+            ledger = read_ledger(connection, run_id, end.occurred_at, end.version)
+        return mapping.goodput_points(ledger, step)
 
-        As the log had them when the fork was made, so that they are the same whenever they are sent.
-        """
-        highest: dict[str, int] = {}
-        version = 0
-        while True:
-            with self._store.read() as connection:
-                page = list(
-                    read_stream(connection, forked.parent, version, (e.RunForked.__name__, *_STEPS), _PAGE)
-                )
-            found: list[mapping.Point] = []
-            for r in page:
-                if isinstance(r.event, e.RunForked):
-                    yield from self._inherited(r, r.event)
-                elif r.position < recorded.position:
-                    found += mapping.inherited(r, highest, forked.step)
-            if found:
-                yield found
-            if len(page) < _PAGE:
-                return
-            version = page[-1].version
-
-
-def _recover(connection: sa.Connection, run_id: str, cursor: int) -> tuple[Run, dict[str, int]]:
-    """The run as of `cursor` and its highest step by event type, without reading all of its steps.
-
-    Steps only grow within an attempt, so the last of each attempt holds the attempt's highest, and says as well as
-    all of them do whether the run was running.
-    """
-    if cursor == 0:
-        return Run(run_id), {}
-    lifecycle = read_stream(connection, run_id, types=_LIFECYCLE)
-    recorded = list(takewhile(lambda r: r.version <= cursor, lifecycle))
-    last = (
-        sa.select(sa.func.max(events.c.version))
-        .where(events.c.run_id == run_id, events.c.version <= cursor, events.c.type.in_(_STEPS))
-        .group_by(events.c.type, events.c.attempt)
-    )
-    for version in connection.execute(last).scalars().all():
-        recorded += read_stream(connection, run_id, version - 1, limit=1)
-    recorded.sort(key=lambda r: r.version)
-    highest: dict[str, int] = {}
-    for r in recorded:
-        mapping.points(r, highest)
-    return fold(Run(run_id), recorded), highest
+    def _samples(self, run_id: str, uuid: str, version: int) -> dict[str, str]:
+        """Write the table of sample answers as of `version`. Artifacts may lie in a store of their own that takes nothing,
+        for want of credentials, say: that is told in a tag, and keeps no metric waiting."""
+        with self._store.read() as connection:
+            table = mapping.samples_table(reading.samples(connection, run_id, version))
+        refused = self._tracking.log_table(uuid, mapping.SAMPLES_FILE, table)
+        return mapping.samples_tag(refused)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner, Result
 
+from sftd.cli import app, main, ui
 from sftd.domain import events as e
 from sftd.domain import goodput
 from sftd.domain.spec import Spec
-from sftd.projections import mlflow_mirror
+from sftd.projections import mlflow_client, mlflow_mirror
+from sftd.projections import mlflow_reading as reading
+from sftd.projections.mlflow_check import Checked, check, rebuild
 from sftd.projections.mlflow_mirror import MirrorUnavailable, MlflowMirror
-from sftd.projections.mlflow_server import ui_command
+from sftd.settings import read as read_settings
 from sftd.store import event_store
 from sftd.store.engine import Store, open_engine
 from sftd.store.positions import projection_position
@@ -367,7 +371,7 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     log.train("grandchild", 1, range(10, 11), loss=8.0)
 
     sent = []
-    monkeypatch.setattr(mlflow_mirror, "_PAGE", 4)
+    monkeypatch.setattr(reading, "PAGE", 4)
     mirror = new_mirror()
     log_points = mirror._tracking.log
 
@@ -687,65 +691,228 @@ def test_two_mirrors_do_not_send_twice(
     assert server.history("run-1") == expected(log.store, "run-1")
 
 
-@contextmanager
-def mlflow_server(uri: str, artifacts: Path, port: int) -> Iterator[None]:
-    """A real MLflow server, ready to answer."""
-    command = ui_command(uri, artifacts, port)
-    assert command is not None
-    argv, environment = command
-    process = subprocess.Popen(
-        argv, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while not healthy(port):
-            assert time.monotonic() < deadline, "the MLflow server does not come up"
-            with suppress(subprocess.TimeoutExpired):
-                pytest.fail(f"the MLflow server ended with {process.wait(timeout=0.05)}")
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def test_a_server_that_is_away_for_the_middle_third(
-    log: Log, uri: str, server: Server, tmp_path: Path
-) -> None:
-    port = free_port()
-    mirror = MlflowMirror(log.store, f"http://ada:secret@127.0.0.1:{port}")
-    log.submit("run-1")
-    with mlflow_server(uri, tmp_path / "mlartifacts", port):
-        log.train("run-1", 1, range(1, 201))
-        assert mirror.sync(never) == 202
-    before = server.history("run-1")
-    assert before == expected(log.store, "run-1")
-    log.add("run-1", e.AttemptLost(message="host restarted", retry_at=1), attempt=1)
-    log.train("run-1", 2, range(150, 401), loss=math.nan)
-    for _ in range(3):
+def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        log.submit("run-1")
         with pytest.raises(MirrorUnavailable) as caught:
-            mirror.sync(never)
+            MlflowMirror(log.store, f"http://ada:secret@127.0.0.1:{port}").sync(never)
     assert "secret" not in str(caught.value)
     assert f"127.0.0.1:{port}" in str(caught.value)
-    assert server.history("run-1") == before
-    with mlflow_server(uri, tmp_path / "mlartifacts", port):
-        log.train("run-1", 3, range(401, 601))
-        log.add("run-1", e.RunFailed(cause="oom", message="gave up"))
-        assert mirror.sync(never) == 455
-        assert mirror.sync(never) == 0
+
+
+def answer(step: int, text: str) -> e.SampleGenerated:
+    return e.SampleGenerated(step=step, prompt="the capital of France?", text=text, tokens=2, stopped=True)
+
+
+def sampled(percent: float) -> e.SystemSampled:
+    return e.SystemSampled(host="h", cpu_percent=percent, memory_used_bytes=2**30, memory_total_bytes=2**31)
+
+
+def test_sample_answers_are_a_table_of_mlflow_s(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 5))
+    log.add("run-1", answer(4, "Berlin"), attempt=1)
+    mirror = new_mirror()
+    mirror.sync(never)
+    log.train("run-1", 2, range(3, 9))
+    log.add("run-1", answer(4, "again"), answer(8, "Paris"), attempt=2)
+    new_mirror().sync(never)
+    run = server.run("run-1")
+    table = json.loads((Path(run.info.artifact_uri.removeprefix("file://")) / "samples.json").read_text())
+    assert table["columns"][:3] == ["step", "prompt", "answer"]
+    assert [(row[0], row[2]) for row in table["data"]] == [(4, "Berlin"), (8, "Paris")]
+    # By this MLflow itself looks for tables.
+    marked = 'tags.`mlflow.loggedArtifacts` LIKE \'%"path"%:%"samples.json",%"type"%:%"table"%\''
+    assert len(server.client.search_runs([run.info.experiment_id], marked)) == 1
+    assert run.data.tags["sftd.samples"] == "samples.json"
+
+
+def test_artifacts_that_cannot_be_written_keep_no_metric_waiting(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no credentials for the bucket")
+
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 5))
+    log.add("run-1", answer(4, "Berlin"), attempt=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalArtifactRepository, "log_artifact", refuse)
+        new_mirror().sync(never)
     assert server.history("run-1") == expected(log.store, "run-1")
-    assert server.status("run-1") == "FAILED"
-    assert server.run("run-1").data.tags["sftd.last_checkpoint"] == ""
+    assert "no credentials for the bucket" in server.run("run-1").data.tags["sftd.samples"]
+
+
+def test_looks_at_the_host_are_counted_on_across_mirrors_and_attempts(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1")
+    for attempt in (1, 2):
+        log.train("run-1", attempt, range(1, 4))
+        log.add("run-1", sampled(10.0 * attempt), sampled(10.0 * attempt + 5), attempt=attempt)
+        new_mirror().sync(never)
+    points = server.history("run-1")["system/cpu_utilization_percentage"]
+    assert [(number, value) for number, _, value in points] == [
+        (0, "10.0"),
+        (1, "15.0"),
+        (2, "20.0"),
+        (3, "25.0"),
+    ]
+    assert server.history("run-1")["loss"] == expected(log.store, "run-1")["loss"]
+
+
+def test_a_host_with_many_gpus_fits_into_requests(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    gpus = [
+        e.GpuSample(
+            index=i,
+            utilization_percent=90.0,
+            memory_used_bytes=2**30,
+            memory_total_bytes=2**31,
+            power_watts=1.0,
+        )
+        for i in range(16)
+    ]
+    log.submit("run-1")
+    log.add("run-1", *(msgspec.structs.replace(sampled(1.0), gpus=gpus) for _ in range(40)), attempt=1)
+    new_mirror().sync(never)
+    assert len(server.history("run-1")["system/gpu_15_power_usage_watts"]) == 40
+
+
+def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
+    log: Log,
+    uri: str,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    artifacts = tmp_path / "mlartifacts"
+    tracking = mlflow_client.Tracking(uri, artifacts)
+    crash_and_redo(log, "root")
+    fork(log, "root", 7, "child")
+    log.train("child", 1, range(8, 10), loss=math.inf)
+    log.add("child", sampled(3.0), answer(9, "Paris"), attempt=1)
+
+    def rebuilt() -> list[Checked]:
+        return list(rebuild(log.store, uri, artifacts, "rebuilt/", ()))
+
+    # Killed after the first run, and called again; then there is nothing left to write.
+    next(iter(rebuild(log.store, uri, artifacts, "rebuilt/", ())))
+    found = rebuilt()
+    assert [(c.run_id, c.experiment, c.is_equal) for c in found] == [
+        ("root", "rebuilt/default", True),
+        ("child", "rebuilt/default", True),
+    ]
+    assert found[0].points == sum(map(len, expected(log.store, "root").values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_client.Tracking, "log", lambda *_: pytest.fail("it wrote"))
+        assert rebuilt() == found
+
+    run = server.run("child", "rebuilt/default")
+    server.client.log_metric(run.info.run_id, "lr", 7.0, timestamp=1, step=3)
+    server.client.set_terminated(run.info.run_id, "FAILED")
+    with log.store.write() as tx:
+        tx.execute(
+            sa.update(events)
+            .where(events.c.run_id == "child", events.c.type == "ValidationCompleted")
+            .values(occurred_at=START)
+        )
+    log.add("child", step(10), attempt=1)
+    checked = check(log.store, tracking, "rebuilt/", "child", log.versions["child"])
+    assert not checked.is_equal
+    assert checked.behind == 1
+    told = "\n".join(checked.differences)
+    assert "status: MLflow has FAILED, the log RUNNING" in told
+    assert "val_loss: 1 points of the log are not in MLflow, the first at step 7" in told
+    assert "lr: 1 points in MLflow are not in the log, the first at step 3" in told
+    assert "loss:" not in told.replace("val_loss:", "")
+    lost = check(log.store, tracking, "nowhere/", "child", 1)
+    assert lost.differences == ["there is no MLflow run of it"]
+
+
+def test_the_commands_find_the_runs_and_their_pages(
+    tmp_path: Path,
+    uri: str,
+    server: Server,
+    clean_environment: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    settings = read_settings()
+    app.make_home(settings)
+    store = app.open_store(settings)
+    log = Log(store)
+    crash_and_redo(log, "root")
+    fork(log, "root", 7, "child")
+    artifacts = settings.mlflow_artifacts
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    digest = hashlib.sha256(f"{hashlib.sha256(b'{}').hexdigest()}  config.json\n".encode()).hexdigest()
+    exported = e.ModelExported(step=9, path=str(folder), bytes=2, digest=digest, dtype="float32")
+    log.add("root", exported)
+
+    def sftd(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments))
+
+    not_yet = sftd("mlflow", "check")
+    assert (not_yet.exit_code, "there is no MLflow run of it" in not_yet.stderr) == (1, True)
+    assert "it has no run of root yet" in sftd("mlflow", "register", "root", "m").stderr
+    assert ui._page(settings, ()) == ""
+    MlflowMirror(store, uri, artifacts).sync(never)
+    told = [json.loads(line) for line in sftd("mlflow", "check", "--json").stdout.splitlines()]
+    assert [(t["run_id"], t["is_equal"], t["behind"]) for t in told] == [
+        ("root", True, 0),
+        ("child", True, 0),
+    ]
+    assert "2 of 2 runs are equal to the log" in sftd("mlflow", "rebuild").stdout
+    assert "'a/b' cannot be a model's name" in sftd("mlflow", "register", "root", "a/b").stderr
+    assert "root has no export of step 7" in sftd("mlflow", "register", "root", "m", "--step", "7").stderr
+
+    root, child = server.run("root").info, server.run("child").info
+    assert ui._page(settings, ()) == f"#/experiments/{root.experiment_id}/runs?compareRunsMode=CHART"
+    assert ui._page(settings, ("ro",)) == f"#/experiments/{root.experiment_id}/runs/{root.run_id}"
+    both = urllib.parse.unquote(ui._page(settings, ("root", "child")))
+    assert both.startswith(f'#/metric?runs=["{root.run_id}", "{child.run_id}"]')
+
+    # An export that is registered, and the same one touched since.
+    for _ in range(2):
+        assert "as support version 1" in sftd("mlflow", "register", "root", "support", "--step", "9").stdout
+    with store.read() as connection:
+        [registered] = event_store.read_stream(connection, "root", types=("ModelRegistered",))
+    assert (registered.event.name, registered.event.model_version) == ("support", "1")
+    (folder / "config.json").write_text("{ }")
+    assert "is not what was exported" in sftd("mlflow", "register", "root", "support").stderr
+    store.engine.dispose()
+
+
+def test_a_model_is_registered_once(
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror], tmp_path: Path
+) -> None:
+    log.submit("run-1")
+    mirror = new_mirror()
+    mirror.sync(never)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    uuid, tracking = server.run("run-1").info.run_id, mlflow_client.Tracking(uri, tmp_path / "mlartifacts")
+
+    def register(digest: str) -> str:
+        return tracking.register(uuid, folder, "models/step-4", "support", {"sftd.export_digest": digest})
+
+    assert [register("a"), register("a"), register("b")] == ["1", "1", "2"]
+    version = server.client.get_model_version("support", "1")
+    assert (version.run_id, version.tags["sftd.export_digest"]) == (uuid, "a")
+    there = Path(server.client.get_model_version_download_uri("support", "1").removeprefix("file://"))
+    assert (there / "config.json").read_text() == "{}"
+    registered = e.ModelRegistered(step=4, name="support", model_version="2", digest="b", by="ada")
+    log.add("run-1", registered)
+    mirror.sync(never)
+    assert server.run("run-1").data.tags["sftd.registered_model"] == "support version 2"

@@ -119,11 +119,15 @@ def test_unknown_command_names_the_nearest() -> None:
         "lineage",
         "checkpoints",
         "gc",
+        "mlflow check",
+        "mlflow rebuild",
+        "mlflow register",
+        "ui",
     ],
 )
 def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
-    more = ["somewhere"] if command == "export" else []
+    more = ["somewhere"] if command in ("export", "mlflow register") else []
     shown = CliRunner().invoke(main, [*command.split(), "no-such-run", *more])
     assert shown.exit_code == 2
     assert "There is no run 'no-such-run'" in shown.stderr
@@ -221,6 +225,17 @@ def test_ui_says_what_is_no_tracking_uri(tmp_path: Path, monkeypatch: pytest.Mon
     shown = CliRunner().invoke(main, ["ui"])
     assert shown.exit_code == 2
     assert "neither a database nor a server" in shown.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["mlflow check", "mlflow rebuild", "mlflow register r m"])
+def test_nothing_is_done_with_an_mlflow_that_is_turned_off(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    shown = CliRunner().invoke(main, command.split())
+    assert shown.exit_code == 2
+    assert "MLFLOW_TRACKING_URI: it is empty" in shown.stderr
 
 
 def test_a_row_is_shown_with_both_of_its_kinds() -> None:

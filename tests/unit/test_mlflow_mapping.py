@@ -69,7 +69,7 @@ def step(number: int, **changes: Any) -> e.StepCompleted:
 
 def test_step_becomes_metrics_at_the_event_s_time() -> None:
     found = mapping.points(recorded(step(3)), {})
-    assert len(found) == mapping.POINTS_PER_EVENT
+    assert len(found) == mapping.most_points(step(3))
     assert {p.key: p.value for p in found} == {
         "loss": 1.5,
         "grad_norm": 0.25,
@@ -107,13 +107,66 @@ def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
     assert highest == {"StepCompleted": 4, "ValidationCompleted": 3}
 
 
+def test_a_look_at_the_host_has_the_names_of_mlflow_s_own_and_counts_looks() -> None:
+    gpu = e.GpuSample(
+        index=3,
+        utilization_percent=97.0,
+        memory_used_bytes=20_000_000_000,
+        memory_total_bytes=80_000_000_000,
+        power_watts=612.5,
+    )
+    sampled = e.SystemSampled(
+        host="h",
+        cpu_percent=41.5,
+        memory_used_bytes=1_000_000_000,
+        memory_total_bytes=4_000_000_000,
+        gpus=[gpu],
+    )
+    highest: dict[str, int] = {}
+    found = mapping.points(recorded(sampled), highest)
+    assert len(found) == mapping.most_points(sampled)
+    assert {p.key: p.value for p in found} == {
+        "system/cpu_utilization_percentage": 41.5,
+        "system/system_memory_usage_megabytes": 1000.0,
+        "system/system_memory_usage_percentage": 25.0,
+        "system/gpu_3_utilization_percentage": 97.0,
+        "system/gpu_3_memory_usage_megabytes": 20_000.0,
+        "system/gpu_3_memory_usage_percentage": 25.0,
+        "system/gpu_3_power_usage_watts": 612.5,
+    }
+    assert {(p.timestamp, p.step) for p in found} == {(1_700_000_000_123, 0)}
+    silent = e.GpuSample(
+        index=0, utilization_percent=None, memory_used_bytes=None, memory_total_bytes=None, power_watts=None
+    )
+    again = mapping.points(recorded(msgspec.structs.replace(sampled, gpus=[silent])), highest)
+    assert [(p.key.partition("/")[2][:6], p.step) for p in again] == [
+        ("cpu_ut", 1),
+        ("system", 1),
+        ("system", 1),
+    ]
+
+
+def test_the_table_of_samples_has_an_answer_that_was_given_again_once() -> None:
+    def answer(step: int, prompt: str, text: str) -> e.SampleGenerated:
+        return e.SampleGenerated(step=step, prompt=prompt, text=text, tokens=2, stopped=True)
+
+    given = [answer(5, "b?", "1"), answer(5, "a?", "2"), answer(9, "b?", "3"), answer(5, "b?", "again")]
+    table = mapping.samples_table(given)
+    assert table["columns"] == ["step", "prompt", "answer", "tokens", "stopped"]
+    assert [row[:3] for row in table["data"]] == [[5, "b?", "1"], [5, "a?", "2"], [9, "b?", "3"]]
+
+
 def test_the_end_of_a_run_says_where_its_time_went() -> None:
     micros = dict.fromkeys(ACCOUNTS, 0) | {"queued": 1_000_000, "productive": 3_000_000, "other": 1_000_000}
     found = mapping.goodput_points(Ledger(5_000_000, 10_000_000, micros), step=9)
-    assert len(found) == mapping.POINTS_PER_EVENT + 3
+    assert len(found) == mapping.most_points(e.RunCancelled(by="ada"))
     assert {(p.timestamp, p.step) for p in found} == {(10_000, 9)}
     values = {p.key: p.value for p in found}
-    assert (values["goodput"], values["seconds_productive"], values["seconds_wall"]) == (0.75, 3.0, 5.0)
+    assert (
+        values["goodput"],
+        values["seconds_productive"],
+        values["seconds_wall"],
+    ) == (0.75, 3.0, 5.0)
     never_claimed = Ledger(0, 5, dict.fromkeys(ACCOUNTS, 0) | {"queued": 5})
     assert "goodput" not in {p.key for p in mapping.goodput_points(never_claimed, step=0)}
 

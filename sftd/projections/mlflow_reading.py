@@ -1,0 +1,128 @@
+"""What the log has for MLflow: which types matter, a run as of a version, and all points of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+
+import sqlalchemy as sa
+
+from sftd.domain import events as e
+from sftd.domain.evolve import evolve, fold
+from sftd.domain.run import Run
+from sftd.projections import mlflow_mapping as mapping
+from sftd.store.engine import Store
+from sftd.store.event_store import read_stream
+from sftd.store.goodput import read_ledger
+from sftd.store.tables import NO_STEP, events
+
+# Rows of a stream that are read and decoded at once.
+PAGE = 1000
+STEPS = (e.StepCompleted.__name__, e.ValidationCompleted.__name__)
+ENDS = (e.RunSucceeded.__name__, e.RunFailed.__name__, e.RunCancelled.__name__)
+_SAMPLES = e.SampleGenerated.__name__
+_SYSTEM = e.SystemSampled.__name__
+_LIFECYCLE = tuple(
+    cls.__name__
+    for cls in (
+        e.RunForked,
+        e.RunSubmitted,
+        e.SweepJoined,
+        e.RunHeld,
+        e.RunReleased,
+        e.AttemptClaimed,
+        e.TrainingResumed,
+        e.CheckpointPublished,
+        e.CheckpointRejected,
+        e.CheckpointDeleted,
+        e.StopRequested,
+        e.ResumeRequested,
+        e.AttemptFailed,
+        e.AttemptLost,
+        e.AttemptPaused,
+        e.AttemptPreempted,
+        e.RunSucceeded,
+        e.RunFailed,
+        e.RunCancelled,
+        e.ModelExported,
+        e.ModelRegistered,
+    )
+)
+# Types that are not named here are not even decoded: a newer sftd may have written them.
+MIRRORED = (*_LIFECYCLE, *STEPS, _SAMPLES, _SYSTEM)
+
+
+def recover(connection: sa.Connection, run_id: str, cursor: int) -> tuple[Run, dict[str, int]]:
+    """The run as of `cursor` and its highest step by event type, without reading all of its steps.
+
+    Steps only grow within an attempt, so the last of each attempt holds the attempt's highest, and says as well as
+    all of them do whether the run was running.
+    """
+    if cursor == 0:
+        return Run(run_id), {}
+    lifecycle = read_stream(connection, run_id, types=_LIFECYCLE)
+    recorded = list(takewhile(lambda r: r.version <= cursor, lifecycle))
+    c = events.c
+    last = (
+        sa.select(sa.func.max(c.version))
+        .where(c.run_id == run_id, c.version <= cursor, c.type.in_(STEPS))
+        .group_by(c.type, c.attempt)
+    )
+    for version in connection.execute(last).scalars().all():
+        recorded += read_stream(connection, run_id, version - 1, limit=1)
+    recorded.sort(key=lambda r: r.version)
+    highest: dict[str, int] = {}
+    for r in recorded:
+        mapping.points(r, highest)
+    sampled = sa.select(sa.func.count()).where(
+        c.run_id == run_id, c.version <= cursor, c.type == _SYSTEM, NO_STEP
+    )
+    highest[_SYSTEM] = connection.execute(sampled).scalar_one() - 1
+    return fold(Run(run_id), recorded), highest
+
+
+def samples(connection: sa.Connection, run_id: str, version: int) -> list[e.SampleGenerated]:
+    """The answers to sample prompts up to `version`."""
+    recorded = read_stream(connection, run_id, types=(_SAMPLES,))
+    upto = takewhile(lambda r: r.version <= version, recorded)
+    return [r.event for r in upto if isinstance(r.event, e.SampleGenerated)]
+
+
+def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterator[mapping.Point]:
+    """The parent's curve, and its ancestors', up to the fork: the points of their own MLflow runs.
+
+    As the log had them when the fork was made, so that they are the same whenever they are sent.
+    """
+    highest: dict[str, int] = {}
+    for r in _stream(store, forked.parent, 0, None, (e.RunForked.__name__, *STEPS)):
+        if isinstance(r.event, e.RunForked):
+            yield from inherited(store, r, r.event)
+        elif r.position < recorded.position:
+            yield from mapping.inherited(r, highest, forked.step)
+
+
+def history(store: Store, run_id: str, version: int) -> Iterator[mapping.Point]:
+    """All points that the MLflow run of a run has once it is mirrored up to `version`."""
+    run, highest = Run(run_id), dict[str, int]()
+    for r in _stream(store, run_id, 0, version, MIRRORED):
+        if isinstance(r.event, e.RunForked):
+            yield from inherited(store, r, r.event)
+        run = evolve(run, r)
+        yield from mapping.points(r, highest)
+        if r.type in ENDS:
+            with store.read() as connection:
+                ledger = read_ledger(connection, run_id, r.occurred_at, r.version)
+            yield from mapping.goodput_points(ledger, run.step)
+
+
+def _stream(
+    store: Store, run_id: str, after: int, until: int | None, types: tuple[str, ...]
+) -> Iterator[e.Recorded]:
+    """Events of a run, a page in memory and no transaction open between two of them."""
+    while True:
+        with store.read() as connection:
+            page = list(read_stream(connection, run_id, after, types, PAGE))
+        yield from (r for r in page if until is None or r.version <= until)
+        if len(page) < PAGE or (until is not None and page[-1].version >= until):
+            return
+        after = page[-1].version
