@@ -18,6 +18,7 @@ from sftd.cli import app
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
+    from sftd.daemon.mirror_turn import Mirror
     from sftd.daemon.notices import NoticeThread
     from sftd.store.engine import Store
 
@@ -191,11 +192,11 @@ def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
     return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
 
 
-def _mirror(settings: Settings) -> Callable[[], object] | None:
+def _mirror(settings: Settings) -> Callable[[], Mirror] | None:
     if not settings.mlflow_tracking_uri:
         return None
 
-    def make() -> object:
+    def make() -> Mirror:
         from sftd.projections.mlflow_mirror import MlflowMirror
 
         # A connection pool of its own: the mirror runs in a thread and may be slow.

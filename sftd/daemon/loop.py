@@ -15,8 +15,10 @@ import sqlalchemy as sa
 from sftd.daemon.log import of_run
 from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
+from sftd.daemon.mirror_turn import Mirror, MirrorTurn
 from sftd.daemon.notices import NoticeThread
 from sftd.daemon.rescuer import orphaned
+from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
@@ -29,6 +31,7 @@ from sftd.launcher.seam import Launcher
 from sftd.operations import attempts, turns
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
+from sftd.projections.mlflow_mirror import position_name
 from sftd.settings import Settings
 from sftd.store import daemons
 from sftd.store.daemons import DaemonRow
@@ -58,7 +61,7 @@ class Daemon:
         store: Store,
         settings: Settings,
         inventory: Inventory,
-        mirror: Callable[[], object] | None = None,
+        mirror: Callable[[], Mirror] | None = None,
         launcher: Launcher = LocalAttempt,
         stop: threading.Event | None = None,
         notices: Sequence[NoticeThread] = (),
@@ -74,10 +77,11 @@ class Daemon:
         self._limits = Limits(settings.user_limit, settings.project_limit)
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
-        self._mirror = MirrorThread(mirror) if mirror is not None else None  # type: ignore[arg-type]
+        self._mirror = MirrorThread(lambda: self._turn(mirror())) if mirror is not None else None
         self._notices = notices
         self._stop = stop or threading.Event()
         self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
+        self._sampler = Sampler(store, self._context, settings.sample_seconds)
         self._renew_at = 0.0
         self._too_large: set[str] = set()
         self._reported: dict[str, str] = {}
@@ -101,6 +105,7 @@ class Daemon:
                         registered = True
                     busy = self.tick()
                     self._metrics.write_when_due(self._supervisors, self._context.now())
+                    self._sampler.sample_when_due(self._supervisors.values())
                     if drain and not self._supervisors and self._nothing_left():
                         drained = True
                         self._metrics.write({}, self._context.now())
@@ -120,6 +125,10 @@ class Daemon:
                 channel.stop()
             self._unregister()
         log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
+
+    def _turn(self, mirror: Mirror) -> MirrorTurn:
+        name = position_name(self._settings.mlflow_tracking_uri)
+        return MirrorTurn(mirror, self._store, self._context, name, self.daemon_id)
 
     def _nothing_left(self) -> bool:
         """Whether no run is driven by anybody, and none waits but those that can never start here."""

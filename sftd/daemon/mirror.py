@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 log = logging.getLogger("sftd.mirror")
 
-_FIRST_BACKOFF, _LAST_BACKOFF = 1.0, 60.0
+_FIRST_BACKOFF, _LAST_BACKOFF = 1.0, 15.0
 _IDLE_SECONDS = 1.0
+# An MLflow that is away for days is not worth a line every few seconds.
+_REMIND_SECONDS = 3600.0
 
 
 class Mirror(Protocol):
@@ -18,6 +21,10 @@ class Mirror(Protocol):
 
     def sync(self, should_stop: Callable[[], bool]) -> int:
         """Copy what is new. Returns the number of events taken in."""
+        ...
+
+    def close(self) -> None:
+        """No more is copied."""
         ...
 
 
@@ -54,17 +61,28 @@ class MirrorThread:
     def _loop(self) -> None:
         mirror: Mirror | None = None
         backoff = _FIRST_BACKOFF
+        said, remind_at = "", 0.0
         while not self._stop.is_set():
             self._wake.clear()
             try:
                 mirror = mirror or self._make()
                 taken = mirror.sync(self._stop.is_set)
             except Exception as error:  # noqa: BLE001  whatever MLflow throws must not end the daemon
-                log.warning("MLflow mirror: %s; trying again in %.0f s", error, backoff)
+                if str(error) != said or time.monotonic() >= remind_at:
+                    log.warning("MLflow mirror: %s; trying again, nothing is lost", error)
+                    said, remind_at = str(error), time.monotonic() + _REMIND_SECONDS
                 self._stop.wait(backoff)
                 backoff = min(_LAST_BACKOFF, 2 * backoff)
                 continue
             backoff = _FIRST_BACKOFF
+            if said:
+                said = ""
+                log.info("MLflow mirror: MLflow takes data again")
             if taken == 0 and not self._wake.is_set():
                 self._caught_up.set()
                 self._wake.wait(_IDLE_SECONDS)
+        if mirror is not None:
+            try:
+                mirror.close()
+            except Exception as error:  # noqa: BLE001  its claim expires by itself
+                log.warning("MLflow mirror: %s", error)

@@ -1,6 +1,6 @@
 """Every table. Times are whole microseconds since the Unix epoch (UTC).
 
-`events` is the truth. `queue` and `daemons` are operational rows: who may drive what now. `journal_cursors` and
+`events` is the truth. `queue`, `daemons` and `claims` are operational rows: who may do what now. `journal_cursors` and
 `projection_positions` say how far was read. `view_*` can be deleted and rebuilt from events.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 
 # Events that are not steps have an index of their own. A query must say it in these words to be given it.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -93,6 +93,16 @@ daemons = sa.Table(
     sa.Column("started_at", sa.BigInteger, nullable=False),
     sa.Column("seen_at", sa.BigInteger, nullable=False),
     sa.Column("stopped_at", sa.BigInteger),
+)
+
+# Jobs that only one daemon does at a time, such as mirroring to MLflow.
+claims = sa.Table(
+    "claims",
+    metadata,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("token", sa.String(36), nullable=False),
+    sa.Column("owner", sa.String(64), nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False),
 )
 
 journal_cursors = sa.Table(
