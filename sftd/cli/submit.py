@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
 )
 @click.option(
+    "--print-script",
+    "print_script",
+    is_flag=True,
+    help="Check everything, print the job script that Slurm would get (launch.launcher: slurm), queue nothing.",
+)
+@click.option(
     "--after", multiple=True, metavar="RUN", help="Start once this run has succeeded; repeatable. See below."
 )
 @click.option(
@@ -50,6 +56,7 @@ def submit_command(
     quiet: bool,
     wait: bool,
     dry_run: bool,
+    print_script: bool,
     after: tuple[str, ...],
     grid: tuple[str, ...],
     as_json: bool,
@@ -69,6 +76,7 @@ def submit_command(
       sftd submit run.yaml --dry-run --xray
       sftd submit run.yaml --grid optimizer.lr=1e-5,2e-5 --grid model.megatron.seed=1,2
       sftd submit second.yaml --after brave-otter
+      sftd submit run.yaml launch.launcher=slurm --print-script
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
     from sftd.operations.submitting import Wish, submit_all
@@ -84,6 +92,10 @@ def submit_command(
     if grid:
         from sftd.cli import sweep
 
+        if print_script:
+            raise click.UsageError(
+                "--print-script shows the script of one run: it cannot be used with --grid."
+            )
         if wait:
             raise click.UsageError("--wait waits for one run: it cannot be used with --grid.")
         sweep.submit(settings, config, overrides, grid, after, quiet=quiet, dry_run=dry_run, as_json=as_json)
@@ -95,6 +107,9 @@ def submit_command(
         print_dry_run(spec, warnings, quiet)
         if xray and not quiet:
             look_inside(spec, found, stderr=True)
+        return
+    if print_script:
+        _print_script(settings, spec, found, warnings, quiet)
         return
     app.make_home(settings)
     store = app.open_store(settings)
@@ -171,6 +186,31 @@ def print_dry_run(spec: Spec, warnings: list[Problem], quiet: bool) -> None:
 
     output.warn_all(warnings, quiet)
     click.echo(canonical_json(spec))
+
+
+def _print_script(
+    settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem], quiet: bool
+) -> None:
+    """The script of the first attempt's job; the run's name and the lease's token are not known before it is queued."""
+    from sftd.domain.errors import Problem, Refused
+    from sftd.launcher import slurm_script
+    from sftd.wire.attempt_dir import Order, RunDir
+
+    if spec.launch.launcher != "slurm":
+        what = "is local, and has no job script"
+        raise Refused(Problem("launch.launcher", what, "add launch.launcher=slurm"))
+    run_dir = RunDir(settings.home, "RUN")
+    directory = run_dir.attempt(1)
+    order = Order(
+        run_id="RUN",
+        attempt=1,
+        token="TOKEN",  # noqa: S106  a word in its place
+        spec=spec,
+        planned_steps=found.planned_steps,
+        checkpoint_dir=str(run_dir.checkpoint_dir(spec.checkpoint.save_dir)),
+    )
+    output.warn_all(warnings, quiet)
+    click.echo(slurm_script.script(order, directory, slurm_script.argv(spec, directory)), nl=False)
 
 
 def _wait(store: Store, run_id: str, quiet: bool) -> int:

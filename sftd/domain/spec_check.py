@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from sftd.domain.errors import Problem
+from sftd.domain.launch_check import check_launch
 from sftd.domain.spec import Spec
 
 # One path segment that is safe as a folder and as a tag; no separators, no leading dot.
@@ -62,14 +63,7 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "set model.megatron.tensor_model_parallel_size to 2 or more, or turn it off",
             )
         )
-    if spec.launch.nnodes > 1:
-        problems.append(
-            Problem(
-                "launch.nnodes",
-                f"{spec.launch.nnodes}: this version of sftd launches on one machine",
-                "set it to 1",
-            )
-        )
+    problems += check_launch(spec, warnings)
     mp = spec.model_parallel_size
     if spec.world_size % mp:
         problems.append(

@@ -224,10 +224,54 @@ class Checkpoint(Section, frozen=True):
     ] = ""
 
 
+class Slurm(Section, frozen=True):
+    """`launch.slurm`: what the job asks Slurm for; used with `launch.launcher: slurm` only."""
+
+    partition: Annotated[str, Meta(description="partition; empty is the cluster's default")] = ""
+    account: Annotated[str, Meta(description="account that is charged; empty is the user's default")] = ""
+    qos: Annotated[str, Meta(description="quality of service; empty is the default")] = ""
+    time: Annotated[
+        str,
+        Meta(
+            description="time limit of each job, in Slurm's form (90, 4:00:00, 2-0); empty is the partition's. A run that needs "
+            "longer goes on in further jobs"
+        ),
+    ] = ""
+    gres: Annotated[
+        str,
+        Meta(
+            description="generic resources of each node, such as gpu:8; when empty, a GPU a rank where launch.device is cuda"
+        ),
+    ] = ""
+    constraint: Annotated[str, Meta(description="features that the nodes must have")] = ""
+    exclude: Annotated[str, Meta(description="nodes that are not used, such as n[3,7-9]")] = ""
+    extra_args: Annotated[
+        list[str], Meta(description="further options of sbatch, each with its value, such as --mem=0")
+    ] = msgspec.field(default_factory=list)
+    setup: Annotated[
+        str, Meta(description="shell lines that the job runs on its first node before it starts the ranks")
+    ] = ""
+    stop_seconds: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65535,
+            description="so long before its time limit the job is told, and the ranks save a checkpoint at the next step and end: "
+            "longer than a step and a save take, and a minute more (Slurm's clock is that coarse)",
+        ),
+    ] = 300
+
+
 class Launch(Section, frozen=True):
     """`launch`: where it runs."""
 
-    nnodes: Annotated[Size, Meta(description="machines")] = 1
+    launcher: Annotated[
+        Literal["local", "slurm"],
+        Meta(
+            description="who starts the ranks: the daemon on its own host, or Slurm, to which it hands a job"
+        ),
+    ] = "local"
+    nnodes: Annotated[Size, Meta(description="machines; more than one with the launcher slurm")] = 1
     nproc_per_node: Annotated[
         Size | None, Meta(description="ranks per machine; the least that the layout needs when not set")
     ] = None
@@ -266,3 +310,4 @@ class Launch(Section, frozen=True):
         Size | None,
         Meta(description="CPU threads of each rank on a CPU; all cores shared by the ranks when not set"),
     ] = None
+    slurm: Slurm = Slurm()

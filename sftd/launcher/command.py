@@ -29,6 +29,26 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
         f"--rdzv-id={directory.path.parent.name}",
         "--local-addr=127.0.0.1",
         "--nnodes=1",
+        # Recorded steps of a run on several machines may be trained again on one.
+        f"--nproc-per-node={spec.world_size}",
+        "--max-restarts=0",
+        f"--log-dir={directory.ranks_dir}",
+        "-m",
+        "sftd.trainer",
+        str(directory.path),
+    ]
+
+
+def torchrun_argv_of_node(spec: Spec, directory: AttemptDir) -> list[str]:
+    """The torchrun command of each of several machines. Where they meet comes by torchrun's variables (PET_…), for only the
+    job knows its first machine."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={directory.path.parent.name}-{directory.path.name}",
+        f"--nnodes={spec.launch.nnodes}",
         f"--nproc-per-node={spec.nproc_per_node}",
         "--max-restarts=0",
         f"--log-dir={directory.ranks_dir}",
@@ -45,23 +65,34 @@ def wrapped_argv(argv: list[str], directory: AttemptDir) -> list[str]:
     return ["/bin/sh", "-c", _SHELL, str(directory.exit_file), *argv]
 
 
+def without_secrets(base: Mapping[str, str]) -> dict[str, str]:
+    """The daemon's own environment, less what the trainer must not know."""
+    return {name: value for name, value in base.items() if not name.startswith(_WITHHELD)}
+
+
+def rank_variables(*, token: str, device: str) -> dict[str, str]:
+    """What every rank is told by its environment, whoever starts it."""
+    return {
+        TOKEN_VARIABLE: token,
+        "SFTD_DEVICE": device,
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+# torchrun opens no port for the ranks of one host: they meet by themselves (see sftd/trainer/rendezvous.py).
+ONE_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# They talk over shared memory and NVLink; what NCCL and gloo listen on is for finding each other.
+ONE_HOST_DEFAULTS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
 def environment(
     base: Mapping[str, str], *, token: str, device: str, threads: int, devices: list[str]
 ) -> dict[str, str]:
-    """Environment of an attempt: the daemon's own, less what the trainer must not know, plus what it is to use."""
-    env = {name: value for name, value in base.items() if not name.startswith(_WITHHELD)}
-    env |= {
-        TOKEN_VARIABLE: token,
-        "SFTD_DEVICE": device,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # torchrun opens no port for the ranks: they meet by themselves (see sftd/trainer/rendezvous.py).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    # Ranks of one host talk over shared memory and NVLink; what NCCL and gloo listen on is for finding each other.
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        env.setdefault(name, "lo")
+    """Environment of an attempt on this host: the daemon's own, less what the trainer must not know, plus what it is to
+    use."""
+    env = ONE_HOST_DEFAULTS | without_secrets(base) | rank_variables(token=token, device=device) | ONE_HOST
+    env["OMP_NUM_THREADS"] = str(threads)
     if device == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = ",".join(d.removeprefix("cuda:") for d in devices)
     else:

@@ -12,6 +12,13 @@
           rows/          decoded data, until every rank has mapped it
           rendezvous     torchrun's own notes
           port           where on the loopback device the ranks meet
+
+Of an attempt that Slurm runs there are also:
+          job.sh         the job's script
+          started/       made by the one job that may run the attempt; `job` in it names that job
+          told           why Slurm had the job end: the signal that it sent
+          fence          present once the daemon has given the attempt up: whoever still runs it may write nothing more
+          stacks/wanted  present when the ranks shall write down where they are
 """
 
 from __future__ import annotations
@@ -60,7 +67,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
     """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not.
     `devices` are those it was given. A run made directly, without a daemon that records the launch, tells more:
-    `argv`, and `started_at`, when the attempt began."""
+    `argv`, and `started_at`, when the attempt began. Of one that Slurm runs `job` is the job's number, empty until it is
+    known; `pid` is 0, and `create_time` when it was handed over."""
 
     pid: int
     create_time: float
@@ -68,6 +76,7 @@ class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
     devices: list[str] = []
     argv: list[str] = []
     started_at: Micros = 0
+    job: str = ""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -124,6 +133,12 @@ class AttemptDir:
         self.rows_dir = self.path / "rows"
         self.rendezvous_file = self.path / "rendezvous"
         self.port_file = self.path / "port"
+        self.script_file = self.path / "job.sh"
+        self.started_dir = self.path / "started"
+        self.started_job_file = self.started_dir / "job"
+        self.told_file = self.path / "told"
+        self.fence_file = self.path / "fence"
+        self.stacks_wanted_file = self.stacks_dir / "wanted"
 
     def create(self, order: Order) -> None:
         """Make the folder (mode 0700) and write the order and the lease."""
@@ -193,6 +208,34 @@ class AttemptDir:
     def stop_requested(self) -> bool:
         """Whether the trainer was asked to end."""
         return self.stop_file.exists()
+
+    def started_job(self) -> str:
+        """The job that has begun to run the attempt, empty when none has said so."""
+        return _read_line(self.started_job_file)
+
+    def told(self) -> str:
+        """The signal by which Slurm announced the job's end, empty when it did not."""
+        return _read_line(self.told_file)
+
+    def fence(self) -> None:
+        """Have nobody begin, or go on with, this attempt from now on."""
+        self.fence_file.touch(mode=0o600)
+
+    def is_fenced(self) -> bool:
+        """Whether the daemon has given this attempt up."""
+        return self.fence_file.exists()
+
+    def ask_for_stacks(self) -> None:
+        """Have the ranks write their stacks, where no signal reaches them."""
+        make_private(self.stacks_dir)
+        self.stacks_wanted_file.touch(mode=0o600)
+
+
+def _read_line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
 
 
 def attempt_dir(run: Path, number: int) -> AttemptDir:

@@ -181,7 +181,13 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "the longest sample would not fit",
         "or more",
     ),
-    "several machines": (nothing, ["launch.nnodes=2"], "launch.nnodes", "one machine", "set it to 1"),
+    "several machines": (
+        nothing,
+        ["launch.nnodes=2"],
+        "launch.nnodes",
+        "on the daemon's own machine only",
+        "set it to 1, or launch.launcher to slurm",
+    ),
     "warm-up too long": (
         nothing,
         ["scheduler.warmup_steps=99"],

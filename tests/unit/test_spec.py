@@ -166,7 +166,7 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         ("trainer.experiment_name", "a/b", "not a plain name"),
         ("model.megatron.virtual_pipeline_model_parallel_size", 2, "at least 2 ranks"),
         ("model.megatron.sequence_parallel", True, "tensor_model_parallel_size to 2 or more"),
-        ("launch.nnodes", 2, "set it to 1"),
+        ("launch.nnodes", 2, "launch.launcher to slurm"),
         ("data.train_batch_size", 65, "use 64 or 80"),
     ],
 )
@@ -302,7 +302,7 @@ def test_warm_up_in_steps_wins_over_the_ratio() -> None:
 
 def test_the_digest_is_pinned() -> None:
     """A digest names a spec for years: a new default or a renamed key must be a decision, not an accident."""
-    assert spec_digest(spec_of()) == "368ef4c15d3ff03f20dd13c46ed9a6a0f60a42bb62b617cc90e122409faa6ae2"
+    assert spec_digest(spec_of()) == "fc092bf50c978eb6fdb417a29f27e85fd17cbfac3c052e50f95320632956a5c7"
 
 
 def test_the_digest_does_not_depend_on_how_the_spec_was_written() -> None:

@@ -1,0 +1,105 @@
+"""What must hold of `launch`: who may start several machines, and what may stand in a job script."""
+
+from __future__ import annotations
+
+import re
+
+from sftd.domain.errors import Problem
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Slurm
+
+# One word of a line of sbatch's options: nothing that ends it, begins a comment or opens a quotation.
+_WORD = re.compile(r"[^\s\"'\\#]+")
+# minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+_OPTION = re.compile(r"-[^\x00-\x1f\x7f]+")
+# What the launcher decides by itself, by all their names, with the key that decides it.
+_OWNED = {
+    "--array": "", "-a": "",
+    "--chdir": "", "-D": "", "--workdir": "",
+    "--error": "", "-e": "",
+    "--export": "launch.slurm.setup",
+    "--input": "", "-i": "",
+    "--job-name": "", "-J": "",
+    "--nodes": "launch.nnodes", "-N": "launch.nnodes",
+    "--ntasks": "launch.nnodes", "-n": "launch.nnodes",
+    "--ntasks-per-node": "launch.nproc_per_node", "--tasks-per-node": "launch.nproc_per_node",
+    "--open-mode": "",
+    "--output": "", "-o": "",
+    "--requeue": "launch.max_restarts", "--no-requeue": "launch.max_restarts",
+    "--signal": "launch.slurm.stop_seconds",
+    "--wrap": "",
+}  # fmt: skip
+
+
+def check_launch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
+    """Problems with `launch`; what is only doubtful is added to `warnings`."""
+    launch = spec.launch
+    if launch.launcher == "local":
+        problems = []
+        if launch.nnodes > 1:
+            problems.append(
+                Problem(
+                    "launch.nnodes",
+                    f"{launch.nnodes}: the local launcher starts ranks on the daemon's own machine only",
+                    "set it to 1, or launch.launcher to slurm",
+                )
+            )
+        if launch.slurm != Slurm():
+            warnings.append(
+                Problem(
+                    "launch.slurm", "is not used: launch.launcher is local", "set launch.launcher to slurm"
+                )
+            )
+        return problems
+    problems = _check_words(launch.slurm) + _check_extra(launch.slurm.extra_args)
+    if launch.device == "auto" and not asks_for_gpus(launch.slurm):
+        warnings.append(
+            Problem(
+                "launch.device",
+                "is auto, and launch.slurm asks for no GPU: the job trains on CPUs",
+                "set it to cuda for a GPU a rank, or to cpu",
+            )
+        )
+    return problems
+
+
+def asks_for_gpus(slurm: Slurm) -> bool:
+    """Whether the options of a job name GPUs."""
+    return any("gpu" in text for text in (slurm.gres, *slurm.extra_args))
+
+
+def _check_words(slurm: Slurm) -> list[Problem]:
+    problems = []
+    for name in ("partition", "account", "qos", "time", "gres", "constraint", "exclude"):
+        value = getattr(slurm, name)
+        where = f"launch.slurm.{name}"
+        if not value:
+            continue
+        if not _WORD.fullmatch(value):
+            what = f"{value!r} holds spaces, quotes, a backslash or #"
+            problems.append(Problem(where, what, "write it as sbatch takes it, without those"))
+        elif name == "time" and not _TIME.fullmatch(value):
+            what = f"{value!r} is not a time as Slurm writes it"
+            problems.append(
+                Problem(where, what, "write minutes, hours:minutes:seconds or days-hours, such as 90 or 2-0")
+            )
+    if "\0" in slurm.setup:
+        problems.append(Problem("launch.slurm.setup", "holds a NUL character", "write plain shell lines"))
+    return problems
+
+
+def _check_extra(options: list[str]) -> list[Problem]:
+    where, problems = "launch.slurm.extra_args", []
+    for option in options:
+        name = re.split(r"[=\s]", option, maxsplit=1)[0]
+        # -N2 is -N 2.
+        short = name[:2] if re.match(r"-[A-Za-z]", name) else name
+        if not _OPTION.fullmatch(option):
+            what = f"{option!r} is not an option on one line"
+            problems.append(Problem(where, what, "write each as one text, such as --mem=0"))
+        elif short in _OWNED:
+            instead = _OWNED[short]
+            mend = f"use {instead}" if instead else "leave it out"
+            problems.append(Problem(where, f"{option!r}: sftd decides {short} by itself", mend))
+    return problems

@@ -1,0 +1,195 @@
+"""The job script: pinned as a whole, and run by a real bash with `srun` replaced by a recorder."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftd.domain.errors import Refused
+from sftd.domain.spec import Spec
+from sftd.domain.spec_parse import parse
+from sftd.launcher import slurm_script
+from sftd.wire.attempt_dir import AttemptDir, Order
+
+GOLDEN = Path(__file__).with_name("golden") / "job.sh"
+TORCHRUN = ["python", "-m", "torch.distributed.run", "--nnodes=2", "it's"]
+
+
+def spec_of(**launch: Any) -> Spec:
+    launch = {"launcher": "slurm", **launch}
+    config = {"model": {"path": "/m"}, "data": {"train_files": "/t"}, "launch": launch}
+    return parse(config)[0]
+
+
+def order_of(spec: Spec) -> Order:
+    return Order(
+        run_id="brave-otter-12ab", attempt=2, token="t", spec=spec, planned_steps=3, checkpoint_dir="/c"
+    )
+
+
+def script_of(folder: str | Path = "/s/attempt-0002", torchrun: list[str] = TORCHRUN, **launch: Any) -> str:
+    return slurm_script.script(order_of(spec_of(**launch)), AttemptDir(folder), torchrun)
+
+
+def test_the_script_is_pinned() -> None:
+    """People read it, and sites approve it: a change of it is a decision."""
+    made = script_of(
+        folder="/shared/100% mine/attempt-0002",
+        nnodes=2,
+        nproc_per_node=8,
+        device="cuda",
+        threads_per_rank=12,
+        slurm={
+            "partition": "gpu",
+            "account": "lab",
+            "qos": "long",
+            "time": "2-0",
+            "constraint": "h100&nvlink",
+            "exclude": "n[3,7-9]",
+            "extra_args": ["--mem=0", "--exclusive"],
+            "setup": "module load cuda\nexport NCCL_SOCKET_IFNAME=ib0\n",
+            "stop_seconds": 600,
+        },
+    )
+    assert made == GOLDEN.read_text()
+    assert "--gres=gpu:8" in made, "a GPU a rank, where nothing else was asked for"
+
+
+def test_bash_takes_it() -> None:
+    for nodes in (1, 2):
+        made = script_of(folder='/a b/it\'s "it"', nnodes=nodes, nproc_per_node=1)
+        subprocess.run(["bash", "-n"], input=made, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("partition", "a b", "holds spaces"),
+        ("account", "x\n#SBATCH --uid=0", "holds spaces"),
+        ("qos", 'a"', "quotes"),
+        ("time", "soon", "not a time"),
+        ("extra_args", ["mem=0"], "not an option"),
+        ("extra_args", ["--comment=a\nrm -rf /"], "not an option"),
+        ("extra_args", ["--requeue"], "decides --requeue"),
+        ("extra_args", ["-N2"], "use launch.nnodes"),
+        ("extra_args", ["--signal=TERM@1"], "launch.slurm.stop_seconds"),
+        ("setup", "echo \0", "NUL"),
+    ],
+)
+def test_what_must_not_stand_in_a_script_is_refused(key: str, value: Any, says: str) -> None:
+    with pytest.raises(Refused) as refused:
+        spec_of(slurm={key: value})
+    (problem,) = refused.value.problems
+    assert problem.where == f"launch.slurm.{key}"
+    assert says in str(problem)
+
+
+@pytest.mark.parametrize("time", ["90", "90:30", "4:00:00", "2-0", "2-12:30", "2-12:30:10"])
+def test_slurms_times_are_taken(time: str) -> None:
+    assert f"--time={time}" in script_of(slurm={"time": time})
+
+
+def test_auto_is_what_the_job_asks_for() -> None:
+    assert slurm_script.device(spec_of()) == "cpu"
+    assert slurm_script.device(spec_of(slurm={"gres": "gpu:h100:4"})) == "cuda"
+    assert slurm_script.device(spec_of(slurm={"extra_args": ["--gpus-per-node=8"]})) == "cuda"
+    assert "--gres=gpu" not in script_of(slurm={"extra_args": ["--gpus-per-node=8"]}, device="cuda")
+
+
+class Job:
+    """The script under a real bash, with `srun` that runs its command here."""
+
+    def __init__(self, folder: Path, command: str, **launch: Any) -> None:
+        folder.mkdir()
+        self.directory = AttemptDir(folder / "attempt 1")
+        self.directory.path.mkdir()
+        self.commands = folder / "bin"
+        self.commands.mkdir()
+        srun = self.commands / "srun"
+        # Without the options, what follows is the command.
+        srun.write_text('#!/bin/bash\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+        srun.chmod(0o700)
+        self.directory.script_file.write_text(
+            script_of(self.directory.path, ["bash", "-c", command], **launch)
+        )
+
+    def start(self, job: int = 7) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.directory.script_file)],
+            env={
+                "PATH": f"{self.commands}:/usr/bin:/bin",
+                "SLURM_JOB_ID": str(job),
+                "SLURM_CPUS_ON_NODE": "5",
+                "SLURMD_NODENAME": "n1",
+                "SLURM_NODEID": "0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def test_one_start_of_one_job_trains(tmp_path: Path) -> None:
+    job = Job(tmp_path / "j", "env > env; exit 3", nproc_per_node=2)
+    first = job.start(7)
+    assert (first.communicate(timeout=30)[0], first.returncode) == ("", 3)
+    assert job.directory.exit_code() == 3
+    assert job.directory.started_job() == "7"
+    told = (job.directory.path / "env").read_text().splitlines()
+    assert {"SFTD_ATTEMPT_TOKEN=t", "SFTD_DEVICE=cpu", "OMP_NUM_THREADS=2", "GLOO_SOCKET_IFNAME=lo"} <= set(
+        told
+    )
+    again = job.start(8)
+    assert "not, or no longer, of job 8" in again.communicate(timeout=30)[0]
+    assert again.returncode == slurm_script.REFUSED
+    assert job.directory.started_job() == "7"
+
+
+def test_what_was_given_up_does_not_start(tmp_path: Path) -> None:
+    job = Job(tmp_path / "j", "touch trained")
+    job.directory.fence()
+    late = job.start()
+    late.communicate(timeout=30)
+    assert late.returncode == slurm_script.REFUSED
+    assert not (job.directory.path / "trained").exists()
+    assert job.directory.exit_code() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_becomes_the_wish_to_stop_and_keeps_the_exit_code(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    job = Job(tmp_path / "j", "echo trains; until [ -e stop ]; do sleep 0.01; done; exit 5")
+    process = job.start()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "trains\n"
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 5
+    process.stdout.close()
+    assert job.directory.exit_code() == 5
+    assert job.directory.told() == number.name.removeprefix("SIG")
+
+
+def test_the_machines_are_told_where_to_meet(tmp_path: Path) -> None:
+    job = Job(tmp_path / "j", "env > env", nnodes=2, nproc_per_node=1)
+    # The real one stands in the script: it finds the port.
+    text = job.directory.script_file.read_text().replace(
+        "port=$(bash", f"port=$({shlex.quote(sys.executable)}"
+    )
+    job.directory.script_file.write_text(text)
+    process = job.start()
+    assert process.communicate(timeout=30)[0] == ""
+    told = dict(
+        line.split("=", 1)
+        for line in (job.directory.path / "env").read_text().splitlines()
+        if line.startswith("PET_")
+    )
+    host, port = told.pop("PET_RDZV_ENDPOINT").split(":")
+    assert (host, int(port) > 1023) == ("n1", True)
+    assert told == {"PET_RDZV_CONF": "is_host=true", "PET_LOCAL_ADDR": "n1"}
