@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +137,11 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
+    from sftd.launcher.choosing import ByName
     from sftd.launcher.inventory import Inventory, gpu_count
+    from sftd.launcher.local import LocalAttempt
+    from sftd.launcher.slurm import SlurmLauncher
+    from sftd.launcher.slurm_controller import Controller
 
     # Whatever is made from here on, by MLflow too, is for no other eyes.
     os.umask(0o077)
@@ -151,9 +156,12 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
             return
-        inventory = Inventory(gpu_count(), settings.cpu_slots)
+        has_slurm = shutil.which("sbatch") is not None
+        inventory = Inventory(gpu_count(), settings.cpu_slots, settings.slurm_jobs if has_slurm else 0)
+        slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
+        launcher = ByName({"local": LocalAttempt, "slurm": slurm})
         mirror, notices = _mirror(settings), _notices(settings, store)
-        daemon = Daemon(store, settings, inventory, mirror, stop=stop, notices=notices)
+        daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
         try:
             daemon.run(drain=drain)
         except Exception:

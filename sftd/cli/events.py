@@ -30,9 +30,11 @@ def describe(event: Any) -> str:
             start = f"step {event.from_step}" if event.from_step else "the pretrained model"
             return f"from {start}, by {event.daemon}"
         case e.AttemptLaunched():
+            if not event.pid:
+                return f"handed to Slurm on {event.host}"
             return f"pid {event.pid} on {event.host}, {', '.join(event.devices)}"
         case e.AttemptAdopted():
-            return f"pid {event.pid}, by {event.daemon}"
+            return (f"pid {event.pid}, " if event.pid else "") + f"by {event.daemon}"
         case e.ModelLoaded():
             millions = event.parameters / 1e6
             return f"{event.architecture}, {millions:.1f} M parameters, {event.dtype} on {event.device}, {event.seconds:.1f} s"
@@ -79,7 +81,10 @@ def describe(event: Any) -> str:
         case e.AttemptPaused():
             return f"at step {event.step}, by {event.by}"
         case e.AttemptPreempted():
-            return f"at step {event.step}, by {event.by_run}; queued again"
+            return f"at step {event.step}, {event.reason or f'by {event.by_run}'}; queued again"
+        case e.JobReported():
+            parts = (f"job {event.job}" if event.job else "", event.state, event.reason, event.nodes)
+            return "  ".join(part for part in parts if part)
         case e.ResumeRequested():
             where = "the last checkpoint" if event.from_step is None else f"step {event.from_step}"
             changed = "".join(f"; {change}" for change in output.changes(event.changes))

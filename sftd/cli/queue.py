@@ -88,6 +88,8 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
         starts = ""
         left = f", {output.duration(row.seconds_left)} left" if row.seconds_left is not None else ""
         what = f"(step {row.step} of {row.planned_steps}{left})"
+        if row.job and row.status == "starting":
+            what = f"({row.job})"
         if not row.observed:
             what = "(its daemon is not observed)"
     return row.run_id, row.status, str(row.priority), str(row.devices), starts, what

@@ -41,6 +41,7 @@ HISTORY_TYPES = (
     "AttemptClaimed",
     "AttemptLaunched",
     "AttemptAdopted",
+    "JobReported",
     "ModelLoaded",
     "TrainingResumed",
     "AnomalyDetected",
@@ -228,6 +229,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         status.append(f"  {run.cause}: {run.message}", "default")
     elif run.stop_reason:
         status.append(f"  {run.stop_reason}", "default")
+    elif run.job and run.daemon:
+        status.append(f"  {run.job}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [

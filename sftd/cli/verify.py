@@ -116,6 +116,9 @@ def _changed(
         spec, _ = change(own, parse_overrides(changes))
     differs = trajectory.changes(own, spec)
     replace = msgspec.structs.replace
+    # Trained again here, wherever the run was, and by as many ranks.
+    here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)
+    spec = replace(spec, launch=here)
     was = chosen.log.environment(chosen.to_step)
     if spec.launch.device == "auto" and was:
         device = device or ("cpu" if was.get("device") == "cpu" else "cuda")

@@ -44,6 +44,13 @@ log = logging.getLogger("sftd.daemon")
 _MIRROR_DRAIN_SECONDS = 120.0
 # Daemons say that they live three times in a lease.
 _SILENT_LEASES = 2
+# Leases are renewed between ticks, so a tick starts so many runs at most.
+_STARTS_PER_TICK = 20
+# With hundreds of attempts each is looked at less often: a look reads a file, on Slurm over a network, and each that finds
+# something is a transaction.
+_LOOKS_PER_SECOND = 200
+# And a tick that has looked so long leaves the others to the next.
+_LOOK_SECONDS = 0.25
 # Down, restarting, read-only for a while, or locked: all of it passes.
 DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 
@@ -83,6 +90,7 @@ class Daemon:
         self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
         self._sampler = Sampler(store, self._context, settings.sample_seconds)
         self._renew_at = 0.0
+        self._look_at: dict[str, float] = {}
         self._too_large: set[str] = set()
         self._reported: dict[str, str] = {}
 
@@ -175,7 +183,9 @@ class Daemon:
             self._adopt()
             self._renew_at = time.monotonic() + self._settings.lease_seconds / 3
         busy = self._supervise()
-        while (claimed := self._claim()) is not None:
+        for _ in range(_STARTS_PER_TICK):
+            if (claimed := self._claim()) is None:
+                break
             self._launch(claimed)
             busy = True
         self._preempt()
@@ -196,6 +206,7 @@ class Daemon:
     def _forget(self, lease: Lease) -> None:
         of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
         supervisor = self._supervisors.pop(lease.run_id, None)
+        self._look_at.pop(lease.run_id, None)
         if supervisor is not None and self._is_given_up(supervisor):
             # Nobody else will end these processes, and the run may start anew.
             supervisor.attempt.kill()
@@ -213,12 +224,20 @@ class Daemon:
     def _supervise(self) -> bool:
         stopping = turns.stopping(self._store, self.daemon_id) if self._supervisors else {}
         busy = False
-        for run_id, supervisor in list(self._supervisors.items()):
+        now, pause = time.monotonic(), len(self._supervisors) / _LOOKS_PER_SECOND
+        # Whoever has waited longest comes first.
+        for run_id in sorted(self._supervisors, key=lambda run_id: self._look_at.get(run_id, 0.0)):
+            if self._look_at.get(run_id, 0.0) > now and run_id not in stopping:
+                continue
+            if time.monotonic() - now > _LOOK_SECONDS:
+                return True
+            supervisor = self._supervisors[run_id]
+            self._look_at[run_id] = now + pause
             try:
                 if run_id in stopping:
                     supervisor.request_stop(now=stopping[run_id])
                 if supervisor.tick() is not None:
-                    del self._supervisors[run_id]
+                    del self._supervisors[run_id], self._look_at[run_id]
                     self._inventory.release(run_id)
                     busy = True
             except LeaseLost:
@@ -314,9 +333,9 @@ class Daemon:
             self._store, self._context, self._settings, lease, attempt, launched
         )
         where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
-        of_run(run.run_id, lease.attempt).info(
-            "attempt %d started from %s, pid %d", lease.attempt, where, attempt.process.pid
-        )
+        pid = attempt.process.pid
+        how = f"started from {where}, pid {pid}" if pid else f"handed to Slurm, to start from {where}"
+        of_run(run.run_id, lease.attempt).info("attempt %d %s", lease.attempt, how)
 
     def _adopt(self) -> None:
         driven = {supervisor.lease.token for supervisor in self._supervisors.values()}

@@ -94,6 +94,8 @@ class Metrics:
             [({"status": status}, count) for status, count in found.runs.items()],
         )
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
+        if self._inventory.slurm:
+            kinds["slurm job"] = (self._inventory.slurm, "slurm")
         yield (
             "sftd_devices",
             "Devices of this daemon.",

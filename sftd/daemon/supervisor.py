@@ -26,7 +26,6 @@ _LINES_PER_TRANSACTION = 2000
 _LINES_PER_TICK = 5 * _LINES_PER_TRANSACTION
 # A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
 _STOP_SECONDS = 600.0
-_STACKS_SECONDS = 2.0
 
 
 class Supervisor:
@@ -55,6 +54,8 @@ class Supervisor:
         self._verdict: Failure | None = None
         self._watchdog = Watchdog(_launch(attempt))
         self._asked_for_stacks: float | None = None
+        self._reported: e.JobReported | None = None
+        self._stuck: list[int] = []
         with store.read() as connection:
             self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
 
@@ -121,8 +122,11 @@ class Supervisor:
 
     def request_stop(self, *, now: bool = False) -> None:
         """Ask the trainer to checkpoint and end; kill it when it does not, or when it is to end `now`."""
-        if now:
-            self._log.info("killing attempt %d, as asked", self.lease.attempt)
+        report = self.attempt.report()
+        if now or (report is not None and report.waits):
+            if self._stopping_since is None:
+                self._stopping_since = time.monotonic()
+                self._log.info("killing attempt %d, as asked", self.lease.attempt)
             self.attempt.kill()
             return
         since = time.monotonic()
@@ -144,6 +148,7 @@ class Supervisor:
         # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
         alive = self.attempt.is_alive()
         self.ingest()
+        self._tell_report()
         if alive and self._verdict is None:
             self._watch()
         if self._verdict is not None:
@@ -151,8 +156,23 @@ class Supervisor:
             alive = False
         return None if alive else self._finish()
 
+    def _tell_report(self) -> None:
+        """Record what the resource manager says, when it is something else than before."""
+        report = self.attempt.report()
+        if report is None or not report.state:
+            return
+        event = e.JobReported(job=report.job, state=report.state, reason=report.reason, nodes=report.nodes)
+        if event != self._reported:
+            attempts.job_reported(self._store, self._context, self.lease, event)
+            self._reported = event
+
     def _watch(self) -> None:
         """End an attempt that hangs, once its ranks had the time to write their stacks."""
+        report = self.attempt.report()
+        if report is not None and not report.trains:
+            # It waits for machines, or nobody knows: silence says nothing.
+            self._watchdog.progressed([])
+            return
         silent = self._watchdog.silent_too_long()
         if silent is None:
             return
@@ -160,7 +180,7 @@ class Supervisor:
             self._log.warning("nothing recorded for %.0f s; asking for the stacks", silent)
             self.attempt.ask_for_stacks()
             self._asked_for_stacks = time.monotonic()
-        elif time.monotonic() - self._asked_for_stacks > _STACKS_SECONDS:
+        elif time.monotonic() - self._asked_for_stacks > self.attempt.stacks_seconds:
             median = self._watchdog.median_step
             usual = f"; a step took {median:.3g} s" if median is not None else ", no step was made"
             self._verdict = Failure(
@@ -168,16 +188,18 @@ class Supervisor:
             )
 
     def _finish(self) -> Run | None:
-        exit_code = self.attempt.directory.exit_code()
         # Ranks may outlive a killed torchrun; two attempts must never write at once.
         if stuck := self.attempt.kill():
-            self._log.error("processes %s do not die; waiting for them", stuck)
+            if stuck != self._stuck:
+                self._log.error("processes %s live on; waiting for them", stuck)
+                self._stuck = stuck
             return None
         if self.ingest() >= _LINES_PER_TICK:
             return None
         # No attempt lives, and until the lease ends none can begin.
         checkpoints.sweep(self._store, self.lease.run_id)
         remains = self.attempt.remains()
+        exit_code = remains.exit_code
         failure = self._verdict or classify(remains)
         run = attempts.finish(
             self._store,
@@ -185,8 +207,10 @@ class Supervisor:
             self.lease,
             exit_code=exit_code,
             failure=failure,
-            lost=exit_code is None and not remains.rank_errors and self._verdict is None,
+            lost=failure.cause == "lost"
+            or (exit_code is None and not remains.rank_errors and self._verdict is None),
             backoff_seconds=self._settings.backoff_seconds,
+            interruption=remains.interruption if self._verdict is None else None,
         )
         self._log.info(
             "attempt %d ended, run is %s%s",

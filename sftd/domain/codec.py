@@ -24,6 +24,7 @@ UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
     ("ResumeRequested", 1): lambda payload: (
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
     ),
+    ("AttemptPreempted", 1): lambda payload: payload | {"reason": ""},
 }
 
 _encoder = msgspec.json.Encoder()

@@ -8,7 +8,7 @@ import msgspec
 from sftd.domain import events as e
 from sftd.domain import halting, trajectory
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.failures import NOT_RETRIED, Failure
+from sftd.domain.failures import NOT_RETRIED, Failure, Interruption
 from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
 from sftd.domain.spec import Spec, spec_digest
 
@@ -241,18 +241,31 @@ def shortfall(run: Run) -> str | None:
 
 
 def end_attempt(
-    run: Run, *, exit_code: int | None, failure: Failure, lost: bool, now: e.Micros, backoff_base: float
+    run: Run,
+    *,
+    exit_code: int | None,
+    failure: Failure,
+    lost: bool,
+    now: e.Micros,
+    backoff_base: float,
+    interruption: Interruption | None = None,
 ) -> list[e.Event]:
     """An attempt's processes are gone: the run has succeeded, was cancelled, tries again later, or has failed.
 
-    The log decides success, not the exit code. `failure` says why the attempt ended if it did not do its work.
+    The log decides success, not the exit code. `failure` says why the attempt ended if it did not do its work, and
+    `interruption` that it was not its fault.
     """
     missing = shortfall(run)
     if missing is None:
         return [_success(run)]
     if run.stop_by is not None:
         return [halting.stopped(run, run.stop_by)]
-    if exit_code == 0:
+    if interruption is not None:
+        interrupted = halting.interrupted(run, interruption)
+        if interrupted is not None:
+            return [interrupted]
+        failure, lost = Failure("time limit", interruption.message, failure.evidence), False
+    elif exit_code == 0:
         failure = Failure("incomplete", f"the trainer ended without an error, but {missing}")
     fruitless = 0 if run.attempt_progressed else run.fruitless_attempts + 1
     skipped = _skipped(run, failure)

@@ -16,6 +16,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str = "auto"
     threads: int | None = None
     preemptible: bool = False
+    launcher: str = "local"
 
     @classmethod
     def of(cls, spec: Spec) -> Demand:
@@ -26,11 +27,13 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             device=spec.launch.device,
             threads=spec.launch.threads_per_rank,
             preemptible=spec.launch.preemptible,
+            launcher=spec.launch.launcher,
         )
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What an attempt takes on a host: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank."""
+    """What an attempt takes on a host: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank. A run on Slurm
+    takes no device of the host, but one of the jobs that its daemon may have there at once: the kind `slurm`."""
 
     device: str
     count: int
@@ -40,6 +43,8 @@ class Need(msgspec.Struct, frozen=True):
 def need(demand: Demand, gpus: int, cpus: int) -> Need:
     """What a run takes on a host with these devices. Without `launch.threads_per_rank` the ranks of a CPU run share all
     cores."""
+    if demand.launcher == "slurm":
+        return Need("slurm", 1, demand.threads or 1)
     device = demand.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"

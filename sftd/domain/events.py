@@ -269,10 +269,23 @@ class AttemptPaused(Event, frozen=True):
 
 class AttemptPreempted(Event, frozen=True):
     """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
-    attempt goes on."""
+    attempt goes on. `by_run` is empty when Slurm took the machines back: `reason` says why."""
+
+    schema_version: ClassVar[int] = 2
 
     step: int
     by_run: str
+    reason: str = ""
+
+
+class JobReported(Event, frozen=True):
+    """What Slurm says of an attempt's job, each time that it says something else. `state` and `reason` are in its words;
+    the state is `NOT OBSERVED` while its controller does not answer, and `NOT SUBMITTED` until it has taken the job."""
+
+    job: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
 
 
 class ResumeRequested(Event, frozen=True):

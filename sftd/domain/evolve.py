@@ -139,6 +139,7 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
         status="starting",
         attempt=recorded.attempt or run.attempt + 1,
         daemon=event.daemon,
+        job="",
         retry_at=None,
         resume_from=None,
         attempt_base=run.highest_step,

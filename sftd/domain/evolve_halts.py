@@ -63,6 +63,13 @@ def _preempted(event: e.AttemptPreempted, run: Run, recorded: e.Recorded) -> Run
     return _set(_interrupted(run, "queued"), preemptions=run.preemptions + 1)
 
 
+def _job_reported(event: e.JobReported, run: Run, recorded: e.Recorded) -> Run:
+    job = f"job {event.job} " if event.job else ""
+    return _set(
+        run, job=f"Slurm: {job}{event.state.lower()}" + (f" ({event.reason})" if event.reason else "")
+    )
+
+
 HALTS: dict[type[e.Event], Callable[..., Run]] = {
     e.StopRequested: _stop_requested,
     e.RunDeferred: _deferred,
@@ -71,4 +78,5 @@ HALTS: dict[type[e.Event], Callable[..., Run]] = {
     e.RunReleased: _released,
     e.AttemptPaused: _paused,
     e.AttemptPreempted: _preempted,
+    e.JobReported: _job_reported,
 }

@@ -20,6 +20,7 @@ Cause = Literal[
     "crash",
     "incomplete",
     "lost",
+    "time limit",
 ]
 # Trying again would fail in the same way: the trainer is deterministic.
 NOT_RETRIED: frozenset[str] = frozenset({"user error", "not a number", "loss spike"})
@@ -33,12 +34,22 @@ class RankError(msgspec.Struct, frozen=True):
     traceback: list[str] = []
 
 
+class Interruption(msgspec.Struct, frozen=True):
+    """Slurm ended an attempt that had done nothing wrong. `cancelled`: a person cancelled its job behind sftd's back."""
+
+    kind: Literal["time limit", "preempted", "requeued", "cancelled"]
+    message: str
+
+
 class Remains(msgspec.Struct, frozen=True):
-    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without being able to say."""
+    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without being able to say. `last_word` is a
+    line of whoever ran it, for people and as evidence."""
 
     exit_code: int | None
     rank_errors: list[RankError] = []
     output_tail: list[str] = []
+    interruption: Interruption | None = None
+    last_word: str = ""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -60,10 +71,11 @@ _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (
         "out of memory",
         re.compile(
-            r"OutOfMemoryError|CUDA out of memory|(?i:cuda error:? '?out of memory)|CUBLAS_STATUS_ALLOC_FAILED"
+            r"slurm: OUT_OF_MEMORY|OutOfMemoryError|CUDA out of memory|(?i:cuda error:? '?out of memory)|CUBLAS_STATUS_ALLOC_FAILED"
             r"|DefaultCPUAllocator: can't allocate|MemoryError\b|Cannot allocate memory"
         ),
     ),
+    ("lost", re.compile(r"\bslurm: NODE_FAIL\b")),
     ("disk full", re.compile(r"No space left on device|Disk quota exceeded|File too large")),
 )
 _COMMUNICATION = re.compile(
@@ -80,6 +92,7 @@ _ERROR_LINE = re.compile(
 def classify(remains: Remains) -> Failure:
     """Name the cause of a failed attempt."""
     texts = [f"rank {e.rank}: {e.exception}" for e in remains.rank_errors] + remains.output_tail
+    texts += [remains.last_word] if remains.last_word else []
     for cause, pattern in _PATTERNS:
         if found := [t for t in texts if pattern.search(t)]:
             return Failure(cause, _clean(found[0]), _evidence(found, remains))
@@ -96,9 +109,8 @@ def classify(remains: Remains) -> Failure:
     if found := [t for t in texts if _COMMUNICATION.search(t) and not _WARNING.search(t)]:
         return Failure("communication", _clean(found[0]), _evidence(found, remains))
     if remains.exit_code is None:
-        return Failure(
-            "killed", "the attempt's processes are gone and left no exit code", remains.output_tail[-3:]
-        )
+        gone = remains.last_word or "the attempt's processes are gone and left no exit code"
+        return Failure("killed", gone, remains.output_tail[-3:])
     if remains.exit_code > 128 or remains.exit_code < 0:
         number = remains.exit_code - 128 if remains.exit_code > 128 else -remains.exit_code
         return Failure("killed", f"torchrun was killed by signal {number}", remains.output_tail[-3:])

@@ -13,15 +13,22 @@ from sftd.domain.queueing import Entry, Gate, Limits, Wait
 
 # Later starts are guesses on guesses.
 _ROUNDS = 100
+# Kinds of devices, as people call them.
+_NAMES = {"cuda": "GPUs", "cpu": "CPUs", "slurm": "jobs on Slurm"}
 
 
 class Host(msgspec.Struct, frozen=True):
-    """A living daemon's host: how many devices of each kind it has."""
+    """A living daemon's host: how many devices of each kind it has, and jobs on Slurm at once."""
 
     daemon: str
     name: str
     gpus: int
     cpus: int
+    slurm: int = 0
+
+    def total(self, kind: str) -> int:
+        """How many devices of a kind there are."""
+        return {"cuda": self.gpus, "slurm": self.slurm}.get(kind, self.cpus)
 
 
 class Outlook(msgspec.Struct, frozen=True):
@@ -36,14 +43,23 @@ class _Room:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self._free = {"cuda": host.gpus, "cpu": host.cpus}
-        self.reserved_for: str | None = None
+        self._free = {kind: host.total(kind) for kind in _NAMES}
+        # By launcher: runs for the host and runs for Slurm do not wait for each other.
+        self.reserved_for: dict[str, str] = {}
+
+    @property
+    def launchers(self) -> set[str]:
+        """Who starts runs here."""
+        return {"local", "slurm"} if self.host.slurm else {"local"}
 
     def has(self, entry: Entry) -> bool | None:
         """Whether the run fits now; None when it never does."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
-        total = self.host.gpus if wanted.device == "cuda" else self.host.cpus
-        return None if wanted.count > total else wanted.count <= self._free[wanted.device]
+        return (
+            None
+            if wanted.count > self.host.total(wanted.device)
+            else wanted.count <= self._free[wanted.device]
+        )
 
     def count(self, entry: Entry, sign: int) -> None:
         """The run takes its devices (-1) or gives them back (1)."""
@@ -53,7 +69,7 @@ class _Room:
     def lack(self, entry: Entry) -> tuple[int, str, int]:
         """How many devices the run needs, of which kind, and how many are free."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
-        return wanted.count, "GPUs" if wanted.device == "cuda" else "CPUs", max(0, self._free[wanted.device])
+        return wanted.count, _NAMES[wanted.device], max(0, self._free[wanted.device])
 
 
 def look_ahead(
@@ -97,7 +113,7 @@ def look_ahead(
             if room is not None:
                 found[entry.run_id] = Outlook(found[entry.run_id].wait, gate.now)
                 _push(ends, entry, room, gate.now)
-            elif wait.kind == "devices" and all(r.reserved_for for r in rooms):
+            elif wait.kind == "devices" and all(len(r.reserved_for) == len(r.launchers) for r in rooms):
                 break
         left = [e for e in left if found[e.run_id].starts_at is None]
     return found
@@ -123,7 +139,7 @@ def _go_through(
     """Each waiting run in order, with what it waits for; one that starts takes its devices, in the room that is named."""
     gate.forget_turns()
     for room in rooms:
-        room.reserved_for = None
+        room.reserved_for = {}
     for entry in waiting:
         wait = gate.why_not(entry)
         if wait is not None:
@@ -139,17 +155,20 @@ def _go_through(
 def _find_room(entry: Entry, rooms: list[_Room]) -> tuple[Wait, _Room | None]:
     if not rooms:
         return Wait("no daemon", "a daemon: none runs"), None
+    launcher = entry.demand.launcher
     able = [room for room in rooms if room.has(entry) is not None]
     if not able:
         most = max(room.lack(entry)[0] for room in rooms)
+        if launcher == "slurm":
+            return Wait("too large", "a daemon with Slurm: none has it"), None
         return Wait("too large", f"no daemon has {most} {rooms[0].lack(entry)[1]}"), None
-    unreserved = [room for room in able if room.reserved_for is None]
+    unreserved = [room for room in able if launcher not in room.reserved_for]
     for room in unreserved:
         if room.has(entry):
             return Wait("start", "about to start"), room
     if not unreserved:
-        return Wait("behind", f"turn of {able[0].reserved_for}"), None
+        return Wait("behind", f"turn of {able[0].reserved_for[launcher]}"), None
     for room in unreserved:
-        room.reserved_for = entry.run_id
+        room.reserved_for[launcher] = entry.run_id
     count, kind, free = max((room.lack(entry) for room in unreserved), key=lambda lack: lack[2] - lack[0])
     return Wait("devices", f"{count} {kind}, {free} free"), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.failures import Interruption
 from sftd.domain.run import ACTIVE, ENDED, WAITING, Run
 
 
@@ -58,6 +59,18 @@ def stopped(run: Run, by: str) -> e.Event:
         case "queued":
             return e.AttemptPreempted(step=step, by_run=run.preempted_by or "")
     return e.RunCancelled(by=by)
+
+
+def interrupted(run: Run, interruption: Interruption) -> e.Event | None:
+    """What it makes of a run that Slurm ended its attempt. None when that is a failure all the same: a time limit within
+    which nothing is achieved would be met again and again."""
+    start = run.restart_checkpoint
+    step = start.step if start else 0
+    if interruption.kind == "cancelled":
+        return e.AttemptPaused(step=step, by=interruption.message)
+    if interruption.kind == "time limit" and not run.attempt_progressed:
+        return None
+    return e.AttemptPreempted(step=step, by_run="", reason=interruption.message)
 
 
 def _problem(run: Run, mend: str) -> Problem:

@@ -72,7 +72,8 @@ def asks_for_gpus(slurm: Slurm) -> bool:
 def _check_words(slurm: Slurm) -> list[Problem]:
     problems = []
     for name in ("partition", "account", "qos", "time", "gres", "constraint", "exclude"):
-        value = getattr(slurm, name)
+        # YAML's 90 is a number.
+        value = str(getattr(slurm, name))
         where = f"launch.slurm.{name}"
         if not value:
             continue

@@ -231,7 +231,7 @@ class Slurm(Section, frozen=True):
     account: Annotated[str, Meta(description="account that is charged; empty is the user's default")] = ""
     qos: Annotated[str, Meta(description="quality of service; empty is the default")] = ""
     time: Annotated[
-        str,
+        str | int,
         Meta(
             description="time limit of each job, in Slurm's form (90, 4:00:00, 2-0); empty is the partition's. A run that needs "
             "longer goes on in further jobs"

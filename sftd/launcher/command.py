@@ -29,10 +29,11 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
         f"--rdzv-id={directory.path.parent.name}",
         "--local-addr=127.0.0.1",
         "--nnodes=1",
-        # Recorded steps of a run on several machines may be trained again on one.
-        f"--nproc-per-node={spec.world_size}",
+        f"--nproc-per-node={spec.nproc_per_node}",
         "--max-restarts=0",
         f"--log-dir={directory.ranks_dir}",
+        # Each rank writes to files of its own: nothing is lost with torchrun, and every line has its rank.
+        "--redirects=3",
         "-m",
         "sftd.trainer",
         str(directory.path),

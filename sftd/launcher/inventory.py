@@ -1,4 +1,4 @@
-"""Devices of this host: GPUs where there are any, CPU cores otherwise. Never oversubscribed."""
+"""Devices of this host: GPUs where there are any, CPU cores otherwise, and places for jobs on Slurm. Never oversubscribed."""
 
 from __future__ import annotations
 
@@ -43,9 +43,11 @@ def gpus() -> list[tuple[str, int]]:
 class Inventory:
     """Which devices there are and which attempt holds which."""
 
-    def __init__(self, gpus: int, cpu_slots: int) -> None:
+    def __init__(self, gpus: int, cpu_slots: int, slurm_jobs: int = 0) -> None:
+        """`slurm_jobs`: jobs that there may be on Slurm at once; 0 where there is no Slurm."""
         self.gpus = [f"cuda:{i}" for i in range(gpus)]
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
+        self.slurm = [f"slurm:{i}" for i in range(slurm_jobs)]
         self._held: dict[str, list[str]] = {}
 
     def need(self, wanted: Spec | Demand) -> Need:
@@ -54,7 +56,7 @@ class Inventory:
         return need(demand, len(self.gpus), len(self.cpus))
 
     def _all(self, device: str) -> list[str]:
-        return self.gpus if device == "cuda" else self.cpus
+        return {"cuda": self.gpus, "slurm": self.slurm}.get(device, self.cpus)
 
     def free(self, device: str) -> list[str]:
         """Devices of a kind that nobody holds."""
@@ -85,4 +87,5 @@ class Inventory:
 
     def describe(self) -> dict[str, int]:
         """How many devices of each kind there are."""
-        return {"gpus": len(self.gpus), "cpus": len(self.cpus)}
+        slurm = {"slurm": len(self.slurm)} if self.slurm else {}
+        return {"gpus": len(self.gpus), "cpus": len(self.cpus), **slurm}

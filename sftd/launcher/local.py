@@ -21,6 +21,8 @@ from sftd.wire.remains import find_remains, find_stack
 class LocalAttempt:
     """An attempt's processes on this host, started by this daemon or adopted from one before."""
 
+    stacks_seconds = 2.0
+
     def __init__(
         self, directory: AttemptDir, process: ProcessFile | None, token: str, child: Any = None
     ) -> None:
@@ -97,6 +99,9 @@ class LocalAttempt:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(timeout=5)
         return stuck
+
+    def report(self) -> None:
+        """Nobody but the daemon manages this host."""
 
     def ask_for_stacks(self) -> None:
         """Have every rank write down where it is: `stacks` reads that a moment later."""

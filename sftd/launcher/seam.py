@@ -9,22 +9,42 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import msgspec
+
 from sftd.domain.demand import Need
 from sftd.domain.failures import Remains
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
 
 
+class Report(msgspec.Struct, frozen=True):
+    """What the resource manager says of an attempt, in its words; `state` is empty until it has been asked. `trains`: the ranks have machines, as far as it says;
+    `waits`: it has not started yet. Neither while it cannot be asked."""
+
+    job: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    trains: bool = False
+    waits: bool = False
+
+
 class Attempt(Protocol):
-    """The processes of an attempt, started by this daemon or by one before it."""
+    """The processes of an attempt, started by this daemon or by one before it. No method waits for another machine."""
 
     directory: AttemptDir
     process: ProcessFile | None
+    # How long the ranks may take to write their stacks once they are asked.
+    stacks_seconds: float
 
     def is_alive(self) -> bool:
         """Whether the attempt's leading process runs. False only with proof."""
 
     def kill(self) -> list[int]:
-        """End every process of the attempt at once, the leader's orphans included. Returns pids that would not die."""
+        """End every process of the attempt, the leader's orphans included. Returns pids (or job numbers) that still live: ask
+        again then."""
+
+    def report(self) -> Report | None:
+        """What the resource manager says of it; None where nobody but the daemon manages."""
 
     def ask_for_stacks(self) -> None:
         """Have every rank write down where it is."""

@@ -20,7 +20,7 @@ REFUSED = 75
 
 
 def job_name(run_id: str, attempt: int) -> str:
-    """The name of an attempt's job, by which it is found again: no other attempt has it."""
+    """The name of an attempt's job, for people."""
     return f"sftd-{run_id}-{attempt}"
 
 

@@ -10,7 +10,7 @@ from sftd.domain import decisions, loss_watch, redoing
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.evolve import stays_exact
-from sftd.domain.failures import Failure
+from sftd.domain.failures import Failure, Interruption
 from sftd.domain.queueing import Limits
 from sftd.domain.run import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
@@ -77,6 +77,11 @@ def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunc
 
 def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled) -> None:
     """Record what the attempt's host is doing."""
+    _append_leased(store, context, lease, event)
+
+
+def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
+    """Record what Slurm says of the attempt's job."""
     _append_leased(store, context, lease, event)
 
 
@@ -191,6 +196,7 @@ def finish(
     failure: Failure,
     lost: bool,
     backoff_seconds: float,
+    interruption: Interruption | None = None,
 ) -> Run:
     """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
     with store.write() as tx:
@@ -198,7 +204,13 @@ def finish(
         run = current(tx.connection, lease.run_id)
         now = context.now()
         decided = decisions.end_attempt(
-            run, exit_code=exit_code, failure=failure, lost=lost, now=now, backoff_base=backoff_seconds
+            run,
+            exit_code=exit_code,
+            failure=failure,
+            lost=lost,
+            now=now,
+            backoff_base=backoff_seconds,
+            interruption=interruption,
         )
         append_decided(tx, context, run.run_id, run.version, decided, lease.attempt)
         run = current(tx.connection, lease.run_id)

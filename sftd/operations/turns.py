@@ -30,12 +30,21 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
-    """The first run in order that nothing but devices can keep waiting here."""
+    """The first run in order that nothing but devices can keep waiting here. Runs for this host and runs for Slurm do not
+    wait for each other."""
     gate = Gate(limits, schedule.running(connection) if limits != NO_LIMITS else (), now)
+    waits: Turn | None = None
     for entry in schedule.in_order(connection, now):
+        if waits is not None and entry.demand.launcher == waits.entry.demand.launcher:
+            continue
         if gate.why_not(entry) is None and (fit := fits(entry)) is not None:
-            return Turn(entry, fit)
-    return None
+            if fit:
+                return Turn(entry, fit)
+            if waits is not None:
+                # Both wait. Room is made for the first.
+                return waits
+            waits = Turn(entry, fit)
+    return waits
 
 
 def preempt(

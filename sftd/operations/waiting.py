@@ -8,7 +8,7 @@ from sftd.domain.demand import need
 from sftd.domain.events import Micros
 from sftd.domain.forecast import Host, Outlook, look_ahead
 from sftd.domain.queueing import Entry, Limits
-from sftd.operations.context import Context
+from sftd.operations.context import Context, current
 from sftd.store import daemons, schedule
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
@@ -17,7 +17,7 @@ from sftd.store.engine import Store
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
     `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
-    lately. Times are µs since the epoch; `starts_at` None is unknown."""
+    lately; `job` is what Slurm last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
 
     run_id: str
     status: str
@@ -30,6 +30,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     seconds_left: float | None
     host: str | None = None
     observed: bool = True
+    job: str = ""
     kind: str = ""
     waits_for: str = ""
     not_before: Micros | None = None
@@ -44,29 +45,37 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         running = schedule.running(connection)
         waiting = schedule.waiting(connection)
         rows = daemons.every(connection)
+        on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
+        jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[r.daemon_id] for r in rows if r.stopped_at is None and r.seen_at > now - silent_micros]
     outlooks = look_ahead(waiting, running, alive, limits, now)
-    driven = [_driven(entry, hosts.get(entry.owner or ""), alive) for entry in running]
+    driven = [
+        _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id, "")) for entry in running
+    ]
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
 
 
 def host_of(row: DaemonRow) -> Host:
     """A daemon's host, with its devices."""
     devices = msgspec.json.decode(row.devices, type=dict[str, int])
-    return Host(row.daemon_id, row.host, devices.get("gpus", 0), devices.get("cpus", 0))
+    return Host(
+        row.daemon_id, row.host, devices.get("gpus", 0), devices.get("cpus", 0), devices.get("slurm", 0)
+    )
 
 
 def _devices(entry: Entry, hosts: list[Host]) -> int:
     """What the run takes on the first of these hosts that can ever take it."""
+    if entry.demand.launcher == "slurm":
+        return entry.demand.world
     for host in hosts:
         wanted = need(entry.demand, host.gpus, host.cpus)
-        if wanted.count <= (host.gpus if wanted.device == "cuda" else host.cpus):
+        if wanted.count <= host.total(wanted.device):
             return wanted.count
     return entry.demand.world
 
 
-def _driven(entry: Entry, host: Host | None, alive: list[Host]) -> QueueRow:
+def _driven(entry: Entry, host: Host | None, alive: list[Host], job: str) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,
@@ -79,6 +88,7 @@ def _driven(entry: Entry, host: Host | None, alive: list[Host]) -> QueueRow:
         seconds_left=entry.seconds_left,
         host=host.name if host else None,
         observed=host in alive,
+        job=job,
     )
 
 

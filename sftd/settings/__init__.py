@@ -26,7 +26,8 @@ class Settings:
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
     of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
     unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none. `sample_seconds`:
-    how often an attempt's host is looked at."""
+    how often an attempt's host is looked at. `slurm_jobs`: jobs that the daemon has on Slurm at once;
+    `slurm_poll_seconds`: how often it asks the controller about all of them."""
 
     home: Path
     database_url: str
@@ -45,6 +46,8 @@ class Settings:
     notify_webhook: str = field(default="", repr=False)
     notify_on: tuple[str, ...] = NOTIFY_KINDS[:3]
     sample_seconds: float = 30.0
+    slurm_jobs: int = 100
+    slurm_poll_seconds: float = 10.0
 
     @property
     def logs(self) -> Path:
@@ -185,4 +188,6 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             f"SFTD_NOTIFY_ON (or `notify_on` in {file})",
         ),
         sample_seconds=number("sample_seconds", 30.0),
+        slurm_jobs=int(number("slurm_jobs", 100)),
+        slurm_poll_seconds=number("slurm_poll_seconds", 10.0),
     )

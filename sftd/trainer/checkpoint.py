@@ -260,6 +260,7 @@ class Checkpoints:
     def _stage_folder(self, partial: Path) -> None:
         if dist.get_rank() != 0:
             return
+        self._reporter.check_fence()
         # A run has one attempt at a time: whatever is half written was left by one that was killed.
         for left in self._folder.glob("step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -339,6 +340,7 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         fsync_dir(partial)
+        self._reporter.check_fence()
         # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
         self._reporter.flush()
         # One that is there already is damaged, or of a history that is being redone differently.

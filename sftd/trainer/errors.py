@@ -23,6 +23,10 @@ class LossSpike(Exception):
     """The loss is far above those of the steps before."""
 
 
+class GivenUp(Exception):
+    """The daemon has given this attempt up, and another may train the run by now: nothing more may be written."""
+
+
 class CheckpointInvalid(Exception):
     """The checkpoint to resume from is not whole, or not the one that was ordered."""
 

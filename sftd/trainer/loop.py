@@ -43,6 +43,8 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
+    if "SLURM_JOB_ID" in os.environ:
+        process.watch_for_stack_requests(attempt.stacks_wanted_file)
     session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)
     try:

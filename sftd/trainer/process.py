@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from sftd.domain.spec import Spec
 from sftd.wire.attempt_dir import make_private
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 5.0
 
 # (message, category, module) of warnings that third-party code raises on every start and that nobody can act on here.
 _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
@@ -131,6 +133,19 @@ def leave_stack_on_request(path: Path) -> None:
     # Never closed: the handler runs in C and needs the descriptor until the process ends.
     file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+
+
+def watch_for_stack_requests(wanted: Path) -> None:
+    """Write the stacks once this file is there: no signal of the daemon's reaches a rank on another machine."""
+
+    def watch() -> None:
+        while not wanted.exists():
+            time.sleep(_LOOK_SECONDS)
+        # As the signal from outside would: the stack of the main thread is the one that is looked for.
+        signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+
+    main = threading.main_thread()
+    threading.Thread(target=watch, name="stack requests", daemon=True).start()
 
 
 def quiet_third_parties() -> None:

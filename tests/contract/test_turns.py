@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Literal
 
+import msgspec
 import pytest
 
 from sftd.domain import events as e
@@ -33,25 +35,45 @@ FOUND = Preflight(SHAPE, FACTS, None, 3, [])
 USER_ERROR = Failure("user error", "m")
 
 
-def spec(ranks: int = 1, priority: int = 0, *, preemptible: bool = False, project: str = "p") -> Spec:
+def spec(
+    ranks: int = 1,
+    priority: int = 0,
+    *,
+    preemptible: bool = False,
+    project: str = "p",
+    launcher: Literal["local", "slurm"] = "local",
+) -> Spec:
     return Spec(
         model=Model(partial_pretrain="m"),
         data=Data(train_files=["t"]),
         trainer=Trainer(max_steps=3, project_name=project),
-        launch=Launch(nproc_per_node=ranks, priority=priority, device="cuda", preemptible=preemptible),
+        launch=Launch(
+            nproc_per_node=ranks, priority=priority, device="cuda", preemptible=preemptible, launcher=launcher
+        ),
     )
 
 
 class Farm:
     """A daemon's host with some GPUs, and a clock that moves by a millisecond with each submit."""
 
-    def __init__(self, log: Store, gpus: int = 4, name: str = "d1", clock: Clock | None = None) -> None:
+    def __init__(
+        self, log: Store, gpus: int = 4, name: str = "d1", clock: Clock | None = None, slurm: int = 0
+    ) -> None:
         self.log, self.name = log, name
         self.clock = clock or Clock()
-        self.inventory = Inventory(gpus, 8)
+        self.inventory = Inventory(gpus, 8, slurm)
         self.limits = Limits()
         self.driven: dict[str, Claimed] = {}
-        row = DaemonRow(name, f"host-{name}", 1, 1.0, "/h", f'{{"gpus":{gpus},"cpus":8}}', 1, self.clock.time)
+        row = DaemonRow(
+            name,
+            f"host-{name}",
+            1,
+            1.0,
+            "/h",
+            msgspec.json.encode(self.inventory.describe()).decode(),
+            1,
+            self.clock.time,
+        )
         with log.write(appends=False) as tx:
             daemons.register(tx, row)
 
@@ -420,3 +442,32 @@ def test_a_run_queued_by_an_older_sftd_is_looked_up_in_its_log(farm: Farm) -> No
         tx.execute(queue_demands.delete())
     assert farm.claim_all() == [large]
     assert farm.queue()[small].devices == 1
+
+
+def test_runs_on_slurm_take_no_device_here_and_neither_waits_for_the_other(log: Store) -> None:
+    farm = Farm(log, gpus=1, slurm=2)
+    first, second, third = (farm.submit(8, launcher="slurm") for _ in range(3))
+    here, too = farm.submit(), farm.submit()
+    assert farm.claim_all() == [first, second, here], "two jobs at once, and one GPU"
+    waits = {
+        row.run_id: (row.kind, row.waits_for)
+        for row in waiting.list_queue(log, farm.clock.context, Limits(), 10**9)
+        if row.kind
+    }
+    assert waits == {third: ("devices", "1 jobs on Slurm, 0 free"), too: ("devices", "1 GPUs, 0 free")}
+    farm.succeed(here)
+    assert farm.claim_all() == [too]
+    farm.succeed(second)
+    assert farm.claim_all() == [third]
+    assert Farm(log, name="d2", clock=farm.clock).claim() is None
+
+
+def test_what_slurm_says_is_in_the_queue(log: Store) -> None:
+    farm = Farm(log, gpus=0, slurm=1)
+    run_id = farm.submit(8, launcher="slurm")
+    assert farm.claim() == run_id
+    lease = farm.driven[run_id].lease
+    said = e.JobReported(job="7", state="PENDING", reason="Resources")
+    attempts.job_reported(log, farm.clock.context, lease, said)
+    (row,) = waiting.list_queue(log, farm.clock.context, Limits(), 10**9)
+    assert (row.job, row.devices) == ("Slurm: job 7 pending (Resources)", 8)

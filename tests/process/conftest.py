@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.process import slurm_cluster
 from tests.process.harness import SHAPE, VOCABULARY, Home
 
 
@@ -47,6 +48,15 @@ def write_tiny_model(folder: Path) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a Llama with 2 layers and random weights."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.SlurmCluster]:
+    """A real Slurm with two nodes, one for all tests. Skips where there can be none."""
+    if reason := slurm_cluster.why_not():
+        pytest.skip(f"no real Slurm: {reason}")
+    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 @pytest.fixture

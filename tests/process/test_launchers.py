@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from sftd.domain.spec import Spec
-from sftd.launcher import local, processes
+from sftd.launcher import local, processes, slurm_script
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt, Launcher
+from sftd.launcher.slurm import SlurmLauncher
+from sftd.launcher.slurm_controller import Controller
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests.process.slurm_cluster import until
 
-LAUNCHERS: dict[str, Launcher] = {"local": LocalAttempt}
 # Each sleep is a step; at its end a trainer looks whether it is to stop.
 UNTIL_STOPPED = "while [ ! -e stop ]; do sleep 0.02; done; exit 3"
-FOR_EVER = "(setsid sleep 600 &) ; sleep 600 & wait"
+FOR_EVER = "touch runs; (setsid sleep 600 &) ; sleep 600 & wait"
 
 
-@pytest.fixture(params=sorted(LAUNCHERS))
-def launcher(request: pytest.FixtureRequest) -> Launcher:
-    return LAUNCHERS[request.param]
+@pytest.fixture(params=["local", "slurm"])
+def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    if request.param == "local":
+        yield LocalAttempt
+        return
+    request.getfixturevalue("slurm")
+    controller = Controller(poll_seconds=0.2)
+    yield SlurmLauncher(controller)
+    controller.stop()
 
 
 @pytest.fixture
@@ -41,7 +47,8 @@ def start(
     token = f"token-of-{directory.path}"
 
     def begin(script: str) -> Attempt:
-        monkeypatch.setattr(local, "torchrun_argv", lambda spec, folder: ["bash", "-c", script])
+        for module, name in ((local, "torchrun_argv"), (slurm_script, "argv")):
+            monkeypatch.setattr(module, name, lambda spec, folder: ["bash", "-c", script])
         order = Order(
             run_id="run",
             attempt=1,
@@ -59,11 +66,8 @@ def start(
 
 
 def wait(attempt: Attempt) -> None:
-    """Until the leading process is gone."""
-    assert attempt.process is not None
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(attempt.process.pid).wait(timeout=30)
-    assert not attempt.is_alive()
+    """Until it is gone."""
+    until(lambda: not attempt.is_alive())
 
 
 def test_an_attempt_ends_with_its_exit_code_and_its_output(
@@ -104,13 +108,14 @@ def test_a_kill_leaves_no_process_whoever_does_it(
     launcher: Launcher, start: Callable[[str], Attempt], directory: AttemptDir
 ) -> None:
     attempt = start(FOR_EVER)
+    until((directory.path / "runs").exists)
     again = launcher.adopt(directory, "unused")
-    assert again.kill() == []
+    until(lambda: again.kill() == [])
     assert not again.is_alive()
-    assert not attempt.is_alive()
+    until(lambda: not attempt.is_alive())
     assert attempt.kill() == [], "killing the dead is nothing"
     assert processes.survivors(directory.order().token) == []
-    assert attempt.remains().exit_code is None
+    assert attempt.remains().exit_code != 0
     assert attempt.stacks() == []
 
 

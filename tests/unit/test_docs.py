@@ -65,6 +65,7 @@ def test_readme_names_every_command(command: str) -> None:
         ("docs/recovering.md", 15),
         ("docs/scheduling.md", 8),
         ("docs/several-gpus.md", 4),
+        ("docs/slurm.md", 1),
     ],
 )
 def test_a_page_uses_only_commands_and_options_that_exist(page: str, at_least: int) -> None:

@@ -16,6 +16,7 @@ from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.launcher import slurm_script
 from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.wire.specfile import parse_overrides
 
 GOLDEN = Path(__file__).with_name("golden") / "job.sh"
 TORCHRUN = ["python", "-m", "torch.distributed.run", "--nnodes=2", "it's"]
@@ -91,8 +92,10 @@ def test_what_must_not_stand_in_a_script_is_refused(key: str, value: Any, says: 
 
 
 @pytest.mark.parametrize("time", ["90", "90:30", "4:00:00", "2-0", "2-12:30", "2-12:30:10"])
-def test_slurms_times_are_taken(time: str) -> None:
-    assert f"--time={time}" in script_of(slurm={"time": time})
+def test_slurms_times_are_taken_as_they_are_written(time: str) -> None:
+    """PyYAML by itself reads 4:00:00 as the number 14400, which are ten days to Slurm."""
+    (override,) = parse_overrides([f"launch.slurm.time={time}"])
+    assert f"--time={time}" in script_of(slurm={"time": override[1]})
 
 
 def test_auto_is_what_the_job_asks_for() -> None:

@@ -1,0 +1,378 @@
+"""The launcher's dealings with Slurm's controller, which is a function here: what it says, what it withholds, and when."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftd.domain.spec_parse import parse
+from sftd.launcher import slurm_commands
+from sftd.launcher.inventory import Need
+from sftd.launcher.slurm import SlurmAttempt, SlurmLauncher, job_environment
+from sftd.launcher.slurm_commands import Refusal, Unanswered
+from sftd.launcher.slurm_controller import Controller
+from sftd.wire.attempt_dir import AttemptDir, Order
+
+DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+
+
+class Slurm:
+    """A cluster: `jobs` is number → (state, restarts, reason, folder)."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, tuple[str, int, str, str]] = {}
+        self.answers: dict[str, Any] = {}
+        self.asked: list[list[str]] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def run(self, argv: list[str], env: Mapping[str, str] | None, seconds: float) -> tuple[int, str, str]:
+        self.asked.append(argv)
+        self.go.wait()
+        answer = self.answers.get(argv[0])
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is not None:
+            return answer
+        if argv[0] == "squeue":
+            lines = [f"{n}|{s}|{r}|n1|0|{why}|{at}|\n" for n, (s, r, why, at) in self.jobs.items()]
+            return 0, "".join(lines), ""
+        if argv[0] == "sbatch":
+            number = str(len(self.jobs) + 1)
+            self.jobs[number] = ("PENDING", 0, "Priority", str(Path(argv[-1]).parent))
+            return 0, number + "\n", ""
+        if argv[0] == "scancel":
+            for number in argv[2:]:
+                self.jobs[number] = ("CANCELLED", *self.jobs[number][1:])
+            return 0, "", ""
+        return 1, "", "Slurm accounting storage is disabled"
+
+    def becomes(self, number: str, state: str, restarts: int = 0, reason: str = "None") -> None:
+        self.jobs[number] = (state, restarts, reason, self.jobs[number][3])
+
+    def count(self, command: str) -> int:
+        return sum(argv[0] == command for argv in self.asked)
+
+
+@pytest.fixture
+def slurm() -> Slurm:
+    return Slurm()
+
+
+@pytest.fixture
+def controller(slurm: Slurm) -> Iterator[Controller]:
+    made = Controller(0.01, slurm.run)
+    yield made
+    made.stop()
+    slurm.go.set()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def start(controller: Controller, tmp_path: Path) -> Callable[..., SlurmAttempt]:
+    def begin(run_id: str = "run") -> SlurmAttempt:
+        config = {"model": {"path": "/m"}, "data": {"train_files": "/t"}, "launch": {"launcher": "slurm"}}
+        order = Order(
+            run_id=run_id,
+            attempt=1,
+            token="t",
+            spec=parse(config)[0],
+            planned_steps=1,
+            checkpoint_dir="/c",
+        )
+        attempt, _ = SlurmLauncher(controller).start(
+            AttemptDir(tmp_path / run_id), order, Need("slurm", 1, 1), ["slurm:0"]
+        )
+        assert isinstance(attempt, SlurmAttempt)
+        return attempt
+
+    return begin
+
+
+def reports(attempt: SlurmAttempt, state: str) -> bool:
+    assert attempt.is_alive()
+    report = attempt.report()
+    return report is not None and report.state == state
+
+
+def submitted(attempt: SlurmAttempt) -> SlurmAttempt:
+    until(lambda: attempt.is_alive() and attempt.process and attempt.process.job)
+    return attempt
+
+
+def test_a_job_is_followed_from_its_queue_to_its_end(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    attempt = start()
+    until(lambda: reports(attempt, "PENDING"))
+    report = attempt.report()
+    assert report is not None
+    assert (report.job, report.reason, report.waits, report.trains) == ("1", "Priority", True, False)
+    slurm.becomes("1", "RUNNING")
+    until(lambda: reports(attempt, "RUNNING"))
+    slurm.becomes("1", "COMPLETING")
+    until(lambda: reports(attempt, "COMPLETING"))
+    slurm.becomes("1", "TIMEOUT")
+    until(lambda: not attempt.is_alive())
+    remains = attempt.remains()
+    assert remains.interruption is not None
+    assert remains.interruption.kind == "time limit"
+    assert "TIMEOUT" in remains.last_word
+
+
+def test_nobody_waits_for_a_controller_that_hangs(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:
+    slurm.go.clear()
+    began = time.monotonic()
+    attempt = start()
+    assert attempt.is_alive()
+    report = attempt.report()
+    assert report is not None
+    assert report.state == "NOT SUBMITTED"
+    assert attempt.kill() == [0]
+    assert attempt.remains().exit_code is None
+    assert time.monotonic() - began < 5
+    slurm.go.set()
+    until(lambda: not attempt.is_alive())
+
+
+def test_who_does_not_answer_is_not_observed_and_not_dead(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftd.launcher.slurm._SILENT_SECONDS", 0.0)
+    attempt = submitted(start())
+    slurm.becomes("1", "RUNNING")
+    until(lambda: reports(attempt, "RUNNING"))
+    slurm.answers["squeue"] = DOWN
+    until(lambda: reports(attempt, "NOT OBSERVED"))
+    report = attempt.report()
+    assert report is not None
+    assert "Unable to contact" in report.reason
+    assert not report.trains, "nobody may take its silence for a hang"
+    asked = slurm.count("squeue")
+    until(lambda: slurm.count("squeue") > asked + 3)
+    assert attempt.is_alive()
+    del slurm.answers["squeue"]
+    until(lambda: reports(attempt, "RUNNING"))
+
+
+def test_an_exit_code_is_proof_where_slurm_is_silent(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = submitted(start())
+    slurm.answers["squeue"] = DOWN
+    attempt.directory.write_exit_code(0)
+    assert attempt.is_alive(), "Slurm has a while to say what it thinks of it"
+    monkeypatch.setattr("sftd.launcher.slurm._CLEARING_SECONDS", 0.0)
+    until(lambda: not attempt.is_alive())
+
+
+def test_sruns_zero_is_not_believed_against_slurms_word(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    attempt = submitted(start())
+    attempt.directory.write_exit_code(0)
+    slurm.becomes("1", "NODE_FAIL")
+    until(lambda: not attempt.is_alive())
+    remains = attempt.remains()
+    assert (remains.exit_code, "NODE_FAIL" in remains.last_word) == (None, True)
+
+
+def test_a_job_that_slurm_has_forgotten_is_gone(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:
+    attempt = submitted(start())
+    del slurm.jobs["1"]
+    until(lambda: not attempt.is_alive())
+    assert slurm.count("sacct") == 1, "who has no accounting is not asked again"
+
+
+def test_the_accounting_knows_more(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:
+    attempt = submitted(start())
+    slurm.answers["sacct"] = (0, "1|NODE_FAIL|n1|0:0\n", "")
+    del slurm.jobs["1"]
+    until(lambda: not attempt.is_alive())
+    assert "NODE_FAIL" in attempt.remains().last_word
+
+
+def test_a_job_of_another_attempt_by_the_same_number_is_not_taken_for_it(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    """As when a controller has lost its state, and counts from 1 again."""
+    attempt = submitted(start())
+    slurm.jobs["1"] = ("RUNNING", 0, "None", "/elsewhere")
+    until(lambda: not attempt.is_alive())
+
+
+def test_a_requeued_job_is_cancelled_and_its_attempt_over(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    attempt = submitted(start())
+    slurm.becomes("1", "COMPLETING", restarts=1)
+    until(lambda: reports(attempt, "COMPLETING"))
+    slurm.becomes("1", "PENDING", restarts=1)
+    until(lambda: not attempt.is_alive())
+    until(lambda: slurm.jobs["1"][0] == "CANCELLED")
+    interruption = attempt.remains().interruption
+    assert interruption is not None
+    assert interruption.kind == "requeued"
+
+
+def test_a_kill_is_one_scancel_for_all_and_bars_what_comes_late(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    attempts = [submitted(start(f"run{n}")) for n in range(5)]
+    slurm.go.clear()
+    for attempt in attempts:
+        assert attempt.kill()
+        assert attempt.kill()
+        assert attempt.directory.is_fenced()
+    slurm.go.set()
+    until(lambda: not any(attempt.kill() for attempt in attempts))
+    assert slurm.count("scancel") <= 2
+
+
+def test_few_calls_whatever_the_number_of_jobs(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:
+    attempts = [submitted(start(f"run{n}")) for n in range(30)]
+    asked = len(slurm.asked)
+    for _ in range(100):
+        for attempt in attempts:
+            attempt.is_alive()
+            attempt.report()
+    assert all(argv[0] == "squeue" for argv in slurm.asked[asked:])
+    assert not any("-j" in argv or "--jobs" in argv for argv in slurm.asked)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("invalid partition specified: nowhere", "never"),
+        ("Invalid account or account/partition combination specified", "never"),
+        ("Invalid qos specification", "never"),
+        ("Requested node configuration is not available", "never"),
+        ("sbatch: unrecognized option '--men=0'", "never"),
+        ("Invalid generic resource (gres) specification", "never"),
+        ("Unable to contact slurm controller (connect failure)", "later"),
+        ("Socket timed out on send/recv operation", "unsure"),
+        ("QOSMaxSubmitJobPerUserLimit", "later"),
+        ("Slurm temporarily unable to accept job, sleeping and retrying", "later"),
+        ("Something that nobody has seen", "crash"),
+    ],
+)
+def test_why_a_job_is_not_taken(message: str, kind: str) -> None:
+    def run(*_: Any) -> tuple[int, str, str]:
+        return 1, "", f"sbatch: error: Batch job submission failed: {message}\n"
+
+    with pytest.raises(Refusal) as refused:
+        slurm_commands.submit(run, "/job.sh", {})
+    found = refused.value
+    assert (found.never, found.later, found.unsure) == {
+        "never": (True, False, False),
+        "later": (False, True, False),
+        "unsure": (False, True, True),
+        "crash": (False, False, False),
+    }[kind]
+
+
+def test_a_refused_job_is_told_in_the_attempts_output(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    slurm.answers["sbatch"] = (1, "", "sbatch: error: invalid partition specified: nowhere")
+    attempt = start()
+    until(lambda: not attempt.is_alive())
+    assert attempt.kill() == []
+    assert attempt.remains().output_tail == [
+        "Refused: sbatch did not take the job: invalid partition specified: nowhere"
+    ]
+
+
+def test_a_job_that_is_over_a_limit_waits_and_says_so(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftd.launcher.slurm_controller._SUBMIT_AGAIN_SECONDS", 0.01)
+    slurm.answers["sbatch"] = (1, "", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
+    attempt = start()
+    until(lambda: attempt.is_alive() and (attempt.report() or attempt).reason)  # type: ignore[union-attr]
+    assert reports(attempt, "NOT SUBMITTED")
+    del slurm.answers["sbatch"]
+    until(lambda: reports(attempt, "PENDING"))
+
+
+def test_an_sbatch_that_could_not_say_what_it_did_is_not_repeated(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftd.launcher.slurm_controller._SUBMIT_AGAIN_SECONDS", 0.01)
+    run = slurm.run
+
+    def submitted_but_silent(argv: list[str], *rest: Any) -> tuple[int, str, str]:
+        answer = run(argv, *rest)
+        return (
+            (1, "", "sbatch: error: Socket timed out on send/recv operation")
+            if argv[0] == "sbatch"
+            else answer
+        )
+
+    slurm_run = Controller(0.01, submitted_but_silent)
+    directory = AttemptDir(Path("/folder"))
+    submission = slurm_run.submit(str(directory.path), str(directory.script_file), {})
+    until(lambda: submission.is_done)
+    slurm_run.stop()
+    assert (submission.job, len(slurm.jobs)) == ("1", 1)
+
+
+def test_a_daemon_that_died_at_its_sbatch_leaves_a_job_that_is_found(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], controller: Controller
+) -> None:
+    first = start()
+    until(lambda: slurm.jobs)
+    # As the first daemon wrote it, before it knew the number.
+    assert first.process is not None
+    first.directory.write_process(first.process)
+    again = SlurmLauncher(controller).adopt(first.directory, "unused")
+    until(lambda: again.is_alive() and again.process and again.process.job == "1")
+    found = first.directory.process()
+    assert found is not None
+    assert found.job == "1"
+
+
+def test_a_job_that_never_came_to_be_is_dead_once_slurm_was_asked(
+    slurm: Slurm, controller: Controller, start: Callable[..., SlurmAttempt]
+) -> None:
+    slurm.go.clear()
+    first = start()
+    again = SlurmLauncher(controller).adopt(first.directory, "unused")
+    assert again.is_alive()
+    slurm.answers["sbatch"] = (1, "", "sbatch: error: invalid partition specified: x")
+    slurm.go.set()
+    until(lambda: not again.is_alive())
+    assert again.kill() == []
+    assert again.directory.is_fenced(), "should it come all the same, it does not start"
+
+
+def test_the_job_inherits_neither_secrets_nor_another_jobs_variables() -> None:
+    found = job_environment(
+        {
+            "PATH": "/bin",
+            "PGPASSWORD": "hush",
+            "SLURM_JOB_ID": "3",
+            "SLURM_CONF": "/c",
+            "CUDA_VISIBLE_DEVICES": "0",
+        }
+    )
+    assert found == {"PATH": "/bin", "SLURM_CONF": "/c"}
+
+
+def test_a_controller_that_answers_nonsense_was_not_asked() -> None:
+    def run(*_: Any) -> tuple[int, str, str]:
+        return 0, "what?\n", ""
+
+    with pytest.raises((Unanswered, ValueError)):
+        slurm_commands.own_jobs(run)
