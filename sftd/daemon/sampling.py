@@ -33,7 +33,12 @@ class Sampler:
         for supervisor in supervisors:
             process = supervisor.attempt.process
             # What runs elsewhere (a batch system's nodes) cannot be seen from here.
-            if process is None or process.host != host_name() or not supervisor.is_recorded:
+            if (
+                process is None
+                or not process.pid
+                or process.host != host_name()
+                or not supervisor.is_recorded
+            ):
                 continue
             try:
                 attempts.sampled(self._store, self._context, supervisor.lease, sample(process.devices))
