@@ -294,9 +294,7 @@ def test_parquet_and_prompt_completion_rows_are_read_alike(make_model: MakeModel
     pq.write_table(pa.table({"chat": [chat("q", "x")], "other": [1]}), as_parquet)
     tables = [
         pq.read_table(run(source, model, tmp_path / f"out{n}.parquet", messages_key=key)["path"]).to_pylist()
-        for n, (source, key) in enumerate(
-            [(as_json, "messages"), (as_pair, "messages"), (as_parquet, "chat")]
-        )
+        for n, (source, key) in enumerate([(as_json, "messages"), (as_pair, None), (as_parquet, "chat")])
     ]
     assert tables[0] == tables[1] == tables[2]
 
@@ -346,7 +344,7 @@ def test_long_chats_are_cut_or_dropped_and_counted(
 
 def test_nothing_left_is_refused_and_leaves_no_file(make_model: MakeModel, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat("q", "x")}])
-    with pytest.raises(PrepareError, match="all 1 chats were dropped at the greatest length of 5 tokens"):
+    with pytest.raises(PrepareError, match="1 rows were dropped, at the greatest length of 5 tokens"):
         run(source, make_model(CHATML), tmp_path / "out.parquet", max_length=5)
     assert not list(tmp_path.glob("out*"))
 
@@ -478,12 +476,12 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     # The command of sftd runs the same tool, and hands every option on.
     write_jsonl(source, [{"messages": chat(f"q{n}", "x")} for n in range(3)])
     arguments = ["prepare", str(source), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "t.parquet")]
-    arguments += ["--val-rows", "1", "--val-out", str(tmp_path / "v.parquet"), "--template-arg", "x=1"]
+    arguments += ["--val-rows", "1", "--val-out", str(tmp_path / "v.parquet"), "--template-arg", "role=1"]
     shown = CliRunner().invoke(main, [*arguments, "--rewritten", "split", "--skip-bad-rows"])
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.startswith("2 rows, ")
     assert "for validation: 1 rows, " in shown.stdout
     card = json.loads((tmp_path / "t.parquet.card.json").read_text())
-    assert card["chat_template"]["arguments"] == {"x": 1}
+    assert card["chat_template"]["arguments"] == {"role": 1}
     assert (card["options"]["rewritten"], card["options"]["skip_bad_rows"]) == ("split", True)
     assert str(tmp_path / "t.parquet.card.md") in shown.stdout

@@ -83,7 +83,8 @@ def _template_arg(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        return name, value  # a word without quotes
+        # Otherwise a word without quotes. Python's own words are not: any text is true.
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,14 @@
 """Files of conversations, read in pieces of a few hundred rows: JSON Lines, JSON, Parquet, and the Arrow files of Hugging
 Face data set folders. A piece is bytes; whoever gets it reads its rows (see `rows_of`)."""
 
+import contextlib
 import hashlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from sftd.trainer.prepare.chat_rows import FIELDS, shape_of
 from sftd.trainer.prepare.errors import ChatError, PrepareError
@@ -58,7 +60,8 @@ def open_source(path: Path) -> ChatSource:
     if path.suffix == ".parquet":
         rows = _open_parquet(path).metadata.num_rows
     elif path.suffix == ".arrow":
-        rows = sum(batch.num_rows for batch in _arrow_batches(path))
+        with _breaks_told(path):
+            rows = sum(batch.num_rows for batch in _arrow_batches(path))
     elif _is_array(path):
         rows = sum(1 for _ in _objects(path))
     else:
@@ -70,7 +73,8 @@ def pieces(source: ChatSource, messages_key: str | None) -> Iterator[Piece]:
     """The file in pieces. Raises PrepareError when it cannot be read on."""
     path = source.path
     if path.suffix in (".parquet", ".arrow"):
-        yield from _arrow_pieces(path, messages_key)
+        with _breaks_told(path):
+            yield from _arrow_pieces(path, messages_key)
         return
     kind: Literal["lines", "objects"] = "objects" if _is_array(path) else "lines"
     part: list[bytes] = []
@@ -113,6 +117,8 @@ def _is_array(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     with path.open("rb") as stream:
+        if stream.read(len(BOM_UTF8)) != BOM_UTF8:
+            stream.seek(0)
         while byte := stream.read(1):
             if not byte.isspace():
                 return byte == b"["
@@ -123,23 +129,37 @@ def _objects(path: Path) -> Iterator[bytes]:
     """The rows of a JSON array, each as a line, without having the whole file in memory."""
     decoder = json.JSONDecoder()
     rows = 0
-    with path.open(encoding="utf-8") as stream:
-        text, position, ended = stream.read(_BLOCK), 0, False
+
+    def broken(error: object) -> PrepareError:
+        return PrepareError(
+            f"{path}, row {rows + 1} is not JSON ({error}). Write an array of objects, or one object a line, in UTF-8."
+        )
+
+    def read(stream: TextIO, size: int) -> str:
+        try:
+            return stream.read(size)
+        except UnicodeDecodeError as error:
+            raise broken(error.reason) from error
+
+    with path.open(encoding="utf-8-sig") as stream:
+        text, position, ended = read(stream, _BLOCK), 0, False
         position = text.index("[") + 1
         while True:
             while position < len(text) and (text[position].isspace() or text[position] == ","):
                 position += 1
             if position < len(text) and text[position] == "]":
+                if (text[position + 1 :] + read(stream, _BLOCK)).strip():
+                    raise broken("something follows the end of the array")
                 return
             try:
                 value, after = decoder.raw_decode(text, position)
+            except RecursionError as error:
+                raise broken(error) from error
             except ValueError as error:
                 if ended:
-                    raise PrepareError(
-                        f"{path}, row {rows + 1} is not JSON ({error}). Write an array of objects, or one object a line."
-                    ) from error
+                    raise broken(error) from error
                 # An object may go on behind what has been read.
-                more = stream.read(max(_BLOCK, len(text) - position))
+                more = read(stream, max(_BLOCK, len(text) - position))
                 ended = not more
                 text, position = text[position:] + more, 0
                 continue
@@ -168,6 +188,15 @@ def _arrow_pieces(path: Path, messages_key: str | None) -> Iterator[Piece]:
                 writer.write_batch(batch)
             yield Piece(str(path), "arrow", first, sink.getvalue().to_pybytes())
             first += batch.num_rows
+
+
+@contextlib.contextmanager
+def _breaks_told(path: Path) -> Iterator[None]:
+    """Names the file that pyarrow cannot read on, half a copied one, say."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path} is broken ({error}). Copy or make it again.") from error
 
 
 def _columns(path: Path, names: list[str], messages_key: str | None) -> list[str]:

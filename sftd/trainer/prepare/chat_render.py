@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sftd.trainer.prepare.errors import ChatError
-from sftd.trainer.prepare.kept_text import first_lost_message, first_lost_tool, lost_of_answer
+from sftd.trainer.prepare.kept_text import (
+    doubtful_messages,
+    first_lost_message,
+    first_lost_tool,
+    lost_of_answer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +146,8 @@ class ChatRenderer:
             located = _Located(self._render(messages, tools), {}, set(), set())
             for each in sorted(turns):
                 self._locate_answer(messages, tools, each, located)
-        if (turn := first_lost_message(messages, located.text)) is not None:
+        lost = first_lost_message(messages, located.text)
+        if (turn := lost if lost is not None else self._first_unseen(messages, tools)) is not None:
             raise ChatError(
                 f"the chat template leaves out or changes message {turn + 1} ({messages[turn]['role']}), so the model "
                 "would not see it as it is. Remove it, or use a model folder whose chat template knows such messages"
@@ -152,6 +158,18 @@ class ChatRenderer:
                 "model folder whose chat template knows tools"
             )
         return located
+
+    def _first_unseen(self, messages: Sequence[Message], tools: list[Any] | None) -> int | None:
+        """The first message that the template leaves out though its words are in the text, by another message or by
+        chance, such as a tool's "4" before the answer "It is 4"."""
+        doubtful = {turn: f"{_PLACEHOLDER}{turn}." for turn in doubtful_messages(messages)}
+        if not doubtful:
+            return None
+        stand_ins = [m | {"content": doubtful.get(turn, m.get("content"))} for turn, m in enumerate(messages)]
+        shown = self._try_render(stand_ins, tools)
+        if shown is None:
+            return None  # it wants such a content as they have
+        return next((turn for turn, words in doubtful.items() if words not in shown), None)
 
     def _locate_answer(
         self, messages: Sequence[Message], tools: list[Any] | None, turn: int, located: _Located

@@ -58,13 +58,17 @@ class Conversation:
             {k: v.strip() if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
             for message in self.messages
         ]
-        text = json.dumps([content, self.tools], sort_keys=True, ensure_ascii=False)
+        # Columns of Parquet hold more kinds of values than JSON, such as times.
+        text = json.dumps([content, self.tools], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
 def shape_of(fields: Sequence[str], key: str | None) -> str | None:
-    """Name of the shape that rows with these fields have: the field or fields that hold the chat; None for none."""
-    for name in (*([key] if key else []), *CHAT_FIELDS):
+    """Name of the shape that rows with these fields have: the field or fields that hold the chat; None for none. Where
+    a person has named the field, no other is taken in its place."""
+    if key:
+        return key if key in fields else None
+    for name in CHAT_FIELDS:
         if name in fields:
             return name
     for pair in _PAIRS:
@@ -100,9 +104,12 @@ def conversation(row: Any, key: str | None, *, fills_nulls: bool = False) -> Con
                 "and not empty. Mend or remove the row, or name the field that holds the chat"
             )
     checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
-    system = given.get("system")
-    if isinstance(system, str) and system.strip() and checked[0]["role"] != "system":
+    system = given.get("system", "")
+    if not isinstance(system, str):
+        raise ChatError(f"the field 'system' is {_kind(system)}, not a text")
+    if system.strip() and checked[0]["role"] != "system":
         checked.insert(0, {"role": "system", "content": system})
+        _check_text(system, "the field 'system'")
     answers = [message for message in checked if message["role"] == "assistant"]
     if not answers:
         raise ChatError("the chat has no assistant message, so there is nothing to train on. Remove the row")
@@ -128,7 +135,8 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     if more is not None and not isinstance(more, str):
         raise ChatError(f"the input is {_kind(more)}, not a text")
     messages = []
-    for turn in row.get("history") or ():
+    history = row.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise ChatError("the history must be a list of pairs of question and answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -152,18 +160,15 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise ChatError(f"message {number} has the role {role!r}; use one of {', '.join(sorted(_ROLES))}")
+    if role == "assistant" and "function_call" in given:  # OpenAI's older form
+        given.setdefault("tool_calls", given.pop("function_call"))
     if "tool_calls" in given:
         given["tool_calls"] = _calls(given["tool_calls"], number)
         if not given["tool_calls"]:
             del given["tool_calls"]
         given.setdefault("content", "")
     given["content"] = _content(given.get("content"), number, role)
-    try:
-        json.dumps(given, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise ChatError(
-            f"message {number} ({role}) is not valid Unicode ({error.reason}). Mend or remove the row"
-        ) from error
+    _check_text(given, f"message {number} ({role})")
     if role == "assistant" and not given["content"].strip() and "tool_calls" not in given:
         raise ChatError(f"message {number} is an empty answer of the assistant. Remove the row or the turn")
     if given.get("weight", 1) not in (0, 1):
@@ -233,12 +238,23 @@ def _tools(tools: Any) -> list[Any] | None:
     if not tools:
         return None
     if isinstance(tools, list):
-        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-        if all(isinstance(tool, dict) for tool in tools):
+        try:
+            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        except ValueError as error:
+            raise ChatError(f"the field 'tools' has a text that is not JSON ({error})") from error
+        if all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):
+            _check_text(tools, "the field 'tools'")
             return tools
     raise ChatError(
         "the field 'tools' must be a list of objects (JSON schemas of functions), or JSON text of it"
     )
+
+
+def _check_text(value: Any, what: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ChatError(f"{what} is not valid Unicode ({error.reason}). Mend or remove the row") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -16,6 +16,8 @@ _SPLITS = {
     "test": ("test", "testing"),
 }
 _WORD = re.compile(r"[^a-z]+")
+# How the hub itself names a split's files; the name may be the data set's own, such as train_sft.
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 
 
 def expand(sources: Sequence[Path], split: str) -> list[Path]:
@@ -77,6 +79,10 @@ def _hub_files(folder: Path) -> dict[str, list[Path]]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     for path in files:
+        shard = _SHARD.match(path.name) if path.parent.name == "data" else None
+        if shard is not None:
+            splits.setdefault(shard[1], []).append(path)
+            continue
         # The name says it before the folders do, the nearest folder first.
         parts = path.relative_to(folder).parts
         words = [word for part in reversed(parts) for word in _WORD.split(part.lower())]

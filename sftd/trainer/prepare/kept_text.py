@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# Characters that a role's name or a template's own words may happen to have.
+_SHORT = 10
 
 
 def lost_of_answer(message: Mapping[str, Any], shown: str) -> str | None:
@@ -29,6 +31,19 @@ def first_lost_message(messages: Sequence[Mapping[str, Any]], text: str) -> int 
         if message["role"] != "assistant" and not _has(squeezed, message.get("content")):
             return turn
     return None
+
+
+def doubtful_messages(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The messages of a system, user or tool whose words may stand in the text without them: short ones, and those that
+    another message holds."""
+    contents = [_squeeze(str(message.get("content") or "")) for message in messages]
+    everything = "\n".join([*contents, *(json.dumps(m.get("tool_calls"), default=str) for m in messages)])
+    return [
+        turn
+        for turn, (message, content) in enumerate(zip(messages, contents, strict=True))
+        if message["role"] != "assistant" and content
+        if len(content) < _SHORT or everything.count(content) > 1
+    ]
 
 
 def first_lost_tool(tools: Sequence[Any] | None, text: str) -> str | None:

@@ -81,8 +81,10 @@ class RowFile:
 
     def discard(self) -> None:
         """Remove what has not been published."""
-        self._writer.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._writer.close()
+        finally:  # it writes; the disk may be full
+            self._partial.unlink(missing_ok=True)
 
     def _write_row_group(self) -> None:
         rows, self._pending = self._pending, []

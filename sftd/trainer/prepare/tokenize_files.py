@@ -58,6 +58,10 @@ def tokenize_files(
     if options.val_split is not None:
         folders = [path for path in sources if path.is_dir()]
         held_out = [open_source(path) for path in expand(folders, options.val_split)]
+        if {source.path for source in held_out} & {source.path for source in opened}:
+            raise PrepareError(
+                f"The split {options.val_split!r} is trained on and validated on. Choose another with --split or --val-split."
+            )
     _refuse_overwriting(out, options, opened + held_out)
     tokenizer = PieceTokenizer(model, options)
     metadata = _metadata(tokenizer, opened, held_out, options)
@@ -98,21 +102,20 @@ def _write_rows(job: _Job) -> None:
     held_out: set[bytes] = set()
     # The held out first: chats that are in both are found while the others are written.
     for is_held_out, sources in ((True, job.held_out), (False, job.sources)):
-        for source in sources:
-            for rows, count in _tokenized(job, source):
-                for row in rows:
-                    if is_held_out:
-                        held_out.add(row.key)
-                        _append(job, row, to_val=True)
-                    elif job.spool is not None and keys is not None:
-                        keys.add(row.key)
-                    else:
-                        job.counts.leaked += row.key in held_out
-                        _append(job, row, to_val=fraction(row.key) < (job.options.val_fraction or 0.0))
-                if job.spool is not None:
-                    job.spool.append(rows)
-                seen += count
-                job.events.progress("tokenize", rows=seen, total=total)
+        for rows, count in _tokenized(job, sources):
+            for row in rows:
+                if is_held_out:
+                    held_out.add(row.key)
+                    _append(job, row, to_val=True)
+                elif job.spool is not None and keys is not None:
+                    keys.add(row.key)
+                else:
+                    job.counts.leaked += row.key in held_out
+                    _append(job, row, to_val=fraction(row.key) < (job.options.val_fraction or 0.0))
+            if job.spool is not None:
+                job.spool.append(rows)
+            seen += count
+            job.events.progress("tokenize", rows=seen, total=total)
     if job.spool is not None and keys is not None:
         for row in job.spool.rows():
             _append(job, row, to_val=row.key in keys)
@@ -123,10 +126,13 @@ def _append(job: _Job, row: Row, *, to_val: bool) -> None:
     (job.val if to_val and job.val is not None else job.train).append(row)
 
 
-def _tokenized(job: _Job, source: ChatSource) -> Iterator[tuple[list[Row], int]]:
-    """(rows to write, rows read) of each piece of a file."""
-    workers = job.options.workers or default_workers(source.path.stat().st_size)
-    parts = pieces(source, job.options.messages_key)
+def _tokenized(job: _Job, sources: Sequence[ChatSource]) -> Iterator[tuple[list[Row], int]]:
+    """(rows to write, rows read) of each piece of some files."""
+    if not sources:
+        return
+    # One set of workers for all files: a data set is often many small ones.
+    workers = job.options.workers or default_workers(sum(source.path.stat().st_size for source in sources))
+    parts = (piece for source in sources for piece in pieces(source, job.options.messages_key))
     for done in tokenized(parts, job.tokenizer, job.model, job.options, workers):
         job.counts.add(done)
         yield done.rows, done.seen
@@ -188,6 +194,11 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
 def _refuse_overwriting(out: Path, options: TokenizeOptions, sources: Sequence[ChatSource]) -> None:
     written = [out.resolve()] + ([options.val_out.resolve()] if options.val_out is not None else [])
     read = {source.path.resolve() for source in sources}
+    for path in written:
+        if path.is_dir():
+            raise PrepareError(
+                f"{path} is a folder. Name the file to write, such as {path / 'train.parquet'}."
+            )
     if len({*written, *read}) < len(written) + len(read):
         raise PrepareError(
             f"A file to write ({', '.join(map(str, written))}) is also another of the files named."
@@ -213,7 +224,10 @@ def _refuse_empty(file: RowFile, job: _Job) -> None:
             else f"rows ({options.val_rows})"
         )
     elif dropped := sum(counts.dropped.values()):
-        reason = f"all {dropped} chats were dropped at the greatest length of {options.max_length} tokens"
+        limit = (
+            "" if options.max_length is None else f", at the greatest length of {options.max_length} tokens"
+        )
+        reason = f"{dropped} rows were dropped{limit} ({', '.join(counts.dropped)})"
     elif counts.rejected:
         reason = (
             f"none of the {sum(counts.rejected.values())} rows can be used ({next(iter(counts.rejected))})"

@@ -80,6 +80,13 @@ class PieceTokenizer:
     def __init__(self, model: Path, options: TokenizeOptions) -> None:
         self._options = options
         self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        # A variable that the template does not know would change nothing, without a word.
+        template = str(self.tokenizer.chat_template)
+        for name in options.template_args:
+            if name not in template:
+                raise PrepareError(
+                    f"The chat template in {model} has no variable {name!r}. Take it out, or see how it is spelt there."
+                )
         self.masker = ChatMasker(self.tokenizer, stop_token_ids(self.tokenizer, model), options.template_args)
 
     def __call__(self, piece: Piece) -> Done:

@@ -23,7 +23,7 @@ _PRELOAD = ["transformers.models.auto.tokenization_auto", __name__]
 
 
 def default_workers(size: int) -> int:
-    """A worker a core, none for files of so few bytes that starting them would take longer."""
+    """A worker a core, but no more than one for each 8 MB: for fewer bytes it would take longer to start them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, 32, size // (8 << 20)))
 
