@@ -41,13 +41,19 @@ def notify_command(test: bool, as_json: bool) -> None:
         if not rows:
             click.echo(f"Nobody is told of anything. {_SET}")
         for row in rows:
-            state = "" if row["pending"] is None else f"; {row['pending']} not sent yet"
+            state = "" if row["pending"] is None else f"; {_counted(row['pending'])} not sent yet"
             click.echo(f"{row['channel']}: {', '.join(settings.notify_on)}{state}")
             if test:
                 click.echo(
                     "  the test has arrived" if row["error"] is None else f"  not sent: {row['error']}"
                 )
     sys.exit(1 if any(row["error"] for row in rows) or (test and not rows) else 0)
+
+
+def _counted(pending: object) -> str:
+    from sftd.projections.notifier import PAGE
+
+    return f"{PAGE} or more" if pending == PAGE else str(pending)
 
 
 def notifiers(settings: Settings, store: Store) -> list[Notifier]:
@@ -58,7 +64,7 @@ def notifiers(settings: Settings, store: Store) -> list[Notifier]:
     now = app.context().now
     return [
         Notifier(store, channel, settings.notify_on, now)
-        for channel in channels(settings.notify_command, settings.notify_webhook)
+        for channel in channels(settings.notify_command, settings.notify_webhook, settings.home)
     ]
 
 

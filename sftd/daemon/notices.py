@@ -25,6 +25,7 @@ class NoticeThread:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._idle = threading.Event()
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="notices", daemon=True)
 
     def start(self) -> None:
@@ -39,10 +40,12 @@ class NoticeThread:
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread, after a few seconds for what is left; the next daemon sends the rest."""
+        """End the thread, after a few seconds for what is left, which is tried once, however long ago it failed; the
+        next daemon sends the rest."""
         if not self._thread.is_alive():
             return
         self.wake()
+        self._ending.set()
         self._idle.wait(_LAST_WORDS_SECONDS)
         self._stop.set()
         self._wake.set()
@@ -52,14 +55,18 @@ class NoticeThread:
         backoff = self._first_backoff
         while not self._stop.is_set():
             self._wake.clear()
+            is_last = self._ending.is_set()
             try:
                 self._notifier.sync(self._stop.is_set)
             except Exception as error:  # noqa: BLE001  whatever goes wrong must not end the daemon
                 # A database's error quotes the statement; NotSent holds no secret.
                 told = error if isinstance(error, NotSent) else type(error).__name__
                 log.warning("%s: %s; trying again in %.0f s", self._notifier.channel.shown, told, backoff)
-                self._idle.set()  # nothing to wait for when the daemon ends
-                self._stop.wait(backoff)
+                if is_last:
+                    self._idle.set()
+                    self._stop.wait()
+                else:
+                    self._ending.wait(backoff)
                 backoff = min(_LAST_BACKOFF, 2 * backoff)
                 continue
             backoff = self._first_backoff

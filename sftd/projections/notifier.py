@@ -1,9 +1,10 @@
 """Sends notices from the log: each at least once, in order, from one daemon at a time.
 
-How far a channel has been told stands in the database, per channel: the position of the last event that has arrived
-there. It begins at the end of the log when the channel is first used. Whoever sends holds the channel's lease; it moves
-the position after each notice, in a transaction that asks whether the lease is still held. So a notice comes twice only
-when its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
+How far a channel has been told stands in the database, per channel and kinds: the position of the last event that has
+arrived there. (It says nothing of other kinds, so whoever sends those to the same place has another.) It begins at the
+end of the log when the channel is first used for these kinds. Whoever sends holds the channel's lease; it moves the
+position after each notice, in a transaction that asks whether the lease is still held. So a notice comes twice only when
+its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LEASE_MICROS = 60_000_000
 OLDEST_MICROS = 3 * 24 * 3600 * 1_000_000
 # Events passed without a notice before that is written down.
 _UNWRITTEN = 10_000
-_PAGE = 100
+PAGE = 100
 _COUNTED = 1000
 
 
@@ -52,6 +53,8 @@ class Notifier:
         self.channel = channel
         self._store = store
         self._types = notices.event_types(kinds)
+        # A letter a kind: the column is short.
+        self._name = f"{channel.identity}:{''.join(sorted({kind[0] for kind in kinds}))}"
         self._now = now
         # By this host's own clock: when the lease is half over.
         self._renew_at = 0.0
@@ -61,21 +64,19 @@ class Notifier:
     def begin(self) -> None:
         """From now on there is something to tell. Does nothing when the channel is known already."""
         with self._store.write(appends=False) as tx:
-            positions.begin_projection(
-                tx.connection, self.channel.identity, event_store.last_position(tx.connection)
-            )
+            positions.begin_projection(tx.connection, self._name, event_store.last_position(tx.connection))
 
     def pending_count(self) -> int | None:
-        """How many events are still to be told of, at most some; None when no daemon has used the channel yet."""
+        """How many events are still to be told of, at most `PAGE`; None when no daemon has used the channel yet."""
         with self._store.read() as connection:
-            begun = positions.has_begun(connection, self.channel.identity)
+            begun = positions.has_begun(connection, self._name)
         return len(self._pending()) if begun else None
 
     def _pending(self) -> list[e.Recorded]:
         """The next events to tell of, in order, from the position that is written down."""
         with self._store.read() as connection:
-            position = positions.projection_position(connection, self.channel.identity)
-            return event_store.read_types_after(connection, position, self._types, _PAGE)
+            position = positions.projection_position(connection, self._name)
+            return event_store.read_types_after(connection, position, self._types, PAGE)
 
     def sync(self, should_stop: Callable[[], bool]) -> int:
         """Send what is new; returns how many notices arrived. Raises `NotSent` when one did not; the next call tries it
@@ -107,7 +108,7 @@ class Notifier:
 
     def _anything_new(self) -> bool:
         with self._store.read() as connection:
-            written = positions.projection_position(connection, self.channel.identity)
+            written = positions.projection_position(connection, self._name)
             end = event_store.last_position(connection)
             behind = max(written, self._seen)
             found = event_store.read_types_after(connection, behind, self._types, 1) if end > behind else []
@@ -174,17 +175,17 @@ class Notifier:
         with self._store.write(appends=False) as tx:
             now = tx.now(self._now())
             self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
-            return positions.lease_projection(tx, self.channel.identity, held, now, now + _LEASE_MICROS)
+            return positions.lease_projection(tx, self._name, held, now, now + _LEASE_MICROS)
 
     def _release(self, until: int) -> None:
         with self._store.write(appends=False) as tx:
-            positions.release_projection(tx, self.channel.identity, until)
+            positions.release_projection(tx, self._name, until)
 
     def _move(self, until: int, position: int) -> bool:
         """Move the position, if the lease is still ours."""
         with self._store.write(appends=False) as tx:
-            if not positions.holds_projection(tx, self.channel.identity, until):
+            if not positions.holds_projection(tx, self._name, until):
                 return False
-            positions.set_projection_position(tx.connection, self.channel.identity, position)
+            positions.set_projection_position(tx.connection, self._name, position)
         self._seen = max(self._seen, position)
         return True

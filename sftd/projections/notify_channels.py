@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -24,7 +26,10 @@ from sftd.domain.notices import Notice
 COMMAND_SECONDS, WEBHOOK_SECONDS = 20.0, 10.0
 # The receiver understands the request and does not want this notice: sending it again would change nothing.
 _REFUSED = (400, 413, 422)
-_STDERR_BYTES = 300
+# Much is read, so that an argument in it is whole and can be hidden, and little is told.
+_READ_BYTES, _SHOWN = 1 << 16, 300
+# A part of an argument that may be secret.
+_WORD = re.compile(r"[^\s'\"=<>|;&()]{6,}")
 
 
 class NotSent(Exception):
@@ -46,11 +51,11 @@ class Channel(Protocol):
         ...
 
 
-def channels(command: str, webhook: str) -> list[Channel]:
-    """The channels that are set."""
+def channels(command: str, webhook: str, folder: Path) -> list[Channel]:
+    """The channels that are set; a command runs in `folder`, whoever tells it."""
     found: list[Channel] = []
     if command:
-        found.append(Command(shlex.split(command)))
+        found.append(Command(shlex.split(command), folder=folder))
     if webhook:
         found.append(Webhook(webhook))
     return found
@@ -64,9 +69,12 @@ def _identity(kind: str, parts: Sequence[str]) -> str:
 class Command:
     """Runs a command with the notice as JSON on its standard input. What it must do it does in `seconds`."""
 
-    def __init__(self, argv: Sequence[str], seconds: float = COMMAND_SECONDS) -> None:
+    def __init__(
+        self, argv: Sequence[str], seconds: float = COMMAND_SECONDS, folder: Path | None = None
+    ) -> None:
         self._argv = list(argv)
         self._seconds = seconds
+        self._folder = folder
         self.identity = _identity("command", self._argv)
         # Arguments may be secret.
         self.shown = f"command {os.path.basename(self._argv[0])}"
@@ -85,6 +93,7 @@ class Command:
                     stdout=subprocess.DEVNULL,
                     stderr=stderr,
                     env=env,
+                    cwd=self._folder,
                     start_new_session=True,
                 )
             except OSError as error:
@@ -99,9 +108,16 @@ class Command:
                     process.wait()
             if code:
                 size = stderr.seek(0, os.SEEK_END)
-                stderr.seek(max(0, size - _STDERR_BYTES))
-                said = " ".join(stderr.read().decode(errors="replace").split())
+                stderr.seek(max(0, size - _READ_BYTES))
+                said = " ".join(self._hidden(stderr.read().decode(errors="replace")).split())[-_SHOWN:]
                 raise NotSent(f"exit code {code}" + (f": {said}" if said else ""))
+
+    def _hidden(self, text: str) -> str:
+        """What the command says, less its own arguments: wget tells its URL, a shell the line that it cannot read."""
+        words = {word for argument in self._argv[1:] for word in _WORD.findall(argument)}
+        for word in sorted(words, key=len, reverse=True):
+            text = text.replace(word, "…")
+        return text
 
 
 def _variables(notice: Notice) -> Mapping[str, str]:

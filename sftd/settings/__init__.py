@@ -112,6 +112,8 @@ def _kinds(value: object, where: str) -> tuple[str, ...]:
     kinds = tuple(str(name).strip() for name in names if str(name).strip())
     if unknown := [kind for kind in kinds if kind not in NOTIFY_KINDS]:
         raise SettingsError(f"{where}: {unknown[0]!r} is none of {', '.join(NOTIFY_KINDS)}")
+    if not kinds:
+        raise SettingsError(f"{where}: it names nothing; name some of {', '.join(NOTIFY_KINDS)}")
     return kinds
 
 

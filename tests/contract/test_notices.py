@@ -162,6 +162,18 @@ def test_only_what_was_asked_for_is_told(log: Log, hook: Hook) -> None:
     ]
 
 
+def test_other_kinds_begin_now_and_take_nothing_from_each_other(log: Log, hook: Hook) -> None:
+    failures = log.notifier(Webhook(hook.url), ("failed",))
+    failures.begin()
+    log.add("one", submitted(), CANCELLED)
+    ends = log.notifier(Webhook(hook.url), ("ended",))
+    ends.begin()
+    log.add("two", submitted(), CANCELLED)
+    log.add("three", submitted(), FAILED)
+    assert (failures.sync(never), ends.sync(never)) == (1, 1)
+    assert [body["run_id"] for body in hook.bodies] == ["three", "two"]
+
+
 def test_every_kind_is_a_setting_and_has_words() -> None:
     assert settings_module.NOTIFY_KINDS == notices.KINDS
     assert [n for n in range(1, 2000) if notices.is_told(n)] == [1, 10, 100, 1000]
@@ -299,7 +311,7 @@ def run_python(code: str, seconds: float = 60) -> Command:
 @pytest.mark.parametrize(
     ("channel", "message"),
     [
-        (run_python("import sys; sys.exit('no network')"), "exit code 1: no network"),
+        (run_python("import sys; sys.exit('no ' + 'net')"), "exit code 1: no net"),
         (Command(["/nowhere/tell", SECRET]), "it cannot be started: No such file"),
         # Neither it nor a child that keeps its output open holds anybody up.
         (run_python("import subprocess; subprocess.run(['sleep', '600'])", 0.2), r"killed after 0\.2 s"),
