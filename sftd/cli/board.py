@@ -66,7 +66,7 @@ def run_lines(board: RunBoard, width: int, height: int | None) -> list[Text]:
     if run.status in ("failed", "retrying") and run.message:
         lines.append(Text(f"{run.cause}: {output.printable(run.message)}", "bold red"))
     if board.row is not None and board.row.kind:
-        lines.append(Text(f"waits for: {board.row.waits_for}", "yellow"))
+        lines.append(Text(f"waits for: {output.printable(board.row.waits_for)}", "yellow"))
     lines.append(Text())
     total = height if height is not None else 40
     events = [_event(r, board.at, named=False) for r in board.notices]

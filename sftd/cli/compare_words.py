@@ -49,7 +49,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
         ("goodput", some(f.goodput, f"{f.goodput or 0:.1%}")),
         ("device-hours", f"{f.device_hours:.3g} on {f.devices} device{'s' if f.devices != 1 else ''}"),
         ("cost", some(f.cost, f"{f.cost or 0:,.2f}")),
-        ("failed", f.message or ""),
+        ("failed", output.printable(f.message or "")),
     ]
 
 
@@ -89,4 +89,5 @@ def shown_value(value: Any) -> str:
     """A value of a config or an environment."""
     if isinstance(value, list):
         return ", ".join(shown_value(v) for v in value) or "none"
-    return "not told" if value is None else str(value)
+    # Whoever submitted the run wrote it, and may have written what does things to a terminal.
+    return "not told" if value is None else output.printable(str(value))

@@ -35,6 +35,10 @@ def console(*, stderr: bool = False) -> Console:
     """A console for people."""
     from rich.console import Console
 
+    stream = sys.stderr if stderr else sys.stdout
+    if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
+        # Where the locale has no bars and arrows, question marks are better than no answer.
+        stream.reconfigure(errors="replace")
     return Console(stderr=stderr, highlight=False)
 
 

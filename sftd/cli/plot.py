@@ -76,7 +76,8 @@ def plot(
         middle = (place(low) + place(high)) / 2
         labels[height // 2] = number(math.exp(middle) if is_log else middle)
     for row in range(height):
-        axis = f"{labels.get(row, ''):>8} {'┤' if row in labels else '│'}"
+        tick, axis_line = "+|" if plain else "┤│"
+        axis = f"{labels.get(row, ''):>8} {tick if row in labels else axis_line}"
         line = Text.assemble((axis, "dim"))
         # Neighbours of one style are one piece: less to send over a slow line.
         for style, cells in groupby(canvas.cells(row, plain), key=_style):
@@ -87,7 +88,8 @@ def plot(
     ends = f"step {first}", f"{last}{'  (log)' if is_log else ''}"
     yield Text(" " * 10 + ends[0] + ends[1].rjust(canvas.width - len(ends[0])), "dim")
     if scale.highest > high:
-        yield Text(" " * 10 + f"▲ beyond the top: up to {number(scale.highest)}", "dim")
+        mark = "^" if plain else "▲"
+        yield Text(" " * 10 + f"{mark} beyond the top: up to {number(scale.highest)}", "dim")
 
 
 def _style(cell: tuple[str, int | None]) -> str:
@@ -201,13 +203,16 @@ class _Canvas:
         every = max(_LETTER_EVERY, 3 * count)
         columns = [x for x in sorted(path) if x % every == (3 * number + 1) % every]
         for x in columns or [max(path)]:
-            self._letters[path[x], x] = series.letter, number
+            # That of the 27th curve is two characters, each in a cell of its own.
+            for n, character in enumerate(series.letter[: self.width - x]):
+                self._letters[path[x], x + n] = character, number
 
     def cells(self, row: int, plain: bool) -> Iterator[tuple[str, int | None]]:
         """The cells of a row, each with the curve that it belongs to."""
         for x in range(self.width):
             if (row, x) in self._letters:
-                yield self._letters[row, x]
+                text, writer = self._letters[row, x]
+                yield ("^" if plain and text == "▲" else text), writer
             elif bits := self._bits[row][x]:
                 owner = self._owner[row][x]
                 yield (LETTERS[(owner or 0) % 26] if plain else chr(0x2800 + bits)), owner

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from sftd.cli import main
 from sftd.domain import events as e
 from sftd.domain.errors import Refused
+from sftd.domain.spec_sections import Data
 from sftd.operations import comparisons
 from sftd.store.engine import Store
 from tests.histories import (
@@ -144,6 +146,27 @@ def test_runs_of_every_length_are_compared(
     # What runs on costs until now, what has ended until its end.
     hours = {run["run_id"]: run["device_hours"] for run in answer["runs"]}
     assert "going" not in hours or hours["going"] > 1000 * hours["short"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "ascii"])
+def test_what_a_config_says_does_nothing_to_a_terminal_or_a_page(
+    log: Store, database_url: str, charset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nasty = "[/red]\x1b[2J</script><img src=http://x.test/><!--DATA--> é"
+    append(log, "plain", [submitted(spec()), *claimed(), *losses(3)])
+    of = msgspec.structs.replace(spec(), data=Data(train_files=[nasty]))
+    failed = e.RunFailed(cause="crash", message=nasty)
+    append(log, "nasty", [submitted(of), *claimed(), *losses(3, by=2.0), failed])
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("SFTD_DATABASE_URL", database_url)
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = CliRunner(charset=charset).invoke(main, ["compare", "plain", "nasty"], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "\x1b" not in shown.stdout
+    assert shown.stdout.count("[/red] [2J</script><img src=http://x.test/><!--DATA--> ") == 2
+    page = page_of(log, ["plain", "nasty"])
+    assert page.asked == []
+    assert page.tags.count("script") == 2
 
 
 class Page(html.parser.HTMLParser):

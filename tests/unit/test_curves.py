@@ -9,6 +9,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftd.cli.compare_words import letter
 from sftd.cli.plot import Series, plot, scale_of, sparkline
 from sftd.domain import events as e
 from sftd.domain.contrast import part
@@ -128,7 +129,14 @@ def test_a_plot_fits_and_names_each_curve() -> None:
         # The two are one line, and both letters stand on it.
         assert {"A", "B"} <= set("".join(lines))
     plain = "".join(drawn([Series("A", bucketed(falling))], plain=True))
-    assert not any(0x2800 <= ord(c) <= 0x28FF for c in plain)
+    assert plain.isascii()
+    spiked = drawn([Series("A", bucketed([*[2.0 - n / 99 for n in range(99)], 500.0, 1.0, 1.0]))], plain=True)
+    assert "beyond the top" in spiked[-1]
+    assert "".join(spiked).isascii()
+    # Two characters stand for the 27th run and those behind it.
+    many = [Series(letter(n), bucketed([x + n / 9 for x in falling])) for n in range(30)]
+    for width in (20, 80):
+        assert max(map(len, drawn(many, width))) <= width
 
 
 def test_one_spike_does_not_make_a_line_of_the_curve() -> None:
