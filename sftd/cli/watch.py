@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -137,6 +138,9 @@ class _Looking(threading.Thread):
                 board = self._observer.look()
             except (sa.exc.SQLAlchemyError, SftdError, OSError) as error:
                 self.error = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+            except Exception as error:  # noqa: BLE001
+                # An event of a later sftd, or our own fault: without an eye, the board would stand still and not say why.
+                self.error = f"{type(error).__name__}: {error}".partition("\n")[0]
             else:
                 self.board, self.seen_at, self.error = board, time.time(), ""
             self.began_at = None
@@ -162,18 +166,49 @@ class _Looking(threading.Thread):
         return f"cannot observe since {since}: {self.error or 'the database does not answer'}"
 
 
+class _Screen:
+    """What a terminal shows. Only lines that are not there already are sent: most of a board stands still."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._size = (0, 0)
+        self._shown: list[Text] = []
+
+    def show(self, lines: Sequence[Text], size: tuple[int, int]) -> None:
+        """Have it show these lines, cut for a terminal of this (width, height)."""
+        from rich.control import Control
+        from rich.segment import ControlType
+        from rich.text import Text
+
+        width, height = size
+        wanted = [*lines[:height], *(Text() for _ in range(height - len(lines)))]
+        is_known = size == self._size
+        # All of it goes out at once.
+        with self._out:
+            for row, line in enumerate(wanted):
+                if is_known and (line, line.style) == (self._shown[row], self._shown[row].style):
+                    continue
+                self._out.control(Control.move_to(0, row))
+                self._out.print(line, end="", no_wrap=True, overflow="crop")
+                # Behind a full line the cursor still stands on its last character.
+                if line.cell_len < width:
+                    self._out.control(Control((ControlType.ERASE_IN_LINE, 0)))
+        self._size, self._shown = size, wanted
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def _watch(observer: Observer | RunObserver, out: Console) -> None:
-    from rich.live import Live
     from rich.text import Text
 
     looking = _Looking(observer)
     looking.start()
-    shown: tuple[Any, ...] = ()
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        _keys() as quits,
-        Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop") as live,
-    ):
+    screen = _Screen(out)
+    # Whoever ends it so gets the terminal back as it was, too.
+    signal.signal(signal.SIGTERM, _end)
+    with contextlib.suppress(KeyboardInterrupt), _keys() as quits, out.screen(hide_cursor=True):
         while not quits(_SECONDS if looking.board is not None else 0.05):
             board, complaint = looking.board, looking.complaint()
             width, height = out.size
@@ -182,11 +217,7 @@ def _watch(observer: Observer | RunObserver, out: Console) -> None:
                 # It takes the place of the last line, so that nothing moves.
                 lines = lines[: height - 1]
                 lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
-            # What is on the screen already is not sent again.
-            now = (width, height, tuple(lines))
-            if now != shown:
-                live.update(Text("\n").join(lines), refresh=True)
-                shown = now
+            screen.show(lines, (width, height))
     looking.stop()
 
 

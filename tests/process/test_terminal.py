@@ -112,8 +112,10 @@ def start(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
 
 def screen(written: str) -> list[str]:
     """The lines of what was written, without what is not text."""
-    # Each picture begins at the top again.
-    return [line.rstrip("\r") for line in _SEQUENCE.sub("", written.replace("\x1b[H", "\n")).split("\n")]
+    # Each line is put where it belongs.
+    return [
+        line.rstrip("\r") for line in _SEQUENCE.sub("", re.sub(r"\x1b\[\d+;1H", "\n", written)).split("\n")
+    ]
 
 
 def test_a_board_lives_in_a_terminal(log: Store, home: Path, start: Callable[..., Terminal]) -> None:
@@ -153,11 +155,15 @@ def test_control_c_ends_a_board_and_a_dumb_terminal_has_one_board(
     log: Store, start: Callable[..., Terminal], env: dict[str, str]
 ) -> None:
     append(log, RUN, [submitted(spec(steps=50))])
-    terminal = start([sys.executable, "-m", "sftd", "watch"])
-    terminal.wait_for(lambda text: "nothing runs" in text)
-    os.killpg(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for(lambda text: "\x1b[?1049l" in text)
-    assert terminal.process.wait(timeout=30) == 0
+    # Ctrl-C, and `kill` or `timeout`.
+    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        terminal = start([sys.executable, "-m", "sftd", "watch"])
+        before = terminal.mode()
+        terminal.wait_for(lambda text: "nothing runs" in text)
+        os.killpg(terminal.process.pid, number)
+        terminal.wait_for(lambda text: "\x1b[?1049l" in text)
+        assert terminal.process.wait(timeout=30) == code
+        assert terminal.mode() == before
     env["TERM"] = "dumb"
     once = start([sys.executable, "-m", "sftd", "watch"])
     assert "\x1b" not in once.wait_for(lambda text: "RunSubmitted" in text)

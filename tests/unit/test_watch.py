@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from sftd.cli import watch
 from sftd.store.engine import DatabaseUnreachable
@@ -50,8 +53,36 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     observer.go.release()
     observer.asked.acquire()
     assert (looking.board, looking.complaint()) == ("board", "")
+    # What nobody thought of, such as an event of a later sftd, does not leave a board that stands still in silence.
+    observer.answers += [KeyError("NewEvent"), "board"]
+    observer.go.release()
+    assert observer.asked.acquire(timeout=30), "it looks no more"
+    assert looking.complaint().endswith(": KeyError: 'NewEvent'")
+    observer.go.release()
+    observer.asked.acquire()
+    assert looking.complaint() == ""
     observer.answers.append("another")
     looking._end.set()
     observer.go.release()
     looking.stop()
     assert not looking.is_alive()
+
+
+def test_only_lines_that_changed_are_sent() -> None:
+    sent = io.StringIO()
+    console = Console(
+        file=sent, force_terminal=True, color_system="truecolor", width=20, height=4, _environ={}
+    )
+    screen = watch._Screen(console)
+    screen.show([Text("one"), Text("x" * 20), Text("three")], (20, 4))
+    assert sent.getvalue() == f"\x1b[1;1Hone\x1b[0K\x1b[2;1H{'x' * 20}\x1b[3;1Hthree\x1b[0K\x1b[4;1H\x1b[0K"
+    sent.seek(0)
+    sent.truncate()
+    screen.show([Text("one", "red"), Text("x" * 20)], (20, 4))
+    assert sent.getvalue() == "\x1b[1;1H\x1b[31mone\x1b[0m\x1b[0K\x1b[3;1H\x1b[0K"
+    sent.seek(0)
+    sent.truncate()
+    screen.show([Text("one", "red"), Text("x" * 20)], (20, 4))
+    assert sent.getvalue() == ""
+    screen.show([Text("one", "red"), Text("x" * 20)], (20, 3))
+    assert "one" in sent.getvalue(), "what another size of a window did to it is not known"
