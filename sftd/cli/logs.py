@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from sftd.wire.printed import Output
 
 _POLL_SECONDS = 0.3
+# Sequences that a terminal obeys: colours, all others, and single characters that are no text.
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+_OBEYED = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?|[\x00-\x08\x0a-\x1f\x7f-\x9f]"
+)
 
 
 @click.command("logs")
@@ -27,7 +33,7 @@ _POLL_SECONDS = 0.3
     "-n",
     "--tail",
     type=click.IntRange(min=0),
-    help="Begin with the last N lines of each rank in the last attempt.",
+    help="Begin with the last N lines of each rank's stdout and of its stderr, in the last attempt.",
 )
 def logs_command(
     run: str, follow: bool, attempt: int | None, ranks: tuple[int, ...], tail: int | None
@@ -87,4 +93,10 @@ def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
             prefix = click.style(
                 prefix, fg=None if rank is None else COLOURS[rank % len(COLOURS)], dim=rank is None
             )
-        click.echo(f"{prefix} {line}")
+        click.echo(f"{prefix} {_harmless(line, colour=colour)}")
+
+
+def _harmless(line: str, *, colour: bool) -> str:
+    """What a rank wrote without what does things to a terminal, but for its colours, which end with the line."""
+    shown = _OBEYED.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
+    return f"{shown}\x1b[0m" if "\x1b" in shown else shown

@@ -114,7 +114,8 @@ def classify(remains: Remains) -> Failure:
     if remains.exit_code > 128 or remains.exit_code < 0:
         number = remains.exit_code - 128 if remains.exit_code > 128 else -remains.exit_code
         return Failure("killed", f"torchrun was killed by signal {number}", remains.output_tail[-3:])
-    errors = [t for t in remains.output_tail if _ERROR_LINE.search(t)]
+    # That a child failed is how torchrun sums up what the rank itself has said before.
+    errors = [t for t in remains.output_tail if _ERROR_LINE.search(t) and "ChildFailedError" not in t]
     if errors:
         return Failure("crash", _clean(errors[-1]), _evidence(errors[-3:], remains))
     return Failure("crash", f"torchrun ended with exit code {remains.exit_code}", remains.output_tail[-5:])

@@ -25,8 +25,8 @@ _TAIL = 0.05
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in numbers; None is not known. `inherited_steps` and their tokens are a parent's, before the fork; time,
-    devices and speed are the run's own. `tail_loss` is the mean of the last twentieth of the steps."""
+    """A run in numbers; None is not known. `inherited_steps` and their tokens are a parent's, before the fork; validations,
+    time, devices and speed are the run's own. `tail_loss` is the mean of the last twentieth of the steps."""
 
     run_id: str
     status: str

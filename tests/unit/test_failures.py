@@ -136,6 +136,8 @@ GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Conne
             "rank 1: ValueError: boom",
         ),
         (Remains(1, output_tail=["Traceback …", "  raise", "KeyError: 'x'"]), "crash", "KeyError: 'x'"),
+        # A rank that dies before it can leave an error file: its own words, not torchrun's summary of them.
+        (Remains(1, output_tail=output("ImportError: no libcuda")), "crash", "ImportError: no libcuda"),
         (Remains(3), "crash", "exit code 3"),
     ],
 )

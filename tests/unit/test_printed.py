@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sftd.cli import logs
 from sftd.domain.spec import Spec
 from sftd.launcher.command import torchrun_argv
 from sftd.wire.attempt_dir import AttemptDir
@@ -59,6 +60,26 @@ def test_of_a_progress_bar_the_last_state_is_kept(tmp_path: Path) -> None:
     assert list(Follower(path).lines()) == ["100%", "next �"]
 
 
+@pytest.mark.parametrize(
+    ("written", "seen", "piped"),
+    [
+        ("\x1b[31mred\x1b[0m\tok ✓", "\x1b[31mred\x1b[0m\tok ✓\x1b[0m", "red\tok ✓"),
+        # The colour of a line does not run into the next.
+        ("\x1b[1;31mon", "\x1b[1;31mon\x1b[0m", "on"),
+        # Wipe, name the window, fill the clipboard, move, another screen, C1 controls, bells.
+        (
+            "a\x1b[2J\x1b]0;pwn\x07b\x1b]52;c;aGk=\x1b\\c\x1b[5A\x1b[?1049h\x1b(0d\x9b2J\x00\x07\x08",
+            "abcd2J",
+            "abcd2J",
+        ),
+        ("cut \x1b", "cut ", "cut "),
+    ],
+)
+def test_what_ranks_write_does_nothing_to_a_terminal(written: str, seen: str, piped: str) -> None:
+    assert logs._harmless(written, colour=True) == seen
+    assert logs._harmless(written, colour=False) == piped
+
+
 def rank_file(directory: AttemptDir, rank: int, name: str) -> Path:
     folder = directory.ranks_dir / "run_x1" / "attempt_0" / str(rank)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +100,9 @@ def test_every_line_has_its_rank_and_torchrun_speaks_last(tmp_path: Path) -> Non
     # Why an attempt failed is looked for in all of it.
     tail = find_remains(directory).output_tail
     assert tail == ["zero", "two", "RuntimeError: two", "ten", "torchrun"]
+    # A file that cannot be read does not keep a daemon from going on.
+    rank_file(directory, 3, "stderr.log").mkdir()
+    assert find_remains(directory).output_tail == tail
 
 
 def test_with_a_tail_what_begins_later_is_whole(tmp_path: Path) -> None:
