@@ -22,10 +22,12 @@ class ByName:
         return self._launchers[order.spec.launch.launcher].start(directory, order, need, devices)
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
-        """Find an attempt where its order says it was started."""
+        """Find an attempt where its order says it was started. Raises `OSError`: who asked the wrong one would be told that
+        a job that trains is dead."""
         try:
             name = directory.order().spec.launch.launcher
-        except (OSError, ValueError):
-            # Nothing was started.
-            name = "local"
+        except (FileNotFoundError, ValueError):
+            process = directory.process()
+            # Without either nothing was started.
+            name = "slurm" if process is not None and not process.pid else "local"
         return self._launchers[name].adopt(directory, fallback_token)

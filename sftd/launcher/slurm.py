@@ -21,6 +21,8 @@ from sftd.wire.remains import find_remains, find_stack
 
 # What a job begins with its own values of, or what would turn its CPU ranks into others.
 _NOT_INHERITED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+# What another job left, and what sbatch would heed more than the script (SBATCH_REQUEUE, SBATCH_ARRAY_INX, …).
+_NOT_FOR_A_JOB = ("SLURM_", "SBATCH_")
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 # A controller that is restarted is silent for a while, which is no news.
 _SILENT_SECONDS = 60.0
@@ -36,7 +38,7 @@ def job_environment(base: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in without_secrets(base).items()
-        if name not in _NOT_INHERITED and (name in _KEPT or not name.startswith("SLURM_"))
+        if name not in _NOT_INHERITED and (name in _KEPT or not name.startswith(_NOT_FOR_A_JOB))
     }
 
 
@@ -85,13 +87,13 @@ class SlurmAttempt:
             # Slurm does not know it, and it was asked after the daemon that may have handed it over was gone.
             return answer.begun > self._known_since
         job = answer.jobs.get(self.process.job)
-        if job is not None and job.folder not in ("", str(self.directory.path)):
-            # A controller that has lost its state counts its jobs from 1 again.
+        if job is not None and self._is_others(job):
             job = None
         if job is None and self._has_exit_code(answer):
             return True
         if job is None:
             return self._is_forgotten(answer)
+        self._missed.clear()
         self._last = job
         if job.has_ended:
             return True
@@ -135,8 +137,12 @@ class SlurmAttempt:
             self._know(number)
         return bool(number)
 
+    def _is_others(self, job: Job) -> bool:
+        """Whether it only has this attempt's number: a controller that has lost its state counts its jobs from 1 again."""
+        return job.folder not in ("", str(self.directory.path))
+
     def _is_forgotten(self, answer: Answer) -> bool:
-        """Whether Slurm, asked twice, did not know the job any more: it tells of an ended job for some minutes only."""
+        """Whether Slurm, asked twice on end, did not know the job: it tells of an ended job for some minutes only."""
         if answer.silent_since is None and answer.begun > self._known_since:
             self._missed.add(answer.begun)
             self._controller.ask_soon()
@@ -164,7 +170,8 @@ class SlurmAttempt:
             self._submission.is_withdrawn = True
             return [0]
         assert self.process is not None
-        if self.process.job:
+        known = self._controller.answer.jobs.get(self.process.job)
+        if self.process.job and not (known and self._is_others(known)):
             self._controller.cancel(self.process.job)
         self._controller.ask_soon()
         return [int(self.process.job or 0)]

@@ -14,6 +14,8 @@ Run = Callable[[list[str], Mapping[str, str] | None, float], tuple[int, str, str
 
 # Slurm's own commands give up after some such time, but not always.
 _SECONDS = 60.0
+# Variables by which a person has these commands leave jobs out, or ask before they act.
+_HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_")
 # What may hold anything comes last.
 _FIELDS = ("JobID", "State", "RestartCnt", "NodeList", "exit_code", "Reason", "WorkDir")
 # A job that has none of these may have processes.
@@ -87,9 +89,10 @@ def run_command(argv: list[str], env: Mapping[str, str] | None, seconds: float) 
 
 def own_jobs(run: Run) -> dict[str, Job]:
     """All jobs of this user that the controller still knows, by number, in one call. Raises `Unanswered`."""
+    # What is left out here is taken for gone: without --all that is what runs in hidden partitions.
     fields = ",".join(f"{name}:|" for name in _FIELDS)
     answer = _ask(
-        run, ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", f"--Format={fields}"]
+        run, ["squeue", "--noheader", "--all", "--states=all", f"--user={os.getuid()}", f"--Format={fields}"]
     )
     found = {}
     for line in answer.splitlines():
@@ -150,8 +153,9 @@ def cancel(run: Run, numbers: list[str]) -> None:
 
 
 def _ask(run: Run, argv: list[str], *, may_fail: bool = False) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}
     try:
-        code, out, err = run(argv, None, _SECONDS)
+        code, out, err = run(argv, env, _SECONDS)
     except subprocess.TimeoutExpired:
         raise Unanswered(f"{argv[0]} got no answer within {_SECONDS:.0f} s") from None
     except OSError as error:

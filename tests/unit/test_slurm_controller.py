@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +13,12 @@ import pytest
 
 from sftd.domain.spec_parse import parse
 from sftd.launcher import slurm_commands
+from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Need
+from sftd.launcher.local import LocalAttempt
 from sftd.launcher.slurm import SlurmAttempt, SlurmLauncher, job_environment
 from sftd.launcher.slurm_commands import Refusal, Unanswered
-from sftd.launcher.slurm_controller import Controller
+from sftd.launcher.slurm_controller import Answer, Controller
 from sftd.wire.attempt_dir import AttemptDir, Order
 
 DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
@@ -190,6 +193,49 @@ def test_sruns_zero_is_not_believed_against_slurms_word(
     assert (remains.exit_code, "NODE_FAIL" in remains.last_word) == (None, True)
 
 
+def test_nothing_hides_the_daemons_own_jobs_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """squeue leaves out what is in hidden partitions, and all that a person's SQUEUE_… variables leave out."""
+    monkeypatch.setenv("SQUEUE_PARTITION", "other")
+    monkeypatch.setenv("SLURM_CONF", "/c")
+    asked: list[tuple[list[str], Any]] = []
+
+    def run(argv: list[str], env: Any, seconds: float) -> tuple[int, str, str]:
+        asked.append((argv, env))
+        return 0, "", ""
+
+    slurm_commands.own_jobs(run)
+    ((argv, env),) = asked
+    assert "--all" in argv
+    assert (env.get("SQUEUE_PARTITION"), env["SLURM_CONF"]) == (None, "/c")
+
+
+def test_a_job_that_was_seen_again_was_not_forgotten(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], controller: Controller
+) -> None:
+    """As when a controller is restarted, now and again in a long life, and does not know all at once."""
+    attempt = submitted(start())
+    until(lambda: reports(attempt, "PENDING"))
+    jobs = controller.answer.jobs
+    controller.stop()
+    for begun in (1, 2, 3):
+        now = time.monotonic() + begun
+        controller._answer = Answer({}, now, now)
+        assert attempt.is_alive()
+        controller._answer = Answer(jobs, now, now)
+        assert attempt.is_alive()
+
+
+def test_a_job_that_has_its_number_now_is_not_cancelled(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], controller: Controller
+) -> None:
+    attempt = submitted(start())
+    until(lambda: reports(attempt, "PENDING"))
+    slurm.jobs["1"] = ("RUNNING", 0, "None", "/elsewhere")
+    until(lambda: controller.answer.jobs["1"].folder == "/elsewhere")
+    until(lambda: not attempt.kill())
+    assert (slurm.jobs["1"][0], slurm.count("scancel")) == ("RUNNING", 0)
+
+
 def test_a_job_that_slurm_has_forgotten_is_gone(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:
     attempt = submitted(start())
     del slurm.jobs["1"]
@@ -359,12 +405,32 @@ def test_a_job_that_never_came_to_be_is_dead_once_slurm_was_asked(
     assert again.directory.is_fenced(), "should it come all the same, it does not start"
 
 
+def test_an_order_that_cannot_be_read_now_does_not_make_a_job_a_process_of_this_host(
+    controller: Controller, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be found dead at once, and the run would train twice."""
+    first = submitted(start())
+    launcher = ByName({"local": LocalAttempt, "slurm": SlurmLauncher(controller)})
+
+    def stale(_: AttemptDir) -> Order:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AttemptDir, "order", stale)
+        with pytest.raises(OSError, match="Stale"):
+            launcher.adopt(first.directory, "unused")
+    first.directory.order_file.write_text("{")
+    assert isinstance(launcher.adopt(first.directory, "unused"), SlurmAttempt)
+    assert isinstance(launcher.adopt(AttemptDir(first.directory.path / "none"), "unused"), LocalAttempt)
+
+
 def test_the_job_inherits_neither_secrets_nor_another_jobs_variables() -> None:
     found = job_environment(
         {
             "PATH": "/bin",
             "PGPASSWORD": "hush",
             "SLURM_JOB_ID": "3",
+            "SBATCH_REQUEUE": "1",
             "SLURM_CONF": "/c",
             "CUDA_VISIBLE_DEVICES": "0",
         }
