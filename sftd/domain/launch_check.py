@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from sftd.domain.errors import Problem
 from sftd.domain.spec import Spec
@@ -17,8 +18,9 @@ _OPTION = re.compile(r"-[^\x00-\x1f\x7f]+")
 _OWNED = {
     "--array": "", "-a": "",
     "--chdir": "", "-D": "", "--workdir": "",
+    "--clusters": "", "-M": "", "--cluster": "",
     "--error": "", "-e": "",
-    "--export": "launch.slurm.setup",
+    "--export": "launch.slurm.setup", "--export-file": "launch.slurm.setup",
     "--input": "", "-i": "",
     "--job-name": "", "-J": "",
     "--nodes": "launch.nnodes", "-N": "launch.nnodes",
@@ -28,6 +30,7 @@ _OWNED = {
     "--output": "", "-o": "",
     "--requeue": "launch.max_restarts", "--no-requeue": "launch.max_restarts",
     "--signal": "launch.slurm.stop_seconds",
+    "--wait": "", "-W": "",
     "--wrap": "",
 }  # fmt: skip
 
@@ -93,14 +96,28 @@ def _check_words(slurm: Slurm) -> list[Problem]:
 def _check_extra(options: list[str]) -> list[Problem]:
     where, problems = "launch.slurm.extra_args", []
     for option in options:
-        name = re.split(r"[=\s]", option, maxsplit=1)[0]
-        # -N2 is -N 2.
-        short = name[:2] if re.match(r"-[A-Za-z]", name) else name
-        if not _OPTION.fullmatch(option):
+        try:
+            # sbatch reads a line as a shell does: further options may stand behind the first.
+            words = shlex.split(option)
+        except ValueError:
+            words = []
+        if not words or not _OPTION.fullmatch(option):
             what = f"{option!r} is not an option on one line"
             problems.append(Problem(where, what, "write each as one text, such as --mem=0"))
-        elif short in _OWNED:
-            instead = _OWNED[short]
+        elif owned := next(filter(None, map(_owned, words)), None):
+            instead = _OWNED[owned]
             mend = f"use {instead}" if instead else "leave it out"
-            problems.append(Problem(where, f"{option!r}: sftd decides {short} by itself", mend))
+            problems.append(Problem(where, f"{option!r}: sftd decides {owned} by itself", mend))
     return problems
+
+
+def _owned(word: str) -> str | None:
+    """Which of the launcher's own options a word names."""
+    name = word.partition("=")[0]
+    if not name.startswith("--"):
+        # -N2 is -N 2.
+        return name[:2] if name[:2] in _OWNED else None
+    if name in _OWNED:
+        return name
+    # To sbatch, a beginning that only one option has is enough.
+    return next((owned for owned in _OWNED if owned.startswith(name) and name != "--"), None)

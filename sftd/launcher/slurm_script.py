@@ -77,6 +77,8 @@ def script(order: Order, directory: AttemptDir, torchrun: list[str]) -> str:
         lines += [f'export {name}="${{{name}:-{value}}}"' for name, value in ONE_HOST_DEFAULTS.items()]
     if spec.launch.slurm.setup.strip():
         lines += ["", "# launch.slurm.setup", spec.launch.slurm.setup.rstrip()]
+        # With -e a signal, which interrupts `wait`, would end the script, and the ranks with it.
+        lines += ["", "set +eu", f"cd {shlex.quote(str(directory.path))} || exit {REFUSED}"]
     lines += ["", *_start(spec, torchrun)]
     return "\n".join(lines) + "\n"
 

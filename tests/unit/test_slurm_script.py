@@ -80,6 +80,10 @@ def test_bash_takes_it() -> None:
         ("extra_args", ["--requeue"], "decides --requeue"),
         ("extra_args", ["-N2"], "use launch.nnodes"),
         ("extra_args", ["--signal=TERM@1"], "launch.slurm.stop_seconds"),
+        ("extra_args", ["--mem=0 --array=1-3"], "decides --array"),
+        ("extra_args", ["--arr=1-3"], "decides --array"),
+        ("extra_args", ["-M other"], "decides -M"),
+        ("extra_args", ["--comment='a"], "not an option"),
         ("setup", "echo \0", "NUL"),
     ],
 )
@@ -177,6 +181,21 @@ def test_a_signal_becomes_the_wish_to_stop_and_keeps_the_exit_code(
     process.stdout.close()
     assert job.directory.exit_code() == 5
     assert job.directory.told() == number.name.removeprefix("SIG")
+
+
+def test_whatever_setup_sets_the_stop_and_the_exit_code_are_told(tmp_path: Path) -> None:
+    job = Job(
+        tmp_path / "j",
+        "echo trains; until [ -e stop ]; do sleep 0.01; done; exit 5",
+        slurm={"setup": "set -euo pipefail\ncd /\nexport MINE=1"},
+    )
+    process = job.start()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "trains\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 5
+    process.stdout.close()
+    assert (job.directory.exit_code(), job.directory.told()) == (5, "USR1")
 
 
 def test_the_machines_are_told_where_to_meet(tmp_path: Path) -> None:

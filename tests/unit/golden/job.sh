@@ -50,6 +50,9 @@ export OMP_NUM_THREADS=12
 module load cuda
 export NCCL_SOCKET_IFNAME=ib0
 
+set +eu
+cd '/shared/100% mine/attempt-0002' || exit 75
+
 # The machines meet on the first one, on which this script runs.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 export PET_RDZV_ENDPOINT="$SLURMD_NODENAME:$port"
