@@ -179,6 +179,8 @@ class Checkpoints:
     def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
         reason = self._explain(error)
         if dist.get_rank() == 0:
+            # It may be another attempt's by now, which is also why this save failed.
+            self._reporter.check_fence()
             shutil.rmtree(partial, ignore_errors=True)
         anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
         self._reporter.emit(anomaly)

@@ -212,7 +212,9 @@ class SlurmCluster:
     def kill_slurmd(self, node: str) -> None:
         """A node's slurmd dies, and what it has started lives on."""
         process = self._processes.pop(node)
-        self._left[node] = os.readlink(f"/proc/{process.pid}/ns/net")
+        # One that died by itself has none any more.
+        with contextlib.suppress(OSError):
+            self._left[node] = os.readlink(f"/proc/{process.pid}/ns/net")
         process.kill()
         process.wait(timeout=30)
 
@@ -220,7 +222,10 @@ class SlurmCluster:
         """The machine is gone: slurmd, if it still runs, and whatever it started, at once."""
         if node in self._processes:
             self.kill_slurmd(node)
-        net = self._left.pop(node)
+        net = self._left.pop(node, None)
+        if net in (None, os.readlink("/proc/self/ns/net")):
+            # It had not come so far as to be a machine: what it is on is this one.
+            return
         doomed = []
         for other in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
