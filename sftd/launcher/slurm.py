@@ -220,9 +220,11 @@ class SlurmAttempt:
         word = _last_word(job)
         # When the job is taken down round it, srun may end with 0 although torchrun did not.
         code = None if word and remains.exit_code == 0 else remains.exit_code
-        return msgspec.structs.replace(
-            remains, exit_code=code, interruption=_interruption(job, told, code), last_word=word
-        )
+        interruption = _interruption(job, told, code)
+        if self.process is not None and not self.process.job and not self._refusal:
+            # Its daemon was stopped while it waited to be taken: nothing that the run has done.
+            interruption = Interruption("requeued", "the job never came to Slurm")
+        return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
 
 
 def _last_word(job: Job | None) -> str:

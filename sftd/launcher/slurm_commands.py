@@ -29,12 +29,13 @@ WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQU
 # sbatch says these of a job that Slurm will never take.
 _NEVER = re.compile(
     r"[Ii]nvalid (?!job id)|not available|[Uu]nrecognized option|not permitted|access/permission denied|"
-    r"unable to open|More processors requested than permitted|unknown option|does not exist|ambiguous"
+    r"unable to open|time limit is invalid|More processors requested than permitted|unknown option|does not exist|ambiguous"
 )
-# And these while it takes none now.
+# And these while it takes none now. (More time than a partition allows is no such limit.)
 _LATER = re.compile(
-    r"[Uu]nable to contact|[Ss]ocket timed out|Connection refused|[Tt]emporarily|try again|[Cc]ommunication|"
-    r"[Tt]oo many|Max(?:Submit|Jobs)|[Ll]imit|Zero Bytes|rate|in transition|backup|starting up|munge"
+    r"^(?!.*time limit is invalid).*(?:"
+    r"inactive or drain|[Uu]nable to contact|[Ss]ocket timed out|Connection refused|[Tt]emporarily|try again|[Cc]ommunication|"
+    r"[Tt]oo many|Max(?:Submit|Jobs)|[Ll]imit|Zero Bytes|rate|in transition|backup|starting up|munge)"
 )
 
 

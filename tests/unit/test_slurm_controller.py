@@ -308,6 +308,8 @@ def test_few_calls_whatever_the_number_of_jobs(slurm: Slurm, start: Callable[...
         ("Requested node configuration is not available", "never"),
         ("sbatch: unrecognized option '--men=0'", "never"),
         ("Invalid generic resource (gres) specification", "never"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "never"),
+        ("Required partition not available (inactive or drain)", "later"),
         ("Unable to contact slurm controller (connect failure)", "later"),
         ("Socket timed out on send/recv operation", "unsure"),
         ("QOSMaxSubmitJobPerUserLimit", "later"),
@@ -337,6 +339,7 @@ def test_a_refused_job_is_told_in_the_attempts_output(
     attempt = start()
     until(lambda: not attempt.is_alive())
     assert attempt.kill() == []
+    assert attempt.remains().interruption is None
     assert attempt.remains().output_tail == [
         "Refused: sbatch did not take the job: invalid partition specified: nowhere"
     ]
@@ -403,6 +406,9 @@ def test_a_job_that_never_came_to_be_is_dead_once_slurm_was_asked(
     until(lambda: not again.is_alive())
     assert again.kill() == []
     assert again.directory.is_fenced(), "should it come all the same, it does not start"
+    interruption = again.remains().interruption
+    assert interruption is not None, "no fault of the run's, which a limit of failures would end"
+    assert "never came to Slurm" in interruption.message
 
 
 def test_an_order_that_cannot_be_read_now_does_not_make_a_job_a_process_of_this_host(
