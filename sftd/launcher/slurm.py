@@ -227,7 +227,14 @@ class SlurmAttempt:
         return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
 
 
+def _could_not_start(job: Job) -> bool:
+    """Whether Slurm holds it, as it does when a node's prolog fails: queued again at once, it would drain node after node."""
+    return job.restarts > 0 and job.reason.replace("_", " ").startswith("launch fail")
+
+
 def _last_word(job: Job | None) -> str:
+    if job is not None and _could_not_start(job):
+        return f"slurm: job {job.job} was not started: {job.reason}"
     if job is None or job.state in ("COMPLETED", *WAITING) or job.state not in ENDED:
         return ""
     where = f" on {job.nodes}" if job.nodes else ""
@@ -238,6 +245,8 @@ def _last_word(job: Job | None) -> str:
 def _interruption(job: Job | None, told: str, exit_code: int | None) -> Interruption | None:
     """Whether Slurm ended the attempt, or had it end, without a fault of its own."""
     if job is not None and job.restarts:
+        if _could_not_start(job):
+            return None
         return Interruption("requeued", f"Slurm put job {job.job} back into its queue")
     state, number = (job.state, job.job) if job is not None else ("", "")
     if state == "PREEMPTED":

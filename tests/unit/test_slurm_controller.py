@@ -274,6 +274,18 @@ def test_a_requeued_job_is_cancelled_and_its_attempt_over(
     assert interruption.kind == "requeued"
 
 
+def test_a_job_that_no_node_can_start_is_lost_and_not_queued_again_at_once(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    """Slurm holds it, for its next node would be drained as well."""
+    attempt = submitted(start())
+    slurm.becomes("1", "REQUEUE_HOLD", restarts=1, reason="launch_failed_requeued_held")
+    until(lambda: not attempt.is_alive())
+    remains = attempt.remains()
+    assert remains.interruption is None
+    assert "launch_failed" in remains.last_word
+
+
 def test_a_kill_is_one_scancel_for_all_and_bars_what_comes_late(
     slurm: Slurm, start: Callable[..., SlurmAttempt]
 ) -> None:
