@@ -62,6 +62,7 @@ class SlurmAttempt:
         self._known_since = time.monotonic()
         self._exit_seen: float | None = None
         self._missed: set[float] = set()
+        self._was_given_up = directory.is_fenced()
         self._last: Job | None = None
         self._has_ended = process is None
         if process is not None and process.job:
@@ -224,6 +225,9 @@ class SlurmAttempt:
         if self.process is not None and not self.process.job and not self._refusal:
             # Its daemon was stopped while it waited to be taken: nothing that the run has done.
             interruption = Interruption("requeued", "the job never came to Slurm")
+        elif interruption is not None and interruption.kind == "cancelled" and self._was_given_up:
+            # It was the daemon before that cancelled it, because it hung, say.
+            interruption = None
         return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
 
 

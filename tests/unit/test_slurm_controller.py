@@ -406,6 +406,21 @@ def test_a_daemon_that_died_at_its_sbatch_leaves_a_job_that_is_found(
     assert found.job == "1"
 
 
+def test_a_job_that_the_daemon_before_cancelled_was_not_cancelled_by_a_person(
+    slurm: Slurm, controller: Controller, start: Callable[..., SlurmAttempt]
+) -> None:
+    """As one that hung: it is tried again, and does not wait for somebody to resume it."""
+    first = submitted(start())
+    by_a_person = SlurmLauncher(controller).adopt(first.directory, "unused")
+    assert first.kill()
+    again = SlurmLauncher(controller).adopt(first.directory, "unused")
+    until(lambda: not again.is_alive() and not by_a_person.is_alive())
+    assert again.remains().interruption is None
+    interruption = by_a_person.remains().interruption
+    assert interruption is not None
+    assert interruption.kind == "cancelled"
+
+
 def test_a_job_that_never_came_to_be_is_dead_once_slurm_was_asked(
     slurm: Slurm, controller: Controller, start: Callable[..., SlurmAttempt]
 ) -> None:
