@@ -111,6 +111,7 @@ class MlflowMirror:
                 break
             for run_id, version in window.versions.items():
                 if not self._mirror(run_id, version, should_stop):
+                    self._put_back()
                     return taken
             with self._store.write(appends=False) as tx:
                 set_projection_position(tx.connection, self._position_name, window.position)
@@ -125,6 +126,13 @@ class MlflowMirror:
     def mirror_run(self, run_id: str, version: int, should_stop: Callable[[], bool]) -> bool:
         """Mirror one run at least up to `version`, wherever the position is. False when it was told to stop before."""
         return self._mirror(run_id, version, should_stop)
+
+    def _put_back(self) -> None:
+        """If another has mirrored while a request of ours was held up (a host that slept, say), that request came after
+        its own, with an older cursor and status: have it ask MLflow again from where we were."""
+        with self._store.write(appends=False) as tx:
+            if self._position not in (None, projection_position(tx.connection, self._position_name)):
+                set_projection_position(tx.connection, self._position_name, self._position or 0)
 
     def _next_window(self) -> _Window:
         with self._store.read() as connection:

@@ -691,6 +691,30 @@ def test_two_mirrors_do_not_send_twice(
     assert server.history("run-1") == expected(log.store, "run-1")
 
 
+def test_what_a_mirror_sends_after_another_took_its_turn_is_put_right(
+    log: Log, uri: str, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    log.submit("run-1")
+    log.train("run-1", 1, range(1, 301))
+    log.add("run-1", e.RunSucceeded(steps=300, tokens=1, final_checkpoint="c"))
+    frozen, other = new_mirror(), new_mirror()
+    asked = 0
+
+    def lost() -> bool:
+        """Before its first request, its host sleeps until the other has done all of it."""
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            other.sync(never)
+        return asked > 2
+
+    frozen.sync(lost)
+    tracking = mlflow_client.Tracking(uri, None)
+    assert check(log.store, tracking, "", "run-1", 302).behind
+    other.sync(never)
+    assert check(log.store, tracking, "", "run-1", 303).is_equal
+
+
 def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path: Path) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
