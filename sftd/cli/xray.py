@@ -66,7 +66,7 @@ def _texts(folder: str, wanted: list[list[int]]) -> list[str]:
 
     try:
         done = run_tool("row_text", [folder], lambda line: None, msgspec.json.encode(wanted))
-        return [_shortened(text.replace("\n", "⏎"), _HEAD, _TAIL) for text in done["texts"]]
+        return [output.printable(_shortened(text.replace("\n", "⏎"), _HEAD, _TAIL)) for text in done["texts"]]
     except ToolFailed as error:
         output.note(f"Token ids, for there is no text: {str(error).splitlines()[-1]}")
     return [

@@ -104,6 +104,16 @@ def test_the_xray_marks_what_is_trained(home: Home, sftd: Sftd, tmp_path: Path) 
     assert "on the CPU: `sftd plan`" in done.output
 
 
+def test_the_xray_lets_data_do_nothing_to_a_terminal(home: Home, sftd: Sftd, tmp_path: Path) -> None:
+    file = with_tokenizer(home, tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text().replace('"t10"', '"\\u001b[2J\\u202e"'))))
+    data(home, [[9, 10, 11, 12, 5]], [[-100, -100, 11, 12, 5]])
+    done = sftd("submit", str(home.config), "--xray", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "t9  [2J " in done.stderr
+    assert not {"\x1b", "\u202e"} & set(done.output)
+
+
 def test_without_a_tokenizer_the_xray_shows_ids(home: Home, sftd: Sftd) -> None:
     data(home, [[9, 10, 11]], [[-100, 10, 11]])
     done = sftd("submit", str(home.config), "--xray", "--dry-run")
