@@ -23,7 +23,11 @@ _GIB = 2**30
 @click.command("plan")
 @click.argument("config", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--devices", type=click.IntRange(1, 1024), help="So many devices; else those of this host.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1024),
+    help="So many devices, of all nodes together; else those of this host.",
+)
 @click.option(
     "--memory", type=click.FloatRange(min=0.1), metavar="GIB", help="Memory of each device, in GiB."
 )
@@ -121,7 +125,7 @@ class Host:
             what = f"how much memory a {wanted} has is not known"
             raise Refused(Problem("--memory", what, "say it: --memory GIB"))
         machine = Machine(device="cuda", name=title, cores=1)
-        count = devices or (len(here) if is_here else spec.world_size)
+        count = devices or (len(here) * spec.launch.nnodes if is_here else spec.world_size)
         return cls(machine, count, memory, is_here=is_here)
 
     def fits(self, needed: int, ranks: int) -> bool:

@@ -48,7 +48,8 @@ def search(
     memory: int,
     calibration: float | None = None,
 ) -> Search:
-    """Over TP, PP, VPP, CP, EP, DP, micro-batches and recomputation, on up to `devices` devices of `memory` bytes."""
+    """Over TP, PP, VPP, CP, EP, DP, micro-batches and recomputation, on up to `devices` devices of `memory` bytes: those
+    of all the nodes of the spec together."""
     found: list[Choice] = []
     for other in _candidates(spec, facts, devices, machine):
         if check(other)[0] or check_model(other, facts.shape)[0]:
@@ -137,7 +138,10 @@ def _shared(spec: Spec, facts: Facts, devices: int) -> Iterator[Spec]:
     replace = msgspec.structs.replace
     powers = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= devices]
     layers, experts = facts.shape.num_hidden_layers, facts.shape.num_experts
-    for world in dict.fromkeys((devices, *powers)):
+    nodes = spec.launch.nnodes
+    of_a_node = devices // nodes
+    for ranks in dict.fromkeys(n for n in (of_a_node, *powers) if 1 <= n <= of_a_node):
+        world = nodes * ranks
         for tp in powers:
             for pp in powers:
                 for cp in powers:
@@ -158,7 +162,7 @@ def _shared(spec: Spec, facts: Facts, devices: int) -> Iterator[Spec]:
                             yield replace(
                                 spec,
                                 model=replace(spec.model, megatron=megatron),
-                                launch=replace(spec.launch, nproc_per_node=world),
+                                launch=replace(spec.launch, nproc_per_node=ranks),
                             )
 
 

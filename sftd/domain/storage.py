@@ -43,17 +43,16 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str) -> St
     parameters = whole_model(shape)
     size = parameters * _STATE_BYTES[dtype]
     steps = save_steps(spec, planned_steps)
-    most = kept = 0
+    most = kept = marked = 0
     policy = spec.checkpoint
-    for number, _ in enumerate(steps, start=1):
+    # The best may be any others than those that stay anyway.
+    best = policy.keep_best if spec.data.val_files else 0
+    for number in range(1, len(steps) + 1):
         # Before this one's retention: all that stayed, and itself.
         most = max(most, kept + 1)
-        done = steps[:number]
-        stays = set(done[-policy.keep_last :]) | {
-            s for s in done if policy.keep_every and s % policy.keep_every == 0
-        }
-        # The best may be any others than those.
-        others = len(done) - len(stays)
-        best = policy.keep_best if spec.data.val_files else 0
-        kept = len(stays) + min(best, others)
+        # One leaves the last ones; counted as it does, for a run may save ten thousand times.
+        if number > policy.keep_last and policy.keep_every:
+            marked += steps[number - 1 - policy.keep_last] % policy.keep_every == 0
+        stays = min(number, policy.keep_last) + marked
+        kept = stays + min(best, number - stays)
     return Storage(checkpoint=size, saved=len(steps), kept=kept, most=most, export=parameters * _WIDTH[dtype])

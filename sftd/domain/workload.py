@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 from statistics import NormalDist
@@ -79,6 +80,28 @@ def _packed(
     m = spec.model.megatron
     pp = m.pipeline_model_parallel_size
     unit = spec.data_parallel_size * (pp if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1)
+    fullest, pieces, computed = _cut(
+        batch, budget, unit, multiple, steps, mean, square, longest, is_pipeline=pp > 1
+    )
+    count = round(pieces / spec.data_parallel_size)
+    return _round_up(fullest, multiple), fullest, max(1, count), computed, batch * square
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(
+    batch: int,
+    budget: float,
+    unit: int,
+    multiple: int,
+    steps: int,
+    mean: float,
+    square: float,
+    longest: float,
+    *,
+    is_pipeline: bool,
+) -> tuple[float, float, float]:
+    """(the largest micro-batch of a run, a step's micro-batches, its tokens with padding). Of the thousands of layouts that
+    a search plans, most cut a step alike."""
     varies = square > mean * mean * (1 + 1e-9)
     # A micro-batch ends where a sample does: on average it lacks half a sample, the long ones more often.
     lost = 0.5 * square / mean if varies else 0.0
@@ -99,10 +122,9 @@ def _packed(
     computed = 0.0
     for largest, pieces, tokens in cuts:
         # In a pipeline all micro-batches of a step have the length of the longest.
-        each = largest if pp > 1 else tokens / pieces
+        each = largest if is_pipeline else tokens / pieces
         computed += pieces * _round_up(each, multiple) / len(cuts)
-    count = round(sum(pieces for _, pieces, _ in cuts) / len(cuts) / spec.data_parallel_size)
-    return _round_up(fullest, multiple), fullest, max(1, count), computed, batch * square
+    return fullest, sum(pieces for _, pieces, _ in cuts) / len(cuts), computed
 
 
 def _padded(

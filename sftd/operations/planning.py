@@ -46,8 +46,9 @@ def _earlier(connection: sa.Connection, before: Micros | None) -> list[History]:
     v = view_runs.c
     query = sa.select(v.run_id).where(v.seconds_per_step.is_not(None), v.step >= _STEPS)
     if before is not None:
-        # What the plan could know when the run was submitted.
-        query = query.where(v.ended_at < before)
+        # What the plan could know when the run was submitted. The first condition follows from the second, but has an
+        # index: for an old run, all newer ones would be looked at.
+        query = query.where(v.submitted_at < before, v.ended_at < before)
     found = []
     for (run_id,) in connection.execute(query.order_by(v.submitted_at.desc()).limit(_RUNS)):
         submitted = _submitted(connection, run_id)

@@ -348,6 +348,25 @@ def test_checkpoints_are_counted_as_they_are_kept(given: list[tuple[str, Any]], 
 # ---- the best layout ----
 
 
+@pytest.mark.parametrize(("last", "every", "best"), [(1, 0, 0), (3, 20, 1), (2, 15, 3), (40, 30, 2)])
+def test_many_checkpoints_are_counted_at_once(last: int, every: int, best: int) -> None:
+    given = [
+        ("trainer.save_interval", 10),
+        ("checkpoint.keep_last", last),
+        ("checkpoint.keep_every", every),
+    ]
+    spec = spec_of(*given, ("checkpoint.keep_best", best), ("data.val_files", ["v"]))
+    kept = most = 0
+    for end in range(10, 310, 10):
+        saved = list(range(10, end + 1, 10))
+        stays = {*saved[-last:], *(s for s in saved if every and s % every == 0)}
+        most, kept = max(most, kept + 1), len(stays) + min(best, len(saved) - len(stays))
+        found = storage(spec, LLAMA_1B, end, "bfloat16")
+        assert (found.kept, found.most) == (kept, most)
+    # `sftd show` and each layout of `sftd plan` count them: a run of this length took minutes.
+    assert storage(spec, LLAMA_1B, 1_000_000, "bfloat16").saved == 100_000
+
+
 def test_a_small_model_is_copied_and_a_large_one_is_shared() -> None:
     spec = spec_of()
     found = search(spec, facts(LLAMA_1B, rows_of(4096)), H100, devices=8, memory=79 * GIB)
@@ -400,6 +419,18 @@ def test_a_config_that_is_as_good_is_left_alone() -> None:
     found = search(spec, facts(LLAMA_1B, rows_of(4096)), H100, devices=1, memory=79 * GIB)
     assert found.best is not None
     assert found.best.changes == {}
+
+
+def test_devices_are_those_of_all_nodes_together() -> None:
+    slurm = [("launch.launcher", "slurm"), ("launch.nnodes", 2), ("launch.nproc_per_node", 4)]
+    known = facts(LLAMA_1B, rows_of(4096))
+    found = search(spec_of(*slurm), known, H100, devices=8, memory=79 * GIB)
+    assert found.best is not None
+    assert max(c.spec.world_size for c in found.fitting) == 8
+    assert {c.spec.launch.nnodes for c in found.fitting} == {2}
+    # What does not share out among the nodes is left over.
+    found = search(spec_of(*slurm, batch=24), known, H100, devices=7, memory=79 * GIB)
+    assert max(c.spec.world_size for c in found.fitting) == 6
 
 
 # ---- what came of it ----
