@@ -122,7 +122,7 @@ class Host:
         title = here[0][0] if is_here else wanted
         memory = int(gib * _GIB) if gib else (here[0][1] if is_here else device_bytes(wanted))
         if not memory:
-            what = f"how much memory a {wanted} has is not known"
+            what = f"how much memory a {title} has is not known"
             raise Refused(Problem("--memory", what, "say it: --memory GIB"))
         machine = Machine(device="cuda", name=title, cores=1)
         count = devices or (len(here) * spec.launch.nnodes if is_here else spec.world_size)

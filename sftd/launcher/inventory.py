@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sftd.domain.demand import Demand, Need, need
 from sftd.domain.spec import Spec
 
@@ -25,17 +27,22 @@ def gpu_count() -> int:
 
 
 def gpus() -> list[tuple[str, int]]:
-    """Name and bytes of memory of each GPU that NVML lists; none without a driver or without nvidia-ml-py."""
+    """Name and bytes of memory of each GPU that NVML lists; none without a driver or without nvidia-ml-py. 0 bytes where
+    the driver does not say: of a GPU that shares the host's memory, or a slice of one."""
     if not gpu_count():
         return []
     import pynvml
 
+    def memory(handle: Any) -> int:
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        except pynvml.NVMLError:
+            return 0
+
     pynvml.nvmlInit()
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            (str(pynvml.nvmlDeviceGetName(h)), int(pynvml.nvmlDeviceGetMemoryInfo(h).total)) for h in handles
-        ]
+        return [(str(pynvml.nvmlDeviceGetName(h)), memory(h)) for h in handles]
     finally:
         pynvml.nvmlShutdown()
 

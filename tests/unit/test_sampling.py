@@ -9,7 +9,10 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd.launcher import sampling
+from sftd.cli.plan import Host
+from sftd.domain.errors import Refused
+from sftd.domain.spec import Spec
+from sftd.launcher import inventory, sampling
 from sftd.launcher.sampling import HostWatch
 
 
@@ -73,3 +76,20 @@ def test_what_a_driver_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert HostWatch().look()(["cuda:1"]).gpus == []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert HostWatch().look()(["cuda:1"]).gpus == []
+
+
+def test_a_gpu_that_does_not_tell_its_memory_is_listed_and_the_plan_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that shares the host's memory. `sftd submit` asks for it, and must not fail for a line of advice."""
+    found = nvml(
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda _: "NVIDIA GB10",
+        nvmlDeviceGetMemoryInfo=refuse,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", found)
+    assert inventory.gpus() == [("NVIDIA GB10", 0)]
+    with pytest.raises(Refused, match="NVIDIA GB10"):
+        Host.find(Spec())
+    assert Host.find(Spec(), gib=128).memory == 128 * 2**30
