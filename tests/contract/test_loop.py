@@ -36,6 +36,7 @@ class Attempt:
         self.directory = directory
         self.process: ProcessFile | None = ProcessFile(pid=1, create_time=1.0, host="h", devices=devices)
         self.is_killed = False
+        self.stacks_seconds = 1.0
 
     def is_alive(self) -> bool:
         return not self.is_killed
@@ -43,6 +44,9 @@ class Attempt:
     def kill(self) -> list[int]:
         self.is_killed = True
         return []
+
+    def report(self) -> None:
+        return None
 
     def ask_for_stacks(self) -> None:
         raise AssertionError("it does not hang")

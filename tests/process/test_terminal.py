@@ -100,12 +100,15 @@ class Terminal:
 @pytest.fixture
 def start(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
+    # Whoever runs the tests in the background has it ignored, and programs inherit that; a terminal's do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(argv: list[str], **size: int) -> Terminal:
         opened.append(Terminal(argv, env, **size))
         return opened[-1]
 
     yield begin
+    signal.signal(signal.SIGINT, before)
     for terminal in opened:
         terminal.close()
 
