@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-NODES = ("n1", "n2")
+# Slurm names cgroups by its nodes, so those of two test processes must differ.
+NODES = (f"p{os.getpid()}n1", f"p{os.getpid()}n2")
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "ip", "unshare")
 _CONF = """\
@@ -56,7 +57,7 @@ SlurmctldTimeout=10
 MessageTimeout=5
 InactiveLimit=0
 {nodes}
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -123,6 +124,7 @@ class SlurmCluster:
                 slurmd_port=_free_port(),
                 folder=self.folder,
                 nodes="\n".join(lines),
+                names=",".join(NODES),
             )
         )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")

@@ -13,7 +13,7 @@ from sftd.launcher import processes
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.remains import find_remains
 from tests.process.harness import Home, at_step
-from tests.process.slurm_cluster import SlurmCluster, until
+from tests.process.slurm_cluster import NODES, SlurmCluster, until
 from tests.process.test_recovery import assert_log_holds_journals, timeline
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: 
         assert_log_holds_journals(home, run_id)
         assert timeline(home, run_id) == timeline(home, here)
     nodes = [e["payload"]["nodes"] for e in home.events(apart, "JobReported")]
-    assert "n[1-2]" in nodes
+    assert f"{NODES[0][:-1]}[1-2]" in nodes
     # Nobody holds a device of this host for a job.
     (launched,) = home.events(there, "AttemptLaunched")
     assert launched["payload"]["devices"] == ["slurm:0"]
@@ -94,7 +94,9 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     daemon = home.start_daemon()
     # On a node that nothing else happens to, stopped where they are until their time is over.
     killed, told = (
-        home.submit(*settings, ON_SLURM, "launch.slurm.exclude=n1", f"launch.slurm.stop_seconds={seconds}")
+        home.submit(
+            *settings, ON_SLURM, f"launch.slurm.exclude={NODES[0]}", f"launch.slurm.stop_seconds={seconds}"
+        )
         for seconds in (1, 90)
     )
     for other in (killed, told):
@@ -104,7 +106,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     # Slurm looks every half minute only; meanwhile there is enough to do.
     alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), ranks), daemon=True)
     alarm.start()
-    run_id = home.submit(*settings, ON_SLURM, "launch.slurm.extra_args=[--nodelist=n1]")
+    run_id = home.submit(*settings, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
 
     # Slurm puts the job back into its queue, which --no-requeue forbids to all but those who insist.
     home.follow(run_id, in_attempt(1, 60))
@@ -155,7 +157,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
 
     # The node's slurmd dies, and Slurm takes the node for lost, though the ranks live: they may write no more.
     zombies = home.attempt(run_id, 4)
-    slurm.kill_slurmd("n1")
+    slurm.kill_slurmd(NODES[0])
     event = home.follow(run_id, ended(4))
     assert event["type"] == "AttemptLost"
     assert "NODE_FAIL" in event["payload"]["message"]
@@ -167,8 +169,8 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     assert not any(rank.is_running() for rank in ranks)
     assert [error.exception.split(":")[0] for error in find_remains(zombies).rank_errors] == ["GivenUp"]
     assert zombies.journal.read_bytes() == before
-    slurm.kill_node("n1")
-    slurm.start_node("n1")
+    slurm.kill_node(NODES[0])
+    slurm.start_node(NODES[0])
 
     # Over their time: one told before, one killed outright.
     alarm.join()
