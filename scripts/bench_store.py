@@ -30,6 +30,7 @@ from sftd import settings as settings_module
 from sftd.cli import COMMANDS, app
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
+from sftd.domain.demand import Demand
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
 from sftd.domain.spec_sections import Data, Model, Trainer
@@ -213,6 +214,12 @@ def fill(store: Store, count: int, total: int, longest: int) -> tuple[str, str]:
         )
     fast.insert("view_runs", [c.name for c in view_runs.columns], iter(views))
     fast.insert("queue", [c.name for c in queue_table.columns], iter(queued))
+    # As `submit` writes them down.
+    demand = Demand.of(templates["queued"][2].spec)
+    encoded = msgspec.json.encode(demand).decode()
+    fast.insert(
+        "queue_demands", ["run_id", "demand"], ((row[0], encoded) for row in queued if row[1] != "idle")
+    )
     fast.done()
     with store.write() as tx:
         last = event_store.last_position(tx.connection)

@@ -123,15 +123,15 @@ def _shown(nodes: Sequence[Node]) -> Sequence[Node]:
 def _node(node: Node) -> Text:
     line = Text.assemble((node.host, "bold"))
     for kind, devices in node.devices.items():
-        if devices.total and (
-            kind != "cpus" or not any(d.total for k, d in node.devices.items() if k != kind)
-        ):
+        gpus = node.devices.get("gpus")
+        # Where there are GPUs, runs take no CPUs.
+        if devices.total and (kind != "cpus" or gpus is None or not gpus.total):
             line.append("  ")
             if devices.total <= _MOST_BOXES:
                 line.append("■" * devices.used, "blue")
                 line.append("□" * devices.free, "dim")
                 line.append(" ")
-            name = {"gpus": "GPUs", "cpus": "CPUs"}.get(kind, kind)
+            name = {"gpus": "GPUs", "cpus": "CPUs", "slurm": "Slurm jobs"}.get(kind, kind)
             line.append(f"{devices.used} of {devices.total} {name} used")
     if node.state == "alive":
         line.append("  alive", "green")
