@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -160,6 +161,29 @@ class Home:
 
     def attempt(self, run_id: str, number: int = 1) -> AttemptDir:
         return AttemptDir(self.path / "home" / "runs" / run_id / f"attempt-{number:04d}")
+
+    def hold(self, run_id: str, step: int, number: int = 1) -> dict[int, psutil.Process]:
+        """Stop the ranks of an attempt (SIGSTOP) as soon as it has done a step. Returns rank → process, to `resume`.
+
+        Reads the journal itself: a fast machine does a hundred steps before the daemon and `sftd events` have told of one.
+        """
+        attempt = self.attempt(run_id, number)
+        tail = ["tail", "--lines=+1", "-F", "--sleep-interval=0.01", str(attempt.journal)]
+        with subprocess.Popen(tail, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as stream:
+            assert stream.stdout is not None
+            held: dict[int, psutil.Process] = {}
+            for line in stream.stdout:
+                event = json.loads(line)
+                if not held and event["type"] == "ModelLoaded":
+                    pids = processes.ranks(attempt.order().token)
+                    held = {rank: psutil.Process(pid) for rank, pid in pids.items()}
+                if event["type"] == "StepCompleted" and event["p"]["step"] >= step:
+                    break
+            for process in held.values():
+                process.suspend()
+            stream.kill()
+        assert held
+        return held
 
     def kill_ranks(self, run_id: str, number: int = 1) -> None:
         """SIGKILL the training ranks of an attempt."""

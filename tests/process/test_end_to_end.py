@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.process.harness import Home, at_step, write_rows
+from tests.process.harness import Home, write_rows
 from tests.prometheus import parse
 
 pytestmark = pytest.mark.slow
@@ -115,9 +115,9 @@ def test_on_postgresql(home: Home, postgres_url: str) -> None:
     refused = home.run("ls", check=2)
     assert "sftd init" in refused.stderr
     home.run("init")
-    run_id = home.submit("trainer.max_steps=60")
+    run_id = home.submit("trainer.max_steps=60", "trainer.save_interval=20")
     daemon = home.start_daemon("--drain")
-    home.follow(run_id, at_step(20))
+    home.hold(run_id, 25)
     home.kill_ranks(run_id)
     home.wait(run_id, "succeeded")
     assert daemon.wait(timeout=60) == 0

@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain import events as e
-from sftd.launcher import processes
-from sftd.wire import journal
 from tests.process.harness import Home
 from tests.process.mlflow_servers import MlflowServer, Way, free_port
 
@@ -62,29 +58,6 @@ class Story:
         return sorted(first.values())
 
 
-def hold(home: Home, run_id: str, attempt: int, step: int) -> Callable[[], None]:
-    """Freeze an attempt as soon as it has done a step. Returns what lets it go on."""
-    folder = home.attempt(run_id, attempt)
-    offset, line, pids = 0, 0, list[int]()
-    while True:
-        lines, offset = journal.read(folder.journal, offset, line + 1)
-        line += len(lines)
-        done = [x.event.step for x in lines if isinstance(x.event, e.StepCompleted)]
-        if done and not pids:
-            pids = list(processes.ranks(folder.order().token).values())
-        if done and done[-1] >= step:
-            break
-        time.sleep(0.002)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-
-    def go_on() -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-    return go_on
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Story]:
     home = Home(tmp_path_factory.mktemp("outage"), tiny_model)
@@ -97,16 +70,17 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
     try:
         schedule = ("scheduler.type=constant", "trainer.save_interval=20", "checkpoint.keep_last=30")
         parent = home.submit(*schedule, f"trainer.max_steps={STEPS}")
-        go_on = hold(home, parent, 1, STEPS // 3)
+        held = home.hold(parent, STEPS // 3)
         server.wait()
         way.wait(lambda w: w.batches > 0)
         server.stop()
-        go_on()
-        hold(home, parent, 1, STEPS // 2)
+        for rank in held.values():
+            rank.resume()
+        home.hold(parent, STEPS // 2)
         home.kill_ranks(parent)
         change = ("--from-step", str(FORK_STEP), "optimizer.lr=5e-3", f"trainer.max_steps={FORK_STEPS}")
         fork = home.run("fork", parent, *change, "-q").stdout.strip()
-        go_on = hold(home, parent, 2, STEPS * 2 // 3)
+        held = home.hold(parent, STEPS * 2 // 3, number=2)
         home.wait(fork, "succeeded")
         daemon.kill()
         daemon.wait()
@@ -124,7 +98,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         way.lose_next(daemon.kill)
         way.wait(lambda w: w.lost == 3)
         daemon.wait()
-        go_on()
+        for rank in held.values():
+            rank.resume()
         home.drain()
         assert home.show(parent)["status"] == "succeeded"
         yield Story(home, server, parent, fork, way.lost)

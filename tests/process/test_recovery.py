@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd.launcher import processes
 from sftd.wire import journal
 from tests.process.harness import Home, at_step
 
@@ -62,7 +61,7 @@ def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
     undisturbed = home.submit(*LONG)
     crashed = home.submit(*LONG)
     daemon = home.start_daemon("--drain")
-    home.follow(crashed, at_step(50))
+    home.hold(crashed, 45)
     home.kill_ranks(crashed)
     shown = home.wait(crashed, "succeeded")
     assert daemon.wait(timeout=120) == 0
@@ -75,7 +74,7 @@ def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
     assert failed["cause"] == "killed"
     assert any("SIGKILL" in line or "exitcode" in line for line in failed["evidence"])
     resumed = home.events(crashed, "TrainingResumed")[0]["payload"]
-    assert resumed["step"] in (40, 60, 80, 100)
+    assert resumed["step"] in (40, 60)
     assert_log_holds_journals(home, crashed)
     told = [assert_time_adds_up(home, shown), assert_time_adds_up(home, home.show(undisturbed))]
     assert [spent["replayed"] > 0 and spent["restarting"] > 0 for spent in told] == [True, False]
@@ -88,12 +87,14 @@ def test_killed_ranks_resume_bit_for_bit(home: Home) -> None:
 def test_training_survives_the_daemon(home: Home) -> None:
     run_id = home.submit(*LONG)
     first = home.start_daemon()
-    home.follow(run_id, at_step(10))
+    held = home.hold(run_id, 10)
     first.send_signal(signal.SIGKILL)
     first.wait()
     process = home.attempt(run_id).process()
     assert process is not None
     assert psutil.pid_exists(process.pid)
+    for rank in held.values():
+        rank.resume()
     # It goes on without any daemon, to its end.
     psutil.wait_procs([psutil.Process(process.pid)], timeout=120)
 
@@ -145,6 +146,7 @@ def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> N
     home.run("hold", held)
     run_id = home.submit("trainer.max_steps=60", "trainer.save_interval=20")
     daemon = home.start_daemon()
+    home.hold(run_id, 25)
     home.follow(run_id, at_step(25))
     process = home.attempt(run_id).process()
     assert process is not None
@@ -198,9 +200,11 @@ def test_cancel_checkpoints_and_resume_goes_on(home: Home) -> None:
     steps = ("trainer.max_steps=300", "trainer.save_interval=0")
     run_id = home.submit(*steps)
     daemon = home.start_daemon()
-    home.follow(run_id, at_step(20))
+    held = home.hold(run_id, 20)
     assert_no_port_is_open_to_the_network(home, daemon.pid)
     home.run("cancel", run_id, "--reason", "lunch")
+    for rank in held.values():
+        rank.resume()
     shown = home.wait(run_id, "cancelled")
     stopped_at = shown["step"]
     assert 20 <= stopped_at < 300
@@ -292,9 +296,9 @@ def test_a_hang_is_told_with_the_ranks_stacks_and_started_again(home: Home) -> N
         "launch.hang_seconds=3",
     )
     daemon = home.start_daemon("--drain")
-    home.follow(run_id, at_step(25))
-    frozen = processes.ranks(home.attempt(run_id).order().token)[1]
-    psutil.Process(frozen).suspend()
+    held = home.hold(run_id, 25)
+    frozen = held[1].pid
+    held[0].resume()
     home.wait(run_id, "succeeded")
     assert daemon.wait(timeout=120) == 0
 
