@@ -9,7 +9,7 @@ from alembic import context
 
 from sftd import settings
 from sftd.store.engine import Store, open_engine
-from sftd.store.tables import metadata
+from sftd.store.schema import metadata
 
 
 def _compared(connection: sa.Connection) -> Any:

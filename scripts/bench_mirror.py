@@ -36,7 +36,7 @@ from sftd.projections.mlflow_mirror import MlflowMirror
 from sftd.projections.mlflow_server import ui_command
 from sftd.store import event_store
 from sftd.store.engine import Store, open_engine
-from sftd.store.tables import metadata
+from sftd.store.schema import metadata
 
 START = 1_700_000_000_000_000
 BATCH = 5000

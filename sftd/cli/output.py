@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+# Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 STATUS_STYLE = {
     "queued": "cyan",
     "retrying": "yellow",
@@ -53,8 +55,7 @@ def iso(micros: int | None) -> str | None:
     """µs since the epoch → ISO 8601 in UTC with microseconds."""
     if micros is None:
         return None
-    seconds, rest = divmod(micros, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19] + f".{rest:06d}Z"
+    return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds") + "Z"
 
 
 def clock(micros: int) -> str:

@@ -104,13 +104,14 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
 def _row_json(row: RunRow) -> dict[str, Any]:
     import msgspec
 
-    values = msgspec.structs.asdict(row)
-    for name in ("submitted_at", "started_at", "ended_at"):
-        values[name] = output.iso(values[name])
-    for name in ("loss", "val_loss"):
-        values[name] = output.number(values[name])
-    values["eta_seconds"] = row.eta_seconds
-    return values
+    return msgspec.structs.asdict(row) | {
+        "submitted_at": output.iso(row.submitted_at),
+        "started_at": output.iso(row.started_at),
+        "ended_at": output.iso(row.ended_at),
+        "loss": output.number(row.loss),
+        "val_loss": output.number(row.val_loss),
+        "eta_seconds": row.eta_seconds,
+    }
 
 
 _COLUMNS = ("run", "status", "step", "loss", "val", "try", "took", "what")

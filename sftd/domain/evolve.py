@@ -38,7 +38,7 @@ def _apply(event: e.Event, run: Run, recorded: e.Recorded) -> Run:
     return run
 
 
-@_apply.register
+@_apply.register(e.RunSubmitted)
 def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
@@ -52,7 +52,7 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.RunForked)
 def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
     start: tuple[CheckpointInfo, ...] = ()
     order = (OrderStart(event.step, event.sample),)
@@ -83,7 +83,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.CheckpointPinned)
 def _(event: e.CheckpointPinned, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
@@ -93,7 +93,7 @@ def _(event: e.CheckpointPinned, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.ModelLoaded)
 def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run, is_exact=stays_exact(run.is_exact, run.environment, event), environment=event.environment
@@ -131,7 +131,7 @@ def _digest(data: dict[str, Any], part: str) -> str:
     return str((data.get(part) or {}).get("digest", ""))
 
 
-@_apply.register
+@_apply.register(e.AttemptClaimed)
 def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         # An attempt that dies before it resumes must not lose the step that was asked for: the claim decides.
@@ -151,12 +151,12 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.AttemptAdopted)
 def _(event: e.AttemptAdopted, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, daemon=event.daemon)
 
 
-@_apply.register
+@_apply.register(e.TrainingResumed)
 def _(event: e.TrainingResumed, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
@@ -192,7 +192,7 @@ def _rewind(run: Run, step: int) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.StepCompleted)
 def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
     redone = event.step <= run.highest_step
     smooth = (
@@ -215,7 +215,7 @@ def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.ValidationCompleted)
 def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
     v = Validation(event.step, json_float(event.loss))
     best = run.best_validation
@@ -235,7 +235,7 @@ def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.CheckpointStarted)
 def _(event: e.CheckpointStarted, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, saving=_saving(run, event.step))
 
@@ -246,7 +246,7 @@ def _saving(run: Run, step: int) -> Saving:
     return Saving(step, run.tokens_counted, val_loss)
 
 
-@_apply.register
+@_apply.register(e.CheckpointPublished)
 def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     saved = run.saving if run.saving and run.saving.step == event.step else _saving(run, event.step)
     pins = dict(run.rejected_pins)
@@ -274,7 +274,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.CheckpointRejected)
 def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     pins = {c.step: c.forks for c in run.checkpoints if c.step == event.step and c.forks}
     return _set(
@@ -286,17 +286,17 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.CheckpointDeleted)
 def _(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.path != event.path))
 
 
-@_apply.register
+@_apply.register(e.AnomalyDetected)
 def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, anomalies=run.anomalies + 1)
 
 
-@_apply.register
+@_apply.register(e.SamplesSkipped)
 def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
     order = (*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample))
     return _set(
@@ -307,17 +307,17 @@ def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register
+@_apply.register(e.ReplayVerified)
 def _(event: e.ReplayVerified, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, last_replay=Replay(event.from_step, event.to_step, None, recorded.occurred_at))
 
 
-@_apply.register
+@_apply.register(e.ReplayDiverged)
 def _(event: e.ReplayDiverged, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, last_replay=Replay(event.from_step, event.to_step, event.step, recorded.occurred_at))
 
 
-@_apply.register
+@_apply.register(e.ResumeRequested)
 def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
     if event.spec is not None:
         run = _set(
@@ -352,12 +352,12 @@ def _attempt_ended(run: Run, cause: str, message: str, retry_at: e.Micros | None
     )
 
 
-@_apply.register
+@_apply.register(e.AttemptFailed)
 def _(event: e.AttemptFailed, run: Run, recorded: e.Recorded) -> Run:
     return _attempt_ended(run, event.cause, event.message, event.retry_at)
 
 
-@_apply.register
+@_apply.register(e.AttemptLost)
 def _(event: e.AttemptLost, run: Run, recorded: e.Recorded) -> Run:
     return _attempt_ended(run, "lost", event.message, event.retry_at)
 
@@ -366,17 +366,17 @@ def _ended(run: Run, status: Status, recorded: e.Recorded) -> Run:
     return _set(run, status=status, ended_at=recorded.occurred_at, daemon=None, retry_at=None)
 
 
-@_apply.register
+@_apply.register(e.RunSucceeded)
 def _(event: e.RunSucceeded, run: Run, recorded: e.Recorded) -> Run:
     return _set(_ended(run, "succeeded", recorded), cause=None, message=None)
 
 
-@_apply.register
+@_apply.register(e.RunFailed)
 def _(event: e.RunFailed, run: Run, recorded: e.Recorded) -> Run:
     return _set(_ended(run, "failed", recorded), cause=event.cause, message=event.message)
 
 
-@_apply.register
+@_apply.register(e.RunCancelled)
 def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import msgspec
 import sqlalchemy as sa
 
@@ -11,8 +13,13 @@ from sftd.domain.run import Run
 from sftd.store.event_store import read_stream
 from sftd.store.tables import events, view_runs
 
-_decoder = msgspec.json.Decoder(Run)
 _encoder = msgspec.json.Encoder()
+
+
+@cache
+def _state_decoder() -> msgspec.json.Decoder[Run]:
+    # Made when it is needed: `sftd ls` imports this, reads no state, and has no time to lose.
+    return msgspec.json.Decoder(Run)
 
 
 def encode_state(run: Run) -> str:
@@ -23,7 +30,7 @@ def encode_state(run: Run) -> str:
 def load_run(connection: sa.Connection, run_id: str) -> Run:
     """The run as the log has it now. Raises `RunNotFound`."""
     state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
-    run = _decoder.decode(state) if state is not None else Run(run_id)
+    run = _state_decoder().decode(state) if state is not None else Run(run_id)
     run = fold(run, list(read_stream(connection, run_id, run.version)))
     if run.version == 0:
         raise RunNotFound(f"There is no run {run_id}. `sftd ls` lists the runs.")

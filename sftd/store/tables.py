@@ -44,9 +44,7 @@ events = sa.Table(
     sa.UniqueConstraint("run_id", "version"),
     # Not over all runs: ids are random, and an index over all of them makes appending to a large log slow.
     sa.UniqueConstraint("run_id", "event_id"),
-    sa.Index("ix_events_history", "run_id", "version", postgresql_where=NO_STEP, sqlite_where=NO_STEP),
-    # A deleted position must never be given out again: readers continue behind the highest they saw.
-    sqlite_autoincrement=True,
+    # What names a dialect stands in `schema`.
 )
 
 queue = sa.Table(

@@ -33,7 +33,8 @@ from sftd.settings import read as read_settings
 from sftd.store import event_store
 from sftd.store.engine import Store, open_engine
 from sftd.store.positions import projection_position
-from sftd.store.tables import events, metadata, projection_positions
+from sftd.store.schema import metadata
+from sftd.store.tables import events, projection_positions
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings(

@@ -19,7 +19,8 @@ from alembic.script import ScriptDirectory
 from sftd.domain.errors import DatabaseNotReady
 from sftd.store import migrate
 from sftd.store.engine import Store, open_engine
-from sftd.store.tables import SCHEMA_REVISION, metadata
+from sftd.store.schema import metadata
+from sftd.store.tables import SCHEMA_REVISION
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(ROOT / "migrations"))
