@@ -43,6 +43,10 @@ __all__ = ["MirrorUnavailable", "MlflowMirror", "position_name"]
 _WINDOW = 5000
 
 
+class _Interrupted(Exception):
+    """The mirror was told to stop between two requests that belong together."""
+
+
 class _Window(NamedTuple):
     """The next rows of the log: how many, up to which position, and the last version of each run among them."""
 
@@ -162,7 +166,11 @@ class MlflowMirror:
             while mirrored.cursor < version:
                 if should_stop():
                     return False
-                self._send_page(run_id, mirrored, version)
+                self._send_page(run_id, mirrored, version, should_stop)
+        except _Interrupted:
+            # What was sent is there, and no cursor says so: who goes on sends it again, byte for byte.
+            self._runs.pop(run_id, None)
+            return False
         except BaseException:
             # What was being sent may have arrived or not, or a person has deleted it: only MLflow knows.
             self._runs.clear()
@@ -196,8 +204,17 @@ class MlflowMirror:
             )
         return _Mirrored(remote.uuid, remote.cursor, remote.status, remote.end_time)
 
-    def _send_page(self, run_id: str, mirrored: _Mirrored, version: int) -> None:
-        """Send the events behind the cursor that fit into one request."""
+    def _send_page(
+        self, run_id: str, mirrored: _Mirrored, version: int, should_stop: Callable[[], bool]
+    ) -> None:
+        """Send the events behind the cursor that fit into one request, and what goes with them in requests of its own: an
+        inherited curve may take minutes. Raises `_Interrupted`."""
+
+        def go_on() -> None:
+            # Asking also keeps the right to mirror, which expires (`daemon/mirror_turn.py`).
+            if should_stop():
+                raise _Interrupted
+
         run = mirrored.run
         with self._store.read() as connection:
             if run is None:
@@ -224,6 +241,7 @@ class MlflowMirror:
                 for points in batched(
                     reading.inherited(self._store, recorded, recorded.event), METRICS_PER_BATCH
                 ):
+                    go_on()
                     self._tracking.log(mirrored.uuid, points, {})
             elif isinstance(recorded.event, e.RunSubmitted):
                 submitted = recorded.event
@@ -232,7 +250,9 @@ class MlflowMirror:
                 )
         # Before the cursor, which says that all up to there is done.
         if generated:
+            go_on()
             own_tags |= self._samples(run_id, mirrored.uuid, cursor)
+        go_on()
         status, end_time = mapping.status(run)
         if status != mirrored.status or end_time not in (None, mirrored.end_time):
             self._tracking.set_status(mirrored.uuid, status, end_time)

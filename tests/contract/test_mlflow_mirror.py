@@ -13,6 +13,7 @@ import sys
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
 from sftd.cli import app, main, ui
+from sftd.daemon import mirror_turn
+from sftd.daemon.mirror_turn import MirrorTurn
 from sftd.domain import events as e
 from sftd.domain import goodput
 from sftd.domain.spec import Spec
+from sftd.operations.context import Context
 from sftd.projections import mlflow_client, mlflow_mirror
 from sftd.projections import mlflow_reading as reading
 from sftd.projections.mlflow_check import Checked, check, rebuild
 from sftd.projections.mlflow_mirror import MirrorUnavailable, MlflowMirror
 from sftd.settings import read as read_settings
-from sftd.store import event_store
+from sftd.store import daemons, event_store
+from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store, open_engine
 from sftd.store.positions import projection_position
 from sftd.store.schema import metadata
@@ -705,15 +710,75 @@ def test_what_a_mirror_sends_after_another_took_its_turn_is_put_right(
         """Before its first request, its host sleeps until the other has done all of it."""
         nonlocal asked
         asked += 1
-        if asked == 2:
+        # In the loop over the log, in that over the run, and right before the request.
+        if asked == 3:
             other.sync(never)
-        return asked > 2
+        return asked > 3
 
     frozen.sync(lost)
     tracking = mlflow_client.Tracking(uri, None)
     assert check(log.store, tracking, "", "run-1", 302).behind
     other.sync(never)
     assert check(log.store, tracking, "", "run-1", 303).is_equal
+
+
+@dataclass
+class Clock:
+    """Time that passes when a test says so."""
+
+    seconds: float = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def micros(self) -> int:
+        return int(self.seconds * 1_000_000)
+
+
+def test_a_long_inherited_curve_is_sent_by_one_daemon(
+    store: Store, uri: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    store = Store(store.engine, clock=lambda _connection, local: local)
+    monkeypatch.setattr(mirror_turn.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(mlflow_mirror, "METRICS_PER_BATCH", 60)
+    log, held = Log(store), 60.0
+    log.submit("root")
+    log.train("root", 1, range(1, 101))
+    MlflowMirror(store, uri).sync(never)
+    fork(log, "root", 100, "child")
+    turns, sent = {}, dict[str, int]()
+    for name in ("one", "two"):
+        mirror, context = MlflowMirror(store, uri, tmp_path / "mlartifacts"), Context(name, clock.micros)
+        turns[name] = MirrorTurn(mirror, store, context, "mlflow:x", name, held)
+        sent[name] = 0
+        with store.write(appends=False) as tx:
+            daemons.register(tx, DaemonRow(name, f"host of {name}", 1, 1.0, "/home", "[]", 1, 1))
+
+    def slowly(name: str, seconds: Callable[[], float]) -> None:
+        """Each request of a daemon takes so long; in the middle of it the other one asks whether it is its turn."""
+        tracking = turns[name]._mirror._tracking  # type: ignore[attr-defined]
+        log_points = tracking.log
+
+        def log_slowly(*arguments: Any) -> None:
+            sent[name] += 1
+            log_points(*arguments)
+            clock.seconds += seconds()
+            if name == "one":
+                turns["two"].sync(never)
+
+        monkeypatch.setattr(tracking, "log", log_slowly)
+
+    # Its host sleeps at the fourth request, for longer than the claim lasts.
+    slowly("one", lambda: held / 2 if sent["one"] < 4 else held + 1)
+    slowly("two", lambda: 0.0)
+    assert turns["one"].sync(never) == 0
+    assert sent["one"] == 4, "it sends no more once another has the turn"
+    assert sent["two"] > 10, "which sends all of it, and did not begin before"
+    history = server.history("child")
+    assert [p[0] for p in history["loss"]] == list(range(1, 101))
+    assert history["loss"] == server.history("root")["loss"]
+    assert check(store, mlflow_client.Tracking(uri, None), "", "child", 3).is_equal
 
 
 def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path: Path) -> None:
