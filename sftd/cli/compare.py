@@ -9,6 +9,7 @@ import click
 
 from sftd.cli import app, output
 from sftd.cli.compare_words import facts, letter, parting_lines, shown_value
+from sftd.cli.numbers import FiniteRange
 from sftd.cli.plot import Series, colour, plot
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _POINTS = 500
 @click.option("--html", "page", type=click.Path(dir_okay=False), help="Write a page with plots to this file.")
 @click.option(
     "--price",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="What a device costs an hour; else SFTD_DEVICE_PRICE says so.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it, curves included, as JSON.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app, output
+from sftd.cli.numbers import FiniteRange
 from sftd.cli.plan_view import print_plan
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _GIB = 2**30
     help="So many devices, of all nodes together; else those of this host.",
 )
 @click.option(
-    "--memory", type=click.FloatRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."
+    "--memory", type=FiniteRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."
 )
 @click.option("--device", metavar="NAME", help="Which device: `H100`, `A100`, …, or `cpu`; else this host's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan, and the layouts found, as JSON.")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from sftd.cli import output
+from sftd.cli.numbers import FiniteRange
 
 # Options that the tool knows by the same name.
 _PASSED = (
@@ -49,7 +50,7 @@ _PASSED = (
 @click.option("--split", default="train", show_default=True, help="Split of a data set folder to read.")
 @click.option(
     "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Share of the chats split off for validation.",
 )
 @click.option("--val-rows", type=click.IntRange(min=1), help="Or so many rows.")

@@ -57,6 +57,24 @@ def test_command_has_help_and_example(name: str, command: click.Command) -> None
             assert parameter.help, f"sftd {name} {parameter.opts[0]} has no help"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            ("plan", "run.yaml", "--memory", value)
+            for value in ("nan", "inf", "-inf", "0", "-5", "1e7", "lots")
+        ),
+        *(("compare", "a", "b", "--price", value) for value in ("nan", "inf", "-1")),
+        *(("prepare", "x", "--model", "m", "--out", "o", "--val-fraction", v) for v in ("nan", "1", "0")),
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_what_is_no_number_or_out_of_range_is_refused(arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert f"Invalid value for '{arguments[-2]}': " in done.output
+
+
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_group_help_says_what_the_command_says(name: str) -> None:
     command = main.get_command(click.Context(main), name)
