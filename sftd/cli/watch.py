@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import select
-import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sftd.cli import app, output
+from sftd.cli.screen import Terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,50 +162,16 @@ class _Looking(threading.Thread):
         return f"cannot observe since {since}: {self.error or 'the database does not answer'}"
 
 
-class _Screen:
-    """What a terminal shows. Only lines that are not there already are sent: most of a board stands still."""
-
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._size = (0, 0)
-        self._shown: list[Text] = []
-
-    def show(self, lines: Sequence[Text], size: tuple[int, int]) -> None:
-        """Have it show these lines, cut for a terminal of this (width, height)."""
-        from rich.control import Control
-        from rich.segment import ControlType
-        from rich.text import Text
-
-        width, height = size
-        wanted = [*lines[:height], *(Text() for _ in range(height - len(lines)))]
-        is_known = size == self._size
-        # All of it goes out at once.
-        with self._out:
-            for row, line in enumerate(wanted):
-                if is_known and (line, line.style) == (self._shown[row], self._shown[row].style):
-                    continue
-                self._out.control(Control.move_to(0, row))
-                self._out.print(line, end="", no_wrap=True, overflow="crop")
-                # Behind a full line the cursor still stands on its last character.
-                if line.cell_len < width:
-                    self._out.control(Control((ControlType.ERASE_IN_LINE, 0)))
-        self._size, self._shown = size, wanted
-
-
-def _end(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 def _watch(observer: Observer | RunObserver, out: Console) -> None:
     from rich.text import Text
 
     looking = _Looking(observer)
     looking.start()
-    screen = _Screen(out)
-    # Whoever ends it so gets the terminal back as it was, too.
-    signal.signal(signal.SIGTERM, _end)
-    with contextlib.suppress(KeyboardInterrupt), _keys() as quits, out.screen(hide_cursor=True):
-        while not quits(_SECONDS if looking.board is not None else 0.05):
+    with contextlib.suppress(KeyboardInterrupt), Terminal(out) as terminal:
+        while not terminal.quits(_SECONDS if looking.board is not None else 0.05):
+            # In the background it is somebody else's, and nobody looks.
+            if not terminal.take():
+                continue
             board, complaint = looking.board, looking.complaint()
             width, height = out.size
             lines = [Text("looking …", "dim")] if board is None else _lines(board, width, height)
@@ -217,7 +179,7 @@ def _watch(observer: Observer | RunObserver, out: Console) -> None:
                 # It takes the place of the last line, so that nothing moves.
                 lines = lines[: height - 1]
                 lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
-            screen.show(lines, (width, height))
+            terminal.screen.show(lines, (width, height))
     looking.stop()
 
 
@@ -227,35 +189,3 @@ def _warning(text: str, width: int) -> Text:
     line = Text(output.printable(text), "bold white on red", no_wrap=True)
     line.truncate(width, overflow="ellipsis")
     return line
-
-
-@contextlib.contextmanager
-def _keys() -> Iterator[Any]:
-    """Yields a function that waits so many seconds and returns whether `q` was pressed. Keys are read one by one, unseen."""
-    if not sys.stdin.isatty():
-
-        def wait(seconds: float) -> bool:
-            time.sleep(seconds)
-            return False
-
-        yield wait
-        return
-    import termios
-    import tty
-
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-
-    def pressed(seconds: float) -> bool:
-        ready, _, _ = select.select([fd], [], [], seconds)
-        if not ready:
-            return False
-        keys = os.read(fd, 64)
-        # The terminal is gone: nobody watches any more.
-        return not keys or any(key in b"qQ\x04" for key in keys)
-
-    tty.setcbreak(fd)
-    try:
-        yield pressed
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.cells import cell_len
 
@@ -158,19 +159,67 @@ def test_control_c_ends_a_board_and_a_dumb_terminal_has_one_board(
     log: Store, start: Callable[..., Terminal], env: dict[str, str]
 ) -> None:
     append(log, RUN, [submitted(spec(steps=50))])
-    # Ctrl-C, and `kill` or `timeout`.
-    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+    # Ctrl-C, `kill` or `timeout`, and a connection that breaks.
+    ends = ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP))
+    for number, code in ends:
         terminal = start([sys.executable, "-m", "sftd", "watch"])
         before = terminal.mode()
         terminal.wait_for(lambda text: "nothing runs" in text)
         os.killpg(terminal.process.pid, number)
-        terminal.wait_for(lambda text: "\x1b[?1049l" in text)
+        terminal.wait_for(lambda text: "\x1b[?25h\x1b[?1049l" in text)
         assert terminal.process.wait(timeout=30) == code
         assert terminal.mode() == before
     env["TERM"] = "dumb"
     once = start([sys.executable, "-m", "sftd", "watch"])
     assert "\x1b" not in once.wait_for(lambda text: "RunSubmitted" in text)
     assert once.process.wait(timeout=30) == 0
+
+
+# Makes the terminal of its keys the one that controls it, as a login does: without that a shell has no jobs.
+_LOGIN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+def test_a_board_that_is_stopped_gives_the_terminal_back(
+    log: Store, start: Callable[..., Terminal], env: dict[str, str]
+) -> None:
+    append(log, RUN, [submitted(spec(steps=50)), *claimed(), *(step(n, 5.0 / n) for n in range(1, 11))])
+    env |= {"PS1": "ready> ", "PYTHONPATH": os.pathsep.join(sys.path), "HISTFILE": ""}
+    shell = start([sys.executable, "-c", _LOGIN, "bash", "--norc", "--noprofile", "-i"])
+    shell.wait_for(lambda text: "ready> " in text)
+    shell.press(f"{sys.executable} -m sftd watch {RUN}\n")
+    shell.wait_for(lambda text: "10/50" in text and "events" in text)
+    own = shell.mode()
+
+    # Control-Z: the shell has the terminal, with its cursor.
+    shell.press("\x1a")
+    left = shell.wait_for(lambda text: "Stopped" in text and "ready> " in text)
+    assert left.index("\x1b[?25h\x1b[?1049l") < left.index("Stopped")
+    [board] = psutil.Process(shell.process.pid).children()
+    assert board.status() == psutil.STATUS_STOPPED
+    # In the background it goes on, and writes nothing.
+    shell.press("bg\n")
+    shell.wait_for(lambda text: "&" in text and "ready> " in text)
+    shell.press("fg\n")
+    again = shell.wait_for(lambda text: "10/50" in text and "events" in text)
+    assert "\x1b[?1049h" in again
+    assert "\x1b[?25l" in again
+    assert shell.mode() == own
+
+    # Of SIGSTOP it is not told, and others have written since.
+    board.send_signal(signal.SIGSTOP)
+    shell.wait_for(lambda text: "Stopped" in text and "ready> " in text)
+    shell.press("fg\n")
+    shell.wait_for(lambda text: "\x1b[?1049h" in text and "10/50" in text and "events" in text)
+
+    # Another size is seen at once, though nothing in the log has changed.
+    shell.resize(140, 40)
+    shell.wait_for(lambda text: any(100 < cell_len(line) <= 140 for line in screen(text)))
+
+    board.send_signal(signal.SIGHUP)
+    ended = shell.wait_for(lambda text: "ready> " in text)
+    assert "\x1b[?25h\x1b[?1049l" in ended
+    shell.press("echo code-$?\n")
+    shell.wait_for(lambda text: "code-129" in text)
 
 
 def _shows(whole: str, written: str) -> bool:

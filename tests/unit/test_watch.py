@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sftd.cli import watch
+from sftd.cli.screen import Screen
 from sftd.store.engine import DatabaseUnreachable
 
 
@@ -73,7 +74,7 @@ def test_only_lines_that_changed_are_sent() -> None:
     console = Console(
         file=sent, force_terminal=True, color_system="truecolor", width=20, height=4, _environ={}
     )
-    screen = watch._Screen(console)
+    screen = Screen(console)
     screen.show([Text("one"), Text("x" * 20), Text("three")], (20, 4))
     assert sent.getvalue() == f"\x1b[1;1Hone\x1b[0K\x1b[2;1H{'x' * 20}\x1b[3;1Hthree\x1b[0K\x1b[4;1H\x1b[0K"
     sent.seek(0)
