@@ -37,7 +37,7 @@ def board_lines(board: Board, width: int, height: int | None) -> list[Text]:
     waiting = [row for row in board.queue if row.kind]
     left = (height if height is not None else 10_000) - len(lines)
     if waiting:
-        lines += _section("waiting", [_waiting(row, board.at) for row in waiting], max(3, left - 3))
+        lines += _waiting_section(waiting, board.at, max(3, left - 3))
         left = (height if height is not None else 10_000) - len(lines)
     latest = _EVENTS if height is None else max(0, left)
     failures = [_event(r, board.at, named=True) for r in board.failures]
@@ -240,10 +240,12 @@ def _waiting(row: QueueRow, now: Micros) -> Text:
     return text.append(output.printable(what), "dim")
 
 
-def _section(title: str, lines: list[Text], room: int) -> list[Text]:
-    shown = lines if len(lines) + 2 <= room else lines[: max(1, room - 3)]
-    more = [Text(f"… {len(lines) - len(shown)} more", "dim")] if len(shown) < len(lines) else []
-    return [Text(title, "bold"), *shown, *more, Text()]
+def _waiting_section(rows: Sequence[QueueRow], now: Micros, room: int) -> list[Text]:
+    shown = rows if len(rows) + 2 <= room else rows[: max(1, room - 3)]
+    # A line costs more than all else of a look: thousands may wait.
+    lines = [_waiting(row, now) for row in shown]
+    more = [Text(f"… {len(rows) - len(shown)} more", "dim")] if len(shown) < len(rows) else []
+    return [Text("waiting", "bold"), *lines, *more, Text()]
 
 
 def _event(recorded: Recorded, now: Micros, *, named: bool) -> Text:

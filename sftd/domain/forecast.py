@@ -96,6 +96,8 @@ def look_ahead(
             _push(ends, entry, room, now)
         elif wait.kind not in ("held", "too large", "no daemon"):
             left.append(entry)
+    launchers = {entry.demand.launcher for entry in left}
+    scopes = gate.scopes(left)
     for _ in range(_ROUNDS):
         times = [e.not_before for e in left if e.not_before > gate.now]
         if ends:
@@ -113,7 +115,11 @@ def look_ahead(
             if room is not None:
                 found[entry.run_id] = Outlook(found[entry.run_id].wait, gate.now)
                 _push(ends, entry, room, gate.now)
-            elif wait.kind == "devices" and all(len(r.reserved_for) == len(r.launchers) for r in rooms):
+            elif wait.kind == "devices":
+                # What is free is reserved, for whoever would start these.
+                if all(r.reserved_for.keys() >= r.launchers & launchers for r in rooms):
+                    break
+            elif wait.kind == "limit" and gate.is_closed(scopes):
                 break
         left = [e for e in left if found[e.run_id].starts_at is None]
     return found

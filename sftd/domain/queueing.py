@@ -116,6 +116,14 @@ class Gate:
                 found = found or Wait("limit", f"{name} {key[1]} has {self._used[key]} of {limit} devices")
         return found
 
+    def scopes(self, entries: list[Entry]) -> list[set[tuple[str, str]]]:
+        """For each limit, those of whom these runs are."""
+        return [{(name, getattr(entry, name)) for entry in entries} for name, _ in self._scopes]
+
+    def is_closed(self, scopes: list[set[tuple[str, str]]]) -> bool:
+        """Whether none of the runs with these `scopes` that are still to be asked about can start: it would overtake one."""
+        return any(found and found <= self._first.keys() for found in scopes)
+
     def can_ever_pass(self, entry: Entry) -> bool:
         """Whether the limits have room for this run at all."""
         return all(entry.demand.world <= limit for _, limit in self._scopes)

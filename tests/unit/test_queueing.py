@@ -246,3 +246,27 @@ def test_no_forecast_oversubscribes_a_host_or_forgets_a_run(drawn: list[tuple[in
             for second in range(starts // SECOND, starts // SECOND + e.planned_steps):
                 used[second] += e.demand.ranks
     assert all(count <= 4 for count in used.values())
+
+
+@pytest.mark.parametrize(
+    ("user", "slurm_jobs"), [(None, 0), (None, 100), (2, 0)], ids=["devices", "Slurm beside", "a limit"]
+)
+def test_a_long_queue_is_gone_through_once(
+    user: int | None, slurm_jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    why_not = Gate.why_not
+
+    def counted(gate: Gate, entry: Entry) -> Wait | None:
+        nonlocal asked
+        asked += 1
+        return why_not(gate, entry)
+
+    monkeypatch.setattr(Gate, "why_not", counted)
+    waiting = [
+        Entry(run_id=f"r{n}", priority=0, demand=Demand(), planned_steps=9 + n, seconds_per_step=1.0)
+        for n in range(1000)
+    ]
+    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, slurm_jobs)], Limits(user), 0)
+    assert sum(outlook.starts_at is not None for outlook in found.values()) > 50
+    assert asked < 1000 + 100 * 10, "whoever cannot start for those before it is asked about once"
