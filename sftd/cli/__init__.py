@@ -150,3 +150,9 @@ def main() -> None:
 
     Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused.
     """
+
+
+if _is_completing():
+    from sftd.cli.completion import complete_values
+
+    complete_values()

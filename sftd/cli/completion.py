@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
 from click.types import StringParamType
 
 # More do not help anybody to choose.
@@ -40,6 +48,46 @@ def complete_runs(command: click.Command) -> None:
     for parameter in command.params:
         if parameter.name in ("run", "runs", "prefixes", "after"):
             parameter.type = RunName()
+
+
+class _Values(ShellComplete):
+    """Completes `--option=value` as `--option value`, which click alone does in no shell."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        """What can come next. zsh and fish take `--option=value` for one word, and replace all of it."""
+        option, mark, value = incomplete.partition("=")
+        if not mark or not option.startswith("--"):
+            return super().get_completions(args, incomplete)
+        found = super().get_completions([*args, option], value)
+        for item in found:
+            item.value = f"{option}={item.value}" if item.type == "plain" else item.value
+        return found
+
+
+class _Bash(_Values, BashComplete):
+    """For bash, `--option=value` is three words, of which it replaces the last."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        """What can come next."""
+        if incomplete == "=":
+            incomplete = ""
+        elif args[-1:] == ["="]:
+            args = args[:-1]
+        return super().get_completions(args, incomplete)
+
+
+class _Zsh(_Values, ZshComplete):
+    pass
+
+
+class _Fish(_Values, FishComplete):
+    pass
+
+
+def complete_values() -> None:
+    """Have click use these."""
+    for shell in (_Bash, _Zsh, _Fish):
+        add_completion_class(shell)
 
 
 @click.command("completion")

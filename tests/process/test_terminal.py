@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -226,9 +227,9 @@ def _shows(whole: str, written: str) -> bool:
     return whole in _SEQUENCE.sub("", written)
 
 
-def test_names_of_runs_complete_in_bash(
-    log: Store, start: Callable[..., Terminal], env: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def named(log: Store, env: dict[str, str], tmp_path: Path) -> None:
+    """Three runs, and `sftd` on the path."""
     for run in (RUN, "brave-lynx-0001", "calm-fox-1b2c"):
         append(log, run, [submitted(spec())])
     program = tmp_path / "bin" / "sftd"
@@ -240,20 +241,62 @@ def test_names_of_runs_complete_in_bash(
         "PS1": "ready> ",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    bash = start(["bash", "--norc", "--noprofile", "-i"])
-    bash.wait_for(lambda text: "ready> " in text)
-    bash.press('eval "$(sftd completion bash)" && echo evalu""ated\n')
-    bash.wait_for(lambda text: "evaluated" in text)
+
+
+def needs(shell: str) -> Any:
+    return pytest.mark.skipif(
+        shutil.which(shell) is None, reason=f"COMPLETION IN {shell} IS NOT TESTED: install Debian's {shell}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "first"),
+    [
+        pytest.param(["bash", "--norc", "--noprofile", "-i"], "", id="bash"),
+        # `-D` keeps no file in the home folder.
+        pytest.param(
+            ["zsh", "-f", "-i"], "autoload -U compinit; compinit -u -D; ", id="zsh", marks=needs("zsh")
+        ),
+    ],
+)
+def test_names_of_runs_complete_at_the_tab(
+    named: None, start: Callable[..., Terminal], argv: list[str], first: str
+) -> None:
+    shell = start(argv)
+    shell.press(f'{first}eval "$(sftd completion {argv[0]})" && echo evalu""ated\n')
+    shell.wait_for(lambda text: "evaluated" in text)
     for typed, whole in (
         ("sftd show calm\t", "sftd show calm-fox-1b2c "),
         ("sftd compare calm-fox-1b2c brave-o\t", f"sftd compare calm-fox-1b2c {RUN} "),
         ("sftd submit --after brave-l\t", "sftd submit --after brave-lynx-0001 "),
+        ("sftd submit --after=brave-l\t", "sftd submit --after=brave-lynx-0001 "),
         ("sftd compl\t", "sftd completion "),
     ):
-        bash.press(typed)
-        bash.wait_for(partial(_shows, whole))
+        shell.press(typed)
+        shell.wait_for(partial(_shows, whole))
         # Control-U: the line is not wanted.
-        bash.press("\x15")
+        shell.press("\x15")
+
+
+@needs("fish")
+def test_names_of_runs_complete_in_fish(named: None, env: dict[str, str], tmp_path: Path) -> None:
+    asked = {
+        "sftd show brave": ["brave-lynx-0001\tqueued", f"{RUN}\tqueued"],
+        "sftd compare calm-fox-1b2c brave-o": [f"{RUN}\tqueued"],
+        "sftd submit --after=brave-l": ["--after=brave-lynx-0001\tqueued"],
+        "sftd completion f": ["fish"],
+    }
+    lines = ["sftd completion fish | source", *(f"complete -C '{typed}'; echo" for typed in asked)]
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", "\n".join(lines)],
+        env=env | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = iter(done.stdout.splitlines())
+    found = {typed: sorted(iter(partial(next, said), "")) for typed in asked}
+    assert found == {typed: sorted(whole) for typed, whole in asked.items()}
 
 
 def test_completing_a_name_starts_light(log: Store, env: dict[str, str]) -> None:
