@@ -17,7 +17,9 @@ if __name__ == "__main__":
 
     if len(sys.argv) == 2 and os.path.isfile(AttemptDir(sys.argv[1]).order_file):
         from sftd.trainer.loop import run
+        from sftd.trainer.output_cap import cap_output
 
+        cap_output(AttemptDir(sys.argv[1]).ranks_dir)
         record(run)(sys.argv[1])
     else:
         from sftd.trainer.direct import main

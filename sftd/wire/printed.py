@@ -1,4 +1,7 @@
-"""What an attempt printed, line by line: torchrun's own output and that of each rank, also while it is being written."""
+"""What an attempt printed, line by line: torchrun's own output and that of each rank, also while it is being written.
+
+Of a rank that prints too much, the middle is not kept (`trainer/output_cap.py`): there its file has a hole.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,19 @@ class Follower:
     def lines(self, *, to_the_end: bool = False) -> Iterator[str]:
         """What was written since the last time; `to_the_end`, also what has no end of a line."""
         try:
-            file = open(self._path, "rb")  # noqa: SIM115
+            # Unbuffered: looking for data moves the position.
+            file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             return
         with file:
-            file.seek(self._offset)
-            while block := file.read(_BLOCK):
+            while True:
+                if (data := _seek_data(file.fileno(), self._offset)) > self._offset:
+                    if self._rest:
+                        yield self._take_rest()
+                    yield f"[{(data - self._offset) / 1e6:,.0f} MB that were printed here are not kept]"
+                    self._offset = data
+                if not (block := file.read(_BLOCK)):
+                    break
                 self._offset += len(block)
                 *whole, self._rest = (self._rest + block).split(b"\n")
                 for line in whole:
@@ -45,26 +55,37 @@ class Follower:
         return line
 
 
+def _seek_data(descriptor: int, offset: int) -> int:
+    """Go to the first byte that is kept, at or behind `offset`. Returns where that is."""
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError:
+        # Nothing is behind it.
+        return os.lseek(descriptor, offset, os.SEEK_SET)
+
+
 def _text(line: bytes) -> str:
-    # Of a progress bar that paints over itself, what stays on the screen.
-    return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+    # What was taken out while it was being read is read as zeros. Of a progress bar that paints over itself, what stays
+    # on the screen.
+    return line.strip(b"\0").rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
 def _offset_of_last(path: Path, count: int) -> int:
     """Where the last `count` lines of a file begin. Read from the end, so that a long file costs no more."""
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
     except FileNotFoundError:
         return 0
     with file:
         end = file.seek(0, os.SEEK_END)
+        first = _behind_the_hole(file.fileno(), end)
         if end == 0 or count == 0:
             return end
         # The end of the last line begins no other.
         file.seek(end - 1)
         missing = count + (file.read(1) == b"\n")
-        while end > 0:
-            start = max(0, end - _BLOCK)
+        while end > first:
+            start = max(first, end - _BLOCK)
             file.seek(start)
             block = file.read(end - start)
             found = block.count(b"\n")
@@ -75,7 +96,13 @@ def _offset_of_last(path: Path, count: int) -> int:
                 return start + at + 1
             missing -= found
             end = start
-    return 0
+    return first
+
+
+def _behind_the_hole(descriptor: int, end: int) -> int:
+    """Where what is kept of the end of a file begins; 0 in one that is whole."""
+    hole = os.lseek(descriptor, 0, os.SEEK_HOLE) if end else 0
+    return _seek_data(descriptor, hole) if hole < end else 0
 
 
 class Output:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from sftd.cli import logs
 from sftd.domain.spec import Spec
 from sftd.launcher.command import torchrun_argv
+from sftd.trainer.output_cap import _Printed
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.printed import Follower, Output
 from sftd.wire.remains import find_remains
@@ -117,3 +120,47 @@ def test_with_a_tail_what_begins_later_is_whole(tmp_path: Path) -> None:
 def test_torchrun_writes_each_ranks_output_where_it_is_looked_for(tmp_path: Path) -> None:
     argv = torchrun_argv(Spec(), AttemptDir(tmp_path))
     assert {"--redirects=3", f"--log-dir={AttemptDir(tmp_path).ranks_dir}"} <= set(argv)
+
+
+def test_of_a_rank_that_prints_without_end_the_beginning_and_the_end_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "stdout.log"
+    # As torchrun opens it: without O_APPEND, so that cutting it would leave its writer where it was.
+    with open(path, "wb", buffering=0) as file:
+        printed = _Printed(file.fileno(), head=1 << 20, tail=2 << 20)
+        before, behind, number = Follower(path), Follower(path), 0
+        seen = list(before.lines())
+        for _ in range(16):
+            for _ in range(10):
+                file.write(b"".join(b"line %012d\n" % n for n in range(number, number + 6000)))
+                number += 6000
+            printed.trim()
+            seen += before.lines()
+        size = os.fstat(file.fileno())
+    every = [f"line {n:012}" for n in range(number)]
+    assert size.st_size == 18 * number
+    assert size.st_blocks * 512 < 7 << 20, "of 17 MB"
+    assert seen == every, "whoever reads as it is printed has all of it"
+    kept = list(behind.lines(to_the_end=True))
+    gap = next(n for n, line in enumerate(kept) if line.startswith("["))
+    # A line that is cut by either edge stands there as far as it is kept.
+    assert kept[: gap - 1] == every[: gap - 1]
+    assert every[gap - 1].startswith(kept[gap - 1])
+    assert 18 * gap > 1 << 20
+    assert re.fullmatch(r"\[1\d MB that were printed here are not kept\]", kept[gap])
+    tail = kept[gap + 2 :]
+    assert tail == every[-len(tail) :]
+    assert 18 * len(tail) > 2 << 20
+    assert list(Follower(path, 3).lines(to_the_end=True)) == every[-3:]
+    assert list(Follower(path, number).lines(to_the_end=True))[1:] == tail, "no more than is there"
+
+
+def test_only_what_torchrun_opened_is_kept_small(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs.log", tmp_path / "ranks" / "0" / "stdout.log"
+    ours.parent.mkdir(parents=True)
+    for path, is_ours in ((theirs, False), (ours, True)):
+        with open(path, "wb") as file:
+            assert (_Printed.find(file.fileno(), tmp_path / "ranks") is not None) is is_ours
+    reading, writing = os.pipe()
+    assert _Printed.find(writing, tmp_path) is None
+    os.close(reading)
+    os.close(writing)
