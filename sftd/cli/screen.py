@@ -55,9 +55,9 @@ class Screen:
 class Terminal:
     """The terminal while a board is shown: a screen of its own, no cursor, keys one by one and unseen.
 
-    A context. Whoever leaves it, by a key, an error, SIGTERM or SIGHUP, leaves the terminal as it was; so does Ctrl-Z, until
-    the board is in the foreground again. Handlers of signals only wake whoever waits: nothing is written in the middle of
-    something else.
+    A context; `take` takes the terminal. Whoever leaves it, by a key, an error, SIGTERM or SIGHUP, leaves the terminal as it
+    was; so does Ctrl-Z, until the board is in the foreground again. Handlers of signals only wake whoever waits: nothing is
+    written in the middle of something else.
     """
 
     def __init__(self, out: Console) -> None:
@@ -77,7 +77,6 @@ class Terminal:
             self._handle(number, _end)
         for number in (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH):
             self._handle(number, _noted)
-        self.take()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,7 +122,7 @@ class Terminal:
         with contextlib.suppress(OSError):
             self._out.show_cursor(True)
             self._out.set_alt_screen(False)
-        if self._fd is not None:
+        if self._fd is not None and self._before:
             import termios
 
             with contextlib.suppress(termios.error):
