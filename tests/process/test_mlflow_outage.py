@@ -204,3 +204,28 @@ def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) ->
     assert (one["x"][-1], other["x"][-1]) == (STEPS, FORK_STEPS)
     assert one["y"][:FORK_STEP] == other["y"][:FORK_STEP]
     assert one["y"][FORK_STEP + 1] != other["y"][FORK_STEP + 1], "there they part"
+
+
+def test_a_model_is_registered_through_the_server(story: Story, tmp_path: Path) -> None:
+    """Last: the log has more to say of the run from here on."""
+    from mlflow.tracking import MlflowClient
+
+    home, folder = story.home, tmp_path / "model"
+    done = home.run("export", story.fork, str(folder), "--step", "100", "--register", "support", "--json")
+    exported = json.loads(done.stdout)
+    assert exported["registered"] == {"name": "support", "version": "1"}
+    again = home.run("mlflow", "register", story.fork, "support").stdout
+    assert again == f"registered {folder} as support version 1\n"
+
+    client = MlflowClient(story.server.url)
+    [version] = client.search_model_versions("name = 'support'")
+    assert version.tags["sftd.export_digest"] == exported["digest"]
+    assert client.get_run(version.run_id).data.tags["sftd.run"] == story.fork
+    [there] = client.list_artifacts(version.run_id, "models")
+    copy = Path(client.download_artifacts(version.run_id, there.path, str(tmp_path)))
+    names = sorted(path.name for path in folder.iterdir())
+    assert "model.safetensors" in names
+    for name in names:
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
+    [recorded] = story.home.events(story.fork, "ModelRegistered")
+    assert (recorded["payload"]["name"], recorded["payload"]["model_version"]) == ("support", "1")
