@@ -29,6 +29,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
         return text if value is not None else ""
 
     tried = f"{f.attempts}" + (f" ({f.steps_redone} steps again)" if f.steps_redone else "")
+    hours = f"{f.device_hours:.3g}" if f.device_hours < 100 else f"{f.device_hours:,.0f}"
     return [
         ("status", f.status),
         ("name", f.name),
@@ -47,7 +48,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
         ("peak memory", output.size(f.peak_memory_bytes) if f.peak_memory_bytes else ""),
         ("wall time", output.duration(f.wall_seconds)),
         ("goodput", some(f.goodput, f"{f.goodput or 0:.1%}")),
-        ("device-hours", f"{f.device_hours:.3g} on {f.devices} device{'s' if f.devices != 1 else ''}"),
+        ("device-hours", f"{hours} on {f.devices} device{'s' if f.devices != 1 else ''}"),
         ("cost", some(f.cost, f"{f.cost or 0:,.2f}")),
         ("failed", output.printable(f.message or "")),
     ]
