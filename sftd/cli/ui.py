@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -56,6 +58,9 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
         if open_browser:
             webbrowser.open(url)
         return
+    if _is_taken(port):
+        mend = f"sftd ui --port {port + 1}; if that is another `sftd ui`, end it with Ctrl-C, or look at that one"
+        raise Refused(Problem("--port", f"another program listens on 127.0.0.1:{port}", mend))
     url = f"http://127.0.0.1:{port}/{_page(settings, runs)}"
     argv, env = command
     server = subprocess.Popen(argv, env=os.environ | env)
@@ -70,6 +75,18 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     # 0 and the signals that people end it with.
     if code not in (0, -signal.SIGINT, -signal.SIGTERM):
         raise SftdError(f"the MLflow server ended with {code}; is port {port} in use? Try --port {port + 1}")
+
+
+def _is_taken(port: int) -> bool:
+    """Whether the server would end, after many seconds, because somebody else has its port."""
+    with socket.socket() as probe:
+        # As the server does: what remains of closed connections is in nobody's way.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _is_up(server: subprocess.Popen[bytes], port: int) -> bool:

@@ -101,9 +101,7 @@ class Tracking:
                 self._opened = self._open()
             yield self._opened
         except (MlflowException, sa.exc.SQLAlchemyError, OSError, json.JSONDecodeError) as error:
-            raise MirrorUnavailable(
-                f"MLflow at {_shown(self._uri)} does not take the mirror's data: {_shown(str(error))}"
-            ) from None
+            raise MirrorUnavailable(f"MLflow at {_shown(self._uri)} {_trouble(error)}") from None
 
     def _open(self) -> Any:
         from mlflow.tracking import MlflowClient
@@ -308,6 +306,16 @@ def _remote(run: Any) -> RemoteRun:
         end_time=run.info.end_time,
         deleted=run.info.lifecycle_stage == "deleted",
     )
+
+
+def _trouble(error: Exception) -> str:
+    """What went wrong with a call, in a sentence whose subject is MLflow."""
+    # Of a server that is away, requests and urllib3 tell three times as much, with the address twice.
+    if (away := re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))) and "Max retries exceeded" in str(
+        error
+    ):
+        return f"does not answer: {away[1]}"
+    return f"does not do what is asked of it: {_shown(str(error))}"
 
 
 def without_credentials(text: str) -> str:

@@ -788,8 +788,7 @@ def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path
         log.submit("run-1")
         with pytest.raises(MirrorUnavailable) as caught:
             MlflowMirror(log.store, f"http://ada:secret@127.0.0.1:{port}").sync(never)
-    assert "secret" not in str(caught.value)
-    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert str(caught.value) == f"MLflow at http://127.0.0.1:{port} does not answer: Connection refused"
 
 
 def answer(step: int, text: str) -> e.SampleGenerated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -246,6 +247,20 @@ def test_ui_says_what_is_no_tracking_uri(tmp_path: Path, monkeypatch: pytest.Mon
     shown = CliRunner().invoke(main, ["ui"])
     assert shown.exit_code == 2
     assert "neither a database nor a server" in shown.stderr.replace("\n", " ")
+
+
+def test_the_page_is_not_served_on_a_port_that_another_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = CliRunner().invoke(main, ["ui", "--port", str(port)])
+    assert done.exit_code == 2
+    assert f"another program listens on 127.0.0.1:{port}" in done.output
 
 
 @pytest.mark.parametrize("command", ["mlflow check", "mlflow rebuild", "mlflow register r m"])
