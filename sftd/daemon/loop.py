@@ -28,7 +28,7 @@ from sftd.launcher import processes
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Launcher
-from sftd.operations import attempts, turns
+from sftd.operations import attempts, placing, turns
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections.mlflow_mirror import position_name
@@ -51,6 +51,8 @@ _STARTS_PER_TICK = 20
 _LOOKS_PER_SECOND = 200
 # And a tick that has looked so long leaves the others to the next.
 _LOOK_SECONDS = 0.25
+# Where a run's checkpoint is changes seldom, and the disk that is asked may be slow.
+_PLACE_SECONDS = 5.0
 # Down, restarting, read-only for a while, or locked: all of it passes.
 DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 
@@ -92,6 +94,7 @@ class Daemon:
         self._renew_at = 0.0
         self._look_at: dict[str, float] = {}
         self._too_large: set[str] = set()
+        self._starts_here: dict[str, tuple[float, bool]] = {}
         self._reported: dict[str, str] = {}
 
     def stop(self) -> None:
@@ -144,6 +147,8 @@ class Daemon:
 
     def _fits(self, entry: Entry) -> bool | None:
         fit = self._inventory.fits(entry.demand)
+        if fit is not None and not self._has_start(entry.run_id):
+            return None
         if fit is None and entry.run_id not in self._too_large:
             self._too_large.add(entry.run_id)
             need = self._inventory.need(entry.demand)
@@ -151,6 +156,21 @@ class Daemon:
                 "needs %d %s devices, more than there are here; it waits", need.count, need.device
             )
         return fit
+
+    def _has_start(self, run_id: str) -> bool:
+        """Whether the run can go on here. What has its checkpoint on another host would find it missing, reject it, and
+        begin anew. Where it was trained last it is let go on all the same, for there the folder is gone for good."""
+        asked_at, has = self._starts_here.get(run_id, (-_PLACE_SECONDS, False))
+        if time.monotonic() - asked_at < _PLACE_SECONDS:
+            return has
+        with self._store.read() as connection:
+            start = placing.start_of(connection, run_id)
+        has = start is None or start.host in ("", self._me.host) or os.path.isdir(start.path)
+        if not has and start is not None and run_id not in self._starts_here:
+            what = "its checkpoint of step %d is on %s and not here; it waits for a daemon there"
+            of_run(run_id).warning(what, start.step, start.host)
+        self._starts_here[run_id] = (time.monotonic(), has)
+        return has
 
     def _register(self) -> None:
         now = self._context.now()
@@ -281,6 +301,8 @@ class Daemon:
 
     def _launch(self, claimed: Claimed) -> None:
         lease, run = claimed.lease, claimed.run
+        # Its next attempt starts from elsewhere.
+        self._starts_here.pop(run.run_id, None)
         if (before := self._supervisors.get(run.run_id)) is not None:
             # A person gave it up and resumed it before this daemon noticed that its lease had ended.
             self._forget(before.lease)

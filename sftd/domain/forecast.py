@@ -94,7 +94,7 @@ def look_ahead(
         found[entry.run_id] = Outlook(wait, now if room else None)
         if room is not None:
             _push(ends, entry, room, now)
-        elif wait.kind not in ("held", "too large", "no daemon"):
+        elif wait.kind not in ("held", "too large", "checkpoint", "no daemon"):
             left.append(entry)
     launchers = {entry.demand.launcher for entry in left}
     scopes = gate.scopes(left)
@@ -161,6 +161,9 @@ def _go_through(
 def _find_room(entry: Entry, rooms: list[_Room]) -> tuple[Wait, _Room | None]:
     if not rooms:
         return Wait("no daemon", "a daemon: none runs"), None
+    rooms = [room for room in rooms if entry.only_on in (None, room.host.name)]
+    if not rooms:
+        return Wait("checkpoint", f"a daemon on {entry.only_on}, which has its checkpoint"), None
     launcher = entry.demand.launcher
     able = [room for room in rooms if room.has(entry) is not None]
     if not able:

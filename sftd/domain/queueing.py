@@ -17,13 +17,22 @@ from sftd.domain.demand import Demand
 from sftd.domain.events import Micros
 
 WaitKind = Literal[
-    "start", "held", "after", "backoff", "limit", "devices", "behind", "too large", "no daemon"
+    "start",
+    "held",
+    "after",
+    "backoff",
+    "limit",
+    "devices",
+    "behind",
+    "too large",
+    "checkpoint",
+    "no daemon",
 ]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A run in the queue, waiting or driven by `owner`. `after` maps the runs that it waits for, which have not
-    succeeded, to their status."""
+    succeeded, to their status. `only_on` is the host that has the checkpoint from which it goes on, None where any host will do."""
 
     run_id: str
     priority: int
@@ -40,6 +49,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     planned_steps: int = 0
     seconds_per_step: float | None = None
     after: dict[str, str] = {}
+    only_on: str | None = None
 
     @property
     def seconds_left(self) -> float | None:

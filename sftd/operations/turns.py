@@ -13,12 +13,14 @@ from sftd.domain.events import Micros
 from sftd.domain.forecast import look_ahead
 from sftd.domain.queueing import Entry, Gate, Limits, choose_victims, stuck
 from sftd.operations.context import Context, append_decided, current
+from sftd.operations.placing import placed
 from sftd.operations.waiting import host_of
 from sftd.store import daemons, queue, schedule
 from sftd.store.engine import Store
 
 NO_LIMITS = Limits()
-# Whether a run's devices are free now (True), are in use (False), or are more than the daemon will ever have (None).
+# Whether a run's devices are free now (True), are in use (False), or it can never start here (None): they are more than the
+# daemon will ever have, or its checkpoint is another host's.
 Fits = Callable[[Entry], bool | None]
 
 
@@ -124,6 +126,8 @@ def _others_have_room(
         for r in rows
         if r.daemon_id != daemon and r.stopped_at is None and r.seen_at > now - silent_micros
     ]
+    # Free devices are no room where its checkpoint is not.
+    head = placed(connection, [head])[0]
     return (
         look_ahead([head], schedule.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind
         == "start"

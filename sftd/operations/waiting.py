@@ -9,6 +9,7 @@ from sftd.domain.events import Micros
 from sftd.domain.forecast import Host, Outlook, look_ahead
 from sftd.domain.queueing import Entry, Limits
 from sftd.operations.context import Context, current
+from sftd.operations.placing import placed
 from sftd.store import daemons, schedule
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
@@ -43,7 +44,7 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
     with store.read() as connection:
         now = store.clock(connection, context.now())
         running = schedule.running(connection)
-        waiting = schedule.waiting(connection)
+        waiting = placed(connection, schedule.waiting(connection))
         rows = daemons.every(connection)
         on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
         jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}

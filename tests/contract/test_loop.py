@@ -10,19 +10,22 @@ import msgspec
 import pytest
 
 from sftd.daemon.loop import Daemon
+from sftd.domain import events as e
 from sftd.domain.demand import Need
-from sftd.domain.failures import Remains
+from sftd.domain.failures import Failure, Remains
 from sftd.domain.spec_sections import Launch
 from sftd.launcher.inventory import Inventory
-from sftd.operations import runs
+from sftd.operations import attempts, runs, waiting
 from sftd.operations.context import Context
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import event_store, queue
+from sftd.store import daemons, event_store, queue
+from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+from sftd.wire.journal import Line
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, SHAPE, SPEC
+from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, step
 
 CONTEXT = Context(actor="test")
 # One of the host's two devices.
@@ -165,3 +168,42 @@ def test_an_attempt_that_a_person_gave_up_is_killed_before_the_next_one_starts(
     assert (old.is_killed, new.is_killed) == (True, False)
     assert new.process is not None
     assert sorted(one._inventory.free("cpu") + new.process.devices) == ["cpu:0", "cpu:1"]
+
+
+def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
+    log: Store, daemon: Callable[[Launcher], Daemon], tmp_path: Path
+) -> None:
+    """Started here it would find its checkpoint damaged, and begin anew."""
+    run_id = submit(log)
+    folder = tmp_path / "home-of-another-host" / "runs" / run_id / "checkpoints" / "step-00000001"
+    with log.write(appends=False) as tx:
+        home = str(folder.parents[3])
+        daemons.register(tx, DaemonRow("d", "another-host", 1, 1.0, home, '{"gpus":0,"cpus":2}', 1, 1, 2))
+    claimed = attempts.claim(
+        log, CONTEXT, daemon="d", host="another-host", fits=lambda entry: True, lease_micros=LEASE
+    )
+    assert claimed is not None
+    published = e.CheckpointPublished(step=1, path=str(folder), bytes=1, manifest_digest="m", seconds=1.0)
+    told = [Line(number=n, occurred_at=n, event=event) for n, event in enumerate((step(1), published), 1)]
+    attempts.record(log, CONTEXT, claimed.lease, told, 20, {})
+    attempts.finish(
+        log,
+        CONTEXT,
+        claimed.lease,
+        exit_code=1,
+        failure=Failure("killed", "m"),
+        lost=False,
+        backoff_seconds=1e-6,
+    )
+    launcher = Launcher()
+    one = daemon(launcher)
+    one.tick()
+    assert launcher.started == []
+    assert one._nothing_left(), "a daemon that drains does not wait for another host"
+    (row,) = waiting.list_queue(log, CONTEXT, one._limits, LEASE)
+    assert (row.kind, row.waits_for) == ("checkpoint", "a daemon on another-host, which has its checkpoint")
+    # Where the folder is shared, any host goes on.
+    folder.mkdir(parents=True)
+    one._starts_here.clear()
+    one.tick()
+    assert [attempt.directory.order().checkpoint for attempt in launcher.started] == [str(folder)]

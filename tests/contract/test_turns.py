@@ -423,6 +423,22 @@ def test_nobody_makes_room_while_another_host_has_it(farm: Farm) -> None:
     assert other.claim() == urgent
 
 
+def test_a_host_without_its_checkpoint_is_no_room_for_a_run(farm: Farm) -> None:
+    """Its own host makes room for it, although another one has devices free."""
+    other = Farm(farm.log, name="d2", clock=farm.clock)
+    urgent = farm.submit(4, 5)
+    assert farm.claim() == urgent
+    published = e.CheckpointPublished(step=1, path="/h/c", bytes=1, manifest_digest="m", seconds=1.0)
+    told = [*lines(step(1)), Line(number=2, occurred_at=2, event=published)]
+    attempts.record(farm.log, farm.clock.context, farm.driven[urgent].lease, told, 20, {})
+    assert farm.end(urgent).status == "failed"
+    low = farm.submit(4, preemptible=True)
+    assert farm.claim() == low
+    runs.resume(farm.log, farm.clock.context, urgent, "ada")
+    assert (farm.queue()[urgent].kind, other.driven) == ("devices", {})
+    assert farm.preempt() == [low]
+
+
 def test_a_daemon_that_fell_silent_does_not_keep_others_from_making_room(farm: Farm) -> None:
     other = Farm(farm.log, name="d2", clock=farm.clock)
     low = [farm.submit(4, preemptible=True), farm.submit(4, preemptible=True)]
