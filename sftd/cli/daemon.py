@@ -138,7 +138,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
     from sftd.launcher.choosing import ByName
-    from sftd.launcher.inventory import Inventory, gpu_count
+    from sftd.launcher.inventory import Inventory, visible_gpus
     from sftd.launcher.local import LocalAttempt
     from sftd.launcher.slurm import SlurmLauncher
     from sftd.launcher.slurm_controller import Controller
@@ -157,7 +157,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         if store is None:
             return
         has_slurm = shutil.which("sbatch") is not None
-        inventory = Inventory(gpu_count(), settings.cpu_slots, settings.slurm_jobs if has_slurm else 0)
+        inventory = Inventory(visible_gpus(), settings.cpu_slots, settings.slurm_jobs if has_slurm else 0)
         slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
         launcher = ByName({"local": LocalAttempt, "slurm": slurm})
         mirror, notices = _mirror(settings), _notices(settings, store)

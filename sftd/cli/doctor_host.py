@@ -55,7 +55,8 @@ def python() -> Iterator[Finding]:
 
 
 def trainer(nvml: int | None) -> Iterator[Finding]:
-    """torch, Megatron-core, the GPUs and NCCL, as a training process sees them; `nvml` is how many GPUs NVML lists."""
+    """torch, Megatron-core, the GPUs and NCCL, as a training process sees them; `nvml` is how many GPUs NVML lists that
+    CUDA_VISIBLE_DEVICES does not hide."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "sftd.trainer.probe"],
@@ -77,8 +78,8 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
     cuda = f"CUDA {found['cuda']}" if found["cuda"] else "without CUDA"
     yield ok("torch", f"{found['torch']} ({cuda}), Megatron-core {found['megatron_core']}")
     if nvml is not None and nvml != found["gpus"]:
-        mend = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must not hide GPUs"
-        yield broken("NCCL", f"torch sees {found['gpus']} GPUs, the driver {nvml}", mend)
+        mend = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must name GPUs that are there"
+        yield broken("NCCL", f"torch sees {found['gpus']} of {nvml} GPUs", mend)
     elif found["nccl_error"]:
         mend = "NCCL_DEBUG=INFO python -m sftd.trainer.probe says more; often /dev/shm or the driver"
         yield broken("NCCL", f"{found['nccl']}: {found['nccl_error']}", mend)
@@ -87,7 +88,7 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
 
 
 def gpus() -> tuple[int | None, list[Finding]]:
-    """How many GPUs NVML lists (None when it cannot be asked), and what it says of them."""
+    """How many GPUs NVML lists that runs may be given (None when it cannot be asked), and what it says of them all."""
     slots = f"runs train on CPU cores ({len(os.sched_getaffinity(0))} here)"
     has_driver = Path("/proc/driver/nvidia/version").exists()
     try:
@@ -113,6 +114,8 @@ def gpus() -> tuple[int | None, list[Finding]]:
 
 
 def _gpus(pynvml: Any) -> tuple[int, list[Finding]]:
+    from sftd.launcher import inventory
+
     names: dict[str, int] = {}
     found: list[Finding] = []
     count = int(pynvml.nvmlDeviceGetCount())
@@ -124,12 +127,14 @@ def _gpus(pynvml: Any) -> tuple[int, list[Finding]]:
         users = [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
         foreign = [pid for pid in users if not _is_ours(pid)]
         if foreign:
-            mend = "sftd gives this GPU to runs all the same: end those processes, or hide the GPU from the daemon"
+            mend = "sftd gives this GPU to runs all the same: end those processes, or leave it out of the daemon's CUDA_VISIBLE_DEVICES"
             pids = ", ".join(map(str, foreign))
             found.append(warning("devices", f"GPU {index} is used by others (pids {pids})", mend))
     driver = _text(pynvml.nvmlSystemGetDriverVersion())
     listed = ", ".join(f"{n} × {name}" for name, n in names.items()) or "no GPU"
-    return count, [ok("devices", f"{listed}, driver {driver}"), *found]
+    may = len(inventory.visible_gpus())
+    hidden = f", of which CUDA_VISIBLE_DEVICES leaves {may} to sftd" if may != count else ""
+    return may, [ok("devices", f"{listed}{hidden}, driver {driver}"), *found]
 
 
 def _text(value: str | bytes) -> str:

@@ -140,9 +140,9 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     import msgspec
 
     from sftd.domain.errors import Problem, Refused
-    from sftd.launcher.inventory import Inventory, gpu_count
+    from sftd.launcher.inventory import Inventory, visible_gpus
 
-    inventory = Inventory(gpu_count(), settings.cpu_slots)
+    inventory = Inventory(visible_gpus(), settings.cpu_slots)
     need = inventory.need(spec)
     threads = chosen.log.environment(chosen.to_step).get("OMP_NUM_THREADS")
     if threads and spec.launch.threads_per_rank is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sftd.domain.demand import Demand, Need, need
 from sftd.domain.spec import Spec
 
-__all__ = ["Inventory", "Need", "gpu_count", "gpus"]
+__all__ = ["Inventory", "Need", "gpu_count", "gpus", "visible_gpus"]
 
 
 def gpu_count() -> int:
@@ -24,6 +26,39 @@ def gpu_count() -> int:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The GPUs that runs may be given, as CUDA_VISIBLE_DEVICES names them: all that NVML lists, or of these the ones that the
+    variable leaves to this process, in its order. A part of a GPU (MIG) is known by its own name only."""
+    count = gpu_count()
+    said = environ.get("CUDA_VISIBLE_DEVICES")
+    if said is None or not count:
+        return [str(index) for index in range(count)]
+    found: list[str] = []
+    for given in map(str.strip, said.split(",")):
+        name = given if given.isdecimal() or given.startswith("MIG-") else _index_of(given, count)
+        # As CUDA does: nothing counts behind a name that is none.
+        if not name or (name.isdecimal() and int(name) >= count):
+            break
+        if name not in found:
+            found.append(name)
+    return found
+
+
+def _index_of(uuid: str, count: int) -> str:
+    """Number of the one GPU whose UUID begins so; empty when there is none."""
+    import pynvml
+
+    if not uuid.startswith("GPU-"):
+        return ""
+    pynvml.nvmlInit()
+    try:
+        uuids = [str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+    finally:
+        pynvml.nvmlShutdown()
+    found = [index for index, name in enumerate(uuids) if name.startswith(uuid)]
+    return str(found[0]) if len(found) == 1 else ""
 
 
 def gpus() -> list[tuple[str, int]]:
@@ -50,9 +85,9 @@ def gpus() -> list[tuple[str, int]]:
 class Inventory:
     """Which devices there are and which attempt holds which."""
 
-    def __init__(self, gpus: int, cpu_slots: int, slurm_jobs: int = 0) -> None:
-        """`slurm_jobs`: jobs that there may be on Slurm at once; 0 where there is no Slurm."""
-        self.gpus = [f"cuda:{i}" for i in range(gpus)]
+    def __init__(self, gpus: int | Sequence[str], cpu_slots: int, slurm_jobs: int = 0) -> None:
+        """`gpus`: how many, or which (see `visible_gpus`). `slurm_jobs`: jobs that there may be on Slurm at once; 0 where there is no Slurm."""
+        self.gpus = [f"cuda:{i}" for i in (range(gpus) if isinstance(gpus, int) else gpus)]
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
         self.slurm = [f"slurm:{i}" for i in range(slurm_jobs)]
         self._held: dict[str, list[str]] = {}

@@ -28,7 +28,9 @@ class HostWatch:
         gpus: dict[int, GpuSample] = {}
 
         def sample(devices: Sequence[str]) -> SystemSampled:
-            wanted = [int(name) for kind, _, name in (d.partition(":") for d in devices) if kind == "cuda"]
+            names = [name for kind, _, name in (d.partition(":") for d in devices) if kind == "cuda"]
+            # A part of a GPU has a name instead of a number.
+            wanted = [int(name) for name in names if name.isdecimal()]
             if missing := [index for index in wanted if index not in gpus]:
                 gpus.update(_gpus(missing))
             return SystemSampled(

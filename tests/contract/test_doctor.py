@@ -250,4 +250,4 @@ def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
         doctor_host.subprocess, "run", lambda _, **options: real([sys.executable, "-c", script], **options)
     )
     _, nccl = doctor_host.trainer(8)
-    assert (nccl.state, nccl.said) == ("broken", "torch sees 0 GPUs, the driver 8")
+    assert (nccl.state, nccl.said) == ("broken", "torch sees 0 of 8 GPUs")

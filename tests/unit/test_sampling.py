@@ -93,3 +93,40 @@ def test_a_gpu_that_does_not_tell_its_memory_is_listed_and_the_plan_asks_for_it(
     with pytest.raises(Refused, match="NVIDIA GB10"):
         Host.find(Spec())
     assert Host.find(Spec(), gib=128).memory == 128 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,0", ["2", "0"]),
+        # As CUDA has it: what stands behind one that is not there does not count.
+        (" 1 , 7, 0", ["1"]),
+        ("1,1", ["1"]),
+        ("", []),
+        ("-1", []),
+        ("GPU-1b", ["1"]),
+        ("GPU-1,GPU-2", []),
+        ("MIG-5f", ["MIG-5f"]),
+    ],
+)
+def test_the_daemon_uses_only_the_gpus_that_it_may_see(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, names: list[str]
+) -> None:
+    uuids = ["GPU-0a", "GPU-1b", "GPU-1a"]
+    found = nvml(
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=uuids.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", found)
+    environ = {} if said is None else {"CUDA_VISIBLE_DEVICES": said}
+    assert inventory.visible_gpus(environ) == names
+    mine = inventory.Inventory(names, 4)
+    assert mine.gpus == [f"cuda:{name}" for name in names]
+    assert mine.describe()["gpus"] == len(names)
+
+
+def test_a_part_of_a_gpu_has_no_sample_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    assert [gpu.index for gpu in HostWatch().look()(["cuda:MIG-5f", "cuda:1"]).gpus] == [1]
