@@ -17,7 +17,7 @@ from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.mirror_turn import Mirror, MirrorTurn
 from sftd.daemon.notices import NoticeThread
-from sftd.daemon.rescuer import orphaned
+from sftd.daemon.rescuer import make_way, orphaned
 from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
@@ -324,6 +324,8 @@ class Daemon:
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:
+            if ended := make_way(run_dir, lease.attempt):
+                of_run(run.run_id).warning("ended processes %s of an attempt that nobody drives", ended)
             attempt, argv = self._launcher.start(directory, order, need, devices)
         except OSError as error:
             self._inventory.release(run.run_id)

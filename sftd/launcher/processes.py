@@ -35,12 +35,12 @@ def is_alive(pid: int, create_time: float) -> bool:
         return False
 
 
-def survivors(token: str) -> list[int]:
-    """Pids of all processes of the attempt that was launched with `token`."""
+def survivors(*tokens: str) -> list[int]:
+    """Pids of all processes of the attempts that were launched with these tokens."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(TOKEN_VARIABLE) == token and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(TOKEN_VARIABLE) in tokens and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return [pid for pid in found if pid != os.getpid()]
 

@@ -146,6 +146,15 @@ class AttemptDir:
         write_atomic(self.lease_file, order.token.encode())
         write_atomic(self.order_file, msgspec.json.format(msgspec.json.encode(order), indent=2))
 
+    def set_aside(self) -> None:
+        """Give the folder another name if there is one: it is of another history, and its journal no part of this one."""
+        number = 1
+        while self.path.exists():
+            aside = self.path.with_name(f"{self.path.name}.{number}")
+            if not aside.exists():
+                self.path.rename(aside)
+            number += 1
+
     def order(self) -> Order:
         """Read the order."""
         return read_order(self.order_file)

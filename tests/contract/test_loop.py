@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,19 @@ from sftd.domain import events as e
 from sftd.domain.demand import Need
 from sftd.domain.failures import Failure, Remains
 from sftd.domain.spec_sections import Launch
+from sftd.launcher import processes
+from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
 from sftd.operations import attempts, runs, waiting
 from sftd.operations.context import Context
+from sftd.operations.reading import find_run
 from sftd.projections import views
 from sftd.settings import read
 from sftd.store import daemons, event_store, queue
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
-from sftd.wire.journal import Line
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
+from sftd.wire.journal import JournalWriter, Line
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, step
 
@@ -207,3 +213,61 @@ def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
     one._starts_here.clear()
     one.tick()
     assert [attempt.directory.order().checkpoint for attempt in launcher.started] == [str(folder)]
+
+
+@pytest.fixture
+def stray() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Starts a process of the attempt with a token, as torchrun would be."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(token: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, TOKEN_VARIABLE: token}
+        started.append(subprocess.Popen(["sleep", "600"], env=environment, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_what_lives_on_of_an_attempt_that_was_given_up_is_ended_before_the_next_one(
+    log: Store, daemon: Callable[[Launcher], Daemon], stray: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    """Its daemon was dead when a person gave it up, so nobody noticed that torchrun still trains."""
+    launcher = Launcher()
+    first = daemon(launcher)
+    run_id = submit(log)
+    first.tick()
+    first._unregister()
+    token = launcher.started[0].directory.order().token
+    assert [stray(token).pid] == processes.survivors(token)
+    give_up(log, run_id)
+    runs.resume(log, CONTEXT, run_id, "ada")
+    daemon(launcher).tick()
+    assert (len(launcher.started), processes.survivors(token)) == (2, [])
+
+
+def test_an_attempt_never_begins_with_what_another_of_its_number_left(
+    log: Store, daemon: Callable[[Launcher], Daemon], stray: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    """After a backup of the database was restored: the log knows less than the folders hold."""
+    launcher = Launcher()
+    run_id = submit(log)
+    one = daemon(launcher)
+    directory = RunDir(one._settings.home, run_id).attempt(1)
+    order = Order(
+        run_id=run_id, attempt=1, token="of another history", spec=SPEC, planned_steps=3, checkpoint_dir="c"
+    )
+    directory.create(order)
+    with contextlib.closing(JournalWriter(directory.journal)) as writer:
+        writer.append(step(1))
+    directory.request_stop()
+    assert [stray(order.token).pid] == processes.survivors(order.token)
+    one.tick()
+    one.tick()
+    assert (find_run(log, run_id).step, directory.stop_requested()) == (0, False)
+    assert processes.survivors(order.token) == []
+    (aside,) = directory.path.parent.glob("attempt-0001.*")
+    assert AttemptDir(aside).order() == order
+    assert AttemptDir(aside).journal.stat().st_size > 0
