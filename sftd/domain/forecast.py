@@ -110,7 +110,8 @@ def look_ahead(
             gate.uncount(entry)
             if room is not None:
                 room.count(entry, 1)
-            left = [_once_succeeded(e, run_id) for e in left]
+            if entry.status != "stopping":
+                left = [_once_succeeded(e, run_id) for e in left]
         for entry, wait, room in _go_through(left, gate, rooms):
             if room is not None:
                 found[entry.run_id] = Outlook(found[entry.run_id].wait, gate.now)
@@ -128,9 +129,11 @@ def look_ahead(
 def _push(
     ends: list[tuple[Micros, str, Entry, _Room | None]], entry: Entry, room: _Room | None, now: Micros
 ) -> None:
-    """The run has begun: note when it will give its devices back, if that can be known."""
-    if entry.seconds_left is not None:
-        heapq.heappush(ends, (now + int(entry.seconds_left * 1_000_000), entry.run_id, entry, room))
+    """The run has begun: note when it will give its devices back, if that can be known. One that was asked to stop does at
+    its next step."""
+    left = entry.seconds_per_step if entry.status == "stopping" else entry.seconds_left
+    if left is not None:
+        heapq.heappush(ends, (now + int(left * 1_000_000), entry.run_id, entry, room))
 
 
 def _once_succeeded(entry: Entry, run_id: str) -> Entry:

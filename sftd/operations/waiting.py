@@ -86,7 +86,8 @@ def _driven(entry: Entry, host: Host | None, alive: list[Host], job: str) -> Que
         project=entry.project,
         step=entry.step,
         planned_steps=entry.planned_steps,
-        seconds_left=entry.seconds_left,
+        # It will not train them.
+        seconds_left=None if entry.status == "stopping" else entry.seconds_left,
         host=host.name if host else None,
         observed=host in alive,
         job=job,

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,6 +208,15 @@ def test_dependencies_holds_and_retries_hold_up_nobody() -> None:
         150 * SECOND,
         100 * SECOND,
     ]
+
+
+def test_a_run_that_is_stopping_gives_its_devices_back_within_a_step_and_will_not_succeed() -> None:
+    stopping = msgspec.structs.replace(running("a", 4, seconds=3600), status="stopping")
+    found = outlook([entry("b", 4), entry("c", after={"a": "stopping"})], [stopping], [host()])
+    assert (found["b"].wait.kind, found["b"].starts_at) == ("devices", (100 + 360) * SECOND)
+    assert found["c"].starts_at is None
+    loading = msgspec.structs.replace(stopping, seconds_per_step=None)
+    assert outlook([entry("b", 4)], [loading], [host()])["b"].starts_at is None
 
 
 def test_without_a_daemon_or_devices_nothing_is_expected() -> None:
