@@ -117,6 +117,44 @@ def _kinds(value: object, where: str) -> tuple[str, ...]:
     return kinds
 
 
+# What may stand in config.toml; `limits` is a table.
+_LIMITS = ("user", "project")
+_KEYS = (
+    "database_url",
+    "mlflow_tracking_uri",
+    "cpu_slots",
+    "backoff_seconds",
+    "lease_seconds",
+    "poll_seconds",
+    "log_format",
+    "metrics_file",
+    "limits",
+    "device_price",
+    "notify_command",
+    "notify_webhook",
+    "notify_on",
+    "sample_seconds",
+    "slurm_jobs",
+    "slurm_poll_seconds",
+)
+
+
+def _refuse_unknown(stored: Mapping[str, object], file: Path) -> None:
+    """A misspelt limit would hold nobody back."""
+    limits = stored.get("limits")
+    parts: list[tuple[str, Mapping[str, object], tuple[str, ...]]] = [("", stored, _KEYS)]
+    if isinstance(limits, dict):
+        parts.append((" under [limits]", limits, _LIMITS))
+    for where, table, known in parts:
+        for key in table:
+            if key not in known:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+                raise SettingsError(f"{file}: {key}{where} is no setting. {hint}")
+
+
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises `SettingsError` naming the setting that cannot be used."""
     home = Path(environ.get("SFTD_HOME") or "~/.sftd").expanduser().absolute()
@@ -128,7 +166,10 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"{file}: {error}") from None
 
+    _refuse_unknown(stored, file)
+
     def value(name: str, default: str, variable: str | None = None) -> str:
+        assert name in _KEYS
         return environ.get(variable or "SFTD_" + name.upper()) or str(stored.get(name, default))
 
     def number(name: str, default: float) -> float:

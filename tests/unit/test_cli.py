@@ -188,6 +188,10 @@ def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.Mon
         ("[limits]\nuser = 4\n", "2", 2),
         ("[limits]\nuser = 0\n", None, "not a number of devices above 0"),
         ("limits = 4\n", None, "below it"),
+        ("user_limit = 4\n", None, "user_limit is no setting"),
+        ("[limit]\nuser = 4\n", None, "limit is no setting. Did you mean limits"),
+        ("[limits]\nusers = 4\n", None, "users under .limits. is no setting. Did you mean user"),
+        ("backoff_second = 4\n", None, "Did you mean backoff_seconds"),
         ("", "1.5", "SFTD_LIMIT_USER"),
     ],
 )
