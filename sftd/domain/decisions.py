@@ -9,11 +9,11 @@ from sftd.domain import events as e
 from sftd.domain import halting, trajectory
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.failures import NOT_RETRIED, Failure, Interruption
+from sftd.domain.queueing import MAX_BACKOFF_SECONDS
 from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
 from sftd.domain.spec import Spec, spec_digest
 
 MICROS = 1_000_000
-MAX_BACKOFF_SECONDS = 600.0
 
 
 class Proposal(msgspec.Struct, frozen=True):

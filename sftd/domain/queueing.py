@@ -16,6 +16,9 @@ import msgspec
 from sftd.domain.demand import Demand
 from sftd.domain.events import Micros
 
+# No failure makes a run wait for longer.
+MAX_BACKOFF_SECONDS = 600.0
+
 WaitKind = Literal[
     "start",
     "held",
@@ -73,6 +76,11 @@ class Limits(msgspec.Struct, frozen=True):
     project: int | None = None
 
 
+def latest_wait(now: Micros) -> Micros:
+    """The latest time for which a run can be waiting: a later one was written by a clock that has been set back since."""
+    return now + int(MAX_BACKOFF_SECONDS * 1_000_000)
+
+
 class Gate:
     """What keeps a run waiting even if devices are free. Runs are to be asked about in their order."""
 
@@ -107,7 +115,7 @@ class Gate:
             return Wait("held", "`sftd release`")
         for other, status in entry.after.items():
             return Wait("after", f"{other} ({status})")
-        if entry.not_before > self.now:
+        if self.now < entry.not_before <= latest_wait(self.now):
             return Wait("backoff", "its next try")
         return self._limited(entry)
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sftd.domain.demand import Demand
 from sftd.domain.events import Micros
-from sftd.domain.queueing import Entry
+from sftd.domain.queueing import Entry, latest_wait
 from sftd.domain.spec import Spec
 from sftd.store.engine import Tx, insert
 from sftd.store.queue import HELD, LEASED, WAITING
@@ -113,7 +113,7 @@ def in_order(connection: sa.Connection, now: Micros) -> Iterator[Entry]:
     """Waiting runs whose time has come, in the order in which they start. Read a page at a time."""
     c = queue.c
     limit = _FIRST_PAGE
-    due = (c.state == WAITING, c.not_before <= now)
+    due = (c.state == WAITING, sa.or_(c.not_before <= now, c.not_before > latest_wait(now)))
     page = _read(connection, *due, limit=limit, with_after=True)
     while page:
         yield from page

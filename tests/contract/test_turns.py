@@ -190,6 +190,16 @@ def test_what_can_never_start_here_holds_up_nobody(farm: Farm) -> None:
     assert not farm.anything_left()
 
 
+def test_a_clock_that_is_set_back_keeps_nobody_waiting(store: Store) -> None:
+    """A host that came up with a wrong date queues for the future; no back-off is longer than ten minutes."""
+    log = Store(store.engine, before_commit=(views.catch_up,), clock=lambda _connection, local: local)
+    farm = Farm(log, gpus=1)
+    run_id = farm.submit()
+    farm.clock.time -= 3600 * 1_000_000
+    assert farm.queue()[run_id].kind == "start"
+    assert farm.claim() == run_id
+
+
 def test_limits_are_held_and_bind_only_their_own(farm: Farm) -> None:
     farm.limits = Limits(user=2, project=3)
     a, b = farm.submit(2, user="ada"), farm.submit(1, user="ada")
