@@ -80,7 +80,7 @@ class Metrics:
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
         yield (
             "sftd_queue_runs",
-            "Runs in the queue: ready waits for devices, delayed for its next attempt's time, leased is driven.",
+            "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven.",
             [({"state": state}, count) for state, count in found.queue.items()],
         )
         yield (

@@ -8,15 +8,17 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain.events import Micros
+from sftd.domain.queueing import latest_wait
 from sftd.domain.run import Status
-from sftd.store import event_store, positions
+from sftd.store import event_store, positions, schedule
 from sftd.store.engine import Store
-from sftd.store.queue import LEASED, WAITING
+from sftd.store.queue import HELD, LEASED, WAITING
 from sftd.store.tables import events, queue, view_runs
 
 
 class Figures(msgspec.Struct, frozen=True):
-    """`queue` counts runs by what they wait for: "ready", "delayed" (until the time of their next attempt), "leased".
+    """`queue` counts runs by what they wait for: "ready", "dependent" (on a run that has not succeeded yet), "delayed" (until the
+    time of their next attempt), "held", "leased".
     `runs` counts them by status. What the mirror lacks is 0 where there is none."""
 
     queue: dict[str, int]
@@ -32,7 +34,9 @@ def read(store: Store, now: Micros, mirror: str | None) -> Figures:
         q = queue.c
         # The queue goes by the clock that all share, events by that of the host which recorded them.
         shared = store.clock(connection, now)
-        is_ready = sa.and_(q.state == WAITING, q.not_before <= shared)
+        is_delayed = sa.and_(q.not_before > shared, q.not_before <= latest_wait(shared))
+        is_dependent = schedule.is_unmet(q.run_id)
+        is_ready = sa.and_(q.state == WAITING, ~is_delayed, ~is_dependent)
 
         def count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
             return sa.func.count(sa.case((condition, 1)))
@@ -40,7 +44,9 @@ def read(store: Store, now: Micros, mirror: str | None) -> Figures:
         row = connection.execute(
             sa.select(
                 count(is_ready),
-                count(sa.and_(q.state == WAITING, q.not_before > shared)),
+                count(sa.and_(q.state == WAITING, is_delayed, ~is_dependent)),
+                count(sa.and_(q.state == WAITING, is_dependent)),
+                count(q.state == HELD),
                 count(q.state == LEASED),
                 # It is set when a run begins to wait, and to when it may start.
                 sa.func.min(sa.case((is_ready, q.not_before))),
@@ -51,8 +57,8 @@ def read(store: Store, now: Micros, mirror: str | None) -> Figures:
         runs.update((status, number) for status, number in connection.execute(by_status))
         lag, since = _mirror_lag(connection, mirror)
     return Figures(
-        queue={"ready": row[0], "delayed": row[1], "leased": row[2]},
-        oldest_wait_micros=max(0, shared - row[3]) if row[3] is not None else 0,
+        queue=dict(zip(("ready", "delayed", "dependent", "held", "leased"), row[:5], strict=True)),
+        oldest_wait_micros=max(0, shared - row[5]) if row[5] is not None else 0,
         runs=runs,
         mirror_lag_events=lag,
         mirror_lag_micros=max(0, now - since) if since is not None else 0,

@@ -42,6 +42,15 @@ def dependents(connection: sa.Connection, run_id: str) -> list[str]:
     return list(connection.execute(query.order_by(queue_after.c.run_id)).scalars())
 
 
+def is_unmet(run_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    """Whether a run that this one waits for has not succeeded."""
+    others = sa.select(sa.literal(1)).select_from(queue_after)
+    others = others.outerjoin(view_runs, view_runs.c.run_id == queue_after.c.after)
+    return others.where(
+        queue_after.c.run_id == run_id, sa.func.coalesce(view_runs.c.status, "") != "succeeded"
+    ).exists()
+
+
 _VIEWED = ("status", "user", "project", "step", "planned_steps", "seconds_per_step", "started_at")
 
 

@@ -18,7 +18,7 @@ from sftd.launcher.inventory import Inventory
 from sftd.projections import views
 from sftd.projections.mlflow_mirror import position_name
 from sftd.settings import read
-from sftd.store import event_store, queue
+from sftd.store import event_store, queue, schedule
 from sftd.store.engine import Store
 from sftd.store.positions import set_projection_position
 from sftd.wire.journal import backlog
@@ -130,6 +130,26 @@ def test_the_queue_goes_by_the_clock_that_all_daemons_share(filled: Store, tmp_p
     found = parse(settings.metrics_file.read_text())
     assert found["sftd_queue_runs"][(("state", "delayed"),)] == 1
     assert found["sftd_queue_oldest_wait_seconds"] == {(): 100}
+
+
+def test_what_waits_for_a_run_or_a_person_is_not_ready(filled: Store, tmp_path: Path) -> None:
+    """An alarm on how long a run has been ready would go off for each `--after`."""
+    with filled.write() as tx:
+        for run_id in ("later", "next", "kept"):
+            queue.enqueue(tx, run_id, 0, NOW - 900 * SECOND)
+        schedule.set_after(tx, "later", ["done", "driven"])
+        schedule.set_after(tx, "next", ["good"])
+        queue.hold(tx, "kept")
+        queue.hold(tx, "next")
+    add(filled, "good", (900, submitted()), (901, e.RunSucceeded(steps=4, tokens=1, final_checkpoint="c")))
+    found = told(filled, tmp_path / "home", {})
+    states = {dict(labels)["state"]: n for labels, n in found["sftd_queue_runs"].items()}
+    assert states == {"ready": 1, "delayed": 1, "leased": 1, "dependent": 1, "held": 2}
+    assert found["sftd_queue_oldest_wait_seconds"] == {(): 100}
+    with filled.write() as tx:
+        queue.release(tx, "next")
+    found = told(filled, tmp_path / "home", {})
+    assert found["sftd_queue_oldest_wait_seconds"] == {(): 900}
 
 
 def test_an_empty_database_and_a_file_elsewhere(store: Store, tmp_path: Path) -> None:
