@@ -123,4 +123,9 @@ class LocalAttempt:
 
     def remains(self) -> Remains:
         """What the ended attempt left to tell why."""
-        return find_remains(self.directory)
+        found = find_remains(self.directory)
+        code = self._child.poll() if self._child is not None else None
+        if found.exit_code is None and code is not None and code >= 0:
+            # The shell has said it, but a full disk did not take it.
+            found = msgspec.structs.replace(found, exit_code=code)
+        return found

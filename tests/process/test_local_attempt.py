@@ -73,6 +73,22 @@ def test_nothing_lives_on_when_the_start_fails_halfway(
     assert processes.survivors(order.token) == []
 
 
+@pytest.mark.parametrize(("script", "expected"), [("exit 3", 3), ("kill -9 $PPID", None)])
+def test_an_exit_code_that_the_full_disk_did_not_take_is_told_by_the_process(
+    tmp_path: Path, order: Order, monkeypatch: pytest.MonkeyPatch, script: str, expected: int | None
+) -> None:
+    """Else the attempt would be called lost, which is what one is whose host went down."""
+    directory = AttemptDir(tmp_path / "attempt")
+    # In its place nothing can be written.
+    directory.exit_file.with_name("exit.partial").mkdir(parents=True)
+    monkeypatch.setattr(local, "torchrun_argv", lambda *_: ["/bin/sh", "-c", script])
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [])
+    assert attempt._child is not None
+    attempt._child.wait(timeout=30)
+    assert not attempt.is_alive()
+    assert (directory.exit_code(), attempt.remains().exit_code) == (None, expected)
+
+
 def test_an_identity_file_cut_short_is_no_identity(tmp_path: Path, order: Order) -> None:
     directory = AttemptDir(tmp_path / "attempt")
     directory.create(order)
