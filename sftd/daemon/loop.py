@@ -180,7 +180,7 @@ class Daemon:
             pid=self._me.pid,
             create_time=self._me.create_time,
             home=str(self._settings.home),
-            devices=msgspec.json.encode(self._inventory.describe()).decode(),
+            devices=msgspec.json.encode(self._inventory.describe() | self._limits.describe()).decode(),
             started_at=now,
             seen_at=now,
         )

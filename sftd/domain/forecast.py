@@ -18,13 +18,15 @@ _NAMES = {"cuda": "GPUs", "cpu": "CPUs", "slurm": "jobs on Slurm"}
 
 
 class Host(msgspec.Struct, frozen=True):
-    """A living daemon's host: how many devices of each kind it has, and jobs on Slurm at once."""
+    """A living daemon's host: how many devices of each kind it has, and jobs on Slurm at once. `limits` are those of the daemon,
+    None where it has not told them."""
 
     daemon: str
     name: str
     gpus: int
     cpus: int
     slurm: int = 0
+    limits: Limits | None = None
 
     def total(self, kind: str) -> int:
         """How many devices of a kind there are."""

@@ -8,7 +8,7 @@ but devices hold up nobody else, except that a run at its limit is not overtaken
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -74,6 +74,24 @@ class Limits(msgspec.Struct, frozen=True):
 
     user: int | None = None
     project: int | None = None
+
+    def describe(self) -> dict[str, int]:
+        """As a daemon tells them to others; 0 is no limit."""
+        return {"user_limit": self.user or 0, "project_limit": self.project or 0}
+
+    @classmethod
+    def told(cls, described: Mapping[str, int]) -> Limits | None:
+        """What a daemon told; None of an older one, which did not."""
+        if "user_limit" not in described:
+            return None
+        return cls(described["user_limit"] or None, described.get("project_limit") or None)
+
+    def loosened(self, other: Limits) -> Limits:
+        """What holds where either daemon may start a run."""
+        return Limits(
+            None if self.user is None or other.user is None else max(self.user, other.user),
+            None if self.project is None or other.project is None else max(self.project, other.project),
+        )
 
 
 def latest_wait(now: Micros) -> Micros:

@@ -16,7 +16,7 @@ from sftd.store.engine import Store
 # A daemon that was not seen need not be dead: its host may be cut off from the database while its runs train.
 NodeState = Literal["alive", "not observed", "stopped"]
 # How the inventory counts devices, and how it names one.
-_KINDS = {"gpus": "cuda", "cpus": "cpu"}
+_KINDS = {"gpus": "cuda", "cpus": "cpu", "slurm": "slurm"}
 
 
 class Devices(msgspec.Struct, frozen=True):
@@ -86,7 +86,7 @@ def _node(row: DaemonRow, runs: list[str], held: list[str], now: Micros, silent_
         state="stopped" if row.stopped_at is not None else "not observed" if silent else "alive",
         pid=row.pid,
         home=row.home,
-        devices={kind: Devices(n, used[_KINDS.get(kind, kind)]) for kind, n in counts.items()},
+        devices={kind: Devices(n, used[_KINDS[kind]]) for kind, n in counts.items() if kind in _KINDS},
         runs=runs,
         started_at=row.started_at,
         seen_at=row.seen_at,

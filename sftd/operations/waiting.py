@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import msgspec
 
 from sftd.domain.demand import need
@@ -40,7 +42,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
 
 def list_queue(store: Store, context: Context, limits: Limits, silent_micros: int) -> list[QueueRow]:
     """Every run that a daemon drives, then those that wait, in the order in which they start. A daemon that was not seen for
-    `silent_micros` starts nothing."""
+    `silent_micros` starts nothing. `limits` hold where no living daemon has told its own."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
         running = schedule.running(connection)
@@ -50,6 +52,8 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[r.daemon_id] for r in rows if r.stopped_at is None and r.seen_at > now - silent_micros]
+    if told := [host.limits for host in alive if host.limits is not None]:
+        limits = reduce(Limits.loosened, told)
     outlooks = look_ahead(waiting, running, alive, limits, now)
     driven = [
         _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id, "")) for entry in running
@@ -61,7 +65,12 @@ def host_of(row: DaemonRow) -> Host:
     """A daemon's host, with its devices."""
     devices = msgspec.json.decode(row.devices, type=dict[str, int])
     return Host(
-        row.daemon_id, row.host, devices.get("gpus", 0), devices.get("cpus", 0), devices.get("slurm", 0)
+        row.daemon_id,
+        row.host,
+        devices.get("gpus", 0),
+        devices.get("cpus", 0),
+        devices.get("slurm", 0),
+        Limits.told(devices),
     )
 
 

@@ -11,21 +11,23 @@ from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from sftd.daemon.loop import Daemon
 from sftd.domain import events as e
 from sftd.domain.demand import Need
 from sftd.domain.failures import Failure, Remains
+from sftd.domain.queueing import Limits
 from sftd.domain.spec_sections import Launch
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
-from sftd.operations import attempts, runs, waiting
+from sftd.operations import attempts, nodes, runs, waiting
 from sftd.operations.context import Context
 from sftd.operations.reading import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import daemons, event_store, queue
+from sftd.store import daemons, event_store, queue, tables
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
@@ -134,6 +136,26 @@ def test_a_lost_attempt_whose_folder_cannot_be_read_is_killed_and_the_daemon_liv
     one.tick()
     assert attempt.is_killed
     assert one._supervisors == {}
+
+
+def test_the_queue_goes_by_the_limits_of_the_daemons_and_not_by_those_of_this_shell(
+    log: Store, daemon: Callable[[Launcher], Daemon]
+) -> None:
+    one = daemon(Launcher())
+    one._limits = Limits(user=1)
+    with log.write(appends=False) as tx:
+        tx.execute(sa.delete(tables.daemons))
+    one._register()
+    first, second = submit(log), submit(log)
+    one.tick()
+    rows = {row.run_id: row for row in waiting.list_queue(log, CONTEXT, Limits(), LEASE)}
+    assert (rows[first].status, rows[second].kind) == ("starting", "limit")
+    (node,) = nodes.list_nodes(log, CONTEXT, LEASE)
+    assert sorted(node.devices) == ["cpus", "gpus"]
+    # Another one starts it.
+    daemon(Launcher())
+    rows = {row.run_id: row for row in waiting.list_queue(log, CONTEXT, Limits(user=1), LEASE)}
+    assert rows[second].kind == "start"
 
 
 def test_an_attempt_is_adopted_although_its_folder_takes_no_file(
