@@ -210,7 +210,11 @@ class Store:
         if found != SCHEMA_REVISION:
             raise DatabaseNotReady(
                 f"{shown_url(str(self.engine.url))} has tables of revision {found}, this sftd needs {SCHEMA_REVISION}. "
-                "Run `sftd init`."
+                + (
+                    "Run `sftd init`."
+                    if found < SCHEMA_REVISION
+                    else "A newer sftd has changed them: use that one."
+                )
             )
 
     def schema_revision(self) -> str | None:

@@ -26,7 +26,9 @@ def test_a_database_with_the_tables_is_ready(store: Store) -> None:
 def test_tables_of_another_revision_are_told(store: Store) -> None:
     with store.write() as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(DatabaseNotReady, match=f"revision 9999, this sftd needs {SCHEMA_REVISION}"):
+    with pytest.raises(
+        DatabaseNotReady, match=f"revision 9999, this sftd needs {SCHEMA_REVISION}. A newer sftd"
+    ):
         store.check_schema()
 
 
