@@ -222,6 +222,6 @@ def _wait(store: Store, run_id: str, quiet: bool) -> int:
         if run.status in ENDED:
             if not quiet:
                 detail = f": {run.cause}: {run.message}" if run.cause else ""
-                output.console().print(f"[bold]{run_id}[/] has {run.status}{output.escape(detail)}")
+                output.console().print(f"[bold]{run_id}[/] {run.how_it_ended}{output.escape(detail)}")
             return 0 if run.status == "succeeded" else 1
         time.sleep(0.5)

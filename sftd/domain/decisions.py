@@ -33,7 +33,7 @@ def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
 def request_stop(run: Run, by: str, reason: str = "", *, now: bool = False) -> list[e.Event]:
     """Cancel: a run without an attempt ends at once, an active one when its attempt has ended, which `now` kills."""
     if run.status in ENDED:
-        raise Refused(Problem(run.run_id, f"has {run.status} already", "nothing is left to cancel"))
+        raise Refused(Problem(run.run_id, f"{run.how_it_ended} already", "nothing is left to cancel"))
     stop = e.StopRequested(by=by, reason=reason, now=now)
     if run.status not in ACTIVE:
         return [stop, e.RunCancelled(by=by)]

@@ -74,5 +74,5 @@ def interrupted(run: Run, interruption: Interruption) -> e.Event | None:
 
 
 def _problem(run: Run, mend: str) -> Problem:
-    what = f"has {run.status}" if run.status in ENDED else f"is {run.status}"
+    what = run.how_it_ended if run.status in ENDED else f"is {run.status}"
     return Problem(run.run_id, what, mend)

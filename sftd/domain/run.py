@@ -158,6 +158,11 @@ class Run(msgspec.Struct, frozen=True):
         return max((c for c in self.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
 
     @property
+    def how_it_ended(self) -> str:
+        """Of a run that has ended, in words: `was cancelled`, `has failed`."""
+        return f"{'was' if self.status == 'cancelled' else 'has'} {self.status}"
+
+    @property
     def dtype(self) -> str:
         """What the last attempt computed in, by torch's name; empty before the first."""
         return str(self.environment.get("dtype", ""))

@@ -29,7 +29,7 @@ def leave_queue(tx: Tx, context: Context, ended: Run) -> list[str]:
         gone = todo.pop()
         for run_id in schedule.dependents(tx.connection, gone.run_id):
             run = current(tx.connection, run_id)
-            reason = f"waits for {gone.run_id}, which {'was' if gone.status == 'cancelled' else 'has'} {gone.status}"
+            reason = f"waits for {gone.run_id}, which {gone.how_it_ended}"
             decided = decisions.request_stop(run, "sftd", reason)
             append_decided(tx, context, run_id, run.version, decided)
             queue.leave(tx, run_id)

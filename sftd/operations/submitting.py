@@ -76,7 +76,7 @@ def _to_wait_for(tx: Tx, prefixes: Sequence[str]) -> list[str]:
     for prefix in prefixes:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         if run.status in ENDED and run.status != "succeeded":
-            what = f"{run.run_id} {'was' if run.status == 'cancelled' else 'has'} {run.status}"
+            what = f"{run.run_id} {run.how_it_ended}"
             raise Refused(Problem("--after", what, f"take it up again first: `sftd resume {run.run_id}`"))
         if run.run_id not in found:
             found.append(run.run_id)

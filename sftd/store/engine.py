@@ -39,7 +39,8 @@ def shown_url(url: str) -> str:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
         return "(not a database URL)"
-    if "@" in (parsed.host or ""):
+    is_file = parsed.get_backend_name() == "sqlite"
+    if not is_file and "@" in f"{parsed.host}{parsed.database}":
         return "(no database URL: a / or @ in its password must be written as %2F or %40)"
     # libpq takes secrets as parameters, too.
     hidden = {name: "***" for name in parsed.query if "pass" in name}

@@ -32,6 +32,8 @@ def _check_save_dir(spec: Spec) -> list[Problem]:
     if not spec.checkpoint.save_dir:
         return []
     where, mend = "checkpoint.save_dir", "give a folder that you may write to"
+    if "\0" in spec.checkpoint.save_dir:
+        return [Problem(where, f"{spec.checkpoint.save_dir!r} holds a NUL character", mend)]
     try:
         path = Path(spec.checkpoint.save_dir)
         nearest = next(p for p in (path, *path.parents) if p.exists())

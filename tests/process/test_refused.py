@@ -255,7 +255,14 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "zero",
         "mend",
     ),
-    "no folder for checkpoints": (
+    "no name of a folder for checkpoints": (
+        nothing,
+        ['checkpoint.save_dir="a\\0b"'],
+        "checkpoint.save_dir",
+        "NUL",
+        "may write to",
+    ),
+    "a file for checkpoints": (
         nothing,
         ["checkpoint.save_dir=run.yaml"],
         "checkpoint.save_dir",

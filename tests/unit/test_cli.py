@@ -240,7 +240,12 @@ def test_a_home_that_is_a_file_is_a_sentence(
 def test_secrets_in_a_url_are_not_shown() -> None:
     from sftd.store.engine import shown_url
 
-    for url in ("postgresql://me:s3cret@host/db", "postgresql://host/db?password=s3cret&sslpassword=s3cret"):
+    for url in (
+        "postgresql://me:s3cret@host/db",
+        "postgresql://host/db?password=s3cret&sslpassword=s3cret",
+        # Neither @ nor / of the password is escaped.
+        "postgresql://me:p@s3cret/w@host/db",
+    ):
         assert "s3cret" not in shown_url(url)
     assert shown_url("postgresql://host:port/db") == "(not a database URL)"
 
