@@ -7,12 +7,14 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 _BYTES, _KEPT = 10_000_000, 5
+_REMIND_SECONDS = 3600.0
 NAMES = ("sftd.daemon", "sftd.mirror", "sftd.notify", "py.warnings")
 _daemon = logging.getLogger("sftd.daemon")
 
@@ -57,6 +59,29 @@ class JsonFormat(logging.Formatter):
                 "exception": self.formatException(record.exc_info) if record.exc_info else None,
             }
         )
+
+
+class Outage:
+    """Says that something does not answer: once for each reason and then every hour, not at every try, or a night of it would
+    rotate everything else out of the log. And says when it answers again."""
+
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name = name
+        self._clock = clock
+        self._said: dict[str, float] = {}
+
+    def failed(self, reason: str) -> None:
+        """It did not answer."""
+        now = self._clock()
+        if now - self._said.get(reason, -_REMIND_SECONDS) >= _REMIND_SECONDS:
+            self._said[reason] = now
+            _daemon.warning("%s: %s; trying again", self._name, reason)
+
+    def answered(self) -> None:
+        """It did."""
+        if self._said:
+            self._said.clear()
+            _daemon.info("%s answers again", self._name)
 
 
 class PrivateFile(logging.handlers.RotatingFileHandler):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import sqlalchemy as sa
 
-from sftd.daemon.log import of_run
+from sftd.daemon.log import Outage, of_run
 from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.mirror_turn import Mirror, MirrorTurn
@@ -91,6 +91,7 @@ class Daemon:
         self._stop = stop or threading.Event()
         self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
         self._sampler = Sampler(store, self._context, settings.sample_seconds)
+        self._database = Outage("the database")
         self._renew_at = 0.0
         self._look_at: dict[str, float] = {}
         self._too_large: set[str] = set()
@@ -123,8 +124,10 @@ class Daemon:
                         break
                 except DATABASE_ERRORS as error:
                     # Training goes on; its journal waits for us.
-                    log.warning("the database: %s; trying again", str(error.orig).strip())
+                    self._database.failed(str(error.orig).strip())
                     busy = False
+                else:
+                    self._database.answered()
                 if not busy:
                     self._stop.wait(self._settings.poll_seconds)
         finally:

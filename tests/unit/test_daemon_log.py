@@ -98,3 +98,21 @@ def test_the_format_is_checked(tmp_path: Path) -> None:
     assert read(environ | {"SFTD_LOG_FORMAT": "json"}).log_format == "json"
     with pytest.raises(SettingsError, match="neither text nor json"):
         read(environ | {"SFTD_LOG_FORMAT": "xml"})
+
+
+def test_an_outage_is_told_once_and_then_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    """A database that is away for a night must not rotate the log away."""
+    caplog.set_level(logging.INFO, "sftd.daemon")
+    now = 0.0
+    outage = log.Outage("the database", lambda: now)
+    outage.answered()
+    for _ in range(4 * 3600):
+        for reason in ("refused", "starting up"):
+            outage.failed(reason)
+        now += 0.5
+    outage.answered()
+    outage.answered()
+    outage.failed("refused")
+    said = [record.getMessage() for record in caplog.records]
+    both = ["the database: refused; trying again", "the database: starting up; trying again"]
+    assert said == [*both, *both, "the database answers again", both[0]]
