@@ -8,7 +8,7 @@ from sftd.daemon.log import of_run
 from sftd.daemon.watchdog import Watchdog
 from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, UnknownEvent
-from sftd.domain.failures import Failure, classify
+from sftd.domain.failures import Failure, Remains, classify
 from sftd.domain.run import Run
 from sftd.domain.spec_sections import Launch
 from sftd.launcher.seam import Attempt
@@ -56,6 +56,8 @@ class Supervisor:
         self._asked_for_stacks: float | None = None
         self._reported: e.JobReported | None = None
         self._stuck: list[int] = []
+        # Until the database takes it, a disk that was full may have room again.
+        self._first_remains: Remains | None = None
         with store.read() as connection:
             self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
 
@@ -147,6 +149,8 @@ class Supervisor:
         """Ingest, and when the attempt's processes are gone, finish it. Returns the run then, None while it lives."""
         # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
         alive = self.attempt.is_alive()
+        if not alive and self._first_remains is None:
+            self._first_remains = self.attempt.remains()
         self.ingest()
         self._tell_report()
         if alive and self._verdict is None:
@@ -199,6 +203,8 @@ class Supervisor:
         # No attempt lives, and until the lease ends none can begin.
         checkpoints.sweep(self._store, self.lease.run_id)
         remains = self.attempt.remains()
+        if self._first_remains is not None and classify(self._first_remains).cause == "disk full":
+            remains = self._first_remains
         exit_code = remains.exit_code
         failure = self._verdict or classify(remains)
         run = attempts.finish(

@@ -17,6 +17,8 @@ from sftd.launcher.inventory import Need
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
 from sftd.wire.remains import find_remains, find_stack
 
+_FULL_BYTES = 64 * 1024
+
 
 class LocalAttempt:
     """An attempt's processes on this host, started by this daemon or adopted from one before."""
@@ -124,8 +126,27 @@ class LocalAttempt:
     def remains(self) -> Remains:
         """What the ended attempt left to tell why."""
         found = find_remains(self.directory)
-        code = self._child.poll() if self._child is not None else None
-        if found.exit_code is None and code is not None and code >= 0:
+        if found.exit_code is None and (code := self._child_code()) > 0:
             # The shell has said it, but a full disk did not take it.
             found = msgspec.structs.replace(found, exit_code=code)
+        if found.exit_code != 0 and not found.rank_errors and (full := self._full_disk()):
+            found = msgspec.structs.replace(found, last_word=full)
         return found
+
+    def _child_code(self) -> int:
+        """What the shell round torchrun ended with: below 0 if by a signal, and 0 also if nobody knows, for that is what Popen says
+        of a child that somebody else has reaped."""
+        code = self._child.poll() if self._child is not None else None
+        return code or 0
+
+    def _full_disk(self) -> str:
+        """That the disk is full: who fails on it can write down nothing of it. Empty when it is not, or cannot be asked."""
+        try:
+            disk = os.statvfs(self.directory.path)
+        except OSError:
+            return ""
+        left = disk.f_bavail * disk.f_frsize
+        if left >= _FULL_BYTES and not (disk.f_files and disk.f_favail == 0):
+            return ""
+        where = self.directory.path
+        return f"No space left on device: {left} bytes and {disk.f_favail} files are free in {where}"

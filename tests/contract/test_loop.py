@@ -48,6 +48,7 @@ class Attempt:
         self.process: ProcessFile | None = ProcessFile(pid=1, create_time=1.0, host="h", devices=devices)
         self.is_killed = False
         self.stacks_seconds = 1.0
+        self.left = [Remains(None)]
 
     def is_alive(self) -> bool:
         return not self.is_killed
@@ -66,7 +67,7 @@ class Attempt:
         return []
 
     def remains(self) -> Remains:
-        return Remains(None)
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
 
 class Launcher:
@@ -293,3 +294,32 @@ def test_an_attempt_never_begins_with_what_another_of_its_number_left(
     (aside,) = directory.path.parent.glob("attempt-0001.*")
     assert AttemptDir(aside).order() == order
     assert AttemptDir(aside).journal.stat().st_size > 0
+
+
+def test_a_disk_that_was_full_when_the_attempt_ended_is_told_once_there_is_room(
+    log: Store, daemon: Callable[[Launcher], Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database lies on it, too, and takes nothing before that."""
+    launcher = Launcher()
+    one = daemon(launcher)
+    run_id = submit(log)
+    one.tick()
+    one.tick()
+    (attempt,) = launcher.started
+    attempt.is_killed = True
+    attempt.left = [Remains(1, last_word="No space left on device: 0 bytes"), Remains(1)]
+    with monkeypatch.context() as patched:
+
+        def full(*_: object) -> None:
+            raise sa.exc.OperationalError("INSERT", None, Exception("database or disk is full"))
+
+        patched.setattr(attempts, "steps_before", full)
+        patched.setattr(one._supervisors[run_id], "_before", None)
+        with pytest.raises(sa.exc.OperationalError):
+            one.tick()
+    one._look_at.clear()
+    one.tick()
+    with log.read() as connection:
+        (failed,) = event_store.read_types(connection, [run_id], ("AttemptFailed",))
+    assert isinstance(failed.event, e.AttemptFailed)
+    assert (failed.event.cause, failed.event.exit_code) == ("disk full", 1)

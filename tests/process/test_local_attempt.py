@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from sftd.domain.failures import classify
 from sftd.domain.spec import Spec
 from sftd.launcher import local, processes
 from sftd.launcher.inventory import Inventory, Need
@@ -86,7 +89,39 @@ def test_an_exit_code_that_the_full_disk_did_not_take_is_told_by_the_process(
     assert attempt._child is not None
     attempt._child.wait(timeout=30)
     assert not attempt.is_alive()
+    attempt.kill()
     assert (directory.exit_code(), attempt.remains().exit_code) == (None, expected)
+
+
+def test_one_that_was_killed_has_no_exit_code(tmp_path: Path, order: Order) -> None:
+    """Whoever waits for the killed processes reaps the child, too, and Popen then says 0, which nobody has said."""
+    attempt, _ = LocalAttempt.start(AttemptDir(tmp_path / "attempt"), order, NEED, [])
+    while not processes.survivors(order.token):
+        pass
+    attempt.kill()
+    assert not attempt.is_alive()
+    assert attempt.remains().exit_code is None
+
+
+@pytest.mark.parametrize(("blocks", "files"), [(0, 9), (9, 0)])
+def test_a_full_disk_is_told_although_it_took_no_word_of_it(
+    tmp_path: Path, order: Order, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int
+) -> None:
+    directory = AttemptDir(tmp_path / "attempt")
+    monkeypatch.setattr(local, "torchrun_argv", lambda *_: ["/bin/sh", "-c", "exit 1"])
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [])
+    assert attempt._child is not None
+    attempt._child.wait(timeout=30)
+    assert classify(attempt.remains()).cause != "disk full"
+    real = os.statvfs(tmp_path)
+    full = SimpleNamespace(f_frsize=real.f_frsize, f_bavail=blocks * 2**20, f_files=10, f_favail=files)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    failure = classify(attempt.remains())
+    assert failure.cause == "disk full"
+    assert "No space left on device" in failure.message
+    # What a rank could still say counts for more.
+    directory.write_rank_error(0, '{"message": "ValueError: no"}')
+    assert classify(attempt.remains()).cause == "crash"
 
 
 def test_an_identity_file_cut_short_is_no_identity(tmp_path: Path, order: Order) -> None:
