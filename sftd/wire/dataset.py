@@ -150,6 +150,8 @@ def _slices(where: str, path: str, file: pq.ParquetFile) -> Iterator[tuple[int, 
             raise _refuse(
                 where, path, f"has no column {column!r}; it has {', '.join(schema.names) or 'none'}"
             )
+        if (times := schema.names.count(column)) > 1:
+            raise _refuse(where, path, f"has the column {column!r} {times} times")
         kind = schema.field(column).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         if not is_list or not pa.types.is_integer(kind.value_type):

@@ -468,7 +468,12 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     source = tmp_path / "chats.jsonl"
     source.write_text("{}")
     command = [sys.executable, "-m", "sftd.trainer.prepare", "tokenize", str(source)]
-    command += ["--model", str(make_model(CHATML)), "--out", str(tmp_path / "out.parquet")]
+    command += [
+        "--model",
+        str(make_model("{% if aside %}{% endif %}" + CHATML)),
+        "--out",
+        str(tmp_path / "out.parquet"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{source}, line 1: the row has no messages")
@@ -476,12 +481,12 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     # The command of sftd runs the same tool, and hands every option on.
     write_jsonl(source, [{"messages": chat(f"q{n}", "x")} for n in range(3)])
     arguments = ["prepare", str(source), "-m", str(tmp_path / "model"), "-o", str(tmp_path / "t.parquet")]
-    arguments += ["--val-rows", "1", "--val-out", str(tmp_path / "v.parquet"), "--template-arg", "role=1"]
+    arguments += ["--val-rows", "1", "--val-out", str(tmp_path / "v.parquet"), "--template-arg", "aside=1"]
     shown = CliRunner().invoke(main, [*arguments, "--rewritten", "split", "--skip-bad-rows"])
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.startswith("2 rows, ")
     assert "for validation: 1 rows, " in shown.stdout
     card = json.loads((tmp_path / "t.parquet.card.json").read_text())
-    assert card["chat_template"]["arguments"] == {"role": 1}
+    assert card["chat_template"]["arguments"] == {"aside": 1}
     assert (card["options"]["rewritten"], card["options"]["skip_bad_rows"]) == ("split", True)
     assert str(tmp_path / "t.parquet.card.md") in shown.stdout

@@ -155,8 +155,34 @@ def test_template_arguments_mean_what_they_say(model: Path, tmp_path: Path) -> N
         ("x", 2),
     ]
     (tmp_path / "c.jsonl").write_text(json.dumps(ROW))
-    with pytest.raises(PrepareError, match="has no variable 'enable_thinkng'"):
-        run([tmp_path / "c.jsonl"], model, tmp_path / "t.parquet", template_args={"enable_thinkng": False})
+    for name, said in (
+        ("enable_thinkng", "has no variable 'enable_thinkng'"),
+        # Only the beginning of one that it has, and a field of a message.
+        ("add_gen", "has no variable 'add_gen'"),
+        ("content", "has no variable 'content'"),
+        ("add_generation_prompt", "'add_generation_prompt' is what prepare itself gives"),
+    ):
+        with pytest.raises(PrepareError, match=said):
+            run([tmp_path / "c.jsonl"], model, tmp_path / "t.parquet", template_args={name: False})
+
+
+def test_a_column_that_is_there_twice_is_refused(model: Path, tmp_path: Path) -> None:
+    column = pa.array([ROW["messages"]])
+    twice = pa.Table.from_arrays([column, column], names=["messages", "messages"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(PrepareError, match="has the column 'messages' 2 times"):
+        run([tmp_path / "c.parquet"], model, tmp_path / "t.parquet")
+
+
+def test_a_label_that_nothing_predicts_is_not_counted_as_trained(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"messages": [QUESTION, ANSWER | {"content": "word " * 50}]})
+    )
+    out = tmp_path / "t.parquet"
+    done = run([tmp_path / "c.jsonl"], model, out, max_length=8, truncation="left")
+    labels = pq.read_table(out)["labels"].to_pylist()[0]
+    assert labels[0] != -100
+    assert done["trained_tokens"] == sum(label != -100 for label in labels[1:])
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

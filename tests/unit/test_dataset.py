@@ -52,6 +52,13 @@ def test_the_facts_of_a_good_file(tmp_path: Path) -> None:
     assert facts.files == [path]
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    names = [*GOOD, "labels"]
+    twice = pa.Table.from_arrays([pa.array(GOOD[name]) for name in names], names=names)
+    pq.write_table(twice, tmp_path / "a.parquet")
+    assert refusal(str(tmp_path / "a.parquet")).endswith("has the column 'labels' 2 times")
+
+
 def test_the_facts_do_not_depend_on_how_rows_are_grouped_or_typed(tmp_path: Path) -> None:
     grouped = inspect(parquet(tmp_path / "a.parquet", row_group_size=1))
     whole = inspect(parquet(tmp_path / "b.parquet"))

@@ -205,7 +205,11 @@ def _columns(path: Path, names: list[str], messages_key: str | None) -> list[str
             f"{path} has no column {messages_key or 'messages'!r}; it has {', '.join(names)}. "
             "Name the column that holds the chats."
         )
-    return [name for name in names if name in FIELDS or name == messages_key]
+    read = [name for name in names if name in FIELDS or name == messages_key]
+    for name in read:
+        if (times := read.count(name)) > 1:
+            raise PrepareError(f"{path} has the column {name!r} {times} times. Leave one of them in it.")
+    return read
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

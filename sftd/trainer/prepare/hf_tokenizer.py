@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftd.trainer.prepare.errors import PrepareError
+
+# What a chat template is given of each row.
+_GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +57,39 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 def chat_template_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 (hex) of the text of the chat template in use."""
     return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+
+
+def check_template_args(tokenizer: "PreTrainedTokenizerBase", folder: Path, names: Iterable[str]) -> None:
+    """Raises PrepareError for a variable that the chat template does not have, for it would change nothing, without a word;
+    and for one that each row gives it."""
+    templates = tokenizer.chat_template
+    known = _variables("\n".join(templates.values()) if isinstance(templates, dict) else str(templates))
+    for name in names:
+        if name in _GIVEN:
+            raise PrepareError(
+                f"The template's variable {name!r} is what prepare itself gives it. Leave it out."
+            )
+        if name not in known:
+            raise PrepareError(
+                f"The chat template in {folder} has no variable {name!r}. Take it out, or see how it is spelt there."
+            )
+
+
+def _variables(template: str) -> set[str]:
+    """The names in a template that are no field of anything. Its words are looked at, not its grammar: templates have tags
+    that are transformers' own."""
+    import jinja2
+
+    words = [
+        (kind, word)
+        for _, kind, word in jinja2.Environment(autoescape=True).lex(template)
+        if kind != "whitespace"
+    ]
+    return {
+        word
+        for before, (kind, word) in zip([("", ""), *words], words, strict=False)
+        if kind == "name" and before != ("operator", ".")
+    }
 
 
 def stop_token_ids(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> set[int]:

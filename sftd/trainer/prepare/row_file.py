@@ -44,7 +44,8 @@ class RowFile:
         length = len(row.input_ids)
         self.rows += 1
         self.tokens += length
-        self.trained_tokens += int((row.labels != IGNORE_INDEX).sum())
+        # Nothing predicts the first one.
+        self.trained_tokens += int((row.labels[1:] != IGNORE_INDEX).sum())
         self.longest = max(self.longest, length)
         self.truncated += row.cut > 0
         self.cut_tokens += row.cut

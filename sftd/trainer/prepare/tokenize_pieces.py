@@ -12,7 +12,7 @@ from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import Conversation, conversation
 from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
+from sftd.trainer.prepare.hf_tokenizer import check_template_args, load_tokenizer, stop_token_ids
 
 Truncation = Literal["right", "left", "error", "drop"]
 
@@ -80,13 +80,7 @@ class PieceTokenizer:
     def __init__(self, model: Path, options: TokenizeOptions) -> None:
         self._options = options
         self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        # A variable that the template does not know would change nothing, without a word.
-        template = str(self.tokenizer.chat_template)
-        for name in options.template_args:
-            if name not in template:
-                raise PrepareError(
-                    f"The chat template in {model} has no variable {name!r}. Take it out, or see how it is spelt there."
-                )
+        check_template_args(self.tokenizer, model, options.template_args)
         self.masker = ChatMasker(self.tokenizer, stop_token_ids(self.tokenizer, model), options.template_args)
 
     def __call__(self, piece: Piece) -> Done:
@@ -127,9 +121,10 @@ class PieceTokenizer:
 def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
     ids = np.asarray(whole.input_ids, np.int32)
     labels = np.asarray(whole.labels, np.int32)
-    trained = int((labels != IGNORE_INDEX).sum())
     left = labels[kept]
-    return Row(ids[kept], left, key, len(labels) - len(left), trained - int((left != IGNORE_INDEX).sum()))
+    # The first of a row is never predicted.
+    trained, still = (int((part[1:] != IGNORE_INDEX).sum()) for part in (labels, left))
+    return Row(ids[kept], left, key, len(labels) - len(left), trained - still)
 
 
 def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
