@@ -76,6 +76,7 @@ def step(number: int, loss: float = 1.0, **changes: Any) -> e.StepCompleted:
         "tokens": 10,
         "samples_digest": f"{number:064x}",
         "seconds": 1.0,
+        "mfu": 0.5,
     }
     return e.StepCompleted(
         step=number,
@@ -85,7 +86,6 @@ def step(number: int, loss: float = 1.0, **changes: Any) -> e.StepCompleted:
         tokens_padded=20,
         tokens_total=10 * number,
         samples=1,
-        mfu=0.5,
         peak_memory_bytes=2_000_000,
         **(values | changes),
     )

@@ -73,7 +73,7 @@ def run_lines(board: RunBoard, width: int, height: int | None) -> list[Text]:
     kept = max(3, min(len(events), (total - len(lines)) // 3))
     plot_height = min(18, total - len(lines) - kept - 5)
     if len(board.history.curves) and plot_height >= 4:
-        steps = width_for(board.history.curves.last, 2 * max(10, width - 10))
+        steps = width_for([board.history.curves], 2 * max(10, width - 10))
         buckets = list(thin(board.history.curves, "loss", steps))
         until = "" if board.is_complete else f" (reading: step {board.history.curves.last})"
         lines.append(Text(f"loss{until}", "bold"))

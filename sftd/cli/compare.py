@@ -77,7 +77,7 @@ def _json(found: Compared) -> dict[str, Any]:
 
     from sftd.domain.curves import thin, width_for
 
-    width = width_for(max(side.curves.last for side in found.sides), _POINTS)
+    width = width_for([side.curves for side in found.sides], _POINTS)
     return {
         "runs": [
             msgspec.structs.asdict(side.figures) | {"seconds": side.ledger.as_json()} for side in found.sides
@@ -122,7 +122,7 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
     out.print()
     out.print(Text("Loss over steps", "bold"))
     # Two points a column: as many as there are dots.
-    steps = width_for(max(side.curves.last for side in found.sides), 2 * max(10, width - 10))
+    steps = width_for([side.curves for side in found.sides], 2 * max(10, width - 10))
     series = [Series(letter(n), list(thin(side.curves, "loss", steps))) for n, side in enumerate(found.sides)]
     plain = "utf" not in (out.encoding or "").lower()
     for text in plot(series, width, _HEIGHT, log=is_log, plain=plain):

@@ -40,7 +40,7 @@ class _Chart(msgspec.Struct, frozen=True):
 
 def render(found: Compared, points: int, *, is_log: bool = False) -> str:
     """The page, with at most so many points to a curve."""
-    width = width_for(max(side.curves.last for side in found.sides), points)
+    width = width_for([side.curves for side in found.sides], points)
     charts = [
         _Chart(name, title, [_buckets(side, name, width) for side in found.sides]) for name, title in _CHARTS
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -124,11 +124,23 @@ class Curves:
         found = [v for v in self.values(name, first, last) if math.isfinite(v)]
         return math.fsum(found) / len(found) if found else None
 
+    def mean_over_time(self, name: str, first: int, last: int) -> float | None:
+        """The same, each step counted for as long as it took."""
+        pairs = zip(self.values(name, first, last), self.values("seconds", first, last), strict=True)
+        return mean_over_time(pairs)
+
     def lowest(self, name: str) -> tuple[int, float] | None:
         """(step, value) of the lowest finite number."""
         column = self.columns[name]
         least = min((v for v in column if math.isfinite(v)), default=None)
         return None if least is None else (self.first + column.index(least), least)
+
+
+def mean_over_time(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """The mean of a rate, from (rate, seconds); None where no step tells both."""
+    known = [(rate, seconds) for rate, seconds in pairs if math.isfinite(rate) and seconds > 0]
+    total = math.fsum(seconds for _, seconds in known)
+    return math.fsum(rate * seconds for rate, seconds in known) / total if known else None
 
 
 def _bits(digest: str) -> int:
@@ -151,9 +163,12 @@ class Bucket(msgspec.Struct, frozen=True):
     odd: int
 
 
-def width_for(last_step: int, count: int) -> int:
-    """Steps in a bucket, so that there are at most `count` buckets."""
-    return max(1, -(-last_step // count))
+def width_for(curves: Iterable[Curves], count: int) -> int:
+    """Steps in a bucket, so that `count` buckets hold what is between the first and the last step of all curves (one more
+    where the first is not a bucket's)."""
+    known = [one for one in curves if len(one)]
+    span = max(one.last for one in known) - min(one.first for one in known) + 1 if known else 0
+    return max(1, -(-span // count))
 
 
 def thin(curves: Curves, name: str, width: int) -> Iterator[Bucket]:

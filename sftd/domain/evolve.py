@@ -177,6 +177,9 @@ def _rewind(run: Run, step: int) -> Run:
     return _set(
         run,
         step=step,
+        # Those of a step that the timeline does not have any more say nothing of the one that it is at.
+        loss=run.loss if step >= run.step else None,
+        lr=run.lr if step >= run.step else None,
         order=run.order_behind(step),
         tokens_counted=tokens,
         tokens_reported=tokens,

@@ -11,7 +11,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import events as e
-from sftd.domain.curves import History, Point
+from sftd.domain.curves import History, Point, mean_over_time
 from sftd.domain.events import Micros, Recorded
 from sftd.domain.goodput import Ledger
 from sftd.domain.queueing import Limits
@@ -111,7 +111,7 @@ class _Steps:
         """What they say of the run."""
         recent = list(self._points)[-_SPEED:]
         seconds = math.fsum(float(p.seconds) for p in recent)
-        known = [p.mfu for p in recent if p.mfu is not None]
+        known = [(p.mfu, float(p.seconds)) for p in recent if p.mfu is not None]
         left = None
         if run.status in ACTIVE and run.seconds_per_step is not None:
             left = max(0, run.planned_steps - run.step) * run.seconds_per_step
@@ -119,7 +119,7 @@ class _Steps:
             run=run,
             losses=[float(p.loss) for p in self._points],
             tokens_per_second=sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None,
-            mfu=math.fsum(known) / len(known) if known else None,
+            mfu=mean_over_time(known),
             memory=max((p.peak_memory_bytes for p in recent if p.peak_memory_bytes), default=None),
             seconds_left=left,
             stepped_at=self._at,

@@ -157,7 +157,7 @@ def _figures(run: Run, history: History, ledger: Ledger, now: Micros, price: flo
         best_val_step=best.step if best else None,
         tokens=run.tokens_counted,
         tokens_per_second=trained / seconds if seconds > 0 else None,
-        mfu=curves.mean("mfu", own, curves.last),
+        mfu=curves.mean_over_time("mfu", own, curves.last),
         peak_memory_bytes=int(max(curves.values("memory", own, curves.last), default=0)) or None,
         wall_seconds=ledger.wall_seconds,
         held_seconds=ledger.held_seconds,

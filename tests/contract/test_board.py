@@ -28,7 +28,7 @@ from sftd.store.engine import Store
 from sftd.store.names import run_names
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE
-from tests.histories import FAILED, append, claimed, open_log, spec, step, submitted
+from tests.histories import FAILED, append, claimed, forked, open_log, spec, step, submitted
 
 CONTEXT = Context(actor="test")
 SILENT = 30_000_000
@@ -126,6 +126,18 @@ def test_the_board_of_a_run_reads_its_curve_in_pages(log: Store, monkeypatch: py
         assert len(lines) <= height
         assert max(line.cell_len for line in lines) <= width
     assert "30/30" in lines[1].plain
+
+
+def test_a_forks_few_steps_are_all_drawn_and_a_slow_one_counts_for_its_time(log: Store) -> None:
+    start = [forked("gone", 100_000), submitted(spec(steps=101_000)), *claimed(from_step=100_000)]
+    # Up and down by turns: a mean over several steps would be a line.
+    later = [step(100_000 + n, 1.0 + n % 2) for n in range(1, 41)]
+    append(log, "fork", [*start, *later, step(100_041, seconds=11.0, mfu=0.1)])
+    seen = RunObserver(log, CONTEXT, Limits(), SILENT, "fork").look()
+    text = "\n".join(line.plain for line in run_lines(seen, 80, 30))
+    assert "2.0000" in text
+    assert "1.0000" in text
+    assert seen.line.mfu == pytest.approx((9 * 0.5 + 11 * 0.1) / 20)
 
 
 def test_what_is_not_finite_and_what_is_not_printable_is_shown(log: Store) -> None:

@@ -115,6 +115,16 @@ def test_the_parents_steps_count_as_they_were_when_it_was_forked(log: Store) -> 
     assert list(found.sides[1].curves.columns["loss"]) == [7.0, 3.5, 7 / 3]
 
 
+def test_a_run_that_went_back_has_the_loss_of_the_step_that_it_is_at(log: Store) -> None:
+    append(log, "back", [submitted(spec()), *claimed(), *losses(3), published(3), *losses(3, 4), FAILED])
+    append(log, "back", claimed(from_step=3), attempt=2)
+    append(log, "slow", [submitted(spec()), *claimed(), step(1, seconds=9.0, mfu=0.1), step(2)])
+    back, slow = (side.figures for side in comparisons.compare(log, ["back", "slow"], NOW).sides)
+    assert (back.step, back.loss, back.lowest_loss) == (3, 1 / 3, 1 / 3)
+    # As long as the slow step took, the devices did so little.
+    assert slow.mfu == pytest.approx((9 * 0.1 + 1 * 0.5) / 10)
+
+
 def test_a_parent_that_is_not_in_this_database_is_left_out(log: Store) -> None:
     append(log, "fork", [forked("elsewhere", 6), submitted(spec()), *claimed(from_step=6), *losses(2, 7)])
     append(log, "other", [submitted(spec()), *claimed(), *losses(8)])

@@ -125,6 +125,15 @@ def published(number: int) -> events.CheckpointPublished:
     )
 
 
+def test_the_loss_of_a_superseded_step_is_not_the_runs() -> None:
+    log = Log().claim().train(3).save().train(6).end()
+    assert log.run.loss == 2.0
+    log.claim()
+    assert (log.run.step, log.run.loss, log.run.lr) == (3, None, None)
+    log = Log().claim().train(6).save().end().claim()
+    assert (log.run.step, log.run.loss) == (6, 2.0), "nothing is done again"
+
+
 def validated(number: int, loss: float) -> events.ValidationCompleted:
     return events.ValidationCompleted(step=number, loss=loss, tokens=9, rows=3, seconds=1.0)
 
