@@ -23,6 +23,8 @@ def config_command(prefix: str, markdown: bool, as_json: bool) -> None:
       sftd config model.megatron
     """
     rows = [row for row in keys() if row["key"].startswith(prefix)]
+    if not rows:
+        raise click.UsageError(f"No key begins with {prefix!r}.{_meant(prefix)}")
     if as_json:
         click.echo(output.json_line(rows))
     elif markdown:
@@ -39,6 +41,19 @@ def config_command(prefix: str, markdown: bool, as_json: bool) -> None:
         for row in rows:
             table.add_row(row["key"], row["type"], _shown(row["default"]), row["meaning"])
         output.console().print(table)
+
+
+def _meant(name: str) -> str:
+    """What a person may have meant by a name that no key begins with: verl's name of a key, a part of one, or misspelt."""
+    import difflib
+
+    from sftd.domain.spec_parse import ALIASES
+
+    if name in ALIASES or name == "optim.min_lr":
+        return f" It is another name: {_alias_target(name)}."
+    paths = [row["key"] for row in keys()]
+    near = [path for path in paths if name in path] or difflib.get_close_matches(name, paths, n=3)
+    return f" Did you mean {', '.join(near[:5])}?" if near else " `sftd config` lists all."
 
 
 def keys() -> list[dict[str, Any]]:

@@ -15,7 +15,11 @@ _PAGE = 1000
 
 
 def describe(event: Any) -> str:
-    """One line that says what matters of an event."""
+    """One line that says what matters of an event, and does nothing to a terminal, whoever wrote the words in it."""
+    return output.printable(_described(event))
+
+
+def _described(event: Any) -> str:
     from sftd.domain import events as e
 
     match event:

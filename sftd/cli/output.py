@@ -108,7 +108,7 @@ def changes(changed: dict[str, Any]) -> list[str]:
     import json
 
     def shown(value: Any) -> str:
-        return value if isinstance(value, str) and value else json.dumps(value)
+        return printable(value) if isinstance(value, str) and value else json.dumps(value)
 
     return [f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items()]
 

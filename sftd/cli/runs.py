@@ -162,7 +162,7 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         output.loss(row.val_loss),
         str(row.attempt or ""),
         left,
-        row.message if row.message and row.status in ("failed", "retrying") else name,
+        output.printable(row.message) if row.message and row.status in ("failed", "retrying") else name,
     )
 
 
@@ -204,7 +204,6 @@ def show_command(run: str, as_json: bool) -> None:
 def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:
     """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints."""
     from rich.table import Table
-    from rich.text import Text
 
     out = output.console()
     facts = Table.grid(padding=(0, 2))
@@ -212,11 +211,17 @@ def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str
     facts.add_column(overflow="fold")
     for name, value in (*_facts(run, history), *more):
         if value:
-            facts.add_row(name, Text(value) if isinstance(value, str) else value)
+            facts.add_row(name, _harmless(value) if isinstance(value, str) else value)
     out.print(facts)
     if run.checkpoints:
         out.print()
         out.print(_checkpoints_table(run))
+
+
+def _harmless(lines: str) -> Text:
+    from rich.text import Text
+
+    return Text("\n".join(map(output.printable, lines.split("\n"))))
 
 
 def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
@@ -227,11 +232,11 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     spec = run.spec
     status = output.status_text(run.status)
     if run.cause:
-        status.append(f"  {run.cause}: {run.message}", "default")
+        status.append(f"  {run.cause}: {output.printable(run.message or '')}", "default")
     elif run.stop_reason:
-        status.append(f"  {run.stop_reason}", "default")
+        status.append(f"  {output.printable(run.stop_reason)}", "default")
     elif run.job and run.daemon:
-        status.append(f"  {run.job}", "default")
+        status.append(f"  {output.printable(run.job)}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [

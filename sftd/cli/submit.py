@@ -169,10 +169,12 @@ def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
     from sftd.domain.plan import make_plan
 
     out = output.console(stderr=stderr)
-    xray.show(spec, found, out)
     try:
         host = plan.Host.find(spec)
     except Refused:
+        host = None
+    xray.show(spec, found, out, "cuda" if host is None else host.machine.device)
+    if host is None:
         return
     made = make_plan(spec, plan.facts_of(found), host.machine, plan.known_pace(found.shape, host.machine))
     out.print(f"  {summary(made)}", soft_wrap=True)

@@ -23,8 +23,8 @@ _HEAD, _TAIL = 110, 50
 _IDS = 12
 
 
-def show(spec: Spec, found: Preflight, out: Console) -> None:
-    """Print it."""
+def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
+    """Print it. `device` is `cuda` or `cpu`: on it depends to which lengths rows are padded."""
     from rich.padding import Padding
 
     path = spec.data.train_files[0]
@@ -41,7 +41,7 @@ def show(spec: Spec, found: Preflight, out: Console) -> None:
         total = sum(len(ids) for ids, _ in row)
         out.print(f"  row {number}: {total} tokens, {trained} trained", style="dim")
         out.print(Padding(_marked([(next(words), is_trained) for _, is_trained in row]), (0, 0, 0, 4)))
-    for line in _shares(spec, found):
+    for line in _shares(spec, found, device):
         out.print(f"  {line}", soft_wrap=True)
 
 
@@ -92,12 +92,12 @@ def _marked(parts: list[tuple[str, bool]]) -> Text:
     return shown
 
 
-def _shares(spec: Spec, found: Preflight) -> Iterator[str]:
+def _shares(spec: Spec, found: Preflight, device: str) -> Iterator[str]:
     from sftd.domain.workload import workload
 
     train = found.train
     trained = train.trained_tokens / max(train.seen_tokens, 1)
-    work = workload(spec, train, found.planned_steps, "cpu")
+    work = workload(spec, train, found.planned_steps, device)
     padded = max(0.0, 1 - work.real / work.computed)
     yield (
         f"Of {train.seen_tokens:,} tokens {trained:.1%} are trained, {1 - trained:.1%} masked; padding is "

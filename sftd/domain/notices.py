@@ -111,6 +111,8 @@ def _said(event: e.Event, facts: Facts) -> str | None:
             return f"will be tried again at step {facts.step:,}: {_line(event.message)}"
         case e.AttemptPaused():
             return f"was paused by {event.by} at step {event.step:,}"
+        case e.AttemptPreempted() if not event.by_run:
+            return f"was interrupted at step {event.step:,}, and is queued again: {_line(event.reason)}"
         case e.AttemptPreempted():
             return f"made room for {event.by_run} at step {event.step:,}"
     return None  # an attempt that failed for good: the run's failure is told

@@ -114,6 +114,14 @@ def test_the_xray_lets_data_do_nothing_to_a_terminal(home: Home, sftd: Sftd, tmp
     assert not {"\x1b", "\u202e"} & set(done.output)
 
 
+def test_the_xrays_padding_is_that_of_the_device(home: Home, sftd: Sftd) -> None:
+    data(home, [[9, 10, 11]], [[-100, 10, 11]])
+    on_gpus = sftd("submit", str(home.config), "--xray", "--dry-run", "launch.device=cuda")
+    assert on_gpus.exit_code == 0, on_gpus.output
+    # A GPU's lengths are multiples of 64.
+    assert f"padding is {1 - 3 / 64:.1%} of what is computed" in on_gpus.output
+
+
 def test_without_a_tokenizer_the_xray_shows_ids(home: Home, sftd: Sftd) -> None:
     data(home, [[9, 10, 11]], [[-100, 10, 11]])
     done = sftd("submit", str(home.config), "--xray", "--dry-run")

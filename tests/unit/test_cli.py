@@ -161,6 +161,9 @@ def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pyt
         (["generate", "r"], "Missing option '-p' / '--prompt'"),
         (["import", "nowhere"], "it has no run.json"),
         (["export", "r"], "Missing argument 'DIR'"),
+        (["config", "learning_rate"], "No key begins with 'learning_rate'"),
+        (["config", "lr"], "optimizer.lr"),
+        (["config", "optim.lr"], "optimizer.lr"),
     ],
 )
 def test_what_a_command_lacks_is_said(
@@ -289,6 +292,14 @@ def test_a_row_is_shown_with_both_of_its_kinds() -> None:
     question = {"text": "What is\nthe capital of France, the one in Europe?", "trained": False}
     shown = _marked([question, {"text": "Paris.", "trained": True}]).plain
     assert shown == "What is the capital of France, the …«Paris.»"
+
+
+def test_what_somebody_gave_as_a_reason_does_nothing_to_a_terminal() -> None:
+    shown = describe(events.StopRequested(by="ada", reason="away\x1b]0;x\x07\nnow"))
+    assert shown == "by ada: away ]0;x  now"
+    assert output.changes({"data.train_files": [["a\x1b[2J"], "b\x9b"]}) == [
+        'data.train_files: ["a\\u001b[2J"] → b '
+    ]
 
 
 def test_numbers_that_are_not_finite_have_their_names_in_json() -> None:

@@ -47,6 +47,13 @@ def test_last_words_that_no_variable_holds_are_told() -> None:
     Command([sys.executable, "-c", "import os; assert 'dead' in os.environ['SFTD_NOTICE_TEXT']"]).send(made)
 
 
+def test_machines_that_slurm_took_back_made_room_for_no_run() -> None:
+    event = e.AttemptPreempted(step=5, by_run="", reason="Slurm took its machines back")
+    assert notices._said(event, notices.Facts("p", "", "ada", 5, 9, None)) == (
+        "was interrupted at step 5, and is queued again: Slurm took its machines back"
+    )
+
+
 @pytest.mark.parametrize("where", ["one argument", "a line for a shell", "where little is told"])
 def test_a_command_that_tells_its_arguments_tells_the_log_nothing(where: str, tmp_path: Path) -> None:
     script = tmp_path / "say.py"
