@@ -85,7 +85,7 @@ def pace(
     if calibration is not None:
         seconds, basis = seconds * calibration, "log"
     steps = max(0, planned_steps - first_step)
-    saves = len(save_steps(spec, planned_steps))
+    saves = len(save_steps(spec, planned_steps, first_step))
     saving = saves * checkpoint_bytes / _DISK_BYTES[machine.device]
     peak = peak_flops(machine.name, machine.dtype(spec))
     useful = training_flops(shape, round(work.real), work.squares)
@@ -93,7 +93,7 @@ def pace(
         step=seconds,
         steps=steps,
         training=steps * seconds,
-        validating=_validations(spec, planned_steps) * _validation_seconds(work, val, seconds),
+        validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
         # What is written while training goes on delays it little, but for the last, which the end waits for.
         saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
         starting=_START_SECONDS[machine.device],
@@ -140,18 +140,18 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     return seconds, "measured" if is_measured and dtype == "bfloat16" else "assumed"
 
 
-def save_steps(spec: Spec, planned_steps: int) -> list[int]:
-    """After which steps a checkpoint is saved."""
+def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:
+    """After which steps a checkpoint is saved, of those behind `first_step`."""
     every = spec.trainer.save_interval
-    found = [] if not every else list(range(every, planned_steps, every))
+    found = [] if not every else list(range((first_step // every + 1) * every, planned_steps, every))
     return [*found, planned_steps]
 
 
-def _validations(spec: Spec, planned_steps: int) -> int:
+def _validations(spec: Spec, planned_steps: int, first_step: int) -> int:
     if not spec.data.val_files:
         return 0
     every = spec.trainer.val_check_interval
-    between = (planned_steps - 1) // every if every else 0
+    between = (planned_steps - 1) // every - first_step // every if every else 0
     return between + 1 + spec.trainer.val_before_train
 
 

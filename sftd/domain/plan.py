@@ -62,7 +62,7 @@ def make_plan(spec: Spec, facts: Facts, machine: Machine, calibration: float | N
     """The prediction for a run on a machine; `calibration` is that of earlier runs (see `Pace`)."""
     dtype = machine.dtype(spec)
     work = workload(spec, facts.train, facts.planned_steps - facts.first_step, machine.device)
-    disk = storage(spec, facts.shape, facts.planned_steps, dtype)
+    disk = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)
     return Plan(
         machine=machine,
         ranks=spec.world_size,

@@ -38,11 +38,11 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
         return int((self.most - 1 + _HEADROOM) * self.checkpoint)
 
 
-def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str) -> Storage:
-    """Of a run of so many steps."""
+def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
+    """Of a run of so many steps; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
     parameters = whole_model(shape)
     size = parameters * _STATE_BYTES[dtype]
-    steps = save_steps(spec, planned_steps)
+    steps = save_steps(spec, planned_steps, first_step)
     most = kept = marked = 0
     policy = spec.checkpoint
     # The best may be any others than those that stay anyway.

@@ -324,6 +324,22 @@ def test_a_run_adds_up() -> None:
     assert found.total == found.training + found.validating + found.saving + found.starting
 
 
+def test_a_fork_pays_for_its_own_steps_alone() -> None:
+    spec = spec_of(
+        ("trainer.max_steps", 1000),
+        ("trainer.save_interval", 100),
+        ("trainer.val_check_interval", 100),
+        ("data.val_files", ["v"]),
+        ("checkpoint.keep_last", 5),
+    )
+    known = replace(facts(LLAMA_1B, rows_of(4096)), planned_steps=1000, val=rows_of(4096, rows=16))
+    whole, fork = (make_plan(spec, replace(known, first_step=first), H100) for first in (0, 850))
+    # After 900 and 1000, and validated before the first step, too.
+    assert (whole.storage.saved, fork.storage.saved, fork.storage.kept) == (10, 2, 2)
+    assert fork.pace.saving == pytest.approx(whole.pace.saving * 2 / 10)
+    assert fork.pace.validating == pytest.approx(whole.pace.validating * 3 / 11)
+
+
 @pytest.mark.parametrize(
     ("given", "kept", "most"),
     [
