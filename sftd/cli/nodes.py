@@ -35,14 +35,15 @@ def nodes_command(everyone: bool, as_json: bool) -> None:
     silent = int(settings.lease_seconds * 1_000_000)
     found = nodes.list_nodes(store, app.context(), silent, everyone=everyone)
     if as_json:
-        click.echo(output.json_line([_json(node) for node in found]))
+        click.echo(output.json_line([as_values(node) for node in found]))
     elif not found:
         click.echo("No daemon has used this database yet. `sftd daemon --detach` starts one.")
     else:
         _print(found)
 
 
-def _json(node: Node) -> dict[str, Any]:
+def as_values(node: Node) -> dict[str, Any]:
+    """A daemon for scripts."""
     import msgspec
 
     values = msgspec.structs.asdict(node)

@@ -38,14 +38,15 @@ def queue_command(as_json: bool) -> None:
     silent = int(_SILENT_LEASES * settings.lease_seconds * 1_000_000)
     rows = waiting.list_queue(store, context, limits, silent)
     if as_json:
-        click.echo(output.json_line([_json(row) for row in rows]))
+        click.echo(output.json_line([as_values(row) for row in rows]))
     elif not rows:
         click.echo("Nothing runs and nothing waits. `sftd submit CONFIG` queues a run.")
     else:
         click.echo("\n".join(_table(rows, context.now(), output.width(), colour=output.is_terminal())))
 
 
-def _json(row: QueueRow) -> dict[str, Any]:
+def as_values(row: QueueRow) -> dict[str, Any]:
+    """A line for scripts."""
     import msgspec
 
     times = {name: output.iso(getattr(row, name)) for name in ("not_before", "starts_at")}

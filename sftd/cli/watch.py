@@ -81,6 +81,7 @@ def _lines(board: Board | RunBoard, width: int, height: int | None) -> list[Text
 def _json(board: Board | RunBoard) -> dict[str, Any]:
     import msgspec
 
+    from sftd.cli import nodes, queue
     from sftd.cli.events import describe
     from sftd.operations.board import Board
 
@@ -102,8 +103,8 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
         return common | line(board.line) | {"goodput": goodput, "events": [event(r) for r in board.notices]}
     return common | {
         "runs": [line(found) for found in board.runs],
-        "waiting": [msgspec.structs.asdict(row) for row in board.queue if row.kind],
-        "nodes": msgspec.to_builtins(board.nodes),
+        "waiting": [queue.as_values(row) for row in board.queue if row.kind],
+        "nodes": [nodes.as_values(node) for node in board.nodes],
         "failures": [event(r) for r in board.failures],
         "events": [event(r) for r in board.notices],
     }

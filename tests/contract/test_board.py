@@ -243,7 +243,15 @@ def test_a_board_is_json(
     append(log, run, [step(1), FAILED, *claimed()[:1]], at=CONTEXT.now())
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
     monkeypatch.setenv("SFTD_DATABASE_URL", database_url)
+    runs.submit(log, CONTEXT, spec(), Preflight(SHAPE, FACTS, None, 3, []), [], "bob")
     board = json.loads(CliRunner().invoke(main, ["watch", "--json"], catch_exceptions=False).stdout)
+    for part, command in (("nodes", "nodes"), ("waiting", "queue")):
+        alone = json.loads(CliRunner().invoke(main, [command, "--json"], catch_exceptions=False).stdout)
+        for found in (*board[part], *alone):
+            # Time goes on while both are asked.
+            found.pop("unseen_seconds", None)
+            assert isinstance(found.pop("starts_at", None), str | None)
+        assert board[part] == [found for found in alone if part == "nodes" or found["kind"]]
     assert [found["run_id"] for found in board["runs"]] == [run]
     assert [found["what"] for found in board["failures"]] == ["crash: boom"]
     one = json.loads(CliRunner().invoke(main, ["watch", run, "--json"], catch_exceptions=False).stdout)
