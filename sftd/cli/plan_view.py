@@ -141,7 +141,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
 def _other_facts(plan: Plan) -> list[tuple[str, str]]:
     pace, disk, work = plan.pace, plan.storage, plan.work
     rate = f"{work.real / pace.step:,.0f} tokens/s" if pace.step else ""
-    padding = 1 - work.real / work.computed if work.computed else 0.0
+    padding = max(0.0, 1 - work.real / work.computed) if work.computed else 0.0
     parts = [
         f"{name} {output.duration(value)}"
         for name, value in (

@@ -123,7 +123,8 @@ def _cut(
     for largest, pieces, tokens in cuts:
         # In a pipeline all micro-batches of a step have the length of the longest.
         each = largest if is_pipeline else tokens / pieces
-        computed += pieces * _round_up(each, multiple) / len(cuts)
+        # A drawn number of tokens is no whole one, and to be rounded up to one is no padding.
+        computed += pieces * (each if multiple == 1 else _round_up(each, multiple)) / len(cuts)
     return fullest, sum(pieces for _, pieces, _ in cuts) / len(cuts), computed
 
 

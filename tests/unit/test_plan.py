@@ -324,6 +324,24 @@ def test_a_run_adds_up() -> None:
     assert found.total == found.training + found.validating + found.saving + found.starting
 
 
+def test_what_is_packed_on_a_cpu_has_no_padding() -> None:
+    four = DataFacts(
+        files=["t"],
+        digest="",
+        rows=4,
+        tokens=157,
+        trained_tokens=14,
+        longest=41,
+        truncated=0,
+        unusable=0,
+        seen_tokens=157,
+        seen_squares=38**2 + 39**2 + 39**2 + 41**2,
+        lengths=(),
+    )
+    work = workload(spec_of(RMPAD, batch=4, length=256), four, 6, "cpu")
+    assert work.computed == pytest.approx(work.real, rel=1e-3)
+
+
 def test_a_fork_pays_for_its_own_steps_alone() -> None:
     spec = spec_of(
         ("trainer.max_steps", 1000),
