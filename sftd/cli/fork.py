@@ -49,10 +49,10 @@ def fork_command(
       sftd fork brave-otter --from-step 100 trainer.max_steps=400 trainer.experiment_name=longer
     """
     from sftd.cli.submit import announce, print_dry_run
-    from sftd.domain import trajectory
+    from sftd.domain import decisions, trajectory
     from sftd.domain.errors import Problem
     from sftd.operations import forks, runs
-    from sftd.wire import specfile
+    from sftd.wire import preflight, specfile
 
     settings = app.read_settings()
     store = app.open_store(settings)
@@ -64,6 +64,8 @@ def fork_command(
         warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))
     step = point.step if point else 0
     if dry_run:
+        # What would be refused is; nothing comes of it.
+        decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
         print_dry_run(spec, warnings, quiet)
         return
     run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())

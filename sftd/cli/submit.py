@@ -79,7 +79,7 @@ def submit_command(
       sftd submit run.yaml launch.launcher=slurm --print-script
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
-    from sftd.operations.submitting import Wish, submit_all
+    from sftd.operations.submitting import Wish, check_after, submit_all
     from sftd.wire import preflight, specfile
 
     if file is not None and config is not None:
@@ -103,6 +103,8 @@ def submit_command(
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec)
     warnings = [*warnings, *found.warnings]
+    if after and (dry_run or print_script):
+        check_after(app.open_store(settings), after)
     if dry_run:
         print_dry_run(spec, warnings, quiet)
         if xray and not quiet:

@@ -23,7 +23,7 @@ def submit(
 ) -> None:
     """Queue every point of a grid, or none, and print their ids."""
     from sftd.domain.spec import spec_digest
-    from sftd.operations.submitting import Wish, submit_all
+    from sftd.operations.submitting import Wish, check_after, submit_all
     from sftd.wire import sweep
 
     context = app.context()
@@ -32,6 +32,8 @@ def submit(
     points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name)
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
+    if after and dry_run:
+        check_after(app.open_store(settings), after)
     if not as_json:
         output.warn_all(warnings, quiet)
     run_ids: list[str | None] = [None] * len(points)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 
 from sftd.domain import events as e
 from sftd.domain import names
@@ -43,7 +44,7 @@ def submit_all(
 ) -> list[str]:
     """Record runs and queue them, all or none. They start once the runs `after` have succeeded. Returns their ids."""
     with store.write() as tx:
-        others = _to_wait_for(tx, after)
+        others = _to_wait_for(tx.connection, after)
         now = tx.now(context.now())
         run_ids = []
         for number, wish in enumerate(wishes):
@@ -70,11 +71,18 @@ def new_run_id(tx: Tx, context: Context) -> str:
     )
 
 
-def _to_wait_for(tx: Tx, prefixes: Sequence[str]) -> list[str]:
+def check_after(store: Store, prefixes: Sequence[str]) -> None:
+    """Refuse what `submit_all` would, without queueing anything."""
+    if prefixes:
+        with store.read() as connection:
+            _to_wait_for(connection, prefixes)
+
+
+def _to_wait_for(connection: sa.Connection, prefixes: Sequence[str]) -> list[str]:
     """Ids of the runs to wait for. Raises `Refused` when one will not succeed without a person."""
     found: list[str] = []
     for prefix in prefixes:
-        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        run = current(connection, resolve_id(connection, prefix))
         if run.status in ENDED and run.status != "succeeded":
             what = f"{run.run_id} {run.how_it_ended}"
             raise Refused(Problem("--after", what, f"take it up again first: `sftd resume {run.run_id}`"))

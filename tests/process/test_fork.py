@@ -70,6 +70,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Story:
     refused("other model", "fork", parent, "trainer.max_steps=8", "model.override_config={hidden_act: gelu}")
     refused("other dtype", "fork", parent, "trainer.max_steps=8", "model.megatron.params_dtype=bfloat16")
     change = ("--from-step", "4", "optimizer.lr=5e-4", "trainer.max_steps=8")
+    refused("dry run with no step to do", "fork", parent, "optimizer.lr=5e-4", "--dry-run")
     told.said["dry run"] = home.run("fork", parent, *change, "--dry-run").stdout
     told.child = home.run("fork", parent, *change, "-q").stdout.strip()
     told.broken = json.loads(home.run("fork", parent, "--from-step", "2", "--json").stdout)["run_id"]
@@ -98,6 +99,7 @@ def test_what_makes_other_steps_is_refused_with_the_fork_that_does_it(story: Sto
     assert f"the checkpoint of step 7 of {story.parent} is not there" in story.said["no such step"]
     assert "use one of 0, 1, 2, 3, 4, 5, 6" in story.said["no such step"]
     assert "steps count from the parent's first: trainer.max_steps=12" in story.said["no step to do"]
+    assert story.said["dry run with no step to do"] == story.said["no step to do"]
     assert "gelu" in story.said["other model"]
     assert "was trained in float32" in story.said["other dtype"]
     assert f"would write step 2 anew, from which {story.broken} was forked" in story.said["pinned"]

@@ -50,6 +50,13 @@ def test_a_sweep_is_checked_whole_then_queued_whole(home: Home, sftd: Any) -> No
     assert "one run" in sftd("submit", config, *GRID, "--wait", code=2).stderr
 
 
+def test_whom_a_run_would_wait_for_is_checked_without_queueing_too(home: Home, sftd: Any) -> None:
+    for options in (("--dry-run",), (*GRID, "--dry-run"), ("launch.launcher=slurm", "--print-script")):
+        said = sftd("submit", str(home.config), "--after", "nobody", *options, code=2)
+        assert "There is no run 'nobody'" in said.stderr
+        assert said.stdout == ""
+
+
 def test_the_queue_says_what_each_run_waits_for_in_80_columns(home: Home, sftd: Any) -> None:
     assert "Nothing runs and nothing waits" in sftd("queue").stdout
     first = sftd("submit", str(home.config), "-q").stdout.strip()
