@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app, output
-from sftd.cli.compare_words import facts, letter, parting_lines, shown_value
+from sftd.cli.compare_words import facts, letter, parting_lines, shown_values
 from sftd.cli.numbers import FiniteRange
 from sftd.cli.plot import Series, colour, plot
 
@@ -167,7 +167,7 @@ def _differences_table(found: Compared) -> Table:
         table.add_column(Text(letter(n), f"bold {colour(n)}"), overflow="fold")
     for d in found.differences:
         style = "dim" if d.keeps_steps else ""
-        table.add_row(d.group, Text(d.key, style), *(Text(shown_value(v), style) for v in d.values))
+        table.add_row(d.group, Text(d.key, style), *(Text(v, style) for v in shown_values(d)))
     if any(d.keeps_steps for d in found.differences):
         table.caption = "dim: leaves the steps as they are, bit for bit or but for rounding"
         table.caption_justify = "left"

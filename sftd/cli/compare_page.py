@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sftd.cli.compare_words import facts, letter, parting_lines, shown_value
+from sftd.cli.compare_words import facts, letter, parting_lines, shown_values
 from sftd.cli.plot import number, scale_of
 from sftd.domain.curves import Bucket, thin, width_for
 
@@ -130,7 +130,7 @@ def _differences(found: Compared) -> str:
     rows = ""
     for d in found.differences:
         kind = ' class="free"' if d.keeps_steps else ""
-        values = "".join(f"<td>{_e(shown_value(v))}</td>" for v in d.values)
+        values = "".join(f"<td>{_e(v)}</td>" for v in shown_values(d))
         rows += f'<tr{kind}><td>{_e(d.group)}</td><th scope="row">{_e(d.key)}</th>{values}</tr>'
     note = (
         "<p class=more>Pale: leaves the steps as they are, bit for bit or but for rounding.</p>"

@@ -9,7 +9,7 @@ from sftd.cli import output
 from sftd.cli.plot import LETTERS
 
 if TYPE_CHECKING:
-    from sftd.domain.contrast import Parting
+    from sftd.domain.contrast import Difference, Parting
     from sftd.operations.comparisons import Figures
 
 
@@ -86,9 +86,14 @@ def parting_lines(parting: Parting, first: str, other: str) -> Iterator[str]:
     )
 
 
-def shown_value(value: Any) -> str:
-    """A value of a config or an environment."""
+def shown_values(difference: Difference) -> list[str]:
+    """What each run has, of a config or an environment."""
+    values = enumerate(difference.values)
+    return ["not told" if number in difference.untold else _shown(value) for number, value in values]
+
+
+def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(shown_value(v) for v in value) or "none"
+        return ", ".join(map(_shown, value)) or "none"
     # Whoever submitted the run wrote it, and may have written what does things to a terminal.
-    return "not told" if value is None else output.printable(str(value))
+    return "not set" if value in (None, "") else output.printable(str(value))

@@ -35,13 +35,14 @@ COMPARED = ("samples", "tokens", "lr", "loss", "grad_norm")
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A key whose values are not the same in all runs; None where a run's log does not say. `keeps_steps`: with another
-    value the same steps come out, bit for bit or but for rounding."""
+    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: with another value the same
+    steps come out, bit for bit or but for rounding. `untold` are the numbers of the runs whose logs do not say."""
 
     group: Group
     key: str
     values: list[Any]
     keeps_steps: bool = False
+    untold: list[int] = []
 
 
 class Parting(msgspec.Struct, frozen=True):
@@ -123,27 +124,32 @@ def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -
     """Whatever is not the same in all runs: what decides the steps first."""
     configs = [flatten(run.spec) for run in runs]
     found = [
-        Difference("layout" if key.startswith(_LAYOUT_KEYS) else "config", key, values, keeps_steps(key))
-        for key, values in _unlike(configs)
+        Difference(
+            "layout" if key.startswith(_LAYOUT_KEYS) else "config", key, values, keeps_steps(key), untold
+        )
+        for key, values, untold in _unlike(configs)
         if key not in _NAMES and not is_derived(key)
     ]
-    found += [Difference("data", key, values) for key, values in _unlike([_data(run) for run in runs])]
+    data = _unlike([_data(run) for run in runs])
+    found += [Difference("data", key, values, untold=untold) for key, values, untold in data]
     versions = [{"sftd (submitted by)": s.sftd_version} if s else {} for s in submitted]
-    found += [Difference("code", key, values) for key, values in _unlike(versions)]
-    for key, values in _unlike(_environments(runs)):
+    found += [Difference("code", key, values, untold=untold) for key, values, untold in _unlike(versions)]
+    for key, values, untold in _unlike(_environments(runs)):
         if key.split(".")[0] not in _TOLD:
             group: Group = "code" if key in _CODE else "environment"
-            found.append(Difference(group, key, values, key in ("python", "transformers")))
+            found.append(Difference(group, key, values, key in ("python", "transformers"), untold))
     order = ("config", "data", "code", "environment", "layout")
     return sorted(found, key=lambda d: (d.keeps_steps, order.index(d.group)))
 
 
-def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
-    """Keys whose values differ, in order. What only some of the logs know is not known to differ."""
+def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any], list[int]]]:
+    """(key, values, numbers of those that do not know it) of the keys whose values differ, in order. What only one of the
+    logs knows is not known to differ."""
     for key in dict.fromkeys(key for known in facts for key in known):
         told = [known[key] for known in facts if key in known]
         if any(value != told[0] for value in told):
-            yield key, [known.get(key) for known in facts]
+            untold = [number for number, known in enumerate(facts) if key not in known]
+            yield key, [known.get(key) for known in facts], untold
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.domain import events as e
 from sftd.domain.errors import Refused
-from sftd.domain.spec_sections import Data
+from sftd.domain.spec_sections import Data, Trainer
 from sftd.operations import comparisons
 from sftd.store.engine import Store
 from tests.histories import (
@@ -201,6 +201,26 @@ def page_of(log: Store, runs: list[str]) -> Page:
     from sftd.cli.compare_page import render
 
     return Page(render(comparisons.compare(log, runs, NOW), 500))
+
+
+def test_what_is_not_set_is_not_said_to_be_untold(
+    log: Store, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_epochs = msgspec.structs.replace(spec(), trainer=Trainer(epochs=1))
+    append(log, "epochs", [submitted(by_epochs), *claimed(OMP_NUM_THREADS=None, cuda="12.9"), SUCCEEDED])
+    append(log, "steps", [submitted(spec()), *claimed(OMP_NUM_THREADS="1", cuda="13.0"), SUCCEEDED])
+    append(log, "older", [submitted(spec()), *claimed(), SUCCEEDED])
+    monkeypatch.setenv("SFTD_HOME", str(tmp_path))
+    monkeypatch.setenv("SFTD_DATABASE_URL", database_url)
+    asked = ["compare", "epochs", "steps", "older"]
+    shown = CliRunner().invoke(main, asked, env={"COLUMNS": "120"}, catch_exceptions=False).stdout
+    rows = {cells[1]: cells[2:] for cells in map(str.split, shown.splitlines()) if len(cells) > 4}
+    assert rows["trainer.max_steps"] == ["not", "set", "10", "10"]
+    assert rows["OMP_NUM_THREADS"] == ["not", "set", "1", "not", "told"]
+    assert rows["cuda"] == ["12.9", "13.0", "not", "told"]
+    page = tmp_path / "c.html"
+    CliRunner().invoke(main, [*asked, "--html", str(page)], catch_exceptions=False)
+    assert "<td>not set</td><td>10</td>" in page.read_text()
 
 
 def test_a_page_holds_everything_and_asks_for_nothing(log: Store) -> None:
