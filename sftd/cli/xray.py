@@ -31,7 +31,7 @@ def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
     rows = list(_rows(spec, path))
     texts = _texts(spec.model.partial_pretrain, [ids for row in rows for ids, _ in row])
     out.print(
-        f"[bold]What is trained[/] is underlined, in « »; the first {len(rows)} rows of "
+        f"[bold]What is trained[/] is underlined, in « »; the first {f'{len(rows)} rows' if len(rows) > 1 else 'row'} of "
         f"{output.escape(path)}:",
         soft_wrap=True,
     )

@@ -88,14 +88,14 @@ def notice(recorded: e.Recorded, facts: Facts, ordinal: int = 1) -> Notice | Non
 
 
 def _said(event: e.Event, facts: Facts) -> str | None:
+    where = f"at step {facts.step:,} of {facts.planned_steps:,}"
     match event:
         case e.RunSucceeded():
             loss = f", loss {float(facts.loss):.4g}" if facts.loss is not None else ""
             return f"succeeded: {event.steps:,} steps, {event.tokens:,} tokens{loss}"
         case e.RunCancelled():
-            return f"was cancelled by {event.by} at step {facts.step:,} of {facts.planned_steps:,}"
+            return f"was cancelled by {event.by} {where}"
         case e.RunFailed():
-            where = f"at step {facts.step:,} of {facts.planned_steps:,}"
             return f"failed {where}: {event.cause}: {_line(event.message)}"
         case e.AnomalyDetected():
             return f"anomaly at step {event.step:,}: {event.what}"
@@ -106,9 +106,9 @@ def _said(event: e.Event, facts: Facts) -> str | None:
         case e.AttemptLaunched():
             return f"started on {event.host}"
         case e.AttemptFailed() if event.retry_at is not None:
-            return f"will be tried again at step {facts.step:,}: {event.cause}: {_line(event.message)}"
+            return f"failed {where}, and will be tried again: {event.cause}: {_line(event.message)}"
         case e.AttemptLost() if event.retry_at is not None:
-            return f"will be tried again at step {facts.step:,}: {_line(event.message)}"
+            return f"was lost {where}, and will be tried again: {_line(event.message)}"
         case e.AttemptPaused():
             return f"was paused by {event.by} at step {event.step:,}"
         case e.AttemptPreempted() if not event.by_run:

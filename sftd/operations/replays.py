@@ -13,7 +13,7 @@ from sftd.domain.errors import Problem, Refused, RunNotFound
 from sftd.domain.evolve import fold
 from sftd.domain.loss_watch import losses_before
 from sftd.domain.replay import AtStep, AtTime, AtVersion, Moment, Timeline, timeline, up_to
-from sftd.domain.run import CheckpointInfo, Run
+from sftd.domain.run import ENDED, CheckpointInfo, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import event_store, queue
 from sftd.store.engine import Store
@@ -126,7 +126,8 @@ def plan(
         held = list(_held(connection, host))
     log = timeline(recorded)
     if not log.steps:
-        raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", "wait until it has"))
+        mend = "resume it first" if run.status in ENDED else "wait until it has"
+        raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", mend))
     last = max(log.steps)
     if to_step is not None and to_step not in log.steps:
         what = f"step {to_step} is not in the timeline"

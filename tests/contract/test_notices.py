@@ -157,7 +157,7 @@ def test_only_what_was_asked_for_is_told(log: Log, hook: Hook) -> None:
     log.add("one", submitted(), ODD, lost, e.AttemptLost(message="gone"), e.AttemptPaused(step=2, by="ada"))
     assert told.sync(never) == 2
     assert hook.texts() == [
-        "sftd: one will be tried again at step 0: gone",
+        "sftd: one was lost at step 0 of 4, and will be tried again: gone",
         "sftd: one was paused by ada at step 2",
     ]
 
