@@ -88,9 +88,13 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
     else:
         starts = ""
         left = f", {output.duration(row.seconds_left)} left" if row.seconds_left is not None else ""
-        what = f"(step {row.step} of {row.planned_steps}{left})"
+        what = f"step {row.step} of {row.planned_steps}{left}"
         if row.job and row.status == "starting":
-            what = f"({row.job})"
+            what = row.job
+        elif row.job and not row.job.endswith(" running"):
+            # Such as one that cannot be observed, or that cannot be cancelled now.
+            what += f"; {row.job}"
+        what = f"({what})"
         if not row.observed:
             what = "(its daemon is not observed)"
     return row.run_id, row.status, str(row.priority), str(row.devices), starts, what

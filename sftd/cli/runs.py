@@ -233,10 +233,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {output.printable(run.message or '')}", "default")
-    elif run.stop_reason:
-        status.append(f"  {output.printable(run.stop_reason)}", "default")
-    elif run.job and run.daemon:
-        status.append(f"  {output.printable(run.job)}", "default")
+    elif said := [text for text in (run.stop_reason, run.job if run.daemon else "") if text]:
+        status.append(f"  {output.printable('; '.join(said))}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [

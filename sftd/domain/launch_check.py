@@ -6,6 +6,7 @@ import re
 import shlex
 
 from sftd.domain.errors import Problem
+from sftd.domain.gpu_options import asks_for_gpus
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Slurm
 
@@ -64,12 +65,16 @@ def check_launch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
                 "set it to cuda for a GPU a rank, or to cpu",
             )
         )
+    if launch.device == "cuda" and launch.slurm.gres and not asks_for_gpus(launch.slurm):
+        warnings.append(
+            Problem(
+                "launch.slurm.gres",
+                f"{launch.slurm.gres!r} names no GPU, and launch.device is cuda: the job finds GPUs only where Slurm gives "
+                "them without being asked",
+                f"add gpu:{spec.nproc_per_node} to it",
+            )
+        )
     return problems
-
-
-def asks_for_gpus(slurm: Slurm) -> bool:
-    """Whether the options of a job name GPUs."""
-    return any("gpu" in text for text in (slurm.gres, *slurm.extra_args))
 
 
 def _check_words(slurm: Slurm) -> list[Problem]:

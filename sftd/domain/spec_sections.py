@@ -240,7 +240,8 @@ class Slurm(Section, frozen=True):
     gres: Annotated[
         str,
         Meta(
-            description="generic resources of each node, such as gpu:8; when empty, a GPU a rank where launch.device is cuda"
+            description="generic resources of each node, such as gpu:8; when empty, a GPU a rank where launch.device is cuda; "
+            "none asks for nothing where nodes come with all their GPUs"
         ),
     ] = ""
     constraint: Annotated[str, Meta(description="features that the nodes must have")] = ""

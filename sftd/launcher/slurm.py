@@ -100,7 +100,7 @@ class SlurmAttempt:
             return True
         if job.restarts and job.state in WAITING:
             # What ran before is gone. What would begin finds that it may not.
-            self._controller.cancel(job.job)
+            self._controller.cancel(job.job, str(self.directory.path))
             return True
         return self._has_exit_code(answer)
 
@@ -173,7 +173,7 @@ class SlurmAttempt:
         assert self.process is not None
         known = self._controller.answer.jobs.get(self.process.job)
         if self.process.job and not (known and self._is_others(known)):
-            self._controller.cancel(self.process.job)
+            self._controller.cancel(self.process.job, str(self.directory.path))
         self._controller.ask_soon()
         return [int(self.process.job or 0)]
 
@@ -186,16 +186,25 @@ class SlurmAttempt:
             return Report("", "NOT SUBMITTED", waits_for, waits=True)
         answer = self._controller.answer
         job = self._last or Job(self.process.job, "")
+        # Who started while Slurm was silent has left a sign.
+        waits = job.state in WAITING and not job.restarts
+        waits = waits and not (answer.silent_since is not None and self.directory.started_dir.exists())
+        reason = job.reason if job.state not in ("RUNNING", "COMPLETING") else ""
+        if error := self._controller.why_not_cancelled(job.job):
+            reason = f"{reason}; not cancelled yet: {error}".removeprefix("; ")
         silent = time.monotonic() - answer.silent_since if answer.silent_since is not None else 0.0
         if silent > _SILENT_SECONDS and not self._has_ended:
-            return Report(job.job, "NOT OBSERVED", f"Slurm does not answer: {answer.error}", job.nodes)
+            reason = f"Slurm does not answer: {answer.error}"
+            if self._controller.is_doomed(job.job):
+                reason += "; the job is cancelled when it does"
+            return Report(job.job, "NOT OBSERVED", reason, job.nodes, waits=waits)
         return Report(
             job.job,
             job.state,
-            job.reason if job.state not in ("RUNNING", "COMPLETING") else "",
+            reason,
             job.nodes,
             trains=job.state == "RUNNING" and answer.silent_since is None,
-            waits=job.state in WAITING and not job.restarts,
+            waits=waits,
         )
 
     def ask_for_stacks(self) -> None:

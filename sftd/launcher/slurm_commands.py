@@ -149,11 +149,11 @@ def submit(run: Run, script: str, env: Mapping[str, str]) -> str:
 
 def cancel(run: Run, numbers: list[str]) -> None:
     """End jobs, in one call: those that wait at once, the others as fast as Slurm does. Raises `Unanswered`."""
-    # A job that has ended already is an error to scancel, but not to us.
-    _ask(run, ["scancel", "--quiet", *numbers], may_fail=True)
+    # Of jobs that have ended already --quiet says nothing, though the exit code may.
+    _ask(run, ["scancel", "--quiet", *numbers], may_fail_silently=True)
 
 
-def _ask(run: Run, argv: list[str], *, may_fail: bool = False) -> str:
+def _ask(run: Run, argv: list[str], *, may_fail_silently: bool = False) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}
     try:
         code, out, err = run(argv, env, _SECONDS)
@@ -161,7 +161,7 @@ def _ask(run: Run, argv: list[str], *, may_fail: bool = False) -> str:
         raise Unanswered(f"{argv[0]} got no answer within {_SECONDS:.0f} s") from None
     except OSError as error:
         raise Unanswered(f"{argv[0]}: {error.strerror or error}") from None
-    if code and not may_fail:
+    if code and not (may_fail_silently and not err.strip()):
         lines = (err or out or f"ended with {code}").strip().splitlines()
         raise Unanswered(
             lines[-1].removeprefix(f"{argv[0]}: error: ").removeprefix("slurm_load_jobs error: ")

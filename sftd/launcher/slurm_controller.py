@@ -57,6 +57,35 @@ class Submission:
     is_done: bool = False
 
 
+@dataclass
+class Doomed:
+    """A job that shall end, and is cancelled until Slurm says that it has: a scancel may fail, and one that worked may be
+    lost with a controller. `error` is why the last one failed."""
+
+    folder: str
+    since: float
+    tried: float = float("-inf")
+    error: str = ""
+    missed: int = 0
+
+    def is_due(self, now: float, answer: Answer) -> bool:
+        """Whether it is to be cancelled now: at once, and again when Slurm, asked since, still has the job."""
+        if self.tried == float("-inf"):
+            return True
+        if answer.silent_since is not None or answer.begun < self.tried:
+            return False
+        return bool(self.error) or now - self.tried > _CANCEL_AGAIN_SECONDS
+
+    def is_done(self, job: Job | None, begun: float) -> bool:
+        """Whether no job is left to cancel, by what an answer that was asked for at `begun` says of it."""
+        if job is not None:
+            self.missed = 0
+            # A controller that has lost its state gives the number to others.
+            return job.has_ended or job.folder not in ("", self.folder)
+        self.missed += begun > self.since
+        return self.missed > 1
+
+
 class Controller:
     """The only one who runs Slurm's commands. Its threads begin with the first question."""
 
@@ -65,8 +94,8 @@ class Controller:
         self._poll_seconds = poll_seconds
         self._answer = Answer()
         self._watched: set[str] = set()
-        self._cancelled: dict[str, float] = {}
-        self._to_cancel: set[str] = set()
+        self._doomed: dict[str, Doomed] = {}
+        self._asked_to_cancel = False
         self._submissions: deque[Submission] = deque()
         self._has_accounting = True
         self._is_stopped = False
@@ -90,7 +119,6 @@ class Controller:
         """Nobody wants to know of this job any more."""
         with self._changed:
             self._watched.discard(job)
-            self._cancelled.pop(job, None)
 
     def ask_soon(self) -> None:
         """Somebody waits for an answer."""
@@ -109,15 +137,23 @@ class Controller:
             self._changed.notify_all()
         return submission
 
-    def cancel(self, job: str) -> None:
-        """End a job; asked again, only after a while."""
-        now = time.monotonic()
+    def cancel(self, job: str, folder: str) -> None:
+        """End the job that runs in this folder: it is asked for until it has ended. Asking again changes nothing."""
         with self._changed:
-            if now - self._cancelled.get(job, float("-inf")) > _CANCEL_AGAIN_SECONDS:
-                self._cancelled[job] = now
-                self._to_cancel.add(job)
+            if job not in self._doomed:
+                self._doomed[job] = Doomed(folder, time.monotonic())
+                self._asked_to_cancel = True
                 self._begin()
                 self._changed.notify_all()
+
+    def is_doomed(self, job: str) -> bool:
+        """Whether a job is to be cancelled, and not known to have ended."""
+        return job in self._doomed
+
+    def why_not_cancelled(self, job: str) -> str:
+        """Why a job that is to be cancelled is not yet, when the last scancel failed."""
+        doomed = self._doomed.get(job)
+        return doomed.error if doomed is not None else ""
 
     def stop(self) -> None:
         """End the threads when what they do now is done. Jobs go on."""
@@ -147,20 +183,30 @@ class Controller:
             self._asked_soon = False
             self._ask()
             asked = time.monotonic()
-            self._wait(lambda: self._asked_soon or bool(self._to_cancel), self._poll_seconds)
+            self._wait(lambda: self._asked_soon or self._asked_to_cancel, self._poll_seconds)
             # Many may ask soon one after another.
             rest = min(_SOON_SECONDS, self._poll_seconds) - (time.monotonic() - asked)
             if rest > 0:
                 self._wait(lambda: False, rest)
 
     def _cancel_all(self) -> None:
+        now = time.monotonic()
         with self._changed:
-            doomed, self._to_cancel = sorted(self._to_cancel), set()
-        if doomed:
-            try:
-                slurm_commands.cancel(self._call, doomed)
-            except Unanswered as error:
-                log.warning("Slurm: %s; %d jobs will be cancelled when it answers", error, len(doomed))
+            self._asked_to_cancel = False
+            due = {
+                job: doomed for job, doomed in sorted(self._doomed.items()) if doomed.is_due(now, self._answer)
+            }
+        if not due:
+            return
+        error = ""
+        try:
+            slurm_commands.cancel(self._call, list(due))
+        except Unanswered as unanswered:
+            error = str(unanswered)
+            if any(doomed.error != error for doomed in due.values()):
+                log.warning("Slurm: scancel of %d jobs: %s; trying until it works", len(due), error)
+        for doomed in due.values():
+            doomed.tried, doomed.error = time.monotonic(), error
 
     def _ask(self) -> None:
         begun = time.monotonic()
@@ -180,7 +226,15 @@ class Controller:
         known = {number: job for number in missing if (job := before.jobs.get(number)) and job.has_ended}
         if missing := [number for number in missing if number not in known]:
             known |= self._account(missing)
-        self._answer = Answer(jobs | known, begun, time.monotonic())
+        jobs |= known
+        self._answer = Answer(jobs, begun, time.monotonic())
+        with self._changed:
+            # Missing in the answer may be a job that the controller does not know yet, or none any more.
+            self._doomed = {
+                number: doomed
+                for number, doomed in self._doomed.items()
+                if not doomed.is_done(jobs.get(number), begun)
+            }
 
     def _account(self, numbers: list[str]) -> dict[str, Job]:
         """What the accounting knows of jobs that the controller has forgotten; many clusters have none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from sftd.domain.launch_check import asks_for_gpus
+from sftd.domain.gpu_options import asks_for_gpus
 from sftd.domain.spec import Spec
 from sftd.launcher.command import (
     ONE_HOST,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,8 @@ from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.slurm import SlurmAttempt, SlurmLauncher, job_environment
-from sftd.launcher.slurm_commands import Refusal, Unanswered
-from sftd.launcher.slurm_controller import Answer, Controller
+from sftd.launcher.slurm_commands import Job, Refusal, Unanswered
+from sftd.launcher.slurm_controller import Answer, Controller, Doomed
 from sftd.wire.attempt_dir import AttemptDir, Order
 
 DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
@@ -107,6 +108,18 @@ def reports(attempt: SlurmAttempt, state: str) -> bool:
     assert attempt.is_alive()
     report = attempt.report()
     return report is not None and report.state == state
+
+
+def said(attempt: SlurmAttempt) -> str:
+    report = attempt.report()
+    assert report is not None
+    return report.reason
+
+
+def waits(attempt: SlurmAttempt) -> bool:
+    report = attempt.report()
+    assert report is not None
+    return report.waits
 
 
 def submitted(attempt: SlurmAttempt) -> SlurmAttempt:
@@ -298,6 +311,97 @@ def test_a_kill_is_one_scancel_for_all_and_bars_what_comes_late(
     slurm.go.set()
     until(lambda: not any(attempt.kill() for attempt in attempts))
     assert slurm.count("scancel") <= 2
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (1, "", "scancel: error: Kill job error on job id 1: Unable to contact slurm controller"),
+        subprocess.TimeoutExpired("scancel", 60),
+        OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ],
+    ids=["away", "hangs", "cannot start"],
+)
+def test_a_scancel_that_failed_is_tried_until_it_works(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], failure: Any
+) -> None:
+    """Though nobody asks again; and until then it is told why."""
+    attempt = submitted(start())
+    until(lambda: reports(attempt, "PENDING"))
+    slurm.answers["scancel"] = failure
+    assert attempt.kill() == [1]
+    until(lambda: slurm.count("scancel") > 2)
+    until(lambda: "not cancelled yet" in said(attempt))
+    assert said(attempt).startswith("Priority; not cancelled yet: ")
+    assert any(word in said(attempt) for word in ("Unable to contact", "got no answer", "unavailable"))
+    assert attempt.is_alive()
+    del slurm.answers["scancel"]
+    until(lambda: slurm.jobs["1"][0] == "CANCELLED")
+    until(lambda: not attempt.is_alive())
+    count = slurm.count("scancel")
+    asked = slurm.count("squeue")
+    until(lambda: slurm.count("squeue") > asked + 3)
+    assert slurm.count("scancel") == count, "what has ended is not cancelled again"
+
+
+def test_a_job_is_cancelled_though_nobody_wants_to_know_of_it_any_more(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    """As one that Slurm has put back into its queue while its scancel fails: the attempt is over at once."""
+    attempt = submitted(start())
+    slurm.answers["scancel"] = DOWN
+    slurm.becomes("1", "PENDING", restarts=1)
+    until(lambda: not attempt.is_alive())
+    until(lambda: slurm.count("scancel") > 1)
+    del slurm.answers["scancel"]
+    until(lambda: slurm.jobs["1"][0] == "CANCELLED")
+
+
+def test_a_job_that_has_its_number_by_now_is_not_cancelled_either(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    attempt = submitted(start())
+    until(lambda: reports(attempt, "PENDING"))
+    slurm.answers["scancel"] = DOWN
+    assert attempt.kill() == [1]
+    until(lambda: slurm.count("scancel") > 1)
+    slurm.answers["squeue"] = DOWN
+    asked = slurm.count("squeue")
+    until(lambda: slurm.count("squeue") > asked + 1)
+    slurm.jobs["1"] = ("RUNNING", 0, "None", "/elsewhere")
+    # The controller is back, and nobody knows yet with which jobs.
+    del slurm.answers["scancel"]
+    asked = slurm.count("squeue")
+    until(lambda: slurm.count("squeue") > asked + 1)
+    del slurm.answers["squeue"]
+    until(lambda: not attempt.is_alive())
+    asked = slurm.count("squeue")
+    until(lambda: slurm.count("squeue") > asked + 3)
+    assert slurm.jobs["1"][0] == "RUNNING"
+
+
+def test_an_answer_that_does_not_know_the_job_yet_does_not_save_it(slurm: Slurm) -> None:
+    doomed = Doomed("/folder", since=10.0)
+    pending = Job("1", "PENDING", folder="/folder")
+    assert not doomed.is_done(None, begun=9.0)
+    assert not doomed.is_done(None, begun=9.0)
+    assert not doomed.is_done(None, begun=11.0)
+    assert not doomed.is_done(pending, begun=12.0)
+    assert not doomed.is_done(None, begun=13.0)
+    assert doomed.is_done(None, begun=14.0)
+
+
+def test_who_started_while_slurm_was_silent_waits_no_more(
+    slurm: Slurm, start: Callable[..., SlurmAttempt], controller: Controller
+) -> None:
+    """A stop would cancel one that waits, and with it what it has trained since its last checkpoint."""
+    attempt = submitted(start())
+    until(lambda: reports(attempt, "PENDING"))
+    slurm.answers["squeue"] = DOWN
+    until(lambda: controller.answer.silent_since is not None)
+    assert waits(attempt)
+    attempt.directory.started_dir.mkdir()
+    assert not waits(attempt)
 
 
 def test_few_calls_whatever_the_number_of_jobs(slurm: Slurm, start: Callable[..., SlurmAttempt]) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Refused
+from sftd.domain.gpu_options import asks_for_gpus
 from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
+from sftd.domain.spec_sections import Slurm
 from sftd.launcher import slurm_script
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.specfile import parse_overrides
@@ -107,6 +109,96 @@ def test_auto_is_what_the_job_asks_for() -> None:
     assert slurm_script.device(spec_of(slurm={"gres": "gpu:h100:4"})) == "cuda"
     assert slurm_script.device(spec_of(slurm={"extra_args": ["--gpus-per-node=8"]})) == "cuda"
     assert "--gres=gpu" not in script_of(slurm={"extra_args": ["--gpus-per-node=8"]}, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("gres", "extra_args"),
+    [
+        ("gpu", []),
+        ("gpu:2", []),
+        ("gpu:h100:4", []),
+        ("nvme:100,gpu:a100:1", []),
+        ("gres/gpu:2", []),
+        ("gres:gpu:2", []),
+        ("mps:50", []),
+        ("shard:1", []),
+        ("", ["--gpus=2"]),
+        ("", ["--gpus h100:2"]),
+        ("", ["-G2"]),
+        ("", ["-G 2"]),
+        ("", ["--gpus-per-node=a100:8"]),
+        ("", ["--gpus-per-task=1"]),
+        ("", ["--gpus-per-socket=4"]),
+        ("", ["--gpus-per-n=4"]),
+        ("", ["--gres=gpu:2"]),
+        ("", ["--gres nvme:1,gpu:2"]),
+        ("", ["--tres-per-node=gres/gpu:h100=4"]),
+        ("", ["--mem=0 --exclusive --gpus=8"]),
+        ("gpu:0", ["--mem=0", "--gpus=8"]),
+    ],
+)
+def test_what_asks_for_gpus(gres: str, extra_args: list[str]) -> None:
+    assert asks_for_gpus(Slurm(gres=gres, extra_args=extra_args))
+
+
+@pytest.mark.parametrize(
+    ("gres", "extra_args"),
+    [
+        ("", []),
+        ("none", []),
+        ("gpu:0", []),
+        ("gpu:h100:0", []),
+        ("nvme:gpu", []),
+        ("gpu_cache:2", []),
+        ("", ["--gpus=0"]),
+        ("", ["-G0"]),
+        ("", ["--gpus-per-node=h100:0"]),
+        ("", ["--gres=nvme:1"]),
+        ("", ["--gres-flags=enforce-binding"]),
+        ("", ["--gpu-bind=closest"]),
+        ("", ["--gpu-freq=high"]),
+        ("", ["--mem-per-gpu=8G"]),
+        ("", ["--cpus-per-gpu=4"]),
+        ("", ["--comment=gpu"]),
+        ("", ["--reservation=gpu-nodes"]),
+        ("", ["--wckey=gpu:4"]),
+        ("", ["--nodelist=gpu[1-4]"]),
+        ("", ["--comment='--gpus=2"]),
+    ],
+)
+def test_what_only_looks_so(gres: str, extra_args: list[str]) -> None:
+    assert not asks_for_gpus(Slurm(gres=gres, extra_args=extra_args))
+
+
+def test_cuda_asks_for_a_gpu_a_rank_unless_a_person_says_what(tmp_path: Path) -> None:
+    def gres(**slurm: Any) -> list[str]:
+        made = script_of(device="cuda", nproc_per_node=4, slurm=slurm)
+        return [line for line in made.splitlines() if "--gres" in line or "--gpus" in line]
+
+    assert gres() == ["#SBATCH --gres=gpu:4"]
+    assert gres(partition="gpu", extra_args=["--comment=gpu"]) == ["#SBATCH --gres=gpu:4"]
+    assert gres(gres="gpu:h100:2") == ["#SBATCH --gres=gpu:h100:2"]
+    assert gres(extra_args=["--gpus=8"]) == ["#SBATCH --gpus=8"]
+    assert gres(gres="none") == ["#SBATCH --gres=none"]
+
+
+@pytest.mark.parametrize(
+    ("launch", "where"),
+    [
+        ({"device": "auto"}, "launch.device"),
+        ({"device": "auto", "slurm": {"extra_args": ["--comment=gpu"]}}, "launch.device"),
+        ({"device": "cuda", "slurm": {"gres": "nvme:1"}}, "launch.slurm.gres"),
+    ],
+)
+def test_a_job_that_gets_no_gpu_is_warned_of(launch: dict[str, Any], where: str) -> None:
+    config = {
+        "model": {"path": "/m"},
+        "data": {"train_files": "/t"},
+        "launch": {"launcher": "slurm", **launch},
+    }
+    (warning,) = [found for found in parse(config)[1] if found.where.startswith("launch")]
+    assert warning.where == where
+    assert "GPU" in str(warning)
 
 
 class Job:
