@@ -25,13 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
+import stub_run
 
 from sftd import settings as settings_module
 from sftd.cli import app
-from sftd.domain import events as e
-from sftd.domain.layout import DataFacts, ModelShape
 from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Launch, Model, Trainer
 from sftd.operations import attempts, runs
 from sftd.operations.context import Context
 from sftd.projections import verify
@@ -40,36 +38,6 @@ from sftd.store.migrate import upgrade
 from sftd.store.tables import events, view_runs
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.journal import JournalWriter
-from sftd.wire.preflight import Preflight
-
-SPEC = Spec(
-    model=Model(partial_pretrain="model"),
-    data=Data(train_files=["data"]),
-    trainer=Trainer(max_steps=1),
-    launch=Launch(device="cpu", nproc_per_node=1, threads_per_rank=1),
-)
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-    rms_norm_eps=1e-5,
-    rope_theta=1.0,
-    rope_scaling=None,
-    tie_word_embeddings=True,
-    attention_bias=False,
-    qk_norm=False,
-)
-FACTS = DataFacts(
-    files=["data"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
-)
-FOUND = Preflight(SHAPE, FACTS, None, 1, [])
-
 
 # Where the journal says the folder of the run's checkpoints.
 FOLDER = "CHECKPOINTS"
@@ -78,25 +46,8 @@ FOLDER = "CHECKPOINTS"
 def write_journal(path: Path) -> None:
     """What a trainer that is done with its one step has written."""
     writer = JournalWriter(path)
-    writer.append(
-        e.StepCompleted(
-            step=1,
-            epoch=0,
-            loss=1.0,
-            grad_norm=1.0,
-            lr=1e-5,
-            tokens=1,
-            tokens_real=1,
-            tokens_padded=1,
-            tokens_total=1,
-            samples=1,
-            samples_digest="d",
-            seconds=0.1,
-        )
-    )
-    writer.append(
-        e.CheckpointPublished(step=1, path=f"{FOLDER}/step-1", bytes=1, manifest_digest="d", seconds=0.1)
-    )
+    writer.append(stub_run.step(1))
+    writer.append(stub_run.checkpoint(1, FOLDER))
     writer.close()
 
 
@@ -121,13 +72,14 @@ def be_daemon(home: str, journal: str, slots: int) -> None:
 def submit_at_once(url: str, clients: int, count: int) -> float:
     """Each client with a connection of its own. Returns the seconds that it took."""
     barrier = threading.Barrier(clients + 1)
+    spec, found = stub_run.spec(1), stub_run.preflight(1)
 
     def client(number: int) -> None:
         store = app.open_store(replace(settings_module.read(), database_url=url))
         context = Context(actor=f"client-{number}")
         barrier.wait()
         for _ in range(number, count, clients):
-            runs.submit(store, context, SPEC, FOUND, [], "bench")
+            runs.submit(store, context, spec, found, [], "bench")
         store.engine.dispose()
 
     with ThreadPoolExecutor(clients) as pool:

@@ -24,14 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
+import stub_run
 
 from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.daemon.loop import Daemon
-from sftd.domain import events as e
-from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Launch, Model, Trainer
 from sftd.launcher import slurm_commands
 from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Inventory
@@ -45,28 +42,7 @@ from sftd.store.migrate import upgrade
 from sftd.store.tables import events, view_runs
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.journal import JournalWriter
-from sftd.wire.preflight import Preflight
 
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-    rms_norm_eps=1e-5,
-    rope_theta=1.0,
-    rope_scaling=None,
-    tie_word_embeddings=True,
-    attention_bias=False,
-    qk_norm=False,
-)
-FACTS = DataFacts(
-    files=["data"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
-)
 # A job's number is its line in the file `jobs`; the stub cluster writes what squeue shows.
 SBATCH = """#!/bin/sh
 sleep {latency}
@@ -92,23 +68,6 @@ def write_stubs(folder: Path, latency: float, sbatch: float) -> None:
     os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
 
 
-def step_event(step: int) -> e.StepCompleted:
-    return e.StepCompleted(
-        step=step,
-        epoch=0,
-        loss=1.0 / step,
-        grad_norm=1.0,
-        lr=1e-5,
-        tokens=1,
-        tokens_real=1,
-        tokens_padded=1,
-        tokens_total=step,
-        samples=1,
-        samples_digest="d" * 64,
-        seconds=1.0,
-    )
-
-
 class StubRun:
     """A job's ranks: a journal that grows."""
 
@@ -122,12 +81,9 @@ class StubRun:
     def step(self) -> None:
         """One step; behind the last a checkpoint, and the end."""
         self._step += 1
-        self._journal.append(step_event(self._step))
+        self._journal.append(stub_run.step(self._step))
         if self._step == self._order.planned_steps:
-            path = f"{self._order.checkpoint_dir}/step-{self._step}"
-            self._journal.append(
-                e.CheckpointPublished(step=self._step, path=path, bytes=1, manifest_digest="d", seconds=0.1)
-            )
+            self._journal.append(stub_run.checkpoint(self._step, self._order.checkpoint_dir))
             self._journal.close()
             self.directory.write_exit_code(0)
             self.is_over = True
@@ -228,13 +184,7 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
     engine.dispose()
     store = app.open_store(settings)
     steps = 10**6
-    spec = Spec(
-        model=Model(partial_pretrain="model"),
-        data=Data(train_files=["data"]),
-        trainer=Trainer(max_steps=steps),
-        launch=Launch(launcher="slurm", device="cpu", nproc_per_node=1, threads_per_rank=1),
-    )
-    wish = Wish(spec, Preflight(SHAPE, FACTS, None, steps, []))
+    wish = Wish(stub_run.spec(steps, "slurm"), stub_run.preflight(steps))
     submit_all(store, Context(actor="bench"), [wish] * (given.runs + given.waiting), "bench")
     calls: Counter[str] = Counter()
 
