@@ -43,6 +43,7 @@ def doctor_command(as_json: bool) -> None:
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli import doctor_host as host
     from sftd.cli import doctor_services as services
+    from sftd.cli import doctor_slurm
 
     yield from host.python()
     count, gpus = host.gpus()
@@ -62,6 +63,7 @@ def _examine(settings: Settings) -> Iterator[Finding]:
     yield from _guarded("database", database)
     yield from _guarded("MLflow", lambda: services.mlflow(settings))
     yield from _guarded("daemon", lambda: services.daemon(settings, store))
+    yield from _guarded("Slurm", lambda: doctor_slurm.slurm(settings, store))
     yield from _guarded("leftovers", lambda: services.leftovers(settings, store))
     if store is not None:
         store.engine.dispose()

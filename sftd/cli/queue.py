@@ -93,7 +93,7 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
             what = row.job
         elif row.job and not row.job.endswith(" running"):
             # Such as one that cannot be observed, or that cannot be cancelled now.
-            what += f"; {row.job}"
+            what = f"{row.job}; {what}"
         what = f"({what})"
         if not row.observed:
             what = "(its daemon is not observed)"

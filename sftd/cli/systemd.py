@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping
 from sftd.settings import Settings
 
 # What the daemon and the training that it starts need from the shell that asked, as far as it is set there.
-_TAKEN = ("PATH", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "HF_HOME", "TMPDIR", "PYTHONPATH")
+_TAKEN = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "TMPDIR",
+    "PYTHONPATH",
+    "SLURM_CONF",
+)
 _TAKEN_PREFIXES = ("SFTD_", "NCCL_", "MLFLOW_TRACKING_URI")
 # Set by sftd itself, for one process.
 _NOT_TAKEN = ("SFTD_HOME", "SFTD_DAEMON_LOG", "SFTD_ATTEMPT_TOKEN", "SFTD_DEVICE")

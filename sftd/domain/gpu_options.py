@@ -10,12 +10,20 @@ from sftd.domain.spec_sections import Slurm
 
 # What stands for GPUs, or for shares of one, among the generic resources.
 _GPU_NAMES = frozenset({"gpu", "mps", "shard"})
-# [type:]number
+# These take a number, perhaps behind a type.
 _GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-socket", "--gpus-per-task")
-# name[:type][:number]
+# These take a list of resources, each with its name, perhaps a type, and a number.
 _GRES = ("--gres", "--tres-per-job", "--tres-per-node", "--tres-per-socket", "--tres-per-task")
 # To sbatch, a beginning that only one option has is enough.
-_OTHERS = ("--get-user-env", "--gid", "--gpu-bind", "--gpu-freq", "--gres-flags", "--tres-bind", "--tres-freq")
+_OTHERS = (
+    "--get-user-env",
+    "--gid",
+    "--gpu-bind",
+    "--gpu-freq",
+    "--gres-flags",
+    "--tres-bind",
+    "--tres-freq",
+)
 
 
 def asks_for_gpus(slurm: Slurm) -> bool:

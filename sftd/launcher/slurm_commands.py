@@ -15,7 +15,7 @@ Run = Callable[[list[str], Mapping[str, str] | None, float], tuple[int, str, str
 # Slurm's own commands give up after some such time, but not always.
 _SECONDS = 60.0
 # Variables by which a person has these commands leave jobs out, or ask before they act.
-_HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_")
+_HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_")
 # What may hold anything comes last.
 _FIELDS = ("JobID", "State", "RestartCnt", "NodeList", "exit_code", "Reason", "WorkDir")
 # A job that has none of these may have processes.
@@ -36,6 +36,12 @@ _LATER = re.compile(
     r"^(?!.*time limit is invalid).*(?:"
     r"inactive or drain|[Uu]nable to contact|[Ss]ocket timed out|Connection refused|[Tt]emporarily|try again|[Cc]ommunication|"
     r"[Tt]oo many|Max(?:Submit|Jobs)|[Ll]imit|Zero Bytes|rate|in transition|backup|starting up|munge)"
+)
+
+
+# What stands before the reason in an error's last line.
+_NOISE = re.compile(
+    r"^(?:\w+: (?:error|fatal): )?(?:slurm_load_\w+(?: error)?: |Kill job error on job id \S+: )?"
 )
 
 
@@ -128,6 +134,49 @@ def accounted(run: Run, numbers: Iterable[str]) -> dict[str, Job]:
     return found
 
 
+class Partition(msgspec.Struct, frozen=True):
+    """A partition: `name` ends with * when it is the default, `usable` are its nodes that run jobs or could."""
+
+    name: str
+    is_up: bool
+    time_limit: str
+    usable: int
+    nodes: int
+    gres: tuple[str, ...] = ()
+
+    def told(self) -> str:
+        """In words."""
+        limit = "no time limit" if self.time_limit == "infinite" else f"at most {self.time_limit}"
+        state = "" if self.is_up else "not up, "
+        what = ", ".join((f"{self.usable} of {self.nodes} nodes", limit, *self.gres))
+        return f"{self.name} ({state}{what})"
+
+
+def version(run: Run) -> str:
+    """What Slurm calls itself. Raises `Unanswered`."""
+    return _ask(run, ["sbatch", "--version"]).strip()
+
+
+def partitions(run: Run) -> list[Partition]:
+    """All partitions that this user may see, in one call. Raises `Unanswered`."""
+    found: dict[str, Partition] = {}
+    # A line for each kind of node in a partition; nodes: allocated/idle/other/total.
+    for line in _ask(run, ["sinfo", "--noheader", "--format=%P|%a|%l|%F|%G"]).splitlines():
+        name, up, limit, counts, gres = line.split("|", 4)
+        allocated, idle, _, total = (int(number) for number in counts.split("/"))
+        before = found.get(name, Partition(name, up == "up", limit, 0, 0))
+        kinds = (*before.gres, *(() if gres in ("", "(null)") else (re.sub(r"\(S:[^)]*\)", "", gres),)))
+        found[name] = Partition(
+            name,
+            up == "up",
+            limit,
+            before.usable + allocated + idle,
+            before.nodes + total,
+            tuple(dict.fromkeys(kinds)),
+        )
+    return list(found.values())
+
+
 def submit(run: Run, script: str, env: Mapping[str, str]) -> str:
     """Hand a job over. Returns its number. Raises `Refusal`."""
     try:
@@ -157,13 +206,11 @@ def _ask(run: Run, argv: list[str], *, may_fail_silently: bool = False) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}
     try:
         code, out, err = run(argv, env, _SECONDS)
-    except subprocess.TimeoutExpired:
-        raise Unanswered(f"{argv[0]} got no answer within {_SECONDS:.0f} s") from None
+    except subprocess.TimeoutExpired as error:
+        raise Unanswered(f"{argv[0]} got no answer within {error.timeout:.0f} s") from None
     except OSError as error:
         raise Unanswered(f"{argv[0]}: {error.strerror or error}") from None
     if code and not (may_fail_silently and not err.strip()):
         lines = (err or out or f"ended with {code}").strip().splitlines()
-        raise Unanswered(
-            lines[-1].removeprefix(f"{argv[0]}: error: ").removeprefix("slurm_load_jobs error: ")
-        )
+        raise Unanswered(_NOISE.sub("", lines[-1]))
     return out

@@ -194,7 +194,9 @@ class Controller:
         with self._changed:
             self._asked_to_cancel = False
             due = {
-                job: doomed for job, doomed in sorted(self._doomed.items()) if doomed.is_due(now, self._answer)
+                job: doomed
+                for job, doomed in sorted(self._doomed.items())
+                if doomed.is_due(now, self._answer)
             }
         if not due:
             return

@@ -24,6 +24,7 @@ ENVIRON = {
     "SFTD_DATABASE_URL": f"postgresql://ada:{SECRET}@host/db",
     "HF_TOKEN": SECRET,
     "AWS_SECRET_ACCESS_KEY": SECRET,
+    "SLURM_CONF": "/etc/slurm/slurm.conf",
     "EDITOR": "vi",
 }
 
@@ -50,6 +51,7 @@ def test_the_unit(kind: str, tmp_path: Path) -> None:
         'Environment="NCCL_SOCKET_IFNAME=eth0"',
         'Environment="PATH=/opt/a b/bin:/usr/bin"',
         'Environment="SFTD_CPU_SLOTS=4"',
+        'Environment="SLURM_CONF=/etc/slurm/slurm.conf"',
     ]
     assert any(line.startswith("# SFTD_DATABASE_URL is set here, but holds a secret") for line in lines)
     assert SECRET not in "\n".join(lines)
