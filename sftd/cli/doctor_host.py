@@ -153,8 +153,6 @@ def _is_ours(pid: int) -> bool:
 
 def disk(settings: Settings) -> Iterator[Finding]:
     """SFTD_HOME: whose it is, on what file system, how much is free, how fast it takes a file."""
-    import psutil
-
     home = settings.home
     mode = home.stat().st_mode & 0o777
     if mode & 0o077:
@@ -163,11 +161,10 @@ def disk(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield ok("home", f"{home}, mode {mode:04o}")
-    mounts = [m for m in psutil.disk_partitions(all=True) if home.is_relative_to(m.mountpoint)]
-    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
-    if kind in _REMOTE and settings.database_url.startswith("sqlite"):
-        mend = "put SFTD_HOME on a local disk, or use PostgreSQL (SFTD_DATABASE_URL); checkpoints may lie anywhere"
-        yield broken("disk", f"SQLite cannot be trusted on a network file system ({kind})", mend)
+    for name, file in _sqlite_files(settings):
+        if (kind := _file_system(file)) in _REMOTE:
+            mend = "name a file on a local disk, or a server: PostgreSQL (SFTD_DATABASE_URL), MLflow's (MLFLOW_TRACKING_URI)"
+            yield broken("disk", f"{name} ({file}): SQLite cannot be trusted on {kind}", mend)
     free = shutil.disk_usage(home).free
     mend = "lower checkpoint.keep_last, or give checkpoint.save_dir another disk: a checkpoint takes 12 to 16 bytes a parameter"
     if free < _NONE_BYTES:
@@ -184,6 +181,23 @@ def disk(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield ok("disk", text)
+
+
+def _sqlite_files(settings: Settings) -> Iterator[tuple[str, Path]]:
+    for name, url in (
+        ("the database", settings.database_url),
+        ("MLflow's database", settings.mlflow_tracking_uri),
+    ):
+        if url.startswith("sqlite"):
+            yield name, Path(url.partition("///")[2].partition("?")[0])
+
+
+def _file_system(file: Path) -> str:
+    """The kind of file system on which a file lies, or will lie."""
+    import psutil
+
+    mounts = [m for m in psutil.disk_partitions(all=True) if file.is_relative_to(m.mountpoint)]
+    return str(max(mounts, key=lambda m: len(m.mountpoint)).fstype) if mounts else ""
 
 
 def _write_seconds(path: Path) -> float:

@@ -138,9 +138,7 @@ def stopping(store: Store, daemon: str) -> Mapping[str, bool]:
     """The runs of this daemon that were asked to stop, and whether they are to be killed for it."""
     with store.read() as connection:
         return {
-            e.run_id: current(connection, e.run_id).stop_now
-            for e in schedule.running(connection, daemon)
-            if e.status == "stopping"
+            run_id: current(connection, run_id).stop_now for run_id in schedule.stopping(connection, daemon)
         }
 
 

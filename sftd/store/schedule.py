@@ -148,3 +148,10 @@ def running(connection: sa.Connection, owner: str | None = None) -> list[Entry]:
     """Every run that a daemon drives, or that `owner` does."""
     mine = () if owner is None else (queue.c.owner == owner,)
     return _read(connection, queue.c.state == LEASED, *mine, with_after=False)
+
+
+def stopping(connection: sa.Connection, owner: str) -> list[str]:
+    """Runs that a daemon drives and that were asked to stop. It asks at each turn, and mostly there are none."""
+    query = sa.select(queue.c.run_id).join(view_runs, view_runs.c.run_id == queue.c.run_id)
+    query = query.where(queue.c.state == LEASED, queue.c.owner == owner, view_runs.c.status == "stopping")
+    return list(connection.execute(query).scalars())

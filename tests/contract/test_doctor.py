@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,6 +234,29 @@ def test_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_host.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("10.1.2.3", 0))])
     assert "localhost is 10.1.2.3" in only(doctor_host.ports()).said
     assert only(doctor_host.clock()).check == "clock"
+
+
+def test_sqlite_belongs_on_a_local_disk_wherever_the_home_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster the home is on a file system that all nodes see, and the database is not."""
+    home, local = tmp_path / "home", tmp_path / "local"
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(home), fstype="nfs4"),
+    ]
+    monkeypatch.setattr("psutil.disk_partitions", lambda **_: mounts)
+
+    def said(**more: str) -> list[str]:
+        return [f.said for f in doctor_host.disk(settings(home, **more)) if f.state == "broken"]
+
+    (database,) = said()
+    assert database == f"the database ({home}/sftd.db): SQLite cannot be trusted on nfs4"
+    there = {"SFTD_DATABASE_URL": f"sqlite:///{local}/sftd.db"}
+    assert said(**there) == []
+    (mlflow,) = said(**there, MLFLOW_TRACKING_URI=f"sqlite:///{home}/mlflow.db")
+    assert mlflow.startswith("MLflow's database")
+    assert said(**there, MLFLOW_TRACKING_URI=f"sqlite:///{local}/mlflow.db") == []
 
 
 def test_a_torch_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
