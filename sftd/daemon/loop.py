@@ -19,7 +19,7 @@ from sftd.daemon.mirror_turn import Mirror, MirrorTurn
 from sftd.daemon.notices import NoticeThread
 from sftd.daemon.rescuer import make_way, orphaned
 from sftd.daemon.sampling import Sampler
-from sftd.daemon.supervisor import Supervisor
+from sftd.daemon.supervisor import Supervisor, take_in
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.failures import Cause, Failure
@@ -249,17 +249,19 @@ class Daemon:
         busy = False
         now, pause = time.monotonic(), len(self._supervisors) / _LOOKS_PER_SECOND
         # Whoever has waited longest comes first.
-        for run_id in sorted(self._supervisors, key=lambda run_id: self._look_at.get(run_id, 0.0)):
-            if self._look_at.get(run_id, 0.0) > now and run_id not in stopping:
-                continue
-            if time.monotonic() - now > _LOOK_SECONDS:
+        order = sorted(self._supervisors, key=lambda run_id: self._look_at.get(run_id, 0.0))
+        due = [run_id for run_id in order if self._look_at.get(run_id, 0.0) <= now or run_id in stopping]
+        supervisors = [self._supervisors[run_id] for run_id in due]
+        taken = take_in(self._store, self._context, supervisors, now + _LOOK_SECONDS / 2)
+        for run_id in due:
+            if time.monotonic() - now > _LOOK_SECONDS and run_id not in taken:
                 return True
             supervisor = self._supervisors[run_id]
             self._look_at[run_id] = now + pause
             try:
                 if run_id in stopping:
                     supervisor.request_stop(now=stopping[run_id])
-                if supervisor.tick() is not None:
+                if supervisor.tick(*taken.get(run_id, ())) is not None:
                     del self._supervisors[run_id], self._look_at[run_id]
                     self._inventory.release(run_id)
                     busy = True
@@ -288,7 +290,7 @@ class Daemon:
 
     def _preempt(self) -> None:
         """Have runs of lower priority make room for the run whose turn it is."""
-        if not self._supervisors:
+        if not any(supervisor.is_preemptible for supervisor in self._supervisors.values()):
             return
         for run_id in turns.preempt(
             self._store,

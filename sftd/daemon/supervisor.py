@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+
+import msgspec
 
 from sftd.daemon.log import of_run
 from sftd.daemon.watchdog import Watchdog
 from sftd.domain import events as e
-from sftd.domain.errors import JournalCorrupt, UnknownEvent
+from sftd.domain.errors import JournalCorrupt, SftdError, UnknownEvent
 from sftd.domain.failures import Failure, Remains, classify
 from sftd.domain.run import Run
 from sftd.domain.spec_sections import Launch
@@ -22,10 +25,19 @@ from sftd.wire import journal
 
 # A commit waits for the disk, whatever is in it.
 _LINES_PER_TRANSACTION = 2000
+# Whoever else writes waits for the end of a transaction.
+_LOOKS_PER_TRANSACTION = 100
 # A long backlog is taken in over several ticks, so that leases are renewed between them.
 _LINES_PER_TICK = 5 * _LINES_PER_TRANSACTION
 # A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
 _STOP_SECONDS = 600.0
+
+
+class Look(msgspec.Struct, frozen=True):
+    """What an attempt's journal has beyond the log, and whether the attempt lived before it was read."""
+
+    alive: bool
+    taken: attempts.Taken
 
 
 class Supervisor:
@@ -52,7 +64,8 @@ class Supervisor:
         self._stopping_since: float | None = None
         # Why the attempt is ended although its processes live.
         self._verdict: Failure | None = None
-        self._watchdog = Watchdog(_launch(attempt))
+        self._launch = _launch(attempt)
+        self._watchdog = Watchdog(self._launch)
         self._asked_for_stacks: float | None = None
         self._reported: e.JobReported | None = None
         self._stuck: list[int] = []
@@ -87,19 +100,39 @@ class Supervisor:
             if not lines:
                 break
             recorded = attempts.record(self._store, self._context, self.lease, lines, offset, self._before)
-            self._line, self._offset = lines[-1].number, offset
             taken += len(lines)
-            self._watchdog.progressed(
-                [line.event.seconds for line in lines if isinstance(line.event, e.StepCompleted)]
-            )
-            self._asked_for_stacks = None
-            for r in recorded:
-                if isinstance(r.event, e.AnomalyDetected):
-                    self._log.warning("anomaly at step %d: %s", r.event.step, r.event.what)
-            published = published or any(isinstance(line.event, e.CheckpointPublished) for line in lines)
+            published = self._took(lines, offset, recorded) or published
         if published:
             collect(self._store, self._context, self.lease.run_id, self.lease)
         return taken
+
+    def look(self) -> Look | None:
+        """What there is to take in now, without taking it in: the daemon records it together with what other attempts have,
+        and hands it to `tick`. None when there is more to do than that."""
+        if self._launched is not None or self._before is None or self._verdict is not None:
+            return None
+        try:
+            # Asked before the journal is read, as in `tick`.
+            alive = self._is_alive()
+            lines, offset = self._read(_LINES_PER_TRANSACTION)
+        except (OSError, ValueError, SftdError):
+            # `tick` meets it again, and says so.
+            return None
+        if len(lines) == _LINES_PER_TRANSACTION:
+            return None
+        return Look(alive, attempts.Taken(self.lease, lines, offset, self._before))
+
+    def _took(self, lines: list[journal.Line], offset: int, recorded: list[e.Recorded]) -> bool:
+        """Lines are in the log. Returns whether a checkpoint is among them."""
+        self._line, self._offset = lines[-1].number, offset
+        self._watchdog.progressed(
+            [line.event.seconds for line in lines if isinstance(line.event, e.StepCompleted)]
+        )
+        self._asked_for_stacks = None
+        for r in recorded:
+            if isinstance(r.event, e.AnomalyDetected):
+                self._log.warning("anomaly at step %d: %s", r.event.step, r.event.what)
+        return any(isinstance(line.event, e.CheckpointPublished) for line in lines)
 
     def _read(self, limit: int) -> tuple[list[journal.Line], int]:
         lines, offset = journal.read(self.attempt.directory.journal, self._offset, self._line + 1, limit)
@@ -121,6 +154,11 @@ class Supervisor:
     def backlog(self) -> tuple[int, e.Micros | None]:
         """How many lines of the journal are not in the log yet, and when the first of them occurred."""
         return journal.backlog(self.attempt.directory.journal, self._offset)
+
+    @property
+    def is_preemptible(self) -> bool:
+        """Whether a run of higher priority may take its place."""
+        return self._launch.preemptible
 
     def request_stop(self, *, now: bool = False) -> None:
         """Ask the trainer to checkpoint and end; kill it when it does not, or when it is to end `now`."""
@@ -145,13 +183,24 @@ class Supervisor:
             self._log.warning("attempt %d did not stop in time; killing it", self.lease.attempt)
             self.attempt.kill()
 
-    def tick(self) -> Run | None:
-        """Ingest, and when the attempt's processes are gone, finish it. Returns the run then, None while it lives."""
-        # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
+    def _is_alive(self) -> bool:
+        """Whether the attempt lives; what it left is noted at once when it does not."""
         alive = self.attempt.is_alive()
         if not alive and self._first_remains is None:
             self._first_remains = self.attempt.remains()
-        self.ingest()
+        return alive
+
+    def tick(self, look: Look | None = None, recorded: list[e.Recorded] | None = None) -> Run | None:
+        """Ingest, unless what `look` found is `recorded` already, and when the attempt's processes are gone, finish it. Returns
+        the run then, None while it lives."""
+        if look is not None and recorded is not None:
+            alive, lines = look.alive, look.taken.lines
+            if lines and self._took(lines, look.taken.byte_offset, recorded):
+                collect(self._store, self._context, self.lease.run_id, self.lease)
+        else:
+            # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
+            alive = self._is_alive()
+            self.ingest()
         self._tell_report()
         if alive and self._verdict is None:
             self._watch()
@@ -226,6 +275,25 @@ class Supervisor:
         )
         collect(self._store, self._context, run.run_id)
         return run
+
+
+def take_in(
+    store: Store, context: Context, supervisors: Sequence[Supervisor], until: float
+) -> dict[str, tuple[Look, list[e.Recorded]]]:
+    """Record what the journals of these have, as many as there is time for (`until` by `time.monotonic`), in one transaction.
+    Returns by run what each is to be handed at its `tick`."""
+    looks: dict[str, Look] = {}
+    for supervisor in supervisors:
+        if time.monotonic() > until or len(looks) == _LOOKS_PER_TRANSACTION:
+            break
+        if (look := supervisor.look()) is not None:
+            looks[supervisor.lease.run_id] = look
+    try:
+        recorded = attempts.record_all(store, context, [look.taken for look in looks.values()])
+    except (ValueError, SftdError):
+        # Of one of them; each by itself tells which, and what to do about it.
+        return {}
+    return {run_id: (look, new) for (run_id, look), new in zip(looks.items(), recorded, strict=True)}
 
 
 def _launch(attempt: Attempt) -> Launch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -17,7 +17,7 @@ from sftd.operations.context import Context, append_decided, current
 from sftd.operations.dependents import leave_queue
 from sftd.operations.turns import NO_LIMITS, Fits, next_turn
 from sftd.store import event_store, positions, queue
-from sftd.store.engine import Store
+from sftd.store.engine import Store, Tx
 from sftd.store.queue import Lease
 from sftd.wire import journal
 from sftd.wire.journal import Line
@@ -131,6 +131,16 @@ def losses_before(store: Store, run_id: str, step: int) -> list[float]:
         return loss_watch.losses_before((r.event for r in recorded), step)
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """Lines of an attempt's journal, the last of which ends at `byte_offset`. Steps that are done again are compared with
+    `before` (see `steps_before`)."""
+
+    lease: Lease
+    lines: list[Line]
+    byte_offset: int
+    before: Mapping[int, e.StepCompleted]
+
+
 def record(
     store: Store,
     context: Context,
@@ -139,47 +149,58 @@ def record(
     byte_offset: int,
     before: Mapping[int, e.StepCompleted],
 ) -> list[e.Recorded]:
-    """Ingest journal lines, the last of which ends at `byte_offset`: exactly once. Steps that are done again are
-    compared with `before` (see `steps_before`). Returns the events appended."""
-    if not lines:
-        return []
+    """Ingest lines of one journal: exactly once. Returns the events appended."""
+    (recorded,) = record_all(store, context, [Taken(lease, lines, byte_offset, before)])
+    return recorded
+
+
+def record_all(store: Store, context: Context, batch: Sequence[Taken]) -> list[list[e.Recorded]]:
+    """Ingest lines of several attempts' journals, exactly once, in one transaction: a commit waits for the disk, and views
+    are written, once for all of them. One lease that is lost, and nothing is recorded. Returns the events appended."""
+    if not any(taken.lines for taken in batch):
+        return [[] for _ in batch]
     with store.write() as tx:
-        queue.check(tx, lease.run_id, lease.token)
-        run = current(tx.connection, lease.run_id)
-        cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
-        new: list[e.NewEvent] = []
-        is_exact, environment = run.is_exact, run.environment
-        for line in lines:
-            if line.number <= cursor:
-                continue
-            item = e.NewEvent(
-                event=line.event,
-                event_id=journal.event_id(lease.run_id, lease.attempt, line.number),
-                occurred_at=line.occurred_at,
-                actor="trainer",
-                attempt=lease.attempt,
+        return [_record(tx, context, taken) if taken.lines else [] for taken in batch]
+
+
+def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
+    lease, lines = taken.lease, taken.lines
+    queue.check(tx, lease.run_id, lease.token)
+    run = current(tx.connection, lease.run_id)
+    cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
+    new: list[e.NewEvent] = []
+    is_exact, environment = run.is_exact, run.environment
+    for line in lines:
+        if line.number <= cursor:
+            continue
+        item = e.NewEvent(
+            event=line.event,
+            event_id=journal.event_id(lease.run_id, lease.attempt, line.number),
+            occurred_at=line.occurred_at,
+            actor="trainer",
+            attempt=lease.attempt,
+        )
+        new.append(item)
+        if isinstance(line.event, e.ModelLoaded):
+            is_exact = stays_exact(is_exact, environment, line.event)
+            environment = line.event.environment
+        if isinstance(line.event, e.StepCompleted) and (
+            anomaly := redoing.compare_redone(
+                taken.before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
             )
-            new.append(item)
-            if isinstance(line.event, e.ModelLoaded):
-                is_exact = stays_exact(is_exact, environment, line.event)
-                environment = line.event.environment
-            if isinstance(line.event, e.StepCompleted) and (
-                anomaly := redoing.compare_redone(
-                    before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
+        ):
+            new.append(
+                msgspec.structs.replace(
+                    item,
+                    event=anomaly,
+                    event_id=context.new_id(),
+                    actor=context.actor,
+                    causation_id=item.event_id,
                 )
-            ):
-                new.append(
-                    msgspec.structs.replace(
-                        item,
-                        event=anomaly,
-                        event_id=context.new_id(),
-                        actor=context.actor,
-                        causation_id=item.event_id,
-                    )
-                )
-        recorded = event_store.append(tx, lease.run_id, run.version, new, context.now())
-        positions.set_journal_cursor(tx, lease.run_id, lease.attempt, lines[-1].number, byte_offset)
-        return recorded
+            )
+    recorded = event_store.append(tx, lease.run_id, run.version, new, context.now())
+    positions.set_journal_cursor(tx, lease.run_id, lease.attempt, lines[-1].number, taken.byte_offset)
+    return recorded
 
 
 def reject_journal(store: Store, context: Context, lease: Lease, what: str) -> None:

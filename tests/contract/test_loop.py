@@ -323,3 +323,79 @@ def test_a_disk_that_was_full_when_the_attempt_ended_is_told_once_there_is_room(
         (failed,) = event_store.read_types(connection, [run_id], ("AttemptFailed",))
     assert isinstance(failed.event, e.AttemptFailed)
     assert (failed.event.cause, failed.event.exit_code) == ("disk full", 1)
+
+
+def recorded_steps(log: Store, run_id: str) -> list[int]:
+    with log.read() as connection:
+        found = event_store.read_stream(connection, run_id, types=("StepCompleted",))
+        return [r.event.step for r in found if isinstance(r.event, e.StepCompleted)]
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick looks at every attempt, however slow the machine is."""
+    monkeypatch.setattr("sftd.daemon.loop._LOOK_SECONDS", 3600.0)
+
+
+def running(log: Store, one: Daemon, launcher: Launcher) -> tuple[list[str], list[JournalWriter]]:
+    """Two runs whose launch is recorded, and their journals."""
+    ids = [submit(log), submit(log)]
+    for _ in range(2):
+        one._look_at.clear()
+        one.tick()
+    assert all(supervisor.is_recorded for supervisor in one._supervisors.values())
+    order = {attempt.directory.path.parent.name: attempt for attempt in launcher.started}
+    return ids, [JournalWriter(order[run_id].directory.journal) for run_id in ids]
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_the_journals_of_several_runs_are_taken_in_by_one_transaction(
+    log: Store, daemon: Callable[[Launcher], Daemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Launcher()
+    one = daemon(launcher)
+    ids, journals = running(log, one, launcher)
+    batches: list[int] = []
+    record_all = attempts.record_all
+
+    def count(store: Store, context: Context, batch: list[attempts.Taken]) -> Any:
+        batches.append(sum(len(taken.lines) for taken in batch))
+        return record_all(store, context, batch)
+
+    monkeypatch.setattr(attempts, "record_all", count)
+    for number, writer in enumerate(journals, 1):
+        for n in range(1, number + 1):
+            writer.append(step(n))
+    for _ in range(2):
+        one._look_at.clear()
+        one.tick()
+    assert batches == [3, 0]
+    assert [recorded_steps(log, run_id) for run_id in ids] == [[1], [1, 2]]
+    for writer in journals:
+        writer.close()
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_a_lost_lease_and_a_broken_journal_keep_no_others_lines_back(
+    log: Store, daemon: Callable[[Launcher], Daemon]
+) -> None:
+    launcher = Launcher()
+    one = daemon(launcher)
+    (lost, whole), (first, second) = running(log, one, launcher)
+    for writer in (first, second):
+        writer.append(step(1))
+    give_up(log, lost)
+    one._look_at.clear()
+    one.tick()
+    assert (recorded_steps(log, lost), recorded_steps(log, whole)) == ([], [1])
+    assert list(one._supervisors) == [whole]
+    second.close()
+    (journal,) = (a.directory.journal for a in launcher.started if a.directory.path.parent.name == whole)
+    with open(journal, "a") as file:
+        file.write("no event\n")
+    one._look_at.clear()
+    one.tick()
+    with log.read() as connection:
+        (said,) = event_store.read_types(connection, [whole], ("AnomalyDetected",))
+    assert "cannot be read" in str(said.event)
+    first.close()
