@@ -73,15 +73,24 @@ def dump(connection: sa.Connection) -> Iterator[bytes]:
 
 def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     by_run = sorted(batch, key=lambda r: (r.run_id, r.version))
-    for run_id, group in groupby(by_run, key=lambda r: r.run_id):
-        state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
-        before = _decoder.decode(state) if state is not None else Run(run_id)
-        new = list(group)
-        run = fold(before, new)
-        _write_run(connection, run)
-        _write_goodput(connection, run, new)
-        if _kept(run) != _kept(before):
+    new = {run_id: list(group) for run_id, group in groupby(by_run, key=lambda r: r.run_id)}
+    query = sa.select(view_runs.c.run_id, view_runs.c.state).where(view_runs.c.run_id.in_(new))
+    states = {run_id: _decoder.decode(state) for run_id, state in connection.execute(query)}
+    before = {run_id: states.get(run_id) or Run(run_id) for run_id in new}
+    runs = {run_id: fold(before[run_id], group) for run_id, group in new.items()}
+    _write(connection, view_runs, [run_row(run) for run in runs.values()])
+    _write_goodput(connection, runs, new)
+    for run_id, run in runs.items():
+        if _kept(run) != _kept(before[run_id]):
             _write_checkpoints(connection, run)
+
+
+def _write(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
+    """Put rows in the place of those with their keys, in as few statements as the driver has for many."""
+    statement = insert(connection, table)
+    values = {c.name: statement.excluded[c.name] for c in table.columns if not c.primary_key}
+    statement = statement.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=values)
+    connection.execute(statement, rows)
 
 
 def _kept(run: Run) -> list[tuple[run_state.CheckpointInfo, str]]:
@@ -118,13 +127,6 @@ def run_row(run: Run) -> dict[str, Any]:
     }
 
 
-def _write_run(connection: sa.Connection, run: Run) -> None:
-    values = run_row(run)
-    statement = insert(connection, view_runs).values(values)
-    del values["run_id"]
-    connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
-
-
 def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:
     """The row of `view_goodput` that a run has."""
     return {
@@ -134,19 +136,20 @@ def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:
     }
 
 
-def _write_goodput(connection: sa.Connection, run: Run, new: list[Recorded]) -> None:
-    ledger, version = goodput_store.read_fold(connection, run.run_id)
-    if version == new[0].version - 1:
-        for r in new:
-            if r.type in goodput.TYPES:
-                ledger.add(r.occurred_at, r.event)
-    else:
-        # From before there was this view.
-        goodput_store.advance(connection, run.run_id, ledger, version, run.version)
-    values = goodput_row(run, ledger)
-    statement = insert(connection, view_goodput).values(values)
-    del values["run_id"]
-    connection.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_=values))
+def _write_goodput(connection: sa.Connection, runs: dict[str, Run], new: dict[str, list[Recorded]]) -> None:
+    known = goodput_store.read_folds(connection, list(runs))
+    rows = []
+    for run_id, run in runs.items():
+        ledger, version = known.get(run_id) or (goodput.Fold(), 0)
+        if version == new[run_id][0].version - 1:
+            for r in new[run_id]:
+                if r.type in goodput.TYPES:
+                    ledger.add(r.occurred_at, r.event)
+        else:
+            # From before there was this view.
+            goodput_store.advance(connection, run_id, ledger, version, run.version)
+        rows.append(goodput_row(run, ledger))
+    _write(connection, view_goodput, rows)
 
 
 def checkpoint_rows(run: Run) -> list[dict[str, Any]]:

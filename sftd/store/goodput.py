@@ -6,6 +6,8 @@ and of a step only two numbers are decoded: 2 to 10 µs a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import sqlalchemy as sa
 
@@ -31,9 +33,14 @@ def read_ledger(
 
 def read_fold(connection: sa.Connection, run_id: str) -> tuple[Fold, int]:
     """The fold that the view has, and the version up to which it goes; an empty one and 0 without one."""
+    return read_folds(connection, [run_id]).get(run_id) or (Fold(), 0)
+
+
+def read_folds(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, tuple[Fold, int]]:
+    """The same of several runs, of those that the view has."""
     c = view_goodput.c
-    row = connection.execute(sa.select(c.fold, c.version).where(c.run_id == run_id)).first()
-    return (_fold.decode(row.fold), row.version) if row is not None else (Fold(), 0)
+    query = sa.select(c.run_id, c.fold, c.version).where(c.run_id.in_(run_ids))
+    return {row.run_id: (_fold.decode(row.fold), row.version) for row in connection.execute(query)}
 
 
 def advance(
