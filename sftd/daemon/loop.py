@@ -46,9 +46,8 @@ _MIRROR_DRAIN_SECONDS = 120.0
 _SILENT_LEASES = 2
 # Leases are renewed between ticks, so a tick starts so many runs at most.
 _STARTS_PER_TICK = 20
-# With hundreds of attempts each is looked at less often: a look reads a file, on Slurm over a network, and each that finds
-# something is a transaction.
-_LOOKS_PER_SECOND = 200
+# With hundreds of attempts each is looked at less often: a look opens a file, on Slurm over a network.
+_LOOKS_PER_SECOND = 400
 # And a tick that has looked so long leaves the others to the next.
 _LOOK_SECONDS = 0.25
 # Where a run's checkpoint is changes seldom, and the disk that is asked may be slow.
