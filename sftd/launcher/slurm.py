@@ -28,6 +28,8 @@ _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 _SILENT_SECONDS = 60.0
 # A job whose ranks have ended is out of Slurm's list of running jobs at once, unless a machine or the controller hangs.
 _CLEARING_SECONDS = 60.0
+# What srun, too, says of a controller that is away.
+_AWAY = "Unable to contact slurm controller"
 # As seldom as a shared file system shows what is new.
 _STACKS_SECONDS = 20.0
 
@@ -237,12 +239,19 @@ class SlurmAttempt:
         elif interruption is not None and interruption.kind == "cancelled" and self._was_given_up:
             # It was the daemon before that cancelled it, because it hung, say.
             interruption = None
+        elif interruption is None and not self.directory.journal.exists() and _found_no_controller(remains):
+            interruption = Interruption("requeued", "the job began while Slurm's controller was away")
         return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
 
 
 def _could_not_start(job: Job) -> bool:
     """Whether Slurm holds it, as it does when a node's prolog fails: queued again at once, it would drain node after node."""
     return job.restarts > 0 and job.reason.replace("_", " ").startswith("launch fail")
+
+
+def _found_no_controller(remains: Remains) -> bool:
+    """Whether srun ended because it could not ask, before it started anything: no fault of the run's."""
+    return any(line.startswith("srun: error: ") and _AWAY in line for line in remains.output_tail)
 
 
 def _last_word(job: Job | None) -> str:

@@ -12,11 +12,11 @@ from sftd.launcher import local, processes, slurm_script
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
-from sftd.launcher.seam import Attempt, Launcher
+from sftd.launcher.seam import Attempt, Launcher, Report
 from sftd.launcher.slurm import SlurmLauncher
 from sftd.launcher.slurm_controller import Controller
 from sftd.wire.attempt_dir import AttemptDir, Order
-from tests.process.slurm_cluster import until
+from tests.process.slurm_cluster import SlurmCluster, until
 
 # Each sleep is a step; at its end a trainer looks whether it is to stop.
 UNTIL_STOPPED = "while [ ! -e stop ]; do sleep 0.02; done; exit 3"
@@ -117,6 +117,26 @@ def test_a_kill_leaves_no_process_whoever_does_it(
     assert processes.survivors(directory.order().token) == []
     assert attempt.remains().exit_code != 0
     assert attempt.stacks() == []
+
+
+def test_a_kill_holds_though_it_cannot_be_done_now(
+    request: pytest.FixtureRequest, launcher: Launcher, start: Callable[[str], Attempt], directory: AttemptDir
+) -> None:
+    """It is asked for once; where another program does it, that one is away when it is asked."""
+    attempt = start(FOR_EVER)
+    until((directory.path / "runs").exists)
+    if isinstance(launcher, SlurmLauncher):
+        slurm: SlurmCluster = request.getfixturevalue("slurm")
+        slurm.stop_controller()
+        try:
+            assert attempt.kill()
+            until(lambda: "not cancelled yet" in (attempt.report() or Report("", "")).reason)
+        finally:
+            slurm.start_controller()
+    else:
+        attempt.kill()
+    until(lambda: not attempt.is_alive())
+    until(lambda: processes.survivors(directory.order().token) == [])
 
 
 def test_what_was_never_started_is_dead(launcher: Launcher, directory: AttemptDir) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
 
-from sftd.launcher import processes
+from sftd import settings
+from sftd.cli import doctor_slurm
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.remains import find_remains
 from tests.process.harness import Home, at_step
@@ -19,6 +23,12 @@ from tests.process.test_recovery import assert_log_holds_journals, timeline
 pytestmark = pytest.mark.slow
 
 ON_SLURM = "launch.launcher=slurm"
+LONG = (
+    "trainer.max_steps=1500",
+    "trainer.save_interval=50",
+    "data.val_files=[]",
+    "training.spike_factor=0",
+)
 
 
 @pytest.fixture
@@ -36,15 +46,9 @@ def job_of(home: Home, run_id: str, number: int = 1) -> str:
     return process.job
 
 
-def freeze(home: Home, run_id: str, number: int = 1) -> list[psutil.Process]:
-    """Stop the ranks of an attempt where they are, so that what happens next happens to a living one."""
-    ranks = [
-        psutil.Process(pid) for pid in processes.ranks(home.attempt(run_id, number).order().token).values()
-    ]
-    assert ranks
-    for rank in ranks:
-        rank.suspend()
-    return ranks
+def freeze(home: Home, run_id: str, step: int = 1, number: int = 1) -> list[psutil.Process]:
+    """Stop the ranks of an attempt once it has done a step, so that what happens next happens to a living one."""
+    return list(home.hold(run_id, step, number).values())
 
 
 def in_attempt(number: int, step: int = 0) -> Callable[[dict[str, Any]], bool]:
@@ -58,9 +62,14 @@ def ended(number: int) -> Callable[[dict[str, Any]], bool]:
     return lambda event: event["attempt"] == number and event["type"] in kinds
 
 
+def reported(state: str) -> Callable[[dict[str, Any]], bool]:
+    """Matches what Slurm said of a job."""
+    return lambda event: event["type"] == "JobReported" and event["payload"]["state"] == state
+
+
 def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
     """Let ranks go on as soon as Slurm has told their job that its end is near."""
-    until(lambda: attempt.told() == "USR1", seconds=150)
+    until(lambda: attempt.told() == "USR1", seconds=240)
     for rank in ranks:
         rank.resume()
 
@@ -83,34 +92,13 @@ def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: 
 
 @pytest.mark.timeout(900)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
-    """Requeued, told to end, cancelled from outside, its controller stopped, its node lost, its time over: each ends in the
-    right state, no event is lost or doubled, and the steps come out as undisturbed."""
-    settings = (
-        "trainer.max_steps=1500",
-        "trainer.save_interval=50",
-        "data.val_files=[]",
-        "training.spike_factor=0",
-    )
-    daemon = home.start_daemon()
-    # On a node that nothing else happens to, stopped where they are until their time is over.
-    killed, told = (
-        home.submit(
-            *settings, ON_SLURM, f"launch.slurm.exclude={NODES[0]}", f"launch.slurm.stop_seconds={seconds}"
-        )
-        for seconds in (1, 90)
-    )
-    for other in (killed, told):
-        home.follow(other, in_attempt(1, 60))
-        ranks = freeze(home, other)
-        slurm.limit(job_of(home, other), 1 if other == killed else 2)
-    # Slurm looks every half minute only; meanwhile there is enough to do.
-    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), ranks), daemon=True)
-    alarm.start()
-    run_id = home.submit(*settings, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
+    """Its controller away for a minute, requeued, told to end, cancelled from outside, its node lost, its time over: each ends
+    in the right state, no event is lost or doubled, and the steps come out as undisturbed."""
+    daemon, undisturbed, through, killed, told = a_minute_without_a_controller(home, slurm)
+    run_id = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
 
     # Slurm puts the job back into its queue, which --no-requeue forbids to all but those who insist.
-    home.follow(run_id, in_attempt(1, 60))
-    freeze(home, run_id, 1)
+    freeze(home, run_id, 60)
     job = job_of(home, run_id, 1)
     slurm.run("scontrol", "update", f"JobId={job}", "Requeue=1")
     slurm.run("scontrol", "requeue", job)
@@ -129,33 +117,15 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     assert (event["type"], event["payload"]["step"]) == ("AttemptPreempted", last)
 
     # A person cancels the job behind sftd's back, who does not insist: the run is paused.
-    home.follow(run_id, in_attempt(3))
-    freeze(home, run_id, 3)
+    freeze(home, run_id, number=3)
     job = job_of(home, run_id, 3)
     slurm.run("scancel", job)
     event = home.follow(run_id, ended(3))
     assert (event["type"], event["payload"]["by"]) == ("AttemptPaused", f"scancel of job {job}")
     home.run("resume", run_id)
 
-    # The controller is gone, then the daemon as well; the next one takes the job up by its number.
-    home.follow(run_id, in_attempt(4))
-    ranks = freeze(home, run_id, 4)
-    slurm.stop_controller()
-    log = home.path / "daemon.log"
-    until(lambda: "cannot be observed now" in log.read_text())
-    daemon.kill()
-    daemon.wait(timeout=30)
-    daemon = home.start_daemon()
-    home.follow(run_id, lambda e: e["type"] == "AttemptAdopted" and e["attempt"] == 4)
-    recorded = home.show(run_id)["step"]
-    for rank in ranks:
-        rank.resume()
-    home.follow(run_id, in_attempt(4, recorded + 5))
-    ranks = freeze(home, run_id, 4)
-    assert home.show(run_id)["attempt"] == 4, "who cannot be observed is not dead"
-    slurm.start_controller()
-
     # The node's slurmd dies, and Slurm takes the node for lost, though the ranks live: they may write no more.
+    ranks = freeze(home, run_id, number=4)
     zombies = home.attempt(run_id, 4)
     slurm.kill_slurmd(NODES[0])
     event = home.follow(run_id, ended(4))
@@ -173,7 +143,6 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     slurm.start_node(NODES[0])
 
     # Over their time: one told before, one killed outright.
-    alarm.join()
     event = home.follow(told, ended(1))
     assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)
     (saved, made) = (
@@ -185,14 +154,85 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     assert event["type"] == "AttemptPreempted"
     assert "time limit" in event["payload"]["reason"]
 
-    undisturbed = home.submit(*settings)
     home.wait(undisturbed, "succeeded")
     expected = timeline(home, undisturbed)
     assert len(expected) == 1500
-    for other, attempts in ((run_id, 5), (killed, 2), (told, 2)):
+    for other, attempts in ((through, 1), (run_id, 5), (killed, 2), (told, 2)):
         shown = home.wait(other, "succeeded")
         assert (shown["attempt"], shown["anomalies"]) == (attempts, 0)
         assert timeline(home, other) == expected
         assert_log_holds_journals(home, other)
     daemon.terminate()
     daemon.wait(timeout=30)
+
+
+def a_minute_without_a_controller(
+    home: Home, slurm: SlurmCluster
+) -> tuple[subprocess.Popen[str], str, str, str, str]:
+    """slurmctld is stopped for a minute by the clock. Meanwhile a job trains to its end, the time of two others passes, a
+    waiting one is cancelled, and the daemon is killed.
+
+    Returns the new daemon and runs: one that Slurm has nothing to do with, the one that trained, and two whose time is over.
+    """
+    log = home.path / "daemon.log"
+    daemon = home.start_daemon()
+    through = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
+    # On a node that nothing else happens to, stopped where they are until their time is over.
+    killed, told = (
+        home.submit(
+            *LONG, ON_SLURM, f"launch.slurm.exclude={NODES[0]}", f"launch.slurm.stop_seconds={seconds}"
+        )
+        for seconds in (1, 210)
+    )
+    waiting = home.submit(*LONG, ON_SLURM, "launch.slurm.extra_args=[--begin=now+1hour]")
+    with ThreadPoolExecutor() as pool:
+        ranks, _, told_ranks = pool.map(lambda run_id: freeze(home, run_id, 60), (through, killed, told))
+    home.follow(waiting, reported("PENDING"))
+    for other, minutes in ((killed, 1), (told, 5)):
+        slurm.limit(job_of(home, other), minutes)
+    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), told_ranks), daemon=True)
+    alarm.start()
+    slurm.stop_controller()
+    gone = time.monotonic()
+
+    home.run("cancel", waiting)
+    event = home.follow(waiting, lambda e: "not cancelled yet" in e["payload"].get("reason", ""))
+    assert "Unable to contact slurm controller" in event["payload"]["reason"]
+    until(lambda: "cannot be observed now" in log.read_text())
+    daemon.kill()
+    daemon.wait(timeout=30)
+    known = len(log.read_text())
+    daemon = home.start_daemon()
+    for other in (through, waiting):
+        home.follow(other, lambda e: e["type"] == "AttemptAdopted")
+    until(lambda: "cannot be observed now" in log.read_text()[known:])
+
+    # It trains to its end, is taken in as it goes, and nobody calls it dead.
+    recorded = home.show(through)["step"]
+    for rank in ranks:
+        rank.resume()
+    home.follow(through, in_attempt(1, recorded + 5))
+    until(lambda: home.attempt(through).exit_code() == 0, seconds=240)
+    undisturbed = home.submit(*LONG)
+    home.follow(through, in_attempt(1, 1500))
+    home.follow(through, reported("NOT OBSERVED"))
+    assert (
+        "not observed (Slurm does not answer: Unable to contact slurm controller" in home.run("queue").stdout
+    )
+    assert [f.state for f in doctor_slurm.slurm(settings.read(home.env), None)] == ["ok", "warning"]
+    assert (home.show(through)["step"], home.show(through)["attempt"]) == (1500, 1)
+    assert home.show(waiting)["status"] == "stopping"
+    assert time.monotonic() - gone > 60
+    slurm.start_controller()
+
+    home.wait(waiting, "cancelled")
+    assert slurm.state(job_of(home, waiting)) == "CANCELLED"
+    return daemon, undisturbed, through, killed, told
+
+
+def test_doctor_looks_at_it(home: Home, slurm: SlurmCluster) -> None:
+    commands, controller, partitions = doctor_slurm.slurm(settings.read(home.env), None)
+    assert [f.state for f in (commands, controller, partitions)] == ["ok"] * 3
+    assert commands.said.startswith("slurm")
+    assert "the controller answers" in controller.said
+    assert partitions.said == "partitions: main* (2 of 2 nodes, no time limit)"

@@ -206,6 +206,25 @@ def test_sruns_zero_is_not_believed_against_slurms_word(
     assert (remains.exit_code, "NODE_FAIL" in remains.last_word) == (None, True)
 
 
+def test_a_job_that_began_while_the_controller_was_away_is_queued_again(
+    slurm: Slurm, start: Callable[..., SlurmAttempt]
+) -> None:
+    """As srun of Slurm 22.05 says it, which starts nothing then. What has begun to train fails by itself."""
+    attempt = submitted(start())
+    attempt.directory.output_log.write_text(
+        "srun: error: Unable to confirm allocation for job 8: Unable to contact slurm controller (connect failure)\n"
+        "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job 8.\n"
+    )
+    attempt.directory.write_exit_code(1)
+    slurm.becomes("1", "FAILED")
+    until(lambda: not attempt.is_alive())
+    interruption = attempt.remains().interruption
+    assert interruption is not None
+    assert (interruption.kind, "controller was away" in interruption.message) == ("requeued", True)
+    attempt.directory.journal.touch()
+    assert attempt.remains().interruption is None
+
+
 def test_nothing_hides_the_daemons_own_jobs_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """squeue leaves out what is in hidden partitions, and all that a person's SQUEUE_… variables leave out."""
     monkeypatch.setenv("SQUEUE_PARTITION", "other")
