@@ -136,9 +136,9 @@ def _loss_bytes(
         around += width * h * tokens
     around += 2 * width * h * trained
     row_bytes = -(-shape.vocab_size // tp) * width
-    rows, chunks = logits_chunk(trained, row_bytes)
-    # The next chunk is computed before the last one is let go; a CPU takes a copy to exponentiate.
-    copies = (2 if chunks > 1 else 1) + (1 if device == "cpu" else 0)
+    rows, _chunks = logits_chunk(trained, row_bytes)
+    # One chunk at a time; a CPU takes a copy to exponentiate.
+    copies = 2 if device == "cpu" else 1
     return around + copies * rows * row_bytes
 
 

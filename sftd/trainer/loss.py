@@ -110,6 +110,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 accumulate_weight_gradient(
                     hidden[rows], logits, weight.main_grad if d_weight is None else d_weight
                 )
+            # Before the next chunk is computed: the name would hold this one until then.
+            del logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight, ctx.weight_is_shared = weight, weight_is_shared
         return loss / divisor
