@@ -15,6 +15,8 @@ from sftd.domain.workload import Workload
 # Bytes of the logits that the loss holds at a time, and what its chunks are multiples of (`trainer/loss.py`).
 LOGITS_BYTES = 2 << 30
 LOGITS_MULTIPLE = 128
+# Bytes of the scores' gradient that deterministic attention holds at a time (`trainer/kernels/exact_attention.py`).
+SCORES_BYTES = 2 << 30
 # CUBLAS_WORKSPACE_CONFIG=:4096:8 (`trainer/process.py`).
 CUBLAS_BYTES = 8 * 4096 * 1024
 # A process on a CPU with torch and Megatron imported; and what its C library holds back of freed activations, a share of
@@ -85,7 +87,8 @@ def _of_stage(
     expert_ranks = max(
         1, spec.world_size // (pp * m.expert_model_parallel_size * expert_tensor_parallel(spec))
     )
-    kept, recomputed = _Layer(spec, shape, device, width).bytes_per_token()
+    layer = _Layer(spec, shape, device, width)
+    kept, recomputed = layer.bytes_per_token()
     tokens = work.largest / m.context_parallel_size
     layers_in_flight = _layers_in_flight(spec, shape, work, stage)
     activations = layers_in_flight * kept * tokens
@@ -95,7 +98,9 @@ def _of_stage(
         per_chunk = shape.num_hidden_layers // (pp * (m.virtual_pipeline_model_parallel_size or 1))
         activations += layers_in_flight / per_chunk * width * shape.hidden_size * tokens / shared
     head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
-    backward = recomputed * tokens
+    # The layer's feed-forward part is through, and let go, when its attention's scores are held.
+    scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
+    backward = recomputed * tokens + max(0.0, scores - layer.feed_forward() * tokens)
     workspace = CUBLAS_BYTES
     if device == "cpu":
         # gloo copies the gradients that it reduces, when the activations are freed but still with the C library.
@@ -142,6 +147,18 @@ def _loss_bytes(
     return around + copies * rows * row_bytes
 
 
+def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> float:
+    """What deterministic attention holds of the scores' gradient: of padded rows, in half precision."""
+    m = spec.model.megatron
+    if not spec.training.deterministic or spec.training.use_rmpad or width != 2:
+        return 0.0
+    rows = spec.training.micro_batch_size_per_gpu
+    group = shape.num_attention_heads / shape.num_key_value_heads * (work.largest / rows) ** 2 * width
+    heads = rows * max(1, shape.num_key_value_heads // m.tensor_model_parallel_size)
+    # A part is of whole groups; what would be larger goes another way.
+    return 0.0 if group > SCORES_BYTES else min(heads * group, SCORES_BYTES)
+
+
 def logits_chunk(rows: int, row_bytes: int) -> tuple[int, int]:
     """(rows of a chunk of the logits, how many chunks), as `trainer/loss.py` cuts them."""
     most = max(LOGITS_MULTIPLE, LOGITS_BYTES // row_bytes // LOGITS_MULTIPLE * LOGITS_MULTIPLE)
@@ -164,7 +181,7 @@ class _Layer:
     def bytes_per_token(self) -> tuple[float, float]:
         """(kept until backward, needed on top while the backward of one layer runs)."""
         model = self._spec.model
-        whole = self._residual() + self._attention() + self._feed_forward()
+        whole = self._residual() + self._attention() + self.feed_forward()
         grads = self._gradients()
         if not model.enable_gradient_checkpointing:
             return whole, grads
@@ -211,7 +228,8 @@ class _Layer:
     def _keeps_qkv(self) -> bool:
         return self._is_cpu or self._shape.qk_norm
 
-    def _feed_forward(self) -> float:
+    def feed_forward(self) -> float:
+        """Of these, what the MLP keeps."""
         s, e = self._shape, self._width
         if not s.num_experts:
             # Gate and up, and what they make; on a CPU silu(gate) too.

@@ -22,7 +22,7 @@ _LAYER_SECONDS = 0.28e-3
 # For an element of a token's queries and keys, where they are normed: these operations are not fused.
 _QK_NORM_SECONDS = 67e-12
 # Factors: deterministic kernels; layers whole or in part computed again; each doubling of TP.
-_DETERMINISTIC = 1.11
+_DETERMINISTIC = 1.05
 _RECOMPUTED = {"full": 4 / 3, "selective": 1.12}
 _TENSOR_PARALLEL = 1.07
 # Bytes a second between GPUs of a host, for gradients and weights: assumed.

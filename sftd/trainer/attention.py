@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from sftd.trainer.context_parallel import gather_stream
+from sftd.trainer.kernels import exact_attention
 from sftd.trainer.sequence_shards import cut_segments, spans
 from sftd.trainer.upload import upload
 
@@ -148,6 +149,8 @@ class CausalAttention(MegatronModule):
         return torch.cat(outs, dim=2).permute(2, 0, 1, 3)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+        if mask is None and exact_attention.takes(q, k, v, self.is_grouped):
+            return exact_attention.attend(q, k, v, self.scale)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.is_grouped
         )

@@ -197,6 +197,8 @@ def environment(session: Session) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
         "triton": _installed_version("triton") if is_cuda else None,
+        # It computes some of what is deterministic there.
+        **({"cudnn_frontend": _installed_version("nvidia-cudnn-frontend")} if is_cuda else {}),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_model": _cpu_model(),
         "threads": torch.get_num_threads(),

@@ -89,6 +89,53 @@ def test_kernels_compute_what_pytorch_does(gpus: int) -> None:
     assert run.returncode == 0, run.stderr
 
 
+# Heads of 64 in groups of four, odd lengths, and q, k and v as the trainer has them: tokens first in memory. The scores of a
+# group of a row have 4 · 320² · 2 bytes.
+@pytest.mark.parametrize("held", [2 << 30, 4 * 320**2 * 2 * 5, 4 * 320**2 * 2, 1], ids=str)
+def test_deterministic_attention_is_right_and_the_same_again(
+    gpus: int, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    import torch
+
+    from sftd.trainer.kernels import exact_attention
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU: deterministic attention is PyTorch's own")
+    monkeypatch.setattr(exact_attention, "SCORES_BYTES", held)
+    batch, heads, groups, length, width = 3, 8, 2, 317, 64
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v, grad = (
+        torch.randn(length, batch, n, width, device="cuda", dtype=torch.bfloat16, generator=generator)
+        .permute(1, 2, 0, 3)
+        .requires_grad_()
+        for n in (heads, groups, groups, heads)
+    )
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(heads // groups, 1) for x in inputs[1:])
+    scores = inputs[0] @ keys.transpose(-1, -2) / math.sqrt(width)
+    seen = torch.ones(length, length, dtype=torch.bool, device="cuda").tril()
+    out = scores.masked_fill(~seen, -math.inf).softmax(-1) @ values
+    expected = [out.detach(), *torch.autograd.grad(out, inputs, grad.double())]
+
+    def computed() -> list[torch.Tensor]:
+        found = exact_attention.attend(q, k, v, width**-0.5)
+        return [found.detach(), *torch.autograd.grad(found, (q, k, v), grad)]
+
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    try:
+        assert exact_attention.takes(q, k, v, True)
+        first, *again = (computed() for _ in range(4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for found, reference in zip(first, expected, strict=True):
+        assert float((found - reference).norm() / reference.norm()) < 5e-3
+    assert all(torch.equal(a, b) for other in again for a, b in zip(first, other, strict=True))
+    # With the last of `held` no part fits, and FlashAttention computes it.
+    if exact_attention.frontend() is not None and held > 1:
+        assert any(exact_attention._backwards.values())
+
+
 @pytest.mark.parametrize("rows", ["padded", "packed"])
 def test_fp32_agrees_with_the_cpu(one: dict[str, Run], on_cpu: Trainer, rows: str) -> None:
     gpu, cpu = one[f"fp32-{rows}"], on_cpu.run(f"fp32-{rows}", **ONE_GPU[f"fp32-{rows}"])

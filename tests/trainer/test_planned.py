@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sftd.domain import storage
-from sftd.domain.footprint import CUBLAS_BYTES, LOGITS_BYTES, LOGITS_MULTIPLE, logits_chunk
+from sftd.domain.footprint import CUBLAS_BYTES, LOGITS_BYTES, LOGITS_MULTIPLE, SCORES_BYTES, logits_chunk
 from sftd.domain.layout import LENGTH_QUANTILES, DataFacts
 from sftd.domain.spec_parse import parse
 from sftd.domain.workload import GPU_TILE, workload
@@ -27,7 +27,7 @@ from sftd.trainer.packing import Planner
 
 def defined(module: str, *names: str) -> list[Any]:
     """Constants and functions of a trainer module, by its own source: importing Megatron takes half a minute here."""
-    source = Path(process.__file__).with_name(f"{module}.py").read_text()
+    source = Path(process.__file__).parent.joinpath(f"{module}.py").read_text()
     wanted = [
         node
         for node in ast.parse(source).body
@@ -49,6 +49,7 @@ def test_chunks_of_logits_are_those_of_the_loss(rows: int, row_bytes: int) -> No
 
 def test_constants_are_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert defined("loss", "_CHUNK_BYTES", "_CHUNK_MULTIPLE") == [LOGITS_BYTES, LOGITS_MULTIPLE]
+    assert defined("kernels/exact_attention", "SCORES_BYTES") == [SCORES_BYTES]
     assert defined("batches", "_TILE") == [GPU_TILE]
     assert defined("trainee", "_STATE_BYTES") == [storage._STATE_BYTES]
     assert defined("checkpoint", "_HEADROOM") == [storage._HEADROOM]

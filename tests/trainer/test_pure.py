@@ -22,6 +22,7 @@ from sftd.trainer import folder_swap
 from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool
 from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded
+from sftd.trainer.kernels import exact_attention
 from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.rectangles import rectangles
 from sftd.trainer.sample_order import SampleOrder, samples_digest
@@ -246,3 +247,27 @@ def test_a_range_of_elements_is_cut_into_rectangles_in_order() -> None:
             for offset, sides in rectangles(shape, start, end)
         ]
         assert np.concatenate([*found, []]).tolist() == list(range(start, end))
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "most", "expected"),
+    [
+        # (rows, groups) of each part, where a group of a row has 10.
+        (8, 4, 1000, [(8, 4)]),
+        (8, 4, 100, [(2, 4)] * 4),
+        (5, 4, 100, [(2, 4), (2, 4), (1, 4)]),
+        (1, 4, 39, [(1, 2), (1, 2)]),
+        (2, 3, 10, [(1, 1)] * 6),
+        (2, 3, 9, None),
+    ],
+)
+def test_deterministic_attention_goes_in_parts(
+    batch: int, groups: int, most: int, expected: list[tuple[int, int]] | None
+) -> None:
+    found = exact_attention.parts(batch, groups, 10, most)
+    if found is None or expected is None:
+        assert found is expected
+        return
+    assert [(r.stop - r.start, g.stop - g.start) for r, g in found] == expected
+    covered = [(r, g) for rows, some in found for r in range(batch)[rows] for g in range(groups)[some]]
+    assert sorted(covered) == [(r, g) for r in range(batch) for g in range(groups)]

@@ -1,4 +1,5 @@
-"""Triton kernels for what stands between a layer's matrix products. Imported only where there is a GPU: see `ops.py`.
+"""Triton kernels for what stands between a layer's matrix products (`ops.py` says where), and deterministic attention.
 
-Each computes in FP32 whatever the dtype of its tensors, and is deterministic: no kernel adds atomically.
+Each of Triton's computes in FP32 whatever the dtype of its tensors, and is deterministic: no kernel adds atomically. They are
+imported only where there is a GPU.
 """
