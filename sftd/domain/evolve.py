@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import singledispatch
 from typing import Any
 
 import msgspec
 
 from sftd.domain import events as e
+from sftd.domain import exactness
 from sftd.domain.codec import json_float
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.evolve_halts import HALTS, NO_STOP
@@ -95,14 +95,8 @@ def _(event: e.CheckpointPinned, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.ModelLoaded)
 def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        run, is_exact=stays_exact(run.is_exact, run.environment, event), environment=event.environment
-    )
-
-
-def stays_exact(is_exact: bool, environment: Mapping[str, Any], loaded: e.ModelLoaded) -> bool:
-    """`Run.is_exact` after another attempt has loaded its model; `environment` is that of the one before, if any."""
-    return is_exact and loaded.is_deterministic and environment in ({}, loaded.environment)
+    is_exact, loose = exactness.at_load(run, event)
+    return _set(run, is_exact=is_exact, loose_until=loose, began_at=run.step, environment=event.environment)
 
 
 def _spec(written: dict[str, Any]) -> Spec:
@@ -136,6 +130,7 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         # An attempt that dies before it resumes must not lose the step that was asked for: the claim decides.
         _rewind(run, event.from_step),
+        loose_until=exactness.at_claim(run, event.from_step),
         status="starting",
         attempt=recorded.attempt or run.attempt + 1,
         daemon=event.daemon,
@@ -205,6 +200,7 @@ def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
         run,
         status="running" if run.status == "starting" else run.status,
         step=event.step,
+        loose_until=exactness.at_step(run, event.step),
         loss=json_float(event.loss),
         lr=event.lr,
         tokens_counted=run.tokens_counted + event.tokens,

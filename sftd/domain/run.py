@@ -118,9 +118,13 @@ class Run(msgspec.Struct, frozen=True):
     after: tuple[str, ...] = ()
     sweep: str = ""
     resume_from: int | None = None
-    # Whether a step that is computed again comes out bit for bit: the attempts so far were deterministic, and all of
-    # them in the environment of the last (versions, device, layout).
+    # Whether a step that this attempt computes again comes out bit for bit: what the log has of it was computed
+    # deterministically, and in the same environment (versions, device, layout).
     is_exact: bool = True
+    # Up to this step the log may have steps of another environment than the last attempt's; None: it never changed.
+    loose_until: int | None = None
+    # The step behind which the last attempt began to compute as it does.
+    began_at: int = 0
     environment: dict[str, Any] = {}
     # The timeline: what later attempts have not superseded.
     step: int = 0

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from sftd.domain import decisions, loss_watch, redoing
+from sftd.domain import decisions, exactness, loss_watch, redoing
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
-from sftd.domain.evolve import stays_exact
 from sftd.domain.failures import Failure, Interruption
 from sftd.domain.queueing import Limits
 from sftd.domain.run import ENDED, Run
@@ -182,7 +181,7 @@ def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
         )
         new.append(item)
         if isinstance(line.event, e.ModelLoaded):
-            is_exact = stays_exact(is_exact, environment, line.event)
+            is_exact, _loose = exactness.at_load(run, line.event)
             environment = line.event.environment
         if isinstance(line.event, e.StepCompleted) and (
             anomaly := redoing.compare_redone(

@@ -818,3 +818,80 @@ def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at(
     log.add(validated(4, 1.0), published(2))
     found = {c.step: c for c in log.run.checkpoints}[2]
     assert (found.tokens_total, found.val_loss) == (2 * TOKENS, 1.5)
+
+
+# Bit for bit, or but for rounding.
+
+
+def loaded(device: str = "a", *, deterministic: bool = True) -> events.ModelLoaded:
+    return events.ModelLoaded(
+        architecture="a",
+        parameters=1,
+        dtype="f",
+        device=device,
+        seconds=1.0,
+        environment={"device": device, "deterministic": deterministic},
+    )
+
+
+def attempt(log: Log, until: int, *, save_every: int = 5, **given: Any) -> bool:
+    """An attempt that trains so far and crashes. Whether its redone steps are compared bit for bit."""
+    log.claim().add(loaded(**given))
+    is_exact = log.run.is_exact
+    log.train(until, save_every=save_every).end()
+    return is_exact
+
+
+def go_back(log: Log, step: int) -> None:
+    log.add(events.RunFailed(cause="x", message="y"))
+    log.add(*decisions.request_resume(log.run, "ada", step))
+
+
+def test_exactness_comes_back_once_the_other_steps_are_done_again() -> None:
+    log = Log()
+    assert attempt(log, 13)
+    # On another device steps 11 to 13 are done again; the first time it does not come that far.
+    assert not attempt(log, 12, device="b")
+    assert not attempt(log, 14, device="b")
+    # Behind step 10 all is that device's now.
+    assert attempt(log, 18, device="b")
+    assert attempt(log, 19, device="b")
+    # Before it, it is not.
+    go_back(log, 5)
+    assert not attempt(log, 18, device="b")
+    # Step 19 was computed behind a step 10 that had come out otherwise.
+    assert not attempt(log, 20, device="b")
+    assert attempt(log, 21, device="b")
+
+
+def test_without_determinism_nothing_is_exact() -> None:
+    log = Log()
+    assert not attempt(log, 13, deterministic=False)
+    assert not attempt(log, 18, deterministic=False)
+    # What is done again now was not deterministic when it was done.
+    assert not attempt(log, 20)
+    assert attempt(log, 22)
+
+
+def test_a_superseded_checkpoint_is_not_the_state_of_steps_that_were_done_again_elsewhere() -> None:
+    log = Log()
+    assert attempt(log, 23, save_every=10)
+    # In the same environment it is.
+    go_back(log, 10)
+    assert attempt(log, 23, save_every=100)
+    go_back(log, 20)
+    assert attempt(log, 23, save_every=100)
+    go_back(log, 10)
+    assert not attempt(log, 24, save_every=100, device="b")
+    go_back(log, 20)
+    assert not attempt(log, 24, save_every=100, device="b")
+    go_back(log, 20)
+    assert attempt(log, 25, save_every=100, device="b")
+
+
+def test_a_state_of_an_older_sftd_is_not_exact_until_all_is_done_again() -> None:
+    log = Log()
+    attempt(log, 13)
+    log.run = msgspec.structs.replace(log.run, is_exact=False)
+    assert not attempt(log, 14)
+    assert attempt(log, 18)
