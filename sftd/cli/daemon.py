@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -137,6 +138,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
+    from sftd.launcher import device_holds
     from sftd.launcher.choosing import ByName
     from sftd.launcher.inventory import Inventory, visible_gpus
     from sftd.launcher.local import LocalAttempt
@@ -157,7 +159,9 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         if store is None:
             return
         has_slurm = shutil.which("sbatch") is not None
-        inventory = Inventory(visible_gpus(), settings.cpu_slots, settings.slurm_jobs if has_slurm else 0)
+        slurm_jobs = settings.slurm_jobs if has_slurm else 0
+        others = partial(device_holds.held, settings.home)
+        inventory = Inventory(visible_gpus(), settings.cpu_slots, slurm_jobs, others=others)
         slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
         launcher = ByName({"local": LocalAttempt, "slurm": slurm})
         mirror, notices = _mirror(settings), _notices(settings, store)

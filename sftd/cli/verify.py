@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sftd.launcher.inventory import Need
     from sftd.operations.replays import Comparison
     from sftd.settings import Settings
+    from sftd.store.engine import Store
     from sftd.wire.attempt_dir import Order
 
 _SCRATCH = "verify"
@@ -85,7 +87,8 @@ def verify_command(
     need, taken = _devices(settings, chosen, spec, devices)
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
         order = _order(chosen, spec, planned)
-        verdict, comparing = _compare(settings, chosen, order, extra, need, taken, keep)
+        with _held(settings, store, taken, is_named=devices is not None):
+            verdict, comparing = _compare(settings, chosen, order, extra, need, taken, keep)
     if not changes:
         replays.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
@@ -140,9 +143,11 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     import msgspec
 
     from sftd.domain.errors import Problem, Refused
+    from sftd.launcher import device_holds
     from sftd.launcher.inventory import Inventory, visible_gpus
 
-    inventory = Inventory(visible_gpus(), settings.cpu_slots)
+    others = partial(device_holds.held, settings.home)
+    inventory = Inventory(visible_gpus(), settings.cpu_slots, others=others)
     need = inventory.need(spec)
     threads = chosen.log.environment(chosen.to_step).get("OMP_NUM_THREADS")
     if threads and spec.launch.threads_per_rank is None:
@@ -169,6 +174,22 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
             Problem("--devices", what, "name as many as it needs, as 0,1; or wait until they are free")
         )
     return need, wanted[: need.count]
+
+
+@contextmanager
+def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[None]:
+    """Keep a daemon from starting a run on these GPUs. Raises `Refused` when it has done so just now."""
+    from sftd.domain.errors import Problem, Refused
+    from sftd.launcher import device_holds, processes
+    from sftd.operations import replays
+
+    gpus = [device for device in taken if device.startswith("cuda:")]
+    with device_holds.holding(settings.home, gpus) if gpus else nullcontext():
+        lost = set(gpus) & set(replays.held(store, processes.host_name())) if gpus and not is_named else set()
+        if lost:
+            what = f"a run has just been started on {min(lost)}"
+            raise Refused(Problem("--devices", what, "try again, or name the GPUs"))
+        yield
 
 
 def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sftd.domain.demand import Demand, Need, need
@@ -85,8 +85,17 @@ def gpus() -> list[tuple[str, int]]:
 class Inventory:
     """Which devices there are and which attempt holds which."""
 
-    def __init__(self, gpus: int | Sequence[str], cpu_slots: int, slurm_jobs: int = 0) -> None:
-        """`gpus`: how many, or which (see `visible_gpus`). `slurm_jobs`: jobs that there may be on Slurm at once; 0 where there is no Slurm."""
+    def __init__(
+        self,
+        gpus: int | Sequence[str],
+        cpu_slots: int,
+        slurm_jobs: int = 0,
+        *,
+        others: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        """`gpus`: how many, or which (see `visible_gpus`). `slurm_jobs`: jobs that there may be on Slurm at once; 0 where there
+        is no Slurm. `others` says which GPUs are held by whom this inventory does not know of (see `device_holds`)."""
+        self._others = others
         self.gpus = [f"cuda:{i}" for i in (range(gpus) if isinstance(gpus, int) else gpus)]
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
         self.slurm = [f"slurm:{i}" for i in range(slurm_jobs)]
@@ -102,6 +111,10 @@ class Inventory:
 
     def free(self, device: str) -> list[str]:
         """Devices of a kind that nobody holds."""
+        others = set(self._others()) if device == "cuda" else ()
+        return [d for d in self._unheld(device) if d not in others]
+
+    def _unheld(self, device: str) -> list[str]:
         held = {d for devices in self._held.values() for d in devices}
         return [d for d in self._all(device) if d not in held]
 
@@ -115,7 +128,9 @@ class Inventory:
     def take(self, holder: str, spec: Spec) -> tuple[Need, list[str]]:
         """Hand the devices of a run that fits to `holder`."""
         mine = self.need(spec)
-        devices = self.free(mine.device)[: mine.count]
+        # Another may have come between asking and taking: the run that was claimed has its devices all the same.
+        free = self.free(mine.device)
+        devices = [*free, *(d for d in self._unheld(mine.device) if d not in free)][: mine.count]
         self._held[holder] = devices
         return mine, devices
 

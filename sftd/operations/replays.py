@@ -123,7 +123,7 @@ def plan(
     with store.read() as connection:
         run = load_run(connection, resolve_id(connection, prefix))
         recorded = list(event_store.read_stream(connection, run.run_id))
-        held = list(_held(connection, host))
+        devices = list(_held(connection, host))
     log = timeline(recorded)
     if not log.steps:
         mend = "resume it first" if run.status in ENDED else "wait until it has"
@@ -139,7 +139,7 @@ def plan(
     past = recorded[: log.versions[end]]
     losses = losses_before((r.event for r in past), begin)
     then = fold(Run(run.run_id), past)
-    return Comparison(then, begin, end, usable.get(begin), log, losses, held)
+    return Comparison(then, begin, end, usable.get(begin), log, losses, devices)
 
 
 def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:
@@ -160,6 +160,12 @@ def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, e
     else:
         what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps behind it up to {end}"
     raise Refused(Problem("--from-step", what, f"one of: {choices}"))
+
+
+def held(store: Store, host: str) -> list[str]:
+    """The devices of a host's living attempts."""
+    with store.read() as connection:
+        return list(_held(connection, host))
 
 
 def _held(connection: sa.Connection, host: str) -> Iterator[str]:

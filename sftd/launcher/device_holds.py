@@ -1,0 +1,47 @@
+"""GPUs of this host that a command computes on beside the daemon: a lock file for each, which ends with its process.
+
+A daemon knows what its own attempts hold. What `sftd verify` takes has no lease and no attempt, but a daemon must not start a
+run there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from sftd.wire.attempt_dir import make_private
+
+_FOLDER = "devices"
+
+
+def held(home: Path) -> set[str]:
+    """The devices that some process holds."""
+    try:
+        names = os.listdir(home / _FOLDER)
+    except FileNotFoundError:
+        return set()
+    return {unquote(name) for name in names if _is_locked(home / _FOLDER / name)}
+
+
+@contextlib.contextmanager
+def holding(home: Path, devices: Iterable[str]) -> Iterator[None]:
+    """Hold devices until the block ends. Several may hold the same one: whoever names a device has their way."""
+    make_private(home / _FOLDER)
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            file = stack.enter_context(open(home / _FOLDER / quote(device, safe=":"), "w"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
