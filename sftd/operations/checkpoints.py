@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
+import sqlalchemy as sa
 
 from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused
@@ -19,6 +20,9 @@ from sftd.store.queue import Lease
 from sftd.store.runs import load_run, resolve_id
 from sftd.wire import checkpoint_dir
 from sftd.wire.attempt_dir import is_checkpoint_of
+
+# The events that say what became of a checkpoint.
+_FATES = tuple(t.__name__ for t in (e.CheckpointPublished, e.CheckpointRejected, e.CheckpointDeleted))
 
 
 def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointInfo]:
@@ -119,9 +123,8 @@ def _status(c: CheckpointInfo) -> str:
 def _gone(store: Store, run: Run) -> list[CheckpointRow]:
     found: list[CheckpointRow] = []
     there: dict[int, CheckpointRow] = {}
-    types = tuple(t.__name__ for t in (e.CheckpointPublished, e.CheckpointRejected, e.CheckpointDeleted))
     with store.read() as connection:
-        for r in read_stream(connection, run.run_id, types=types):
+        for r in read_stream(connection, run.run_id, types=_FATES):
             match r.event:
                 case e.CheckpointPublished(step=step, path=path, bytes=size):
                     there[step] = CheckpointRow(step, "", path, size, {}, None, r.occurred_at, [])
@@ -132,9 +135,39 @@ def _gone(store: Store, run: Run) -> list[CheckpointRow]:
     return found
 
 
-def collectable(run: Run) -> list[CheckpointInfo]:
-    """What nothing keeps, and lies on this host: by its manifest, for an imported history may name anybody's folders."""
-    return [c for c in deletable(run) if is_checkpoint_of(c.path, run.run_id)]
+def collectable(connection: sa.Connection, run: Run) -> list[e.CheckpointDeleted]:
+    """What nothing keeps, as its deletion would be told, and lies on this host."""
+    behind = _left_behind(connection, run) if run.status == "succeeded" else []
+    return [*unkept(run), *(c for c in behind if is_checkpoint_of(c.path, run.run_id))]
+
+
+def unkept(run: Run) -> list[e.CheckpointDeleted]:
+    """Of these, what the run's state knows: by its manifest, for an imported history may name anybody's folders."""
+    return [
+        e.CheckpointDeleted(
+            step=c.step, path=c.path, bytes=c.bytes, reason="superseded" if c.superseded else "retention"
+        )
+        for c in deletable(run)
+        if is_checkpoint_of(c.path, run.run_id)
+    ]
+
+
+def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDeleted]:
+    """Folders of checkpoints that the run's state does not know any more: damaged ones, which are kept until then for whoever
+    wants to look, and those of steps that were saved elsewhere once more."""
+    published: dict[str, e.CheckpointDeleted] = {}
+    for r in read_stream(connection, run.run_id, types=_FATES):
+        match r.event:
+            case e.CheckpointPublished(step=step, path=path, bytes=size):
+                published[path] = e.CheckpointDeleted(step=step, path=path, bytes=size, reason="replaced")
+            case e.CheckpointRejected(path=path) if path in published:
+                published[path] = msgspec.structs.replace(published[path], reason="rejected")
+            case e.CheckpointDeleted(path=path):
+                published.pop(path, None)
+    here = {c.path for c in run.checkpoints}
+    # A fork names the folder that it starts from.
+    pinned = {c.step for c in run.checkpoints if c.forks} | run.rejected_pins.keys()
+    return [c for path, c in published.items() if path not in here and c.step not in pinned]
 
 
 def collect(
@@ -146,9 +179,9 @@ def collect(
     gone, and never says deleted of one that is read. A crash leaves at most a folder too many, for `sweep`.
     """
     with store.read() as connection:
-        run = load_run(connection, run_id)
+        there = collectable(connection, load_run(connection, run_id))
     with ExitStack() as unread:
-        free = {c.path for c in collectable(run) if unread.enter_context(checkpoint_dir.unread(Path(c.path)))}
+        free = {c.path for c in there if unread.enter_context(checkpoint_dir.unread(Path(c.path)))}
         if not free:
             return []
         with store.write() as tx:
@@ -158,16 +191,7 @@ def collect(
                 # Another attempt has begun meanwhile: its daemon decides.
                 return []
             run = current(tx.connection, run_id)
-            gone = [
-                e.CheckpointDeleted(
-                    step=c.step,
-                    path=c.path,
-                    bytes=c.bytes,
-                    reason="superseded" if c.superseded else "retention",
-                )
-                for c in deletable(run)
-                if c.path in free
-            ]
+            gone = [c for c in collectable(tx.connection, run) if c.path in free]
             append_decided(tx, context, run_id, run.version, list(gone), run.attempt or None)
         for deleted in gone:
             checkpoint_dir.remove(Path(deleted.path))

@@ -15,6 +15,9 @@ from sftd.operations.reading import find_run, list_runs
 from sftd.store.engine import Store
 from sftd.wire import checkpoint_dir
 
+# Reasons of deletions, where a reader wants other words.
+_WHAT = {"retention": "not kept", "rejected": "damaged", "replaced": "saved elsewhere since"}
+
 
 class Leftover(msgspec.Struct, frozen=True):
     """A checkpoint that nothing keeps. `what` says what becomes of it: `is_gone`, or is left because it is being read."""
@@ -34,7 +37,8 @@ def leftovers(store: Store, context: Context, prefixes: Iterable[str], *, dry_ru
     """
     found: list[Leftover] = []
     for run in _ended(store, prefixes):
-        before = checkpoints.collectable(run)
+        with store.read() as connection:
+            before = checkpoints.collectable(connection, run)
         if dry_run:
             gone = {c.path for c in before if _is_unread(c.path)}
         else:
@@ -47,9 +51,7 @@ def leftovers(store: Store, context: Context, prefixes: Iterable[str], *, dry_ru
                 path=c.path,
                 bytes=c.bytes,
                 is_gone=c.path in gone,
-                what=("superseded" if c.superseded else "not kept")
-                if c.path in gone
-                else "left: it is being read",
+                what=_WHAT.get(c.reason, c.reason) if c.path in gone else "left: it is being read",
             )
             for c in before
         ]

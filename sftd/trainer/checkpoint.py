@@ -39,12 +39,14 @@ from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
 from sftd.wire.attempt_dir import Order, fsync_dir
-from sftd.wire.checkpoint_dir import reading
+from sftd.wire.checkpoint_dir import once_unread, reading
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
 # Free space that must be there before a checkpoint is begun, as a share of its expected size.
 _HEADROOM = 1.1
+# How long a save waits for those who read the checkpoint that it replaces.
+_READERS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -345,8 +347,10 @@ class Checkpoints:
         self._reporter.check_fence()
         # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
         self._reporter.flush()
-        # One that is there already is damaged, or of a history that is being redone differently.
-        publish_folder(partial, pending.published)
+        # One that is there already is damaged, or of a history that is being redone differently: the other ranks wait
+        # while somebody reads it, but not for ever.
+        with once_unread(pending.published, _READERS_SECONDS):
+            publish_folder(partial, pending.published)
 
     def _explain(self, error: CheckpointSaveFailed) -> str:
         """The error, and that the disk is full where it is: Megatron's writer swallows the reason."""

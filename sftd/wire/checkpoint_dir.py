@@ -2,6 +2,7 @@
 
     <checkpoint_dir>/step-00000012/           published; `manifest.json` is what a reader locks
     <checkpoint_dir>/step-00000012.deleted/   nobody's any more; what an interrupted deletion left, for `sweep`
+    <checkpoint_dir>/step-00000012.replaced/  the like of an interrupted replacement, where folders cannot be exchanged
 
 The lock is an flock on the manifest: it ends with the process that holds it, however that ends.
 """
@@ -13,6 +14,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from sftd.wire.attempt_dir import fsync_dir
 
 MANIFEST = "manifest.json"
 _DELETED = ".deleted"
+# See `folder_swap.publish_folder` of the trainer.
+_REPLACED = ".replaced"
+_LOOK_SECONDS = 0.05
 # What flock answers where the file system cannot lock: nobody is protected there, and nobody is kept from working.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
@@ -71,6 +76,21 @@ def unread(path: Path) -> Iterator[bool]:
             os.close(fd)
 
 
+@contextlib.contextmanager
+def once_unread(path: Path, seconds: float) -> Iterator[None]:
+    """Keep readers from the checkpoint in `path` until the block ends, once those are through who read it now: whoever
+    comes meanwhile reads what then has that name. Raises `OSError` when somebody reads it for `seconds` more."""
+    until = time.monotonic() + seconds
+    while True:
+        with unread(path) as free:
+            if free:
+                yield
+                return
+        if time.monotonic() >= until:
+            raise OSError(errno.EBUSY, f"somebody has been reading it for {seconds:.0f} s", str(path))
+        time.sleep(_LOOK_SECONDS)
+
+
 def delete_folder(path: Path) -> bool:
     """Delete a checkpoint. False, and nothing is done, while somebody reads it: try again later."""
     with unread(path) as free:
@@ -103,13 +123,20 @@ def saved(path: Path) -> Saved:
 
 
 def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
-    """Finish the deletions of a run's folder of checkpoints that a crash or a reader interrupted.
+    """Finish the deletions and replacements of a run's folder of checkpoints that a crash or a reader interrupted.
 
     `deleted` are the folders whose deletion the log tells. Only while no attempt of the run lives: an attempt may
     have published one of these names again without the log knowing of it yet.
     """
     for left in directory.glob(f"step-*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in directory.glob(f"step-*{_REPLACED}"):
+        published = left.with_name(left.name.removesuffix(_REPLACED))
+        # Between the two renames nothing had the name.
+        if published.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.rename(published)
     for path in deleted:
         if path.exists():
             delete_folder(path)

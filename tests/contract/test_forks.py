@@ -174,6 +174,39 @@ def test_collecting_keeps_readers_and_forks(
     )
 
 
+def test_damaged_and_replaced_checkpoints_go_when_the_run_has_succeeded(
+    log: Store, clock: Clock, parent: Run, tmp_path: Path
+) -> None:
+    fork(log, clock, parent, 1, ("launch.priority", -1))
+    runs.resume(log, clock.context, parent.run_id, "bob", 3)
+    claimed = claim(log, clock)
+    damaged = e.CheckpointRejected(
+        step=3, path=str(tmp_path / "parent/step-00000003"), reason="a byte was flipped"
+    )
+    attempts.record(log, clock.context, claimed.lease, [Line(number=1, occurred_at=1, event=damaged)], 9, {})
+    end(log, clock, claimed, 1)
+    assert collecting.leftovers(log, clock.context, [], dry_run=False) == [], "somebody may want to look"
+    clock.time += 3600 * 1_000_000
+    # From step 2 into another save_dir; then once more from step 1 into a third.
+    claimed = claim(log, clock)
+    train(log, clock, claimed, tmp_path / "second", 3, 3)
+    end(log, clock, claimed, 0)
+    runs.resume(log, clock.context, parent.run_id, "bob", 1)
+    claimed = claim(log, clock)
+    train(log, clock, claimed, tmp_path / "third", 2, 3)
+    end(log, clock, claimed, 0)
+    elsewhere = "saved elsewhere since"
+    left = [(row.step, row.what) for row in collecting.leftovers(log, clock.context, [], dry_run=True)]
+    assert left == [(2, elsewhere), (3, "damaged"), (3, elsewhere)]
+    collecting.leftovers(log, clock.context, [], dry_run=False)
+    there = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/step-*"))
+    # The fork's start, and what the run's timeline has.
+    assert there == ["parent/step-00000001", "third/step-00000002", "third/step-00000003"]
+    told = [r.event for r in reading.run_events(log, parent.run_id, types=("CheckpointDeleted",))]
+    assert e.CheckpointDeleted(step=3, path=damaged.path, bytes=1, reason="rejected") in told
+    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+
+
 def test_a_daemon_that_lost_the_run_deletes_nothing(
     log: Store, clock: Clock, parent: Run, tmp_path: Path
 ) -> None:
@@ -185,7 +218,8 @@ def test_a_daemon_that_lost_the_run_deletes_nothing(
     attempts.record(log, clock.context, lost, lines, 10, {})
     adopted = e.AttemptAdopted(daemon="other", host="h", pid=1)
     mine = attempts.adopt(log, clock.context, lost, adopted, LEASE)
-    assert len(checkpoints.collectable(reading.find_run(log, parent.run_id))) == 2
+    with log.read() as connection:
+        assert len(checkpoints.collectable(connection, reading.find_run(log, parent.run_id))) == 2
     with pytest.raises(LeaseLost):
         checkpoints.collect(log, clock.context, parent.run_id, lost)
     # Nor does one who has no lease while another daemon drives it.

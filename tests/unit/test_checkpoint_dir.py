@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from sftd.wire.checkpoint_dir import MANIFEST, delete_folder, reading, sweep
+from sftd.wire.checkpoint_dir import MANIFEST, delete_folder, once_unread, reading, sweep
 
 
 def checkpoint(directory: Path, step: int) -> Path:
@@ -64,3 +65,59 @@ def test_an_interrupted_deletion_is_taken_up(tmp_path: Path, monkeypatch: pytest
         assert kept.exists()
     sweep(tmp_path, [kept])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(tmp_path: Path) -> None:
+    folder, new = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
+    with (
+        reading(folder),
+        pytest.raises(OSError, match="somebody has been reading it"),
+        once_unread(folder, 0.0),
+    ):
+        pytest.fail("it is being read")
+    waiting, through = threading.Event(), threading.Event()
+
+    def read() -> None:
+        waiting.set()
+        with reading(folder):
+            found.append((folder / MANIFEST).read_text())
+        through.set()
+
+    found: list[str] = []
+    (new / MANIFEST).write_text("new")
+    with once_unread(folder, 0.0):
+        reader = threading.Thread(target=read)
+        reader.start()
+        waiting.wait()
+        folder.rename(tmp_path / "old")
+        new.rename(folder)
+    assert through.wait(30)
+    reader.join()
+    # It asked for the old one, and has the lock of the one that took its place.
+    assert found == ["new"]
+
+
+def test_a_replacement_waits_until_the_reader_is_through(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    held, go = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with reading(folder):
+            held.set()
+            go.wait()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    held.wait()
+    threading.Timer(0.1, go.set).start()
+    with once_unread(folder, 30.0):
+        assert go.is_set()
+    reader.join()
+
+
+def test_an_interrupted_replacement_is_finished_or_undone(tmp_path: Path) -> None:
+    whole, lost = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
+    lost.rename(tmp_path / "step-00000006.replaced")
+    checkpoint(tmp_path, 9).rename(tmp_path / "step-00000003.replaced")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [whole.name, lost.name]

@@ -19,7 +19,7 @@ from sftd.domain.run import CheckpointInfo, Run
 from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.launcher.command import environment, torchrun_argv
-from sftd.operations.checkpoints import collectable
+from sftd.operations.checkpoints import unkept
 from sftd.projections.mlflow_client import without_credentials
 from sftd.store.engine import shown_url
 from sftd.wire import journal, specfile
@@ -98,7 +98,7 @@ def test_only_a_checkpoint_of_the_run_is_deleted_as_one(tmp_path: Path) -> None:
     )
     run = Run("run-a", status="succeeded", checkpoints=doomed)
     assert len(deletable(run)) == 4
-    assert [Path(c.path).name for c in collectable(run)] == ["mine"]
+    assert [Path(c.path).name for c in unkept(run)] == ["mine"]
 
 
 def test_the_trainer_knows_no_passwords_of_ours() -> None:
