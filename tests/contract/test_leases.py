@@ -24,6 +24,7 @@ from sftd.store.queue import Lease
 from sftd.store.tables import events
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
+from tests.patience import PATIENCE
 
 HOUR = 3_600_000_000
 CONTEXT = Context(actor="test")
@@ -174,7 +175,7 @@ def test_many_submit_and_many_claim_and_each_run_starts_once_and_in_its_turn(log
         barrier.wait()
         mine = []
         for _ in range(total // DAEMONS):
-            assert submitted.acquire(timeout=120)
+            assert submitted.acquire(timeout=PATIENCE)
             found = claim(log, daemon=f"daemon-{number}")
             assert found is not None, "a run waits, and nobody else may have it"
             mine.append(found.lease.run_id)

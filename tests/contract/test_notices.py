@@ -33,6 +33,7 @@ from sftd.projections.verify import check
 from sftd.store import event_store
 from sftd.store.engine import Store
 from tests.contract.test_metrics import submitted
+from tests.patience import PATIENCE
 
 SECRET = "hush-hush-9"
 
@@ -53,7 +54,7 @@ class Hook:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert self.headers["Content-Type"] == "application/json"
                 hook.arrived.release()
-                hook.hold.wait(60)
+                hook.hold.wait(PATIENCE)
                 status = hook.answers.pop(0) if hook.answers else 200
                 if status == 200:
                     hook.bodies.append(body)
@@ -235,11 +236,11 @@ def test_several_daemons_send_each_notice_once(log: Log, hook: Hook) -> None:
     hook.hold.clear()
     sending = threading.Thread(target=mine.sync, args=(never,))
     sending.start()
-    assert hook.arrived.acquire(timeout=30)
+    assert hook.arrived.acquire(timeout=PATIENCE)
     # While the one sends, the other has nothing to do; nor has it afterwards.
     assert theirs.sync(never) == 0
     hook.hold.set()
-    sending.join(30)
+    sending.join(PATIENCE)
     assert theirs.sync(never) == 0
     assert [body["run_id"] for body in hook.bodies] == ["one", "two"]
 
@@ -344,16 +345,16 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
     running = threading.Thread(target=daemon.run)
     with caplog.at_level(logging.WARNING, "sftd.notify"):
         running.start()
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         hook.answers = [500, 503]
         log.add("one", submitted(), FAILED)
         thread.wake()
         for _ in range(3):
-            assert hook.arrived.acquire(timeout=30)
+            assert hook.arrived.acquire(timeout=PATIENCE)
         # What is recorded last is told before the daemon ends.
         log.add("two", submitted(), CANCELLED)
         daemon.stop()
-        running.join(30)
+        running.join(PATIENCE)
     assert [body["run_id"] for body in hook.bodies] == ["one", "two"]
     assert "webhook at 127.0.0.1: the answer is 500" in caplog.text
     assert SECRET not in caplog.text

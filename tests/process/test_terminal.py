@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -26,9 +27,11 @@ from rich.cells import cell_len
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir, RunDir
 from tests.histories import FAILED, SUCCEEDED, append, claimed, open_log, spec, step, submitted
+from tests.patience import PATIENCE
 
 RUN = "brave-otter-3f2a"
-_SEQUENCE = re.compile(r"\x1b(?:\[[0-9;?]*[a-zA-Z]|\].*?\x07|[()][A-Z0-9]|[=>])")
+# The last one may not have been read to its end.
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-9;?]*(?:[a-zA-Z]|$)|\].*?\x07|[()][A-Z0-9]|[=>]|$)")
 
 
 @pytest.fixture
@@ -45,6 +48,8 @@ def env(home: Path) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": "",
         "TERM": "xterm-256color",
         "LC_ALL": "C.UTF-8",
+        # Whatever this user's keys do.
+        "INPUTRC": os.devnull,
     }
 
 
@@ -66,6 +71,8 @@ class Terminal:
             argv, stdin=inside, stdout=inside, stderr=inside, env=env, start_new_session=True
         )
         self._inside = inside
+        # What is read may end in the middle of a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.written = ""
 
     def resize(self, columns: int, lines: int) -> None:
@@ -74,14 +81,14 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def wait_for(self, is_there: Callable[[str], bool], seconds: float = 60) -> str:
+    def wait_for(self, is_there: Callable[[str], bool], seconds: float = PATIENCE) -> str:
         """Read until what was written since the last call satisfies a condition; it is returned."""
         until = time.monotonic() + seconds
         while not is_there(self.written):
             left = until - time.monotonic()
             assert left > 0, f"not within {seconds} s:\n{self.written}"
             if select.select([self._fd], [], [], min(left, 1.0))[0]:
-                self.written += os.read(self._fd, 1 << 16).decode(errors="replace")
+                self.written += self._decoder.decode(os.read(self._fd, 1 << 16))
             else:
                 assert self.process.poll() is None, self.written
         found, self.written = self.written, ""
@@ -94,7 +101,7 @@ class Terminal:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
         os.close(self._inside)
         os.close(self._fd)
 
@@ -152,7 +159,7 @@ def test_a_board_lives_in_a_terminal(log: Store, home: Path, start: Callable[...
     terminal.press("q")
     end = terminal.wait_for(lambda text: "\x1b[?1049l" in text)
     assert "Traceback" not in end
-    assert terminal.process.wait(timeout=30) == 0
+    assert terminal.process.wait(timeout=PATIENCE) == 0
     assert terminal.mode() == before
 
 
@@ -168,12 +175,12 @@ def test_control_c_ends_a_board_and_a_dumb_terminal_has_one_board(
         terminal.wait_for(lambda text: "nothing runs" in text)
         os.killpg(terminal.process.pid, number)
         terminal.wait_for(lambda text: "\x1b[?25h\x1b[?1049l" in text)
-        assert terminal.process.wait(timeout=30) == code
+        assert terminal.process.wait(timeout=PATIENCE) == code
         assert terminal.mode() == before
     env["TERM"] = "dumb"
     once = start([sys.executable, "-m", "sftd", "watch"])
     assert "\x1b" not in once.wait_for(lambda text: "RunSubmitted" in text)
-    assert once.process.wait(timeout=30) == 0
+    assert once.process.wait(timeout=PATIENCE) == 0
 
 
 # Makes the terminal of its keys the one that controls it, as a login does: without that a shell has no jobs.
@@ -342,7 +349,7 @@ class Followed:
         return [self._process.stdout.readline().rstrip("\n") for _ in range(count)]
 
     def rest(self) -> list[str]:
-        out, _ = self._process.communicate(timeout=60)
+        out, _ = self._process.communicate(timeout=PATIENCE)
         assert self._process.returncode == 0
         return out.splitlines()
 
@@ -363,8 +370,8 @@ def test_logs_follow_every_rank_across_restarts(log: Store, home: Path, env: dic
     write(first, 1, "one begins\nhalf a ")
     assert followed.next(1) == ["[attempt 1 · rank 1] one begins"]
     write(first, 1, "line\nthe last words")
-    first.output_log.write_text("torchrun gives up\n")
     assert followed.next(1) == ["[attempt 1 · rank 1] half a line"]
+    first.output_log.write_text("torchrun gives up\n")
     assert followed.next(1) == ["[attempt 1] torchrun gives up"]
     append(log, RUN, [FAILED])
     write(second, 0, "again\n")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SCRIPT = Path(__file__).parents[2] / "scripts/find-python"
 GOOD = 'case "$2" in *version_info*) exit 0;; *) echo "$0";; esac'
 TOO_OLD = 'case "$2" in *version_info*) exit 1;; *) echo "$0";; esac'
@@ -36,7 +38,7 @@ class Machine:
     def find(self, **environment: str) -> subprocess.CompletedProcess[str]:
         base = {"PATH": str(self.bin), "HOME": str(self.home)}
         return subprocess.run(
-            ["/bin/sh", str(SCRIPT)], env=base | environment, capture_output=True, text=True, timeout=30
+            ["/bin/sh", str(SCRIPT)], env=base | environment, capture_output=True, text=True, timeout=PATIENCE
         )
 
     def found(self, **environment: str) -> str:

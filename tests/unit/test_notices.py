@@ -15,6 +15,7 @@ from sftd.domain import events as e
 from sftd.domain import notices
 from sftd.projections.notify_channels import Command, NotSent, channels
 from sftd.settings import SettingsError, read
+from tests.patience import PATIENCE
 
 SECRET = "https://hooks.example.com/services/T0/hush-hush-9"
 TRIAL = notices.trial(0, "ada")
@@ -112,7 +113,7 @@ def test_what_failed_is_tried_once_more_before_the_daemon_ends() -> None:
     notifier = Notifier()
     thread = NoticeThread(notifier, first_backoff=3600)  # type: ignore[arg-type]
     thread.start()
-    assert notifier.tried.wait(30)
+    assert notifier.tried.wait(PATIENCE)
     thread.stop()
     assert notifier.tries == 2
     assert not thread._thread.is_alive()

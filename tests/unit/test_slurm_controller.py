@@ -21,6 +21,7 @@ from sftd.launcher.slurm import SlurmAttempt, SlurmLauncher, job_environment
 from sftd.launcher.slurm_commands import Job, Refusal, Unanswered
 from sftd.launcher.slurm_controller import Answer, Controller, Doomed
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests.patience import until
 
 DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
 
@@ -74,13 +75,6 @@ def controller(slurm: Slurm) -> Iterator[Controller]:
     yield made
     made.stop()
     slurm.go.set()
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -157,7 +151,7 @@ def test_nobody_waits_for_a_controller_that_hangs(slurm: Slurm, start: Callable[
     assert report.state == "NOT SUBMITTED"
     assert attempt.kill() == [0]
     assert attempt.remains().exit_code is None
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "half of what a command of Slurm's may take"
     slurm.go.set()
     # What was under way then is cancelled as soon as it has a number.
     until(lambda: not attempt.kill())

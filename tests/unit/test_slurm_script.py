@@ -19,6 +19,7 @@ from sftd.domain.spec_sections import Slurm
 from sftd.launcher import slurm_script
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.specfile import parse_overrides
+from tests.patience import PATIENCE
 
 GOLDEN = Path(__file__).with_name("golden") / "job.sh"
 TORCHRUN = ["python", "-m", "torch.distributed.run", "--nnodes=2", "it's"]
@@ -237,7 +238,7 @@ class Job:
 def test_one_start_of_one_job_trains(tmp_path: Path) -> None:
     job = Job(tmp_path / "j", "env > env; exit 3", nproc_per_node=2)
     first = job.start(7)
-    assert (first.communicate(timeout=30)[0], first.returncode) == ("", 3)
+    assert (first.communicate(timeout=PATIENCE)[0], first.returncode) == ("", 3)
     assert job.directory.exit_code() == 3
     assert job.directory.started_job() == "7"
     told = (job.directory.path / "env").read_text().splitlines()
@@ -245,7 +246,7 @@ def test_one_start_of_one_job_trains(tmp_path: Path) -> None:
         told
     )
     again = job.start(8)
-    assert "not, or no longer, of job 8" in again.communicate(timeout=30)[0]
+    assert "not, or no longer, of job 8" in again.communicate(timeout=PATIENCE)[0]
     assert again.returncode == slurm_script.REFUSED
     assert job.directory.started_job() == "7"
 
@@ -254,7 +255,7 @@ def test_what_was_given_up_does_not_start(tmp_path: Path) -> None:
     job = Job(tmp_path / "j", "touch trained")
     job.directory.fence()
     late = job.start()
-    late.communicate(timeout=30)
+    late.communicate(timeout=PATIENCE)
     assert late.returncode == slurm_script.REFUSED
     assert not (job.directory.path / "trained").exists()
     assert job.directory.exit_code() is None
@@ -269,7 +270,7 @@ def test_a_signal_becomes_the_wish_to_stop_and_keeps_the_exit_code(
     assert process.stdout is not None
     assert process.stdout.readline() == "trains\n"
     process.send_signal(number)
-    assert process.wait(timeout=30) == 5
+    assert process.wait(timeout=PATIENCE) == 5
     process.stdout.close()
     assert job.directory.exit_code() == 5
     assert job.directory.told() == number.name.removeprefix("SIG")
@@ -285,7 +286,7 @@ def test_whatever_setup_sets_the_stop_and_the_exit_code_are_told(tmp_path: Path)
     assert process.stdout is not None
     assert process.stdout.readline() == "trains\n"
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 5
+    assert process.wait(timeout=PATIENCE) == 5
     process.stdout.close()
     assert (job.directory.exit_code(), job.directory.told()) == (5, "USR1")
 
@@ -298,7 +299,7 @@ def test_the_machines_are_told_where_to_meet(tmp_path: Path) -> None:
     )
     job.directory.script_file.write_text(text)
     process = job.start()
-    assert process.communicate(timeout=30)[0] == ""
+    assert process.communicate(timeout=PATIENCE)[0] == ""
     told = dict(
         line.split("=", 1)
         for line in (job.directory.path / "env").read_text().splitlines()

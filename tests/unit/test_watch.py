@@ -13,6 +13,7 @@ from rich.text import Text
 from sftd.cli import watch
 from sftd.cli.screen import Screen
 from sftd.store.engine import DatabaseUnreachable
+from tests.patience import PATIENCE
 
 
 class Looked:
@@ -57,7 +58,7 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     # What nobody thought of, such as an event of a later sftd, does not leave a board that stands still in silence.
     observer.answers += [KeyError("NewEvent"), "board"]
     observer.go.release()
-    assert observer.asked.acquire(timeout=30), "it looks no more"
+    assert observer.asked.acquire(timeout=PATIENCE), "it looks no more"
     assert looking.complaint().endswith(": KeyError: 'NewEvent'")
     observer.go.release()
     observer.asked.acquire()
