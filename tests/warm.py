@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sftd.domain.events import Event
 from sftd.wire import journal
+from tests.claims import port_of_our_own
+from tests.holds import Holds
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +53,10 @@ class Ranks:
             assert not all(map(has_ended, self.pids)), "the ranks ended before that"
             time.sleep(0.002)
 
+    def held(self, attempt: Path) -> psutil.Process:
+        """Wait until they stand still where `WarmTrainer.holds` has said. Returns the reporting one, to be let go."""
+        return self._server.holds.wait(attempt, lambda: all(map(has_ended, self.pids)))
+
     def kill(self) -> None:
         """SIGKILL to all of them, as when a machine takes a job away."""
         for pid in self.pids:
@@ -67,6 +76,9 @@ class WarmTrainer:
     def __init__(self) -> None:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))}
         own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        self._folder = tempfile.TemporaryDirectory(prefix="sftd-holds-")
+        self.holds = Holds(Path(self._folder.name))
+        own |= self.holds.environment(own)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", __file__],
             stdin=subprocess.PIPE,
@@ -100,8 +112,9 @@ class WarmTrainer:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.wait(timeout=PATIENCE)
         self._process.stdout.close()
+        self._folder.cleanup()
 
 
 def _serve(orders: Iterator[str]) -> None:
@@ -113,22 +126,17 @@ def _serve(orders: Iterator[str]) -> None:
     import sftd.trainer.generate
     import sftd.trainer.loop  # noqa: F401
 
+    # One start at a time, so each may have it.
+    port = port_of_our_own()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in orders:
         order = json.loads(line)
-        port = _free_port()
         pids = [_fork(order, rank, port) for rank in range(order["ranks"])]
         print(json.dumps({"pids": pids}), file=answers, flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps({"codes": codes}), file=answers, flush=True)
     answers.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _fork(order: dict[str, Any], rank: int, port: int) -> int:

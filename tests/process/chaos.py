@@ -25,6 +25,7 @@ from sftd.operations.reading import list_runs
 from sftd.settings import full_database_url
 from sftd.store import queue
 from sftd.store.engine import Store, open_engine
+from tests.patience import PATIENCE
 from tests.process import chaos_check
 from tests.process.chaos_check import Reference, Tally, Touch
 from tests.process.chaos_hosts import (
@@ -46,8 +47,7 @@ from tests.process.harness import Home
 LEASE_SECONDS = 3.0
 # As asked; the second when it had hardly begun and did not listen yet.
 _STOPPED = (0, -signal.SIGTERM)
-_NOTHING_SECONDS = 120.0
-_END_SECONDS = 240.0
+_NOTHING_SECONDS = _END_SECONDS = 600.0
 _STEP_BYTES = 300
 _DISK_MIB = 512
 
@@ -314,7 +314,7 @@ class Chaos:
             kill(attempt.processes)
             for command in (("cancel", attempt.run_id, "--abandon"), ("resume", attempt.run_id)):
                 done = subprocess.run(
-                    node.home.command(*command), env=person, capture_output=True, text=True, timeout=120
+                    node.home.command(*command), env=person, capture_output=True, text=True, timeout=PATIENCE
                 )
                 if done.returncode:
                     # It had ended already, or the daemon was frozen in the middle of a transaction.
@@ -359,7 +359,7 @@ class Chaos:
         node = self._random.choice(self._nodes)
         living = node.living()
         node.daemon.terminate()
-        if node.daemon.wait(timeout=60) not in _STOPPED:
+        if node.daemon.wait(timeout=PATIENCE) not in _STOPPED:
             self._blame_daemon(node, "did not stop as asked")
         node.home.env["CHAOS_SKEW"] = str(self._random.choice([-7200, -60, 0, 60, 7200]))
         node.daemon = node.home.start_daemon()
@@ -380,11 +380,11 @@ class Chaos:
         self._look()
         for node in self._nodes:
             node.daemon.terminate()
-            if node.daemon.wait(timeout=60) not in _STOPPED:
+            if node.daemon.wait(timeout=PATIENCE) not in _STOPPED:
                 self._blame_daemon(node, "did not stop as asked")
         self.tally.wrong += [f"pid {p.pid} is left: {shown_argv(p)}" for p in left(self._homes())]
 
     def _kill_everything(self) -> None:
         kill(left(self._homes()))
         for node in self._nodes:
-            node.daemon.wait(timeout=10)
+            node.daemon.wait(timeout=60)

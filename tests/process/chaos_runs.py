@@ -30,7 +30,8 @@ def make_reference(folder: Path, model: Path, variants: int = len(VARIANTS)) -> 
     folder.mkdir(parents=True)
     home = Home(folder, model)
     home.env["SFTD_CPU_SLOTS"] = "2"
-    runs = [home.submit(*RUN, *variant) for variant in VARIANTS[:variants]]
+    # Whoever is slow for a moment is not disturbed.
+    runs = [home.submit(*RUN, "launch.hang_seconds=1800", *variant) for variant in VARIANTS[:variants]]
     home.drain()
     engine = open_engine(f"sqlite:///{folder}/home/sftd.db")
     try:

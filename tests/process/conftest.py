@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from tests.process import slurm_cluster
@@ -64,14 +63,4 @@ def home(tmp_path: Path, tiny_model: Path) -> Iterator[Home]:
     """A fresh home. Whatever still runs in it at the end is killed."""
     home = Home(tmp_path, tiny_model)
     yield home
-    mine = str(tmp_path / "home")
-    doomed = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SFTD_HOME") == mine:
-                doomed.append(process)
-        except (psutil.Error, OSError):
-            continue
-    for process in doomed:
-        process.kill()
-    psutil.wait_procs(doomed, timeout=10)
+    home.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ import yaml
 
 from sftd.launcher import processes
 from sftd.wire.attempt_dir import AttemptDir
+from tests.holds import Holds, wait_until_stopped
+from tests.patience import PATIENCE
 
 VOCABULARY = 128
 SHAPE = {
@@ -65,9 +68,13 @@ class Home:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))} | {
             "SFTD_HOME": str(path / "home"),
             "SFTD_BACKOFF_SECONDS": "0.1",
+            # As many ranks at once, whatever the machine has.
+            "SFTD_CPU_SLOTS": "2",
             "MLFLOW_TRACKING_URI": "",
             "COLUMNS": "200",
         }
+        self.holds = Holds(path / "holds")
+        self.env |= self.holds.environment(self.env)
         self.config = path / "run.yaml"
         write_rows(path / "train.parquet", 64)
         write_rows(path / "val.parquet", 8, seed=1)
@@ -95,7 +102,12 @@ class Home:
     def run(self, *arguments: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run one command to its end; `check` is the exit code it must have."""
         done = subprocess.run(
-            self.command(*arguments), env=self.env, cwd=self.path, capture_output=True, text=True, timeout=240
+            self.command(*arguments),
+            env=self.env,
+            cwd=self.path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
         if check is not None:
             assert done.returncode == check, (
@@ -146,7 +158,7 @@ class Home:
         with subprocess.Popen(
             self.command("events", "-f", run_id), env=self.env, stdout=subprocess.DEVNULL
         ) as stream:
-            assert stream.wait(timeout=240) == 0
+            assert stream.wait(timeout=PATIENCE) == 0
         shown = self.show(run_id)
         assert shown["status"] == status, self.run("events", run_id).stdout + self.run("logs", run_id).stdout
         return shown
@@ -163,26 +175,23 @@ class Home:
         return AttemptDir(self.path / "home" / "runs" / run_id / f"attempt-{number:04d}")
 
     def hold(self, run_id: str, step: int, number: int = 1) -> dict[int, psutil.Process]:
-        """Stop the ranks of an attempt (SIGSTOP) as soon as it has done a step. Returns rank → process, to `resume`.
+        """Have an attempt do so many steps and stand still. Returns rank → process: they are let go, or killed."""
+        self.hold_at(run_id, step, number)
+        return self.held(run_id, number)
 
-        Reads the journal itself: a fast machine does a hundred steps before the daemon and `sftd events` have told of one.
-        """
+    def hold_at(self, run_id: str, step: int, number: int = 1) -> None:
+        """Have the ranks of an attempt stop behind a step that they have not come to yet; `held` waits for it."""
+        self.holds.at(self.attempt(run_id, number).path, step)
+
+    def held(self, run_id: str, number: int = 1) -> dict[int, psutil.Process]:
+        """Wait until an attempt is where it is held. Returns rank → process: none of them does anything."""
         attempt = self.attempt(run_id, number)
-        tail = ["tail", "--lines=+1", "-F", "--sleep-interval=0.01", str(attempt.journal)]
-        with subprocess.Popen(tail, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as stream:
-            assert stream.stdout is not None
-            held: dict[int, psutil.Process] = {}
-            for line in stream.stdout:
-                event = json.loads(line)
-                if not held and event["type"] == "ModelLoaded":
-                    pids = processes.ranks(attempt.order().token)
-                    held = {rank: psutil.Process(pid) for rank, pid in pids.items()}
-                if event["type"] == "StepCompleted" and event["p"]["step"] >= step:
-                    break
-            for process in held.values():
-                process.suspend()
-            stream.kill()
-        assert held
+        self.holds.wait(attempt.path, attempt.exit_file.exists)
+        found = processes.ranks(attempt.order().token)
+        held = {rank: psutil.Process(pid) for rank, pid in sorted(found.items())}
+        for process in held.values():
+            process.suspend()
+        wait_until_stopped(held.values())
         return held
 
     def kill_ranks(self, run_id: str, number: int = 1) -> None:
@@ -191,6 +200,23 @@ class Home:
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill whatever still runs in it."""
+        # A daemon may have started something while the list was made.
+        while doomed := self._processes():
+            for process in doomed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(doomed, timeout=60)
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get("SFTD_HOME") == self.env["SFTD_HOME"]:
+                    found.append(process)
+        return found
 
 
 def at_step(step: int) -> Callable[[dict[str, Any]], bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -17,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sftd.projections.mlflow_server import ui_command
+from tests.claims import port_of_our_own
+from tests.patience import PATIENCE
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class MlflowServer:
@@ -32,7 +27,7 @@ class MlflowServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = port_of_our_own()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -53,7 +48,7 @@ class MlflowServer:
     def wait(self) -> None:
         """Wait until it answers."""
         assert self._process is not None
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not self._is_up():
             assert time.monotonic() < deadline, "the MLflow server does not come up"
             with suppress(subprocess.TimeoutExpired):
@@ -61,7 +56,7 @@ class MlflowServer:
 
     def _is_up(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=60) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -71,7 +66,7 @@ class MlflowServer:
         if self._process is not None:
             # SIGTERM is for the leader, which ends its worker; of SIGKILL the worker would not hear.
             (os.killpg if number == signal.SIGKILL else os.kill)(self._process.pid, number)
-            self._process.wait(30)
+            self._process.wait(PATIENCE)
             self._process = None
 
 
@@ -110,7 +105,7 @@ class Way:
     def wait(self, is_so: Callable[[Way], bool]) -> None:
         """Wait until that is so."""
         with self._changed:
-            assert self._changed.wait_for(lambda: is_so(self), timeout=200), "no batch came"
+            assert self._changed.wait_for(lambda: is_so(self), timeout=PATIENCE), "no batch came"
 
     def close(self) -> None:
         self._http.shutdown()
@@ -119,7 +114,7 @@ class Way:
     def _pass_on(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP}
-        upstream = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=60)
+        upstream = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=PATIENCE)
         try:
             upstream.request(request.command, request.path, body, headers)
             answer = upstream.getresponse()

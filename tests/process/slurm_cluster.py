@@ -11,11 +11,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from tests.claims import claim, port_of_our_own
+from tests.patience import PATIENCE, until
 
 # Slurm names cgroups by its nodes, so those of two test processes must differ.
 NODES = (f"p{os.getpid()}n1", f"p{os.getpid()}n2")
@@ -78,26 +80,12 @@ def which(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: object, seconds: float = 60.0, what: str = "") -> None:
-    """Wait until `condition()` holds: another program's state has no event to wait for."""
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what or "not in time"
-        time.sleep(0.05)
-
-
 class SlurmCluster:
     """Two nodes and their controller."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        number = os.getpid() % 200 + 20
+        number = claim("network", range(20, 250), lambda n: not Path(f"/sys/class/net/sftd{n}").exists())
         self._net = f"10.213.{number}"
         self._bridge = f"sftd{number}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -120,8 +108,8 @@ class SlurmCluster:
             _CONF.format(
                 host=socket.gethostname(),
                 controller=f"{self._net}.254",
-                port=_free_port(),
-                slurmd_port=_free_port(),
+                port=port_of_our_own(),
+                slurmd_port=port_of_our_own(),
                 folder=self.folder,
                 nodes="\n".join(lines),
                 names=",".join(NODES),
@@ -180,7 +168,7 @@ class SlurmCluster:
     def _end(self, name: str, number: signal.Signals) -> None:
         process = self._processes.pop(name)
         process.send_signal(number)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd, on a new "host" of that name."""
@@ -218,7 +206,7 @@ class SlurmCluster:
         with contextlib.suppress(OSError):
             self._left[node] = os.readlink(f"/proc/{process.pid}/ns/net")
         process.kill()
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
 
     def kill_node(self, node: str) -> None:
         """The machine is gone: slurmd, if it still runs, and whatever it started, at once."""
@@ -234,11 +222,11 @@ class SlurmCluster:
                 if os.readlink(f"/proc/{other.pid}/ns/net") == net:
                     other.kill()
                     doomed.append(other)
-        psutil.wait_procs(doomed, timeout=10)
+        psutil.wait_procs(doomed, timeout=60)
 
     def run(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one of Slurm's commands."""
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
         assert not check or done.returncode == 0, f"{' '.join(argv)}: {done.stderr}"
         return done
 

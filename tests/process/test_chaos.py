@@ -11,7 +11,7 @@ from tests.process.chaos_check import Reference
 from tests.process.chaos_hosts import postgres
 from tests.process.chaos_runs import make_reference
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEED = 5
 

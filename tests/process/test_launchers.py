@@ -16,11 +16,12 @@ from sftd.launcher.seam import Attempt, Launcher, Report
 from sftd.launcher.slurm import SlurmLauncher
 from sftd.launcher.slurm_controller import Controller
 from sftd.wire.attempt_dir import AttemptDir, Order
-from tests.process.slurm_cluster import SlurmCluster, until
+from tests.patience import until
+from tests.process.slurm_cluster import SlurmCluster
 
 # Each sleep is a step; at its end a trainer looks whether it is to stop.
 UNTIL_STOPPED = "while [ ! -e stop ]; do sleep 0.02; done; exit 3"
-FOR_EVER = "touch runs; (setsid sleep 600 &) ; sleep 600 & wait"
+FOR_EVER = "(setsid sleep 600 &) ; sleep 600 & touch runs; wait"
 
 
 @pytest.fixture(params=["local", "slurm"])

@@ -16,11 +16,14 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from tests.process.harness import Home
-from tests.process.mlflow_servers import MlflowServer, Way, free_port
+from tests.claims import port_of_our_own
+from tests.holds import let_go
+from tests.patience import PATIENCE
+from tests.process.harness import Home, at_step
+from tests.process.mlflow_servers import MlflowServer, Way
 
-# A busy machine needs minutes for what takes an idle one a few seconds: four starts of MLflow and three of torchrun.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# Four starts of MLflow, and three of torchrun.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS, FORK_STEP, FORK_STEPS = 240, 80, 200
 Curve = list[tuple[int, int, float]]
@@ -62,28 +65,34 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Story]:
     home = Home(tmp_path_factory.mktemp("outage"), tiny_model)
     server = MlflowServer(home.path)
+    way = Way(server)
     # While it starts, so does torchrun.
     server.launch()
-    way = Way(server)
     home.env |= {"MLFLOW_TRACKING_URI": way.url, "SFTD_CPU_SLOTS": "2", "SFTD_SAMPLE_SECONDS": "0.5"}
+    schedule = ("scheduler.type=constant", "trainer.save_interval=20", "checkpoint.keep_last=30")
+    parent = home.submit(*schedule, f"trainer.max_steps={STEPS}")
+    home.hold_at(parent, STEPS // 3)
+    home.hold_at(parent, STEPS * 2 // 3, number=2)
     daemon = home.start_daemon()
     try:
-        schedule = ("scheduler.type=constant", "trainer.save_interval=20", "checkpoint.keep_last=30")
-        parent = home.submit(*schedule, f"trainer.max_steps={STEPS}")
-        held = home.hold(parent, STEPS // 3)
+        held = home.held(parent)
         server.wait()
         way.wait(lambda w: w.batches > 0)
+        home.follow(parent, is_sampled)
         server.stop()
-        for rank in held.values():
-            rank.resume()
-        home.hold(parent, STEPS // 2)
+        home.hold_at(parent, STEPS // 2)
+        let_go(held.values())
+        home.held(parent)
+        # The log is to know of the checkpoint before anybody forks from it.
+        home.follow(parent, at_step(STEPS // 2))
         home.kill_ranks(parent)
         change = ("--from-step", str(FORK_STEP), "optimizer.lr=5e-3", f"trainer.max_steps={FORK_STEPS}")
         fork = home.run("fork", parent, *change, "-q").stdout.strip()
-        held = home.hold(parent, STEPS * 2 // 3, number=2)
+        held = home.held(parent, 2)
         home.wait(fork, "succeeded")
         daemon.kill()
         daemon.wait()
+        first = home.events(parent, "SystemSampled")[0]["actor"]
 
         # MLflow is back, and dies in the moment in which it has taken a batch and not yet said so; then again.
         server.start()
@@ -93,21 +102,27 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         server.start()
         way.lose_next(lambda: server.stop(signal.SIGKILL))
         way.wait(lambda w: w.lost == 2)
+        home.follow(parent, lambda e: is_sampled(e) and e["actor"] != first)
         server.start()
         # And so does the mirror, with the daemon.
         way.lose_next(daemon.kill)
         way.wait(lambda w: w.lost == 3)
         daemon.wait()
-        for rank in held.values():
-            rank.resume()
+        let_go(held.values())
         home.drain()
         assert home.show(parent)["status"] == "succeeded"
         yield Story(home, server, parent, fork, way.lost)
     finally:
         daemon.kill()
         daemon.wait()
+        home.close()
         way.close()
         server.stop(signal.SIGKILL)
+
+
+def is_sampled(event: dict[str, Any]) -> bool:
+    """Matches a look at the host."""
+    return bool(event["type"] == "SystemSampled")
 
 
 def test_the_history_is_that_of_the_log_point_for_point(story: Story) -> None:
@@ -164,7 +179,7 @@ PLOTS = """() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => (
 def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) -> None:
     from playwright.sync_api import sync_playwright
 
-    home, port = story.home, free_port()
+    home, port = story.home, port_of_our_own()
     env = home.env | {"MLFLOW_TRACKING_URI": f"sqlite:///{story.server.folder}/mlflow.db"}
     command = home.command("ui", story.parent, story.fork, "--port", str(port))
     served = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -178,9 +193,13 @@ def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) ->
         ]
         assert {address.ip for address in listening} == {"127.0.0.1"}
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            # In a container /dev/shm is often too small for it.
+            arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
+            browser = playwright.chromium.launch(
+                executable_path=CHROMIUM, args=arguments, timeout=PATIENCE * 1000
+            )
             page = browser.new_page(viewport={"width": 1200, "height": 660})
-            page.set_default_timeout(200_000)
+            page.set_default_timeout(PATIENCE * 1000)
             page.goto(said.split()[2])
             page.wait_for_function(f"({PLOTS})().some(plot => plot.lines.length >= 2)")
             [plot] = page.evaluate(PLOTS)
@@ -191,7 +210,7 @@ def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) ->
             browser.close()
     finally:
         served.terminate()
-        assert served.wait(60) == 0
+        assert served.wait(PATIENCE) == 0
         served.stdout.close()
     assert plot["title"] == "Step"
     shown = {line["name"].split()[-1]: line for line in plot["lines"]}

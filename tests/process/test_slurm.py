@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -16,15 +16,18 @@ from sftd import settings
 from sftd.cli import doctor_slurm
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.remains import find_remains
+from tests.holds import let_go
+from tests.patience import PATIENCE, until
 from tests.process.harness import Home, at_step
-from tests.process.slurm_cluster import NODES, SlurmCluster, until
+from tests.process.slurm_cluster import NODES, SlurmCluster
 from tests.process.test_recovery import assert_log_holds_journals, timeline
 
 pytestmark = pytest.mark.slow
 
 ON_SLURM = "launch.launcher=slurm"
+STEPS = 600
 LONG = (
-    "trainer.max_steps=1500",
+    f"trainer.max_steps={STEPS}",
     "trainer.save_interval=50",
     "data.val_files=[]",
     "training.spike_factor=0",
@@ -46,11 +49,6 @@ def job_of(home: Home, run_id: str, number: int = 1) -> str:
     return process.job
 
 
-def freeze(home: Home, run_id: str, step: int = 1, number: int = 1) -> list[psutil.Process]:
-    """Stop the ranks of an attempt once it has done a step, so that what happens next happens to a living one."""
-    return list(home.hold(run_id, step, number).values())
-
-
 def in_attempt(number: int, step: int = 0) -> Callable[[dict[str, Any]], bool]:
     """Matches a step of this attempt, from `step` on."""
     return lambda event: event["attempt"] == number and at_step(step)(event)
@@ -69,9 +67,8 @@ def reported(state: str) -> Callable[[dict[str, Any]], bool]:
 
 def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
     """Let ranks go on as soon as Slurm has told their job that its end is near."""
-    until(lambda: attempt.told() == "USR1", seconds=240)
-    for rank in ranks:
-        rank.resume()
+    until(lambda: attempt.told() == "USR1")
+    let_go(ranks)
 
 
 def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: SlurmCluster) -> None:
@@ -90,15 +87,32 @@ def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: 
     assert launched["payload"]["devices"] == ["slurm:0"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
     """Its controller away for a minute, requeued, told to end, cancelled from outside, its node lost, its time over: each ends
     in the right state, no event is lost or doubled, and the steps come out as undisturbed."""
-    daemon, undisturbed, through, killed, told = a_minute_without_a_controller(home, slurm)
+    # On a node that nothing else happens to, stopped where they are until their time is over.
+    killed, told = (
+        home.submit(
+            *LONG, ON_SLURM, f"launch.slurm.exclude={NODES[0]}", f"launch.slurm.stop_seconds={seconds}"
+        )
+        for seconds in (1, 90)
+    )
+    for other in (killed, told):
+        home.hold_at(other, 60)
+    began = time.monotonic()
+    daemon, undisturbed, through = a_minute_without_a_controller(home, slurm, killed)
     run_id = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
+    for number, step in enumerate((60, 110, 160, 200), 1):
+        home.hold_at(run_id, step, number)
+    # Told half a minute from now, or later; Slurm looks every half minute only, and meanwhile there is enough to do.
+    ranks = list(home.held(told).values())
+    slurm.limit(job_of(home, told), math.ceil((time.monotonic() - began) / 60) + 2)
+    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), ranks), daemon=True)
+    alarm.start()
 
     # Slurm puts the job back into its queue, which --no-requeue forbids to all but those who insist.
-    freeze(home, run_id, 60)
+    home.held(run_id, 1)
     job = job_of(home, run_id, 1)
     slurm.run("scontrol", "update", f"JobId={job}", "Requeue=1")
     slurm.run("scontrol", "requeue", job)
@@ -110,14 +124,16 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     until(lambda: slurm.state(job) == "CANCELLED", what=slurm.state(job))
 
     # What --signal sends ahead of the time limit and at a preemption: a checkpoint is saved first.
-    home.follow(run_id, in_attempt(2, 110))
+    ranks = list(home.held(run_id, 2).values())
     slurm.run("scancel", "--batch", "--signal=USR1", job_of(home, run_id, 2))
+    wake_once_told(home.attempt(run_id, 2), ranks)
     event = home.follow(run_id, ended(2))
     last = [e["payload"]["step"] for e in home.events(run_id, "StepCompleted") if e["attempt"] == 2][-1]
     assert (event["type"], event["payload"]["step"]) == ("AttemptPreempted", last)
+    assert last < STEPS
 
     # A person cancels the job behind sftd's back, who does not insist: the run is paused.
-    freeze(home, run_id, number=3)
+    home.held(run_id, 3)
     job = job_of(home, run_id, 3)
     slurm.run("scancel", job)
     event = home.follow(run_id, ended(3))
@@ -125,7 +141,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     home.run("resume", run_id)
 
     # The node's slurmd dies, and Slurm takes the node for lost, though the ranks live: they may write no more.
-    ranks = freeze(home, run_id, number=4)
+    ranks = list(home.held(run_id, 4).values())
     zombies = home.attempt(run_id, 4)
     slurm.kill_slurmd(NODES[0])
     event = home.follow(run_id, ended(4))
@@ -135,7 +151,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     for rank in ranks:
         assert rank.is_running()
         rank.resume()
-    psutil.wait_procs(ranks, timeout=60)
+    psutil.wait_procs(ranks, timeout=PATIENCE)
     assert not any(rank.is_running() for rank in ranks)
     assert [error.exception.split(":")[0] for error in find_remains(zombies).rank_errors] == ["GivenUp"]
     assert zombies.journal.read_bytes() == before
@@ -143,6 +159,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     slurm.start_node(NODES[0])
 
     # Over their time: one told before, one killed outright.
+    alarm.join()
     event = home.follow(told, ended(1))
     assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)
     (saved, made) = (
@@ -156,42 +173,33 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
 
     home.wait(undisturbed, "succeeded")
     expected = timeline(home, undisturbed)
-    assert len(expected) == 1500
+    assert len(expected) == STEPS
     for other, attempts in ((through, 1), (run_id, 5), (killed, 2), (told, 2)):
         shown = home.wait(other, "succeeded")
         assert (shown["attempt"], shown["anomalies"]) == (attempts, 0)
         assert timeline(home, other) == expected
         assert_log_holds_journals(home, other)
     daemon.terminate()
-    daemon.wait(timeout=30)
+    daemon.wait(timeout=PATIENCE)
 
 
 def a_minute_without_a_controller(
-    home: Home, slurm: SlurmCluster
-) -> tuple[subprocess.Popen[str], str, str, str, str]:
-    """slurmctld is stopped for a minute by the clock. Meanwhile a job trains to its end, the time of two others passes, a
-    waiting one is cancelled, and the daemon is killed.
+    home: Home, slurm: SlurmCluster, killed: str
+) -> tuple[subprocess.Popen[str], str, str]:
+    """slurmctld is stopped for a minute by the clock. Meanwhile a job trains to its end, the time of another (`killed`)
+    passes, a waiting one is cancelled, and the daemon is killed.
 
-    Returns the new daemon and runs: one that Slurm has nothing to do with, the one that trained, and two whose time is over.
+    Returns the new daemon, a run that Slurm has nothing to do with, and the one that trained.
     """
     log = home.path / "daemon.log"
-    daemon = home.start_daemon()
     through = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
-    # On a node that nothing else happens to, stopped where they are until their time is over.
-    killed, told = (
-        home.submit(
-            *LONG, ON_SLURM, f"launch.slurm.exclude={NODES[0]}", f"launch.slurm.stop_seconds={seconds}"
-        )
-        for seconds in (1, 210)
-    )
+    home.hold_at(through, 60)
     waiting = home.submit(*LONG, ON_SLURM, "launch.slurm.extra_args=[--begin=now+1hour]")
-    with ThreadPoolExecutor() as pool:
-        ranks, _, told_ranks = pool.map(lambda run_id: freeze(home, run_id, 60), (through, killed, told))
+    daemon = home.start_daemon()
+    ranks = home.held(through).values()
+    home.held(killed)
     home.follow(waiting, reported("PENDING"))
-    for other, minutes in ((killed, 1), (told, 5)):
-        slurm.limit(job_of(home, other), minutes)
-    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), told_ranks), daemon=True)
-    alarm.start()
+    slurm.limit(job_of(home, killed), 1)
     slurm.stop_controller()
     gone = time.monotonic()
 
@@ -200,7 +208,7 @@ def a_minute_without_a_controller(
     assert "Unable to contact slurm controller" in event["payload"]["reason"]
     until(lambda: "cannot be observed now" in log.read_text())
     daemon.kill()
-    daemon.wait(timeout=30)
+    daemon.wait()
     known = len(log.read_text())
     daemon = home.start_daemon()
     for other in (through, waiting):
@@ -209,25 +217,24 @@ def a_minute_without_a_controller(
 
     # It trains to its end, is taken in as it goes, and nobody calls it dead.
     recorded = home.show(through)["step"]
-    for rank in ranks:
-        rank.resume()
+    let_go(ranks)
     home.follow(through, in_attempt(1, recorded + 5))
-    until(lambda: home.attempt(through).exit_code() == 0, seconds=240)
+    until(lambda: home.attempt(through).exit_code() == 0)
     undisturbed = home.submit(*LONG)
-    home.follow(through, in_attempt(1, 1500))
+    home.follow(through, in_attempt(1, STEPS))
     home.follow(through, reported("NOT OBSERVED"))
     assert (
         "not observed (Slurm does not answer: Unable to contact slurm controller" in home.run("queue").stdout
     )
     assert [f.state for f in doctor_slurm.slurm(settings.read(home.env), None)] == ["ok", "warning"]
-    assert (home.show(through)["step"], home.show(through)["attempt"]) == (1500, 1)
+    assert (home.show(through)["step"], home.show(through)["attempt"]) == (STEPS, 1)
     assert home.show(waiting)["status"] == "stopping"
-    assert time.monotonic() - gone > 60
+    until(lambda: time.monotonic() - gone > 60)
     slurm.start_controller()
 
     home.wait(waiting, "cancelled")
     assert slurm.state(job_of(home, waiting)) == "CANCELLED"
-    return daemon, undisturbed, through, killed, told
+    return daemon, undisturbed, through
 
 
 def test_doctor_looks_at_it(home: Home, slurm: SlurmCluster) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.wire.attempt_dir import AttemptDir
+from tests.patience import PATIENCE
 from tests.process.harness import Home, write_rows
 
 pytestmark = pytest.mark.slow
@@ -25,13 +26,14 @@ ROWS, BATCH, SEED = 64, 4, 1234
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Home, str]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[tuple[Home, str]]:
     """A home, and the id of its one run: 12 steps, checkpoints of steps 5, 10 and 12."""
     home = Home(tmp_path_factory.mktemp("verify"), tiny_model)
     run_id = home.submit("checkpoint.keep_last=5", "scheduler.warmup_steps=2")
     home.drain()
     assert home.show(run_id)["status"] == "succeeded"
-    return home, run_id
+    yield home, run_id
+    home.close()
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ def test_what_is_killed_leaves_nothing(trained: tuple[Home, str], victim: str) -
     before = outcomes(home, run_id)
     with subprocess.Popen(
         home.command("verify", run_id),
-        env=home.env,
+        env=home.env | {"HOLD_AT": "StepCompleted 6"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,7 +140,7 @@ def test_what_is_killed_leaves_nothing(trained: tuple[Home, str], victim: str) -
             os.killpg(torchrun, signal.SIGKILL)
         else:
             verifying.terminate()
-        _, errors = verifying.communicate(timeout=60)
+        _, errors = verifying.communicate(timeout=PATIENCE)
     assert verifying.returncode == 1
     assert ("could not be trained again: killed" in errors) == (victim == "torchrun"), errors
     with pytest.raises(ProcessLookupError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,8 @@ from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests.holds import Holds
+from tests.patience import PATIENCE
 from tests.warm import Ranks, WarmTrainer
 
 VOCAB = 250
@@ -201,6 +204,7 @@ class Trainer:
         self._models = models
         self._data = data
         self._done: dict[str, Run] = {}
+        self.holds = Holds(root / "holds")
 
     def spec(self, ranks: int = 1, **overrides: Any) -> Spec:
         """Six steps of eight samples; `overrides` are dotted keys with __ for the dot."""
@@ -243,6 +247,7 @@ class Trainer:
             environment["PYTHONWARNINGS"] = "error"
         if self._device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment |= self.holds.environment(environment)
         argv = [
             sys.executable,
             "-m",
@@ -264,9 +269,13 @@ class Trainer:
                 [*argv, str(attempt.path)], env=environment, stdout=log, stderr=log, preexec_fn=limit
             )
 
+    def held(self, attempt: AttemptDir, process: subprocess.Popen[bytes]) -> psutil.Process:
+        """Wait until an attempt stands still where `holds` has said. Returns the rank that reports."""
+        return self.holds.wait(attempt.path, lambda: process.poll() is not None)
+
     def finish(self, attempt: AttemptDir, process: subprocess.Popen[bytes], *, expect: int | None = 0) -> Run:
         """Wait for the end; anything but the expected exit code fails the test with the output."""
-        code = process.wait(timeout=240)
+        code = process.wait(timeout=PATIENCE)
         output = attempt.output_log.read_text(errors="replace")
         if expect is not None and code != expect:
             pytest.fail(f"exit code {code}\n{output[-6000:]}")

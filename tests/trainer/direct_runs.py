@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from sftd.domain.events import Event, StepCompleted
 from sftd.wire import journal
 from sftd.wire.direct_run import DirectRun
+from tests.holds import Holds
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +38,7 @@ class Direct:
 
     def __init__(self, folder: Path, model: Path, data: Path, **trainer: Any) -> None:
         self.folder = folder
+        self.holds = Holds(folder / "holds")
         self.config = folder / "run.yaml"
         self.config.write_text(
             yaml.safe_dump(
@@ -64,19 +68,24 @@ class Direct:
 
     def start(self, ranks: int | None, *arguments: str) -> subprocess.Popen[str]:
         """Start training."""
+        env = environment()
         return subprocess.Popen(
             self.argv(ranks, *arguments),
             cwd=self.folder,
-            env=environment(),
+            env=env | self.holds.environment(env),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
+    def held(self, name: str, process: subprocess.Popen[str]) -> psutil.Process:
+        """Wait until the first attempt of a run stands still where `holds` has said. Returns the rank that reports."""
+        return self.holds.wait(self.run(name).attempt(1).path, lambda: process.poll() is not None)
+
     def train(self, ranks: int | None, *arguments: str, expect: int = 0) -> tuple[str, str]:
         """Train to the end, which must have the exit code `expect`. Returns stdout and stderr."""
         process = self.start(ranks, *arguments)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == expect, f"exit code {process.returncode}\n{out}\n{err[-6000:]}"
         return out, err
 
@@ -107,7 +116,7 @@ def sftd(home: Path, *arguments: str, expect: int = 0, stdin: str = "") -> subpr
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == expect, f"sftd {arguments} → {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

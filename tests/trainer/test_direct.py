@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +12,10 @@ import msgspec
 import psutil
 import pytest
 
-from sftd.domain.events import CheckpointDeleted, CheckpointPublished, Event, StepCompleted
+from sftd.domain.events import CheckpointDeleted, CheckpointPublished
 from sftd.trainer import direct_plan
 from sftd.wire.direct_run import DirectRun
+from tests.patience import PATIENCE
 from tests.trainer.conftest import write_rows
 from tests.trainer.direct_runs import Direct, events, exact, sftd, show
 
@@ -24,16 +23,6 @@ if TYPE_CHECKING:
     from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
 
 LONG = {"max_steps": 30, "save_interval": 5, "val_before_train": False}
-
-
-def wait_for(run: DirectRun, process: subprocess.Popen[str], is_it: Callable[[Event], bool]) -> None:
-    """Until the first attempt's journal holds such an event."""
-    while not any(map(is_it, events(run))):
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail(f"ended too early\n{process.communicate()}")
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
@@ -50,12 +39,13 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="first", **LONG)
     constant = "scheduler.type=constant"
     run = direct.run("first")
+    direct.holds.at(run.attempt(1).path, 14)
     process = direct.start(2, constant)
-    wait_for(run, process, lambda e: isinstance(e, StepCompleted) and e.step == 14)
+    direct.held("first", process)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
-    assert not psutil.wait_procs(ranks, timeout=20)[1], "ranks outlived torchrun"
+    assert not psutil.wait_procs(ranks, timeout=PATIENCE)[1], "ranks outlived torchrun"
 
     home = tmp_path / "home"
     crashed = sftd(home, "import", str(run.path), "-q").stdout.strip()
@@ -118,26 +108,28 @@ def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path,
 def test_interrupted_alone_it_saves_and_goes_on(tmp_path: Path, models: Path, data: Path) -> None:
     """One rank without torchrun; the interval saves nothing before the interrupt."""
     direct = Direct(
-        tmp_path, models / "llama_tied", data, experiment_name="alone", max_steps=300, save_interval=0
+        tmp_path, models / "llama_tied", data, experiment_name="alone", max_steps=30, save_interval=0
     )
     run = direct.run("alone")
+    direct.holds.at(run.attempt(1).path, 3)
     process = direct.start(None)
-    wait_for(run, process, lambda e: isinstance(e, StepCompleted) and e.step == 3)
+    rank = direct.held("alone", process)
     sockets = psutil.Process(process.pid).net_connections(kind="inet")
     assert {s.laddr.ip for s in sockets if s.status == "LISTEN"} == {"127.0.0.1"}
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    rank.resume()
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     last = max(exact(events(run)))
-    assert last < 300
-    assert f"step {last:>3}/300  checkpoint saved" in out
-    assert f"Stopped at step {last} of 300; the same command again goes on." in out
+    assert last == 4
+    assert f"step {last:>2}/30  checkpoint saved" in out
+    assert f"Stopped at step {last} of 30; the same command again goes on." in out
     home = tmp_path / "home"
     run_id = sftd(home, "import", str(run.path), "-q").stdout.strip()
     assert show(home, run_id)["status"] == "cancelled"
     out, _ = direct.train(None)
-    assert f"Attempt 2 goes on from step {last}: 1 rank, 300 steps" in out
-    assert sorted(exact(events(run)) | exact(events(run, 2))) == list(range(1, 301))
+    assert f"Attempt 2 goes on from step {last}: 1 rank, 30 steps" in out
+    assert sorted(exact(events(run)) | exact(events(run, 2))) == list(range(1, 31))
     sftd(home, "import", str(run.path))
     assert show(home, run_id)["status"] == "succeeded"
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import CheckpointPublished, CheckpointStarted, Event, StepCompleted, TrainingResumed
+from sftd.domain.events import CheckpointPublished, CheckpointStarted, StepCompleted, TrainingResumed
 from sftd.trainer import manifest as manifests
 
 if TYPE_CHECKING:
@@ -64,11 +63,12 @@ class Exactness:
         resumed: Run | None = None,
         *,
         step: int | None = None,
-        kill: Callable[[Event], bool] | None = None,
-        delay: float = 0.0,
+        kill_at: int | None = None,
+        delay: float | None = None,
         **overrides: Any,
     ) -> Run:
-        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed `delay` after such an event."""
+        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed behind a step, or `delay` seconds after
+        its save began, before another step is the last."""
         ranks, sizes = LAYOUTS[layout]
         order = {}
         if resumed is not None:
@@ -76,12 +76,19 @@ class Exactness:
             if step is None:
                 order["checkpoint_dir"] = resumed.attempt.order().checkpoint_dir
         attempt = self._trainer.prepare(name, self._trainer.spec(ranks, **PLAN | sizes | overrides), **order)
+        if kill_at is not None:
+            self._warm.holds.at(attempt.path, kill_at if delay is None else STEPS - 1)
         started = self._warm.attempt(attempt.path, ranks, attempt.output_log)
-        if kill:
-            started.until(attempt.journal, kill)
-            time.sleep(delay)
+        if kill_at is not None:
+            if delay is None:
+                started.held(attempt.path)
+            else:
+                started.until(
+                    attempt.journal, lambda e: isinstance(e, CheckpointStarted) and e.step >= kill_at
+                )
+                time.sleep(delay)
             started.kill()
-        return self._trainer.ended(attempt, started, expect=-9 if kill else 0)
+        return self._trainer.ended(attempt, started, expect=0 if kill_at is None else -9)
 
 
 def newest(run: Run, step: int | None) -> dict[str, Any]:
@@ -118,15 +125,11 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(attempts: Exactness, layout: str
     whole = attempts.whole(layout)
     numbers = random.Random(f"{SEED} {layout}")
     somewhere = numbers.randint(1, EPOCH_ENDS - 1)
-    kills: list[tuple[Callable[[Event], bool], float]] = [
-        (lambda e: isinstance(e, StepCompleted) and e.step == somewhere, 0.0),
-        (lambda e: isinstance(e, StepCompleted) and e.step == EPOCH_ENDS, 0.0),
-        (lambda e: isinstance(e, CheckpointStarted) and e.step >= 6, numbers.random() * 0.2),
-    ]
+    kills = [(somewhere, None), (EPOCH_ENDS, None), (6, numbers.random() * 0.2)]
     run, seen = None, {}
-    for number, (kill, delay) in enumerate([*kills, (None, 0.0)]):
+    for number, (kill_at, delay) in enumerate([*kills, (None, None)]):
         name = f"{layout}-{number}"
-        run = attempts.run(name, layout, run, kill=kill, delay=delay, checkpoint__async_save=True)
+        run = attempts.run(name, layout, run, kill_at=kill_at, delay=delay, checkpoint__async_save=True)
         steps = exact(run)
         assert steps == {step: numbers for step, numbers in exact(whole).items() if step in steps}
         seen |= steps

@@ -13,6 +13,7 @@ import pytest
 
 from sftd.domain.events import ModelLoaded, SampleGenerated, StepCompleted
 from sftd.wire.direct_run import DirectRun
+from tests.patience import PATIENCE
 from tests.trainer.direct_runs import ROOT, environment, events, sftd
 
 SCRIPT = ROOT / "scripts" / "run_llama2_7b_megatron.sh"
@@ -34,7 +35,7 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
         env=environment(PATH=path, **variables),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 

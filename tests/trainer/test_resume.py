@@ -5,12 +5,10 @@ from __future__ import annotations
 import pickle
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import pytest
 
 from sftd.domain.events import (
     AnomalyDetected,
@@ -22,13 +20,9 @@ from sftd.domain.events import (
     ValidationCompleted,
 )
 from sftd.trainer import manifest as manifests
-from sftd.wire import journal
+from tests.patience import PATIENCE, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sftd.domain.events import Event
-    from sftd.wire.attempt_dir import AttemptDir
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
     from tests.warm import WarmTrainer
 
@@ -46,16 +40,6 @@ def weights_digests(run: Run, step: int) -> dict[str, str]:
     return {
         f.name: f.sha256 for f in manifests.read(run.checkpoint(step), None).files if f.name != ".metadata"
     }
-
-
-def wait_for(attempt: AttemptDir, process: subprocess.Popen[bytes], is_it: Callable[[Event], bool]) -> None:
-    """Until the journal holds such an event."""
-    while not any(is_it(line.event) for line in journal.read(attempt.journal)[0]):
-        try:
-            code = process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail(f"ended with {code}\n{attempt.output_log.read_text()[-4000:]}")
 
 
 def resume(
@@ -76,12 +60,13 @@ def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) 
     """The run of `base`, killed after its checkpoint of step 3. Step 6, which is redone, crosses an epoch's end."""
     spec = base.attempt.order().spec
     attempt = trainer.prepare("killed", spec)
+    trainer.holds.at(attempt.path, 4)
     process = trainer.start(attempt)
-    wait_for(attempt, process, lambda e: isinstance(e, CheckpointPublished) and e.step == 3)
+    trainer.held(attempt, process)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     killed = trainer.finish(attempt, process, expect=-signal.SIGKILL)
-    assert not psutil.wait_procs(ranks, timeout=20)[1], "ranks outlived torchrun"
+    assert not psutil.wait_procs(ranks, timeout=PATIENCE)[1], "ranks outlived torchrun"
 
     published = killed.events(CheckpointPublished)[-1]
     again = trainer.prepare(
@@ -98,11 +83,14 @@ def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) 
 def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer, warm: WarmTrainer) -> None:
     whole = trainer.train(warm, trainer.prepare("dp2_whole", trainer.spec(2, trainer__save_interval=0)))
     attempt = trainer.prepare("dp2_stopped", whole.attempt.order().spec)
+    warm.holds.at(attempt.path, 1)
     ranks = trainer.start_warm(warm, attempt)
-    ranks.until(attempt.journal, lambda e: isinstance(e, StepCompleted))
+    held = ranks.held(attempt.path)
     attempt.request_stop()
+    held.resume()
     stopped = trainer.ended(attempt, ranks)
     step = stopped.events(StepCompleted)[-1].step
+    assert step == 2
     assert [c.step for c in stopped.events(CheckpointPublished)] == [step]
     resumed = resume(trainer, warm, "dp2_stopped-2", stopped, step, 2, trainer__save_interval=0)
     assert exact(stopped) | exact(resumed) == exact(whole)
@@ -122,9 +110,11 @@ def test_a_stop_waits_for_the_save_that_is_in_flight(trainer: Trainer, warm: War
         data__val_files=[], trainer__max_steps=60, trainer__save_interval=1, checkpoint__async_save=True
     )
     attempt = trainer.prepare("stopped_while_saving", spec)
+    warm.holds.at(attempt.path, 3, "CheckpointStarted")
     ranks = trainer.start_warm(warm, attempt)
-    ranks.until(attempt.journal, lambda e: isinstance(e, CheckpointStarted) and e.step == 3)
+    held = ranks.held(attempt.path)
     attempt.request_stop()
+    held.resume()
     run = trainer.ended(attempt, ranks)
     steps = [s.step for s in run.events(StepCompleted)]
     assert len(steps) < 60
@@ -132,14 +122,25 @@ def test_a_stop_waits_for_the_save_that_is_in_flight(trainer: Trainer, warm: War
     assert [c.step for c in run.events(CheckpointPublished)] == steps
 
 
+def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a process that stands still will get this signal when it goes on."""
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (pending,) = [line.split()[1] for line in status if line.startswith("ShdPnd:")]
+    return bool(int(pending, 16) >> number - 1 & 1)
+
+
 def test_sigterm_saves_a_checkpoint_at_the_step_boundary(trainer: Trainer) -> None:
     attempt = trainer.prepare("terminated", trainer.spec(trainer__save_interval=0, data__val_files=[]))
+    trainer.holds.at(attempt.path, 1)
     process = trainer.start(attempt)
-    wait_for(attempt, process, lambda e: isinstance(e, StepCompleted))
+    rank = trainer.held(attempt, process)
     process.send_signal(signal.SIGTERM)
+    until(lambda: is_pending(rank, signal.SIGTERM), "torchrun does not pass it on")
+    rank.resume()
     # torchrun itself ends with 1 after a signal, however well its ranks ended.
     run = trainer.finish(attempt, process, expect=None)
-    assert [c.step for c in run.events(CheckpointPublished)] == [run.events(StepCompleted)[-1].step]
+    assert run.events(StepCompleted)[-1].step == 2
+    assert [c.step for c in run.events(CheckpointPublished)] == [2]
     assert not run.errors()
 
 

@@ -1,0 +1,62 @@
+"""Holds trainers where a test wants them. A test that reads a step and then acts comes too late on a fast machine: a hundred
+steps take a tenth of a second. So the trainer stops itself (tests/held/sitecustomize.py), and waits to be let go or killed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import psutil
+
+_HELD = Path(__file__).parent / "held"
+
+
+class Holds:
+    """Where each attempt that is started with `environment` is to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """What processes must have in theirs, besides what `base` has."""
+        paths = [str(_HELD), *filter(None, [base.get("PYTHONPATH")])]
+        return {"HOLDS": str(self._folder), "PYTHONPATH": os.pathsep.join(paths)}
+
+    def at(self, attempt: Path, step: int, kind: str = "StepCompleted") -> None:
+        """Have the reporting rank of an attempt stop once it has written such an event of this step, or of a later one. To be
+        said before it can have come so far."""
+        file = self._file(attempt)
+        file.with_name(f"{file.name}.held").unlink(missing_ok=True)
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(f"{kind} {step}")
+        new.rename(file)
+
+    def wait(self, attempt: Path, is_over: Callable[[], bool]) -> psutil.Process:
+        """Until it stands still. Returns the reporting rank. Fails once the attempt `is_over`."""
+        file = self._file(attempt)
+        while file.exists():
+            over = is_over()
+            assert not (over and file.exists()), f"{attempt.name} ended before it was to be held"
+            time.sleep(0.01)
+        rank = psutil.Process(int(file.with_name(f"{file.name}.held").read_text()))
+        wait_until_stopped([rank])
+        return rank
+
+    def _file(self, attempt: Path) -> Path:
+        return self._folder / f"{attempt.parent.name}.{attempt.name}"
+
+
+def wait_until_stopped(ranks: Iterable[psutil.Process]) -> None:
+    """A signal takes a moment to stop all threads of a process."""
+    while any(rank.status() != psutil.STATUS_STOPPED for rank in ranks):
+        time.sleep(0.001)
+
+
+def let_go(ranks: Iterable[psutil.Process]) -> None:
+    """Ranks that were held go on."""
+    for rank in ranks:
+        rank.resume()
