@@ -21,8 +21,10 @@ from tests import postgres
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+# A busy machine is slow at drawing examples, too.
+_PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("local", **_PATIENT)
+hypothesis.settings.register_profile("ci", derandomize=True, **_PATIENT)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
