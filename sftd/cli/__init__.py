@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import importlib
@@ -109,8 +110,10 @@ class _Group(click.Group):
         from sftd.domain.errors import SftdError
         from sftd.settings import SettingsError
 
-        # Importing SQLAlchemy makes many objects and no garbage: looking for it takes a fifth of `sftd ls`.
-        gc.set_threshold(100_000)
+        # Importing SQLAlchemy makes many objects and no garbage: looking for it takes a fifth of `sftd ls`. So it does
+        # once more at the end, when all of it is given back with the process.
+        gc.set_threshold(200_000)
+        atexit.register(gc.freeze)
         try:
             return super().invoke(ctx)
         except SftdError as error:
