@@ -193,9 +193,6 @@ def _rewind(run: Run, step: int) -> Run:
 @_apply.register(e.StepCompleted)
 def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
     redone = event.step <= run.highest_step
-    smooth = (
-        event.seconds if run.seconds_per_step is None else 0.8 * run.seconds_per_step + 0.2 * event.seconds
-    )
     return _set(
         run,
         status="running" if run.status == "starting" else run.status,
@@ -205,13 +202,21 @@ def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
         lr=event.lr,
         tokens_counted=run.tokens_counted + event.tokens,
         tokens_reported=event.tokens_total,
-        seconds_per_step=smooth,
+        seconds_per_step=_pace(run, event.seconds),
         tokens_per_second=event.tokens_real / event.seconds if event.seconds > 0 else None,
         highest_step=max(run.highest_step, event.step),
         steps_redone=run.steps_redone + redone,
         attempt_progressed=run.attempt_progressed
         or event.step - run.attempt_base >= run.spec.launch.min_progress_steps,
     )
+
+
+def _pace(run: Run, seconds: float) -> float:
+    """Seconds of a step, smoothed. The first of an attempt loads kernels and fills caches: it counts while it is the only one."""
+    known, since_load = run.seconds_per_step, run.step - run.began_at
+    if known is None or (run.attempt == 1 and since_load == 1):
+        return seconds
+    return known if since_load == 0 else 0.8 * known + 0.2 * seconds
 
 
 @_apply.register(e.ValidationCompleted)

@@ -134,6 +134,23 @@ def test_the_loss_of_a_superseded_step_is_not_the_runs() -> None:
     assert (log.run.step, log.run.loss) == (6, 2.0), "nothing is done again"
 
 
+def test_the_first_step_of_an_attempt_is_not_its_pace() -> None:
+    def paces(log: Log, *seconds: float) -> list[float | None]:
+        said = []
+        for taken in seconds:
+            log.add(step(log.run.step + 1, seconds=taken))
+            said.append(log.run.seconds_per_step)
+        return said
+
+    loaded = events.ModelLoaded(
+        architecture="Llama", parameters=1, dtype="float32", device="cpu", seconds=1.0, environment={}
+    )
+    log = Log().claim().add(loaded)
+    assert paces(log, 9.0, 1.0, 2.0) == [9.0, 1.0, pytest.approx(1.2)]
+    log.save().end().claim().add(loaded)
+    assert paces(log, 9.0, 2.2) == [pytest.approx(1.2), pytest.approx(1.4)]
+
+
 def validated(number: int, loss: float) -> events.ValidationCompleted:
     return events.ValidationCompleted(step=number, loss=loss, tokens=9, rows=3, seconds=1.0)
 
