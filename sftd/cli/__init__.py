@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ui": ("ui", "Open MLflow on the runs of this home."),
     "mlflow": ("mlflow", "Compare MLflow with the log, build it anew, register models."),
     "notify": ("notify", "Say who is told when runs end, and try it."),
-    "doctor": ("doctor", "Say what is wrong with this installation, and how to mend it."),
+    "doctor": ("doctor", "Say what is wrong with this installation, and how to fix it."),
     "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
     "db": ("db", "Check a database, or copy it to another one."),

@@ -153,7 +153,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         signal.signal(number, lambda *_: stop.set())
     with DaemonLock(settings.daemon_lock):
         # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
-        # A file needs no waiting for: what is wrong with it, a person has to mend.
+        # A file needs no waiting for: what is wrong with it, a person has to fix.
         at_once = drain or settings.database_url.startswith("sqlite")
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
@@ -179,7 +179,7 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     from sftd.daemon.loop import DATABASE_ERRORS
     from sftd.store.engine import DatabaseUnreachable, open_engine
 
-    # What no waiting mends is told at once, such as a URL that is none.
+    # What no waiting fixes is told at once, such as a URL that is none.
     open_engine(settings.database_url).dispose()
     said = ""
     while not stop.is_set():

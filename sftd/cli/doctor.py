@@ -20,7 +20,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def doctor_command(as_json: bool) -> None:
-    """Look at everything that training needs here, and say how to mend what is not well.
+    """Look at everything that training needs here, and say how to fix what is not well.
 
     Nothing is changed. Exits with 1 when something is broken; a warning is no error.
 
@@ -80,10 +80,10 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
         yield from check()
     except (SftdError, OSError, ValueError, sa.exc.SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        yield broken(name, reason, _MENDS.get(name, "mend what it says, and ask again"))
+        yield broken(name, reason, _FIXES.get(name, "fix what it says, and ask again"))
 
 
-_MENDS = {
+_FIXES = {
     "database": "check SFTD_DATABASE_URL, and that the server runs and lets you in",
     "disk": "SFTD_HOME must be a folder that you can write to",
 }
@@ -99,8 +99,8 @@ def _print(found: list[Finding]) -> None:
     table.add_column(overflow="fold")
     for finding in found:
         said = Text(finding.said)
-        if finding.mend:
-            said.append(f"\nmend: {finding.mend}", "dim")
+        if finding.fix:
+            said.append(f"\nfix: {finding.fix}", "dim")
         table.add_row(Text(finding.state, _STYLE[finding.state]), finding.check, said)
     out = output.console()
     out.print(table)

@@ -72,17 +72,17 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
         return
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield broken("torch", last, "mend the installation: `make install`, or `pip install sftd`")
+        yield broken("torch", last, "fix the installation: `make install`, or `pip install sftd`")
         return
     found: dict[str, Any] = json.loads(done.stdout)
     cuda = f"CUDA {found['cuda']}" if found["cuda"] else "without CUDA"
     yield ok("torch", f"{found['torch']} ({cuda}), Megatron-core {found['megatron_core']}")
     if nvml is not None and nvml != found["gpus"]:
-        mend = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must name GPUs that are there"
-        yield broken("NCCL", f"torch sees {found['gpus']} of {nvml} GPUs", mend)
+        fix = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must name GPUs that are there"
+        yield broken("NCCL", f"torch sees {found['gpus']} of {nvml} GPUs", fix)
     elif found["nccl_error"]:
-        mend = "NCCL_DEBUG=INFO python -m sftd.trainer.probe says more; often /dev/shm or the driver"
-        yield broken("NCCL", f"{found['nccl']}: {found['nccl_error']}", mend)
+        fix = "NCCL_DEBUG=INFO python -m sftd.trainer.probe says more; often /dev/shm or the driver"
+        yield broken("NCCL", f"{found['nccl']}: {found['nccl_error']}", fix)
     elif found["gpus"]:
         yield ok("NCCL", f"{found['nccl']}, sums over {found['gpus']} GPUs")
 
@@ -95,15 +95,15 @@ def gpus() -> tuple[int | None, list[Finding]]:
         import pynvml
     except ModuleNotFoundError:
         if has_driver:
-            mend = "pip install nvidia-ml-py, or 'sftd[gpu]': without it the daemon uses CPU cores only"
-            return None, [broken("devices", "there is an NVIDIA driver, but NVML cannot be asked", mend)]
+            fix = "pip install nvidia-ml-py, or 'sftd[gpu]': without it the daemon uses CPU cores only"
+            return None, [broken("devices", "there is an NVIDIA driver, but NVML cannot be asked", fix)]
         return None, [ok("devices", f"no GPU: {slots}")]
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         if has_driver:
-            mend = "load or reinstall the driver; `nvidia-smi` must work"
-            return None, [broken("devices", f"NVML: {error}", mend)]
+            fix = "load or reinstall the driver; `nvidia-smi` must work"
+            return None, [broken("devices", f"NVML: {error}", fix)]
         return None, [ok("devices", f"no GPU: {slots}")]
     try:
         return _gpus(pynvml)
@@ -127,9 +127,9 @@ def _gpus(pynvml: Any) -> tuple[int, list[Finding]]:
         users = [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
         foreign = [pid for pid in users if not _is_ours(pid)]
         if foreign:
-            mend = "sftd gives this GPU to runs all the same: end those processes, or leave it out of the daemon's CUDA_VISIBLE_DEVICES"
+            fix = "sftd gives this GPU to runs all the same: end those processes, or leave it out of the daemon's CUDA_VISIBLE_DEVICES"
             pids = ", ".join(map(str, foreign))
-            found.append(warning("devices", f"GPU {index} is used by others (pids {pids})", mend))
+            found.append(warning("devices", f"GPU {index} is used by others (pids {pids})", fix))
     driver = _text(pynvml.nvmlSystemGetDriverVersion())
     listed = ", ".join(f"{n} × {name}" for name, n in names.items()) or "no GPU"
     may = len(inventory.visible_gpus())
@@ -163,18 +163,18 @@ def disk(settings: Settings) -> Iterator[Finding]:
         yield ok("home", f"{home}, mode {mode:04o}")
     for name, file in _sqlite_files(settings):
         if (kind := _file_system(file)) in _REMOTE:
-            mend = "name a file on a local disk, or a server: PostgreSQL (SFTD_DATABASE_URL), MLflow's (MLFLOW_TRACKING_URI)"
-            yield broken("disk", f"{name} ({file}): SQLite cannot be trusted on {kind}", mend)
+            fix = "name a file on a local disk, or a server: PostgreSQL (SFTD_DATABASE_URL), MLflow's (MLFLOW_TRACKING_URI)"
+            yield broken("disk", f"{name} ({file}): SQLite cannot be trusted on {kind}", fix)
     free = shutil.disk_usage(home).free
-    mend = "lower checkpoint.keep_last, or give checkpoint.save_dir another disk: a checkpoint takes 12 to 16 bytes a parameter"
+    fix = "lower checkpoint.keep_last, or give checkpoint.save_dir another disk: a checkpoint takes 12 to 16 bytes a parameter"
     if free < _NONE_BYTES:
-        yield broken("disk", f"{output.size(free)} free", mend)
+        yield broken("disk", f"{output.size(free)} free", fix)
         return
     seconds = _write_seconds(home / f".doctor.{os.getpid()}")
     speed = _WRITTEN_BYTES / seconds
     text = f"{output.size(free)} free, {output.size(int(speed))}/s written and synced"
     if free < _LOW_BYTES:
-        yield warning("disk", text, mend)
+        yield warning("disk", text, fix)
     elif speed < _SLOW_BYTES_PER_SECOND:
         yield warning(
             "disk", text, "checkpoints will hold up training: use a faster disk for checkpoint.save_dir"
@@ -218,8 +218,8 @@ def limits() -> Iterator[Finding]:
     """Open files and shared memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < _FILES:
-        mend = f"`ulimit -n {min(hard, 65536) if hard > 0 else 65536}` before the daemon, or LimitNOFILE= in its unit"
-        yield warning("open files", f"at most {soft}: data loaders and NCCL may run out", mend)
+        fix = f"`ulimit -n {min(hard, 65536) if hard > 0 else 65536}` before the daemon, or LimitNOFILE= in its unit"
+        yield warning("open files", f"at most {soft}: data loaders and NCCL may run out", fix)
     else:
         yield ok("open files", f"at most {'any number' if soft == resource.RLIM_INFINITY else soft}")
     try:
@@ -228,8 +228,8 @@ def limits() -> Iterator[Finding]:
         yield warning("shared memory", f"{_SHARED}: {error.strerror}", "mount a tmpfs there")
         return
     if size < _SHARED_BYTES:
-        mend = "give the container more: `docker run --shm-size=8g`, or --ipc=host"
-        yield warning("shared memory", f"{_SHARED} has {output.size(size)}: NCCL may fail", mend)
+        fix = "give the container more: `docker run --shm-size=8g`, or --ipc=host"
+        yield warning("shared memory", f"{_SHARED} has {output.size(size)}: NCCL may fail", fix)
     else:
         yield ok("shared memory", f"{_SHARED} has {output.size(size)}")
 
@@ -244,8 +244,8 @@ def ports() -> Iterator[Finding]:
         yield broken("ports", f"no port on localhost: {error}", "check /etc/hosts and the loopback device")
         return
     if outside := sorted(str(a) for a in addresses if a != "::1" and not str(a).startswith("127.")):
-        mend = "have /etc/hosts say `127.0.0.1 localhost`"
-        yield broken("ports", f"localhost is {', '.join(outside)}: ranks would meet in the open", mend)
+        fix = "have /etc/hosts say `127.0.0.1 localhost`"
+        yield broken("ports", f"localhost is {', '.join(outside)}: ranks would meet in the open", fix)
         return
     text = f"free on localhost (such as {port}); sftd opens none to the network"
     yield ok("ports", text)
@@ -266,10 +266,10 @@ def clock() -> Iterator[Finding]:
     except (OSError, subprocess.TimeoutExpired):
         synchronised = ""
     if synchronised == "no":
-        mend = (
+        fix = (
             "turn on NTP (`timedatectl set-ntp true`): events are ordered by the log, but dated by this clock"
         )
-        yield warning("clock", f"{now}, not synchronised", mend)
+        yield warning("clock", f"{now}, not synchronised", fix)
     else:
         yield ok(
             "clock", f"{now}, {'synchronised' if synchronised else 'nobody here can say whether it is right'}"

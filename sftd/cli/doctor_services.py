@@ -37,8 +37,8 @@ def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
         if is_sqlite and (revision is None or revision < SCHEMA_REVISION):
             return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
         what = f"tables of revision {revision}" if revision else "no tables"
-        mend = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
-        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", mend)]
+        fix = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
+        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", fix)]
     return store, [_skew(store, f"{url}, revision {revision}")]
 
 
@@ -62,8 +62,8 @@ def _skew(store: Store, text: str) -> Finding:
     skew = theirs - (before + after) / 2
     text += f", answers in {(after - before) * 1000:.1f} ms"
     if abs(skew) > _SKEW_SECONDS:
-        mend = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
-        return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", mend)
+        fix = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
+        return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", fix)
     return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
 
 
@@ -117,8 +117,8 @@ def _server(uri: str, shown: str, mine: str) -> Finding:
     from urllib.request import Request, urlopen
 
     if not uri.startswith(("http://", "https://")):
-        mend = "write sqlite:///FILE or http://HOST:PORT"
-        return broken("MLflow", f"{shown} is neither a database nor a server", mend)
+        fix = "write sqlite:///FILE or http://HOST:PORT"
+        return broken("MLflow", f"{shown} is neither a database nor a server", fix)
     bare = re.sub(r"//[^/@\s]*@", "//", uri).rstrip("/")
     request = Request(f"{bare}/version")  # noqa: S310  its scheme was just checked
     if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
@@ -129,11 +129,11 @@ def _server(uri: str, shown: str, mine: str) -> Finding:
             theirs = answer.read(100).decode(errors="replace").strip()
     except (OSError, HTTPException, ValueError) as error:
         reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-        mend = "runs go on, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
-        return warning("MLflow", f"{shown} does not answer: {reason}", mend)
+        fix = "runs go on, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
+        return warning("MLflow", f"{shown} does not answer: {reason}", fix)
     if theirs.partition(".")[0] != mine.partition(".")[0]:
-        mend = "use the same major version on both sides"
-        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", mend)
+        fix = "use the same major version on both sides"
+        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", fix)
     return ok("MLflow", f"{shown}, version {theirs}, client {mine}")
 
 
@@ -165,8 +165,8 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
             continue
         said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent)}"
         if owner.host != processes.host_name():
-            mend = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
-            yield warning("daemon", said, mend)
+            fix = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
+            yield warning("daemon", said, fix)
         elif holder is None:
             yield warning("daemon", said, "start a daemon: it takes the run over")
 
@@ -202,7 +202,7 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     if partial:
         size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
         what = f"{len(partial)} half-written checkpoints of runs that nobody drives, {output.size(size)}"
-        mend = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
-        yield warning("leftovers", what, mend)
+        fix = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
+        yield warning("leftovers", what, fix)
     if not stray and not partial:
         yield ok("leftovers", "none of dead attempts")

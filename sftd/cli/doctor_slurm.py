@@ -30,14 +30,14 @@ def slurm(settings: Settings, store: Store | None) -> Iterator[Finding]:
         yield ok("Slurm", "not used: its commands are not here")
         return
     if missing:
-        mend = "install Slurm's client commands, or put all of them on the PATH of you and of the daemon"
-        yield broken("Slurm", f"{', '.join(missing)} cannot be found: no job can be driven from here", mend)
+        fix = "install Slurm's client commands, or put all of them on the PATH of you and of the daemon"
+        yield broken("Slurm", f"{', '.join(missing)} cannot be found: no job can be driven from here", fix)
         return
     try:
         version = slurm_commands.version(_run)
     except Unanswered as error:
-        mend = "these commands need slurm.conf: set SLURM_CONF to it for you and for the daemon"
-        yield warning("Slurm", f"its commands do not work: {error}", mend)
+        fix = "these commands need slurm.conf: set SLURM_CONF to it for you and for the daemon"
+        yield warning("Slurm", f"its commands do not work: {error}", fix)
         return
     yield ok("Slurm", f"{version}, {shutil.which('sbatch')}")
     yield from _controller()
@@ -53,14 +53,12 @@ def _controller() -> Iterator[Finding]:
     try:
         jobs = slurm_commands.own_jobs(_run)
     except Unanswered as error:
-        mend = (
-            "`scontrol ping` says more; slurmctld and munge must run. Jobs go on, and the daemon asks again"
-        )
-        yield warning("Slurm", f"the controller does not answer: {error}", mend)
+        fix = "`scontrol ping` says more; slurmctld and munge must run. Jobs go on, and the daemon asks again"
+        yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:
-        mend = "sftd needs squeue as it is in Slurm 22.05 or later; tell us of yours with `squeue --version`"
-        yield broken("Slurm", "squeue does not answer in the form in which it is asked", mend)
+        fix = "sftd needs squeue as it is in Slurm 22.05 or later; tell us of yours with `squeue --version`"
+        yield broken("Slurm", "squeue does not answer in the form in which it is asked", fix)
         return
     took = time.perf_counter() - began
     living = sum(not job.has_ended for job in jobs.values())
@@ -88,8 +86,8 @@ def _partitions(found: list[Partition]) -> Finding:
         shown.append(f"and {len(found) - len(shown)} more")
     said = f"partitions: {', '.join(shown) or 'none'}"
     if not any(partition.is_up and partition.usable for partition in found):
-        mend = "`sinfo -R` says why nodes are down or drained; until one is back, jobs wait"
-        return warning("Slurm", f"{said}: no node can start a job", mend)
+        fix = "`sinfo -R` says why nodes are down or drained; until one is back, jobs wait"
+        return warning("Slurm", f"{said}: no node can start a job", fix)
     return ok("Slurm", said)
 
 
@@ -108,5 +106,5 @@ def _daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
             if (row.host, row.pid) == (processes.host_name(), holder) and row.stopped_at is None
         ]
     if mine and "slurm" not in msgspec.json.decode(mine[0].devices, type=dict[str, int]):
-        mend = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
-        yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", mend)
+        fix = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
+        yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", fix)

@@ -1,4 +1,4 @@
-"""What `sftd doctor` finds: a name, a state, a sentence, and how to mend it."""
+"""What `sftd doctor` finds: a name, a state, a sentence, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ State = Literal["ok", "warning", "broken"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at. `mend` says what to do about it unless it is ok."""
+    """One thing that was looked at. `fix` says what to do about it unless it is ok."""
 
     check: str
     state: State
     said: str
-    mend: str = ""
+    fix: str = ""
 
 
 def ok(check: str, said: str) -> Finding:
@@ -23,11 +23,11 @@ def ok(check: str, said: str) -> Finding:
     return Finding(check, "ok", said)
 
 
-def warning(check: str, said: str, mend: str) -> Finding:
+def warning(check: str, said: str, fix: str) -> Finding:
     """It works, but not as well as it should."""
-    return Finding(check, "warning", said, mend)
+    return Finding(check, "warning", said, fix)
 
 
-def broken(check: str, said: str, mend: str) -> Finding:
-    """Runs fail, or nothing works, until this is mended."""
-    return Finding(check, "broken", said, mend)
+def broken(check: str, said: str, fix: str) -> Finding:
+    """Runs fail, or nothing works, until this is fixed."""
+    return Finding(check, "broken", said, fix)

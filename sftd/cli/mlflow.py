@@ -128,8 +128,8 @@ class Registry:
         self._tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
         place = mlflow_check.place(store, self._tracking, run_id)
         if place is None or place.run is None:
-            mend = "start the mirror with `sftd daemon --detach`, or fill it with `sftd mlflow rebuild --prefix ''`"
-            raise Refused(Problem("MLflow", f"it has no run of {run_id} yet", mend))
+            fix = "start the mirror with `sftd daemon --detach`, or fill it with `sftd mlflow rebuild --prefix ''`"
+            raise Refused(Problem("MLflow", f"it has no run of {run_id} yet", fix))
         self._uuid = place.run.uuid
 
     def register(self, exported: ModelExported) -> str:

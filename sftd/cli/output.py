@@ -128,8 +128,8 @@ def print_error(error: SftdError) -> None:
         out.print(f"[bold red]refused[/]: {count} problem{'s' if count != 1 else ''}; nothing was written")
         for problem in error.problems:
             out.print(f"  [bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
-            if problem.mend:
-                out.print(f"    mend: {escape(problem.mend)}", soft_wrap=True)
+            if problem.fix:
+                out.print(f"    fix: {escape(problem.fix)}", soft_wrap=True)
     else:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 

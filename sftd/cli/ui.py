@@ -59,8 +59,8 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
             webbrowser.open(url)
         return
     if _is_taken(port):
-        mend = f"sftd ui --port {port + 1}; if that is another `sftd ui`, end it with Ctrl-C, or look at that one"
-        raise Refused(Problem("--port", f"another program listens on 127.0.0.1:{port}", mend))
+        fix = f"sftd ui --port {port + 1}; if that is another `sftd ui`, end it with Ctrl-C, or look at that one"
+        raise Refused(Problem("--port", f"another program listens on 127.0.0.1:{port}", fix))
     url = f"http://127.0.0.1:{port}/{_page(settings, runs)}"
     argv, env = command
     server = subprocess.Popen(argv, env=os.environ | env)

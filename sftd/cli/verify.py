@@ -202,8 +202,8 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
     planned = spec.trainer.max_steps
     if planned is None or planned < chosen.to_step:
         what = "only a number of steps can be tried, not epochs" if planned is None else f"is {planned}"
-        mend = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
-        raise Refused(Problem("--with", what, mend))
+        fix = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
+        raise Refused(Problem("--with", what, fix))
     return planned
 
 

@@ -77,12 +77,12 @@ def request_resume(
     refuse_busy(run)
     planned = new.planned_steps if new else run.planned_steps
     if new and (problems := other_run(run, new)):
-        problems[-1] = msgspec.structs.replace(problems[-1], mend=f"another trajectory is a fork: {instead}")
+        problems[-1] = msgspec.structs.replace(problems[-1], fix=f"another trajectory is a fork: {instead}")
         raise Refused(problems)
     start = _resume_start(run, from_step)
     if from_step is None and run.status == "succeeded" and planned == run.planned_steps:
-        mend = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
-        raise Refused(Problem(run.run_id, "has succeeded: no step is left", mend))
+        fix = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
+        raise Refused(Problem(run.run_id, "has succeeded: no step is left", fix))
     if planned < start:
         what = f"{planned} steps are fewer than the {start} behind which it goes on"
         raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
@@ -102,7 +102,7 @@ def request_resume(
 
 
 def other_run(run: Run, new: Proposal) -> list[Problem]:
-    """Why `run` cannot go on with a changed spec: its steps so far would have come out otherwise. How to mend that depends
+    """Why `run` cannot go on with a changed spec: its steps so far would have come out otherwise. How to fix that depends
     on who asks."""
     changes = trajectory.changes(run.spec, new.spec)
     guilty = trajectory.other_trajectory(
@@ -161,8 +161,8 @@ def _no_start(run: Run) -> Problem:
     what = (
         f"the checkpoint from which it was forked, step {run.fork.step} of {run.fork.parent}, cannot be used"
     )
-    mend = f"fork again from another step: `sftd checkpoints {run.fork.parent}` lists them"
-    return Problem(run.run_id, what, mend)
+    fix = f"fork again from another step: `sftd checkpoints {run.fork.parent}` lists them"
+    return Problem(run.run_id, what, fix)
 
 
 def _steps(run: Run) -> str:
@@ -179,10 +179,10 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     have = ", ".join(str(s) for s in (*([] if parent.first_step else [0]), *(c.step for c in timeline)))
     if step is None:
         if not timeline:
-            mend = "wait until it has saved one (trainer.save_interval)" + (
+            fix = "wait until it has saved one (trainer.save_interval)" + (
                 "" if parent.first_step else ", or start from the pretrained model: --from-step 0"
             )
-            raise Refused(Problem(parent.run_id, "has no published checkpoint", mend))
+            raise Refused(Problem(parent.run_id, "has no published checkpoint", fix))
         return timeline[-1]
     if step == 0 and not parent.first_step:
         return None
@@ -203,8 +203,8 @@ def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
     start = point.step if point else 0
     if new.planned_steps <= start:
         what = f"{new.planned_steps} steps in all, but the fork begins behind step {start} of {parent.run_id}"
-        mend = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
-        raise Refused(Problem("trainer.max_steps", what, mend))
+        fix = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
+        raise Refused(Problem("trainer.max_steps", what, fix))
     return e.RunForked(
         parent=parent.run_id,
         step=start,

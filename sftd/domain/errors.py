@@ -17,14 +17,14 @@ class SftdError(Exception):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong with a request: where it stands, what is wrong, how to mend it."""
+    """One thing that is wrong with a request: where it stands, what is wrong, how to fix it."""
 
     where: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+        return f"{self.where}: {self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
 
 
 class Refused(SftdError):

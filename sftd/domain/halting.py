@@ -22,8 +22,8 @@ def hold(run: Run, by: str, reason: str = "") -> list[e.Event]:
 def release(run: Run, by: str) -> list[e.Event]:
     """A held run waits for its turn again, in its old place."""
     if run.status != "held":
-        mend = f"use `sftd resume {run.run_id}`" if run.status == "paused" else "only a held run is released"
-        raise Refused(_problem(run, mend))
+        fix = f"use `sftd resume {run.run_id}`" if run.status == "paused" else "only a held run is released"
+        raise Refused(_problem(run, fix))
     return [e.RunReleased(by=by)]
 
 
@@ -73,6 +73,6 @@ def interrupted(run: Run, interruption: Interruption) -> e.Event | None:
     return e.AttemptPreempted(step=step, by_run="", reason=interruption.message)
 
 
-def _problem(run: Run, mend: str) -> Problem:
+def _problem(run: Run, fix: str) -> Problem:
     what = run.how_it_ended if run.status in ENDED else f"is {run.status}"
-    return Problem(run.run_id, what, mend)
+    return Problem(run.run_id, what, fix)

@@ -111,8 +111,8 @@ def _check_extra(options: list[str]) -> list[Problem]:
             problems.append(Problem(where, what, "write each as one text, such as --mem=0"))
         elif owned := next(filter(None, map(_owned, words)), None):
             instead = _OWNED[owned]
-            mend = f"use {instead}" if instead else "leave it out"
-            problems.append(Problem(where, f"{option!r}: sftd decides {owned} by itself", mend))
+            fix = f"use {instead}" if instead else "leave it out"
+            problems.append(Problem(where, f"{option!r}: sftd decides {owned} by itself", fix))
     return problems
 
 

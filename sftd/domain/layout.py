@@ -193,8 +193,8 @@ def _check_experts(spec: Spec, shape: ModelShape) -> list[Problem]:
     least = 2 if shape.norm_topk_prob else 1
     if not least <= shape.num_experts_per_tok <= shape.num_experts:
         what = f"config.json gives a token {shape.num_experts_per_tok} of {shape.num_experts} experts"
-        mend = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
-        problems.append(Problem("model.partial_pretrain", what, mend))
+        fix = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
+        problems.append(Problem("model.partial_pretrain", what, fix))
     if shape.num_experts % ep:
         sizes = ", ".join(str(n) for n in range(1, shape.num_experts + 1) if shape.num_experts % n == 0)
         what = f"{ep} does not divide the model's {shape.num_experts} experts"
@@ -256,8 +256,8 @@ def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[lis
         if facts.truncated:
             text = f"{facts.truncated} of {facts.rows} rows are longer than data.sequence_length {spec.data.sequence_length}"
             if spec.data.truncation == "error":
-                mend = f"raise data.sequence_length to {facts.longest}, or set data.truncation to right"
-                problems.append(Problem(where, text, mend))
+                fix = f"raise data.sequence_length to {facts.longest}, or set data.truncation to right"
+                problems.append(Problem(where, text, fix))
             else:
                 warnings.append(Problem(where, f"{text} and are truncated ({spec.data.truncation})"))
     return problems, warnings

@@ -70,8 +70,8 @@ def parse_moment(text: str, now: e.Micros) -> Moment:
     return AtTime(round(when.astimezone().timestamp() * 1_000_000))
 
 
-def _refused(text: str, what: str, mend: str) -> Refused:
-    return Refused(Problem(WHERE, f"{text!r} {what}", mend))
+def _refused(text: str, what: str, fix: str) -> Refused:
+    return Refused(Problem(WHERE, f"{text!r} {what}", fix))
 
 
 def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:

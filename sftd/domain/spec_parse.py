@@ -153,8 +153,8 @@ def _flatten(tree: Mapping[Any, Any], prefix: str, problems: list[Problem]) -> I
                 )
         else:
             nearest = _nearest(path)
-            mend = f"did you mean `{nearest}`?" if nearest else "`sftd config` lists every key"
-            problems.append(Problem(path, "unknown key", mend))
+            fix = f"did you mean `{nearest}`?" if nearest else "`sftd config` lists every key"
+            problems.append(Problem(path, "unknown key", fix))
 
 
 def _canonical(

@@ -42,8 +42,8 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
         if have:
             which = f"no checkpoint of step {step}" if step is not None else "no checkpoint in its timeline"
             raise Refused(Problem(run.run_id, f"has {which}", f"use --step with one of {have}"))
-        mend = "wait until it has saved one (trainer.save_interval), or resume it"
-        raise Refused(Problem(run.run_id, f"is {run.status} and has no published checkpoint", mend))
+        fix = "wait until it has saved one (trainer.save_interval), or resume it"
+        raise Refused(Problem(run.run_id, f"is {run.status} and has no published checkpoint", fix))
     if not Path(found.path).is_dir():
         what = f"its checkpoint of step {found.step} is not on this host: {found.path}"
         raise Refused(Problem(run.run_id, what, "ask on the host that trained it, or put the folder back"))

@@ -21,11 +21,11 @@ def copy(
         live = [lease.run_id for lease in queue.leases(connection) if lease.expires_at > now]
         if live and not force:
             what = f"daemons drive {', '.join(live[:3])}{' and others' if len(live) > 3 else ''}"
-            mend = (
+            fix = (
                 "stop them with `sftd daemon --stop` (training goes on) and wait until their leases have expired, "
                 "or copy this moment's state with --force"
             )
-            raise Refused(Problem("FROM", what, mend))
+            raise Refused(Problem("FROM", what, fix))
         if target.schema_revision() is None:
             migrate.upgrade(target.engine)
         _refuse_other_tables("TO", target)

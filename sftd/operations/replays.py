@@ -126,13 +126,13 @@ def plan(
         devices = list(_held(connection, host))
     log = timeline(recorded)
     if not log.steps:
-        mend = "resume it first" if run.status in ENDED else "wait until it has"
-        raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", mend))
+        fix = "resume it first" if run.status in ENDED else "wait until it has"
+        raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", fix))
     last = max(log.steps)
     if to_step is not None and to_step not in log.steps:
         what = f"step {to_step} is not in the timeline"
-        mend = f"its own steps are {min(log.steps)} to {last}"
-        raise Refused(Problem("--to-step", what, mend))
+        fix = f"its own steps are {min(log.steps)} to {last}"
+        raise Refused(Problem("--to-step", what, fix))
     end = last if to_step is None else to_step
     usable = {c.step: c for c in run.checkpoints if not c.superseded and c.step < end}
     begin = _begin(run, usable, from_step, end)

@@ -28,7 +28,7 @@ log = logging.getLogger("sftd.notify")
 
 # Longer than any channel takes to send one notice.
 _LEASE_MICROS = 60_000_000
-# What is older is not sent any more: nobody wants a week's news when a webhook is mended, or an import's.
+# What is older is not sent any more: nobody wants a week's news when a webhook is fixed, or an import's.
 OLDEST_MICROS = 3 * 24 * 3600 * 1_000_000
 # Events passed without a notice before that is written down.
 _UNWRITTEN = 10_000

@@ -18,7 +18,7 @@ from sftd.store.engine import Store
 from sftd.store.tables import events, projection_positions, queue, view_checkpoints, view_goodput, view_runs
 
 _BATCH = 5000
-_REBUILD = "`sftd views rebuild` mends it"
+_REBUILD = "`sftd views rebuild` fixes it"
 
 
 class Checked(msgspec.Struct, frozen=True):

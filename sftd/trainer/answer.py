@@ -2,7 +2,7 @@
 
 ORDER is an attempt's order.json. A JSON array of prompts comes on standard input. Reports JSON lines on standard
 output: `progress` events, and at last `done` with the answers in the prompts' order. Exit codes: 0; 2 with a message on
-standard error for what the user can mend; anything else is a defect.
+standard error for what the user can fix; anything else is a defect.
 """
 
 import argparse

@@ -77,8 +77,8 @@ def _check_devices(spec: Spec) -> None:
 
     if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
         what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
-        mend = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
-        raise Refused(Problem("launch.device", what, mend))
+        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
+        raise Refused(Problem("launch.device", what, fix))
 
 
 def _run_name(spec: Spec) -> str:
@@ -167,14 +167,14 @@ def _layout(spec: Spec) -> str:
 
 def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
     """What makes other steps of those that are done is another run. Raises `Refused`."""
-    mend = "set it back to go on with that run, or begin another: trainer.experiment_name=NAME"
+    fix = "set it back to go on with that run, or begin another: trainer.experiment_name=NAME"
     problems = [
-        msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", mend=mend)
+        msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", fix=fix)
         for problem in decisions.other_run(state, new)
     ]
     if not problems and new.planned_steps < state.step:
         what = f"{new.planned_steps} steps are fewer than the {state.step} that are done in {run.path}"
-        problems.append(Problem("trainer.max_steps", what, mend))
+        problems.append(Problem("trainer.max_steps", what, fix))
     if not problems and new.spec.checkpoint.save_dir != state.spec.checkpoint.save_dir:
         # The checkpoints of its history would all be missing, and it would begin anew.
         what = f"{run.path} was moved: its checkpoints were in {state.spec.checkpoint.save_dir}"
@@ -189,8 +189,8 @@ def _tell_error(error: Exception) -> None:
         lines = [f"refused: {count} problem{'s' * (count != 1)}; nothing was written"]
         for problem in error.problems:
             lines.append(f"  {problem.where}: {problem.what}")
-            if problem.mend:
-                lines.append(f"    mend: {problem.mend}")
+            if problem.fix:
+                lines.append(f"    fix: {problem.fix}")
     else:
         lines = [f"sftd: {error}"]
     sys.stderr.write("\n".join(lines) + "\n")

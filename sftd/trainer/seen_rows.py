@@ -2,7 +2,7 @@
 
 ORDER is an attempt's order.json. Computed from the data files and the order of samples alone, as training does it.
 Reports JSON lines on standard output, at last `done`. Exit codes: 0; 2 with a message on standard error for what the
-user can mend; anything else is a defect.
+user can fix; anything else is a defect.
 """
 
 import argparse

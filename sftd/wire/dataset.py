@@ -121,8 +121,8 @@ def first_rows(path: str, count: int) -> Iterator[tuple[list[int], list[int], li
             return
 
 
-def _refuse(where: str, path: str, what: str, mend: str = _PREPARE) -> Refused:
-    return Refused(Problem(where, f"{path}: {what}", mend))
+def _refuse(where: str, path: str, what: str, fix: str = _PREPARE) -> Refused:
+    return Refused(Problem(where, f"{path}: {what}", fix))
 
 
 def _open(where: str, path: str) -> pq.ParquetFile:
@@ -206,9 +206,9 @@ def _inspect_slice(
     mask = columns["attention_mask"].flatten().to_numpy(zero_copy_only=False)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad_id = int(ids.min() if ids.min() < 0 else ids.max())
-        mend = "tokenise with the tokenizer of the model that is trained"
+        fix = "tokenise with the tokenizer of the model that is trained"
         raise _refuse(
-            where, path, f"token id {bad_id} is outside the model's vocabulary of {vocab_size}", mend
+            where, path, f"token id {bad_id} is outside the model's vocabulary of {vocab_size}", fix
         )
     is_trained = labels != IGNORE_INDEX
     if is_trained.any() and (labels[is_trained].min() < 0 or labels[is_trained].max() >= vocab_size):

@@ -16,17 +16,17 @@ _WHERE = "model.partial_pretrain"
 def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
     """config.json of a model folder with `override` laid over it. Raises `Refused`."""
     path = Path(folder)
-    mend = "give a folder that holds config.json, *.safetensors and the tokenizer"
+    fix = "give a folder that holds config.json, *.safetensors and the tokenizer"
     if not path.is_dir():
-        raise Refused(Problem(_WHERE, f"no such folder: {folder}", mend))
+        raise Refused(Problem(_WHERE, f"no such folder: {folder}", fix))
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
-        raise Refused(Problem(_WHERE, f"{folder} holds no config.json", mend)) from None
+        raise Refused(Problem(_WHERE, f"{folder} holds no config.json", fix)) from None
     except (ValueError, OSError) as error:
-        raise Refused(Problem(_WHERE, f"{folder}/config.json cannot be read: {error}", mend)) from None
+        raise Refused(Problem(_WHERE, f"{folder}/config.json cannot be read: {error}", fix)) from None
     if not isinstance(config, dict):
-        raise Refused(Problem(_WHERE, f"{folder}/config.json is not a mapping", mend))
+        raise Refused(Problem(_WHERE, f"{folder}/config.json is not a mapping", fix))
     return config | override
 
 
@@ -45,12 +45,12 @@ def _refuse_unknown(override: dict[str, Any]) -> None:
     for key in override:
         if key not in _KEYS:
             nearest = difflib.get_close_matches(key, _KEYS, n=1)
-            mend = (
+            fix = (
                 f"did you mean `{nearest[0]}`?"
                 if nearest
                 else "leave it out; these are read: " + ", ".join(_KEYS)
             )
-            problems.append(Problem(f"model.override_config.{key}", "is not read by the trainer", mend))
+            problems.append(Problem(f"model.override_config.{key}", "is not read by the trainer", fix))
     if problems:
         raise Refused(problems)
 
@@ -100,7 +100,7 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
         ) from None
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise Refused(
-            Problem(_WHERE, f"{folder}/config.json: {error}", "mend config.json or model.override_config")
+            Problem(_WHERE, f"{folder}/config.json: {error}", "fix config.json or model.override_config")
         ) from None
 
 

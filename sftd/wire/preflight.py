@@ -31,16 +31,16 @@ def _check_save_dir(spec: Spec) -> list[Problem]:
     """That checkpoints can be written: found out now and not at the first save."""
     if not spec.checkpoint.save_dir:
         return []
-    where, mend = "checkpoint.save_dir", "give a folder that you may write to"
+    where, fix = "checkpoint.save_dir", "give a folder that you may write to"
     if "\0" in spec.checkpoint.save_dir:
-        return [Problem(where, f"{spec.checkpoint.save_dir!r} holds a NUL character", mend)]
+        return [Problem(where, f"{spec.checkpoint.save_dir!r} holds a NUL character", fix)]
     try:
         path = Path(spec.checkpoint.save_dir)
         nearest = next(p for p in (path, *path.parents) if p.exists())
         writable = nearest.is_dir() and os.access(nearest, os.W_OK)
     except (OSError, ValueError) as error:
-        return [Problem(where, f"{spec.checkpoint.save_dir!r}: {error}", mend)]
-    return [] if writable else [Problem(where, f"{nearest} is not a folder that can be written to", mend)]
+        return [Problem(where, f"{spec.checkpoint.save_dir!r}: {error}", fix)]
+    return [] if writable else [Problem(where, f"{nearest} is not a folder that can be written to", fix)]
 
 
 def inspect(

@@ -68,7 +68,7 @@ def load_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}, line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error)
-        raise Refused(Problem(place, f"is not valid YAML: {problem}", "mend the line")) from None
+        raise Refused(Problem(place, f"is not valid YAML: {problem}", "fix the line")) from None
 
 
 def load_file(path: str) -> dict[str, Any]:

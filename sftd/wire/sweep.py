@@ -40,8 +40,8 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
         values = [v.strip() for v in parts]
         # Joined again it must be what was written: two commas have nothing between them.
         if not equals or not key or not all(values) or not values or ",".join(parts) != text:
-            mend = "write for example --grid optimizer.lr=1e-5,2e-5"
-            raise Refused(Problem(f"--grid {option}", "is not of the form key=value,value", mend))
+            fix = "write for example --grid optimizer.lr=1e-5,2e-5"
+            raise Refused(Problem(f"--grid {option}", "is not of the form key=value,value", fix))
         if key in grid:
             raise Refused(Problem(f"--grid {option}", f"{key} is given twice", "give all its values in one"))
         if len(set(values)) < len(values):

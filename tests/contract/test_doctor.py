@@ -63,7 +63,7 @@ def test_a_database_without_tables(empty_database_url: str, tmp_path: Path) -> N
     if empty_database_url.startswith("sqlite"):
         assert (one.state, Path(sa.make_url(empty_database_url).database or "").exists()) == ("ok", False)
     else:
-        assert (one.state, one.mend) == ("broken", "run `sftd init`")
+        assert (one.state, one.fix) == ("broken", "run `sftd init`")
 
 
 def test_a_server_whose_clock_is_off(
@@ -82,7 +82,7 @@ def test_a_server_whose_clock_is_off(
     (off,) = re.findall(r"its clock is (\S+) s off ours", only(found).said)
     # No better than the server's answer was quick.
     assert float(off) == pytest.approx(-30.0, abs=0.1 + took)
-    assert "the queue goes by the server's clock" in only(found).mend
+    assert "the queue goes by the server's clock" in only(found).fix
     lease(store, tmp_path / "home", "elsewhere", seen_at=int(real() * 1e6))
     found = list(doctor_services.daemon(settings(tmp_path / "home"), store))
     assert [f.said for f in found if "silent" in f.said] == [], "a daemon that was seen just now"
@@ -103,7 +103,7 @@ def test_the_command_says_what_is_broken_without_a_password(
     assert states["MLflow"] == "warning"
     assert {states[check] for check in ("Python", "torch", "ports", "home")} == {"ok"}
     assert "Megatron-core" in found["torch"]["said"]
-    assert all(f["mend"] for f in found.values() if f["state"] != "ok")
+    assert all(f["fix"] for f in found.values() if f["state"] != "ok")
     assert SECRET not in done.output
 
 
@@ -116,7 +116,7 @@ def test_at_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[-1] == "1 ok, 0 warnings, 1 broken"
-    assert any("mend: a sentence" in line for line in lines)
+    assert any("fix: a sentence" in line for line in lines)
 
 
 @contextmanager
@@ -183,15 +183,15 @@ def lease(store: Store, home: Path, host: str, seen_at: int) -> None:
 def test_a_daemon_that_is_gone_is_named(store: Store, tmp_path: Path) -> None:
     mine = settings(tmp_path / "home")
     none, *_ = doctor_services.daemon(mine, None)
-    assert (none.state, "sftd daemon --detach" in none.mend) == ("warning", True)
+    assert (none.state, "sftd daemon --detach" in none.fix) == ("warning", True)
     lease(store, mine.home, "elsewhere", seen_at=1_000_000)
     _, gone = doctor_services.daemon(mine, store)
     assert "run-a is driven by old, silent for" in gone.said
-    assert "start its daemon again on elsewhere" in gone.mend
+    assert "start its daemon again on elsewhere" in gone.fix
     with store.write(appends=False) as tx:
         tx.execute(sa.text("UPDATE daemons SET host = :host"), {"host": processes.host_name()})
     _, gone = doctor_services.daemon(mine, store)
-    assert gone.mend == "start a daemon: it takes the run over"
+    assert gone.fix == "start a daemon: it takes the run over"
     with DaemonLock(mine.daemon_lock):
         assert only(doctor_services.daemon(mine, store)).said.startswith(f"runs, pid {os.getpid()}")
 
@@ -213,9 +213,9 @@ def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
         (partial / "weights").write_bytes(b"x" * 2000)
     try:
         process, files = doctor_services.leftovers(mine, store)
-        assert (process.state, process.mend) == ("warning", f"kill -9 {children[0].pid}")
+        assert (process.state, process.fix) == ("warning", f"kill -9 {children[0].pid}")
         assert files.said.startswith("1 half-written checkpoints of runs that nobody drives, 2.0 kB")
-        assert shlex.split(files.mend)[2:] == [
+        assert shlex.split(files.fix)[2:] == [
             str(mine.home / "runs" / "run-b" / "checkpoints" / "step-00000005.partial")
         ]
     finally:
@@ -229,7 +229,7 @@ def test_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(iter(doctor_host.disk(mine))).state == "ok"
     assert list(mine.home.iterdir()) == []
     mine.home.chmod(0o755)
-    assert next(doctor_host.disk(mine)).mend == f"chmod 700 '{mine.home}'"
+    assert next(doctor_host.disk(mine)).fix == f"chmod 700 '{mine.home}'"
     monkeypatch.setattr(doctor_host, "_NONE_BYTES", 2**60)
     assert list(doctor_host.disk(mine))[-1].state == "broken"
     monkeypatch.setattr(doctor_host, "_FILES", 2**40)

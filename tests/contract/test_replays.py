@@ -165,7 +165,7 @@ def test_what_is_compared_is_the_timeline_from_a_checkpoint_that_is_here(
         replays.plan(log, CHILD)
     with pytest.raises(Refused) as refused:
         replays.plan(log, CHILD, from_step=0)
-    assert refused.value.problems[0].mend == "one of: none"
+    assert refused.value.problems[0].fix == "one of: none"
     append("shy-elk-0000", submitted(), attempt=None)
     with pytest.raises(Refused, match="has recorded no step"):
         replays.plan(log, "shy-elk-0000")

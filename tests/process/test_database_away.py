@@ -55,7 +55,7 @@ def test_a_daemon_asked_to_stop_while_it_waits_ends(home: Home, tmp_path: Path) 
     assert daemon.returncode == 0
 
 
-def test_what_waiting_does_not_mend_is_told_at_once(home: Home) -> None:
+def test_what_waiting_does_not_fix_is_told_at_once(home: Home) -> None:
     env = home.env | {"SFTD_DATABASE_URL": "no url"}
     argv = [sys.executable, "-m", "sftd", "daemon"]
     done = subprocess.run(argv, env=env, capture_output=True, text=True)

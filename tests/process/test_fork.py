@@ -90,9 +90,9 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Story:
 def test_what_makes_other_steps_is_refused_with_the_fork_that_does_it(story: Story) -> None:
     said = story.said["other lr"]
     assert f"optimizer.lr: is 0.0005, but {story.parent} has 0.001" in said
-    assert "trainer.max_steps" not in said.split("mend:")[0]
+    assert "trainer.max_steps" not in said.split("fix:")[0]
     assert (
-        f"mend: another trajectory is a fork: sftd fork {story.parent} optimizer.lr=5e-4 trainer.max_steps=8"
+        f"fix: another trajectory is a fork: sftd fork {story.parent} optimizer.lr=5e-4 trainer.max_steps=8"
         in said
     )
     assert "train more with trainer.max_steps=N" in story.said["no step left"]
@@ -103,7 +103,7 @@ def test_what_makes_other_steps_is_refused_with_the_fork_that_does_it(story: Sto
     assert "gelu" in story.said["other model"]
     assert "was trained in float32" in story.said["other dtype"]
     assert f"would write step 2 anew, from which {story.broken} was forked" in story.said["pinned"]
-    assert f"mend: sftd fork {story.parent} --from-step 1" in story.said["pinned"]
+    assert f"fix: sftd fork {story.parent} --from-step 1" in story.said["pinned"]
 
 
 def test_a_run_goes_on_longer_and_in_another_layout(story: Story) -> None:

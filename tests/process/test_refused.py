@@ -1,4 +1,4 @@
-"""Everything a user can get wrong is refused at submit: what, where, how to mend it; and nothing is written."""
+"""Everything a user can get wrong is refused at submit: what, where, how to fix it; and nothing is written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def three(*values: list[int]) -> pa.Array:
 
 GOOD = [1, 2, 3]
 M = "model.megatron."
-# name: (what is done to the home, overrides, where the problem is, what is said, how to mend it)
+# name: (what is done to the home, overrides, where the problem is, what is said, how to fix it)
 TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
     "unknown key": (nothing, ["optimizer.lrr=1"], "optimizer.lrr", "unknown key", "optimizer.lr"),
     "unknown section": (nothing, ["optimiser.lr=1"], "optimiser.lr", "unknown key", "optimizer.lr"),
@@ -211,13 +211,13 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "Hugging Face folder",
     ),
     "no such config": (lambda home: home.config.unlink(), [], "run.yaml", "cannot be read", "YAML file"),
-    "broken YAML": (config("model: [1"), [], "run.yaml, line", "not valid YAML", "mend the line"),
+    "broken YAML": (config("model: [1"), [], "run.yaml, line", "not valid YAML", "fix the line"),
     "key twice": (
         config("trainer: {max_steps: 1, max_steps: 2}"),
         [],
         "run.yaml, line 1",
         "given twice",
-        "mend the line",
+        "fix the line",
     ),
     "YAML is a list": (config("- 1"), [], "run.yaml", "not a mapping", "model:"),
     "YAML of Python objects": (
@@ -225,7 +225,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         [],
         "run.yaml",
         "not valid YAML",
-        "mend",
+        "fix",
     ),
     "no such model": (
         nothing,
@@ -253,7 +253,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         [],
         "model.partial_pretrain",
         "zero",
-        "mend",
+        "fix",
     ),
     "no name of a folder for checkpoints": (
         nothing,
@@ -429,7 +429,7 @@ def sftd(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
 
 @pytest.mark.parametrize("name", list(TABLE))
 def test_refused(name: str, home: Home, sftd: Callable[..., object]) -> None:
-    prepare, overrides, where, what, mend = TABLE[name]
+    prepare, overrides, where, what, fix = TABLE[name]
     accepted = sftd("submit", "run.yaml", "-q")
     assert accepted.exit_code == 0, accepted.output  # type: ignore[attr-defined]
     before = contents(home)
@@ -438,7 +438,7 @@ def test_refused(name: str, home: Home, sftd: Callable[..., object]) -> None:
     done = sftd("submit", "run.yaml", *overrides)
     assert done.exit_code == 2, done.output  # type: ignore[attr-defined]
     said = done.stderr.replace("\n", " ")  # type: ignore[attr-defined]
-    for text in (where, what, mend):
+    for text in (where, what, fix):
         assert text in said, said
     assert "Traceback" not in said
     assert contents(home) == before

@@ -97,7 +97,7 @@ def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path,
     out, err = direct.train(2, wrong, expect=1)
     assert err.count("refused: 1 problem; nothing was written") == 1
     assert err.count("2 ranks, but one copy of the model takes TP 4") == 1
-    assert err.count("mend: use a multiple of 4 ranks, or smaller parallel sizes") == 1
+    assert err.count("fix: use a multiple of 4 ranks, or smaller parallel sizes") == 1
     # What follows is torchrun's own report of a rank that ended with 2.
     assert "sftd/trainer" not in err
     assert "exitcode  : 2" in err

@@ -40,7 +40,7 @@ def inspect(*paths: str, sequence_length: int = 8, truncation: str = "right") ->
 def refusal(*paths: str) -> str:
     with pytest.raises(Refused) as refused:
         inspect(*paths)
-    assert all(p.where == "data.train_files" and p.mend for p in refused.value.problems)
+    assert all(p.where == "data.train_files" and p.fix for p in refused.value.problems)
     return "\n".join(p.what for p in refused.value.problems)
 
 

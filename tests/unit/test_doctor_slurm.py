@@ -66,7 +66,7 @@ def settings(tmp_path: Path) -> Settings:
 def look(settings: Settings, store: Store | None = None) -> list[Finding]:
     found = list(doctor_slurm.slurm(settings, store))
     assert {finding.check for finding in found} == {"Slurm"}
-    assert all(bool(finding.mend) == (finding.state != "ok") for finding in found)
+    assert all(bool(finding.fix) == (finding.state != "ok") for finding in found)
     return found
 
 
@@ -99,7 +99,7 @@ def test_commands_without_their_configuration(install: Callable[..., None], sett
     install(**WELL)
     install(sbatch="echo 'sbatch: fatal: Unable to process configuration file' >&2; exit 1")
     (found,) = look(settings)
-    assert (found.state, "SLURM_CONF" in found.mend) == ("warning", True)
+    assert (found.state, "SLURM_CONF" in found.fix) == ("warning", True)
     assert found.said.endswith(": Unable to process configuration file")
 
 
@@ -125,14 +125,14 @@ def test_a_squeue_that_speaks_otherwise(install: Callable[..., None], settings: 
     install(**WELL)
     install(squeue="echo 7 gpu sftd R")
     _, found = look(settings)
-    assert (found.state, "22.05" in found.mend) == ("broken", True)
+    assert (found.state, "22.05" in found.fix) == ("broken", True)
 
 
 def test_partitions_without_a_node(install: Callable[..., None], settings: Settings) -> None:
     install(**WELL)
     install(sinfo="echo 'gpu*|up|4:00:00|0/0/2/2|gpu:8'; echo 'cpu|down|infinite|0/2/0/2|(null)'")
     found = look(settings)[-1]
-    assert (found.state, "sinfo -R" in found.mend) == ("warning", True)
+    assert (found.state, "sinfo -R" in found.fix) == ("warning", True)
     install(sinfo=away("sinfo", "slurm_load_partitions: "))
     found = look(settings)[-1]
     assert (found.state, found.said) == ("warning", f"sinfo does not tell the partitions: {DOWN}")

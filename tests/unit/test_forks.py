@@ -35,7 +35,7 @@ def proposal(log: Log, **overrides: Any) -> Proposal:
 def refusal(decide: Callable[..., object], *arguments: Any) -> list[Problem]:
     with pytest.raises(Refused) as refused:
         decide(*arguments)
-    assert refused.value.problems[-1].mend
+    assert refused.value.problems[-1].fix
     return refused.value.problems
 
 
@@ -86,7 +86,7 @@ def test_a_run_may_end_at_a_checkpoint_that_it_has_but_not_before() -> None:
         "trainer.max_steps",
         "24 steps are fewer than the 25 behind which it goes on",
     )
-    assert "0, 5, 10, 15, 20, 25" in problem.mend
+    assert "0, 5, 10, 15, 20, 25" in problem.fix
     log.add(*decisions.request_resume(log.run, "bob", None, proposal(log, trainer__max_steps=25)))
     assert log.claim().end(exit_code=0).run.status == "succeeded"
 
@@ -96,7 +96,7 @@ def test_each_guilty_key_is_named_and_the_fork_that_does_it() -> None:
     new = proposal(log, optimizer__lr=1.0, data__train_batch_size=2, launch__nproc_per_node=2)
     problems = refusal(decisions.request_resume, log.run, "bob", None, new, "sftd fork …")
     assert [p.where for p in problems] == ["data.train_batch_size", "optimizer.lr"]
-    assert problems[-1].mend == "another trajectory is a fork: sftd fork …"
+    assert problems[-1].fix == "another trajectory is a fork: sftd fork …"
     longer = Log(40, trainer__max_steps=40).claim().train(20, save_every=5).end()
     [problem] = refusal(
         decisions.request_resume,
@@ -188,15 +188,15 @@ def test_what_cannot_be_forked_from_is_said() -> None:
     log = trained()
     [absent] = refusal(decisions.fork, log.run, "ada", 7, proposal(log))
     assert "is not there" in absent.what
-    assert absent.mend == "use one of 0, 5, 10, 15, 20, 25, 30"
+    assert absent.fix == "use one of 0, 5, 10, 15, 20, 25, 30"
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim()
     [superseded] = refusal(decisions.fork, log.run, "ada", 15, proposal(log))
     assert "is superseded" in superseded.what
-    assert superseded.mend == "use one of 0, 5, 10"
+    assert superseded.fix == "use one of 0, 5, 10"
     [empty] = refusal(decisions.fork, Log().run, "ada", None, proposal(Log(), trainer__max_steps=9))
-    assert "or start from the pretrained model: --from-step 0" in empty.mend
+    assert "or start from the pretrained model: --from-step 0" in empty.fix
     [short] = refusal(decisions.fork, log.run, "ada", 10, proposal(log, trainer__max_steps=10))
-    assert "trainer.max_steps=20" in short.mend
+    assert "trainer.max_steps=20" in short.fix
 
 
 def test_a_fork_never_begins_anew() -> None:
@@ -208,7 +208,7 @@ def test_a_fork_never_begins_anew() -> None:
     for step in (None, 0, 10):
         [problem] = refusal(decisions.request_resume, log.run, "ada", step)
         assert "cannot be used" in problem.what
-        assert f"sftd checkpoints {parent.run.run_id}" in problem.mend
+        assert f"sftd checkpoints {parent.run.run_id}" in problem.fix
 
 
 def test_a_fork_with_a_checkpoint_of_its_own_goes_on_from_it() -> None:
@@ -217,7 +217,7 @@ def test_a_fork_with_a_checkpoint_of_its_own_goes_on_from_it() -> None:
     assert log.run.status == "retrying"
     assert decisions.claim(log.run, "d", "h").from_step == 15
     [problem] = refusal(decisions.request_resume, log.run, "ada", 0)
-    assert problem.mend == "use one of 15"
+    assert problem.fix == "use one of 15"
 
 
 def test_a_fork_of_a_fork_has_its_parents_steps_only() -> None:
@@ -225,7 +225,7 @@ def test_a_fork_of_a_fork_has_its_parents_steps_only() -> None:
     grandchild = forked(child, 15, trainer__max_steps=40)
     assert (grandchild.run.first_step, grandchild.run.order_start) == (15, OrderStart(15, 15 * 64))
     [problem] = refusal(decisions.fork, child.run, "ada", 0, proposal(child))
-    assert problem.mend == "use one of 10, 15, 20"
+    assert problem.fix == "use one of 10, 15, 20"
 
 
 def test_what_a_fork_starts_from_is_kept_for_ever() -> None:

@@ -210,7 +210,7 @@ def test_long_values_are_cut_and_stay_different() -> None:
     assert mapping.fit("x" * 6000, 6000) == "x" * 6000
 
 
-def test_keys_that_mlflow_refuses_are_mended() -> None:
+def test_keys_that_mlflow_refuses_are_fixed() -> None:
     assert mapping.params({"model": {"override_config": {"a//b@c:d": 1}}}) == {
         "model.override_config.a__b_c_d": "1"
     }

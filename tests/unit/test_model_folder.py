@@ -61,7 +61,7 @@ def folder_of(path: Path, config: dict[str, Any]) -> str:
 
 
 def problems_of(path: Path, config: dict[str, Any], *overrides: tuple[str, Any]) -> dict[str, str]:
-    """Where → what and how to mend it, of a spec with this model."""
+    """Where → what and how to fix it, of a spec with this model."""
     given = {
         "model": {"partial_pretrain": folder_of(path, config)},
         "data": {"train_files": ["/t"], "val_files": ["/v"]},
@@ -72,7 +72,7 @@ def problems_of(path: Path, config: dict[str, Any], *overrides: tuple[str, Any])
         found = list(refused.problems)
     else:
         found = check_model(spec, read_shape(str(path), {}))[0]
-    return {p.where: f"{p.what} | {p.mend}" for p in found}
+    return {p.where: f"{p.what} | {p.fix}" for p in found}
 
 
 def test_experts_are_read_as_their_publishers_write_them(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_time_without_a_zone_is_local() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "mend"),
+    ("text", "fix"),
     [
         ("-300", "step:N"),
         ("2h", "write -2h"),
@@ -71,10 +71,10 @@ def test_a_time_without_a_zone_is_local() -> None:
         ("", "write step:300, v120"),
     ],
 )
-def test_an_ambiguous_moment_is_refused(text: str, mend: str) -> None:
+def test_an_ambiguous_moment_is_refused(text: str, fix: str) -> None:
     with pytest.raises(Refused) as refused:
         parse_moment(text, NOW)
-    assert mend in refused.value.problems[0].mend
+    assert fix in refused.value.problems[0].fix
 
 
 def interrupted() -> Log:

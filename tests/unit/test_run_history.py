@@ -556,10 +556,10 @@ def test_resume_in_every_status(status: str, from_step: int | None) -> None:
     with pytest.raises(Refused) as refused:
         decisions.request_resume(log.run, "bob", from_step)
     (problem,) = refused.value.problems
-    assert problem.mend
+    assert problem.fix
     if allowed:
         assert "has no checkpoint of step 7" in problem.what
-        assert problem.mend.startswith("use one of 0, 5")
+        assert problem.fix.startswith("use one of 0, 5")
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -581,7 +581,7 @@ def test_hold_release_and_pause_in_every_status(status: str, deed: str) -> None:
         return
     with pytest.raises(Refused) as refused:
         getattr(halting, deed)(log.run, "bob")
-    assert refused.value.problems[0].mend
+    assert refused.value.problems[0].fix
 
 
 def test_a_released_run_waits_out_its_back_off() -> None:

@@ -24,11 +24,11 @@ def problems_of(*overrides: tuple[str, Any], config: dict[str, Any] = MINIMAL) -
     with pytest.raises(Refused) as refused:
         parse(config, overrides)
     assert refused.value.exit_code == 2
-    return {p.where: f"{p.what} | {p.mend}" for p in refused.value.problems}
+    return {p.where: f"{p.what} | {p.fix}" for p in refused.value.problems}
 
 
 def warnings_of(*overrides: tuple[str, Any]) -> dict[str, str]:
-    return {w.where: f"{w.what} | {w.mend}" for w in parse(MINIMAL, overrides)[1]}
+    return {w.where: f"{w.what} | {w.fix}" for w in parse(MINIMAL, overrides)[1]}
 
 
 def leaf(spec: Spec, path: str) -> Any:

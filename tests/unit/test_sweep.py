@@ -30,4 +30,4 @@ def test_values_are_parted_at_commas_outside_brackets(option: str, values: list[
 def test_a_grid_that_says_nothing_or_twice_the_same_is_refused(options: list[str]) -> None:
     with pytest.raises(Refused) as refused:
         sweep.parse_grid(options)
-    assert refused.value.problems[0].mend
+    assert refused.value.problems[0].fix

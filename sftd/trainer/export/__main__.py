@@ -4,7 +4,7 @@
 
 ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, whose manifest has
 the sha256 SHA256, and DIR the folder to make. The last line of a run that succeeds has the event `done`. Exit codes:
-0; 2 with a message on standard error for what the user can mend, in which case nothing is left in DIR; anything else
+0; 2 with a message on standard error for what the user can fix, in which case nothing is left in DIR; anything else
 is a defect.
 """
 

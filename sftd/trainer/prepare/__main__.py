@@ -6,7 +6,7 @@
     show FILE --model FOLDER [--row K]                one tokenised row as text
 
 The last line of a run that succeeds has the event `done` (`row` for `show`). Exit codes: 0; 2 with a
-message on standard error for what the user can mend; anything else is a defect.
+message on standard error for what the user can fix; anything else is a defect.
 """
 
 import argparse

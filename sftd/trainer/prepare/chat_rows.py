@@ -90,7 +90,7 @@ def conversation(row: Any, key: str | None, *, fills_nulls: bool = False) -> Con
     if shape is None:
         raise ChatError(
             f"the row has no messages: the field {named} must be a list of objects with role and content, "
-            "and not empty. Mend or remove the row, or name the field that holds the chat"
+            "and not empty. Fix or remove the row, or name the field that holds the chat"
         )
     messages = _alpaca(given) if shape == "instruction+output" else None
     if messages is None and "+" in shape:
@@ -101,7 +101,7 @@ def conversation(row: Any, key: str | None, *, fills_nulls: bool = False) -> Con
         if not isinstance(messages, list) or not messages:
             raise ChatError(
                 f"the row has no messages: the field {shape!r} must be a list of objects with role and content, "
-                "and not empty. Mend or remove the row, or name the field that holds the chat"
+                "and not empty. Fix or remove the row, or name the field that holds the chat"
             )
     checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
     system = given.get("system", "")
@@ -254,7 +254,7 @@ def _check_text(value: Any, what: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise ChatError(f"{what} is not valid Unicode ({error.reason}). Mend or remove the row") from error
+        raise ChatError(f"{what} is not valid Unicode ({error.reason}). Fix or remove the row") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 
 class PrepareError(Exception):
-    """A mistake or a lack that the user can mend.
+    """A mistake or a lack that the user can fix.
 
     The message says what is wrong, where, and what to do about it; the tool prints it alone on
     standard error and ends with exit code 2.

@@ -82,13 +82,13 @@ def _download_from_hub(name: str, cache: Path, events: EventWriter) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     events.progress("download", name=name)
-    mend = "Or download it elsewhere, copy its folder here, and give that folder's path."
+    fix = "Or download it elsewhere, copy its folder here, and give that folder's path."
     try:
         return Path(snapshot_download(name, cache_dir=cache / "hub", allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise PrepareError(
             f"The model {name} is gated: accept its terms on the Hugging Face hub and log in there "
-            f"(set HF_TOKEN). {mend}"
+            f"(set HF_TOKEN). {fix}"
         ) from error
     except RepositoryNotFoundError as error:
         raise PrepareError(
@@ -98,7 +98,7 @@ def _download_from_hub(name: str, cache: Path, events: EventWriter) -> Path:
     except Exception as error:  # the network library that the hub uses, and so its errors, vary by version
         raise PrepareError(
             f"There is no local folder {name}, and the Hugging Face hub could not be reached to download "
-            f"a model of that name ({type(error).__name__}: {_first_line(error)}). {mend}"
+            f"a model of that name ({type(error).__name__}: {_first_line(error)}). {fix}"
         ) from error
 
 
