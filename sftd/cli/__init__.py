@@ -50,8 +50,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Say what is wrong with this installation, and how to fix it."),
     "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
-    "db": ("db", "Check a database, or copy it to another one."),
+    "db": ("db", "Check a database, back it up, restore or copy it."),
 }
+
+
+_RESTORE = ". Stop the daemon and put a backup in its place: `sftd db restore FILE`"
 
 
 def _who_locks() -> str:
@@ -135,7 +138,8 @@ class _Group(click.Group):
             if alchemy is None or not isinstance(error, alchemy.exc.DBAPIError):
                 raise
             said = str(error.orig).strip().splitlines()[0]
-            click.echo(f"sftd: the database: {said}{_who_locks() if 'locked' in said else ''}", err=True)
+            hint = _who_locks() if "locked" in said else _RESTORE if "malformed" in said else ""
+            click.echo(f"sftd: the database: {said}{hint}", err=True)
             sys.exit(1)
 
 

@@ -43,6 +43,7 @@ class LocalAttempt:
         env = environment(
             os.environ, token=order.token, device=need.device, threads=need.threads, devices=devices
         )
+        alive = directory.hold_alive()
         log = os.open(directory.output_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             child = subprocess.Popen(
@@ -54,9 +55,12 @@ class LocalAttempt:
                 stderr=log,
                 start_new_session=True,
                 umask=0o077,
+                pass_fds=[alive] if alive is not None else [],
             )
         finally:
             os.close(log)
+            if alive is not None:
+                os.close(alive)
         attempt = cls(directory, None, order.token, child)
         try:
             attempt.process = msgspec.structs.replace(processes.identify(child.pid), devices=devices)

@@ -12,6 +12,7 @@
           rows/          decoded data, until every rank has mapped it
           rendezvous     torchrun's own notes
           port           where on the loopback device the ranks meet
+          alive          locked by torchrun for as long as it lives, which also shows where its pid does not
 
 Of an attempt that Slurm runs there are also:
           job.sh         the job's script
@@ -23,6 +24,7 @@ Of an attempt that Slurm runs there are also:
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,7 @@ class AttemptDir:
         self.rows_dir = self.path / "rows"
         self.rendezvous_file = self.path / "rendezvous"
         self.port_file = self.path / "port"
+        self.alive_file = self.path / "alive"
         self.script_file = self.path / "job.sh"
         self.started_dir = self.path / "started"
         self.started_job_file = self.started_dir / "job"
@@ -180,6 +183,32 @@ class AttemptDir:
     def write_process(self, process: ProcessFile) -> None:
         """Record the identity of the attempt's process."""
         write_atomic(self.process_file, msgspec.json.encode(process))
+
+    def hold_alive(self) -> int | None:
+        """Lock the file `alive` and return its descriptor: what inherits it holds the lock for as long as it lives. None where
+        the file system has no locks."""
+        fd = os.open(self.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            self.alive_file.unlink()
+            return None
+        return fd
+
+    def is_held_alive(self) -> bool | None:
+        """Whether torchrun lives, on whatever host or in whatever container of this file system; None when nobody can say."""
+        try:
+            fd = os.open(self.alive_file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def exit_code(self) -> int | None:
         """torchrun's exit code, or None when it has not ended (or ended without being able to say so)."""
