@@ -3,6 +3,7 @@
 <attempt>/order.json     what to do (written by the launcher before the start, never changed)
           journal        the trainer's events, one JSON object a line, append-only
           lease          token of the daemon that may drive this attempt; replaced on adoption
+          secrets.json   digests of the secrets in the environment of the ranks, which are kept out of the log by them
           process.json   pid and create time of torchrun's session leader
           exit           exit code of torchrun, written when it ends
           stop           present when the trainer shall checkpoint at the next step boundary and end
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ import msgspec
 
 from sftd.domain.events import Micros
 from sftd.domain.spec import OrderStart, Spec
+from sftd.wire.secrets import Secrets
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +129,7 @@ class AttemptDir:
         self.order_file = self.path / "order.json"
         self.journal = self.path / "journal"
         self.lease_file = self.path / "lease"
+        self.secrets_file = self.path / "secrets.json"
         self.process_file = self.path / "process.json"
         self.exit_file = self.path / "exit"
         self.stop_file = self.path / "stop"
@@ -143,9 +147,10 @@ class AttemptDir:
         self.fence_file = self.path / "fence"
         self.stacks_wanted_file = self.stacks_dir / "wanted"
 
-    def create(self, order: Order) -> None:
-        """Make the folder (mode 0700) and write the order and the lease."""
+    def create(self, order: Order, environ: Mapping[str, str] = os.environ) -> None:
+        """Make the folder (mode 0700) and write the order, the lease, and what must not be told of the ranks' environment."""
         make_private(self.ranks_dir)
+        write_atomic(self.secrets_file, msgspec.json.encode(Secrets.of(environ)))
         write_atomic(self.lease_file, order.token.encode())
         write_atomic(self.order_file, msgspec.json.format(msgspec.json.encode(order), indent=2))
 
