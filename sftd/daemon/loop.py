@@ -24,6 +24,7 @@ from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.failures import Cause, Failure
 from sftd.domain.queueing import Entry, Limits
+from sftd.launcher import rerun
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Launcher
@@ -220,6 +221,8 @@ class Daemon:
         for lost in attempts.renew(self._store, self._context, leases, self._lease_micros):
             self._forget(lost)
         self._registration.seen()
+        for folder in rerun.sweep(self._settings.home):
+            log.info("removed %s, which a killed `sftd verify` left", folder)
 
     def _forget(self, lease: Lease) -> None:
         of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
