@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import click
+import msgspec
 
 # Command → (module, one line of help). The help stands here so that `sftd --help` imports no command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -131,6 +132,12 @@ class _Group(click.Group):
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # click ends quietly
             click.echo(f"sftd: {error}", err=True)
+            sys.exit(1)
+        except msgspec.MsgspecError as error:
+            # What else is decoded is checked where it is read.
+            click.echo(
+                f"sftd: a row of the database cannot be read: {error}. `sftd db check` names it", err=True
+            )
             sys.exit(1)
         except Exception as error:
             # Asked this way round, SQLAlchemy is not imported for it.
