@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import click
+import msgspec
 
 # Command → (module, one line of help). The help stands here so that `sftd --help` imports no command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -50,8 +51,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "Say what is wrong with this installation, and how to fix it."),
     "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
-    "db": ("db", "Check a database, or copy it to another one."),
+    "db": ("db", "Check a database, back it up, restore or copy it."),
 }
+
+
+_RESTORE = ". Stop the daemon and put a backup in its place: `sftd db restore FILE`"
 
 
 def _who_locks() -> str:
@@ -129,13 +133,20 @@ class _Group(click.Group):
                 raise  # click ends quietly
             click.echo(f"sftd: {error}", err=True)
             sys.exit(1)
+        except msgspec.MsgspecError as error:
+            # What else is decoded is checked where it is read.
+            click.echo(
+                f"sftd: a row of the database cannot be read: {error}. `sftd db check` names it", err=True
+            )
+            sys.exit(1)
         except Exception as error:
             # Asked this way round, SQLAlchemy is not imported for it.
             alchemy = sys.modules.get("sqlalchemy")
             if alchemy is None or not isinstance(error, alchemy.exc.DBAPIError):
                 raise
             said = str(error.orig).strip().splitlines()[0]
-            click.echo(f"sftd: the database: {said}{_who_locks() if 'locked' in said else ''}", err=True)
+            hint = _who_locks() if "locked" in said else _RESTORE if "malformed" in said else ""
+            click.echo(f"sftd: the database: {said}{hint}", err=True)
             sys.exit(1)
 
 

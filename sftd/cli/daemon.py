@@ -101,8 +101,8 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     if (pid := lock.holder(settings.daemon_lock)) is not None:
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
     # Found out here, where a person reads it, and not in the background.
-    app.open_store(settings)
     visible_gpus()
+    _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     log = settings.logs / "daemon.log"
     argv = [sys.executable, "-P", "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
@@ -135,11 +135,21 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     return child.pid
 
 
+def _wait_until_alone(settings: Settings, store: Store) -> None:
+    """Raises `NotAlone` when a daemon with this host name and home path runs elsewhere."""
+    from sftd.daemon.registration import Registration, this_daemon
+
+    registration = Registration(store, app.context(), settings, this_daemon(settings, {}))
+    while not registration.is_free():
+        time.sleep(settings.poll_seconds)
+
+
 def run_daemon(settings: Settings, *, drain: bool) -> None:
     """Be the daemon."""
     from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
+    from sftd.domain.errors import SftdError
     from sftd.launcher import device_holds
     from sftd.launcher.choosing import ByName
     from sftd.launcher.inventory import Inventory, visible_gpus
@@ -174,7 +184,14 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
         try:
             daemon.run(drain=drain)
-        except Exception:
+        except SftdError as error:
+            logging.getLogger("sftd.daemon").critical("%s; the daemon ends, training continues", error)
+            sys.exit(1)
+        except Exception as error:
+            if "malformed" in str(error):
+                say = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
+                logging.getLogger("sftd.daemon").critical(say, error)
+                sys.exit(1)
             # In the log and in its format, where whoever reads the log finds it; training goes on.
             logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
             sys.exit(1)

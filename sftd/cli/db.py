@@ -11,18 +11,23 @@ import click
 
 from sftd import settings as settings_module
 from sftd.cli import app, output
+from sftd.cli.backup import backup_command, restore_command
 
 _SHOWN_PROBLEMS = 20
 
 
 @click.group("db")
 def db_command() -> None:
-    """Check a database, or copy it to another one.
+    """Check a database, back it up and restore it, or copy it to another one.
 
     \b
     Example:
       sftd db check
     """
+
+
+db_command.add_command(backup_command)
+db_command.add_command(restore_command)
 
 
 @db_command.command("check")
@@ -47,7 +52,7 @@ def check() -> None:
         # Not `app.open_store`: that would fold what the views lack, which is what is to be found out here.
         store = Store(engine)
         store.check_schema()
-        with _progress() as show:
+        with progress() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
         click.echo(problem)
@@ -84,7 +89,7 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
         from_store, to_store = Store(open_engine(source_url)), Store(open_engine(target_url))
         for store in (from_store, to_store):
             stack.callback(store.engine.dispose)
-        with _progress() as show:
+        with progress() as show:
             digests = databases.copy(from_store, to_store, app.context(), show, force=force)
     if as_json:
         click.echo(output.json_line(digests))
@@ -109,8 +114,8 @@ def _must_exist(where: str, url: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Tell on stderr how far it is: one line that moves on a terminal, a line for each part elsewhere."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
     shown = output.console(stderr=True)
     said: set[str] = set()
     with shown.status("opening") as status:

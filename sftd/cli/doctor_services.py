@@ -151,49 +151,58 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         yield ok("daemon", f"runs, pid {holder}, log {settings.logs / 'daemon.log'} when detached")
     if store is None:
         return
-    from sftd.launcher import processes
+    from sftd.daemon.registration import silent_micros, this_daemon, twins
     from sftd.store import daemons, queue
 
+    me, now = this_daemon(settings, {}), time.time_ns() // 1000
+    for twin in twins(store, me, now, silent_micros(settings)):
+        what = f"{twin.daemon_id} has this host's name and the path of this home, and runs in another container or on another machine"
+        fix = "give each a host name of its own (`docker run --hostname NAME`), or another path for SFTD_HOME"
+        yield broken("daemon", what, fix)
     with store.read() as connection:
-        now = store.clock(connection, time.time_ns() // 1000) / 1e6
+        now = store.clock(connection, now)
         leases = queue.leases(connection)
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
     for lease in leases:
         owner = owners[lease.owner]
-        silent = now - (owner.seen_at / 1e6 if owner else 0)
+        silent = (now - owner.seen_at) / 1e6 if owner else 0.0
         if owner is None or silent < _SILENT_SECONDS:
             continue
         said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent)}"
-        if owner.host != processes.host_name():
+        if owner.host != me.host:
             fix = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
             yield warning("daemon", said, fix)
+        elif not me.identity.is_same(owner.identity):
+            said += ", which ran in another container, on another machine or before a reboot"
+            fix = "a daemon here takes it over if its processes are proven to have ended, and says so in its log if not; "
+            yield warning("daemon", said, fix + f"then, if they have, `sftd cancel {lease.run_id} --abandon`")
         elif holder is None:
             yield warning("daemon", said, "start a daemon: it takes the run over")
 
 
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Processes and half-written checkpoints of attempts that nobody drives."""
-    import psutil
-
-    from sftd.launcher.command import TOKEN_VARIABLE
+    """Processes and half-written checkpoints of attempts that nobody drives, and what killed commands left."""
+    from sftd.launcher import processes, rerun
     from sftd.store import queue
 
     runs_dir = settings.home / "runs"
+    killed = rerun.abandoned(settings.home)
+    if killed:
+        trains = len(processes.of_attempts(rerun.scratch_folder(settings.home)))
+        what = (
+            f"{len(killed)} scratch folder{'s' if len(killed) > 1 else ''} of `sftd verify` that was killed"
+        )
+        what += f", {trains} processes train there" if trains else ""
+        yield warning("leftovers", what, "a daemon ends and removes them: `sftd daemon --detach`")
     if store is None:
         return
     with store.read() as connection:
         driven = {lease.run_id: lease.attempt for lease in queue.leases(connection)}
     stray: dict[str, list[int]] = {}
-    for process in psutil.process_iter():
-        try:
-            if TOKEN_VARIABLE not in process.environ():
-                continue
-            place = Path(process.cwd()).relative_to(runs_dir)
-        except (psutil.Error, OSError, ValueError):
-            continue
-        run_id, attempt = place.parts[0], place.parts[1] if len(place.parts) > 1 else ""
+    for pid, place in processes.of_attempts(runs_dir).items():
+        run_id, attempt = (*place.parts, "", "")[:2]
         if attempt != f"attempt-{driven.get(run_id, 0):04d}":
-            stray.setdefault(run_id, []).append(process.pid)
+            stray.setdefault(run_id, []).append(pid)
     for run_id, pids in stray.items():
         kill = f"kill -9 {' '.join(map(str, pids))}"
         what = f"{len(pids)} processes of {run_id}, whose attempt is over"
@@ -204,5 +213,5 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
         what = f"{len(partial)} half-written checkpoints of runs that nobody drives, {output.size(size)}"
         fix = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
         yield warning("leftovers", what, fix)
-    if not stray and not partial:
+    if not stray and not partial and not killed:
         yield ok("leftovers", "none of dead attempts")

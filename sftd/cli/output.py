@@ -64,9 +64,11 @@ def clock(micros: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`."""
+    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`. A span below 0 is between two times of a clock that was set back: `?`."""
     if seconds is None:
         return ""
+    if seconds < -0.5:
+        return "?"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -94,7 +96,11 @@ def loss(value: float | str | None) -> str:
     """A loss with four decimals; a non-finite one by its name."""
     if value is None:
         return ""
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        # A damaged view; `sftd db check` names it.
+        return "?"
     return f"{number:.4f}" if number - number == 0.0 else str(value)
 
 

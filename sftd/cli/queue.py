@@ -84,7 +84,7 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
             starts = "now" if row.starts_at <= now else f"~{output.duration((row.starts_at - now) / 1e6)}"
         what = row.waits_for
         if row.not_before is not None:
-            what = f"its next try in {output.duration((row.not_before - now) / 1e6)}"
+            what = f"its next try in {output.duration(max(0, row.not_before - now) / 1e6)}"
     else:
         starts = ""
         left = f", {output.duration(row.seconds_left)} left" if row.seconds_left is not None else ""

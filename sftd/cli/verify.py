@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from sftd.settings import Settings
     from sftd.store.engine import Store
     from sftd.wire.attempt_dir import Order
-
-_SCRATCH = "verify"
 
 
 @click.command("verify")
@@ -87,8 +85,8 @@ def verify_command(
     need, taken = _devices(settings, chosen, spec, devices)
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
         order = _order(chosen, spec, planned)
-        with _held(settings, store, taken, is_named=devices is not None):
-            verdict, comparing = _compare(settings, chosen, order, extra, need, taken, keep)
+        with _held(settings, store, taken, is_named=devices is not None) as holds:
+            verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
         replays.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
@@ -178,19 +176,21 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
 
 
 @contextmanager
-def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[None]:
-    """Keep a daemon from starting a run on these GPUs. Raises `Refused` when it has done so just now."""
+def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[list[int]]:
+    """Keep a daemon from starting a run on these GPUs; who inherits the descriptors keeps it from that, too. Raises `Refused`
+    when it has done so just now."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds, processes
     from sftd.operations import replays
 
     gpus = [device for device in taken if device.startswith("cuda:")]
-    with device_holds.holding(settings.home, gpus) if gpus else nullcontext():
+    with ExitStack() as stack:
+        holds = stack.enter_context(device_holds.holding(settings.home, gpus)) if gpus else []
         lost = set(gpus) & set(replays.held(store, processes.host_name())) if gpus and not is_named else set()
         if lost:
             what = f"a run has just been started on {min(lost)}"
             raise Refused(Problem("--devices", what, "try again, or name the GPUs"))
-        yield
+        yield holds
 
 
 def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:
@@ -234,6 +234,7 @@ def _compare(
     extra: dict[str, list[Any]],
     need: Need,
     devices: list[str],
+    holds: list[int],
     keep: bool,
 ) -> tuple[ReplayVerified | ReplayDiverged, Comparing]:
     from sftd.domain import events as e
@@ -251,8 +252,7 @@ def _compare(
             lock.enter_context(reading(Path(chosen.checkpoint.path)))
         show = stack.enter_context(_progress(run.run_id, chosen))
         show(f"training again from {where} on {', '.join(devices)}")
-        home = settings.home / _SCRATCH
-        scratch = stack.enter_context(rerun(order, need, devices, home, keep=keep))
+        scratch = stack.enter_context(rerun(order, need, devices, settings.home, inherited=holds, keep=keep))
         if keep:
             output.note(f"{run.run_id}: the scratch folder is {scratch.folder}")
         for event in scratch.events():

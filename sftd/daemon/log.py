@@ -43,6 +43,18 @@ class TextFormat(logging.Formatter):
         record.about = f"{run_id}: " if run_id else ""
         return super().format(record)
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """As given, but a path or a rank's words can neither act on a terminal nor look like a line of their own."""
+        if not record.message.isprintable():
+            record.message = "".join(map(_visible, record.message))
+        return super().formatMessage(record)
+
+
+def _visible(letter: str) -> str:
+    if letter == "\n":
+        return "\n    "
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
 
 class JsonFormat(logging.Formatter):
     """For machines: one object a line, always with the same keys; an error's traceback is in `exception`."""

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import msgspec
 import sqlalchemy as sa
 
 from sftd.daemon.log import Outage, of_run
@@ -17,14 +16,15 @@ from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.mirror_turn import Mirror, MirrorTurn
 from sftd.daemon.notices import NoticeThread
-from sftd.daemon.rescuer import make_way, orphaned
+from sftd.daemon.registration import Registration, silent_micros, this_daemon
+from sftd.daemon.rescuer import make_way, not_observed, orphaned
 from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor, take_in
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.failures import Cause, Failure
 from sftd.domain.queueing import Entry, Limits
-from sftd.launcher import processes
+from sftd.launcher import rerun
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Launcher
@@ -33,8 +33,8 @@ from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections.mlflow_mirror import position_name
 from sftd.settings import Settings
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
+from sftd.store import database_file
+from sftd.store.database_file import DatabaseExchanged
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire.attempt_dir import Order, RunDir
@@ -42,8 +42,6 @@ from sftd.wire.attempt_dir import Order, RunDir
 log = logging.getLogger("sftd.daemon")
 
 _MIRROR_DRAIN_SECONDS = 120.0
-# Daemons say that they live three times in a lease.
-_SILENT_LEASES = 2
 # Leases are renewed between ticks, so a tick starts so many runs at most.
 _STARTS_PER_TICK = 20
 # With hundreds of attempts each is looked at less often: a look opens a file, on Slurm over a network.
@@ -78,11 +76,12 @@ class Daemon:
         self._settings = settings
         self._inventory = inventory
         self._launcher = launcher
-        me = processes.identify(os.getpid())
-        self.daemon_id = f"{me.host[:40]}-{me.pid}-{os.urandom(3).hex()}"
-        self._me = me
-        self._context = Context(actor=f"daemon:{self.daemon_id}")
         self._limits = Limits(settings.user_limit, settings.project_limit)
+        me = this_daemon(settings, inventory.describe() | self._limits.describe())
+        self.daemon_id, self._host = me.daemon_id, me.host
+        self._context = Context(actor=f"daemon:{self.daemon_id}")
+        self._registration = Registration(store, self._context, settings, me)
+        self._file = database_file.watch(store.engine.url)
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
         self._mirror = MirrorThread(lambda: self._turn(mirror())) if mirror is not None else None
@@ -103,17 +102,20 @@ class Daemon:
 
     def run(self, *, drain: bool = False) -> None:
         """Tick until stopped; with `drain`, until no run waits and none is driven."""
-        if self._mirror:
-            self._mirror.start()
-        registered = drained = False
+        registered = drained = exchanged = False
         try:
             while not self._stop.is_set():
                 try:
+                    if not registered and not self._registration.is_free():
+                        self._stop.wait(self._settings.poll_seconds)
+                        continue
                     if not registered:
-                        for channel in self._notices:
-                            channel.start()
                         self._register()
                         registered = True
+                        if self._mirror:
+                            self._mirror.start()
+                        for channel in self._notices:
+                            channel.start()
                     busy = self.tick()
                     self._metrics.write_when_due(self._supervisors, self._context.now())
                     self._sampler.sample_when_due(self._supervisors.values())
@@ -129,15 +131,22 @@ class Daemon:
                     self._database.answered()
                 if not busy:
                     self._stop.wait(self._settings.poll_seconds)
+        except DatabaseExchanged:
+            exchanged = True
+            raise
         finally:
-            if self._mirror and not self._mirror.stop(
-                _MIRROR_DRAIN_SECONDS if drained else 10.0, catch_up=True
-            ):
-                log.warning("MLflow has not everything yet; the next daemon goes on from there")
-            for channel in self._notices:
-                channel.stop()
-            self._unregister()
+            if registered:
+                self._end(_MIRROR_DRAIN_SECONDS if drained else 10.0, may_write=not exchanged)
         log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
+
+    def _end(self, patience: float, *, may_write: bool) -> None:
+        """Stop the threads; without `may_write` nothing more is copied from the database or written to it."""
+        if self._mirror and not self._mirror.stop(patience, catch_up=may_write):
+            log.warning("MLflow does not have everything yet; the next daemon continues there")
+        for channel in self._notices:
+            channel.stop()
+        if may_write:
+            self._unregister()
 
     def _turn(self, mirror: Mirror) -> MirrorTurn:
         name = position_name(self._settings.mlflow_tracking_uri)
@@ -167,7 +176,7 @@ class Daemon:
             return has
         with self._store.read() as connection:
             start = placing.start_of(connection, run_id)
-        has = start is None or start.host in ("", self._me.host) or os.path.isdir(start.path)
+        has = start is None or start.host in ("", self._host) or os.path.isdir(start.path)
         if not has and start is not None and run_id not in self._starts_here:
             what = "its checkpoint of step %d is on %s and not here; it waits for a daemon there"
             of_run(run_id).warning(what, start.step, start.host)
@@ -175,31 +184,20 @@ class Daemon:
         return has
 
     def _register(self) -> None:
-        now = self._context.now()
-        row = DaemonRow(
-            daemon_id=self.daemon_id,
-            host=self._me.host,
-            pid=self._me.pid,
-            create_time=self._me.create_time,
-            home=str(self._settings.home),
-            devices=msgspec.json.encode(self._inventory.describe() | self._limits.describe()).decode(),
-            started_at=now,
-            seen_at=now,
-        )
-        with self._store.write(appends=False) as tx:
-            daemons.register(tx, row)
+        self._registration.register()
         devices = ", ".join(f"{n} {kind}" for kind, n in self._inventory.describe().items() if n)
         log.info("daemon %s on %s", self.daemon_id, devices)
 
     def _unregister(self) -> None:
         try:
-            with self._store.write(appends=False) as tx:
-                daemons.stopped(tx, self.daemon_id, self._context.now())
+            self._registration.stopped()
         except DATABASE_ERRORS as error:
             log.warning("the database: %s", str(error.orig).strip())
 
     def tick(self) -> bool:
-        """Do once what there is to do. Returns whether there was anything."""
+        """Do once what there is to do. Returns whether there was anything. Raises `DatabaseExchanged`."""
+        if self._file is not None:
+            self._file.check()
         if time.monotonic() >= self._renew_at:
             self._renew()
             self._adopt()
@@ -222,8 +220,9 @@ class Daemon:
         leases = [s.lease for s in self._supervisors.values()]
         for lost in attempts.renew(self._store, self._context, leases, self._lease_micros):
             self._forget(lost)
-        with self._store.write(appends=False) as tx:
-            daemons.seen(tx, self.daemon_id, self._context.now())
+        self._registration.seen()
+        for folder in rerun.sweep(self._settings.home):
+            log.info("removed %s, which a killed `sftd verify` left", folder)
 
     def _forget(self, lease: Lease) -> None:
         of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
@@ -281,7 +280,7 @@ class Daemon:
             self._store,
             self._context,
             daemon=self.daemon_id,
-            host=self._me.host,
+            host=self._host,
             fits=self._fits,
             lease_micros=self._lease_micros,
             limits=self._limits,
@@ -299,7 +298,7 @@ class Daemon:
             need=self._inventory.need,
             free=lambda kind: len(self._inventory.free(kind)),
             limits=self._limits,
-            silent_micros=_SILENT_LEASES * self._lease_micros,
+            silent_micros=silent_micros(self._settings),
         ):
             of_run(run_id).info("makes room for a run of higher priority")
 
@@ -367,13 +366,17 @@ class Daemon:
 
     def _adopt(self) -> None:
         driven = {supervisor.lease.token for supervisor in self._supervisors.values()}
-        home = str(self._settings.home)
-        for lease in orphaned(self._store, self._me.host, home, self.daemon_id, driven):
+        orphans = orphaned(
+            self._store, self._registration.row, driven, self._context.now(), silent_micros(self._settings)
+        )
+        for lease, owner in orphans.unobserved:
+            self._report_once(lease.run_id, not_observed(lease, owner))
+        for lease in orphans.found:
             directory = RunDir(self._settings.home, lease.run_id).attempt(lease.attempt)
             try:
                 attempt = self._launcher.adopt(directory, lease.token)
                 pid = attempt.process.pid if attempt.process else 0
-                event = e.AttemptAdopted(daemon=self.daemon_id, host=self._me.host, pid=pid)
+                event = e.AttemptAdopted(daemon=self.daemon_id, host=self._host, pid=pid)
                 mine = attempts.adopt(self._store, self._context, lease, event, self._lease_micros)
             except (OSError, SftdError) as error:
                 self._report_once(lease.run_id, error)

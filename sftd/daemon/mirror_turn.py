@@ -98,4 +98,7 @@ class MirrorTurn:
         row = daemons.find(tx.connection, daemon_id)
         if row is None or row.host != processes.host_name():
             return False
+        me = daemons.find(tx.connection, self._daemon_id)
+        if me is not None and not me.identity.observes(row.identity):
+            return False
         return row.stopped_at is not None or not processes.is_alive(row.pid, row.create_time)

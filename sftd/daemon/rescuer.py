@@ -1,34 +1,89 @@
-"""Finds attempts whose daemon is gone. Gone means proven: the process does not exist any more on this very host. And ends what
-lives on here of attempts that nobody drives."""
+"""Finds attempts whose daemon is gone. Gone means proven, and the same holds for the attempt's processes: what cannot be
+observed from here may live. And ends what lives on here of attempts that nobody drives."""
 
 from __future__ import annotations
 
 import errno
 
+import msgspec
+
+from sftd.domain.errors import SftdError
+from sftd.domain.events import Micros
 from sftd.launcher import processes
 from sftd.store import daemons, queue
+from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.store.queue import Lease
 from sftd.wire.attempt_dir import RunDir
 
 
-def orphaned(store: Store, host: str, home: str, me: str, driven: set[str]) -> list[Lease]:
-    """Leases of daemons of this host and home that no longer run. A daemon on another host cannot be observed from here, and
-    "cannot observe" is not "dead": its leases are left alone, expired or not."""
+class Orphans(msgspec.Struct, frozen=True):
+    """`found`: leases of daemons that no longer run. `unobserved`: leases of daemons with this host name and home path that ran
+    in another boot or container, of which nothing is proven."""
+
+    found: list[Lease]
+    unobserved: list[tuple[Lease, DaemonRow]]
+
+
+def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_micros: int) -> Orphans:
+    """Leases of daemons of this host and home that no longer run, as the daemon `me` sees it, which holds the home's lock. A
+    daemon on another host cannot be observed from here: its leases are left alone, expired or not."""
     with store.read() as connection:
+        now = store.clock(connection, now)
         held = [lease for lease in queue.leases(connection) if lease.token not in driven]
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in held}
-    found = []
+    orphans = Orphans([], [])
     for lease in held:
-        if lease.owner == me:  # claimed, but an error came before it was supervised
-            found.append(lease)
+        if lease.owner == me.daemon_id:  # claimed, but an error came before it was supervised
+            orphans.found.append(lease)
             continue
         owner = owners[lease.owner]
-        if owner is None or (owner.host, owner.home) != (host, home):
+        if owner is None or (owner.host, owner.home) != (me.host, me.home):
             continue
-        if owner.stopped_at is not None or not processes.is_alive(owner.pid, owner.create_time):
-            found.append(lease)
-    return found
+        if me.identity.is_same(owner.identity):
+            if owner.stopped_at is not None or not processes.is_alive(owner.pid, owner.create_time):
+                orphans.found.append(lease)
+        elif _is_gone(me, owner, now, silent_micros) and _has_ended(me, owner, lease):
+            orphans.found.append(lease)
+        else:
+            orphans.unobserved.append((lease, owner))
+    return orphans
+
+
+def not_observed(lease: Lease, owner: DaemonRow) -> SftdError:
+    """What a person has to know of a lease whose daemon can not be observed."""
+    return SftdError(
+        f"attempt {lease.attempt} was started by {owner.daemon_id} in another container, on another machine or before a reboot, "
+        "and nothing here proves that its processes have ended: it is left alone. If they have, "
+        f"`sftd cancel {lease.run_id} --abandon`, then `sftd resume {lease.run_id}`"
+    )
+
+
+def _is_gone(me: DaemonRow, owner: DaemonRow, now: Micros, silent_micros: int) -> bool:
+    """Whether a daemon of another boot or container has ended: it said so, or this daemon holds the lock of the very same home,
+    or it is silent."""
+    return (
+        owner.stopped_at is not None
+        or me.identity.has_home_of(owner.identity)
+        or now - owner.seen_at > silent_micros
+    )
+
+
+def _has_ended(me: DaemonRow, owner: DaemonRow, lease: Lease) -> bool:
+    """Whether it is proven that no process of the attempt lives, although its pids mean nothing here."""
+    directory = RunDir(me.home, lease.run_id).attempt(lease.attempt)
+    rebooted = me.identity.rebooted_since(owner.identity)
+    if not directory.path.exists():
+        # In this home nothing was started; in another one it may have been.
+        return rebooted or me.identity.has_home_of(owner.identity)
+    if directory.lease() != lease.token:
+        # The folder of another home, which has this path there.
+        return False
+    if directory.script_file.exists():
+        # Slurm is asked about its jobs from anywhere.
+        return True
+    held = directory.is_held_alive()
+    return rebooted if held is None else not held
 
 
 def make_way(run: RunDir, number: int) -> list[int]:

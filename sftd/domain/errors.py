@@ -61,6 +61,15 @@ class UnknownEvent(SftdError):
     """The log holds an event type or schema version that this sftd does not know: it was written by a newer one."""
 
 
+class ViewDamaged(SftdError):
+    """A row of the views cannot be read."""
+
+    def __init__(self, table: str, run_id: str, error: Exception) -> None:
+        super().__init__(
+            f"{table} cannot be read for {run_id}: {error}. The log is not affected. fix: `sftd views rebuild`"
+        )
+
+
 class JournalCorrupt(SftdError):
     """A complete journal line cannot be read."""
 

@@ -122,7 +122,8 @@ def classify(remains: Remains) -> Failure:
 
 
 def _clean(line: str) -> str:
-    return re.sub(r"[\s\x00-\x1f]+", " ", line).strip()[:300]
+    """One line that can do nothing to a terminal, such as that of somebody who reads the daemon's log."""
+    return " ".join("".join(c if c.isprintable() else " " for c in line).split())[:300]
 
 
 def _evidence(lines: list[str], remains: Remains) -> list[str]:

@@ -13,7 +13,14 @@ TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
 # The trainer talks to neither the database nor MLflow, and their URLs may hold passwords.
 _WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "PGPASSWORD", "SFTD_NOTIFY_")
 # torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
-_SHELL = '"$@"; code=$?; echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
+_WRITE_CODE = 'echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
+_SHELL = f'"$@"; code=$?; {_WRITE_CODE}'
+# Standard input is a pipe whose other end is its owner's alone: it ends with the owner, however that ends, SIGKILL included.
+# The ranks end with torchrun.
+_TIED_SHELL = (
+    'exec 3<&0 </dev/null; "$@" 3<&- & run=$!; { read -r _ <&3; kill -9 "$run"; } & watch=$!; '
+    f'wait "$run"; code=$?; kill "$watch"; {_WRITE_CODE}'
+)
 
 
 def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
@@ -63,9 +70,10 @@ def torchrun_argv_of_node(spec: Spec, directory: AttemptDir) -> list[str]:
     ]
 
 
-def wrapped_argv(argv: list[str], directory: AttemptDir) -> list[str]:
-    """`argv` under a shell that leaves its exit code in the attempt's exit file."""
-    return ["/bin/sh", "-c", _SHELL, str(directory.exit_file), *argv]
+def wrapped_argv(argv: list[str], directory: AttemptDir, *, tied: bool = False) -> list[str]:
+    """`argv` under a shell that leaves its exit code in the attempt's exit file. With `tied` it is killed when the shell's
+    standard input ends."""
+    return ["/bin/sh", "-c", _TIED_SHELL if tied else _SHELL, str(directory.exit_file), *argv]
 
 
 def without_secrets(base: Mapping[str, str]) -> dict[str, str]:

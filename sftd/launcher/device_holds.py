@@ -1,4 +1,5 @@
-"""GPUs of this host that a command computes on beside the daemon: a lock file for each, which ends with its process.
+"""GPUs of this host that a command computes on beside the daemon: a lock file for each, whose lock ends with
+the command and what it has started.
 
 A daemon knows what its own attempts hold. What `sftd verify` takes has no lease and no attempt, but a daemon must not start a
 run there.
@@ -28,14 +29,17 @@ def held(home: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def holding(home: Path, devices: Iterable[str]) -> Iterator[None]:
-    """Hold devices until the block ends. Several may hold the same one: whoever names a device has their way."""
+def holding(home: Path, devices: Iterable[str]) -> Iterator[list[int]]:
+    """Hold devices until the block ends, and until all processes have ended that inherited the descriptors that it gives.
+    Several may hold the same device: who names one has their way."""
     make_private(home / _FOLDER)
+    held_by: list[int] = []
     with contextlib.ExitStack() as stack:
         for device in devices:
             file = stack.enter_context(open(home / _FOLDER / quote(device, safe=":"), "w"))
             fcntl.flock(file, fcntl.LOCK_SH)
-        yield
+            held_by.append(file.fileno())
+        yield held_by
 
 
 def _is_locked(path: Path) -> bool:

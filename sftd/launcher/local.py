@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -35,28 +36,41 @@ class LocalAttempt:
 
     @classmethod
     def start(
-        cls, directory: AttemptDir, order: Order, need: Need, devices: list[str]
+        cls,
+        directory: AttemptDir,
+        order: Order,
+        need: Need,
+        devices: list[str],
+        *,
+        lifeline: int | None = None,
+        inherited: Sequence[int] = (),
     ) -> tuple[LocalAttempt, list[str]]:
-        """Write the order and start torchrun. Returns the attempt and torchrun's argv."""
+        """Write the order and start torchrun. Returns the attempt and torchrun's argv. Training survives this process, unless
+        `lifeline` is given, the end of a pipe to read from: then it is killed once nobody has the other end any more. torchrun
+        has the descriptors `inherited`, and so their locks, for as long as it lives."""
         directory.create(order)
         argv = torchrun_argv(order.spec, directory)
         env = environment(
             os.environ, token=order.token, device=need.device, threads=need.threads, devices=devices
         )
+        alive = directory.hold_alive()
         log = os.open(directory.output_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             child = subprocess.Popen(
-                wrapped_argv(argv, directory),
+                wrapped_argv(argv, directory, tied=lifeline is not None),
                 cwd=directory.path,
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if lifeline is None else lifeline,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 umask=0o077,
+                pass_fds=[*inherited, *([alive] if alive is not None else [])],
             )
         finally:
             os.close(log)
+            if alive is not None:
+                os.close(alive)
         attempt = cls(directory, None, order.token, child)
         try:
             attempt.process = msgspec.structs.replace(processes.identify(child.pid), devices=devices)

@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import socket
+from pathlib import Path
 
 import psutil
 
+from sftd.domain.identity import Identity
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.wire.attempt_dir import ProcessFile
 
@@ -19,6 +21,17 @@ _SAME_SECONDS = 0.05
 def host_name() -> str:
     """Name of this host."""
     return socket.gethostname()
+
+
+def identity(home: Path) -> Identity:
+    """Where this process runs, and what its home is. Empty on other systems than Linux."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except FileNotFoundError:
+        return Identity()
+    folder = os.stat(home)
+    return Identity(boot, str(namespace), f"{folder.st_dev}:{folder.st_ino}")
 
 
 def identify(pid: int) -> ProcessFile:
@@ -43,6 +56,26 @@ def survivors(*tokens: str) -> list[int]:
             if process.environ().get(TOKEN_VARIABLE) in tokens and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return [pid for pid in found if pid != os.getpid()]
+
+
+def of_attempts(folder: Path) -> dict[int, Path]:
+    """Pid → working folder, relative to `folder`, of every process of an attempt that works below it."""
+    found, folder = {}, folder.resolve()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
+            if TOKEN_VARIABLE in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = Path(process.cwd()).relative_to(folder)
+    return found
+
+
+def using(file: Path) -> dict[int, str]:
+    """Pid → command of every other process of ours that has a file open."""
+    found, name = {}, str(file.resolve())
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and any(opened.path == name for opened in process.open_files()):
+                found[process.pid] = " ".join(process.cmdline())
+    return found
 
 
 def kill(pids: list[int], timeout: float = 10.0) -> list[int]:

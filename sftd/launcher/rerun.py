@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,24 +17,39 @@ import msgspec
 from sftd.domain.errors import SftdError
 from sftd.domain.events import Event
 from sftd.domain.failures import classify
+from sftd.launcher import processes
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order, make_private
 
 _POLL_SECONDS = 0.1
+_LOCK = "lock"
 
 
 class RerunFailed(SftdError):
     """The steps could not be trained again."""
 
 
+def scratch_folder(home: Path) -> Path:
+    """Where the scratch folders of a home are."""
+    return home / "verify"
+
+
 @contextlib.contextmanager
 def rerun(
-    order: Order, need: Need, devices: list[str], parent: Path, *, keep: bool = False
+    order: Order,
+    need: Need,
+    devices: list[str],
+    home: Path,
+    *,
+    inherited: Sequence[int] = (),
+    keep: bool = False,
 ) -> Iterator[Rerun]:
-    """Start what `order` says in a new folder under `parent`; `order.last_step` says where it ends. At the end of the
-    block, however it comes, its processes are gone, and so is the folder unless `keep`."""
+    """Start what `order` says in a new scratch folder of `home`; `order.last_step` says where it ends. At the end of the block,
+    however it comes, its processes are gone, and so is the folder unless `keep`. When this process is killed, its processes are
+    killed with it, and `sweep` removes the folder. torchrun has the descriptors `inherited` while it lives."""
+    parent = scratch_folder(home)
     make_private(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{order.run_id}-", dir=parent))
     directory = AttemptDir(folder / "attempt")
@@ -40,16 +57,66 @@ def rerun(
         order, token=str(uuid.uuid4()), checkpoint_dir=str(folder / "checkpoints")
     )
     attempt = None
-    try:
-        attempt, _ = LocalAttempt.start(directory, order, need, devices)
-        yield Rerun(attempt)
-    finally:
-        if attempt is not None:
-            attempt.kill()
+    with contextlib.ExitStack() as stack:
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+            stack.enter_context(_held(folder))
+        lifeline, end = os.pipe()
+        stack.callback(os.close, end)
+        try:
+            try:
+                attempt, _ = LocalAttempt.start(
+                    directory, order, need, devices, lifeline=lifeline, inherited=inherited
+                )
+            finally:
+                os.close(lifeline)
+            yield Rerun(attempt)
+        finally:
+            if attempt is not None:
+                attempt.kill()
+            if not keep:
+                _remove(folder)
+
+
+def abandoned(home: Path) -> list[Path]:
+    """Scratch folders whose command was killed. One that a person asked to keep is not among them."""
+    return [path.parent for path in sorted(scratch_folder(home).glob(f"*/{_LOCK}")) if not _is_locked(path)]
+
+
+def sweep(home: Path) -> list[Path]:
+    """End what lives on of commands that were killed, and remove their scratch folders. Returns the folders."""
+    folders = abandoned(home)
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            processes.kill(processes.survivors(AttemptDir(folder / "attempt").order().token))
+        _remove(folder)
+    return folders
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a folder from being swept for as long as this process lives."""
+    new = folder / f".{_LOCK}"
+    with open(new, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Found under its name only when it is locked.
+        new.rename(folder / _LOCK)
+        yield
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError):
+        # Not there: its command has removed it just now.
+        return True
+    return False
 
 
 class Rerun:

@@ -30,11 +30,11 @@ class Imported(msgspec.Struct, frozen=True):
     missing: list[str]
 
 
-def take_in(store: Store, context: Context, folder: str) -> Imported:
+def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: bool = False) -> Imported:
     """Append what the folder of a direct run tells and the log does not hold yet; nothing the second time.
 
-    Nothing in the folder is changed. Raises `Refused` when it is no run's, lives, or when a daemon has gone on with
-    the run since the last import and the folder has, too.
+    Nothing in the folder is changed. Raises `Refused` when it is not a run's, lives, when a daemon has gone on with the run since
+    the last import and the folder has, too, and when the run lets code of its model folder run without `trust_remote_code`.
     """
     run = DirectRun(Path(folder).resolve())
     if not run.submission_file.is_file():
@@ -51,6 +51,8 @@ def take_in(store: Store, context: Context, folder: str) -> Imported:
             known = event_store.event_types(tx.connection, submission.run_id)
             new = [n for n in history.events if n.event_id not in known]
             if new:
+                if not trust_remote_code:
+                    _refuse_code(new)
                 _refuse_another_history(known, history, new, submission)
                 _append(tx, context, submission.run_id, len(known), new)
             if not known:
@@ -62,6 +64,16 @@ def take_in(store: Store, context: Context, folder: str) -> Imported:
         found = load_run(connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
     return Imported(found, len(new), missing)
+
+
+def _refuse_code(new: list[e.NewEvent]) -> None:
+    """The folder may be a stranger's: that its run allowed code is the stranger's word, not the user's."""
+    for spec in (n.event.spec for n in new if isinstance(n.event, e.RunSubmitted | e.ResumeRequested)):
+        model = (spec or {}).get("model", {})
+        if model.get("trust_remote_code"):
+            what = f"is on in this run: commands would run Python code in {model.get('partial_pretrain')} with your rights"
+            fix = "if you trust that folder, import with --trust-remote-code"
+            raise Refused(Problem("model.trust_remote_code", what, fix))
 
 
 def _append(tx: Tx, context: Context, run_id: str, version: int, new: list[e.NewEvent]) -> None:

@@ -22,7 +22,7 @@ from sftd.domain.run import Run
 from sftd.store import event_store, positions
 from sftd.store import goodput as goodput_store
 from sftd.store.engine import Store, Tx, insert
-from sftd.store.runs import encode_state
+from sftd.store.runs import decode_state, encode_state
 from sftd.store.tables import view_checkpoints, view_goodput, view_runs
 
 NAME = "views"
@@ -30,7 +30,6 @@ TABLES = (view_runs, view_checkpoints, view_goodput)
 _BATCH = 1000
 # More than a daemon ever takes in at once.
 _AT_HAND = 10_000
-_decoder = msgspec.json.Decoder(Run)
 
 
 def catch_up(tx: Tx) -> int:
@@ -75,7 +74,7 @@ def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     by_run = sorted(batch, key=lambda r: (r.run_id, r.version))
     new = {run_id: list(group) for run_id, group in groupby(by_run, key=lambda r: r.run_id)}
     query = sa.select(view_runs.c.run_id, view_runs.c.state).where(view_runs.c.run_id.in_(new))
-    states = {run_id: _decoder.decode(state) for run_id, state in connection.execute(query)}
+    states = {run_id: decode_state(run_id, state) for run_id, state in connection.execute(query)}
     before = {run_id: states.get(run_id) or Run(run_id) for run_id in new}
     runs = {run_id: fold(before[run_id], group) for run_id, group in new.items()}
     _write(connection, view_runs, [run_row(run) for run in runs.values()])

@@ -12,10 +12,10 @@ from sftd.domain.curves import Point
 from sftd.domain.events import Recorded, StepCompleted
 from sftd.domain.run import Run
 from sftd.store.event_store import to_recorded
+from sftd.store.runs import decode_state
 from sftd.store.tables import NO_STEP, events, view_runs
 
 _point = msgspec.json.Decoder(Point)
-_run = msgspec.json.Decoder(Run)
 
 
 def last_points(
@@ -55,7 +55,7 @@ def notices_between(connection: sa.Connection, after: int, until: int, limit: in
 
 
 def states(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Run]:
-    """What the view has of these runs."""
+    """What the view has of these runs. Raises `ViewDamaged`."""
     c = view_runs.c
     query = sa.select(c.run_id, c.state).where(c.run_id.in_(run_ids))
-    return {run_id: _run.decode(state) for run_id, state in connection.execute(query)}
+    return {run_id: decode_state(run_id, state) for run_id, state in connection.execute(query)}

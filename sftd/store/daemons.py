@@ -6,6 +6,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain.events import Micros
+from sftd.domain.identity import Identity
 from sftd.store.engine import Tx
 from sftd.store.tables import daemons
 
@@ -24,6 +25,14 @@ class DaemonRow(msgspec.Struct, frozen=True):
     started_at: Micros
     seen_at: Micros
     stopped_at: Micros | None = None
+    boot_id: str = ""
+    pid_namespace: str = ""
+    home_id: str = ""
+
+    @property
+    def identity(self) -> Identity:
+        """Where it runs, beyond its host's name."""
+        return Identity(self.boot_id, self.pid_namespace, self.home_id)
 
 
 def register(tx: Tx, row: DaemonRow) -> None:
@@ -50,6 +59,15 @@ def find(connection: sa.Connection, daemon_id: str) -> DaemonRow | None:
     """One daemon, or None."""
     row = connection.execute(sa.select(daemons).where(daemons.c.daemon_id == daemon_id)).first()
     return DaemonRow(*row) if row else None
+
+
+def namesakes(connection: sa.Connection, host: str, home: str, since: Micros) -> list[DaemonRow]:
+    """Daemons of this host name and home path that have not stopped and were seen after `since`."""
+    c = daemons.c
+    query = sa.select(daemons).where(
+        c.host == host, c.home == home, c.stopped_at.is_(None), c.seen_at > since
+    )
+    return [DaemonRow(*row) for row in connection.execute(query.order_by(c.daemon_id))]
 
 
 def every(connection: sa.Connection) -> list[DaemonRow]:

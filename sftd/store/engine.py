@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import DatabaseNotReady, SftdError
 from sftd.domain.events import Micros, Recorded
-from sftd.store.tables import SCHEMA_REVISION
+from sftd.store.tables import SCHEMA_REVISION, events
 
 _WRITE = "sftd_write"
 # Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
@@ -79,6 +79,15 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    return _sqlite_engine(url)
+
+
+def open_file(path: Path) -> sa.Engine:
+    """Make an engine on an existing SQLite file."""
+    return _sqlite_engine(sa.URL.create("sqlite", database=str(path)))
+
+
+def _sqlite_engine(url: sa.URL) -> sa.Engine:
     engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS, "isolation_level": None})
 
     @sa.event.listens_for(engine, "connect")
@@ -218,6 +227,10 @@ class Store:
                 )
             )
 
+    def has_log(self) -> bool:
+        """Whether there is a table of events: other programs have an `alembic_version`, too."""
+        return sa.inspect(self.engine).has_table(events.name)
+
     def schema_revision(self) -> str | None:
         """The Alembic revision of the tables, or None when there are none."""
         try:
@@ -238,6 +251,11 @@ class Store:
                 f"{shown_url(str(self.engine.url))} does not answer: {reason}"
             ) from None
         except sa.exc.DatabaseError as error:
+            fix = (
+                ". Stop the daemon and put a backup in its place: `sftd db restore FILE`"
+                if self.engine.dialect.name == "sqlite"
+                else ""
+            )
             raise DatabaseUnreachable(
-                f"{shown_url(str(self.engine.url))} cannot be read: {error.orig}"
+                f"{shown_url(str(self.engine.url))} cannot be read: {error.orig}{fix}"
             ) from None

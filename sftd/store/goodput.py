@@ -12,6 +12,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import codec, goodput
+from sftd.domain.errors import ViewDamaged
 from sftd.domain.events import Micros, StepCompleted
 from sftd.domain.goodput import Fold, Ledger, StepTime
 from sftd.store.tables import events, view_goodput
@@ -37,10 +38,17 @@ def read_fold(connection: sa.Connection, run_id: str) -> tuple[Fold, int]:
 
 
 def read_folds(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, tuple[Fold, int]]:
-    """The same of several runs, of those that the view has."""
+    """The same of several runs, of those that the view has. Raises `ViewDamaged`."""
     c = view_goodput.c
     query = sa.select(c.run_id, c.fold, c.version).where(c.run_id.in_(run_ids))
-    return {row.run_id: (_fold.decode(row.fold), row.version) for row in connection.execute(query)}
+    return {row.run_id: (_decode(row.run_id, row.fold), row.version) for row in connection.execute(query)}
+
+
+def _decode(run_id: str, fold: str) -> Fold:
+    try:
+        return _fold.decode(fold)
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise ViewDamaged(view_goodput.name, run_id, error) from None
 
 
 def advance(

@@ -7,7 +7,7 @@ from functools import cache
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.errors import AmbiguousRun, RunNotFound
+from sftd.domain.errors import AmbiguousRun, RunNotFound, ViewDamaged
 from sftd.domain.evolve import fold
 from sftd.domain.run import Run
 from sftd.store.event_store import read_stream
@@ -27,10 +27,18 @@ def encode_state(run: Run) -> str:
     return _encoder.encode(run).decode()
 
 
+def decode_state(run_id: str, state: str) -> Run:
+    """A run from what `encode_state` made of it. Raises `ViewDamaged`."""
+    try:
+        return _state_decoder().decode(state)
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise ViewDamaged(view_runs.name, run_id, error) from None
+
+
 def load_run(connection: sa.Connection, run_id: str) -> Run:
-    """The run as the log has it now. Raises `RunNotFound`."""
+    """The run as the log has it now. Raises `RunNotFound` or `ViewDamaged`."""
     state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
-    run = _state_decoder().decode(state) if state is not None else Run(run_id)
+    run = decode_state(run_id, state) if state is not None else Run(run_id)
     run = fold(run, list(read_stream(connection, run_id, run.version)))
     if run.version == 0:
         raise RunNotFound(f"There is no run {run_id}. `sftd ls` lists the runs.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0005"
+SCHEMA_REVISION = "0006"
 
 # Events that are not steps have an index of their own. A query must say it in these words to be given it.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -91,6 +91,10 @@ daemons = sa.Table(
     sa.Column("started_at", sa.BigInteger, nullable=False),
     sa.Column("seen_at", sa.BigInteger, nullable=False),
     sa.Column("stopped_at", sa.BigInteger),
+    # See `domain.identity`; empty for a daemon of an older sftd.
+    sa.Column("boot_id", sa.String(64), nullable=False, server_default=""),
+    sa.Column("pid_namespace", sa.String(32), nullable=False, server_default=""),
+    sa.Column("home_id", sa.String(64), nullable=False, server_default=""),
 )
 
 # Jobs that only one daemon does at a time, such as mirroring to MLflow.

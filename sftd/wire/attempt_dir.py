@@ -3,6 +3,7 @@
 <attempt>/order.json     what to do (written by the launcher before the start, never changed)
           journal        the trainer's events, one JSON object a line, append-only
           lease          token of the daemon that may drive this attempt; replaced on adoption
+          secrets.json   digests of the secrets in the environment of the ranks, which are kept out of the log by them
           process.json   pid and create time of torchrun's session leader
           exit           exit code of torchrun, written when it ends
           stop           present when the trainer shall checkpoint at the next step boundary and end
@@ -12,6 +13,7 @@
           rows/          decoded data, until every rank has mapped it
           rendezvous     torchrun's own notes
           port           where on the loopback device the ranks meet
+          alive          locked by torchrun for as long as it lives, which also shows where its pid does not
 
 Of an attempt that Slurm runs there are also:
           job.sh         the job's script
@@ -23,7 +25,9 @@ Of an attempt that Slurm runs there are also:
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ import msgspec
 
 from sftd.domain.events import Micros
 from sftd.domain.spec import OrderStart, Spec
+from sftd.wire.secrets import Secrets
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +129,7 @@ class AttemptDir:
         self.order_file = self.path / "order.json"
         self.journal = self.path / "journal"
         self.lease_file = self.path / "lease"
+        self.secrets_file = self.path / "secrets.json"
         self.process_file = self.path / "process.json"
         self.exit_file = self.path / "exit"
         self.stop_file = self.path / "stop"
@@ -133,6 +139,7 @@ class AttemptDir:
         self.rows_dir = self.path / "rows"
         self.rendezvous_file = self.path / "rendezvous"
         self.port_file = self.path / "port"
+        self.alive_file = self.path / "alive"
         self.script_file = self.path / "job.sh"
         self.started_dir = self.path / "started"
         self.started_job_file = self.started_dir / "job"
@@ -140,9 +147,10 @@ class AttemptDir:
         self.fence_file = self.path / "fence"
         self.stacks_wanted_file = self.stacks_dir / "wanted"
 
-    def create(self, order: Order) -> None:
-        """Make the folder (mode 0700) and write the order and the lease."""
+    def create(self, order: Order, environ: Mapping[str, str] = os.environ) -> None:
+        """Make the folder (mode 0700) and write the order, the lease, and what must not be told of the ranks' environment."""
         make_private(self.ranks_dir)
+        write_atomic(self.secrets_file, msgspec.json.encode(Secrets.of(environ)))
         write_atomic(self.lease_file, order.token.encode())
         write_atomic(self.order_file, msgspec.json.format(msgspec.json.encode(order), indent=2))
 
@@ -180,6 +188,32 @@ class AttemptDir:
     def write_process(self, process: ProcessFile) -> None:
         """Record the identity of the attempt's process."""
         write_atomic(self.process_file, msgspec.json.encode(process))
+
+    def hold_alive(self) -> int | None:
+        """Lock the file `alive` and return its descriptor: what inherits it holds the lock for as long as it lives. None where
+        the file system has no locks."""
+        fd = os.open(self.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            self.alive_file.unlink()
+            return None
+        return fd
+
+    def is_held_alive(self) -> bool | None:
+        """Whether torchrun lives, on whatever host or in whatever container of this file system; None when nobody can say."""
+        try:
+            fd = os.open(self.alive_file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def exit_code(self) -> int | None:
         """torchrun's exit code, or None when it has not ended (or ended without being able to say so)."""

@@ -12,47 +12,29 @@ import msgspec
 
 from sftd.domain.failures import RankError, Remains
 from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.secrets import Secrets
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 200
-_SECRET_NAMES = ("PASSWORD", "PASSWD", "TOKEN", "SECRET", "KEY", "CREDENTIAL")
-_SECRET_LENGTH = 8
-_URL_PASSWORD = re.compile(r"(//[^/@:\s]*:)[^@\s]+@")
 _FRAME = re.compile(r'\s*File "([^"]*)", line (\d+) in (\S+)')
 
 
 def find_remains(directory: AttemptDir, environ: Mapping[str, str] = os.environ) -> Remains:
-    """Everything in the folder that says why the attempt ended, without the secrets of `environ`, which was the ranks': it
-    goes into the log, and from there to MLflow."""
-    secrets = _secrets(environ)
+    """Everything in the folder that says why the attempt ended, without the secrets of the ranks' environment: it goes into
+    the log, and from there to MLflow. `environ` stands for theirs where an older sftd did not keep it."""
+    secrets = Secrets.read(directory.secrets_file) or Secrets.of(environ)
     return Remains(
         exit_code=directory.exit_code(),
         rank_errors=[
             msgspec.structs.replace(
                 error,
-                exception=_without(secrets, error.exception),
-                traceback=[_without(secrets, line) for line in error.traceback],
+                exception=secrets.hide(error.exception),
+                traceback=[secrets.hide(line) for line in error.traceback],
             )
             for error in _rank_errors(directory)
         ],
-        output_tail=[_without(secrets, line) for line in _tail(directory)],
+        output_tail=[secrets.hide(line) for line in _tail(directory)],
     )
-
-
-def _secrets(environ: Mapping[str, str]) -> list[str]:
-    """The values of variables that hold secrets by their names; shorter ones are words that stand anywhere."""
-    found = {
-        value
-        for name, value in environ.items()
-        if len(value) >= _SECRET_LENGTH and any(word in name.upper() for word in _SECRET_NAMES)
-    }
-    return sorted(found, key=len, reverse=True)
-
-
-def _without(secrets: list[str], text: str) -> str:
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return _URL_PASSWORD.sub(r"\1***@", text)
 
 
 def find_stack(directory: AttemptDir, rank: int) -> str | None:

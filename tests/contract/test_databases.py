@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from sftd.cli import main
 from sftd.domain import events as e
-from sftd.domain.errors import Refused
+from sftd.domain.errors import Refused, ViewDamaged
 from sftd.operations import attempts, databases, runs
 from sftd.operations.context import Context
 from sftd.projections import verify, views
@@ -207,6 +207,50 @@ def test_what_is_wrong_is_said(log: Store, damage: str) -> None:
     if "views rebuild" in problems[0]:
         views.rebuild(log)
         assert not any("view" in problem for problem in verify.check(log, quiet).problems)
+
+
+@pytest.mark.parametrize("spoilt", ["{", "[]", '{"edge":"x","run_id":1}', "\\ud800", ""])
+@pytest.mark.parametrize("view", ["view_runs.state", "view_goodput.fold"])
+def test_a_view_that_cannot_be_read_ends_in_a_sentence_and_is_rebuilt(
+    log: Store, database_url: str, sftd: Callable[..., Any], view: str, spoilt: str
+) -> None:
+    table, _, column = view.partition(".")
+    with log.read() as connection:
+        (run_id,) = [lease.run_id for lease in queue.leases(connection)]
+    with log.write(appends=False) as tx:
+        tx.execute(sa.text(f"UPDATE {table} SET {column} = :spoilt"), {"spoilt": spoilt})
+    with log.read() as connection:
+        (lease,) = queue.leases(connection)
+    for command in (
+        ["show", run_id],
+        ["compare", run_id, run_id],
+        ["logs", run_id],
+        ["watch", run_id, "--once"],
+    ):
+        done = sftd(*command, url=database_url)
+        assert done.exception is None or isinstance(done.exception, SystemExit), command
+    said = sftd("show", run_id, url=database_url)
+    assert said.exit_code == 1
+    assert f"{table} cannot be read for {run_id}" in said.stderr
+    assert "fix: `sftd views rebuild`" in said.stderr
+    with pytest.raises(ViewDamaged):
+        attempts.record(log, CONTEXT, lease, lines(*[step(n) for n in range(1, 8)]), 90, {})
+    assert any(table in problem for problem in verify.check(log, quiet).problems)
+    assert sftd("views", "rebuild", url=database_url).exit_code == 0
+    assert sftd("show", run_id, url=database_url).exit_code == 0
+    assert verify.check(log, quiet).problems == []
+
+
+def test_an_event_that_cannot_be_read_ends_in_a_sentence(
+    log: Store, database_url: str, sftd: Callable[..., Any]
+) -> None:
+    with log.write(appends=False) as tx:
+        tx.connection.exec_driver_sql("UPDATE events SET payload = '{' WHERE type = 'CheckpointPublished'")
+        run_id = tx.execute(sa.select(events.c.run_id).where(events.c.type == "AttemptClaimed")).scalar()
+    done = sftd("checkpoints", run_id, url=database_url)
+    assert done.exit_code == 1
+    assert "`sftd db check` names it" in done.stderr
+    assert "its CheckpointPublished cannot be read" in sftd("db", "check", url=database_url).stdout
 
 
 # The command.

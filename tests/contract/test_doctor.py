@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
@@ -194,6 +195,25 @@ def test_a_daemon_that_is_gone_is_named(store: Store, tmp_path: Path) -> None:
     assert gone.fix == "start a daemon: it takes the run over"
     with DaemonLock(mine.daemon_lock):
         assert only(doctor_services.daemon(mine, store)).said.startswith(f"runs, pid {os.getpid()}")
+
+
+def test_a_daemon_that_cannot_be_told_from_this_one_is_reported(store: Store, tmp_path: Path) -> None:
+    mine = settings(tmp_path / "home")
+    now = time.time_ns() // 1000
+    row = DaemonRow("twin", processes.host_name(), 1, 1.0, str(mine.home), "{}", now, now)
+    row = msgspec.structs.replace(row, boot_id="another", pid_namespace="1", home_id="1:1")
+    with store.write(appends=False) as tx:
+        daemons.register(tx, row)
+        queue.enqueue(tx, "run-a", 0, 0)
+        queue.lease(tx, "run-a", 2, "token", "twin", 0)
+    _, twin = doctor_services.daemon(mine, store)
+    assert (twin.state, twin.said.split()[0]) == ("broken", "twin")
+    assert "docker run --hostname" in twin.fix
+    with store.write(appends=False) as tx:
+        tx.execute(sa.text("UPDATE daemons SET seen_at = 1"))
+    _, gone = doctor_services.daemon(mine, store)
+    assert "which ran in another container" in gone.said
+    assert "sftd cancel run-a --abandon" in gone.fix
 
 
 def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sftd.domain import events as e
 from sftd.domain.errors import Refused, UnknownEvent
+from sftd.domain.spec import Spec
 from sftd.operations import attempts, imports, reading, runs
 from sftd.operations.context import Context
 from sftd.projections import views
@@ -51,10 +53,11 @@ def step(number: int, loss: float = 1.0) -> e.StepCompleted:
 class Folder:
     """A direct run of three steps, written as the trainer writes it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spec: Spec = SPEC) -> None:
         self.run = DirectRun(path)
         path.mkdir()
-        event = submission(SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+        self.spec = spec
+        event = submission(spec, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
         self.run.write_submission(Submission.of(RUN, SECOND, event))
 
     def published(self, number: int) -> e.CheckpointPublished:
@@ -76,7 +79,7 @@ class Folder:
                 run_id=RUN,
                 attempt=number,
                 token="t",
-                spec=SPEC,
+                spec=self.spec,
                 planned_steps=3,
                 checkpoint_dir=str(self.run.checkpoint_dir),
                 checkpoint=checkpoint,
@@ -305,3 +308,23 @@ def test_checkpoints_that_are_gone_are_named(log: Store, folder: Folder) -> None
     folder.attempt(step(1), folder.published(1), step(2))
     (folder.run.checkpoint_dir / "step-00000001").rmdir()
     assert take_in(log, folder).missing == [str(folder.run.checkpoint_dir / "step-00000001")]
+
+
+TRUSTING = msgspec.structs.replace(SPEC, model=msgspec.structs.replace(SPEC.model, trust_remote_code=True))
+
+
+@pytest.mark.parametrize("when", ["from the beginning", "in a later attempt"])
+def test_code_of_a_strangers_run_is_let_in_by_the_user_alone(log: Store, tmp_path: Path, when: str) -> None:
+    """Its log says that code was allowed, and its log is whatever the stranger wrote."""
+    folder = Folder(tmp_path / "run", TRUSTING if when == "from the beginning" else SPEC)
+    if when != "from the beginning":
+        folder.attempt(step(1), exit_code=1)
+        take_in(log, folder)
+        folder.spec = TRUSTING
+    folder.attempt(step(1), step(2), step(3), folder.published(3), exit_code=0)
+    with pytest.raises(Refused, match="--trust-remote-code"):
+        take_in(log, folder)
+    done = imports.take_in(log, CONTEXT, str(folder.run.path), trust_remote_code=True)
+    assert done.run.spec.model.trust_remote_code
+    # Said once: what is new needs no other word.
+    assert take_in(log, folder).new_events == 0

@@ -27,8 +27,9 @@ from sftd.operations.context import Context
 from sftd.operations.reading import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import daemons, event_store, queue, tables
+from sftd.store import backups, daemons, event_store, queue
 from sftd.store.daemons import DaemonRow
+from sftd.store.database_file import DatabaseExchanged
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.journal import JournalWriter, Line
@@ -93,10 +94,11 @@ def log(store: Store) -> Store:
 
 
 @pytest.fixture
-def daemon(log: Store, tmp_path: Path) -> Callable[[Launcher], Daemon]:
-    settings = read({"SFTD_HOME": str(tmp_path), "SFTD_CPU_SLOTS": "2", "MLFLOW_TRACKING_URI": ""})
+def daemon(log: Store, tmp_path: Path) -> Callable[..., Daemon]:
+    environ = {"SFTD_HOME": str(tmp_path), "SFTD_CPU_SLOTS": "2", "MLFLOW_TRACKING_URI": ""}
 
-    def make(launcher: Launcher) -> Daemon:
+    def make(launcher: Launcher, **more: str) -> Daemon:
+        settings = read(environ | more)
         made = Daemon(log, settings, Inventory(0, 2), launcher=launcher)
         made._register()
         return made
@@ -140,13 +142,9 @@ def test_a_lost_attempt_whose_folder_cannot_be_read_is_killed_and_the_daemon_liv
 
 
 def test_the_queue_goes_by_the_limits_of_the_daemons_and_not_by_those_of_this_shell(
-    log: Store, daemon: Callable[[Launcher], Daemon]
+    log: Store, daemon: Callable[..., Daemon]
 ) -> None:
-    one = daemon(Launcher())
-    one._limits = Limits(user=1)
-    with log.write(appends=False) as tx:
-        tx.execute(sa.delete(tables.daemons))
-    one._register()
+    one = daemon(Launcher(), SFTD_LIMIT_USER="1")
     first, second = submit(log), submit(log)
     one.tick()
     rows = {row.run_id: row for row in waiting.list_queue(log, CONTEXT, Limits(), LEASE)}
@@ -323,6 +321,33 @@ def test_a_disk_that_was_full_when_the_attempt_ended_is_told_once_there_is_room(
         (failed,) = event_store.read_types(connection, [run_id], ("AttemptFailed",))
     assert isinstance(failed.event, e.AttemptFailed)
     assert (failed.event.cause, failed.event.exit_code) == ("disk full", 1)
+
+
+def test_a_daemon_stops_when_its_database_file_is_exchanged(
+    log: Store, daemon: Callable[[Launcher], Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that it wrote from then on would be lost with the old file."""
+    if log.engine.dialect.name != "sqlite":
+        pytest.skip("a server's database has no file")
+    launcher = Launcher()
+    one = daemon(launcher)
+    submit(log)
+    one.tick()
+    monkeypatch.setattr(one, "_register", lambda: None)
+    file = Path(log.engine.url.database or "")
+    backups.write(file, tmp_path / "backup.db")
+    os.replace(tmp_path / "backup.db", file)
+    with pytest.raises(DatabaseExchanged):
+        one.run()
+    assert not launcher.started[0].is_killed, "training continues"
+    log.engine.dispose()
+    backups.check(file)
+    with log.read() as connection:
+        rows = daemons.every(connection)
+    assert [row.stopped_at for row in rows] == [None]
+    file.unlink()
+    with pytest.raises(DatabaseExchanged, match="removed"):
+        one.run()
 
 
 def recorded_steps(log: Store, run_id: str) -> list[int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftd import settings
-from sftd.daemon.rescuer import orphaned
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
@@ -17,14 +15,12 @@ from sftd.domain.failures import Failure
 from sftd.domain.layout import DataFacts, ModelShape
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Data, Model, Trainer
-from sftd.launcher import processes
 from sftd.launcher.local import LocalAttempt
 from sftd.operations import attempts, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections import views
-from sftd.store import daemons, schedule
-from sftd.store.daemons import DaemonRow
+from sftd.store import schedule
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.journal import JournalWriter, Line
@@ -152,27 +148,6 @@ def test_a_run_is_given_up_only_when_its_daemon_is_silent(log: Store, clock: Clo
     with pytest.raises(LeaseLost):
         attempts.record(log, clock.context, found.lease, lines(step(1)), 10, {})
     assert runs.resume(log, clock.context, found.run.run_id, "ada").status == "queued"
-
-
-def test_orphans_are_proven(log: Store, clock: Clock) -> None:
-    """A dead daemon of this home, or our own lease without a supervisor; never another host's."""
-    me = processes.identify(os.getpid())
-    rows = {
-        "alive": DaemonRow("alive", "host", me.pid, me.create_time, "/home", "{}", 1, 1),
-        "dead": DaemonRow("dead", "host", me.pid, me.create_time - 1000, "/home", "{}", 1, 1),
-        "elsewhere": DaemonRow("elsewhere", "other", me.pid, me.create_time - 1000, "/home", "{}", 1, 1),
-        "another home": DaemonRow("another home", "host", me.pid, me.create_time - 1000, "/else", "{}", 1, 1),
-        "me": DaemonRow("me", "host", me.pid, me.create_time, "/home", "{}", 1, 1),
-    }
-    leases = {}
-    for name, row in rows.items():
-        with log.write(appends=False) as tx:
-            daemons.register(tx, row)
-        leases[name] = claimed(log, clock, daemon=name).lease
-    found = {lease.owner for lease in orphaned(log, "host", "/home", "me", set())}
-    assert found == {"dead", "me"}
-    driven = {leases["me"].token}
-    assert {lease.owner for lease in orphaned(log, "host", "/home", "me", driven)} == {"dead"}
 
 
 def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,12 @@ import pytest
 
 from sftd.domain.failures import classify
 from sftd.domain.spec import Spec
-from sftd.launcher import local, processes
+from sftd.launcher import device_holds, local, processes, rerun
+from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests.patience import PATIENCE, until
 
 NEED = Need("cpu", 1, 1)
 
@@ -143,3 +147,68 @@ def test_devices_are_never_given_twice() -> None:
     assert inventory.fits(spec) is True
     large = msgspec.structs.replace(spec, launch=msgspec.structs.replace(spec.launch, nproc_per_node=3))
     assert inventory.fits(large) is None
+
+
+def test_torchrun_holds_its_lock_for_as_long_as_it_lives(tmp_path: Path, order: Order) -> None:
+    """Where its pid is not to be seen, as from another container, the lock shows whether it lives."""
+    directory = AttemptDir(tmp_path / "attempt")
+    assert directory.is_held_alive() is None
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [])
+    assert directory.is_held_alive() is True
+    attempt.kill()
+    assert directory.is_held_alive() is False
+
+
+def test_what_is_tied_to_its_owner_ends_with_it_and_tells_its_exit_code(
+    tmp_path: Path, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifeline, end = os.pipe()
+    directory = AttemptDir(tmp_path / "attempt")
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [], lifeline=lifeline)
+    os.close(lifeline)
+    assert attempt.is_alive()
+    # As the kernel does for who is killed.
+    os.close(end)
+    assert attempt._child is not None
+    attempt._child.wait(timeout=PATIENCE)
+    assert processes.survivors(order.token) == []
+    assert attempt.remains().exit_code == 137
+
+    monkeypatch.setattr(local, "torchrun_argv", lambda *_: ["/bin/sh", "-c", "exit 7"])
+    lifeline, end = os.pipe()
+    directory = AttemptDir(tmp_path / "second")
+    attempt, _ = LocalAttempt.start(directory, order, NEED, [], lifeline=lifeline)
+    os.close(lifeline)
+    assert attempt._child is not None
+    attempt._child.wait(timeout=PATIENCE)
+    os.close(end)
+    assert attempt.remains().exit_code == 7
+    until(lambda: processes.survivors(order.token) == [])
+
+
+def test_a_device_is_held_until_what_computes_on_it_has_ended(tmp_path: Path, order: Order) -> None:
+    with device_holds.holding(tmp_path, ["cuda:0"]) as holds:
+        attempt, _ = LocalAttempt.start(AttemptDir(tmp_path / "attempt"), order, NEED, [], inherited=holds)
+    assert device_holds.held(tmp_path) == {"cuda:0"}
+    attempt.kill()
+    assert device_holds.held(tmp_path) == set()
+
+
+def test_a_scratch_folder_is_swept_once_its_command_was_killed(tmp_path: Path, order: Order) -> None:
+    with rerun.rerun(order, NEED, [], tmp_path) as scratch:
+        assert rerun.sweep(tmp_path) == [], "its command lives"
+        killed = tmp_path / "copy"
+        shutil.copytree(scratch.folder.parent, killed)
+    assert not rerun.scratch_folder(tmp_path).exists()
+    with rerun.rerun(order, NEED, [], tmp_path, keep=True):
+        pass
+    rerun.scratch_folder(tmp_path).mkdir(exist_ok=True)
+    killed = killed.rename(rerun.scratch_folder(tmp_path) / "killed")
+    left = AttemptDir(killed / "attempt").order().token
+    env = {TOKEN_VARIABLE: left, "PATH": os.environ["PATH"]}
+    with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as stray:
+        assert rerun.abandoned(tmp_path) == [killed]
+        assert rerun.sweep(tmp_path) == [killed]
+        stray.wait(timeout=PATIENCE)
+    (kept,) = rerun.scratch_folder(tmp_path).iterdir()
+    assert kept != killed

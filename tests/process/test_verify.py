@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftd.launcher import processes
 from sftd.wire.attempt_dir import AttemptDir
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, until
 from tests.process.harness import Home, write_rows
 
 pytestmark = pytest.mark.slow
@@ -146,6 +147,28 @@ def test_what_is_killed_leaves_nothing(trained: tuple[Home, str], victim: str) -
     with pytest.raises(ProcessLookupError):
         os.kill(torchrun, 0)
     assert outcomes(home, run_id) == before
+    assert nothing_left(home)
+
+
+def test_a_verify_that_is_killed_takes_its_ranks_along(trained: tuple[Home, str]) -> None:
+    """By the kernel, when memory is short: nothing in it can clean up. The next daemon removes the folder."""
+    home, run_id = trained
+    with subprocess.Popen(
+        home.command("verify", run_id),
+        env=home.env | {"HOLD_AT": "StepCompleted 6"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as verifying:
+        wait_for_torchrun(home, verifying)
+        (folder,) = (home.path / "home" / "verify").iterdir()
+        token = AttemptDir(folder / "attempt").order().token
+        until(lambda: processes.ranks(token))
+        verifying.kill()
+    until(lambda: processes.survivors(token) == [])
+    found = json.loads(home.run("doctor", "--json", check=None).stdout)
+    (said,) = (f["said"] for f in found if f["check"] == "leftovers" and f["state"] == "warning")
+    assert said == "1 scratch folder of `sftd verify` that was killed"
+    assert f"removed {folder}" in home.drain()
     assert nothing_left(home)
 
 

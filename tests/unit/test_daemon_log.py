@@ -30,7 +30,14 @@ def record(run_id: str = "brave-otter-3f2a", attempt: int | None = 2) -> logging
 
 
 def test_a_line_names_its_run() -> None:
-    assert log.TextFormat().format(record()).endswith(" WARNING brave-otter-3f2a: two\nlines, 5 \N{SNOWMAN}")
+    line = log.TextFormat().format(record())
+    assert line.endswith(" WARNING brave-otter-3f2a: two\n    lines, 5 \N{SNOWMAN}")
+
+
+def test_a_message_can_do_nothing_to_a_terminal() -> None:
+    said = "a path \x1b]0;x\x07\x9b2J\u202e and\na forged line"
+    line = log.TextFormat().format(logging.LogRecord("sftd.daemon", logging.ERROR, "f", 1, said, (), None))
+    assert line.endswith(r"a path \x1b]0;x\x07\x9b2J\u202e and" + "\n    a forged line")
 
 
 def test_a_json_line_is_one_line_with_every_key() -> None:

@@ -10,7 +10,8 @@ import pytest
 from sftd.domain import codec
 from sftd.domain import events as e
 from sftd.domain.failures import RankError, Remains, classify
-from sftd.wire.attempt_dir import AttemptDir, make_private
+from sftd.domain.spec import Spec
+from sftd.wire.attempt_dir import AttemptDir, Order, make_private
 from sftd.wire.remains import find_remains
 
 TORCHRUN_SUMMARY = """\
@@ -244,3 +245,60 @@ def test_a_secret_that_a_rank_dies_with_does_not_reach_the_log(tmp_path: Path) -
     clean = "OSError: 401 for https://ada:***@host/x with ***"
     assert remains.output_tail == [clean]
     assert remains.rank_errors == [RankError(0, clean, [clean])]
+
+
+def test_the_secrets_are_those_of_the_ranks_and_not_of_who_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that adopts an attempt, or a person who imports one, has another environment."""
+    secret = "hf_ABCDEFtoken123"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("OTHER_KEY", f"{secret}-and-more")
+    monkeypatch.setenv("ODD_SECRET", "\udcff-bytes")
+    directory = AttemptDir(tmp_path / "attempt")
+    directory.create(
+        Order(run_id="r", attempt=1, token="t", spec=Spec(), planned_steps=1, checkpoint_dir="c")
+    )
+    assert secret.encode() not in directory.secrets_file.read_bytes()
+    for name in ("HF_TOKEN", "OTHER_KEY", "ODD_SECRET"):
+        monkeypatch.delenv(name)
+    said = (
+        f"RuntimeError: 401 for https://hub/x?auth={secret} and {secret}-and-more, {secret[:-1]}, h{secret}h"
+    )
+    directory.output_log.write_text(said)
+    directory.write_rank_error(
+        0, json.dumps({"message": {"message": said, "extraInfo": {"py_callstack": said}}})
+    )
+    hidden = f"RuntimeError: 401 for https://hub/x?auth=*** and ***, {secret[:-1]}, h***h"
+    remains = find_remains(directory)
+    assert remains.output_tail == [hidden]
+    assert [(e.exception, e.traceback) for e in remains.rank_errors] == [(hidden, [hidden])]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        b"[]",
+        b'{"salt":"","secrets":[{"first":"","length":0,"digest":""}]}',
+        b'{"salt":1}',
+        b"\xff",
+        None,
+    ],
+)
+def test_whatever_stands_in_the_place_of_the_secrets_the_attempt_ends(
+    tmp_path: Path, left: bytes | None
+) -> None:
+    """An older sftd wrote none; a stranger may write anything."""
+    directory = AttemptDir(tmp_path)
+    if left is not None:
+        directory.secrets_file.write_bytes(left)
+    directory.output_log.write_text("ValueError: hf_SECRETSECRET")
+    found = find_remains(directory, {"HF_TOKEN": "hf_SECRETSECRET"}).output_tail
+    # A list that can be read is taken at its word.
+    assert found == ["ValueError: hf_SECRETSECRET" if left and b"length" in left else "ValueError: ***"]
+
+
+def test_what_a_rank_said_can_do_nothing_to_a_terminal() -> None:
+    said = "ValueError: a\x1b]0;title\x07 b\x9b2J c\u202ed\u2028e\x7f"
+    assert classify(Remains(1, [RankError(0, said)])).message == "rank 0: ValueError: a ]0;title b 2J c d e"

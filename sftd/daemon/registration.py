@@ -1,0 +1,108 @@
+"""A daemon's row in the database, and other daemons that have its host name and the path of its home."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import msgspec
+
+from sftd.domain.errors import SftdError
+from sftd.domain.events import Micros
+from sftd.launcher import processes
+from sftd.operations.context import Context
+from sftd.settings import Settings
+from sftd.store import daemons
+from sftd.store.daemons import DaemonRow
+from sftd.store.engine import Store
+
+log = logging.getLogger("sftd.daemon")
+
+# Daemons renew their row three times in a lease.
+SILENT_LEASES = 2
+
+
+class NotAlone(SftdError):
+    """Another daemon has this host name and the path of this home."""
+
+
+def silent_micros(settings: Settings) -> int:
+    """A daemon that has not renewed its row for so long is not observed."""
+    return int(SILENT_LEASES * settings.lease_seconds * 1_000_000)
+
+
+def this_daemon(settings: Settings, devices: dict[str, int]) -> DaemonRow:
+    """The row of a daemon that starts in this process."""
+    me = processes.identify(os.getpid())
+    where = processes.identity(settings.home)
+    return DaemonRow(
+        daemon_id=f"{me.host[:40]}-{me.pid}-{os.urandom(3).hex()}",
+        host=me.host,
+        pid=me.pid,
+        create_time=me.create_time,
+        home=str(settings.home),
+        devices=msgspec.json.encode(devices).decode(),
+        started_at=0,
+        seen_at=0,
+        boot_id=where.boot_id,
+        pid_namespace=where.pid_namespace,
+        home_id=where.home_id,
+    )
+
+
+def twins(store: Store, me: DaemonRow, now: Micros, silent: int) -> list[DaemonRow]:
+    """Daemons with this one's host name and home path that run in another boot or container, and have renewed their row within
+    `silent` µs. Who holds the lock of this home has none in it."""
+    with store.read() as connection:
+        found = daemons.namesakes(connection, me.host, me.home, store.clock(connection, now) - silent)
+    return [
+        row
+        for row in found
+        if not me.identity.is_same(row.identity)
+        and not (me.identity.is_known and me.identity.has_home_of(row.identity))
+    ]
+
+
+class Registration:
+    """The row of one daemon, which holds the lock of its home."""
+
+    def __init__(self, store: Store, context: Context, settings: Settings, row: DaemonRow) -> None:
+        self.row = row
+        self._store = store
+        self._context = context
+        self._silent = silent_micros(settings)
+        self._seen: dict[str, Micros] = {}
+
+    def is_free(self) -> bool:
+        """Whether no other daemon has this host name and home path: False while one was seen a moment ago and need not live any
+        more, so ask again. Raises `NotAlone` once it has renewed its row."""
+        found = twins(self._store, self.row, self._context.now(), self._silent)
+        for twin in found:
+            if twin.daemon_id not in self._seen:
+                what = "daemon %s of this host name and home path was seen a moment ago, in another container, on another machine, "
+                what += "or before a reboot; waiting at most %.0f s to see whether it still runs"
+                log.warning(what, twin.daemon_id, self._silent / 1e6)
+            if self._seen.setdefault(twin.daemon_id, twin.seen_at) != twin.seen_at:
+                raise NotAlone(
+                    f"daemon {twin.daemon_id} (pid {twin.pid} there) has the same host name {twin.host} and the same home path "
+                    f"{twin.home}, and runs in another container or on another machine: each would take the other's runs for "
+                    "its own. Give each a host name of its own (`docker run --hostname NAME`) or another SFTD_HOME"
+                )
+        return not found
+
+    def register(self) -> None:
+        """Write the row."""
+        now = self._context.now()
+        self.row = msgspec.structs.replace(self.row, started_at=now, seen_at=now)
+        with self._store.write(appends=False) as tx:
+            daemons.register(tx, self.row)
+
+    def seen(self) -> None:
+        """The daemon is alive."""
+        with self._store.write(appends=False) as tx:
+            daemons.seen(tx, self.row.daemon_id, self._context.now())
+
+    def stopped(self) -> None:
+        """The daemon stops by itself."""
+        with self._store.write(appends=False) as tx:
+            daemons.stopped(tx, self.row.daemon_id, self._context.now())
