@@ -19,7 +19,7 @@ from sftd.store.event_store import read_stream
 from sftd.store.queue import Lease
 from sftd.store.runs import load_run, resolve_id
 from sftd.wire import checkpoint_dir
-from sftd.wire.attempt_dir import is_checkpoint_of
+from sftd.wire.checkpoint_dir import is_checkpoint_of
 
 # The events that say what became of a checkpoint.
 _FATES = tuple(t.__name__ for t in (e.CheckpointPublished, e.CheckpointRejected, e.CheckpointDeleted))

@@ -19,27 +19,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointRejected, CheckpointStarted
+from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointStarted
 from sftd.domain.spec import spec_digest
-from sftd.trainer import manifest as manifests
 from sftd.trainer import megatron_edges
-from sftd.trainer import optimizer as optimizers
 from sftd.trainer.checkpoint_state import CONTENT, sharded_state
-from sftd.trainer.checkpoint_writer import FilePlan, HostCopy, ShareWriter, install_writer, writers
-from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
+from sftd.trainer.checkpoint_writer import (
+    FilePlan,
+    HostCopy,
+    ShareWriter,
+    install_writer,
+    is_state_file,
+    writers,
+)
+from sftd.trainer.errors import CheckpointSaveFailed
 from sftd.trainer.folder_swap import fsync_file, publish_folder
-from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
+from sftd.wire import manifest as manifests
 from sftd.wire.attempt_dir import Order, fsync_dir
-from sftd.wire.checkpoint_dir import once_unread, reading
+from sftd.wire.checkpoint_dir import once_unread
+from sftd.wire.manifest import FileEntry, Manifest
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
@@ -189,53 +195,6 @@ class Checkpoints:
         if must_succeed:
             raise CheckpointSaveFailed(reason) from error
 
-    def load(self) -> Manifest:
-        """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams.
-
-        Emits `CheckpointRejected` and raises `CheckpointInvalid` before anything of a bad one is unpickled.
-        """
-        assert self._order.checkpoint is not None
-        folder = Path(self._order.checkpoint)
-        with reading(folder):
-            return self._load(folder)
-
-    def _load(self, folder: Path) -> Manifest:
-        try:
-            manifest = manifests.read(folder, self._order.checkpoint_digest)
-            share = manifest.files[dist.get_rank() :: dist.get_world_size()]
-            damage = [reason for reason in gather(manifests.find_damage(folder, share)) if reason]
-            if damage:
-                raise CheckpointInvalid(damage[0])
-        except CheckpointInvalid as error:
-            step = int(digits) if (digits := folder.name.rpartition("-")[2]).isdigit() else 0
-            self._reporter.emit(CheckpointRejected(step=step, path=str(folder), reason=str(error)))
-            raise
-        if manifest.dtype != (mine := str(self._session.dtype).removeprefix("torch.")):
-            raise UserError(
-                f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
-            )
-        # Manifests of before there was expert parallelism do not name its size.
-        same_layout = {"ep": 1} | manifest.layout == self._session.layout.sizes
-        optimizer = self._trainee.optimizer
-        megatron_edges.prepare_adamw_for_load(optimizer)
-        state = dist_checkpointing.load(
-            sharded_state(self._session, self._trainee, is_loading=True, with_rng=same_layout), str(folder)
-        )
-        for i, chunk in enumerate(self._trainee.chunks):
-            chunk.load_state_dict(
-                {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
-            )
-        optimizers.take_peak(self._order.spec, state["optimizer"])
-        optimizer.load_state_dict(state["optimizer"])
-        megatron_edges.separate_adamw_steps(optimizer)
-        optimizers.configure(self._order.spec, optimizer, self._session)
-        if same_layout:
-            torch.set_rng_state(state["rng"]["cpu"])
-            if self._session.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"])
-            tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
-        return manifest
-
     def _is_same(self, published: Path, progress: Progress) -> bool:
         """Whether this very step is already published and whole, by an earlier attempt that computed the same."""
         if not published.exists():
@@ -259,7 +218,7 @@ class Checkpoints:
             found.loss,
             found.grad_norm,
         )
-        return mine == theirs and manifests.find_damage(published, found.files) is None
+        return mine == theirs and not found.weights_only and manifests.find_damage(published, found) is None
 
     def _stage_folder(self, partial: Path) -> None:
         if dist.get_rank() != 0:
@@ -323,7 +282,7 @@ class Checkpoints:
         loss, grad_norm = _exact(progress)
         data = manifests.encode(
             Manifest(
-                schema_version=manifests.SCHEMA_VERSION,
+                schema_version=manifests.WHOLE,
                 run_id=self._order.run_id,
                 spec_digest=self._spec_digest,
                 step=progress.step,
@@ -337,6 +296,7 @@ class Checkpoints:
                 dtype=str(self._session.dtype).removeprefix("torch."),
                 versions=pending.versions,
                 files=sorted(files, key=lambda e: e.name),
+                state_files=sorted(e.name for e in files if is_state_file(e.name)),
             )
         )
         with open(partial / manifests.NAME, "wb") as file:

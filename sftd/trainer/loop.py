@@ -20,7 +20,7 @@ from sftd.domain.layout import ModelShape, check_model
 from sftd.domain.loss_watch import LossWatch, What
 from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import FROM_THE_BEGINNING
-from sftd.trainer import process
+from sftd.trainer import checkpoint_loading, process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
 from sftd.trainer.batches import Batching, MicroBatch
@@ -198,7 +198,7 @@ class Attempt:
             )
 
     def _resume(self) -> None:
-        manifest = self._checkpoints.load()
+        manifest = checkpoint_loading.load(self._order, self._session, self._trainee, self._reporter)
         self._progress = Progress(manifest.step, manifest.tokens_total, math.nan, math.nan)
         self._saved_step = manifest.step
         path = self._order.checkpoint or ""

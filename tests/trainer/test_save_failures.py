@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+import torch
 
 from sftd.domain.events import (
     AnomalyDetected,
@@ -17,7 +21,7 @@ from sftd.domain.events import (
     ModelLoaded,
     StepCompleted,
 )
-from sftd.trainer import manifest as manifests
+from sftd.wire import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
@@ -131,7 +135,25 @@ def exchange(folder: Path, other: Path) -> str:
     return f"it is of step {found.step} of run run, spec {found.spec_digest[:12]}"
 
 
-@pytest.mark.parametrize("damage", [flip, lose, truncate, exchange])
+def add_common_state(folder: Path, _: Path) -> str:
+    # Megatron prefers it to the state in the other files.
+    torch.save({"optimizer": {}}, folder / "common.pt")
+    return "common.pt is not in manifest.json"
+
+
+def add_folder(folder: Path, _: Path) -> str:
+    (folder / "model").mkdir()
+    return "model is not a regular file"
+
+
+def link(folder: Path, other: Path) -> str:
+    victim = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    shutil.move(victim, folder.parent / "moved")
+    victim.symlink_to("../moved")
+    return f"{victim.name} is not a regular file"
+
+
+@pytest.mark.parametrize("damage", [flip, lose, truncate, exchange, add_common_state, add_folder, link])
 def test_a_damaged_checkpoint_is_refused_by_name(
     trainer: Trainer, warm: WarmTrainer, whole: Run, tmp_path: Path, damage: Callable[[Path, Path], str]
 ) -> None:
@@ -146,4 +168,90 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     (rejected,) = run.events(CheckpointRejected)
     assert (rejected.step, rejected.path) == (3, str(folder))
     assert reason in rejected.reason
+    assert not run.events(StepCompleted)
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def hostile_metadata(folder: Path, proof: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(proof)))
+
+
+def broken_metadata(folder: Path, _: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty_metadata(folder: Path, _: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({}))
+
+
+def hostile_common(folder: Path, proof: Path) -> None:
+    (folder / "common.pt").write_bytes(pickle.dumps(Payload(proof)))
+
+
+def empty_common(folder: Path, _: Path) -> None:
+    torch.save({}, folder / "common.pt")
+
+
+def other_format(folder: Path, _: Path) -> None:
+    (folder / "metadata.json").write_text('{"sharded_backend": ["zarr"')
+
+
+def hostile_bytes(folder: Path, proof: Path) -> None:
+    """An object among the tensors, which torch unpickles without any restriction."""
+    with open(folder / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    (index,) = (i for i in metadata.storage_data if i.fqn.startswith("rng/"))
+    where = metadata.storage_data[index]
+    written = io.BytesIO()
+    torch.save([Payload(proof)], written)
+    with open(folder / where.relative_path, "ab") as file:
+        metadata.storage_data[index] = type(where)(where.relative_path, file.tell(), written.tell())
+        file.write(written.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        hostile_metadata,
+        broken_metadata,
+        empty_metadata,
+        hostile_common,
+        empty_common,
+        other_format,
+        hostile_bytes,
+    ],
+)
+def test_a_checkpoint_whose_manifest_fits_runs_no_code_and_is_refused_where_it_is_broken(
+    trainer: Trainer, warm: WarmTrainer, whole: Run, tmp_path: Path, break_it: Callable[[Path, Path], None]
+) -> None:
+    """As a buggy or hostile tool leaves it: every digest is right."""
+    folder, proof = tmp_path / "step-00000003", tmp_path / "unpickled"
+    shutil.copytree(whole.checkpoint(3), folder)
+    break_it(folder, proof)
+    files = manifests.describe(folder, manifests.list_files(folder))
+    manifest = msgspec.structs.replace(manifests.read(folder, None), files=files)
+    data = manifests.encode(manifest)
+    (folder / manifests.NAME).write_bytes(data)
+    attempt = trainer.prepare(
+        break_it.__name__,
+        whole.attempt.order().spec,
+        checkpoint=str(folder),
+        checkpoint_digest=manifests.digest(data),
+    )
+    run = trainer.train(warm, attempt, expect=1)
+    assert not proof.exists()
+    (rejected,) = run.events(CheckpointRejected)
+    assert (rejected.step, rejected.path) == (3, str(folder))
+    assert "cannot be read although its files are those that were published" in rejected.reason
     assert not run.events(StepCompleted)
