@@ -34,13 +34,14 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     from sftd.operations import reading, runs
     from sftd.wire import preflight, specfile
 
-    store = app.open_store(app.read_settings())
+    settings = app.read_settings()
+    store = app.open_store(settings)
     new, instead = None, ""
     if overrides:
         now = reading.find_run(store, run)
         decisions.refuse_busy(now)
         spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
-        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now))
+        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
         for warning in (*warnings, *inspected.warnings):
             output.warn(str(warning))
         new = preflight.proposal(spec, inspected)

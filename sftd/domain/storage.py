@@ -33,9 +33,14 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
         return self.kept * self.checkpoint
 
     @property
+    def one_save(self) -> int:
+        """Free space that a save asks for."""
+        return int(_HEADROOM * self.checkpoint)
+
+    @property
     def needed(self) -> int:
         """Free space so that no save fails."""
-        return int((self.most - 1 + _HEADROOM) * self.checkpoint)
+        return (self.most - 1) * self.checkpoint + self.one_save
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:

@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointStarted
+from sftd.domain.failures import is_disk_full
 from sftd.domain.spec import spec_digest
-from sftd.trainer import megatron_edges
+from sftd.trainer import checkpoint_folder, megatron_edges
 from sftd.trainer.checkpoint_state import CONTENT, sharded_state
 from sftd.trainer.checkpoint_writer import (
     FilePlan,
@@ -37,7 +38,7 @@ from sftd.trainer.checkpoint_writer import (
     is_state_file,
     writers,
 )
-from sftd.trainer.errors import CheckpointSaveFailed
+from sftd.trainer.errors import CheckpointSaveFailed, UserError
 from sftd.trainer.folder_swap import fsync_file, publish_folder
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
@@ -51,6 +52,8 @@ Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
 # Free space that must be there before a checkpoint is begun, as a share of its expected size.
 _HEADROOM = 1.1
+# Failed saves in a row after which an attempt ends.
+_MOST_FAILURES = 2
 # How long a save waits for those who read the checkpoint that it replaces.
 _READERS_SECONDS = 60.0
 
@@ -104,6 +107,8 @@ class Checkpoints:
         self._spec_digest = spec_digest(order.spec)
         self._host_copy = HostCopy(session.device)
         self._pending: _Pending | None = None
+        # Saves in a row that failed for another reason than a full disk.
+        self._failed = 0
         install_writer()
         # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
         gc.freeze()
@@ -115,7 +120,11 @@ class Checkpoints:
         return self._pending is not None and self._pending.writer.is_done
 
     def save(self, progress: Progress, versions: Versions, *, must_succeed: bool) -> None:
-        """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`."""
+        """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`.
+
+        Raises `UserError` when the folder cannot be written to any more, or a second save in a row fails: what is trained
+        from then on would be lost. A full disk is neither: there may be room again at the next save.
+        """
         self.finish()
         self._begin(progress, versions, must_succeed=must_succeed, is_copied=False)
         self.finish(must_succeed=must_succeed)
@@ -167,6 +176,7 @@ class Checkpoints:
         except CheckpointSaveFailed as error:
             self._fail(error, pending.progress.step, pending.partial, must_succeed=must_succeed)
             return
+        self._failed = 0
         self._announce(pending.progress.step, pending.published, pending.started)
 
     def _announce(self, step: int, published: Path, started: float) -> None:
@@ -185,13 +195,22 @@ class Checkpoints:
         )
 
     def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
-        reason = self._explain(error)
+        reason, refusal = self._explain(error), None
         if dist.get_rank() == 0:
             # It may be another attempt's by now, which is also why this save failed.
             self._reporter.check_fence()
             shutil.rmtree(partial, ignore_errors=True)
+            refusal = checkpoint_folder.refusal(self._folder, make=True)
         anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
         self._reporter.emit(anomaly)
+        refusal = gather(refusal)[0]
+        is_full = is_disk_full(refusal or reason)
+        self._failed = 0 if is_full else self._failed + 1
+        if not is_full and (refusal or self._failed == _MOST_FAILURES):
+            raise UserError(
+                f"checkpoints cannot be written, and every further step would be lost: {refusal or reason}. Make "
+                f"{self._folder} writable, then resume the run"
+            ) from error
         if must_succeed:
             raise CheckpointSaveFailed(reason) from error
 

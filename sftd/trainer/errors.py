@@ -28,4 +28,4 @@ class GivenUp(Exception):
 
 
 class CheckpointSaveFailed(Exception):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written; the next attempt may be able to."""

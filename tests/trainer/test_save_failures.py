@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -106,6 +107,80 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_no_step(
     assert not run.events(CheckpointPublished)
     assert not list((small_disk / "checkpoints").iterdir())
     assert "CheckpointSaveFailed" in run.output
+
+
+# The disk goes away after the first save: a file stands where the folder of checkpoints was.
+GOES_AWAY = """
+import os, shutil, sys
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from sftd.trainer.process import prepare
+
+    prepare()
+    from sftd.trainer import checkpoint
+    from sftd.trainer.loop import run
+
+    announce = checkpoint.Checkpoints._announce
+
+    def replace(self, *arguments):
+        announce(self, *arguments)
+        shutil.rmtree(self._folder)
+        self._folder.touch()
+
+    checkpoint.Checkpoints._announce = replace
+    record(run)(sys.argv[1])
+"""
+# Every save fails, though the folder can be written to.
+ALWAYS_FAILS = """
+import sys
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from sftd.trainer.process import prepare
+
+    prepare()
+    from megatron.core.dist_checkpointing import serialization
+    from sftd.trainer.loop import run
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    serialization.save_config = fail
+    record(run)(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "published", "failed", "reason"),
+    [(GOES_AWAY, [2], [4], "Not a directory|File exists"), (ALWAYS_FAILS, [], [2, 4], "Input/output error")],
+)
+def test_saves_that_cannot_succeed_end_the_attempt_before_more_is_lost(
+    trainer: Trainer, tmp_path: Path, script: str, published: list[int], failed: list[int], reason: str
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    spec = trainer.spec(data__val_files=[], trainer__save_interval=2)
+    attempt = trainer.prepare(f"hopeless-{len(failed)}", spec, checkpoint_dir=str(tmp_path / "checkpoints"))
+    run = trainer.finish(attempt, trainer.start(attempt, script=path), expect=1)
+    assert [e.step for e in run.events(CheckpointPublished)] == published
+    assert [e.step for e in run.events(AnomalyDetected)] == failed
+    assert [e.step for e in run.events(StepCompleted)][-1] == 4
+    assert re.search(f"UserError: checkpoints cannot be written.*({reason})", run.errors())
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(
+    trainer: Trainer, warm: WarmTrainer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    attempt = trainer.prepare(
+        "no-folder", trainer.spec(), checkpoint_dir=str(tmp_path / "file" / "checkpoints")
+    )
+    run = trainer.train(warm, attempt, expect=1)
+    assert not run.events(StepCompleted)
+    assert not run.events(ModelLoaded)
+    assert "UserError: checkpoints cannot be written" in run.output
+    assert "Not a directory" in run.output
 
 
 def flip(folder: Path, _: Path) -> str:
