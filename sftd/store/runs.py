@@ -27,10 +27,15 @@ def encode_state(run: Run) -> str:
     return _encoder.encode(run).decode()
 
 
+def decode_state(state: str) -> Run:
+    """The way back. Raises `msgspec.MsgspecError`."""
+    return _state_decoder().decode(state)
+
+
 def load_run(connection: sa.Connection, run_id: str) -> Run:
     """The run as the log has it now. Raises `RunNotFound`."""
     state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
-    run = _state_decoder().decode(state) if state is not None else Run(run_id)
+    run = decode_state(state) if state is not None else Run(run_id)
     run = fold(run, list(read_stream(connection, run_id, run.version)))
     if run.version == 0:
         raise RunNotFound(f"There is no run {run_id}. `sftd ls` lists the runs.")

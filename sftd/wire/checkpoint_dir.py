@@ -25,6 +25,8 @@ import msgspec
 from sftd.wire.attempt_dir import fsync_dir
 
 MANIFEST = "manifest.json"
+# See `checkpoint_reduction`.
+WEIGHTS = ".weights"
 _DELETED = ".deleted"
 # See `folder_swap.publish_folder` of the trainer.
 _REPLACED = ".replaced"
@@ -154,6 +156,8 @@ def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
     `deleted` are the folders whose deletion the log tells. Only while no attempt of the run lives: an attempt may
     have published one of these names again without the log knowing of it yet.
     """
+    for left in directory.glob(f"step-*{WEIGHTS}.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     for left in directory.glob(f"step-*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
     for left in directory.glob(f"step-*{_REPLACED}"):
