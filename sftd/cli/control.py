@@ -31,6 +31,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
     from sftd.domain import decisions, trajectory
+    from sftd.launcher.processes import host_name
     from sftd.operations import reading, runs
     from sftd.wire import preflight, specfile
 
@@ -47,8 +48,12 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         new = preflight.proposal(spec, inspected)
         step = [] if from_step is None else ["--from-step", str(from_step)]
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
-    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead)
+    before = reading.find_run(store, run).restart_checkpoint
+    host = host_name()
+    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint
+    if from_step is None and before is not None and before != checkpoint:
+        output.warn(f"the checkpoint of step {before.step} is gone from the disk: {before.path}")
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     output.console().print(
         f"[bold]{found.run_id}[/] is queued again, from {start} to step {found.planned_steps}"

@@ -108,6 +108,23 @@ def request_resume(
     ]
 
 
+def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) -> int | None:
+    """The step to resume from, given those whose checkpoints are gone: the one that was asked for, or instead of the newest
+    (`from_step` None) the newest that is left; 0 is the pretrained model. Raises `Refused` when there is none."""
+    left = [c.step for c in run.checkpoints if c.step not in missing and not (c.superseded or c.weights_only)]
+    if from_step in missing and from_step is not None:
+        what = f"the checkpoint of step {from_step} of {run.run_id} is gone from the disk"
+        choices = [*([] if run.first_step else [0]), *left]
+        fix = f"use one of {', '.join(map(str, choices))}" if choices else "put its folder back"
+        raise Refused(Problem("--from-step", what, fix))
+    newest = run.restart_checkpoint
+    if from_step is not None or newest is None or newest.step not in missing:
+        return from_step
+    if not left and run.first_step:
+        raise Refused(_no_start(run))
+    return max(left, default=0)
+
+
 def other_run(run: Run, new: Proposal) -> list[Problem]:
     """Why `run` cannot go on with a changed spec: its steps so far would have come out otherwise. How to fix that depends
     on who asks."""

@@ -123,6 +123,15 @@ def is_missing(c: CheckpointInfo) -> bool:
     return not (Path(c.path) / checkpoint_dir.MANIFEST).is_file()
 
 
+def missing_here(connection: sa.Connection, run: Run, host: str) -> frozenset[int]:
+    """Steps whose checkpoints are missing, on the host that drove the run's last attempt; another does not know."""
+    claims = read_stream(connection, run.run_id, types=(e.AttemptClaimed.__name__,))
+    hosts = [r.event.host for r in claims if isinstance(r.event, e.AttemptClaimed)]
+    if hosts[-1:] != [host]:
+        return frozenset()
+    return frozenset(c.step for c in run.checkpoints if is_missing(c))
+
+
 def _status(c: CheckpointInfo) -> str:
     if is_missing(c):
         return "missing"
@@ -226,14 +235,17 @@ def sweep(store: Store, run_id: str) -> None:
     with store.read() as connection:
         run = load_run(connection, run_id)
         types = (e.CheckpointDeleted.__name__, e.CheckpointReduced.__name__)
-        deleted = set()
+        deleted, weights = set(), set()
         for r in read_stream(connection, run_id, types=types):
             match r.event:
-                case e.CheckpointDeleted(path=path) | e.CheckpointReduced(former_path=path):
+                case e.CheckpointDeleted(path=path):
                     deleted.add(Path(path))
+                case e.CheckpointReduced(path=path, former_path=former):
+                    deleted.add(Path(former))
+                    weights.add(Path(path))
     own = {Path(c.path) for c in run.checkpoints if not c.is_parents}
-    # Weights that were made and not recorded.
-    deleted |= {left for folder in {path.parent for path in own} for left in folder.glob(f"step-*{WEIGHTS}")}
-    gone = {path for path in deleted - own if is_checkpoint_of(str(path), run_id)}
+    # Weights that were made, but not recorded.
+    made = {left for folder in {path.parent for path in own} for left in folder.glob(f"step-*{WEIGHTS}")}
+    gone = {path for path in (deleted - own) | (made - weights) if is_checkpoint_of(str(path), run_id)}
     for folder in {path.parent for path in gone | own}:
         checkpoint_dir.sweep(folder, [path for path in gone if path.parent == folder])

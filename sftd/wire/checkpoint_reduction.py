@@ -18,7 +18,7 @@ import msgspec
 from sftd.domain.errors import CheckpointInvalid
 from sftd.wire import manifest as manifests
 from sftd.wire.attempt_dir import fsync_dir
-from sftd.wire.checkpoint_dir import WEIGHTS
+from sftd.wire.checkpoint_dir import WEIGHTS, delete_folder
 
 
 class Reduced(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ def saving(path: Path, digest: str) -> int:
 
 def reduce(path: Path, digest: str) -> Reduced | None:
     """Make the folder of the weights of a checkpoint that nobody else changes, in the place of one that an interrupted call left.
-    None when there is nothing to gain (see `saving`). Raises `OSError`."""
+    None when there is nothing to gain (see `saving`), or when somebody reads that one. Raises `OSError`."""
     freed = saving(path, digest)
     if not freed:
         return None
@@ -56,8 +56,9 @@ def reduce(path: Path, digest: str) -> Reduced | None:
     data = manifests.encode(made)
     published = path.with_name(path.name + WEIGHTS)
     partial = published.with_name(published.name + ".partial")
-    for left in (partial, published):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    if published.exists() and not delete_folder(published):
+        return None
     partial.mkdir()
     try:
         for entry in kept:
