@@ -121,12 +121,8 @@ class Bench:
         self._trained = samples * (length - 1)
         self.events: list[Any] = []
         self._folder = folder
-        self.checkpoints = self._checkpoints(None)
         self._step = 0
-
-    def _checkpoints(self, checkpoint: str | None) -> Any:
         from sftd.trainer.checkpoint import Checkpoints
-        from sftd.wire.attempt_dir import Order
 
         bench = self
 
@@ -142,9 +138,14 @@ class Bench:
             def check_fence(self) -> None:
                 """Nobody gives this up."""
 
+        self._told: Any = Told()
+        self.checkpoints = Checkpoints(self._order(None), self.session, self.trainee, self._told)
+
+    def _order(self, checkpoint: str | None) -> Any:
+        from sftd.wire.attempt_dir import Order
+
         fields = {"spec": self.spec, "planned_steps": 1, "checkpoint_dir": str(self._folder)}
-        order = Order(run_id="bench", attempt=1, token="", checkpoint=checkpoint, **fields)
-        return Checkpoints(order, self.session, self.trainee, Told())
+        return Order(run_id="bench", attempt=1, token="", checkpoint=checkpoint, **fields)
 
     def step(self) -> tuple[float, bool]:
         """One optimizer step: its seconds, and whether every rank has written its share of the save in flight."""
@@ -192,9 +193,11 @@ class Bench:
 
     def load(self) -> tuple[float, int]:
         """Load the newest checkpoint: seconds, and how far the memory grew."""
-        newest = str(max(self._folder.glob("step-*")))
+        from sftd.trainer import checkpoint_loading
+
+        order = self._order(str(max(self._folder.glob("step-*"))))
         memory, started = Memory(), time.perf_counter()
-        self._checkpoints(newest).load()
+        checkpoint_loading.load(order, self.session, self.trainee, self._told)
         return time.perf_counter() - started, memory.grown()
 
     def keep_newest(self) -> None:

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Answer prompts from a checkpoint."),
     "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
     "gc": ("checkpoints", "Delete the checkpoints that nothing keeps."),
+    "rm": ("rm", "Remove runs: delete their files and hide them."),
     "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
     "mlflow": ("mlflow", "Compare MLflow with the log, build it anew, register models."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -77,6 +78,14 @@ def views_up_to_date(store: Store) -> None:
     if behind:
         with store.write() as tx:
             views.catch_up(tx)
+
+
+def confirm(question: str) -> None:
+    """Ask before something is deleted; a no ends the command. Raises `UsageError` where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise click.UsageError("Nobody can be asked here: give --yes to delete without asking.")
+    if not click.confirm(question, err=True):
+        raise SystemExit("Nothing was deleted.")
 
 
 def lacks_daemon(settings: Settings) -> bool:

@@ -24,6 +24,7 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     published   whole, in the run's timeline       missing    its folder is not on this host
     pinned      a fork starts from it              rejected   damaged when it was to be loaded
     superseded  a later attempt went on before it  deleted    nothing kept it (checkpoint.keep_*)
+    weights     its weights alone are kept (checkpoint.after_success): for export and answers
 
     \b
     Example:
@@ -79,33 +80,72 @@ def _layout(sizes: dict[str, int]) -> str:
 
 @click.command("gc")
 @click.argument("prefixes", metavar="[RUN]...", nargs=-1)
-@click.option("--dry-run", is_flag=True, help="Say what would go; delete nothing.")
+@click.option("--run", "runs", metavar="RUN", multiple=True, help="A run, as an argument is; repeatable.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Delete every checkpoint of each RUN, kept ones too; RUN has ended. Those that a fork starts from stay.",
+)
+@click.option("--dry-run", is_flag=True, help="List what would be deleted; delete nothing.")
+@click.option("-y", "--yes", is_flag=True, help="With --all: delete without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def gc_command(prefixes: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
-    """Delete the checkpoints that no rule keeps any more, of all runs or of each RUN.
+def gc_command(
+    prefixes: tuple[str, ...],
+    runs: tuple[str, ...],
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Delete the checkpoints that no rule keeps any more, of all runs or of each RUN, and the training state of those of which
+    `checkpoint.after_success` keeps the weights alone.
 
     A daemon does this for the runs that it drives. What is left for you: runs that a daemon did not see to their end,
     deletions that a crash interrupted, checkpoints that somebody was reading. Runs that are being driven, checkpoints
-    that are being read and what lies on another host are left alone.
+    that are being read and what lies on another host are left alone. `sftd rm` removes a run with all its files.
 
     \b
     Example:
       sftd gc --dry-run
       sftd gc brave-otter
+      sftd gc --run brave-otter --all
     """
     from sftd.operations import collecting
 
-    store = app.open_store(app.read_settings())
-    found = collecting.leftovers(store, app.context(), prefixes, dry_run=dry_run)
+    prefixes = (*prefixes, *runs)
+    if everything and not prefixes:
+        raise click.UsageError("--all deletes the checkpoints of runs that you name: give RUN.")
+    settings = app.read_settings()
+    store, context = app.open_store(settings), app.context()
+
+    def collect(*, dry_run: bool) -> list[Leftover]:
+        return collecting.leftovers(
+            store, context, prefixes, dry_run=dry_run, home=settings.home, everything=everything
+        )
+
+    if everything and not (dry_run or yes):
+        planned = [left for left in collect(dry_run=True) if left.is_gone]
+        for left in planned:
+            click.echo(f"{left.run_id}  step {left.step}  {output.size(left.bytes):>8}", err=True)
+        total = output.size(sum(left.bytes for left in planned))
+        app.confirm(f"Delete {len(planned)} checkpoints, {total}?")
+    found = collect(dry_run=dry_run)
     if as_json:
         click.echo(output.json_line([_leftover_json(left) for left in found]))
         return
     for left in found:
         click.echo(f"{left.run_id}  step {left.step}  {output.size(left.bytes):>8}  {left.what}")
     gone = [left for left in found if left.is_gone]
-    verb = "would be deleted" if dry_run else "deleted"
+    reduced = sum(left.what == "weights kept" for left in gone)
+    would = "would be " if dry_run else ""
+    parts = [
+        f"{count} checkpoint{'s' * (count != 1)} {would}{verb}"
+        for count, verb in ((len(gone) - reduced, "deleted"), (reduced, "reduced to weights"))
+        if count
+    ]
     total = output.size(sum(left.bytes for left in gone))
-    click.echo(f"{len(gone)} checkpoints {verb}, {total}" if gone else "Nothing to delete.")
+    click.echo(f"{', '.join(parts)}: {total}" if gone else "Nothing to delete.")
 
 
 def _leftover_json(left: Leftover) -> dict[str, Any]:

@@ -31,23 +31,29 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
     from sftd.domain import decisions, trajectory
+    from sftd.launcher.processes import host_name
     from sftd.operations import reading, runs
     from sftd.wire import preflight, specfile
 
-    store = app.open_store(app.read_settings())
+    settings = app.read_settings()
+    store = app.open_store(settings)
     new, instead = None, ""
     if overrides:
         now = reading.find_run(store, run)
         decisions.refuse_busy(now)
         spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
-        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now))
+        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
         for warning in (*warnings, *inspected.warnings):
             output.warn(str(warning))
         new = preflight.proposal(spec, inspected)
         step = [] if from_step is None else ["--from-step", str(from_step)]
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
-    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead)
+    before = reading.find_run(store, run).restart_checkpoint
+    host = host_name()
+    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint
+    if from_step is None and before is not None and before != checkpoint:
+        output.warn(f"the checkpoint of step {before.step} is gone from the disk: {before.path}")
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     output.console().print(
         f"[bold]{found.run_id}[/] is queued again, from {start} to step {found.planned_steps}"

@@ -70,7 +70,7 @@ def demo_command(model: str, crash: bool, steps: int) -> None:
     config = write_config(settings, folder, data, steps)
     out.print(f"   {config}", style="dim", soft_wrap=True)
     store = app.open_store(settings)
-    run_id = submit(store, config)
+    run_id = submit(store, config, settings.home)
     out.print(f"   submitted as [bold]{run_id}[/]")
     start_daemon(settings)
     try:
@@ -189,13 +189,13 @@ def write_config(settings: Settings, folder: str, data: dict[str, Any], steps: i
     return path
 
 
-def submit(store: Store, config: Path) -> str:
+def submit(store: Store, config: Path, home: Path) -> str:
     """Submit the config, as `sftd submit` does."""
     from sftd.operations import runs
     from sftd.wire import preflight, specfile
 
     spec, warnings = specfile.read(str(config), (), os.getcwd())
-    found = preflight.inspect(spec)
+    found = preflight.inspect(spec, home=home)
     return runs.submit(store, app.context(), spec, found, [*warnings, *found.warnings], app.user_name())
 
 

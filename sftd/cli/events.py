@@ -30,6 +30,8 @@ def _described(event: Any) -> str:
             return f"from step {event.step} of {event.parent}, by {event.by}{changed}"
         case e.CheckpointPinned():
             return f"step {event.step}, from which {event.fork} was forked"
+        case e.CheckpointUnpinned():
+            return f"step {event.step}, from which {event.fork} was forked, which is removed"
         case e.AttemptClaimed():
             start = f"step {event.from_step}" if event.from_step else "the pretrained model"
             return f"from {start}, by {event.daemon}"
@@ -66,6 +68,8 @@ def _described(event: Any) -> str:
             return f"step {event.step}: {event.reason}"
         case e.CheckpointDeleted():
             return f"step {event.step}  {output.size(event.bytes)} ({event.reason})"
+        case e.CheckpointReduced():
+            return f"step {event.step}  {output.size(event.bytes)} of weights kept, {output.size(event.freed_bytes)} freed"
         case e.AnomalyDetected():
             return f"step {event.step}: " + "  ".join((event.what, *_details(event.detail)))
         case e.SamplesSkipped():
@@ -103,6 +107,8 @@ def _described(event: Any) -> str:
             return f"{event.cause}: {event.message}"
         case e.RunCancelled():
             return f"by {event.by}"
+        case e.RunRemoved():
+            return f"{output.size(event.freed_bytes)} freed, by {event.by}"
         case e.ModelExported():
             return f"step {event.step}  {output.size(event.bytes)} {event.dtype} to {event.path}"
         case e.ModelRegistered():

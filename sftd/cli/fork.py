@@ -58,7 +58,7 @@ def fork_command(
     store = app.open_store(settings)
     parent, point = forks.find(store, run, from_step)
     spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
-    found = forks.inspect(store, parent, point, spec)
+    found = forks.inspect(store, parent, point, spec, settings.home)
     warnings = [*warnings, *found.warnings]
     if not trajectory.changes(parent.spec, spec):
         warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))

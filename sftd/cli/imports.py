@@ -40,6 +40,8 @@ def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json
     if not quiet:
         for path in done.missing:
             output.warn(f"the checkpoint {path} is not there: it can be neither resumed from nor exported")
+        for path, reason in done.damaged.items():
+            output.warn(f"the checkpoint {path} is damaged and will not be used: {reason}")
     if as_json:
         fields = {"run_id": run.run_id, "status": run.status, "new_events": done.new_events}
         click.echo(output.json_line(fields))

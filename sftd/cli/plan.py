@@ -60,7 +60,7 @@ def plan_command(
     from sftd.wire import preflight, specfile
 
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec)
+    found = preflight.inspect(spec, has_room=False)
     host = Host.find(spec, devices, memory, device)
     facts = facts_of(found)
     calibration = known_pace(found.shape, host.machine)

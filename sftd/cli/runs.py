@@ -38,6 +38,8 @@ HISTORY_TYPES = (
     "RunForked",
     "RunSubmitted",
     "CheckpointPinned",
+    "CheckpointUnpinned",
+    "CheckpointReduced",
     "AttemptClaimed",
     "AttemptLaunched",
     "AttemptAdopted",
@@ -60,6 +62,7 @@ HISTORY_TYPES = (
     "RunSucceeded",
     "RunFailed",
     "RunCancelled",
+    "RunRemoved",
     "ModelExported",
     "ModelRegistered",
     "ReplayVerified",
@@ -73,8 +76,11 @@ HISTORY_TYPES = (
 )
 @click.option("-p", "--project", help="Only runs of this project.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="At most so many.")
+@click.option("--removed", is_flag=True, help="List the runs that `sftd rm` removed instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None, as_json: bool) -> None:
+def ls_command(
+    statuses: tuple[str, ...], project: str | None, limit: int | None, removed: bool, as_json: bool
+) -> None:
     """List runs, newest first.
 
     \b
@@ -88,7 +94,7 @@ def ls_command(statuses: tuple[str, ...], project: str | None, limit: int | None
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit)
+    rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit, removed=removed)
     if as_json:
         # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
         click.echo(msgspec.json.encode([_row_json(row) for row in rows]).decode())
@@ -287,8 +293,16 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
         ("sweep", run.sweep),
         ("preempted", f"{run.preemptions} times" if run.preemptions > 1 else "once" * run.preemptions),
         ("spec", run.spec_digest[:16]),
+        ("disk", _disk(run)),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]
+
+
+def _disk(run: Run) -> str:
+    if run.removed_at is not None:
+        return f"removed {output.clock(run.removed_at)}"
+    own = sum(not c.is_parents for c in run.checkpoints)
+    return f"{output.size(run.checkpoint_bytes)} in {own} checkpoint{'s' * (own != 1)}" if own else ""
 
 
 def _redone(run: Run, history: list[Recorded]) -> str:
@@ -334,6 +348,7 @@ def _checkpoints_table(run: Run) -> Table:
     from rich.text import Text
 
     from sftd.domain.retention import why_kept
+    from sftd.operations.checkpoints import is_missing
 
     reasons = why_kept(run)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -346,8 +361,8 @@ def _checkpoints_table(run: Run) -> Table:
             f"step {c.step}",
             output.size(c.bytes),
             output.loss(c.val_loss),
-            ", ".join(reasons[c.step]),
-            Text(c.path),
+            Text(", ".join([*(["weights only"] * c.weights_only), *reasons[c.step]])),
+            Text.assemble(("missing: ", "red"), c.path) if is_missing(c) else Text(c.path),
         )
     return table
 

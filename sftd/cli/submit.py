@@ -101,7 +101,7 @@ def submit_command(
         sweep.submit(settings, config, overrides, grid, after, quiet=quiet, dry_run=dry_run, as_json=as_json)
         return
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec)
+    found = preflight.inspect(spec, home=settings.home)
     warnings = [*warnings, *found.warnings]
     if after and (dry_run or print_script):
         check_after(app.open_store(settings), after)

@@ -29,7 +29,7 @@ def submit(
     context = app.context()
     # Short: it begins the names of all its runs.
     name = f"sweep-{context.random(3).hex()}"
-    points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name)
+    points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home)
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
     if after and dry_run:

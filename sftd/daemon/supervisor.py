@@ -15,7 +15,7 @@ from sftd.domain.failures import Failure, Remains, classify
 from sftd.domain.run import Run
 from sftd.domain.spec_sections import Launch
 from sftd.launcher.seam import Attempt
-from sftd.operations import attempts, checkpoints
+from sftd.operations import attempts, checkpoints, reducing
 from sftd.operations.context import Context
 from sftd.settings import Settings
 from sftd.store import positions
@@ -305,6 +305,14 @@ def _launch(attempt: Attempt) -> Launch:
 
 
 def collect(store: Store, context: Context, run_id: str, lease: Lease | None = None) -> None:
-    """Delete the checkpoints that nothing keeps."""
+    """Delete the checkpoints that nothing keeps, and after the run's success the training state of others."""
     for deleted in checkpoints.collect(store, context, run_id, lease):
         of_run(run_id).info("deleted the checkpoint of step %d (%s)", deleted.step, deleted.reason)
+    if lease is not None:
+        return
+    try:
+        for reduced in reducing.reduce(store, context, run_id):
+            of_run(run_id).info("kept the weights alone of the checkpoint of step %d", reduced.step)
+    except OSError as error:
+        # The run has succeeded all the same.
+        of_run(run_id).warning("checkpoints stay whole (`sftd gc` tries again): %s", error)

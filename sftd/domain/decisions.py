@@ -75,14 +75,21 @@ def request_resume(
     with these changes.
     """
     refuse_busy(run)
+    if run.removed_at is not None:
+        fix = (
+            f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
+            if not run.first_step
+            else ""
+        )
+        raise Refused(Problem(run.run_id, "was removed: its checkpoints are gone", fix))
     planned = new.planned_steps if new else run.planned_steps
     if new and (problems := other_run(run, new)):
         problems[-1] = msgspec.structs.replace(problems[-1], fix=f"another trajectory is a fork: {instead}")
         raise Refused(problems)
-    start = _resume_start(run, from_step)
     if from_step is None and run.status == "succeeded" and planned == run.planned_steps:
         fix = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
         raise Refused(Problem(run.run_id, "has succeeded: no step is left", fix))
+    start = _resume_start(run, from_step)
     if planned < start:
         what = f"{planned} steps are fewer than the {start} behind which it goes on"
         raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
@@ -99,6 +106,23 @@ def request_resume(
             planned_steps=planned,
         )
     ]
+
+
+def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) -> int | None:
+    """The step to resume from, given those whose checkpoints are gone: the one that was asked for, or instead of the newest
+    (`from_step` None) the newest that is left; 0 is the pretrained model. Raises `Refused` when there is none."""
+    left = [c.step for c in run.checkpoints if c.step not in missing and not (c.superseded or c.weights_only)]
+    if from_step in missing and from_step is not None:
+        what = f"the checkpoint of step {from_step} of {run.run_id} is gone from the disk"
+        choices = [*([] if run.first_step else [0]), *left]
+        fix = f"use one of {', '.join(map(str, choices))}" if choices else "put its folder back"
+        raise Refused(Problem("--from-step", what, fix))
+    newest = run.restart_checkpoint
+    if from_step is not None or newest is None or newest.step not in missing:
+        return from_step
+    if not left and run.first_step:
+        raise Refused(_no_start(run))
+    return max(left, default=0)
 
 
 def other_run(run: Run, new: Proposal) -> list[Problem]:
@@ -142,18 +166,29 @@ def _resume_start(run: Run, from_step: int | None) -> int:
         newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
         if newest is None and run.first_step:
             raise Refused(_no_start(run))
+        if newest is not None and newest.weights_only:
+            raise Refused(_weights_only(run, newest))
         return newest.step if newest else 0
     if (from_step or run.first_step) and all(c.step != from_step for c in run.checkpoints):
         if not run.checkpoints and run.first_step:
             raise Refused(_no_start(run))
         what = f"{run.run_id} has no checkpoint of step {from_step}"
         raise Refused(Problem("--from-step", what, f"use one of {_steps(run)}"))
+    if chosen := next((c for c in run.checkpoints if c.step == from_step and c.weights_only), None):
+        raise Refused(_weights_only(run, chosen))
     pinned = [(name, c.step) for c in run.checkpoints if c.step > from_step for name in c.forks]
     if pinned:
         name, step = pinned[0]
         what = f"would write step {step} anew, from which {name} was forked"
         raise Refused(Problem("--from-step", what, f"sftd fork {run.run_id} --from-step {from_step}"))
     return from_step
+
+
+def _weights_only(run: Run, checkpoint: CheckpointInfo) -> Problem:
+    what = f"its checkpoint of step {checkpoint.step} holds weights only: training cannot continue from it"
+    again = f"start from another step with --from-step ({steps}), or " if (steps := _steps(run)) else ""
+    fix = f"{again}train a new run from its model: `sftd export {run.run_id} --step {checkpoint.step}`"
+    return Problem(run.run_id, what, fix)
 
 
 def _no_start(run: Run) -> Problem:
@@ -167,7 +202,7 @@ def _no_start(run: Run) -> Problem:
 
 def _steps(run: Run) -> str:
     pretrained = [] if run.first_step else [0]
-    return ", ".join(str(s) for s in (*pretrained, *(c.step for c in run.checkpoints)))
+    return ", ".join(str(s) for s in (*pretrained, *(c.step for c in run.checkpoints if not c.weights_only)))
 
 
 def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
@@ -176,14 +211,15 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     # Those behind which a queued attempt will go back are about to be superseded: it may write their folders anew.
     back = parent.resume_from if parent.status in WAITING else None
     timeline = [c for c in parent.checkpoints if not c.superseded and (back is None or c.step <= back)]
-    have = ", ".join(str(s) for s in (*([] if parent.first_step else [0]), *(c.step for c in timeline)))
+    whole = [c.step for c in timeline if not c.weights_only]
+    have = ", ".join(str(s) for s in (*([] if parent.first_step else [0]), *whole))
     if step is None:
         if not timeline:
             fix = "wait until it has saved one (trainer.save_interval)" + (
                 "" if parent.first_step else ", or start from the pretrained model: --from-step 0"
             )
             raise Refused(Problem(parent.run_id, "has no published checkpoint", fix))
-        return timeline[-1]
+        step = timeline[-1].step
     if step == 0 and not parent.first_step:
         return None
     found = next((c for c in timeline if c.step == step), None)
@@ -193,7 +229,27 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
             "is superseded: a later attempt goes on from before it" if superseded else "is not there"
         )
         raise Refused(Problem("--from-step", what, f"use one of {have}"))
+    if found.weights_only:
+        raise Refused(_weights_only(parent, found))
     return found
+
+
+def remove(run: Run, by: str, freed_bytes: int) -> list[e.Event]:
+    """Remove the files of a run that has ended, and hide it. Raises `Refused` when it is needed, or removed already."""
+    if run.removed_at is not None:
+        raise Refused(Problem(run.run_id, "was removed already", "`sftd ls --removed` lists such runs"))
+    if run.status not in ENDED:
+        raise Refused(Problem(run.run_id, f"is {run.status}", f"`sftd cancel {run.run_id}` first"))
+    pins = {c.step: c.forks for c in run.checkpoints if c.forks} | run.rejected_pins
+    for step, forks in pins.items():
+        what = f"its checkpoint of step {step} is where {', '.join(forks)} starts"
+        raise Refused(Problem(run.run_id, what, f"remove that first: `sftd rm {' '.join(forks)}`"))
+    gone = [
+        e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason="removed")
+        for c in run.checkpoints
+        if not c.is_parents
+    ]
+    return [*gone, e.RunRemoved(by=by, freed_bytes=freed_bytes)]
 
 
 def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:

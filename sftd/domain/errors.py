@@ -74,6 +74,10 @@ class JournalCorrupt(SftdError):
     """A complete journal line cannot be read."""
 
 
+class CheckpointInvalid(SftdError):
+    """The checkpoint is not whole, or not the one that was published."""
+
+
 class DatabaseNotReady(SftdError):
     """The database has no sftd tables of this version. Run `sftd init`."""
 

@@ -58,6 +58,13 @@ class CheckpointPinned(Event, frozen=True):
     fork: str
 
 
+class CheckpointUnpinned(Event, frozen=True):
+    """`fork`, which started from this checkpoint, was removed: it does not keep the checkpoint any more."""
+
+    step: int
+    fork: str
+
+
 class AttemptClaimed(Event, frozen=True):
     """A daemon took the right to drive the next attempt. It starts from `from_step` (0 is the pretrained model)."""
 
@@ -204,6 +211,19 @@ class CheckpointDeleted(Event, frozen=True):
     reason: str
 
 
+class CheckpointReduced(Event, frozen=True):
+    """The training state of a checkpoint was deleted, its weights are kept: the model can be exported and answers, but training
+    cannot continue from it. `path`, `bytes` and `manifest_digest` are those of the folder that is left, in the place of
+    `former_path`; `freed_bytes` were deleted."""
+
+    step: int
+    path: str
+    former_path: str
+    bytes: int
+    freed_bytes: int
+    manifest_digest: str
+
+
 class AnomalyDetected(Event, frozen=True):
     """Something that must not be: a redone step that differs from the log, a loss that is not a number."""
 
@@ -341,6 +361,14 @@ class RunCancelled(Event, frozen=True):
     """The run ended because it was asked to."""
 
     by: str
+
+
+class RunRemoved(Event, frozen=True):
+    """A person removed the files of a run that had ended: its checkpoints, of which each has a `CheckpointDeleted`, and its
+    attempts. `freed_bytes` were deleted. Its events stay."""
+
+    by: str
+    freed_bytes: int
 
 
 class ModelExported(Event, frozen=True):

@@ -12,6 +12,7 @@ from sftd.domain import events as e
 from sftd.domain import exactness
 from sftd.domain.codec import json_float
 from sftd.domain.errors import UnknownEvent
+from sftd.domain.evolve_files import FILES
 from sftd.domain.evolve_halts import HALTS, NO_STOP
 from sftd.domain.run import CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
 from sftd.domain.spec import OrderStart, Spec
@@ -80,16 +81,6 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
         tokens_counted=event.tokens_total,
         tokens_reported=event.tokens_total,
         checkpoints=start,
-    )
-
-
-@_apply.register(e.CheckpointPinned)
-def _(event: e.CheckpointPinned, run: Run, recorded: e.Recorded) -> Run:
-    return _set(
-        run,
-        checkpoints=tuple(
-            _set(c, forks=(*c.forks, event.fork)) if c.step == event.step else c for c in run.checkpoints
-        ),
     )
 
 
@@ -290,11 +281,6 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     )
 
 
-@_apply.register(e.CheckpointDeleted)
-def _(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.path != event.path))
-
-
 @_apply.register(e.AnomalyDetected)
 def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, anomalies=run.anomalies + 1)
@@ -385,5 +371,5 @@ def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
 
 
-for _type, _fold in HALTS.items():
+for _type, _fold in (HALTS | FILES).items():
     _apply.register(_type, _fold)

@@ -60,6 +60,7 @@ class Failure(msgspec.Struct, frozen=True):
     evidence: list[str] = []
 
 
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 # In order: the first that matches decides. A rank that dies of its own fault breaks its peers' connections, so
 # communication comes after every other pattern.
 _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
@@ -76,7 +77,7 @@ _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
         ),
     ),
     ("lost", re.compile(r"\bslurm: NODE_FAIL\b")),
-    ("disk full", re.compile(r"No space left on device|Disk quota exceeded|File too large")),
+    ("disk full", _DISK_FULL),
 )
 _COMMUNICATION = re.compile(
     r"NCCL|DistBackendError|[Gg]loo|Connection (?:reset|closed|refused)|Broken pipe|Timed out"
@@ -87,6 +88,11 @@ _SIGNAL = re.compile(r"Signal \d+ \((SIG\w+)\)|(?:exitcode\s*:\s*-|got signal: )
 _ERROR_LINE = re.compile(
     r"^\s*(?:\[rank\d+\]:\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Invalid|Loss|Spike|Refused)\b.*)"
 )
+
+
+def is_disk_full(text: str) -> bool:
+    """Whether an error says that a disk is full, which may change while a run waits."""
+    return _DISK_FULL.search(text) is not None
 
 
 def classify(remains: Remains) -> Failure:

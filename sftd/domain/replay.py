@@ -151,6 +151,7 @@ _WITHIN = (
     e.TrainingResumed,
     e.SampleGenerated,
     e.CheckpointStarted,
+    e.CheckpointReduced,
     e.CheckpointDeleted,
 )
 

@@ -12,8 +12,7 @@ def why_kept(run: Run) -> dict[int, list[str]]:
     reasons: dict[int, list[str]] = {c.step: [] for c in run.checkpoints}
     for c in timeline[-policy.keep_last :]:
         reasons[c.step].append("last" if c is timeline[-1] else f"last {policy.keep_last}")
-    scored = sorted((c.val_loss, c.step) for c in timeline if isinstance(c.val_loss, float))
-    for rank, (_, step) in enumerate(scored[: policy.keep_best]):
+    for rank, step in enumerate(_best(run)[: policy.keep_best]):
         reasons[step].append("best" if rank == 0 else f"best {policy.keep_best}")
     for c in timeline:
         if policy.keep_every and c.step % policy.keep_every == 0:
@@ -35,6 +34,30 @@ def why_kept(run: Run) -> dict[int, list[str]]:
     if run.resume_from is not None and run.resume_from in reasons:
         reasons[run.resume_from].append("about to be resumed from")
     return reasons
+
+
+def reducible(run: Run) -> list[CheckpointInfo]:
+    """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: the best, and with
+    `weights` all; the final one stays whole with `last`. Never one that a fork starts from, nor another run's."""
+    policy = run.spec.checkpoint
+    if run.status != "succeeded" or policy.after_success == "all":
+        return []
+    every = policy.after_success == "weights"
+    scored = _best(run)[: policy.keep_best]
+    return [
+        c
+        for c in run.checkpoints
+        if not (c.weights_only or c.is_parents or c.forks or c.superseded)
+        and (every or (c.step in scored and c.step != run.planned_steps))
+    ]
+
+
+def _best(run: Run) -> list[int]:
+    """Steps of the timeline's checkpoints, the lowest validation loss first."""
+    scored = [
+        (c.val_loss, c.step) for c in run.checkpoints if isinstance(c.val_loss, float) and not c.superseded
+    ]
+    return [step for _, step in sorted(scored)]
 
 
 def deletable(run: Run) -> list[CheckpointInfo]:

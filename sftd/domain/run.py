@@ -31,7 +31,8 @@ ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 class CheckpointInfo(msgspec.Struct, frozen=True):
     """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
     which a later attempt went on. `is_parents`: it is another run's, from which this one was forked. `forks` start from it.
-    `order` is the run's as of this checkpoint (see `Run.order`), None where an older sftd did not record it."""
+    `order` is the run's as of this checkpoint (see `Run.order`), None where an older sftd did not record it. Training cannot
+    continue from one with `weights_only`."""
 
     step: int
     path: str
@@ -46,6 +47,7 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
     is_parents: bool = False
     forks: tuple[str, ...] = ()
     order: tuple[OrderStart, ...] | None = None
+    weights_only: bool = False
 
 
 class ForkPoint(msgspec.Struct, frozen=True):
@@ -102,6 +104,8 @@ class Run(msgspec.Struct, frozen=True):
     submitted_at: e.Micros = 0
     started_at: e.Micros | None = None
     ended_at: e.Micros | None = None
+    # When a person removed its files, after it had ended.
+    removed_at: e.Micros | None = None
     updated_at: e.Micros = 0
     attempt: int = 0
     daemon: str | None = None
@@ -159,7 +163,13 @@ class Run(msgspec.Struct, frozen=True):
         """Where the next attempt starts: the asked-for checkpoint or the newest of the timeline; None is the pretrained model."""
         if self.resume_from is not None:
             return next((c for c in self.checkpoints if c.step == self.resume_from), None)
-        return max((c for c in self.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
+        whole = (c for c in self.checkpoints if not (c.superseded or c.weights_only))
+        return max(whole, key=lambda c: c.step, default=None)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the run's own checkpoints take, as the log has it."""
+        return sum(c.bytes for c in self.checkpoints if not c.is_parents)
 
     @property
     def how_it_ended(self) -> str:

@@ -130,9 +130,21 @@ class Spec(Section, frozen=True):
         return round(self.scheduler.warmup_ratio * planned_steps)
 
 
+_DEFAULTS = Spec()
+# Keys that the digests of earlier specs do not have.
+_ADDED_KEYS = (("checkpoint", "after_success"),)
+
+
 def canonical_json(spec: Spec) -> bytes:
-    """The spec as JSON with sorted keys: equal specs give equal bytes."""
-    return msgspec.json.encode(msgspec.to_builtins(spec), order="sorted")
+    """The spec as JSON with sorted keys: equal specs give equal bytes.
+
+    A key that later versions added is left out while it has its default, so that an older spec keeps its digest.
+    """
+    written = msgspec.to_builtins(spec)
+    for section, key in _ADDED_KEYS:
+        if getattr(getattr(spec, section), key) == getattr(getattr(_DEFAULTS, section), key):
+            del written[section][key]
+    return msgspec.json.encode(written, order="sorted")
 
 
 def spec_digest(spec: Spec) -> str:

@@ -212,6 +212,13 @@ class Checkpoint(Section, frozen=True):
     keep_every: Annotated[
         Count, Meta(description="keep each checkpoint whose step is a multiple of this; 0 is off")
     ] = 0
+    after_success: Annotated[
+        Literal["weights", "last", "all"],
+        Meta(
+            description="what stays whole once the run has succeeded: last keeps the final checkpoint whole, so that the run can be "
+            "continued, and of the best the weights alone; weights keeps the weights of each alone; all keeps each whole"
+        ),
+    ] = "last"
     async_save: Annotated[
         bool,
         Meta(

@@ -19,23 +19,30 @@ _HEADROOM = 1.1
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, and how many checkpoints. `kept` are there at the end; `most` at once, the one being written included, when
-    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that."""
+    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. Of `reduced`
+    of the kept ones only the weights are left at the end, which take as much as an export."""
 
     checkpoint: int
     saved: int
     kept: int
+    reduced: int
     most: int
     export: int
 
     @property
     def at_end(self) -> int:
         """Of the checkpoints that stay."""
-        return self.kept * self.checkpoint
+        return (self.kept - self.reduced) * self.checkpoint + self.reduced * self.export
+
+    @property
+    def one_save(self) -> int:
+        """Free space that a save asks for."""
+        return int(_HEADROOM * self.checkpoint)
 
     @property
     def needed(self) -> int:
         """Free space so that no save fails."""
-        return int((self.most - 1 + _HEADROOM) * self.checkpoint)
+        return (self.most - 1) * self.checkpoint + self.one_save
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
@@ -43,7 +50,7 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
     parameters = whole_model(shape)
     size = parameters * _STATE_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)
-    most = kept = marked = 0
+    most = kept = marked = stays = 0
     policy = spec.checkpoint
     # The best may be any others than those that stay anyway.
     best = policy.keep_best if spec.data.val_files else 0
@@ -55,4 +62,11 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
             marked += steps[number - 1 - policy.keep_last] % policy.keep_every == 0
         stays = min(number, policy.keep_last) + marked
         kept = stays + min(best, number - stays)
-    return Storage(checkpoint=size, saved=len(steps), kept=kept, most=most, export=parameters * _WIDTH[dtype])
+    return Storage(
+        checkpoint=size,
+        saved=len(steps),
+        kept=kept,
+        reduced={"all": 0, "last": kept - stays, "weights": kept}[policy.after_success],
+        most=most,
+        export=parameters * _WIDTH[dtype],
+    )

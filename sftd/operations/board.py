@@ -45,6 +45,8 @@ _MINOR = (
     e.SampleGenerated,
     e.DataBound,
     e.CheckpointPinned,
+    e.CheckpointUnpinned,
+    e.CheckpointReduced,
     e.CheckpointDeleted,
     e.TrainingResumed,
 )

@@ -19,10 +19,13 @@ from sftd.store.event_store import read_stream
 from sftd.store.queue import Lease
 from sftd.store.runs import load_run, resolve_id
 from sftd.wire import checkpoint_dir
-from sftd.wire.attempt_dir import is_checkpoint_of
+from sftd.wire.checkpoint_dir import WEIGHTS, is_checkpoint_of
 
 # The events that say what became of a checkpoint.
-_FATES = tuple(t.__name__ for t in (e.CheckpointPublished, e.CheckpointRejected, e.CheckpointDeleted))
+_FATES = tuple(
+    t.__name__
+    for t in (e.CheckpointPublished, e.CheckpointReduced, e.CheckpointRejected, e.CheckpointDeleted)
+)
 
 
 def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointInfo]:
@@ -81,7 +84,8 @@ def exports(store: Store, run_id: str) -> list[e.ModelExported]:
 
 class CheckpointRow(msgspec.Struct, frozen=True):
     """What became of one checkpoint. `status` is `published`, `pinned` (a fork starts from it), `superseded` (a later
-    attempt went on from before it), `missing` (its folder is not on this host), `deleted` or `rejected` (damaged).
+    attempt went on from before it), `weights` (of a run that has succeeded its weights alone are kept), `missing` (its
+    folder or its manifest is not on this host), `deleted` or `rejected` (damaged).
     `layout` holds the sizes in which it was saved, empty when its manifest cannot be read."""
 
     step: int
@@ -114,10 +118,32 @@ def overview(store: Store, run: Run) -> list[CheckpointRow]:
     return sorted(rows, key=lambda row: (row.step, row.published_at))
 
 
+def is_missing(c: CheckpointInfo) -> bool:
+    """Whether a checkpoint's folder or its manifest is not on this host."""
+    return not (Path(c.path) / checkpoint_dir.MANIFEST).is_file()
+
+
+def missing_here(connection: sa.Connection, run: Run, host: str) -> frozenset[int]:
+    """Steps whose checkpoints are missing, on the host that drove the run's last attempt; another does not know."""
+    claims = read_stream(connection, run.run_id, types=(e.AttemptClaimed.__name__,))
+    hosts = [r.event.host for r in claims if isinstance(r.event, e.AttemptClaimed)]
+    if hosts[-1:] != [host]:
+        return frozenset()
+    return frozenset(c.step for c in run.checkpoints if is_missing(c))
+
+
 def _status(c: CheckpointInfo) -> str:
-    if not Path(c.path).is_dir():
+    if is_missing(c):
         return "missing"
-    return "pinned" if c.forks else "superseded" if c.superseded else "published"
+    return (
+        "pinned"
+        if c.forks
+        else "superseded"
+        if c.superseded
+        else "weights"
+        if c.weights_only
+        else "published"
+    )
 
 
 def _gone(store: Store, run: Run) -> list[CheckpointRow]:
@@ -128,6 +154,8 @@ def _gone(store: Store, run: Run) -> list[CheckpointRow]:
             match r.event:
                 case e.CheckpointPublished(step=step, path=path, bytes=size):
                     there[step] = CheckpointRow(step, "", path, size, {}, None, r.occurred_at, [])
+                case e.CheckpointReduced(step=step, path=path, bytes=size) if step in there:
+                    there[step] = msgspec.structs.replace(there[step], path=path, bytes=size)
                 case e.CheckpointRejected(step=step) if step in there:
                     found.append(msgspec.structs.replace(there.pop(step), status="rejected"))
                 case e.CheckpointDeleted(step=step) if step in there:
@@ -160,6 +188,10 @@ def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDelete
         match r.event:
             case e.CheckpointPublished(step=step, path=path, bytes=size):
                 published[path] = e.CheckpointDeleted(step=step, path=path, bytes=size, reason="replaced")
+            case e.CheckpointReduced(path=path, former_path=former) if former in published:
+                published[path] = msgspec.structs.replace(
+                    published.pop(former), path=path, bytes=r.event.bytes
+                )
             case e.CheckpointRejected(path=path) if path in published:
                 published[path] = msgspec.structs.replace(published[path], reason="rejected")
             case e.CheckpointDeleted(path=path):
@@ -202,13 +234,18 @@ def sweep(store: Store, run_id: str) -> None:
     """Finish the deletions that a crash interrupted. Only while no attempt of the run lives."""
     with store.read() as connection:
         run = load_run(connection, run_id)
-        types = (e.CheckpointDeleted.__name__,)
-        deleted = {
-            Path(r.event.path)
-            for r in read_stream(connection, run_id, types=types)
-            if isinstance(r.event, e.CheckpointDeleted) and is_checkpoint_of(r.event.path, run_id)
-        }
+        types = (e.CheckpointDeleted.__name__, e.CheckpointReduced.__name__)
+        deleted, weights = set(), set()
+        for r in read_stream(connection, run_id, types=types):
+            match r.event:
+                case e.CheckpointDeleted(path=path):
+                    deleted.add(Path(path))
+                case e.CheckpointReduced(path=path, former_path=former):
+                    deleted.add(Path(former))
+                    weights.add(Path(path))
     own = {Path(c.path) for c in run.checkpoints if not c.is_parents}
-    gone = deleted - own
+    # Weights that were made, but not recorded.
+    made = {left for folder in {path.parent for path in own} for left in folder.glob(f"step-*{WEIGHTS}")}
+    gone = {path for path in (deleted - own) | (made - weights) if is_checkpoint_of(str(path), run_id)}
     for folder in {path.parent for path in gone | own}:
         checkpoint_dir.sweep(folder, [path for path in gone if path.parent == folder])

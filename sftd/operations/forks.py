@@ -40,11 +40,13 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
     return parent, point
 
 
-def inspect(store: Store, parent: Run, point: CheckpointInfo | None, spec: Spec) -> Preflight:
+def inspect(store: Store, parent: Run, point: CheckpointInfo | None, spec: Spec, home: Path) -> Preflight:
     """Read the files that the spec of a fork names, as a submit does, and see that the checkpoint fits it. Raises
     `Refused`."""
     step = point.step if point else 0
-    found = preflight.inspect(spec, lambda digest: trajectory.forked_order(parent, step, spec, digest))
+    found = preflight.inspect(
+        spec, lambda digest: trajectory.forked_order(parent, step, spec, digest), home=home
+    )
     if point is None:
         return found
     problems = _other_model(store, parent, found.shape)

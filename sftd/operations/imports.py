@@ -15,6 +15,7 @@ from sftd.operations.context import Context
 from sftd.store import event_store, queue
 from sftd.store.engine import Store, Tx
 from sftd.store.runs import load_run
+from sftd.wire import manifest
 from sftd.wire.direct_run import DirectRun, History, Submission, read_history
 
 _EVENTS_PER_INSERT = 500
@@ -23,11 +24,13 @@ _GONE_ON = (e.ResumeRequested.__name__, e.AttemptClaimed.__name__)
 
 
 class Imported(msgspec.Struct, frozen=True):
-    """What an import did. `missing` are folders of checkpoints that the history names and that are not there."""
+    """What an import did. `missing` are folders of checkpoints that the history names and that are not there; `damaged` are
+    others that do not hold what was published, with the reason (see `manifest.glance`)."""
 
     run: Run
     new_events: int
     missing: list[str]
+    damaged: dict[str, str]
 
 
 def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: bool = False) -> Imported:
@@ -63,7 +66,9 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
         # Not within the transaction, which would have everybody wait while a long history is folded.
         found = load_run(connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
-    return Imported(found, len(new), missing)
+    looks = {c.path: manifest.glance(Path(c.path), c.manifest_digest) for c in found.checkpoints}
+    damaged = {path: reason for path, reason in looks.items() if reason and path not in missing}
+    return Imported(found, len(new), missing, damaged)
 
 
 def _refuse_code(new: list[e.NewEvent]) -> None:

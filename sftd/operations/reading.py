@@ -14,7 +14,7 @@ from sftd.store import event_store
 from sftd.store.engine import Store
 from sftd.store.goodput import read_ledger
 from sftd.store.runs import load_run, resolve_id
-from sftd.store.tables import view_runs
+from sftd.store.tables import view_files, view_runs
 
 
 class RunRow(msgspec.Struct, frozen=True):
@@ -36,6 +36,8 @@ class RunRow(msgspec.Struct, frozen=True):
     seconds_per_step: float | None
     anomalies: int
     message: str | None
+    # Of its own checkpoints, as the log has them.
+    bytes: int
 
     @property
     def eta_seconds(self) -> float | None:
@@ -46,11 +48,22 @@ class RunRow(msgspec.Struct, frozen=True):
 
 
 def list_runs(
-    store: Store, *, statuses: tuple[str, ...] = (), project: str | None = None, limit: int | None = None
+    store: Store,
+    *,
+    statuses: tuple[str, ...] = (),
+    project: str | None = None,
+    limit: int | None = None,
+    removed: bool = False,
 ) -> list[RunRow]:
-    """Runs, newest first."""
-    columns = [view_runs.c[name] for name in RunRow.__struct_fields__]
-    query = sa.select(*columns).order_by(view_runs.c.submitted_at.desc(), view_runs.c.run_id).limit(limit)
+    """Runs, newest first: those whose files were removed, or all others."""
+    columns = [view_runs.c[name] for name in RunRow.__struct_fields__[:-1]]
+    files = view_files.c
+    query = (
+        sa.select(*columns, sa.func.coalesce(files.bytes, 0))
+        .outerjoin_from(view_runs, view_files, view_runs.c.run_id == files.run_id)
+        .where(files.removed_at.is_not(None) if removed else files.removed_at.is_(None))
+    )
+    query = query.order_by(view_runs.c.submitted_at.desc(), view_runs.c.run_id).limit(limit)
     if statuses:
         query = query.where(view_runs.c.status.in_(statuses))
     if project is not None:

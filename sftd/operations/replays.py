@@ -134,7 +134,7 @@ def plan(
         fix = f"its own steps are {min(log.steps)} to {last}"
         raise Refused(Problem("--to-step", what, fix))
     end = last if to_step is None else to_step
-    usable = {c.step: c for c in run.checkpoints if not c.superseded and c.step < end}
+    usable = {c.step: c for c in run.checkpoints if not (c.superseded or c.weights_only) and c.step < end}
     begin = _begin(run, usable, from_step, end)
     past = recorded[: log.versions[end]]
     losses = losses_before((r.event for r in past), begin)

@@ -10,6 +10,7 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import CheckpointPinned
 from sftd.domain.run import ENDED, Run
 from sftd.domain.spec import Spec
+from sftd.operations import checkpoints
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.dependents import all_dependents, leave_queue
 from sftd.operations.submitting import Wish, new_run_id, submit_all
@@ -72,12 +73,21 @@ def resume(
     from_step: int | None = None,
     new: Proposal | None = None,
     instead: str = "",
+    *,
+    host: str = "",
 ) -> Run:
     """Queue another attempt of a run that waits after a failure, was paused or has ended, with another spec if one is given (see
-    `decisions.request_resume`)."""
+    `decisions.request_resume`).
+
+    On the host that drove the run last, a checkpoint whose folder or manifest is gone cannot be started from: without
+    `from_step` the newest that is there is taken, and named in the request.
+    """
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         decided = decisions.request_resume(run, by, from_step, new, instead)
+        missing = checkpoints.missing_here(tx.connection, run, host)
+        if (instead_of := decisions.without_missing(run, from_step, missing)) != from_step:
+            decided = decisions.request_resume(run, by, instead_of, new, instead)
         append_decided(tx, context, run.run_id, run.version, decided)
         run = current(tx.connection, run.run_id)
         queue.wait_again(tx, run.run_id, tx.now(context.now()), priority=run.spec.launch.priority)

@@ -34,6 +34,7 @@ _LIFECYCLE = tuple(
         e.TrainingResumed,
         e.CheckpointPublished,
         e.CheckpointRejected,
+        e.CheckpointReduced,
         e.CheckpointDeleted,
         e.StopRequested,
         e.ResumeRequested,

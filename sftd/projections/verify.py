@@ -9,13 +9,22 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import goodput
-from sftd.domain.errors import UnknownEvent
+from sftd.domain.errors import UnknownEvent, ViewDamaged
 from sftd.domain.evolve import evolve
 from sftd.domain.run import Run
 from sftd.projections import views
 from sftd.store import event_store
 from sftd.store.engine import Store
-from sftd.store.tables import events, projection_positions, queue, view_checkpoints, view_goodput, view_runs
+from sftd.store.runs import decode_state, encode_state
+from sftd.store.tables import (
+    events,
+    projection_positions,
+    queue,
+    view_checkpoints,
+    view_files,
+    view_goodput,
+    view_runs,
+)
 
 _BATCH = 5000
 _REBUILD = "`sftd views rebuild` fixes it"
@@ -91,6 +100,8 @@ def _views(connection: sa.Connection, log: _Log) -> Iterator[str]:
     yield from _differences(
         connection, view_checkpoints, {(row["run_id"], row["step"]): row for row in checkpoints}
     )
+    files = {(run_id,): row for run_id, run in runs.items() for row in views.files_rows(run)}
+    yield from _differences(connection, view_files, files)
     # A run from before there was this view has no row until its next event.
     at_hand = set(connection.execute(sa.select(view_goodput.c.run_id)).scalars())
     ledgers = {
@@ -111,10 +122,20 @@ def _differences(
         wanted = expected.pop(key, None)
         if wanted is None:
             yield f"{where}: the log has nothing of it; {_REBUILD}"
-        elif wrong := [name for name in wanted if row[name] != wanted[name]]:
+        elif wrong := [name for name in wanted if _plain(name, row[name]) != wanted[name]]:
             yield f"{where}: {', '.join(wrong)} differ from what the log says; {_REBUILD}"
     for key in expected:
         yield f"{table.name}, {' '.join(str(part) for part in key)}: is missing; {_REBUILD}"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as this sftd writes it: an older one stored states without the fields that were added since."""
+    if name != "state":
+        return value
+    try:
+        return encode_state(decode_state("", value))
+    except ViewDamaged:
+        return value
 
 
 def _queue(connection: sa.Connection, runs: dict[str, Run]) -> Iterator[str]:

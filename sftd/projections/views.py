@@ -1,4 +1,4 @@
-"""The SQL views `view_runs`, `view_checkpoints` and `view_goodput`: pure functions of the log, never behind it.
+"""The SQL views `view_runs`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log, never behind it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
 views anew. Both go through `_apply`, so that they cannot differ.
@@ -23,10 +23,10 @@ from sftd.store import event_store, positions
 from sftd.store import goodput as goodput_store
 from sftd.store.engine import Store, Tx, insert
 from sftd.store.runs import decode_state, encode_state
-from sftd.store.tables import view_checkpoints, view_goodput, view_runs
+from sftd.store.tables import view_checkpoints, view_files, view_goodput, view_runs
 
 NAME = "views"
-TABLES = (view_runs, view_checkpoints, view_goodput)
+TABLES = (view_runs, view_checkpoints, view_files, view_goodput)
 _BATCH = 1000
 # More than a daemon ever takes in at once.
 _AT_HAND = 10_000
@@ -82,6 +82,7 @@ def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     for run_id, run in runs.items():
         if _kept(run) != _kept(before[run_id]):
             _write_checkpoints(connection, run)
+    _write_files(connection, [run for run_id, run in runs.items() if _files(run) != _files(before[run_id])])
 
 
 def _write(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
@@ -124,6 +125,24 @@ def run_row(run: Run) -> dict[str, Any]:
         "message": f"{run.cause}: {run.message}" if run.cause else None,
         "state": encode_state(run),
     }
+
+
+def _files(run: Run) -> tuple[int, int | None]:
+    return run.checkpoint_bytes, run.removed_at
+
+
+def files_rows(run: Run) -> list[dict[str, Any]]:
+    """The row of `view_files` that a run has; none while it has no checkpoint of its own."""
+    size, removed_at = _files(run)
+    has_row = size or removed_at is not None
+    return [{"run_id": run.run_id, "bytes": size, "removed_at": removed_at}] if has_row else []
+
+
+def _write_files(connection: sa.Connection, runs: list[Run]) -> None:
+    if rows := [row for run in runs for row in files_rows(run)]:
+        _write(connection, view_files, rows)
+    if gone := [run.run_id for run in runs if not files_rows(run)]:
+        connection.execute(sa.delete(view_files).where(view_files.c.run_id.in_(gone)))
 
 
 def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:

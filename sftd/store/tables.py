@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0006"
+SCHEMA_REVISION = "0007"
 
 # Events that are not steps have an index of their own. A query must say it in these words to be given it.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -162,6 +162,15 @@ view_checkpoints = sa.Table(
     sa.Column("published_at", sa.BigInteger, nullable=False),
     sa.Column("superseded", sa.Boolean(create_constraint=False), nullable=False),
     sa.Column("kept_because", sa.Text, nullable=False),
+)
+
+# What the run's own checkpoints take, as the log has it, and when its files were removed. A run without a row has none.
+view_files = sa.Table(
+    "view_files",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("removed_at", sa.BigInteger),
 )
 
 # Where each run's time went up to `version`, as JSON (`goodput.Fold`). A run that has no row yet is folded from its log.

@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     events = claim_stdout()
 
-    from sftd.domain.errors import Refused
-    from sftd.trainer.errors import CheckpointInvalid, UserError
+    from sftd.domain.errors import CheckpointInvalid, Refused
+    from sftd.trainer.errors import UserError
     from sftd.wire.checkpoint_dir import reading
 
     try:
@@ -52,9 +52,10 @@ def _answer(arguments: argparse.Namespace, prompts: list[str], events: Any) -> N
     process.set_cuda_defaults()
     from sftd.trainer import session as sessions
     from sftd.trainer.generate import Generator
-    from sftd.trainer.load_model import one_rank, one_rank_spec, read_model, verify
+    from sftd.trainer.load_model import one_rank, one_rank_spec, read_model
     from sftd.trainer.trainee import for_answers
     from sftd.wire.attempt_dir import read_order
+    from sftd.wire.manifest import verify
     from sftd.wire.model_folder import read_shape
 
     order = read_order(arguments.order)

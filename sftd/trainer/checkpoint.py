@@ -19,32 +19,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointRejected, CheckpointStarted
+from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.events import AnomalyDetected, CheckpointPublished, CheckpointStarted
+from sftd.domain.failures import is_disk_full
 from sftd.domain.spec import spec_digest
-from sftd.trainer import manifest as manifests
-from sftd.trainer import megatron_edges
-from sftd.trainer import optimizer as optimizers
+from sftd.trainer import checkpoint_folder, megatron_edges
 from sftd.trainer.checkpoint_state import CONTENT, sharded_state
-from sftd.trainer.checkpoint_writer import FilePlan, HostCopy, ShareWriter, install_writer, writers
-from sftd.trainer.errors import CheckpointInvalid, CheckpointSaveFailed, UserError
+from sftd.trainer.checkpoint_writer import (
+    FilePlan,
+    HostCopy,
+    ShareWriter,
+    install_writer,
+    is_state_file,
+    writers,
+)
+from sftd.trainer.errors import CheckpointSaveFailed, UserError
 from sftd.trainer.folder_swap import fsync_file, publish_folder
-from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
+from sftd.wire import manifest as manifests
 from sftd.wire.attempt_dir import Order, fsync_dir
-from sftd.wire.checkpoint_dir import once_unread, reading
+from sftd.wire.checkpoint_dir import once_unread
+from sftd.wire.manifest import FileEntry, Manifest
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
 # Free space that must be there before a checkpoint is begun, as a share of its expected size.
 _HEADROOM = 1.1
+# Failed saves in a row after which an attempt ends.
+_MOST_FAILURES = 2
 # How long a save waits for those who read the checkpoint that it replaces.
 _READERS_SECONDS = 60.0
 
@@ -98,6 +107,8 @@ class Checkpoints:
         self._spec_digest = spec_digest(order.spec)
         self._host_copy = HostCopy(session.device)
         self._pending: _Pending | None = None
+        # Saves in a row that failed for another reason than a full disk.
+        self._failed = 0
         install_writer()
         # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
         gc.freeze()
@@ -109,7 +120,11 @@ class Checkpoints:
         return self._pending is not None and self._pending.writer.is_done
 
     def save(self, progress: Progress, versions: Versions, *, must_succeed: bool) -> None:
-        """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`."""
+        """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`.
+
+        Raises `UserError` when the folder cannot be written to any more, or a second save in a row fails: what is trained
+        from then on would be lost. A full disk is neither: there may be room again at the next save.
+        """
         self.finish()
         self._begin(progress, versions, must_succeed=must_succeed, is_copied=False)
         self.finish(must_succeed=must_succeed)
@@ -161,6 +176,7 @@ class Checkpoints:
         except CheckpointSaveFailed as error:
             self._fail(error, pending.progress.step, pending.partial, must_succeed=must_succeed)
             return
+        self._failed = 0
         self._announce(pending.progress.step, pending.published, pending.started)
 
     def _announce(self, step: int, published: Path, started: float) -> None:
@@ -179,62 +195,24 @@ class Checkpoints:
         )
 
     def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
-        reason = self._explain(error)
+        reason, refusal = self._explain(error), None
         if dist.get_rank() == 0:
             # It may be another attempt's by now, which is also why this save failed.
             self._reporter.check_fence()
             shutil.rmtree(partial, ignore_errors=True)
+            refusal = checkpoint_folder.refusal(self._folder, make=True)
         anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
         self._reporter.emit(anomaly)
+        refusal = gather(refusal)[0]
+        is_full = is_disk_full(refusal or reason)
+        self._failed = 0 if is_full else self._failed + 1
+        if not is_full and (refusal or self._failed == _MOST_FAILURES):
+            raise UserError(
+                f"checkpoints cannot be written, and every further step would be lost: {refusal or reason}. Make "
+                f"{self._folder} writable, then resume the run"
+            ) from error
         if must_succeed:
             raise CheckpointSaveFailed(reason) from error
-
-    def load(self) -> Manifest:
-        """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams.
-
-        Emits `CheckpointRejected` and raises `CheckpointInvalid` before anything of a bad one is unpickled.
-        """
-        assert self._order.checkpoint is not None
-        folder = Path(self._order.checkpoint)
-        with reading(folder):
-            return self._load(folder)
-
-    def _load(self, folder: Path) -> Manifest:
-        try:
-            manifest = manifests.read(folder, self._order.checkpoint_digest)
-            share = manifest.files[dist.get_rank() :: dist.get_world_size()]
-            damage = [reason for reason in gather(manifests.find_damage(folder, share)) if reason]
-            if damage:
-                raise CheckpointInvalid(damage[0])
-        except CheckpointInvalid as error:
-            step = int(digits) if (digits := folder.name.rpartition("-")[2]).isdigit() else 0
-            self._reporter.emit(CheckpointRejected(step=step, path=str(folder), reason=str(error)))
-            raise
-        if manifest.dtype != (mine := str(self._session.dtype).removeprefix("torch.")):
-            raise UserError(
-                f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
-            )
-        # Manifests of before there was expert parallelism do not name its size.
-        same_layout = {"ep": 1} | manifest.layout == self._session.layout.sizes
-        optimizer = self._trainee.optimizer
-        megatron_edges.prepare_adamw_for_load(optimizer)
-        state = dist_checkpointing.load(
-            sharded_state(self._session, self._trainee, is_loading=True, with_rng=same_layout), str(folder)
-        )
-        for i, chunk in enumerate(self._trainee.chunks):
-            chunk.load_state_dict(
-                {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
-            )
-        optimizers.take_peak(self._order.spec, state["optimizer"])
-        optimizer.load_state_dict(state["optimizer"])
-        megatron_edges.separate_adamw_steps(optimizer)
-        optimizers.configure(self._order.spec, optimizer, self._session)
-        if same_layout:
-            torch.set_rng_state(state["rng"]["cpu"])
-            if self._session.device.type == "cuda":
-                torch.cuda.set_rng_state(state["rng"]["cuda"])
-            tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
-        return manifest
 
     def _is_same(self, published: Path, progress: Progress) -> bool:
         """Whether this very step is already published and whole, by an earlier attempt that computed the same."""
@@ -259,7 +237,7 @@ class Checkpoints:
             found.loss,
             found.grad_norm,
         )
-        return mine == theirs and manifests.find_damage(published, found.files) is None
+        return mine == theirs and not found.weights_only and manifests.find_damage(published, found) is None
 
     def _stage_folder(self, partial: Path) -> None:
         if dist.get_rank() != 0:
@@ -323,7 +301,7 @@ class Checkpoints:
         loss, grad_norm = _exact(progress)
         data = manifests.encode(
             Manifest(
-                schema_version=manifests.SCHEMA_VERSION,
+                schema_version=manifests.WHOLE,
                 run_id=self._order.run_id,
                 spec_digest=self._spec_digest,
                 step=progress.step,
@@ -337,6 +315,7 @@ class Checkpoints:
                 dtype=str(self._session.dtype).removeprefix("torch."),
                 versions=pending.versions,
                 files=sorted(files, key=lambda e: e.name),
+                state_files=sorted(e.name for e in files if is_state_file(e.name)),
             )
         )
         with open(partial / manifests.NAME, "wb") as file:

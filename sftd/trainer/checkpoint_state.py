@@ -18,6 +18,9 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 
+# How the keys of what only a resume needs begin; all others are the model's, or belong to every checkpoint.
+STATE_KEYS = ("optimizer.", "rng/")
+
 
 def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
     """The live tensors of this rank, each with its place in the whole. `with_rng`: the random streams of the layout too."""

@@ -18,6 +18,7 @@ import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
+    _item_size,
     _split_by_size_and_type,
 )
 from torch import Tensor
@@ -31,12 +32,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import set_crc32_options
 
-from sftd.trainer.manifest import FileEntry
+from sftd.trainer.checkpoint_state import STATE_KEYS
 from sftd.wire.cores import usable_cores
+from sftd.wire.manifest import FileEntry
 
 # Of a write: large enough that the interpreter is rarely needed, small enough that hashing finds it in the cache.
 _CHUNK = 4 << 20
 _ALIGN = 512
+# In the name of a file.
+_STATE = "state_"
 # Threads, and so files, of a rank: one hashes and writes 1 to 2 GB/s.
 _MOST_WRITERS = 8
 # Host memory that a copy of this host's shares must leave free.
@@ -57,9 +61,30 @@ def writers() -> int:
     return max(1, min(_MOST_WRITERS, usable_cores() // ranks))
 
 
+def is_state_file(name: str) -> bool:
+    """Whether a file holds nothing of the model, but what only a resume needs: optimizer and random streams."""
+    return _STATE in name
+
+
 def plan_files(plan: SavePlan, planner: SavePlanner, prefix: str, files: int) -> list[FilePlan]:
-    """Split a rank's share into `files` files of about the same size, without copying anything."""
-    buckets = [bucket for bucket in _split_by_size_and_type(files, plan.items) if bucket]
+    """Split a rank's share into files of about the same size, without copying anything: `files`, or one more, for the model and
+    the state of training share none, so that the state can be deleted alone."""
+    state = [item for item in plan.items if item.index.fqn.startswith(STATE_KEYS)]
+    model = [item for item in plan.items if not item.index.fqn.startswith(STATE_KEYS)]
+    share = sum(map(_tensor_bytes, model)) / max(1, sum(map(_tensor_bytes, plan.items)))
+    for_model = max(1, round(files * share))
+    return [
+        *_files(model, planner, prefix, for_model),
+        *_files(state, planner, prefix + _STATE, max(1, files - for_model)),
+    ]
+
+
+def _tensor_bytes(item: WriteItem) -> int:
+    return 0 if item.type == WriteItemType.BYTE_IO else _item_size(item)
+
+
+def _files(items: list[WriteItem], planner: SavePlanner, prefix: str, files: int) -> list[FilePlan]:
+    buckets = [bucket for bucket in _split_by_size_and_type(files, items) if bucket]
     return [
         FilePlan(
             name=f"{prefix}{number}{DEFAULT_SUFFIX}",

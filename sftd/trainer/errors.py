@@ -27,9 +27,5 @@ class GivenUp(Exception):
     """The daemon has given this attempt up, and another may train the run by now: nothing more may be written."""
 
 
-class CheckpointInvalid(Exception):
-    """The checkpoint to resume from is not whole, or not the one that was ordered."""
-
-
 class CheckpointSaveFailed(Exception):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written; the next attempt may be able to."""

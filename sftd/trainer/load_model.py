@@ -10,32 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Megatron
-from sftd.trainer import manifest as manifests
+from sftd.trainer import checkpoint_reading, process
 from sftd.trainer import model as models
-from sftd.trainer import process
 from sftd.trainer import session as sessions
-from sftd.trainer.errors import CheckpointInvalid
-from sftd.trainer.manifest import Manifest
 from sftd.trainer.session import Session
-
-
-def verify(folder: Path, digest: str | None) -> Manifest:
-    """The manifest of a checkpoint whose every file is as it was published; nothing is unpickled.
-
-    `digest` is the sha256 of its manifest, None if that is not known. Raises `CheckpointInvalid`.
-    """
-    manifest = manifests.read(folder, digest)
-    if damage := manifests.find_damage(folder, manifest.files):
-        raise CheckpointInvalid(damage)
-    return manifest
 
 
 def one_rank_spec(spec: Spec, *, device: str, dtype: str | None = None) -> Spec:
@@ -59,7 +43,7 @@ def one_rank(spec: Spec, *, device: str, dtype: str | None = None) -> Session:
 def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
     """The model of the checkpoint in `folder`, whole on the session's one rank, for evaluation.
 
-    What is read is unpickled: `verify` comes first. Raises `CheckpointInvalid` when it cannot be read any more.
+    `manifest.verify` comes first. Raises `CheckpointInvalid` when the folder does not hold this model.
     """
     config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
     chunks = models.build(config, shape, session)
@@ -68,14 +52,10 @@ def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) ->
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(chunks)}
-    try:
-        loaded = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, CheckpointException, OSError) as error:
-        raise CheckpointInvalid(
-            f"{folder} cannot be read, or went away while it was read: {error}"
-        ) from error
+    loaded = checkpoint_reading.load(state, folder)
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(
-            {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}
-        )
+        with checkpoint_reading.invalid_where_it_fails(folder):
+            chunk.load_state_dict(
+                {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}
+            )
     return [chunk.eval() for chunk in chunks]

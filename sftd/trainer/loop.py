@@ -20,7 +20,7 @@ from sftd.domain.layout import ModelShape, check_model
 from sftd.domain.loss_watch import LossWatch, What
 from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import FROM_THE_BEGINNING
-from sftd.trainer import process
+from sftd.trainer import checkpoint_folder, checkpoint_loading, process
 from sftd.trainer import session as sessions
 from sftd.trainer import trainee as trainees
 from sftd.trainer.batches import Batching, MicroBatch
@@ -83,6 +83,8 @@ class Attempt:
         self._session = session
         self._reporter = reporter
         shape = self._read_shape()
+        if order.last_step is None:
+            checkpoint_folder.check(Path(order.checkpoint_dir))
         self._trainee = trainees.load(self._spec, shape, session, pretrained=order.checkpoint is None)
         self._environment = sessions.environment(session)
         reporter.emit(
@@ -198,7 +200,7 @@ class Attempt:
             )
 
     def _resume(self) -> None:
-        manifest = self._checkpoints.load()
+        manifest = checkpoint_loading.load(self._order, self._session, self._trainee, self._reporter)
         self._progress = Progress(manifest.step, manifest.tokens_total, math.nan, math.nan)
         self._saved_step = manifest.step
         path = self._order.checkpoint or ""

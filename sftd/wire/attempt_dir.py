@@ -29,7 +29,6 @@ import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -284,15 +283,6 @@ def _read_line(path: Path) -> str:
 def attempt_dir(run: Path, number: int) -> AttemptDir:
     """Folder of attempt `number` (from 1) in a run's folder."""
     return AttemptDir(run / f"attempt-{number:04d}")
-
-
-def is_checkpoint_of(folder: str, run_id: str) -> bool:
-    """Whether a folder is a checkpoint of this run by its own manifest: nothing else is ever deleted as one."""
-    try:
-        manifest = msgspec.json.decode((Path(folder) / "manifest.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError):
-        return False
-    return manifest.get("run_id") == run_id
 
 
 class RunDir:

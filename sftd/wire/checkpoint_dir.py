@@ -14,19 +14,25 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from sftd.wire.attempt_dir import fsync_dir
 
 MANIFEST = "manifest.json"
+# See `checkpoint_reduction`.
+WEIGHTS = ".weights"
 _DELETED = ".deleted"
 # See `folder_swap.publish_folder` of the trainer.
 _REPLACED = ".replaced"
 _LOOK_SECONDS = 0.05
+# Of a checkpoint of a hundred thousand files.
+_MANIFEST_BYTES = 64 << 20
 # What flock answers where the file system cannot lock: nobody is protected there, and nobody is kept from working.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
@@ -39,6 +45,28 @@ class Saved(msgspec.Struct, frozen=True):
     dtype: str = ""
 
 
+def manifest_bytes(folder: Path) -> bytes:
+    """The manifest of a checkpoint folder as it stands there. Raises `OSError`, also for a link, a device, a pipe (which would
+    keep its reader waiting) and for a file that is too large for a manifest."""
+    fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(folder / MANIFEST))
+        if facts.st_size > _MANIFEST_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder / MANIFEST))
+        return file.read()
+
+
+def is_checkpoint_of(folder: str, run_id: str) -> bool:
+    """Whether a folder is a checkpoint of this run by its own manifest: nothing else is ever deleted as one."""
+    try:
+        manifest = msgspec.json.decode(manifest_bytes(Path(folder)), type=dict[str, Any])
+    except (OSError, ValueError, RecursionError):
+        return False
+    return manifest.get("run_id") == run_id
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep the checkpoint in `path` from being deleted until the block ends.
@@ -48,7 +76,7 @@ def reading(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                fd = os.open(path / MANIFEST, os.O_RDONLY)
+                fd = os.open(path / MANIFEST, os.O_RDONLY | os.O_NONBLOCK)
             except OSError:
                 break
             stack.callback(os.close, fd)
@@ -65,7 +93,7 @@ def unread(path: Path) -> Iterator[bool]:
     is not read."""
     try:
         # Writable: over NFS only such a file can be locked exclusively.
-        fd = os.open(path / MANIFEST, os.O_RDWR)
+        fd = os.open(path / MANIFEST, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
         # Without a manifest it is no checkpoint, and nobody loads it.
         fd = -1
@@ -117,8 +145,8 @@ def remove(path: Path) -> None:
 def saved(path: Path) -> Saved:
     """How the checkpoint in `path` was saved, unverified; empty when its manifest cannot be read."""
     try:
-        return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Saved)
-    except (OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(manifest_bytes(path), type=Saved)
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return Saved()
 
 
@@ -128,6 +156,8 @@ def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
     `deleted` are the folders whose deletion the log tells. Only while no attempt of the run lives: an attempt may
     have published one of these names again without the log knowing of it yet.
     """
+    for left in directory.glob(f"step-*{WEIGHTS}.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     for left in directory.glob(f"step-*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
     for left in directory.glob(f"step-*{_REPLACED}"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.wire import dataset, model_folder
+from sftd.domain.storage import storage
+from sftd.wire import dataset, disk, model_folder
+
+_SAVE_DIR = "checkpoint.save_dir"
 
 
 class Preflight(msgspec.Struct, frozen=True):
@@ -27,31 +30,66 @@ class Preflight(msgspec.Struct, frozen=True):
     warnings: list[Problem]
 
 
-def _check_save_dir(spec: Spec) -> list[Problem]:
-    """That checkpoints can be written: found out now and not at the first save."""
-    if not spec.checkpoint.save_dir:
-        return []
-    where, fix = "checkpoint.save_dir", "give a folder that you may write to"
-    if "\0" in spec.checkpoint.save_dir:
-        return [Problem(where, f"{spec.checkpoint.save_dir!r} holds a NUL character", fix)]
+def _check_folder(spec: Spec, home: Path | None) -> tuple[list[Problem], list[Problem]]:
+    """That checkpoints can be written, by writing: found out now and not at the first save. Returns what is wrong, and what is
+    doubtful."""
+    where, named = _SAVE_DIR, spec.checkpoint.save_dir
+    folder = Path(named) if named else home / "runs" if home else None
+    if folder is None:
+        return [], []
+    fix = (
+        "give a folder that you may write to" if named else "set SFTD_HOME to a folder that you may write to"
+    )
+    if "\0" in named:
+        return [Problem(where, f"{named!r} holds a NUL character", fix)], []
     try:
-        path = Path(spec.checkpoint.save_dir)
-        nearest = next(p for p in (path, *path.parents) if p.exists())
-        writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+        unmounted = disk.looks_unmounted(folder) if named else None
+        disk.probe(folder)
     except (OSError, ValueError) as error:
-        return [Problem(where, f"{spec.checkpoint.save_dir!r}: {error}", fix)]
-    return [] if writable else [Problem(where, f"{nearest} is not a folder that can be written to", fix)]
+        why = getattr(error, "strerror", None) or error
+        return [Problem(where, f"{str(folder)!r} cannot be written to: {why}", fix)], []
+    if unmounted is None:
+        return [], []
+    what = f"{folder} and folders above it are missing in {unmounted}, which is on the root file system"
+    return [], [Problem(where, what, "mount the disk first, if it should be on one")]
+
+
+def check_space(
+    spec: Spec, shape: ModelShape, planned: int, first: int, home: Path | None
+) -> tuple[list[Problem], list[Problem]]:
+    """That the checkpoints fit on the disk: one at least, else it is wrong; the plan's peak, else it is doubtful."""
+    named = spec.checkpoint.save_dir or home
+    if not named:
+        return [], []
+    dtype = spec.model.megatron.params_dtype
+    # With `auto` the device decides; in float32 a checkpoint is the smallest.
+    need = storage(spec, shape, planned, "float32" if dtype == "auto" else dtype, first)
+    above = disk.nearest(Path(named))
+    free = shutil.disk_usage(above).free
+    said = f"{free / 1e9:.3g} GB are free in {above}"
+    fix = "make room, or name a folder on another disk: checkpoint.save_dir"
+    if free < need.one_save:
+        return [Problem(_SAVE_DIR, f"{said}, but one checkpoint needs {need.one_save / 1e9:.3g} GB", fix)], []
+    if free < need.needed:
+        what = f"{said}, but the run's checkpoints take up to {need.needed / 1e9:.3g} GB at a time"
+        return [], [
+            Problem(_SAVE_DIR, what, f"{fix}; or keep fewer (checkpoint.keep_last, keep_best, keep_every)")
+        ]
+    return [], []
 
 
 def inspect(
     spec: Spec,
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
     read: Callable[..., DataFacts] = dataset.inspect,
+    *,
+    home: Path | None = None,
+    has_room: bool = True,
 ) -> Preflight:
     """Read the files that the spec names. `start` says, given the digest of the training data, where the run begins to
-    read it; `read` reads the files of the data. Raises `Refused` with every problem found."""
-    problems = _check_save_dir(spec)
-    warnings: list[Problem] = []
+    read it; `read` reads the files of the data. `home` is that of the daemon, where checkpoints go that the spec names no folder
+    for; without `has_room` nobody asks whether they fit. Raises `Refused` with every problem found."""
+    problems, warnings = _check_folder(spec, home)
     shape = None
     try:
         shape = model_folder.read_shape(spec.model.partial_pretrain, spec.model.override_config)
@@ -90,7 +128,8 @@ def inspect(
         warnings += doubtful
     if problems or shape is None or train is None:
         raise Refused(problems)
-    planned = spec.planned_steps(train.usable, start(train.digest))
+    beginning = start(train.digest)
+    planned = spec.planned_steps(train.usable, beginning)
     if spec.warmup_steps(planned) > planned:
         raise Refused(
             Problem(
@@ -99,6 +138,11 @@ def inspect(
                 "warm up for fewer steps",
             )
         )
+    if has_room:
+        wrong, doubtful = check_space(spec, shape, planned, beginning.step, home)
+        if wrong:
+            raise Refused(wrong)
+        warnings += doubtful
     return Preflight(shape, train, val, planned, warnings)
 
 

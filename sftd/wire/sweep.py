@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -53,7 +54,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def points(
-    path: str | None, overrides: Sequence[str], grid: dict[str, list[str]], base: str, name: str
+    path: str | None, overrides: Sequence[str], grid: dict[str, list[str]], base: str, name: str, home: Path
 ) -> list[Point]:
     """Every combination of the grid over the config, in order, the last key changing fastest. `name` begins the name of
     each; what is different follows. Raises `Refused` with the problems of all points, each told once."""
@@ -79,7 +80,7 @@ def points(
         try:
             spec, warnings = specfile.read(path, [*overrides, *(f"{k}={v}" for k, v in chosen.items())], base)
             spec = _named(spec, name, chosen)
-            found = inspect(spec, read=remembered)
+            found = inspect(spec, read=remembered, home=home)
         except Refused as refused:
             problems += [p for p in refused.problems if p not in problems]
             continue

@@ -147,13 +147,14 @@ def test_collecting_keeps_readers_and_forks(
     claimed = claim(log, clock)
     assert claimed.run.run_id == parent.run_id
     with pytest.raises(Refused, match="its daemon deletes"):
-        collecting.leftovers(log, clock.context, [parent.run_id], dry_run=False)
-    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+        collecting.leftovers(log, clock.context, [parent.run_id], dry_run=False, home=Path("/nowhere"))
+    assert collecting.leftovers(log, clock.context, [], dry_run=False, home=Path("/nowhere")) == []
     end(log, clock, claimed, 0)
 
     def left(*, dry_run: bool) -> list[tuple[int, bool]]:
         return [
-            (row.step, row.is_gone) for row in collecting.leftovers(log, clock.context, [], dry_run=dry_run)
+            (row.step, row.is_gone)
+            for row in collecting.leftovers(log, clock.context, [], dry_run=dry_run, home=Path("/nowhere"))
         ]
 
     with held(folder / "step-00000002"):
@@ -185,7 +186,9 @@ def test_damaged_and_replaced_checkpoints_go_when_the_run_has_succeeded(
     )
     attempts.record(log, clock.context, claimed.lease, [Line(number=1, occurred_at=1, event=damaged)], 9, {})
     end(log, clock, claimed, 1)
-    assert collecting.leftovers(log, clock.context, [], dry_run=False) == [], "somebody may want to look"
+    assert collecting.leftovers(log, clock.context, [], dry_run=False, home=Path("/nowhere")) == [], (
+        "somebody may want to look"
+    )
     clock.time += 3600 * 1_000_000
     # From step 2 into another save_dir; then once more from step 1 into a third.
     claimed = claim(log, clock)
@@ -196,15 +199,18 @@ def test_damaged_and_replaced_checkpoints_go_when_the_run_has_succeeded(
     train(log, clock, claimed, tmp_path / "third", 2, 3)
     end(log, clock, claimed, 0)
     elsewhere = "saved elsewhere since"
-    left = [(row.step, row.what) for row in collecting.leftovers(log, clock.context, [], dry_run=True)]
+    left = [
+        (row.step, row.what)
+        for row in collecting.leftovers(log, clock.context, [], dry_run=True, home=Path("/nowhere"))
+    ]
     assert left == [(2, elsewhere), (3, "damaged"), (3, elsewhere)]
-    collecting.leftovers(log, clock.context, [], dry_run=False)
+    collecting.leftovers(log, clock.context, [], dry_run=False, home=Path("/nowhere"))
     there = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/step-*"))
     # The fork's start, and what the run's timeline has.
     assert there == ["parent/step-00000001", "third/step-00000002", "third/step-00000003"]
     told = [r.event for r in reading.run_events(log, parent.run_id, types=("CheckpointDeleted",))]
     assert e.CheckpointDeleted(step=3, path=damaged.path, bytes=1, reason="rejected") in told
-    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+    assert collecting.leftovers(log, clock.context, [], dry_run=False, home=Path("/nowhere")) == []
 
 
 def test_a_daemon_that_lost_the_run_deletes_nothing(
@@ -233,7 +239,7 @@ def test_what_is_on_another_host_is_left_alone(log: Store, clock: Clock, parent:
     spec, _ = change(parent.spec, [("checkpoint.keep_last", 1)])
     runs.resume(log, clock.context, parent.run_id, "bob", 3, preflight.proposal(spec, found(3)))
     end(log, clock, claim(log, clock), 0)
-    assert collecting.leftovers(log, clock.context, [], dry_run=False) == []
+    assert collecting.leftovers(log, clock.context, [], dry_run=False, home=Path("/nowhere")) == []
     run = reading.find_run(log, parent.run_id)
     assert [c.step for c in run.checkpoints] == [1, 2, 3]
     assert {row.status for row in checkpoints.overview(log, run)} == {"missing"}

@@ -16,6 +16,7 @@ from sftd.operations import attempts, imports, reading, runs
 from sftd.operations.context import Context
 from sftd.projections import views
 from sftd.store.engine import Store
+from sftd.wire import manifest
 from sftd.wire.attempt_dir import Order, ProcessFile
 from sftd.wire.direct_run import DirectRun, Submission, read_history
 from sftd.wire.journal import JournalWriter
@@ -242,6 +243,37 @@ def test_an_export_from_the_imported_run_does_not_stand_in_the_way(log: Store, f
     folder.attempt(step(2), step(3), folder.published(3), resumed=1, exit_code=0)
     assert take_in(log, folder).run.status == "succeeded"
     assert types(log).count("ModelExported") == 1
+
+
+def test_a_checkpoint_with_a_file_that_nobody_published_is_named(log: Store, folder: Folder) -> None:
+    published = folder.published(3)
+    path = Path(published.path)
+    (path / "a.distcp").write_bytes(b"weights")
+    fields = {
+        "run_id": RUN,
+        "spec_digest": "s",
+        "step": 3,
+        "tokens_total": 30,
+        "samples": 3,
+        "dtype": "float32",
+    }
+    data = manifest.encode(
+        manifest.Manifest(
+            **fields,  # type: ignore[arg-type]
+            schema_version=manifest.WHOLE,
+            loss="0x1p0",
+            grad_norm="0x1p0",
+            layout={},
+            versions={},
+            files=manifest.describe(path, ["a.distcp"]),
+        )
+    )
+    (path / manifest.NAME).write_bytes(data)
+    published = msgspec.structs.replace(published, manifest_digest=manifest.digest(data))
+    folder.attempt(step(1), step(2), step(3), published, exit_code=0)
+    assert take_in(log, folder).damaged == {}
+    (path / "common.pt").write_bytes(b"state")
+    assert take_in(log, folder).damaged == {str(path): "common.pt is not in manifest.json"}
 
 
 def test_why_a_rank_failed_is_told(log: Store, folder: Folder) -> None:

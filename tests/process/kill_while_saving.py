@@ -23,11 +23,11 @@ from typing import Any, Literal
 import yaml
 
 from sftd.domain import events as e
+from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.retention import why_kept
 from sftd.domain.run import Run
-from sftd.trainer import manifest as manifests
-from sftd.trainer.errors import CheckpointInvalid
 from sftd.wire import journal
+from sftd.wire import manifest as manifests
 from sftd.wire.direct_run import DirectRun, read_history
 from tests.warm import Ranks, WarmTrainer, has_ended
 
@@ -176,7 +176,7 @@ class KillWhileSaving:
         for path in sorted(p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)):
             try:
                 manifest = manifests.read(path, None)
-                damage = manifests.find_damage(path, manifest.files)
+                damage = manifests.find_damage(path, manifest)
             except CheckpointInvalid as error:
                 damage = str(error)
             self.tally.verified += 1

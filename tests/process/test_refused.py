@@ -262,11 +262,18 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "NUL",
         "may write to",
     ),
+    "a folder for checkpoints that cannot be made": (
+        nothing,
+        ["checkpoint.save_dir=/proc/nope"],
+        "checkpoint.save_dir",
+        "No such file or directory",
+        "may write to",
+    ),
     "a file for checkpoints": (
         nothing,
         ["checkpoint.save_dir=run.yaml"],
         "checkpoint.save_dir",
-        "not a folder",
+        "Not a directory",
         "may write to",
     ),
     "priority beyond reason": (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.events import CheckpointPublished, CheckpointStarted, StepCompleted, TrainingResumed
-from sftd.trainer import manifest as manifests
+from sftd.wire import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]

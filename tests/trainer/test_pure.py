@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import re
 import resource
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Optimizer, Scheduler
 from sftd.trainer import folder_swap, process
-from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool
-from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded, UserError
+from sftd.trainer.errors import DataError, DataNotDecoded, UserError
 from sftd.trainer.kernels import exact_attention
-from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.rectangles import rectangles
 from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.wire import checkpoint_dir
+from sftd.wire import manifest as manifests
+from sftd.wire.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -196,7 +201,7 @@ def test_a_whole_checkpoint_verifies(checkpoint: tuple[Path, Manifest]) -> None:
     folder, manifest = checkpoint
     digest = manifests.digest((folder / manifests.NAME).read_bytes())
     assert manifests.read(folder, digest) == manifest
-    assert manifests.find_damage(folder, manifest.files) is None
+    assert manifests.find_damage(folder, manifest) is None
 
 
 def test_every_damage_is_found(checkpoint: tuple[Path, Manifest]) -> None:
@@ -204,18 +209,57 @@ def test_every_damage_is_found(checkpoint: tuple[Path, Manifest]) -> None:
     data = bytearray((folder / "a.distcp").read_bytes())
     data[500] ^= 1
     (folder / "a.distcp").write_bytes(data)
-    assert "a.distcp has sha256" in (manifests.find_damage(folder, manifest.files) or "")
+    assert "a.distcp has sha256" in (manifests.find_damage(folder, manifest) or "")
     (folder / "a.distcp").write_bytes(data[:-1])
-    assert manifests.find_damage(folder, manifest.files) == "a.distcp has 7999 bytes, not 8000"
+    assert manifests.find_damage(folder, manifest) == "a.distcp has 7999 bytes, not 8000"
     (folder / "a.distcp").unlink()
-    assert manifests.find_damage(folder, manifest.files) == "a.distcp is missing"
+    assert manifests.find_damage(folder, manifest) == "a.distcp is missing"
 
 
 def test_a_manifest_cannot_point_out_of_its_folder(checkpoint: tuple[Path, Manifest]) -> None:
-    folder, _ = checkpoint
+    folder, manifest = checkpoint
     (folder.parent / "x").write_text("x")
     entry = FileEntry(name="../x", bytes=1, sha256="")
-    assert manifests.find_damage(folder, [entry]) == "../x is missing"
+    out = msgspec.structs.replace(manifest, files=[*manifest.files, entry])
+    assert manifests.find_damage(folder, out) == "manifest.json lists a file twice, or one outside the folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "add", "reason"),
+    [
+        ("common.pt", lambda p: p.write_bytes(b"x"), "common.pt is not in manifest.json"),
+        (
+            "a.distcp",
+            lambda p: (p.rename(p.parent.parent / "a"), p.symlink_to("../a")),
+            "a.distcp is not a regular file",
+        ),
+        ("extra", Path.mkdir, "extra is not a regular file"),
+        ("pipe", os.mkfifo, "pipe is not a regular file"),
+    ],
+)
+def test_what_the_manifest_does_not_list_is_damage(
+    checkpoint: tuple[Path, Manifest], name: str, add: Callable[[Path], object], reason: str
+) -> None:
+    folder, _ = checkpoint
+    add(folder / name)
+    with pytest.raises(CheckpointInvalid, match=re.escape(reason)):
+        manifests.verify(folder, None)
+
+
+def test_a_manifest_that_is_a_link_or_a_pipe_is_not_read(checkpoint: tuple[Path, Manifest]) -> None:
+    folder, _ = checkpoint
+    path = folder / manifests.NAME
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to("../elsewhere")
+    with pytest.raises(CheckpointInvalid, match="cannot be read"):
+        manifests.read(folder, None)
+    path.unlink()
+    # Opened as usual, it would keep its reader waiting for ever.
+    os.mkfifo(path)
+    with pytest.raises(CheckpointInvalid, match="not a regular file"):
+        manifests.read(folder, None)
+    with checkpoint_dir.reading(folder):
+        assert not checkpoint_dir.is_checkpoint_of(str(folder), "run")
 
 
 def test_a_manifest_that_is_torn_missing_new_or_another_is_refused(checkpoint: tuple[Path, Manifest]) -> None:
@@ -223,7 +267,7 @@ def test_a_manifest_that_is_torn_missing_new_or_another_is_refused(checkpoint: t
     path = folder / manifests.NAME
     with pytest.raises(CheckpointInvalid, match="not the one that was published"):
         manifests.read(folder, "0" * 64)
-    path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, schema_version=2)))
+    path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, schema_version=3)))
     with pytest.raises(CheckpointInvalid, match="a newer sftd wrote it"):
         manifests.read(folder, None)
     path.write_bytes(path.read_bytes()[:-40])

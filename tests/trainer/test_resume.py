@@ -19,7 +19,7 @@ from sftd.domain.events import (
     TrainingResumed,
     ValidationCompleted,
 )
-from sftd.trainer import manifest as manifests
+from sftd.wire import manifest as manifests
 from tests.patience import PATIENCE, until
 
 if TYPE_CHECKING:

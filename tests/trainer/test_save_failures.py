@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+import torch
 
 from sftd.domain.events import (
     AnomalyDetected,
@@ -17,7 +22,7 @@ from sftd.domain.events import (
     ModelLoaded,
     StepCompleted,
 )
-from sftd.trainer import manifest as manifests
+from sftd.wire import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
@@ -104,6 +109,80 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_no_step(
     assert "CheckpointSaveFailed" in run.output
 
 
+# The disk goes away after the first save: a file stands where the folder of checkpoints was.
+GOES_AWAY = """
+import os, shutil, sys
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from sftd.trainer.process import prepare
+
+    prepare()
+    from sftd.trainer import checkpoint
+    from sftd.trainer.loop import run
+
+    announce = checkpoint.Checkpoints._announce
+
+    def replace(self, *arguments):
+        announce(self, *arguments)
+        shutil.rmtree(self._folder)
+        self._folder.touch()
+
+    checkpoint.Checkpoints._announce = replace
+    record(run)(sys.argv[1])
+"""
+# Every save fails, though the folder can be written to.
+ALWAYS_FAILS = """
+import sys
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from sftd.trainer.process import prepare
+
+    prepare()
+    from megatron.core.dist_checkpointing import serialization
+    from sftd.trainer.loop import run
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    serialization.save_config = fail
+    record(run)(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "published", "failed", "reason"),
+    [(GOES_AWAY, [2], [4], "Not a directory|File exists"), (ALWAYS_FAILS, [], [2, 4], "Input/output error")],
+)
+def test_saves_that_cannot_succeed_end_the_attempt_before_more_is_lost(
+    trainer: Trainer, tmp_path: Path, script: str, published: list[int], failed: list[int], reason: str
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    spec = trainer.spec(data__val_files=[], trainer__save_interval=2)
+    attempt = trainer.prepare(f"hopeless-{len(failed)}", spec, checkpoint_dir=str(tmp_path / "checkpoints"))
+    run = trainer.finish(attempt, trainer.start(attempt, script=path), expect=1)
+    assert [e.step for e in run.events(CheckpointPublished)] == published
+    assert [e.step for e in run.events(AnomalyDetected)] == failed
+    assert [e.step for e in run.events(StepCompleted)][-1] == 4
+    assert re.search(f"UserError: checkpoints cannot be written.*({reason})", run.errors())
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(
+    trainer: Trainer, warm: WarmTrainer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    attempt = trainer.prepare(
+        "no-folder", trainer.spec(), checkpoint_dir=str(tmp_path / "file" / "checkpoints")
+    )
+    run = trainer.train(warm, attempt, expect=1)
+    assert not run.events(StepCompleted)
+    assert not run.events(ModelLoaded)
+    assert "UserError: checkpoints cannot be written" in run.output
+    assert "Not a directory" in run.output
+
+
 def flip(folder: Path, _: Path) -> str:
     victim = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
     data = bytearray(victim.read_bytes())
@@ -131,7 +210,25 @@ def exchange(folder: Path, other: Path) -> str:
     return f"it is of step {found.step} of run run, spec {found.spec_digest[:12]}"
 
 
-@pytest.mark.parametrize("damage", [flip, lose, truncate, exchange])
+def add_common_state(folder: Path, _: Path) -> str:
+    # Megatron prefers it to the state in the other files.
+    torch.save({"optimizer": {}}, folder / "common.pt")
+    return "common.pt is not in manifest.json"
+
+
+def add_folder(folder: Path, _: Path) -> str:
+    (folder / "model").mkdir()
+    return "model is not a regular file"
+
+
+def link(folder: Path, other: Path) -> str:
+    victim = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    shutil.move(victim, folder.parent / "moved")
+    victim.symlink_to("../moved")
+    return f"{victim.name} is not a regular file"
+
+
+@pytest.mark.parametrize("damage", [flip, lose, truncate, exchange, add_common_state, add_folder, link])
 def test_a_damaged_checkpoint_is_refused_by_name(
     trainer: Trainer, warm: WarmTrainer, whole: Run, tmp_path: Path, damage: Callable[[Path, Path], str]
 ) -> None:
@@ -146,4 +243,90 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     (rejected,) = run.events(CheckpointRejected)
     assert (rejected.step, rejected.path) == (3, str(folder))
     assert reason in rejected.reason
+    assert not run.events(StepCompleted)
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def hostile_metadata(folder: Path, proof: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(proof)))
+
+
+def broken_metadata(folder: Path, _: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def empty_metadata(folder: Path, _: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({}))
+
+
+def hostile_common(folder: Path, proof: Path) -> None:
+    (folder / "common.pt").write_bytes(pickle.dumps(Payload(proof)))
+
+
+def empty_common(folder: Path, _: Path) -> None:
+    torch.save({}, folder / "common.pt")
+
+
+def other_format(folder: Path, _: Path) -> None:
+    (folder / "metadata.json").write_text('{"sharded_backend": ["zarr"')
+
+
+def hostile_bytes(folder: Path, proof: Path) -> None:
+    """An object among the tensors, which torch unpickles without any restriction."""
+    with open(folder / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    (index,) = (i for i in metadata.storage_data if i.fqn.startswith("rng/"))
+    where = metadata.storage_data[index]
+    written = io.BytesIO()
+    torch.save([Payload(proof)], written)
+    with open(folder / where.relative_path, "ab") as file:
+        metadata.storage_data[index] = type(where)(where.relative_path, file.tell(), written.tell())
+        file.write(written.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        hostile_metadata,
+        broken_metadata,
+        empty_metadata,
+        hostile_common,
+        empty_common,
+        other_format,
+        hostile_bytes,
+    ],
+)
+def test_a_checkpoint_whose_manifest_fits_runs_no_code_and_is_refused_where_it_is_broken(
+    trainer: Trainer, warm: WarmTrainer, whole: Run, tmp_path: Path, break_it: Callable[[Path, Path], None]
+) -> None:
+    """As a buggy or hostile tool leaves it: every digest is right."""
+    folder, proof = tmp_path / "step-00000003", tmp_path / "unpickled"
+    shutil.copytree(whole.checkpoint(3), folder)
+    break_it(folder, proof)
+    files = manifests.describe(folder, manifests.list_files(folder))
+    manifest = msgspec.structs.replace(manifests.read(folder, None), files=files)
+    data = manifests.encode(manifest)
+    (folder / manifests.NAME).write_bytes(data)
+    attempt = trainer.prepare(
+        break_it.__name__,
+        whole.attempt.order().spec,
+        checkpoint=str(folder),
+        checkpoint_digest=manifests.digest(data),
+    )
+    run = trainer.train(warm, attempt, expect=1)
+    assert not proof.exists()
+    (rejected,) = run.events(CheckpointRejected)
+    assert (rejected.step, rejected.path) == (3, str(folder))
+    assert "cannot be read although its files are those that were published" in rejected.reason
     assert not run.events(StepCompleted)

@@ -23,7 +23,8 @@ from sftd.operations.checkpoints import unkept
 from sftd.projections.mlflow_client import without_credentials
 from sftd.store.engine import shown_url
 from sftd.wire import journal, specfile
-from sftd.wire.attempt_dir import AttemptDir, is_checkpoint_of
+from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.checkpoint_dir import is_checkpoint_of
 from sftd.wire.direct_run import DirectRun, Submission
 
 ROOT = Path(__file__).parents[2]

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sftd.trainer.process import quiet_third_parties
 
     quiet_third_parties()
-    from sftd.domain.errors import Refused
-    from sftd.trainer.errors import CheckpointInvalid, UserError
+    from sftd.domain.errors import CheckpointInvalid, Refused
+    from sftd.trainer.errors import UserError
     from sftd.trainer.export.export import export
     from sftd.trainer.prepare.progress import claim_stdout
     from sftd.wire.attempt_dir import read_order

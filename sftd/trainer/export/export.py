@@ -14,14 +14,14 @@ import torch
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
-from sftd.trainer import manifest as manifests
 from sftd.trainer import session as sessions
 from sftd.trainer import weights
 from sftd.trainer.errors import UserError
 from sftd.trainer.export.shards import write_shards
 from sftd.trainer.folder_swap import fsync_file
-from sftd.trainer.load_model import one_rank, read_model, verify
+from sftd.trainer.load_model import one_rank, read_model
 from sftd.trainer.prepare.progress import EventWriter
+from sftd.wire import manifest as manifests
 from sftd.wire.attempt_dir import fsync_dir
 from sftd.wire.model_folder import exported_config, read_shape
 
@@ -48,7 +48,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new or an empty folder")
     events.progress("verify", path=str(checkpoint))
-    manifest = verify(checkpoint, digest)
+    manifest = manifests.verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,91 @@
+"""Restoring the training state of all ranks from a checkpoint, which is verified first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.events import CheckpointRejected
+from sftd.domain.spec import Spec
+from sftd.trainer import checkpoint_reading, megatron_edges
+from sftd.trainer import optimizer as optimizers
+from sftd.trainer.checkpoint_state import sharded_state
+from sftd.trainer.errors import UserError
+from sftd.trainer.reporter import Reporter
+from sftd.trainer.session import Session, gather
+from sftd.trainer.trainee import Trainee
+from sftd.wire import manifest as manifests
+from sftd.wire.attempt_dir import Order
+from sftd.wire.checkpoint_dir import reading
+from sftd.wire.manifest import Manifest
+
+
+def load(order: Order, session: Session, trainee: Trainee, reporter: Reporter) -> Manifest:
+    """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams. Called by every
+    rank.
+
+    Emits `CheckpointRejected` and raises `CheckpointInvalid` for one that is damaged, which is found before anything of it
+    is unpickled, or whose files do not hold the state.
+    """
+    assert order.checkpoint is not None
+    folder = Path(order.checkpoint)
+    with reading(folder):
+        try:
+            return _load(folder, order, session, trainee)
+        except CheckpointInvalid as error:
+            step = int(digits) if (digits := folder.name.rpartition("-")[2]).isdigit() else 0
+            reporter.emit(CheckpointRejected(step=step, path=str(folder), reason=str(error)))
+            raise
+
+
+def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Manifest:
+    manifest = manifests.read(folder, order.checkpoint_digest)
+    _raise_first(gather(manifests.find_damage(folder, manifest, dist.get_rank(), dist.get_world_size())))
+    if manifest.weights_only:
+        raise UserError(f"{folder} holds weights only: training cannot continue from it")
+    if manifest.dtype != (mine := str(session.dtype).removeprefix("torch.")):
+        raise UserError(
+            f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
+        )
+    # Manifests of before there was expert parallelism do not name its size.
+    same_layout = {"ep": 1} | manifest.layout == session.layout.sizes
+    megatron_edges.prepare_adamw_for_load(trainee.optimizer)
+    wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
+    state: dict[str, Any] = {}
+    reason = None
+    try:
+        state = checkpoint_reading.load(wanted, folder)
+    except CheckpointInvalid as error:
+        reason = str(error)
+    _raise_first(gather(reason))
+    with checkpoint_reading.invalid_where_it_fails(folder):
+        _restore(state, order.spec, session, trainee, with_rng=same_layout)
+    return manifest
+
+
+def _restore(
+    state: dict[str, Any], spec: Spec, session: Session, trainee: Trainee, *, with_rng: bool
+) -> None:
+    optimizer = trainee.optimizer
+    for i, chunk in enumerate(trainee.chunks):
+        chunk.load_state_dict({k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")})
+    optimizers.take_peak(spec, state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
+    megatron_edges.separate_adamw_steps(optimizer)
+    optimizers.configure(spec, optimizer, session)
+    if with_rng:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if session.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
+
+
+def _raise_first(reasons: list[str | None]) -> None:
+    """Raises `CheckpointInvalid` on every rank when one has a reason."""
+    if found := next((reason for reason in reasons if reason), None):
+        raise CheckpointInvalid(found)
