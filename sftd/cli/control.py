@@ -31,14 +31,14 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
     from sftd.domain import decisions, trajectory
-    from sftd.operations import reading, runs
+    from sftd.operations import model_files, reading, runs
     from sftd.wire import preflight, specfile
 
     store = app.open_store(app.read_settings())
     new, instead = None, ""
+    now = reading.find_run(store, run)
+    decisions.refuse_busy(now)
     if overrides:
-        now = reading.find_run(store, run)
-        decisions.refuse_busy(now)
         spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
         inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now))
         for warning in (*warnings, *inspected.warnings):
@@ -46,6 +46,10 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         new = preflight.proposal(spec, inspected)
         step = [] if from_step is None else ["--from-step", str(from_step)]
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
+    pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
+    record = model_files.recorded(store, now.run_id)
+    if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
+        output.note(model_files.unrecorded(now.run_id))
     found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead)
     checkpoint = found.restart_checkpoint
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"

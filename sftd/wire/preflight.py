@@ -13,8 +13,9 @@ from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
+from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.wire import dataset, model_folder
+from sftd.wire import dataset, model_digest, model_folder
 
 
 class Preflight(msgspec.Struct, frozen=True):
@@ -25,6 +26,7 @@ class Preflight(msgspec.Struct, frozen=True):
     val: DataFacts | None
     planned_steps: int
     warnings: list[Problem]
+    model_files: ModelFiles | None = None
 
 
 def _check_save_dir(spec: Spec) -> list[Problem]:
@@ -99,7 +101,8 @@ def inspect(
                 "warm up for fewer steps",
             )
         )
-    return Preflight(shape, train, val, planned, warnings)
+    model_files = model_digest.describe(spec.model.partial_pretrain)
+    return Preflight(shape, train, val, planned, warnings, model_files)
 
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
@@ -121,4 +124,5 @@ def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str)
         model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
         sftd_version=sftd.__version__,
         warnings=[str(w) for w in warnings],
+        model_files=found.model_files,
     )
