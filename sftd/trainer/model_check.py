@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from sftd.domain.errors import Refused
-from sftd.domain.model_record import ModelRecord
+from sftd.domain.model_files import differences
 from sftd.domain.spec import Spec
 from sftd.trainer.errors import UserError
 from sftd.wire import model_digest
@@ -32,11 +32,18 @@ def checked_spec(order: Order) -> Spec:
         spec = msgspec.structs.replace(spec, model=model)
     if os.environ["LOCAL_RANK"] == "0":
         pretrained = order.checkpoint is None
-        fix = model_digest.fork_fix(order.run_id, pretrained=pretrained)
         try:
-            model_digest.refuse_changes(ModelRecord(order.model_files), spec, weights=pretrained, fix=fix)
+            now = model_digest.describe(spec.model.partial_pretrain)
         except Refused as refused:
             raise UserError(str(refused)) from refused
+        code = spec.model.trust_remote_code
+        if changed := differences(order.model_files, now, weights=pretrained, code=code):
+            # The fix comes first: of a long message only the beginning is kept.
+            fix = model_digest.fork_fix(order.run_id, pretrained=pretrained)
+            raise UserError(
+                f"{spec.model.partial_pretrain} changed since the run was submitted (fix: {fix}): "
+                + "; ".join(f"{name}: {detail}" for name, detail in changed.items())
+            )
     if os.environ["RANK"] == "0" and copy is not None:
         model_digest.keep(order.model_files, spec.model.partial_pretrain, copy)
     return spec

@@ -85,8 +85,8 @@ class WeightsDigest:
                 raise UserError(f"the hosts hold different weights in {self._folder}: {', '.join(names)}")
         if recorded and (names := _unlike(recorded, digests[0])):
             raise UserError(
-                f"the weights in {self._folder} changed since the run's first attempt: {', '.join(names)}\n"
-                f"    fix: {fork_fix(run_id, pretrained=True)}"
+                f"{self._folder} changed since the run's first attempt (fix: {fork_fix(run_id, pretrained=True)}): "
+                f"{', '.join(names)} holds other weights"
             )
         return WeightsDigested(
             files=digests[0], bytes=sum(self._sizes.values()), seconds=max(share[-1] for share in shares)

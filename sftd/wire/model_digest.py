@@ -154,8 +154,7 @@ def fork_fix(run_id: str, *, pretrained: bool) -> str:
     """How to fix a changed model folder. `pretrained`: the attempt starts from its weights."""
     start = " --from-step 0" if pretrained else ""
     return (
-        "put the folder back as it was, or train with the changed model as another run: "
-        f"sftd fork {run_id}{start} --changed-model"
+        f"put the folder back as it was, or use it in another run: sftd fork {run_id}{start} --changed-model"
     )
 
 
