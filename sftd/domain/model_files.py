@@ -35,8 +35,17 @@ class ModelFiles(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> str:
         """sha256 (hex) over everything but the weights: names a copy of these files."""
-        lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self.files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return _digest(self.files)
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 (hex) over what is recorded of the weight files."""
+        return _digest(self.weights)
+
+
+def _digest(files: dict[str, ModelFile]) -> str:
+    lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def differences(was: ModelFiles, now: ModelFiles, *, weights: bool, code: bool) -> dict[str, str]:

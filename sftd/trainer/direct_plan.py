@@ -132,6 +132,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     attempt.write_process(_identity(spec))
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     how = "goes on" if state.attempt else "starts"
+    if record.files is None:
+        say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
     say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {new.planned_steps} steps\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
     tell(say)

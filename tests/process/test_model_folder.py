@@ -36,6 +36,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, str, Path]:
     path = tmp_path_factory.mktemp("model-folder")
     model = write_tiny_model(path / "model")
     (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     home = Home(path, model)
     shutil.copytree(model, path / "backup")
     run_id = home.submit("trainer.max_steps=6", "trainer.save_interval=3", "checkpoint.keep_last=9")
@@ -75,7 +77,8 @@ def test_the_log_knows_all_of_the_weights_before_the_first_step(trained: tuple[H
     digested = home.events(run_id, "WeightsDigested")[0]["payload"]
     assert digested["bytes"] == (model / "model.safetensors").stat().st_size
     submitted = home.events(run_id, "RunSubmitted")[0]["payload"]["model_files"]
-    assert list(submitted["files"]) == ["chat_template.jinja", "config.json"]
+    names = ["additional_chat_templates/tool_use.jinja", "chat_template.jinja", "config.json"]
+    assert list(submitted["files"]) == names
     assert submitted["contents"]["config.json"]["rope_theta"] == 10000.0
 
 
@@ -98,7 +101,8 @@ def test_a_changed_config_is_named_and_refused_and_the_export_has_what_was_train
     home.run("export", run_id, "changed")
     exported = json.loads((home.path / "changed" / "config.json").read_text())
     assert (exported["rope_theta"], exported["rms_norm_eps"]) == (10000.0, 1e-5)
-    assert (home.path / "changed" / "chat_template.jinja").read_text() == "{{ messages }}"
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert (home.path / "changed" / name).read_text() == (model / name).read_text()
 
     asked = home.run("fork", run_id, "--from-step", "3", "--changed-model", "--json")
     fork = json.loads(asked.stdout)
