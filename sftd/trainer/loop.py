@@ -228,7 +228,8 @@ class Attempt:
         sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
-            self._reporter.emit(self._weights_digest.finish(self._order.weights, self._order.run_id))
+            recorded, run_id = self._order.weights, self._order.run_id
+            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
             self._weights_digest = None
         self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)

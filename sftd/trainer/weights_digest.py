@@ -7,11 +7,12 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sftd.domain.events import WeightsDigested
 from sftd.trainer.errors import UserError
-from sftd.trainer.session import gather
 from sftd.wire.model_digest import fork_fix, weight_files
 
 _PIECE = 1 << 26
@@ -65,10 +66,14 @@ class WeightsDigest:
         except OSError as error:
             self._error = str(error)
 
-    def finish(self, recorded: dict[str, str], run_id: str) -> WeightsDigested:
-        """Wait for every rank's share. Called by every rank. `recorded` are the digests in the log, empty when there are
-        none. Raises on every rank `UserError` when the weights are others, or not the same on all hosts, and `OSError` when
-        they cannot be read."""
+    def finish(
+        self, gather: Callable[[Any], list[Any]], recorded: dict[str, str], run_id: str
+    ) -> WeightsDigested:
+        """Wait for every rank's share. Called by every rank. `gather` returns every rank's value; `recorded` are the
+        digests in the log, empty when there are none.
+
+        Raises on every rank `UserError` when the weights are others, or not the same on all hosts, and `OSError` when they
+        cannot be read."""
         for thread in self._threads:
             thread.join()
         host = int(os.environ["RANK"]) - int(os.environ["LOCAL_RANK"])
