@@ -32,15 +32,15 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     """
     from sftd.domain import decisions, trajectory
     from sftd.launcher.processes import host_name
-    from sftd.operations import reading, runs
+    from sftd.operations import model_files, reading, runs
     from sftd.wire import preflight, specfile
 
     settings = app.read_settings()
     store = app.open_store(settings)
     new, instead = None, ""
+    now = reading.find_run(store, run)
+    decisions.refuse_busy(now)
     if overrides:
-        now = reading.find_run(store, run)
-        decisions.refuse_busy(now)
         spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
         inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
         for warning in (*warnings, *inspected.warnings):
@@ -50,6 +50,10 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
     before = reading.find_run(store, run).restart_checkpoint
     host = host_name()
+    pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
+    record = model_files.recorded(store, now.run_id)
+    if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
+        output.note(model_files.unrecorded(now.run_id))
     found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint
     if from_step is None and before is not None and before != checkpoint:

@@ -67,8 +67,13 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
 def _ask(run: Run, *arguments: str) -> dict[str, Any]:
     from sftd.cli.order_file import order_file
     from sftd.launcher.tools import run_tool
+    from sftd.operations import model_files
 
-    with order_file(run, None) as order:
+    settings = app.read_settings()
+    # Only a text needs the tokenizer.
+    text = "--text" in arguments
+    model = model_files.source(app.open_store(settings), settings.home, run) if text else ""
+    with order_file(run, None, model) as order:
         found = output.with_stages(run.run_id, _TOOL, [order, *arguments], run_tool)
     return {name: value for name, value in found.items() if name != "event"}
 

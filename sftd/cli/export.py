@@ -34,7 +34,7 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.events import ModelExported
     from sftd.launcher.tools import run_tool
-    from sftd.operations import checkpoints
+    from sftd.operations import checkpoints, model_files
 
     settings = app.read_settings()
     store = app.open_store(settings)
@@ -43,8 +43,9 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
     # What would be refused is refused before the work.
+    model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
-    with order_file(found, checkpoint) as order:
+    with order_file(found, checkpoint, model) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     help="Start from this step's checkpoint, 0 from the pretrained model; the newest if not given.",
 )
+@click.option(
+    "--changed-model",
+    is_flag=True,
+    help="Use the model folder as it is now, although it changed since RUN was submitted.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout, and no warnings.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
@@ -32,6 +37,7 @@ def fork_command(
     run: str,
     overrides: tuple[str, ...],
     from_step: int | None,
+    changed_model: bool,
     quiet: bool,
     wait: bool,
     dry_run: bool,
@@ -58,9 +64,9 @@ def fork_command(
     store = app.open_store(settings)
     parent, point = forks.find(store, run, from_step)
     spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
-    found = forks.inspect(store, parent, point, spec, settings.home)
+    found = forks.inspect(store, parent, point, spec, settings.home, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
-    if not trajectory.changes(parent.spec, spec):
+    if not trajectory.changes(parent.spec, spec) and not changed_model:
         warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))
     step = point.step if point else 0
     if dry_run:

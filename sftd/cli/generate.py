@@ -49,15 +49,18 @@ def generate_command(
 
     from sftd.cli.order_file import order_file
     from sftd.launcher.tools import run_tool
-    from sftd.operations import checkpoints
+    from sftd.operations import checkpoints, model_files
 
-    found, checkpoint = checkpoints.find(app.open_store(app.read_settings()), run, step)
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    found, checkpoint = checkpoints.find(store, run, step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
     if not all(text.strip() for text in texts):
         raise click.UsageError("A --prompt is empty.")
-    with order_file(found, checkpoint) as order:
+    model = model_files.source(store, settings.home, found)
+    with order_file(found, checkpoint, model) as order:
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"

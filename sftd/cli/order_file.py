@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def order_file(run: Run, checkpoint: CheckpointInfo | None) -> Iterator[str]:
-    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone."""
+def order_file(run: Run, checkpoint: CheckpointInfo | None, model: str = "") -> Iterator[str]:
+    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone. `model` is where
+    the tool reads config and tokenizer, the run's model folder if not given."""
+    import msgspec
+
     from sftd.wire.attempt_dir import AttemptDir, Order
 
+    spec = run.spec
+    if model:
+        spec = msgspec.structs.replace(
+            spec, model=msgspec.structs.replace(spec.model, partial_pretrain=model)
+        )
     with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
         directory = AttemptDir(Path(folder) / "attempt")
         directory.create(
@@ -24,7 +32,7 @@ def order_file(run: Run, checkpoint: CheckpointInfo | None) -> Iterator[str]:
                 run_id=run.run_id,
                 attempt=run.attempt,
                 token="",
-                spec=run.spec,
+                spec=spec,
                 planned_steps=run.planned_steps,
                 checkpoint_dir=str(Path(checkpoint.path).parent) if checkpoint else "",
                 checkpoint=checkpoint.path if checkpoint else None,

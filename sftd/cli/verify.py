@@ -75,16 +75,19 @@ def verify_command(
     """
     from sftd.domain.events import ReplayDiverged
     from sftd.launcher import processes
-    from sftd.operations import replays
+    from sftd.operations import model_files, replays
 
     settings = app.read_settings()
     store = app.open_store(settings)
     chosen = replays.plan(store, run, from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
+    run_id = chosen.run.run_id
+    if not model_files.check(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
+        output.note(model_files.unrecorded(run_id))
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        order = _order(chosen, spec, planned)
+        order = _order(chosen, spec, planned, str(settings.home))
         with _held(settings, store, taken, is_named=devices is not None) as holds:
             verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
@@ -208,7 +211,7 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
     return planned
 
 
-def _order(chosen: Comparison, spec: Spec, planned_steps: int) -> Order:
+def _order(chosen: Comparison, spec: Spec, planned_steps: int, home: str) -> Order:
     from sftd.wire.attempt_dir import Order
 
     run, checkpoint = chosen.run, chosen.checkpoint
@@ -224,6 +227,9 @@ def _order(chosen: Comparison, spec: Spec, planned_steps: int) -> Order:
         order_later=list(run.order),
         losses=chosen.losses,
         last_step=chosen.to_step,
+        model_files=chosen.model.files,
+        weights=chosen.model.weights,
+        model_root=home,
     )
 
 

@@ -322,6 +322,9 @@ class Daemon:
             checkpoint_digest=claimed.checkpoint_digest,
             train_digest=run.train_digest,
             val_digest=run.val_digest,
+            model_files=claimed.model.files,
+            weights=claimed.model.weights,
+            model_root=str(self._settings.home),
             order_start=run.order_start,
             losses=attempts.losses_before(self._store, run.run_id, claimed.start.from_step),
         )

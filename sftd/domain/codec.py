@@ -19,6 +19,7 @@ from sftd.domain.events import EVENT_TYPES, Event
 Payload = dict[str, Any]
 # (type, N) -> function from a payload of schema version N to one of version N + 1.
 UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
+    ("RunSubmitted", 1): lambda payload: payload | {"model_files": None},
     ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
     ("StopRequested", 1): lambda payload: payload | {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): lambda payload: (

@@ -130,7 +130,7 @@ def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -
         for key, values, untold in _unlike(configs)
         if key not in _NAMES and not is_derived(key)
     ]
-    data = _unlike([_data(run) for run in runs])
+    data = _unlike([_data(run) | _model(event) for run, event in zip(runs, submitted, strict=True)])
     found += [Difference("data", key, values, untold=untold) for key, values, untold in data]
     versions = [{"sftd (submitted by)": s.sftd_version} if s else {} for s in submitted]
     found += [Difference("code", key, values, untold=untold) for key, values, untold in _unlike(versions)]
@@ -155,6 +155,12 @@ def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any], l
 def _data(run: Run) -> dict[str, Any]:
     digests = {"training data (sha256)": run.train_digest, "validation data (sha256)": run.val_digest}
     return {key: digest[:16] for key, digest in digests.items() if digest}
+
+
+def _model(submitted: RunSubmitted | None) -> dict[str, Any]:
+    if submitted is None or (files := submitted.model_files) is None:
+        return {}
+    return {"model files (sha256)": files.digest[:16], "weights (sha256)": files.weights_digest[:16]}
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:

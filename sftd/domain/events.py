@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from sftd.domain.model_files import ModelFiles
+
 Micros = int
 # What becomes of a run whose attempt was asked to stop.
 AfterStop = Literal["cancelled", "paused", "queued"]
@@ -19,7 +21,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunSubmitted(Event, frozen=True):
-    """A run was asked for. `spec` is the resolved spec; `data` and `model` are what submit found in the files."""
+    """A run was asked for. `spec` is the resolved spec; `data` and `model` are what submit found in the files, `model_files`
+    what the model folder held, None where an older sftd did not record it."""
+
+    schema_version: ClassVar[int] = 2
 
     spec: dict[str, Any]
     spec_digest: str
@@ -29,6 +34,7 @@ class RunSubmitted(Event, frozen=True):
     model: dict[str, Any]
     sftd_version: str
     warnings: list[str] = []
+    model_files: ModelFiles | None = None
 
 
 class RunForked(Event, frozen=True):
@@ -107,6 +113,16 @@ class ModelLoaded(Event, frozen=True):
     def is_deterministic(self) -> bool:
         """Whether this attempt's steps come out bit for bit when they are computed again."""
         return bool(self.environment.get("deterministic", True))
+
+
+class WeightsDigested(Event, frozen=True):
+    """All bytes of the weight files that the attempt loaded, before its first step. `files` maps their names to digests:
+    sha256 over the size and the sha256 of each piece of 64 MiB, so that ranks can share the work. `seconds` is how long
+    it took, mostly in the background."""
+
+    files: dict[str, str]
+    bytes: int
+    seconds: float
 
 
 class DataBound(Event, frozen=True):

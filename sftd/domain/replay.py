@@ -147,6 +147,7 @@ _WITHIN = (
     e.AttemptLaunched,
     e.AttemptAdopted,
     e.ModelLoaded,
+    e.WeightsDigested,
     e.DataBound,
     e.TrainingResumed,
     e.SampleGenerated,

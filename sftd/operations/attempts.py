@@ -10,10 +10,12 @@ from sftd.domain import decisions, exactness, loss_watch, redoing
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost
 from sftd.domain.failures import Failure, Interruption
+from sftd.domain.model_record import ModelRecord
 from sftd.domain.queueing import Limits
 from sftd.domain.run import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.dependents import leave_queue
+from sftd.operations.model_files import read_record
 from sftd.operations.turns import NO_LIMITS, Fits, next_turn
 from sftd.store import event_store, positions, queue
 from sftd.store.engine import Store, Tx
@@ -23,12 +25,13 @@ from sftd.wire.journal import Line
 
 
 class Claimed(msgspec.Struct, frozen=True):
-    """A lease just taken, the run as it was before, and where the attempt starts."""
+    """A lease just taken, the run as it was before, where the attempt starts, and what the log knows of its model folder."""
 
     lease: Lease
     run: Run
     start: e.AttemptClaimed
     checkpoint_digest: str | None
+    model: ModelRecord
 
 
 def claim(
@@ -62,7 +65,8 @@ def claim(
         lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
         queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
         append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
-        return Claimed(lease, run, start, checkpoint.manifest_digest if checkpoint else None)
+        digest = checkpoint.manifest_digest if checkpoint else None
+        return Claimed(lease, run, start, digest, read_record(tx.connection, run.run_id))
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:

@@ -44,6 +44,7 @@ _MINOR = (
     e.CheckpointStarted,
     e.SampleGenerated,
     e.DataBound,
+    e.WeightsDigested,
     e.CheckpointPinned,
     e.CheckpointUnpinned,
     e.CheckpointReduced,

@@ -14,11 +14,12 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.layout import ModelShape
 from sftd.domain.run import CheckpointInfo, Run
 from sftd.domain.spec import Spec
+from sftd.operations import model_files
 from sftd.store import event_store
 from sftd.store.engine import Store
 from sftd.store.runs import load_run, resolve_id
 from sftd.store.tables import view_runs
-from sftd.wire import checkpoint_dir, preflight
+from sftd.wire import checkpoint_dir, model_digest, preflight
 from sftd.wire.direct_run import DAEMON
 from sftd.wire.preflight import Preflight
 
@@ -40,13 +41,26 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
     return parent, point
 
 
-def inspect(store: Store, parent: Run, point: CheckpointInfo | None, spec: Spec, home: Path) -> Preflight:
+def inspect(
+    store: Store,
+    parent: Run,
+    point: CheckpointInfo | None,
+    spec: Spec,
+    home: Path,
+    *,
+    changed_model: bool = False,
+) -> Preflight:
     """Read the files that the spec of a fork names, as a submit does, and see that the checkpoint fits it. Raises
-    `Refused`."""
+    `Refused`, also when the model folder changed since the parent was submitted; with `changed_model` that is a warning."""
     step = point.step if point else 0
     found = preflight.inspect(
         spec, lambda digest: trajectory.forked_order(parent, step, spec, digest), home=home
     )
+    if changed := _changed_files(store, parent, spec, found, pretrained=point is None):
+        if not changed_model:
+            fix = "put the folder back as it was, or add --changed-model to use it as it is now"
+            raise Refused(model_digest.with_fix(changed, fix))
+        found = msgspec.structs.replace(found, warnings=[*found.warnings, *changed])
     if point is None:
         return found
     problems = _other_model(store, parent, found.shape)
@@ -63,6 +77,16 @@ def inspect(store: Store, parent: Run, point: CheckpointInfo | None, spec: Spec,
         fix = f"go on with it by `sftd resume {parent.run_id}`, or that command may delete the checkpoint"
         found = msgspec.structs.replace(found, warnings=[*found.warnings, Problem(parent.run_id, what, fix)])
     return found
+
+
+def _changed_files(
+    store: Store, parent: Run, spec: Spec, found: Preflight, *, pretrained: bool
+) -> list[Problem]:
+    """What changed in a model folder that the fork takes over from its parent."""
+    if spec.model.partial_pretrain != parent.spec.model.partial_pretrain or found.model_files is None:
+        return []
+    was = model_files.recorded(store, parent.run_id).files
+    return [] if was is None else model_digest.changes(was, found.model_files, spec, weights=pretrained)
 
 
 def _is_direct(store: Store, parent: Run) -> bool:

@@ -12,6 +12,7 @@ from sftd.domain import events as e
 from sftd.domain.errors import Problem, Refused, RunNotFound
 from sftd.domain.evolve import fold
 from sftd.domain.loss_watch import losses_before
+from sftd.domain.model_record import ModelRecord, record_of
 from sftd.domain.replay import AtStep, AtTime, AtVersion, Moment, Timeline, timeline, up_to
 from sftd.domain.run import ENDED, CheckpointInfo, Run
 from sftd.operations.context import Context, append_decided, current
@@ -96,7 +97,8 @@ def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
 class Comparison(msgspec.Struct, frozen=True):
     """What is trained again: the steps behind `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
     model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
-    `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts."""
+    `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
+    `model` is what the log knows of the model folder."""
 
     run: Run
     from_step: int
@@ -105,6 +107,7 @@ class Comparison(msgspec.Struct, frozen=True):
     log: Timeline
     losses: list[float]
     held: list[str]
+    model: ModelRecord
 
     @property
     def count(self) -> int:
@@ -139,7 +142,8 @@ def plan(
     past = recorded[: log.versions[end]]
     losses = losses_before((r.event for r in past), begin)
     then = fold(Run(run.run_id), past)
-    return Comparison(then, begin, end, usable.get(begin), log, losses, devices)
+    model = record_of(r.event for r in recorded)
+    return Comparison(then, begin, end, usable.get(begin), log, losses, devices, model)
 
 
 def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:

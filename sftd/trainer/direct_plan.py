@@ -18,11 +18,12 @@ from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.events import CheckpointDeleted
 from sftd.domain.loss_watch import losses_before
+from sftd.domain.model_record import ModelRecord, record_of
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
 from sftd.trainer import process
 from sftd.trainer.progress_lines import tell
-from sftd.wire import checkpoint_dir, preflight, specfile
+from sftd.wire import checkpoint_dir, model_digest, preflight, specfile
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
 from sftd.wire.direct_run import DirectRun, History, Hold, Submission, read_history
 from sftd.wire.journal import now_micros
@@ -30,6 +31,7 @@ from sftd.wire.preflight import Preflight
 
 _DEFAULT_SAVE_DIR = "sftd-runs"
 _REFUSED = 2
+_BEGIN_ANOTHER = "begin another: trainer.experiment_name=NAME"
 
 
 def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
@@ -95,7 +97,10 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
         run.write_submission(submission)
     history = read_history(run, submission)
     state, new = history.run, preflight.proposal(spec, found)
+    record = record_of(n.event for n in history.events)
+    checkpoint = state.restart_checkpoint
     _refuse_another_run(run, state, new)
+    _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
     say = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded" and new.planned_steps == state.planned_steps:
         tell(
@@ -104,7 +109,6 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
         )
         return None
     _sweep(run, history)
-    checkpoint = state.restart_checkpoint
     attempt = run.attempt(run.attempts() + 1)
     attempt.create(
         Order(
@@ -118,6 +122,9 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
             checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
             train_digest=state.train_digest,
             val_digest=state.val_digest,
+            model_files=record.files,
+            weights=record.weights,
+            model_root=str(run.path),
             order_start=state.order_start,
             losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
         )
@@ -125,6 +132,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     attempt.write_process(_identity(spec))
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     how = "goes on" if state.attempt else "starts"
+    if record.files is None:
+        say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
     say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {new.planned_steps} steps\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
     tell(say)
@@ -167,7 +176,7 @@ def _layout(spec: Spec) -> str:
 
 def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
     """What makes other steps of those that are done is another run. Raises `Refused`."""
-    fix = "set it back to go on with that run, or begin another: trainer.experiment_name=NAME"
+    fix = f"set it back to go on with that run, or {_BEGIN_ANOTHER}"
     problems = [
         msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", fix=fix)
         for problem in decisions.other_run(state, new)
@@ -181,6 +190,17 @@ def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
         problems.append(Problem("checkpoint.save_dir", what, "move the folder back"))
     if problems:
         raise Refused(problems)
+
+
+def _refuse_another_model(
+    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
+) -> None:
+    """A model folder that changed makes other steps, too. Raises `Refused`."""
+    if record.files is None or found.model_files is None:
+        return
+    if problems := model_digest.changes(record.files, found.model_files, spec, weights=pretrained):
+        fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
+        raise Refused(model_digest.with_fix(problems, fix))
 
 
 def _tell_error(error: Exception) -> None:

@@ -28,10 +28,12 @@ from sftd.trainer.checkpoint import Checkpoints, Progress
 from sftd.trainer.data import Ints, Rows, write_spool
 from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.meter import Meter
+from sftd.trainer.model_check import checked_spec
 from sftd.trainer.reporter import Reporter
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.spool import shared_folder
 from sftd.trainer.validate import validate
+from sftd.trainer.weights_digest import WeightsDigest
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.dataset import files_digest
 from sftd.wire.model_folder import read_shape
@@ -79,13 +81,17 @@ class Attempt:
     ) -> None:
         self._attempt = attempt
         self._order = order
-        self._spec = order.spec
+        self._spec = checked_spec(order)
         self._session = session
         self._reporter = reporter
         shape = self._read_shape()
         if order.last_step is None:
             checkpoint_folder.check(Path(order.checkpoint_dir))
-        self._trainee = trainees.load(self._spec, shape, session, pretrained=order.checkpoint is None)
+        pretrained = order.checkpoint is None
+        folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
+        # Until the first step is recorded: no step may come of weights that the log does not know.
+        self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if pretrained else None
+        self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
         self._environment = sessions.environment(session)
         reporter.emit(
             ModelLoaded(
@@ -223,6 +229,10 @@ class Attempt:
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
         sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
         seconds = time.perf_counter() - started
+        if self._weights_digest is not None:
+            recorded, run_id = self._order.weights, self._order.run_id
+            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
+            self._weights_digest = None
         self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
         lengths = self._train.lengths[rows].astype(float)

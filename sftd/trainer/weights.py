@@ -9,7 +9,6 @@ not have is one more `Rule` in `layer_rules`. A family with experts names its te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor
 from sftd.domain.layout import ModelShape
 from sftd.trainer.errors import UserError
 from sftd.trainer.session import Layout
+from sftd.wire.model_digest import weight_files
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,9 @@ class Folder:
 
     def __init__(self, path: str, stack: ExitStack) -> None:
         folder = Path(path)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(f.name for f in folder.glob("*.safetensors"))
         self._path = path
         self._files: dict[str, Any] = {}
-        for name in names:
+        for name in weight_files(folder):
             try:
                 file = stack.enter_context(safe_open(folder / name, framework="pt"))
             except (OSError, SafetensorError) as error:

@@ -33,6 +33,7 @@ from pathlib import Path
 import msgspec
 
 from sftd.domain.events import Micros
+from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import OrderStart, Spec
 from sftd.wire.secrets import Secrets
 
@@ -41,6 +42,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
     None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
     (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched.
+    `model_files` is the record of the model folder, None where an older sftd submitted the run, and `weights` the digests of
+    its weights (`WeightsDigested`), empty where none were loaded yet: an attempt that finds another folder does not train.
+    A copy of the folder's small files is kept below `model_root` (`model_copy`), empty for nowhere.
     `order_start` says which samples the steps read, `losses` are those of the last steps before, oldest first.
 
     With `last_step` recorded steps are trained again for comparison: up to that one and nothing else, neither validations
@@ -57,6 +61,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_digest: str | None = None
     train_digest: str = ""
     val_digest: str = ""
+    model_files: ModelFiles | None = None
+    weights: dict[str, str] = {}
+    model_root: str = ""
     order_start: OrderStart = OrderStart()
     losses: list[float] = []
     last_step: int | None = None
@@ -283,6 +290,12 @@ def _read_line(path: Path) -> str:
 def attempt_dir(run: Path, number: int) -> AttemptDir:
     """Folder of attempt `number` (from 1) in a run's folder."""
     return AttemptDir(run / f"attempt-{number:04d}")
+
+
+def model_copy(root: Path, files: ModelFiles) -> Path:
+    """Where the small files of a model folder are kept, once for all runs with the same: `root` is the home, or the folder
+    of a run that is trained without a daemon."""
+    return root / "models" / files.digest
 
 
 class RunDir:

@@ -13,9 +13,10 @@ from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
+from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.storage import storage
-from sftd.wire import dataset, disk, model_folder
+from sftd.wire import dataset, disk, model_digest, model_folder
 
 _SAVE_DIR = "checkpoint.save_dir"
 
@@ -28,6 +29,7 @@ class Preflight(msgspec.Struct, frozen=True):
     val: DataFacts | None
     planned_steps: int
     warnings: list[Problem]
+    model_files: ModelFiles | None = None
 
 
 def _check_folder(spec: Spec, home: Path | None) -> tuple[list[Problem], list[Problem]]:
@@ -143,7 +145,8 @@ def inspect(
         if wrong:
             raise Refused(wrong)
         warnings += doubtful
-    return Preflight(shape, train, val, planned, warnings)
+    model_files = model_digest.describe(spec.model.partial_pretrain)
+    return Preflight(shape, train, val, planned, warnings, model_files)
 
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
@@ -165,4 +168,5 @@ def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str)
         model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
         sftd_version=sftd.__version__,
         warnings=[str(w) for w in warnings],
+        model_files=found.model_files,
     )

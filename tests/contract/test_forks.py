@@ -11,9 +11,11 @@ import pytest
 from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
+from sftd.domain.model_files import ModelFile, ModelFiles
+from sftd.domain.model_record import ModelRecord
 from sftd.domain.run import Run
 from sftd.domain.spec_parse import change
-from sftd.operations import attempts, checkpoints, collecting, forks, reading, runs
+from sftd.operations import attempts, checkpoints, collecting, forks, model_files, reading, runs
 from sftd.operations.attempts import Claimed
 from sftd.store import schedule
 from sftd.store.engine import Store
@@ -272,3 +274,21 @@ def test_a_fork_in_the_queue_has_its_own_place(log: Store, clock: Clock, parent:
     name = fork(log, clock, parent, None, ("launch.priority", 2))
     with log.read() as connection:
         assert [entry.run_id for entry in schedule.waiting(connection)] == [name]
+
+
+def test_an_attempt_is_given_the_record_of_the_model_folder(log: Store, clock: Clock) -> None:
+    files = ModelFiles(
+        {"config.json": ModelFile(21, "a" * 64)},
+        {"model.safetensors": ModelFile(99, "b" * 64)},
+        {"config.json": {"rope_theta": 1e4, "note": "ä\n'\"", "ids": [1, None, True]}},
+    )
+    submitted = msgspec.structs.replace(found(3), model_files=files)
+    name = runs.submit(log, clock.context, RESOLVED, submitted, [], "ada")
+    claimed = claim(log, clock)
+    assert claimed.model == ModelRecord(files)
+    for number, digest in enumerate(("c" * 64, "d" * 64), 1):
+        event = e.WeightsDigested(files={"model.safetensors": digest}, bytes=99, seconds=0.1)
+        lines = [Line(number=number, occurred_at=number, event=event)]
+        attempts.record(log, clock.context, claimed.lease, lines, 100, {})
+    # The first attempt's count: a later one that found others did not train.
+    assert model_files.recorded(log, name) == ModelRecord(files, {"model.safetensors": "c" * 64})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -158,7 +159,8 @@ def test_another_spec_or_other_data_are_another_run(
     tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
-    direct = Direct(tmp_path, models / "llama_tied", tmp_path / "data", experiment_name="named")
+    shutil.copytree(models / "llama_tied", tmp_path / "model")
+    direct = Direct(tmp_path, tmp_path / "model", tmp_path / "data", experiment_name="named")
     first, code, said = plan(capsys, direct.config)
     assert (first, code) == (str(direct.run("named").attempt(1).path), 0)
     assert "Attempt 1 starts from the pretrained model: 1 rank, 6 steps" in said
@@ -180,6 +182,15 @@ def test_another_spec_or_other_data_are_another_run(
     second, code, said = plan(capsys, direct.config)
     assert (second, code) == (str(direct.run("named").attempt(2).path), 0)
     assert "Attempt 2 goes on from the pretrained model" in said
+
+    config = tmp_path / "model" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.25}))
+    _, code, said = plan(capsys, direct.config)
+    assert code == 2
+    assert f"{config} changed since the run was submitted: rms_norm_eps is 0.25, was " in said
+    assert "begin another: trainer.experiment_name=NAME" in said
+    config.write_text(before)
 
     write_rows(tmp_path / "data" / "train.parquet", 37, seed=99)
     _, code, said = plan(capsys, direct.config)

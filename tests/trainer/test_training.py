@@ -23,6 +23,7 @@ from sftd.domain.events import (
     SampleGenerated,
     StepCompleted,
     ValidationCompleted,
+    WeightsDigested,
 )
 from sftd.domain.schedule import learning_rate
 from sftd.trainer.sample_order import SampleOrder, samples_digest
@@ -123,7 +124,7 @@ def test_events_come_in_order_and_add_up(base: Run, data: Path) -> None:
     kinds = [type(e) for e in base.all_events()]
     step, validated = [StepCompleted], [ValidationCompleted, SampleGenerated]
     saved = [CheckpointStarted, CheckpointPublished]
-    first = [ModelLoaded, DataBound, *validated, *step, *step, *validated, *step, *saved]
+    first = [ModelLoaded, DataBound, *validated, WeightsDigested, *step, *step, *validated, *step, *saved]
     assert kinds == [*first, *step, *validated, *step, *step, *validated, *saved]
     bound = base.events(DataBound)[0]
     assert (bound.train_rows, bound.val_rows, bound.planned_steps) == (37, 11, 6)

@@ -23,14 +23,8 @@ from sftd.trainer.load_model import one_rank, read_model
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.wire import manifest as manifests
 from sftd.wire.attempt_dir import fsync_dir
+from sftd.wire.model_digest import kept_files
 from sftd.wire.model_folder import exported_config, read_shape
-
-# What a model folder holds besides weights and config.json: tokenizer, chat template, generation config, the model's
-# own code, and what its licence asks to be passed on.
-_COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template*", "*.jinja", "generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
 
 
 def export(
@@ -57,9 +51,10 @@ def export(
     try:
         config = exported_config(folder, override, manifest.dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for path in sorted({path for pattern in _COPIED for path in Path(folder).glob(pattern)}):
-            if path.is_file():
-                shutil.copyfile(path, partial / path.name)
+        for name, path in kept_files(Path(folder)).items():
+            if name != "config.json":
+                (partial / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, partial / name)
         session = one_rank(spec, device="cpu", dtype=manifest.dtype)
         try:
             events.progress("load", path=str(checkpoint))
