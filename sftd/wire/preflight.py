@@ -10,11 +10,13 @@ import msgspec
 
 import sftd
 from sftd.domain.decisions import Proposal
+from sftd.domain.doubts import doubts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.wire import dataset, model_folder
+from sftd.wire.same_files import shared
 
 
 class Preflight(msgspec.Struct, frozen=True):
@@ -56,8 +58,9 @@ def inspect(
     try:
         shape = model_folder.read_shape(spec.model.partial_pretrain, spec.model.override_config)
         model_folder.check_weights(spec.model.partial_pretrain)
-        if spec.trainer.sample_prompts:
-            model_folder.check_tokenizer(spec.model.partial_pretrain)
+        warnings += model_folder.check_tokenizer(
+            spec.model.partial_pretrain, is_needed=bool(spec.trainer.sample_prompts)
+        )
     except Refused as refused:
         problems += refused.problems
     if shape is not None:
@@ -99,6 +102,7 @@ def inspect(
                 "warm up for fewer steps",
             )
         )
+    warnings += doubts(spec, train, val, shared(train.files, val.files) if val else [], planned)
     return Preflight(shape, train, val, planned, warnings)
 
 
