@@ -28,8 +28,8 @@ training. Data is tokenised before: `sftd prepare` reads chats and writes the Pa
 | `trainer.val_check_interval`, `trainer.save_interval` | steps; not epochs or shares of them |
 | paths | start at the folder where you submit, not at the config's |
 
-A name "without counterpart" is refused if it asks for something; null, false, 0 and the values named with it are accepted. A name
-that is "left aside" is accepted with a warning.
+A name with no counterpart is refused if it asks for something: null, false, 0 and the values listed as accepted are not refused.
+An ignored name is accepted with a warning.
 """
 
 
@@ -45,13 +45,17 @@ def _rows(letter: str) -> Iterator[str]:
     if TOOLS[letter] == "verl":
         for alias in (*ALIASES, MIN_LR):
             if here := targets(alias):
-                yield f"| `{alias}` | {', '.join(f'`{key}`' for key in here)} | accepted |"
+                yield f"| `{alias}` | {', '.join(f'`{key}`' for key in here)} | accepted as it is |"
+    # What has one answer is one row.
+    names: dict[tuple[str, str], list[str]] = {}
     for row in TABLE:
         if letter in row.tools:
-            here = f"`{row.here}`" if row.here else "left aside" if row.harmless else "without counterpart"
+            here = f"`{row.here}`" if row.here else "ignored" if row.harmless else "no counterpart"
             neutral = ", ".join(f"`{value}`" for value in row.neutral)
             remark = "; ".join(filter(None, (row.note, neutral and f"accepted: {neutral}")))
-            yield f"| `{row.name}` | {here} | {remark} |"
+            names.setdefault((here, remark), []).append(f"`{row.name}`")
+    for (here, remark), same in names.items():
+        yield f"| {', '.join(same)} | {here} | {remark} |"
 
 
 if __name__ == "__main__":

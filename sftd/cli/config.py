@@ -125,6 +125,13 @@ def reference() -> str:
         "",
         "A run's config is a YAML file of sections; `key=value` on the command line is laid over it. The resolved spec is",
         "frozen when the run is submitted, and its digest names it (`sftd submit CONFIG --dry-run` prints it).",
+        "",
+        "Relative paths start at the folder where you submit. `~`, `$NAME` and `${NAME}` are expanded. For data, a pattern",
+        "(`*`, `?`, `[…]`, `**`) becomes the files that match and a folder the `*.parquet` files in it, in the order of their names.",
+        "A name that exists as it is written is taken as it is. The model may be a hub id (`org/name`) that is in the local Hugging",
+        "Face cache (`HF_HUB_CACHE`, `HF_HOME`).",
+        "",
+        "YAML is read as version 1.2: `true` and `false` are the booleans, `1e-5` is a number, `yes` is a text.",
     ]
     section = None
     for row in keys():

@@ -62,6 +62,7 @@ def test_readme_names_every_command(command: str) -> None:
     ("page", "at_least"),
     [
         ("README.md", 20),
+        ("docs/coming-from.md", 20),
         ("docs/compare-and-watch.md", 10),
         ("docs/mlflow.md", 8),
         ("docs/operations.md", 10),
