@@ -70,10 +70,8 @@ def open_store(settings: Settings) -> Store:
 def open_existing_store(settings: Settings) -> Store | None:
     """The database for a command that only asks it for more than it needs to know: None where there is none yet. Raises as
     `open_store`."""
-    path = settings.database_url.removeprefix("sqlite:///")
-    if settings.database_url.startswith("sqlite") and not os.path.exists(path):
-        return None
-    return open_store(settings)
+    file = settings_module.sqlite_file(settings.database_url)
+    return None if file is not None and not file.exists() else open_store(settings)
 
 
 # Daemons say that they live three times in a lease.

@@ -114,6 +114,7 @@ class Host:
         from sftd.domain.flops import device_bytes
         from sftd.domain.pace import Machine
         from sftd.launcher.inventory import gpus
+        from sftd.wire.cores import usable_cores
 
         here = gpus()
         wanted = name or ("cpu" if spec.launch.device == "cpu" else "")
@@ -122,7 +123,7 @@ class Host:
             wanted = "H100"
         if wanted.lower() == "cpu" or not (wanted or here):
             memory = int(gib * _GIB) if gib else int(psutil.virtual_memory().total)
-            cores = len(os.sched_getaffinity(0))
+            cores = usable_cores()
             machine = Machine(device="cpu", name="cpu", cores=cores)
             return cls(machine, devices or spec.world_size, memory, is_here=not gib)
         is_here = bool(here) and (not wanted or wanted.upper() in here[0][0].upper())
