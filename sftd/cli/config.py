@@ -11,49 +11,66 @@ from sftd.cli import output
 
 
 @click.command("config")
-@click.argument("prefix", required=False, default="")
+@click.argument("word", required=False, default="")
 @click.option("--markdown", is_flag=True, help="Print the configuration reference, docs/configuration.md.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def config_command(prefix: str, markdown: bool, as_json: bool) -> None:
-    """List every key of a run's config: type, default, meaning. PREFIX narrows it down.
+def config_command(word: str, markdown: bool, as_json: bool) -> None:
+    """List every key of a run's config: type, default, meaning. WORD narrows it down.
+
+    WORD is the beginning of a key, or else searched for in keys, in their other names and in their meanings. Names of
+    axolotl, LLaMA-Factory, TRL and verl are known too.
 
     \b
     Example:
       sftd config
       sftd config model.megatron
+      sftd config packing
     """
-    rows = [row for row in keys() if row["key"].startswith(prefix)]
-    if not rows:
-        raise click.UsageError(f"No key begins with {prefix!r}.{_meant(prefix)}")
+    rows, remark = find(word)
+    if remark:
+        output.note(remark)
+    if not rows and not remark:
+        raise click.UsageError(f"No key is called so. {_meant(word)}")
     if as_json:
         click.echo(output.json_line(rows))
     elif markdown:
         click.echo(reference(), nl=False)
     else:
-        from rich import box
-        from rich.table import Table
+        import textwrap
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("key", no_wrap=True, style="bold")
-        table.add_column("type", overflow="fold", ratio=1)
-        table.add_column("default", overflow="fold", ratio=1)
-        table.add_column("meaning", overflow="fold", ratio=3)
         for row in rows:
-            table.add_row(row["key"], row["type"], _shown(row["default"]), row["meaning"])
-        output.console().print(table)
+            default = _shown(row["default"]) or '""'
+            click.echo(f"{click.style(row['key'], bold=True)}  {row['type']}, default {default}")
+            click.echo(textwrap.indent(textwrap.fill(row["meaning"], min(output.width(), 120) - 4), "    "))
 
 
-def _meant(name: str) -> str:
-    """What a person may have meant by a name that no key begins with: verl's name of a key, a part of one, or misspelt."""
+def find(word: str) -> tuple[list[dict[str, Any]], str]:
+    """The keys that a word is about, and what is to be said of a name that they have elsewhere."""
+    from sftd.domain.other_trainers import TABLE, TOOLS, known
+    from sftd.domain.spec_aliases import ALIASES, MIN_LR, targets
+
+    rows = keys()
+    if begun := [row for row in rows if row["key"].startswith(word)]:
+        return begun, ""
+    if (row := known(word)) is not None:
+        tools = ", ".join(name for letter, name in TOOLS.items() if letter in row.tools)
+        meaning = f"here it is {row.answer}" if row.here else f"it has no counterpart here: {row.note}"
+        return [r for r in rows if r["key"] == row.here], f"{row.name} is a name of {tools}; {meaning}"
+    text = word.lower()
+    also = {target for alias in (*ALIASES, MIN_LR) if text in alias for target in targets(alias)}
+    also |= {row.here for row in TABLE if text in row.name}
+    return [
+        row
+        for row in rows
+        if text in row["key"].lower() or text in row["meaning"].lower() or row["key"] in also
+    ], ""
+
+
+def _meant(word: str) -> str:
     import difflib
 
-    from sftd.domain.spec_parse import ALIASES
-
-    if name in ALIASES or name == "optim.min_lr":
-        return f" It is another name: {_alias_target(name)}."
-    paths = [row["key"] for row in keys()]
-    near = [path for path in paths if name in path] or difflib.get_close_matches(name, paths, n=3)
-    return f" Did you mean {', '.join(near[:5])}?" if near else " `sftd config` lists all."
+    near = difflib.get_close_matches(word[:100], [row["key"] for row in keys()], n=3)
+    return f"Did you mean {', '.join(near)}?" if near else "`sftd config` lists all."
 
 
 def keys() -> list[dict[str, Any]]:
@@ -99,7 +116,7 @@ def _shown(default: Any) -> str:
 
 def reference() -> str:
     """The configuration reference in Markdown."""
-    from sftd.domain.spec_parse import ALIASES
+    from sftd.domain.spec_aliases import ALIASES, MIN_LR
 
     lines = [
         "# Configuration reference",
@@ -108,6 +125,13 @@ def reference() -> str:
         "",
         "A run's config is a YAML file of sections; `key=value` on the command line is laid over it. The resolved spec is",
         "frozen when the run is submitted, and its digest names it (`sftd submit CONFIG --dry-run` prints it).",
+        "",
+        "Relative paths start at the folder where you submit. `~`, `$NAME` and `${NAME}` are expanded. For data, a pattern",
+        "(`*`, `?`, `[…]`, `**`) becomes the files that match and a folder the `*.parquet` files in it, in the order of their names.",
+        "A name that exists as it is written is taken as it is. The model may be a hub id (`org/name`) that is in the local Hugging",
+        "Face cache (`HF_HUB_CACHE`, `HF_HOME`).",
+        "",
+        "YAML is read as version 1.2: `true` and `false` are the booleans, `1e-5` is a number, `yes` is a text.",
     ]
     section = None
     for row in keys():
@@ -117,22 +141,29 @@ def reference() -> str:
             lines += ["", f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         kind = row["type"].replace("|", "\\|")
         lines.append(f"| `{key}` | {kind} | `{_shown(row['default']) or '""'}` | {row['meaning']} |")
-    lines += ["", "## Other names", "", "verl's names are taken where they mean the same.", ""]
+    lines += [
+        "",
+        "## Other names",
+        "",
+        "Accepted where they mean the same; most are verl's. [coming-from.md](coming-from.md) has those of other trainers.",
+        "",
+    ]
     lines += ["| name | here |", "|---|---|"]
-    for alias in [*ALIASES, "optim.min_lr"]:
+    for alias in [*ALIASES, MIN_LR]:
         lines.append(f"| `{alias}` | {_alias_target(alias)} |")
     return "\n".join(lines) + "\n"
 
 
 def _alias_target(alias: str) -> str:
-    from sftd.domain.spec_parse import ALIASES, UnusableAlias
+    from sftd.domain.spec_aliases import ALIASES, MIN_LR, UnusableAlias, targets
 
-    if alias == "optim.min_lr":
-        return "`scheduler.min_lr_ratio` (divided by the peak)"
-    for probe in (1, [0, 0], "auto"):
-        try:
-            targets = ALIASES[alias](probe)
-        except UnusableAlias:
-            continue
-        return ", ".join(f"`{t}`" for t in targets) or "accepted; it is what sftd always does"
-    return "refused, with what to do instead"
+    here = ", ".join(f"`{target}`" for target in targets(alias))
+    if alias == MIN_LR:
+        return f"{here} (divided by the peak)"
+    if here:
+        return here
+    try:
+        ALIASES[alias]("auto")
+    except UnusableAlias:
+        return "refused, with what to do instead"
+    return "accepted; it is what sftd always does"

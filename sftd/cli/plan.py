@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sftd import settings as settings_module
 from sftd.cli import app, output
+from sftd.cli.hosts import known_hosts
 from sftd.cli.numbers import FiniteRange
 from sftd.cli.plan_view import print_plan
 
@@ -23,7 +23,7 @@ _GIB = 2**30
 
 
 @click.command("plan")
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(allow_dash=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--devices",
@@ -55,6 +55,7 @@ def plan_command(
       sftd plan run.yaml --devices 8 --memory 80 --device H100
       sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
     """
+    from sftd.domain import doubts
     from sftd.domain.plan import make_plan
     from sftd.domain.plan_search import search
     from sftd.wire import preflight, specfile
@@ -62,6 +63,10 @@ def plan_command(
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec, has_room=False)
     host = Host.find(spec, devices, memory, device)
+    warnings = [*warnings, *found.warnings]
+    if not (devices or memory or device):
+        # For a machine that is not this one, these devices say nothing.
+        warnings += doubts.devices(spec, known_hosts(app.read_settings()))
     facts = facts_of(found)
     calibration = known_pace(found.shape, host.machine)
     plan = make_plan(spec, facts, host.machine, calibration)
@@ -80,12 +85,12 @@ def plan_command(
                     "best": {"set": best.changes, **best.plan.as_json()} if best else None,
                     "layouts_tried": layouts.tried,
                     "layouts_fit": layouts.fit,
-                    "warnings": [str(w) for w in [*warnings, *found.warnings]],
+                    "warnings": [str(w) for w in warnings],
                 }
             )
         )
         return
-    output.warn_all([*warnings, *found.warnings], quiet=False)
+    output.warn_all(warnings, quiet=False)
     print_plan(spec, facts, plan, layouts, host)
 
 
@@ -148,12 +153,9 @@ def known_pace(shape: ModelShape, machine: Machine) -> float | None:
     from sftd.domain.errors import SftdError
     from sftd.operations import planning
 
-    settings = app.read_settings()
-    file = settings_module.sqlite_file(settings.database_url)
-    if file is not None and not file.exists():
-        return None
     try:
-        return planning.calibration(app.open_store(settings), shape, machine)
+        store = app.open_existing_store(app.read_settings())
+        return planning.calibration(store, shape, machine) if store else None
     except SftdError as error:
         output.note(f"The log is not asked for the pace of earlier runs: {error}")
         return None

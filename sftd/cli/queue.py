@@ -12,9 +12,6 @@ from sftd.cli import app, output
 if TYPE_CHECKING:
     from sftd.operations.waiting import QueueRow
 
-# Daemons say that they live three times in a lease.
-_SILENT_LEASES = 2
-
 
 @click.command("queue")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
@@ -35,8 +32,7 @@ def queue_command(as_json: bool) -> None:
     store = app.open_store(settings)
     context = app.context()
     limits = Limits(settings.user_limit, settings.project_limit)
-    silent = int(_SILENT_LEASES * settings.lease_seconds * 1_000_000)
-    rows = waiting.list_queue(store, context, limits, silent)
+    rows = waiting.list_queue(store, context, limits, app.silent_micros(settings))
     if as_json:
         click.echo(output.json_line([as_values(row) for row in rows]))
     elif not rows:

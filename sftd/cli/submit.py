@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command("submit")
-@click.argument("config", required=False, type=click.Path())
+@click.argument("config", required=False, type=click.Path(allow_dash=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-f", "--file", "file", type=click.Path(), help="The config, as an option.")
+@click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="The config, as an option.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option("--strict", is_flag=True, help="Refuse the run where there would be a warning.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
@@ -54,6 +55,7 @@ def submit_command(
     overrides: tuple[str, ...],
     file: str | None,
     quiet: bool,
+    strict: bool,
     wait: bool,
     dry_run: bool,
     print_script: bool,
@@ -62,10 +64,10 @@ def submit_command(
     as_json: bool,
     xray: bool | None,
 ) -> None:
-    """Queue the run that CONFIG (YAML) describes, with KEY=VALUE laid over it.
+    """Queue the run that CONFIG (YAML; - is standard input) describes, with KEY=VALUE laid over it.
 
     Everything that can be found wrong is found now, before a device is held: keys, types, layout, model and data
-    files. A refused run leaves nothing behind.
+    files. A refused run leaves nothing behind. What is possible and hardly meant is a warning; with --strict it is refused.
 
     With --after the run is cancelled when the other one fails or is cancelled. With --grid either all runs are queued or,
     if one of them is refused, none.
@@ -74,11 +76,15 @@ def submit_command(
     Example:
       sftd submit run.yaml optimizer.lr=1e-5 trainer.max_steps=200
       sftd submit run.yaml --dry-run --xray
+      sftd submit run.yaml 'data.train_files=data/train-*.parquet' --strict
       sftd submit run.yaml --grid optimizer.lr=1e-5,2e-5 --grid model.megatron.seed=1,2
       sftd submit second.yaml --after brave-otter
       sftd submit run.yaml launch.launcher=slurm --print-script
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
+    from sftd.cli.hosts import known_hosts
+    from sftd.domain import doubts
+    from sftd.domain.errors import Refused
     from sftd.operations.submitting import Wish, check_after, submit_all
     from sftd.wire import preflight, specfile
 
@@ -98,11 +104,23 @@ def submit_command(
             )
         if wait:
             raise click.UsageError("--wait waits for one run: it cannot be used with --grid.")
-        sweep.submit(settings, config, overrides, grid, after, quiet=quiet, dry_run=dry_run, as_json=as_json)
+        sweep.submit(
+            settings,
+            config,
+            overrides,
+            grid,
+            after,
+            quiet=quiet,
+            strict=strict,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
         return
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec, home=settings.home)
-    warnings = [*warnings, *found.warnings]
+    warnings = [*warnings, *found.warnings, *doubts.devices(spec, known_hosts(settings))]
+    if strict and warnings:
+        raise Refused(warnings)
     if after and (dry_run or print_script):
         check_after(app.open_store(settings), after)
     if dry_run:

@@ -18,10 +18,16 @@ def submit(
     after: tuple[str, ...],
     *,
     quiet: bool,
+    strict: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Queue every point of a grid, or none, and print their ids."""
+    import msgspec
+
+    from sftd.cli.hosts import known_hosts
+    from sftd.domain import doubts
+    from sftd.domain.errors import Refused
     from sftd.domain.spec import spec_digest
     from sftd.operations.submitting import Wish, check_after, submit_all
     from sftd.wire import sweep
@@ -31,7 +37,13 @@ def submit(
     name = f"sweep-{context.random(3).hex()}"
     points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home)
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
+    hosts = known_hosts(settings)
+    points = [
+        msgspec.structs.replace(p, warnings=[*p.warnings, *doubts.devices(p.spec, hosts)]) for p in points
+    ]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
+    if strict and warnings:
+        raise Refused(warnings)
     if after and dry_run:
         check_after(app.open_store(settings), after)
     if not as_json:

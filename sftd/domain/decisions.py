@@ -7,7 +7,7 @@ import msgspec
 
 from sftd.domain import events as e
 from sftd.domain import halting, trajectory
-from sftd.domain.errors import Problem, Refused
+from sftd.domain.errors import Problem, Refused, quote
 from sftd.domain.failures import NOT_RETRIED, Failure, Interruption
 from sftd.domain.queueing import MAX_BACKOFF_SECONDS
 from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
@@ -147,7 +147,7 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
         if key not in changes or key in digests:
             continue
         was, now = changes[key]
-        what = f"is {now!r}, but {run.run_id} has {was!r}"
+        what = f"is {quote(now)}, but {run.run_id} has {quote(was)}"
         if key in trajectory.LENGTH:
             what += f", and its {run.highest_step} steps so far had learning rates for {run.planned_steps}"
         problems.append(Problem(key, what))

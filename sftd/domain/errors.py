@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 import msgspec
+
+_LONGEST = 200
+_REPR = reprlib.Repr(
+    maxlevel=4, maxdict=20, maxlist=20, maxtuple=20, maxset=20, maxstring=_LONGEST, maxother=_LONGEST
+)
+
+
+def quote(value: object) -> str:
+    """A user's value for a message, as Python writes it: at most 200 characters, in bounded time."""
+    return shorten(_REPR.repr(value))
+
+
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """A user's text for a message without quotes around it: at most `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 class SftdError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from sftd.domain.errors import Problem
+from sftd.domain.errors import Problem, quote
 from sftd.domain.gpu_options import asks_for_gpus
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Slurm
@@ -69,7 +69,7 @@ def check_launch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
         warnings.append(
             Problem(
                 "launch.slurm.gres",
-                f"{launch.slurm.gres!r} names no GPU, and launch.device is cuda: the job finds GPUs only where Slurm gives "
+                f"{quote(launch.slurm.gres)} names no GPU, and launch.device is cuda: the job finds GPUs only where Slurm gives "
                 "them without being asked",
                 f"add gpu:{spec.nproc_per_node} to it",
             )
@@ -86,10 +86,10 @@ def _check_words(slurm: Slurm) -> list[Problem]:
         if not value:
             continue
         if not _WORD.fullmatch(value):
-            what = f"{value!r} holds spaces, quotes, a backslash or #"
+            what = f"{quote(value)} holds spaces, quotes, a backslash or #"
             problems.append(Problem(where, what, "write it as sbatch takes it, without those"))
         elif name == "time" and not _TIME.fullmatch(value):
-            what = f"{value!r} is not a time as Slurm writes it"
+            what = f"{quote(value)} is not a time as Slurm writes it"
             problems.append(
                 Problem(where, what, "write minutes, hours:minutes:seconds or days-hours, such as 90 or 2-0")
             )
@@ -107,12 +107,12 @@ def _check_extra(options: list[str]) -> list[Problem]:
         except ValueError:
             words = []
         if not words or not _OPTION.fullmatch(option):
-            what = f"{option!r} is not an option on one line"
+            what = f"{quote(option)} is not an option on one line"
             problems.append(Problem(where, what, "write each as one text, such as --mem=0"))
         elif owned := next(filter(None, map(_owned, words)), None):
             instead = _OWNED[owned]
             fix = f"use {instead}" if instead else "leave it out"
-            problems.append(Problem(where, f"{option!r}: sftd decides {owned} by itself", fix))
+            problems.append(Problem(where, f"{quote(option)}: sftd decides {owned} by itself", fix))
     return problems
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.errors import Problem
+from sftd.domain.errors import Problem, quote, shorten
 from sftd.domain.spec import Spec
 
 # Hugging Face architectures that the trainer has a weight mapping for.
@@ -87,6 +87,14 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
         return self.rows - self.unusable
 
 
+def check_architecture(name: str) -> Problem | None:
+    """Whether models of this architecture, as config.json names it, are trained; empty is none named."""
+    if name in ARCHITECTURES:
+        return None
+    what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
+    return Problem("model.partial_pretrain", what, "supported: " + ", ".join(ARCHITECTURES))
+
+
 def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Problem]]:
     """Whether the model can be laid out as the spec says. Returns (problems, warnings)."""
     problems: list[Problem] = []
@@ -97,14 +105,6 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
         m.pipeline_model_parallel_size,
         m.virtual_pipeline_model_parallel_size or 1,
     )
-    if shape.architecture not in ARCHITECTURES:
-        problems.append(
-            Problem(
-                "model.partial_pretrain",
-                f"architecture {shape.architecture} has no weight mapping",
-                "use a model of one of: " + ", ".join(ARCHITECTURES),
-            )
-        )
     if shape.mlp_bias or (shape.attention_bias and shape.architecture != "Qwen2ForCausalLM"):
         problems.append(
             Problem(
@@ -127,7 +127,7 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
         problems.append(
             Problem(
                 "model.partial_pretrain",
-                f"config.json has hidden_act {shape.hidden_act!r}",
+                f"config.json has hidden_act {quote(shape.hidden_act)}",
                 "use a model with silu (SwiGLU) layers",
             )
         )
@@ -143,7 +143,9 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
     if rope not in _ROPE_SCALINGS:
         problems.append(
             Problem(
-                "model.partial_pretrain", f"RoPE scaling {rope!r} is not known", "use default or llama3 RoPE"
+                "model.partial_pretrain",
+                f"RoPE scaling {quote(rope)} is not known",
+                "use default or llama3 RoPE",
             )
         )
     for what, number in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 _FIRST = (
@@ -31,3 +32,21 @@ def run_id(random: bytes) -> str:
     """A readable id from 4 random bytes: 64 × 64 names with 16 bits behind them."""
     a, b, c, d = random[:4]
     return f"{_FIRST[a % len(_FIRST)]}-{_SECOND[b % len(_SECOND)]}-{c:02x}{d:02x}"
+
+
+# A folder of that many bytes leaves room for what is put after it.
+_FOLDER_BYTES = 200
+_PLAIN = re.compile(r"[\w.@+ -]")
+
+
+def folder_name(name: str) -> str:
+    """A name for people as the name of a folder: letters, digits, spaces and `_.@+-` as they are, others as `%XX`. Different names
+    have different folders."""
+    text = "".join(c if _PLAIN.fullmatch(c) else "".join(f"%{b:02X}" for b in c.encode()) for c in name)
+    if text[:1] in (".", "-"):
+        # Neither hidden, nor an option of a command.
+        text = f"%{ord(text[0]):02X}{text[1:]}"
+    if len(text.encode()) <= _FOLDER_BYTES:
+        return text
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{text.encode()[: _FOLDER_BYTES - 20].decode(errors='ignore')}-{digest}"

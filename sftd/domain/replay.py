@@ -11,12 +11,13 @@ import msgspec
 
 from sftd.domain import events as e
 from sftd.domain.codec import json_float
-from sftd.domain.errors import Problem, Refused
+from sftd.domain.errors import Problem, Refused, quote
 
 WHERE = "--until"
 _FORMS = "write step:300, v120, 2026-01-31T09:30 or -2h"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_AGO = re.compile(r"-(?:\d+[smhdw])+")
+# No more digits than any step, version or age has: Python converts no number of thousands.
+_AGO = re.compile(r"-(?:\d{1,9}[smhdw]){1,9}")
 _PART = re.compile(r"(\d+)([smhdw])")
 
 
@@ -44,9 +45,9 @@ Moment = AtStep | AtVersion | AtTime
 def parse_moment(text: str, now: e.Micros) -> Moment:
     """What a person means by `300`, `step:300`, `v120`, an ISO time (local unless it says otherwise) or `-2h`, `-1h30m`
     before `now`. Raises `Refused` for what could mean more than one thing."""
-    if match := re.fullmatch(r"(?:step:)?(\d+)", text):
+    if match := re.fullmatch(r"(?:step:)?(\d{1,18})", text):
         return AtStep(int(match[1]))
-    if match := re.fullmatch(r"v(?:ersion:)?(\d+)", text):
+    if match := re.fullmatch(r"v(?:ersion:)?(\d{1,18})", text):
         return AtVersion(int(match[1]))
     if _AGO.fullmatch(text):
         seconds = sum(int(count) * _UNITS[unit] for count, unit in _PART.findall(text))
@@ -65,13 +66,13 @@ def parse_moment(text: str, now: e.Micros) -> Moment:
         raise _refused(text, "could be the day's beginning or its end", f"write {text}T00:00 or {text}T23:59")
     try:
         when = datetime.fromisoformat(text)
-    except ValueError:
+        return AtTime(round(when.astimezone().timestamp() * 1_000_000))
+    except (ValueError, OverflowError):
         raise _refused(text, "is neither a step, nor a version, nor a time", _FORMS) from None
-    return AtTime(round(when.astimezone().timestamp() * 1_000_000))
 
 
 def _refused(text: str, what: str, fix: str) -> Refused:
-    return Refused(Problem(WHERE, f"{text!r} {what}", fix))
+    return Refused(Problem(WHERE, f"{quote(text)} {what}", fix))
 
 
 def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
-from sftd.domain.errors import Problem
+from sftd.domain.errors import Problem, quote
 from sftd.domain.launch_check import check_launch
 from sftd.domain.spec import Spec
 
-# One path segment that is safe as a folder and as a tag; no separators, no leading dot.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+ -]{0,99}")
+# What the views' columns hold.
+LONGEST_NAME = 200
 
 
 def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
@@ -35,14 +33,7 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
         ("trainer.project_name", spec.trainer.project_name),
         ("trainer.experiment_name", spec.trainer.experiment_name or "unnamed"),
     ):
-        if not _NAME.fullmatch(name):
-            problems.append(
-                Problem(
-                    where,
-                    f"{name!r} is not a plain name",
-                    "use letters, digits, spaces and . _ - + @ (100 at most)",
-                )
-            )
+        problems += _check_name(where, name)
     if (
         m.virtual_pipeline_model_parallel_size
         and m.virtual_pipeline_model_parallel_size > 1
@@ -136,6 +127,24 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
             )
         )
     return problems, warnings
+
+
+def _check_name(where: str, name: str) -> list[Problem]:
+    """Names are for people and never paths. A run is shown as project/name, so a project has no slash."""
+    fix = f"use printable characters, {LONGEST_NAME} at most"
+    if odd := next((c for c in name if not c.isprintable()), None):
+        return [Problem(where, f"{quote(name)} holds the character U+{ord(odd):04X}", fix)]
+    if not name.strip():
+        return [Problem(where, f"{quote(name)} is empty", fix)]
+    if len(name) > LONGEST_NAME:
+        return [Problem(where, f"{quote(name)} has {len(name)} characters", fix)]
+    if "/" in name and where == "trainer.project_name":
+        return [
+            Problem(
+                where, f"{quote(name)} holds a slash", "put the part after it into trainer.experiment_name"
+            )
+        ]
+    return []
 
 
 def _check_batch(spec: Spec, warnings: list[Problem]) -> list[Problem]:

@@ -6,13 +6,15 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from sftd.domain.errors import Problem, Refused
+from sftd.domain.errors import Problem, Refused, quote, shorten
+from sftd.domain.other_trainers import BY_NAME, known, refusal
 from sftd.domain.spec import Spec
+from sftd.domain.spec_aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias, targets
 from sftd.domain.spec_check import check
 from sftd.domain.spec_sections import Section
 
@@ -37,148 +39,93 @@ LEAVES: dict[str, Any] = {path: annotation for path, annotation, _ in leaves()}
 SECTIONS = {path.rsplit(".", n)[0] for path in LEAVES for n in range(1, path.count(".") + 1)}
 
 
-class UnusableAlias(Exception):
-    """An alias was used with a value that has no equal here; the text says what to write instead."""
-
-
-def _same(target: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda value: {target: value}
-
-
-def _betas(value: Any) -> dict[str, Any]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise UnusableAlias("write two numbers, as [0.9, 0.95]")
-    return {"optimizer.adam_beta1": value[0], "optimizer.adam_beta2": value[1]}
-
-
-def _interval(target: str) -> Callable[[Any], dict[str, Any]]:
-    # verl writes -1 for "never".
-    return lambda value: {target: 0 if value in (-1, None) else value}
-
-
-def _keep_last(value: Any) -> dict[str, Any]:
-    if value in (None, -1):
-        raise UnusableAlias("sftd always bounds its checkpoints; set checkpoint.keep_last to a number")
-    return {"checkpoint.keep_last": value}
-
-
-def _resume_mode(value: Any) -> dict[str, Any]:
-    if value != "auto":
-        raise UnusableAlias(
-            "sftd always resumes a run by itself; use `sftd resume RUN --from-step N` for another checkpoint"
-        )
-    return {}
-
-
-def _messages_key(value: Any) -> dict[str, Any]:
-    raise UnusableAlias(
-        f"sftd trains on tokenised Parquet; run `sftd prepare --messages-key {value} …` first"
-    )
-
-
-def _optional(target: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda value: {} if value is None else {target: value}
-
-
-def _warmup_steps(value: Any) -> dict[str, Any]:
-    # verl writes -1 for "use the ratio".
-    return {"scheduler.warmup_steps": None if value in (-1, None) else value}
-
-
-_MEGATRON = "model.megatron."
-ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "model.path": _same("model.partial_pretrain"),
-    "model.use_remove_padding": _same("training.use_rmpad"),
-    **{
-        f"engine.{name}": _same(_MEGATRON + name)
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "virtual_pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-            "context_parallel_size",
-            "use_distributed_optimizer",
-        )
-    },
-    "engine.sequence_parallel": _same(_MEGATRON + "sequence_parallel"),
-    "optim.lr": _same("optimizer.lr"),
-    "optim.betas": _betas,
-    "optim.weight_decay": _same("optimizer.weight_decay"),
-    "optim.clip_grad": _same("optimizer.clip_grad"),
-    "optim.lr_warmup_steps": _warmup_steps,
-    "optim.lr_warmup_steps_ratio": _same("scheduler.warmup_ratio"),
-    "optim.lr_decay_style": _same("scheduler.type"),
-    "data.micro_batch_size_per_gpu": _same("training.micro_batch_size_per_gpu"),
-    "data.max_length": _same("data.sequence_length"),
-    "data.messages_key": _messages_key,
-    "trainer.total_epochs": _optional("trainer.epochs"),
-    "trainer.total_training_steps": _optional("trainer.max_steps"),
-    "trainer.save_freq": _interval("trainer.save_interval"),
-    "trainer.test_freq": _interval("trainer.val_check_interval"),
-    "trainer.max_ckpt_to_keep": _keep_last,
-    "trainer.resume_mode": _resume_mode,
-    "trainer.seed": _same(_MEGATRON + "seed"),
+# What has keys under it, ours or such as are known under another name.
+_ABOVE = SECTIONS | {
+    name.rsplit(".", n)[0] for name in (*ALIASES, *BY_NAME) for n in range(1, name.count(".") + 1)
 }
-# An absolute floor can only be turned into a ratio once the peak is known.
-_MIN_LR = "optim.min_lr"
+
+
+# To compare longer texts takes long, and none is nearly a key.
+_LONGEST_KEY = 100
 
 
 def _nearest(path: str) -> str:
-    known = [*LEAVES, *ALIASES, _MIN_LR]
-    by_path = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    if by_path:
+    """The key or accepted alias that is spelled almost like this one; empty where there is none."""
+    if len(path) > _LONGEST_KEY:
+        return ""
+    aliases = [alias for alias in (*ALIASES, MIN_LR) if targets(alias)]
+    if by_path := difflib.get_close_matches(path, [*LEAVES, *aliases], n=1, cutoff=0.85):
         return by_path[0]
-    last = path.rsplit(".", 1)[-1]
-    tails = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    by_name = difflib.get_close_matches(last, tails, n=1, cutoff=0.7)
+    tails = {key.rpartition(".")[2]: key for key in (*reversed(aliases), *reversed(LEAVES))}
+    by_name = difflib.get_close_matches(path.rpartition(".")[2], tails, n=1, cutoff=0.8)
     return tails[by_name[0]] if by_name else ""
 
 
-# Deeper than any key: a YAML alias can make a mapping contain itself.
+def _unknown(path: str) -> Problem:
+    row = known(path)
+    if row is not None and not row.here:
+        return Problem(path, "has no counterpart in sftd", f"leave it out: {row.note}")
+    if row is not None:
+        return Problem(path, "unknown key", f"write {row.answer}")
+    nearest = _nearest(path)
+    fix = f"did you mean `{nearest}`?" if nearest else "`sftd config` lists every key"
+    return Problem(shorten(path), "unknown key", fix)
+
+
+# Deeper than any key.
 _DEEPEST = 4
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+def _flatten(
+    tree: Mapping[Any, Any], prefix: str, problems: list[Problem], warnings: list[Problem]
+) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in LEAVES or path in ALIASES or path == _MIN_LR:
+        row = BY_NAME.get(path)
+        is_mapping = isinstance(value, Mapping)
+        if path in LEAVES or path in ALIASES or path == MIN_LR:
             yield path, value
-        elif isinstance(value, Mapping) and path.count(".") < _DEEPEST:
-            yield from _flatten(value, path + ".", problems)
+        elif is_mapping and (path in _ABOVE or row is None) and path.count(".") < _DEEPEST:
+            yield from _flatten(value, path + ".", problems, warnings)
+        elif row is not None and row.is_neutral(value):
+            continue
         elif path in SECTIONS:
             # `optimizer:` with nothing under it is an empty section, not a mistake.
             if value is not None:
-                problems.append(
-                    Problem(path, f"is a section, but {value!r} was given", f"write {path}.KEY: VALUE")
-                )
+                what = f"is a section, but {quote(value)} was given"
+                problems.append(Problem(path, what, f"write {path}.KEY: VALUE"))
+        elif row is not None and row.harmless:
+            warnings.append(Problem(path, f"is not used: {row.note}"))
         else:
-            nearest = _nearest(path)
-            fix = f"did you mean `{nearest}`?" if nearest else "`sftd config` lists every key"
-            problems.append(Problem(path, "unknown key", fix))
+            problems.append(_unknown(path))
 
 
 def _canonical(
-    entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem]
+    entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem], warnings: list[Problem]
 ) -> tuple[dict[str, Any], Any]:
     """Translate aliases. Returns the canonical leaves and `optim.min_lr` when it was given."""
     out: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     min_lr = None
     for path, value in entries:
-        if path == _MIN_LR:
+        if path == MIN_LR:
             min_lr = value
             continue
         try:
             translated = {path: value} if path in LEAVES else ALIASES[path](value)
         except UnusableAlias as error:
-            problems.append(Problem(path, f"{value!r} cannot be used here", str(error)))
+            problems.append(Problem(path, f"{quote(value)} cannot be used here", str(error)))
+            continue
+        except UnusedAlias as error:
+            warnings.append(Problem(path, f"{quote(value)} is not used", str(error)))
             continue
         for target, target_value in translated.items():
             if source == "file" and target in out and out[target] != target_value:
                 problems.append(
                     Problem(
                         path,
-                        f"is another name for `{spelled[target]}`, and the two differ ({target_value!r}, {out[target]!r})",
+                        f"is another name for `{spelled[target]}`, and the two differ ({quote(target_value)}, "
+                        f"{quote(out[target])})",
                         "keep one of them",
                     )
                 )
@@ -214,6 +161,15 @@ def _expected(annotation: Any) -> str:
     )
 
 
+_YAML_1_1_BOOLEANS = frozenset({"yes", "no", "on", "off", "y", "n"})
+
+
+def _expects_bool(annotation: Any) -> bool:
+    return annotation is bool or any(
+        _expects_bool(arg) for arg in get_args(annotation) if arg is not annotation
+    )
+
+
 def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
     annotation = LEAVES[path]
     if isinstance(value, str) and _accepts_list(annotation):
@@ -221,11 +177,13 @@ def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
     try:
         converted = msgspec.convert(value, annotation)
     except msgspec.ValidationError as error:
-        reason = re.sub(r" - at `.*`$", "", str(error))
-        problems.append(Problem(path, f"{value!r}: {reason}", f"give {_expected(annotation)}"))
+        reason = shorten(re.sub(r" - at `.*`$", "", str(error)))
+        is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS and _expects_bool(annotation)
+        hint = "; yes, no, on and off are texts, as in YAML 1.2" if is_word else ""
+        problems.append(Problem(path, f"{quote(value)}: {reason}", f"give {_expected(annotation)}{hint}"))
         return None
     if isinstance(converted, float) and not math.isfinite(converted):
-        problems.append(Problem(path, f"{value!r} is not a finite number", "give a finite number"))
+        problems.append(Problem(path, f"{quote(value)} is not a finite number", "give a finite number"))
     return converted
 
 
@@ -246,14 +204,17 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
     Returns the spec and its warnings. Raises `Refused` with every problem found; the checks here need neither
     the model nor the data (see `layout.check_model`).
     """
-    problems: list[Problem] = []
-    from_file, min_lr = _canonical(_flatten(config, "", problems), "file", problems)
+    problems = refusal(config, _ABOVE)
+    if problems:
+        raise Refused(problems)
+    left_out: list[Problem] = []
+    from_file, min_lr = _canonical(_flatten(config, "", problems, left_out), "file", problems, left_out)
     override_entries: list[tuple[str, Any]] = []
     for key, value in overrides:
         # Hydra users write +key=value for a key that the file does not have.
         tree = _nested({key.removeprefix("+"): value})
-        override_entries.extend(_flatten(tree, "", problems))
-    from_overrides, min_lr_override = _canonical(override_entries, "overrides", problems)
+        override_entries.extend(_flatten(tree, "", problems, left_out))
+    from_overrides, min_lr_override = _canonical(override_entries, "overrides", problems, left_out)
     flat = from_file | from_overrides
     if min_lr_override is not None:
         min_lr = min_lr_override
@@ -269,7 +230,9 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
         else:
             problems.append(
                 Problem(
-                    _MIN_LR, f"{min_lr!r} is not between 0 and optimizer.lr ({lr!r})", "give a smaller number"
+                    MIN_LR,
+                    f"{quote(min_lr)} is not between 0 and optimizer.lr ({quote(lr)})",
+                    "give a smaller number",
                 )
             )
     values = {path: _convert(path, value, problems) for path, value in flat.items()}
@@ -279,7 +242,7 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
     problems, warnings = check(spec)
     if problems:
         raise Refused(problems)
-    return _resolve(spec), warnings
+    return _resolve(spec), left_out + warnings
 
 
 def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:

@@ -62,7 +62,12 @@ class Model(Section, frozen=True):
     """`model`: what is trained."""
 
     name: Annotated[Literal["megatron-sft"], Meta(description="kind of training")] = "megatron-sft"
-    partial_pretrain: Annotated[str, Meta(description="Hugging Face folder of the model to start from")] = ""
+    partial_pretrain: Annotated[
+        str,
+        Meta(
+            description="Hugging Face folder of the model to start from, or its hub id where it is in the local cache"
+        ),
+    ] = ""
     enable_gradient_checkpointing: Annotated[
         bool, Meta(description="recompute activations in backward to save memory")
     ] = False
@@ -85,11 +90,12 @@ class Model(Section, frozen=True):
 class Data(Section, frozen=True):
     """`data`: what it is trained on. Parquet with `input_ids`, `attention_mask`, `labels` (see `sftd prepare`)."""
 
-    train_files: Annotated[list[str], Meta(description="Parquet files to train on")] = msgspec.field(
-        default_factory=list
-    )
-    val_files: Annotated[list[str], Meta(description="Parquet files to validate on")] = msgspec.field(
-        default_factory=list
+    train_files: Annotated[
+        list[str],
+        Meta(description="Parquet files to train on; patterns and folders become their files at submit"),
+    ] = msgspec.field(default_factory=list)
+    val_files: Annotated[list[str], Meta(description="Parquet files to validate on, as train_files")] = (
+        msgspec.field(default_factory=list)
     )
     train_batch_size: Annotated[
         Size, Meta(description="samples in the global batch of one optimizer step")
@@ -120,7 +126,10 @@ class Training(Section, frozen=True):
         ),
     ] = None
     use_rmpad: Annotated[
-        bool, Meta(description="remove padding: the samples of a step are laid end to end")
+        bool,
+        Meta(
+            description="packing: the samples of a step are laid end to end without padding, and never see each other"
+        ),
     ] = False
     deterministic: Annotated[
         bool | None,
@@ -194,7 +203,9 @@ class Trainer(Section, frozen=True):
     val_before_train: Annotated[bool, Meta(description="validate the untrained model as step 0")] = True
     save_interval: Annotated[Count, Meta(description="steps between checkpoints; 0 is only at the end")] = 100
     project_name: Annotated[str, Meta(description="groups runs; the MLflow experiment")] = "default"
-    experiment_name: Annotated[str, Meta(description="a name for people; need not be unique")] = ""
+    experiment_name: Annotated[
+        str, Meta(description="a name for people: any printable text; need not be unique")
+    ] = ""
     sample_prompts: Annotated[
         list[str],
         Meta(

@@ -51,7 +51,7 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
         jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}
     hosts = {row.daemon_id: host_of(row) for row in rows}
-    alive = [hosts[r.daemon_id] for r in rows if r.stopped_at is None and r.seen_at > now - silent_micros]
+    alive = [hosts[row.daemon_id] for row in _living(rows, now, silent_micros)]
     if told := [host.limits for host in alive if host.limits is not None]:
         limits = reduce(Limits.loosened, told)
     outlooks = look_ahead(waiting, running, alive, limits, now)
@@ -59,6 +59,17 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id, "")) for entry in running
     ]
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
+
+
+def living_hosts(store: Store, context: Context, silent_micros: int) -> list[Host]:
+    """The hosts of all daemons that were seen within `silent_micros`."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        return [host_of(row) for row in _living(daemons.every(connection), now, silent_micros)]
+
+
+def _living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[DaemonRow]:
+    return [row for row in rows if row.stopped_at is None and row.seen_at > now - silent_micros]
 
 
 def host_of(row: DaemonRow) -> Host:

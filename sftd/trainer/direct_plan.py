@@ -84,7 +84,7 @@ def _check_devices(spec: Spec) -> None:
 
 
 def _run_name(spec: Spec) -> str:
-    return spec.trainer.experiment_name or f"run-{spec_digest(spec)[:12]}"
+    return names.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
 
 
 def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]) -> AttemptDir | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.layout import ModelShape
+from sftd.domain.layout import ModelShape, check_architecture
 
 _WHERE = "model.partial_pretrain"
 
@@ -17,6 +17,8 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
     """config.json of a model folder with `override` laid over it. Raises `Refused`."""
     path = Path(folder)
     fix = "give a folder that holds config.json, *.safetensors and the tokenizer"
+    if path.is_file():
+        raise Refused(Problem(_WHERE, f"{folder} is a file", "give the folder that holds config.json"))
     if not path.is_dir():
         raise Refused(Problem(_WHERE, f"no such folder: {folder}", fix))
     try:
@@ -59,8 +61,11 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
     _refuse_unknown(override)
     config = read_config(folder, override)
+    # Before anything else: what another architecture's config.json lacks is not what is wrong.
+    architecture = _architecture(config)
+    if problem := check_architecture(architecture):
+        raise Refused(problem)
     try:
-        architecture = (config.get("architectures") or ["(none named)"])[0]
         # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
@@ -102,6 +107,11 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
         raise Refused(
             Problem(_WHERE, f"{folder}/config.json: {error}", "fix config.json or model.override_config")
         ) from None
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _experts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
@@ -218,15 +228,13 @@ def stop_ids(folder: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_tokenizer(folder: str) -> None:
-    """That the folder holds a tokenizer, for a run that answers prompts. Raises `Refused`."""
-    if not any(
-        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
-        raise Refused(
-            Problem(
-                "trainer.sample_prompts",
-                f"{folder} holds no tokenizer to read them with",
-                "put the model's tokenizer there, or leave the prompts out",
-            )
-        )
+def check_tokenizer(folder: str, *, is_needed: bool) -> list[Problem]:
+    """Warnings where the folder holds no tokenizer. Raises `Refused` instead where one `is_needed`: the run answers prompts."""
+    if any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return []
+    if is_needed:
+        what = f"{folder} holds no tokenizer to read them with"
+        fix = "put the model's tokenizer there, or leave the prompts out"
+        raise Refused(Problem("trainer.sample_prompts", what, fix))
+    what = f"{folder} holds no tokenizer: the run trains, but an export of it lacks one too and cannot be used at once"
+    return [Problem(_WHERE, what, "put the model's tokenizer there")]

@@ -10,6 +10,7 @@ import msgspec
 
 import sftd
 from sftd.domain.decisions import Proposal
+from sftd.domain.doubts import doubts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
@@ -17,6 +18,7 @@ from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.storage import storage
 from sftd.wire import dataset, disk, model_digest, model_folder
+from sftd.wire.same_files import shared
 
 _SAVE_DIR = "checkpoint.save_dir"
 
@@ -96,8 +98,9 @@ def inspect(
     try:
         shape = model_folder.read_shape(spec.model.partial_pretrain, spec.model.override_config)
         model_folder.check_weights(spec.model.partial_pretrain)
-        if spec.trainer.sample_prompts:
-            model_folder.check_tokenizer(spec.model.partial_pretrain)
+        warnings += model_folder.check_tokenizer(
+            spec.model.partial_pretrain, is_needed=bool(spec.trainer.sample_prompts)
+        )
     except Refused as refused:
         problems += refused.problems
     if shape is not None:
@@ -145,6 +148,7 @@ def inspect(
         if wrong:
             raise Refused(wrong)
         warnings += doubtful
+    warnings += doubts(spec, train, val, shared(train.files, val.files) if val else [], planned)
     model_files = model_digest.describe(spec.model.partial_pretrain)
     return Preflight(shape, train, val, planned, warnings, model_files)
 

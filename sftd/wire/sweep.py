@@ -10,15 +10,16 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.errors import Problem, Refused
+from sftd.domain.errors import Problem, Refused, shorten
 from sftd.domain.spec import Spec
+from sftd.domain.spec_check import LONGEST_NAME
 from sftd.wire import dataset, specfile
 from sftd.wire.preflight import Preflight, inspect
+from sftd.wire.yaml_text import load_value
 
 # A comma inside brackets or quotes parts nothing.
 _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 _MOST = 1000
-_NAME_LENGTH = 100
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -42,12 +43,20 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
         # Joined again it must be what was written: two commas have nothing between them.
         if not equals or not key or not all(values) or not values or ",".join(parts) != text:
             fix = "write for example --grid optimizer.lr=1e-5,2e-5"
-            raise Refused(Problem(f"--grid {option}", "is not of the form key=value,value", fix))
+            raise Refused(Problem(f"--grid {shorten(option)}", "is not of the form key=value,value", fix))
         if key in grid:
-            raise Refused(Problem(f"--grid {option}", f"{key} is given twice", "give all its values in one"))
+            raise Refused(
+                Problem(
+                    f"--grid {shorten(option)}",
+                    f"{shorten(key)} is given twice",
+                    "give all its values in one",
+                )
+            )
         if len(set(values)) < len(values):
             raise Refused(
-                Problem(f"--grid {option}", "gives a value twice", "the same run twice tells nothing new")
+                Problem(
+                    f"--grid {shorten(option)}", "gives a value twice", "the same run twice tells nothing new"
+                )
             )
         grid[key] = values
     return grid
@@ -64,6 +73,8 @@ def points(
     if count > _MOST:
         what = f"has {count} combinations, more than {_MOST}"
         raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
+    # Once for all points: standard input can be read once.
+    tree, beside = specfile.load_file(path) if path is not None else {}, specfile.beside_of(path)
     known: dict[bytes, Any] = {}
 
     def remembered(*arguments: Any, **named: Any) -> Any:
@@ -78,13 +89,14 @@ def points(
     for combination in itertools.product(*grid.values()):
         chosen = dict(zip(grid, combination, strict=True))
         try:
-            spec, warnings = specfile.read(path, [*overrides, *(f"{k}={v}" for k, v in chosen.items())], base)
+            arguments = [*overrides, *(f"{k}={v}" for k, v in chosen.items())]
+            spec, warnings = specfile.read_tree(tree, arguments, base, beside)
             spec = _named(spec, name, chosen)
             found = inspect(spec, read=remembered, home=home)
         except Refused as refused:
             problems += [p for p in refused.problems if p not in problems]
             continue
-        meant = {key: specfile.load_yaml(value, key) for key, value in chosen.items()}
+        meant = {key: load_value(value, key) for key, value in chosen.items()}
         made.append(Point(meant, spec, found, [*warnings, *found.warnings]))
     if problems:
         raise Refused(problems)
@@ -95,7 +107,7 @@ def _named(spec: Spec, name: str, chosen: dict[str, str]) -> Spec:
     """The spec under a name that says which point it is."""
     first = spec.trainer.experiment_name or name
     parts = (f"{key.rpartition('.')[2]} {value.rpartition('/')[2]}" for key, value in chosen.items())
-    text = re.sub(r"[^A-Za-z0-9_.@+ -]+", "_", " ".join((first, *parts)))[:_NAME_LENGTH]
+    text = "".join(c if c.isprintable() else "_" for c in " ".join((first, *parts)))[:LONGEST_NAME]
     return msgspec.structs.replace(
         spec, trainer=msgspec.structs.replace(spec.trainer, experiment_name=text.strip())
     )

@@ -15,6 +15,7 @@ from sftd.domain import events as e
 from sftd.operations import attempts, runs
 from sftd.operations.context import Context
 from sftd.operations.nodes import Devices, Node, list_nodes
+from sftd.operations.waiting import living_hosts
 from sftd.projections import views
 from sftd.store import daemons
 from sftd.store.daemons import DaemonRow
@@ -97,6 +98,17 @@ def test_alive_not_observed_and_stopped_are_three_things(log: Store) -> None:
     }
     unseen = nodes(log)["silent"].unseen_seconds
     assert 59 <= unseen <= 61 + time.monotonic() - began
+
+
+def test_the_hosts_that_may_start_runs_are_those_of_living_daemons(log: Store) -> None:
+    assert living_hosts(log, CONTEXT, SILENT) == []
+    register(log, "alive", "one", gpus=8)
+    register(log, "silent", "two", ago=2 * SILENT)
+    register(log, "stopped", "three")
+    with log.write(appends=False) as tx:
+        daemons.stopped(tx, "stopped", CONTEXT.now())
+    (host,) = living_hosts(log, CONTEXT, SILENT)
+    assert (host.name, host.gpus, host.cpus) == ("one", 8, 2)
 
 
 def test_a_daemon_whose_clock_is_wrong_is_seen_as_it_is(log: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from contextlib import closing
 
@@ -199,8 +200,8 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         nothing,
         ["trainer.project_name=../../etc"],
         "trainer.project_name",
-        "not a plain name",
-        "letters",
+        "holds a slash",
+        "trainer.experiment_name",
     ),
     "no data": (nothing, ["data.train_files=[]"], "data.train_files", "is empty", "sftd prepare"),
     "no model": (
@@ -211,6 +212,75 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "Hugging Face folder",
     ),
     "no such config": (lambda home: home.config.unlink(), [], "run.yaml", "cannot be read", "YAML file"),
+    "aliases that multiply": (
+        config(
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(
+                f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+                for before, name in zip("abcdefg", "bcdefgh", strict=True)
+            )
+        ),
+        [],
+        "run.yaml, line 4",
+        "aliases expand to",
+        "fix the line",
+    ),
+    "number of 5000 digits": (
+        nothing,
+        ["trainer.max_steps=" + "9" * 5000],
+        "trainer.max_steps=9999",
+        "not a whole number of at most 64 bits",
+        "fix the line",
+    ),
+    "number of 5000 digits in a grid": (
+        nothing,
+        ["--grid", "trainer.max_steps=1," + "9" * 5000],
+        "trainer.max_steps=9999",
+        "not a whole number of at most 64 bits",
+        "fix the line",
+    ),
+    "pattern without quotes": (
+        append("x: *.parquet\n"),
+        [],
+        "run.yaml, line",
+        "not valid YAML",
+        "quote a value that begins with *",
+    ),
+    "another trainer's config": (
+        config("{model_name_or_path: m, dataset: d, template: t, cutoff_len: 1, lora_rank: 8, stage: sft}"),
+        [],
+        "cutoff_len: write `data.sequence_length`",
+        "looks like a config of LLaMA-Factory",
+        "docs/coming-from.md",
+    ),
+    "doubtful and strict": (
+        nothing,
+        ["optimizer.lr=0.5", "--strict"],
+        "optimizer.lr",
+        "far above",
+        "1e-6 to 1e-4",
+    ),
+    "doubtful grid and strict": (
+        nothing,
+        ["--grid", "optimizer.lr=0.5,1e-4", "--strict"],
+        "optimizer.lr",
+        "far above",
+        "1e-6 to 1e-4",
+    ),
+    "devices of nobody and strict": (
+        nothing,
+        ["launch.nproc_per_node=4", "training.micro_batch_size_per_gpu=1", "launch.device=cpu", "--strict"],
+        "launch.nproc_per_node",
+        "share the 2 cores",
+        "2 or less",
+    ),
+    "cloud address": (
+        nothing,
+        ["data.train_files=s3://b/x.parquet"],
+        "data.train_files",
+        "is a URL",
+        "copy it here",
+    ),
     "broken YAML": (config("model: [1"), [], "run.yaml, line", "not valid YAML", "fix the line"),
     "key twice": (
         config("trainer: {max_steps: 1, max_steps: 2}"),
@@ -238,7 +308,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         shape(architectures=["BertModel"]),
         [],
         "model.partial_pretrain",
-        "BertModel",
+        "BertModel is not supported",
         "LlamaForCausalLM",
     ),
     "override that is not read": (
@@ -460,3 +530,43 @@ def test_refused_in_an_empty_home_makes_no_database(home: Home, sftd: Callable[.
 def test_every_problem_is_told_at_once(sftd: Callable[..., object]) -> None:
     done = sftd("submit", "run.yaml", "optimizer.lrr=1", "trainer.max_steps=x", "scheduler.type=y")
     assert "3 problems" in done.stderr  # type: ignore[attr-defined]
+
+
+def test_a_doubtful_run_is_queued_with_a_warning_in_its_log(sftd: Callable[..., object], home: Home) -> None:
+    done = sftd("submit", "run.yaml", "data.val_files=train.parquet", "--json")
+    assert done.exit_code == 0, done.stderr  # type: ignore[attr-defined]
+    found = json.loads(done.stdout)  # type: ignore[attr-defined]
+    assert any("is the training data" in warning for warning in found["warnings"])
+    log = sftd("events", found["run_id"], "--json")
+    assert "is the training data" in log.stdout.splitlines()[0]  # type: ignore[attr-defined]
+
+
+def test_a_config_comes_from_standard_input(home: Home) -> None:
+    done = subprocess.run(
+        home.command("submit", "-", "-q"),
+        input=home.config.read_text(),
+        env=home.env,
+        cwd=home.path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    grid = subprocess.run(
+        home.command("submit", "-", "--grid", "optimizer.lr=1e-4,2e-4", "-q"),
+        input=home.config.read_text(),
+        env=home.env,
+        cwd=home.path,
+        capture_output=True,
+        text=True,
+    )
+    assert len(grid.stdout.split()) == 2, grid.stderr
+
+
+@pytest.mark.parametrize(
+    "until", ["9" * 5000, "v" + "9" * 5000, "-" + "9" * 5000 + "h", "0001-01-01T00:00", "x" * 5000]
+)
+def test_a_moment_that_is_none_is_refused(until: str, sftd: Callable[..., object]) -> None:
+    run_id = sftd("submit", "run.yaml", "-q").stdout.strip()  # type: ignore[attr-defined]
+    done = sftd("replay", run_id, "--until", until)
+    assert done.exit_code == 2 or until.startswith("0001"), done.output  # type: ignore[attr-defined]
+    assert len(done.stderr) < 600  # type: ignore[attr-defined]

@@ -161,9 +161,7 @@ def test_unknown_run_is_refused(command: str, tmp_path: object, monkeypatch: pyt
         (["generate", "r"], "Missing option '-p' / '--prompt'"),
         (["import", "nowhere"], "it has no run.json"),
         (["export", "r"], "Missing argument 'DIR'"),
-        (["config", "learning_rate"], "No key begins with 'learning_rate'"),
-        (["config", "lr"], "optimizer.lr"),
-        (["config", "optim.lr"], "optimizer.lr"),
+        (["config", "data.train_filse"], "Did you mean data.train_files"),
     ],
 )
 def test_what_a_command_lacks_is_said(
@@ -173,6 +171,33 @@ def test_what_a_command_lacks_is_said(
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 2
     assert said in shown.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("word", "keys", "remark"),
+    [
+        (
+            "packing",
+            {"training.use_rmpad"},
+            "packing is a name of LLaMA-Factory, TRL; here it is `training.use_rmpad`",
+        ),
+        ("PACKING", {"training.use_rmpad"}, ""),
+        ("learning_rate", {"optimizer.lr"}, "here it is `optimizer.lr`"),
+        ("optim.lr_decay", {"scheduler.type"}, ""),
+        ("cutoff", {"data.sequence_length"}, ""),
+        ("hub id", {"model.partial_pretrain"}, ""),
+        ("scheduler.warmup", {"scheduler.warmup_steps", "scheduler.warmup_ratio"}, ""),
+        ("lora_r", set(), "has no counterpart here: no adapters"),
+    ],
+)
+def test_keys_are_found_by_their_names_elsewhere_and_their_meaning(
+    word: str, keys: set[str], remark: str
+) -> None:
+    shown = CliRunner().invoke(main, ["config", word, "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    assert {row["key"] for row in json.loads(shown.stdout)} == keys
+    assert remark in shown.stderr
+    assert bool(remark) == bool(shown.stderr)
 
 
 def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,13 @@ def test_command_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == made, f"python {script.relative_to(ROOT)} > docs/cli.md"
 
 
+def test_the_page_for_people_from_other_trainers_is_up_to_date() -> None:
+    script = ROOT / "scripts" / "coming_from.py"
+    made = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    assert page == made, f"python {script.relative_to(ROOT)} > docs/coming-from.md"
+
+
 def test_every_cause_of_a_failure_is_explained() -> None:
     told = (ROOT / "docs" / "recovering.md").read_text()
     assert [cause for cause in get_args(Cause) if f"`{cause}`" not in told] == []
@@ -55,6 +62,7 @@ def test_readme_names_every_command(command: str) -> None:
     ("page", "at_least"),
     [
         ("README.md", 20),
+        ("docs/coming-from.md", 20),
         ("docs/compare-and-watch.md", 10),
         ("docs/mlflow.md", 8),
         ("docs/operations.md", 10),

@@ -189,8 +189,43 @@ def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
             model_folder.check_weights(str(tmp_path))
 
 
-def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
+def test_prompts_need_a_tokenizer_and_other_runs_are_warned(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no tokenizer"):
-        model_folder.check_tokenizer(str(tmp_path))
+        model_folder.check_tokenizer(str(tmp_path), is_needed=True)
+    (warning,) = model_folder.check_tokenizer(str(tmp_path), is_needed=False)
+    assert "an export of it lacks one too" in warning.what
     (tmp_path / "tokenizer.json").touch()
-    model_folder.check_tokenizer(str(tmp_path))
+    assert model_folder.check_tokenizer(str(tmp_path), is_needed=True) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "n_head": 12, "n_embd": 768},
+        DENSE | {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "attention_bias": True},
+        DENSE
+        | {
+            "architectures": ["GptOssForCausalLM"],
+            "sliding_window": 128,
+            "rope_scaling": {"rope_type": "yarn"},
+        },
+    ],
+)
+def test_an_unsupported_architecture_is_the_only_problem(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(Refused) as refused:
+        read_shape(folder_of(tmp_path, config), {})
+    (problem,) = refused.value.problems
+    assert problem.what == f"{config['architectures'][0]} is not supported"
+    assert problem.fix.startswith("supported: LlamaForCausalLM, ")
+
+
+@pytest.mark.parametrize("named", [None, [], "LlamaForCausalLM", {}])
+def test_a_config_that_names_no_architecture_is_refused(tmp_path: Path, named: Any) -> None:
+    with pytest.raises(Refused, match="names no architecture"):
+        read_shape(folder_of(tmp_path, DENSE | {"architectures": named}), {})
+
+
+def test_a_file_as_a_model_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").touch()
+    with pytest.raises(Refused, match="is a file"):
+        read_shape(str(tmp_path / "m.safetensors"), {})

@@ -22,7 +22,7 @@ from sftd.launcher.command import environment, torchrun_argv
 from sftd.operations.checkpoints import unkept
 from sftd.projections.mlflow_client import without_credentials
 from sftd.store.engine import shown_url
-from sftd.wire import journal, specfile
+from sftd.wire import journal, yaml_text
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.checkpoint_dir import is_checkpoint_of
 from sftd.wire.direct_run import DirectRun, Submission
@@ -32,17 +32,44 @@ SECRET = "hush-hush-9"
 CONFIG = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}}
 
 
-@pytest.mark.parametrize(
-    "name", ["..", "../x", "a/b", "/etc", ".hidden", "", "a\nb", "a\0b", "x" * 101, "a/../b", "-rf"]
-)
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\0b", "a\x1b[2J", "a\u202eb", "x" * 201])
 @pytest.mark.parametrize("key", ["trainer.project_name", "trainer.experiment_name"])
-def test_names_that_become_folders_are_plain(key: str, name: str) -> None:
+def test_names_are_printable(key: str, name: str) -> None:
     if (key, name) == ("trainer.experiment_name", ""):
         parse(CONFIG, [(key, name)])  # no name
         return
     with pytest.raises(Refused) as refused:
         parse(CONFIG, [(key, name)])
     assert refused.value.problems[0].where == key
+
+
+@pytest.mark.parametrize(
+    "name", ["мой эксперимент", "a/b", "..", "../x", ".hidden", "-rf", "50%", "x" * 200, "é" * 200]
+)
+def test_a_name_for_people_becomes_one_plain_folder(name: str) -> None:
+    parse(CONFIG, [("trainer.experiment_name", name)])
+    folder = names.folder_name(name)
+    assert folder == Path(folder).name
+    assert folder[0] not in ".-"
+    assert len(folder.encode()) <= 200
+
+
+def test_different_names_have_different_folders_and_plain_ones_their_own() -> None:
+    given = [
+        "a/b",
+        "a_b",
+        "a%2Fb",
+        "a b",
+        "..",
+        "%2E.",
+        "x" * 199 + "/",
+        "x" * 198 + "//",
+        "é" * 150,
+        "é" * 151,
+    ]
+    assert len({names.folder_name(name) for name in given}) == len(given)
+    # As runs of earlier versions have it.
+    assert names.folder_name("first try_2.@+-") == "first try_2.@+-"
 
 
 @pytest.mark.parametrize("run_id", ["..", "../../etc", "a/b", "/etc", ".x", "", "a b", "a\n", "x" * 65])
@@ -158,8 +185,8 @@ def test_urls_are_shown_without_passwords(url: str) -> None:
 def test_yaml_makes_no_objects() -> None:
     for text in ("!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!!python/tuple [1]"):
         with pytest.raises(Refused):
-            specfile.load_yaml(text, "file")
-    assert issubclass(specfile._Loader, yaml.SafeLoader)
+            yaml_text.load_yaml(text, "file")
+    assert issubclass(yaml_text.Loader, yaml.SafeLoader)
 
 
 def calls(name: str, kinds: tuple[type[ast.expr], ...] = (ast.Attribute, ast.Name)) -> list[str]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sftd.domain.errors import Refused
 from sftd.domain.spec import Spec, canonical_json, spec_digest
-from sftd.domain.spec_parse import ALIASES, LEAVES, parse
+from sftd.domain.spec_aliases import ALIASES
+from sftd.domain.spec_parse import LEAVES, parse
 
 MINIMAL = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"], "val_files": ["/v"]}}
 
@@ -74,6 +75,16 @@ TRANSLATED: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "trainer.test_freq": (-1, "trainer.val_check_interval", 0, {}),
     "trainer.max_ckpt_to_keep": (5, "checkpoint.keep_last", 5, {}),
     "trainer.seed": (7, "model.megatron.seed", 7, {}),
+    "trainer.nnodes": (1, "launch.nnodes", 1, {}),
+    "trainer.n_gpus_per_node": (4, "launch.nproc_per_node", 4, {}),
+    "trainer.device": ("cpu", "launch.device", "cpu", {}),
+    "trainer.default_local_dir": ("/c", "checkpoint.save_dir", "/c", {}),
+    "training.packing": (True, "training.use_rmpad", True, {}),
+    "use_remove_padding": (True, "training.use_rmpad", True, {}),
+    "ulysses_sequence_parallel_size": (1, "model.megatron.context_parallel_size", 1, {}),
+    "optim.lr_scheduler": ("linear", "scheduler.type", "linear", {}),
+    "optim.lr_scheduler_type": ("linear", "scheduler.type", "linear", {}),
+    "optim.min_lr_ratio": (0.1, "scheduler.min_lr_ratio", 0.1, {}),
 }
 UNTRANSLATABLE = {"data.messages_key", "trainer.resume_mode"}
 
@@ -106,7 +117,6 @@ def test_two_names_that_differ_are_refused_and_two_that_agree_are_not() -> None:
     [
         ("data.messages_key", "messages", "sftd prepare"),
         ("trainer.resume_mode", "disable", "--from-step"),
-        ("trainer.max_ckpt_to_keep", None, "checkpoint.keep_last"),
         ("trainer.max_ckpt_to_keep", -1, "checkpoint.keep_last"),
         ("optim.betas", 0.9, "two numbers"),
         ("optim.betas", [0.9], "two numbers"),
@@ -118,6 +128,41 @@ def test_an_alias_without_an_equal_says_what_to_write(key: str, value: Any, says
 
 def test_the_resume_mode_that_sftd_has_is_accepted() -> None:
     assert spec_of(trainer__resume_mode="auto") == spec_of()
+
+
+def test_null_leaves_an_alias_out_and_unsets_what_may_be_unset() -> None:
+    config = {**MINIMAL, "launch": {"nproc_per_node": 2}}
+    assert parse(config, [("trainer.n_gpus_per_node", None)])[0].world_size == 1
+    for alias in ("trainer.device", "data.max_length", "optim.lr", "trainer.default_local_dir"):
+        assert spec_of(**{alias.replace(".", "__"): None}) == spec_of()
+
+
+def test_that_checkpoints_are_bounded_is_a_warning_where_verl_keeps_all() -> None:
+    assert (
+        "checkpoint.keep_last decides"
+        in warnings_of(("trainer.max_ckpt_to_keep", None))["trainer.max_ckpt_to_keep"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.lr", "x" * 10_000),
+        ("optimizer.lr", list(range(10_000))),
+        ("model.override_config", ["y" * 1000] * 1000),
+        ("trainer.experiment_name", "z" * 10_000),
+        ("trainer.resume_mode", "m" * 10_000),
+        ("optim.min_lr", "m" * 10_000),
+        ("launch.slurm.partition", "p q" * 10_000),
+        ("k" * 10_000, 1),
+        ("optimizer", "s" * 10_000),
+    ],
+)
+def test_a_message_quotes_at_most_200_characters_of_a_value(key: str, value: Any) -> None:
+    with pytest.raises(Refused) as refused:
+        parse(MINIMAL, [("launch.launcher", "slurm"), (key, value)])
+    for problem in refused.value.problems:
+        assert max(map(len, (problem.where, problem.what, problem.fix))) < 400
 
 
 @pytest.mark.parametrize("none", [-1, None])
@@ -138,7 +183,7 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
     ("key", "value", "says"),
     [
         # Unknown keys, with the nearest known one.
-        ("optimizer.learning_rate", 1, "unknown key"),
+        ("optimizer.learning_rate", 1, "write `optimizer.lr`"),
         ("optimizer.lrr", 1, "did you mean `optimizer.lr`"),
         ("lr", 1, "did you mean `"),
         ("training.tensor_model_parallel_size", 2, "tensor_model_parallel_size`"),
@@ -153,7 +198,9 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         ("data.train_batch_size", 0, "give a whole number"),
         ("data.train_batch_size", 1.5, "give a whole number"),
         ("data.truncation", "middle", "one of right, left, error"),
-        ("data.shuffle", "yes", "true or false"),
+        ("data.shuffle", "yes", "yes, no, on and off are texts"),
+        ("training.deterministic", "on", "true or false or null; yes, no, on and off are texts"),
+        ("data.truncation", "no", "give one of right, left, error"),
         ("data.train_files", [1], "a list of texts"),
         ("trainer.max_steps", 0, "a whole number or null"),
         ("model.override_config", 3, "a mapping"),
@@ -161,9 +208,9 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         # What does not fit together.
         ("model.partial_pretrain", "", "Hugging Face folder"),
         ("data.train_files", [], "at least one Parquet file"),
-        ("trainer.project_name", "../up", "not a plain name"),
-        ("trainer.project_name", "", "not a plain name"),
-        ("trainer.experiment_name", "a/b", "not a plain name"),
+        ("trainer.project_name", "a/b", "holds a slash"),
+        ("trainer.project_name", "", "is empty"),
+        ("trainer.experiment_name", "a\tb", "U+0009"),
         ("model.megatron.virtual_pipeline_model_parallel_size", 2, "at least 2 ranks"),
         ("model.megatron.sequence_parallel", True, "tensor_model_parallel_size to 2 or more"),
         ("launch.nnodes", 2, "launch.launcher to slurm"),

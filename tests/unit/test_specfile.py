@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,13 @@ def test_without_a_file_the_overrides_say_everything() -> None:
     assert (spec.model.partial_pretrain, spec.data.train_files) == ("/base/m", ["/base/t.parquet"])
     with pytest.raises(Refused, match="is not set"):
         specfile.read(None, [], "/base")
+
+
+def test_standard_input_is_a_spec_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\ufeff" + ASKED_FOR
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    spec, _ = specfile.read("-", [], "/base")
+    assert spec.model.partial_pretrain == "/base/your-model-path"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"- 1")))
+    with pytest.raises(Refused, match="standard input: is not a mapping"):
+        specfile.load_file("-")

@@ -1,0 +1,30 @@
+"""Models in the local cache of the Hugging Face hub. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+_ID = re.compile(r"(?:[A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_-][\w.-]*", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text may be a model's id on the hub: `name`, or `organisation/name`."""
+    return _ID.fullmatch(text) is not None
+
+
+def cached_model(hub_id: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Folder of the snapshot that `main` of this model is in the cache; None where it was never downloaded. The cache is where
+    huggingface_hub has it: HF_HUB_CACHE, else in HF_HOME, else in the user's cache."""
+    default = Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    home = Path(environ.get("HF_HOME") or default)
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
+    folder = Path(os.path.expanduser(cache)) / f"models--{hub_id.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / commit
+    return os.path.abspath(snapshot) if re.fullmatch(r"\w+", commit) and snapshot.is_dir() else None
