@@ -44,7 +44,8 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
     # What would be refused is refused before the work.
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
-    with order_file(found, checkpoint) as order:
+    template = checkpoints.chat_template(store, found.run_id)
+    with order_file(found, checkpoint, template=template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(

@@ -51,13 +51,15 @@ def generate_command(
     from sftd.launcher.tools import run_tool
     from sftd.operations import checkpoints
 
-    found, checkpoint = checkpoints.find(app.open_store(app.read_settings()), run, step)
+    store = app.open_store(app.read_settings())
+    found, checkpoint = checkpoints.find(store, run, step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
     if not all(text.strip() for text in texts):
         raise click.UsageError("A --prompt is empty.")
-    with order_file(found, checkpoint) as order:
+    template = checkpoints.chat_template(store, found.run_id)
+    with order_file(found, checkpoint, template=template) as order:
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sftd.domain.chat_template import ChatTemplate
     from sftd.domain.run import CheckpointInfo, Run
 
 
 @contextmanager
-def order_file(run: Run, checkpoint: CheckpointInfo | None) -> Iterator[str]:
-    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone."""
+def order_file(
+    run: Run, checkpoint: CheckpointInfo | None, *, template: ChatTemplate | None = None
+) -> Iterator[str]:
+    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone. `template` is the
+    chat template of the run's data."""
     from sftd.wire.attempt_dir import AttemptDir, Order
 
     with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
@@ -30,6 +34,7 @@ def order_file(run: Run, checkpoint: CheckpointInfo | None) -> Iterator[str]:
                 checkpoint=checkpoint.path if checkpoint else None,
                 checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
                 order_later=list(run.order),
+                template=template,
             )
         )
         yield str(directory.order_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import msgspec
@@ -24,3 +25,7 @@ class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
     date: str = DEFAULT_DATE
     arguments: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a date that is not one."""
+        dt.date.fromisoformat(self.date)

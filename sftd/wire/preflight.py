@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 
 import sftd
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import RunSubmitted
 from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.wire import dataset, model_folder
+from sftd.wire import chat_template, dataset, model_folder
 
 
 class Preflight(msgspec.Struct, frozen=True):
@@ -25,6 +26,7 @@ class Preflight(msgspec.Struct, frozen=True):
     val: DataFacts | None
     planned_steps: int
     warnings: list[Problem]
+    template: ChatTemplate | None = None
 
 
 def _check_save_dir(spec: Spec) -> list[Problem]:
@@ -88,6 +90,7 @@ def inspect(
         wrong, doubtful = check_data(spec, train, val)
         problems += wrong
         warnings += doubtful
+        warnings += chat_template.warnings("data.train_files", spec.data.train_files)
     if problems or shape is None or train is None:
         raise Refused(problems)
     planned = spec.planned_steps(train.usable, start(train.digest))
@@ -99,7 +102,8 @@ def inspect(
                 "warm up for fewer steps",
             )
         )
-    return Preflight(shape, train, val, planned, warnings)
+    template = chat_template.of_files(spec.data.train_files)
+    return Preflight(shape, train, val, planned, warnings, template=template)
 
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
@@ -117,6 +121,7 @@ def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str)
         data={
             "train": msgspec.to_builtins(found.train),
             "val": msgspec.to_builtins(found.val) if found.val else None,
+            **({"template": msgspec.to_builtins(found.template)} if found.template else {}),
         },
         model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
         sftd_version=sftd.__version__,

@@ -4,15 +4,19 @@ tokens or lose characters."""
 import io
 import json
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.domain.spec import Spec
 from sftd.trainer.prepare import __main__ as prepare_main
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
@@ -348,6 +352,40 @@ def test_the_template_alone_writes_the_beginning_of_sequence(family: str) -> Non
     assert masked.input_ids == tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]
     prompt: Any = tokenizer.apply_chat_template([QUESTION], tokenize=True, add_generation_prompt=True)
     assert BoundTemplate(tokenizer).prompt_ids("1+1?") == prompt["input_ids"]
+
+
+def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Path) -> None:
+    """What the model is asked, against transformers: one BOS, the data's date and its variables."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron-core misses NVIDIA's kernels
+        from sftd.trainer.errors import UserError
+        from sftd.trainer.generate import Generator
+
+    template = "{{ bos_token }}{% if loud %}{{ 'Loud. ' }}{% endif %}" + CLOCK
+    tokenizer = adding_bos("smollm2", template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    sections = {
+        "model": {"partial_pretrain": str(tmp_path / "model")},
+        "trainer": {"sample_prompts": ["1+1?"]},
+    }
+    spec, session = msgspec.convert(sections, Spec), SimpleNamespace(layout=SimpleNamespace(tp=1))
+
+    def asked(chosen: ChatTemplate | None) -> str:
+        made: Any = Generator(spec, cast("Any", session), len(tokenizer), chosen)
+        return str(tokenizer.decode(made._prompts["1+1?"]))
+
+    bos = tokenizer.bos_token
+    shown: Any = tokenizer.apply_chat_template([QUESTION], tokenize=True, add_generation_prompt=True)
+    _, _, rest = str(tokenizer.decode(shown["input_ids"])).partition(".\n")
+    assert asked(None) == f"{bos}Today is 26 Jul 2024.\n{rest}"
+    chosen = ChatTemplate(date="2025-02-03", arguments={"loud": True})
+    assert asked(chosen) == f"{bos}Loud. Today is 03 Feb 2025.\n{rest}"
+    assert asked(ChatTemplate(text="{{ bos_token + messages[0].content }}")) == f"{bos}1+1?"
+    with pytest.raises(UserError, match=r"the prompt '1\+1\?' cannot be rendered: .*refuses it"):
+        asked(ChatTemplate(text="{{ raise_exception('no') }}"))
+    (tmp_path / "model/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer: neither"):
+        asked(None)
 
 
 def test_a_prompt_without_a_template_begins_as_the_tokenizer_does() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
 from sftd.trainer import manifest as manifests
@@ -19,6 +20,7 @@ from sftd.trainer import session as sessions
 from sftd.trainer import weights
 from sftd.trainer.errors import UserError
 from sftd.trainer.export.shards import write_shards
+from sftd.trainer.export.template_files import write_template
 from sftd.trainer.folder_swap import fsync_file
 from sftd.trainer.load_model import one_rank, read_model, verify
 from sftd.trainer.prepare.progress import EventWriter
@@ -29,17 +31,33 @@ from sftd.wire.model_folder import exported_config, read_shape
 # own code, and what its licence asks to be passed on.
 _COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    *("chat_template*", "*.jinja", "generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(
+        "chat_template*",
+        "*.jinja",
+        "additional_chat_templates/*.jinja",
+        "generation_config.json",
+        "*.py",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+    ),
 )
 
 
 def export(
-    spec: Spec, checkpoint: Path, out: Path, digest: str | None, shard_bytes: int, events: EventWriter
+    spec: Spec,
+    checkpoint: Path,
+    out: Path,
+    digest: str | None,
+    shard_bytes: int,
+    events: EventWriter,
+    template: ChatTemplate | None = None,
 ) -> dict[str, Any]:
     """Write `checkpoint` of a run of `spec` as the Hugging Face folder `out`, in the dtype that was trained.
 
     `digest`: sha256 of the checkpoint's manifest. The manifest and every file it names are verified before anything is
     unpickled; the folder is made beside `out`, and renamed when it is whole. Weight files hold `shard_bytes` at most.
+    A chat template of its own that the training data had (`template`) takes the place of the model folder's.
     Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
     `sha256sum` prints for the files in the order of their names.
     Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
@@ -59,7 +77,10 @@ def export(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in sorted({path for pattern in _COPIED for path in Path(folder).glob(pattern)}):
             if path.is_file():
-                shutil.copyfile(path, partial / path.name)
+                copy = partial / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+        write_template(partial, template)
         session = one_rank(spec, device="cpu", dtype=manifest.dtype)
         try:
             events.progress("load", path=str(checkpoint))
@@ -74,7 +95,8 @@ def export(
             # safetensors makes its files unreadable for others.
             shutil.copymode(partial / "config.json", partial / entry.name)
             fsync_file(partial / entry.name)
-        fsync_dir(partial)
+        for below in {Path(entry.name).parent for entry in entries}:
+            fsync_dir(partial / below)
         # Takes the place of an empty folder, and fails if something has been put into it meanwhile.
         partial.rename(out)
         fsync_dir(out.parent)

@@ -31,7 +31,6 @@ class BoundTemplate:
     """The chat template or templates of one tokenizer, as `chosen`."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chosen: ChatTemplate | None = None) -> None:
-        """Raises ValueError for a date that is not one."""
         self.chosen = chosen or ChatTemplate()
         self._tokenizer = tokenizer
         self._now = dt.datetime.combine(dt.date.fromisoformat(self.chosen.date), dt.time())
