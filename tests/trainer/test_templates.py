@@ -306,6 +306,9 @@ def test_the_current_date_is_a_recorded_one(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "t.parquet", tmp_path / "model")[0].startswith("Today is 26 Jul 2024.")
     assert card_of(done)["chat_template"]["date"] == DEFAULT_DATE
     assert [w for w in done["warnings"] if "current date" in w and DEFAULT_DATE in w]
+    byte_level_tokenizer("smollm2", unmarked(SMOLLM2)).save_pretrained(tmp_path / "timeless")
+    with pytest.raises(PrepareError, match="does not ask for the current date, so --date changes nothing"):
+        prepare(source, tmp_path / "timeless", tmp_path / "u.parquet", date="2025-02-03")
     done = prepare(source, tmp_path / "model", tmp_path / "u.parquet", date="2025-02-03")
     assert texts_of(tmp_path / "u.parquet", tmp_path / "model")[0].startswith("Today is 03 Feb 2025.")
     assert card_of(done)["chat_template"]["date"] == "2025-02-03"
@@ -323,10 +326,10 @@ def test_two_renderers_of_one_process_have_their_own_dates() -> None:
     ]
 
 
-def test_a_date_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        prepare_main.main(["tokenize", "c.jsonl", "--model", "m", "--out", "o", "--date", "3 Feb"])
-    assert "'3 Feb' is not a date such as 2024-07-26" in capsys.readouterr().err
+def test_a_date_that_is_none_is_refused() -> None:
+    assert prepare_main._date("20250203") == "2025-02-03"
+    with pytest.raises(PrepareError, match="--date 3 Feb is not a date such as 2024-07-26"):
+        prepare_main._date("3 Feb")
 
 
 # What the tokenizer does by itself.

@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
             if arguments.chat_template is None
             else _template_text(arguments.chat_template),
             template_name=arguments.template,
-            date=arguments.date,
+            date=_date(arguments.date),
             trust_remote_code=arguments.trust_remote_code,
             workers=arguments.workers,
         )
@@ -99,7 +99,7 @@ def _date(text: str) -> str:
     try:
         return dt.date.fromisoformat(text).isoformat()
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date such as {DEFAULT_DATE}") from None
+        raise PrepareError(f"--date {text} is not a date such as {DEFAULT_DATE}.") from None
 
 
 def _template_arg(text: str) -> tuple[str, Any]:
@@ -152,9 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen = tokenize.add_mutually_exclusive_group()
     chosen.add_argument("--chat-template", type=Path, help="Jinja file used instead of the model's template")
     chosen.add_argument("--template", help="name of one of the model's chat templates")
-    tokenize.add_argument(
-        "--date", type=_date, default=DEFAULT_DATE, help="date that a template gets as the current one"
-    )
+    tokenize.add_argument("--date", default=DEFAULT_DATE, help="date that a template gets as the current one")
     tokenize.add_argument("--workers", type=int, help="processes; by default one a core for large files")
     tokenize.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
 

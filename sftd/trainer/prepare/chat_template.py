@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftd.domain.chat_template import ChatTemplate
+from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class BoundTemplate:
 
 def check_template(template: BoundTemplate, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises PrepareError when the model folder has no template (of the chosen name), or the template does not have a
-    chosen variable, which would then change nothing, without a word."""
+    chosen variable or ask for the chosen date, which would then change nothing, without a word."""
     chosen, sources = template.chosen, template.sources
     if not sources:
         named = tokenizer.chat_template
@@ -155,6 +155,12 @@ def check_template(template: BoundTemplate, folder: Path, tokenizer: "PreTrained
             f"The tokenizer in {folder} has no chat template, as is usual for base models. Give one with "
             "--chat-template FILE, such as the chat_template.jinja of the instruction-tuned version of the model."
         )
+    where = "given" if chosen.text is not None else f"in {folder}"
+    if chosen.date != DEFAULT_DATE and not template.asks_for_date:
+        raise PrepareError(
+            f"The chat template {where} does not ask for the current date, so --date changes nothing. Leave it out; a date "
+            "that is a variable of the template is set with --template-arg."
+        )
     known = _variables("\n".join(sources.values()))
     for name in chosen.arguments:
         if name in _GIVEN:
@@ -162,7 +168,6 @@ def check_template(template: BoundTemplate, folder: Path, tokenizer: "PreTrained
                 f"The template's variable {name!r} is what prepare itself gives it. Leave it out."
             )
         if name not in known:
-            where = "given" if chosen.text is not None else f"in {folder}"
             raise PrepareError(
                 f"The chat template {where} has no variable {name!r}. Take it out, or see how it is spelt there."
             )
