@@ -45,7 +45,8 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     # What would be refused is refused before the work.
     model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
-    with order_file(found, checkpoint, model) as order:
+    template = checkpoints.chat_template(store, found.run_id)
+    with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(

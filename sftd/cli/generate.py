@@ -60,7 +60,8 @@ def generate_command(
     if not all(text.strip() for text in texts):
         raise click.UsageError("A --prompt is empty.")
     model = model_files.source(store, settings.home, found)
-    with order_file(found, checkpoint, model) as order:
+    template = checkpoints.chat_template(store, found.run_id)
+    with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"

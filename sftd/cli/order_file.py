@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sftd.domain.chat_template import ChatTemplate
     from sftd.domain.run import CheckpointInfo, Run
 
 
 @contextmanager
-def order_file(run: Run, checkpoint: CheckpointInfo | None, model: str = "") -> Iterator[str]:
+def order_file(
+    run: Run, checkpoint: CheckpointInfo | None, model: str = "", template: ChatTemplate | None = None
+) -> Iterator[str]:
     """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone. `model` is where
-    the tool reads config and tokenizer, the run's model folder if not given."""
+    the tool reads config and tokenizer, the run's model folder if not given; `template` the chat template of the run's
+    data."""
     import msgspec
 
     from sftd.wire.attempt_dir import AttemptDir, Order
@@ -38,6 +42,7 @@ def order_file(run: Run, checkpoint: CheckpointInfo | None, model: str = "") -> 
                 checkpoint=checkpoint.path if checkpoint else None,
                 checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
                 order_later=list(run.order),
+                template=template,
             )
         )
         yield str(directory.order_file)

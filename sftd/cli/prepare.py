@@ -21,6 +21,9 @@ _PASSED = (
     "val_out",
     "rewritten",
     "workers",
+    "chat_template",
+    "template",
+    "date",
 )
 
 
@@ -71,6 +74,17 @@ _PASSED = (
     help="Variable for the chat template, such as enable_thinking=false.",
 )
 @click.option(
+    "--chat-template",
+    type=click.Path(),
+    help="Jinja file to use instead of the model's chat template; a base model has none.",
+)
+@click.option("--template", metavar="NAME", help="Use the model's chat template of this name.")
+@click.option(
+    "--date",
+    metavar="YYYY-MM-DD",
+    help="Date that a chat template gets as the current one; 2024-07-26 when not given.",
+)
+@click.option(
     "--workers", type=click.IntRange(min=1), help="Processes; by default one a core for large files."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Allow the tokenizer's own code to run.")
@@ -103,6 +117,8 @@ def prepare_command(
         raise click.UsageError(
             "--val-out belongs together with one of --val-fraction, --val-rows and --val-split."
         )
+    if options["chat_template"] is not None and options["template"] is not None:
+        raise click.UsageError("--chat-template and --template exclude each other.")
     arguments = [*sources, "--model", model, "--out", out]
     for name in _PASSED:
         if options[name] is not None:

@@ -9,6 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import events as e
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.retention import deletable, why_kept
 from sftd.domain.run import CheckpointInfo, Run
@@ -51,6 +52,15 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
         what = f"its checkpoint of step {found.step} is not on this host: {found.path}"
         raise Refused(Problem(run.run_id, what, "ask on the host that trained it, or put the folder back"))
     return run, found
+
+
+def chat_template(store: Store, run_id: str) -> ChatTemplate | None:
+    """The chat template that the run's data was rendered with; None where that is not known."""
+    with store.read() as connection:
+        for recorded in read_stream(connection, run_id, types=(e.RunSubmitted.__name__,), limit=1):
+            if isinstance(recorded.event, e.RunSubmitted) and (found := recorded.event.data.get("template")):
+                return msgspec.convert(found, ChatTemplate)
+    return None
 
 
 def record_export(store: Store, context: Context, run_id: str, exported: e.ModelExported) -> None:

@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import SampleGenerated
 from sftd.domain.spec import Spec
 from sftd.trainer import model as models
 from sftd.trainer.attention import KeyValueCache, SequenceLayout
 from sftd.trainer.errors import UserError
+from sftd.trainer.prepare.chat_template import BoundTemplate
+from sftd.trainer.prepare.hf_tokenizer import check_has_tokenizer
 from sftd.trainer.session import Session
 from sftd.trainer.trainee import LossFunction, Trainee
 
@@ -23,18 +26,21 @@ from sftd.trainer.trainee import LossFunction, Trainee
 class Generator:
     """Answers `trainer.sample_prompts`. Every rank takes part; each data-parallel copy and context-parallel rank computes the same."""
 
-    def __init__(self, spec: Spec, session: Session, vocab_size: int) -> None:
-        """Raises `UserError` for a tokenizer or prompt that cannot be used."""
+    def __init__(self, spec: Spec, session: Session, vocab_size: int, template: ChatTemplate | None) -> None:
+        """Prompts are rendered as the training data was, with `template`; None is the model folder's. Raises `UserError` for a
+        tokenizer or prompt that cannot be used."""
         # transformers takes seconds to import: only runs with sample prompts pay for it.
         from transformers import AutoTokenizer
 
         folder = spec.model.partial_pretrain
         try:
+            check_has_tokenizer(Path(folder))
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=spec.model.trust_remote_code
             )
         except Exception as error:  # a tokenizer folder can fail in any way
             raise UserError(f"the prompts need the tokenizer of {folder}: {error}") from error
+        self._template = BoundTemplate(self._tokenizer, template)
         self._stops = {self._tokenizer.eos_token_id} | _generation_stops(folder)
         self._prompts = {prompt: self._checked(prompt, vocab_size) for prompt in spec.trainer.sample_prompts}
         self._limit = spec.trainer.sample_max_tokens
@@ -51,20 +57,12 @@ class Generator:
 
     def _checked(self, prompt: str, vocab_size: int) -> list[int]:
         try:
-            ids = self._encode(prompt)
+            ids = self._template.prompt_ids(prompt)
         except Exception as error:  # a chat template is a program
-            raise UserError(f"the prompt {prompt!r}: {type(error).__name__}: {error}") from error
+            raise UserError(f"the prompt {prompt!r} cannot be rendered: {error}") from error
         if not ids or max(ids) >= vocab_size:
             raise UserError(f"the prompt {prompt!r} makes no tokens that the model knows")
         return ids
-
-    def _encode(self, prompt: str) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(prompt)["input_ids"])
-        text = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _answer(self, step: int, trainee: Trainee, prompt: str, ids: list[int]) -> SampleGenerated:
         cache = KeyValueCache()

@@ -34,6 +34,7 @@ from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.trainer.spool import shared_folder
 from sftd.trainer.validate import validate
 from sftd.trainer.weights_digest import WeightsDigest
+from sftd.wire import chat_template
 from sftd.wire.attempt_dir import AttemptDir, Order
 from sftd.wire.dataset import files_digest
 from sftd.wire.model_folder import read_shape
@@ -116,7 +117,8 @@ class Attempt:
         if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.generate import Generator
 
-            self._generator = Generator(self._spec, session, shape.vocab_size)
+            template = chat_template.of_files(self._spec.data.train_files)
+            self._generator = Generator(self._spec, session, shape.vocab_size, template)
 
     def run(self) -> None:
         """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import msgspec
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import Micros
 from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import OrderStart, Spec
@@ -49,7 +50,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     With `last_step` recorded steps are trained again for comparison: up to that one and nothing else, neither validations
     nor checkpoints, from data that may have changed. `order_later` are the pieces of the order of samples that begin at
-    later steps."""
+    later steps. `template` is the chat template of the training data, for exports and answers; an attempt has the data."""
 
     run_id: str
     attempt: int
@@ -68,6 +69,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     losses: list[float] = []
     last_step: int | None = None
     order_later: list[OrderStart] = []
+    template: ChatTemplate | None = None
 
     def sample_position(self, step: int) -> int:
         """Position in the order of samples of the first sample of 0-based `step`."""

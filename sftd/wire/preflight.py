@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 import sftd
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.decisions import Proposal
 from sftd.domain.doubts import doubts
 from sftd.domain.errors import Problem, Refused
@@ -17,7 +18,7 @@ from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
 from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.storage import storage
-from sftd.wire import dataset, disk, model_digest, model_folder
+from sftd.wire import chat_template, dataset, disk, model_digest, model_folder
 from sftd.wire.same_files import shared
 
 _SAVE_DIR = "checkpoint.save_dir"
@@ -32,6 +33,7 @@ class Preflight(msgspec.Struct, frozen=True):
     planned_steps: int
     warnings: list[Problem]
     model_files: ModelFiles | None = None
+    template: ChatTemplate | None = None
 
 
 def _check_folder(spec: Spec, home: Path | None) -> tuple[list[Problem], list[Problem]]:
@@ -131,6 +133,7 @@ def inspect(
         wrong, doubtful = check_data(spec, train, val)
         problems += wrong
         warnings += doubtful
+        warnings += chat_template.warnings("data.train_files", spec.data.train_files)
     if problems or shape is None or train is None:
         raise Refused(problems)
     beginning = start(train.digest)
@@ -150,7 +153,8 @@ def inspect(
         warnings += doubtful
     warnings += doubts(spec, train, val, shared(train.files, val.files) if val else [], planned)
     model_files = model_digest.describe(spec.model.partial_pretrain)
-    return Preflight(shape, train, val, planned, warnings, model_files)
+    template = chat_template.of_files(spec.data.train_files)
+    return Preflight(shape, train, val, planned, warnings, model_files, template)
 
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
@@ -168,6 +172,7 @@ def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str)
         data={
             "train": msgspec.to_builtins(found.train),
             "val": msgspec.to_builtins(found.val) if found.val else None,
+            **({"template": msgspec.to_builtins(found.template)} if found.template else {}),
         },
         model={"path": spec.model.partial_pretrain, **msgspec.to_builtins(found.shape)},
         sftd_version=sftd.__version__,

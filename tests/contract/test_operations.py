@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sftd import settings
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain import events as e
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.failures import Failure
 from sftd.domain.layout import DataFacts, ModelShape
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Data, Model, Trainer
 from sftd.launcher.local import LocalAttempt
-from sftd.operations import attempts, runs
+from sftd.operations import attempts, checkpoints, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections import views
@@ -76,6 +78,14 @@ def claimed(log: Store, clock: Clock, daemon: str = "daemon-1") -> Claimed:
     )
     assert found is not None
     return found
+
+
+def test_the_chat_template_of_the_data_is_in_the_log(log: Store, clock: Clock) -> None:
+    plain = Preflight(SHAPE, FACTS, None, 3, [])
+    template = ChatTemplate(name="short", date="2025-01-02", arguments={"loud": True})
+    for found, wanted in ((plain, None), (msgspec.structs.replace(plain, template=template), template)):
+        run_id = runs.submit(log, clock.context, SPEC, found, [], "ada")
+        assert checkpoints.chat_template(log, run_id) == wanted
 
 
 def step(number: int, loss: float = 1.0) -> e.StepCompleted:

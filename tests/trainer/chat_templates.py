@@ -99,6 +99,7 @@ SPECIALS = {
     "smollm2": ("<|im_start|>", "<|im_end|>"),
     "qwen2.5": ("<|im_start|>", "<|im_end|>"),
     "qwen3": ("<|im_start|>", "<|im_end|>"),
+    "deepseek": ("<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>", "<|Call|>", "<|Result|>"),
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     "mistral": (
         *("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
@@ -153,3 +154,30 @@ def _fast(backend: Tokenizer, family: str, template: str) -> PreTrainedTokenizer
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+# The generation prompt opens the reasoning (Qwen3-Thinking-2507, Qwen3.5): the model writes what follows `<think>`.
+THINKING = (
+    unmarked(QWEN3)
+    .replace(
+        _QWEN_TAIL.removesuffix("{% endif %}"),
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}",
+    )
+    .replace("(loop.last or why)", "true")
+)
+# The same prompt, but only content is known, and reasoning is cut out of all answers but the last (QwQ).
+THINKING_IN_CONTENT = (
+    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and not loop.last %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# The same prompt, and reasoning is cut out of every answer (DeepSeek-R1 and its distilled models). Arguments are text.
+THINKING_NEVER_SHOWN = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "{{ '<|User|>' + m.content }}{% elif m.role == 'tool' %}{{ '<|Result|>' + m.content }}{% elif m.tool_calls %}"
+    "{{ '<|Assistant|>' }}{% for c in m.tool_calls %}{{ '<|Call|>' + c['function']['name'] + '\n' + "
+    "c['function']['arguments'] }}{% endfor %}{{ eos_token }}{% else %}{% set c = m.content %}{% if '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<|Assistant|>' + c + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat
 from sftd.trainer.prepare.errors import ChatError
@@ -194,7 +195,7 @@ def test_answers_that_lack_the_templates_own_beginning_are_counted() -> None:
         [["2<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]],
     )
     # Told not to think, the model is given the empty block, and both answers are as it writes them.
-    (row,) = ChatMasker(tokenizer, template_args={"enable_thinking": False}).rows(plain)
+    (row,) = ChatMasker(tokenizer, chosen=ChatTemplate(arguments={"enable_thinking": False})).rows(plain)
     assert (row.as_shown, trained(tokenizer, [row])) == (0, [["2<|im_end|>", "4<|im_end|>"]])
 
 

@@ -302,7 +302,7 @@ def test_text_that_is_taken_for_special_tokens_is_told(models: dict[str, Path], 
     )
     done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet")
     assert [text.partition(" that")[0] for text in done["warnings"]] == [
-        "1 chats have text in their messages"
+        "1 chats have text in their messages, tool calls or tools"
     ]
 
 

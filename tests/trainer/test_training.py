@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -150,25 +151,51 @@ def test_validation_and_samples_leave_training_alone(trainer: Trainer, base: Run
     assert [(s.loss, s.grad_norm) for s in quiet.events(StepCompleted)] == exact
 
 
-def test_first_answer_is_the_one_of_transformers(base: Run) -> None:
-    spec = base.attempt.order().spec
+def answer_of_transformers(folder: str, text: str) -> tuple[str, int]:
+    """The first tokens, at most 8, that the pretrained model of `folder` writes after a text, and their number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            spec.model.partial_pretrain, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model.partial_pretrain)
-        prompt = tokenizer("<bos>abc!", return_tensors="pt", add_special_tokens=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
             0, prompt["input_ids"].shape[1] :
         ]
+    return tokenizer.decode(answer, skip_special_tokens=True), len(answer)
+
+
+def test_first_answer_is_the_one_of_transformers(base: Run) -> None:
     first = base.events(SampleGenerated)[0]
     assert first.prompt == "abc"
-    assert first.text == tokenizer.decode(answer, skip_special_tokens=True)
-    assert first.tokens == len(answer)
+    folder = base.attempt.order().spec.model.partial_pretrain
+    assert (first.text, first.tokens) == answer_of_transformers(folder, "<bos>abc!")
+
+
+def test_prompts_are_rendered_with_the_template_of_the_data(
+    trainer: Trainer, data: Path, tmp_path: Path
+) -> None:
+    table, path = pq.read_table(data / "train.parquet"), tmp_path / "train.parquet"
+    chosen = {
+        "text": "{{ bos_token }}zz{{ strftime_now('%y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    }
+    chosen["date"] = "2013-05-06"
+    written = json.dumps({"chat_template": chosen}).encode()
+    pq.write_table(table.replace_schema_metadata({b"sftd": written}), path)
+    run = trainer.run(
+        "template",
+        data__train_files=[str(path)],
+        trainer__max_steps=1,
+        scheduler__warmup_steps=0,
+        trainer__sample_prompts=["abc"],
+        trainer__sample_max_tokens=8,
+    )
+    first = run.events(SampleGenerated)[0]
+    folder = run.attempt.order().spec.model.partial_pretrain
+    assert (first.text, first.tokens) == answer_of_transformers(folder, "<bos>zz13abc")
+    assert first.text != answer_of_transformers(folder, "<bos>abc!")[0]
 
 
 def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Trainer) -> None:

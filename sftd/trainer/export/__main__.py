@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.digest,
                 arguments.max_shard_bytes,
                 events,
+                order.template,
             )
         events.emit("done", **done)
     except (Refused, UserError, CheckpointInvalid, OSError) as error:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
 from sftd.trainer import session as sessions
 from sftd.trainer import weights
 from sftd.trainer.errors import UserError
 from sftd.trainer.export.shards import write_shards
+from sftd.trainer.export.template_files import write_template
 from sftd.trainer.folder_swap import fsync_file
 from sftd.trainer.load_model import one_rank, read_model
 from sftd.trainer.prepare.progress import EventWriter
@@ -28,12 +30,19 @@ from sftd.wire.model_folder import exported_config, read_shape
 
 
 def export(
-    spec: Spec, checkpoint: Path, out: Path, digest: str | None, shard_bytes: int, events: EventWriter
+    spec: Spec,
+    checkpoint: Path,
+    out: Path,
+    digest: str | None,
+    shard_bytes: int,
+    events: EventWriter,
+    template: ChatTemplate | None = None,
 ) -> dict[str, Any]:
     """Write `checkpoint` of a run of `spec` as the Hugging Face folder `out`, in the dtype that was trained.
 
     `digest`: sha256 of the checkpoint's manifest. The manifest and every file it names are verified before anything is
     unpickled; the folder is made beside `out`, and renamed when it is whole. Weight files hold `shard_bytes` at most.
+    A chat template of its own that the training data had (`template`) takes the place of the model folder's.
     Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
     `sha256sum` prints for the files in the order of their names.
     Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
@@ -55,6 +64,7 @@ def export(
             if name != "config.json":
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / name)
+        write_template(partial, template)
         session = one_rank(spec, device="cpu", dtype=manifest.dtype)
         try:
             events.progress("load", path=str(checkpoint))
@@ -69,7 +79,8 @@ def export(
             # safetensors makes its files unreadable for others.
             shutil.copymode(partial / "config.json", partial / entry.name)
             fsync_file(partial / entry.name)
-        fsync_dir(partial)
+        for below in {Path(entry.name).parent for entry in entries}:
+            fsync_dir(partial / below)
         # Takes the place of an empty folder, and fails if something has been put into it meanwhile.
         partial.rename(out)
         fsync_dir(out.parent)

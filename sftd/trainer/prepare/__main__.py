@@ -10,12 +10,14 @@ message on standard error for what the user can fix; anything else is a defect.
 """
 
 import argparse
+import datetime as dt
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sftd.domain.chat_template import DEFAULT_DATE
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.progress import EventWriter, claim_stdout
 
@@ -62,6 +64,11 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
             rewritten=arguments.rewritten,
             skip_bad_rows=arguments.skip_bad_rows,
             template_args=dict(map(_template_arg, arguments.template_arg)),
+            template_text=None
+            if arguments.chat_template is None
+            else _template_text(arguments.chat_template),
+            template_name=arguments.template,
+            date=_date(arguments.date),
             trust_remote_code=arguments.trust_remote_code,
             workers=arguments.workers,
         )
@@ -74,6 +81,25 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
         events.emit(
             "row", **show_row(arguments.file, arguments.model, arguments.row, trust_remote_code=trust)
         )
+
+
+def _template_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PrepareError(f"The chat template {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise PrepareError(f"The chat template {path} is not UTF-8 text ({error.reason}).") from error
+    if "{" not in text:
+        raise PrepareError(f"{path} is not a chat template: it has no Jinja expression.")
+    return text
+
+
+def _date(text: str) -> str:
+    try:
+        return dt.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise PrepareError(f"--date {text} is not a date such as {DEFAULT_DATE}.") from None
 
 
 def _template_arg(text: str) -> tuple[str, Any]:
@@ -123,6 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument(
         "--template-arg", action="append", default=[], help="NAME=JSON that the chat template is given"
     )
+    chosen = tokenize.add_mutually_exclusive_group()
+    chosen.add_argument("--chat-template", type=Path, help="Jinja file used instead of the model's template")
+    chosen.add_argument("--template", help="name of one of the model's chat templates")
+    tokenize.add_argument("--date", default=DEFAULT_DATE, help="date that a template gets as the current one")
     tokenize.add_argument("--workers", type=int, help="processes; by default one a core for large files")
     tokenize.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
 

@@ -11,7 +11,8 @@ from typing import Any
 import sftd
 from sftd.trainer.prepare.card_text import as_markdown
 from sftd.trainer.prepare.chat_files import ChatSource
-from sftd.trainer.prepare.hf_tokenizer import chat_template_sha256, tokenizer_digest
+from sftd.trainer.prepare.chat_template import BoundTemplate
+from sftd.trainer.prepare.hf_tokenizer import tokenizer_digest
 from sftd.trainer.prepare.row_file import RowFile
 from sftd.trainer.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
 
@@ -31,11 +32,14 @@ class Counts:
     as_shown: int = 0
     rewritten: int = 0
     special: int = 0
+    unknown: int = 0
     leaked: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
+    templates: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)
 
     def add(self, done: Done) -> None:
         """Count a piece."""
@@ -44,7 +48,13 @@ class Counts:
         self.as_shown += done.as_shown
         self.rewritten += done.rewritten
         self.special += done.special
-        for total, part in ((self.dropped, done.dropped), (self.shapes, done.shapes)):
+        self.unknown += done.unknown
+        for total, part in (
+            (self.dropped, done.dropped),
+            (self.shapes, done.shapes),
+            (self.templates, done.templates),
+            (self.arguments, done.arguments),
+        ):
             for name, count in part.items():
                 total[name] = total.get(name, 0) + count
         for place, why in done.rejected:
@@ -73,6 +83,7 @@ def make_card(
     import transformers
 
     loaded, masker = tokenizer.tokenizer, tokenizer.masker
+    template = masker.template
     files = [("train", train), *([("validation", val)] if val is not None else [])]
     named = [*((source, "train") for source in sources), *((source, "validation") for source in held_out)]
     return {
@@ -94,8 +105,12 @@ def make_card(
             "stop_token": masker.stop_token,
         },
         "chat_template": {
-            "sha256": chat_template_sha256(loaded),
+            "sha256": template.sha256,
+            "from": "a file" if template.chosen.text is not None else "the model folder",
+            "chats_by_name": dict(sorted(counts.templates.items())),
+            "date": template.chosen.date if template.asks_for_date else None,
             "answers": "marked by the template" if masker.marks_answers else "found by rendering",
+            "tool_arguments": dict(sorted(counts.arguments.items())),
             "arguments": dict(options.template_args),
         },
         "options": {
@@ -123,6 +138,7 @@ def make_card(
             "trained_as_shown": counts.as_shown,
             "left_out_because_rewritten": counts.rewritten,
         },
+        "rows_with_characters_that_the_vocabulary_lacks": counts.unknown,
         "outputs": {
             split: {
                 "name": file.path.name,
@@ -139,7 +155,7 @@ def make_card(
             }
             for (split, file), done in zip(files, published, strict=True)
         },
-        "warnings": _warnings(counts, model, [file for _, file in files]),
+        "warnings": _warnings(counts, template, model, [file for _, file in files]),
     }
 
 
@@ -154,8 +170,12 @@ def write_card(out: Path, card: dict[str, Any]) -> dict[str, str]:
     return {name: str(out.with_name(path).resolve()) for name, path in paths.items()}
 
 
-def _warnings(counts: Counts, model: Path, files: Sequence[RowFile]) -> list[str]:
+def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Sequence[RowFile]) -> list[str]:
     warnings = []
+    if template.asks_for_date:
+        warnings.append(
+            f"the chat template writes the current date; in every row it is {template.chosen.date} (--date sets another)"
+        )
     if counts.unstopped:
         warnings.append(
             f"{counts.unstopped} answers are trained without a stop token, so the model does not learn to "
@@ -176,8 +196,12 @@ def _warnings(counts: Counts, model: Path, files: Sequence[RowFile]) -> list[str
         warnings.append(f"truncation has cut {cut} tokens of answers off {rows} rows")
     if counts.special:
         warnings.append(
-            f"{counts.special} chats have text in their messages that the tokenizer takes for special tokens of its own "
-            "(such as a stop token), so the model would read it as the chat's structure"
+            f"{counts.special} chats have text in their messages, tool calls or tools that the tokenizer takes for special "
+            "tokens of its own (such as a stop token), so the model would read it as the chat's structure"
+        )
+    if counts.unknown:
+        warnings.append(
+            f"{counts.unknown} rows have characters that the tokenizer's vocabulary lacks, so the model does not read them"
         )
     if counts.leaked:
         warnings.append(f"{counts.leaked} training rows have chats that are in the validation split as well")

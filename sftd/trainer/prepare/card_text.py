@@ -80,7 +80,13 @@ def _lines(card: dict[str, Any]) -> Iterator[str]:
     rows = [
         ["tokenizer", f"{tokenizer['digest']} ({tokenizer['vocab_size']:,} tokens)"],
         ["stop token", tokenizer["stop_token"] or "none that is special"],
-        ["chat template", f"{template['sha256']}; answers are {template['answers']}"],
+        ["chat template", f"{template['sha256']}, of {template['from']}; answers are {template['answers']}"],
+        *([["date in the template", template["date"]]] if template["date"] else []),
+        *([f"chats by template: {name}", f"{n:,}"] for name, n in template["chats_by_name"].items()),
+        *(
+            [f"chats by form of tool arguments: {form}", f"{n:,}"]
+            for form, n in template["tool_arguments"].items()
+        ),
         *([f"template: {name}", value] for name, value in template["arguments"].items()),
         *([name, value] for name, value in card["options"].items() if value not in (None, False)),
         *([f"sha256 of {file['name']}", file["sha256"]] for file in outputs.values()),

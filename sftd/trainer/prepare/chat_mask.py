@@ -6,11 +6,14 @@ templates put after the stop token, and all other turns are not.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sftd.trainer.prepare.chat_render import ChatRenderer, Message, RenderedChat, Rewritten, Span
+from sftd.domain.chat_template import ChatTemplate
+from sftd.trainer.prepare.chat_render import ChatRenderer, RenderedChat, Rewritten
+from sftd.trainer.prepare.chat_template import BoundTemplate, Message, Span, marks_answers
+from sftd.trainer.prepare.round_trip import RoundTrip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,29 +26,32 @@ class MaskedChat:
     """A tokenised conversation.
 
     `input_ids` [n]; `labels` [n], unshifted: `labels[i] == input_ids[i]` on trained tokens, -100
-    elsewhere. `unstopped` counts the answers that no stop token follows.
+    elsewhere. `unstopped` counts the answers that no stop token follows. `loses` says whether the vocabulary lacks
+    characters of the text.
     """
 
     input_ids: list[int]
     labels: list[int]
     unstopped: int
+    loses: bool
 
 
 class ChatMasker:
     """Renders, tokenises and masks conversations with one tokenizer.
 
     `stop_ids` are the token ids at which generation ends; the special token that the chat template
-    itself puts after an answer is added to them.
+    itself puts after an answer is added to them. `chosen` is the chat template, by default the tokenizer's.
     """
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
         stop_ids: Iterable[int] = (),
-        template_args: Mapping[str, Any] | None = None,
+        chosen: ChatTemplate | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._renderer = ChatRenderer(tokenizer, template_args)
+        self._renderer = ChatRenderer(tokenizer, chosen)
+        self._round_trip = RoundTrip(tokenizer)
         self._special_ids = {*tokenizer.all_special_ids, *stop_ids}
         self._special_ids.update(
             id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -58,13 +64,19 @@ class ChatMasker:
             self._stop_ids.add(self._template_stop)
 
     @property
-    def marks_answers(self) -> bool:
-        """Whether the chat template itself marks what is trained."""
-        return self._renderer.marks_answers()
+    def template(self) -> BoundTemplate:
+        """The chat template in use."""
+        return self._renderer.template
 
-    def holds_special(self, messages: Sequence[Message]) -> bool:
-        """Whether the text of a message has what the tokenizer takes for one of its special tokens."""
-        return any(self._special_text.search(str(message.get("content"))) for message in messages)
+    @property
+    def marks_answers(self) -> bool:
+        """Whether a chat template in use marks what is trained."""
+        return any(map(marks_answers, self.template.sources.values()))
+
+    def holds_special(self, messages: Sequence[Message], tools: list[Any] | None = None) -> bool:
+        """Whether a text of the messages or tools, wherever it stands in them, has what the tokenizer takes for one of its
+        special tokens."""
+        return any(map(self._special_text.search, _texts([messages, tools])))
 
     @property
     def stop_token(self) -> str | None:
@@ -87,7 +99,10 @@ class ChatMasker:
         return self._renderer.rows(messages, tools, rewritten)
 
     def encode(self, chats: Sequence[RenderedChat]) -> list[MaskedChat]:
-        """Tokenise rendered conversations, each text once and whole, and label their answers."""
+        """Tokenise rendered conversations, each text once and whole, and label their answers.
+
+        Raises PrepareError when the tokenizer loses characters that every vocabulary has.
+        """
         if not chats:
             return []
         # The template has written all special tokens, so the tokenizer must not add its own.
@@ -115,7 +130,7 @@ class ChatMasker:
             last, stopped = self._close(chat.text, ids, spans, first, token)
             unstopped += not stopped
             labels[first:last] = ids[first:last]
-        return MaskedChat(ids, labels, unstopped)
+        return MaskedChat(ids, labels, unstopped, self._round_trip.loses(chat.text, ids))
 
     def _close(self, text: str, ids: list[int], spans: list[Span], first: int, end: int) -> tuple[int, bool]:
         """Where the answer in tokens [first, end) ends with its stop token, and whether it has one."""
@@ -147,6 +162,19 @@ class ChatMasker:
             if not _blank(text, span):
                 break
         return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside of a value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _contiguous(offsets: Sequence[Span]) -> list[Span]:

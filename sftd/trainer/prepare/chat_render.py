@@ -7,33 +7,31 @@ stands there as it was written, or it is told to have been rewritten. Templates 
 (`{% generation %}`) are taken at their word.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftd.trainer.prepare.errors import ChatError
+from sftd.domain.chat_template import ChatTemplate
+from sftd.trainer.prepare import tool_arguments
+from sftd.trainer.prepare.chat_template import BoundTemplate, Message, Span, marks_answers
+from sftd.trainer.prepare.errors import ChatError, left_out, rewritten_answer, without_reasoning
 from sftd.trainer.prepare.kept_text import (
     doubtful_messages,
     first_lost_message,
     first_lost_tool,
     lost_of_answer,
 )
+from sftd.trainer.prepare.reasoning import REASONING, as_written, opened_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
-Span = tuple[int, int]  # [start, end), in characters or in tokens
 # What becomes of answers that the template rewrites when other turns follow.
 Rewritten = Literal["refuse", "mask", "split"]
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Stands in for an answer to see what the template puts around it.
 _PLACEHOLDER = "sftdAnswerPlaceholder"
 _QUESTION: Message = {"role": "user", "content": "Question?"}
-# Fields of an answer beside its content; a placeholder's message has none of the first kind.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,16 @@ class RenderedChat:
     """A conversation as text, and the character spans of its trained answers; a span may or may not hold the stop token.
 
     `rewritten` counts the answers that are left out because the template rewrote them, `as_shown` those that are trained
-    as the text has them though the model writes something of the template's own before them.
+    as the text has them though the model writes something of the template's own before them. `template` names the
+    template, `arguments` is the form in which it was given those of tool calls, None without any.
     """
 
     text: str
     answers: list[Span]
     rewritten: int = 0
     as_shown: int = 0
+    template: str = "default"
+    arguments: tool_arguments.Form | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,10 @@ class _Located:
 
 
 class ChatRenderer:
-    """Renders with one tokenizer's chat template. `template_args` are variables that the template is given."""
+    """Renders with one tokenizer's chat template, as `chosen`."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template_args: Mapping[str, Any] | None = None
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._args = dict(template_args or {})
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chosen: ChatTemplate | None = None) -> None:
+        self.template = BoundTemplate(tokenizer, chosen)
         # What the template puts behind an answer and, as a generation prompt, before it: the same in nearly every chat.
         self.probe_text: str | None = None
         self._closing: str | None = None
@@ -84,8 +82,8 @@ class ChatRenderer:
             turn = self._around([_QUESTION, {"role": "assistant", "content": ""}], None, 1)
             self.probe_text = turn.before + _PLACEHOLDER + turn.behind
             self._closing = turn.behind
-            plain = self._render([_QUESTION], None)
-            prompt = self._render([_QUESTION], None, add_generation_prompt=True)
+            plain = self.template.render([_QUESTION], None)
+            prompt = self.template.render([_QUESTION], None, add_generation_prompt=True)
             self._opening = prompt.removeprefix(plain) if prompt.startswith(plain) else ""
         except ChatError:
             pass  # the template wants other messages; the rows will show
@@ -95,17 +93,14 @@ class ChatRenderer:
         """Where the answer ends in `probe_text`."""
         return len((self.probe_text or "").partition(_PLACEHOLDER)[0]) + len(_PLACEHOLDER)
 
-    def marks_answers(self, tools: list[Any] | None = None) -> bool:
-        """Whether the template marks what is trained."""
-        return bool(_GENERATION_BLOCK.search(self._template(tools)))
-
     def rows(
         self, messages: Sequence[Message], tools: list[Any] | None = None, rewritten: Rewritten = "refuse"
     ) -> list[RenderedChat]:
         """The texts to train on, with their answers: one, or with `split` several of one conversation.
 
-        Raises ChatError when the template refuses the messages, leaves out what they hold, or rewrites an answer and
-        `rewritten` is `refuse`.
+        A template is given the arguments of tool calls as objects. Where it fails then, or prints them as Python does, it
+        gets their JSON text. Raises ChatError when the template refuses the messages, leaves out what they hold, or
+        rewrites an answer and `rewritten` is `refuse`.
         """
         trained = {
             turn
@@ -113,12 +108,37 @@ class ChatRenderer:
             if message["role"] == "assistant" and message.get("weight") != 0
         }
         messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
-        whole = self._locate(messages, tools, trained)
+        messages, form, whole = self._locate_in_form(messages, tools, trained)
         if rewritten == "split":
-            return self._split(messages, tools, whole)
-        if whole.rewritten and rewritten == "refuse":
-            raise ChatError(_rewritten(min(whole.rewritten)))
-        return [_row(whole, None, len(whole.rewritten), len(whole.as_shown))]
+            rows = self._split(messages, tools, whole)
+        elif whole.rewritten and rewritten == "refuse":
+            raise rewritten_answer(min(whole.rewritten))
+        else:
+            rows = [_row(whole, None, len(whole.rewritten), len(whole.as_shown))]
+        name = self.template.name(tools)
+        return [replace(row, template=name, arguments=form) for row in rows]
+
+    def _locate_in_form(
+        self, messages: list[Message], tools: list[Any] | None, turns: set[int]
+    ) -> tuple[list[Message], tool_arguments.Form | None, _Located]:
+        """The messages with the arguments of their calls in the form that the template takes, that form, and the answers."""
+        if not tool_arguments.have_objects(messages):
+            form: tool_arguments.Form | None = "text" if any(m.get("tool_calls") for m in messages) else None
+            return messages, form, self._locate(messages, tools, turns)
+        located, refusal = None, None
+        try:
+            located = self._locate(messages, tools, turns)
+        except ChatError as error:
+            refusal = error
+        if located is None or tool_arguments.printed_by_python(messages, located.text):
+            texts = tool_arguments.as_text(messages)
+            try:
+                return texts, "text", self._locate(texts, tools, turns)
+            except ChatError as error:
+                # What is wrong with the first form is wrong with both, or the template takes objects.
+                if located is None:
+                    raise refusal or error from None
+        return messages, "object", located
 
     def _split(
         self, messages: Sequence[Message], tools: list[Any] | None, whole: _Located
@@ -132,7 +152,12 @@ class ChatRenderer:
             part = self._locate(messages[: turn + 1], tools, {t for t in left if t <= turn})
             exact = set(part.spans) - part.rewritten - part.as_shown
             if turn not in exact:
-                raise ChatError(_rewritten(turn, "even where nothing follows it"))
+                tag = opened_tag(self._opening) if turn in part.as_shown else None
+                raise (
+                    without_reasoning(turn, tag)
+                    if tag
+                    else rewritten_answer(turn, "even where nothing follows it")
+                )
             rows.append(_row(part, exact))
             left -= exact
         return rows[::-1]
@@ -140,10 +165,10 @@ class ChatRenderer:
     def _locate(self, messages: Sequence[Message], tools: list[Any] | None, turns: set[int]) -> _Located:
         if any(_PLACEHOLDER in str(message.get("content")) for message in messages):
             raise ChatError(f"a message contains {_PLACEHOLDER!r}, which is reserved; remove it")
-        if self.marks_answers(tools):
+        if marks_answers(self.template.source(tools)):
             located = self._locate_marked(messages, tools, turns)
         else:
-            located = _Located(self._render(messages, tools), {}, set(), set())
+            located = _Located(self._whole(messages, tools), {}, set(), set())
             for each in sorted(turns):
                 self._locate_answer(messages, tools, each, located)
         lost = first_lost_message(messages, located.text)
@@ -175,13 +200,13 @@ class ChatRenderer:
         self, messages: Sequence[Message], tools: list[Any] | None, turn: int, located: _Located
     ) -> None:
         text, message = located.text, messages[turn]
-        alone = text if turn + 1 == len(messages) else self._try_render(messages[: turn + 1], tools)
+        alone = text if turn + 1 == len(messages) else self._try_whole(messages[: turn + 1], tools)
         prompt = self._try_render(messages[:turn], tools, add_generation_prompt=True) if turn else None
         if alone is None or prompt is None or not alone.startswith(prompt):
             self._locate_shown(messages, tools, turn, located, prompt)
             return
-        if lost := lost_of_answer(message, alone[len(prompt) :]):
-            raise ChatError(_left_out(turn, lost))
+        if lost := lost_of_answer(message, alone[len(prompt) :], prompt):
+            raise left_out(turn, lost)
         start = len(prompt)
         if not (self._opening and prompt.endswith(self._opening)) and prompt == self._try_render(
             messages[:turn], tools
@@ -190,7 +215,7 @@ class ChatRenderer:
             header = self._around(messages[: turn + 1], tools, turn).before[start:]
             if header.strip():
                 if not alone.startswith(header, start):
-                    raise ChatError(_rewritten(turn))
+                    raise rewritten_answer(turn)
                 start += len(header)
         end = len(alone) - len(self._closing_of(messages, tools, turn, alone))
         written = alone[start:end]
@@ -203,10 +228,18 @@ class ChatRenderer:
         elif text[:stop].endswith(written):
             located.spans[turn] = (stop - len(written), stop)
         else:
-            # What the template itself puts before an answer where no other turn follows, such as an empty think block.
+            # What the template itself puts before an answer where no other turn follows, such as an empty think block,
+            # whose beginning may stand in the generation prompt.
             lead = self._around(messages[: turn + 1], tools, turn).before[start:]
-            if text.startswith(alone[:start]) and written == lead + text[start:stop]:
-                located.spans[turn] = (start, stop)
+            bare = written.removeprefix(lead)
+            shown = stop - len(bare)
+            if (
+                written == lead + bare
+                and text[:stop].endswith(bare)
+                and start - len(self._opening) <= shown <= start
+                and text[:shown] == alone[:shown]
+            ):
+                located.spans[turn] = (shown, stop)
                 located.as_shown.add(turn)
             else:
                 located.rewritten.add(turn)
@@ -227,8 +260,8 @@ class ChatRenderer:
         if end is None or start > end or not text.startswith(around.before):
             located.rewritten.add(turn)
             return
-        if lost := lost_of_answer(messages[turn], text[start:end]):
-            raise ChatError(_left_out(turn, lost))
+        if lost := lost_of_answer(messages[turn], text[start:end], text[:start]):
+            raise left_out(turn, lost)
         located.spans[turn] = (start, end)
         if prompt is not None:
             located.as_shown.add(turn)
@@ -261,14 +294,14 @@ class ChatRenderer:
     ) -> _Turn:
         """The text before and behind the content of one answer, stripped of its reasoning and calls; with `in_call`, of
         an answer with calls, before and behind the function's name in the last one."""
-        message = {key: value for key, value in messages[turn].items() if key not in _REASONING}
+        message = {key: value for key, value in messages[turn].items() if key not in REASONING}
         calls = message.pop("tool_calls", None)
         if in_call and calls:
             last = {**calls[-1], "function": {**calls[-1]["function"], "name": _PLACEHOLDER}}
             stand_in = {**messages[turn], "tool_calls": [*calls[:-1], last]}
         else:
             stand_in = {**message, "content": _PLACEHOLDER}
-        parts = self._render([*messages[:turn], stand_in, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
+        parts = self._whole([*messages[:turn], stand_in, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
         if len(parts) != 2:
             raise ChatError(
                 f"the chat template writes the assistant's message {turn + 1} {len(parts) - 1} times, not "
@@ -280,22 +313,8 @@ class ChatRenderer:
         self, messages: Sequence[Message], tools: list[Any] | None, turns: set[int]
     ) -> _Located:
         """Render under a template that marks the answers itself."""
-        # apply_chat_template gives this mask by tokens, but loses an answer that begins with a blank;
-        # the characters' spans, which it computes it from, are exact.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template  # its annotations are wrong
-        try:
-            texts, marked = render(
-                conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                tools=tools,
-                chat_template=self._template(tools),
-                return_assistant_tokens_mask=True,
-                **{**self._tokenizer.special_tokens_map, **self._args},
-            )
-        except Exception as error:
-            raise ChatError(_refusal(error)) from error
-        blocks = _joined(marked[0])
+        text, marked = self.template.render_marked(messages, tools)
+        blocks = _joined(marked)
         if not blocks:
             raise ChatError("the chat template marks no text of this chat as the assistant's")
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -305,37 +324,45 @@ class ChatRenderer:
                     f"the chat template marks {len(blocks)} answers of {len(answers)}, so it cannot be told which of "
                     "them has the weight 0. Leave out the weights, or use another chat template"
                 )
-            return _Located(texts[0], dict(enumerate(blocks)), set(), set())
+            return _Located(text, dict(enumerate(blocks)), set(), set())
         spans = {turn: span for turn, span in zip(answers, blocks, strict=True) if turn in turns}
-        lost = {t for t, (start, end) in spans.items() if lost_of_answer(messages[t], texts[0][start:end])}
-        return _Located(texts[0], {t: s for t, s in spans.items() if t not in lost}, set(), lost)
+        lost = {
+            turn
+            for turn, (start, end) in spans.items()
+            if lost_of_answer(messages[turn], text[start:end], text[:start])
+        }
+        return _Located(text, {t: s for t, s in spans.items() if t not in lost}, set(), lost)
 
-    def _template(self, tools: list[Any] | None) -> str:
-        return str(self._tokenizer.get_chat_template(tools=tools))
+    def _whole(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """The text of a chat. An answer at its end stands there as the model writes it behind a prompt that opens its
+        reasoning, even where the template shows no reasoning at all."""
+        text = self.template.render(messages, tools)
+        last = messages[-1]
+        written = as_written(last, self._opening) if last["role"] == "assistant" else None
+        if written is None or self._closing is None:
+            return text
+        prompt = self._try_render(messages[:-1], tools, add_generation_prompt=True)
+        if prompt is None or not prompt.endswith(self._opening):
+            return text
+        if text.startswith(prompt) and not lost_of_answer(last, text[len(prompt) :], prompt):
+            return text
+        return prompt + written + self._closing
+
+    def _try_whole(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
+        """The text of a chat; None where the template refuses it."""
+        try:
+            return self._whole(messages, tools)
+        except ChatError:
+            return None
 
     def _try_render(
         self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
     ) -> str | None:
-        """A text; None where the template refuses these messages (such as a system message alone)."""
+        """The template's text; None where it refuses these messages (such as a system message alone)."""
         try:
-            return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
+            return self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
         except ChatError:
             return None
-
-    def _render(
-        self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
-    ) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._args,
-            )
-        except Exception as error:  # a template is a program of its own; it can fail in any way
-            raise ChatError(_refusal(error)) from error
-        return str(text)
 
 
 def _row(
@@ -355,22 +382,3 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
         elif end > start:
             joined.append((start, end))
     return joined
-
-
-def _rewritten(turn: int, when: str = "when other turns follow") -> str:
-    return (
-        f"the chat template changes the assistant's message {turn + 1} otherwise than by trimming it {when} (some cut "
-        "the reasoning out of earlier answers), so what the model writes there is not in the text. Train it in a row of "
-        "its own (--rewritten split), leave it out (--rewritten mask), or give the content as the template renders it"
-    )
-
-
-def _left_out(turn: int, what: str) -> str:
-    return (
-        f"the chat template leaves {what} of the assistant's message {turn + 1} out, so it would not be learned. Use a "
-        "model folder whose chat template knows it, or take it out of the message"
-    )
-
-
-def _refusal(error: Exception) -> str:
-    return f"the model's chat template refuses it ({type(error).__name__}: {error})"

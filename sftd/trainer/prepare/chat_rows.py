@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftd.trainer.prepare.errors import ChatError
+from sftd.trainer.prepare.tool_arguments import ParsedArguments
 
 CHAT_FIELDS = ("messages", "conversations")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
@@ -214,14 +215,14 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
                 f"a tool call of message {number} is not an object with the function's name and arguments"
             )
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as in OpenAI's files; templates expect the object
+        if isinstance(arguments, str):  # as in OpenAI's files; most templates expect the object
             try:
                 parsed = json.loads(arguments)
             except ValueError as error:
                 raise ChatError(
                     f"the arguments of the tool call {function['name']!r} in message {number} are not JSON ({error})"
                 ) from error
-            arguments = parsed if isinstance(parsed, dict) else arguments
+            arguments = ParsedArguments(parsed, arguments) if isinstance(parsed, dict) else arguments
         made = {"type": "function", "function": {**function, "arguments": arguments}}
         checked.append(made if call is function else {**call, **made})
     return checked

@@ -4,17 +4,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+from sftd.trainer.prepare.reasoning import REASONING
+
 # Characters that a role's name or a template's own words may happen to have.
 _SHORT = 10
+# Characters before an answer that its beginning is looked for in: a generation prompt may hold it, such as `<think>`.
+_HEAD = 64
 
 
-def lost_of_answer(message: Mapping[str, Any], shown: str) -> str | None:
-    """What of an assistant's message is not in the text that shows it, in words; None when all is there."""
-    squeezed = _squeeze(shown)
-    if not _has(squeezed, message.get("content")):
+def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> str | None:
+    """What of an assistant's message is not in the text that shows it, in words; None when all is there. Its beginning
+    may stand at the end of `before`, which is the text before that."""
+    squeezed, head = _squeeze(shown), _squeeze(before[-_HEAD:])
+
+    def is_there(part: Any) -> bool:
+        return _has(squeezed, part) or (isinstance(part, str) and _straddles(head, squeezed, _squeeze(part)))
+
+    if not is_there(message.get("content")):
         return "a part of the content"
-    if any(not _has(squeezed, message.get(field)) for field in _REASONING):
+    if not all(is_there(message.get(field)) for field in REASONING):
         return "the reasoning"
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
@@ -59,6 +67,14 @@ def _has(squeezed: str, part: Any) -> bool:
     # Templates write JSON by Jinja's `tojson` or transformers', which differ in what they escape.
     forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
     return any(_squeeze(form) in squeezed for form in forms)
+
+
+def _straddles(head: str, shown: str, part: str) -> bool:
+    """Whether the part begins at the end of the head and goes on at the beginning of what is shown."""
+    return any(
+        head.endswith(part[:cut]) and shown.startswith(part[cut:])
+        for cut in range(1, min(len(head) + 1, len(part)))
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from sftd.trainer.prepare.demo_model import DEMO_NAME, prepare_demo_model
 from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.prepare.hf_tokenizer import check_has_tokenizer
 from sftd.trainer.prepare.progress import EventWriter
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def prepare_model(name_or_path: str, cache: Path, events: EventWriter) -> dict[str, Any]:
@@ -60,11 +60,7 @@ def check_model_folder(folder: Path) -> None:
                 f"The model folder {folder} lacks {len(missing)} of the weight files that {indexes[0].name} "
                 f"names, first {missing[0]}. Download the model again."
             )
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise PrepareError(
-            f"The model folder {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)} are all missing). "
-            "Copy the tokenizer's files of the same model into it."
-        )
+    check_has_tokenizer(folder)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sftd.trainer.prepare.card import Counts, make_card, write_card
 from sftd.trainer.prepare.chat_files import ChatSource, open_source, pieces
 from sftd.trainer.prepare.dataset_folder import expand
 from sftd.trainer.prepare.errors import PrepareError
-from sftd.trainer.prepare.hf_tokenizer import chat_template_sha256, tokenizer_digest
+from sftd.trainer.prepare.hf_tokenizer import tokenizer_digest
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.row_file import METADATA_KEY, RowFile, Spool
 from sftd.trainer.prepare.splitting import SmallestKeys, fraction
@@ -148,7 +150,8 @@ def _metadata(
     return {
         "format": 1,
         "tokenizer_digest": tokenizer_digest(loaded),
-        "chat_template_sha256": chat_template_sha256(loaded),
+        "chat_template_sha256": tokenizer.masker.template.sha256,
+        "chat_template": msgspec.to_builtins(options.chat_template),
         "vocab_size": len(loaded),
         "sources": [
             {"name": source.path.name, "rows": source.rows, "sha256": source.sha256}
@@ -160,7 +163,6 @@ def _metadata(
         "val_rows": options.val_rows,
         "val_split": options.val_split,
         "rewritten": options.rewritten,
-        "template_args": dict(options.template_args),
     }
 
 

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
 from sftd.trainer.prepare.chat_files import Piece, rows_of
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import Conversation, conversation
+from sftd.trainer.prepare.chat_template import check_template
 from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.hf_tokenizer import check_template_args, load_tokenizer, stop_token_ids
+from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
 
 Truncation = Literal["right", "left", "error", "drop"]
 
@@ -26,7 +28,8 @@ class TokenizeOptions:
     (`drop`). `val_fraction` (0 to 1) of the chats, or `val_rows` rows, go to `val_out`, chosen by a hash of the
     chat, so that the same chat is never in both files; without either, `val_split` of the data set folders does.
     `rewritten` says what becomes of answers that the template rewrites when other turns follow, `skip_bad_rows`
-    whether rows that cannot be used are left out and counted. `template_args` are given to the chat template.
+    whether rows that cannot be used are left out and counted. `template_args`, `template_text`, `template_name` and `date`
+    are those of `ChatTemplate`.
     """
 
     max_length: int | None = None
@@ -40,8 +43,21 @@ class TokenizeOptions:
     rewritten: Rewritten = "refuse"
     skip_bad_rows: bool = False
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    template_text: str | None = None
+    template_name: str | None = None
+    date: str = DEFAULT_DATE
     trust_remote_code: bool = False
     workers: int | None = None
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """How the chats are rendered."""
+        return ChatTemplate(
+            text=self.template_text,
+            name=self.template_name,
+            date=self.date,
+            arguments=dict(self.template_args),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,9 @@ class Done:
     as_shown: int = 0
     rewritten: int = 0
     special: int = 0
+    unknown: int = 0
+    templates: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)
     rejected: list[tuple[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
@@ -80,8 +99,9 @@ class PieceTokenizer:
     def __init__(self, model: Path, options: TokenizeOptions) -> None:
         self._options = options
         self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        check_template_args(self.tokenizer, model, options.template_args)
-        self.masker = ChatMasker(self.tokenizer, stop_token_ids(self.tokenizer, model), options.template_args)
+        stops = stop_token_ids(self.tokenizer, model)
+        self.masker = ChatMasker(self.tokenizer, stops, options.chat_template)
+        check_template(self.masker.template, model, self.tokenizer)
 
     def __call__(self, piece: Piece) -> Done:
         """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
@@ -102,12 +122,19 @@ class PieceTokenizer:
                 done.rejected.append((place, str(error)))
                 continue
             done.chats += 1
-            done.special += self.masker.holds_special(chat.messages)
-            done.shapes[chat.shape] = done.shapes.get(chat.shape, 0) + 1
+            done.special += self.masker.holds_special(chat.messages, chat.tools)
+            for counts, name in (
+                (done.shapes, chat.shape),
+                (done.templates, texts[0].template),
+                (done.arguments, texts[0].arguments),
+            ):
+                if name is not None:
+                    counts[name] = counts.get(name, 0) + 1
             rendered += [(place, chat, text) for text in texts]
         masked = self.masker.encode([text for _, _, text in rendered])
         for (place, chat, text), whole in zip(rendered, masked, strict=True):
             done.unstopped += whole.unstopped
+            done.unknown += whole.loses
             done.as_shown += text.as_shown
             done.rewritten += text.rewritten
             kept = _fit(whole, place, options)

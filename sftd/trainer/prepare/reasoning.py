@@ -1,0 +1,33 @@
+"""Reasoning whose opening tag stands in the generation prompt, so that the model writes only the rest of it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Fields of a message that hold its reasoning apart from its content.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_OPENING_TAG = re.compile(r"<([A-Za-z][\w-]*)>(\s*)\Z")
+
+
+def opened_tag(opening: str) -> str | None:
+    """The tag that a generation prompt ends with, such as `think`; None when it ends otherwise."""
+    found = _OPENING_TAG.search(opening)
+    return found[1] if found else None
+
+
+def as_written(message: Mapping[str, Any], opening: str) -> str | None:
+    """What the model writes for an answer after a generation prompt that ends with `opening`: the reasoning from behind
+    its opening tag, the closing tag and the rest. None when the prompt opens no reasoning, the answer has none, or it
+    calls tools, whose form is the template's."""
+    found = _OPENING_TAG.search(opening)
+    if found is None or message.get("tool_calls"):
+        return None
+    tag, blank = found.groups()
+    content = str(message.get("content") or "")
+    reasoning = next((message[field] for field in REASONING if message.get(field)), None)
+    if f"</{tag}>" in content:
+        rest = content.lstrip()
+        return rest.removeprefix(f"<{tag}>").removeprefix(blank) if rest.startswith(f"<{tag}>") else content
+    if isinstance(reasoning, str):
+        return reasoning.strip("\n") + f"\n</{tag}>\n\n" + content.lstrip("\n")
+    return None
