@@ -137,7 +137,8 @@ def prepare_command(
 def summary(done: dict[str, Any]) -> str:
     """What `tokenize` did, in one line."""
     share = done["trained_tokens"] / max(1, done["tokens"])
-    text = f"{done['rows']:,} rows, {done['tokens']:,} tokens, of which {share:.0%} are trained"
+    rows = f"{done['rows']:,} row{'s' if done['rows'] != 1 else ''}"
+    text = f"{rows}, {done['tokens']:,} tokens, of which {share:.0%} are trained"
     if done.get("truncated"):
         text += f"; {done['truncated']:,} truncated"
     if done.get("dropped"):

@@ -169,7 +169,7 @@ def _batch_rows(file: pq.ParquetFile, group: int) -> int:
         if metadata.column(number).path_in_schema.partition(".")[0] == _IDS
     )
     average = max(1, tokens // max(1, metadata.num_rows))
-    return max(1, min(_SLICE_ROWS, _SLICE_TOKENS // average))
+    return max(1, min(_SLICE_ROWS, int(_SLICE_TOKENS // average)))
 
 
 def _bounded(batch: pa.RecordBatch, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -489,8 +489,30 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     shown = CliRunner().invoke(main, [*arguments, "--rewritten", "split", "--skip-bad-rows"])
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.startswith("2 rows, ")
-    assert "for validation: 1 rows, " in shown.stdout
+    assert "for validation: 1 row, " in shown.stdout
     card = json.loads((tmp_path / "t.parquet.card.json").read_text())
     assert card["chat_template"]["arguments"] == {"aside": 1}
     assert (card["options"]["rewritten"], card["options"]["skip_bad_rows"]) == ("split", True)
     assert str(tmp_path / "t.parquet.card.md") in shown.stdout
+
+
+def test_the_tool_does_not_load_pytorch(make_model: MakeModel, tmp_path: Path) -> None:
+    """It takes seconds, and tokenizers do not need it."""
+    source = write_jsonl(tmp_path / "good.jsonl", [{"messages": chat("q", "x")}])
+    code = (
+        "import sys\nfrom sftd.trainer.prepare.__main__ import main\nfailed = main(sys.argv[1:])\n"
+        "sys.exit(failed or any(name.startswith('torch.') for name in sys.modules))"
+    )
+    arguments = [
+        "tokenize",
+        str(source),
+        "--model",
+        str(make_model(CHATML)),
+        "--out",
+        str(tmp_path / "o.parquet"),
+    ]
+    for more in ([], ["--workers", "2"]):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments, *more], capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (0, "")

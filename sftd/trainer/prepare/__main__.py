@@ -10,6 +10,7 @@ message on standard error for what the user can fix; anything else is a defect.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
 
         events.emit("done", **write_stdlib_chats(arguments.out_dir, rows=arguments.rows))
     elif arguments.command == "tokenize":
+        if not arguments.trust_remote_code:
+            importlib.import_module("sftd.trainer.prepare.without_torch")
         from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 
         options = TokenizeOptions(

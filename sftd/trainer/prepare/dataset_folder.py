@@ -129,12 +129,12 @@ def _refuse_incomplete(folder: Path, files: Sequence[Path]) -> None:
         where = f"{folder}: of the {total} files {(parent / prefix).relative_to(folder).as_posix()}-…-of-{total:05d}"
         if len(set(found)) < len(found):
             twice = _list(sorted({f"{n:05d}" for n in found if found.count(n) > 1}))
-            raise PrepareError(f"{where}, some are there twice: {twice}. Remove the copies.")
+            raise PrepareError(f"{where}, there twice: {twice}. Remove the copies.")
         # They are counted from 0, by a few tools from 1.
         first = 1 if total in found and 0 not in found else 0
         if missing := sorted(set(range(first, first + total)) - set(found)):
             names = _list(f"{n:05d}" for n in missing)
-            raise PrepareError(f"{where}, {len(missing)} are missing: {names}. Download the data set again.")
+            raise PrepareError(f"{where}, missing: {names}. Download the data set again.")
 
 
 def _list(names: Iterable[str]) -> str:
