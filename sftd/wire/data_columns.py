@@ -20,7 +20,7 @@ LABELS = "labels"
 _REQUIRED = ("input_ids", LABELS)
 _MASK = "attention_mask"
 _PREPARE = "make the file with `sftd prepare`"
-_UNPACK = "write one sample a row, and let sftd pack them: data.packing=true"
+_UNPACK = "write one sample a row, and let sftd pack them: training.use_rmpad=true"
 _MASK_LABELS = "write -100 into labels where a token is not trained, and leave the column out"
 
 _POSITIONS = frozenset({"position_ids", "positions", "pos_ids"})

@@ -90,14 +90,17 @@ class DataFile:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def slices(self, vocab_size: int) -> Iterator[Slice]:
-        """The rows, a few at a time, checked. Raises `UnusableFile`, at the end for labels that stand elsewhere than at
+    def slices(self, vocab_size: int, row: int = 0) -> Iterator[Slice]:
+        """The rows, a few at a time, checked; without the row groups before that of `row`. Raises `UnusableFile`, at the end for labels that stand elsewhere than at
         their own token."""
         import pyarrow as pa
 
         first = 0
         try:
             for group in range(self._file.num_row_groups):
+                if first + (skipped := self._file.metadata.row_group(group).num_rows) <= row:
+                    first += skipped
+                    continue
                 size = _batch_rows(self._file, group)
                 for batch in self._file.iter_batches(size, row_groups=[group], columns=self._columns):
                     for start, part in _bounded(batch, first):
@@ -137,7 +140,7 @@ def read_row(path: str, number: int, vocab_size: int = 2**31) -> Slice:
     import numpy as np
 
     with DataFile(path) as file:
-        for rows in file.slices(vocab_size):
+        for rows in file.slices(vocab_size, number):
             if number < rows.first + rows.lengths.size:
                 start, end = rows.starts[number - rows.first : number - rows.first + 2]
                 starts = np.array([0, end - start])

@@ -14,7 +14,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.layout import DataFacts, check_data
 from sftd.domain.spec_parse import parse
 from sftd.wire import dataset
-from sftd.wire.data_rows import DataFile
+from sftd.wire.data_rows import DataFile, read_row
 
 VOCABULARY = 50
 GOOD: dict[str, list[list[int]]] = {
@@ -300,6 +300,17 @@ def test_memory_is_bounded_whatever_a_file_says_of_its_size(tmp_path: Path) -> N
         parts = [(part.first, part.lengths.size) for part in file.slices(VOCABULARY)]
     assert sum(count for _, count in parts) == 10_001
     assert (5000, 1) in parts
+
+
+def test_one_row_is_read_from_any_row_group(tmp_path: Path) -> None:
+    ids = [[n, n + 1, n + 2] for n in range(40)]
+    columns = {"input_ids": ids, "attention_mask": [[1, 1, 0]] * 40, "labels": ids}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=7)
+    for number in (0, 6, 7, 39):
+        row = read_row(path, number)
+        assert (row.first, row.ids.tolist(), row.lengths.tolist()) == (number, [number, number + 1], [2])
+    with pytest.raises(IndexError):
+        read_row(path, 40)
 
 
 def test_every_file_is_told_of_at_once(tmp_path: Path) -> None:
