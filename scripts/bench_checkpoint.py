@@ -76,7 +76,7 @@ class Bench:
         from sftd.trainer import trainee as trainees
         from sftd.trainer.batches import Batching
         from sftd.trainer.data import Sample
-        from sftd.wire.dataset import IGNORE_INDEX
+        from sftd.wire.data_rows import IGNORE_INDEX
         from sftd.wire.model_folder import read_shape
 
         self.ranks = int(os.environ["WORLD_SIZE"])

@@ -122,7 +122,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     from sftd.trainer import trainee as trainees
     from sftd.trainer.batches import Batching
     from sftd.trainer.data import Sample
-    from sftd.wire.dataset import IGNORE_INDEX
+    from sftd.wire.data_rows import IGNORE_INDEX
     from sftd.wire.model_folder import read_shape
 
     overrides: list[tuple[str, Any]] = list(job.overrides)

@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from sftd.trainer.batches import Batching
     from sftd.trainer.data import Sample
     from sftd.trainer.meter import Meter
-    from sftd.wire.dataset import IGNORE_INDEX
+    from sftd.wire.data_rows import IGNORE_INDEX
     from sftd.wire.model_folder import read_shape
 
     n, rows, device = arguments.sequence, arguments.samples, arguments.device

@@ -14,6 +14,8 @@ _PASSED = (
     "max_length",
     "truncation",
     "messages_key",
+    "prompt_key",
+    "response_key",
     "split",
     "val_fraction",
     "val_rows",
@@ -50,6 +52,8 @@ _PASSED = (
 @click.option(
     "--messages-key", help="Field or column that holds the chat, when it has none of the usual names."
 )
+@click.option("--prompt-key", help="Field or column that holds the prompt; with --response-key.")
+@click.option("--response-key", help="Field or column that holds the response; with --prompt-key.")
 @click.option("--split", default="train", show_default=True, help="Split of a data set folder to read.")
 @click.option(
     "--val-fraction",
@@ -58,7 +62,11 @@ _PASSED = (
 )
 @click.option("--val-rows", type=click.IntRange(min=1), help="Or so many rows.")
 @click.option("--val-split", help="Or a split that the data set folder has.")
-@click.option("--val-out", type=click.Path(), help="Parquet file for the validation rows.")
+@click.option(
+    "--val-out",
+    type=click.Path(),
+    help="Parquet file for the validation rows; by default OUT with .val in its name.",
+)
 @click.option(
     "--rewritten",
     type=click.Choice(["refuse", "mask", "split"]),
@@ -101,8 +109,8 @@ def prepare_command(
 ) -> None:
     """Turn chats into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
 
-    SOURCES are files (.jsonl, .json, .parquet) or Hugging Face data set folders, with messages, conversations,
-    prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
+    SOURCES are files (.jsonl, .json, .csv, also with .gz; .parquet) or Hugging Face data set folders, with messages,
+    conversations, prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
     answers and their stop token; everything else is masked with -100. A card beside the file says what was done.
 
     \b
@@ -113,12 +121,12 @@ def prepare_command(
     from sftd.launcher.tools import run_tool
 
     ways = [options["val_fraction"], options["val_rows"], options["val_split"]]
-    if any(way is not None for way in ways) != (options["val_out"] is not None):
-        raise click.UsageError(
-            "--val-out belongs together with one of --val-fraction, --val-rows and --val-split."
-        )
+    if options["val_out"] is not None and not any(way is not None for way in ways):
+        raise click.UsageError("--val-out needs one of --val-fraction, --val-rows and --val-split.")
     if options["chat_template"] is not None and options["template"] is not None:
         raise click.UsageError("--chat-template and --template exclude each other.")
+    if (options["prompt_key"] is None) != (options["response_key"] is None):
+        raise click.UsageError("--prompt-key and --response-key are given together.")
     arguments = [*sources, "--model", model, "--out", out]
     for name in _PASSED:
         if options[name] is not None:
@@ -145,7 +153,8 @@ def prepare_command(
 def summary(done: dict[str, Any]) -> str:
     """What `tokenize` did, in one line."""
     share = done["trained_tokens"] / max(1, done["tokens"])
-    text = f"{done['rows']:,} rows, {done['tokens']:,} tokens, of which {share:.0%} are trained"
+    rows = f"{done['rows']:,} row{'s' if done['rows'] != 1 else ''}"
+    text = f"{rows}, {done['tokens']:,} tokens, of which {share:.0%} are trained"
     if done.get("truncated"):
         text += f"; {done['truncated']:,} truncated"
     if done.get("dropped"):

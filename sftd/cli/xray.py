@@ -47,14 +47,10 @@ def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
 
 def _rows(spec: Spec, path: str) -> Iterator[list[tuple[list[int], bool]]]:
     """The first rows as training sees them: runs of ids that are alike in being trained."""
-    from sftd.wire.dataset import IGNORE_INDEX, first_rows
+    from sftd.wire.dataset import first_rows
 
-    limit = spec.data.sequence_length
-    for ids, mask, labels in first_rows(path, _ROWS):
-        pairs = [(i, label) for i, m, label in zip(ids, mask, labels, strict=True) if m]
-        pairs = pairs[-limit:] if spec.data.truncation == "left" else pairs[:limit]
-        # Nothing predicts the first token that is kept.
-        marked = [(i, n > 0 and label != IGNORE_INDEX) for n, (i, label) in enumerate(pairs)]
+    for ids, predicted in first_rows(path, _ROWS, spec.data.sequence_length, spec.data.truncation):
+        marked = zip(ids, predicted, strict=True)
         yield [([i for i, _ in run], key) for key, run in itertools.groupby(marked, key=lambda pair: pair[1])]
 
 

@@ -19,6 +19,8 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 _ROPE_SCALINGS = ("default", "llama3")
+# Data files that a message names.
+_FIRST_FILES = 3
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +66,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     Of the rows that training sees, as it sees them: `seen_tokens` with Σ n² = `seen_squares`, `lengths` at
     `LENGTH_QUANTILES`, and the `stopping` ones, in which a token is trained that ends an answer (None where that token is not
-    known). Logs of older versions lack these.
+    known). `remarks` are what a person should know of the files, a sentence each. Logs of older versions lack these.
     """
 
     files: list[str]
@@ -80,6 +82,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     seen_squares: int = 0
     lengths: tuple[int, ...] = ()
     stopping: int | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def usable(self) -> int:
@@ -222,6 +225,12 @@ def _divisors(shape: ModelShape) -> str:
     return ", ".join(str(n) for n in range(1, 65) if all(x % n == 0 for x in numbers))
 
 
+def _named(files: list[str]) -> str:
+    """A few files by their paths."""
+    more = len(files) - _FIRST_FILES
+    return ", ".join(files[:_FIRST_FILES]) + (f" and {more} more" if more > 0 else "")
+
+
 def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[list[Problem], list[Problem]]:
     """Whether there is enough data, and what of it is not used. Returns (problems, warnings)."""
     problems: list[Problem] = []
@@ -229,11 +238,13 @@ def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[lis
     for where, facts in (("data.train_files", train), ("data.val_files", val)):
         if facts is None:
             continue
+        warnings += [Problem(where, remark) for remark in facts.remarks]
         if facts.usable == 0:
             problems.append(
                 Problem(
                     where,
-                    f"none of the {facts.rows} rows has a trained label (≠ -100) within {spec.data.sequence_length} tokens",
+                    f"{_named(facts.files)}: none of the {facts.rows} rows has a trained label (≠ -100) within "
+                    f"{spec.data.sequence_length} tokens",
                     "check the masks that `sftd prepare` made, or raise data.sequence_length",
                 )
             )

@@ -17,7 +17,7 @@ from sftd.trainer.packing import Planner
 from sftd.trainer.sequence_shards import spans
 from sftd.trainer.session import Layout, Session
 from sftd.trainer.upload import upload
-from sftd.wire.dataset import IGNORE_INDEX
+from sftd.wire.data_rows import IGNORE_INDEX
 
 # A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
 EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))

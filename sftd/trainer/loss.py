@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sftd.trainer import cross_entropy_cpu
 from sftd.trainer.gradients import accumulate_weight_gradient, mark_accumulated
-from sftd.wire.dataset import IGNORE_INDEX
+from sftd.wire.data_rows import IGNORE_INDEX
 
 # Bytes of the logits that `linear_cross_entropy` holds at a time.
 _CHUNK_BYTES = 2 << 30

@@ -23,7 +23,8 @@ from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.progress import EventWriter, claim_stdout
 from sftd.trainer.sample_order import SampleOrder, samples_digest
 from sftd.wire.attempt_dir import Order, read_order
-from sftd.wire.dataset import COLUMNS, IGNORE_INDEX, files_digest
+from sftd.wire.data_rows import IGNORE_INDEX, read_row
+from sftd.wire.dataset import files_digest
 
 _USER_ERROR = 2
 # Whether the ids are in the vocabulary was checked when the run was submitted, and needs the model.
@@ -145,20 +146,12 @@ def _decode(order: Order, told: list[dict[str, Any]], events: EventWriter) -> No
 
 def _read(data: Data, path: str, number: int) -> tuple[Ints, np.ndarray[Any, np.dtype[np.bool_]]]:
     """A row's ids as they are trained, without padding and after truncation, and which of them are predicted."""
-    with pq.ParquetFile(path) as file:
-        group = 0
-        while number >= file.metadata.row_group(group).num_rows:
-            number -= file.metadata.row_group(group).num_rows
-            group += 1
-        table = file.read_row_group(group, columns=list(COLUMNS)).slice(number, 1).to_pylist()[0]
-    ids, mask, labels = (np.array(table[name]) for name in COLUMNS)
-    ids, labels = ids[mask == 1], labels[mask == 1]
-    cut = max(0, ids.size - data.sequence_length) if data.truncation == "left" else 0
-    kept = slice(cut, cut + data.sequence_length)
-    is_trained = labels[kept] != IGNORE_INDEX
+    row = read_row(path, number)
+    (begin,), (end,) = row.kept(data.sequence_length, data.truncation)
+    is_trained = row.labels[begin:end] != IGNORE_INDEX
     # Nothing predicts the first token that is kept.
     is_trained[:1] = False
-    return ids[kept], is_trained
+    return row.ids[begin:end].astype(np.int64), is_trained
 
 
 if __name__ == "__main__":

@@ -454,8 +454,31 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         ),
         [],
         "data.train_files",
-        "none of the 3 rows",
+        "train.parquet: none of the 3 rows",
         "masks",
+    ),
+    "labels that are shifted": (
+        rows(
+            input_ids=three(GOOD, GOOD, GOOD),
+            attention_mask=None,
+            labels=three(*[[2, 3, -100]] * 3),
+        ),
+        [],
+        "data.train_files",
+        "the labels are shifted by one, and sftd shifts them itself",
+        "labels[i] = input_ids[i]",
+    ),
+    "packed rows": (
+        rows(
+            input_ids=three(GOOD, GOOD, GOOD),
+            attention_mask=None,
+            labels=three(GOOD, GOOD, GOOD),
+            position_ids=three(GOOD, [0, 1, 0], GOOD),
+        ),
+        [],
+        "data.train_files",
+        "row 0: position_ids says that the row holds several samples",
+        "training.use_rmpad=true",
     ),
     "labels beyond the cut": (
         nothing,

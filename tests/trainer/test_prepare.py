@@ -362,7 +362,7 @@ def test_warnings_tell_of_missing_stop_tokens_and_of_rows_past_the_context(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "the row has no messages"),
+        ({"text": "x"}, "this is text without roles"),
         ({"messages": []}, "the row has no messages"),
         ([1], "the row is a list, not an object"),
         ({"messages": ["x"]}, "message 1 is a string, not an object"),
@@ -391,17 +391,21 @@ def test_unusable_files_and_options_are_refused(make_model: MakeModel, tmp_path:
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "other.parquet")
     for name, message in {
         "missing.jsonl": "no chat file",
-        "good.csv": "must end in .jsonl, .json, .parquet or .arrow",
+        "good.txt": "its name must end in one of .jsonl, .json, .csv",
         "bad.jsonl": "line 1: it is not JSON",
         "bad.parquet": "is not a Parquet file",
-        "other.parquet": "no column 'messages'; it has text",
+        "other.parquet": "other.parquet: this is text without roles",
     }.items():
         with pytest.raises(PrepareError, match=message):
             run(tmp_path / name, model, out)
     with pytest.raises(PrepareError, match="no model folder"):
         run(good, tmp_path / "nowhere", out)
-    with pytest.raises(PrepareError, match="both its fraction and its file"):
-        run(good, model, out, val_fraction=0.1)
+    with pytest.raises(PrepareError, match="validation file needs a fraction"):
+        run(good, model, out, val_out=tmp_path / "v.parquet")
+    with pytest.raises(PrepareError, match="named together"):
+        run(good, model, out, prompt_key="q")
+    with pytest.raises(PrepareError, match="Name one"):
+        run(good, model, out, prompt_key="q", response_key="a", messages_key="m")
     with pytest.raises(PrepareError, match="between 0 and 1"):
         run(good, model, out, val_fraction=1.5, val_out=tmp_path / "v.parquet")
     with pytest.raises(PrepareError, match="also another of the files"):
@@ -476,7 +480,7 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"{source}, line 1: the row has no messages")
+    assert result.stderr.startswith(f"{source}, line 1: there is no chat in it: it has no fields with values")
     assert len(result.stderr.splitlines()) == 1
     # The command of sftd runs the same tool, and hands every option on.
     write_jsonl(source, [{"messages": chat(f"q{n}", "x")} for n in range(3)])
@@ -485,8 +489,30 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
     shown = CliRunner().invoke(main, [*arguments, "--rewritten", "split", "--skip-bad-rows"])
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.startswith("2 rows, ")
-    assert "for validation: 1 rows, " in shown.stdout
+    assert "for validation: 1 row, " in shown.stdout
     card = json.loads((tmp_path / "t.parquet.card.json").read_text())
     assert card["chat_template"]["arguments"] == {"aside": 1}
     assert (card["options"]["rewritten"], card["options"]["skip_bad_rows"]) == ("split", True)
     assert str(tmp_path / "t.parquet.card.md") in shown.stdout
+
+
+def test_the_tool_does_not_load_pytorch(make_model: MakeModel, tmp_path: Path) -> None:
+    """It takes seconds, and tokenizers do not need it."""
+    source = write_jsonl(tmp_path / "good.jsonl", [{"messages": chat("q", "x")}])
+    code = (
+        "import sys\nfrom sftd.trainer.prepare.__main__ import main\nfailed = main(sys.argv[1:])\n"
+        "sys.exit(failed or any(name.startswith('torch.') for name in sys.modules))"
+    )
+    arguments = [
+        "tokenize",
+        str(source),
+        "--model",
+        str(make_model(CHATML)),
+        "--out",
+        str(tmp_path / "o.parquet"),
+    ]
+    for more in ([], ["--workers", "2"]):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments, *more], capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr) == (0, "")

@@ -15,6 +15,7 @@ from sftd.trainer.prepare import tokenize_files, workers
 from sftd.trainer.prepare.chat_files import open_source, pieces, rows_of
 from sftd.trainer.prepare.chat_mask import ChatMasker
 from sftd.trainer.prepare.chat_rows import conversation
+from sftd.trainer.prepare.chat_shapes import RowKeys
 from sftd.trainer.prepare.dataset_folder import expand
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.progress import EventWriter
@@ -40,7 +41,7 @@ def run(sources: list[Path], model: Path, out: Path, **options: Any) -> dict[str
 
 
 def read(path: Path) -> list[Any]:
-    return [row for piece in pieces(open_source(path), None) for _, row in rows_of(piece)]
+    return [row for piece in pieces(open_source(path), RowKeys()) for _, row in rows_of(piece)]
 
 
 @pytest.mark.parametrize(
@@ -56,12 +57,12 @@ def read(path: Path) -> list[Any]:
 )
 def test_odd_fields_beside_the_chat_are_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(ChatError, match=message):
-        conversation(row, None)
+        conversation(row)
 
 
 def test_a_call_in_openais_older_form_is_a_call() -> None:
     call = {"role": "assistant", "content": "Wait.", "function_call": {"name": "f", "arguments": '{"x": 1}'}}
-    asked = conversation({"messages": [QUESTION, call, {"role": "function", "content": "2"}, ANSWER]}, None)
+    asked = conversation({"messages": [QUESTION, call, {"role": "function", "content": "2"}, ANSWER]})
     assert asked.messages[1]["tool_calls"] == [
         {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     ]
@@ -79,7 +80,7 @@ def test_a_named_field_is_never_another(model: Path, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps(ROW))
     pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "c.parquet")
     for name in ("c.jsonl", "c.parquet"):
-        with pytest.raises(PrepareError, match=r"the field 'mesages' must be|no column 'mesages'; it has"):
+        with pytest.raises(PrepareError, match=r"no field 'mesages' .*; it has the fields messages"):
             run([tmp_path / name], model, tmp_path / "t.parquet", messages_key="mesages")
 
 
@@ -231,6 +232,8 @@ def test_splits_of_the_hub_have_their_own_names(tmp_path: Path) -> None:
     for name in ("train_sft", "train_gen", "test_sft"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / f"data/{name}-00000-of-00001.jsonl").write_text("")
-    assert [path.name for path in expand([tmp_path], "train_sft")] == ["train_sft-00000-of-00001.jsonl"]
+    assert [file.path.name for file in expand([tmp_path], "train_sft")[0]] == [
+        "train_sft-00000-of-00001.jsonl"
+    ]
     with pytest.raises(PrepareError, match="no split 'train'; it has test_sft, train_gen, train_sft"):
         expand([tmp_path], "train")

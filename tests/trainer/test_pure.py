@@ -136,10 +136,15 @@ def test_rows_are_shifted_truncated_counted_and_numbered(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        ([row([1, 2, 3, 4, 5], 1)], {"truncation": "error"}, "5 tokens are more than data.sequence_length 4"),
+        (
+            [row([1, 2, 3, 4, 5], 1)],
+            {"truncation": "error"},
+            "row 0 has 5 tokens, more than data.sequence_length 4",
+        ),
         ([row([1, 200], 1)], {}, "outside the model's vocabulary"),
         ([([1, 2, 3], [1, 0, 1], [1, 2, 3])], {}, "attention_mask has a 0 before a 1"),
-        ([([1, 2], [1, 1], [1])], {}, "differ in length"),
+        ([([1, 2, 3, 4], [1] * 4, [2, 3, 4, -100])], {}, "the labels are shifted by one"),
+        ([([1, 2], [1, 1], [1])], {}, "row 0 has 2 input_ids but 1 labels"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused(
@@ -169,7 +174,7 @@ def test_a_disk_that_the_decoded_rows_do_not_fit_on_is_told(tmp_path: Path) -> N
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("{}")
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
+    with pytest.raises(DataError, match="is not a Parquet file"):
         rows_of([str(tmp_path / "bad")])
 
 

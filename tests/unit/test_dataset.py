@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import DataFacts
+from sftd.domain.layout import DataFacts, check_data
+from sftd.domain.spec_parse import parse
 from sftd.wire import dataset
+from sftd.wire.data_rows import DataFile, read_row
 
 VOCABULARY = 50
 GOOD: dict[str, list[list[int]]] = {
@@ -149,10 +151,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     assert "is damaged" in refusal(str(path))
 
 
-@pytest.mark.parametrize("column", dataset.COLUMNS)
-def test_a_wrong_schema_is_refused(tmp_path: Path, column: str) -> None:
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_a_column_that_is_missing_is_refused(tmp_path: Path, column: str) -> None:
     without = {k: v for k, v in GOOD.items() if k != column}
     assert f"has no column '{column}'" in refusal(parquet(tmp_path / "a.parquet", without))
+
+
+@pytest.mark.parametrize("column", list(GOOD))
+def test_a_wrong_schema_is_refused(tmp_path: Path, column: str) -> None:
     for bad in (["x", "y"], [[1.5], [2.5]], [["x"], ["y"]], [1, 2], [[[1]], [[2]]]):
         text = refusal(parquet(tmp_path / "b.parquet", GOOD | {column: bad}))
         assert f"column '{column}' is " in text
@@ -185,6 +191,126 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_rows_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     assert says in refusal(parquet(tmp_path / "a.parquet", GOOD | change))
+
+
+def facts_of(path: str) -> tuple[int, ...]:
+    found = inspect(path)
+    return (found.rows, found.tokens, found.trained_tokens, found.longest, found.unusable)
+
+
+def test_lists_of_a_fixed_size_and_masks_of_other_kinds_are_read(tmp_path: Path) -> None:
+    columns = {
+        "input_ids": [[1, 2, 3, 0], [4, 5, 6, 7]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
+        "labels": [[-100, 2, 3, -100], [-100, -100, 6, 7]],
+    }
+    expected = facts_of(parquet(tmp_path / "a.parquet", columns))
+    assert expected == (2, 7, 4, 4, 0)
+    fixed = {k: pa.array(v, pa.list_(pa.int32(), 4)) for k, v in columns.items()}
+    assert facts_of(parquet(tmp_path / "b.parquet", fixed)) == expected
+    masked = [[bool(m) for m in row] for row in columns["attention_mask"]]
+    assert facts_of(parquet(tmp_path / "c.parquet", columns | {"attention_mask": masked})) == expected
+    whole = {k: [v[1]] for k, v in columns.items() if k != "attention_mask"}
+    assert facts_of(parquet(tmp_path / "d.parquet", whole)) == (1, 4, 2, 4, 0)
+
+
+def test_labels_that_are_shifted_are_refused(tmp_path: Path) -> None:
+    ids = [list(range(1, 40)), list(range(5, 30))]
+    shifted = {"input_ids": ids, "labels": [[*row[1:], -100] for row in ids]}
+    text = refusal(parquet(tmp_path / "a.parquet", shifted))
+    assert "62 of 62 trained labels are the token after their own: the labels are shifted by one" in text
+    foreign = {"input_ids": ids, "labels": [[49] * len(row) for row in ids]}
+    assert "are not their own token" in refusal(parquet(tmp_path / "b.parquet", foreign))
+
+
+def test_a_few_labels_of_another_token_are_reported(tmp_path: Path) -> None:
+    ids = [[n % VOCABULARY for n in range(200)]]
+    labels = [[7, *ids[0][1:]]]
+    facts = inspect(parquet(tmp_path / "a.parquet", {"input_ids": ids, "labels": labels}))
+    assert [remark.rpartition(": ")[2] for remark in facts.remarks] == [
+        "1 trained labels are not their own token"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "same", "other"),
+    [
+        ("position_ids", [[0, 1, 2, 3], [0, 1]], [[0, 1, 0, 1], [0, 1]]),
+        ("seq_idx", [[0, 0, 0, 0], [3, 3]], [[0, 0, 0, 0], [0, 1]]),
+        ("token_type_ids", [[0, 0, 0, 0], [0, 0]], [[0, 0, 1, 1], [0, 0]]),
+        ("seq_lengths", [[4], [2]], [[4], [1, 1]]),
+        ("seq_lengths", [4, 2], [[2, 2], [2]]),
+        ("cu_seqlens", [[0, 4], [0, 2]], [[0, 2, 4], [0, 2]]),
+        ("loss_mask", [[0, 0, 1, 1], [0, 1]], [[0, 0, 1, 0], [0, 1]]),
+        ("loss_mask", [[0, 1, 1, 0], [1, 0]], [[0, 0, 0, 0], [0, 0]]),
+        ("assistant_masks", [[False, False, True, True], [True, True]], [[False] * 4, [True, True]]),
+        ("weight", [1.0, 1.0], [1.0, 0.5]),
+        ("loss_weights", [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0, 1.0, 0.2], [0.0, 1.0]]),
+    ],
+)
+def test_columns_that_change_what_a_row_means(
+    tmp_path: Path, column: str, same: list[Any], other: list[Any]
+) -> None:
+    facts = inspect(parquet(tmp_path / "a.parquet", GOOD | {column: same}))
+    assert (facts.trained_tokens, facts.remarks) == (3, ())
+    text = refusal(parquet(tmp_path / "b.parquet", GOOD | {column: other}))
+    assert column in text
+    assert "row " in text
+
+
+def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
+    a = parquet(tmp_path / "a.parquet", GOOD | {"id": [1, 2], "length": [4, 2], "source": ["x", "y"]})
+    b = parquet(tmp_path / "b.parquet", GOOD | {"id": [1, 2]})
+    assert inspect(a).remarks == (f"{a}: sftd does not use the columns id, source",)
+    assert inspect(b, a).remarks == (f"{b} and 1 more of 2 files: sftd does not use the columns id, source",)
+    warned = [
+        str(problem)
+        for problem in check_data(
+            parse({"data.train_files": [a], "model.partial_pretrain": "m"})[0], inspect(a), None
+        )[1]
+    ]
+    assert warned == [f"data.train_files: {a}: sftd does not use the columns id, source"]
+
+
+def test_the_files_without_a_trained_label_are_named(tmp_path: Path) -> None:
+    good = parquet(tmp_path / "a.parquet")
+    none = parquet(tmp_path / "b.parquet", GOOD | {"labels": [[-100] * 4, [-100] * 2]})
+    assert inspect(good, none).remarks == (f"{none}: none of its rows has a trained label within 8 tokens",)
+    problems, _ = check_data(
+        parse({"data.train_files": [none], "model.partial_pretrain": "m"})[0], inspect(none), None
+    )
+    assert problems[0].what.startswith(f"{none}: none of the 2 rows has a trained label")
+
+
+def test_memory_is_bounded_whatever_a_file_says_of_its_size(tmp_path: Path) -> None:
+    """A few KB of Parquet can hold any number of equal tokens, in one row group and in rows of any length."""
+    rows, length = 3000, 1500
+    starts = pa.array(range(0, (rows + 1) * length, length), pa.int32())
+    values = pa.ListArray.from_arrays(starts, pa.array([7] * (rows * length), pa.int32()))
+    long = parquet(tmp_path / "a.parquet", {"input_ids": values, "labels": values}, compression="zstd")
+    assert Path(long).stat().st_size < 30_000
+    with DataFile(long) as file:
+        sizes = [part.ids.size for part in file.slices(VOCABULARY)]
+    assert sum(sizes) == rows * length
+    assert max(sizes) <= 1 << 20
+    # One row of many times the average length, in the midst of short ones.
+    skewed = [[7]] * 5000 + [[7] * 1_500_000] + [[7]] * 5000
+    uneven = parquet(tmp_path / "b.parquet", {"input_ids": skewed, "labels": skewed}, compression="zstd")
+    with DataFile(uneven) as file:
+        parts = [(part.first, part.lengths.size) for part in file.slices(VOCABULARY)]
+    assert sum(count for _, count in parts) == 10_001
+    assert (5000, 1) in parts
+
+
+def test_one_row_is_read_from_any_row_group(tmp_path: Path) -> None:
+    ids = [[n, n + 1, n + 2] for n in range(40)]
+    columns = {"input_ids": ids, "attention_mask": [[1, 1, 0]] * 40, "labels": ids}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=7)
+    for number in (0, 6, 7, 39):
+        row = read_row(path, number)
+        assert (row.first, row.ids.tolist(), row.lengths.tolist()) == (number, [number, number + 1], [2])
+    with pytest.raises(IndexError):
+        read_row(path, 40)
 
 
 def test_every_file_is_told_of_at_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ message on standard error for what the user can fix; anything else is a defect.
 
 import argparse
 import datetime as dt
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -50,12 +51,16 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
 
         events.emit("done", **write_stdlib_chats(arguments.out_dir, rows=arguments.rows))
     elif arguments.command == "tokenize":
+        if not arguments.trust_remote_code:
+            importlib.import_module("sftd.trainer.prepare.without_torch")
         from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 
         options = TokenizeOptions(
             max_length=arguments.max_length,
             truncation=arguments.truncation,
             messages_key=arguments.messages_key,
+            prompt_key=arguments.prompt_key,
+            response_key=arguments.response_key,
             split=arguments.split,
             val_fraction=arguments.val_fraction,
             val_rows=arguments.val_rows,
@@ -132,13 +137,15 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         type=Path,
         nargs="+",
-        help="chat files (.jsonl, .json, .parquet, .arrow) or data set folders",
+        help="chat files (.jsonl, .json, .csv, .parquet, .arrow) or data set folders",
     )
     tokenize.add_argument("--model", type=Path, required=True, help="model folder whose tokenizer is used")
     tokenize.add_argument("--out", type=Path, required=True, help="Parquet file to write")
     tokenize.add_argument("--max-length", type=int, help="longest row, in tokens")
     tokenize.add_argument("--truncation", choices=("right", "left", "error", "drop"), default="right")
     tokenize.add_argument("--messages-key", help="field or column that holds the chat")
+    tokenize.add_argument("--prompt-key", help="field of the prompt, with --response-key")
+    tokenize.add_argument("--response-key", help="field of the response, with --prompt-key")
     tokenize.add_argument("--split", default="train", help="split of a data set folder")
     tokenize.add_argument("--val-fraction", type=float, help="share of the chats that goes to --val-out")
     tokenize.add_argument("--val-rows", type=int, help="number of rows that go to --val-out")

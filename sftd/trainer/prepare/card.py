@@ -8,23 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sftd
 from sftd.trainer.prepare.card_text import as_markdown
 from sftd.trainer.prepare.chat_files import ChatSource
+from sftd.trainer.prepare.chat_shapes import PLAIN_FIELDS
 from sftd.trainer.prepare.chat_template import BoundTemplate
 from sftd.trainer.prepare.hf_tokenizer import tokenizer_digest
 from sftd.trainer.prepare.row_file import RowFile
-from sftd.trainer.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
+from sftd.trainer.prepare.tokenize_pieces import NOT_TRAINED, Done, PieceTokenizer, TokenizeOptions
 
+_FIELDS_NAMED = 8
 # Reasons that are counted apart, and rows that are named.
 _REASONS, _EXAMPLES = 40, 20
+# Different names, such as those of fields, that are counted apart.
+_NAMES = 200
 _NUMBER = re.compile(r"\d+")
 
 
 @dataclass
 class Counts:
     """What became of the chats. `rejected` and `dropped` are by reason; `leaked` are training rows whose chats are in the
-    data set's own validation split as well."""
+    data set's own validation split as well. `unused` are fields and marks that nothing was done with, and in how many chats;
+    `remarks` are sentences about the files; `keys` are 8 bytes of each chat that is not held out."""
 
     chats: int = 0
     truncated: int = 0
@@ -40,9 +47,17 @@ class Counts:
     shapes: dict[str, int] = field(default_factory=dict)
     templates: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    keys: bytearray = field(default_factory=bytearray)
 
-    def add(self, done: Done) -> None:
-        """Count a piece."""
+    def duplicates(self) -> int:
+        """How many chats repeat another one word for word."""
+        keys = np.frombuffer(self.keys, np.uint64)
+        return int(keys.size - np.unique(keys).size)
+
+    def add(self, done: Done, *, is_held_out: bool) -> None:
+        """Count a piece, which may be of a validation split of the data set's own."""
         self.chats += done.chats
         self.unstopped += done.unstopped
         self.as_shown += done.as_shown
@@ -54,9 +69,13 @@ class Counts:
             (self.shapes, done.shapes),
             (self.templates, done.templates),
             (self.arguments, done.arguments),
+            (self.unused, done.unused),
         ):
             for name, count in part.items():
-                total[name] = total.get(name, 0) + count
+                known = name if name in total or len(total) < _NAMES else "others"
+                total[known] = total.get(known, 0) + count
+        if not is_held_out:
+            self.keys += done.keys
         for place, why in done.rejected:
             # The same mistake in another message is the same reason.
             reason = _NUMBER.sub("N", why)
@@ -94,7 +113,7 @@ def make_card(
             "tokenizers": tokenizers.__version__,
         },
         "sources": [
-            {"name": source.path.name, "split": split, "rows": source.rows, "sha256": source.sha256}
+            {"name": source.name, "split": split, "rows": source.rows, "sha256": source.sha256}
             for source, split in named
         ],
         "shapes": counts.shapes,
@@ -117,6 +136,8 @@ def make_card(
             "max_length": options.max_length,
             "truncation": options.truncation,
             "messages_key": options.messages_key,
+            "prompt_key": options.prompt_key,
+            "response_key": options.response_key,
             "split": options.split,
             "val_fraction": options.val_fraction,
             "val_rows": options.val_rows,
@@ -126,12 +147,14 @@ def make_card(
         },
         "chats": {
             "used": counts.chats,
+            "duplicates": counts.duplicates(),
             "with_special_tokens_in_their_text": counts.special,
             "rejected": sum(counts.rejected.values()),
             "rejected_by_reason": counts.rejected,
             "rejected_first": counts.examples,
             "dropped": sum(counts.dropped.values()),
             "dropped_by_reason": counts.dropped,
+            "with_fields_not_used": dict(sorted(counts.unused.items())),
         },
         "answers": {
             "without_stop_token": counts.unstopped,
@@ -171,7 +194,7 @@ def write_card(out: Path, card: dict[str, Any]) -> dict[str, str]:
 
 
 def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Sequence[RowFile]) -> list[str]:
-    warnings = []
+    warnings = list(counts.remarks)
     if template.asks_for_date:
         warnings.append(
             f"the chat template writes the current date; in every row it is {template.chosen.date} (--date sets another)"
@@ -203,6 +226,18 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         warnings.append(
             f"{counts.unknown} rows have characters that the tokenizer's vocabulary lacks, so the model does not read them"
         )
+    if duplicates := counts.duplicates():
+        warnings.append(
+            f"{duplicates:,} of {_many(len(counts.keys) // 8, 'chat')} repeat another one word for word"
+        )
+    if not_used := {name: n for name, n in sorted(counts.unused.items()) if name not in PLAIN_FIELDS}:
+        shown = [f"{name} ({_many(n, 'chat')})" for name, n in list(not_used.items())[:_FIELDS_NAMED]]
+        more = len(not_used) - len(shown)
+        warnings.append(
+            "sftd does not use " + ", ".join(shown) + (f" and {_many(more, 'more field')}" if more else "")
+        )
+    if marked := counts.dropped.get(NOT_TRAINED):
+        warnings.append(f"{_many(marked, 'row')} marked as not trained: left out")
     if counts.leaked:
         warnings.append(f"{counts.leaked} training rows have chats that are in the validation split as well")
     context, longest = _context_length(model), max(file.longest for file in files)
@@ -211,6 +246,10 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
             f"the longest row has {longest} tokens, but the model was trained with a context of {context}"
         )
     return warnings
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count:,} {name}" + ("s" if count != 1 else "")
 
 
 def _context_length(model: Path) -> int | None:

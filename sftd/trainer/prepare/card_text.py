@@ -41,8 +41,8 @@ def _lines(card: dict[str, Any]) -> Iterator[str]:
     yield ""
     shapes = ", ".join(f"{name} ({count:,})" for name, count in card["shapes"].items())
     yield (
-        f"{chats['used']:,} used, {chats['rejected']:,} rejected, {chats['dropped']:,} dropped. "
-        f"Their shapes: {shapes or 'none'}."
+        f"{chats['used']:,} used ({chats['duplicates']:,} of them duplicates), {chats['rejected']:,} rejected, "
+        f"{chats['dropped']:,} dropped. Their shapes: {shapes or 'none'}."
     )
     yield ""
     reasons = [
@@ -51,6 +51,9 @@ def _lines(card: dict[str, Any]) -> Iterator[str]:
     ]
     if reasons:
         yield from _table(["", "chats", "reason"], reasons)
+    if chats["with_fields_not_used"]:
+        rows = [[name, f"{n:,}"] for name, n in chats["with_fields_not_used"].items()]
+        yield from _table(["field not used", "chats"], rows)
     if chats["rejected_first"]:
         yield "The first that were rejected:"
         yield ""

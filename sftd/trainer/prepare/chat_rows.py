@@ -2,33 +2,18 @@
 
 Shapes, by their fields: `messages` (role and content), `conversations` (ShareGPT's from and value), `prompt` and
 `completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`).
-`tools` beside any of them are the tools that the model is told of.
+`tools` beside any of them are the tools that the model knows of, `chat_template_kwargs` variables of the chat template.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sftd.trainer.prepare.chat_shapes import ALPACA, MARKS, RowKeys, require_shape
 from sftd.trainer.prepare.errors import ChatError
 from sftd.trainer.prepare.tool_arguments import ParsedArguments
 
-CHAT_FIELDS = ("messages", "conversations")
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
-# Every field that is read, beside the one that a person names.
-FIELDS = (
-    *CHAT_FIELDS,
-    "prompt",
-    "completion",
-    "response",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "tools",
-)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ALIASES = {
     "human": "user",
@@ -45,13 +30,34 @@ _ALIASES = {
 _CALLS = frozenset({"function_call", "tool_call"})
 
 
+# Fields of a message that are read here, or that templates know.
+_FIELDS = frozenset(
+    {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
+    | {"reasoning_content", "reasoning", "thinking", *MARKS}
+)
+# Keywords of a JSON schema whose value may be null.
+_NULLABLE = frozenset({"default", "const", "example"})
+_MAX_KEYS = 64
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and the tools that the model is told of; `shape` names the row's shape."""
+    """A checked conversation: `messages` with role, content (text) and, of an assistant, tool_calls; `tools` as a template
+    takes them, or None; `shape`, the field or fields that it was read from. An answer with the `weight` 0 is not trained.
+
+    `template_args` are the row's variables for the template. `is_trained` is False for a row marked as not trained. `unread`
+    are the row's fields that nothing is done with, `unknown` those of its messages that a template alone could use, and
+    `ignored` the marks that cannot be followed.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     shape: str
+    template_args: dict[str, Any] = field(default_factory=dict)
+    is_trained: bool = True
+    unread: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def key(self) -> bytes:
         """8 bytes by the conversation's content, the same wherever it stands and whatever shape its row has."""
@@ -64,47 +70,37 @@ class Conversation:
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
-def shape_of(fields: Sequence[str], key: str | None) -> str | None:
-    """Name of the shape that rows with these fields have: the field or fields that hold the chat; None for none. Where
-    a person has named the field, no other is taken in its place."""
-    if key:
-        return key if key in fields else None
-    for name in CHAT_FIELDS:
-        if name in fields:
-            return name
-    for pair in _PAIRS:
-        if all(name in fields for name in pair):
-            return "+".join(pair)
-    return None
-
-
-def conversation(row: Any, key: str | None, *, fills_nulls: bool = False) -> Conversation:
-    """Read a row. `key` names the field of the chat, None looks for one. With `fills_nulls` a null inside of a message
-    means that the field is not there, as in the columns of Parquet. Raises ChatError."""
-    named = repr(key or CHAT_FIELDS[0])
+def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
+    """Read a row. `keys` name the fields of the chat, None looks for them. Raises ChatError."""
+    keys = keys or RowKeys()
     if not isinstance(row, dict):
-        raise ChatError(f"the row is {_kind(row)}, not an object with the field {named}")
+        raise ChatError(f"the row is {_kind(row)}, not an object with the fields of a chat")
     given = {name: value for name, value in row.items() if value is not None}
-    if fills_nulls:
-        given = {name: _without_nulls(value) for name, value in given.items()}
-    shape = shape_of(list(given), key)
-    if shape is None:
-        raise ChatError(
-            f"the row has no messages: the field {named} must be a list of objects with role and content, "
-            "and not empty. Fix or remove the row, or name the field that holds the chat"
-        )
-    messages = _alpaca(given) if shape == "instruction+output" else None
-    if messages is None and "+" in shape:
-        prompt, completion = (given[name] for name in shape.split("+"))
-        messages = [*_side(prompt, "user", shape), *_side(completion, "assistant", shape)]
-    if messages is None:
-        messages = given[shape]
+    fields = require_shape(list(given), keys, given)
+    shape = "+".join(fields)
+    if fields == ALPACA and not keys.named:
+        messages: Any = _alpaca(given)
+    elif len(fields) == 2:
+        prompt, answer = (given[name] for name in fields)
+        messages = [*_side(prompt, "user", shape), *_side(answer, "assistant", shape)]
+    else:
+        messages = _parsed(given[shape], f"the field {shape!r}", opens="[")
         if not isinstance(messages, list) or not messages:
             raise ChatError(
                 f"the row has no messages: the field {shape!r} must be a list of objects with role and content, "
                 "and not empty. Fix or remove the row, or name the field that holds the chat"
             )
-    checked = [_message(message, number) for number, message in enumerate(messages, start=1)]
+    ignored = [f"{name} of a row" for name in MARKS if name in given and not _is_mark(given[name])]
+    is_trained = all(given[name] for name in MARKS if name in given and _is_mark(given[name]))
+    unknown = {
+        name for message in messages if isinstance(message, dict) for name in message if name not in _FIELDS
+    }
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        made = _message(message, number)
+        if made["role"] != "assistant" and made.pop("weight", 0):
+            ignored.append(f"weight of a {made['role']} message")
+        checked.append(made)
     system = given.get("system", "")
     if not isinstance(system, str):
         raise ChatError(f"the field 'system' is {_kind(system)}, not a text")
@@ -118,7 +114,38 @@ def conversation(row: Any, key: str | None, *, fills_nulls: bool = False) -> Con
         raise ChatError(
             "all of the assistant's messages have the weight 0: nothing is trained. Remove the row"
         )
-    return Conversation(checked, _tools(given.get("tools")), shape)
+    return Conversation(
+        checked,
+        _tools(given.get("tools")),
+        shape,
+        _template_args(given.get("chat_template_kwargs")),
+        is_trained,
+        tuple(name for name in list(given)[:_MAX_KEYS] if not keys.reads(name)),
+        tuple(sorted(map(str, unknown))[:_MAX_KEYS]),
+        tuple(ignored),
+    )
+
+
+def _is_mark(value: Any) -> bool:
+    """Whether a value says that something is trained, or not: a boolean, 0 or 1."""
+    return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
+    """The value of text that holds JSON; any other value as it is. Raises ChatError."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in tuple(opens):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ChatError(f"{what} is text that is not JSON ({error})") from error
+
+
+def _template_args(value: Any) -> dict[str, Any]:
+    value = _parsed(value, "the field 'chat_template_kwargs'") if value else {}
+    if not isinstance(value, dict):
+        raise ChatError(f"the field 'chat_template_kwargs' is {_kind(value)}, not an object")
+    return value
 
 
 def _side(value: Any, role: str, shape: str) -> list[Any]:
@@ -149,6 +176,7 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ChatError(f"message {number} is {_kind(message)}, not an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
+    _take_marks(given, number)
     if "from" in given and "role" not in given:
         given["role"] = given.pop("from")
         if "value" in given and "content" not in given:
@@ -172,9 +200,21 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     _check_text(given, f"message {number} ({role})")
     if role == "assistant" and not given["content"].strip() and "tool_calls" not in given:
         raise ChatError(f"message {number} is an empty answer of the assistant. Remove the row or the turn")
-    if given.get("weight", 1) not in (0, 1):
-        raise ChatError(f"message {number} has the weight {given['weight']!r}; it can only be 0 or 1")
     return given
+
+
+def _take_marks(message: dict[str, Any], number: int) -> None:
+    """Replace a message's marks by its `weight`: 0 or 1."""
+    marks = {name: message.pop(name) for name in MARKS if name in message}
+    for name, value in marks.items():
+        if not _is_mark(value):
+            raise ChatError(
+                f"message {number} has the {name} {str(value)[:40]}; it can only be 0 or 1, false or true"
+            )
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise ChatError(f"the marks of message {number} contradict each other: {', '.join(marks)}")
+    if marks:
+        message["weight"] = int(next(iter(marks.values())))
 
 
 def _content(content: Any, number: int, role: str) -> str:
@@ -229,18 +269,12 @@ def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ChatError(f"the field 'tools' is text that is not JSON ({error})") from error
+    tools = _parsed(tools, "the field 'tools'") if not isinstance(tools, str) or tools.strip() else None
     if not tools:
         return None
     if isinstance(tools, list):
         try:
-            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+            tools = [_schema(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
         except ValueError as error:
             raise ChatError(f"the field 'tools' has a text that is not JSON ({error})") from error
         if all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):
@@ -258,11 +292,20 @@ def _check_text(value: Any, what: str) -> None:
         raise ChatError(f"{what} is not valid Unicode ({error.reason}). Fix or remove the row") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def _schema(value: Any) -> Any:
+    """A tool without the fields that are null. Arrow gives all tools the fields of each, and JSON written from it keeps
+    them; in a schema null has a meaning only in a few places."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        # The names below `properties` are the tool's own.
+        given = {
+            k: {name: v for name, v in inner.items() if v is not None}
+            if k == "properties" and isinstance(inner, dict)
+            else inner
+            for k, inner in value.items()
+        }
+        return {k: _schema(v) for k, v in given.items() if v is not None or k in _NULLABLE}
     if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
+        return [_schema(inner) for inner in value]
     return value
 
 

@@ -12,6 +12,8 @@ from sftd.trainer.prepare.chat_mask import IGNORE_INDEX
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, tokenizer_digest
 from sftd.trainer.prepare.row_file import METADATA_KEY
+from sftd.wire.data_columns import UnusableFile
+from sftd.wire.data_rows import read_row
 
 
 def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -40,7 +42,11 @@ def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = Fal
         raise PrepareError(
             f"{path} was made with another tokenizer than that of {model}; name the model it was made for."
         )
-    ids, labels = _read(parquet, row)
+    try:
+        found = read_row(str(path), row)
+    except UnusableFile as error:
+        raise PrepareError(f"{path}: {error.what}.") from error
+    ids, labels = found.ids.tolist(), found.labels.tolist()
     segments = []
     for trained, run in itertools.groupby(
         zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX
@@ -55,12 +61,3 @@ def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = Fal
         "tokens": len(ids),
         "trained": len(labels) - labels.count(IGNORE_INDEX),
     }
-
-
-def _read(parquet: pq.ParquetFile, row: int) -> tuple[list[int], list[int]]:
-    group = 0
-    while row >= parquet.metadata.row_group(group).num_rows:
-        row -= parquet.metadata.row_group(group).num_rows
-        group += 1
-    table = parquet.read_row_group(group, columns=["input_ids", "labels"]).slice(row, 1).to_pylist()[0]
-    return table["input_ids"], table["labels"]

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,13 @@ def tokenize_files(
     (`card`, `card_text`). Raises PrepareError.
     """
     options = _checked(sources, out, options)
-    opened = [open_source(path) for path in expand(sources, options.split)]
+    found, remarks = expand(sources, options.split)
+    opened = [open_source(file.path, file.name) for file in found]
     held_out: list[ChatSource] = []
     if options.val_split is not None:
         folders = [path for path in sources if path.is_dir()]
-        held_out = [open_source(path) for path in expand(folders, options.val_split)]
+        found, _ = expand(folders, options.val_split)
+        held_out = [open_source(file.path, file.name) for file in found]
         if {source.path for source in held_out} & {source.path for source in opened}:
             raise PrepareError(
                 f"The split {options.val_split!r} is trained on and validated on. Choose another with --split or --val-split."
@@ -78,6 +80,7 @@ def tokenize_files(
             spool = Spool(out.with_name(out.name + ".spool.partial"))
             stack.callback(spool.discard)
         job = _Job(opened, held_out, tokenizer, model, options, events, train, val, spool)
+        job.counts.remarks += remarks
         _write_rows(job)
         for file in (train, val):
             if file is not None:
@@ -134,9 +137,9 @@ def _tokenized(job: _Job, sources: Sequence[ChatSource]) -> Iterator[tuple[list[
         return
     # One set of workers for all files: a data set is often many small ones.
     workers = job.options.workers or default_workers(sum(source.path.stat().st_size for source in sources))
-    parts = (piece for source in sources for piece in pieces(source, job.options.messages_key))
+    parts = (piece for source in sources for piece in pieces(source, job.options.row_keys))
     for done in tokenized(parts, job.tokenizer, job.model, job.options, workers):
-        job.counts.add(done)
+        job.counts.add(done, is_held_out=sources is job.held_out)
         yield done.rows, done.seen
 
 
@@ -154,7 +157,7 @@ def _metadata(
         "chat_template": msgspec.to_builtins(options.chat_template),
         "vocab_size": len(loaded),
         "sources": [
-            {"name": source.path.name, "rows": source.rows, "sha256": source.sha256}
+            {"name": source.name, "rows": source.rows, "sha256": source.sha256}
             for source in [*sources, *held_out]
         ],
         "max_length": options.max_length,
@@ -175,10 +178,17 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
         raise PrepareError(
             "A validation split is chosen by its fraction, by its rows or by the data set's own split; give one of them."
         )
-    if (given == 1) != (options.val_out is not None):
+    if given == 0 and options.val_out is not None:
         raise PrepareError(
-            "A validation split needs both its fraction and its file; only one is given. (Instead of the fraction: "
-            "the number of its rows, or the name of a split of the data set folder.)"
+            "The validation file needs a fraction of the chats, a number of rows, or a split of the data set folder."
+        )
+    if given == 1 and options.val_out is None:
+        options = replace(options, val_out=out.with_name(f"{out.stem}.val{out.suffix}"))
+    if (options.prompt_key is None) != (options.response_key is None):
+        raise PrepareError("The prompt's field and the response's are named together, or neither.")
+    if options.prompt_key is not None and options.messages_key is not None:
+        raise PrepareError(
+            "A chat is in the field of its messages, or in those of prompt and response. Name one."
         )
     if options.val_fraction is not None and not 0.0 < options.val_fraction < 1.0:
         raise PrepareError(f"The validation fraction is {options.val_fraction}; it must lie between 0 and 1.")

@@ -1,10 +1,13 @@
 """What a worker does with a piece of a chat file: rows → conversations → texts → token ids and labels, cut to length."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
@@ -12,11 +15,15 @@ from sftd.trainer.prepare.chat_files import Piece, rows_of
 from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import Conversation, conversation
+from sftd.trainer.prepare.chat_shapes import RowKeys
 from sftd.trainer.prepare.chat_template import check_template
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
 
 Truncation = Literal["right", "left", "error", "drop"]
+# Different sets of template variables, given by rows, that are kept ready.
+_MASKERS = 16
+NOT_TRAINED = "the row is marked as not trained"
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class TokenizeOptions:
     max_length: int | None = None
     truncation: Truncation = "right"
     messages_key: str | None = None
+    prompt_key: str | None = None
+    response_key: str | None = None
     split: str = "train"
     val_fraction: float | None = None
     val_rows: int | None = None
@@ -59,6 +68,11 @@ class TokenizeOptions:
             arguments=dict(self.template_args),
         )
 
+    @property
+    def row_keys(self) -> RowKeys:
+        """The fields of a row that hold its chat, where they are named."""
+        return RowKeys(self.messages_key, self.prompt_key, self.response_key)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,7 +90,8 @@ class Row:
 
 @dataclass
 class Done:
-    """A piece's rows in order, and what happened to the others: `rejected` are (place, reason), `dropped` reason → chats."""
+    """A piece's rows in order, and what happened to the others: `rejected` are (place, reason), `dropped` reason → chats.
+    `unused` counts the chats that have a field or mark which nothing is done with; `keys` are 8 bytes of each chat."""
 
     rows: list[Row] = field(default_factory=list)
     chats: int = 0
@@ -91,6 +106,8 @@ class Done:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    keys: bytearray = field(default_factory=bytearray)
 
 
 class PieceTokenizer:
@@ -99,9 +116,11 @@ class PieceTokenizer:
     def __init__(self, model: Path, options: TokenizeOptions) -> None:
         self._options = options
         self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-        stops = stop_token_ids(self.tokenizer, model)
-        self.masker = ChatMasker(self.tokenizer, stops, options.chat_template)
+        self._stop_ids = stop_token_ids(self.tokenizer, model)
+        self.masker = ChatMasker(self.tokenizer, self._stop_ids, options.chat_template)
         check_template(self.masker.template, model, self.tokenizer)
+        self._maskers: dict[str, ChatMasker] = {}
+        self._words: dict[str, bool] = {}
 
     def __call__(self, piece: Piece) -> Done:
         """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
@@ -112,8 +131,8 @@ class PieceTokenizer:
             try:
                 if isinstance(row, ChatError):
                     raise row
-                chat = conversation(row, options.messages_key, fills_nulls=piece.kind == "arrow")
-                texts = self.masker.rows(chat.messages, chat.tools, options.rewritten)
+                chat = conversation(row, options.row_keys)
+                texts = self._masker(chat).rows(chat.messages, chat.tools, options.rewritten)
             except ChatError as error:
                 if not options.skip_bad_rows:
                     raise PrepareError(
@@ -121,7 +140,13 @@ class PieceTokenizer:
                     ) from error
                 done.rejected.append((place, str(error)))
                 continue
+            if not chat.is_trained:
+                done.dropped[NOT_TRAINED] = done.dropped.get(NOT_TRAINED, 0) + 1
+                continue
             done.chats += 1
+            done.keys += chat.key()
+            for name in self._unused(chat, piece.unread):
+                done.unused[name] = done.unused.get(name, 0) + 1
             done.special += self.masker.holds_special(chat.messages, chat.tools)
             for counts, name in (
                 (done.shapes, chat.shape),
@@ -143,6 +168,41 @@ class PieceTokenizer:
             else:
                 done.rows.append(_row(whole, kept, chat.key()))
         return done
+
+    def _masker(self, chat: Conversation) -> ChatMasker:
+        """The masker with the row's own variables of the template; they come before those of the command."""
+        given = {name: value for name, value in chat.template_args.items() if self._in_template(name)}
+        if not given:
+            return self.masker
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in self._maskers:
+            if len(self._maskers) == _MASKERS:
+                del self._maskers[next(iter(self._maskers))]
+            chosen = self._options.chat_template
+            chosen = msgspec.structs.replace(chosen, arguments={**chosen.arguments, **given})
+            self._maskers[key] = ChatMasker(self.tokenizer, self._stop_ids, chosen)
+        return self._maskers[key]
+
+    def _unused(self, chat: Conversation, unread: Iterable[str]) -> list[str]:
+        """What of a row is not used, in words for the card."""
+        return [
+            *chat.unread,
+            *unread,
+            *(f"{name} of messages" for name in chat.unknown if not self._in_template(name)),
+            *(
+                f"{name} of chat_template_kwargs"
+                for name in chat.template_args
+                if not self._in_template(name)
+            ),
+            *chat.ignored,
+        ]
+
+    def _in_template(self, name: str) -> bool:
+        """Whether the word stands in the chat template, which so may use it."""
+        if name not in self._words:
+            word = re.compile(rf"\b{re.escape(name)}\b")
+            self._words[name] = any(map(word.search, self.masker.template.sources.values()))
+        return self._words[name]
 
 
 def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from sftd.wire.cores import usable_cores
 # Pieces that wait for or lie behind a worker: what is in memory does not depend on the size of the files.
 _AHEAD = 3
 # Imported once, by the process that the workers are forked from.
+_WITHOUT_TORCH = "sftd.trainer.prepare.without_torch"
 _PRELOAD = ["transformers.models.auto.tokenization_auto", __name__]
 
 
@@ -36,7 +38,8 @@ def tokenized(
         yield from map(own, pieces)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    blocked = [_WITHOUT_TORCH] if _WITHOUT_TORCH in sys.modules else []
+    context.set_forkserver_preload([*blocked, *_PRELOAD])
     pool = ProcessPoolExecutor(workers, context, _start, (model, options))
     waiting: deque[Future[Done]] = deque()
     try:

@@ -1,0 +1,192 @@
+"""The columns of a training file: which ones are read, and which ones of other tools change what a row means.
+
+Other tools keep packed samples, loss masks and weights in columns of their own. sftd trains a row as one sample with the
+labels that it has. So such a column is read and compared with that: where it says the same it changes nothing, and where it
+says something else the file is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+
+LABELS = "labels"
+_REQUIRED = ("input_ids", LABELS)
+_MASK = "attention_mask"
+_PREPARE = "make the file with `sftd prepare`"
+_UNPACK = "write one sample a row, and let sftd pack them: training.use_rmpad=true"
+_MASK_LABELS = "write -100 into labels where a token is not trained, and leave the column out"
+
+_POSITIONS = frozenset({"position_ids", "positions", "pos_ids"})
+_SEGMENTS = frozenset(
+    {"seq_idx", "seq_ids", "segment_ids", "sequence_ids", "sequence_id", "doc_ids", "document_ids"}
+    | {"token_type_ids"}
+)
+_LENGTHS = frozenset({"seq_lengths", "seq_lens", "seqlens", "sequence_lengths", "sample_lengths"})
+_BOUNDS = frozenset(
+    {"cu_seqlens", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k"}
+)
+_WEIGHTS = frozenset(
+    {"loss_mask", "label_mask", "labels_mask", "response_mask", "completion_mask", "assistant_masks"}
+    | {"assistant_mask", "weight", "weights", "loss_weight", "loss_weights", "loss_scale", "sample_weight"}
+    | {"token_weights"}
+)
+_KNOWN = _POSITIONS | _SEGMENTS | _LENGTHS | _BOUNDS | _WEIGHTS
+# They say nothing of their own.
+_HARMLESS = frozenset({"length", "special_tokens_mask", "__index_level_0__"})
+
+
+class UnusableFile(Exception):
+    """A data file that cannot be trained on: `what` is wrong with it, and how to `fix` it."""
+
+    def __init__(self, what: str, fix: str = _PREPARE) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A column: the values of all rows end to end, and how many of them each row has (int64 [rows])."""
+
+    values: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, name: str, column: Any) -> Lists:
+        """Read a column of lists, or of one value a row. Raises `UnusableFile` for nulls."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        if not _is_list(column.type):
+            values, lengths = column, np.ones(len(column), np.int64)
+        else:
+            values = column.flatten()
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        if column.null_count or values.null_count:
+            raise UnusableFile(f"column {name!r} holds nulls")
+        return cls(values.to_numpy(zero_copy_only=False), lengths)
+
+
+def read_columns(schema: pa.Schema) -> list[str]:
+    """The columns of the file that are read. Raises `UnusableFile` when one is missing or of another type."""
+    import pyarrow as pa
+
+    for name in _REQUIRED:
+        if name not in schema.names:
+            raise UnusableFile(f"has no column {name!r}; it has {', '.join(schema.names) or 'none'}")
+    read = []
+    for name in dict.fromkeys(schema.names):
+        if name not in _KNOWN and name not in (*_REQUIRED, _MASK):
+            continue
+        if (times := schema.names.count(name)) > 1:
+            raise UnusableFile(f"has the column {name!r} {times} times")
+        kind = schema.field(name).type
+        inner = kind.value_type if _is_list(kind) else kind
+        if name in _KNOWN:
+            if pa.types.is_null(inner):
+                continue
+            if not _is_number(inner):
+                raise UnusableFile(f"column {name!r} is {kind}, which sftd cannot read", _fix(name))
+        elif not _is_list(kind) or not (
+            pa.types.is_integer(inner) or (name == _MASK and pa.types.is_boolean(inner))
+        ):
+            raise UnusableFile(f"column {name!r} is {kind}, not a list of integers")
+        read.append(name)
+    return read
+
+
+def unused(schema: pa.Schema) -> tuple[str, ...]:
+    """The columns that sftd neither reads nor knows to be without effect."""
+    known = {*_REQUIRED, _MASK} | _KNOWN | _HARMLESS
+    return tuple(dict.fromkeys(name for name in schema.names if name not in known))
+
+
+def check(
+    columns: Mapping[str, Lists],
+    starts: npt.NDArray[np.int64],
+    real: npt.NDArray[np.bool_],
+    trained: npt.NDArray[np.bool_],
+    first: int,
+) -> None:
+    """Compare the columns of other tools in a few rows with what is trained. Raises `UnusableFile` where one asks for
+    something else.
+
+    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], has a label. first:
+    the number of the first row.
+    """
+    import numpy as np
+
+    for name, column in columns.items():
+        row = None
+        if name in _LENGTHS:
+            row = _first(column.lengths > 1)
+        elif name in _BOUNDS:
+            row = _first(column.lengths > 2)
+        elif not np.array_equal(column.lengths, np.diff(starts)):
+            # One value a row: a weight counts, anything else has nothing to tell apart in it.
+            row = _first(column.values != 1) if name in _WEIGHTS and _single(column) else None
+            if not _single(column):
+                raise UnusableFile(f"column {name!r} has lists of other lengths than input_ids", _fix(name))
+        elif name in _WEIGHTS:
+            inner = trained.copy()
+            inner[starts[:-1][np.diff(starts) > 0]] = False  # nothing predicts the first token
+            off = inner & (column.values != 1)
+            # Some tools keep it at the token that predicts.
+            if off.any() and (inner[1:] & (column.values[:-1] != 1)).any():
+                row = _row_of(off, starts)
+        else:
+            begins = np.repeat(starts[:-1], np.diff(starts))
+            expected = np.arange(real.size) - begins if name in _POSITIONS else column.values[begins]
+            row = _row_of(real & (column.values != expected), starts)
+        if row is not None:
+            raise UnusableFile(f"row {first + row}: {_meaning(name)}", _fix(name))
+
+
+def _meaning(name: str) -> str:
+    if name in _WEIGHTS:
+        return f"{name} is not 1 on all tokens that labels train, and sftd trains by labels alone"
+    return f"{name} says that the row holds several samples, which would see each other"
+
+
+def _fix(name: str) -> str:
+    return _MASK_LABELS if name in _WEIGHTS else _UNPACK
+
+
+def _single(column: Lists) -> bool:
+    return bool((column.lengths == 1).all())
+
+
+def _first(flags: npt.NDArray[np.bool_]) -> int | None:
+    return int(flags.argmax()) if flags.any() else None
+
+
+def _row_of(flags: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> int | None:
+    import numpy as np
+
+    token = _first(flags)
+    return None if token is None else int(np.searchsorted(starts, token, side="right")) - 1
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    tests = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return any(test(kind) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
