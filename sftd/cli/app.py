@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -77,6 +78,45 @@ def views_up_to_date(store: Store) -> None:
     if behind:
         with store.write() as tx:
             views.catch_up(tx)
+
+
+def pick(store: Store, text: str) -> str:
+    """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
+    from sftd.cli import output
+    from sftd.operations import naming
+
+    run_id, remark = naming.one(store, text)
+    if remark:
+        output.note(remark)
+    return run_id
+
+
+def pick_all(store: Store, texts: Iterable[str]) -> list[str]:
+    """The ids of the runs that a reading command shows; a sweep stands for its runs."""
+    from sftd.cli import output
+    from sftd.operations import naming
+
+    run_ids, remarks = naming.several(store, texts)
+    for remark in remarks:
+        output.note(remark)
+    return run_ids
+
+
+def change_each(store: Store, text: str, usable: Collection[str], change: Callable[[str], None]) -> None:
+    """Change the run that `text` means, or each run of a sweep whose status is in `usable`. A run of a sweep that cannot be
+    changed any more is only warned of."""
+    from sftd.cli import output
+    from sftd.domain.errors import Refused
+    from sftd.operations import naming
+
+    run_ids = naming.several_to_change(store, text, usable)
+    for run_id in run_ids:
+        try:
+            change(run_id)
+        except Refused as refused:
+            if len(run_ids) == 1:
+                raise
+            output.warn(str(refused))
 
 
 def lacks_daemon(settings: Settings) -> bool:

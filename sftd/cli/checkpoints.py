@@ -35,7 +35,7 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     from sftd.operations import checkpoints, reading
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, run)
+    found = reading.find_run(store, app.pick(store, run))
     rows = checkpoints.overview(store, found)
     if as_json:
         click.echo(
@@ -93,10 +93,11 @@ def gc_command(prefixes: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
       sftd gc --dry-run
       sftd gc brave-otter
     """
-    from sftd.operations import collecting
+    from sftd.operations import collecting, naming
 
     store = app.open_store(app.read_settings())
-    found = collecting.leftovers(store, app.context(), prefixes, dry_run=dry_run)
+    run_ids = [run_id for text in prefixes for run_id in naming.several_to_change(store, text)]
+    found = collecting.leftovers(store, app.context(), run_ids, dry_run=dry_run)
     if as_json:
         click.echo(output.json_line([_leftover_json(left) for left in found]))
         return

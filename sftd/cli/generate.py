@@ -51,7 +51,8 @@ def generate_command(
     from sftd.launcher.tools import run_tool
     from sftd.operations import checkpoints
 
-    found, checkpoint = checkpoints.find(app.open_store(app.read_settings()), run, step)
+    store = app.open_store(app.read_settings())
+    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]

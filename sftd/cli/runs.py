@@ -183,7 +183,7 @@ def show_command(run: str, as_json: bool) -> None:
     from sftd.operations import planning, reading
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, run)
+    found = reading.find_run(store, app.pick(store, run))
     ledger = reading.goodput(store, found.run_id, app.context().now())
     planned = planning.outcome(store, found, ledger)
     if as_json:

@@ -109,7 +109,7 @@ def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     from sftd.projections.mlflow_client import Tracking
 
     store = app.open_store(settings)
-    found = [reading.find_run(store, run).run_id for run in runs]
+    found = app.pick_all(store, runs)
     newest = [row.run_id for row in reading.list_runs(store, limit=1)]
     wanted = found or newest
     if not wanted:

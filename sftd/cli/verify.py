@@ -81,7 +81,7 @@ def verify_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    chosen = replays.plan(store, run, from_step, to_step, host=processes.host_name())
+    chosen = replays.plan(store, app.pick(store, run), from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)

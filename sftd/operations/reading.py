@@ -13,7 +13,8 @@ from sftd.domain.run import Run
 from sftd.store import event_store
 from sftd.store.engine import Store
 from sftd.store.goodput import read_ledger
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import load_run
 from sftd.store.tables import view_runs
 
 
