@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
     "plan": ("plan", "Say what a run will take: memory, time, disk, and the best layout."),
     "submit": ("submit", "Queue a run."),
-    "ls": ("runs", "List runs."),
+    "ls": ("ls", "List runs."),
     "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
     "watch": ("watch", "A live board of the queue, the devices and the runs, or of one run."),
     "compare": ("compare", "Hold runs against each other: what differs, and what came of it."),

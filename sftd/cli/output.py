@@ -80,6 +80,19 @@ def duration(seconds: float | None) -> str:
     return f"{days}d{hours:02d}h"
 
 
+def age(micros: int) -> str:
+    """µs → the largest unit alone: `45s`, `12m`, `3h`, `4d`, `7w`. A time to come is `0s`."""
+    seconds = max(0, micros) // 1_000_000
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h"
+    # 9 days, not one week; 2 weeks, not 14 days.
+    return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
+
+
 def size(count: int) -> str:
     """Bytes → `1.6 GB`."""
     value = float(count)
@@ -101,6 +114,11 @@ def loss(value: float | str | None) -> str:
 def number(text: str | None) -> float | str | None:
     """A number of a view, which stands there as text. One that is not finite stays a text: JSON has no other way."""
     return float(text) if text is not None and text[-1].isdigit() else text
+
+
+def compact(value: Any) -> str:
+    """A setting's value as a person writes it: `1e-05`, `true`, `[1,2]`."""
+    return msgspec.json.encode(value).decode() if not isinstance(value, float) else f"{value:g}"
 
 
 def changes(changed: dict[str, Any]) -> list[str]:
