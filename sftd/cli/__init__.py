@@ -77,6 +77,12 @@ def _is_completing() -> bool:
 class _Group(click.Group):
     """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        from sftd.cli.border import guarded
+
+        with guarded():
+            return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout, and no warnings.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
-    "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and queue nothing; print the resolved spec, as JSON where stdout is not a terminal.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
 def fork_command(
@@ -66,7 +68,7 @@ def fork_command(
     if dry_run:
         # What would be refused is; nothing comes of it.
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
-        print_dry_run(spec, warnings, quiet)
+        print_dry_run(spec, found, warnings, quiet=quiet, as_json=as_json)
         return
     run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
     said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"

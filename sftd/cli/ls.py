@@ -76,7 +76,7 @@ def ls_command(
         rows = sorted(rows, key=SORTS[sort])[:limit]
     if as_json:
         # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
-        click.echo(msgspec.json.encode([row_json(row) for row in rows]).decode())
+        click.echo(output.json_text(msgspec.json.encode([row_json(row) for row in rows])))
     elif not rows and (count := reading.count_runs(store)):
         click.echo(
             f"No runs with these filters; there {'are' if count > 1 else 'is'} {count:,} without them."

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.printable import escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,13 +36,13 @@ STATUS_STYLE = {
 
 def console(*, stderr: bool = False) -> Console:
     """A console for people."""
-    from rich.console import Console
+    from sftd.cli import border
 
     stream = sys.stderr if stderr else sys.stdout
     if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
         # Where the locale has no bars and arrows, question marks are better than no answer.
         stream.reconfigure(errors="replace")
-    return Console(stderr=stderr, highlight=False)
+    return border.console(stderr=stderr)
 
 
 def status_text(status: str) -> Text:
@@ -132,10 +133,15 @@ def changes(changed: dict[str, Any]) -> list[str]:
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON; a number that is not finite by its name."""
+    """A value as one line of JSON that does nothing to a terminal; a number that is not finite by its name."""
     from sftd.domain.codec import finite
 
-    return msgspec.json.encode(finite(value)).decode()
+    return json_text(msgspec.json.encode(finite(value)))
+
+
+def json_text(encoded: bytes) -> str:
+    """JSON that does nothing to a terminal, with the same values."""
+    return escaped(encoded.decode())
 
 
 def print_error(error: SftdError) -> None:
@@ -143,18 +149,16 @@ def print_error(error: SftdError) -> None:
     out = console(stderr=True)
     if isinstance(error, Refused):
         count = len(error.problems)
-        out.print(f"[bold red]refused[/]: {count} problem{'s' if count != 1 else ''}; nothing was written")
+        first = "[bold red]refused[/]: "
+        if count != 1:
+            out.print(f"{first}{count} problems; nothing was written")
+            first = "  "
         for problem in error.problems:
-            out.print(f"  [bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
+            out.print(f"{first}[bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
             if problem.fix:
                 out.print(f"    fix: {escape(problem.fix)}", soft_wrap=True)
     else:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """A text of one line that can do nothing to a terminal, whoever wrote it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split(" "))
 
 
 def escape(text: str) -> str:

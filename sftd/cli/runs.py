@@ -80,10 +80,11 @@ def show_command(run: str, as_json: bool) -> None:
     import msgspec
 
     from sftd.cli.plan_view import outcome_facts
-    from sftd.operations import planning, reading
+    from sftd.operations import naming, planning, reading
 
     store = app.open_store(app.read_settings())
-    if rows := reading.list_runs(store, reading.Filter(sweep=run)):
+    if naming.is_sweep(store, run):
+        rows = reading.list_runs(store, reading.Filter(sweep=run))
         _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
         return
     found = reading.find_run(store, app.pick(store, run))

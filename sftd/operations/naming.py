@@ -32,6 +32,12 @@ def _newest(text: str, found: list[Match]) -> tuple[str, str]:
     return found[0].run_id, ""
 
 
+def is_sweep(store: Store, text: str) -> bool:
+    """Whether `text` means the runs of a sweep. Raises `RunNotFound`."""
+    with store.read() as connection:
+        return matches(connection, text)[0].by == "sweep"
+
+
 def several(store: Store, texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """The ids of the runs that a reading command shows, in order, and remarks. A sweep stands for those of its runs that are
     not named before it. Raises as `one` does for what is not a sweep."""

@@ -38,7 +38,9 @@ def matches(connection: sa.Connection, text: str) -> list[Match]:
         ("prefix", begins),
     )
     found: dict[str, Match] = {}
-    for by, condition in searches if text else ():
+    # Bytes that are not UTF-8 are in an argument as halves of characters, which no database takes.
+    is_text = text == text.encode(errors="ignore").decode() != ""
+    for by, condition in searches if is_text else ():
         order = (c.submitted_at, c.run_id) if by == "sweep" else (c.submitted_at.desc(), c.run_id)
         for run_id, status in connection.execute(
             sa.select(c.run_id, c.status).where(condition).order_by(*order)

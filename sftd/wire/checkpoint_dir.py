@@ -118,7 +118,7 @@ def saved(path: Path) -> Saved:
     """How the checkpoint in `path` was saved, unverified; empty when its manifest cannot be read."""
     try:
         return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Saved)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError, msgspec.MsgspecError):
         return Saved()
 
 
