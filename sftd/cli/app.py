@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd import settings as settings_module
+from sftd.domain.errors import HomeUnusable
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,17 +39,29 @@ def context() -> Context:
 
 
 def make_home(settings: Settings) -> None:
-    """Make `SFTD_HOME`, mode 0700."""
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Make `SFTD_HOME`, mode 0700. Raises `HomeUnusable`."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        what = f"SFTD_HOME={settings.home} cannot be made: {error.strerror}"
+        raise HomeUnusable(f"{what}\n    fix: set SFTD_HOME to a folder in which you may write") from None
 
 
 def open_store(settings: Settings) -> Store:
     """Open the database. An embedded SQLite database is made and upgraded on the way; a server's tables are only ever
-    changed by `sftd init`. Raises `DatabaseNotReady` or `DatabaseUnreachable`."""
+    changed by `sftd init`. A home that does not exist is not made: `make_home` is for commands that write.
+
+    Raises `DatabaseNotReady`, `DatabaseUnreachable` or `HomeUnusable`.
+    """
     from sftd.projections import views
     from sftd.store.engine import Store, open_engine
     from sftd.store.tables import SCHEMA_REVISION
 
+    file = settings.home / "sftd.db"
+    if settings.database_url == f"sqlite:///{file}" and not settings.home.exists():
+        what = f"There is nothing at {settings.home}: this folder (SFTD_HOME) does not exist"
+        fix = "check SFTD_HOME; `sftd init`, `sftd submit` and `sftd demo` make it"
+        raise HomeUnusable(f"{what}\n    fix: {fix}")
     engine = open_engine(settings.database_url)
     store = Store(engine, before_commit=(views.catch_up,))
     try:
