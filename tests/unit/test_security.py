@@ -114,6 +114,14 @@ def test_the_trainer_knows_no_passwords_of_ours() -> None:
     assert given["PATH"] == "/bin"
 
 
+def test_gpus_are_numbered_as_nvml_does() -> None:
+    """CUDA's own order puts the fastest first: with unlike GPUs a run would get others than those that it was given."""
+    given = environment(
+        {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, token="t", device="cuda", threads=1, devices=["cuda:2"]
+    )
+    assert (given["CUDA_DEVICE_ORDER"], given["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "2")
+
+
 def test_ranks_meet_on_the_loopback_device_unless_told_otherwise(tmp_path: Path) -> None:
     """`test_cancel_checkpoints_and_resume_goes_on` sees that they do."""
     argv = torchrun_argv(Spec(), AttemptDir(tmp_path))
