@@ -47,6 +47,19 @@ def make_home(settings: Settings) -> None:
         raise HomeUnusable(f"{what}\n    fix: set SFTD_HOME to a folder in which you may write") from None
 
 
+def need_home(settings: Settings) -> None:
+    """See that `SFTD_HOME` is there: a command that only reads does not make it. Raises `HomeUnusable`."""
+    if not settings.home.exists():
+        what = f"There is nothing at {settings.home}"
+        if "SFTD_HOME" in os.environ:
+            raise HomeUnusable(
+                f"{what}: this folder does not exist\n    fix: correct SFTD_HOME, or make it: `sftd init`"
+            )
+        raise HomeUnusable(
+            f"{what} yet\n    fix: `sftd submit CONFIG` queues a first run; `sftd demo` shows all of it"
+        )
+
+
 def open_store(settings: Settings) -> Store:
     """Open the database. An embedded SQLite database is made and upgraded on the way; a server's tables are only ever
     changed by `sftd init`. A home that does not exist is not made: `make_home` is for commands that write.
@@ -57,11 +70,9 @@ def open_store(settings: Settings) -> Store:
     from sftd.store.engine import Store, open_engine
     from sftd.store.tables import SCHEMA_REVISION
 
-    file = settings.home / "sftd.db"
-    if settings.database_url == f"sqlite:///{file}" and not settings.home.exists():
-        what = f"There is nothing at {settings.home}: this folder (SFTD_HOME) does not exist"
-        fix = "check SFTD_HOME; `sftd init`, `sftd submit` and `sftd demo` make it"
-        raise HomeUnusable(f"{what}\n    fix: {fix}")
+    file = settings_module.sqlite_file(settings.database_url)
+    if file is not None and file.parent == settings.home:
+        need_home(settings)
     engine = open_engine(settings.database_url)
     store = Store(engine, before_commit=(views.catch_up,))
     try:

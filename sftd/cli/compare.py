@@ -60,6 +60,8 @@ def compare_command(
     if len(run_ids) < 2:
         fix = "name two runs or more, or a sweep"
         raise Refused(Problem("RUN", f"{runs[0]} alone is compared with nothing", fix))
+    if page is not None:
+        output.need_folder("--html", page)
     found = comparisons.compare(
         store, run_ids, app.context().now(), settings.device_price if price is None else price
     )

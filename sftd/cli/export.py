@@ -42,6 +42,7 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     path = os.path.abspath(directory)
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
+    output.need_folder("DIR", path)
     # What would be refused is refused before the work.
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
     with order_file(found, checkpoint) as order:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -159,6 +161,16 @@ def print_error(error: SftdError) -> None:
                 out.print(f"    fix: {escape(problem.fix)}", soft_wrap=True)
     else:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
+
+
+def need_folder(where: str, path: str) -> None:
+    """See, before the work, that what is to be written to `path` has a folder to be in. Raises `Refused`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise Refused(Problem(where, f"{folder} {what}", f"make it: mkdir -p {shlex.quote(folder)}"))
+    if not os.access(folder, os.W_OK):
+        raise Refused(Problem(where, f"{folder} is not writable", "give a folder in which you may write"))
 
 
 def escape(text: str) -> str:

@@ -103,6 +103,9 @@ def prepare_command(
         raise click.UsageError(
             "--val-out belongs together with one of --val-fraction, --val-rows and --val-split."
         )
+    output.need_folder("--out", out)
+    if options["val_out"] is not None:
+        output.need_folder("--val-out", options["val_out"])
     arguments = [*sources, "--model", model, "--out", out]
     for name in _PASSED:
         if options[name] is not None:

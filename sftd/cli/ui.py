@@ -46,7 +46,7 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     from sftd.projections.mlflow_server import ui_command as server_command
 
     settings = app.read_settings()
-    app.make_home(settings)
+    app.need_home(settings)
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     if command is None:
         address = without_credentials(settings.mlflow_tracking_uri)

@@ -21,7 +21,7 @@ from sftd.store.runs import is_taken
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
 
-# Of 2^28 ids: where ten thousand are taken, one sweep of a thousand in thirty draws one of them.
+# Of 2^32 ids: where ten thousand are taken, one sweep of a thousand in four hundred draws one of them.
 _DRAWS = 10
 
 
