@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
     "plan": ("plan", "Say what a run will take: memory, time, disk, and the best layout."),
     "submit": ("submit", "Queue a run."),
-    "ls": ("runs", "List runs."),
+    "ls": ("ls", "List runs."),
     "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
     "watch": ("watch", "A live board of the queue, the devices and the runs, or of one run."),
     "compare": ("compare", "Hold runs against each other: what differs, and what came of it."),
@@ -55,6 +55,47 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "db": ("db", "Check a database, back it up, restore or copy it."),
 }
 
+_LS_SHOW = "`sftd ls` lists runs, `sftd show RUN` shows one, `sftd queue` shows what waits."
+_SUBMIT = "`sftd submit CONFIG` queues a run, `sftd daemon --detach` starts the daemon that trains it."
+_REMOVE = "`sftd rm RUN` removes a run and its files, `sftd gc` deletes checkpoints that no rule keeps, `sftd cancel RUN` ends a run."
+_NAMES = "A run keeps its name, trainer.experiment_name; `sftd fork RUN trainer.experiment_name=NAME` starts one of another name."
+# A misspelt command is this near to the right one; another word is further away.
+_NEAR = 0.75
+# What people try, and what does it here. Without this the nearest command by letters could do something else.
+HINTS: dict[str, str] = {
+    "stop": "`sftd pause RUN` stops a run so that it can continue, `sftd cancel RUN` ends it; `sftd daemon --stop` ends the daemon.",
+    "kill": "`sftd cancel RUN --now` kills a run; without --now it saves a checkpoint first.",
+    "abort": "`sftd cancel RUN` ends a run, with --now at once.",
+    "continue": "`sftd resume RUN` continues a run.",
+    "restart": "`sftd resume RUN` continues a run, `sftd resume RUN --from-step 0` trains it from the beginning.",
+    "status": _LS_SHOW,
+    "ps": _LS_SHOW,
+    "list": _LS_SHOW,
+    "runs": _LS_SHOW,
+    "info": _LS_SHOW,
+    "find": "`sftd ls PATTERN` finds runs by id, name or sweep.",
+    "search": "`sftd ls PATTERN` finds runs by id, name or sweep.",
+    "run": _SUBMIT,
+    "train": _SUBMIT,
+    "start": _SUBMIT,
+    "launch": _SUBMIT,
+    "delete": _REMOVE,
+    "remove": _REMOVE,
+    "del": _REMOVE,
+    "rm": _REMOVE,
+    "clean": _REMOVE,
+    "rename": _NAMES,
+    "name": _NAMES,
+    "tag": _NAMES,
+    "log": "`sftd logs RUN` prints what a run's ranks wrote, `sftd events RUN` its events.",
+    "tail": "`sftd logs -f RUN` follows what a run's ranks write.",
+    "diff": "`sftd compare RUN RUN` shows what differs.",
+    "sweep": "`sftd submit CONFIG --grid KEY=VALUE,VALUE` queues a sweep, `sftd show SWEEP` ranks its runs.",
+    "tokenize": "`sftd prepare` turns chats into tokenised Parquet.",
+    "chat": "`sftd generate RUN -p PROMPT` answers a prompt.",
+    "version": "`sftd --version` prints the version.",
+}
+
 
 _RESTORE = ". Stop the daemon and put a backup in its place: `sftd db restore FILE`"
 
@@ -82,6 +123,12 @@ def _is_completing() -> bool:
 class _Group(click.Group):
     """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        from sftd.cli.border import guarded
+
+        with guarded():
+            return super().main(*args, **kwargs)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -99,12 +146,18 @@ class _Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[:1] == ["help"]:
+            if not args[1:]:
+                click.echo(ctx.get_help())
+                ctx.exit()
+            args = [*args[1:], "--help"]
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             import difflib
 
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean `sftd {near[0]}`?" if near else ""
-            raise click.UsageError(f"There is no command `{args[0]}`.{hint}", ctx)
+            hint = HINTS.get(args[0].lower(), "")
+            if not hint and (near := difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=_NEAR)):
+                hint = f"Did you mean `sftd {near[0]}`?"
+            raise click.UsageError(f"There is no command `{args[0]}`. {hint}".rstrip(), ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -162,6 +215,8 @@ def main() -> None:
       sftd daemon --detach          start the daemon
       sftd submit run.yaml -q       queue a run, print its id
       sftd ls                       what became of it
+
+    `sftd help COMMAND` explains a command, with examples.
 
     Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from sftd.cli import app
+from sftd.cli import app, output
 
 
 @click.command("init")
@@ -66,4 +66,4 @@ def dump() -> None:
 
     with app.open_store(app.read_settings()).read() as connection:
         for line in views.dump(connection):
-            click.echo(line, nl=False)
+            click.echo(output.json_text(line), nl=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 import click
 
 from sftd import settings as settings_module
+from sftd.domain.errors import HomeUnusable
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
@@ -38,17 +40,40 @@ def context() -> Context:
 
 
 def make_home(settings: Settings) -> None:
-    """Make `SFTD_HOME`, mode 0700."""
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Make `SFTD_HOME`, mode 0700. Raises `HomeUnusable`."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        what = f"SFTD_HOME={settings.home} cannot be made: {error.strerror}"
+        raise HomeUnusable(f"{what}\n    fix: set SFTD_HOME to a folder in which you may write") from None
+
+
+def need_home(settings: Settings) -> None:
+    """See that `SFTD_HOME` is there: a command that only reads does not make it. Raises `HomeUnusable`."""
+    if not settings.home.exists():
+        what = f"There is nothing at {settings.home}"
+        if "SFTD_HOME" in os.environ:
+            raise HomeUnusable(
+                f"{what}: this folder does not exist\n    fix: correct SFTD_HOME, or make it: `sftd init`"
+            )
+        raise HomeUnusable(
+            f"{what} yet\n    fix: `sftd submit CONFIG` queues a first run; `sftd demo` shows all of it"
+        )
 
 
 def open_store(settings: Settings) -> Store:
     """Open the database. An embedded SQLite database is made and upgraded on the way; a server's tables are only ever
-    changed by `sftd init`. Raises `DatabaseNotReady` or `DatabaseUnreachable`."""
+    changed by `sftd init`. A home that does not exist is not made: `make_home` is for commands that write.
+
+    Raises `DatabaseNotReady`, `DatabaseUnreachable` or `HomeUnusable`.
+    """
     from sftd.projections import views
     from sftd.store.engine import Store, open_engine
     from sftd.store.tables import SCHEMA_REVISION
 
+    file = settings_module.sqlite_file(settings.database_url)
+    if file is not None and file.parent == settings.home:
+        need_home(settings)
     engine = open_engine(settings.database_url)
     store = Store(engine, before_commit=(views.catch_up,))
     try:
@@ -102,6 +127,45 @@ def confirm(question: str) -> None:
         raise click.UsageError("Nobody can be asked here: give --yes to delete without asking.")
     if not click.confirm(question, err=True):
         raise SystemExit("Nothing was deleted.")
+
+
+def pick(store: Store, text: str) -> str:
+    """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
+    from sftd.cli import output
+    from sftd.operations import naming
+
+    run_id, remark = naming.one(store, text)
+    if remark:
+        output.note(remark)
+    return run_id
+
+
+def pick_all(store: Store, texts: Iterable[str]) -> list[str]:
+    """The ids of the runs that a reading command shows; a sweep stands for its runs."""
+    from sftd.cli import output
+    from sftd.operations import naming
+
+    run_ids, remarks = naming.several(store, texts)
+    for remark in remarks:
+        output.note(remark)
+    return run_ids
+
+
+def change_each(store: Store, text: str, usable: Collection[str], change: Callable[[str], None]) -> None:
+    """Change the run that `text` means, or each run of a sweep whose status is in `usable`. A run of a sweep that cannot be
+    changed any more is only warned of."""
+    from sftd.cli import output
+    from sftd.domain.errors import Refused
+    from sftd.operations import naming
+
+    run_ids = naming.several_to_change(store, text, usable)
+    for run_id in run_ids:
+        try:
+            change(run_id)
+        except Refused as refused:
+            if len(run_ids) == 1:
+                raise
+            output.warn(str(refused))
 
 
 def lacks_daemon(settings: Settings) -> bool:

@@ -36,7 +36,7 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     from sftd.operations import checkpoints, reading
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, run)
+    found = reading.find_run(store, app.pick(store, run))
     rows = checkpoints.overview(store, found)
     if as_json:
         click.echo(
@@ -111,17 +111,18 @@ def gc_command(
       sftd gc brave-otter
       sftd gc --run brave-otter --all
     """
-    from sftd.operations import collecting
+    from sftd.operations import collecting, naming
 
-    prefixes = (*prefixes, *runs)
-    if everything and not prefixes:
+    texts = (*prefixes, *runs)
+    if everything and not texts:
         raise click.UsageError("--all deletes the checkpoints of runs that you name: give RUN.")
     settings = app.read_settings()
     store, context = app.open_store(settings), app.context()
+    run_ids = [run_id for text in texts for run_id in naming.several_to_change(store, text)]
 
     def collect(*, dry_run: bool) -> list[Leftover]:
         return collecting.leftovers(
-            store, context, prefixes, dry_run=dry_run, home=settings.home, everything=everything
+            store, context, run_ids, dry_run=dry_run, home=settings.home, everything=everything
         )
 
     if everything and not (dry_run or yes):

@@ -26,7 +26,7 @@ _POINTS = 500
 
 
 @click.command("compare")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN [RUN]...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN|SWEEP [RUN|SWEEP]...")
 @click.option("--log", "is_log", is_flag=True, help="Plot the loss on a logarithmic scale.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), help="Write a page with plots to this file.")
 @click.option(
@@ -42,23 +42,28 @@ def compare_command(
     it cost, with their losses in one plot.
 
     The first run is the one that the others are compared with. A fork's curve begins with its parent's. Runs may go on
-    meanwhile; unique prefixes of ids are enough.
+    meanwhile. A sweep stands for all its runs.
 
     \b
     Example:
       sftd compare brave-otter calm-fox
+      sftd compare sweep-3aea38
       sftd compare brave calm eager --html compare.html
       sftd compare brave calm --json | jq '.partings[0].bits.loss'
     """
     from sftd.domain.errors import Problem, Refused
     from sftd.operations import comparisons
 
-    if len(runs) < 2:
-        raise Refused(Problem("RUN", f"{runs[0]} alone is compared with nothing", "name two runs or more"))
     settings = app.read_settings()
-    now = app.context().now()
+    store = app.open_store(settings)
+    run_ids = app.pick_all(store, runs)
+    if len(run_ids) < 2:
+        fix = "name two runs or more, or a sweep"
+        raise Refused(Problem("RUN", f"{runs[0]} alone is compared with nothing", fix))
+    if page is not None:
+        output.need_folder("--html", page)
     found = comparisons.compare(
-        app.open_store(settings), runs, now, settings.device_price if price is None else price
+        store, run_ids, app.context().now(), settings.device_price if price is None else price
     )
     if page is not None:
         from sftd.cli.compare_page import render

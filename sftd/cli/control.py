@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app, output
+
+if TYPE_CHECKING:
+    from sftd.operations.runs import Ending
 
 
 @click.command("resume")
@@ -31,12 +35,14 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
     from sftd.domain import decisions, trajectory
+    from sftd.domain.run import ENDED
     from sftd.launcher.processes import host_name
-    from sftd.operations import model_files, reading, runs
+    from sftd.operations import model_files, naming, reading, runs
     from sftd.wire import preflight, specfile
 
     settings = app.read_settings()
     store = app.open_store(settings)
+    run = naming.one_to_change(store, run, {"retrying", "paused", *ENDED})
     new, instead = None, ""
     now = reading.find_run(store, run)
     decisions.refuse_busy(now)
@@ -70,29 +76,38 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
 @click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
 def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
-    """End RUN: at the next step boundary, after a checkpoint. `sftd resume` can take it up again. Runs that wait for its
-    success (`sftd submit --after`) are cancelled with it, and named.
+    """End RUN, or all runs of a sweep: at the next step boundary, after a checkpoint. `sftd resume` continues a run. Runs that
+    wait for its success (`sftd submit --after`) are cancelled with it, and named.
 
     \b
     Example:
       sftd cancel brave-otter --reason "wrong data"
       sftd cancel brave-otter --now         kill it: steps since the last checkpoint are lost
       sftd cancel brave-otter --abandon     after its host was renamed or rebuilt
+      sftd cancel sweep-3aea38
     """
+    from sftd.domain.run import ACTIVE, HALTED, WAITING
     from sftd.operations import runs
 
     store = app.open_store(app.read_settings())
-    if abandon:
-        ending = runs.abandon(store, app.context(), run, app.user_name())
-        what = "is given up; make sure that nothing of it still runs"
-    else:
-        ending = runs.cancel(store, app.context(), run, app.user_name(), reason, now=now)
+
+    def end(run_id: str) -> None:
+        if abandon:
+            ending = runs.abandon(store, app.context(), run_id, app.user_name())
+            _print_ending(ending, "is given up; make sure that nothing of it still runs")
+            return
+        ending = runs.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
         if ending.run.status == "cancelled":
-            what = "is cancelled"
+            _print_ending(ending, "is cancelled")
         elif ending.run.stop_now:
-            what = "is being killed"
+            _print_ending(ending, "is being killed")
         else:
-            what = "will checkpoint at its next step and stop"
+            _print_ending(ending, "will checkpoint at its next step and stop")
+
+    app.change_each(store, run, ACTIVE | WAITING | HALTED, end)
+
+
+def _print_ending(ending: Ending, what: str) -> None:
     out = output.console()
     out.print(f"[bold]{ending.run.run_id}[/] {what}", soft_wrap=True)
     for dependent in ending.dependents:

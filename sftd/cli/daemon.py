@@ -63,7 +63,10 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: s
 
         click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
         return
-    app.make_home(settings)
+    if tell or stop_it:
+        app.need_home(settings)
+    else:
+        app.make_home(settings)
     holder = lock.holder(settings.daemon_lock)
     if tell:
         click.echo(f"a daemon runs, pid {holder}" if holder else "no daemon runs")

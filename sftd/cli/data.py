@@ -48,7 +48,8 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
         raise click.UsageError("Give either --step or --row.")
     if text and step is None:
         raise click.UsageError("--text needs --step.")
-    story = replays.chapters(app.open_store(app.read_settings()), run)
+    store = app.open_store(app.read_settings())
+    story = replays.chapters(store, app.pick(store, run))
     if step is not None:
         answer = _of_step(story, step, text=text)
     else:

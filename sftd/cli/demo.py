@@ -261,7 +261,7 @@ def report(
     crash: bool,
 ) -> int:
     """Losses, answers, redone steps, `sftd ls`, and where to look further. Returns the exit code."""
-    from sftd.cli.runs import runs_table
+    from sftd.cli.run_table import runs_table
     from sftd.operations import reading
 
     run = reading.find_run(store, run_id)
@@ -277,7 +277,9 @@ def report(
         for text in lines:
             out.print(text, soft_wrap=True)
     click.echo()
-    for line in runs_table(reading.list_runs(store, limit=5), output.width(), colour=output.is_terminal()):
+    for line in runs_table(
+        reading.list_runs(store, limit=5), app.context().now(), output.width(), colour=output.is_terminal()
+    ):
         click.echo(line)
     click.echo()
     home = "" if "SFTD_HOME" not in os.environ else f"export SFTD_HOME={settings.home}\n"

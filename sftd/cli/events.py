@@ -153,13 +153,12 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
     """
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.events import EVENT_TYPES
-    from sftd.operations import reading
 
     for name in types:
         if name not in EVENT_TYPES:
             raise Refused(Problem("--type", f"no event is called {name}", "one of " + ", ".join(EVENT_TYPES)))
     store = app.open_store(app.read_settings())
-    run_id = reading.find_run(store, run).run_id
+    run_id = app.pick(store, run)
     version = 0
     while True:
         # Asked first: an event that comes after the end of the run is then read by this round.

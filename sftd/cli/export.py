@@ -38,10 +38,11 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found, checkpoint = checkpoints.find(store, run, step)
+    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
     path = os.path.abspath(directory)
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
+    output.need_folder("DIR", path)
     # What would be refused is refused before the work.
     model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None

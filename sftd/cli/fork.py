@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @click.option("-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout, and no warnings.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
-    "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and queue nothing; print the resolved spec, as JSON where stdout is not a terminal.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
 def fork_command(
@@ -57,12 +59,12 @@ def fork_command(
     from sftd.cli.submit import announce, print_dry_run
     from sftd.domain import decisions, trajectory
     from sftd.domain.errors import Problem
-    from sftd.operations import forks, runs
+    from sftd.operations import forks, naming, runs
     from sftd.wire import preflight, specfile
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    parent, point = forks.find(store, run, from_step)
+    parent, point = forks.find(store, naming.one_to_change(store, run), from_step)
     spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
     found = forks.inspect(store, parent, point, spec, settings.home, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
@@ -72,7 +74,7 @@ def fork_command(
     if dry_run:
         # What would be refused is; nothing comes of it.
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
-        print_dry_run(spec, warnings, quiet)
+        print_dry_run(spec, found, warnings, quiet=quiet, as_json=as_json)
         return
     run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
     said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
@@ -81,9 +83,9 @@ def fork_command(
 
 @click.command("lineage")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print the tree as nested JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print each tree as a line of nested JSON.")
 def lineage_command(run: str, as_json: bool) -> None:
-    """Draw the tree of forks that RUN belongs to, from the oldest ancestor on.
+    """Draw the tree of forks that RUN belongs to, from the oldest ancestor on; of a sweep, the tree of each of its runs.
 
     \b
     Example:
@@ -91,12 +93,18 @@ def lineage_command(run: str, as_json: bool) -> None:
     """
     from sftd.operations import forks
 
-    run_id, root = forks.lineage(app.open_store(app.read_settings()), run)
-    if as_json:
-        click.echo(output.json_line(_member_json(root, run_id)))
-        return
-    for line in _tree(root, run_id, "", ""):
-        click.echo(line)
+    store = app.open_store(app.read_settings())
+    # Runs of a sweep may be in one tree.
+    trees = {}
+    for run_id in app.pick_all(store, [run]):
+        _, root = forks.lineage(store, run_id)
+        trees.setdefault(root.run_id, (run_id, root))
+    for run_id, root in trees.values():
+        if as_json:
+            click.echo(output.json_line(_member_json(root, run_id)))
+            continue
+        for line in _tree(root, run_id, "", ""):
+            click.echo(line)
 
 
 def _member_json(member: Member, asked: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def generate_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found, checkpoint = checkpoints.find(store, run, step)
+    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]

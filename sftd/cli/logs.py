@@ -57,7 +57,7 @@ def logs_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found = reading.find_run(store, run)
+    found = reading.find_run(store, app.pick(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
         what = f"{found.run_id} has made {found.attempt} attempts"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))

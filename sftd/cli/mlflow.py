@@ -50,7 +50,7 @@ def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
 
     settings, store = _opened()
     tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-    wanted = mlflow_check.versions(store, _found(store, runs))
+    wanted = mlflow_check.versions(store, app.pick_all(store, runs))
     checked = (mlflow_check.check(store, tracking, prefix, *run) for run in wanted.items())
     _tell(checked, len(wanted), as_json)
 
@@ -75,10 +75,11 @@ def rebuild(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
       sftd mlflow rebuild
       sftd mlflow rebuild brave-otter --prefix 'again/'
     """
+    from sftd.operations import naming
     from sftd.projections import mlflow_check
 
     settings, store = _opened()
-    found = _found(store, runs)
+    found = [run_id for run in runs for run_id in naming.several_to_change(store, run)]
     total = len(mlflow_check.versions(store, found))
     uri, artifacts = settings.mlflow_tracking_uri, settings.mlflow_artifacts
     _tell(mlflow_check.rebuild(store, uri, artifacts, prefix, found), total, as_json)
@@ -100,10 +101,10 @@ def register(run: str, name: str, step: int | None) -> None:
       sftd export brave-otter ./my-model
       sftd mlflow register brave-otter support
     """
-    from sftd.operations import checkpoints, reading
+    from sftd.operations import checkpoints, naming
 
     settings, store = _opened()
-    run_id = reading.find_run(store, run).run_id
+    run_id = naming.one_to_change(store, run)
     exports = [x for x in checkpoints.exports(store, run_id) if step in (None, x.step)]
     if not exports:
         what = f"{run_id} has no export" + (f" of step {step}" if step is not None else "")
@@ -179,12 +180,6 @@ def _opened() -> tuple[Settings, Store]:
     settings = app.read_settings()
     _needs_mlflow(settings)
     return settings, app.open_store(settings)
-
-
-def _found(store: Store, runs: Iterable[str]) -> list[str]:
-    from sftd.operations import reading
-
-    return [reading.find_run(store, run).run_id for run in runs]
 
 
 def _tell(checked: Iterable[Checked], total: int, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,6 +14,7 @@ import click
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.printable import escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,13 +38,13 @@ STATUS_STYLE = {
 
 def console(*, stderr: bool = False) -> Console:
     """A console for people."""
-    from rich.console import Console
+    from sftd.cli import border
 
     stream = sys.stderr if stderr else sys.stdout
     if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
         # Where the locale has no bars and arrows, question marks are better than no answer.
         stream.reconfigure(errors="replace")
-    return Console(stderr=stderr, highlight=False)
+    return border.console(stderr=stderr)
 
 
 def status_text(status: str) -> Text:
@@ -82,6 +85,19 @@ def duration(seconds: float | None) -> str:
     return f"{days}d{hours:02d}h"
 
 
+def age(micros: int) -> str:
+    """µs → the largest unit alone: `45s`, `12m`, `3h`, `4d`, `7w`. A time to come is `0s`."""
+    seconds = max(0, micros) // 1_000_000
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h"
+    # 9 days, not one week; 2 weeks, not 14 days.
+    return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
+
+
 def size(count: int) -> str:
     """Bytes → `1.6 GB`."""
     value = float(count)
@@ -109,6 +125,11 @@ def number(text: str | None) -> float | str | None:
     return float(text) if text is not None and text[-1].isdigit() else text
 
 
+def compact(value: Any) -> str:
+    """A setting's value as a person writes it: `1e-05`, `true`, `[1,2]`."""
+    return msgspec.json.encode(value).decode() if not isinstance(value, float) else f"{value:g}"
+
+
 def changes(changed: dict[str, Any]) -> list[str]:
     """Changes of a spec, key → [before, after], a line each."""
     import json
@@ -120,10 +141,15 @@ def changes(changed: dict[str, Any]) -> list[str]:
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON; a number that is not finite by its name."""
+    """A value as one line of JSON that does nothing to a terminal; a number that is not finite by its name."""
     from sftd.domain.codec import finite
 
-    return msgspec.json.encode(finite(value)).decode()
+    return json_text(msgspec.json.encode(finite(value)))
+
+
+def json_text(encoded: bytes) -> str:
+    """JSON that does nothing to a terminal, with the same values."""
+    return escaped(encoded.decode())
 
 
 def print_error(error: SftdError) -> None:
@@ -131,18 +157,26 @@ def print_error(error: SftdError) -> None:
     out = console(stderr=True)
     if isinstance(error, Refused):
         count = len(error.problems)
-        out.print(f"[bold red]refused[/]: {count} problem{'s' if count != 1 else ''}; nothing was written")
+        first = "[bold red]refused[/]: "
+        if count != 1:
+            out.print(f"{first}{count} problems; nothing was written")
+            first = "  "
         for problem in error.problems:
-            out.print(f"  [bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
+            out.print(f"{first}[bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
             if problem.fix:
                 out.print(f"    fix: {escape(problem.fix)}", soft_wrap=True)
     else:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """A text of one line that can do nothing to a terminal, whoever wrote it."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split(" "))
+def need_folder(where: str, path: str) -> None:
+    """See, before the work, that what is to be written to `path` has a folder to be in. Raises `Refused`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise Refused(Problem(where, f"{folder} {what}", f"make it: mkdir -p {shlex.quote(folder)}"))
+    if not os.access(folder, os.W_OK):
+        raise Refused(Problem(where, f"{folder} is not writable", "give a folder in which you may write"))
 
 
 def escape(text: str) -> str:

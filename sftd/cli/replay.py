@@ -46,7 +46,8 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
 
     context = app.context()
     moment = parse_moment(until, context.now()) if until is not None else None
-    story = replays.chapters(app.open_store(app.read_settings()), run)
+    store = app.open_store(app.read_settings())
+    story = replays.chapters(store, app.pick(store, run))
     if moment is not None:
         story = replays.until(story, moment)
     if as_json:

@@ -1,14 +1,16 @@
-"""`sftd ls`, `sftd show`."""
+"""`sftd show`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sftd.cli import app, output
+from sftd.cli.ls import row_json
+from sftd.cli.run_table import SORTS, STATUSES, runs_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,18 +21,6 @@ if TYPE_CHECKING:
     from sftd.domain.run import Run
     from sftd.operations.reading import RunRow
 
-STATUSES = (
-    "queued",
-    "retrying",
-    "held",
-    "starting",
-    "running",
-    "stopping",
-    "paused",
-    "succeeded",
-    "failed",
-    "cancelled",
-)
 # More anomalies of one kind in one attempt are counted, not listed.
 _ANOMALIES = 3
 # What `show` lists: everything but the steps and what belongs to them.
@@ -70,126 +60,37 @@ HISTORY_TYPES = (
 )
 
 
-@click.command("ls")
-@click.option(
-    "-s", "--status", "statuses", multiple=True, type=click.Choice(STATUSES), help="Only these; repeatable."
-)
-@click.option("-p", "--project", help="Only runs of this project.")
-@click.option("-n", "--limit", type=click.IntRange(min=1), help="At most so many.")
-@click.option("--removed", is_flag=True, help="List the runs that `sftd rm` removed instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def ls_command(
-    statuses: tuple[str, ...], project: str | None, limit: int | None, removed: bool, as_json: bool
-) -> None:
-    """List runs, newest first.
-
-    \b
-    Example:
-      sftd ls -s running -s queued
-      sftd ls --json | jq -r '.[] | select(.status == "failed") | .run_id'
-    """
-    import msgspec
-
-    from sftd.operations import reading
-
-    settings = app.read_settings()
-    store = app.open_store(settings)
-    rows = reading.list_runs(store, statuses=statuses, project=project, limit=limit, removed=removed)
-    if as_json:
-        # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
-        click.echo(msgspec.json.encode([_row_json(row) for row in rows]).decode())
-    elif not rows:
-        click.echo("No runs. `sftd submit CONFIG` queues one; `sftd demo` shows how it all goes.")
-    else:
-        # In one piece: ten thousand calls of echo take a tenth of a second.
-        click.echo("\n".join(runs_table(rows, output.width(), colour=output.is_terminal())))
-        if any(row.ended_at is None for row in rows) and app.lacks_daemon(settings):
-            output.note("No daemon runs here, so this may be out of date: `sftd daemon --detach` starts one.")
-
-
-def _row_json(row: RunRow) -> dict[str, Any]:
-    import msgspec
-
-    return msgspec.structs.asdict(row) | {
-        "submitted_at": output.iso(row.submitted_at),
-        "started_at": output.iso(row.started_at),
-        "ended_at": output.iso(row.ended_at),
-        "loss": output.number(row.loss),
-        "val_loss": output.number(row.val_loss),
-        "eta_seconds": row.eta_seconds,
-    }
-
-
-_COLUMNS = ("run", "status", "step", "loss", "val", "try", "took", "what")
-_RIGHT = frozenset({"step", "loss", "val", "try", "took"})
-
-
-def runs_table(rows: list[RunRow], width: int, *, colour: bool) -> Iterator[str]:
-    """Runs as lines of at most `width` columns; on a narrow screen the last column gives way.
-
-    Formatted by hand: a rich table of a thousand rows takes a second.
-    """
-    cells = [_cells(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *cells, strict=True)]
-    widths[-1] = last = max(len("what"), min(widths[-1], width - sum(widths[:-1]) - 2 * len(widths[:-1])))
-    template = "  ".join(
-        f"{{:{'>' if name in _RIGHT else '<'}{size}}}" for name, size in zip(_COLUMNS, widths, strict=True)
-    )
-
-    def line(cell: Sequence[str]) -> str:
-        *rest, what = cell
-        return template.format(*rest, what if len(what) <= last else what[: last - 1] + "…")
-
-    def styled(text: str) -> str:
-        """Cells cannot be told from the text alone: one may hold two spaces."""
-        parts, at = [], 0
-        for name, size in zip(_COLUMNS, widths, strict=True):
-            parts.append(output.styled(name, text[at : at + size]))
-            at += size + 2
-        return "  ".join(parts)
-
-    head = line(_COLUMNS).rstrip()
-    yield click.style(head, dim=True) if colour else head
-    for cell in cells:
-        yield styled(line(cell)).rstrip() if colour else line(cell).rstrip()
-
-
-def _cells(row: RunRow) -> tuple[str, ...]:
-    took = (row.ended_at - row.started_at) / 1e6 if row.ended_at and row.started_at else None
-    left = (
-        f"{output.duration(row.eta_seconds)} left" if row.eta_seconds is not None else output.duration(took)
-    )
-    name = "/".join(part for part in (row.project, row.name) if part)
-    return (
-        row.run_id,
-        row.status,
-        f"{row.step}/{row.planned_steps}",
-        output.loss(row.loss),
-        output.loss(row.val_loss),
-        str(row.attempt or ""),
-        left,
-        output.printable(row.message) if row.message and row.status in ("failed", "retrying") else name,
-    )
-
-
 @click.command("show")
-@click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print the run's whole state as JSON.")
+@click.argument("run", metavar="RUN|SWEEP")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the run's whole state as JSON; of a sweep, an array of runs.",
+)
 def show_command(run: str, as_json: bool) -> None:
-    """Show one run: status, progress, validation, where its time went, attempts, checkpoints. A unique prefix of the id
-    is enough.
+    """Show one run: status, progress, validation, where its time went, attempts, checkpoints. Or the runs of a sweep, the
+    lowest validation loss first.
+
+    RUN is an id, a unique beginning of one, or a name (NAME or PROJECT/NAME), of which the newest run is shown.
 
     \b
     Example:
       sftd show brave-otter-3f2a
+      sftd show geo-bot/baseline
+      sftd show sweep-3aea38
     """
     import msgspec
 
     from sftd.cli.plan_view import outcome_facts
-    from sftd.operations import planning, reading
+    from sftd.operations import naming, planning, reading
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, run)
+    if naming.is_sweep(store, run):
+        rows = reading.list_runs(store, reading.Filter(sweep=run))
+        _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
+        return
+    found = reading.find_run(store, app.pick(store, run))
     ledger = reading.goodput(store, found.run_id, app.context().now())
     planned = planning.outcome(store, found, ledger)
     if as_json:
@@ -205,6 +106,21 @@ def show_command(run: str, as_json: bool) -> None:
     print_state(found, attempt_events, (*_time_facts(ledger), *outcome_facts(planned)))
     out.print()
     out.print(history_table(attempt_events))
+
+
+def _show_sweep(sweep: str, rows: list[RunRow], as_json: bool) -> None:
+    """A leaderboard."""
+    if as_json:
+        click.echo(output.json_line([row_json(row) for row in rows]))
+        return
+    statuses = Counter(row.status for row in rows)
+    counts = ", ".join(f"{statuses[name]} {name}" for name in STATUSES if statuses[name])
+    click.echo(f"{sweep}: {len(rows)} runs of project {rows[0].project}, by {rows[0].user}: {counts}\n")
+    columns = ("values", "val", "loss", "step", "status", "run", "took")
+    now = app.context().now()
+    table = runs_table(rows, now, output.width(), colour=output.is_terminal(), columns=columns)
+    click.echo("\n".join(table))
+    output.note(f"\n`sftd compare {sweep}` shows what differs and plots the losses.")
 
 
 def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:

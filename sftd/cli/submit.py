@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.option("--strict", is_flag=True, help="Refuse the run where there would be a warning.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
-    "--dry-run", is_flag=True, help="Check everything, print the resolved spec as JSON, queue nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and queue nothing; print the resolved spec, as JSON where stdout is not a terminal.",
 )
 @click.option(
     "--print-script",
@@ -124,7 +126,7 @@ def submit_command(
     if after and (dry_run or print_script):
         check_after(app.open_store(settings), after)
     if dry_run:
-        print_dry_run(spec, warnings, quiet)
+        print_dry_run(spec, found, warnings, quiet=quiet, as_json=as_json)
         if xray and not quiet:
             look_inside(spec, found, stderr=True)
         return
@@ -202,12 +204,23 @@ def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
         output.warn(f"that is more than the {host.memory / 2**30:.1f} GiB there are: see `sftd plan`")
 
 
-def print_dry_run(spec: Spec, warnings: list[Problem], quiet: bool) -> None:
-    """The resolved spec as JSON, and on stderr what it is warned of."""
-    from sftd.domain.spec import canonical_json
+def print_dry_run(
+    spec: Spec, found: Preflight, warnings: list[Problem], *, quiet: bool, as_json: bool
+) -> None:
+    """What would be queued, and on stderr what it is warned of: for people on a terminal, else the resolved spec as JSON."""
+    from sftd.domain.spec import Spec, canonical_json, spec_digest
+    from sftd.domain.trajectory import changes
 
     output.warn_all(warnings, quiet)
-    click.echo(canonical_json(spec))
+    if as_json or not output.is_terminal():
+        click.echo(output.json_text(canonical_json(spec)))
+        return
+    click.echo(
+        f"Every check passes: {found.planned_steps} steps, spec {spec_digest(spec)[:12]}. Nothing was queued.\n"
+    )
+    click.echo("Settings that are not the defaults (--json prints all of them):")
+    for key, (_, value) in changes(Spec(), spec).items():
+        click.echo(f"  {key}: {output.printable(value if isinstance(value, str) else output.compact(value))}")
 
 
 def _print_script(

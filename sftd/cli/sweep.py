@@ -76,6 +76,6 @@ def submit(
         for run_id, text in zip(run_ids, texts, strict=True):
             click.echo(run_id if quiet else f"{run_id}  {text}")
         if not quiet:
-            output.note(f"{len(points)} runs are queued as {name}.")
+            output.note(f"{len(points)} runs are queued as {name}; `sftd show {name}` ranks them.")
     if not dry_run and app.lacks_daemon(settings):
         output.note("No daemon runs here, so they wait: `sftd daemon --detach` starts one.")

@@ -46,7 +46,7 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     from sftd.projections.mlflow_server import ui_command as server_command
 
     settings = app.read_settings()
-    app.make_home(settings)
+    app.need_home(settings)
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     if command is None:
         address = without_credentials(settings.mlflow_tracking_uri)
@@ -109,7 +109,7 @@ def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     from sftd.projections.mlflow_client import Tracking
 
     store = app.open_store(settings)
-    found = [reading.find_run(store, run).run_id for run in runs]
+    found = app.pick_all(store, runs)
     newest = [row.run_id for row in reading.list_runs(store, limit=1)]
     wanted = found or newest
     if not wanted:

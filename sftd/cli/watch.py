@@ -52,7 +52,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     if run is None:
         observer = Observer(store, app.context(), limits, silent)
     else:
-        observer = RunObserver(store, app.context(), limits, silent, run)
+        observer = RunObserver(store, app.context(), limits, silent, app.pick(store, run))
     out = output.console()
     if as_json:
         click.echo(output.json_line(_json(_complete(observer))))

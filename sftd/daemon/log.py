@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from sftd.domain.printable import harmless
+
 _BYTES, _KEPT = 10_000_000, 5
 _REMIND_SECONDS = 3600.0
 NAMES = ("sftd.daemon", "sftd.mirror", "sftd.notify", "py.warnings")
@@ -41,7 +43,7 @@ class TextFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         run_id = getattr(record, "run_id", None)
         record.about = f"{run_id}: " if run_id else ""
-        return super().format(record)
+        return harmless(super().format(record)).replace("\x1b", " ")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         """As given, but a path or a rank's words can neither act on a terminal nor look like a line of their own."""

@@ -65,6 +65,10 @@ class AmbiguousRun(SftdError):
     exit_code = 2
 
 
+class HomeUnusable(SftdError):
+    """The folder SFTD_HOME does not exist, or cannot be made."""
+
+
 class LeaseLost(SftdError):
     """The lease on this attempt is no longer ours: another daemon took it over."""
 

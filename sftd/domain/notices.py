@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from sftd.domain import events as e
+from sftd.domain.printable import printable
 
 # Kind → the events that it is about.
 EVENTS: dict[str, tuple[type[e.Event], ...]] = {
@@ -83,7 +84,8 @@ def notice(recorded: e.Recorded, facts: Facts, ordinal: int = 1) -> Notice | Non
         step=facts.step,
         planned_steps=facts.planned_steps,
         at=datetime.fromtimestamp(recorded.occurred_at / 1_000_000, UTC).isoformat(timespec="seconds"),
-        text=_plain(f"sftd: {who} {said}"),
+        # No environment variable holds the NUL of a dying rank's last words.
+        text=printable(f"sftd: {who} {said}"),
     )
 
 
@@ -116,11 +118,6 @@ def _said(event: e.Event, facts: Facts) -> str | None:
         case e.AttemptPreempted():
             return f"made room for {event.by_run} at step {event.step:,}"
     return None  # an attempt that failed for good: the run's failure is told
-
-
-def _plain(text: str) -> str:
-    """Without what terminals obey and no environment variable holds, such as the NUL of a dying rank's last words."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _line(text: str) -> str:

@@ -23,7 +23,8 @@ from sftd.store import board as board_store
 from sftd.store import curves as curve_store
 from sftd.store import event_store
 from sftd.store.engine import DatabaseUnreachable, Store
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import load_run
 
 # Steps of which a board shows the losses, and over which it takes the speed.
 _RECENT, _SPEED = 240, 10

@@ -18,7 +18,8 @@ from sftd.store import queue
 from sftd.store.engine import Store
 from sftd.store.event_store import read_stream
 from sftd.store.queue import Lease
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import load_run
 from sftd.wire import checkpoint_dir
 from sftd.wire.checkpoint_dir import WEIGHTS, is_checkpoint_of
 

@@ -18,7 +18,8 @@ from sftd.domain.run import ENDED, Run
 from sftd.store import curves as curve_store
 from sftd.store import event_store
 from sftd.store.engine import Store
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import load_run
 
 # The last loss is one batch's; the mean of this share of the steps says more.
 _TAIL = 0.05

@@ -17,7 +17,8 @@ from sftd.domain.spec import Spec
 from sftd.operations import model_files
 from sftd.store import event_store
 from sftd.store.engine import Store
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import load_run
 from sftd.store.tables import view_runs
 from sftd.wire import checkpoint_dir, model_digest, preflight
 from sftd.wire.direct_run import DAEMON

@@ -7,7 +7,7 @@ from sftd.domain.run import Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import queue
 from sftd.store.engine import Store
-from sftd.store.runs import resolve_id
+from sftd.store.resolve import resolve_id
 
 
 def hold(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:

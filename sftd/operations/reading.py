@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,12 +15,14 @@ from sftd.domain.run import Run
 from sftd.store import event_store
 from sftd.store.engine import Store
 from sftd.store.goodput import read_ledger
-from sftd.store.runs import load_run, resolve_id
-from sftd.store.tables import view_files, view_runs
+from sftd.store.resolve import members, resolve_id
+from sftd.store.runs import load_run
+from sftd.store.tables import view_files, view_runs, view_variants
 
 
 class RunRow(msgspec.Struct, frozen=True):
-    """A line of `sftd ls`. Times are µs since the epoch."""
+    """A line of `sftd ls`. Times are µs since the epoch. `changed` is what sets a member of a sweep or a fork apart, as a JSON
+    object; None for other runs."""
 
     run_id: str
     status: str
@@ -36,6 +40,8 @@ class RunRow(msgspec.Struct, frozen=True):
     seconds_per_step: float | None
     anomalies: int
     message: str | None
+    sweep: str | None
+    changed: str | None
     # Of its own checkpoints, as the log has them.
     bytes: int
 
@@ -46,35 +52,103 @@ class RunRow(msgspec.Struct, frozen=True):
             return None
         return (self.planned_steps - self.step) * self.seconds_per_step
 
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from its first start to its end; None before both are known."""
+        return (self.ended_at - self.started_at) / 1e6 if self.ended_at and self.started_at else None
 
-def list_runs(
-    store: Store,
-    *,
-    statuses: tuple[str, ...] = (),
-    project: str | None = None,
-    limit: int | None = None,
-    removed: bool = False,
-) -> list[RunRow]:
-    """Runs, newest first: those whose files were removed, or all others."""
-    columns = [view_runs.c[name] for name in RunRow.__struct_fields__[:-1]]
-    files = view_files.c
+    @property
+    def changes(self) -> dict[str, Any]:
+        """`changed`, decoded."""
+        return msgspec.json.decode(self.changed, type=dict[str, Any]) if self.changed else {}
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """Which runs are listed: those that match one of `patterns`, and all else that is given. `since` is when they were
+    submitted, in µs since the epoch; `removed` lists the runs whose files were removed instead of all others."""
+
+    patterns: tuple[str, ...] = ()
+    statuses: tuple[str, ...] = ()
+    project: str | None = None
+    name: str | None = None
+    sweep: str | None = None
+    since: Micros | None = None
+    removed: bool = False
+
+    def conditions(self) -> Iterator[sa.ColumnElement[bool]]:
+        """As SQL."""
+        c, removed_at = view_runs.c, view_files.c.removed_at
+        yield removed_at.is_not(None) if self.removed else removed_at.is_(None)
+        if self.patterns:
+            yield sa.or_(*map(_matches, self.patterns))
+        if self.statuses:
+            yield c.status.in_(self.statuses)
+        if self.project is not None:
+            yield c.project == self.project
+        if self.name is not None:
+            yield _is_named(self.name)
+        if self.sweep is not None:
+            yield c.run_id.in_(members(self.sweep))
+        if self.since is not None:
+            yield c.submitted_at >= self.since
+
+
+def _like(column: sa.ColumnElement[str], pattern: str) -> sa.ColumnElement[bool]:
+    """Whether a text matches a pattern of `*` and `?`, capitals or not."""
+    escaped = re.sub(r"([%_\\])", r"\\\1", pattern.lower())
+    return sa.func.lower(column).like(escaped.replace("*", "%").replace("?", "_"), escape="\\")
+
+
+def _is_pattern(text: str) -> bool:
+    return "*" in text or "?" in text
+
+
+def _is_named(text: str) -> sa.ColumnElement[bool]:
+    full = view_runs.c.project + "/" + view_runs.c.name
+    if _is_pattern(text):
+        return _like(view_runs.c.name, text) | _like(full, text)
+    return _like(full, f"*{text}*")
+
+
+def _matches(text: str) -> sa.ColumnElement[bool]:
+    run_id, sweep = view_runs.c.run_id, view_variants.c.sweep
+    if _is_pattern(text):
+        return _is_named(text) | _like(run_id, text) | _like(sweep, text)
+    return _is_named(text) | (sa.func.substr(run_id, 1, len(text)) == text) | (sweep == text)
+
+
+_ELSEWHERE = {
+    "sweep": view_variants.c.sweep,
+    "changed": view_variants.c.changed,
+    "bytes": sa.func.coalesce(view_files.c.bytes, 0),
+}
+_COLUMNS = tuple(
+    _ELSEWHERE[name] if name in _ELSEWHERE else view_runs.c[name] for name in RunRow.__struct_fields__
+)
+
+
+def list_runs(store: Store, wanted: Filter | None = None, *, limit: int | None = None) -> list[RunRow]:
+    """Runs, newest first."""
     query = (
-        sa.select(*columns, sa.func.coalesce(files.bytes, 0))
-        .outerjoin_from(view_runs, view_files, view_runs.c.run_id == files.run_id)
-        .where(files.removed_at.is_not(None) if removed else files.removed_at.is_(None))
+        sa.select(*_COLUMNS)
+        .outerjoin_from(view_runs, view_variants, view_variants.c.run_id == view_runs.c.run_id)
+        .outerjoin(view_files, view_files.c.run_id == view_runs.c.run_id)
     )
     query = query.order_by(view_runs.c.submitted_at.desc(), view_runs.c.run_id).limit(limit)
-    if statuses:
-        query = query.where(view_runs.c.status.in_(statuses))
-    if project is not None:
-        query = query.where(view_runs.c.project == project)
+    query = query.where(*(wanted or Filter()).conditions())
     with store.read() as connection:
         # The driver's own rows: SQLAlchemy would make objects of ten thousand, for nothing that is needed here.
         return [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
 
 
+def count_runs(store: Store) -> int:
+    """The number of runs."""
+    with store.read() as connection:
+        return connection.execute(sa.select(sa.func.count()).select_from(view_runs)).scalar_one()
+
+
 def find_run(store: Store, prefix: str) -> Run:
-    """The one run whose id begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
+    """The one run that `prefix` means. Raises `RunNotFound` or `AmbiguousRun`."""
     with store.read() as connection:
         return load_run(connection, resolve_id(connection, prefix))
 

@@ -9,7 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import events as e
-from sftd.domain.errors import Problem, Refused, RunNotFound
+from sftd.domain.errors import Problem, Refused
 from sftd.domain.evolve import fold
 from sftd.domain.loss_watch import losses_before
 from sftd.domain.model_record import ModelRecord, record_of
@@ -18,7 +18,8 @@ from sftd.domain.run import ENDED, CheckpointInfo, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import event_store, queue
 from sftd.store.engine import Store
-from sftd.store.runs import load_run, resolve_id
+from sftd.store.resolve import resolve_id
+from sftd.store.runs import is_taken, load_run
 
 
 class Chapter(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Chapter(msgspec.Struct, frozen=True):
 
 
 def chapters(store: Store, prefix: str) -> list[Chapter]:
-    """The history of the one run whose id begins with `prefix`, oldest ancestor first; the run itself is the last.
+    """The history of the one run that `prefix` means, oldest ancestor first; the run itself is the last.
 
     A parent that is not in this database is left out. Raises `RunNotFound` or `AmbiguousRun`.
     """
@@ -43,12 +44,10 @@ def chapters(store: Store, prefix: str) -> list[Chapter]:
         run_id = resolve_id(connection, prefix)
         found = [Chapter(run_id, list(event_store.read_stream(connection, run_id)))]
         while (fork := _fork(found[0])) is not None and fork.step > 0:
-            try:
-                parent = resolve_id(connection, fork.parent)
-            except RunNotFound:
+            if not is_taken(connection, fork.parent):
                 break
-            recorded = list(event_store.read_stream(connection, parent))
-            found.insert(0, Chapter(parent, _until_fork(recorded, fork), fork.step))
+            recorded = list(event_store.read_stream(connection, fork.parent))
+            found.insert(0, Chapter(fork.parent, _until_fork(recorded, fork), fork.step))
     return found
 
 

@@ -16,7 +16,7 @@ from sftd.operations.dependents import all_dependents, leave_queue
 from sftd.operations.submitting import Wish, new_run_id, submit_all
 from sftd.store import queue, schedule
 from sftd.store.engine import Store
-from sftd.store.runs import resolve_id
+from sftd.store.resolve import resolve_id
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
 

@@ -16,11 +16,12 @@ from sftd.domain.spec import Spec
 from sftd.operations.context import Context, append_decided, current
 from sftd.store import queue, schedule
 from sftd.store.engine import Store, Tx
-from sftd.store.runs import is_taken, resolve_id
+from sftd.store.resolve import resolve_ids
+from sftd.store.runs import is_taken
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
 
-# Of 2^28 ids: where ten thousand are taken, one sweep of a thousand in thirty draws one of them.
+# Of 2^32 ids: where ten thousand are taken, one sweep of a thousand in four hundred draws one of them.
 _DRAWS = 10
 
 
@@ -81,8 +82,8 @@ def check_after(store: Store, prefixes: Sequence[str]) -> None:
 def _to_wait_for(connection: sa.Connection, prefixes: Sequence[str]) -> list[str]:
     """Ids of the runs to wait for. Raises `Refused` when one will not succeed without a person."""
     found: list[str] = []
-    for prefix in prefixes:
-        run = current(connection, resolve_id(connection, prefix))
+    for run_id in [run_id for text in prefixes for run_id in resolve_ids(connection, text)]:
+        run = current(connection, run_id)
         if run.status in ENDED and run.status != "succeeded":
             what = f"{run.run_id} {run.how_it_ended}"
             raise Refused(Problem("--after", what, f"take it up again first: `sftd resume {run.run_id}`"))

@@ -24,6 +24,7 @@ from sftd.store.tables import (
     view_files,
     view_goodput,
     view_runs,
+    view_variants,
 )
 
 _BATCH = 5000
@@ -62,6 +63,7 @@ class _Log:
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.ledgers: dict[str, goodput.Fold] = {}
+        self.variants: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.problems: list[str] = []
         self.position = 0
 
@@ -74,6 +76,8 @@ class _Log:
         try:
             recorded = event_store.to_recorded(row)
             run = evolve(run, recorded)
+            if variant := views.variant_row(recorded):
+                self.variants[(row.run_id,)] = variant
             ledger = self.ledgers.setdefault(row.run_id, goodput.Fold())
             if recorded.type in goodput.TYPES:
                 ledger.add(recorded.occurred_at, recorded.event)
@@ -96,6 +100,7 @@ def _views(connection: sa.Connection, log: _Log) -> Iterator[str]:
     runs = log.runs
     expected = {(run_id,): views.run_row(run) for run_id, run in runs.items()}
     yield from _differences(connection, view_runs, expected)
+    yield from _differences(connection, view_variants, log.variants)
     checkpoints = [row for run in runs.values() for row in views.checkpoint_rows(run)]
     yield from _differences(
         connection, view_checkpoints, {(row["run_id"], row["step"]): row for row in checkpoints}

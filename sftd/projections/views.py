@@ -1,4 +1,5 @@
-"""The SQL views `view_runs`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log, never behind it.
+"""The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log,
+never behind it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
 views anew. Both go through `_apply`, so that they cannot differ.
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 
 from sftd.domain import goodput
 from sftd.domain import run as run_state
-from sftd.domain.events import Recorded
+from sftd.domain.events import Recorded, RunForked, SweepJoined
 from sftd.domain.evolve import fold
 from sftd.domain.retention import why_kept
 from sftd.domain.run import Run
@@ -23,10 +24,10 @@ from sftd.store import event_store, positions
 from sftd.store import goodput as goodput_store
 from sftd.store.engine import Store, Tx, insert
 from sftd.store.runs import decode_state, encode_state
-from sftd.store.tables import view_checkpoints, view_files, view_goodput, view_runs
+from sftd.store.tables import view_checkpoints, view_files, view_goodput, view_runs, view_variants
 
 NAME = "views"
-TABLES = (view_runs, view_checkpoints, view_files, view_goodput)
+TABLES = (view_runs, view_variants, view_checkpoints, view_files, view_goodput)
 _BATCH = 1000
 # More than a daemon ever takes in at once.
 _AT_HAND = 10_000
@@ -78,6 +79,8 @@ def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     before = {run_id: states.get(run_id) or Run(run_id) for run_id in new}
     runs = {run_id: fold(before[run_id], group) for run_id, group in new.items()}
     _write(connection, view_runs, [run_row(run) for run in runs.values()])
+    if variants := [row for r in by_run if (row := variant_row(r))]:
+        _write(connection, view_variants, variants)
     _write_goodput(connection, runs, new)
     for run_id, run in runs.items():
         if _kept(run) != _kept(before[run_id]):
@@ -143,6 +146,18 @@ def _write_files(connection: sa.Connection, runs: list[Run]) -> None:
         _write(connection, view_files, rows)
     if gone := [run.run_id for run in runs if not files_rows(run)]:
         connection.execute(sa.delete(view_files).where(view_files.c.run_id.in_(gone)))
+
+
+def variant_row(recorded: Recorded) -> dict[str, Any] | None:
+    """The row of `view_variants` that an event makes; None for most events."""
+    match recorded.event:
+        case SweepJoined(sweep=sweep, values=changed):
+            pass
+        case RunForked(changes=changes):
+            sweep, changed = "", {key: after for key, (_, after) in changes.items()}
+        case _:
+            return None
+    return {"run_id": recorded.run_id, "sweep": sweep, "changed": msgspec.json.encode(changed).decode()}
 
 
 def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:

@@ -7,24 +7,31 @@ import contextlib
 import os
 from urllib.parse import unquote
 
+# Ids, then what else names runs. A name with a space in it is several words to a shell.
 _SQL = (
-    "SELECT run_id, status FROM view_runs WHERE substr(run_id, 1, {mark}) = {mark} "
-    "ORDER BY submitted_at DESC, run_id LIMIT {mark}"
+    "SELECT run_id, status FROM (SELECT run_id, status FROM view_runs WHERE substr(run_id, 1, {mark}) = {mark} "
+    "ORDER BY submitted_at DESC, run_id LIMIT {mark}) AS ids "
+    "UNION ALL SELECT DISTINCT name, 'name' FROM view_runs WHERE substr(name, 1, {mark}) = {mark} "
+    "AND name <> {mark} AND replace(name, ' ', '') = name "
+    "UNION ALL SELECT DISTINCT sweep, 'sweep' FROM view_variants WHERE substr(sweep, 1, {mark}) = {mark} AND sweep <> {mark}"
 )
 # A person does not wait longer for a completion.
 _SECONDS = 2
 
 
 def run_names(database_url: str, prefix: str, limit: int) -> list[tuple[str, str]]:
-    """The newest runs whose ids begin with `prefix`: (id, status). Empty when the database cannot be asked; it is neither
-    made nor changed."""
-    values = (len(prefix), prefix, limit)
+    """The newest runs whose ids begin with `prefix`: (id, status); then names and sweeps that do, which have "name" or "sweep"
+    for a status, if there is a prefix. Empty when the database cannot be asked; it is neither made nor changed."""
+    begins = (len(prefix), prefix)
+    # With nothing typed, ids are offered alone: every name begins with nothing.
+    other = (*begins, "") if prefix else (1, "", "")
+    values = (*begins, limit, *other, *other)
     if database_url.startswith("sqlite"):
         return _of_sqlite(database_url.partition("///")[2], values)
     return _of_postgres(database_url.replace("+psycopg", "", 1), values)
 
 
-def _of_sqlite(file: str, values: tuple[int, str, int]) -> list[tuple[str, str]]:
+def _of_sqlite(file: str, values: tuple[int | str, ...]) -> list[tuple[str, str]]:
     import sqlite3
 
     path = unquote(file.partition("?")[0])
@@ -38,7 +45,7 @@ def _of_sqlite(file: str, values: tuple[int, str, int]) -> list[tuple[str, str]]
     return []
 
 
-def _of_postgres(url: str, values: tuple[int, str, int]) -> list[tuple[str, str]]:
+def _of_postgres(url: str, values: tuple[int | str, ...]) -> list[tuple[str, str]]:
     try:
         import psycopg
     except ImportError:

@@ -7,7 +7,7 @@ from functools import cache
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.errors import AmbiguousRun, RunNotFound, ViewDamaged
+from sftd.domain.errors import RunNotFound, ViewDamaged
 from sftd.domain.evolve import fold
 from sftd.domain.run import Run
 from sftd.store.event_store import read_stream
@@ -49,22 +49,3 @@ def is_taken(connection: sa.Connection, run_id: str) -> bool:
     """Whether there is a run of this id."""
     started = sa.select(events.c.run_id).where(events.c.run_id == run_id, events.c.version == 1)
     return connection.execute(started).scalar() is not None
-
-
-def resolve_id(connection: sa.Connection, prefix: str) -> str:
-    """The id of the one run that begins with `prefix`. Raises `RunNotFound` or `AmbiguousRun`."""
-    if is_taken(connection, prefix):
-        return prefix
-    # The view has a row for each run, the log millions. Not LIKE: % and _ in a prefix would match anything.
-    run_id = view_runs.c.run_id
-    matches = (
-        sa.select(run_id).where(sa.func.substr(run_id, 1, len(prefix)) == prefix).order_by(run_id).limit(6)
-    )
-    found = list(connection.execute(matches).scalars()) if prefix else []
-    if not found:
-        raise RunNotFound(f"There is no run {prefix!r}. `sftd ls` lists the runs.")
-    if len(found) > 1:
-        raise AmbiguousRun(
-            f"{prefix!r} could be {', '.join(found[:5])}{' or others' if len(found) > 5 else ''}."
-        )
-    return str(found[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
-SCHEMA_REVISION = "0007"
+SCHEMA_REVISION = "0008"
 
 # Events that are not steps have an index of their own. A query must say it in these words to be given it.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -148,6 +148,18 @@ view_runs = sa.Table(
     # The folded Run as JSON: from here a decision need not read the whole stream again.
     sa.Column("state", sa.Text, nullable=False),
     sa.Index("ix_view_runs_submitted_at", "submitted_at"),
+    sa.Index("ix_view_runs_name", "name"),
+)
+
+# What sets a run apart from its siblings: `changed` is a JSON object, key → value. A member of a sweep has the values of its
+# point; a fork has what it changed of its parent, and an empty `sweep`. Other runs have no row.
+view_variants = sa.Table(
+    "view_variants",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("sweep", sa.String(64), nullable=False),
+    sa.Column("changed", sa.Text, nullable=False),
+    sa.Index("ix_view_variants_sweep", "sweep"),
 )
 
 view_checkpoints = sa.Table(

@@ -269,6 +269,15 @@ def test_names_of_runs_are_found_without_sqlalchemy(log: Store, database_url: st
     assert sorted(run_names(database_url, "brave", 10)) == [("brave-one", "queued"), ("brave-two", "queued")]
     assert run_names(database_url, "br%", 10) == [("br%", "queued")]
     assert len(run_names(database_url, "", 3)) == 3
+    for name in ("brave-name", "brave name"):
+        append(
+            log,
+            f"other-{name[5]}",
+            [submitted(spec(name=name)), e.SweepJoined(sweep="brave-sweep", values={})],
+        )
+    more = [("brave-name", "name"), ("brave-sweep", "sweep")]
+    assert run_names(database_url, "brave", 10)[2:] == more
+    assert len(run_names(database_url, "", 9)) == 6
     assert run_names(f"sqlite:///{tmp_path}/none.db", "", 3) == []
     assert not (tmp_path / "none.db").exists()
     assert run_names("postgresql+psycopg://someone@127.0.0.1:1/none", "", 3) == []

@@ -19,6 +19,7 @@ from sftd.domain.events import CheckpointStarted, Event, NewEvent, Recorded, Sam
 from sftd.projections import views
 from sftd.store import event_store, positions, runs
 from sftd.store.engine import Store, Tx
+from sftd.store.resolve import resolve_id
 from sftd.store.tables import events, view_runs
 from tests.patience import PATIENCE
 
@@ -370,7 +371,7 @@ def viewed(store: Store) -> Store:
 
 def resolve(store: Store, prefix: str) -> str:
     with store.read() as connection:
-        return runs.resolve_id(connection, prefix)
+        return resolve_id(connection, prefix)
 
 
 def test_a_prefix_names_the_one_run_that_begins_with_it(viewed: Store) -> None:
@@ -379,7 +380,7 @@ def test_a_prefix_names_the_one_run_that_begins_with_it(viewed: Store) -> None:
     assert resolve(viewed, "calm") == "calm-heron-2"
     assert resolve(viewed, "brave-otter-12") == "brave-otter-12"
     assert resolve(viewed, "brave-otter-1") == "brave-otter-1", "a whole id wins over being a prefix"
-    with pytest.raises(AmbiguousRun, match="brave-otter-1, brave-otter-12"):
+    with pytest.raises(AmbiguousRun, match=r"any of 2 runs: .*brave-otter-12 \(queued\)"):
         resolve(viewed, "brave")
 
 
@@ -402,7 +403,7 @@ def test_wildcards_in_an_id_are_letters(viewed: Store) -> None:
 def test_many_matches_are_not_all_listed(viewed: Store) -> None:
     for number in range(8):
         append(viewed, f"r{number}", 0, started(1))
-    with pytest.raises(AmbiguousRun, match="r0, r1, r2, r3, r4 or others"):
+    with pytest.raises(AmbiguousRun, match=r"any of 8 runs: r0 .*r4 \(queued\) or others"):
         resolve(viewed, "r")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 from click.testing import CliRunner
 
 from sftd import settings
-from sftd.cli import COMMANDS, main, output
+from sftd.cli import COMMANDS, HINTS, main, output
 from sftd.cli.events import describe
 from sftd.cli.runs import history_table
 from sftd.domain import events
+from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import Recorded
 from sftd.domain.redoing import REDONE_DIFFERS
 
@@ -380,3 +382,108 @@ def test_an_anomaly_is_told_in_words_and_many_of_a_kind_are_counted(
     output.console().print(history_table(recorded))
     shown = capsys.readouterr().out
     assert (shown.count("step 8: loss_spike"), "7 more of attempt 1: loss_spike" in shown) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stop", "`sftd pause RUN`"),
+        ("kill", "`sftd cancel RUN --now`"),
+        ("status", "`sftd ls`"),
+        ("list", "`sftd ls`"),
+        ("delete", "`sftd rm RUN`"),
+        ("train", "`sftd submit CONFIG`"),
+        ("log", "`sftd logs RUN`"),
+        ("deamon", "Did you mean `sftd daemon`?"),
+    ],
+)
+def test_what_people_try_is_answered(word: str, said: str) -> None:
+    shown = CliRunner().invoke(main, [word, "brave-otter"])
+    assert shown.exit_code == 2
+    assert said in shown.output
+
+
+@pytest.mark.parametrize("word", ["rename", "models", "evaluate", "merge", "undo"])
+def test_another_word_is_not_taken_for_a_misspelt_command(word: str) -> None:
+    assert "Did you mean" not in CliRunner().invoke(main, [word]).output
+
+
+def test_hints_name_commands_that_there_are() -> None:
+    assert HINTS.keys() & COMMANDS.keys() <= {"rm"}
+    named = {name for hint in HINTS.values() for name in re.findall(r"`sftd ([a-z]+)", hint)}
+    assert named - {"rm"} <= COMMANDS.keys()
+
+
+def test_help_is_a_command_too() -> None:
+    assert CliRunner().invoke(main, ["help"]).output == CliRunner().invoke(main, ["--help"]).output
+    assert (
+        CliRunner().invoke(main, ["help", "ls"]).output == CliRunner().invoke(main, ["ls", "--help"]).output
+    )
+    assert CliRunner().invoke(main, ["help", "db", "check"]).exit_code == 0
+    assert CliRunner().invoke(main, ["help", "nope"]).exit_code == 2
+
+
+READING = [
+    "ls",
+    "ls --json",
+    "show r",
+    "events r",
+    "queue",
+    "watch --once",
+    "nodes",
+    "compare a b",
+    "cancel r",
+    "gc",
+    "logs r",
+    "views rebuild",
+    "mlflow check",
+    "ui",
+    "notify",
+    "daemon --status",
+    "daemon --stop",
+]
+
+
+@pytest.mark.parametrize("command", READING)
+def test_a_home_that_does_not_exist_is_not_made(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "typo"
+    monkeypatch.setenv("SFTD_HOME", str(home))
+    shown = CliRunner().invoke(main, command.split())
+    assert shown.exit_code == 1
+    assert f"There is nothing at {home}: this folder does not exist" in shown.stderr
+    assert "fix: correct SFTD_HOME" in shown.stderr
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("command", ["init", "daemon", "import x", "doctor"])
+def test_a_home_that_cannot_be_made_is_a_sentence(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTD_HOME", "/proc/none")
+    shown = CliRunner().invoke(main, command.split())
+    assert shown.exit_code == 1
+    assert shown.stderr.startswith("sftd: SFTD_HOME=/proc/none cannot be made: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("prepare x -m m -o DIR/x.parquet", "--out"),
+        ("prepare x -m m -o x.parquet --val-rows 1 --val-out DIR/v.parquet", "--val-out"),
+    ],
+)
+def test_a_folder_to_write_into_that_is_missing_is_found_before_the_work(
+    command: str, where: str, tmp_path: Path
+) -> None:
+    shown = CliRunner().invoke(main, command.replace("DIR", f"{tmp_path}/none").split())
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith(
+        f"refused: {where}: {tmp_path}/none does not exist\n    fix: make it: mkdir -p"
+    )
+
+
+def test_a_single_problem_takes_no_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_error(Refused(Problem("brave-otter", "has succeeded already", "fork it")))
+    assert capsys.readouterr().err == "refused: brave-otter: has succeeded already\n    fix: fork it\n"
+    output.print_error(Refused([Problem("a", "x"), Problem("b", "y", "z")]))
+    assert capsys.readouterr().err.startswith("refused: 2 problems; nothing was written\n  a: x\n  b: y\n")

@@ -1,0 +1,58 @@
+"""The border between what sftd prints and a terminal: every text that a command writes crosses it, whoever wrote the words."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from sftd.domain.printable import harmless
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Stream:
+    """A text stream that passes on nothing that a terminal obeys, colours excepted."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        # Rich writes past this, by this name: its consoles are clean by themselves (`console`), and move the cursor.
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self.rich_proxied_file.write(harmless(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Have stdout and stderr pass the border."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def console(*, stderr: bool) -> Console:
+    """A rich console that prints nothing of a text but what can be seen; its own styles and cursor movements remain."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Clean(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                text = segment.text
+                if segment.control or text.isprintable() or text == "\n":
+                    yield segment
+                else:
+                    yield Segment(harmless(text).replace("\x1b", " "), segment.style)
+
+    return Clean(stderr=stderr, highlight=False)
