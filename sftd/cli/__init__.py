@@ -7,6 +7,7 @@ import errno
 import gc
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -116,6 +117,13 @@ class _Group(click.Group):
         atexit.register(gc.freeze)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            from sftd.cli import output
+
+            # On a terminal behind its ^C.
+            output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
+            # The shell's own number for a command that SIGINT ended.
+            sys.exit(128 + signal.SIGINT)
         except SftdError as error:
             from sftd.cli.output import print_error
 
@@ -151,7 +159,7 @@ def main() -> None:
       sftd submit run.yaml -q       queue a run, print its id
       sftd ls                       what became of it
 
-    Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused.
+    Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused, 130 Ctrl-C.
     """
 
 

@@ -153,6 +153,8 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
     store = app.open_store(app.read_settings())
     run_id = reading.find_run(store, run).run_id
     version = 0
+    if follow:
+        output.when_interrupted(f"{run_id} continues.")
     while True:
         # Asked first: an event that comes after the end of the run is then read by this round.
         ended = _has_ended(store, run_id)

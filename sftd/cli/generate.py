@@ -57,6 +57,7 @@ def generate_command(
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
     if not all(text.strip() for text in texts):
         raise click.UsageError("A --prompt is empty.")
+    output.when_interrupted("Nothing was written.")
     with order_file(found, checkpoint) as order:
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]

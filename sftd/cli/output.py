@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+INTERRUPTION = "sftd.interruption"
 # Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 STATUS_STYLE = {
@@ -161,6 +162,12 @@ def warn_all(warnings: Iterable[Problem], quiet: bool) -> None:
 def note(text: str) -> None:
     """A remark for people on stderr, so that stdout stays for scripts."""
     click.echo(text, err=True)
+
+
+def when_interrupted(text: str) -> None:
+    """Say in a sentence what Ctrl-C leaves behind from now on. The command's group prints it then."""
+    if (command := click.get_current_context(silent=True)) is not None:
+        command.meta[INTERRUPTION] = text
 
 
 def width() -> int:

@@ -113,6 +113,7 @@ def prepare_command(
         arguments.append("--skip-bad-rows")
     if trust_remote_code:
         arguments.append("--trust-remote-code")
+    output.when_interrupted("Nothing was written.")
     done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
     if as_json:
         click.echo(output.json_line(done))

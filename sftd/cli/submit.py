@@ -136,6 +136,7 @@ def announce(
     wait: bool,
 ) -> None:
     """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
+    output.when_interrupted(f"{run_id} continues: `sftd logs -f {run_id}`, `sftd cancel {run_id}`.")
     if not as_json:
         output.warn_all(warnings, quiet)
     if quiet:

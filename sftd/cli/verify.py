@@ -85,6 +85,7 @@ def verify_command(
     spec, extra = _changed(chosen, changes, device)
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
+    output.when_interrupted("Nothing was recorded.")
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
         order = _order(chosen, spec, planned)
         with _held(settings, store, taken, is_named=devices is not None):
