@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.operations.collecting import Leftover
@@ -105,7 +106,7 @@ def gc_command(prefixes: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     gone = [left for left in found if left.is_gone]
     verb = "would be deleted" if dry_run else "deleted"
     total = output.size(sum(left.bytes for left in gone))
-    click.echo(f"{len(gone)} checkpoints {verb}, {total}" if gone else "Nothing to delete.")
+    click.echo(f"{counted(len(gone), 'checkpoint')} {verb}, {total}" if gone else "Nothing to delete.")
 
 
 def _leftover_json(left: Leftover) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 
 @click.command("generate")
@@ -72,4 +73,4 @@ def generate_command(
             click.echo(click.style(f"{'' if i == 0 else chr(10)}> {answer['prompt']}", dim=True))
         click.echo(answer["text"])
         if not answer["stopped"]:
-            output.note(f"(cut after {answer['tokens']} tokens; --max-tokens allows more)")
+            output.note(f"(cut after {counted(answer['tokens'], 'token')}; --max-tokens allows more)")

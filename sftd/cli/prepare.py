@@ -8,6 +8,7 @@ import click
 
 from sftd.cli import output
 from sftd.cli.numbers import FiniteRange
+from sftd.domain.words import counted
 
 # Options that the tool knows by the same name.
 _PASSED = (
@@ -130,7 +131,7 @@ def prepare_command(
 def summary(done: dict[str, Any]) -> str:
     """What `tokenize` did, in one line."""
     share = done["trained_tokens"] / max(1, done["tokens"])
-    text = f"{done['rows']:,} rows, {done['tokens']:,} tokens, of which {share:.0%} are trained"
+    text = f"{counted(done['rows'], 'row')}, {counted(done['tokens'], 'token')}, of which {share:.0%} are trained"
     if done.get("truncated"):
         text += f"; {done['truncated']:,} truncated"
     if done.get("dropped"):

@@ -20,8 +20,9 @@ from sftd.domain.events import CheckpointDeleted
 from sftd.domain.loss_watch import losses_before
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.words import counted
 from sftd.trainer import process
-from sftd.trainer.progress_lines import tell
+from sftd.trainer.tell import tell
 from sftd.wire import checkpoint_dir, preflight, specfile
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
 from sftd.wire.direct_run import DirectRun, History, Hold, Submission, read_history
@@ -125,7 +126,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     attempt.write_process(_identity(spec))
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     how = "goes on" if state.attempt else "starts"
-    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {new.planned_steps} steps\n"
+    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
     tell(say)
     return attempt

@@ -91,10 +91,10 @@ def points(
 
 
 def _named(spec: Spec, name: str, chosen: dict[str, str]) -> Spec:
-    """The spec under a name that says which point it is."""
+    """The spec under a name that says which point it is: its values first, for lists cut names at the end."""
     first = spec.trainer.experiment_name or name
     parts = (f"{key.rpartition('.')[2]} {value.rpartition('/')[2]}" for key, value in chosen.items())
-    text = re.sub(r"[^A-Za-z0-9_.@+ -]+", "_", " ".join((first, *parts)))[:_NAME_LENGTH]
+    text = re.sub(r"[^A-Za-z0-9_.@+ -]+", "_", " ".join((*parts, first)))[:_NAME_LENGTH]
     return msgspec.structs.replace(
         spec, trainer=msgspec.structs.replace(spec.trainer, experiment_name=text.strip())
     )

@@ -17,7 +17,8 @@ from sftd.trainer.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeO
 
 # Reasons that are counted apart, and rows that are named.
 _REASONS, _EXAMPLES = 40, 20
-_NUMBER = re.compile(r"\d+")
+# Positions and lengths, and not the 8 of UTF-8.
+_NUMBER = re.compile(r"(?<![\w-])\d+(?!\w)")
 
 
 @dataclass
