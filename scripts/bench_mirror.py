@@ -33,7 +33,6 @@ from sftd.projections import mlflow_check, views
 from sftd.projections.mlflow_client import NO_PHONE_HOME, Tracking
 from sftd.projections.mlflow_mapping import points
 from sftd.projections.mlflow_mirror import MlflowMirror
-from sftd.projections.mlflow_server import ui_command
 from sftd.store import event_store
 from sftd.store.engine import Store, open_engine
 from sftd.store.schema import metadata
@@ -141,10 +140,12 @@ def server(uri: str, artifacts: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = ui_command(uri, artifacts, port)
-    assert command is not None
+    argv = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    argv += ["--artifacts-destination", artifacts.absolute().as_uri()]
+    jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = os.environ | NO_PHONE_HOME | jobs | {"MLFLOW_BACKEND_STORE_URI": uri}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command[0], env=os.environ | command[1], **quiet)
+    process = subprocess.Popen(argv, env=env, **quiet)
     try:
         while process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):

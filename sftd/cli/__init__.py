@@ -7,6 +7,7 @@ import errno
 import gc
 import importlib
 import os
+import signal
 import sys
 from typing import Any
 
@@ -174,6 +175,13 @@ class _Group(click.Group):
         atexit.register(gc.freeze)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            from sftd.cli import output
+
+            # On a terminal behind its ^C.
+            output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
+            # The shell's own number for a command that SIGINT ended.
+            sys.exit(128 + signal.SIGINT)
         except SftdError as error:
             from sftd.cli.output import print_error
 
@@ -218,7 +226,7 @@ def main() -> None:
 
     `sftd help COMMAND` explains a command, with examples.
 
-    Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused.
+    Exit codes: 0 ok, 1 the run or the operation failed, 2 the request was refused, 130 Ctrl-C.
     """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 
 @click.command("init")
@@ -51,7 +52,7 @@ def rebuild() -> None:
     from sftd.projections import views
 
     count = views.rebuild(app.open_store(app.read_settings()))
-    click.echo(f"rebuilt from {count} events")
+    click.echo(f"rebuilt from {counted(count, 'event')}")
 
 
 @views_command.command("dump")

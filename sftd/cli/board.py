@@ -11,6 +11,7 @@ from sftd.cli import output
 from sftd.cli.events import describe
 from sftd.cli.plot import Series, plot, sparkline
 from sftd.domain.curves import thin, width_for
+from sftd.domain.words import counted
 from sftd.operations.board import FAILURES
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _facts(line: RunLine, width: int, indent: int) -> Text:
     if line.mfu is not None:
         parts.append(f"MFU {line.mfu:.1%}")
     if line.memory is not None:
-        parts.append(output.size(line.memory))
+        parts.append(output.memory(line.memory))
     odd = f"{run.anomalies} anomal{'y' if run.anomalies == 1 else 'ies'}" if run.anomalies else ""
     text = Text(" " * indent + "  ".join(parts or ["no step yet"]), "" if parts else "dim")
     if odd:
@@ -223,7 +224,7 @@ def _where(board: RunBoard) -> Iterator[Text]:
     if kept:
         parts.append(f"checkpoint of step {max(kept)}")
     if run.steps_redone:
-        parts.append(f"{run.steps_redone} steps again")
+        parts.append(f"{counted(run.steps_redone, 'step')} again")
     yield Text(" · ".join(parts), "dim")
 
 

@@ -39,8 +39,8 @@ def guarded() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-def console(*, stderr: bool) -> Console:
-    """A rich console that prints nothing of a text but what can be seen; its own styles and cursor movements remain."""
+def console(*, stderr: bool, width: int | None) -> Console:
+    """A rich console of this width (None: the terminal's) that prints nothing of a text but what can be seen; its own styles and cursor movements remain."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -55,4 +55,4 @@ def console(*, stderr: bool) -> Console:
                 else:
                     yield Segment(harmless(text).replace("\x1b", " "), segment.style)
 
-    return Clean(stderr=stderr, highlight=False)
+    return Clean(stderr=stderr, highlight=False, width=width)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftd.cli import output
 from sftd.cli.plot import LETTERS
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.domain.contrast import Difference, Parting
@@ -28,7 +29,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
     def some(value: Any, text: str) -> str:
         return text if value is not None else ""
 
-    tried = f"{f.attempts}" + (f" ({f.steps_redone} steps again)" if f.steps_redone else "")
+    tried = f"{f.attempts}" + (f" ({counted(f.steps_redone, 'step')} again)" if f.steps_redone else "")
     hours = f"{f.device_hours:.3g}" if f.device_hours < 100 else f"{f.device_hours:,.0f}"
     return [
         ("status", f.status),
@@ -45,7 +46,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
         ("trained tokens", f"{f.tokens:,}" if f.tokens else ""),
         ("tokens/s", some(f.tokens_per_second, f"{f.tokens_per_second or 0:,.0f}")),
         ("MFU", some(f.mfu, f"{f.mfu or 0:.1%}")),
-        ("peak memory", output.size(f.peak_memory_bytes) if f.peak_memory_bytes else ""),
+        ("peak memory", output.memory(f.peak_memory_bytes) if f.peak_memory_bytes else ""),
         ("wall time", output.duration(f.wall_seconds)),
         ("goodput", some(f.goodput, f"{f.goodput or 0:.1%}")),
         ("device-hours", f"{hours} on {f.devices} device{'s' if f.devices != 1 else ''}"),

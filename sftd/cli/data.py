@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +94,9 @@ def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
     chapter = chapter_of_step(story, step)
     run = chapter.run()
     if step > run.planned_steps:
-        raise Refused(Problem("--step", f"{run.run_id} has {run.planned_steps} steps", "give one of them"))
+        raise Refused(
+            Problem("--step", f"{run.run_id} has {counted(run.planned_steps, 'step')}", "give one of them")
+        )
     if step <= run.first_step:
         what = (
             f"step {step} is of {run.fork.parent if run.fork else 'a parent'}, which is not in this database"
@@ -117,7 +120,7 @@ def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
             digest = r.event.samples_digest[:16]
             problems.append(f"attempt {r.attempt} recorded other rows: samples_digest {digest}")
         elif r.event.tokens != computed["tokens"]:
-            trained = f"trained {r.event.tokens} tokens, not {computed['tokens']}"
+            trained = f"trained {counted(r.event.tokens, 'token')}, not {computed['tokens']}"
             problems.append(f"attempt {r.attempt} {trained}")
     return {
         "run_id": run.run_id,
@@ -168,7 +171,7 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
     rows = answer["rows"]
     epochs = " and ".join(str(epoch) for epoch in dict.fromkeys(row["epoch"] for row in rows))
     out.print(
-        f"[bold]{answer['run_id']}[/], step {answer['step']}: {len(rows)} rows of epoch {epochs}, "
+        f"[bold]{answer['run_id']}[/], step {answer['step']}: {counted(len(rows), 'row')} of epoch {epochs}, "
         f"{answer['tokens']} trained tokens",
         soft_wrap=True,
     )
@@ -212,7 +215,7 @@ def _print_steps(answer: dict[str, Any]) -> None:
     out = output.console()
     out.print(
         f"row {answer['row']} is row {answer['row_in_file']} of {output.escape(answer['file'])}: "
-        f"{answer['length']} tokens, {answer['trained']} trained",
+        f"{counted(answer['length'], 'token')}, {answer['trained']} trained",
         soft_wrap=True,
     )
     if not answer["trained"]:

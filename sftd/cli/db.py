@@ -12,6 +12,7 @@ import click
 from sftd import settings as settings_module
 from sftd.cli import app, output
 from sftd.cli.backup import backup_command, restore_command
+from sftd.domain.words import counted
 
 _SHOWN_PROBLEMS = 20
 
@@ -59,9 +60,9 @@ def check() -> None:
     if (more := len(found.problems) - _SHOWN_PROBLEMS) > 0:
         click.echo(f"… and {more} more")
     if found.problems:
-        output.note(f"{shown_url(url)}: {len(found.problems)} problems")
+        output.note(f"{shown_url(url)}: {counted(len(found.problems), 'problem')}")
         sys.exit(1)
-    click.echo(f"OK: {found.runs:,} runs, {found.events:,} events")
+    click.echo(f"OK: {counted(found.runs, 'run')}, {counted(found.events, 'event')}")
 
 
 @db_command.command("copy")

@@ -12,6 +12,7 @@ import click
 
 from sftd.cli import app, output
 from sftd.cli.demo_view import LiveSteps, answers, redone_lines, validation_line
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,7 +133,7 @@ def make_data(folder: str, cache: Path, run_tool: Any) -> dict[str, Any]:
     return {
         "train": str(directory / "train.parquet"),
         "val": str(directory / "val.parquet"),
-        "summary": f"train: {summary(done['train'])}; validation: {done['val']['rows']} rows",
+        "summary": f"train: {summary(done['train'])}; validation: {counted(done['val']['rows'], 'row')}",
         "question": question,
         "answer": answer,
     }
@@ -152,7 +153,7 @@ def show_row(out: Console, file: str, folder: str, run_tool: Any) -> None:
     text = Text()
     for segment in row["segments"]:
         text.append(segment["text"], "bold black on green" if segment["trained"] else "dim")
-    out.print(f"   one row: {row['tokens']} tokens, the {row['trained']} marked ones are trained")
+    out.print(f"   one row: {counted(row['tokens'], 'token')}, the {row['trained']} marked ones are trained")
     out.print(Padding(text, (0, 0, 0, 6)))
     if not out.is_terminal:
         trained = "".join(s["text"] for s in row["segments"] if s["trained"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sftd.cli import output
 from sftd.domain import events as e
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +104,7 @@ def validation_line(history: list[Recorded]) -> str:
     change = (
         f"[bold green]{(last - first) / first:+.1%}[/]" if last < first else f"{(last - first) / first:+.1%}"
     )
-    return f"validation loss: [bold]{first:.4f}[/] before, [bold]{last:.4f}[/] after {max(losses)} steps ({change})"
+    return f"validation loss: [bold]{first:.4f}[/] before, [bold]{last:.4f}[/] after {counted(max(losses), 'step')} ({change})"
 
 
 def answers(history: list[Recorded], question: str, reference: str) -> Table:

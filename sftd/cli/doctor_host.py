@@ -218,9 +218,9 @@ def limits() -> Iterator[Finding]:
         return
     if size < _SHARED_BYTES:
         fix = "give the container more: `docker run --shm-size=8g`, or --ipc=host"
-        yield warning("shared memory", f"{_SHARED} has {output.size(size)}: NCCL may fail", fix)
+        yield warning("shared memory", f"{_SHARED} has {output.memory(size)}: NCCL may fail", fix)
     else:
-        yield ok("shared memory", f"{_SHARED} has {output.size(size)}")
+        yield ok("shared memory", f"{_SHARED} has {output.memory(size)}")
 
 
 def ports() -> Iterator[Finding]:

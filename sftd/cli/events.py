@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 _POLL_SECONDS = 0.3
 _PAGE = 1000
@@ -24,7 +25,7 @@ def _described(event: Any) -> str:
 
     match event:
         case e.RunSubmitted():
-            return f"{event.planned_steps} steps, spec {event.spec_digest[:12]}, by {event.user}"
+            return f"{counted(event.planned_steps, 'step')}, spec {event.spec_digest[:12]}, by {event.user}"
         case e.RunForked():
             changed = "".join(f"; {change}" for change in output.changes(event.changes))
             return f"from step {event.step} of {event.parent}, by {event.by}{changed}"
@@ -48,18 +49,18 @@ def _described(event: Any) -> str:
             return f"{len(event.files)} files, {output.size(event.bytes)}, {event.seconds:.1f} s"
         case e.DataBound():
             lost = f", {event.truncated_rows} truncated, {event.dropped_rows} dropped"
-            return f"{event.train_rows} rows, {event.val_rows} for validation{lost}"
+            return f"{counted(event.train_rows, 'row')}, {event.val_rows} for validation{lost}"
         case e.TrainingResumed():
             return f"from step {event.step}"
         case e.StepCompleted():
             return (
                 f"step {event.step}  loss {output.loss(event.loss)}  grad norm {event.grad_norm:.3f}  "
-                f"lr {event.lr:.2e}  {event.tokens_real} tokens  {event.seconds:.2f} s"
+                f"lr {event.lr:.2e}  {counted(event.tokens_real, 'token')}  {event.seconds:.2f} s"
                 + (f"  MFU {event.mfu:.1%}" if event.mfu is not None else "")
-                + (f"  {output.size(event.peak_memory_bytes)}" if event.peak_memory_bytes else "")
+                + (f"  {output.memory(event.peak_memory_bytes)}" if event.peak_memory_bytes else "")
             )
         case e.ValidationCompleted():
-            return f"step {event.step}  loss {output.loss(event.loss)} over {event.tokens} tokens"
+            return f"step {event.step}  loss {output.loss(event.loss)} over {counted(event.tokens, 'token')}"
         case e.SampleGenerated():
             return f"step {event.step}  {event.prompt!r} → {event.text!r}"
         case e.CheckpointStarted():
@@ -104,7 +105,7 @@ def _described(event: Any) -> str:
         case e.AttemptLost():
             return str(event.message)
         case e.RunSucceeded():
-            return f"{event.steps} steps, {event.tokens} trained tokens"
+            return f"{counted(event.steps, 'step')}, {counted(event.tokens, 'trained token')}"
         case e.RunFailed():
             return f"{event.cause}: {event.message}"
         case e.RunCancelled():
@@ -130,10 +131,10 @@ def _sampled(event: Any) -> str:
     gpus = [
         f"GPU {gpu.index}"
         + (f" {gpu.utilization_percent:.0f} %" if gpu.utilization_percent is not None else "")
-        + (f" {output.size(gpu.memory_used_bytes)}" if gpu.memory_used_bytes is not None else "")
+        + (f" {output.memory(gpu.memory_used_bytes)}" if gpu.memory_used_bytes is not None else "")
         for gpu in event.gpus
     ]
-    return ", ".join([f"CPU {event.cpu_percent:.0f} %", output.size(event.memory_used_bytes), *gpus])
+    return ", ".join([f"CPU {event.cpu_percent:.0f} %", output.memory(event.memory_used_bytes), *gpus])
 
 
 @click.command("events")
@@ -160,6 +161,8 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
     store = app.open_store(app.read_settings())
     run_id = app.pick(store, run)
     version = 0
+    if follow:
+        output.when_interrupted(f"{run_id} continues.")
     while True:
         # Asked first: an event that comes after the end of the run is then read by this round.
         ended = _has_ended(store, run_id)

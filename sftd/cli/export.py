@@ -47,12 +47,14 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
     template = checkpoints.chat_template(store, found.run_id)
+    output.when_interrupted(f"Nothing was written to {path}.")
     with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(
         step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
     )
+    output.when_interrupted(f"The model is in {path}.")
     checkpoints.record_export(store, app.context(), found.run_id, exported)
     if not as_json:
         click.echo(f"wrote {path}: {output.size(exported.bytes)}, {exported.dtype}")

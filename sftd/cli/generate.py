@@ -7,6 +7,7 @@ import sys
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 
 @click.command("generate")
@@ -61,6 +62,7 @@ def generate_command(
         raise click.UsageError("A --prompt is empty.")
     model = model_files.source(store, settings.home, found)
     template = checkpoints.chat_template(store, found.run_id)
+    output.when_interrupted("Nothing was written.")
     with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
@@ -75,4 +77,4 @@ def generate_command(
             click.echo(click.style(f"{'' if i == 0 else chr(10)}> {answer['prompt']}", dim=True))
         click.echo(answer["text"])
         if not answer["stopped"]:
-            output.note(f"(cut after {answer['tokens']} tokens; --max-tokens allows more)")
+            output.note(f"(cut after {counted(answer['tokens'], 'token')}; --max-tokens allows more)")

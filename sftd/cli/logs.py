@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app, output
 from sftd.cli.plot import COLOURS
+from sftd.domain.progress_lines import TYPES, describe
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
+    from sftd.domain.events import Recorded
+    from sftd.store.engine import Store
     from sftd.wire.printed import Output
 
+_PAGE = 1000
 _POLL_SECONDS = 0.3
 # Sequences that a terminal obeys: colours, all others, and single characters that are no text.
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
@@ -24,7 +31,7 @@ _OBEYED = re.compile(
 
 @click.command("logs")
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended, across restarts.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the run has ended, across restarts.")
 @click.option("-a", "--attempt", type=click.IntRange(min=1), help="Only this attempt; all when not given.")
 @click.option(
     "-r", "--rank", "ranks", multiple=True, type=click.IntRange(min=0), help="Only this rank; repeatable."
@@ -33,15 +40,16 @@ _OBEYED = re.compile(
     "-n",
     "--tail",
     type=click.IntRange(min=0),
-    help="Begin with the last N lines of each rank's stdout and of its stderr, in the last attempt.",
+    help="Begin with the last N lines of the progress, and of each rank's stdout and stderr, in the last attempt.",
 )
 def logs_command(
     run: str, follow: bool, attempt: int | None, ranks: tuple[int, ...], tail: int | None
 ) -> None:
-    """Print what torchrun and the ranks of a run wrote, each line with its attempt and rank.
+    """Print a run's progress, a line for each step, validation and checkpoint, and what torchrun and its ranks wrote.
 
-    Every line comes once. A rank's lines are in the order in which it wrote them; those of different ranks, as they are
-    found. Only what was written on this host is here.
+    Every line comes once, with its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out
+    with --rank. A rank's lines are in the order in which it wrote them; the others as they are found. What ranks wrote is
+    here only on their host.
 
     \b
     Example:
@@ -59,17 +67,22 @@ def logs_command(
     store = app.open_store(settings)
     found = reading.find_run(store, app.pick(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
-        what = f"{found.run_id} has made {found.attempt} attempts"
+        what = f"{found.run_id} has made {counted(found.attempt, 'attempt')}"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))
     directory = RunDir(settings.home, found.run_id)
     number = attempt or (max(1, found.attempt) if tail is not None else 1)
     wanted = frozenset(ranks)
     printed = Output(directory.attempt(number), wanted, tail)
+    progress = None if wanted else _Progress(store, found.run_id, tail)
     wrote = False
+    if follow:
+        output.when_interrupted(f"{found.run_id} continues.")
     while True:
         # Asked first: what an attempt wrote before it was over is then read by this round.
         found = reading.find_run(store, found.run_id)
         is_over = found.status in ENDED or number < found.attempt
+        if progress is not None:
+            wrote = progress.print(number, found.planned_steps) or wrote
         _print(printed, number, to_the_end=is_over or not follow)
         wrote = wrote or printed.has_lines
         if attempt is None and number < found.attempt:
@@ -85,15 +98,53 @@ def logs_command(
         output.note(f"{who} has written nothing on this host{of_attempt}")
 
 
+class _Progress:
+    """The lines that the log has of a run, each once."""
+
+    def __init__(self, store: Store, run_id: str, last: int | None) -> None:
+        """`last` begins with the last so many of an attempt."""
+        self._store = store
+        self._run_id = run_id
+        self._last = last
+        self._version = 0
+
+    def print(self, attempt: int, planned_steps: int) -> bool:
+        """Print what is new of an attempt, and pass over what earlier ones have. Returns whether there was anything."""
+        lines: deque[str] = deque(maxlen=self._last)
+        self._last = None
+        for recorded in self._new(attempt):
+            said = describe(recorded.event, planned_steps) if recorded.attempt == attempt else None
+            if said is not None:
+                lines.append(f"{_prefix(attempt, None)} {output.printable(said)}")
+        for line in lines:
+            click.echo(line)
+        return bool(lines)
+
+    def _new(self, attempt: int) -> Iterator[Recorded]:
+        from sftd.operations import reading
+
+        while True:
+            events = reading.run_events(self._store, self._run_id, self._version, TYPES, _PAGE)
+            for recorded in events:
+                if (recorded.attempt or 0) > attempt:
+                    return
+                self._version = recorded.version
+                yield recorded
+            if len(events) < _PAGE:
+                return
+
+
+def _prefix(attempt: int, rank: int | None) -> str:
+    prefix = f"[attempt {attempt}]" if rank is None else f"[attempt {attempt} · rank {rank}]"
+    if not output.is_terminal():
+        return prefix
+    return click.style(prefix, fg=None if rank is None else COLOURS[rank % len(COLOURS)], dim=rank is None)
+
+
 def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
     colour = output.is_terminal()
     for rank, line in printed.lines(to_the_end=to_the_end):
-        prefix = f"[attempt {attempt}]" if rank is None else f"[attempt {attempt} · rank {rank}]"
-        if colour:
-            prefix = click.style(
-                prefix, fg=None if rank is None else COLOURS[rank % len(COLOURS)], dim=rank is None
-            )
-        click.echo(f"{prefix} {_harmless(line, colour=colour)}")
+        click.echo(f"{_prefix(attempt, rank)} {_harmless(line, colour=colour)}")
 
 
 def _harmless(line: str, *, colour: bool) -> str:

@@ -12,6 +12,7 @@ import click
 
 from sftd.cli import app, output
 from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.words import counted
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
@@ -194,15 +195,19 @@ def _tell(checked: Iterable[Checked], total: int, as_json: bool) -> None:
             click.echo(output.json_line(msgspec.to_builtins(found) | {"is_equal": found.is_equal}))
             continue
         if found.is_equal:
-            click.echo(f"{found.run_id}: {found.points} points, equal to the log, in {found.experiment}")
+            click.echo(
+                f"{found.run_id}: {counted(found.points, 'point')}, equal to the log, in {found.experiment}"
+            )
             continue
         click.echo(f"{found.run_id}: in {found.experiment}, not equal to the log", err=True)
         if found.behind:
-            click.echo(f"  {found.behind} events are not there yet: a daemon mirrors them", err=True)
+            click.echo(
+                f"  {counted(found.behind, 'event')} are not there yet: a daemon mirrors them", err=True
+            )
         for difference in found.differences:
             click.echo(f"  {difference}", err=True)
     if not as_json and total:
-        click.echo(f"{equal} of {total} runs are equal to the log, {points} points")
+        click.echo(f"{equal} of {counted(total, 'run')} are equal to the log, {counted(points, 'point')}")
     elif not as_json:
         click.echo("The log has no runs.")
     if equal < total:

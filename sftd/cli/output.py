@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+_NO_EDGE = 10_000
+INTERRUPTION = "sftd.interruption"
 # Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 STATUS_STYLE = {
@@ -44,7 +46,27 @@ def console(*, stderr: bool = False) -> Console:
     if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
         # Where the locale has no bars and arrows, question marks are better than no answer.
         stream.reconfigure(errors="replace")
-    return border.console(stderr=stderr)
+    # A pipe has no edge: a line that is broken there cannot be searched for.
+    has_width = stream.isatty() or "COLUMNS" in os.environ
+    return border.console(stderr=stderr, width=None if has_width else _NO_EDGE)
+
+
+def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
+    """Print names and values in two columns. A value with a word that is longer than its column, such as a path, is left
+    for the screen to wrap: what was broken cannot be copied."""
+    from rich.table import Table
+    from rich.text import Text
+
+    label = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        if max(map(len, value.plain.split()), default=0) > out.width - label - 2:
+            out.print(Text.assemble((f"{name:<{label}}  ", "dim"), value), soft_wrap=True)
+            continue
+        line = Table.grid(padding=(0, 2))
+        line.add_column(style="dim", no_wrap=True, width=label)
+        line.add_column(overflow="fold")
+        line.add_row(name, value)
+        out.print(line)
 
 
 def status_text(status: str) -> Text:
@@ -98,8 +120,13 @@ def age(micros: int) -> str:
     return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
 
 
+def memory(count: float) -> str:
+    """Bytes of memory → `12.3 GiB`, the unit in which devices have it."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 * 0.95 else f"{count / 2**20:.0f} MiB"
+
+
 def size(count: int) -> str:
-    """Bytes → `1.6 GB`."""
+    """Bytes on a disk → `1.6 GB`, the unit in which disks are sold. Memory has its own: `memory`."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -201,6 +228,12 @@ def warn_all(warnings: Iterable[Problem], quiet: bool) -> None:
 def note(text: str) -> None:
     """A remark for people on stderr, so that stdout stays for scripts."""
     click.echo(text, err=True)
+
+
+def when_interrupted(text: str) -> None:
+    """Say in a sentence what Ctrl-C leaves behind from now on. The command's group prints it then."""
+    if (command := click.get_current_context(silent=True)) is not None:
+        command.meta[INTERRUPTION] = text
 
 
 def width() -> int:

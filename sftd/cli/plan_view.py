@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sftd.cli import output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,11 +27,6 @@ _BASIS = {
 }
 
 
-def gib(count: float) -> str:
-    """Bytes → `12.3 GiB`, the unit of a device's memory."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 * 0.95 else f"{count / 2**20:.0f} MiB"
-
-
 def seconds(value: float) -> str:
     """A step's time: `0.42 s`, `12 s`."""
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
@@ -40,7 +36,7 @@ def summary(plan: Plan) -> str:
     """The plan in a line."""
     where = "the CPU" if plan.machine.device == "cpu" else output.escape(plan.machine.name)
     return (
-        f"About {gib(plan.fullest.total)} a rank, {seconds(plan.pace.step)} a step, "
+        f"About {output.memory(plan.fullest.total)} a rank, {seconds(plan.pace.step)} a step, "
         f"{output.duration(plan.pace.total)} in all, {output.size(plan.storage.needed)} of disk, on {where}: `sftd plan`"
     )
 
@@ -50,7 +46,7 @@ def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
     for number, one in enumerate(outcome.compared if outcome else ()):
         show: Callable[[float], str] = output.duration if one.name == "whole run" else seconds
         if one.unit == "bytes":
-            show = gib if one.name == "peak memory" else lambda value: output.size(int(value))
+            show = output.memory if one.name == "peak memory" else lambda value: output.size(int(value))
         error = "" if one.error is None else f", was {show(one.actual or 0)}: {one.error:+.1%}"
         yield ("planned" if number == 0 else " ", f"{one.name} {show(one.planned)}{error}")
 
@@ -67,7 +63,7 @@ def layout_text(spec: Spec) -> str:
 def batch_text(spec: Spec) -> str:
     """What a micro-batch is."""
     if spec.training.use_rmpad:
-        return f"{spec.micro_batch_tokens} tokens"
+        return f"{counted(spec.micro_batch_tokens, 'token')}"
     size = spec.training.micro_batch_size_per_gpu
     return f"{size} row{'s' if size > 1 else ''}"
 
@@ -96,10 +92,14 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
     owner = "the host" if machine.device == "cpu" else "each device"
     spare = "" if machine.device == "cpu" else ", with what CUDA and fragmentation take"
     out.print(
-        f"  needs {gib(plan.needed)}{ranks}{spare}; {owner} has {gib(host.memory)}: {said}", soft_wrap=True
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(host.memory)}: {said}",
+        soft_wrap=True,
     )
     if plan.host_copy:
-        out.print(f"  asynchronous saves: {gib(plan.host_copy)} of host memory for all ranks", soft_wrap=True)
+        out.print(
+            f"  asynchronous saves: {output.memory(plan.host_copy)} of host memory for all ranks",
+            soft_wrap=True,
+        )
     out.print()
     for name, value in _other_facts(plan):
         out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
@@ -118,7 +118,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
         table.add_column(f"stage {stage.stage}" if several else "", justify="right", no_wrap=True)
     table.add_column("of what", overflow="fold", style="dim")
     work, is_cpu = plan.work, plan.machine.device == "cpu"
-    tokens = f"{work.largest:,} tokens in the largest micro-batch"
+    tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
     rows: list[tuple[str, str, str]] = [
         ("weights", "weights", plan.dtype),
         ("gradients", "gradients", "FP32"),
@@ -132,9 +132,9 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
         ("workspace", "workspace", "the process, gloo's copy of the gradients" if is_cpu else "cuBLAS"),
     ]
     for title, name, what in rows:
-        table.add_row(title, *(gib(getattr(stage, name)) for stage in plan.memory), what)
+        table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)
     peak = "the process at its largest" if is_cpu else "of tensors: what the events call peak memory"
-    table.add_row("[bold]at the peak[/]", *(f"[bold]{gib(s.total)}[/]" for s in plan.memory), peak)
+    table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
     return table
 
 
@@ -158,8 +158,8 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("step", f"{seconds(pace.step)}, {rate}{mfu}, {padding:.0%} padding"),
         ("", _BASIS[pace.basis]),
-        ("run", f"{output.duration(pace.total)} for {pace.steps} steps: {', '.join(parts)}"),
-        ("disk", f"{output.size(disk.needed)} free for {several} at once; {stays}"),
+        ("run", f"{output.duration(pace.total)} for {counted(pace.steps, 'step')}: {', '.join(parts)}"),
+        ("disk", f"{output.size(disk.needed)} must be free: {several} at once; {stays}"),
     ]
 
 
@@ -169,13 +169,13 @@ def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
 
     out = output.console()
     devices = "the CPU" if host.machine.device == "cpu" else f"{host.devices} × {host.machine.name}"
-    where = f"{output.escape(devices)} of {gib(host.memory)}"
+    where = f"{output.escape(devices)} of {output.memory(host.memory)}"
     if layouts.best is None:
         out.print(f"[bold red]No layout fits[/] {where}: {layouts.tried} were tried.", soft_wrap=True)
         if layouts.smallest is not None:
             least = layouts.smallest
             out.print(
-                f"The smallest needs {gib(least.plan.needed)} a rank: {_setting(least.changes) or 'this config'}.",
+                f"The smallest needs {output.memory(least.plan.needed)} a rank: {_setting(least.changes) or 'this config'}.",
                 soft_wrap=True,
             )
         return
@@ -206,7 +206,7 @@ def _layout_row(choice: Choice) -> tuple[str, ...]:
         batch_text(spec),
         recompute_text(spec),
         seconds(plan.pace.step),
-        gib(plan.needed),
+        output.memory(plan.needed),
     )
 
 
@@ -217,7 +217,7 @@ def _reason(best: Choice, spec: Spec) -> str:
     if shares == 1 and best.spec.world_size > 1:
         why.append("the model fits a single device, so all others take a share of the data")
     if best.without_recompute is not None:
-        why.append(f"without recomputation it would need {gib(best.without_recompute)}")
+        why.append(f"without recomputation it would need {output.memory(best.without_recompute)}")
     return "; ".join(why)[0].upper() + "; ".join(why)[1:]
 
 

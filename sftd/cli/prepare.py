@@ -8,6 +8,7 @@ import click
 
 from sftd.cli import output
 from sftd.cli.numbers import FiniteRange
+from sftd.domain.words import counted
 
 # Options that the tool knows by the same name.
 _PASSED = (
@@ -140,6 +141,7 @@ def prepare_command(
         arguments.append("--skip-bad-rows")
     if trust_remote_code:
         arguments.append("--trust-remote-code")
+    output.when_interrupted("Nothing was written.")
     done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
     if as_json:
         click.echo(output.json_line(done))
@@ -156,8 +158,7 @@ def prepare_command(
 def summary(done: dict[str, Any]) -> str:
     """What `tokenize` did, in one line."""
     share = done["trained_tokens"] / max(1, done["tokens"])
-    rows = f"{done['rows']:,} row{'s' if done['rows'] != 1 else ''}"
-    text = f"{rows}, {done['tokens']:,} tokens, of which {share:.0%} are trained"
+    text = f"{counted(done['rows'], 'row')}, {counted(done['tokens'], 'token')}, of which {share:.0%} are trained"
     if done.get("truncated"):
         text += f"; {done['truncated']:,} truncated"
     if done.get("dropped"):

@@ -11,6 +11,7 @@ import click
 from sftd.cli import app, output
 from sftd.cli.ls import row_json
 from sftd.cli.run_table import SORTS, STATUSES, runs_table
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,12 +64,15 @@ HISTORY_TYPES = (
 @click.command("show")
 @click.argument("run", metavar="RUN|SWEEP")
 @click.option(
+    "--config", "as_config", is_flag=True, help="Print its config as YAML, which may be submitted again."
+)
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print the run's whole state as JSON; of a sweep, an array of runs.",
 )
-def show_command(run: str, as_json: bool) -> None:
+def show_command(run: str, as_config: bool, as_json: bool) -> None:
     """Show one run: status, progress, validation, where its time went, attempts, checkpoints. Or the runs of a sweep, the
     lowest validation loss first.
 
@@ -79,18 +83,24 @@ def show_command(run: str, as_json: bool) -> None:
       sftd show brave-otter-3f2a
       sftd show geo-bot/baseline
       sftd show sweep-3aea38
+      sftd show brave-otter-3f2a --config > again.yaml
     """
     import msgspec
 
     from sftd.cli.plan_view import outcome_facts
-    from sftd.operations import naming, planning, reading
+    from sftd.operations import board, naming, planning, reading
 
     store = app.open_store(app.read_settings())
-    if naming.is_sweep(store, run):
+    if not as_config and naming.is_sweep(store, run):
         rows = reading.list_runs(store, reading.Filter(sweep=run))
         _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
         return
     found = reading.find_run(store, app.pick(store, run))
+    if as_config:
+        from sftd.cli.show_config import as_yaml
+
+        click.echo(as_yaml(found))
+        return
     ledger = reading.goodput(store, found.run_id, app.context().now())
     planned = planning.outcome(store, found, ledger)
     if as_json:
@@ -103,7 +113,8 @@ def show_command(run: str, as_json: bool) -> None:
         types=HISTORY_TYPES,
     )
     out = output.console()
-    print_state(found, attempt_events, (*_time_facts(ledger), *outcome_facts(planned)))
+    speed = board.tokens_per_second(store, found.run_id)
+    print_state(found, attempt_events, (*_time_facts(ledger), *outcome_facts(planned)), speed)
     out.print()
     out.print(history_table(attempt_events))
 
@@ -123,21 +134,22 @@ def _show_sweep(sweep: str, rows: list[RunRow], as_json: bool) -> None:
     output.note(f"\n`sftd compare {sweep}` shows what differs and plots the losses.")
 
 
-def print_state(run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = ()) -> None:
-    """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints."""
-    from rich.table import Table
-
+def print_state(
+    run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = (), speed: float | None = None
+) -> None:
+    """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints. `speed` is in tokens/s."""
     out = output.console()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in (*_facts(run, history), *more):
-        if value:
-            facts.add_row(name, _harmless(value) if isinstance(value, str) else value)
-    out.print(facts)
+    facts = [
+        (name, value)
+        for name, value in (*_facts(run, history, speed or run.tokens_per_second), *more)
+        if value
+    ]
+    output.print_facts(out, [(name, _harmless(v) if isinstance(v, str) else v) for name, v in facts])
     if run.checkpoints:
         out.print()
         out.print(_checkpoints_table(run))
+        for checkpoint in run.checkpoints:
+            out.print(_harmless(checkpoint.path), style="dim", soft_wrap=True)
 
 
 def _harmless(lines: str) -> Text:
@@ -146,7 +158,7 @@ def _harmless(lines: str) -> Text:
     return Text("\n".join(map(output.printable, lines.split("\n"))))
 
 
-def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
+def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
     from sftd.domain.events import RunSubmitted
@@ -171,7 +183,8 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
     return [
         ("run", Text(run.run_id, "bold")),
         ("status", status),
-        ("name", "/".join(p for p in (spec.trainer.project_name, spec.trainer.experiment_name) if p)),
+        ("project", spec.trainer.project_name),
+        ("name", spec.trainer.experiment_name),
         ("forked", f"from step {run.fork.step} of {run.fork.parent}" if run.fork else ""),
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
@@ -188,7 +201,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
             "batch",
             f"{spec.data.train_batch_size} in micro-batches of "
             + (
-                f"at most {spec.micro_batch_tokens} tokens"
+                f"at most {counted(spec.micro_batch_tokens, 'token')}"
                 if spec.training.use_rmpad
                 else f"{spec.training.micro_batch_size_per_gpu}"
             ),
@@ -197,7 +210,7 @@ def _facts(run: Run, history: list[Recorded]) -> list[tuple[str, Any]]:
             "steps",
             f"{run.step} of {run.planned_steps}"
             + (f", {output.duration(left)} left" if left else "")
-            + (f", {run.tokens_per_second:.0f} tokens/s" if run.tokens_per_second else ""),
+            + (f", {speed:,.0f} tokens/s" if speed else ""),
         ),
         ("loss", output.loss(run.loss)),
         ("validation", ", ".join(validation)),
@@ -261,7 +274,6 @@ def _time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
 def _checkpoints_table(run: Run) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     from sftd.domain.retention import why_kept
     from sftd.operations.checkpoints import is_missing
@@ -271,7 +283,6 @@ def _checkpoints_table(run: Run) -> Table:
     for name in ("checkpoint", "size", "val"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("kept because")
-    table.add_column("path", overflow="fold", style="dim")
     for c in run.checkpoints:
         table.add_row(
             f"step {c.step}",

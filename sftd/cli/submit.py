@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.domain.errors import Problem
@@ -138,7 +139,7 @@ def submit_command(
     if not (quiet or as_json) and (output.is_terminal() if xray is None else xray):
         look_inside(spec, found)
     (run_id,) = submit_all(store, app.context(), [Wish(spec, found, warnings)], app.user_name(), after=after)
-    said = f"is queued: {found.planned_steps} steps over {found.train.usable} rows"
+    said = f"is queued: {counted(found.planned_steps, 'step')} over {counted(found.train.usable, 'row')}"
     announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
 
 
@@ -156,6 +157,7 @@ def announce(
     wait: bool,
 ) -> None:
     """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
+    output.when_interrupted(f"{run_id} continues: `sftd logs -f {run_id}`, `sftd cancel {run_id}`.")
     if not as_json:
         output.warn_all(warnings, quiet)
     if quiet:
@@ -201,7 +203,7 @@ def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
     made = make_plan(spec, plan.facts_of(found), host.machine, plan.known_pace(found.shape, host.machine))
     out.print(f"  {summary(made)}", soft_wrap=True)
     if not host.fits(made.needed, spec.world_size):
-        output.warn(f"that is more than the {host.memory / 2**30:.1f} GiB there are: see `sftd plan`")
+        output.warn(f"that is more than the {output.memory(host.memory)} there are: see `sftd plan`")
 
 
 def print_dry_run(

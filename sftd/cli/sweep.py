@@ -7,6 +7,7 @@ import os
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 from sftd.settings import Settings
 
 
@@ -70,7 +71,9 @@ def submit(
         click.echo(output.json_line(rows))
     elif dry_run:
         for point, text in zip(points, texts, strict=True):
-            click.echo(f"{text}: {point.found.planned_steps} steps, spec {spec_digest(point.spec)[:12]}")
+            click.echo(
+                f"{text}: {counted(point.found.planned_steps, 'step')}, spec {spec_digest(point.spec)[:12]}"
+            )
         output.note(f"{len(points)} runs would be queued; nothing was.")
     else:
         for run_id, text in zip(run_ids, texts, strict=True):

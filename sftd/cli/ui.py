@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -34,8 +36,9 @@ _START_SECONDS = 120.0
 def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     """Serve MLflow on the runs of this home, on 127.0.0.1 only. Ctrl-C ends it.
 
-    Prints the address of the experiment of the newest run; with one RUN that of its page, with several that of their
-    curves side by side. When MLFLOW_TRACKING_URI names a server, there is one already, and only the address is printed.
+    Print the address of the experiment of the newest run; with one RUN that of its page, with several that of their
+    curves side by side. Where one runs already (another `sftd ui`, or a server that MLFLOW_TRACKING_URI names), only print
+    the address. What MLflow itself prints goes to SFTD_HOME/logs/ui.log.
 
     \b
     Example:
@@ -53,28 +56,49 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
         if not address.startswith(("http:", "https:")):
             what = f"{address!r} is neither a database nor a server"
             raise Refused(Problem("MLFLOW_TRACKING_URI", what, "write sqlite:///FILE or http://HOST:PORT"))
-        url = address.rstrip("/") + "/" + _page(settings, runs)
-        click.echo(f"MLflow is at {url}")
-        if open_browser:
-            webbrowser.open(url)
+        _show(f"MLflow is at {address.rstrip('/')}/{_page(settings, runs)}", open_browser)
         return
+    base = f"http://127.0.0.1:{port}/"
     if _is_taken(port):
-        fix = f"sftd ui --port {port + 1}; if that is another `sftd ui`, end it with Ctrl-C, or look at that one"
-        raise Refused(Problem("--port", f"another program listens on 127.0.0.1:{port}", fix))
-    url = f"http://127.0.0.1:{port}/{_page(settings, runs)}"
-    argv, env = command
-    server = subprocess.Popen(argv, env=os.environ | env)
-    # Ctrl-C reaches the server by itself, and what it says of its end comes before ours.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    if _is_up(server, port):
-        click.echo(f"MLflow on {url} (Ctrl-C ends it)")
-        if open_browser:
-            webbrowser.open(url)
-    code = server.wait()
-    # 0 and the signals that people end it with.
-    if code not in (0, -signal.SIGINT, -signal.SIGTERM):
-        raise SftdError(f"the MLflow server ended with {code}; is port {port} in use? Try --port {port + 1}")
+        if not _is_ours(settings, port):
+            what = f"another program listens on 127.0.0.1:{port}"
+            raise Refused(Problem("--port", what, f"sftd ui --port {port + 1}"))
+        _show(f"MLflow runs already, on {base}{_page(settings, runs)}", open_browser)
+        return
+    output.when_interrupted("MLflow was not started.")
+    waiting = output.console(stderr=True).status("starting MLflow, 10 to 30 s")
+    with waiting:
+        page = _page(settings, runs)
+        server, log = _start(settings, *command)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            if _is_up(server, port):
+                waiting.stop()
+                _show(f"MLflow on {base}{page} (Ctrl-C ends it)", open_browser)
+            code = server.wait()
+        except KeyboardInterrupt:
+            # By Ctrl-C in a terminal it is ending already.
+            server.terminate()
+            server.wait()
+            code = 0
+    if code not in (0, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM):
+        raise SftdError(f"the MLflow server ended with exit code {code}; see {log}")
+    output.note("stopped")
+
+
+def _show(text: str, open_browser: bool) -> None:
+    """Print a sentence with the address of a page, and open that in a browser if asked to."""
+    click.echo(text)
+    if open_browser:
+        webbrowser.open(next(word for word in text.split() if "://" in word))
+
+
+def _start(settings: Settings, argv: list[str], env: dict[str, str]) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start the server. Returns it, and the file that has what it prints."""
+    settings.logs.mkdir(mode=0o700, exist_ok=True)
+    path = settings.logs / "ui.log"
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+        return subprocess.Popen(argv, env=os.environ | env, stdout=log, stderr=log), path
 
 
 def _is_taken(port: int) -> bool:
@@ -102,6 +126,17 @@ def _is_up(server: subprocess.Popen[bytes], port: int) -> bool:
     return False
 
 
+def _is_ours(settings: Settings, port: int) -> bool:
+    """Whether a `sftd ui` that serves the same runs listens there."""
+    from sftd.projections.mlflow_server import MARK_PATH, mark
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{MARK_PATH}", timeout=5) as answer:
+            return bool(answer.read(100).decode(errors="replace") == mark(settings.mlflow_tracking_uri))
+    except (OSError, http.client.HTTPException):
+        return False
+
+
 def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     """The part of the address that names MLflow's page; empty when MLflow has nothing of ours yet."""
     from sftd.operations import reading
@@ -126,16 +161,19 @@ def _page(settings: Settings, runs: tuple[str, ...]) -> str:
             output.warn(f"MLflow has no run of {run_id} yet; a daemon mirrors it")
     experiments = list(dict.fromkeys(place.experiment for place in places))
     uuids = [place.run.uuid for place in places if place.run is not None]
-    if len(found) > 1 and len(uuids) > 1:
-        # Its page of curves; its page of comparisons shows last values only.
-        query = {
-            "runs": json.dumps(uuids),
-            "experiments": json.dumps(experiments),
-            "metric": json.dumps("loss"),
-            "plot_metric_keys": json.dumps(["loss"]),
-            "x_axis": "step",
-        }
-        return "#/metric?" + urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
-    if found and uuids:
-        return f"#/experiments/{experiments[0]}/runs/{uuids[0]}"
-    return f"#/experiments/{experiments[0]}/runs?compareRunsMode=CHART" if experiments else ""
+    if not experiments:
+        return ""
+    if len(found) == 1 and uuids:
+        return _address(f"experiments/{experiments[0]}/runs/{uuids[0]}")
+    query = {"compareRunsMode": "CHART"}
+    if len(found) > 1 and uuids:
+        query["searchFilter"] = f"attributes.run_id IN ({', '.join(map(repr, uuids))})"
+    if len(experiments) == 1:
+        return _address(f"experiments/{experiments[0]}/runs", query)
+    return _address("compare-experiments/s", {"experiments": json.dumps(experiments)} | query)
+
+
+def _address(page: str, query: dict[str, str] | None = None) -> str:
+    # Without the last key MLflow's pages open in the view for traces and prompts.
+    keys = (query or {}) | {"workflowType": "machine_learning"}
+    return f"#/{page}?{urllib.parse.urlencode(keys, quote_via=urllib.parse.quote)}"

@@ -86,6 +86,7 @@ def verify_command(
         output.note(model_files.unrecorded(run_id))
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
+    output.when_interrupted("Nothing was recorded.")
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
         order = _order(chosen, spec, planned, str(settings.home))
         with _held(settings, store, taken, is_named=devices is not None) as holds:

@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from sftd.cli import output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
     for number, row in enumerate(rows):
         trained = sum(len(ids) for ids, is_trained in row if is_trained)
         total = sum(len(ids) for ids, _ in row)
-        out.print(f"  row {number}: {total} tokens, {trained} trained", style="dim")
+        out.print(f"  row {number}: {counted(total, 'token')}, {trained} trained", style="dim")
         out.print(Padding(_marked([(next(words), is_trained) for _, is_trained in row]), (0, 0, 0, 4)))
     for line in _shares(spec, found, device):
         out.print(f"  {line}", soft_wrap=True)

@@ -9,6 +9,7 @@ import msgspec
 
 from sftd.domain import events as e
 from sftd.domain.printable import printable
+from sftd.domain.words import counted
 
 # Kind → the events that it is about.
 EVENTS: dict[str, tuple[type[e.Event], ...]] = {
@@ -94,7 +95,7 @@ def _said(event: e.Event, facts: Facts) -> str | None:
     match event:
         case e.RunSucceeded():
             loss = f", loss {float(facts.loss):.4g}" if facts.loss is not None else ""
-            return f"succeeded: {event.steps:,} steps, {event.tokens:,} tokens{loss}"
+            return f"succeeded: {counted(event.steps, 'step')}, {counted(event.tokens, 'token')}{loss}"
         case e.RunCancelled():
             return f"was cancelled by {event.by} {where}"
         case e.RunFailed():

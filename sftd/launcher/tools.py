@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,7 +36,9 @@ def run_tool(
     module: str, arguments: list[str], on_progress: Progress, request: bytes | None = None
 ) -> dict[str, Any]:
     """Run `python -m sftd.trainer.<module> ARGUMENTS…`, with `request` as its standard input, which it must read before
-    it reports anything. Each JSON line it prints goes to `on_progress`; the last one is returned. Raises `ToolFailed` with what it wrote to stderr: exit code 2 is a refusal, anything else a failure."""
+    it reports anything. Each JSON line it prints goes to `on_progress`; the last one is returned. Raises `ToolFailed` with
+    what it wrote to stderr: exit code 2 is a refusal, anything else a failure. Whatever else ends this function, Ctrl-C
+    included, ends the tool first."""
     last: dict[str, Any] = {}
     stdin = subprocess.DEVNULL if request is None else subprocess.PIPE
     # A tool is one process, whatever an earlier job left in the shell.
@@ -53,21 +56,37 @@ def run_tool(
         assert process.stderr is not None
         drain = threading.Thread(target=errors.extend, args=(process.stderr,), daemon=True)
         drain.start()
-        if process.stdin is not None:
-            # A tool that died before it read this says why on stderr.
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write((request or b"").decode())
-                process.stdin.close()
-        for line in process.stdout:
-            try:
-                last = msgspec.json.decode(line, type=dict[str, Any])
-            except msgspec.MsgspecError:
-                errors.append(line)
-                continue
-            on_progress(last)
-        code = process.wait()
-        drain.join()
+        try:
+            if process.stdin is not None:
+                # A tool that died before it read this says why on stderr.
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write((request or b"").decode())
+                    process.stdin.close()
+            for line in process.stdout:
+                try:
+                    last = msgspec.json.decode(line, type=dict[str, Any])
+                except msgspec.MsgspecError:
+                    errors.append(line)
+                    continue
+                on_progress(last)
+            code = process.wait()
+        except BaseException as error:
+            _end(process, error)
+            raise
+        finally:
+            drain.join()
     if code != 0:
         text = "".join(errors).strip()
         raise ToolFailed(text or f"{module} ended with exit code {code}", 2 if code == 2 else 1)
     return last
+
+
+def _end(process: subprocess.Popen[str], error: BaseException) -> None:
+    """End a tool that nobody waits for any more. Ctrl-C lets it clean up; a second one does not."""
+    # Ctrl-C in a terminal reaches the tool by itself as well, a signal to this process alone does not: it takes the first.
+    process.send_signal(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        raise

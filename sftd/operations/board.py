@@ -111,10 +111,15 @@ class _Steps:
             self._points.append(point)
             self.version, self._at = version, at
 
+    def tokens_per_second(self) -> float | None:
+        """The speed of the last few."""
+        recent = list(self._points)[-_SPEED:]
+        seconds = math.fsum(float(p.seconds) for p in recent)
+        return sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None
+
     def line(self, run: Run, row: QueueRow | None, last: Recorded | None) -> RunLine:
         """What they say of the run."""
         recent = list(self._points)[-_SPEED:]
-        seconds = math.fsum(float(p.seconds) for p in recent)
         known = [(p.mfu, float(p.seconds)) for p in recent if p.mfu is not None]
         left = None
         if run.status in ACTIVE and run.seconds_per_step is not None:
@@ -122,7 +127,7 @@ class _Steps:
         return RunLine(
             run=run,
             losses=[float(p.loss) for p in self._points],
-            tokens_per_second=sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None,
+            tokens_per_second=self.tokens_per_second(),
             mfu=mean_over_time(known),
             memory=max((p.peak_memory_bytes for p in recent if p.peak_memory_bytes), default=None),
             seconds_left=left,
@@ -131,6 +136,14 @@ class _Steps:
             host=row.host if row else None,
             observed=row.observed if row else True,
         )
+
+
+def tokens_per_second(store: Store, run_id: str) -> float | None:
+    """The speed of a run's last few steps, as the board shows it; None without a step."""
+    steps = _Steps()
+    with store.read() as connection:
+        steps.catch_up(connection, run_id)
+    return steps.tokens_per_second()
 
 
 class _Watched:

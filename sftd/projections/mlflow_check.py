@@ -12,6 +12,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain import events as e
+from sftd.domain.evolve import evolve
 from sftd.projections import mlflow_mapping as mapping
 from sftd.projections import mlflow_reading as reading
 from sftd.projections.mlflow_client import RemoteRun, Tracking
@@ -21,6 +22,8 @@ from sftd.store.event_store import read_stream
 from sftd.store.tables import events
 
 _TRIES = 5
+_MISSING = "there is no MLflow run of it"
+_FORMER = "an older sftd wrote it: a running daemon, or `sftd mlflow rebuild --prefix ''`, writes it again"
 # (step, timestamp, value), the value as text so that NaN equals itself.
 _Row = tuple[int, int, str]
 
@@ -67,20 +70,22 @@ def rebuild(
 def check(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> Checked:
     """Compare the MLflow run of a run with the log, which MLflow shall have at least up to `version`. Writes nothing."""
     recorded, event = _submission(store, run_id)
-    name = prefix + mapping.experiment_name(event)
-    experiment = tracking.find_experiment(name)
+    names = mapping.experiment_names(event, prefix)
+    if (experiment := tracking.find_experiment(names)) is None:
+        return Checked(run_id, names[-1], 0, version, [_MISSING])
     for _ in range(_TRIES):
-        there = tracking.find_run(experiment, run_id) if experiment is not None else None
-        if experiment is None or there is None:
-            return Checked(run_id, name, 0, version, ["there is no MLflow run of it"])
+        if (there := tracking.find_run(experiment.id, run_id)) is None:
+            return Checked(run_id, experiment.name, 0, version, [_MISSING])
+        if there.cursor < there.covered:
+            return Checked(run_id, experiment.name, 0, version - there.cursor, [_FORMER])
         told = ["it is deleted in MLflow"] if there.deleted else []
-        told += _facts(store, tracking, there, run_id, event, mapping.millis(recorded.occurred_at))
+        told += _facts(store, tracking, there, recorded, event)
         points, differences = _points(store, tracking, there, run_id)
-        found = Checked(run_id, name, points, max(0, version - there.cursor), told + differences)
+        found = Checked(run_id, experiment.name, points, max(0, version - there.cursor), told + differences)
         # A run that is being mirrored may have moved on between two questions.
         if (
             found.is_equal
-            or (now := tracking.find_run(experiment, run_id)) is None
+            or (now := tracking.find_run(experiment.id, run_id)) is None
             or now.cursor == there.cursor
         ):
             break
@@ -110,8 +115,8 @@ class Place(NamedTuple):
 def place(store: Store, tracking: Tracking, run_id: str) -> Place | None:
     """Where the mirror has put a run; None where MLflow does not even have the experiment."""
     _, event = _submission(store, run_id)
-    experiment = tracking.find_experiment(mapping.experiment_name(event))
-    return Place(experiment, tracking.find_run(experiment, run_id)) if experiment is not None else None
+    experiment = tracking.find_experiment(mapping.experiment_names(event))
+    return Place(experiment.id, tracking.find_run(experiment.id, run_id)) if experiment is not None else None
 
 
 def _submission(store: Store, run_id: str) -> tuple[e.Recorded, e.RunSubmitted]:
@@ -140,24 +145,29 @@ def _differences(key: str, log: list[_Row], there: list[_Row]) -> Iterator[str]:
 
 
 def _facts(
-    store: Store, tracking: Tracking, remote: RemoteRun, run_id: str, submitted: e.RunSubmitted, start: int
+    store: Store, tracking: Tracking, remote: RemoteRun, recorded: e.Recorded, submitted: e.RunSubmitted
 ) -> Iterator[str]:
     with store.read() as connection:
-        run, _ = reading.recover(connection, run_id, remote.cursor)
+        run, _ = reading.recover(connection, recorded.run_id, remote.cursor)
+        end = reading.last_end(connection, recorded.run_id, remote.cursor)
     there = tracking.described(remote.uuid)
-    status, end = mapping.status(run)
+    status, end_time = mapping.status(run)
+    start = mapping.millis(recorded.occurred_at)
     if there.start_time != start:
         yield f"start: MLflow has {there.start_time}, the log {start}"
     if there.status != status:
         yield f"status: MLflow has {there.status}, the log {status}"
-    if end is not None and there.end_time != end:
-        yield f"end: MLflow has {there.end_time}, the log {end}"
+    if end_time is not None and there.end_time != end_time:
+        yield f"end: MLflow has {there.end_time}, the log {end_time}"
     params = mapping.params(submitted.spec)
     if wrong := sorted(key for key in params if there.params.get(key) != params[key]):
         yield f"parameters: {', '.join(wrong)}"
     datasets = {(d.name, d.digest) for d in mapping.datasets(submitted)}
     if not datasets <= there.datasets:
         yield "datasets: not all of them are there"
-    tags = {k: v for k, v in mapping.tags(run).items() if there.tags.get(k, "") != v}
-    if tags:
-        yield f"tags: {', '.join(sorted(tags))}"
+    tags = mapping.tags(run, evolve(run, recorded).spec)
+    if end is not None:
+        tags |= mapping.time_tags(reading.ledger(store, end))
+    kept = {key for key in there.tags if key in tags or mapping.is_taken_back(key)}
+    if wrong := sorted(key for key in kept | tags.keys() if there.tags.get(key) != tags.get(key)):
+        yield f"tags: {', '.join(wrong)}"

@@ -9,14 +9,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from sftd.domain.errors import SftdError
-from sftd.projections.mlflow_mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point
+from sftd.projections.mlflow_mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point, parse_cursor
 
 # 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
 METRICS_PER_BATCH = 960
@@ -48,13 +48,16 @@ class MirrorUnavailable(SftdError):
 
 
 class RemoteRun(NamedTuple):
-    """An MLflow run that mirrors a run of ours, up to version `cursor` of its stream."""
+    """An MLflow run that mirrors a run of ours, up to version `cursor` of its stream. `covered` is more where an older sftd
+    copied it in another form."""
 
     uuid: str
     cursor: int
+    covered: int
     status: str
     end_time: int | None
     deleted: bool
+    tags: dict[str, str]
 
 
 class Described(NamedTuple):
@@ -72,6 +75,7 @@ class RemoteExperiment(NamedTuple):
     """An MLflow experiment."""
 
     id: str
+    name: str
     deleted: bool
 
 
@@ -116,22 +120,21 @@ class Tracking:
                 _write_ahead(store.engine)
         return MlflowClient(tracking_uri=self._uri)
 
-    def experiment(self, name: str) -> RemoteExperiment:
-        """Find an experiment by its name, or by the name that the mirror gave it, deleted ones too; else create it."""
+    def experiment(self, names: Sequence[str]) -> RemoteExperiment:
+        """Find an experiment by one of its names, or by the name that the mirror gave it, deleted ones too; else create it
+        under the last."""
         with self._client() as client:
-            found = _named(client, name)
-            if found is not None:
-                return RemoteExperiment(found.experiment_id, found.lifecycle_stage == "deleted")
+            if (found := _named(client, names)) is not None:
+                return found
             made = client.create_experiment(
-                name, artifact_location=self._artifacts, tags={_TAG_EXPERIMENT: name}
+                names[-1], artifact_location=self._artifacts, tags={_TAG_EXPERIMENT: names[-1]}
             )
-            return RemoteExperiment(made, deleted=False)
+            return RemoteExperiment(made, names[-1], deleted=False)
 
-    def find_experiment(self, name: str) -> str | None:
-        """The id of the experiment of this name, or that the mirror made under it. Makes nothing."""
+    def find_experiment(self, names: Sequence[str]) -> RemoteExperiment | None:
+        """The experiment of one of these names, or that the mirror made under one. Makes nothing."""
         with self._client() as client:
-            found = _named(client, name)
-        return str(found.experiment_id) if found is not None else None
+            return _named(client, names)
 
     def restore_experiment(self, experiment_id: str) -> None:
         """Undo the deletion of an experiment, and with it that of its runs."""
@@ -213,6 +216,22 @@ class Tracking:
                 tags=[RunTag(key, value) for key, value in tags.items()],
             )
 
+    def untag(self, uuid: str, keys: Collection[str]) -> None:
+        """Delete tags."""
+        with self._client() as client:
+            for key in keys:
+                client.delete_tag(uuid, key)
+
+    def clear(self, uuid: str, metrics: Collection[str], params: Collection[str]) -> None:
+        """Remove metrics and parameters, so that a run can be written again in another form. MLflow's API cannot: on a
+        server nothing happens, and they stay beside the new ones."""
+        if is_remote(self._uri):
+            return
+        with self._client() as client, client._tracking_client.store.engine.begin() as connection:
+            for name, keys in (("metrics", metrics), ("latest_metrics", metrics), ("params", params)):
+                table = sa.table(name, sa.column("run_uuid"), sa.column("key"))
+                connection.execute(sa.delete(table).where(table.c.run_uuid == uuid, table.c.key.in_(keys)))
+
     def log_table(self, uuid: str, file: str, table: Mapping[str, Any]) -> str | None:
         """Write a table as an artifact that MLflow's pages show as one, in place of what is there under this name. Returns
         why the artifact store does not take it, None if it does."""
@@ -277,11 +296,18 @@ def _write_ahead(engine: sa.Engine) -> None:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
-def _named(client: Any, name: str) -> Any:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found
-    return next((x for x in _experiments(client) if x.tags.get(_TAG_EXPERIMENT) == name), None)
+def _named(client: Any, names: Sequence[str]) -> RemoteExperiment | None:
+    """The experiment that has the first of these names that there is, or that the mirror made under it."""
+    ours: dict[str, Any] | None = None
+    for name in names:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            if ours is None:
+                ours = {x.tags[_TAG_EXPERIMENT]: x for x in _experiments(client) if _TAG_EXPERIMENT in x.tags}
+            found = ours.get(name)
+        if found is not None:
+            return RemoteExperiment(found.experiment_id, found.name, found.lifecycle_stage == "deleted")
+    return None
 
 
 def _experiments(client: Any) -> Iterator[Any]:
@@ -297,14 +323,15 @@ def _experiments(client: Any) -> Iterator[Any]:
 
 
 def _remote(run: Any) -> RemoteRun:
-    cursor = run.data.tags.get(TAG_CURSOR, "")
+    cursor, covered = parse_cursor(run.data.tags.get(TAG_CURSOR, ""))
     return RemoteRun(
         uuid=run.info.run_id,
-        # One that a person has spoilt counts as none: what is sent again is there already.
-        cursor=int(cursor) if cursor.isdecimal() else 0,
+        cursor=cursor,
+        covered=covered,
         status=run.info.status,
         end_time=run.info.end_time,
         deleted=run.info.lifecycle_stage == "deleted",
+        tags=dict(run.data.tags),
     )
 
 

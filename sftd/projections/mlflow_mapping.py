@@ -12,9 +12,28 @@ from typing import Any, NamedTuple
 from sftd.domain import events as e
 from sftd.domain.goodput import ACCOUNTS, Ledger
 from sftd.domain.run import Run, Status
+from sftd.domain.spec import Spec
+from sftd.domain.trajectory import changes
 
 TAG_RUN = "sftd.run"
 TAG_CURSOR = "sftd.cursor"
+
+# Raise it when a run gets other names or parameters in MLflow: the mirror then writes the runs that have an older form again.
+MAPPING = 2
+# What form 1 had beside the keys of today: one dot each, or named so that they came before the loss.
+FORMER_METRICS = (
+    *(
+        "tokens_total",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_gib",
+        "goodput",
+        "seconds_wall",
+    ),
+    *(f"seconds_{account}" for account in ACCOUNTS),
+)
+_CURVES = ("loss", "grad_norm", "lr", "val_loss")
 
 SAMPLES_FILE = "samples.json"
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
@@ -30,6 +49,10 @@ _DATASET_SOURCE = 65_535
 
 # MLflow takes paths as keys too, but refuses those that are not normal; a dotted key needs none.
 _NOT_IN_KEY = re.compile(r"[^\w. -]")
+# A project that nobody named. MLflow's own empty experiment is `Default`: two of that name confuse.
+_NO_PROJECT, _NO_PROJECT_SHOWN = "default", "sftd"
+_CHANGED = "sftd.changed."
+_TAKEN_BACK = ("sftd.last_checkpoint", "sftd.cause", "sftd.message", _CHANGED)
 _STATUS: dict[Status, str] = {
     "queued": "SCHEDULED",
     "held": "SCHEDULED",
@@ -81,19 +104,20 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     at = millis(recorded.occurred_at)
     if isinstance(event, e.ValidationCompleted):
         return [Point("val_loss", event.loss, at, event.step)]
+    # `system/` is the only prefix whose section MLflow's page shows below the keys without one.
     values = {
         "loss": event.loss,
         "grad_norm": event.grad_norm,
         "lr": event.lr,
-        "tokens_total": float(event.tokens_total),
-        "step_seconds": event.seconds,
+        "system/tokens_total": float(event.tokens_total),
+        "system/step_seconds": event.seconds,
     }
     if event.seconds > 0:
-        values["tokens_per_second"] = event.tokens_real / event.seconds
+        values["system/tokens_per_second"] = event.tokens_real / event.seconds
     if event.mfu is not None:
-        values["mfu"] = event.mfu
+        values["system/mfu"] = event.mfu
     if event.peak_memory_bytes is not None:
-        values["peak_memory_gib"] = event.peak_memory_bytes / 2**30
+        values["system/peak_memory_gib"] = event.peak_memory_bytes / 2**30
     return [Point(key, value, at, event.step) for key, value in values.items()]
 
 
@@ -103,7 +127,7 @@ def most_points(event: e.Event) -> int:
         return 8
     if isinstance(event, e.SystemSampled):
         return 3 + 4 * len(event.gpus)
-    return 2 + len(ACCOUNTS)
+    return 1
 
 
 def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
@@ -129,15 +153,13 @@ def _percent(part: int | None, whole: int | None) -> float | None:
     return round(100 * part / whole, 1) if part is not None and whole else None
 
 
-def goodput_points(ledger: Ledger, step: int) -> list[Point]:
-    """The metrics of a run that has ended at `step`: where its time went. One that ends again says it again."""
-    at = millis(ledger.until)
-    # No slash, as in time/queued: that is a section of its own, which MLflow's page shows before the curves.
-    values = {f"seconds_{account}": ledger.seconds(account) for account in ACCOUNTS}
-    values["seconds_wall"] = ledger.wall_seconds
+def time_tags(ledger: Ledger) -> dict[str, str]:
+    """Where the time of a run that has ended went. Tags: as a metric each number would be a chart with a single dot."""
+    spent = ((account, ledger.seconds(account)) for account in ACCOUNTS)
+    texts = {"sftd.time": ", ".join(f"{account} {seconds:.1f} s" for account, seconds in spent if seconds)}
     if ledger.goodput is not None:
-        values["goodput"] = ledger.goodput
-    return [Point(key, value, at, step) for key, value in values.items()]
+        texts["sftd.goodput"] = f"{ledger.goodput:.1%}"
+    return {key: text for key, text in texts.items() if text}
 
 
 def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[Point]:
@@ -153,22 +175,44 @@ def status(run: Run) -> tuple[str, int | None]:
     return name, millis(run.ended_at) if ended and run.ended_at is not None else None
 
 
-def tags(run: Run) -> dict[str, str]:
-    """The tags that change while a run goes on. An empty value takes back what an earlier attempt said."""
+def tags(run: Run, submitted: Spec) -> dict[str, str]:
+    """The tags that change while a run lasts; `submitted` is the spec that the parameters show. Those that `is_taken_back`
+    names and that are missing here must not be in MLflow."""
     newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
     texts = {
         "sftd.status": run.status,
         "sftd.attempts": str(run.attempt),
+        "sftd.spec_digest": run.spec_digest,
         "sftd.last_checkpoint": newest.path if newest else "",
         "sftd.cause": run.cause or "",
         "sftd.message": run.message or "",
     }
+    # MLflow's parameters cannot change: a resume's are here.
+    texts |= {f"{_CHANGED}{key}": _text(now) for key, (_, now) in changes(submitted, run.spec).items()}
     if run.fork:
         # Not mlflow.parentRunId: MLflow's pages fold such a run away below its parent, and leave it out of the charts.
         texts |= {"sftd.parent": run.fork.parent, "sftd.fork_step": str(run.fork.step)}
-    if run.sweep:
-        texts["sftd.sweep"] = run.sweep
-    return {key: fit(text, _TAG_VALUE) for key, text in texts.items()}
+    texts["sftd.sweep"] = run.sweep
+    return {key: fit(text, _TAG_VALUE) for key, text in texts.items() if text}
+
+
+def is_taken_back(key: str) -> bool:
+    """Whether a tag that `tags` does not have any more is to be deleted."""
+    return key.startswith(_TAKEN_BACK)
+
+
+def cursor_tag(version: int) -> str:
+    """The value of the tag that says how far a run is copied, and in which form."""
+    return f"{MAPPING}:{version}"
+
+
+def parse_cursor(text: str) -> tuple[int, int]:
+    """(version that is copied in today's form, version that is copied in whatever form) from the value of the tag. One
+    that a person has spoilt counts as nothing: what is sent again is there already."""
+    form, _, version = text.rpartition(":")
+    if not version.isdecimal():
+        return 0, 0
+    return (int(version) if form == str(MAPPING) else 0), int(version)
 
 
 def event_tags(event: e.Event) -> dict[str, str]:
@@ -200,7 +244,6 @@ def first_tags(run_id: str, event: e.RunSubmitted) -> dict[str, str]:
     """The tags that an MLflow run is created with. People may edit the note: it is never written again."""
     texts = {
         TAG_RUN: run_id,
-        "sftd.spec_digest": event.spec_digest,
         "sftd.user": event.user,
         "sftd.version": event.sftd_version,
         "mlflow.user": event.user,
@@ -229,9 +272,11 @@ def _section(spec: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def experiment_name(event: e.RunSubmitted) -> str:
-    """The MLflow experiment that a run belongs to, without any prefix."""
-    return fit(str(_section(event.spec, "trainer").get("project_name") or "default"), _NAME)
+def experiment_names(event: e.RunSubmitted, prefix: str = "") -> tuple[str, ...]:
+    """The MLflow experiment that a run belongs to: the name for a new one last, before it one that it may have already."""
+    project = str(_section(event.spec, "trainer").get("project_name") or _NO_PROJECT)
+    names = (project, _NO_PROJECT_SHOWN) if project == _NO_PROJECT else (project,)
+    return tuple(fit(prefix + name, _NAME) for name in names)
 
 
 def run_name(run_id: str, event: e.RunSubmitted) -> str:
@@ -241,8 +286,20 @@ def run_name(run_id: str, event: e.RunSubmitted) -> str:
 
 
 def params(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`)."""
-    return {_NOT_IN_KEY.sub("_", key)[:_KEY]: fit(text, _PARAM_VALUE) for key, text in _flat(spec, "")}
+    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). What is
+    for Slurm is there only for a run on Slurm."""
+    on_slurm = _section(spec, "launch").get("launcher") == "slurm"
+    return {
+        _NOT_IN_KEY.sub("_", key)[:_KEY]: fit(text, _PARAM_VALUE)
+        for key, text in _flat(spec, "")
+        if on_slurm or not key.startswith("launch.slurm")
+    }
+
+
+def former(spec: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """(metrics, parameters) that the mirror itself may have written into a run whose form is older."""
+    metrics = {*FORMER_METRICS, *_CURVES}
+    return metrics, {_NOT_IN_KEY.sub("_", key)[:_KEY] for key, _ in _flat(spec, "")} - params(spec).keys()
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -250,7 +307,11 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
     else:
-        yield key, value if isinstance(value, str) else json.dumps(value)
+        yield key, _text(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def fit(text: str, limit: int) -> str:

@@ -9,6 +9,9 @@ it, the mirror reads everything once and writes nothing.
 What people do in MLflow: a renamed experiment stays in use, an edited note stays as it is. A deleted run (or
 experiment) is left alone until the log has something new to say about it; then it is restored, for its points and its
 cursor are still there. One that is gone for good is written again from its first event.
+
+A run that an older sftd copied in another form (other names of metrics, say) is written again into the same MLflow run, from
+its first event; what only the old form had is removed where that can be done (see `Tracking.clear`).
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ import sqlalchemy as sa
 from sftd.domain import events as e
 from sftd.domain.evolve import evolve
 from sftd.domain.run import Run
+from sftd.domain.spec import Spec
 from sftd.projections import mlflow_mapping as mapping
 from sftd.projections import mlflow_reading as reading
 from sftd.projections.mlflow_client import METRICS_PER_BATCH, MirrorUnavailable, Tracking
 from sftd.store.engine import Store
 from sftd.store.event_store import read_stream
-from sftd.store.goodput import read_ledger
 from sftd.store.positions import projection_position, set_projection_position
 from sftd.store.tables import events
 
@@ -57,9 +60,11 @@ class _Window(NamedTuple):
 
 @dataclass
 class _Mirrored:
-    """A run in MLflow. `run` is our run as of `cursor`, None until it is needed; `tags` are those known to be there."""
+    """A run in MLflow. `run` is our run as of `cursor`, None until it is needed; `tags` are those that are there; `submitted`
+    is the spec that its parameters show."""
 
     uuid: str
+    submitted: Spec
     cursor: int
     status: str
     end_time: int | None
@@ -72,10 +77,12 @@ class _Mirrored:
 
 def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
     """Name of the position of the mirror into these experiments, and of the claim on mirroring there. The URI may hold a
-    password, so its digest stands in. A file of one host is not that of another, though both have the same name."""
+    password, so its digest stands in. A file of one host is not that of another, though both have the same name. Another
+    form is copied from the first event on, so it has a position of its own."""
     if tracking_uri.startswith("sqlite:"):
         tracking_uri = f"{socket.gethostname()} {tracking_uri}"
-    return f"mlflow:{hashlib.sha256(f'{tracking_uri} {experiment_prefix}'.encode()).hexdigest()[:16]}"
+    name = f"{tracking_uri} {experiment_prefix} {mapping.MAPPING}"
+    return f"mlflow:{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 class MlflowMirror:
@@ -184,12 +191,15 @@ class MlflowMirror:
         """The run in MLflow, created or restored if there is anything to add; None if there is nothing to do."""
         with self._store.read() as connection:
             submitted = next(read_stream(connection, run_id, types=(e.RunSubmitted.__name__,), limit=1), None)
+            last = connection.execute(
+                sa.select(sa.func.max(events.c.version)).where(events.c.run_id == run_id)
+            ).scalar_one()
         if submitted is None or not isinstance(submitted.event, e.RunSubmitted):
             return None
         event = submitted.event
-        experiment = self._tracking.experiment(self._prefix + mapping.experiment_name(event))
+        experiment = self._tracking.experiment(mapping.experiment_names(event, self._prefix))
         remote = self._tracking.find_run(experiment.id, run_id)
-        if remote is not None and remote.cursor >= version and remote.deleted:
+        if remote is not None and remote.covered >= version and remote.deleted:
             return None
         if experiment.deleted:
             self._tracking.restore_experiment(experiment.id)
@@ -202,7 +212,11 @@ class MlflowMirror:
                 mapping.millis(submitted.occurred_at),
                 mapping.first_tags(run_id, event),
             )
-        return _Mirrored(remote.uuid, remote.cursor, remote.status, remote.end_time)
+        elif remote.cursor < remote.covered <= last:
+            # Not where MLflow knows of more than the log does: a log that was restored from a backup.
+            self._tracking.clear(remote.uuid, *mapping.former(event.spec))
+        spec = evolve(Run(run_id), submitted).spec
+        return _Mirrored(remote.uuid, spec, remote.cursor, remote.status, remote.end_time, tags=remote.tags)
 
     def _send_page(
         self, run_id: str, mirrored: _Mirrored, version: int, should_stop: Callable[[], bool]
@@ -236,7 +250,7 @@ class MlflowMirror:
             own_tags |= mapping.event_tags(recorded.event)
             generated += isinstance(recorded.event, e.SampleGenerated)
             if recorded.type in reading.ENDS:
-                found += self._goodput(run_id, recorded, run.step)
+                own_tags |= mapping.time_tags(reading.ledger(self._store, recorded))
             elif isinstance(recorded.event, e.RunForked):
                 for points in batched(
                     reading.inherited(self._store, recorded, recorded.event), METRICS_PER_BATCH
@@ -256,17 +270,16 @@ class MlflowMirror:
         status, end_time = mapping.status(run)
         if status != mirrored.status or end_time not in (None, mirrored.end_time):
             self._tracking.set_status(mirrored.uuid, status, end_time)
-        tags = mapping.tags(run)
-        changed = {key: value for key, value in tags.items() if mirrored.tags.get(key) != value}
-        self._tracking.log(mirrored.uuid, found, {**changed, **own_tags, mapping.TAG_CURSOR: str(cursor)})
+        tags = mapping.tags(run, mirrored.submitted)
+        there = mirrored.tags
+        if stale := [key for key in there if mapping.is_taken_back(key) and key not in tags]:
+            self._tracking.untag(mirrored.uuid, stale)
+        changed = {key: value for key, value in tags.items() if there.get(key) != value}
+        self._tracking.log(
+            mirrored.uuid, found, {**changed, **own_tags, mapping.TAG_CURSOR: mapping.cursor_tag(cursor)}
+        )
         mirrored.run, mirrored.cursor, mirrored.tags = run, cursor, tags
         mirrored.status, mirrored.end_time = status, end_time or mirrored.end_time
-
-    def _goodput(self, run_id: str, end: e.Recorded, step: int) -> list[mapping.Point]:
-        # As of the end, not of now: what is sent again after a crash is byte for byte the same.
-        with self._store.read() as connection:
-            ledger = read_ledger(connection, run_id, end.occurred_at, end.version)
-        return mapping.goodput_points(ledger, step)
 
     def _samples(self, run_id: str, uuid: str, version: int) -> dict[str, str]:
         """Write the table of sample answers as of `version`. Artifacts may lie in a store of their own that takes nothing,

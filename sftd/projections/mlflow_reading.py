@@ -8,7 +8,8 @@ from itertools import takewhile
 import sqlalchemy as sa
 
 from sftd.domain import events as e
-from sftd.domain.evolve import evolve, fold
+from sftd.domain.evolve import fold
+from sftd.domain.goodput import Ledger
 from sftd.domain.run import Run
 from sftd.projections import mlflow_mapping as mapping
 from sftd.store.engine import Store
@@ -104,16 +105,23 @@ def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterat
 
 def history(store: Store, run_id: str, version: int) -> Iterator[mapping.Point]:
     """All points that the MLflow run of a run has once it is mirrored up to `version`."""
-    run, highest = Run(run_id), dict[str, int]()
+    highest = dict[str, int]()
     for r in _stream(store, run_id, 0, version, MIRRORED):
         if isinstance(r.event, e.RunForked):
             yield from inherited(store, r, r.event)
-        run = evolve(run, r)
         yield from mapping.points(r, highest)
-        if r.type in ENDS:
-            with store.read() as connection:
-                ledger = read_ledger(connection, run_id, r.occurred_at, r.version)
-            yield from mapping.goodput_points(ledger, run.step)
+
+
+def ledger(store: Store, end: e.Recorded) -> Ledger:
+    """Where the time of a run went up to one of its ends: not up to now, so that it is the same whenever it is sent."""
+    with store.read() as connection:
+        return read_ledger(connection, end.run_id, end.occurred_at, end.version)
+
+
+def last_end(connection: sa.Connection, run_id: str, version: int) -> e.Recorded | None:
+    """The last time that a run ended, up to `version`."""
+    ends = takewhile(lambda r: r.version <= version, read_stream(connection, run_id, types=ENDS))
+    return max(ends, key=lambda r: r.version, default=None)
 
 
 def _stream(

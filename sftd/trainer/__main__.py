@@ -5,9 +5,21 @@ Kept this small, and guarded, because Python's spawned helper processes import t
 """
 
 import os
+import signal
 import sys
+from types import FrameType
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"Stopped before the first step; nothing was written.\n")
+    os._exit(128 + signal.SIGINT)
+
 
 if __name__ == "__main__":
+    # The imports take seconds; `direct` handles signals by itself afterwards.
+    signal.signal(signal.SIGINT, _leave)
+
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from sftd.trainer.process import prepare
@@ -19,6 +31,7 @@ if __name__ == "__main__":
         from sftd.trainer.loop import run
         from sftd.trainer.output_cap import cap_output
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         cap_output(AttemptDir(sys.argv[1]).ranks_dir)
         record(run)(sys.argv[1])
     else:

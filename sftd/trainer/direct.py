@@ -28,14 +28,15 @@ from torch.distributed.rendezvous import rendezvous
 from sftd.domain import decisions, redoing
 from sftd.domain import events as e
 from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.progress_lines import describe
 from sftd.domain.retention import deletable
 from sftd.domain.run import Run
 from sftd.trainer import loop, process
 from sftd.trainer import rendezvous as loopback
 from sftd.trainer.direct_plan import plan
 from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
-from sftd.trainer.progress_lines import describe, tell
 from sftd.trainer.reporter import Reporter
+from sftd.trainer.tell import tell
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.checkpoint_dir import is_checkpoint_of, remove, unread
 from sftd.wire.direct_run import DirectRun, read_history, take

@@ -21,8 +21,9 @@ from sftd.domain.loss_watch import losses_before
 from sftd.domain.model_record import ModelRecord, record_of
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec, spec_digest
+from sftd.domain.words import counted
 from sftd.trainer import process
-from sftd.trainer.progress_lines import tell
+from sftd.trainer.tell import tell
 from sftd.wire import checkpoint_dir, model_digest, preflight, specfile
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
 from sftd.wire.direct_run import DirectRun, History, Hold, Submission, read_history
@@ -134,7 +135,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     how = "goes on" if state.attempt else "starts"
     if record.files is None:
         say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
-    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {new.planned_steps} steps\n"
+    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
     tell(say)
     return attempt

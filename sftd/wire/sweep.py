@@ -104,10 +104,10 @@ def points(
 
 
 def _named(spec: Spec, name: str, chosen: dict[str, str]) -> Spec:
-    """The spec under a name that says which point it is."""
+    """The spec under a name that says which point it is: its values first, for lists cut names at the end."""
     first = spec.trainer.experiment_name or name
     parts = (f"{key.rpartition('.')[2]} {value.rpartition('/')[2]}" for key, value in chosen.items())
-    text = "".join(c if c.isprintable() else "_" for c in " ".join((first, *parts)))[:LONGEST_NAME]
+    text = "".join(c if c.isprintable() else "_" for c in " ".join((*parts, first)))[:LONGEST_NAME]
     return msgspec.structs.replace(
         spec, trainer=msgspec.structs.replace(spec.trainer, experiment_name=text.strip())
     )

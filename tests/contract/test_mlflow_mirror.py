@@ -26,7 +26,6 @@ from sftd.cli import app, main, ui
 from sftd.daemon import mirror_turn
 from sftd.daemon.mirror_turn import MirrorTurn
 from sftd.domain import events as e
-from sftd.domain import goodput
 from sftd.domain.spec import Spec
 from sftd.operations.context import Context
 from sftd.projections import mlflow_client, mlflow_mirror
@@ -137,34 +136,22 @@ def never() -> bool:
 
 
 def expected(store: Store, run_id: str) -> History:
-    """The history that the log holds, worked out anew: the first value of each step, and where the time went up to each
-    end."""
+    """The history that the log holds, computed independently: the first value of each step."""
     history: dict[str, dict[int, tuple[int, int, str]]] = {}
-    ledger, now = goodput.Fold(), 0
     with store.read() as connection:
-        for r in event_store.read_stream(connection, run_id, types=goodput.TYPES):
+        for r in event_store.read_stream(connection, run_id, types=reading.STEPS):
             event, at = r.event, r.occurred_at // 1000
-            ledger.add(r.occurred_at, event)
-            if isinstance(event, e.StepCompleted | e.AttemptClaimed):
-                now = event.step if isinstance(event, e.StepCompleted) else event.from_step
             if isinstance(event, e.StepCompleted):
                 values = {
                     "loss": event.loss,
                     "grad_norm": event.grad_norm,
                     "lr": event.lr,
-                    "tokens_total": float(event.tokens_total),
-                    "step_seconds": event.seconds,
-                    "tokens_per_second": event.tokens_real / event.seconds,
+                    "system/tokens_total": float(event.tokens_total),
+                    "system/step_seconds": event.seconds,
+                    "system/tokens_per_second": event.tokens_real / event.seconds,
                 }
             elif isinstance(event, e.ValidationCompleted):
                 values = {"val_loss": event.loss}
-            elif isinstance(event, e.RunSucceeded | e.RunFailed | e.RunCancelled):
-                told = ledger.ledger(r.occurred_at).as_json()
-                share = told.pop("goodput")
-                spent = {f"seconds_{key}": value for key, value in told.items()}
-                for key, value in (spent if share is None else spent | {"goodput": share}).items():
-                    history.setdefault(key, {})[at] = (now, at, repr(value))
-                continue
             else:
                 continue
             for key, value in values.items():
@@ -181,7 +168,7 @@ class Server:
         self.uri = uri
         self.client = MlflowClient(uri)
 
-    def run(self, run_id: str, experiment: str = "default") -> Any:
+    def run(self, run_id: str, experiment: str = "sftd") -> Any:
         from mlflow.entities import ViewType
 
         found = self.client.get_experiment_by_name(experiment)
@@ -193,9 +180,9 @@ class Server:
     def status(self, run_id: str) -> str:
         return str(self.run(run_id).info.status)
 
-    def history(self, run_id: str) -> History:
+    def history(self, run_id: str, experiment: str = "sftd") -> History:
         """All points, in the order of steps; one that is there twice is seen twice."""
-        run = self.run(run_id)
+        run = self.run(run_id, experiment)
         return {
             key: sorted(
                 (m.step, m.timestamp, repr(m.value))
@@ -317,10 +304,12 @@ def test_history_of_a_redone_run_equals_the_log(
     assert run.info.end_time == log.now // 1000
     assert run.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
     tags = run.data.tags
-    assert tags["sftd.cursor"] == str(rows)
+    assert tags["sftd.cursor"] == f"2:{rows}"
     assert (tags["sftd.status"], tags["sftd.attempts"]) == ("succeeded", "2")
     assert tags["sftd.last_checkpoint"] == "/c/step-9"
-    assert (tags["sftd.cause"], tags["sftd.message"]) == ("", "")
+    assert tags["sftd.goodput"].endswith("%")
+    assert "productive" in tags["sftd.time"]
+    assert not {"sftd.cause", "sftd.message"} & tags.keys()
     assert run.data.params["optimizer.lr"] == "1e-05"
     inputs = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
     assert {c: (d.name, d.digest) for c, d in inputs.items()} == {
@@ -397,7 +386,6 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     grandchild = expected(log.store, "grandchild")
 
     def joined(parent: History, step: int, own: History) -> History:
-        # Where its time went is the parent's own affair: it stands at the parent's end.
         theirs = {k: [p for p in v if p[0] < step + (k != "val_loss")] for k, v in parent.items()}
         return {k: both for k in parent if (both := theirs[k] + own.get(k, []))}
 
@@ -456,7 +444,7 @@ def test_killed_between_the_points_and_the_cursor(
         with pytest.raises(Killed):
             mirror.sync(never)
     assert len(server.history("run-1")["loss"]) == 201
-    assert int(server.run("run-1").data.tags["sftd.cursor"]) < 200
+    assert int(server.run("run-1").data.tags["sftd.cursor"].removeprefix("2:")) < 200
     # What is sent again comes with more behind it and redone steps: other pages than before.
     log.train("run-1", 2, range(190, 300))
     (mirror if same_mirror else new_mirror()).sync(never)
@@ -464,7 +452,7 @@ def test_killed_between_the_points_and_the_cursor(
     assert history["loss"][200] == (201, in_log["loss"][200][1], repr(sys.float_info.max))
     history["loss"][200] = in_log["loss"][200]  # infinity, as far as MLflow can hold it
     assert history == in_log
-    assert server.run("run-1").data.tags["sftd.cursor"] == str(log.versions["run-1"])
+    assert server.run("run-1").data.tags["sftd.cursor"] == f"2:{log.versions['run-1']}"
 
 
 def test_killed_after_the_run_was_created(
@@ -532,7 +520,7 @@ def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[
     assert run.data.tags["sftd.message"] == "gave up"
     assert after(e.ResumeRequested(by="ada")) == "SCHEDULED"
     assert after(claimed, step(2, 3), attempt=3) == "RUNNING"
-    assert server.run("run-1").data.tags["sftd.message"] == ""
+    assert "sftd.message" not in server.run("run-1").data.tags
     assert after(e.StopRequested(by="ada")) == "RUNNING"
     assert after(e.RunCancelled(by="ada")) == "KILLED"
     # The end moves, though the status stays, when all of a second end comes at once.
@@ -583,7 +571,7 @@ def test_types_of_a_newer_sftd_are_passed_over(
         tx.execute(sa.update(events).where(events.c.version == 2).values(type="Dreamt"))
     mirror = new_mirror()
     assert mirror.sync(never) == 2
-    assert server.run("run-1").data.tags["sftd.cursor"] == "2"
+    assert server.run("run-1").data.tags["sftd.cursor"] == "2:2"
     log.train("run-1", 1, range(1, 4))
     mirror.sync(never)
     assert server.history("run-1") == expected(log.store, "run-1")
@@ -649,7 +637,7 @@ def test_renamed_experiment_stays_in_use(
     server.client.rename_experiment(found.experiment_id, "better")
     log.train("run-1", 1, range(1, 4))
     new_mirror().sync(never)
-    assert server.run("run-1", "better").data.tags["sftd.cursor"] == "5"
+    assert server.run("run-1", "better").data.tags["sftd.cursor"] == "2:5"
 
 
 def test_a_second_set_of_experiments(
@@ -658,8 +646,8 @@ def test_a_second_set_of_experiments(
     crash_and_redo(log, "run-1")
     new_mirror().sync(never)
     MlflowMirror(log.store, uri, experiment_prefix="new/").sync(never)
-    assert server.run("run-1", "new/default").info.run_id != server.run("run-1").info.run_id
-    assert server.run("run-1", "new/default").data.metrics == server.run("run-1").data.metrics
+    assert server.run("run-1", "new/sftd").info.run_id != server.run("run-1").info.run_id
+    assert server.run("run-1", "new/sftd").data.metrics == server.run("run-1").data.metrics
 
 
 def test_mlflow_sets_up_its_store_in_silence(
@@ -896,15 +884,15 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     next(iter(rebuild(log.store, uri, artifacts, "rebuilt/", ())))
     found = rebuilt()
     assert [(c.run_id, c.experiment, c.is_equal) for c in found] == [
-        ("root", "rebuilt/default", True),
-        ("child", "rebuilt/default", True),
+        ("root", "rebuilt/sftd", True),
+        ("child", "rebuilt/sftd", True),
     ]
     assert found[0].points == sum(map(len, expected(log.store, "root").values()))
     with monkeypatch.context() as patch:
         patch.setattr(mlflow_client.Tracking, "log", lambda *_: pytest.fail("it wrote"))
         assert rebuilt() == found
 
-    run = server.run("child", "rebuilt/default")
+    run = server.run("child", "rebuilt/sftd")
     server.client.log_metric(run.info.run_id, "lr", 7.0, timestamp=1, step=3)
     server.client.set_terminated(run.info.run_id, "FAILED")
     with log.store.write() as tx:
@@ -966,10 +954,19 @@ def test_the_commands_find_the_runs_and_their_pages(
     assert "root has no export of step 7" in sftd("mlflow", "register", "root", "m", "--step", "7").stderr
 
     root, child = server.run("root").info, server.run("child").info
-    assert ui._page(settings, ()) == f"#/experiments/{root.experiment_id}/runs?compareRunsMode=CHART"
-    assert ui._page(settings, ("ro",)) == f"#/experiments/{root.experiment_id}/runs/{root.run_id}"
+    training, runs = "workflowType=machine_learning", f"#/experiments/{root.experiment_id}/runs"
+    assert ui._page(settings, ()) == f"{runs}?compareRunsMode=CHART&{training}"
+    assert ui._page(settings, ("ro",)) == f"{runs}/{root.run_id}?{training}"
     both = urllib.parse.unquote(ui._page(settings, ("root", "child")))
-    assert both.startswith(f'#/metric?runs=["{root.run_id}", "{child.run_id}"]')
+    these = f"attributes.run_id IN ('{root.run_id}', '{child.run_id}')"
+    assert both == f"{runs}?compareRunsMode=CHART&searchFilter={these}&{training}"
+    log.submit("elsewhere", trainer={"project_name": "other"})
+    MlflowMirror(store, uri, artifacts).sync(never)
+    across = urllib.parse.unquote(ui._page(settings, ("root", "elsewhere")))
+    other = server.run("elsewhere", "other").info
+    assert across.startswith(
+        f'#/compare-experiments/s?experiments=["{root.experiment_id}", "{other.experiment_id}"]'
+    )
 
     # An export that is registered, and the same one touched since.
     for _ in range(2):
@@ -1005,3 +1002,92 @@ def test_a_model_is_registered_once(
     log.add("run-1", registered)
     mirror.sync(never)
     assert server.run("run-1").data.tags["sftd.registered_model"] == "support version 2"
+
+
+def as_it_was(log: Log, server: Server, run_id: str) -> str:
+    """A run as the mirror of form 1 wrote it, with what a person added. Returns the id that MLflow gave it."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    client = server.client
+    experiment = client.create_experiment("default", tags={"sftd.experiment": "default"})
+    uuid = str(client.create_run(experiment, START // 1000 + 1000, {"sftd.run": run_id}, "mine").info.run_id)
+    points = []
+    for key, rows in expected(log.store, run_id).items():
+        points += [Metric(key.removeprefix("system/"), float(v), at, number) for number, at, v in rows]
+    client.log_batch(uuid, metrics=[*points, Metric("goodput", 0.9, 5, 9), Metric("my_score", 3.0, 5, 9)])
+    client.log_batch(uuid, params=[Param("launch.slurm.time", ""), Param("my_param", "1")])
+    said = {"sftd.cursor": str(log.versions[run_id]), "sftd.cause": "", "sftd.message": "", "mine": "kept"}
+    client.log_batch(uuid, tags=[RunTag(key, value) for key, value in said.items()])
+    client.set_tag(uuid, "mlflow.note.content", "a note of mine")
+    return uuid
+
+
+def test_a_mirror_of_an_older_form_is_written_again_without_loss_or_doubles(
+    log: Log,
+    uri: str,
+    server: Server,
+    new_mirror: Callable[[], MlflowMirror],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crash_and_redo(log, "run-1")
+    uuid = as_it_was(log, server, "run-1")
+    tracking = mlflow_client.Tracking(uri, None)
+    told = check(log.store, tracking, "", "run-1", log.versions["run-1"])
+    assert "an older sftd wrote it" in told.differences[0]
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        # Between what is removed and what comes in its place.
+        patch.setattr(mlflow_client.Tracking, "log", kill)
+        with pytest.raises(Killed):
+            new_mirror().sync(never)
+    new_mirror().sync(never)
+    run = server.run("run-1", "default")
+    assert run.info.run_id == uuid
+    history = server.history("run-1", "default")
+    assert history.pop("my_score") == [(9, 5, "3.0")]
+    assert history == expected(log.store, "run-1")
+    assert "launch.slurm.time" not in run.data.params
+    assert run.data.params["my_param"] == "1"
+    assert not {"sftd.cause", "sftd.message"} & run.data.tags.keys()
+    kept = run.data.tags["mine"], run.data.tags["mlflow.note.content"], run.info.run_name
+    assert kept == ("kept", "a note of mine", "mine")
+    assert check(log.store, tracking, "", "run-1", log.versions["run-1"]).behind == 0
+    # New runs of a project that nobody named join those that are there.
+    log.submit("run-2")
+    new_mirror().sync(never)
+    assert server.run("run-2", "default").info.experiment_id == run.info.experiment_id
+
+
+def test_a_run_of_an_older_form_that_was_deleted_stays_deleted(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    crash_and_redo(log, "run-1")
+    server.client.delete_run(as_it_was(log, server, "run-1"))
+    new_mirror().sync(never)
+    assert server.run("run-1", "default").info.lifecycle_stage == "deleted"
+
+
+def test_what_a_resume_changes_is_in_tags_and_checked(
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    crash_and_redo(log, "run-1")
+    mirror, tracking = new_mirror(), mlflow_client.Tracking(uri, None)
+
+    def resumed(steps: int, digest: str) -> dict[str, str]:
+        spec = msgspec.to_builtins(Spec())
+        spec["checkpoint"] |= {"keep_last": steps}
+        log.add("run-1", e.ResumeRequested(by="ada", spec=spec, spec_digest=digest))
+        mirror.sync(never)
+        assert check(log.store, tracking, "", "run-1", log.versions["run-1"]).is_equal
+        return dict(server.run("run-1").data.tags)
+
+    tags = resumed(1, "e" * 64)
+    assert (tags["sftd.changed.checkpoint.keep_last"], tags["sftd.spec_digest"]) == ("1", "e" * 64)
+    assert server.run("run-1").data.params["checkpoint.keep_last"] == "2", "as submitted"
+    server.client.set_tag(server.run("run-1").info.run_id, "sftd.changed.checkpoint.keep_last", "7")
+    told = check(log.store, tracking, "", "run-1", log.versions["run-1"]).differences
+    assert told == ["tags: sftd.changed.checkpoint.keep_last"]
+    assert "sftd.changed.checkpoint.keep_last" not in resumed(2, "d" * 64)

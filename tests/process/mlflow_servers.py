@@ -6,6 +6,7 @@ import http.client
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -15,11 +16,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sftd.projections.mlflow_server import ui_command
+from sftd.projections.mlflow_client import NO_PHONE_HOME
 from tests.claims import port_of_our_own
 from tests.patience import PATIENCE
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
+
+
+def mlflow_command(uri: str, artifacts: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    """(argv, variables to add to the environment) of a whole MLflow server on 127.0.0.1, which also takes artifacts."""
+    root = artifacts.as_uri()
+    argv = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    argv += ["--artifacts-destination", root, "--default-artifact-root", root]
+    # Its job runner is 13 more processes and 2 GB.
+    jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return argv, {**NO_PHONE_HOME, **jobs, "MLFLOW_BACKEND_STORE_URI": uri}
 
 
 class MlflowServer:
@@ -38,9 +60,9 @@ class MlflowServer:
 
     def launch(self) -> None:
         """Start it."""
-        command = ui_command(f"sqlite:///{self.folder}/mlflow.db", self.folder / "mlartifacts", self.port)
-        assert command is not None
-        argv, environment = command
+        argv, environment = mlflow_command(
+            f"sqlite:///{self.folder}/mlflow.db", self.folder / "mlartifacts", self.port
+        )
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
         self._process = subprocess.Popen(argv, env=clean | environment, start_new_session=True, **quiet)

@@ -42,7 +42,7 @@ class Story:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(self.server.url)
-        found = client.get_experiment_by_name("default")
+        found = client.get_experiment_by_name("sftd")
         [run] = client.search_runs([found.experiment_id], f"tags.`sftd.run` = '{run_id}'")
         history = client.get_metric_history(run.info.run_id, key)
         return sorted((m.step, m.timestamp, m.value) for m in history)
@@ -201,8 +201,13 @@ def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) ->
             page = browser.new_page(viewport={"width": 1200, "height": 660})
             page.set_default_timeout(PATIENCE * 1000)
             page.goto(said.split()[2])
-            page.wait_for_function(f"({PLOTS})().some(plot => plot.lines.length >= 2)")
-            [plot] = page.evaluate(PLOTS)
+            page.wait_for_function(
+                f"({PLOTS})().some(plot => plot.lines.filter(line => line.name.includes('(loss)')).length >= 2)"
+            )
+            plots = page.evaluate(PLOTS)
+            plot = next(
+                p for p in plots if p["lines"] and all("(loss)" in line["name"] for line in p["lines"])
+            )
             if picture := os.environ.get("SFTD_SCREENSHOT"):
                 page.get_by_role("button", name="Close").first.click()
                 page.wait_for_timeout(2000)
@@ -213,7 +218,7 @@ def test_in_a_browser_both_curves_are_whole_and_aligned_by_step(story: Story) ->
         assert served.wait(PATIENCE) == 0
         served.stdout.close()
     assert plot["title"] == "Step"
-    shown = {line["name"].split()[-1]: line for line in plot["lines"]}
+    shown = {line["name"].split()[-2]: line for line in plot["lines"]}
     assert shown.keys() == {story.parent, story.fork}
     for run_id, line in shown.items():
         assert list(zip(line["x"], line["y"], strict=True)) == [

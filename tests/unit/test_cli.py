@@ -10,19 +10,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 import pytest
+import yaml
 from click.testing import CliRunner
+from rich.text import Text
 
 from sftd import settings
 from sftd.cli import COMMANDS, HINTS, main, output
 from sftd.cli.events import describe
 from sftd.cli.runs import history_table
+from sftd.cli.show_config import as_yaml
 from sftd.domain import events
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.events import Recorded
 from sftd.domain.redoing import REDONE_DIFFERS
+from sftd.domain.run import Run
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Model, Optimizer, Trainer
 
 HEAVY = (
     "torch",
@@ -319,6 +327,33 @@ def test_a_row_is_shown_with_both_of_its_kinds() -> None:
     question = {"text": "What is\nthe capital of France, the one in Europe?", "trained": False}
     shown = _marked([question, {"text": "Paris.", "trained": True}]).plain
     assert shown == "What is the capital of France, the …«Paris.»"
+
+
+def test_the_config_of_a_run_is_the_same_when_it_is_submitted_again() -> None:
+    spec = Spec(
+        model=Model(partial_pretrain="/m", override_config={"rope_theta": 1e6}),
+        optimizer=Optimizer(lr=3e-4),
+        trainer=Trainer(sample_prompts=["who?", "#1: \u00e9"]),
+    )
+    shown = as_yaml(Run("r", spec=spec, spec_digest="d" * 64))
+    assert msgspec.convert(yaml.safe_load(shown), Spec) == spec
+    set_here, _, defaults = shown.partition("# The defaults:\n")
+    assert "lr: 0.0003" in set_here
+    assert "shuffle" not in set_here
+    assert "#   shuffle: true" in defaults
+    assert all(line.startswith("# ") for line in defaults.splitlines())
+
+
+def test_a_path_is_not_broken_on_a_narrow_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/data/" + "long/" * 20
+    facts = [("model", Text(path)), ("message", Text("some words that are wrapped " * 3))]
+    output.print_facts(output.console(), facts)
+    shown = capsys.readouterr().out
+    assert f"model    {path}\n" in shown
+    assert "\n         " in shown, "the message is, below itself"
 
 
 def test_what_somebody_gave_as_a_reason_does_nothing_to_a_terminal() -> None:

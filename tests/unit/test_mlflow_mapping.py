@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from sftd.domain import events as e
 from sftd.domain.goodput import ACCOUNTS, Ledger
 from sftd.domain.run import Run, Status
 from sftd.domain.spec import Spec
 from sftd.projections import mlflow_mapping as mapping
+from sftd.projections.mlflow_app import is_open
 from sftd.projections.mlflow_server import ui_command
 
 
@@ -74,22 +76,24 @@ def test_step_becomes_metrics_at_the_event_s_time() -> None:
         "loss": 1.5,
         "grad_norm": 0.25,
         "lr": 1e-5,
-        "tokens_total": 240.0,
-        "step_seconds": 0.5,
-        "tokens_per_second": 200.0,
-        "mfu": 0.5,
-        "peak_memory_gib": 1.5,
+        "system/tokens_total": 240.0,
+        "system/step_seconds": 0.5,
+        "system/tokens_per_second": 200.0,
+        "system/mfu": 0.5,
+        "system/peak_memory_gib": 1.5,
     }
     assert {(p.timestamp, p.step) for p in found} == {(1_700_000_000_123, 3)}
 
 
 def test_step_of_an_unknown_device_or_an_older_sftd_has_no_mfu() -> None:
     found = mapping.points(recorded(step(1, mfu=None, peak_memory_bytes=None)), {})
-    assert not {"mfu", "peak_memory_gib"} & {p.key for p in found}
+    assert not {"system/mfu", "system/peak_memory_gib"} & {p.key for p in found}
 
 
 def test_step_without_duration_has_no_speed() -> None:
-    assert "tokens_per_second" not in {p.key for p in mapping.points(recorded(step(1, seconds=0.0)), {})}
+    assert "system/tokens_per_second" not in {
+        p.key for p in mapping.points(recorded(step(1, seconds=0.0)), {})
+    }
 
 
 def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
@@ -158,17 +162,12 @@ def test_the_table_of_samples_has_an_answer_that_was_given_again_once() -> None:
 
 def test_the_end_of_a_run_says_where_its_time_went() -> None:
     micros = dict.fromkeys(ACCOUNTS, 0) | {"queued": 1_000_000, "productive": 3_000_000, "other": 1_000_000}
-    found = mapping.goodput_points(Ledger(5_000_000, 10_000_000, micros), step=9)
-    assert len(found) == mapping.most_points(e.RunCancelled(by="ada"))
-    assert {(p.timestamp, p.step) for p in found} == {(10_000, 9)}
-    values = {p.key: p.value for p in found}
-    assert (
-        values["goodput"],
-        values["seconds_productive"],
-        values["seconds_wall"],
-    ) == (0.75, 3.0, 5.0)
-    never_claimed = Ledger(0, 5, dict.fromkeys(ACCOUNTS, 0) | {"queued": 5})
-    assert "goodput" not in {p.key for p in mapping.goodput_points(never_claimed, step=0)}
+    assert mapping.time_tags(Ledger(5_000_000, 10_000_000, micros)) == {
+        "sftd.goodput": "75.0%",
+        "sftd.time": "queued 1.0 s, productive 3.0 s, other 1.0 s",
+    }
+    never_claimed = Ledger(0, 5, dict.fromkeys(ACCOUNTS, 0) | {"queued": 5_000_000})
+    assert mapping.time_tags(never_claimed) == {"sftd.time": "queued 5.0 s"}
 
 
 def test_status() -> None:
@@ -197,6 +196,9 @@ def test_params_are_the_whole_spec_with_dotted_keys() -> None:
     assert found["trainer.project_name"] == "default"
     assert found["data.train_files"] == "[]"
     assert found["model.override_config"] == "{}"
+    assert not [key for key in found if key.startswith("launch.slurm")]
+    on_slurm = mapping.params({"launch": {"launcher": "slurm", "slurm": {"time": ""}}})
+    assert on_slurm == {"launch.launcher": "slurm", "launch.slurm.time": ""}
     assert mapping.params({}) == {}
 
 
@@ -237,28 +239,45 @@ def test_datasets_fit_into_mlflow() -> None:
 def test_missing_facts_are_tolerated() -> None:
     assert mapping.datasets(submitted(data={"train": None, "val": {"rows": 3}})) == []
     bare = submitted(spec={})
-    assert mapping.experiment_name(bare) == "default"
+    assert mapping.experiment_names(bare) == ("default", "sftd")
     assert mapping.run_name("run-1", bare) == "run-1"
 
 
 def test_names_come_from_the_spec() -> None:
     event = submitted(spec={"trainer": {"project_name": "chat", "experiment_name": "first"}})
-    assert mapping.experiment_name(event) == "chat"
+    assert mapping.experiment_names(event, "again/") == ("again/chat",)
     assert mapping.run_name("run-1", event) == "first run-1"
 
 
 def test_tags_say_what_happened() -> None:
-    tags = mapping.tags(Run("r", status="failed", attempt=2, cause="oom", message="m" * 9000))
+    failed = Run("r", status="failed", attempt=2, cause="oom", message="m" * 9000)
+    tags = mapping.tags(failed, failed.spec)
     assert tags["sftd.status"] == "failed"
     assert tags["sftd.attempts"] == "2"
-    assert "sftd.sweep" not in tags
-    assert mapping.tags(Run("r", sweep="sweep-1"))["sftd.sweep"] == "sweep-1"
     assert tags["sftd.cause"] == "oom"
     assert len(tags["sftd.message"]) == 5000
+    assert mapping.tags(Run("r", sweep="sweep-1"), Spec())["sftd.sweep"] == "sweep-1"
+    assert mapping.tags(Run("r"), Spec()) == {"sftd.status": "queued", "sftd.attempts": "0"}, "none is empty"
     first = mapping.first_tags("run-1", submitted(warnings=["odd"]))
     assert first["sftd.run"] == "run-1"
     assert first["sftd.version"] == "1.0"
     assert "odd" in first["mlflow.note.content"]
+
+
+def test_what_a_resume_changed_is_a_tag_until_it_is_changed_back() -> None:
+    was = Spec()
+    now = msgspec.structs.replace(was, trainer=msgspec.structs.replace(was.trainer, max_steps=500))
+    tags = mapping.tags(Run("r", spec=now, spec_digest="new"), was)
+    assert (tags["sftd.changed.trainer.max_steps"], tags["sftd.spec_digest"]) == ("500", "new")
+    assert mapping.is_taken_back("sftd.changed.trainer.max_steps")
+    assert not [key for key in mapping.tags(Run("r", spec=was), was) if "changed" in key]
+    assert not mapping.is_taken_back("sftd.exported")
+
+
+def test_a_cursor_says_in_which_form() -> None:
+    assert mapping.parse_cursor(mapping.cursor_tag(7)) == (7, 7)
+    assert mapping.parse_cursor("7") == (0, 7), "of an older sftd"
+    assert mapping.parse_cursor("seven") == mapping.parse_cursor("") == (0, 0)
 
 
 def test_ui_command() -> None:
@@ -268,9 +287,37 @@ def test_ui_command() -> None:
     assert command is not None
     argv, environment = command
     assert not [a for a in argv if "secret" in a]
-    assert argv[argv.index("--port") + 1] == "5001"
+    assert "5001" in argv
     assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:secret@h/mlflow"
-    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert environment["MLFLOW_SERVER_ALLOWED_HOSTS"] == "127.0.0.1:5001,localhost:5001"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/", True),
+        ("GET", "/static-files/static/js/main.js", True),
+        ("POST", "/graphql", True),
+        ("POST", "/ajax-api/2.0/mlflow/runs/search", True),
+        ("POST", "/ajax-api/2.0/mlflow/runs/set-tag", True),
+        ("GET", "/get-artifact", True),
+        ("GET", "/ajax-api/2.0/mlflow-artifacts/artifacts/1/a", True),
+        # It runs commands, sends requests, or writes and reads files that somebody else names.
+        ("PUT", "/ajax-api/3.0/mlflow/assistant/config", False),
+        ("POST", "/ajax-api/3.0/mlflow/gateway/endpoints/create", False),
+        ("GET", "/ajax-api/2.0/mlflow/gateway-proxy", False),
+        ("POST", "/gateway/mlflow/v1/chat/completions", False),
+        ("POST", "/api/2.0/mlflow/webhooks", False),
+        ("PUT", "/api/2.0/mlflow-artifacts/artifacts/x", False),
+        ("POST", "/ajax-api/2.0/mlflow/upload-artifact", False),
+        ("POST", "/api/2.0/mlflow/experiments/create", False),
+        ("POST", "/api/2.0/mlflow/model-versions/create", False),
+        ("POST", "/ajax-api/2.0/mlflow/runs/create-promptlab-run", False),
+        ("POST", "/ajax-api/3.0/mlflow/genai/evaluate/invoke", False),
+    ],
+)
+def test_only_what_pages_of_runs_need_is_served(method: str, path: str, expected: bool) -> None:
+    assert is_open(method, path) is expected
 
 
 def test_importing_the_mirror_does_not_import_mlflow() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sftd.domain.errors import Refused
+from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Trainer
 from sftd.wire import sweep
 
 
@@ -22,6 +24,12 @@ from sftd.wire import sweep
 )
 def test_values_are_parted_at_commas_outside_brackets(option: str, values: list[str]) -> None:
     assert sweep.parse_grid([option]) == {option.partition("=")[0]: values}
+
+
+def test_a_name_begins_with_what_is_different() -> None:
+    spec = Spec(trainer=Trainer(experiment_name="llama sft"))
+    named = sweep._named(spec, "sweep-1", {"optimizer.lr": "1e-5", "model.megatron.seed": "2"})
+    assert named.trainer.experiment_name == "lr 1e-5 seed 2 llama sft"
 
 
 @pytest.mark.parametrize(

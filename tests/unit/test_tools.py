@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sftd.launcher.tools import ToolFailed, run_tool
@@ -52,3 +53,15 @@ def test_a_tool_does_not_hear_of_ranks_that_a_job_left_in_the_shell(monkeypatch:
     )
     monkeypatch.setattr("sftd.launcher.tools._argv", lambda module, arguments: [sys.executable, "-c", script])
     assert run_tool("any", [], lambda line: None) == {"RANK": False, "WORLD_SIZE": False, "PATH": True}
+
+
+def test_a_tool_ends_with_the_command_that_waits_for_it(tmp_path: Path) -> None:
+    """As Ctrl-C does it, which reaches this process alone: nothing of the tool is left."""
+
+    def interrupt(_line: object) -> None:
+        raise KeyboardInterrupt
+
+    chats = tmp_path / "chats"
+    with pytest.raises(KeyboardInterrupt):
+        run_tool("prepare", ["stdlib-chats", str(chats), "--rows", "5"], interrupt)
+    assert psutil.Process().children() == []

@@ -24,7 +24,8 @@ _FIELDS_NAMED = 8
 _REASONS, _EXAMPLES = 40, 20
 # Different names, such as those of fields, that are counted apart.
 _NAMES = 200
-_NUMBER = re.compile(r"\d+")
+# Positions and lengths, and not the 8 of UTF-8.
+_NUMBER = re.compile(r"(?<![\w-])\d+(?!\w)")
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any, TextIO
 
 
@@ -26,12 +28,20 @@ class EventWriter:
         self.emit("progress", stage=stage, **fields)
 
 
+def _interrupt_once(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def claim_stdout() -> EventWriter:
-    """Keep standard output for events alone.
+    """Keep standard output for events alone, and have Ctrl-C interrupt once: a second signal, which the process that
+    started this one may send, does not interrupt the cleaning up.
 
     File descriptor 1 is made a copy of standard error, so that whatever a library prints, from
     Python or from C, cannot get between two events.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     sys.stdout.flush()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,18 +1,26 @@
-"""What a person who trains without a daemon sees: a line for each event that matters."""
+"""A line for each event that matters while a run trains: what `sftd logs` shows, and what a trainer without a daemon prints."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
 from sftd.domain import events as e
+from sftd.domain.words import counted
 
-
-def tell(text: str) -> None:
-    """Print for the person who trains. Nobody who listens any more is no reason to end."""
-    with contextlib.suppress(OSError):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+# Types that have a line.
+TYPES = tuple(
+    cls.__name__
+    for cls in (
+        e.ModelLoaded,
+        e.DataBound,
+        e.TrainingResumed,
+        e.StepCompleted,
+        e.ValidationCompleted,
+        e.SampleGenerated,
+        e.CheckpointPublished,
+        e.CheckpointRejected,
+        e.CheckpointDeleted,
+        e.AnomalyDetected,
+    )
+)
 
 
 def describe(event: e.Event, planned_steps: int) -> str | None:
@@ -24,7 +32,7 @@ def describe(event: e.Event, planned_steps: int) -> str | None:
         case e.DataBound():
             left_out = f", {event.truncated_rows} truncated" if event.truncated_rows else ""
             left_out += f", {event.dropped_rows} dropped" if event.dropped_rows else ""
-            return f"data: {event.train_rows:,} rows{left_out}, {event.val_rows:,} for validation"
+            return f"data: {counted(event.train_rows, 'row')}{left_out}, {event.val_rows:,} for validation"
         case e.TrainingResumed():
             return f"resumed from the checkpoint of step {event.step}"
         case e.StepCompleted():
@@ -34,7 +42,7 @@ def describe(event: e.Event, planned_steps: int) -> str | None:
             number = _step(event.step, planned_steps)
             return f"{number}  loss {event.loss:.4f}  grad norm {event.grad_norm:.3f}  lr {event.lr:.2e}  {speed}"
         case e.ValidationCompleted():
-            return f"{_step(event.step, planned_steps)}  validation loss {event.loss:.4f} over {event.tokens:,} tokens"
+            return f"{_step(event.step, planned_steps)}  validation loss {event.loss:.4f} over {counted(event.tokens, 'token')}"
         case e.SampleGenerated():
             return f"{_step(event.step, planned_steps)}  {event.prompt!r} → {event.text!r}"
         case e.CheckpointPublished():

@@ -1,0 +1,16 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from sftd.cli import output
+from sftd.domain.words import counted
+
+
+def test_one_has_no_s() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2, 28_440)] == ["0 rows", "1 row", "2 rows", "28,440 rows"]
+    assert counted(2, "anomaly", "anomalies") == "2 anomalies"
+
+
+def test_memory_is_in_gib_and_disk_in_gb() -> None:
+    assert [output.memory(n) for n in (512 * 2**20, 80 * 2**30)] == ["512 MiB", "80.0 GiB"]
+    assert output.size(4_000_000_000) == "4.0 GB"
