@@ -11,7 +11,7 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.run import ACTIVE, Run
 from sftd.operations import checkpoints, reducing, removing
 from sftd.operations.context import Context
-from sftd.operations.reading import find_run, list_runs
+from sftd.operations.reading import Filter, find_run, list_runs
 from sftd.store.engine import Store
 from sftd.wire import checkpoint_dir
 
@@ -80,7 +80,7 @@ def leftovers(
             for step, path, size, what in rows
         ]
     if not dry_run:
-        for row in list_runs(store, removed=True):
+        for row in list_runs(store, Filter(removed=True)):
             removing.finish(home, find_run(store, row.run_id))
     return found
 

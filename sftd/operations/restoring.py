@@ -13,7 +13,8 @@ from sftd.store import daemons, queue
 from sftd.store.engine import Store
 from sftd.store.runs import load_run
 from sftd.store.tables import view_runs
-from sftd.wire.attempt_dir import RunDir, is_checkpoint_of
+from sftd.wire.attempt_dir import RunDir
+from sftd.wire.checkpoint_dir import is_checkpoint_of
 
 _STEP = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile(r"attempt-(\d+)")

@@ -148,13 +148,13 @@ class PieceTokenizer:
             for name in self._unused(chat, piece.unread):
                 done.unused[name] = done.unused.get(name, 0) + 1
             done.special += self.masker.holds_special(chat.messages, chat.tools)
-            for counts, name in (
+            for counts, kind in (
                 (done.shapes, chat.shape),
                 (done.templates, texts[0].template),
                 (done.arguments, texts[0].arguments),
             ):
-                if name is not None:
-                    counts[name] = counts.get(name, 0) + 1
+                if kind is not None:
+                    counts[kind] = counts.get(kind, 0) + 1
             rendered += [(place, chat, text) for text in texts]
         masked = self.masker.encode([text for _, _, text in rendered])
         for (place, chat, text), whole in zip(rendered, masked, strict=True):
