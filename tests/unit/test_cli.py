@@ -304,7 +304,16 @@ def test_what_somebody_gave_as_a_reason_does_nothing_to_a_terminal() -> None:
 
 def test_a_span_of_a_clock_that_was_set_back_is_not_known() -> None:
     spans = (None, -86351.0, -0.2, 0.0, 45.0, 200.0, 7500.0, 356_400.0)
-    assert [output.duration(span) for span in spans] == ["", "?", "0s", "0s", "45s", "3m20s", "2h05m", "4d03h"]
+    assert [output.duration(span) for span in spans] == [
+        "",
+        "?",
+        "0s",
+        "0s",
+        "45s",
+        "3m20s",
+        "2h05m",
+        "4d03h",
+    ]
 
 
 def test_numbers_that_are_not_finite_have_their_names_in_json() -> None:
