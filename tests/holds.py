@@ -58,6 +58,10 @@ class Holds:
         wait_until_stopped([rank])
         return rank
 
+    def is_held(self, attempt: Path) -> bool:
+        """Whether the rank that an attempt in a container has stop was told to: its pid means nothing on this side."""
+        return not self._file(attempt).exists()
+
     def _file(self, attempt: Path) -> Path:
         return self._folder / f"{attempt.parent.name}.{attempt.name}"
 

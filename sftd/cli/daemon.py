@@ -188,7 +188,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         try:
             daemon.run(drain=drain)
         except SftdError as error:
-            logging.getLogger("sftd.daemon").critical("%s; the daemon ends, training continues", error)
+            logging.getLogger("sftd.daemon").critical("%s. The daemon ends, training continues", error)
             sys.exit(1)
         except Exception as error:
             if "malformed" in str(error):

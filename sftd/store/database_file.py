@@ -42,8 +42,8 @@ class DatabaseFile:
             self._path.with_name(self._path.name + "-shm").unlink(missing_ok=True)
             aside = f" SQLite's log of the old file is kept as {kept}."
         raise DatabaseExchanged(
-            f"{self._path} was {what} while this daemon used it.{aside} Check the file with `sftd db check`; to put a "
-            "backup in its place, use `sftd db restore FILE`. Then start a daemon."
+            f"{self._path} was {what} while this daemon used it.{aside} fix: check the file with `sftd db check`, or put a "
+            "backup in its place with `sftd db restore FILE`; then start a daemon"
         )
 
 
