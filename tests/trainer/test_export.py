@@ -12,9 +12,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from sftd.domain.events import CheckpointPublished, ModelLoaded, SampleGenerated
+from sftd.wire import checkpoint_reduction
+from sftd.wire import manifest as manifests
 from tests.trainer.conftest import MODELS, PROMPT  # type: ignore[import-not-found]
 from tests.trainer.test_experts import EP2, overrides_of  # type: ignore[import-not-found]
 from tests.trainer.test_training import real_model  # type: ignore[import-not-found]
@@ -76,9 +79,16 @@ def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def publish_and_export(
-    trainer: Trainer, folders: dict[str, Path], name: str, ranks: int, root: Path, **overrides: Any
+    trainer: Trainer,
+    folders: dict[str, Path],
+    name: str,
+    ranks: int,
+    root: Path,
+    *,
+    reduced: bool = False,
+    **overrides: Any,
 ) -> dict[str, Path]:
-    """Each model loaded into a layout, saved and exported: where to."""
+    """Each model loaded into a layout, saved and exported: where to. `reduced`: from checkpoints that hold weights alone."""
 
     def spec_of(model: str) -> Any:
         dtype = "bfloat16" if model == BF16 else "float32"
@@ -89,13 +99,24 @@ def publish_and_export(
         given = overrides | expert | {MEGATRON + "params_dtype": dtype}
         return trainer.spec(ranks, model__partial_pretrain=str(folders[model]), **given)
 
+    def published(checkpoint: Path) -> Path:
+        if not reduced:
+            return checkpoint
+        size = sum(f.stat().st_size for f in checkpoint.iterdir())
+        digest = manifests.digest((checkpoint / manifests.NAME).read_bytes())
+        weights = checkpoint_reduction.reduce(checkpoint, digest)
+        assert weights is not None
+        assert weights.freed > 0.6 * size, "two moments, and the weights once more where they are in BF16"
+        shutil.rmtree(checkpoint)
+        return Path(weights.path)
+
     main = trainer.prepare(f"export_{name}", trainer.spec(ranks, **overrides))
     attempts = {model: trainer.prepare(f"export_{name}_{model}", spec_of(model)) for model in folders}
     (main.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
     trainer.finish(main, trainer.start(main, script=RANKS))
     outs = {model: root / model for model in folders}
     arguments = [
-        [str(a.order_file), str(a.path / "checkpoints/step-00000001"), str(outs[model])]
+        [str(a.order_file), str(published(a.path / "checkpoints/step-00000001")), str(outs[model])]
         for model, a in attempts.items()
     ]
     assert [message for _, message in export_all(arguments, root)] == [""] * len(folders)
@@ -119,7 +140,9 @@ def of_four_ranks(
         MEGATRON + "sequence_parallel": True,
         MEGATRON + "expert_model_parallel_size": 2,
     }
-    return publish_and_export(trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), **layout)
+    return publish_and_export(
+        trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), reduced=True, **layout
+    )
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
@@ -136,7 +159,7 @@ def test_what_was_loaded_is_exported_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
-def test_export_is_the_same_from_tensor_pipeline_and_expert_parallel_ranks(
+def test_export_is_the_same_from_the_weights_alone_of_tensor_pipeline_and_expert_parallel_ranks(
     of_four_ranks: dict[str, Path], folders: dict[str, Path], name: str
 ) -> None:
     assert differences(of_four_ranks[name], folders[name]) == []
@@ -221,6 +244,13 @@ def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
+    # As another tool may leave it: the digests fit.
+    odd = tmp_path / "odd" / "step-00000006"
+    shutil.copytree(good, odd)
+    (odd / ".metadata").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    files = manifests.describe(odd, manifests.list_files(odd))
+    manifest = msgspec.structs.replace(manifests.read(odd, None), files=files)
+    (odd / manifests.NAME).write_bytes(manifests.encode(manifest))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine").touch()
@@ -228,6 +258,7 @@ def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
     outcomes = export_all(
         [
             [order, str(damaged), str(out)],
+            [order, str(odd), str(out)],
             [order, str(good), str(out), "--digest", "0" * 64],
             [order, str(tmp_path / "none"), str(out)],
             [order, str(good), str(taken)],
@@ -235,9 +266,10 @@ def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
         ],
         tmp_path,
     )
-    assert [code for code, _ in outcomes] == [2] * 5
+    assert [code for code, _ in outcomes] == [2] * 6
     says = [
         weights.name,
+        "it names os.system, which does not describe a checkpoint",
         "not the one that was published",
         "manifest.json cannot be read",
         "is there already",

@@ -398,6 +398,15 @@ def test_checkpoints_are_counted_as_they_are_kept(given: list[tuple[str, Any]], 
     assert found.export == 2 * 1_235_814_400
 
 
+@pytest.mark.parametrize(("choice", "whole", "reduced"), [("all", 3, 0), ("last", 2, 1), ("weights", 0, 3)])
+def test_what_stays_after_success_is_counted(choice: str, whole: int, reduced: int) -> None:
+    given = [("checkpoint.keep_last", 2), ("data.val_files", ["v"]), ("checkpoint.after_success", choice)]
+    spec = spec_of(("trainer.max_steps", 40), ("trainer.save_interval", 10), *given)
+    found = storage(spec, LLAMA_1B, 40, "bfloat16")
+    assert (found.kept, found.reduced) == (3, reduced)
+    assert found.at_end == whole * found.checkpoint + reduced * found.export
+
+
 # ---- the best layout ----
 
 

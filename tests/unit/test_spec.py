@@ -13,6 +13,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.spec import Spec, canonical_json, spec_digest
 from sftd.domain.spec_aliases import ALIASES
 from sftd.domain.spec_parse import LEAVES, parse
+from sftd.domain.spec_sections import Checkpoint
 
 MINIMAL = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"], "val_files": ["/v"]}}
 
@@ -361,3 +362,10 @@ def test_the_digest_does_not_depend_on_how_the_spec_was_written() -> None:
 def test_every_key_has_a_default_that_it_accepts(path: str) -> None:
     default = leaf(Spec(), path)
     assert msgspec.convert(msgspec.to_builtins(default), LEAVES[path]) == default
+
+
+def test_a_key_that_was_added_leaves_older_digests_as_they_were() -> None:
+    # Of commit 658ac74, which did not have the key.
+    before = "0210202572d2156f4f23ee9ff5c1c7b4b9ba373fa77931ac095c371002333c45"
+    assert spec_digest(Spec()) == before
+    assert spec_digest(Spec(checkpoint=Checkpoint(after_success="all"))) != before
