@@ -32,7 +32,7 @@ class Stream:
 def guarded() -> Iterator[None]:
     """Have stdout and stderr pass the border."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         yield
     finally:

@@ -95,7 +95,7 @@ def lineage_command(run: str, as_json: bool) -> None:
 
     store = app.open_store(app.read_settings())
     # Runs of a sweep may be in one tree.
-    trees = {}
+    trees: dict[str, tuple[str, Member]] = {}
     for run_id in app.pick_all(store, [run]):
         _, root = forks.lineage(store, run_id)
         trees.setdefault(root.run_id, (run_id, root))

@@ -14,7 +14,8 @@ import click
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, SftdError
-from sftd.domain.printable import escaped, printable
+from sftd.domain.printable import escaped
+from sftd.domain.printable import printable as printable
 
 if TYPE_CHECKING:
     from rich.console import Console
