@@ -172,8 +172,16 @@ def test_the_model_learns_from_the_command_line(home: Home) -> None:
     text = home.run("events", run_id[:6]).stdout
     assert "CheckpointPublished" in text
     assert "RunSucceeded" in text
-    assert home.run("logs", run_id).returncode == 0
+    progress = home.run("logs", run_id).stdout
+    assert progress.count("grad norm") == 20
+    assert "[attempt 1] step 20/20  loss " in progress
+    assert home.run("logs", run_id, "--tail", "1").stdout.count("[attempt 1] step") == 1
     assert "checkpoint" in home.run("show", run_id).stdout
+    # Its config may be submitted again, and is the same.
+    again = home.path / "again.yaml"
+    again.write_text(home.run("show", run_id, "--config").stdout)
+    digest = json.loads(home.run("submit", str(again), "--json").stdout)["spec_digest"]
+    assert digest == home.show(run_id)["spec_digest"]
     assert Path(home.show(run_id)["checkpoints"][-1]["path"]).is_dir()
     compared = home.show(run_id)["planned"]["compared"]
     # Of so small a model nearly all memory is the process's, and as much time its start.

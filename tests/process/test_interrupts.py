@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,33 +21,36 @@ from tests.process.harness import Home
 pytestmark = pytest.mark.slow
 
 
-# Stands still where a program would import torch, and says so as a tool would: no time is waited for.
+# Has a program stand still where it would import torch, and say so by the end of a pipe: no time is waited for.
 HOLD = """
 import os, signal, sys
 class Still:
     def find_spec(self, name, *_):
-        if name == "torch" and any("sftd/trainer" in part or part == "-m" for part in sys.argv):
-            os.write(1, b'{"event": "progress", "stage": "held"}\\n')
+        if name == "torch":
+            open(os.environ["HELD"], "w").close()
             signal.pause()
 sys.meta_path.insert(0, Still())
 """
 
 
 @pytest.fixture
-def holds_at_torch(home: Home) -> None:
-    """Tools and trainers of this home stand still before they import torch."""
-    (home.path / "still").mkdir()
-    (home.path / "still" / "sitecustomize.py").write_text(HOLD)
+def still(home: Home) -> Path:
+    """Has tools and trainers of this home stand still before they import torch. Returns a pipe that ends then."""
+    folder = home.path / "still"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOLD)
+    os.mkfifo(folder / "held")
+    return folder / "held"
 
 
 @contextmanager
 def started(
-    home: Home, *arguments: str, argv: list[str] | None = None, hold: bool = False
+    home: Home, *arguments: str, argv: list[str] | None = None, still: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """A command whose whole output can be read from its stdout, in a process group of its own."""
     process = subprocess.Popen(
         argv or home.command(*arguments),
-        env=home.env | ({"PYTHONPATH": str(home.path / "still")} if hold else {}),
+        env=home.env | ({"PYTHONPATH": str(still.parent), "HELD": str(still)} if still else {}),
         cwd=home.path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -64,17 +68,14 @@ def started(
             process.wait(PATIENCE)
 
 
-def interrupted(process: subprocess.Popen[str], begins: str, *, alone: bool = True) -> str:
-    """Send SIGINT once a line begins like that, to this process alone or, as a terminal does, to its group. Returns what it
-    prints afterwards, when it and its children are gone."""
+def interrupted(process: subprocess.Popen[str], begins: str | Path, *, alone: bool = True) -> str:
+    """Send SIGINT, to this process alone or, as a terminal does, to its group, once a line holds that text, or something
+    stands still. Returns what is printed afterwards, when the process and its children are gone."""
     assert process.stdout is not None
-    before = []
-    for line in process.stdout:
-        before.append(line)
-        if begins in line:
-            break
+    if isinstance(begins, Path):
+        begins.read_text()
     else:
-        pytest.fail(f"{begins!r} is not in {before}")
+        assert any(begins in line for line in process.stdout), f"{begins!r} is not printed"
     children = psutil.Process(process.pid).children(recursive=True)
     (os.kill if alone else os.killpg)(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=PATIENCE)
@@ -97,18 +98,18 @@ def test_what_waits_says_that_the_run_continues(home: Home) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_tools_end_and_leave_nothing(home: Home, holds_at_torch: None, alone: bool) -> None:
+def test_tools_end_and_leave_nothing(home: Home, still: Path, alone: bool) -> None:
     run_id = home.submit("trainer.max_steps=1", "trainer.val_before_train=false")
     home.drain()
     out = home.path / "out"
-    with started(home, "export", run_id, str(out), hold=True) as process:
-        said = interrupted(process, "held", alone=alone)
+    with started(home, "export", run_id, str(out), still=still) as process:
+        said = interrupted(process, still, alone=alone)
     assert process.returncode == 130
     assert f"interrupted. Nothing was written to {out}." in said
     assert not out.exists() or not list(out.iterdir())
     assert not home.events(run_id, "ModelExported")
-    with started(home, "generate", run_id, "-p", "hi", hold=True) as process:
-        said = interrupted(process, "held", alone=alone)
+    with started(home, "generate", run_id, "-p", "hi", still=still) as process:
+        said = interrupted(process, still, alone=alone)
     assert process.returncode == 130
     assert "interrupted. Nothing was written." in said
 
@@ -131,9 +132,9 @@ def test_the_pages_of_mlflow_end(home: Home) -> None:
     assert "GET /health" in (home.path / "home/logs/ui.log").read_text()
 
 
-def test_a_trainer_that_still_imports_says_so_in_a_sentence(home: Home, holds_at_torch: None) -> None:
+def test_a_trainer_that_still_imports_says_so_in_a_sentence(home: Home, still: Path) -> None:
     argv = [sys.executable, "-m", "sftd.trainer", str(home.config)]
-    with started(home, argv=argv, hold=True) as process:
-        said = interrupted(process, "held")
+    with started(home, argv=argv, still=still) as process:
+        said = interrupted(process, still)
     assert process.returncode == 130
     assert said == "Stopped before the first step; nothing was written.\n"

@@ -366,7 +366,11 @@ def test_logs_follow_every_rank_across_restarts(log: Store, home: Path, env: dic
     first, second = (RunDir(home, RUN).attempt(n) for n in (1, 2))
     write(first, 0, "zero begins\n")
     followed, of_one = Followed(env), Followed(env, "--rank", "1")
-    assert followed.next(1) == ["[attempt 1 · rank 0] zero begins"]
+    model = "model: a, 0.0 M parameters, float32, cpu"
+    assert followed.next(2) == [f"[attempt 1] {model}", "[attempt 1 · rank 0] zero begins"]
+    append(log, RUN, [step(1), step(2)])
+    steps = [line.partition("  loss ")[0] for line in followed.next(2)]
+    assert steps == ["[attempt 1] step  1/10", "[attempt 1] step  2/10"]
     write(first, 1, "one begins\nhalf a ")
     assert followed.next(1) == ["[attempt 1 · rank 1] one begins"]
     write(first, 1, "line\nthe last words")
@@ -376,7 +380,11 @@ def test_logs_follow_every_rank_across_restarts(log: Store, home: Path, env: dic
     append(log, RUN, [FAILED])
     write(second, 0, "again\n")
     append(log, RUN, claimed(), attempt=2)
-    assert followed.next(2) == ["[attempt 1 · rank 1] the last words", "[attempt 2 · rank 0] again"]
+    assert followed.next(3) == [
+        "[attempt 1 · rank 1] the last words",
+        f"[attempt 2] {model}",
+        "[attempt 2 · rank 0] again",
+    ]
     write(second, 0, "done")
     write(second, 1, "and one")
     append(log, RUN, [SUCCEEDED], attempt=2)
@@ -388,4 +396,8 @@ def test_logs_follow_every_rank_across_restarts(log: Store, home: Path, env: dic
         "[attempt 2 · rank 1] and one",
     ]
     tail = Followed(env, "--tail", "1")
-    assert tail.rest() == ["[attempt 2 · rank 0] done", "[attempt 2 · rank 1] and one"]
+    assert tail.rest() == [
+        f"[attempt 2] {model}",
+        "[attempt 2 · rank 0] done",
+        "[attempt 2 · rank 1] and one",
+    ]

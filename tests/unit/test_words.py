@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sftd.cli import output
 from sftd.domain.words import counted
+from sftd.trainer.prepare.card import reason_of
 
 
 def test_one_has_no_s() -> None:
@@ -14,3 +15,10 @@ def test_one_has_no_s() -> None:
 def test_memory_is_in_gib_and_disk_in_gb() -> None:
     assert [output.memory(n) for n in (512 * 2**20, 80 * 2**30)] == ["512 MiB", "80.0 GiB"]
     assert output.size(4_000_000_000) == "4.0 GB"
+
+
+def test_the_same_mistake_in_another_message_is_the_same_reason() -> None:
+    assert reason_of("message 12: write one JSON object a line, in UTF-8") == reason_of(
+        "message 3: write one JSON object a line, in UTF-8"
+    )
+    assert reason_of("row 5 is not UTF-8, sha256 abc1") == "row N is not UTF-8, sha256 abc1"

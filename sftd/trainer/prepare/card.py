@@ -78,13 +78,17 @@ class Counts:
         if not is_held_out:
             self.keys += done.keys
         for place, why in done.rejected:
-            # The same mistake in another message is the same reason.
-            reason = _NUMBER.sub("N", why)
+            reason = reason_of(why)
             if reason not in self.rejected and len(self.rejected) >= _REASONS:
                 reason = "other reasons"
             self.rejected[reason] = self.rejected.get(reason, 0) + 1
             if len(self.examples) < _EXAMPLES:
                 self.examples.append({"place": place.rpartition("/")[2], "reason": why})
+
+
+def reason_of(why: str) -> str:
+    """What is wrong with a chat, without where: the same mistake in another message is the same reason."""
+    return _NUMBER.sub("N", why)
 
 
 def make_card(
