@@ -98,7 +98,7 @@ class Data(Section, frozen=True):
         msgspec.field(default_factory=list)
     )
     train_batch_size: Annotated[
-        Size, Meta(description="samples in the global batch of one optimizer step")
+        Size, Meta(description="samples of one optimizer step over all GPUs: the global or effective batch")
     ] = 64
     sequence_length: Annotated[
         Size, Meta(description="longest sequence in tokens; longer rows are truncated")

@@ -59,7 +59,7 @@ class Loader(yaml.SafeLoader):
         if depth > _DEEPEST:
             raise _error(f"its aliases nest deeper than {_DEEPEST} levels", node.start_mark)
         if size > self._written + _MOST_ADDED:
-            raise _error(f"its aliases expand to {size} values", node.start_mark)
+            raise _error(f"its aliases expand to {size} values: write them out, or fewer", node.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Compose a mapping. Here and not when objects are made: by then `<<` has mixed other mappings' keys in."""
