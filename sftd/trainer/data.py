@@ -114,7 +114,7 @@ def _map(path: Path, dtype: npt.DTypeLike, width: int) -> npt.NDArray[Any]:
 def _slices(paths: list[str], vocab_size: int) -> Iterator[tuple[str, Slice]]:
     for path in paths:
         try:
-            with DataFile(path) as file:
+            with DataFile(path, judges=False) as file:
                 for rows in file.slices(vocab_size):
                     yield path, rows
         except UnusableFile as error:

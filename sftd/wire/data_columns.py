@@ -73,8 +73,8 @@ class Lists:
         return cls(values.to_numpy(zero_copy_only=False), lengths)
 
 
-def read_columns(schema: pa.Schema) -> list[str]:
-    """The columns of the file that are read. Raises `UnusableFile` when one is missing or of another type."""
+def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
+    """The columns of the file that are read, with or without those of `others` tools. Raises `UnusableFile` when one is missing or of another type."""
     import pyarrow as pa
 
     for name in _REQUIRED:
@@ -82,7 +82,7 @@ def read_columns(schema: pa.Schema) -> list[str]:
             raise UnusableFile(f"has no column {name!r}; it has {', '.join(schema.names) or 'none'}")
     read = []
     for name in dict.fromkeys(schema.names):
-        if name not in _KNOWN and name not in (*_REQUIRED, _MASK):
+        if name not in (*_REQUIRED, _MASK) and not (others and name in _KNOWN):
             continue
         if (times := schema.names.count(name)) > 1:
             raise UnusableFile(f"has the column {name!r} {times} times")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.events import CheckpointDeleted, CheckpointPublished
@@ -250,9 +252,12 @@ def test_every_check_of_submit_is_made(
     tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     direct = Direct(tmp_path, models / "llama_tied", data)
+    shifted = tmp_path / "shifted.parquet"
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3, 4]], "labels": [[2, 3, 4, -100]]}), shifted)
     for override, said in {
         "optimizer.lrr=1": "did you mean `optimizer.lr`?",
         "data.val_files=nothing.parquet": "nothing.parquet: no such file",
+        f"data.val_files={shifted}": "the labels are shifted by one",
         "model.override_config={vocab_size: 9}": "outside the model's vocabulary of 9",
         "scheduler.warmup_steps=7": "is more than the 6 steps",
         "launch.device=cuda": "each rank needs a GPU of its own, but there are 0 here",
