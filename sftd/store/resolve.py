@@ -29,7 +29,7 @@ def matches(connection: sa.Connection, text: str) -> list[Match]:
     c = view_runs.c
     # Not LIKE: % and _ in a prefix would match anything.
     begins = sa.func.substr(c.run_id, 1, len(text)) == text
-    project, _, name = text.rpartition("/")
+    project, _, name = text.partition("/")
     named = (c.name == text) | ((c.name == name) & (c.project == project)) if project else c.name == text
     searches: tuple[tuple[Literal["id", "sweep", "name", "prefix"], sa.ColumnElement[bool]], ...] = (
         ("id", c.run_id == text),
