@@ -73,6 +73,8 @@ class Home:
             "MLFLOW_TRACKING_URI": "",
             "COLUMNS": "200",
         }
+        # A command that only reads does not make it.
+        (path / "home").mkdir(mode=0o700, exist_ok=True)
         self.holds = Holds(path / "holds")
         self.env |= self.holds.environment(self.env)
         self.config = path / "run.yaml"

@@ -545,6 +545,7 @@ def test_refused(name: str, home: Home, sftd: Callable[..., object]) -> None:
 
 
 def test_refused_in_an_empty_home_makes_no_database(home: Home, sftd: Callable[..., object]) -> None:
+    (home.path / "home").rmdir()
     done = sftd("submit", "run.yaml", "foo=1")
     assert done.exit_code == 2  # type: ignore[attr-defined]
     assert not (home.path / "home").exists()
