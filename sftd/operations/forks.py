@@ -87,7 +87,9 @@ def _changed_files(
     if spec.model.partial_pretrain != parent.spec.model.partial_pretrain or found.model_files is None:
         return []
     was = model_files.recorded(store, parent.run_id).files
-    return [] if was is None else model_digest.changes(was, found.model_files, spec, weights=pretrained)
+    if was is None:
+        return []
+    return model_digest.changes(was, found.model_files, spec, weights=pretrained, run=parent.run_id)
 
 
 def _is_direct(store: Store, parent: Run) -> bool:

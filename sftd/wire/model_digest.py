@@ -123,12 +123,15 @@ def _samples(header: bytes) -> list[tuple[int, int]]:
         return []
 
 
-def changes(was: ModelFiles, now: ModelFiles, spec: Spec, *, weights: bool) -> list[Problem]:
-    """A problem for each file of the folder of `spec` that is not as recorded. `weights`: the weight files count."""
+def changes(
+    was: ModelFiles, now: ModelFiles, spec: Spec, *, weights: bool, run: str = "the run"
+) -> list[Problem]:
+    """A problem for each file of the folder of `spec` that is not as recorded when `run` was submitted. `weights`: the
+    weight files count."""
     folder = Path(spec.model.partial_pretrain)
     found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)
     return [
-        Problem(_WHERE, f"{folder / name} changed since the run was submitted: {detail}")
+        Problem(_WHERE, f"{folder / name} changed since {run} was submitted: {detail}")
         for name, detail in found.items()
     ]
 
