@@ -172,7 +172,6 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
 
 def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlook:
     """Upgrade and check the copy that shall be put in place. Returns what it does not know of this host. Raises `Refused`."""
-    from sftd.cli.db import progress
     from sftd.domain.errors import Problem, Refused
     from sftd.operations import restoring
     from sftd.projections import verify, views
@@ -190,7 +189,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
             )
         migrate.upgrade(store.engine)
         app.views_up_to_date(store)
-        with progress() as show:
+        with output.progress() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
         if found.problems and not force:
             shown = [Problem("FILE", problem) for problem in found.problems[:_SHOWN]]

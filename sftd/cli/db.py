@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -53,7 +52,7 @@ def check() -> None:
         # Not `app.open_store`: that would fold what the views lack, which is what is to be found out here.
         store = Store(engine)
         store.check_schema()
-        with progress() as show:
+        with output.progress() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
         click.echo(problem)
@@ -90,7 +89,7 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
         from_store, to_store = Store(open_engine(source_url)), Store(open_engine(target_url))
         for store in (from_store, to_store):
             stack.callback(store.engine.dispose)
-        with progress() as show:
+        with output.progress() as show:
             digests = databases.copy(from_store, to_store, app.context(), show, force=force)
     if as_json:
         click.echo(output.json_line(digests))
@@ -112,20 +111,3 @@ def _must_exist(where: str, url: str) -> None:
     file = settings_module.sqlite_file(url)
     if file is not None and not file.is_file():
         raise Refused(Problem(where, f"there is no file {file}", "name an existing database"))
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
-    shown = output.console(stderr=True)
-    said: set[str] = set()
-    with shown.status("opening") as status:
-
-        def show(what: str, done: int, total: int) -> None:
-            if shown.is_terminal:
-                status.update(f"{what}: {done:,} of {total:,}")
-            elif what not in said:
-                said.add(what)
-                output.note(f"{what}: {total:,}")
-
-        yield show

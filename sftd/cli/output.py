@@ -6,7 +6,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -278,3 +279,20 @@ def with_stages(
 
         done: dict[str, Any] = run_tool(module, arguments, show, request)
         return done
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
+    shown = console(stderr=True)
+    said: set[str] = set()
+    with shown.status("opening") as status:
+
+        def show(what: str, done: int, total: int) -> None:
+            if shown.is_terminal:
+                status.update(f"{what}: {done:,} of {total:,}")
+            elif what not in said:
+                said.add(what)
+                note(f"{what}: {total:,}")
+
+        yield show

@@ -17,7 +17,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from sftd.domain.errors import DatabaseNotReady
-from sftd.store import migrate
+from sftd.domain.identity import Identity
+from sftd.store import daemons, migrate
 from sftd.store.engine import Store, open_engine
 from sftd.store.schema import metadata
 from sftd.store.tables import SCHEMA_REVISION
@@ -134,6 +135,21 @@ def test_a_log_is_carried_through_every_revision(empty_engine: sa.Engine) -> Non
     assert [row[1:4] for row in log()] == [("first", "a", 1), ("second", "b", 1), ("third", "a", 2)]
     assert [row[0] for row in log()] == sorted({row[0] for row in log()})
     migrate.upgrade(empty_engine)
+
+
+def test_a_daemon_of_an_older_sftd_has_no_identity(empty_engine: sa.Engine) -> None:
+    migrate.upgrade(empty_engine)
+    migrate.downgrade(empty_engine, "0005")
+    with empty_engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO daemons (daemon_id, host, pid, create_time, home, devices, started_at, seen_at)"
+            " VALUES ('old', 'host', 42, 1760000000.123456, '/home', '{}', 1, 2)"
+        )
+    migrate.upgrade(empty_engine)
+    with Store(empty_engine).read() as connection:
+        row = daemons.find(connection, "old")
+    assert row is not None
+    assert (row.create_time, row.seen_at, row.identity) == (1760000000.123456, 2, Identity())
 
 
 def test_a_failed_upgrade_leaves_nothing(empty_engine: sa.Engine) -> None:
