@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from sftd.domain.run import CheckpointInfo, Run
 
 
@@ -37,18 +39,21 @@ def why_kept(run: Run) -> dict[int, list[str]]:
 
 
 def reducible(run: Run) -> list[CheckpointInfo]:
-    """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: the best, and with
-    `weights` all; the final one stays whole with `last`. Never one that a fork starts from, nor another run's."""
+    """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: with `last` those that
+    are kept for nothing but being the best, with `weights` all. Never one that a fork starts from, nor another run's."""
     policy = run.spec.checkpoint
     if run.status != "succeeded" or policy.after_success == "all":
         return []
-    every = policy.after_success == "weights"
-    scored = _best(run)[: policy.keep_best]
+    kept = why_kept(run)
+    no_best = msgspec.structs.replace(policy, keep_best=0)
+    spec = msgspec.structs.replace(run.spec, checkpoint=no_best)
+    kept_besides = why_kept(msgspec.structs.replace(run, spec=spec))
     return [
         c
         for c in run.checkpoints
-        if not (c.weights_only or c.is_parents or c.forks or c.superseded)
-        and (every or (c.step in scored and c.step != run.planned_steps))
+        if not (c.weights_only or c.is_parents or c.forks)
+        and kept[c.step]
+        and (policy.after_success == "weights" or not kept_besides[c.step])
     ]
 
 

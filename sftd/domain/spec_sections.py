@@ -227,7 +227,8 @@ class Checkpoint(Section, frozen=True):
         Literal["weights", "last", "all"],
         Meta(
             description="what stays whole once the run has succeeded: last keeps the final checkpoint whole, so that the run can be "
-            "continued, and of the best the weights alone; weights keeps the weights of each alone; all keeps each whole"
+            "continued, and of those kept only as the best the weights alone; weights keeps the weights of each alone; all keeps "
+            "each whole"
         ),
     ] = "last"
     async_save: Annotated[
