@@ -108,6 +108,8 @@ def test_the_trainer_knows_no_passwords_of_ours() -> None:
         "MLFLOW_TRACKING_TOKEN": SECRET,
         "MLFLOW_TRACKING_CLIENT_CERT_PATH": SECRET,
         "PGPASSWORD": SECRET,
+        "SFTD_NOTIFY_WEBHOOK": f"https://hooks/{SECRET}",
+        "SFTD_NOTIFY_COMMAND": f"notify --token {SECRET}",
     }
     given = environment(ours | {"PATH": "/bin"}, token="t", device="cpu", threads=1, devices=[])
     assert SECRET not in str(given)
