@@ -75,6 +75,6 @@ def main(port: int, mark: str, artifacts: str | None) -> None:
 
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]), sys.argv[2], *(sys.argv[3:] or [None]))
+        main(int(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)
     except KeyboardInterrupt:
         sys.exit(130)

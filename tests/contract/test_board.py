@@ -93,7 +93,7 @@ def test_a_board_shows_what_runs_what_waits_and_what_failed(log: Store) -> None:
         "loss 3.0000",
         "20 tokens/s",
         "MFU 50.0%",
-        "2.0 MB",
+        "2 MiB",
         "of 4 GPUs used",
         "boom",
     ):

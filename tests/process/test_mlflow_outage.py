@@ -147,9 +147,9 @@ def test_the_check_of_sftd_says_so_too_and_finds_what_is_otherwise(story: Story)
     assert checked[0]["points"] > 6 * STEPS
 
     said = home.run("mlflow", "rebuild", story.fork).stdout
-    assert f"{story.fork}: {checked[1]['points']} points, equal to the log, in rebuilt/default" in said
+    assert f"{story.fork}: {checked[1]['points']} points, equal to the log, in rebuilt/sftd" in said
     client = MlflowClient(story.server.url)
-    found = client.get_experiment_by_name("rebuilt/default")
+    found = client.get_experiment_by_name("rebuilt/sftd")
     [rebuilt] = client.search_runs([found.experiment_id])
     client.log_metric(rebuilt.info.run_id, "loss", 7.0, step=3)
     spoilt = home.run("mlflow", "check", story.fork, "--prefix", "rebuilt/", check=1)
