@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sftd.trainer.prepare.errors import PrepareError
 
 # A tokenizer is read from one of these; its other files only describe it.
-_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "tokenization_*.py")
+_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.py")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
