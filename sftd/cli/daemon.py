@@ -96,14 +96,16 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     """Start a daemon in the background and wait until it holds the lock. Returns its pid."""
     from sftd.daemon import lock
     from sftd.domain.errors import SftdError
+    from sftd.launcher.inventory import visible_gpus
 
     if (pid := lock.holder(settings.daemon_lock)) is not None:
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
     # Found out here, where a person reads it, and not in the background.
+    visible_gpus()
     _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     log = settings.logs / "daemon.log"
-    argv = [sys.executable, "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
+    argv = [sys.executable, "-P", "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
     # Resolved: the daemon runs in another folder, where a relative path means another file.
     env = os.environ | {
         "SFTD_DAEMON_LOG": str(log),
@@ -154,6 +156,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.launcher.local import LocalAttempt
     from sftd.launcher.slurm import SlurmLauncher
     from sftd.launcher.slurm_controller import Controller
+    from sftd.wire.cores import usable_cores
 
     # Whatever is made from here on, by MLflow too, is for no other eyes.
     os.umask(0o077)
@@ -161,6 +164,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
+    gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
         # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
         # A file needs no waiting for: what is wrong with it, a person has to fix.
@@ -171,7 +176,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         has_slurm = shutil.which("sbatch") is not None
         slurm_jobs = settings.slurm_jobs if has_slurm else 0
         others = partial(device_holds.held, settings.home)
-        inventory = Inventory(visible_gpus(), settings.cpu_slots, slurm_jobs, others=others)
+        cores = settings.cpu_slots or usable_cores()
+        inventory = Inventory(gpus, cores, slurm_jobs, others=others)
         slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
         launcher = ByName({"local": LocalAttempt, "slurm": slurm})
         mirror, notices = _mirror(settings), _notices(settings, store)

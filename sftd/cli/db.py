@@ -99,7 +99,7 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
 
 
 def _url(given: str) -> str:
-    text = given if "://" in given else f"sqlite:///{Path(given).expanduser()}"
+    text = given if "://" in given else settings_module.sqlite_url(Path(given).expanduser())
     return settings_module.full_database_url(text)
 
 
@@ -107,6 +107,6 @@ def _must_exist(where: str, url: str) -> None:
     """Opening a SQLite file would make it."""
     from sftd.domain.errors import Problem, Refused
 
-    file = url.removeprefix("sqlite:///")
-    if file != url and not Path(file).is_file():
+    file = settings_module.sqlite_file(url)
+    if file is not None and not file.is_file():
         raise Refused(Problem(where, f"there is no file {file}", "name an existing database"))

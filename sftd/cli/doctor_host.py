@@ -18,7 +18,7 @@ from typing import Any
 
 from sftd.cli import output
 from sftd.cli.findings import Finding, broken, ok, warning
-from sftd.settings import Settings
+from sftd.settings import Settings, sqlite_file
 
 _OLDEST_PYTHON = (3, 12)
 _PROBE_SECONDS = 180.0
@@ -59,7 +59,7 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
     CUDA_VISIBLE_DEVICES does not hide."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "sftd.trainer.probe"],
+            [sys.executable, "-P", "-m", "sftd.trainer.probe"],
             check=False,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -72,7 +72,7 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
         return
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield broken("torch", last, "fix the installation: `make install`, or `pip install sftd`")
+        yield broken("torch", last, "install sftd again: `make clean install` in its checkout, or its wheel")
         return
     found: dict[str, Any] = json.loads(done.stdout)
     cuda = f"CUDA {found['cuda']}" if found["cuda"] else "without CUDA"
@@ -89,28 +89,17 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
 
 def gpus() -> tuple[int | None, list[Finding]]:
     """How many GPUs NVML lists that runs may be given (None when it cannot be asked), and what it says of them all."""
-    slots = f"runs train on CPU cores ({len(os.sched_getaffinity(0))} here)"
-    has_driver = Path("/proc/driver/nvidia/version").exists()
+    from sftd.domain.errors import Refused
+    from sftd.launcher.inventory import nvml
+    from sftd.wire.cores import usable_cores
+
     try:
-        import pynvml
-    except ModuleNotFoundError:
-        if has_driver:
-            fix = "pip install nvidia-ml-py, or 'sftd[gpu]': without it the daemon uses CPU cores only"
-            return None, [broken("devices", "there is an NVIDIA driver, but NVML cannot be asked", fix)]
-        return None, [ok("devices", f"no GPU: {slots}")]
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if has_driver:
-            fix = "load or reinstall the driver; `nvidia-smi` must work"
-            return None, [broken("devices", f"NVML: {error}", fix)]
-        return None, [ok("devices", f"no GPU: {slots}")]
-    try:
-        return _gpus(pynvml)
-    except pynvml.NVMLError as error:
-        return None, [broken("devices", f"NVML: {error}", "`nvidia-smi` says more; a GPU may need a reset")]
-    finally:
-        pynvml.nvmlShutdown()
+        with nvml() as asked:
+            if asked is not None:
+                return _gpus(asked)
+    except Refused as refused:
+        return None, [broken(p.where, p.what, p.fix) for p in refused.problems]
+    return None, [ok("devices", f"no GPU: runs train on CPU cores ({usable_cores()} here)")]
 
 
 def _gpus(pynvml: Any) -> tuple[int, list[Finding]]:
@@ -188,8 +177,8 @@ def _sqlite_files(settings: Settings) -> Iterator[tuple[str, Path]]:
         ("the database", settings.database_url),
         ("MLflow's database", settings.mlflow_tracking_uri),
     ):
-        if url.startswith("sqlite"):
-            yield name, Path(url.partition("///")[2].partition("?")[0])
+        if (file := sqlite_file(url)) is not None:
+            yield name, file
 
 
 def _file_system(file: Path) -> str:

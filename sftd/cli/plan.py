@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from sftd import settings as settings_module
 from sftd.cli import app, output
 from sftd.cli.numbers import FiniteRange
 from sftd.cli.plan_view import print_plan
@@ -108,6 +109,7 @@ class Host:
         from sftd.domain.flops import device_bytes
         from sftd.domain.pace import Machine
         from sftd.launcher.inventory import gpus
+        from sftd.wire.cores import usable_cores
 
         here = gpus()
         wanted = name or ("cpu" if spec.launch.device == "cpu" else "")
@@ -116,7 +118,7 @@ class Host:
             wanted = "H100"
         if wanted.lower() == "cpu" or not (wanted or here):
             memory = int(gib * _GIB) if gib else int(psutil.virtual_memory().total)
-            cores = len(os.sched_getaffinity(0))
+            cores = usable_cores()
             machine = Machine(device="cpu", name="cpu", cores=cores)
             return cls(machine, devices or spec.world_size, memory, is_here=not gib)
         is_here = bool(here) and (not wanted or wanted.upper() in here[0][0].upper())
@@ -147,8 +149,8 @@ def known_pace(shape: ModelShape, machine: Machine) -> float | None:
     from sftd.operations import planning
 
     settings = app.read_settings()
-    path: Any = settings.database_url.removeprefix("sqlite:///")
-    if settings.database_url.startswith("sqlite") and not os.path.exists(path):
+    file = settings_module.sqlite_file(settings.database_url)
+    if file is not None and not file.exists():
         return None
     try:
         return planning.calibration(app.open_store(settings), shape, machine)

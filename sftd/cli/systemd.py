@@ -76,7 +76,7 @@ def _lines(settings: Settings, kind: str, user: str, environ: Mapping[str, str])
     if is_system:
         yield f"User={user}"
     yield f"WorkingDirectory={_escaped(str(settings.home))}"
-    yield f"ExecStart={_quoted(sys.executable, dollars=True)} -m sftd daemon"
+    yield f"ExecStart={_quoted(sys.executable, dollars=True)} -P -m sftd daemon"
     yield f"Environment={_quoted(f'SFTD_HOME={settings.home}')}"
     for name, value in sorted(environ.items()):
         if name in _NOT_TAKEN or not (name in _TAKEN or name.startswith(_TAKEN_PREFIXES)):

@@ -143,9 +143,10 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds
     from sftd.launcher.inventory import Inventory, visible_gpus
+    from sftd.wire.cores import usable_cores
 
     others = partial(device_holds.held, settings.home)
-    inventory = Inventory(visible_gpus(), settings.cpu_slots, others=others)
+    inventory = Inventory(visible_gpus(), settings.cpu_slots or usable_cores(), others=others)
     need = inventory.need(spec)
     threads = chosen.log.environment(chosen.to_step).get("OMP_NUM_THREADS")
     if threads and spec.launch.threads_per_rank is None:

@@ -27,6 +27,7 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
     """The torchrun command of an attempt on one machine. sftd restarts attempts itself, hence `--max-restarts 0`."""
     return [
         sys.executable,
+        "-P",
         "-m",
         "torch.distributed.run",
         # As --standalone, but with a file in place of a port that would be open to the network.
@@ -52,6 +53,7 @@ def torchrun_argv_of_node(spec: Spec, directory: AttemptDir) -> list[str]:
     job knows its first machine."""
     return [
         sys.executable,
+        "-P",
         "-m",
         "torch.distributed.run",
         "--rdzv-backend=c10d",
@@ -84,6 +86,8 @@ def rank_variables(*, token: str, device: str) -> dict[str, str]:
     return {
         TOKEN_VARIABLE: token,
         "SFTD_DEVICE": device,
+        # No module is taken from the folder that a rank happens to start in.
+        "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -102,6 +106,8 @@ def environment(
     use."""
     env = ONE_HOST_DEFAULTS | without_secrets(base) | rank_variables(token=token, device=device) | ONE_HOST
     env["OMP_NUM_THREADS"] = str(threads)
+    # NVML, which the devices are numbered by, counts in this order; CUDA by itself puts the fastest first.
+    env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if device == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = ",".join(d.removeprefix("cuda:") for d in devices)
     else:

@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sftd.domain.demand import Demand, Need, need
+from sftd.domain.errors import Problem, Refused
 from sftd.domain.spec import Spec
 
-__all__ = ["Inventory", "Need", "gpu_count", "gpus", "visible_gpus"]
+__all__ = ["Inventory", "Need", "gpu_count", "gpus", "nvml", "visible_gpus"]
 
 
-def gpu_count() -> int:
-    """GPUs that NVML lists; 0 without a driver or without nvidia-ml-py."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return 0
+_DRIVER = Path("/proc/driver/nvidia/version")
+_FIX = (
+    "make `nvidia-smi` work here (load the driver, or give the container its GPUs); to train on CPU cores all the same, "
+    "set CUDA_VISIBLE_DEVICES to nothing: `CUDA_VISIBLE_DEVICES= sftd daemon`"
+)
+
+
+@contextlib.contextmanager
+def nvml() -> Iterator[Any]:
+    """The module pynvml, ready to be asked; None where there is no NVIDIA driver. Raises `Refused` where there is one, but
+    NVML cannot be asked for its GPUs: taking that for a host without GPUs would train on CPUs without a word."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
+    except pynvml.NVMLError as error:
+        if _DRIVER.exists():
+            raise Refused(Problem("devices", _silent(error), _FIX)) from None
+        yield None
+        return
     try:
-        return int(pynvml.nvmlDeviceGetCount())
+        yield pynvml
+    except pynvml.NVMLError as error:
+        raise Refused(Problem("devices", _silent(error), _FIX)) from None
     finally:
         pynvml.nvmlShutdown()
 
 
+def _silent(error: Exception) -> str:
+    return f"there is an NVIDIA driver, but NVML does not list its GPUs: {error}"
+
+
+def gpu_count() -> int:
+    """GPUs that NVML lists; 0 without a driver. Raises `Refused` as `nvml` does."""
+    with nvml() as asked:
+        return int(asked.nvmlDeviceGetCount()) if asked is not None else 0
+
+
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The GPUs that runs may be given, as CUDA_VISIBLE_DEVICES names them: all that NVML lists, or of these the ones that the
-    variable leaves to this process, in its order. A part of a GPU (MIG) is known by its own name only."""
-    count = gpu_count()
+    variable leaves to this process, in its order. A part of a GPU (MIG) is known by its own name only. Raises `Refused` as
+    `nvml` does, unless the variable leaves no GPU."""
     said = environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None and said.strip() in ("", "-1"):
+        return []
+    count = gpu_count()
     if said is None or not count:
         return [str(index) for index in range(count)]
     found: list[str] = []
@@ -48,38 +76,29 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def _index_of(uuid: str, count: int) -> str:
     """Number of the one GPU whose UUID begins so; empty when there is none."""
-    import pynvml
-
     if not uuid.startswith("GPU-"):
         return ""
-    pynvml.nvmlInit()
-    try:
-        uuids = [str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as asked:
+        uuids = [str(asked.nvmlDeviceGetUUID(asked.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
     found = [index for index, name in enumerate(uuids) if name.startswith(uuid)]
     return str(found[0]) if len(found) == 1 else ""
 
 
 def gpus() -> list[tuple[str, int]]:
-    """Name and bytes of memory of each GPU that NVML lists; none without a driver or without nvidia-ml-py. 0 bytes where
-    the driver does not say: of a GPU that shares the host's memory, or a slice of one."""
-    if not gpu_count():
-        return []
-    import pynvml
+    """Name and bytes of memory of each GPU that NVML lists; none without a driver. 0 bytes where the driver does not say:
+    of a GPU that shares the host's memory, or a slice of one. Raises `Refused` as `nvml` does."""
+    with nvml() as asked:
+        if asked is None:
+            return []
 
-    def memory(handle: Any) -> int:
-        try:
-            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-        except pynvml.NVMLError:
-            return 0
+        def memory(handle: Any) -> int:
+            try:
+                return int(asked.nvmlDeviceGetMemoryInfo(handle).total)
+            except asked.NVMLError:
+                return 0
 
-    pynvml.nvmlInit()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [(str(pynvml.nvmlDeviceGetName(h)), memory(h)) for h in handles]
-    finally:
-        pynvml.nvmlShutdown()
+        handles = [asked.nvmlDeviceGetHandleByIndex(i) for i in range(asked.nvmlDeviceGetCount())]
+        return [(str(asked.nvmlDeviceGetName(h)), memory(h)) for h in handles]
 
 
 class Inventory:

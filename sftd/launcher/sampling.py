@@ -8,7 +8,9 @@ from typing import Any
 
 import psutil
 
+from sftd.domain.errors import Refused
 from sftd.domain.events import GpuSample, SystemSampled
+from sftd.launcher.inventory import nvml
 from sftd.launcher.processes import host_name
 
 
@@ -52,20 +54,12 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def _gpus(indexes: Sequence[int]) -> dict[int, GpuSample]:
-    """What NVML tells of GPUs; nothing without a driver or without nvidia-ml-py."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return {}
+    """What NVML reports of GPUs; nothing where it cannot be asked: that stops no training."""
     found = {}
-    with contextlib.suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        try:
-            for index in indexes:
-                with contextlib.suppress(pynvml.NVMLError):
-                    found[index] = _gpu(pynvml, index)
-        finally:
-            pynvml.nvmlShutdown()
+    with contextlib.suppress(Refused), nvml() as asked:
+        for index in indexes if asked is not None else ():
+            with contextlib.suppress(asked.NVMLError):
+                found[index] = _gpu(asked, index)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import msgspec
 
 from sftd.domain.errors import SftdError
 
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -24,16 +26,27 @@ class ToolFailed(SftdError):
         self.exit_code = exit_code
 
 
+def _argv(module: str, arguments: list[str]) -> list[str]:
+    # -P: the user's working folder may hold a file with a module's name.
+    return [sys.executable, "-P", "-m", f"sftd.trainer.{module}", *arguments]
+
+
 def run_tool(
     module: str, arguments: list[str], on_progress: Progress, request: bytes | None = None
 ) -> dict[str, Any]:
     """Run `python -m sftd.trainer.<module> ARGUMENTS…`, with `request` as its standard input, which it must read before
     it reports anything. Each JSON line it prints goes to `on_progress`; the last one is returned. Raises `ToolFailed` with what it wrote to stderr: exit code 2 is a refusal, anything else a failure."""
-    argv = [sys.executable, "-m", f"sftd.trainer.{module}", *arguments]
     last: dict[str, Any] = {}
     stdin = subprocess.DEVNULL if request is None else subprocess.PIPE
+    # A tool is one process, whatever an earlier job left in the shell.
+    env = {name: value for name, value in os.environ.items() if name not in _RANK}
     with subprocess.Popen(
-        argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        _argv(module, arguments),
+        env=env,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         errors: list[str] = []
         assert process.stdout is not None

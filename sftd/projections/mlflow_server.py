@@ -20,6 +20,7 @@ def ui_command(
         return None
     argv = [
         sys.executable,
+        "-P",
         "-m",
         "mlflow",
         "server",
@@ -32,6 +33,8 @@ def ui_command(
     ]
     environment = {
         **NO_PHONE_HOME,
+        # As -P, for the processes that the server starts: no module is taken from the user's working folder.
+        "PYTHONSAFEPATH": "1",
         # Not in argv: the URI of a database may hold a password, and everybody can list processes.
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,
         # Its job runner is 13 more processes and 2 GB.

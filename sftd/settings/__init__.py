@@ -22,7 +22,7 @@ class SettingsError(Exception):
 @dataclass(frozen=True)
 class Settings:
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
-    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs. Times are seconds. `log_format`: "text" or "json".
+    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs; None is all of them. Times are seconds. `log_format`: "text" or "json".
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
     of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
     unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none. `sample_seconds`:
@@ -32,7 +32,7 @@ class Settings:
     home: Path
     database_url: str
     mlflow_tracking_uri: str
-    cpu_slots: int
+    cpu_slots: int | None
     backoff_seconds: float
     lease_seconds: float
     poll_seconds: float
@@ -74,13 +74,29 @@ def full_database_url(url: str) -> str:
     return _absolute_sqlite(url)
 
 
+def sqlite_url(file: Path) -> str:
+    """SQLAlchemy's URL of a SQLite file, whatever characters its path holds."""
+    # Only what means something in a URL is quoted: MLflow's mirror is known by this text, which must not change.
+    quoted = "".join(urllib.parse.quote(c) if c in "%?#" else c for c in str(file))
+    return f"sqlite:///{quoted}"
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file that a SQLite URL names; None for another database, and for one in memory."""
+    scheme, _, rest = url.partition(":///")
+    path = urllib.parse.unquote(rest.partition("?")[0])
+    if scheme.partition("+")[0] != "sqlite" or not path or path.startswith(":"):
+        return None
+    return Path(path)
+
+
 def _absolute_sqlite(url: str) -> str:
     """The daemon runs in another folder than the command that started it, so a relative file is made absolute."""
-    prefix = "sqlite:///"
-    path = url.removeprefix(prefix)
-    if url.startswith(prefix) and path and not path.startswith(("/", ":")):
-        return f"{prefix}{os.path.abspath(path)}"
-    return url
+    file = sqlite_file(url)
+    if file is None or file.is_absolute():
+        return url
+    _, mark, query = url.partition("?")
+    return sqlite_url(Path(os.path.abspath(file))) + mark + query
 
 
 def _command(text: str, where: str) -> str:
@@ -203,15 +219,14 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             raise SettingsError(what)
         return int(text)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tracking = environ.get("MLFLOW_TRACKING_URI")
     if tracking is None:
-        tracking = str(stored.get("mlflow_tracking_uri", f"sqlite:///{home}/mlflow.db"))
+        tracking = str(stored.get("mlflow_tracking_uri", sqlite_url(home / "mlflow.db")))
     return Settings(
         home=home,
-        database_url=full_database_url(value("database_url", f"sqlite:///{home}/sftd.db")),
+        database_url=full_database_url(value("database_url", sqlite_url(home / "sftd.db"))),
         mlflow_tracking_uri=_absolute_sqlite(tracking),
-        cpu_slots=max(1, int(number("cpu_slots", cores))),
+        cpu_slots=max(1, int(number("cpu_slots", 1))) if value("cpu_slots", "") else None,
         backoff_seconds=number("backoff_seconds", 15.0),
         lease_seconds=number("lease_seconds", 30.0),
         poll_seconds=number("poll_seconds", 0.25),

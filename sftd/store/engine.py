@@ -61,7 +61,7 @@ def open_engine(url: str) -> sa.Engine:
         try:
             return _open_postgresql(parsed)
         except ModuleNotFoundError as error:
-            raise DatabaseUnreachable(f"{error}: install it with `pip install 'sftd[postgres]'`") from None
+            raise DatabaseUnreachable(f"{error}: install it with `pip install 'psycopg[binary]'`") from None
         except sa.exc.NoSuchModuleError as error:
             raise DatabaseUnreachable(f"{shown_url(url)}: {error}") from None
     raise DatabaseUnreachable(f"{shown_url(url)}: only SQLite and PostgreSQL are supported")

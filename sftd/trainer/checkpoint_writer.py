@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import set_crc32_options
 
 from sftd.trainer.manifest import FileEntry
+from sftd.wire.cores import usable_cores
 
 # Of a write: large enough that the interpreter is rarely needed, small enough that hashing finds it in the cache.
 _CHUNK = 4 << 20
@@ -53,7 +54,7 @@ class FilePlan:
 def writers() -> int:
     """How many files and threads a rank uses."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WRITERS, len(os.sched_getaffinity(0)) // ranks))
+    return max(1, min(_MOST_WRITERS, usable_cores() // ranks))
 
 
 def plan_files(plan: SavePlan, planner: SavePlanner, prefix: str, files: int) -> list[FilePlan]:

@@ -65,7 +65,11 @@ def main(arguments: Sequence[str]) -> None:
     # Until there is something to save, a signal simply ends this process.
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    process.use_single_process_defaults()
+    try:
+        process.use_single_process_defaults()
+    except UserError as error:
+        sys.stderr.write(f"sftd: {error}\n")
+        sys.exit(2)
     rank = int(os.environ["RANK"])
     # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
     store = loopback.store(None) or next(rendezvous("env://"))[0]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from sftd.domain.spec import Spec
+from sftd.trainer.errors import UserError
 from sftd.wire.attempt_dir import make_private
 
 _PR_SET_PDEATHSIG = 1
@@ -52,6 +53,8 @@ _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
 ]
 
 _stop_signalled = threading.Event()
+# What torchrun gives to each rank.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare() -> None:
@@ -75,8 +78,17 @@ def set_cuda_defaults() -> None:
 
 
 def use_single_process_defaults() -> None:
-    """Make this process the only rank of its world, unless torchrun has said otherwise."""
-    if "RANK" not in os.environ:
+    """Make this process the only rank of its world, unless torchrun started it. Raises `UserError` where only some of
+    torchrun's variables are set: an earlier job left them in the shell, or other ranks are meant to exist."""
+    found = [name for name in _LAUNCHED if name in os.environ]
+    if found and len(found) < len(_LAUNCHED):
+        missing = ", ".join(name for name in _LAUNCHED if name not in found)
+        raise UserError(
+            f"{', '.join(found)} set in the environment without {missing}: this looks like one rank of several, but "
+            f"nothing says where they meet. fix: `unset {' '.join(found)}` to train in one process, or start the ranks "
+            "with torchrun"
+        )
+    if not found:
         # Port 0 is any that is free.
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")

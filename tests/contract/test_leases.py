@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -62,6 +63,15 @@ def taken_over(log: Store) -> Lease:
 LAUNCHED = e.AttemptLaunched(pid=1, create_time=1.0, host="h", directory="d", argv=[], devices=[])
 WRITES: dict[str, Callable[[Store, Lease], object]] = {
     "launched": lambda log, lease: attempts.launched(log, CONTEXT, lease, LAUNCHED),
+    "sampled": lambda log, lease: attempts.sampled(
+        log,
+        CONTEXT,
+        lease,
+        e.SystemSampled(host="h", cpu_percent=1.0, memory_used_bytes=1, memory_total_bytes=2),
+    ),
+    "job_reported": lambda log, lease: attempts.job_reported(
+        log, CONTEXT, lease, e.JobReported(job="1", state="RUNNING")
+    ),
     "record": lambda log, lease: attempts.record(log, CONTEXT, lease, lines(step(1)), 10, {}),
     "reject_journal": lambda log, lease: attempts.reject_journal(log, CONTEXT, lease, "torn"),
     "finish": lambda log, lease: attempts.finish(
@@ -71,6 +81,18 @@ WRITES: dict[str, Callable[[Store, Lease], object]] = {
         log, CONTEXT, lease, e.AttemptAdopted(daemon="d", host="host", pid=1), LEASE
     ),
 }
+
+
+def test_every_write_under_a_lease_is_among_these() -> None:
+    leased = {
+        name
+        for name, function in inspect.getmembers(attempts, inspect.isfunction)
+        if function.__module__ == attempts.__name__
+        and not name.startswith("_")
+        and {"context", "store"} < set(parameters := inspect.signature(function).parameters)
+        and {"lease", "old"} & set(parameters)
+    }
+    assert leased == WRITES.keys()
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -95,6 +117,21 @@ def test_a_launch_whose_answer_was_lost_is_recorded_once(log: Store) -> None:
     with log.read() as connection:
         launches = event_store.read_types(connection, [run_id], ("AttemptLaunched",))
     assert [r.attempt for r in launches] == [1]
+
+
+def test_the_launch_of_each_attempt_is_recorded(log: Store) -> None:
+    run_id = submit(log)
+    for _ in range(3):
+        found = claim(log)
+        assert found is not None
+        attempts.launched(log, CONTEXT, found.lease, LAUNCHED)
+        attempts.record(log, CONTEXT, found.lease, lines(step(found.lease.attempt)), 10, {})
+        attempts.finish(
+            log, CONTEXT, found.lease, exit_code=1, failure=FAILURE, lost=False, backoff_seconds=1e-6
+        )
+    with log.read() as connection:
+        launches = event_store.read_types(connection, [run_id], ("AttemptLaunched",))
+    assert [r.attempt for r in launches] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

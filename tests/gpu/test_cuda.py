@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from sftd.wire.attempt_dir import AttemptDir
     from tests.trainer.conftest import Run, Trainer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # The first matrix product of a backward thread: torch then sets the context that the thread lacks.
+    pytest.mark.filterwarnings(
+        "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"
+    ),
+]
 
 TOGETHER = Path(__file__).with_name("together_ranks.py")
 KERNELS = Path(__file__).parents[1] / "trainer/kernels_interpreted.py"

@@ -1,4 +1,5 @@
-"""Stops a trainer at a line of its journal, by its own hand: on a machine of any speed it gets no further.
+"""Stops a trainer at a line of its journal, by its own hand: on a machine of any speed it gets no further. Where the folder
+that HOLDS names has a file `traced`, it also records each fsync and rename there (tests/durability.py).
 
 Python imports this by itself where its folder is in PYTHONPATH. `tests/holds.py` says at which line, in a file of the folder
 that HOLDS names; HOLD_AT says it to whichever attempt is started with it.
@@ -43,3 +44,7 @@ if folder := os.environ.get("HOLDS"):
             os.kill(os.getpid(), signal.SIGSTOP)
 
     vars(os)["write"] = _write_and_stop
+
+    from tests.durability import observe
+
+    observe(f"{folder}/traced", lambda: os.path.exists(f"{folder}/traced"))

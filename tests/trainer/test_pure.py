@@ -18,10 +18,10 @@ import pytest
 from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Optimizer, Scheduler
-from sftd.trainer import folder_swap
+from sftd.trainer import folder_swap, process
 from sftd.trainer import manifest as manifests
 from sftd.trainer.data import Rows, write_spool
-from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded
+from sftd.trainer.errors import CheckpointInvalid, DataError, DataNotDecoded, UserError
 from sftd.trainer.kernels import exact_attention
 from sftd.trainer.manifest import FileEntry, Manifest
 from sftd.trainer.rectangles import rectangles
@@ -29,6 +29,18 @@ from sftd.trainer.sample_order import SampleOrder, samples_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+def test_ranks_of_an_earlier_job_in_the_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match=r"RANK, WORLD_SIZE set .* without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+    ) as error:
+        process.use_single_process_defaults()
+    assert "fix: `unset RANK WORLD_SIZE`" in str(error.value)
 
 
 def rates(kind: str, steps: int = 10, **scheduler: Any) -> list[float]:

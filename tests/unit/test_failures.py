@@ -74,6 +74,16 @@ GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:534] Conne
             "No space left",
         ),
         (
+            Remains(1, output_tail=output("OSError: [Errno 122] Disk quota exceeded: '/ck/step-5.partial'")),
+            "disk full",
+            "Disk quota exceeded",
+        ),
+        (
+            Remains(1, rank_errors=[RankError(0, "OSError: [Errno 27] File too large")]),
+            "disk full",
+            "File too large",
+        ),
+        (
             Remains(
                 1, rank_errors=[RankError(0, "sftd.trainer.errors.NonFiniteLoss: the loss of step 7 is nan")]
             ),

@@ -443,6 +443,22 @@ def test_attempts_without_progress_are_a_crash_loop() -> None:
     )
 
 
+def test_a_run_that_a_person_resumes_has_all_its_restarts_again() -> None:
+    log = Log(launch__max_restarts=1).claim().train(3).end().claim().train(3).end()
+    assert (log.run.status, log.run.cause) == ("failed", "crash loop")
+    log.add(*decisions.request_resume(log.run, "ada", None))
+    assert (log.run.status, log.run.fruitless_attempts, log.run.cause, log.run.message) == (
+        "queued",
+        0,
+        None,
+        None,
+    )
+    log.claim().train(3).end()
+    assert log.run.status == "retrying", "one failure after a resume is not a crash loop"
+    log.claim().train(3).end()
+    assert log.run.status == "failed"
+
+
 def test_a_new_checkpoint_is_progress() -> None:
     log = Log(launch__max_restarts=1)
     for until in (5, 10, 15, 20, 25):

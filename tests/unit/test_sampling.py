@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from sftd.cli.app import make_home
+from sftd.cli.daemon import run_daemon, start_detached
 from sftd.cli.plan import Host
 from sftd.domain.errors import Refused
 from sftd.domain.spec import Spec
 from sftd.launcher import inventory, sampling
 from sftd.launcher.sampling import HostWatch
+from sftd.settings import read
 
 
 class NvmlError(Exception):
@@ -74,8 +78,6 @@ def test_what_a_driver_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch
     assert (gpu.utilization_percent, gpu.power_watts, gpu.memory_used_bytes) == (None, None, 3)
     monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlInit=refuse))
     assert HostWatch().look()(["cuda:1"]).gpus == []
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert HostWatch().look()(["cuda:1"]).gpus == []
 
 
 def test_a_gpu_that_does_not_tell_its_memory_is_listed_and_the_plan_asks_for_it(
@@ -130,3 +132,36 @@ def test_the_daemon_uses_only_the_gpus_that_it_may_see(
 def test_a_part_of_a_gpu_has_no_sample_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
     assert [gpu.index for gpu in HostWatch().look()(["cuda:MIG-5f", "cuda:1"]).gpus] == [1]
+
+
+def test_a_driver_that_cannot_be_asked_is_not_a_host_without_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The daemon, `plan` and `verify` go by it: taken for 0 GPUs, runs would train on CPUs without a word."""
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlInit=refuse))
+    monkeypatch.setattr(inventory, "_DRIVER", tmp_path / "version")
+    assert inventory.visible_gpus({}) == []
+    assert inventory.gpus() == []
+    (tmp_path / "version").touch()
+    for ask in (lambda: inventory.visible_gpus({}), inventory.gpus, inventory.gpu_count):
+        with pytest.raises(Refused, match="NVIDIA driver, but NVML") as refused:
+            ask()
+        assert "CUDA_VISIBLE_DEVICES= sftd daemon" in refused.value.problems[0].fix
+    # Told to do without GPUs, the daemon does not ask.
+    for said in ("", " ", "-1"):
+        assert inventory.visible_gpus({"CUDA_VISIBLE_DEVICES": said}) == []
+    # What a sample lacks stops no training.
+    assert HostWatch().look()(["cuda:1"]).gpus == []
+
+
+def test_the_daemon_refuses_to_start_where_gpus_cannot_be_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlInit=refuse))
+    monkeypatch.setattr(inventory, "_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    settings = read({"SFTD_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": ""})
+    make_home(settings)
+    for start in (lambda: run_daemon(settings, drain=True), lambda: start_detached(settings)):
+        with pytest.raises(Refused, match="NVIDIA driver"):
+            start()

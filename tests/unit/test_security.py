@@ -108,10 +108,20 @@ def test_the_trainer_knows_no_passwords_of_ours() -> None:
         "MLFLOW_TRACKING_TOKEN": SECRET,
         "MLFLOW_TRACKING_CLIENT_CERT_PATH": SECRET,
         "PGPASSWORD": SECRET,
+        "SFTD_NOTIFY_WEBHOOK": f"https://hooks/{SECRET}",
+        "SFTD_NOTIFY_COMMAND": f"notify --token {SECRET}",
     }
     given = environment(ours | {"PATH": "/bin"}, token="t", device="cpu", threads=1, devices=[])
     assert SECRET not in str(given)
     assert given["PATH"] == "/bin"
+
+
+def test_gpus_are_numbered_as_nvml_does() -> None:
+    """CUDA's own order puts the fastest first: with unlike GPUs a run would get others than those that it was given."""
+    given = environment(
+        {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, token="t", device="cuda", threads=1, devices=["cuda:2"]
+    )
+    assert (given["CUDA_DEVICE_ORDER"], given["CUDA_VISIBLE_DEVICES"]) == ("PCI_BUS_ID", "2")
 
 
 def test_ranks_meet_on_the_loopback_device_unless_told_otherwise(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 In deterministic mode PyTorch leaves cuDNN for FlashAttention 2. cuDNN's forward is deterministic as it is; of its two
 backwards PyTorch knows only the one that adds up the queries' gradient in any order. NVIDIA's cudnn-frontend, where it is
-installed (`pip install 'sftd[gpu]'`), knows the other, which holds the gradient of all scores that it computes at a time:
+installed (the `gpu` extra), knows the other, which holds the gradient of all scores that it computes at a time:
 so batch and heads go in parts. Where it is not installed, or has no such kernel, backward is FlashAttention's, from
 cuDNN's output and statistics.
 """

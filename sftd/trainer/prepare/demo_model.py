@@ -81,7 +81,7 @@ def _download_gguf(staging: Path, events: EventWriter) -> Path:
     # as its temporary files lie in a folder of ours.
     scratch = staging / "pip"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
     command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--progress-bar", "off"]
     command += ["-d", str(wheels), _REQUIREMENT]
     with (staging / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:

@@ -15,6 +15,7 @@ from typing import Any
 from sftd.trainer.prepare.chat_files import Piece
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
+from sftd.wire.cores import usable_cores
 
 # Pieces that wait for or lie behind a worker: what is in memory does not depend on the size of the files.
 _AHEAD = 3
@@ -24,8 +25,7 @@ _PRELOAD = ["transformers.models.auto.tokenization_auto", __name__]
 
 def default_workers(size: int) -> int:
     """A worker a core, but no more than one for each 8 MB: for fewer bytes it would take longer to start them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 32, size // (8 << 20)))
+    return max(1, min(usable_cores(), 32, size // (8 << 20)))
 
 
 def tokenized(
