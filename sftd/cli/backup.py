@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app, output
-from sftd.settings import Settings
+from sftd.settings import Settings, sqlite_file
 
 if TYPE_CHECKING:
     from sftd.operations.restoring import Outlook
@@ -36,7 +36,7 @@ def backup_command(file: Path) -> None:
     from sftd.store import backups
 
     settings = app.read_settings()
-    database = backups.sqlite_file(settings.database_url)
+    database = sqlite_file(settings.database_url)
     if database is None:
         command = ["pg_dump", "--format=custom", f"--file={file}", backups.client_url(settings.database_url)]
         raise _not_sqlite("a backup of PostgreSQL is its own tools' work", command)
@@ -77,7 +77,7 @@ def restore_command(file: Path, force: bool) -> None:
     from sftd.store import backups
 
     settings = app.read_settings()
-    database = backups.sqlite_file(settings.database_url)
+    database = sqlite_file(settings.database_url)
     if database is None:
         target = backups.client_url(settings.database_url)
         command = [
@@ -133,9 +133,7 @@ def _must_exist(where: str, file: Path) -> None:
 
 def _mlflow_file(settings: Settings) -> Path | None:
     """MLflow's database where it belongs to this home; elsewhere others may share it."""
-    from sftd.store import backups
-
-    file = backups.sqlite_file(settings.mlflow_tracking_uri) if settings.mlflow_tracking_uri else None
+    file = sqlite_file(settings.mlflow_tracking_uri)
     return file if file is not None and file.is_relative_to(settings.home) else None
 
 

@@ -22,15 +22,6 @@ class BackupFailed(SftdError):
     """A database file could not be copied, is damaged, or is in use."""
 
 
-def sqlite_file(url: str) -> Path | None:
-    """The file of a SQLite URL; None for any other database."""
-    try:
-        parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        return None
-    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" and parsed.database else None
-
-
 def client_url(url: str) -> str:
     """The URL of a PostgreSQL database for its own tools (`pg_dump`), without secrets."""
     parsed = sa.make_url(url)
