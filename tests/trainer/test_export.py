@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import CheckpointPublished, ModelLoaded, SampleGenerated
 from tests.trainer.conftest import MODELS, PROMPT  # type: ignore[import-not-found]
 from tests.trainer.test_experts import EP2, overrides_of  # type: ignore[import-not-found]
@@ -26,6 +27,7 @@ RANKS = Path(__file__).with_name("export_ranks.py")
 ALL = Path(__file__).with_name("export_all.py")
 MEGATRON = "model__megatron__"
 BF16 = "llama_bf16"
+GIVEN = ChatTemplate(text="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}?")
 
 
 def export_all(arguments: list[list[str]], folder: Path) -> list[tuple[int, str]]:
@@ -62,7 +64,7 @@ def differences(found: Path, original: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models, and one of them in BF16."""
+    """The tiny models, and one of them in BF16 and with two chat templates."""
     import torch
     from safetensors.torch import save_file
 
@@ -72,13 +74,21 @@ def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     save_file(weights, bf16 / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((bf16 / "config.json").read_text()) | {"dtype": "bfloat16"}
     (bf16 / "config.json").write_text(json.dumps(config))
+    (bf16 / "additional_chat_templates").mkdir()
+    (bf16 / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     return {name: models / name for name in MODELS} | {BF16: bf16}
 
 
 def publish_and_export(
-    trainer: Trainer, folders: dict[str, Path], name: str, ranks: int, root: Path, **overrides: Any
+    trainer: Trainer,
+    folders: dict[str, Path],
+    name: str,
+    ranks: int,
+    root: Path,
+    template: ChatTemplate | None = None,
+    **overrides: Any,
 ) -> dict[str, Path]:
-    """Each model loaded into a layout, saved and exported: where to."""
+    """Each model loaded into a layout, saved and exported: where to. `template` is that of the training data."""
 
     def spec_of(model: str) -> Any:
         dtype = "bfloat16" if model == BF16 else "float32"
@@ -90,7 +100,10 @@ def publish_and_export(
         return trainer.spec(ranks, model__partial_pretrain=str(folders[model]), **given)
 
     main = trainer.prepare(f"export_{name}", trainer.spec(ranks, **overrides))
-    attempts = {model: trainer.prepare(f"export_{name}_{model}", spec_of(model)) for model in folders}
+    attempts = {
+        model: trainer.prepare(f"export_{name}_{model}", spec_of(model), template=template)
+        for model in folders
+    }
     (main.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
     trainer.finish(main, trainer.start(main, script=RANKS))
     outs = {model: root / model for model in folders}
@@ -119,7 +132,7 @@ def of_four_ranks(
         MEGATRON + "sequence_parallel": True,
         MEGATRON + "expert_model_parallel_size": 2,
     }
-    return publish_and_export(trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), **layout)
+    return publish_and_export(trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), GIVEN, **layout)
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
@@ -129,10 +142,11 @@ def test_what_was_loaded_is_exported_bit_for_bit(
     out, original = of_one_rank[name], folders[name]
     assert differences(out, original) == []
     assert json.loads((out / "config.json").read_text()) == json.loads((original / "config.json").read_text())
-    assert {p.name for p in out.iterdir()} == {p.name for p in original.iterdir()}
-    for path in original.glob("*"):
-        if path.name not in ("config.json", "model.safetensors"):
-            assert (out / path.name).read_bytes() == path.read_bytes()
+    names = {path.relative_to(original) for path in original.rglob("*")}
+    assert {path.relative_to(out) for path in out.rglob("*")} == names
+    for copied in names:
+        if copied.name not in ("config.json", "model.safetensors") and (original / copied).is_file():
+            assert (out / copied).read_bytes() == (original / copied).read_bytes()
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
@@ -140,6 +154,9 @@ def test_export_is_the_same_from_tensor_pipeline_and_expert_parallel_ranks(
     of_four_ranks: dict[str, Path], folders: dict[str, Path], name: str
 ) -> None:
     assert differences(of_four_ranks[name], folders[name]) == []
+    # The template of the training data is the exported folder's only one.
+    assert (of_four_ranks[name] / "chat_template.jinja").read_text() == GIVEN.text
+    assert not (of_four_ranks[name] / "additional_chat_templates").exists()
 
 
 @pytest.mark.slow
