@@ -83,7 +83,6 @@ HINTS: dict[str, str] = {
     "delete": _REMOVE,
     "remove": _REMOVE,
     "del": _REMOVE,
-    "rm": _REMOVE,
     "clean": _REMOVE,
     "rename": _NAMES,
     "name": _NAMES,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 
 @click.command("rm")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.argument("runs", metavar="RUN|SWEEP...", nargs=-1, required=True)
 @click.option("-y", "--yes", is_flag=True, help="Remove without asking.")
 def rm_command(runs: tuple[str, ...], yes: bool) -> None:
     """Remove each RUN: delete its checkpoints, attempts and logs on this host, and hide it from `sftd ls`.
@@ -23,11 +24,15 @@ def rm_command(runs: tuple[str, ...], yes: bool) -> None:
       sftd rm brave-otter calm-heron --yes
       sftd gc --run brave-otter --all       its checkpoints alone
     """
-    from sftd.operations import checkpoints, removing
+    from sftd.domain.run import ENDED
+    from sftd.operations import checkpoints, naming, removing
 
     settings = app.read_settings()
     store, context, user = app.open_store(settings), app.context(), app.user_name()
-    found = [removing.belongings(store, settings.home, run, by=user) for run in dict.fromkeys(runs)]
+    run_ids = dict.fromkeys(
+        run_id for text in runs for run_id in naming.several_to_change(store, text, ENDED)
+    )
+    found = [removing.belongings(store, settings.home, run_id, by=user) for run_id in run_ids]
     if not yes:
         for each in found:
             run = each.run
@@ -38,8 +43,7 @@ def rm_command(runs: tuple[str, ...], yes: bool) -> None:
                 err=True,
             )
         total = output.size(sum(each.bytes for each in found))
-        count = f"{len(found)} run{'s' * (len(found) != 1)}"
-        app.confirm(f"Remove {count} and delete {total}?")
+        app.confirm(f"Remove {counted(len(found), 'run')} and delete {total}?")
     for each in found:
         elsewhere = [c.path for c in each.run.checkpoints if not c.is_parents and checkpoints.is_missing(c)]
         freed = removing.remove(store, context, settings.home, each.run.run_id, user)

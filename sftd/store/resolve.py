@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain.errors import AmbiguousRun, RunNotFound
-from sftd.store.tables import view_runs, view_variants
+from sftd.store.tables import view_files, view_runs, view_variants
 
 _LISTED = 5
 
@@ -25,16 +25,18 @@ class Match(msgspec.Struct, frozen=True):
 
 def matches(connection: sa.Connection, text: str) -> list[Match]:
     """Every run that `text` may mean: the run of this id; else the members of this sweep, in the order in which they were
-    submitted; else the runs of this name, newest first, then those whose ids begin so. Raises `RunNotFound`."""
+    submitted; else the runs of this name, newest first, then those whose ids begin so. A run that was removed is found by its id
+    only. Raises `RunNotFound`."""
     c = view_runs.c
     # Not LIKE: % and _ in a prefix would match anything.
     begins = sa.func.substr(c.run_id, 1, len(text)) == text
     project, _, name = text.partition("/")
     named = (c.name == text) | ((c.name == name) & (c.project == project)) if project else c.name == text
+    removed = sa.select(view_files.c.run_id).where(view_files.c.removed_at.is_not(None))
     searches: tuple[tuple[Literal["id", "sweep", "name", "prefix"], sa.ColumnElement[bool]], ...] = (
         ("id", c.run_id == text),
-        ("sweep", c.run_id.in_(members(text))),
-        ("name", named),
+        ("sweep", c.run_id.in_(members(text)) & c.run_id.not_in(removed)),
+        ("name", named & c.run_id.not_in(removed)),
         ("prefix", begins),
     )
     found: dict[str, Match] = {}

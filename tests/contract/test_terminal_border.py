@@ -142,6 +142,7 @@ TRIED = {
     "generate": ["bad-run-1 -p x", "EVIL -p x"],
     "export": ["bad-run-1 EVIL", "bad-run-1 no-such/EVIL"],
     "gc": ["--dry-run", "EVIL"],
+    "rm": ["EVIL", "bad-run-1", "bad-run-1 --yes"],
     "import": ["EVIL", "EVIL --EVIL", "direct", "direct --json"],
     "notify": ["EVIL"],
     "prepare": ["EVIL -m EVIL -o no-such/EVIL"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import CheckpointPublished, ModelLoaded, SampleGenerated
 from sftd.wire import checkpoint_reduction
 from sftd.wire import manifest as manifests
@@ -29,6 +30,7 @@ RANKS = Path(__file__).with_name("export_ranks.py")
 ALL = Path(__file__).with_name("export_all.py")
 MEGATRON = "model__megatron__"
 BF16 = "llama_bf16"
+GIVEN = ChatTemplate(text="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}?")
 
 
 def export_all(arguments: list[list[str]], folder: Path) -> list[tuple[int, str]]:
@@ -65,7 +67,7 @@ def differences(found: Path, original: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models, and one of them in BF16."""
+    """The tiny models, and one of them in BF16 and with two chat templates."""
     import torch
     from safetensors.torch import save_file
 
@@ -75,6 +77,8 @@ def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     save_file(weights, bf16 / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((bf16 / "config.json").read_text()) | {"dtype": "bfloat16"}
     (bf16 / "config.json").write_text(json.dumps(config))
+    (bf16 / "additional_chat_templates").mkdir()
+    (bf16 / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     return {name: models / name for name in MODELS} | {BF16: bf16}
 
 
@@ -84,11 +88,13 @@ def publish_and_export(
     name: str,
     ranks: int,
     root: Path,
+    template: ChatTemplate | None = None,
     *,
     reduced: bool = False,
     **overrides: Any,
 ) -> dict[str, Path]:
-    """Each model loaded into a layout, saved and exported: where to. `reduced`: from checkpoints that hold weights alone."""
+    """Each model loaded into a layout, saved and exported: where to. `template` is that of the training data; `reduced`: from
+    checkpoints that hold weights alone."""
 
     def spec_of(model: str) -> Any:
         dtype = "bfloat16" if model == BF16 else "float32"
@@ -111,7 +117,10 @@ def publish_and_export(
         return Path(weights.path)
 
     main = trainer.prepare(f"export_{name}", trainer.spec(ranks, **overrides))
-    attempts = {model: trainer.prepare(f"export_{name}_{model}", spec_of(model)) for model in folders}
+    attempts = {
+        model: trainer.prepare(f"export_{name}_{model}", spec_of(model), template=template)
+        for model in folders
+    }
     (main.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
     trainer.finish(main, trainer.start(main, script=RANKS))
     outs = {model: root / model for model in folders}
@@ -141,7 +150,7 @@ def of_four_ranks(
         MEGATRON + "expert_model_parallel_size": 2,
     }
     return publish_and_export(
-        trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), reduced=True, **layout
+        trainer, folders, "four", 4, tmp_path_factory.mktemp("four"), GIVEN, reduced=True, **layout
     )
 
 
@@ -152,10 +161,11 @@ def test_what_was_loaded_is_exported_bit_for_bit(
     out, original = of_one_rank[name], folders[name]
     assert differences(out, original) == []
     assert json.loads((out / "config.json").read_text()) == json.loads((original / "config.json").read_text())
-    assert {p.name for p in out.iterdir()} == {p.name for p in original.iterdir()}
-    for path in original.glob("*"):
-        if path.name not in ("config.json", "model.safetensors"):
-            assert (out / path.name).read_bytes() == path.read_bytes()
+    names = {path.relative_to(original) for path in original.rglob("*")}
+    assert {path.relative_to(out) for path in out.rglob("*")} == names
+    for copied in names:
+        if copied.name not in ("config.json", "model.safetensors") and (original / copied).is_file():
+            assert (out / copied).read_bytes() == (original / copied).read_bytes()
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
@@ -163,6 +173,9 @@ def test_export_is_the_same_from_the_weights_alone_of_tensor_pipeline_and_expert
     of_four_ranks: dict[str, Path], folders: dict[str, Path], name: str
 ) -> None:
     assert differences(of_four_ranks[name], folders[name]) == []
+    # The template of the training data is the exported folder's only one.
+    assert (of_four_ranks[name] / "chat_template.jinja").read_text() == GIVEN.text
+    assert not (of_four_ranks[name] / "additional_chat_templates").exists()
 
 
 @pytest.mark.slow

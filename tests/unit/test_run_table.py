@@ -34,6 +34,7 @@ def row(number: int, **changes: Any) -> RunRow:
         "message": None,
         "sweep": None,
         "changed": None,
+        "bytes": 0,
     }
     return RunRow(**values | changes)
 
