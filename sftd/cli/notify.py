@@ -39,7 +39,7 @@ def notify_command(test: bool, as_json: bool) -> None:
         click.echo(output.json_line(rows))
     else:
         if not rows:
-            click.echo(f"Nobody is told of anything. {_SET}")
+            click.echo(f"No notifications are configured. {_SET}")
         for row in rows:
             state = "" if row["pending"] is None else f"; {_counted(row['pending'])} not sent yet"
             click.echo(f"{row['channel']}: {', '.join(settings.notify_on)}{state}")

@@ -138,6 +138,10 @@ def print_state(
     run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = (), speed: float | None = None
 ) -> None:
     """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints. `speed` is in tokens/s."""
+    from rich.text import Text
+
+    from sftd.operations.checkpoints import is_missing
+
     out = output.console()
     facts = [
         (name, value)
@@ -149,7 +153,8 @@ def print_state(
         out.print()
         out.print(_checkpoints_table(run))
         for checkpoint in run.checkpoints:
-            out.print(_harmless(checkpoint.path), style="dim", soft_wrap=True)
+            mark = Text("missing: ", "red") if is_missing(checkpoint) else Text()
+            out.print(mark + Text(output.printable(checkpoint.path), "dim"), soft_wrap=True)
 
 
 def _harmless(lines: str) -> Text:
@@ -231,7 +236,7 @@ def _disk(run: Run) -> str:
     if run.removed_at is not None:
         return f"removed {output.clock(run.removed_at)}"
     own = sum(not c.is_parents for c in run.checkpoints)
-    return f"{output.size(run.checkpoint_bytes)} in {own} checkpoint{'s' * (own != 1)}" if own else ""
+    return f"{output.size(run.checkpoint_bytes)} in {counted(own, 'checkpoint')}" if own else ""
 
 
 def _redone(run: Run, history: list[Recorded]) -> str:
@@ -274,9 +279,9 @@ def _time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
 def _checkpoints_table(run: Run) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from sftd.domain.retention import why_kept
-    from sftd.operations.checkpoints import is_missing
 
     reasons = why_kept(run)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -289,7 +294,6 @@ def _checkpoints_table(run: Run) -> Table:
             output.size(c.bytes),
             output.loss(c.val_loss),
             Text(", ".join([*(["weights only"] * c.weights_only), *reasons[c.step]])),
-            Text.assemble(("missing: ", "red"), c.path) if is_missing(c) else Text(c.path),
         )
     return table
 

@@ -66,8 +66,9 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
         # Not within the transaction, which would have everybody wait while a long history is folded.
         found = load_run(connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
-    looks = {c.path: manifest.glance(Path(c.path), c.manifest_digest) for c in found.checkpoints}
-    damaged = {path: reason for path, reason in looks.items() if reason and path not in missing}
+    there = [c for c in found.checkpoints if c.path not in missing]
+    looks = {c.path: manifest.glance(Path(c.path), c.manifest_digest) for c in there}
+    damaged = {path: reason for path, reason in looks.items() if reason}
     return Imported(found, len(new), missing, damaged)
 
 

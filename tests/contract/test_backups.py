@@ -126,7 +126,7 @@ def test_a_backup_is_put_back_over_what_a_crash_left(home: Home) -> None:
     crash(home.database)
     done = home.sftd("db", "restore", home.folder / "one.db")
     assert home.listed() == [first]
-    assert home.sftd("db", "check").stdout == "OK: 1 runs, 1 events\n"
+    assert home.sftd("db", "check").stdout == "OK: 1 run, 1 event\n"
     # The replaced database is whole, with what stood in its log alone.
     kept = home.replaced()
     assert str(kept) in done.stdout

@@ -216,7 +216,7 @@ def test_a_removed_run_leaves_its_events_alone(home: Home, log: Store) -> None:
     assert freed == run.checkpoint_bytes
     assert not RunDir(home.path, run.run_id).path.exists()
     assert [row.run_id for row in reading.list_runs(log)] == [kept.run_id]
-    (row,) = reading.list_runs(log, removed=True)
+    (row,) = reading.list_runs(log, reading.Filter(removed=True))
     assert (row.run_id, row.status, row.bytes) == (run.run_id, "succeeded", 0)
     types = [r.type for r in reading.run_events(log, run.run_id)]
     assert types[-4:] == ["CheckpointDeleted"] * 3 + ["RunRemoved"]

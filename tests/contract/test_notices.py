@@ -341,6 +341,7 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
     begun = threading.Event()
     begin = notifier.begin
     notifier.begin = lambda: (begin(), begun.set())[0]  # type: ignore[method-assign, func-returns-value]
+    clean_environment["home"].mkdir()
     daemon = Daemon(log.store, settings_module.read(), Inventory(0, 1), notices=[thread])
     running = threading.Thread(target=daemon.run)
     with caplog.at_level(logging.WARNING, "sftd.notify"):
@@ -363,7 +364,8 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
 def test_the_command_line_tries_it(
     hook: Hook, clean_environment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "Nobody is told of anything" in CliRunner().invoke(main, ["notify"]).stdout
+    clean_environment["home"].mkdir()
+    assert "No notifications are configured" in CliRunner().invoke(main, ["notify"]).stdout
     monkeypatch.setenv("SFTD_NOTIFY_WEBHOOK", hook.url)
     monkeypatch.setenv("SFTD_NOTIFY_COMMAND", f"{sys.executable} -c 'raise SystemExit(3)' {SECRET}")
     monkeypatch.setenv("SFTD_NOTIFY_ON", "failed, retrying")

@@ -105,7 +105,7 @@ def test_runs_without_a_figure_come_last(key: str) -> None:
         row(3, val_loss="1.5", loss="1.5", step=20),
     ]
     order = [found.run_id[-1] for found in sorted(rows, key=SORTS[key])]
-    expected = {"age": "321", "name": "123", "status": "123", "loss": "312", "val": "312"}
+    expected = {"age": "321", "name": "123", "status": "123", "size": "123", "loss": "312", "val": "312"}
     assert "".join(order) == expected.get(key, "321" if key == "step" else "231")
 
 
