@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.domain.comparing import Comparing
@@ -171,7 +172,7 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
         inventory.restore("others", chosen.held)
         wanted = inventory.free("cuda")[: need.count]
     if len(wanted) < need.count or len(set(wanted)) != len(wanted):
-        what = f"the run's layout needs {need.count} GPUs, and {len(set(wanted))} are "
+        what = f"the run's layout needs {counted(need.count, 'GPU')}, and {len(set(wanted))} are "
         what += "named" if named is not None else "free here"
         raise Refused(
             Problem("--devices", what, "name as many as it needs, as 0,1; or wait until they are free")

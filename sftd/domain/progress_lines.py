@@ -46,7 +46,7 @@ def describe(event: e.Event, planned_steps: int) -> str | None:
         case e.SampleGenerated():
             return f"{_step(event.step, planned_steps)}  {event.prompt!r} → {event.text!r}"
         case e.CheckpointPublished():
-            size = f"{event.bytes / 1e9:,.2f} GB" if event.bytes >= 1e8 else f"{event.bytes / 1e6:,.2f} MB"
+            size = f"{event.bytes / 1e9:,.1f} GB" if event.bytes >= 1e9 else f"{event.bytes / 1e6:,.1f} MB"
             return f"{_step(event.step, planned_steps)}  checkpoint saved: {size} in {event.seconds:.1f} s"
         case e.CheckpointRejected():
             return f"checkpoint of step {event.step} is rejected: {event.reason}"

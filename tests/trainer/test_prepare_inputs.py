@@ -187,7 +187,11 @@ def test_csv_is_read_by_its_columns(models: dict[str, Path], tmp_path: Path) -> 
         ("b.csv", b"x,y\nq,a\n", r"b.csv: there is no chat in it: it has the fields x, y"),
         ("c.csv", b'prompt,completion\n"q,a\n', r"c.csv is broken \(unexpected end of data"),
         ("d.csv", b"prompt,completion\n\xff,a\n", r"d.csv is broken \('utf-8' codec"),
-        ("e.jsonl.gz", gzip.compress(b"x" * 9999)[:30], r"e.jsonl.gz is broken \(Compressed file ended"),
+        (
+            "e.jsonl.gz",
+            gzip.compress(b"x" * 9999, mtime=0)[:30],
+            r"e.jsonl.gz is broken \(Compressed file ended",
+        ),
         ("f.jsonl.gz", b"{}", r"f.jsonl.gz is broken \(Not a gzipped file"),
         ("g.jsonl.zst", b"", r"g.jsonl.zst cannot be read as it is: decompress it"),
         ("h.jsonl", b'{\n "a": 1,\n}\n', r"h.jsonl, row 1 is not JSON"),
