@@ -257,6 +257,20 @@ def test_a_removal_is_refused_while_something_needs_the_run(home: Home, log: Sto
     assert not RunDir(home.path, run.run_id).path.exists()
 
 
+def test_a_fork_that_rejected_its_start_does_not_keep_its_parent(home: Home, log: Store) -> None:
+    run = home.train()
+    spec, _ = change(run.spec, [("trainer.max_steps", 6)])
+    name = runs.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    claimed = claim(log, home.clock)
+    damaged = e.CheckpointRejected(step=2, path=run.checkpoints[1].path, reason="bit rot")
+    line = Line(number=1, occurred_at=1, event=damaged)
+    attempts.record(log, home.clock.context, claimed.lease, [line], 100, {})
+    assert end(log, home.clock, claimed, 1).status == "failed"
+    removing.remove(log, home.clock.context, home.path, name, "ada")
+    removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
+    assert not RunDir(home.path, run.run_id).path.exists()
+
+
 def test_a_removal_that_a_crash_interrupted_is_finished(
     home: Home, log: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
