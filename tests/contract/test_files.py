@@ -197,6 +197,27 @@ def test_a_crash_while_reducing_leaves_the_checkpoint_that_the_log_names(
     assert home.there(run) == ["step-00000002.weights", "step-00000003"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_gc_beside_a_reduction_loses_no_checkpoint(
+    home: Home, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Once before the weights are held, once after: the log names a folder that is whole either way."""
+    run = home.train()
+    name = "checkpoint_dir.reading" if when == "before" else "current"
+    held = checkpoint_dir.reading if when == "before" else reducing.current
+
+    def swept(*arguments: object) -> object:
+        checkpoints.sweep(home.log, run.run_id)
+        return held(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as beside:
+        beside.setattr(f"sftd.operations.reducing.{name}", swept)
+        done = reducing.reduce(home.log, home.clock.context, run.run_id)
+    assert len(done) == (when == "after")
+    best = home.now(run).checkpoints[1]
+    assert manifest.verify(Path(best.path), best.manifest_digest).weights_only == (when == "after")
+
+
 def test_steps_that_are_redone_replace_the_weights(home: Home) -> None:
     run = home.train()
     home.gc()
