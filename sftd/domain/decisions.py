@@ -91,7 +91,7 @@ def request_resume(
         raise Refused(Problem(run.run_id, "has succeeded: no step is left", fix))
     start = _resume_start(run, from_step)
     if planned < start:
-        what = f"{planned} steps are fewer than the {start} behind which it goes on"
+        what = f"{planned} steps are fewer than the {start} after which it continues"
         raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
     changes = trajectory.changes(run.spec, new.spec) if new else {}
     if not new or not changes:
@@ -179,7 +179,7 @@ def _resume_start(run: Run, from_step: int | None) -> int:
     pinned = [(name, c.step) for c in run.checkpoints if c.step > from_step for name in c.forks]
     if pinned:
         name, step = pinned[0]
-        what = f"would write step {step} anew, from which {name} was forked"
+        what = f"would write step {step} again, from which {name} was forked"
         raise Refused(Problem("--from-step", what, f"sftd fork {run.run_id} --from-step {from_step}"))
     return from_step
 
@@ -226,7 +226,7 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     if found is None:
         superseded = any(c.step == step for c in parent.checkpoints)
         what = f"the checkpoint of step {step} of {parent.run_id} " + (
-            "is superseded: a later attempt goes on from before it" if superseded else "is not there"
+            "is superseded: a later attempt continued from an earlier step" if superseded else "is not there"
         )
         raise Refused(Problem("--from-step", what, f"use one of {have}"))
     if found.weights_only:
@@ -262,7 +262,7 @@ def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
     point = fork_point(parent, step)
     start = point.step if point else 0
     if new.planned_steps <= start:
-        what = f"{new.planned_steps} steps in all, but the fork begins behind step {start} of {parent.run_id}"
+        what = f"{new.planned_steps} steps in all, but the fork begins after step {start} of {parent.run_id}"
         fix = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
         raise Refused(Problem("trainer.max_steps", what, fix))
     return e.RunForked(
