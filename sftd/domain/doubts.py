@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from sftd.domain.errors import Problem, shorten
+from sftd.domain.errors import Problem, several
 from sftd.domain.layout import DataFacts
 from sftd.domain.spec import Spec
 
@@ -61,10 +61,7 @@ def validation_of_training(train: DataFacts, val: DataFacts | None, shared: Sequ
         )
         return [Problem("data.val_files", what, fix)]
     if shared:
-        names = ", ".join(map(shorten, shared[:3])) + (
-            f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        )
-        return [Problem("data.val_files", f"holds files that are trained on: {names}", fix)]
+        return [Problem("data.val_files", f"holds files that are trained on: {several(shared)}", fix)]
     return []
 
 
