@@ -75,13 +75,7 @@ def request_resume(
     with these changes.
     """
     refuse_busy(run)
-    if run.removed_at is not None:
-        fix = (
-            f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
-            if not run.first_step
-            else ""
-        )
-        raise Refused(Problem(run.run_id, "was removed: its checkpoints are gone", fix))
+    refuse_removed(run)
     planned = new.planned_steps if new else run.planned_steps
     if new and (problems := other_run(run, new)):
         problems[-1] = msgspec.structs.replace(problems[-1], fix=f"another trajectory is a fork: {instead}")
@@ -106,6 +100,15 @@ def request_resume(
             planned_steps=planned,
         )
     ]
+
+
+def refuse_removed(run: Run) -> None:
+    """Raises `Refused` for a run whose checkpoints a person removed."""
+    if run.removed_at is not None:
+        again = f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
+        raise Refused(
+            Problem(run.run_id, "was removed: its checkpoints are gone", "" if run.first_step else again)
+        )
 
 
 def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) -> int | None:
@@ -208,6 +211,8 @@ def _steps(run: Run) -> str:
 def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     """The checkpoint of `step` in the timeline from which a fork would start, the newest without `step`. None is the
     pretrained model, which is step 0. Raises `Refused`."""
+    if step != 0 or parent.first_step:
+        refuse_removed(parent)
     # Those behind which a queued attempt will go back are about to be superseded: it may write their folders anew.
     back = parent.resume_from if parent.status in WAITING else None
     timeline = [c for c in parent.checkpoints if not c.superseded and (back is None or c.step <= back)]

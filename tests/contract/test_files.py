@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from sftd.domain import decisions
 from sftd.domain import events as e
 from sftd.domain.errors import Refused
 from sftd.domain.run import Run
@@ -244,9 +245,12 @@ def test_a_removed_run_leaves_its_events_alone(home: Home, log: Store) -> None:
     for again in (
         lambda: removing.belongings(log, home.path, run.run_id, by="ada"),
         lambda: runs.resume(log, home.clock.context, run.run_id, "ada", 0),
+        lambda: checkpoints.find(log, run.run_id, None),
+        lambda: decisions.fork_point(home.now(run), None),
     ):
         with pytest.raises(Refused, match="was removed"):
             again()
+    assert decisions.fork_point(home.now(run), 0) is None, "the pretrained model is still there"
     assert verify.check(log, lambda *_: None).problems == []
     with log.read() as connection:
         before = list(views.dump(connection))
@@ -274,6 +278,9 @@ def test_a_removal_is_refused_while_something_needs_the_run(home: Home, log: Sto
     remove(name)
     assert home.there(run) == ["step-00000001", "step-00000002", "step-00000003"], "they are the parent's"
     assert [c.forks for c in home.now(run).checkpoints] == [(), (), ()]
+    with pytest.raises(Refused, match="was removed"):
+        # The parent does not keep its start any more.
+        runs.fork(log, home.clock.context, name, 2, spec, found(6), [], "ada")
     remove(run.run_id)
     assert not RunDir(home.path, run.run_id).path.exists()
 
