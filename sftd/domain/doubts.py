@@ -91,7 +91,11 @@ def intervals(spec: Spec, val: DataFacts | None, planned_steps: int) -> list[Pro
     ):
         return []
     both = math.lcm(save, check)
-    which = f"at each multiple of {both} and at the last step" if both < planned_steps else "at the last step alone"
+    which = (
+        f"at each multiple of {both} and at the last step"
+        if both < planned_steps
+        else "at the last step alone"
+    )
     what = f"{save} is not a multiple of trainer.val_check_interval {check}: a checkpoint is validated {which}, and no other can be the best"
     return [
         Problem(
