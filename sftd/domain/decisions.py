@@ -239,18 +239,13 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     return found
 
 
-def pins(run: Run) -> dict[int, tuple[str, ...]]:
-    """Step → the forks that start from its checkpoint, damaged ones included."""
-    return {c.step: c.forks for c in run.checkpoints if c.forks} | run.rejected_pins
-
-
 def remove(run: Run, by: str, freed_bytes: int) -> list[e.Event]:
     """Remove the files of a run that has ended, and hide it. Raises `Refused` when it is needed, or removed already."""
     if run.removed_at is not None:
         raise Refused(Problem(run.run_id, "was removed already", "`sftd ls --removed` lists such runs"))
     if run.status not in ENDED:
         raise Refused(Problem(run.run_id, f"is {run.status}", f"`sftd cancel {run.run_id}` first"))
-    for step, forks in pins(run).items():
+    for step, forks in run.pins.items():
         what = f"its checkpoint of step {step} is where {', '.join(forks)} starts"
         raise Refused(Problem(run.run_id, what, f"remove that first: `sftd rm {' '.join(forks)}`"))
     gone = [

@@ -211,8 +211,7 @@ def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDelete
                 published.pop(path, None)
     here = {c.path for c in run.checkpoints}
     # A fork names the folder that it starts from.
-    pinned = {c.step for c in run.checkpoints if c.forks} | run.rejected_pins.keys()
-    return [c for path, c in published.items() if path not in here and c.step not in pinned]
+    return [c for path, c in published.items() if path not in here and c.step not in run.pins]
 
 
 def collect(

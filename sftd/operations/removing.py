@@ -93,7 +93,7 @@ def _unpin(tx: Tx, context: Context, point: ForkPoint, run_id: str) -> None:
     """Have the parent not keep the checkpoint for this fork any more, also when the fork has rejected it since."""
     with suppress(RunNotFound):
         parent = current(tx.connection, point.parent)
-        if any(run_id in forks for forks in decisions.pins(parent).values()):
+        if any(run_id in forks for forks in parent.pins.values()):
             unpinned = e.CheckpointUnpinned(step=point.step, fork=run_id)
             append_decided(tx, context, parent.run_id, parent.version, [unpinned])
 
