@@ -137,7 +137,7 @@ class Daemon:
         finally:
             if registered:
                 self._end(_MIRROR_DRAIN_SECONDS if drained else 10.0, may_write=not exchanged)
-        log.info("daemon stopped; %d attempts go on without it", len(self._supervisors))
+        log.info("daemon stopped; %d attempts continue without it", len(self._supervisors))
 
     def _end(self, patience: float, *, may_write: bool) -> None:
         """Stop the threads; without `may_write` nothing more is copied from the database or written to it."""

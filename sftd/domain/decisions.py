@@ -75,13 +75,7 @@ def request_resume(
     with these changes.
     """
     refuse_busy(run)
-    if run.removed_at is not None:
-        fix = (
-            f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
-            if not run.first_step
-            else ""
-        )
-        raise Refused(Problem(run.run_id, "was removed: its checkpoints are gone", fix))
+    refuse_removed(run)
     planned = new.planned_steps if new else run.planned_steps
     if new and (problems := other_run(run, new)):
         problems[-1] = msgspec.structs.replace(problems[-1], fix=f"another trajectory is a fork: {instead}")
@@ -91,7 +85,7 @@ def request_resume(
         raise Refused(Problem(run.run_id, "has succeeded: no step is left", fix))
     start = _resume_start(run, from_step)
     if planned < start:
-        what = f"{planned} steps are fewer than the {start} behind which it goes on"
+        what = f"{planned} steps are fewer than the {start} after which it continues"
         raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
     changes = trajectory.changes(run.spec, new.spec) if new else {}
     if not new or not changes:
@@ -106,6 +100,15 @@ def request_resume(
             planned_steps=planned,
         )
     ]
+
+
+def refuse_removed(run: Run) -> None:
+    """Raises `Refused` for a run whose checkpoints a person removed."""
+    if run.removed_at is not None:
+        again = f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
+        raise Refused(
+            Problem(run.run_id, "was removed: its checkpoints are gone", "" if run.first_step else again)
+        )
 
 
 def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) -> int | None:
@@ -179,7 +182,7 @@ def _resume_start(run: Run, from_step: int | None) -> int:
     pinned = [(name, c.step) for c in run.checkpoints if c.step > from_step for name in c.forks]
     if pinned:
         name, step = pinned[0]
-        what = f"would write step {step} anew, from which {name} was forked"
+        what = f"would write step {step} again, from which {name} was forked"
         raise Refused(Problem("--from-step", what, f"sftd fork {run.run_id} --from-step {from_step}"))
     return from_step
 
@@ -208,6 +211,8 @@ def _steps(run: Run) -> str:
 def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     """The checkpoint of `step` in the timeline from which a fork would start, the newest without `step`. None is the
     pretrained model, which is step 0. Raises `Refused`."""
+    if step != 0 or parent.first_step:
+        refuse_removed(parent)
     # Those behind which a queued attempt will go back are about to be superseded: it may write their folders anew.
     back = parent.resume_from if parent.status in WAITING else None
     timeline = [c for c in parent.checkpoints if not c.superseded and (back is None or c.step <= back)]
@@ -226,7 +231,7 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     if found is None:
         superseded = any(c.step == step for c in parent.checkpoints)
         what = f"the checkpoint of step {step} of {parent.run_id} " + (
-            "is superseded: a later attempt goes on from before it" if superseded else "is not there"
+            "is superseded: a later attempt continued from an earlier step" if superseded else "is not there"
         )
         raise Refused(Problem("--from-step", what, f"use one of {have}"))
     if found.weights_only:
@@ -240,8 +245,7 @@ def remove(run: Run, by: str, freed_bytes: int) -> list[e.Event]:
         raise Refused(Problem(run.run_id, "was removed already", "`sftd ls --removed` lists such runs"))
     if run.status not in ENDED:
         raise Refused(Problem(run.run_id, f"is {run.status}", f"`sftd cancel {run.run_id}` first"))
-    pins = {c.step: c.forks for c in run.checkpoints if c.forks} | run.rejected_pins
-    for step, forks in pins.items():
+    for step, forks in run.pins.items():
         what = f"its checkpoint of step {step} is where {', '.join(forks)} starts"
         raise Refused(Problem(run.run_id, what, f"remove that first: `sftd rm {' '.join(forks)}`"))
     gone = [
@@ -258,7 +262,7 @@ def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
     point = fork_point(parent, step)
     start = point.step if point else 0
     if new.planned_steps <= start:
-        what = f"{new.planned_steps} steps in all, but the fork begins behind step {start} of {parent.run_id}"
+        what = f"{new.planned_steps} steps in all, but the fork begins after step {start} of {parent.run_id}"
         fix = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
         raise Refused(Problem("trainer.max_steps", what, fix))
     return e.RunForked(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from sftd.domain.errors import Problem, shorten
+from sftd.domain.errors import Problem, several
 from sftd.domain.layout import DataFacts
 from sftd.domain.spec import Spec
 
@@ -61,10 +61,7 @@ def validation_of_training(train: DataFacts, val: DataFacts | None, shared: Sequ
         )
         return [Problem("data.val_files", what, fix)]
     if shared:
-        names = ", ".join(map(shorten, shared[:3])) + (
-            f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        )
-        return [Problem("data.val_files", f"holds files that are trained on: {names}", fix)]
+        return [Problem("data.val_files", f"holds files that are trained on: {several(shared)}", fix)]
     return []
 
 
@@ -94,7 +91,11 @@ def intervals(spec: Spec, val: DataFacts | None, planned_steps: int) -> list[Pro
     ):
         return []
     both = math.lcm(save, check)
-    which = f"at every {both}th step and the last" if both < planned_steps else "at the last step alone"
+    which = (
+        f"at each multiple of {both} and at the last step"
+        if both < planned_steps
+        else "at the last step alone"
+    )
     what = f"{save} is not a multiple of trainer.val_check_interval {check}: a checkpoint is validated {which}, and no other can be the best"
     return [
         Problem(

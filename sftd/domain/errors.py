@@ -23,6 +23,12 @@ def shorten(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
+def several(texts: Sequence[str], most: int = 3) -> str:
+    """The first of some texts for a message, and how many more there are."""
+    more = len(texts) - most
+    return ", ".join(map(shorten, texts[:most])) + (f" and {more} more" if more > 0 else "")
+
+
 class SftdError(Exception):
     """sftd could not do what was asked."""
 

@@ -35,7 +35,7 @@ def pause(run: Run, by: str, reason: str = "") -> list[e.Event]:
         raise Refused(_problem(run, f"`sftd hold {run.run_id}` keeps it from starting"))
     if run.status == "stopping" and run.stop_then == "cancelled":
         what = "is being cancelled"
-        raise Refused(Problem(run.run_id, what, "`sftd resume` goes on with it once it has stopped"))
+        raise Refused(Problem(run.run_id, what, "`sftd resume` continues it once it has stopped"))
     if run.status not in ACTIVE:
         raise Refused(_problem(run, "only a run that is being trained can be paused"))
     return [e.StopRequested(by=by, reason=reason, then="paused")]

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.errors import Problem, quote, shorten
+from sftd.domain.errors import Problem, quote, several, shorten
 from sftd.domain.spec import Spec
 
 # Hugging Face architectures that the trainer has a weight mapping for.
@@ -19,8 +19,6 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 _ROPE_SCALINGS = ("default", "llama3")
-# Data files that a message names.
-_FIRST_FILES = 3
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,12 +223,6 @@ def _divisors(shape: ModelShape) -> str:
     return ", ".join(str(n) for n in range(1, 65) if all(x % n == 0 for x in numbers))
 
 
-def _named(files: list[str]) -> str:
-    """A few files by their paths."""
-    more = len(files) - _FIRST_FILES
-    return ", ".join(files[:_FIRST_FILES]) + (f" and {more} more" if more > 0 else "")
-
-
 def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[list[Problem], list[Problem]]:
     """Whether there is enough data, and what of it is not used. Returns (problems, warnings)."""
     problems: list[Problem] = []
@@ -243,7 +235,7 @@ def check_data(spec: Spec, train: DataFacts, val: DataFacts | None) -> tuple[lis
             problems.append(
                 Problem(
                     where,
-                    f"{_named(facts.files)}: none of the {facts.rows} rows has a trained label (≠ -100) within "
+                    f"{several(facts.files)}: none of the {facts.rows} rows has a trained label (≠ -100) within "
                     f"{spec.data.sequence_length} tokens",
                     "check the masks that `sftd prepare` made, or raise data.sequence_length",
                 )

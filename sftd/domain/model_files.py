@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.errors import shorten
+
 # A difference lists this many keys of a config, and this many characters of a value.
 _KEYS = 6
 _VALUE = 60
@@ -111,5 +113,4 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= _VALUE else text[: _VALUE - 1] + "…"
+    return shorten(msgspec.json.encode(value).decode(), _VALUE)

@@ -6,9 +6,9 @@ import re
 
 # Control characters but for newline and tab, line and paragraph separators, bidirectional embeddings, overrides and isolates,
 # annotations, invisible tags, and halves of characters that no encoding takes. Of escape sequences, those that only set a
-# colour or a weight are left, for they are ours as well.
+# colour or a weight are left, for they are ours as well; 8 among their numbers conceals.
 _OBEYED = re.compile(
-    "\x1b(?!\\[(?!8m)[0-9;:]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+    "\x1b(?!\\[(?!(?:[0-9]*[;:])*0*8[;:m])[0-9;:]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 

@@ -167,6 +167,11 @@ class Run(msgspec.Struct, frozen=True):
         return max(whole, key=lambda c: c.step, default=None)
 
     @property
+    def pins(self) -> dict[int, tuple[str, ...]]:
+        """Step → the forks that start from its checkpoint, damaged ones included."""
+        return {c.step: c.forks for c in self.checkpoints if c.forks} | self.rejected_pins
+
+    @property
     def checkpoint_bytes(self) -> int:
         """What the run's own checkpoints take, as the log has it."""
         return sum(c.bytes for c in self.checkpoints if not c.is_parents)

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from sftd.domain import events as e
 from sftd.domain.chat_template import ChatTemplate
+from sftd.domain.decisions import refuse_removed
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.retention import deletable, why_kept
 from sftd.domain.run import CheckpointInfo, Run
@@ -43,6 +44,7 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
     else:
         found = next((c for c in run.checkpoints if c.step == step), None)
     if found is None:
+        refuse_removed(run)
         have = ", ".join(str(c.step) for c in run.checkpoints)
         if have:
             which = f"no checkpoint of step {step}" if step is not None else "no checkpoint in its timeline"
@@ -209,8 +211,7 @@ def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDelete
                 published.pop(path, None)
     here = {c.path for c in run.checkpoints}
     # A fork names the folder that it starts from.
-    pinned = {c.step for c in run.checkpoints if c.forks} | run.rejected_pins.keys()
-    return [c for path, c in published.items() if path not in here and c.step not in pinned]
+    return [c for path, c in published.items() if path not in here and c.step not in run.pins]
 
 
 def collect(

@@ -22,7 +22,7 @@ def copy(
         if live and not force:
             what = f"daemons drive {', '.join(live[:3])}{' and others' if len(live) > 3 else ''}"
             fix = (
-                "stop them with `sftd daemon --stop` (training goes on) and wait until their leases have expired, "
+                "stop them with `sftd daemon --stop` (training continues) and wait until their leases have expired, "
                 "or copy this moment's state with --force"
             )
             raise Refused(Problem("FROM", what, fix))

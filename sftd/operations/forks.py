@@ -75,7 +75,7 @@ def inspect(
         raise Refused(problems)
     if parent.daemon == DAEMON or _is_direct(store, parent):
         what = "was trained without a daemon: its training command knows nothing of this fork"
-        fix = f"go on with it by `sftd resume {parent.run_id}`, or that command may delete the checkpoint"
+        fix = f"continue it with `sftd resume {parent.run_id}`, or that command may delete the checkpoint"
         found = msgspec.structs.replace(found, warnings=[*found.warnings, Problem(parent.run_id, what, fix)])
     return found
 

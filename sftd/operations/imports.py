@@ -102,6 +102,6 @@ def _refuse_another_history(
             Problem(
                 run_id,
                 "went on in the log and in its folder, each by itself, since it was imported",
-                f"go on with one of them: `sftd resume {run_id}`, or the folder under another trainer.experiment_name",
+                f"continue one of them: `sftd resume {run_id}`, or the folder under another trainer.experiment_name",
             )
         )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from shlex import quote
 
 from sftd.domain.errors import AmbiguousRun, Problem, Refused
+from sftd.domain.words import counted
 from sftd.store.engine import Store
 from sftd.store.resolve import Match, ambiguity, matches, resolve_id
 
@@ -26,7 +27,7 @@ def _newest(text: str, found: list[Match]) -> tuple[str, str]:
     if len(found) > 1 and not named:
         raise AmbiguousRun(ambiguity(text, found))
     if len(named) > 1:
-        older = f"{len(named) - 1} older run{'s' if len(named) > 2 else ''}"
+        older = counted(len(named) - 1, "older run")
         remark = f"{named[0].run_id} is the newest run named {text}; `sftd ls {quote(text)}` lists {older}."
         return named[0].run_id, remark
     return found[0].run_id, ""

@@ -95,8 +95,9 @@ class Filter(msgspec.Struct, frozen=True):
 
 def _like(column: sa.ColumnElement[str], pattern: str) -> sa.ColumnElement[bool]:
     """Whether a text matches a pattern of `*` and `?`, capitals or not."""
-    escaped = re.sub(r"([%_\\])", r"\\\1", pattern.lower())
-    return sa.func.lower(column).like(escaped.replace("*", "%").replace("?", "_"), escape="\\")
+    escaped = re.sub(r"([%_\\])", r"\\\1", pattern).replace("*", "%").replace("?", "_")
+    # The database lowers both: SQLite, and PostgreSQL in some locales, know the capitals of ASCII alone.
+    return sa.func.lower(column).like(sa.func.lower(escaped), escape="\\")
 
 
 def _is_pattern(text: str) -> bool:
@@ -137,8 +138,12 @@ def list_runs(store: Store, wanted: Filter | None = None, *, limit: int | None =
     query = query.order_by(view_runs.c.submitted_at.desc(), view_runs.c.run_id).limit(limit)
     query = query.where(*(wanted or Filter()).conditions())
     with store.read() as connection:
-        # The driver's own rows: SQLAlchemy would make objects of ten thousand, for nothing that is needed here.
-        return [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
+        try:
+            # The driver's own rows: SQLAlchemy would make objects of ten thousand, for nothing that is needed here.
+            return [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
+        except UnicodeEncodeError:
+            # Bytes that are not UTF-8 are in an argument as halves of characters: nothing is named so.
+            return []
 
 
 def count_runs(store: Store) -> int:

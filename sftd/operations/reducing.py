@@ -43,10 +43,15 @@ def reduce(store: Store, context: Context, run_id: str) -> list[e.CheckpointRedu
                 freed_bytes=made.freed,
                 manifest_digest=made.manifest_digest,
             )
-            with store.write() as tx:
+            # Until the log names the weights, another command's `checkpoints.sweep` takes them for a crash's.
+            with checkpoint_dir.reading(Path(made.path)), store.write() as tx:
                 now = current(tx.connection, run_id)
-                # A resume or a fork may have come meanwhile.
-                is_wanted = c in reducible(now) and queue.expires_at(tx.connection, run_id) is None
+                # A resume or a fork may have come meanwhile, or such a sweep.
+                is_wanted = (
+                    c in reducible(now)
+                    and queue.expires_at(tx.connection, run_id) is None
+                    and Path(made.path).is_dir()
+                )
                 if is_wanted:
                     append_decided(tx, context, run_id, now.version, [event], now.attempt or None)
             if is_wanted:

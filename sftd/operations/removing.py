@@ -83,17 +83,19 @@ def remove(store: Store, context: Context, home: Path, run_id: str, by: str) -> 
             run = current(tx.connection, run_id)
             decided = decisions.remove(run, by, found.bytes)
             append_decided(tx, context, run_id, run.version, decided)
-            if run.fork is not None and any(c.is_parents for c in run.checkpoints):
+            if run.fork is not None:
                 _unpin(tx, context, run.fork, run_id)
         _delete(found)
     return found.bytes
 
 
 def _unpin(tx: Tx, context: Context, point: ForkPoint, run_id: str) -> None:
+    """Have the parent not keep the checkpoint for this fork any more, also when the fork has rejected it since."""
     with suppress(RunNotFound):
         parent = current(tx.connection, point.parent)
-        unpinned = e.CheckpointUnpinned(step=point.step, fork=run_id)
-        append_decided(tx, context, parent.run_id, parent.version, [unpinned])
+        if any(run_id in forks for forks in parent.pins.values()):
+            unpinned = e.CheckpointUnpinned(step=point.step, fork=run_id)
+            append_decided(tx, context, parent.run_id, parent.version, [unpinned])
 
 
 def _delete(found: Belongings) -> None:

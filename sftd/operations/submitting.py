@@ -86,7 +86,7 @@ def _to_wait_for(connection: sa.Connection, prefixes: Sequence[str]) -> list[str
         run = current(connection, run_id)
         if run.status in ENDED and run.status != "succeeded":
             what = f"{run.run_id} {run.how_it_ended}"
-            raise Refused(Problem("--after", what, f"take it up again first: `sftd resume {run.run_id}`"))
+            raise Refused(Problem("--after", what, f"resume it first: `sftd resume {run.run_id}`"))
         if run.run_id not in found:
             found.append(run.run_id)
     return found

@@ -14,7 +14,7 @@ from sftd.domain.forecast import look_ahead
 from sftd.domain.queueing import Entry, Gate, Limits, choose_victims, stuck
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.placing import placed
-from sftd.operations.waiting import host_of
+from sftd.operations.waiting import host_of, living
 from sftd.store import daemons, queue, schedule
 from sftd.store.engine import Store
 
@@ -120,12 +120,8 @@ def _others_have_room(
     connection: sa.Connection, head: Entry, daemon: str, now: Micros, silent_micros: int
 ) -> bool:
     """Whether the host of another living daemon has devices free for `head`."""
-    rows = daemons.every(connection)
-    hosts = [
-        host_of(r)
-        for r in rows
-        if r.daemon_id != daemon and r.stopped_at is None and r.seen_at > now - silent_micros
-    ]
+    alive = living(daemons.every(connection), now, silent_micros)
+    hosts = [host_of(row) for row in alive if row.daemon_id != daemon]
     # Free devices are no room where its checkpoint is not.
     head = placed(connection, [head])[0]
     return (

@@ -51,7 +51,7 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
         jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}
     hosts = {row.daemon_id: host_of(row) for row in rows}
-    alive = [hosts[row.daemon_id] for row in _living(rows, now, silent_micros)]
+    alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
     if told := [host.limits for host in alive if host.limits is not None]:
         limits = reduce(Limits.loosened, told)
     outlooks = look_ahead(waiting, running, alive, limits, now)
@@ -65,10 +65,11 @@ def living_hosts(store: Store, context: Context, silent_micros: int) -> list[Hos
     """The hosts of all daemons that were seen within `silent_micros`."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
-        return [host_of(row) for row in _living(daemons.every(connection), now, silent_micros)]
+        return [host_of(row) for row in living(daemons.every(connection), now, silent_micros)]
 
 
-def _living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[DaemonRow]:
+def living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[DaemonRow]:
+    """Daemons that have not stopped and were seen within `silent_micros`."""
     return [row for row in rows if row.stopped_at is None and row.seen_at > now - silent_micros]
 
 

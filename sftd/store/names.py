@@ -4,8 +4,9 @@ the rest."""
 from __future__ import annotations
 
 import contextlib
-import os
-from urllib.parse import unquote
+from pathlib import Path
+
+from sftd.settings import sqlite_file
 
 # Ids, then what else names runs. A name with a space in it is several words to a shell.
 _SQL = (
@@ -27,15 +28,14 @@ def run_names(database_url: str, prefix: str, limit: int) -> list[tuple[str, str
     other = (*begins, "") if prefix else (1, "", "")
     values = (*begins, limit, *other, *other)
     if database_url.startswith("sqlite"):
-        return _of_sqlite(database_url.partition("///")[2], values)
+        return _of_sqlite(sqlite_file(database_url), values)
     return _of_postgres(database_url.replace("+psycopg", "", 1), values)
 
 
-def _of_sqlite(file: str, values: tuple[int | str, ...]) -> list[tuple[str, str]]:
+def _of_sqlite(path: Path | None, values: tuple[int | str, ...]) -> list[tuple[str, str]]:
     import sqlite3
 
-    path = unquote(file.partition("?")[0])
-    if not os.path.isfile(path):
+    if path is None or not path.is_file():
         return []
     with (
         contextlib.suppress(sqlite3.Error),

@@ -146,7 +146,7 @@ def saved(path: Path) -> Saved:
     """How the checkpoint in `path` was saved, unverified; empty when its manifest cannot be read."""
     try:
         return msgspec.json.decode(manifest_bytes(path), type=Saved)
-    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return Saved()
 
 

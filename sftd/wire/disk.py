@@ -9,33 +9,25 @@ from pathlib import Path
 
 
 def probe(folder: Path) -> None:
-    """Write, sync and remove a small file in `folder`, and leave nothing behind: folders that are missing are made for it and
-    removed again. Raises `OSError`."""
-    made = []
+    """Write, sync and remove a small file in `folder`, or where it would be made. No folder is made for it: whoever else is about
+    to make it would find it gone again. Raises `OSError`."""
+    fd, name = tempfile.mkstemp(prefix=".sftd-probe-", dir=nearest(folder))
     try:
-        for part in (*reversed(folder.parents), folder):
-            if not part.is_dir():
-                with contextlib.suppress(FileExistsError):
-                    part.mkdir(mode=0o700)
-                    made.append(part)
-        fd, name = tempfile.mkstemp(prefix=".sftd-probe-", dir=folder)
-        try:
-            with open(fd, "wb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(fd)
-        finally:
-            os.unlink(name)
+        with open(fd, "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(fd)
     finally:
-        for part in reversed(made):
-            # Another process may have put something there meanwhile.
-            with contextlib.suppress(OSError):
-                part.rmdir()
+        os.unlink(name)
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists. Raises `OSError`."""
-    return next(p for p in (path, *path.parents) if p.exists())
+    """`path`, or the nearest above it that exists, be it a link to nowhere. Raises `OSError`."""
+    for part in (path, *path.parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            part.lstat()
+            return part
+    raise FileNotFoundError(str(path))
 
 
 def looks_unmounted(path: Path) -> Path | None:

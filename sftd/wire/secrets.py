@@ -38,12 +38,15 @@ class Secrets(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Secrets:
-        """The values of variables whose names say that they are secret, the longest first."""
+        """The values of variables whose names say that they are secret, the longest first. One that is not text, whose bytes are
+        lone surrogates here, is left out: it stands in no text."""
         salt = os.urandom(16).hex()
         values = {
             value
             for name, value in environ.items()
-            if len(value) >= _SHORTEST and any(word in name.upper() for word in _NAMES)
+            if len(value) >= _SHORTEST
+            and any(word in name.upper() for word in _NAMES)
+            and value == value.encode(errors="replace").decode()
         }
         ordered = sorted(values, key=lambda value: (-len(value), value))
         return cls(salt, [Secret(value[0], len(value), _digest(salt, value)) for value in ordered])
@@ -76,5 +79,4 @@ class Secrets(msgspec.Struct, frozen=True):
 
 
 def _digest(salt: str, value: str) -> str:
-    # A variable's bytes may be no text, and then are lone surrogates here.
-    return hashlib.sha256(f"{salt}{value}".encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(f"{salt}{value}".encode(errors="replace")).hexdigest()

@@ -53,11 +53,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
                 )
             )
         if len(set(values)) < len(values):
-            raise Refused(
-                Problem(
-                    f"--grid {shorten(option)}", "gives a value twice", "the same run twice tells nothing new"
-                )
-            )
+            raise Refused(Problem(f"--grid {shorten(option)}", "gives a value twice", "give each value once"))
         grid[key] = values
     return grid
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from sftd.domain import decisions
 from sftd.domain import events as e
 from sftd.domain.errors import Refused
 from sftd.domain.run import Run
@@ -197,6 +198,27 @@ def test_a_crash_while_reducing_leaves_the_checkpoint_that_the_log_names(
     assert home.there(run) == ["step-00000002.weights", "step-00000003"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_gc_beside_a_reduction_loses_no_checkpoint(
+    home: Home, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Once before the weights are held, once after: the log names a folder that is whole either way."""
+    run = home.train()
+    name = "checkpoint_dir.reading" if when == "before" else "current"
+    held = checkpoint_dir.reading if when == "before" else reducing.current
+
+    def swept(*arguments: object) -> object:
+        checkpoints.sweep(home.log, run.run_id)
+        return held(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as beside:
+        beside.setattr(f"sftd.operations.reducing.{name}", swept)
+        done = reducing.reduce(home.log, home.clock.context, run.run_id)
+    assert len(done) == (when == "after")
+    best = home.now(run).checkpoints[1]
+    assert manifest.verify(Path(best.path), best.manifest_digest).weights_only == (when == "after")
+
+
 def test_steps_that_are_redone_replace_the_weights(home: Home) -> None:
     run = home.train()
     home.gc()
@@ -223,9 +245,12 @@ def test_a_removed_run_leaves_its_events_alone(home: Home, log: Store) -> None:
     for again in (
         lambda: removing.belongings(log, home.path, run.run_id, by="ada"),
         lambda: runs.resume(log, home.clock.context, run.run_id, "ada", 0),
+        lambda: checkpoints.find(log, run.run_id, None),
+        lambda: decisions.fork_point(home.now(run), None),
     ):
         with pytest.raises(Refused, match="was removed"):
             again()
+    assert decisions.fork_point(home.now(run), 0) is None, "the pretrained model is still there"
     assert verify.check(log, lambda *_: None).problems == []
     with log.read() as connection:
         before = list(views.dump(connection))
@@ -253,7 +278,24 @@ def test_a_removal_is_refused_while_something_needs_the_run(home: Home, log: Sto
     remove(name)
     assert home.there(run) == ["step-00000001", "step-00000002", "step-00000003"], "they are the parent's"
     assert [c.forks for c in home.now(run).checkpoints] == [(), (), ()]
+    with pytest.raises(Refused, match="was removed"):
+        # The parent does not keep its start any more.
+        runs.fork(log, home.clock.context, name, 2, spec, found(6), [], "ada")
     remove(run.run_id)
+    assert not RunDir(home.path, run.run_id).path.exists()
+
+
+def test_a_fork_that_rejected_its_start_does_not_keep_its_parent(home: Home, log: Store) -> None:
+    run = home.train()
+    spec, _ = change(run.spec, [("trainer.max_steps", 6)])
+    name = runs.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    claimed = claim(log, home.clock)
+    damaged = e.CheckpointRejected(step=2, path=run.checkpoints[1].path, reason="bit rot")
+    line = Line(number=1, occurred_at=1, event=damaged)
+    attempts.record(log, home.clock.context, claimed.lease, [line], 100, {})
+    assert end(log, home.clock, claimed, 1).status == "failed"
+    removing.remove(log, home.clock.context, home.path, name, "ada")
+    removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
     assert not RunDir(home.path, run.run_id).path.exists()
 
 

@@ -212,6 +212,18 @@ def test_the_view_is_what_the_log_says(log: Store) -> None:
     assert [p for p in found if p.startswith("view_variants, calm-heron-0000: sweep differ")]
 
 
+@pytest.mark.parametrize("text", ["Übung", "Übung*", "*über?all", "ÜBUNG%"])
+def test_capitals_beyond_ascii_are_found_as_they_are_written(log: Store, text: str) -> None:
+    append(log, "calm-newt-0001", [submitted(spec(name="Übung über_all"))])
+    found = reading.list_runs(log, Filter(patterns=(text,)))
+    assert [row.run_id for row in found] == ([] if "%" in text else ["calm-newt-0001"])
+
+
+def test_bytes_that_are_no_text_name_nothing(log: Store) -> None:
+    for wanted in (Filter(patterns=("a\udcff",)), Filter(name="\udcff"), Filter(project="\udcff*")):
+        assert reading.list_runs(log, wanted) == []
+
+
 def test_filters_are_joined(log: Store) -> None:
     wanted = Filter(patterns=("baseline", "geo"), statuses=("succeeded",), project="default")
     assert [row.run_id for row in reading.list_runs(log, wanted)] == ["brave-otter-0001"]

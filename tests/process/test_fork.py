@@ -102,7 +102,7 @@ def test_what_makes_other_steps_is_refused_with_the_fork_that_does_it(story: Sto
     assert story.said["dry run with no step to do"] == story.said["no step to do"]
     assert "gelu" in story.said["other model"]
     assert "was trained in float32" in story.said["other dtype"]
-    assert f"would write step 2 anew, from which {story.broken} was forked" in story.said["pinned"]
+    assert f"would write step 2 again, from which {story.broken} was forked" in story.said["pinned"]
     assert f"fix: sftd fork {story.parent} --from-step 1" in story.said["pinned"]
 
 

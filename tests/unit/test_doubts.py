@@ -130,7 +130,7 @@ def test_a_micro_batch_that_fits_its_share() -> None:
 @pytest.mark.parametrize(
     ("save", "check", "steps", "says"),
     [
-        (3, 2, 100, "at every 6th step and the last"),
+        (3, 2, 100, "at each multiple of 6 and at the last step"),
         (3, 2, 6, "at the last step alone"),
         (4, 2, 100, None),
         (3, 0, 100, None),

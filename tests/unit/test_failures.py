@@ -254,7 +254,7 @@ def test_the_secrets_are_those_of_the_ranks_and_not_of_who_reads(
     secret = "hf_ABCDEFtoken123"
     monkeypatch.setenv("HF_TOKEN", secret)
     monkeypatch.setenv("OTHER_KEY", f"{secret}-and-more")
-    monkeypatch.setenv("ODD_SECRET", "\udcff-bytes")
+    monkeypatch.setenv("ODD_SECRET", "\udcff-bytes-that-are-not-text")
     directory = AttemptDir(tmp_path / "attempt")
     directory.create(
         Order(run_id="r", attempt=1, token="t", spec=Spec(), planned_steps=1, checkpoint_dir="c")

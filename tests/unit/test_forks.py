@@ -84,7 +84,7 @@ def test_a_run_may_end_at_a_checkpoint_that_it_has_but_not_before() -> None:
     [problem] = refusal(decisions.request_resume, log.run, "bob", None, proposal(log, trainer__max_steps=24))
     assert (problem.where, problem.what) == (
         "trainer.max_steps",
-        "24 steps are fewer than the 25 behind which it goes on",
+        "24 steps are fewer than the 25 after which it continues",
     )
     assert "0, 5, 10, 15, 20, 25" in problem.fix
     log.add(*decisions.request_resume(log.run, "bob", None, proposal(log, trainer__max_steps=25)))
@@ -238,7 +238,7 @@ def test_what_a_fork_starts_from_is_kept_for_ever() -> None:
     assert "the parent's: not this run's to delete" in retention.why_kept(child.run)[10]
     assert [c.step for c in retention.deletable(child.run)] == [15, 20, 25, 30]
     [problem] = refusal(decisions.request_resume, parent.run, "ada", 5)
-    assert problem.what == f"would write step 10 anew, from which {name} was forked"
+    assert problem.what == f"would write step 10 again, from which {name} was forked"
     parent.add(*decisions.request_resume(parent.run, "ada", 10))
     assert decisions.claim(parent.run, "d", "h").from_step == 10
 
