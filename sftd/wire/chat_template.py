@@ -50,5 +50,5 @@ def _read(path: str) -> _Metadata:
         return _Metadata()
     try:
         return msgspec.json.decode(written, type=_Metadata)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return _Metadata()  # the metadata of another tool

@@ -103,8 +103,8 @@ def read(folder: Path, expected_digest: str | None) -> Manifest:
 def _whose(data: bytes) -> str:
     try:
         found = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
-        return f"it is torn or no manifest ({error})"
+    except (msgspec.MsgspecError, RecursionError) as error:
+        return f"it is torn or not a manifest ({error})"
     return f"it is of step {found.step} of run {found.run_id}, spec {found.spec_digest[:12]}"
 
 

@@ -283,6 +283,9 @@ def test_a_manifest_that_is_torn_missing_new_or_another_is_refused(checkpoint: t
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointInvalid, match="cannot be read"):
         manifests.read(folder, None)
+    path.write_bytes(b'{"x": ' + b"[" * 100_000)
+    with pytest.raises(CheckpointInvalid, match="not a manifest"):
+        manifests.read(folder, "0" * 64)
     path.unlink()
     with pytest.raises(CheckpointInvalid, match="cannot be read"):
         manifests.read(folder, None)
