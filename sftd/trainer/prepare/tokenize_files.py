@@ -60,7 +60,8 @@ def tokenize_files(
     held_out: list[ChatSource] = []
     if options.val_split is not None:
         folders = [path for path in sources if path.is_dir()]
-        found, _ = expand(folders, options.val_split)
+        found, more = expand(folders, options.val_split)
+        remarks += [remark for remark in more if remark not in remarks]
         held_out = [open_source(file.path, file.name) for file in found]
         if {source.path for source in held_out} & {source.path for source in opened}:
             raise PrepareError(
