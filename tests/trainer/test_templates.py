@@ -391,6 +391,12 @@ def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Pa
         asked(None)
 
 
+def test_a_prompt_is_not_asked_bare_where_the_named_template_is_gone() -> None:
+    tokenizer = adding_bos("llama3", LLAMA3)
+    with pytest.raises(ChatError, match="the model folder has no chat template named 'rag'"):
+        BoundTemplate(tokenizer, ChatTemplate(name="rag")).prompt_ids("hi")
+
+
 def test_a_prompt_without_a_template_begins_as_the_tokenizer_does() -> None:
     tokenizer = adding_bos("llama3", LLAMA3)
     tokenizer.chat_template = None
