@@ -117,7 +117,7 @@ def check(
     """Compare the columns of other tools in a few rows with what is trained. Raises `UnusableFile` where one asks for
     something else.
 
-    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], has a label. first:
+    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], such a one with a label. first:
     the number of the first row.
     """
     import numpy as np
