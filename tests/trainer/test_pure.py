@@ -42,7 +42,8 @@ def test_ranks_of_an_earlier_job_in_the_environment_are_named(monkeypatch: pytes
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(
-        UserError, match=r"RANK, WORLD_SIZE set .* without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+        UserError,
+        match=r"RANK, WORLD_SIZE set .* without LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
     ) as error:
         process.use_single_process_defaults()
     assert "fix: `unset RANK WORLD_SIZE`" in str(error.value)
