@@ -483,7 +483,7 @@ def test_the_splits_of_a_folder_are_kept_and_a_leak_is_told(models: dict[str, Pa
     options: dict[str, Any] = {"val_split": "test", "val_out": tmp_path / "v.parquet"}
     done = prepare(tmp_path / "set", models["qwen2.5"], tmp_path / "t.parquet", **options)
     assert (done["rows"], done["val"]["rows"]) == (10, 4)
-    assert done["warnings"] == ["2 training rows have chats that are in the validation split as well"]
+    assert done["warnings"] == ["2 training rows with a chat that is in the validation split as well"]
     with pytest.raises(PrepareError, match="none of the sources is a folder"):
         prepare(tmp_path / "set/train.jsonl", models["qwen2.5"], tmp_path / "t.parquet", **options)
 
@@ -528,7 +528,7 @@ def test_text_that_is_taken_for_special_tokens_is_told(models: dict[str, Path], 
     )
     done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet")
     assert [text.partition(" that")[0] for text in done["warnings"]] == [
-        "1 chats have text in their messages, tool calls or tools"
+        "1 chat with text in messages, tool calls or tools"
     ]
 
 
@@ -540,7 +540,7 @@ def test_reasoning_of_earlier_turns_becomes_rows_of_its_own(models: dict[str, Pa
     assert prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="split")["rows"] == 2
     masked = prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="mask")
     assert masked["rows"] == 1
-    assert "1 answers are not trained" in masked["warnings"][0]
+    assert "1 answer not trained" in masked["warnings"][0]
 
 
 @given(st.lists(st.integers(0, 30), min_size=1), st.integers(1, 12))

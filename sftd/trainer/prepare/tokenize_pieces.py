@@ -12,13 +12,14 @@ import numpy as np
 
 from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
 from sftd.trainer.prepare.chat_files import Piece, rows_of
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
+from sftd.trainer.prepare.chat_mask import ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import Conversation, conversation
 from sftd.trainer.prepare.chat_shapes import RowKeys
 from sftd.trainer.prepare.chat_template import check_template
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
+from sftd.wire.data_rows import IGNORE_INDEX
 
 Truncation = Literal["right", "left", "error", "drop"]
 # Different sets of template variables, given by rows, that are kept ready.
