@@ -30,7 +30,7 @@ def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = Fal
         raise PrepareError(f"{path} is not a Parquet file ({error}).") from error
     if missing := {"input_ids", "labels"}.difference(parquet.schema_arrow.names):
         raise PrepareError(
-            f"{path} is no tokenised data set: it has no column {' nor '.join(sorted(missing))}."
+            f"{path} is not a tokenised data set: it has no column {' nor '.join(sorted(missing))}."
         )
     rows = parquet.metadata.num_rows
     if not 0 <= row < rows:
