@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -111,14 +111,19 @@ def sampled_digest(path: Path) -> ModelFile:
     the same model has another one, whatever the file is called. Raises `OSError`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        # A broken length must not become a read of all of the file.
-        header = file.read(length) if length <= min(size, _HEADER_BYTES) else b""
+        start, header = read_header(file, size)
         digest = hashlib.sha256(size.to_bytes(8, "little") + start + header)
         for offset, length in _samples(header):
             digest.update(os.pread(file.fileno(), length, 8 + len(header) + offset))
     return ModelFile(size, digest.hexdigest())
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[bytes, bytes]:
+    """The length (8 bytes) and the header of a safetensors file of `size` bytes. A length that is broken gives an empty
+    header: it must not become a read of all of the file."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    return start, file.read(length) if length <= min(size, _HEADER_BYTES) else b""
 
 
 def _samples(header: bytes) -> list[tuple[int, int]]:

@@ -390,6 +390,9 @@ def test_folders_of_hugging_face_data_sets(tmp_path: Path) -> None:
     ]
     with pytest.raises(PrepareError, match=r"has no split 'validation'; it has test, train. Choose"):
         expand([saved], "validation")
+    (saved / "test" / "state.json").write_text('{"_data_files": [{"name": "data-0.arrow"}]}')
+    with pytest.raises(PrepareError, match="names no data files"):
+        expand([saved / "test"], "test")
     (saved / "test" / "state.json").write_text('{"_data_files": [], "_indices_files": ["i.arrow"]}')
     with pytest.raises(PrepareError, match=r"flatten_indices"):
         expand([saved / "test"], "test")
