@@ -195,15 +195,18 @@ class Checkpoints:
         )
 
     def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
-        reason, refusal = self._explain(error), None
+        found: tuple[str, str | None] | None = None
         if dist.get_rank() == 0:
+            # Before the half-written folder is removed: a disk that it filled has room afterwards.
+            reason = self._explain(error)
             # It may be another attempt's by now, which is also why this save failed.
             self._reporter.check_fence()
             shutil.rmtree(partial, ignore_errors=True)
-            refusal = checkpoint_folder.refusal(self._folder, make=True)
+            found = reason, checkpoint_folder.refusal(self._folder, make=True)
+        # One rank's words for all: what follows must be the same on each of them.
+        reason, refusal = gather(found)[0]
         anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
         self._reporter.emit(anomaly)
-        refusal = gather(refusal)[0]
         is_full = is_disk_full(refusal or reason)
         self._failed = 0 if is_full else self._failed + 1
         if not is_full and (refusal or self._failed == _MOST_FAILURES):

@@ -1,9 +1,9 @@
 """Training without a daemon or a database: `torchrun --nproc-per-node=8 -m sftd.trainer [CONFIG] [KEY=VALUE]...`.
 
 Rank 0 does what submit and the daemon would: it checks the config and every file that it names, decides where the
-attempt starts, and writes its order; the other ranks wait for that in torchrun's store. What happens is told on the
+attempt starts, and writes its order; the other ranks wait for that in torchrun's store. What happens is shown on the
 terminal, and written as under the daemon, so that `sftd import` can take the run into the event store. The same
-command given again goes on from the last published checkpoint.
+command given again continues from the last published checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ USAGE = """\
 usage: torchrun --nproc-per-node=N -m sftd.trainer [CONFIG] [KEY=VALUE]...
 
 Train without a daemon. CONFIG is a YAML file, KEY=VALUE is laid over it; `sftd config` lists every key.
-The run goes to <checkpoint.save_dir>/<trainer.experiment_name>; the same command again goes on with it.
+The run goes to <checkpoint.save_dir>/<trainer.experiment_name>; the same command again continues it.
 """
 _PLAN = "plan"
 # Reading every row of the data files takes rank 0 seconds to many minutes.
@@ -137,7 +137,7 @@ def _conclude(run: DirectRun, attempt: AttemptDir) -> None:
     if state.status == "succeeded":
         say = f"All {state.step} steps are done. The last checkpoint: {state.checkpoints[-1].path}\n"
     elif state.status == "cancelled":
-        say = f"Stopped at step {state.step} of {state.planned_steps}; the same command again goes on.\n"
+        say = f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
     else:
         say = f"Ended early: {state.message}\n"
     tell(f"{say}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n")
@@ -179,7 +179,7 @@ class DirectReporter(Reporter):
                 seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
             )
         ):
-            # Not journalled: whoever reads the history compares the steps anew.
+            # Not journalled: whoever reads the history compares the steps again.
             self._show(anomaly)
         if isinstance(event, e.CheckpointPublished):
             self._collect()

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt goes on."""
+"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt continues."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     )
     attempt.write_process(_identity(spec))
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
-    how = "goes on" if state.attempt else "starts"
+    how = "continues" if state.attempt else "starts"
     if record.files is None:
         say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
     say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
@@ -171,13 +171,13 @@ def _identity(spec: Spec) -> ProcessFile:
 
 def _layout(spec: Spec) -> str:
     shown = " × ".join(f"{name}{size}" for name, size in spec.parallel_sizes.items() if size > 1)
-    ranks = f"{spec.world_size} rank" + "s" * (spec.world_size > 1)
+    ranks = counted(spec.world_size, "rank")
     return f"{ranks} ({shown})" if shown else ranks
 
 
 def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
     """What makes other steps of those that are done is another run. Raises `Refused`."""
-    fix = f"set it back to go on with that run, or {_BEGIN_ANOTHER}"
+    fix = f"set it back to continue that run, or {_BEGIN_ANOTHER}"
     problems = [
         msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", fix=fix)
         for problem in decisions.other_run(state, new)
@@ -186,7 +186,7 @@ def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
         what = f"{new.planned_steps} steps are fewer than the {state.step} that are done in {run.path}"
         problems.append(Problem("trainer.max_steps", what, fix))
     if not problems and new.spec.checkpoint.save_dir != state.spec.checkpoint.save_dir:
-        # The checkpoints of its history would all be missing, and it would begin anew.
+        # The checkpoints of its history would all be missing, and it would begin again.
         what = f"{run.path} was moved: its checkpoints were in {state.spec.checkpoint.save_dir}"
         problems.append(Problem("checkpoint.save_dir", what, "move the folder back"))
     if problems:
@@ -206,12 +206,8 @@ def _refuse_another_model(
 
 def _tell_error(error: Exception) -> None:
     if isinstance(error, Refused):
-        count = len(error.problems)
-        lines = [f"refused: {count} problem{'s' * (count != 1)}; nothing was written"]
-        for problem in error.problems:
-            lines.append(f"  {problem.where}: {problem.what}")
-            if problem.fix:
-                lines.append(f"    fix: {problem.fix}")
+        lines = [f"refused: {counted(len(error.problems), 'problem')}; nothing was written"]
+        lines += [f"  {problem}" for problem in error.problems]
     else:
         lines = [f"sftd: {error}"]
     sys.stderr.write("\n".join(lines) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sftd.trainer import model as models
 from sftd.trainer.attention import KeyValueCache, SequenceLayout
 from sftd.trainer.errors import UserError
 from sftd.trainer.prepare.chat_template import BoundTemplate
-from sftd.trainer.prepare.hf_tokenizer import check_has_tokenizer
+from sftd.trainer.prepare.hf_tokenizer import check_has_tokenizer, stop_token_ids
 from sftd.trainer.session import Session
 from sftd.trainer.trainee import LossFunction, Trainee
 
@@ -38,10 +37,10 @@ class Generator:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=spec.model.trust_remote_code
             )
+            self._stops = stop_token_ids(self._tokenizer, Path(folder))
         except Exception as error:  # a tokenizer folder can fail in any way
             raise UserError(f"the prompts need the tokenizer of {folder}: {error}") from error
         self._template = BoundTemplate(self._tokenizer, template)
-        self._stops = {self._tokenizer.eos_token_id} | _generation_stops(folder)
         self._prompts = {prompt: self._checked(prompt, vocab_size) for prompt in spec.trainer.sample_prompts}
         self._limit = spec.trainer.sample_max_tokens
         self._session = session
@@ -103,12 +102,3 @@ class Generator:
 
 def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return output, torch.zeros((), dtype=torch.int, device=device), output
-
-
-def _generation_stops(folder: str) -> set[int]:
-    path = Path(folder) / "generation_config.json"
-    try:
-        stops = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return set(stops) if isinstance(stops, list) else {stops} if stops is not None else set()

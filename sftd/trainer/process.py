@@ -54,7 +54,7 @@ _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
 
 _stop_signalled = threading.Event()
 # What torchrun gives to each rank.
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sftd.domain.events import WeightsDigested
 from sftd.trainer.errors import UserError
+from sftd.wire.cores import usable_cores
 from sftd.wire.model_digest import fork_fix, weight_files
 
 _PIECE = 1 << 26
@@ -29,11 +30,15 @@ class WeightsDigest:
     """
 
     def __init__(self, folder: str, *, is_cpu: bool) -> None:
-        """`is_cpu`: the model computes on the CPU, which one thread disturbs least. Raises `OSError`."""
+        """`is_cpu`: the model computes on the CPU, which one thread disturbs least. Raises `UserError` when a file is
+        missing."""
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._folder = Path(folder)
-        self._sizes = {name: (self._folder / name).stat().st_size for name in weight_files(self._folder)}
+        try:
+            self._sizes = {name: (self._folder / name).stat().st_size for name in weight_files(self._folder)}
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the weights in {folder} cannot be read: {error}") from error
         pieces = [(name, at) for name, size in self._sizes.items() for at in range(0, size, _PIECE)]
         rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         self._todo: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
@@ -41,7 +46,7 @@ class WeightsDigest:
             self._todo.put(piece)
         self._found: dict[_Piece, bytes] = {}
         self._error = ""
-        cores = len(os.sched_getaffinity(0)) // ranks
+        cores = usable_cores() // ranks
         count = 1 if is_cpu else max(1, min(_MOST_THREADS, cores // 2))
         # A rank that fails ends without waiting for them.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]

@@ -9,8 +9,8 @@ import msgspec
 from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.errors import Problem
 
-# The key of the Parquet's metadata, and the largest value that is read.
-_KEY, _LARGEST = b"sftd", 4 << 20
+# The key of the Parquet's metadata that `sftd prepare` writes, and the largest value that is read.
+METADATA_KEY, _LARGEST = b"sftd", 4 << 20
 
 
 class _Metadata(msgspec.Struct, frozen=True):
@@ -45,10 +45,10 @@ def warnings(where: str, paths: Sequence[str]) -> list[Problem]:
 def _read(path: str) -> _Metadata:
     import pyarrow.parquet as pq
 
-    written = (pq.read_schema(path, memory_map=True).metadata or {}).get(_KEY, b"")
+    written = (pq.read_schema(path, memory_map=True).metadata or {}).get(METADATA_KEY, b"")
     if not written or len(written) > _LARGEST:
         return _Metadata()
     try:
         return msgspec.json.decode(written, type=_Metadata)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return _Metadata()  # the metadata of another tool

@@ -63,7 +63,7 @@ class Lists:
         import numpy as np
         import pyarrow.compute as pc
 
-        if not _is_list(column.type):
+        if not is_list(column.type):
             values, lengths = column, np.ones(len(column), np.int64)
         else:
             values = column.flatten()
@@ -87,13 +87,13 @@ def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
         if (times := schema.names.count(name)) > 1:
             raise UnusableFile(f"has the column {name!r} {times} times")
         kind = schema.field(name).type
-        inner = kind.value_type if _is_list(kind) else kind
+        inner = kind.value_type if is_list(kind) else kind
         if name in _KNOWN:
             if pa.types.is_null(inner):
                 continue
             if not _is_number(inner):
                 raise UnusableFile(f"column {name!r} is {kind}, which sftd cannot read", _fix(name))
-        elif not _is_list(kind) or not (
+        elif not is_list(kind) or not (
             pa.types.is_integer(inner) or (name == _MASK and pa.types.is_boolean(inner))
         ):
             raise UnusableFile(f"column {name!r} is {kind}, not a list of integers")
@@ -117,7 +117,7 @@ def check(
     """Compare the columns of other tools in a few rows with what is trained. Raises `UnusableFile` where one asks for
     something else.
 
-    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], has a label. first:
+    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], such a one with a label. first:
     the number of the first row.
     """
     import numpy as np
@@ -173,7 +173,8 @@ def _row_of(flags: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> int 
     return None if token is None else int(np.searchsorted(starts, token, side="right")) - 1
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists, of any of Arrow's kinds."""
     import pyarrow as pa
 
     tests = (

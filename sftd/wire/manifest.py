@@ -13,6 +13,7 @@ import msgspec
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.wire.checkpoint_dir import MANIFEST, manifest_bytes
+from sftd.wire.cores import usable_cores
 
 NAME = MANIFEST
 # Of a whole checkpoint, and of one that was reduced to its weights, which an older sftd must not resume from.
@@ -77,7 +78,7 @@ def describe(folder: Path, names: Iterable[str]) -> list[FileEntry]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             return FileEntry(name=name, bytes=os.fstat(file.fileno()).st_size, sha256=sha256)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         return list(pool.map(one, names))
 
 
@@ -103,8 +104,8 @@ def read(folder: Path, expected_digest: str | None) -> Manifest:
 def _whose(data: bytes) -> str:
     try:
         found = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
-        return f"it is torn or no manifest ({error})"
+    except (msgspec.MsgspecError, RecursionError) as error:
+        return f"it is torn or not a manifest ({error})"
     return f"it is of step {found.step} of run {found.run_id}, spec {found.spec_digest[:12]}"
 
 

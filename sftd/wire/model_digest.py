@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -29,11 +29,22 @@ _WHERE = "model.partial_pretrain"
 # What a run and its export need of a model folder besides the weights.
 _KEPT = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "*.model", "chat_template*", "*.jinja", "additional_chat_templates/*.jinja"),
+    *(
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+        "tekken.json",
+        "chat_template*",
+        "*.jinja",
+        "additional_chat_templates/*.jinja",
+    ),
     *("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 _PARSED = ("config.json", "generation_config.json")
 _PARSED_BYTES = 65536
+# The longest header that safetensors writes or reads.
+_HEADER_BYTES = 100_000_000
 # Of a weight file: this many bytes in the middle of each of at most so many tensors.
 _SAMPLE_BYTES = 4096
 _SAMPLED_TENSORS = 512
@@ -68,7 +79,7 @@ def describe(folder: str) -> ModelFiles:
             files[INDEX] = ModelFile(len(data), _sha256(data))
         present = [name for name in weight_files(path) if (path / name).is_file()]
         weights = {name: sampled_digest(path / name) for name in present}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused(Problem(_WHERE, f"{folder} cannot be read: {error}", "put the folder back")) from None
     return ModelFiles(files, weights, contents)
 
@@ -87,7 +98,7 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
         content = msgspec.json.decode(data, type=dict[str, Any])
         # PostgreSQL's JSON has no NUL; and an integer of any size can be read, but not written.
         return None if b"\\u0000" in msgspec.json.encode(content) else content
-    except (msgspec.MsgspecError, OverflowError, ValueError):
+    except (msgspec.MsgspecError, OverflowError, ValueError, RecursionError):
         return None
 
 
@@ -100,13 +111,19 @@ def sampled_digest(path: Path) -> ModelFile:
     the same model has another one, whatever the file is called. Raises `OSError`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        # A broken length must not become a read of all of the file.
-        header = file.read(min(int.from_bytes(start, "little"), size))
+        start, header = read_header(file, size)
         digest = hashlib.sha256(size.to_bytes(8, "little") + start + header)
         for offset, length in _samples(header):
             digest.update(os.pread(file.fileno(), length, 8 + len(header) + offset))
     return ModelFile(size, digest.hexdigest())
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[bytes, bytes]:
+    """The length (8 bytes) and the header of a safetensors file of `size` bytes. A length that is broken gives an empty
+    header: it must not become a read of all of the file."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    return start, file.read(length) if length <= min(size, _HEADER_BYTES) else b""
 
 
 def _samples(header: bytes) -> list[tuple[int, int]]:
@@ -119,7 +136,7 @@ def _samples(header: bytes) -> list[tuple[int, int]]:
             (begin + max(0, end - begin - _SAMPLE_BYTES) // 2, min(end - begin, _SAMPLE_BYTES))
             for begin, end in chosen
         ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.layout import ModelShape, check_architecture
+from sftd.domain.words import counted
+from sftd.wire.model_digest import INDEX, read_header, weight_files
 
 _WHERE = "model.partial_pretrain"
+# A tokenizer is read from one of these; its other files only describe it.
+_TOKENIZER = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.py")
 
 
 def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +29,7 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         raise Refused(Problem(_WHERE, f"{folder} holds no config.json", fix)) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise Refused(Problem(_WHERE, f"{folder}/config.json cannot be read: {error}", fix)) from None
     if not isinstance(config, dict):
         raise Refused(Problem(_WHERE, f"{folder}/config.json is not a mapping", fix))
@@ -174,31 +178,23 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
 def check_weights(folder: str) -> None:
     """That the folder holds safetensors weights, all shards of them. Raises `Refused`."""
     path = Path(folder)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise Refused(
-                Problem(_WHERE, f"{index} cannot be read: {error}", "fetch the model again")
-            ) from None
-        missing = sorted(s for s in shards if not (path / s).is_file())
-        if missing:
-            raise Refused(
-                Problem(
-                    _WHERE,
-                    f"{folder} lacks {len(missing)} weight files, such as {missing[0]}",
-                    "fetch the model again",
-                )
-            )
-    elif not any(path.glob("*.safetensors")):
+    try:
+        files = weight_files(path)
+        missing = [name for name in files if not (path / name).is_file()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        what = f"{path / INDEX} cannot be read: {error}"
+        raise Refused(Problem(_WHERE, what, "fetch the model again")) from None
+    if missing:
+        what = f"{folder} lacks {counted(len(missing), 'weight file')}, such as {missing[0]}"
+        raise Refused(Problem(_WHERE, what, "fetch the model again"))
+    if not files:
         raise Refused(
             Problem(_WHERE, f"{folder} holds no *.safetensors", "save the model with safe_serialization")
         )
     for file in sorted(path.glob("*.safetensors")):
         if not _is_whole(file):
             raise Refused(
-                Problem(_WHERE, f"{file} is cut short or no safetensors file", "fetch the model again")
+                Problem(_WHERE, f"{file} is cut short or not a safetensors file", "fetch the model again")
             )
 
 
@@ -206,12 +202,12 @@ def _is_whole(file: Path) -> bool:
     """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, the header, the data."""
     try:
         with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
             size = file.stat().st_size
-            header = json.loads(stream.read(length)) if 0 < length < size else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return bool(ends) and size == 8 + length + max(ends)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            _, header = read_header(stream, size)
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        return bool(ends) and size == 8 + len(header) + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return False
 
 
@@ -222,15 +218,20 @@ def stop_ids(folder: str) -> tuple[int, ...]:
     for name in ("config.json", "generation_config.json"):
         try:
             named = json.loads((Path(folder) / name).read_text()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         found.update(i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int))
     return tuple(sorted(found))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that a tokenizer is read from."""
+    return any(any(folder.glob(name)) for name in _TOKENIZER)
+
+
 def check_tokenizer(folder: str, *, is_needed: bool) -> list[Problem]:
     """Warnings where the folder holds no tokenizer. Raises `Refused` instead where one `is_needed`: the run answers prompts."""
-    if any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if has_tokenizer(Path(folder)):
         return []
     if is_needed:
         what = f"{folder} holds no tokenizer to read them with"

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftd.domain.chat_template import ChatTemplate
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
+from sftd.trainer.prepare.chat_mask import ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat
 from sftd.trainer.prepare.errors import ChatError
+from sftd.wire.data_rows import IGNORE_INDEX
 from tests.trainer.chat_templates import (
     FAMILIES,
     MISTRAL,

@@ -16,6 +16,8 @@ from sftd.trainer.prepare.dataset_folder import expand
 from sftd.trainer.prepare.errors import PrepareError
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+# Each level doubles what the one below stands for.
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(30))
 CONFIGS = "---\nlicense: mit\nconfigs:\n{}\n---\n# A data set\n"
 # The files of a folder; of `README.md=TEXT` the text is that of the file.
 LAYOUTS: dict[str, list[str]] = {
@@ -148,7 +150,14 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(
         (["train-1-of-2.jsonl", "train-2-of-2.jsonl.gz", "train-2-of-2.jsonl"], r"there twice: 00002"),
         (["train.jsonl.zst"], r"train.jsonl.zst belongs to the split but cannot be read: decompress it"),
         (["train.zip"], r"train.zip belongs to the split but cannot be read: unpack it"),
-        (["train.jsonl", "README.md=---\nconfigs: [a\n---\n"], r"The head of .*README.md is not YAML"),
+        (
+            ["train.jsonl", "README.md=---\nconfigs: [a\n---\n"],
+            r"The head of .*README.md, line 2 is not valid YAML",
+        ),
+        (
+            ["train.jsonl", f"README.md=---\n{BOMB}\n---\n"],
+            r"README.md, line \d+ is not valid YAML: its aliases expand",
+        ),
         (
             ["a.jsonl", "README.md=---\nconfigs:\n- config_name: x\n  data_files: b.jsonl\n---\n"],
             r"names the file b.jsonl, which is missing",

@@ -56,7 +56,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
 
     out, _ = direct.train(2, constant)
     saved = max(e.step for e in events(run) if isinstance(e, CheckpointPublished))
-    assert f"Attempt 2 goes on from step {saved}: 2 ranks (DP2), 30 steps" in out
+    assert f"Attempt 2 continues from step {saved}: 2 ranks (DP2), 30 steps" in out
     assert "step 30/30  loss " in out
     assert "ANOMALY" not in out
     whole = exact(undisturbed.all_events())
@@ -84,7 +84,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
 
     # Longer, and in another layout: still the same run, and its history says what changed.
     out, _ = direct.train(2, constant, "trainer.max_steps=32", "model.megatron.tensor_model_parallel_size=2")
-    assert "Attempt 3 goes on from step 30: 2 ranks (TP2), 32 steps" in out
+    assert "Attempt 3 continues from step 30: 2 ranks (TP2), 32 steps" in out
     assert sorted(exact(events(run, 3))) == [31, 32]
     sftd(home, "import", str(run.path))
     shown = show(home, crashed)
@@ -126,12 +126,12 @@ def test_interrupted_alone_it_saves_and_goes_on(tmp_path: Path, models: Path, da
     last = max(exact(events(run)))
     assert last == 4
     assert f"step {last:>2}/30  checkpoint saved" in out
-    assert f"Stopped at step {last} of 30; the same command again goes on." in out
+    assert f"Stopped at step {last} of 30; the same command again continues." in out
     home = tmp_path / "home"
     run_id = sftd(home, "import", str(run.path), "-q").stdout.strip()
     assert show(home, run_id)["status"] == "cancelled"
     out, _ = direct.train(None)
-    assert f"Attempt 2 goes on from step {last}: 1 rank, 30 steps" in out
+    assert f"Attempt 2 continues from step {last}: 1 rank, 30 steps" in out
     assert sorted(exact(events(run)) | exact(events(run, 2))) == list(range(1, 31))
     sftd(home, "import", str(run.path))
     assert show(home, run_id)["status"] == "succeeded"
@@ -183,7 +183,7 @@ def test_another_spec_or_other_data_are_another_run(
     # It died before it saved anything.
     second, code, said = plan(capsys, direct.config)
     assert (second, code) == (str(direct.run("named").attempt(2).path), 0)
-    assert "Attempt 2 goes on from the pretrained model" in said
+    assert "Attempt 2 continues from the pretrained model" in said
 
     config = tmp_path / "model" / "config.json"
     before = config.read_text()
@@ -310,4 +310,4 @@ def test_it_goes_on_from_the_checkpoint_that_was_not_rejected(
     writer.append(CheckpointRejected(step=2, path=order["checkpoint"], reason="bit rot"))
     writer.close()
     _, _, said = plan(capsys, direct.config)
-    assert "Attempt 3 goes on from step 1:" in said
+    assert "Attempt 3 continues from step 1:" in said

@@ -19,12 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftd.cli import main
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker
+from sftd.trainer.prepare.chat_mask import ChatMasker
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.model_folder import check_model_folder, prepare_model
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.show_row import show_row
-from sftd.trainer.prepare.tokenize_files import METADATA_KEY, TokenizeOptions, tokenize_files
+from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.wire.chat_template import METADATA_KEY
+from sftd.wire.data_rows import IGNORE_INDEX
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -355,7 +357,7 @@ def test_warnings_tell_of_missing_stop_tokens_and_of_rows_past_the_context(
     source = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat("q", "x" * 200)}])
     warnings = run(source, make_model(NO_STOP), tmp_path / "out.parquet")["warnings"]
     assert len(warnings) == 2
-    assert "1 answers are trained without a stop token" in warnings[0]
+    assert "1 answer trained without a stop token" in warnings[0]
     assert "context of 100" in warnings[1]
 
 

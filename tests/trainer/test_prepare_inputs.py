@@ -99,7 +99,7 @@ def test_tool_calls_come_as_templates_expect_them(call: dict[str, Any]) -> None:
         ),
         (
             {"conversations": [{"from": "function_call", "value": "{"}]},
-            "tool calls of message 1 are text that is not",
+            "'tool_calls' of message 1 is text that is not",
         ),
         ({"messages": QUESTION + ANSWER, "tools": "{"}, "the field 'tools' is text that is not JSON"),
         ({"messages": QUESTION + ANSWER, "tools": [1]}, "must be a list of objects"),
@@ -394,6 +394,9 @@ def test_folders_of_hugging_face_data_sets(tmp_path: Path) -> None:
     ]
     with pytest.raises(PrepareError, match=r"has no split 'validation'; it has test, train. Choose"):
         expand([saved], "validation")
+    (saved / "test" / "state.json").write_text('{"_data_files": [{"name": "data-0.arrow"}]}')
+    with pytest.raises(PrepareError, match="names no data files"):
+        expand([saved / "test"], "test")
     (saved / "test" / "state.json").write_text('{"_data_files": [], "_indices_files": ["i.arrow"]}')
     with pytest.raises(PrepareError, match=r"flatten_indices"):
         expand([saved / "test"], "test")
@@ -487,9 +490,43 @@ def test_the_splits_of_a_folder_are_kept_and_a_leak_is_told(models: dict[str, Pa
     options: dict[str, Any] = {"val_split": "test", "val_out": tmp_path / "v.parquet"}
     done = prepare(tmp_path / "set", models["qwen2.5"], tmp_path / "t.parquet", **options)
     assert (done["rows"], done["val"]["rows"]) == (10, 4)
-    assert done["warnings"] == ["2 training rows have chats that are in the validation split as well"]
+    assert done["warnings"] == ["2 training rows with a chat that is in the validation split as well"]
     with pytest.raises(PrepareError, match="none of the sources is a folder"):
         prepare(tmp_path / "set/train.jsonl", models["qwen2.5"], tmp_path / "t.parquet", **options)
+
+
+def test_what_is_to_be_known_of_the_validation_split_is_told(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_jsonl(folder / "data/train-00000-of-00001.jsonl", rows(4))
+    write_jsonl(folder / "data/validation-00000-of-00001.jsonl", rows(4, start=8))
+    options: dict[str, Any] = {"val_split": "dev", "val_out": tmp_path / "v.parquet"}
+    done = prepare(folder, models["qwen2.5"], tmp_path / "t.parquet", **options)
+    assert done["warnings"] == ["set: the split validation is read as dev"]
+
+
+@pytest.mark.parametrize("depth", [990, 5000])
+@pytest.mark.parametrize("field", ["tools", "arguments", "tool_calls", "tool", "chat_template_kwargs"])
+def test_a_row_that_is_nested_without_end_is_named(
+    field: str, depth: int, models: dict[str, Path], tmp_path: Path
+) -> None:
+    nested = "[" * depth + "]" * depth
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    row: dict[str, Any] = {"messages": [question, answer]}
+    if field == "tools":
+        row[field] = '[{"type": "function", "function": {"name": "f", "x": ' + nested + "}}]"
+    elif field == "arguments":
+        answer["tool_calls"] = [{"function": {"name": "f", "arguments": '{"a": ' + nested + "}"}}]  # type: ignore[assignment]
+    elif field == "tool_calls":
+        answer[field] = '[{"function": {"name": "f", "arguments": {"a": ' + nested + "}}}]"
+    elif field == "tool":
+        row["messages"].insert(1, {"role": "tool", "content": "NESTED"})
+    else:
+        row[field] = '{"a": ' + nested + "}"
+    text = json.dumps(row).replace('"NESTED"', '{"a": ' + nested + "}")
+    source = tmp_path / "c.jsonl"
+    source.write_text("".join(json.dumps(good) + "\n" for good in rows(3)) + text + "\n")
+    done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet", skip_bad_rows=True)
+    assert done["rows"] >= 3
 
 
 def test_text_that_is_taken_for_special_tokens_is_told(models: dict[str, Path], tmp_path: Path) -> None:
@@ -498,7 +535,7 @@ def test_text_that_is_taken_for_special_tokens_is_told(models: dict[str, Path], 
     )
     done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet")
     assert [text.partition(" that")[0] for text in done["warnings"]] == [
-        "1 chats have text in their messages, tool calls or tools"
+        "1 chat with text in messages, tool calls or tools"
     ]
 
 
@@ -510,7 +547,7 @@ def test_reasoning_of_earlier_turns_becomes_rows_of_its_own(models: dict[str, Pa
     assert prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="split")["rows"] == 2
     masked = prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="mask")
     assert masked["rows"] == 1
-    assert "1 answers are not trained" in masked["warnings"][0]
+    assert "1 answer not trained" in masked["warnings"][0]
 
 
 @given(st.lists(st.integers(0, 30), min_size=1), st.integers(1, 12))

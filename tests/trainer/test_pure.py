@@ -42,7 +42,8 @@ def test_ranks_of_an_earlier_job_in_the_environment_are_named(monkeypatch: pytes
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(
-        UserError, match=r"RANK, WORLD_SIZE set .* without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"
+        UserError,
+        match=r"RANK, WORLD_SIZE set .* without LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
     ) as error:
         process.use_single_process_defaults()
     assert "fix: `unset RANK WORLD_SIZE`" in str(error.value)
@@ -283,6 +284,9 @@ def test_a_manifest_that_is_torn_missing_new_or_another_is_refused(checkpoint: t
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointInvalid, match="cannot be read"):
         manifests.read(folder, None)
+    path.write_bytes(b'{"x": ' + b"[" * 100_000)
+    with pytest.raises(CheckpointInvalid, match="not a manifest"):
+        manifests.read(folder, "0" * 64)
     path.unlink()
     with pytest.raises(CheckpointInvalid, match="cannot be read"):
         manifests.read(folder, None)

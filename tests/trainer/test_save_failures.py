@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -151,6 +152,28 @@ if __name__ == "__main__":
 """
 
 
+def test_ranks_agree_on_why_a_save_failed_when_the_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 removes the half-written folder, so the disk that another rank sees afterwards is not full."""
+    from sftd.trainer import process
+
+    process.quiet_third_parties()
+    from sftd.trainer import checkpoint
+    from sftd.trainer.errors import CheckpointSaveFailed
+
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(
+        checkpoint, "gather", lambda value: [("No space left on device: 5 bytes", None), value]
+    )
+    rank = checkpoint.Checkpoints.__new__(checkpoint.Checkpoints)
+    rank._folder, rank._failed = tmp_path, 1
+    rank._trainee = SimpleNamespace(state_bytes=0)
+    rank._reporter = SimpleNamespace(emit=lambda event: None)
+    rank._fail(CheckpointSaveFailed("files are missing"), 6, tmp_path, must_succeed=False)
+    assert rank._failed == 0
+
+
 @pytest.mark.parametrize(
     ("script", "published", "failed", "reason"),
     [(GOES_AWAY, [2], [4], "Not a directory|File exists"), (ALWAYS_FAILS, [], [2, 4], "Input/output error")],
@@ -200,7 +223,7 @@ def lose(folder: Path, _: Path) -> str:
 def truncate(folder: Path, _: Path) -> str:
     path = folder / manifests.NAME
     path.write_bytes(path.read_bytes()[:-100])
-    return "it is torn or no manifest"
+    return "it is torn or not a manifest"
 
 
 def exchange(folder: Path, other: Path) -> str:

@@ -18,14 +18,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
 from sftd.domain.spec import Spec
 from sftd.trainer.prepare import __main__ as prepare_main
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker
+from sftd.trainer.prepare.chat_mask import ChatMasker
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import conversation
 from sftd.trainer.prepare.chat_template import BoundTemplate
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.show_row import show_row
-from sftd.trainer.prepare.tokenize_files import METADATA_KEY, TokenizeOptions, tokenize_files
+from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.wire.chat_template import METADATA_KEY
+from sftd.wire.data_rows import IGNORE_INDEX
 from tests.trainer.chat_templates import (
     FAMILIES,
     LLAMA3,
@@ -391,6 +393,12 @@ def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Pa
         asked(None)
 
 
+def test_a_prompt_is_not_asked_bare_where_the_named_template_is_gone() -> None:
+    tokenizer = adding_bos("llama3", LLAMA3)
+    with pytest.raises(ChatError, match="the model folder has no chat template named 'rag'"):
+        BoundTemplate(tokenizer, ChatTemplate(name="rag")).prompt_ids("hi")
+
+
 def test_a_prompt_without_a_template_begins_as_the_tokenizer_does() -> None:
     tokenizer = adding_bos("llama3", LLAMA3)
     tokenizer.chat_template = None
@@ -459,6 +467,6 @@ def test_rows_with_characters_that_the_vocabulary_lacks_are_counted(
     tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"prompt": text, "completion": "a"} for text in ("x", "Größe", "é")]
     done = prepare(write_rows(tmp_path / "c.jsonl", rows), tmp_path / "model", tmp_path / "t.parquet")
-    assert [w for w in done["warnings"] if w.startswith("2 rows have characters that the tokenizer's vocab")]
+    assert [w for w in done["warnings"] if w.startswith("2 rows with characters that the tokenizer's vocab")]
     labels = pq.read_table(tmp_path / "t.parquet")["labels"].to_pylist()
     assert all(label != IGNORE_INDEX for label in (row[-1] for row in labels))

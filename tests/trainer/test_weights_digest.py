@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_a_folder_that_cannot_be_read_is_an_error_of_all_ranks(
 
     monkeypatch.setattr(WeightsDigest, "_work", fail)
     with pytest.raises(OSError, match=r"the weights cannot be read: .*a\.safetensors"):
+        digest(folder)
+
+
+def test_a_missing_file_is_an_error_of_the_user(folder: Path, digest: Digest) -> None:
+    index = {"weight_map": {"x": "a.safetensors", "y": "c.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"the weights in .* cannot be read: .*c\.safetensors"):
         digest(folder)
 
 

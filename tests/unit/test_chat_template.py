@@ -45,6 +45,7 @@ def test_the_first_template_that_is_named_is_that_of_the_files(tmp_path: Path) -
         {"chat_template": 5},
         {"chat_template": {"date": "soon"}},
         {"chat_template": {"text": 1}},
+        b'{"x": ' + b"[" * 100_000,
     ],
 )
 def test_the_metadata_of_others_is_no_template(metadata: Any, tmp_path: Path) -> None:

@@ -258,6 +258,13 @@ def test_columns_that_change_what_a_row_means(
     assert "row " in text
 
 
+def test_padding_needs_no_weight(tmp_path: Path) -> None:
+    """Some tools leave labels on padding, and weigh it with 0."""
+    padded = {"input_ids": [[1, 2, 3, 0, 0]], "labels": [[-100, 2, 3, 0, 0]]}
+    padded |= {"attention_mask": [[1, 1, 1, 0, 0]], "loss_mask": [[0, 1, 1, 0, 0]]}
+    assert inspect(parquet(tmp_path / "a.parquet", padded)).trained_tokens == 2
+
+
 def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
     a = parquet(tmp_path / "a.parquet", GOOD | {"id": [1, 2], "length": [4, 2], "source": ["x", "y"]})
     b = parquet(tmp_path / "b.parquet", GOOD | {"id": [1, 2]})

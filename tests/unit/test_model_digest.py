@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,13 +167,40 @@ def test_a_folder_of_links_is_as_the_files_behind_them(folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     "text",
-    ['{"a": 1e999}', '{"a": NaN}', '{"a": "\\u0000"}', "[]", '{"a": "\\ud800"}'],
+    ['{"a": 1e999}', '{"a": NaN}', '{"a": "\\u0000"}', "[]", '{"a": "\\ud800"}', '{"a": ' + "[" * 60_000],
 )
 def test_a_config_that_the_log_cannot_hold_is_compared_by_its_digest(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     found = model_digest.describe(str(folder))
     assert "config.json" not in found.contents
     assert found.files["config.json"].bytes == len(text)
+
+
+def test_a_weight_file_with_a_broken_length_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((1 << 28).to_bytes(8, "little"))
+    os.truncate(path, 1 << 29)
+    tracemalloc.start()
+    try:
+        model_digest.sampled_digest(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "header", [b'{"a": {"data_offsets": [%d, %d]}}' % (10**30, 10**31), b'{"a": ' + b"[" * 60_000]
+)
+def test_a_hostile_header_of_weights_is_no_crash(folder: Path, header: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with contextlib.suppress(Refused):
+        model_digest.describe(str(folder))
+
+
+def test_every_file_that_a_tokenizer_is_read_from_is_recorded(folder: Path) -> None:
+    for name in ("qwen.tiktoken", "tekken.json"):
+        (folder / name).write_text("x")
+        assert name in model_digest.describe(str(folder)).files
 
 
 def test_a_change_is_refused_with_a_fix_and_a_run_without_a_record_is_not(folder: Path) -> None:

@@ -189,13 +189,28 @@ def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
             model_folder.check_weights(str(tmp_path))
 
 
+def test_a_folder_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(Refused, match=r"config\.json cannot be read"):
+        model_folder.read_config(str(tmp_path), {})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": ' + "[" * 100_000)
+    with pytest.raises(Refused, match=r"index\.json cannot be read"):
+        model_folder.check_weights(str(tmp_path))
+    index.write_text('{"weight_map": {"w": "a.safetensors"}}')
+    with pytest.raises(Refused, match="lacks 1 weight file, such as a.safetensors"):
+        model_folder.check_weights(str(tmp_path))
+
+
 def test_prompts_need_a_tokenizer_and_other_runs_are_warned(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no tokenizer"):
         model_folder.check_tokenizer(str(tmp_path), is_needed=True)
     (warning,) = model_folder.check_tokenizer(str(tmp_path), is_needed=False)
     assert "an export of it lacks one too" in warning.what
-    (tmp_path / "tokenizer.json").touch()
-    assert model_folder.check_tokenizer(str(tmp_path), is_needed=True) == []
+    for name in ("tokenizer.json", "tekken.json", "qwen.tiktoken", "tokenization_own.py"):
+        (tmp_path / name).touch()
+        assert model_folder.check_tokenizer(str(tmp_path), is_needed=True) == []
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize(

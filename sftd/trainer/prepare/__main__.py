@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chats = commands.add_parser("stdlib-chats", help="write the demo's chats from Python's own documentation")
     chats.add_argument("out_dir", type=Path)
-    chats.add_argument("--rows", type=int, help="at most so many chats, both files together")
+    chats.add_argument("--rows", type=int, help="largest number of chats in both files")
 
     tokenize = commands.add_parser("tokenize", help="turn chats into token ids and labels")
     tokenize.add_argument(

@@ -6,13 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
+from sftd.wire.data_columns import is_list
 
 
 def json_value(kind: pa.DataType) -> Callable[[Any], Any]:
@@ -30,7 +24,7 @@ def json_value(kind: pa.DataType) -> Callable[[Any], Any]:
     if pa.types.is_map(kind):
         item = json_value(kind.item_type)
         return lambda value: value and {key: item(inner) for key, inner in value}
-    if any(test(kind) for test in _LISTS):
+    if is_list(kind):
         inside = json_value(kind.value_type)
         return lambda value: value and [inside(inner) for inner in value]
     return lambda value: value

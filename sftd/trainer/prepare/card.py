@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import sftd
+from sftd.domain.words import counted
 from sftd.trainer.prepare.card_text import as_markdown
 from sftd.trainer.prepare.chat_files import ChatSource
 from sftd.trainer.prepare.chat_shapes import PLAIN_FIELDS
@@ -206,55 +207,54 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         )
     if counts.unstopped:
         warnings.append(
-            f"{counts.unstopped} answers are trained without a stop token, so the model does not learn to "
+            f"{counted(counts.unstopped, 'answer')} trained without a stop token, so the model does not learn to "
             "stop: the chat template puts no special token directly after them"
         )
     if counts.as_shown:
         warnings.append(
-            f"{counts.as_shown} answers are trained as the chat template shows them to later turns, without what the model "
-            "writes before them (such as an empty think block); --rewritten split trains each as the model writes it"
+            f"{counted(counts.as_shown, 'answer')} trained as the chat template shows it to later turns, without what the "
+            "model writes before it (such as an empty think block); --rewritten split trains each as the model writes it"
         )
     if counts.rewritten:
         warnings.append(
-            f"{counts.rewritten} answers are not trained, because the chat template rewrites them when other turns follow; "
+            f"{counted(counts.rewritten, 'answer')} not trained, because the chat template rewrites it when other turns follow; "
             "--rewritten split trains each in a row of its own"
         )
     if cut := sum(file.cut_trained_tokens for file in files):
         rows = sum(file.truncated for file in files)
-        warnings.append(f"truncation has cut {cut} tokens of answers off {rows} rows")
+        warnings.append(f"truncation has cut {counted(cut, 'token')} of answers off {counted(rows, 'row')}")
     if counts.special:
         warnings.append(
-            f"{counts.special} chats have text in their messages, tool calls or tools that the tokenizer takes for special "
-            "tokens of its own (such as a stop token), so the model would read it as the chat's structure"
+            f"{counted(counts.special, 'chat')} with text in messages, tool calls or tools that the tokenizer takes for "
+            "special tokens of its own (such as a stop token), so the model would read it as the chat's structure"
         )
     if counts.unknown:
         warnings.append(
-            f"{counts.unknown} rows have characters that the tokenizer's vocabulary lacks, so the model does not read them"
+            f"{counted(counts.unknown, 'row')} with characters that the tokenizer's vocabulary lacks, so the model does not "
+            "read them"
         )
     if duplicates := counts.duplicates():
         warnings.append(
-            f"{duplicates:,} of {_many(len(counts.keys) // 8, 'chat')} repeat another one word for word"
+            f"{duplicates:,} of {counted(len(counts.keys) // 8, 'chat')} repeat another one word for word"
         )
     if not_used := {name: n for name, n in sorted(counts.unused.items()) if name not in PLAIN_FIELDS}:
-        shown = [f"{name} ({_many(n, 'chat')})" for name, n in list(not_used.items())[:_FIELDS_NAMED]]
+        shown = [f"{name} ({counted(n, 'chat')})" for name, n in list(not_used.items())[:_FIELDS_NAMED]]
         more = len(not_used) - len(shown)
         warnings.append(
-            "sftd does not use " + ", ".join(shown) + (f" and {_many(more, 'more field')}" if more else "")
+            "sftd does not use " + ", ".join(shown) + (f" and {counted(more, 'more field')}" if more else "")
         )
     if marked := counts.dropped.get(NOT_TRAINED):
-        warnings.append(f"{_many(marked, 'row')} marked as not trained: left out")
+        warnings.append(f"{counted(marked, 'row')} marked as not trained: left out")
     if counts.leaked:
-        warnings.append(f"{counts.leaked} training rows have chats that are in the validation split as well")
+        warnings.append(
+            f"{counted(counts.leaked, 'training row')} with a chat that is in the validation split as well"
+        )
     context, longest = _context_length(model), max(file.longest for file in files)
     if context is not None and longest > context:
         warnings.append(
             f"the longest row has {longest} tokens, but the model was trained with a context of {context}"
         )
     return warnings
-
-
-def _many(count: int, name: str) -> str:
-    return f"{count:,} {name}" + ("s" if count != 1 else "")
 
 
 def _context_length(model: Path) -> int | None:

@@ -14,11 +14,10 @@ from sftd.domain.chat_template import ChatTemplate
 from sftd.trainer.prepare.chat_render import ChatRenderer, RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_template import BoundTemplate, Message, Span, marks_answers
 from sftd.trainer.prepare.round_trip import RoundTrip
+from sftd.wire.data_rows import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

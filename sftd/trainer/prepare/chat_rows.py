@@ -240,13 +240,7 @@ def _text_part(part: Any) -> str | None:
 
 
 def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except ValueError as error:
-            raise ChatError(
-                f"the tool calls of message {number} are text that is not JSON ({error})"
-            ) from error
+    calls = _parsed(calls, f"the field 'tool_calls' of message {number}")
     checked = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None

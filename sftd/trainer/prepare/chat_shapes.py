@@ -27,35 +27,22 @@ _OTHER_PAIRS = (
 ACCEPTED = "messages; conversations; prompt and completion (or response); instruction and output"
 # Fields of a row that describe it and ask for nothing: they are on the card, and not in a warning.
 PLAIN_FIELDS = frozenset(
-    (
-        *(
-            "id",
-            "_id",
-            "idx",
-            "index",
-            "uid",
-            "uuid",
-            "prompt_id",
-            "row_id",
-            "conversation_id",
-            "__index_level_0__",
-        ),
-        *("name", "title", "source", "data_source", "dataset", "origin", "url", "split", "subset", "config"),
-        *(
-            "category",
-            "categories",
-            "topic",
-            "domain",
-            "task",
-            "type",
-            "tags",
-            "language",
-            "lang",
-            "difficulty",
-        ),
-        *("license", "model", "generator", "author", "metadata", "meta", "num_tokens", "length"),
-        *("timestamp", "created", "created_at", "date"),
-    )
+    {
+        "id",
+        "_id",
+        "idx",
+        "index",
+        "uid",
+        "uuid",
+        "prompt_id",
+        "row_id",
+        "conversation_id",
+        "__index_level_0__",
+    }
+    | {"name", "title", "source", "data_source", "dataset", "origin", "url", "split", "subset", "config"}
+    | {"category", "categories", "topic", "domain", "task", "type", "tags", "language", "lang", "difficulty"}
+    | {"license", "model", "generator", "author", "metadata", "meta", "num_tokens", "length"}
+    | {"timestamp", "created", "created_at", "date"}
 )
 _NAMED = 12
 

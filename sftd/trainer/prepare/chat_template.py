@@ -50,12 +50,14 @@ class BoundTemplate:
         """Name of the template for a chat, by transformers' rule unless one was chosen. Raises ChatError."""
         sources = self.sources
         name = self.chosen.name or ("tool_use" if tools and "tool_use" in sources else "default")
-        if name not in sources:
-            raise ChatError(
-                f"the model has chat templates with the names {', '.join(sorted(sources)) or '(none)'}, and none is "
-                "the default. Choose one with --template NAME"
-            )
-        return name
+        if name in sources:
+            return name
+        if self.chosen.name:
+            raise ChatError(f"the model folder has no chat template named {name!r}")
+        raise ChatError(
+            f"the model has chat templates with the names {', '.join(sorted(sources)) or '(none)'}, and none is "
+            "the default. Choose one with --template NAME"
+        )
 
     def source(self, tools: list[Any] | None = None) -> str:
         """Text of the template for a chat. Raises ChatError."""
@@ -121,7 +123,7 @@ class BoundTemplate:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's message and the generation prompt; without a template, of the bare text. Raises ChatError."""
-        if not self.sources:
+        if not self.sources and not self.chosen.name:
             return list(self._tokenizer(prompt)["input_ids"])
         text = self.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         # The template has written all special tokens, so the tokenizer must not add its own.

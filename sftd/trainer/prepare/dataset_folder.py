@@ -111,7 +111,8 @@ def _saved(folder: Path) -> list[Path]:
             f"{folder} is a selection of rows, kept apart from them. Save it again after `flatten_indices()`."
         )
     listed = state.get("_data_files")
-    if not isinstance(listed, list) or not listed:
+    named = isinstance(listed, list) and all(isinstance(e, dict) and "filename" in e for e in listed)
+    if not named or not listed:
         raise PrepareError(f"{folder / 'state.json'} names no data files. Save the data set again.")
     return [folder / str(entry["filename"]) for entry in listed]
 

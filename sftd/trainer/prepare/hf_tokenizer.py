@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftd.trainer.prepare.errors import PrepareError
-
-# A tokenizer is read from one of these; its other files only describe it.
-_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.py")
+from sftd.wire.model_folder import has_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +43,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
 
 def check_has_tokenizer(folder: Path) -> None:
     """Raises PrepareError for a model folder without a tokenizer. transformers would make an empty one for it."""
-    if not any(any(folder.glob(name)) for name in _FILES):
+    if not has_tokenizer(folder):
         raise PrepareError(
             f"The model folder {folder} has no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json. "
             "Copy the tokenizer's files of the same model into it."

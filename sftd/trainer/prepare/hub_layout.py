@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from sftd.domain.errors import Refused
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.file_kinds import READ, kind_of
+from sftd.wire.yaml_text import load_yaml
 
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -140,16 +142,19 @@ def _of_one_format(files: Sequence[str]) -> list[str]:
 
 def _configuration(folder: Path) -> dict[str, Any] | None:
     """The configuration that the head of README.md makes the default one; None without any."""
-    import yaml
-
+    path = folder / "README.md"
     try:
-        head = re.match(r"---\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        given = yaml.safe_load(head[1]) if head else None
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise PrepareError(f"The head of {folder / 'README.md'} is not YAML ({reason}). Fix it.") from error
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path} cannot be read ({error}). Download the data set again.") from error
+    head = re.match(r"(---\n.*?)\n---", text, re.DOTALL)
+    try:
+        given = load_yaml(head[1], f"The head of {path}") if head else None
+    except Refused as error:
+        problem = error.problems[0]
+        raise PrepareError(f"{problem.where} {problem.what}. Fix it.") from error
     configs = given.get("configs") if isinstance(given, dict) else None
     if not configs:
         return None

@@ -43,7 +43,7 @@ def check_model_folder(folder: Path) -> None:
     """Raise PrepareError unless `folder` holds a config.json, all its weight files and a tokenizer."""
     config = folder / "config.json"
     if not config.is_file():
-        raise PrepareError(f"{folder} is no model folder in Hugging Face format: it has no config.json.")
+        raise PrepareError(f"{folder} is not a model folder in Hugging Face format: it has no config.json.")
     _read_json_object(config)
     weights = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
     indexes = [index for name in _WEIGHT_FILES if (index := folder / f"{name}.index.json").is_file()]

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX
 from sftd.trainer.prepare.tokenize_pieces import Row
+from sftd.wire.chat_template import METADATA_KEY
+from sftd.wire.data_rows import IGNORE_INDEX
 
-METADATA_KEY = b"sftd"
 _COLUMNS = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),

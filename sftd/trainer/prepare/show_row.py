@@ -8,12 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, tokenizer_digest
-from sftd.trainer.prepare.row_file import METADATA_KEY
+from sftd.wire.chat_template import METADATA_KEY
 from sftd.wire.data_columns import UnusableFile
-from sftd.wire.data_rows import read_row
+from sftd.wire.data_rows import IGNORE_INDEX, read_row
 
 
 def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = Fal
         raise PrepareError(f"{path} is not a Parquet file ({error}).") from error
     if missing := {"input_ids", "labels"}.difference(parquet.schema_arrow.names):
         raise PrepareError(
-            f"{path} is no tokenised data set: it has no column {' nor '.join(sorted(missing))}."
+            f"{path} is not a tokenised data set: it has no column {' nor '.join(sorted(missing))}."
         )
     rows = parquet.metadata.num_rows
     if not 0 <= row < rows:

@@ -15,12 +15,12 @@ from sftd.trainer.prepare.dataset_folder import expand
 from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.hf_tokenizer import tokenizer_digest
 from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.row_file import METADATA_KEY, RowFile, Spool
+from sftd.trainer.prepare.row_file import RowFile, Spool
 from sftd.trainer.prepare.splitting import SmallestKeys, fraction
 from sftd.trainer.prepare.tokenize_pieces import PieceTokenizer, Row, TokenizeOptions
 from sftd.trainer.prepare.workers import default_workers, tokenized
 
-__all__ = ["METADATA_KEY", "TokenizeOptions", "tokenize_files"]
+__all__ = ["TokenizeOptions", "tokenize_files"]
 
 
 @dataclass
@@ -60,7 +60,8 @@ def tokenize_files(
     held_out: list[ChatSource] = []
     if options.val_split is not None:
         folders = [path for path in sources if path.is_dir()]
-        found, _ = expand(folders, options.val_split)
+        found, more = expand(folders, options.val_split)
+        remarks += [remark for remark in more if remark not in remarks]
         held_out = [open_source(file.path, file.name) for file in found]
         if {source.path for source in held_out} & {source.path for source in opened}:
             raise PrepareError(

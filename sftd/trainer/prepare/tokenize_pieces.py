@@ -12,13 +12,14 @@ import numpy as np
 
 from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
 from sftd.trainer.prepare.chat_files import Piece, rows_of
-from sftd.trainer.prepare.chat_mask import IGNORE_INDEX, ChatMasker, MaskedChat
+from sftd.trainer.prepare.chat_mask import ChatMasker, MaskedChat
 from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
 from sftd.trainer.prepare.chat_rows import Conversation, conversation
 from sftd.trainer.prepare.chat_shapes import RowKeys
 from sftd.trainer.prepare.chat_template import check_template
 from sftd.trainer.prepare.errors import ChatError, PrepareError
 from sftd.trainer.prepare.hf_tokenizer import load_tokenizer, stop_token_ids
+from sftd.wire.data_rows import IGNORE_INDEX
 
 Truncation = Literal["right", "left", "error", "drop"]
 # Different sets of template variables, given by rows, that are kept ready.
@@ -125,7 +126,7 @@ class PieceTokenizer:
     def __call__(self, piece: Piece) -> Done:
         """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
         options, done = self._options, Done()
-        rendered: list[tuple[str, Conversation, RenderedChat]] = []
+        rendered: list[tuple[str, bytes, RenderedChat]] = []
         for place, row in rows_of(piece):
             done.seen += 1
             try:
@@ -133,21 +134,22 @@ class PieceTokenizer:
                     raise row
                 chat = conversation(row, options.row_keys)
                 texts = self._masker(chat).rows(chat.messages, chat.tools, options.rewritten)
-            except ChatError as error:
+                key = chat.key()
+                special = self.masker.holds_special(chat.messages, chat.tools)
+            except (ChatError, RecursionError) as error:
+                why = str(error) if isinstance(error, ChatError) else "it is nested too deeply"
                 if not options.skip_bad_rows:
-                    raise PrepareError(
-                        f"{place}: {error}. (--skip-bad-rows leaves such rows out.)"
-                    ) from error
-                done.rejected.append((place, str(error)))
+                    raise PrepareError(f"{place}: {why}. (--skip-bad-rows leaves such rows out.)") from error
+                done.rejected.append((place, why))
                 continue
             if not chat.is_trained:
                 done.dropped[NOT_TRAINED] = done.dropped.get(NOT_TRAINED, 0) + 1
                 continue
             done.chats += 1
-            done.keys += chat.key()
+            done.keys += key
             for name in self._unused(chat, piece.unread):
                 done.unused[name] = done.unused.get(name, 0) + 1
-            done.special += self.masker.holds_special(chat.messages, chat.tools)
+            done.special += special
             for counts, kind in (
                 (done.shapes, chat.shape),
                 (done.templates, texts[0].template),
@@ -155,9 +157,9 @@ class PieceTokenizer:
             ):
                 if kind is not None:
                     counts[kind] = counts.get(kind, 0) + 1
-            rendered += [(place, chat, text) for text in texts]
+            rendered += [(place, key, text) for text in texts]
         masked = self.masker.encode([text for _, _, text in rendered])
-        for (place, chat, text), whole in zip(rendered, masked, strict=True):
+        for (place, key, text), whole in zip(rendered, masked, strict=True):
             done.unstopped += whole.unstopped
             done.unknown += whole.loses
             done.as_shown += text.as_shown
@@ -166,7 +168,7 @@ class PieceTokenizer:
             if isinstance(kept, str):
                 done.dropped[kept] = done.dropped.get(kept, 0) + 1
             else:
-                done.rows.append(_row(whole, kept, chat.key()))
+                done.rows.append(_row(whole, kept, key))
         return done
 
     def _masker(self, chat: Conversation) -> ChatMasker:
