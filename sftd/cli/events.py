@@ -46,8 +46,7 @@ def _described(event: Any) -> str:
             millions = event.parameters / 1e6
             return f"{event.architecture}, {millions:.1f} M parameters, {event.dtype} on {event.device}, {event.seconds:.1f} s"
         case e.WeightsDigested():
-            files = f"{len(event.files)} file{'s' * (len(event.files) != 1)}"
-            return f"{files}, {output.size(event.bytes)}, {event.seconds:.1f} s"
+            return f"{counted(len(event.files), 'file')}, {output.size(event.bytes)}, {event.seconds:.1f} s"
         case e.DataBound():
             lost = f", {event.truncated_rows} truncated, {event.dropped_rows} dropped"
             return f"{counted(event.train_rows, 'row')}, {event.val_rows} for validation{lost}"

@@ -63,9 +63,8 @@ def layout_text(spec: Spec) -> str:
 def batch_text(spec: Spec) -> str:
     """What a micro-batch is."""
     if spec.training.use_rmpad:
-        return f"{counted(spec.micro_batch_tokens, 'token')}"
-    size = spec.training.micro_batch_size_per_gpu
-    return f"{size} row{'s' if size > 1 else ''}"
+        return counted(spec.micro_batch_tokens, "token")
+    return counted(spec.training.micro_batch_size_per_gpu, "row")
 
 
 def recompute_text(spec: Spec) -> str:
@@ -152,7 +151,7 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
         )
         if round(value)
     ]
-    several = f"{disk.most} checkpoint{'s' if disk.most > 1 else ''} of {output.size(disk.checkpoint)}"
+    several = f"{counted(disk.most, 'checkpoint')} of {output.size(disk.checkpoint)}"
     stays = f"{output.size(disk.at_end)} stay; an export is {output.size(disk.export)}"
     mfu = f", MFU {pace.mfu:.0%}" if pace.mfu is not None else ""
     return [

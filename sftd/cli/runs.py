@@ -166,6 +166,7 @@ def _harmless(lines: str) -> Text:
 def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
+    from sftd.cli.plan_view import layout_text
     from sftd.domain.events import RunSubmitted
 
     spec = run.spec
@@ -194,14 +195,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("data", ", ".join(spec.data.train_files)),
-        (
-            "layout",
-            " ".join(
-                f"{name}{size}"
-                for name, size in spec.parallel_sizes.items()
-                if size > 1 or name in ("TP", "PP", "DP")
-            ),
-        ),
+        ("layout", layout_text(spec)),
         (
             "batch",
             f"{spec.data.train_batch_size} in micro-batches of "
