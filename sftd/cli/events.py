@@ -119,7 +119,7 @@ def _described(event: Any) -> str:
         case e.SystemSampled():
             return _sampled(event)
         case e.ReplayVerified():
-            how = "bit for bit" if event.is_exact else "but for rounding"
+            how = "bit for bit" if event.is_exact else "except for rounding"
             return f"steps {event.from_step + 1} to {event.to_step} came out as the log has them, {how}, by {event.by}"
         case e.ReplayDiverged():
             differs = f"; differs: {', '.join(event.environment)}" if event.environment else ""
