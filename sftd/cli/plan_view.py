@@ -28,7 +28,9 @@ _BASIS = {
 
 
 def seconds(value: float) -> str:
-    """A step's time: `0.42 s`, `12 s`."""
+    """A step's time: `2.6 ms`, `0.42 s`, `12 s`."""
+    if value < 0.1:
+        return f"{value * 1000:.{int(value < 0.01)}f} ms"
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
