@@ -100,15 +100,6 @@ def open_existing_store(settings: Settings) -> Store | None:
     return None if file is not None and not file.exists() else open_store(settings)
 
 
-# Daemons say that they live three times in a lease.
-_SILENT_LEASES = 2
-
-
-def silent_micros(settings: Settings) -> int:
-    """For how long a daemon may be silent and still be one that starts runs, in µs."""
-    return int(_SILENT_LEASES * settings.lease_seconds * 1_000_000)
-
-
 def views_up_to_date(store: Store) -> None:
     """Fold what the views lack: nothing, unless they were deleted."""
     from sftd.projections import views

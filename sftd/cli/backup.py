@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 from sftd.settings import Settings, sqlite_file
 
 if TYPE_CHECKING:
@@ -189,14 +190,12 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
         app.views_up_to_date(store)
         with output.progress() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
+        problems = counted(len(found.problems), "problem")
         if found.problems and not force:
             shown = [Problem("FILE", problem) for problem in found.problems[:_SHOWN]]
             fix = "restore another backup, or this one with --force"
-            count = len(found.problems)
-            raise Refused(
-                [*shown, Problem("FILE", f"{file} has {count} problem{'s' if count > 1 else ''}", fix)]
-            )
-        click.echo(f"{file}: {found.runs:,} runs, {found.events:,} events, {len(found.problems)} problems")
+            raise Refused([*shown, Problem("FILE", f"{file} has {problems}", fix)])
+        click.echo(f"{file}: {counted(found.runs, 'run')}, {counted(found.events, 'event')}, {problems}")
         return restoring.outlook(store, settings.home)
 
 

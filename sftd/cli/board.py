@@ -232,7 +232,7 @@ def _waiting(row: QueueRow, now: Micros) -> Text:
     text = Text.assemble(
         (f"{row.run_id:<18} ", "bold"), (f"{row.status:<8} ", output.STATUS_STYLE.get(row.status, ""))
     )
-    text.append(f"{row.devices} device{'s' if row.devices != 1 else ''}  ")
+    text.append(f"{counted(row.devices, 'device')}  ")
     what = row.waits_for
     if row.not_before is not None:
         what = f"its next try in {output.duration(max(0, row.not_before - now) / 1e6)}"

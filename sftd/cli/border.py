@@ -17,7 +17,7 @@ class Stream:
     """A text stream that passes on nothing that a terminal obeys, colours excepted."""
 
     def __init__(self, stream: IO[str]) -> None:
-        # Rich writes past this, by this name: its consoles are clean by themselves (`console`), and move the cursor.
+        # Rich's own proxies have their stream under this name, too.
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
@@ -44,6 +44,12 @@ def console(*, stderr: bool, width: int | None) -> Console:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
+    # Past the border: the console is clean by itself, and moves the cursor. Named here, because rich puts a proxy of its own
+    # around sys.stdout while a spinner or a board is shown.
+    stream = sys.stderr if stderr else sys.stdout
+    while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = behind
+
     class Clean(Console):
         def render(
             self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -55,4 +61,4 @@ def console(*, stderr: bool, width: int | None) -> Console:
                 else:
                     yield Segment(harmless(text).replace("\x1b", " "), segment.style)
 
-    return Clean(stderr=stderr, highlight=False, width=width)
+    return Clean(file=stream, stderr=stderr, highlight=False, width=width)

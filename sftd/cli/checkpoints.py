@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.operations.collecting import Leftover
@@ -130,10 +131,10 @@ def gc_command(
         for left in planned:
             click.echo(f"{left.run_id}  step {left.step}  {output.size(left.bytes):>8}", err=True)
         total = output.size(sum(left.bytes for left in planned))
-        app.confirm(f"Delete {len(planned)} checkpoints, {total}?")
+        app.confirm(f"Delete {counted(len(planned), 'checkpoint')}, {total}?")
     found = collect(dry_run=dry_run)
     if as_json:
-        click.echo(output.json_line([_leftover_json(left) for left in found]))
+        click.echo(output.json_line(found))
         return
     for left in found:
         click.echo(f"{left.run_id}  step {left.step}  {output.size(left.bytes):>8}  {left.what}")
@@ -141,15 +142,9 @@ def gc_command(
     reduced = sum(left.what == "weights kept" for left in gone)
     would = "would be " if dry_run else ""
     parts = [
-        f"{count} checkpoint{'s' * (count != 1)} {would}{verb}"
+        f"{counted(count, 'checkpoint')} {would}{verb}"
         for count, verb in ((len(gone) - reduced, "deleted"), (reduced, "reduced to weights"))
         if count
     ]
     total = output.size(sum(left.bytes for left in gone))
     click.echo(f"{', '.join(parts)}: {total}" if gone else "Nothing to delete.")
-
-
-def _leftover_json(left: Leftover) -> dict[str, Any]:
-    import msgspec
-
-    return msgspec.structs.asdict(left)

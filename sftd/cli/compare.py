@@ -174,6 +174,6 @@ def _differences_table(found: Compared) -> Table:
         style = "dim" if d.keeps_steps else ""
         table.add_row(d.group, Text(d.key, style), *(Text(v, style) for v in shown_values(d)))
     if any(d.keeps_steps for d in found.differences):
-        table.caption = "dim: leaves the steps as they are, bit for bit or but for rounding"
+        table.caption = "dim: leaves the steps as they are, bit for bit or except for rounding"
         table.caption_justify = "left"
     return table

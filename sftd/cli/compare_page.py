@@ -133,7 +133,7 @@ def _differences(found: Compared) -> str:
         values = "".join(f"<td>{_e(v)}</td>" for v in shown_values(d))
         rows += f'<tr{kind}><td>{_e(d.group)}</td><th scope="row">{_e(d.key)}</th>{values}</tr>'
     note = (
-        "<p class=more>Pale: leaves the steps as they are, bit for bit or but for rounding.</p>"
+        "<p class=more>Pale: leaves the steps as they are, bit for bit or except for rounding.</p>"
         if any(d.keeps_steps for d in found.differences)
         else ""
     )

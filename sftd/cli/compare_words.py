@@ -49,7 +49,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
         ("peak memory", output.memory(f.peak_memory_bytes) if f.peak_memory_bytes else ""),
         ("wall time", output.duration(f.wall_seconds)),
         ("goodput", some(f.goodput, f"{f.goodput or 0:.1%}")),
-        ("device-hours", f"{hours} on {f.devices} device{'s' if f.devices != 1 else ''}"),
+        ("device-hours", f"{hours} on {counted(f.devices, 'device')}"),
         ("cost", some(f.cost, f"{f.cost or 0:,.2f}")),
         ("failed", output.printable(f.message or "")),
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 if TYPE_CHECKING:
     from sftd.cli.findings import Finding
@@ -22,7 +23,7 @@ _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 def doctor_command(as_json: bool) -> None:
     """Look at everything that training needs here, and say how to fix what is not well.
 
-    Nothing is changed. Exits with 1 when something is broken; a warning is no error.
+    Makes SFTD_HOME where there is none, and changes nothing else. Exits with 1 when something is broken; a warning is no error.
 
     \b
     Example:
@@ -105,5 +106,4 @@ def _print(found: list[Finding]) -> None:
     out = output.console()
     out.print(table)
     counts = {state: sum(f.state == state for f in found) for state in _STYLE}
-    warnings = f"{counts['warning']} warning{'s' if counts['warning'] != 1 else ''}"
-    out.print(f"\n{counts['ok']} ok, {warnings}, {counts['broken']} broken")
+    out.print(f"\n{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counts['broken']} broken")

@@ -6,19 +6,18 @@ import re
 import shlex
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftd.cli import output
 from sftd.cli.findings import Finding, broken, ok, warning
-from sftd.settings import Settings
+from sftd.domain.words import counted
+from sftd.settings import Settings, sqlite_file
 
 if TYPE_CHECKING:
     from sftd.store.engine import Store
 
 _SKEW_SECONDS = 2.0
 _ANSWER_SECONDS = 5.0
-_SILENT_SECONDS = 120.0
 
 
 def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
@@ -27,25 +26,19 @@ def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
     from sftd.store.tables import SCHEMA_REVISION
 
     url = shown_url(settings.database_url)
-    is_sqlite = settings.database_url.startswith("sqlite")
-    if is_sqlite and not _exists(settings.database_url):
+    file = sqlite_file(settings.database_url)
+    if file is not None and not file.exists():
         return None, [ok("database", f"{url}: will be made by the first command that needs it")]
     store = Store(open_engine(settings.database_url))
     revision = store.schema_revision()
     if revision != SCHEMA_REVISION:
         store.engine.dispose()
-        if is_sqlite and (revision is None or revision < SCHEMA_REVISION):
+        if file is not None and (revision is None or revision < SCHEMA_REVISION):
             return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
         what = f"tables of revision {revision}" if revision else "no tables"
         fix = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
         return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", fix)]
     return store, [_skew(store, f"{url}, revision {revision}")]
-
-
-def _exists(sqlite_url: str) -> bool:
-    import sqlalchemy as sa
-
-    return Path(sa.make_url(sqlite_url).database or "").exists()
 
 
 def _skew(store: Store, text: str) -> Finding:
@@ -88,7 +81,7 @@ def mlflow(settings: Settings) -> Iterator[Finding]:
     if is_remote(uri):
         yield _server(uri, shown, mine)
         return
-    if uri.startswith("sqlite") and not _exists(uri):
+    if (file := sqlite_file(uri)) is not None and not file.exists():
         yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
         return
     yield _tracking_store(uri, shown, mine)
@@ -151,11 +144,11 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         yield ok("daemon", f"runs, pid {holder}, log {settings.logs / 'daemon.log'} when detached")
     if store is None:
         return
-    from sftd.daemon.registration import silent_micros, this_daemon, twins
+    from sftd.daemon.registration import this_daemon, twins
     from sftd.store import daemons, queue
 
     me, now = this_daemon(settings, {}), time.time_ns() // 1000
-    for twin in twins(store, me, now, silent_micros(settings)):
+    for twin in twins(store, me, now, settings.silent_micros):
         what = f"{twin.daemon_id} has this host's name and the path of this home, and runs in another container or on another machine"
         fix = "give each a host name of its own (`docker run --hostname NAME`), or another path for SFTD_HOME"
         yield broken("daemon", what, fix)
@@ -165,10 +158,9 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
     for lease in leases:
         owner = owners[lease.owner]
-        silent = (now - owner.seen_at) / 1e6 if owner else 0.0
-        if owner is None or silent < _SILENT_SECONDS:
+        if owner is None or (silent := now - owner.seen_at) <= settings.silent_micros:
             continue
-        said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent)}"
+        said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent / 1e6)}"
         if owner.host != me.host:
             fix = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
             yield warning("daemon", said, fix)
@@ -189,10 +181,8 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     killed = rerun.abandoned(settings.home)
     if killed:
         trains = len(processes.of_attempts(rerun.scratch_folder(settings.home)))
-        what = (
-            f"{len(killed)} scratch folder{'s' if len(killed) > 1 else ''} of `sftd verify` that was killed"
-        )
-        what += f", {trains} processes train there" if trains else ""
+        what = f"{counted(len(killed), 'scratch folder')} of `sftd verify` that was killed"
+        what += f", with {counted(trains, 'training process', 'training processes')}" if trains else ""
         yield warning("leftovers", what, "a daemon ends and removes them: `sftd daemon --detach`")
     if store is None:
         return
@@ -205,12 +195,12 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
             stray.setdefault(run_id, []).append(pid)
     for run_id, pids in stray.items():
         kill = f"kill -9 {' '.join(map(str, pids))}"
-        what = f"{len(pids)} processes of {run_id}, whose attempt is over"
+        what = f"{counted(len(pids), 'process', 'processes')} of {run_id}, whose attempt is over"
         yield warning("leftovers", f"{what} (pids {', '.join(map(str, pids))})", kill)
     partial = [p for p in runs_dir.glob("*/checkpoints/*.partial") if p.parts[-3] not in driven]
     if partial:
         size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
-        what = f"{len(partial)} half-written checkpoints of runs that nobody drives, {output.size(size)}"
+        what = f"{counted(len(partial), 'half-written checkpoint')} of runs that nobody drives, {output.size(size)}"
         fix = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
         yield warning("leftovers", what, fix)
     if not stray and not partial and not killed:

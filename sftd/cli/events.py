@@ -46,8 +46,7 @@ def _described(event: Any) -> str:
             millions = event.parameters / 1e6
             return f"{event.architecture}, {millions:.1f} M parameters, {event.dtype} on {event.device}, {event.seconds:.1f} s"
         case e.WeightsDigested():
-            files = f"{len(event.files)} file{'s' * (len(event.files) != 1)}"
-            return f"{files}, {output.size(event.bytes)}, {event.seconds:.1f} s"
+            return f"{counted(len(event.files), 'file')}, {output.size(event.bytes)}, {event.seconds:.1f} s"
         case e.DataBound():
             lost = f", {event.truncated_rows} truncated, {event.dropped_rows} dropped"
             return f"{counted(event.train_rows, 'row')}, {event.val_rows} for validation{lost}"
@@ -120,7 +119,7 @@ def _described(event: Any) -> str:
         case e.SystemSampled():
             return _sampled(event)
         case e.ReplayVerified():
-            how = "bit for bit" if event.is_exact else "but for rounding"
+            how = "bit for bit" if event.is_exact else "except for rounding"
             return f"steps {event.from_step + 1} to {event.to_step} came out as the log has them, {how}, by {event.by}"
         case e.ReplayDiverged():
             differs = f"; differs: {', '.join(event.environment)}" if event.environment else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from typing import TYPE_CHECKING
 
 from sftd.cli import app
@@ -18,16 +17,17 @@ def known_hosts(settings: Settings) -> list[HostDevices]:
     from sftd.domain.doubts import HostDevices
     from sftd.domain.errors import SftdError
     from sftd.launcher.inventory import visible_gpus
+    from sftd.launcher.processes import host_name
     from sftd.operations import waiting
     from sftd.wire.cores import usable_cores
 
     known: dict[str, HostDevices] = {}
     # A host whose GPUs cannot be counted says nothing here: `sftd doctor` and the daemon say what is wrong with it.
     with contextlib.suppress(SftdError):
-        here = socket.gethostname()
+        here = host_name()
         known[here] = HostDevices(here, len(visible_gpus()), settings.cpu_slots or usable_cores())
     with contextlib.suppress(SftdError):
         if store := app.open_existing_store(settings):
-            for host in waiting.living_hosts(store, app.context(), app.silent_micros(settings)):
+            for host in waiting.living_hosts(store, app.context(), settings.silent_micros):
                 known[host.name] = HostDevices(host.name, host.gpus, host.cpus)
     return list(known.values())

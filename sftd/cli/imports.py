@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sftd.cli import app, output
+from sftd.domain.words import counted
 
 
 @click.command("import")
@@ -48,7 +49,7 @@ def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json
     elif quiet:
         click.echo(run.run_id)
     else:
-        count = f"{done.new_events} new events" if done.new_events else "nothing new"
+        count = counted(done.new_events, "new event") if done.new_events else "nothing new"
         out = output.console()
         out.print(
             f"[bold]{run.run_id}[/]: {count}; {run.status}, at step {run.step} of {run.planned_steps}",

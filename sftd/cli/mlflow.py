@@ -201,13 +201,11 @@ def _tell(checked: Iterable[Checked], total: int, as_json: bool) -> None:
             continue
         click.echo(f"{found.run_id}: in {found.experiment}, not equal to the log", err=True)
         if found.behind:
-            click.echo(
-                f"  {counted(found.behind, 'event')} are not there yet: a daemon mirrors them", err=True
-            )
+            click.echo(f"  {counted(found.behind, 'event')} not there yet: a daemon mirrors them", err=True)
         for difference in found.differences:
             click.echo(f"  {difference}", err=True)
     if not as_json and total:
-        click.echo(f"{equal} of {counted(total, 'run')} are equal to the log, {counted(points, 'point')}")
+        click.echo(f"equal to the log: {equal} of {counted(total, 'run')}, {counted(points, 'point')}")
     elif not as_json:
         click.echo("The log has no runs.")
     if equal < total:

@@ -32,8 +32,7 @@ def nodes_command(everyone: bool, as_json: bool) -> None:
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    silent = int(settings.lease_seconds * 1_000_000)
-    found = nodes.list_nodes(store, app.context(), silent, everyone=everyone)
+    found = nodes.list_nodes(store, app.context(), settings.silent_micros, everyone=everyone)
     if as_json:
         click.echo(output.json_line([as_values(node) for node in found]))
     elif not found:

@@ -17,6 +17,8 @@ import msgspec
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.printable import escaped
 from sftd.domain.printable import printable as printable
+from sftd.domain.words import memory as memory
+from sftd.domain.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,21 +122,6 @@ def age(micros: int) -> str:
         return f"{seconds // 3600}h"
     # 9 days, not one week; 2 weeks, not 14 days.
     return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
-
-
-def memory(count: float) -> str:
-    """Bytes of memory → `12.3 GiB`, the unit in which devices have it."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 * 0.95 else f"{count / 2**20:.0f} MiB"
-
-
-def size(count: int) -> str:
-    """Bytes on a disk → `1.6 GB`, the unit in which disks are sold. Memory has its own: `memory`."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def loss(value: float | str | None) -> str:

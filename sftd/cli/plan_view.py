@@ -28,7 +28,9 @@ _BASIS = {
 
 
 def seconds(value: float) -> str:
-    """A step's time: `0.42 s`, `12 s`."""
+    """A step's time: `2.6 ms`, `0.42 s`, `12 s`."""
+    if value < 0.1:
+        return f"{value * 1000:.{int(value < 0.01)}f} ms"
     return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
 
 
@@ -63,9 +65,8 @@ def layout_text(spec: Spec) -> str:
 def batch_text(spec: Spec) -> str:
     """What a micro-batch is."""
     if spec.training.use_rmpad:
-        return f"{counted(spec.micro_batch_tokens, 'token')}"
-    size = spec.training.micro_batch_size_per_gpu
-    return f"{size} row{'s' if size > 1 else ''}"
+        return counted(spec.micro_batch_tokens, "token")
+    return counted(spec.training.micro_batch_size_per_gpu, "row")
 
 
 def recompute_text(spec: Spec) -> str:
@@ -152,7 +153,7 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
         )
         if round(value)
     ]
-    several = f"{disk.most} checkpoint{'s' if disk.most > 1 else ''} of {output.size(disk.checkpoint)}"
+    several = f"{counted(disk.most, 'checkpoint')} of {output.size(disk.checkpoint)}"
     stays = f"{output.size(disk.at_end)} stay; an export is {output.size(disk.export)}"
     mfu = f", MFU {pace.mfu:.0%}" if pace.mfu is not None else ""
     return [

@@ -32,7 +32,7 @@ def queue_command(as_json: bool) -> None:
     store = app.open_store(settings)
     context = app.context()
     limits = Limits(settings.user_limit, settings.project_limit)
-    rows = waiting.list_queue(store, context, limits, app.silent_micros(settings))
+    rows = waiting.list_queue(store, context, limits, settings.silent_micros)
     if as_json:
         click.echo(output.json_line([as_values(row) for row in rows]))
     elif not rows:

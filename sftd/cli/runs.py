@@ -166,6 +166,7 @@ def _harmless(lines: str) -> Text:
 def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
+    from sftd.cli.plan_view import layout_text
     from sftd.domain.events import RunSubmitted
 
     spec = run.spec
@@ -194,14 +195,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("data", ", ".join(spec.data.train_files)),
-        (
-            "layout",
-            " ".join(
-                f"{name}{size}"
-                for name, size in spec.parallel_sizes.items()
-                if size > 1 or name in ("TP", "PP", "DP")
-            ),
-        ),
+        ("layout", layout_text(spec)),
         (
             "batch",
             f"{spec.data.train_batch_size} in micro-batches of "
@@ -248,7 +242,7 @@ def _redone(run: Run, history: list[Recorded]) -> str:
         return f"{run.steps_redone} ({odd} differ from the log)"
     # Where samples are left out, or read again, they are other steps: nothing to compare.
     which = "with the same samples " if any(isinstance(r.event, SamplesSkipped) for r in history) else ""
-    how = "bit for bit" if run.is_exact else "but for rounding"
+    how = "bit for bit" if run.is_exact else "except for rounding"
     return f"{run.steps_redone} (all {which}equal to the log, {how})"
 
 
@@ -273,7 +267,7 @@ def _time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
     yield "time", ", ".join(f"{account} {text}" for account, text in parts if text != "0.0s")
     if ledger.seconds("productive"):
         share, held = ledger.goodput or 0.0, ledger.held_seconds
-        yield "goodput", f"{share:.1%} of {took(held)} (all time but queued and idle)"
+        yield "goodput", f"{share:.1%} of {took(held)} (all time except queued and idle)"
 
 
 def _checkpoints_table(run: Run) -> Table:

@@ -74,7 +74,7 @@ def submit(
             click.echo(
                 f"{text}: {counted(point.found.planned_steps, 'step')}, spec {spec_digest(point.spec)[:12]}"
             )
-        output.note(f"{len(points)} runs would be queued; nothing was.")
+        output.note(f"{counted(len(points), 'run')} would be queued; nothing was.")
     else:
         for run_id, text in zip(run_ids, texts, strict=True):
             click.echo(run_id if quiet else f"{run_id}  {text}")

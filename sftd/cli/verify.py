@@ -63,7 +63,7 @@ def verify_command(
     """Train recorded steps of RUN again, and compare each with the log.
 
     From a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient norm, learning
-    rate, trained tokens and the rows of every step must be those of the log: bit for bit, or but for rounding where
+    rate, trained tokens and the rows of every step must be those of the log: bit for bit, or except for rounding where
     the run was not deterministic or its environment was another. It ends at the first step that came out otherwise, says
     what differs besides, and records the outcome in the run's log. Neither the run nor its checkpoints are touched;
     it may be running. Exit code 1: a step diverged, or could not be trained again (then nothing is recorded).
@@ -343,7 +343,7 @@ def _print(
     out = output.console()
     first = chosen.from_step + 1
     if isinstance(verdict, ReplayVerified):
-        how = "bit for bit" if verdict.is_exact else "but for rounding"
+        how = "bit for bit" if verdict.is_exact else "except for rounding"
         out.print(
             f"[bold green]verified[/]: steps {first} to {verdict.to_step} came out as the log has them, {how} "
             "(loss, grad norm, lr, tokens, samples)",

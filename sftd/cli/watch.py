@@ -47,7 +47,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     settings = app.read_settings()
     store = app.open_store(settings)
     limits = Limits(settings.user_limit, settings.project_limit)
-    silent = int(settings.lease_seconds * 1_000_000)
+    silent = settings.silent_micros
     observer: Observer | RunObserver
     if run is None:
         observer = Observer(store, app.context(), limits, silent)

@@ -65,7 +65,7 @@ def _texts(folder: str, wanted: list[list[int]]) -> list[str]:
         done = run_tool("row_text", [folder], lambda line: None, msgspec.json.encode(wanted))
         return [output.printable(_shortened(text.replace("\n", "⏎"), _HEAD, _TAIL)) for text in done["texts"]]
     except ToolFailed as error:
-        output.note(f"Token ids, for there is no text: {str(error).splitlines()[-1]}")
+        output.note(f"Token ids are shown instead of text: {str(error).splitlines()[-1]}")
     return [
         " ".join(map(str, ids[:_IDS])) + (f" … ({len(ids)} ids)" if len(ids) > _IDS else "") for ids in wanted
     ]

@@ -16,7 +16,7 @@ from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror import MirrorThread
 from sftd.daemon.mirror_turn import Mirror, MirrorTurn
 from sftd.daemon.notices import NoticeThread
-from sftd.daemon.registration import Registration, silent_micros, this_daemon
+from sftd.daemon.registration import Registration, this_daemon
 from sftd.daemon.rescuer import make_way, not_observed, orphaned
 from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor, take_in
@@ -298,7 +298,7 @@ class Daemon:
             need=self._inventory.need,
             free=lambda kind: len(self._inventory.free(kind)),
             limits=self._limits,
-            silent_micros=silent_micros(self._settings),
+            silent_micros=self._settings.silent_micros,
         ):
             of_run(run_id).info("makes room for a run of higher priority")
 
@@ -370,7 +370,7 @@ class Daemon:
     def _adopt(self) -> None:
         driven = {supervisor.lease.token for supervisor in self._supervisors.values()}
         orphans = orphaned(
-            self._store, self._registration.row, driven, self._context.now(), silent_micros(self._settings)
+            self._store, self._registration.row, driven, self._context.now(), self._settings.silent_micros
         )
         for lease, owner in orphans.unobserved:
             self._report_once(lease.run_id, not_observed(lease, owner))

@@ -18,17 +18,9 @@ from sftd.store.engine import Store
 
 log = logging.getLogger("sftd.daemon")
 
-# Daemons renew their row three times in a lease.
-SILENT_LEASES = 2
-
 
 class NotAlone(SftdError):
     """Another daemon has this host name and the path of this home."""
-
-
-def silent_micros(settings: Settings) -> int:
-    """A daemon that has not renewed its row for so long is not observed."""
-    return int(SILENT_LEASES * settings.lease_seconds * 1_000_000)
 
 
 def this_daemon(settings: Settings, devices: dict[str, int]) -> DaemonRow:
@@ -70,7 +62,7 @@ class Registration:
         self.row = row
         self._store = store
         self._context = context
-        self._silent = silent_micros(settings)
+        self._silent = settings.silent_micros
         self._seen: dict[str, Micros] = {}
 
     def is_free(self) -> bool:

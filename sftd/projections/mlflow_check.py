@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from sftd.domain import events as e
 from sftd.domain.evolve import evolve
+from sftd.domain.words import counted
 from sftd.projections import mlflow_mapping as mapping
 from sftd.projections import mlflow_reading as reading
 from sftd.projections.mlflow_client import RemoteRun, Tracking
@@ -137,11 +138,11 @@ def _differences(key: str, log: list[_Row], there: list[_Row]) -> Iterator[str]:
     lacking, extra = sorted(set(log) - set(there)), sorted(set(there) - set(log))
     twice = len(there) - len(set(there))
     if lacking:
-        yield f"{key}: {len(lacking)} points of the log are not in MLflow, the first at step {lacking[0][0]}"
+        yield f"{key}: {counted(len(lacking), 'point')} of the log not in MLflow, the first at step {lacking[0][0]}"
     if extra:
-        yield f"{key}: {len(extra)} points in MLflow are not in the log, the first at step {extra[0][0]}"
+        yield f"{key}: {counted(len(extra), 'point')} in MLflow not in the log, the first at step {extra[0][0]}"
     if twice:
-        yield f"{key}: {twice} points are in MLflow twice"
+        yield f"{key}: {counted(twice, 'point')} in MLflow twice"
 
 
 def _facts(

@@ -50,6 +50,11 @@ class Settings:
     slurm_poll_seconds: float = 10.0
 
     @property
+    def silent_micros(self) -> int:
+        """A daemon that has not renewed its row for so many µs is not observed. Daemons renew it three times in a lease."""
+        return int(2 * self.lease_seconds * 1_000_000)
+
+    @property
     def logs(self) -> Path:
         """Folder of the daemon's own log."""
         return self.home / "logs"

@@ -13,6 +13,7 @@ from sftd.domain.errors import AmbiguousRun, RunNotFound
 from sftd.store.tables import view_files, view_runs, view_variants
 
 _LISTED = 5
+By = Literal["id", "sweep", "name", "prefix", "removed"]
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -20,29 +21,32 @@ class Match(msgspec.Struct, frozen=True):
 
     run_id: str
     status: str
-    by: Literal["id", "sweep", "name", "prefix"]
+    by: By
 
 
 def matches(connection: sa.Connection, text: str) -> list[Match]:
     """Every run that `text` may mean: the run of this id; else the members of this sweep, in the order in which they were
-    submitted; else the runs of this name, newest first, then those whose ids begin so. A run that was removed is found by its id
-    only. Raises `RunNotFound`."""
+    submitted; else the runs of this name, newest first, then those whose ids begin so. A run that was removed is found by its
+    id, and by the beginning of it if nothing else matches. Raises `RunNotFound`."""
     c = view_runs.c
     # Not LIKE: % and _ in a prefix would match anything.
     begins = sa.func.substr(c.run_id, 1, len(text)) == text
     project, _, name = text.partition("/")
     named = (c.name == text) | ((c.name == name) & (c.project == project)) if project else c.name == text
     removed = sa.select(view_files.c.run_id).where(view_files.c.removed_at.is_not(None))
-    searches: tuple[tuple[Literal["id", "sweep", "name", "prefix"], sa.ColumnElement[bool]], ...] = (
+    searches: tuple[tuple[By, sa.ColumnElement[bool]], ...] = (
         ("id", c.run_id == text),
         ("sweep", c.run_id.in_(members(text)) & c.run_id.not_in(removed)),
         ("name", named & c.run_id.not_in(removed)),
-        ("prefix", begins),
+        ("prefix", begins & c.run_id.not_in(removed)),
+        ("removed", begins),
     )
     found: dict[str, Match] = {}
     # Bytes that are not UTF-8 are in an argument as halves of characters, which no database takes.
     is_text = text == text.encode(errors="ignore").decode() != ""
     for by, condition in searches if is_text else ():
+        if found and by == "removed":
+            break
         order = (c.submitted_at, c.run_id) if by == "sweep" else (c.submitted_at.desc(), c.run_id)
         for run_id, status in connection.execute(
             sa.select(c.run_id, c.status).where(condition).order_by(*order)

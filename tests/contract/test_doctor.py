@@ -234,7 +234,7 @@ def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
     try:
         process, files = doctor_services.leftovers(mine, store)
         assert (process.state, process.fix) == ("warning", f"kill -9 {children[0].pid}")
-        assert files.said.startswith("1 half-written checkpoints of runs that nobody drives, 2.0 kB")
+        assert files.said.startswith("1 half-written checkpoint of runs that nobody drives, 2.0 kB")
         assert shlex.split(files.fix)[2:] == [
             str(mine.home / "runs" / "run-b" / "checkpoints" / "step-00000005.partial")
         ]

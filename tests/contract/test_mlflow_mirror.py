@@ -907,8 +907,8 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     assert checked.behind == 1
     told = "\n".join(checked.differences)
     assert "status: MLflow has FAILED, the log RUNNING" in told
-    assert "val_loss: 1 points of the log are not in MLflow, the first at step 7" in told
-    assert "lr: 1 points in MLflow are not in the log, the first at step 3" in told
+    assert "val_loss: 1 point of the log not in MLflow, the first at step 7" in told
+    assert "lr: 1 point in MLflow not in the log, the first at step 3" in told
     assert "loss:" not in told.replace("val_loss:", "")
     lost = check(log.store, tracking, "nowhere/", "child", 1)
     assert lost.differences == ["there is no MLflow run of it"]
@@ -949,7 +949,7 @@ def test_the_commands_find_the_runs_and_their_pages(
         ("root", True, 0),
         ("child", True, 0),
     ]
-    assert "2 of 2 runs are equal to the log" in sftd("mlflow", "rebuild").stdout
+    assert "equal to the log: 2 of 2 runs" in sftd("mlflow", "rebuild").stdout
     assert "'a/b' cannot be a model's name" in sftd("mlflow", "register", "root", "a/b").stderr
     assert "root has no export of step 7" in sftd("mlflow", "register", "root", "m", "--step", "7").stderr
 

@@ -227,3 +227,14 @@ def test_bytes_that_are_no_text_name_nothing(log: Store) -> None:
 def test_filters_are_joined(log: Store) -> None:
     wanted = Filter(patterns=("baseline", "geo"), statuses=("succeeded",), project="default")
     assert [row.run_id for row in reading.list_runs(log, wanted)] == ["brave-otter-0001"]
+
+
+def test_a_removed_run_is_in_nobodys_way(log: Store) -> None:
+    append(log, "brave-otter-0001", [e.RunRemoved(by="me", freed_bytes=1)], at=NOON + 400 * SECOND)
+    assert naming.one(log, "brave-otter") == ("brave-otter-0002", "")
+    assert naming.one_to_change(log, "brave-otter") == "brave-otter-0002"
+    assert naming.one(log, "brave-otter-0001") == ("brave-otter-0001", "")
+    append(log, "brave-otter-0002", [e.RunRemoved(by="me", freed_bytes=1)], at=NOON + 401 * SECOND)
+    with pytest.raises(AmbiguousRun):
+        naming.one(log, "brave-otter")
+    assert naming.one(log, "brave-otter-0002") == ("brave-otter-0002", "")

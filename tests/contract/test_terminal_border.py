@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from sftd.cli import COMMANDS, main, output
+from sftd.cli import COMMANDS, border, main, output
 from sftd.daemon.log import TextFormat
 from sftd.domain import events as e
 from sftd.domain.printable import escaped, harmless, printable
@@ -173,6 +174,32 @@ def test_a_terminal_obeys_nothing_that_is_printed(
     if "--json" in line:
         for written in shown.stdout.splitlines():
             json.loads(written)
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """Yes."""
+        return True
+
+
+def test_a_spinner_moves_the_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = Screen(), Screen()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with border.guarded(), output.console(stderr=True).status("looking"):
+        print(f"{EVIL} printed")
+        output.note(f"{EVIL} noted")
+        output.warn(f"{EVIL} warned")
+    assert "looking\r\x1b[2K" in err.getvalue(), "a frame stays on the screen"
+    # Rich's own: it hides the cursor, goes up and erases lines.
+    moved = re.compile(r"\x1b\[(?:\?25[lh]|1A|2K)|\r")
+    for stream, said in ((out, ()), (err, ("noted", "warned", "printed"))):
+        text = OURS.sub("", moved.sub("", stream.getvalue()))
+        assert OBEYED.findall(text) == []
+        assert all(word in text for word in said)
 
 
 def test_json_keeps_what_it_says(log: None) -> None:

@@ -173,7 +173,7 @@ def test_the_model_learns_from_the_command_line(home: Home) -> None:
     assert "CheckpointPublished" in text
     assert "RunSucceeded" in text
     progress = home.run("logs", run_id).stdout
-    assert progress.count("grad norm") == 20
+    assert progress.count("  grad ") == 20
     assert "[attempt 1] step 20/20  loss " in progress
     assert home.run("logs", run_id, "--tail", "1").stdout.count("[attempt 1] step") == 1
     assert "checkpoint" in home.run("show", run_id).stdout

@@ -153,7 +153,7 @@ def test_the_check_of_sftd_says_so_too_and_finds_what_is_otherwise(story: Story)
     [rebuilt] = client.search_runs([found.experiment_id])
     client.log_metric(rebuilt.info.run_id, "loss", 7.0, step=3)
     spoilt = home.run("mlflow", "check", story.fork, "--prefix", "rebuilt/", check=1)
-    assert "loss: 1 points in MLflow are not in the log, the first at step 3" in spoilt.stderr
+    assert "loss: 1 point in MLflow not in the log, the first at step 3" in spoilt.stderr
 
 
 def test_the_host_is_sampled_by_whichever_daemon_drives_the_run(story: Story) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from sftd.cli import output
+from sftd.cli.plan_view import seconds
+from sftd.domain.progress_lines import describe
 from sftd.domain.words import counted
 from sftd.trainer.prepare.card import reason_of
+from tests.histories import step
 
 
 def test_one_has_no_s() -> None:
@@ -22,3 +25,13 @@ def test_the_same_mistake_in_another_message_is_the_same_reason() -> None:
         "message 3: write one JSON object a line, in UTF-8"
     )
     assert reason_of("row 5 is not UTF-8, sha256 abc1") == "row N is not UTF-8, sha256 abc1"
+
+
+def test_a_step_fits_80_columns() -> None:
+    done = step(1000, loss=10.1234, grad_norm=1.0384, lr=7.94e-4, seconds=20 / 8_765, mfu=None)
+    assert len(f"[attempt 1] {describe(done, 2000)}") <= 80
+
+
+def test_a_short_step_is_not_zero() -> None:
+    shown = [seconds(value) for value in (0.0026, 0.0999, 0.42, 12.3)]
+    assert shown == ["2.6 ms", "100 ms", "0.42 s", "12 s"]
