@@ -18,6 +18,7 @@ from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
 from sftd.domain.model_files import ModelFiles
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.storage import storage
+from sftd.domain.words import size
 from sftd.wire import chat_template, dataset, disk, model_digest, model_folder
 from sftd.wire.same_files import shared
 
@@ -72,12 +73,12 @@ def check_space(
     need = storage(spec, shape, planned, "float32" if dtype == "auto" else dtype, first)
     above = disk.nearest(Path(named))
     free = shutil.disk_usage(above).free
-    said = f"{free / 1e9:.3g} GB are free in {above}"
+    said = f"{size(free)} are free in {above}"
     fix = "make room, or name a folder on another disk: checkpoint.save_dir"
     if free < need.one_save:
-        return [Problem(_SAVE_DIR, f"{said}, but one checkpoint needs {need.one_save / 1e9:.3g} GB", fix)], []
+        return [Problem(_SAVE_DIR, f"{said}, but one checkpoint needs {size(need.one_save)}", fix)], []
     if free < need.needed:
-        what = f"{said}, but the run's checkpoints take up to {need.needed / 1e9:.3g} GB at a time"
+        what = f"{said}, but the run's checkpoints take up to {size(need.needed)} at a time"
         return [], [
             Problem(_SAVE_DIR, what, f"{fix}; or keep fewer (checkpoint.keep_last, keep_best, keep_every)")
         ]

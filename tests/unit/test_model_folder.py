@@ -198,7 +198,7 @@ def test_a_folder_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"index\.json cannot be read"):
         model_folder.check_weights(str(tmp_path))
     index.write_text('{"weight_map": {"w": "a.safetensors"}}')
-    with pytest.raises(Refused, match="lacks 1 weight file, such as a.safetensors"):
+    with pytest.raises(Refused, match=r"lacks 1 weight file, such as a\.safetensors"):
         model_folder.check_weights(str(tmp_path))
 
 
