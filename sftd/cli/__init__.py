@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "queue": ("queue", "List what runs and what waits, in order, and what for."),
     "hold": ("halt", "Keep a waiting run from starting."),
     "release": ("halt", "Let a held run wait for its turn again."),
-    "pause": ("halt", "Stop a run with a checkpoint, to go on later."),
+    "pause": ("halt", "Stop a run with a checkpoint, to continue it later."),
     "nodes": ("nodes", "List the daemons that share the database, and their devices."),
     "daemon": ("daemon", "Take runs from the queue and drive them."),
     "config": ("config", "List every key of a run's config."),
@@ -48,8 +48,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rm": ("rm", "Remove runs: delete their files and hide them."),
     "import": ("imports", "Take in a run that was trained without a daemon."),
     "ui": ("ui", "Open MLflow on the runs of this home."),
-    "mlflow": ("mlflow", "Compare MLflow with the log, build it anew, register models."),
-    "notify": ("notify", "Say who is told when runs end, and try it."),
+    "mlflow": ("mlflow", "Compare MLflow with the log, rebuild it, register models."),
+    "notify": ("notify", "Show who is notified when runs end, and test it."),
     "doctor": ("doctor", "Say what is wrong with this installation, and how to fix it."),
     "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
     "views": ("admin", "Rebuild or dump the views folded from the log."),
@@ -110,9 +110,7 @@ def _who_locks() -> str:
     pid = lock.holder(app.read_settings().daemon_lock)
     if pid is None or psutil.Process(pid).status() != psutil.STATUS_STOPPED:
         return ""
-    return (
-        f". The daemon (pid {pid}) was stopped by a signal while it wrote; it goes on with `kill -CONT {pid}`"
-    )
+    return f". The daemon (pid {pid}) was stopped by a signal while it wrote; `kill -CONT {pid}` continues it"
 
 
 def _is_completing() -> bool:

@@ -98,7 +98,7 @@ def _tracking_store(uri: str, shown: str, mine: str) -> Finding:
     except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
         return warning(
-            "MLflow", f"{shown} does not answer: {reason}", "runs go on; the mirror catches up later"
+            "MLflow", f"{shown} does not answer: {reason}", "runs continue; the mirror catches up later"
         )
     return ok("MLflow", f"{mine}, {shown}")
 
@@ -122,7 +122,7 @@ def _server(uri: str, shown: str, mine: str) -> Finding:
             theirs = answer.read(100).decode(errors="replace").strip()
     except (OSError, HTTPException, ValueError) as error:
         reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-        fix = "runs go on, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
+        fix = "runs continue, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
         return warning("MLflow", f"{shown} does not answer: {reason}", fix)
     if theirs.partition(".")[0] != mine.partition(".")[0]:
         fix = "use the same major version on both sides"

@@ -53,7 +53,7 @@ def _controller() -> Iterator[Finding]:
     try:
         jobs = slurm_commands.own_jobs(_run)
     except Unanswered as error:
-        fix = "`scontrol ping` says more; slurmctld and munge must run. Jobs go on, and the daemon asks again"
+        fix = "`scontrol ping` says more; slurmctld and munge must run. Jobs continue, and the daemon asks again"
         yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:

@@ -128,7 +128,7 @@ def test_the_command_lists_them(
     monkeypatch.setenv("COLUMNS", "80")
     assert "No daemon has used this database yet" in CliRunner().invoke(main, ["nodes"]).stdout
     register(log, "node-17-1234-abcdef", "node-17")
-    register(log, "node-18-77-abcdef", "node-18", ago=2 * SILENT)
+    register(log, "node-18-77-abcdef", "node-18", ago=4 * SILENT)
     run_id = drive(log, "node-17-1234-abcdef", ["cuda:3"])
     shown = CliRunner().invoke(main, ["nodes"])
     assert shown.exit_code == 0
