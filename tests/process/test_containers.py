@@ -36,7 +36,7 @@ def home(tmp_path: Path, tiny_model: Path) -> Iterator[Home]:
     made = Home(tmp_path, tiny_model)
     # A daemon renews its row every second.
     made.env["SFTD_LEASE_SECONDS"] = "3"
-    (tmp_path / "home").mkdir(mode=0o700)
+    (tmp_path / "home").mkdir(mode=0o700, exist_ok=True)
     yield made
     made.close()
 
@@ -94,7 +94,7 @@ def test_a_second_container_of_the_same_name_leaves_the_first_one_alone(
     home.run("init")
     folders = [home.path / name for name in ("one", "two")]
     for folder in folders:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
     save_dir = home.path / "checkpoints"
     run_id = home.submit(f"checkpoint.save_dir={save_dir}")
     container("daemon", folder=folders[0])

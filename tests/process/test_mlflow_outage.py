@@ -147,7 +147,7 @@ def test_the_check_of_sftd_says_so_too_and_finds_what_is_otherwise(story: Story)
     assert checked[0]["points"] > 6 * STEPS
 
     said = home.run("mlflow", "rebuild", story.fork).stdout
-    assert f"{story.fork}: {checked[1]['points']} points, equal to the log, in rebuilt/sftd" in said
+    assert f"{story.fork}: {checked[1]['points']:,} points, equal to the log, in rebuilt/sftd" in said
     client = MlflowClient(story.server.url)
     found = client.get_experiment_by_name("rebuilt/sftd")
     [rebuilt] = client.search_runs([found.experiment_id])
