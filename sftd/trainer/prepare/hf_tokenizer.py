@@ -46,7 +46,7 @@ def check_has_tokenizer(folder: Path) -> None:
     if not has_tokenizer(folder):
         raise PrepareError(
             f"The model folder {folder} has no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json. "
-            "Copy the tokenizer's files of the same model into it."
+            "Use a model folder that has the tokenizer's files of the same model."
         )
 
 
