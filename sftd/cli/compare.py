@@ -112,7 +112,7 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
 
     from sftd.domain.curves import thin, width_for
 
-    width = out.width
+    width = output.width()
     for start in range(0, len(found.sides), max(2, (width - 18) // _COLUMN)):
         numbers = range(start, min(start + max(2, (width - 18) // _COLUMN), len(found.sides)))
         out.print(_facts_table(found, numbers))

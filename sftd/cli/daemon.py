@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -102,6 +103,14 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     from sftd.launcher.inventory import visible_gpus
 
     if (pid := lock.holder(settings.daemon_lock)) is not None:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            if "--drain" in psutil.Process(pid).cmdline():
+                raise lock.AlreadyRunning(
+                    f"A daemon of this home is running already (pid {pid}), but ends when the queue is empty (--drain), as the "
+                    "demo's does. `sftd daemon --stop` ends it now; its runs continue."
+                )
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
     # Found out here, where a person reads it, and not in the background.
     visible_gpus()

@@ -261,5 +261,5 @@ def clock() -> Iterator[Finding]:
         yield warning("clock", f"{now}, not synchronised", fix)
     else:
         yield ok(
-            "clock", f"{now}, {'synchronised' if synchronised else 'nobody here can say whether it is right'}"
+            "clock", f"{now}, {'synchronised' if synchronised else 'not checked against NTP'}"
         )

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Use the model folder as it is now, although it changed since RUN was submitted.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout, and no warnings.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout; warnings go to stderr."
+)
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
     "--dry-run",
@@ -74,7 +76,7 @@ def fork_command(
     if dry_run:
         # What would be refused is; nothing comes of it.
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
-        print_dry_run(spec, found, warnings, quiet=quiet, as_json=as_json)
+        print_dry_run(spec, found, warnings, as_json=as_json)
         return
     run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
     said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"

@@ -207,11 +207,10 @@ def warn(text: str) -> None:
     console(stderr=True).print(f"[yellow]warning[/]: {escape(text)}", soft_wrap=True)
 
 
-def warn_all(warnings: Iterable[Problem], quiet: bool) -> None:
-    """Warnings on stderr, unless they are not wanted."""
-    if not quiet:
-        for warning in warnings:
-            warn(str(warning))
+def warn_all(warnings: Iterable[Problem]) -> None:
+    """Warnings on stderr, also of commands that print an id alone: a script's user reads them."""
+    for warning in warnings:
+        warn(str(warning))
 
 
 def note(text: str) -> None:

@@ -90,7 +90,7 @@ def plan_command(
             )
         )
         return
-    output.warn_all(warnings, quiet=False)
+    output.warn_all(warnings)
     print_plan(spec, facts, plan, layouts, host)
 
 

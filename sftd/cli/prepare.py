@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -131,7 +132,10 @@ def prepare_command(
     output.need_folder("--out", out)
     if options["val_out"] is not None:
         output.need_folder("--val-out", options["val_out"])
-    arguments = [*sources, "--model", model, "--out", out]
+    from sftd.wire.spec_paths import model_folder
+
+    folder = model_folder("--model", model, os.getcwd())
+    arguments = [*sources, "--model", folder, "--out", out]
     for name in _PASSED:
         if options[name] is not None:
             arguments += [f"--{name.replace('_', '-')}", str(options[name])]

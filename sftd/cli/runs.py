@@ -227,10 +227,14 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
 
 
 def _disk(run: Run) -> str:
+    from sftd.operations.checkpoints import is_missing
+
     if run.removed_at is not None:
         return f"removed {output.clock(run.removed_at)}"
     own = sum(not c.is_parents for c in run.checkpoints)
-    return f"{output.size(run.checkpoint_bytes)} in {counted(own, 'checkpoint')}" if own else ""
+    gone = sum(is_missing(c) for c in run.checkpoints if not c.is_parents)
+    missing = f", {gone} of them missing here" if gone else ""
+    return f"{output.size(run.checkpoint_bytes)} in {counted(own, 'checkpoint')}{missing}" if own else ""
 
 
 def _redone(run: Run, history: list[Recorded]) -> str:

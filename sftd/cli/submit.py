@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.argument("config", required=False, type=click.Path(allow_dash=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="The config, as an option.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout; warnings go to stderr."
+)
 @click.option("--strict", is_flag=True, help="Refuse the run where there would be a warning.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
@@ -127,12 +129,12 @@ def submit_command(
     if after and (dry_run or print_script):
         check_after(app.open_store(settings), after)
     if dry_run:
-        print_dry_run(spec, found, warnings, quiet=quiet, as_json=as_json)
+        print_dry_run(spec, found, warnings, as_json=as_json)
         if xray and not quiet:
             look_inside(spec, found, stderr=True)
         return
     if print_script:
-        _print_script(settings, spec, found, warnings, quiet)
+        _print_script(settings, spec, found, warnings)
         return
     app.make_home(settings)
     store = app.open_store(settings)
@@ -159,7 +161,7 @@ def announce(
     """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
     output.when_interrupted(f"{run_id} continues: `sftd logs -f {run_id}`, `sftd cancel {run_id}`.")
     if not as_json:
-        output.warn_all(warnings, quiet)
+        output.warn_all(warnings)
     if quiet:
         click.echo(run_id)
     elif as_json:
@@ -206,14 +208,12 @@ def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
         output.warn(f"that is more than the {output.memory(host.memory)} there are: see `sftd plan`")
 
 
-def print_dry_run(
-    spec: Spec, found: Preflight, warnings: list[Problem], *, quiet: bool, as_json: bool
-) -> None:
+def print_dry_run(spec: Spec, found: Preflight, warnings: list[Problem], *, as_json: bool) -> None:
     """What would be queued, and on stderr what it is warned of: for people on a terminal, else the resolved spec as JSON."""
     from sftd.domain.spec import Spec, canonical_json, spec_digest
     from sftd.domain.trajectory import changes
 
-    output.warn_all(warnings, quiet)
+    output.warn_all(warnings)
     if as_json or not output.is_terminal():
         click.echo(output.json_text(canonical_json(spec)))
         return
@@ -225,9 +225,7 @@ def print_dry_run(
         click.echo(f"  {key}: {output.printable(value if isinstance(value, str) else output.compact(value))}")
 
 
-def _print_script(
-    settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem], quiet: bool
-) -> None:
+def _print_script(settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem]) -> None:
     """The script of the first attempt's job; the run's name and the lease's token are not known before it is queued."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import slurm_script
@@ -246,7 +244,7 @@ def _print_script(
         planned_steps=found.planned_steps,
         checkpoint_dir=str(run_dir.checkpoint_dir(spec.checkpoint.save_dir)),
     )
-    output.warn_all(warnings, quiet)
+    output.warn_all(warnings)
     click.echo(slurm_script.script(order, directory, slurm_script.argv(spec, directory)), nl=False)
 
 

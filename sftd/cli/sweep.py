@@ -48,7 +48,7 @@ def submit(
     if after and dry_run:
         check_after(app.open_store(settings), after)
     if not as_json:
-        output.warn_all(warnings, quiet)
+        output.warn_all(warnings)
     run_ids: list[str | None] = [None] * len(points)
     if not dry_run:
         app.make_home(settings)

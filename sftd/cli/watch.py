@@ -57,7 +57,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     if as_json:
         click.echo(output.json_line(_json(_complete(observer))))
     elif once or not out.is_terminal or out.is_dumb_terminal:
-        for line in _lines(_complete(observer), out.width, None):
+        for line in _lines(_complete(observer), output.width(), None):
             out.print(line)
     else:
         _watch(observer, out)

@@ -161,7 +161,7 @@ TABLE: tuple[Known, ...] = (
     Known("t", "dataset_num_proc", note="`sftd prepare --workers N`", harmless=True),
     Known("a", "dataset_processes", note="`sftd prepare --workers N`", harmless=True),
     Known("lt", "dataloader_num_workers", note="sftd reads ahead by itself", harmless=True),
-    Known("t", "remove_unused_columns", note="other columns are not read", harmless=True),
+    Known("t", "remove_unused_columns", note="columns that sftd does not use are named at submit; some are refused", harmless=True),
     Known("alt", "neftune_noise_alpha", note="sftd adds no noise to embeddings"),
     # Batch and length
     Known("a", "micro_batch_size", "training.micro_batch_size_per_gpu"),
@@ -303,6 +303,8 @@ TABLE: tuple[Known, ...] = (
     Known("v", "algorithm", note=_RL),
     Known("v", "critic", note=_RL),
     Known("v", "reward_model", note=_RL),
+    Known("v", "hydra.searchpath", note="verl's launcher finds its config files by it", harmless=True),
+    Known("v", "defaults", note="verl's launcher merges config files by it: give the merged one", harmless=True),
     Known("v", "trainer.balance_batch", note="training.use_rmpad shares tokens out evenly", harmless=True),
 )
 # fmt: on

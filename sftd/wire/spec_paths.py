@@ -65,6 +65,16 @@ def _all_paths(spec: Spec) -> frozenset[str]:
     )
 
 
+def model_folder(where: str, text: str, base: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The folder of a model that a person named: a path relative to `base`, or a hub id in the local cache. Raises `Refused`
+    for a hub id that is not there."""
+    paths = _Paths(base, None, environ, frozenset())
+    folder = paths.model(where, text)
+    if paths.problems:
+        raise Refused(paths.problems)
+    return folder
+
+
 class _Paths:
     def __init__(
         self, base: str, beside: str | None, environ: Mapping[str, str], resolved: frozenset[str]

@@ -261,6 +261,7 @@ def test_a_board_is_json(
         shown = CliRunner().invoke(main, arguments, catch_exceptions=False)
         assert run in shown.stdout
         assert "\x1b" not in shown.stdout
+        assert max(map(len, shown.stdout.splitlines())) <= 120, "a pipe has no edge, but a board has a width"
 
 
 def test_names_of_runs_are_found_without_sqlalchemy(log: Store, database_url: str, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ hub_model_id: me/mine
 """
 # The keys and values of verl's sft_trainer.yaml.
 VERL = """
+hydra:
+  searchpath: [pkg://verl.trainer.config]
+defaults: [optim: fsdp, _self_]
 data:
   train_batch_size: 256
   micro_batch_size: null
@@ -207,6 +210,8 @@ def test_verls_stock_config_is_accepted() -> None:
     assert {w.where for w in warnings} == {
         "data.prompt_key",
         "data.response_key",
+        "hydra.searchpath",
+        "defaults",
         "data.multiturn",
         "model.fsdp_config",
         "model.lora_alpha",

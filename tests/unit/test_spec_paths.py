@@ -12,7 +12,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.spec import Spec
 from sftd.wire import specfile
 from sftd.wire.hub_cache import cached_model
-from sftd.wire.spec_paths import resolve
+from sftd.wire.spec_paths import model_folder, resolve
 
 TRAIN = "data.train_files"
 MODEL = "model.partial_pretrain"
@@ -172,6 +172,12 @@ def test_a_hub_id_that_is_not_cached_has_the_command_that_fetches_it(base: Path,
     )
     # A folder of the organisation's name: a path with a slip.
     assert model(base, "sub/model", HF_HOME=str(tmp_path)) == str(base / "sub" / "model")
+
+
+def test_prepare_looks_a_hub_id_up_as_submit_does(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"--model: .*no model of that name in the Hugging Face cache"):
+        model_folder("--model", "org/none", str(base), {"HF_HUB_CACHE": str(tmp_path)})
+    assert model_folder("--model", str(base), "/") == str(base)
 
 
 @pytest.mark.parametrize("commit", ["", "..", "../../x", "a/b"])
