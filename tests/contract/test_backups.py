@@ -258,7 +258,7 @@ def test_a_backup_is_checked_before_anything_is_changed(home: Home, damage: str)
     assert sorted(p.name for p in home.path.iterdir()) == ["daemon.lock", "sftd.db"]
     if damage == "without an event":
         assert "--force" in done.stderr
-        assert "1 runs" in home.sftd("db", "restore", file, "--force").stdout
+        assert "1 run," in home.sftd("db", "restore", file, "--force").stdout
 
 
 def test_an_existing_file_is_not_overwritten(home: Home) -> None:

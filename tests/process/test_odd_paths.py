@@ -22,6 +22,8 @@ def test_every_command_works_in_a_folder_with_an_odd_name(tmp_path: Path, tiny_m
     home = Home(folder, model)
     home.env["SFTD_HOME"] = str(folder / "home")
     del home.env["MLFLOW_TRACKING_URI"]
+    # It exists, so its name is not looked through for variables.
+    (folder / "saved #1?").mkdir()
     checkpoints = f"checkpoint.save_dir={json.dumps(str(folder / 'saved #1?'), ensure_ascii=False)}"
     run = home.submit("trainer.max_steps=4", "trainer.save_interval=2", checkpoints)
     home.drain()

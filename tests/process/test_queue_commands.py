@@ -41,7 +41,7 @@ def test_a_sweep_is_checked_whole_then_queued_whole(home: Home, sftd: Any) -> No
     made = json.loads(sftd("submit", config, *GRID, "--json").stdout)
     assert len({row["sweep"] for row in made}) == 1
     assert made[2]["values"] == {"optimizer.lr": 2e-05, "model.megatron.seed": 1}
-    assert made[2]["name"] == f"{made[2]['sweep']} lr 2e-5 seed 1"
+    assert made[2]["name"] == f"lr 2e-5 seed 1 {made[2]['sweep']}"
     listed = json.loads(sftd("queue", "--json").stdout)
     assert [row["run_id"] for row in listed] == [row["run_id"] for row in made]
     spec = json.loads(sftd("show", made[2]["run_id"], "--json").stdout)["spec"]
