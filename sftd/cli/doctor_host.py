@@ -260,6 +260,4 @@ def clock() -> Iterator[Finding]:
         )
         yield warning("clock", f"{now}, not synchronised", fix)
     else:
-        yield ok(
-            "clock", f"{now}, {'synchronised' if synchronised else 'not checked against NTP'}"
-        )
+        yield ok("clock", f"{now}, {'synchronised' if synchronised else 'not checked against NTP'}")
