@@ -214,7 +214,7 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     from sftd.daemon.loop import DATABASE_ERRORS
     from sftd.store.engine import DatabaseUnreachable, open_engine
 
-    # What no waiting fixes is told at once, such as a URL that is none.
+    # What waiting does not fix is reported at once, such as text that is not a URL.
     open_engine(settings.database_url).dispose()
     said = ""
     while not stop.is_set():

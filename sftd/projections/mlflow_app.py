@@ -1,7 +1,7 @@
 """MLflow's own web application as `sftd ui` serves it: one process, on 127.0.0.1, without a password, and therefore only
 what the pages of training runs need: `python -m sftd.projections.mlflow_app PORT MARK [ARTIFACTS]`.
 
-Whoever reaches the port of a whole MLflow server can have its assistant run commands, its gateway and its webhooks send
+Anyone who reaches the port of a whole MLflow server can have its assistant run commands, its gateway and its webhooks send
 requests, and write artifacts. Here none of that is reachable.
 """
 

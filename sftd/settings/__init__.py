@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def silent_micros(self) -> int:
-        """A daemon that has not renewed its row for so many µs is not observed. Daemons renew it three times in a lease."""
+        """A daemon that has not renewed its row for this many µs is not observed. Daemons renew it three times in a lease."""
         return int(2 * self.lease_seconds * 1_000_000)
 
     @property

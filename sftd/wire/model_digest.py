@@ -45,7 +45,7 @@ _PARSED = ("config.json", "generation_config.json")
 _PARSED_BYTES = 65536
 # The longest header that safetensors writes or reads.
 _HEADER_BYTES = 100_000_000
-# Of a weight file: this many bytes in the middle of each of at most so many tensors.
+# Of a weight file: this many bytes in the middle of each of at most this many tensors.
 _SAMPLE_BYTES = 4096
 _SAMPLED_TENSORS = 512
 
