@@ -74,11 +74,18 @@ def _meant(word: str) -> str:
 
 
 def keys() -> list[dict[str, Any]]:
-    """Every key of the spec: key, type, default, meaning."""
+    """Every key of the spec: key, type, default, what a resume may do with it, meaning."""
     from sftd.domain.spec_parse import leaves
+    from sftd.domain.trajectory import on_resume
 
     return [
-        {"key": path, "type": _type(annotation), "default": default, "meaning": _meaning(annotation)}
+        {
+            "key": path,
+            "type": _type(annotation),
+            "default": default,
+            "on_resume": on_resume(path),
+            "meaning": _meaning(annotation),
+        }
         for path, annotation, default in leaves()
     ]
 
@@ -131,6 +138,10 @@ def reference() -> str:
         "A name that exists as it is written is taken as it is. The model may be a hub id (`org/name`) that is in the local Hugging",
         "Face cache (`HF_HUB_CACHE`, `HF_HOME`).",
         "",
+        "The column `resume` says what a new value does to the steps that a run already has. `free`: they stay the same, at most to",
+        "within rounding, so a resume may change the key. `length`: they stay the same as long as their learning rates do. `fixed`:",
+        "they would differ, so only a fork may change the key.",
+        "",
         "YAML is read as version 1.2: `true` and `false` are the booleans, `1e-5` is a number, `yes` is a text.",
     ]
     section = None
@@ -138,9 +149,17 @@ def reference() -> str:
         name, _, key = row["key"].rpartition(".")
         if name != section:
             section = name
-            lines += ["", f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"## `{name}`",
+                "",
+                "| key | type | default | resume | meaning |",
+                "|---|---|---|---|---|",
+            ]
         kind = row["type"].replace("|", "\\|")
-        lines.append(f"| `{key}` | {kind} | `{_shown(row['default']) or '""'}` | {row['meaning']} |")
+        lines.append(
+            f"| `{key}` | {kind} | `{_shown(row['default']) or '""'}` | {row['on_resume']} | {row['meaning']} |"
+        )
     lines += [
         "",
         "## Other names",

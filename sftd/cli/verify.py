@@ -202,8 +202,9 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
     """How long the run would be, which decides its learning rates. Raises `Refused`."""
     from sftd.domain import trajectory
     from sftd.domain.errors import Problem, Refused
+    from sftd.domain.on_resume import OnResume
 
-    if not differs.keys() & set(trajectory.LENGTH):
+    if not any(trajectory.on_resume(key) is OnResume.LENGTH for key in differs):
         return chosen.run.planned_steps
     planned = spec.trainer.max_steps
     if planned is None or planned < chosen.to_step:

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from sftd.domain import events as e
+from sftd.domain.environment import environment_differences, gives_same_numbers
 from sftd.domain.redoing import differences
-from sftd.domain.replay import Timeline, decides_numbers, environment_differences
+from sftd.domain.replay import Timeline
 
 
 class Comparing:
@@ -38,9 +39,7 @@ class Comparing:
         self.may_round = (
             self.may_round
             or not environment.get("deterministic", True)
-            or any(
-                decides_numbers(key) for key in environment_differences(environment, self._now.environment)
-            )
+            or not gives_same_numbers(environment, self._now.environment)
         )
         found = differences(was, redone, is_exact=True)
         if found and self.may_round:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from sftd.domain.curves import Curves
+from sftd.domain.environment import decides_numbers
 from sftd.domain.events import RunSubmitted
 from sftd.domain.redoing import rounds_to
 from sftd.domain.run import Run
@@ -137,7 +138,7 @@ def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -
     for key, values, untold in _unlike(_environments(runs)):
         if key.split(".")[0] not in _TOLD:
             group: Group = "code" if key in _CODE else "environment"
-            found.append(Difference(group, key, values, key in ("python", "transformers"), untold))
+            found.append(Difference(group, key, values, not decides_numbers(key), untold))
     order = ("config", "data", "code", "environment", "layout")
     return sorted(found, key=lambda d: (d.keeps_steps, order.index(d.group)))
 

@@ -9,6 +9,7 @@ from sftd.domain import events as e
 from sftd.domain import halting, trajectory
 from sftd.domain.errors import Problem, Refused, quote
 from sftd.domain.failures import NOT_RETRIED, Failure, Interruption
+from sftd.domain.on_resume import OnResume
 from sftd.domain.queueing import MAX_BACKOFF_SECONDS
 from sftd.domain.run import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
 from sftd.domain.spec import Spec, spec_digest
@@ -151,7 +152,7 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
             continue
         was, now = changes[key]
         what = f"is {quote(now)}, but {run.run_id} has {quote(was)}"
-        if key in trajectory.LENGTH:
+        if trajectory.on_resume(key) is OnResume.LENGTH:
             what += f", and its {run.highest_step} steps so far had learning rates for {run.planned_steps}"
         problems.append(Problem(key, what))
     if not problems:

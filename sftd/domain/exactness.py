@@ -8,6 +8,7 @@ are left.
 from __future__ import annotations
 
 from sftd.domain import events as e
+from sftd.domain.environment import gives_same_numbers
 from sftd.domain.run import Run
 
 
@@ -15,7 +16,9 @@ def at_load(run: Run, loaded: e.ModelLoaded) -> tuple[bool, int | None]:
     """`is_exact` and `loose_until` once another attempt of the run has loaded its model."""
     loose = run.loose_until
     # A state of before there was `loose_until` says only that some attempt was another.
-    has_changed = run.environment not in ({}, loaded.environment) or (loose is None and not run.is_exact)
+    has_changed = not gives_same_numbers(run.environment, loaded.environment) or (
+        loose is None and not run.is_exact
+    )
     # From before it, all that follows comes out a little otherwise than the log has it.
     if has_changed or (loose is not None and run.step < loose):
         loose = run.highest_step

@@ -249,26 +249,3 @@ def timeline(recorded: Sequence[e.Recorded]) -> Timeline:
             for step in [s for s in found.steps if s > event.from_step]:
                 del found.steps[step]
     return found
-
-
-# What an environment holds that leaves a step's numbers alone.
-_INDIFFERENT = ("python", "transformers", "OMP_NUM_THREADS")
-
-
-def environment_differences(log: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Key → [the log's, now's], of what differs. A part that only one of the two records is not known to differ."""
-    found: dict[str, list[Any]] = {}
-    for key in log.keys() & now.keys():
-        a, b = log[key], now[key]
-        if isinstance(a, dict) and isinstance(b, dict):
-            # A variable that is not set, or a size that an older sftd did not know.
-            inner = {part: [a.get(part), b.get(part)] for part in a.keys() | b.keys()}
-            found |= {f"{key}.{part}": pair for part, pair in inner.items() if pair[0] != pair[1]}
-        elif a != b:
-            found[key] = [a, b]
-    return dict(sorted(found.items()))
-
-
-def decides_numbers(key: str) -> bool:
-    """Whether a difference in this part of the environment may change a step's numbers."""
-    return key not in _INDIFFERENT

@@ -7,33 +7,12 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.on_resume import OnResume
 from sftd.domain.run import Run
 from sftd.domain.schedule import learning_rate
 from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec
+from sftd.domain.spec_parse import LEAVES
 
-# Keys, or beginnings of keys, under which steps come out the same: bit for bit, or but for rounding where the layout or
-# the micro-batches change what is summed in which order.
-_FREE = (
-    "launch.",
-    "checkpoint.keep_",
-    "checkpoint.async_save",
-    "checkpoint.save_dir",
-    "model.megatron.tensor_model_parallel_size",
-    "model.megatron.pipeline_model_parallel_size",
-    "model.megatron.virtual_pipeline_model_parallel_size",
-    "model.megatron.context_parallel_size",
-    "model.megatron.expert_model_parallel_size",
-    "model.megatron.sequence_parallel",
-    "model.enable_gradient_checkpointing",
-    "model.recompute",
-    "training.",
-    "trainer.save_interval",
-    "trainer.val_check_interval",
-    "trainer.val_before_train",
-    "trainer.sample_",
-)
-# How long a run is decides the learning rate's decay, and nothing else of the steps that it has.
-LENGTH = ("trainer.max_steps", "trainer.epochs")
 # What decides, beside the contents of the data files, which rows there are, and in which order.
 _ORDER = (
     "data.sequence_length",
@@ -78,9 +57,15 @@ def is_derived(key: str) -> bool:
     return key in _DERIVED
 
 
+def on_resume(key: str) -> OnResume:
+    """What another value of this key makes of the steps that a run has: what its field says, `fixed` by default."""
+    marks = [meta.extra["on_resume"] for meta in getattr(LEAVES[key], "__metadata__", ()) if meta.extra]
+    return marks[0] if marks else OnResume.FIXED
+
+
 def keeps_steps(key: str) -> bool:
-    """Whether with another value of this key the same steps come out, bit for bit or but for rounding."""
-    return key.startswith(_FREE)
+    """Whether another value of this key gives the same steps, bit for bit or to within rounding."""
+    return on_resume(key) is OnResume.FREE
 
 
 def other_trajectory(
@@ -89,13 +74,15 @@ def other_trajectory(
     """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
     the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`. `anomalies` were
     recorded in these steps."""
-    guilty = [key for key in changes(old, new) if not key.startswith((*_FREE, *LENGTH))]
+    guilty = [key for key in changes(old, new) if on_resume(key) is OnResume.FIXED]
     guilty += _skips_others(old, new, steps, anomalies)
     if old_planned != new_planned and any(
         learning_rate(step, old, old_planned) != learning_rate(step, old, new_planned)
         for step in range(steps)
     ):
-        guilty += [key for key in changes(old, new) if key in LENGTH] or ["trainer.max_steps"]
+        guilty += [key for key in changes(old, new) if on_resume(key) is OnResume.LENGTH] or [
+            "trainer.max_steps"
+        ]
     return guilty
 
 

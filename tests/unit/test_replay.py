@@ -20,7 +20,6 @@ from sftd.domain.replay import (
     AtVersion,
     Moment,
     Steps,
-    environment_differences,
     milestones,
     parse_moment,
     timeline,
@@ -163,14 +162,6 @@ def loaded(**changes: Any) -> e.ModelLoaded:
         seconds=1.0,
         environment=ENVIRONMENT | changes,
     )
-
-
-def test_differences_of_environments_name_the_part() -> None:
-    now = ENVIRONMENT | {"layout": {"tp": 2}, "variables": {"NCCL_ALGO": "Ring"}, "added": 1}
-    assert environment_differences(ENVIRONMENT, now) == {
-        "layout.tp": [1, 2],
-        "variables.NCCL_ALGO": [None, "Ring"],
-    }
 
 
 def compared(now: e.ModelLoaded, *redone: e.StepCompleted) -> tuple[Comparing, list[dict[str, Any]]]:
