@@ -12,7 +12,6 @@ from sftd.cli.events import describe
 from sftd.cli.plot import Series, plot, sparkline
 from sftd.domain.curves import thin, width_for
 from sftd.domain.words import counted
-from sftd.operations.board import FAILURES
 
 if TYPE_CHECKING:
     from sftd.domain.events import Micros, Recorded
@@ -255,9 +254,9 @@ def _event(recorded: Recorded, now: Micros, *, named: bool) -> Text:
         text.append(f"{recorded.run_id} ", "bold")
     if recorded.attempt:
         text.append(f"#{recorded.attempt} ", "dim")
-    bad = isinstance(recorded.event, FAILURES)
+    bad = recorded.event.severity == "problem"
     text.append(recorded.type, "red" if bad else "")
-    return text.append("  " + output.printable(describe(recorded.event)), "" if bad else "dim")
+    return text.append("  " + describe(recorded.event), "" if bad else "dim")
 
 
 def _ago(micros: int) -> str:

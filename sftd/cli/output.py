@@ -17,6 +17,8 @@ import msgspec
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.printable import escaped
 from sftd.domain.printable import printable as printable
+from sftd.domain.words import changes as changes
+from sftd.domain.words import loss as loss
 from sftd.domain.words import memory as memory
 from sftd.domain.words import size as size
 
@@ -124,18 +126,6 @@ def age(micros: int) -> str:
     return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
 
 
-def loss(value: float | str | None) -> str:
-    """A loss with four decimals; a non-finite one by its name."""
-    if value is None:
-        return ""
-    try:
-        number = float(value)
-    except ValueError:
-        # A damaged view; `sftd db check` names it.
-        return "?"
-    return f"{number:.4f}" if number - number == 0.0 else str(value)
-
-
 def number(text: str | None) -> float | str | None:
     """A number of a view, which stands there as text. One that is not finite stays a text: JSON has no other way."""
     return float(text) if text is not None and text[-1].isdigit() else text
@@ -144,16 +134,6 @@ def number(text: str | None) -> float | str | None:
 def compact(value: Any) -> str:
     """A setting's value as a person writes it: `1e-05`, `true`, `[1,2]`."""
     return msgspec.json.encode(value).decode() if not isinstance(value, float) else f"{value:g}"
-
-
-def changes(changed: dict[str, Any]) -> list[str]:
-    """Changes of a spec, key → [before, after], a line each."""
-    import json
-
-    def shown(value: Any) -> str:
-        return printable(value) if isinstance(value, str) and value else json.dumps(value)
-
-    return [f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items()]
 
 
 def json_line(value: Any) -> str:

@@ -29,15 +29,6 @@ _COLUMNS = {
     "memory": "q",
 }
 _UNKNOWN = math.nan
-_ENDS = (
-    e.AttemptFailed,
-    e.AttemptLost,
-    e.AttemptPaused,
-    e.AttemptPreempted,
-    e.RunSucceeded,
-    e.RunFailed,
-    e.RunCancelled,
-)
 
 
 class Point(StepTime, frozen=True):
@@ -219,7 +210,7 @@ class History:
         elif isinstance(event, e.AttemptLaunched):
             if self.turns and event.devices:
                 self.turns[-1].devices = len(event.devices)
-        elif isinstance(event, _ENDS) and self.turns and self.turns[-1].ended_at is None:
+        elif event.ends_attempt and self.turns and self.turns[-1].ended_at is None:
             self.turns[-1].ended_at = at
 
     def device_seconds(self, now: e.Micros, world: int) -> float:

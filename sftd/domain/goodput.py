@@ -43,25 +43,16 @@ Account = Literal[
 ]
 ACCOUNTS: tuple[Account, ...] = get_args(Account)
 # Types that say where time went; the others lie within what these cut.
-TYPES = tuple(
-    cls.__name__
-    for cls in (
-        e.RunSubmitted,
-        e.AttemptClaimed,
-        e.StepCompleted,
-        e.ValidationCompleted,
-        e.CheckpointStarted,
-        e.CheckpointPublished,
-        e.AnomalyDetected,
-        e.ResumeRequested,
-        e.AttemptFailed,
-        e.AttemptLost,
-        e.AttemptPaused,
-        e.AttemptPreempted,
-        e.RunSucceeded,
-        e.RunFailed,
-        e.RunCancelled,
-    )
+TYPES = e.names(
+    e.RunSubmitted,
+    e.AttemptClaimed,
+    e.StepCompleted,
+    e.ValidationCompleted,
+    e.CheckpointStarted,
+    e.CheckpointPublished,
+    e.AnomalyDetected,
+    e.ResumeRequested,
+    *e.types_where("ends_attempt"),
 )
 _MICROS = 1_000_000
 

@@ -143,19 +143,8 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
     anomalies: tuple[tuple[int, str], ...] = ()
 
 
-# Told by `Steps`, or by what comes before or after.
-_WITHIN = (
-    e.AttemptLaunched,
-    e.AttemptAdopted,
-    e.ModelLoaded,
-    e.WeightsDigested,
-    e.DataBound,
-    e.TrainingResumed,
-    e.SampleGenerated,
-    e.CheckpointStarted,
-    e.CheckpointReduced,
-    e.CheckpointDeleted,
-)
+# `Steps` names the attempt and its environment.
+_WITHIN = (e.AttemptLaunched, e.AttemptAdopted, e.ModelLoaded)
 
 
 def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
@@ -165,7 +154,7 @@ def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
     replace = msgspec.structs.replace
     for r in recorded:
         event = r.event
-        if isinstance(event, _WITHIN):
+        if event.severity == "detail" or isinstance(event, _WITHIN):
             continue
         if isinstance(event, e.StepCompleted):
             redone = event.step in done

@@ -1,6 +1,32 @@
-"""Numbers as people read them."""
+"""Numbers and changes as people read them."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
+
+from sftd.domain.printable import printable
+
+
+def loss(value: float | str | None) -> str:
+    """A loss with four decimals; a non-finite one by its name."""
+    if value is None:
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        # A damaged view; `sftd db check` names it.
+        return "?"
+    return f"{number:.4f}" if number - number == 0.0 else str(value)
+
+
+def changes(changed: dict[str, Any]) -> list[str]:
+    """Changes of a spec, key → [before, after], a line each."""
+
+    def shown(value: Any) -> str:
+        return printable(value) if isinstance(value, str) and value else json.dumps(value)
+
+    return [f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items()]
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

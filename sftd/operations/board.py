@@ -10,7 +10,6 @@ from collections import deque
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain import events as e
 from sftd.domain.curves import History, Point, mean_over_time
 from sftd.domain.events import Micros, Recorded
 from sftd.domain.goodput import Ledger
@@ -32,26 +31,6 @@ _RECENT, _SPEED = 240, 10
 _BACK, _PAGE = 20_000, 20_000
 _NOTICES, _NOTICES_OF_RUN = 60, 12
 _NODES_MICROS = 5_000_000
-FAILURES = (
-    e.AttemptFailed,
-    e.AttemptLost,
-    e.RunFailed,
-    e.AnomalyDetected,
-    e.CheckpointRejected,
-    e.ReplayDiverged,
-)
-# Said by what comes before or after them.
-_MINOR = (
-    e.CheckpointStarted,
-    e.SampleGenerated,
-    e.DataBound,
-    e.WeightsDigested,
-    e.CheckpointPinned,
-    e.CheckpointUnpinned,
-    e.CheckpointReduced,
-    e.CheckpointDeleted,
-    e.TrainingResumed,
-)
 
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,9 +208,9 @@ class Observer(_Watched):
             self.forget()
         after = max(self._position, position - _BACK)
         for recorded in reversed(board_store.notices_between(connection, after, position, 4 * _NOTICES)):
-            if not isinstance(recorded.event, _MINOR):
+            if recorded.event.severity != "detail":
                 self._last[recorded.run_id] = recorded
-                failed = isinstance(recorded.event, FAILURES)
+                failed = recorded.event.severity == "problem"
                 (self._failures if failed else self._notices).append(recorded)
         self._position = position
 
@@ -241,7 +220,7 @@ class Observer(_Watched):
         if run.run_id not in self._last:
             found = board_store.last_notices(connection, run.run_id, _NOTICES_OF_RUN)
             # A run begins with one that is not minor.
-            self._last |= {r.run_id: r for r in reversed(found) if not isinstance(r.event, _MINOR)}
+            self._last |= {r.run_id: r for r in reversed(found) if r.event.severity != "detail"}
         return steps.line(run, row, self._last.get(run.run_id))
 
 
@@ -274,7 +253,7 @@ class RunObserver(_Watched):
             self._steps.catch_up(connection, self.run_id)
             read = curve_store.advance(connection, self.run_id, self._history, limit=_PAGE)
             notices = board_store.last_notices(connection, self.run_id, 4 * _NOTICES_OF_RUN)
-        kept = [r for r in notices if not isinstance(r.event, _MINOR)][:_NOTICES_OF_RUN]
+        kept = [r for r in notices if r.event.severity != "detail"][:_NOTICES_OF_RUN]
         line = self._steps.line(run, row, kept[0] if kept else None)
         is_complete = read < _PAGE
         ledger = self._history.fold.ledger(now) if is_complete else None

@@ -23,33 +23,7 @@ STEPS = (e.StepCompleted.__name__, e.ValidationCompleted.__name__)
 ENDS = (e.RunSucceeded.__name__, e.RunFailed.__name__, e.RunCancelled.__name__)
 _SAMPLES = e.SampleGenerated.__name__
 _SYSTEM = e.SystemSampled.__name__
-_LIFECYCLE = tuple(
-    cls.__name__
-    for cls in (
-        e.RunForked,
-        e.RunSubmitted,
-        e.SweepJoined,
-        e.RunHeld,
-        e.RunReleased,
-        e.AttemptClaimed,
-        e.TrainingResumed,
-        e.CheckpointPublished,
-        e.CheckpointRejected,
-        e.CheckpointReduced,
-        e.CheckpointDeleted,
-        e.StopRequested,
-        e.ResumeRequested,
-        e.AttemptFailed,
-        e.AttemptLost,
-        e.AttemptPaused,
-        e.AttemptPreempted,
-        e.RunSucceeded,
-        e.RunFailed,
-        e.RunCancelled,
-        e.ModelExported,
-        e.ModelRegistered,
-    )
-)
+_LIFECYCLE = e.names(*e.types_where("is_lifecycle"))
 # Types that are not named here are not even decoded: a newer sftd may have written them.
 MIRRORED = (*_LIFECYCLE, *STEPS, _SAMPLES, _SYSTEM)
 

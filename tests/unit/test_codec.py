@@ -53,6 +53,14 @@ def test_a_published_shape_reads_as_it_always_did(line: dict[str, Any]) -> None:
         assert list(json.loads(payload)) == list(line["p"])
 
 
+def test_every_event_says_in_a_line_what_matters_of_it() -> None:
+    """golden/summaries.tsv: type, version and the line of `sftd events`. A new type without a summary fails here."""
+    recorded = (Path(__file__).parent / "golden/summaries.tsv").read_text().splitlines()
+    decoded = [(line, codec.decode(line["type"], line["v"], json.dumps(line["p"]))) for line in GOLDEN]
+    assert [f"{line['type']}\t{line['v']}\t{event.summary()}" for line, event in decoded] == recorded
+    assert all("summary" in vars(cls) for cls in EVENT_TYPES.values())
+
+
 def test_every_event_type_of_every_version_is_in_the_golden_file() -> None:
     have = {(line["type"], line["v"]) for line in GOLDEN}
     assert have == {(name, v) for name, cls in EVENT_TYPES.items() for v in range(1, cls.schema_version + 1)}

@@ -1,0 +1,29 @@
+"""What every event has."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import msgspec
+
+Micros = int
+# What becomes of a run whose attempt was asked to stop.
+AfterStop = Literal["cancelled", "paused", "queued"]
+# A problem is shown in red and kept on the screen; a detail is left out where only news are shown, because an event before
+# or after it says the same.
+Severity = Literal["detail", "news", "problem"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A fact. The class's name is its type name in the log; `schema_version` counts its shapes."""
+
+    schema_version: ClassVar[int] = 1
+    severity: ClassVar[Severity] = "news"
+    is_lifecycle: ClassVar[bool] = False
+    """Whether it changes what a mirror shows of the run beside its curves: its tags, its state."""
+    ends_attempt: ClassVar[bool] = False
+    """Whether no attempt computes after it: the attempt, or with it the run, has ended."""
+
+    def summary(self) -> str:
+        """One line that says what matters of it. Each type has its own; the words in it may be anybody's (see `printable`)."""
+        raise NotImplementedError(type(self).__name__)
