@@ -46,7 +46,8 @@ def as_values(row: QueueRow) -> dict[str, Any]:
     import msgspec
 
     times = {name: output.iso(getattr(row, name)) for name in ("not_before", "starts_at")}
-    return {**msgspec.structs.asdict(row), **times}
+    job = row.job.words() if row.job else ""
+    return {**msgspec.structs.asdict(row), **times, "job": job}
 
 
 _COLUMNS = ("run", "status", "prio", "dev", "starts", "waits for")
@@ -86,10 +87,10 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
         left = f", {output.duration(row.seconds_left)} left" if row.seconds_left is not None else ""
         what = f"step {row.step} of {row.planned_steps}{left}"
         if row.job and row.status == "starting":
-            what = row.job
-        elif row.job and not row.job.endswith(" running"):
+            what = row.job.words()
+        elif row.job and not row.job.just_runs:
             # Such as one that cannot be observed, or that cannot be cancelled now.
-            what = f"{row.job}; {what}"
+            what = f"{row.job.words()}; {what}"
         what = f"({what})"
         if not row.observed:
             what = "(its daemon is not observed)"

@@ -173,7 +173,11 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {output.printable(run.message or '')}", "default")
-    elif said := [text for text in (run.stop_reason, run.job if run.daemon else "") if text]:
+    elif said := [
+        text
+        for text in (run.stop_reason, run.job_report.words() if run.daemon and run.job_report else "")
+        if text
+    ]:
         status.append(f"  {output.printable('; '.join(said))}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None

@@ -125,7 +125,7 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
         status="starting",
         attempt=recorded.attempt or run.attempt + 1,
         daemon=event.daemon,
-        job="",
+        job_report=None,
         retry_at=None,
         resume_from=None,
         attempt_base=run.highest_step,

@@ -64,10 +64,7 @@ def _preempted(event: e.AttemptPreempted, run: Run, recorded: e.Recorded) -> Run
 
 
 def _job_reported(event: e.JobReported, run: Run, recorded: e.Recorded) -> Run:
-    job = f"job {event.job} " if event.job else ""
-    return _set(
-        run, job=f"Slurm: {job}{event.state.lower()}" + (f" ({event.reason})" if event.reason else "")
-    )
+    return _set(run, job_report=event)
 
 
 HALTS: dict[type[e.Event], Callable[..., Run]] = {

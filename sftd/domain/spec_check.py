@@ -5,6 +5,7 @@ from __future__ import annotations
 from sftd.domain.errors import Problem, quote
 from sftd.domain.launch_check import check_launch
 from sftd.domain.spec import Spec
+from sftd.domain.spec_sections import Scheduler
 
 # What the views' columns hold.
 LONGEST_NAME = 200
@@ -94,6 +95,9 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
         warnings.append(
             Problem("scheduler.min_lr_ratio", "is not used: scheduler.type constant has no decay to end")
         )
+    if spec.scheduler.type != "wsd" and spec.scheduler.decay_ratio != Scheduler().decay_ratio:
+        what = f"is not used: scheduler.type is {spec.scheduler.type}, and only wsd has it"
+        warnings.append(Problem("scheduler.decay_ratio", what))
     if spec.scheduler.warmup_steps is not None and spec.scheduler.warmup_ratio:
         warnings.append(
             Problem(

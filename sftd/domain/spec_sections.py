@@ -203,13 +203,19 @@ class Scheduler(Section, frozen=True):
     """`scheduler`: the learning rate over the steps."""
 
     type: Annotated[
-        Literal["constant", "linear", "cosine"], Meta(description="shape of the decay after warm-up")
+        Literal["constant", "linear", "cosine", "wsd"],
+        Meta(
+            description="shape of the decay after warm-up; wsd stays at the peak and falls linearly over the last decay_ratio of the steps"
+        ),
     ] = "cosine"
     warmup_steps: Annotated[
         Count | None, Meta(description="steps of linear warm-up; wins over warmup_ratio")
     ] = None
     warmup_ratio: Annotated[Fraction, Meta(description="warm-up as a share of all steps")] = 0.0
     min_lr_ratio: Annotated[Fraction, Meta(description="lowest learning rate as a share of the peak")] = 0.0
+    decay_ratio: Annotated[
+        Fraction, Meta(description="with type wsd: the decay at the end as a share of all steps")
+    ] = 0.1
 
 
 class Trainer(Section, frozen=True):

@@ -7,7 +7,7 @@ from functools import reduce
 import msgspec
 
 from sftd.domain.demand import need
-from sftd.domain.events import Micros
+from sftd.domain.events import JobReported, Micros
 from sftd.domain.forecast import Host, Outlook, look_ahead
 from sftd.domain.queueing import Entry, Limits
 from sftd.operations.context import Context, current
@@ -33,7 +33,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     seconds_left: float | None
     host: str | None = None
     observed: bool = True
-    job: str = ""
+    job: JobReported | None = None
     kind: str = ""
     waits_for: str = ""
     not_before: Micros | None = None
@@ -49,14 +49,14 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         waiting = placed(connection, schedule.waiting(connection))
         rows = daemons.every(connection)
         on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
-        jobs = {run_id: current(connection, run_id).job for run_id in on_slurm}
+        jobs = {run_id: current(connection, run_id).job_report for run_id in on_slurm}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
     if told := [host.limits for host in alive if host.limits is not None]:
         limits = reduce(Limits.loosened, told)
     outlooks = look_ahead(waiting, running, alive, limits, now)
     driven = [
-        _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id, "")) for entry in running
+        _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id)) for entry in running
     ]
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
 
@@ -97,7 +97,7 @@ def _devices(entry: Entry, hosts: list[Host]) -> int:
     return entry.demand.world
 
 
-def _driven(entry: Entry, host: Host | None, alive: list[Host], job: str) -> QueueRow:
+def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported | None) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,

@@ -496,4 +496,4 @@ def test_what_slurm_says_is_in_the_queue(log: Store) -> None:
     said = e.JobReported(job="7", state="PENDING", reason="Resources")
     attempts.job_reported(log, farm.clock.context, lease, said)
     (row,) = waiting.list_queue(log, farm.clock.context, Limits(), 10**9)
-    assert (row.job, row.devices) == ("Slurm: job 7 pending (Resources)", 8)
+    assert (row.job, row.devices) == (said, 8)

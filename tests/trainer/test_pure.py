@@ -10,7 +10,7 @@ import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -65,6 +65,23 @@ def test_linear_and_cosine_fall_from_the_peak_towards_the_floor() -> None:
     assert rates("cosine", 4) == pytest.approx(half)
     assert rates("cosine", 6, warmup_steps=2) == pytest.approx([1.0, 2.0, *half])
     assert min(rates("cosine", 100, min_lr_ratio=0.1)) > 0.2
+
+
+def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
+    assert rates("wsd", 10, warmup_steps=2, decay_ratio=0.4, min_lr_ratio=0.5) == pytest.approx(
+        [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25]
+    )
+    # A decay that would begin within the warm-up begins behind it; none at all is a constant rate.
+    assert rates("wsd", 4, warmup_steps=2, decay_ratio=1.0) == pytest.approx([1.0, 2.0, 2.0, 1.0])
+    assert rates("wsd", 4, decay_ratio=0.0) == [2.0] * 4
+
+
+def test_every_type_has_a_rule_of_its_own_and_an_unknown_one_has_none() -> None:
+    types = get_args(get_type_hints(Scheduler)["type"])
+    shapes = {kind: tuple(rates(kind, 20, warmup_steps=3)) for kind in types}
+    assert len(set(shapes.values())) == len(types) >= 4
+    with pytest.raises(AssertionError, match="sawtooth"):
+        rates("sawtooth")
 
 
 def test_a_warm_up_of_the_whole_run_is_no_division_by_zero() -> None:

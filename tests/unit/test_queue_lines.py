@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 
 from sftd.cli import queue
+from sftd.domain.events import JobReported
 from sftd.operations.waiting import QueueRow
 
 
+def job(state: str, reason: str = "") -> JobReported:
+    return JobReported(job="7", state=state, reason=reason)
+
+
 def line(width: int = 200, **more: Any) -> str:
-    fields = {"status": "running", "job": "Slurm: job 7 running", **more}
+    fields = {"status": "running", "job": job("RUNNING"), **more}
     row = QueueRow(
         run_id="calm-fox-0001", priority=0, devices=2, user="u", project="p", step=60, planned_steps=90,
         seconds_left=120.0, host="h", observed=True, **fields,
@@ -20,28 +25,28 @@ def line(width: int = 200, **more: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("status", "job", "told"),
+    ("status", "report", "told"),
     [
-        ("running", "", "(step 60 of 90, 2m00s left)"),
-        ("running", "Slurm: job 7 running", "(step 60 of 90, 2m00s left)"),
-        ("starting", "Slurm: job 7 pending (Resources)", "(Slurm: job 7 pending (Resources))"),
+        ("running", None, "(step 60 of 90, 2m00s left)"),
+        ("running", job("RUNNING"), "(step 60 of 90, 2m00s left)"),
+        ("starting", job("PENDING", "Resources"), "(Slurm: job 7 pending (Resources))"),
         (
             "running",
-            "Slurm: job 7 not observed (Slurm does not answer: down)",
+            job("NOT OBSERVED", "Slurm does not answer: down"),
             "(Slurm: job 7 not observed (Slurm does not answer: down); step 60 of 90, 2m00s left)",
         ),
         (
             "stopping",
-            "Slurm: job 7 pending (Priority; not cancelled yet: down)",
+            job("PENDING", "Priority; not cancelled yet: down"),
             "(Slurm: job 7 pending (Priority; not cancelled yet: down); step 60 of 90, 2m00s left)",
         ),
     ],
 )
-def test_a_job_is_told_of_unless_it_just_runs(status: str, job: str, told: str) -> None:
-    assert line(status=status, job=job).endswith(told)
+def test_a_job_is_told_of_unless_it_just_runs(status: str, report: JobReported | None, told: str) -> None:
+    assert line(status=status, job=report).endswith(told)
 
 
 def test_on_a_narrow_screen_the_state_comes_before_the_steps() -> None:
-    narrow = line(80, job="Slurm: job 7 not observed (Slurm does not answer: down)")
+    narrow = line(80, job=job("NOT OBSERVED", "Slurm does not answer: down"))
     assert len(narrow) <= 80
     assert "not observed" in narrow

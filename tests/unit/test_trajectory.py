@@ -126,6 +126,7 @@ NOT_FREE = {
     "optimizer.clip_grad": 3.0,
     "optimizer.lr": 1.0,
     "optimizer.weight_decay": 0.5,
+    "scheduler.decay_ratio": 0.5,
     "scheduler.min_lr_ratio": 0.5,
     "scheduler.type": "linear",
     "scheduler.warmup_ratio": 0.5,
@@ -165,7 +166,7 @@ def test_exactly_the_keys_that_decide_the_numbers_are_guilty(free: set[str], oth
 
 
 @given(
-    st.sampled_from(["constant", "linear", "cosine"]),
+    st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     st.integers(0, 40),
     st.integers(1, 60),
     st.integers(1, 60),

@@ -61,6 +61,16 @@ class JobReported(Event, frozen=True):
     reason: str = ""
     nodes: str = ""
 
+    @property
+    def just_runs(self) -> bool:
+        """Whether there is nothing to say of the job beside that it runs."""
+        return self.state == "RUNNING" and not self.reason
+
+    def words(self) -> str:
+        """The report as people read it beside a run."""
+        job = f"job {self.job} " if self.job else ""
+        return f"Slurm: {job}{self.state.lower()}" + (f" ({self.reason})" if self.reason else "")
+
     def summary(self) -> str:
         parts = (f"job {self.job}" if self.job else "", self.state, self.reason, self.nodes)
         return "  ".join(part for part in parts if part)
