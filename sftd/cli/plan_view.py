@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from sftd.cli.plan import Host
+    from sftd.cli.plan_host import Host
     from sftd.domain.plan import Facts, Plan
     from sftd.domain.plan_outcome import Outcome
     from sftd.domain.plan_search import Choice, Search

@@ -189,20 +189,22 @@ def announce(
 
 def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
     """Show which tokens are trained, and in a line what the run will take on this host."""
-    from sftd.cli import plan, xray
+    from sftd.cli import plan_host, xray
     from sftd.cli.plan_view import summary
     from sftd.domain.errors import Refused
     from sftd.domain.plan import make_plan
 
     out = output.console(stderr=stderr)
     try:
-        host = plan.Host.find(spec)
+        host = plan_host.Host.find(spec)
     except Refused:
         host = None
     xray.show(spec, found, out, "cuda" if host is None else host.machine.device)
     if host is None:
         return
-    made = make_plan(spec, plan.facts_of(found), host.machine, plan.known_pace(found.shape, host.machine))
+    made = make_plan(
+        spec, plan_host.facts_of(found), host.machine, plan_host.known_pace(found.shape, host.machine)
+    )
     out.print(f"  {summary(made)}", soft_wrap=True)
     if not host.fits(made.needed, spec.world_size):
         output.warn(f"that is more than the {output.memory(host.memory)} there are: see `sftd plan`")

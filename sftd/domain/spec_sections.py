@@ -67,6 +67,11 @@ class Megatron(Section, frozen=True):
         ),
     ] = "auto"
 
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that split each expert."""
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
 
 class Model(Section, frozen=True):
     """`model`: what is trained."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sftd.domain.spec import Spec
-from sftd.trainer.attention import SequenceLayout, make_chunks
 from sftd.trainer.data import Ints, Rows, Sample
 from sftd.trainer.packing import Planner
+from sftd.trainer.sequence_layout import SequenceLayout, make_chunks
 from sftd.trainer.sequence_shards import spans
 from sftd.trainer.session import Layout, Session
 from sftd.trainer.upload import upload

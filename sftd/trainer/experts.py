@@ -11,16 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe import token_dispatcher
 
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
-
-
-def tensor_parallel_size(spec: Spec) -> int:
-    """Ranks that split each expert."""
-    m = spec.model.megatron
-    return 1 if m.expert_model_parallel_size > 1 else m.tensor_model_parallel_size
 
 
 def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
@@ -41,22 +34,8 @@ def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": spec.model.megatron.expert_model_parallel_size,
-        "expert_tensor_parallel_size": tensor_parallel_size(spec),
+        "expert_tensor_parallel_size": spec.model.megatron.expert_tensor_parallel_size,
     }
-
-
-def install_for_cpu(stream: object) -> None:
-    """Let Megatron's all-to-all dispatcher run without an accelerator.
-
-    `stream` becomes its side stream, where token_dispatcher.py:469 would make one on a GPU. moe_utils.py:1184 turns the
-    sizes of the all-to-all into numbers only on their way from a GPU.
-    """
-    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
-    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
-
-
-def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def mark(model: torch.nn.Module) -> None:

@@ -14,10 +14,10 @@ from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import SampleGenerated
 from sftd.domain.spec import Spec
 from sftd.trainer import model as models
-from sftd.trainer.attention import KeyValueCache, SequenceLayout
 from sftd.trainer.errors import UserError
 from sftd.trainer.prepare.chat_template import BoundTemplate
 from sftd.trainer.prepare.hf_tokenizer import check_has_tokenizer, stop_token_ids
+from sftd.trainer.sequence_layout import KeyValueCache, SequenceLayout
 from sftd.trainer.session import Session
 from sftd.trainer.trainee import LossFunction, Trainee
 

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.jit import disable_jit_fuser
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 
 from sftd.trainer.errors import CheckpointSaveFailed
 
@@ -44,12 +45,21 @@ class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
 
 
 def install_for_cpu() -> None:
-    """Random streams on the CPU generator (random.py), and no torch.compile of tiny fusions (jit.py; 15 s, no gain)."""
+    """Random streams on the CPU generator (random.py), no torch.compile of tiny fusions (jit.py; 15 s, no gain), and the
+    all-to-all dispatcher of experts without an accelerator: token_dispatcher.py:469 would make a side stream on a GPU, and
+    moe_utils.py:1184 turns the sizes of the all-to-all into numbers only on their way from a GPU.
+    """
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     disable_jit_fuser()
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.cuda.current_stream()
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 @contextlib.contextmanager

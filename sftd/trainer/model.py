@@ -26,13 +26,14 @@ from torch import Tensor
 from sftd.domain.layout import ModelShape
 from sftd.domain.spec import Spec
 from sftd.trainer import experts, gradients
-from sftd.trainer.attention import CausalAttention, SequenceLayout
+from sftd.trainer.attention import CausalAttention
 from sftd.trainer.batches import MicroBatch
 from sftd.trainer.embedding import embed
 from sftd.trainer.layer import DecoderLayer
 from sftd.trainer.loss import linear_cross_entropy
 from sftd.trainer.norm import RMSNorm
 from sftd.trainer.rope import RotaryEmbedding
+from sftd.trainer.sequence_layout import SequenceLayout
 from sftd.trainer.session import Session
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sftd.domain.layout import ModelShape
-from sftd.trainer.attention import SequenceLayout
+from sftd.trainer.sequence_layout import SequenceLayout
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 import sftd
 from sftd.domain.spec import Spec
-from sftd.trainer import experts, rendezvous
+from sftd.trainer import rendezvous
 from sftd.trainer.errors import UserError
 from sftd.trainer.process import device_kind
 
@@ -112,7 +112,6 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
 
         device_mode.install()
         megatron_edges.install_for_cpu()
-        experts.install_for_cpu(torch.cuda.current_stream())
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo", **world)
@@ -127,7 +126,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
         virtual_pipeline_model_parallel_size=_chunks(spec) if _chunks(spec) > 1 else None,
         context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
-        expert_tensor_parallel_size=experts.tensor_parallel_size(spec),
+        expert_tensor_parallel_size=spec.model.megatron.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     layout = Layout(

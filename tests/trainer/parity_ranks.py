@@ -21,10 +21,10 @@ from sftd.trainer import loss as loss_module  # noqa: E402
 from sftd.trainer import model as models  # noqa: E402
 from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer import weights  # noqa: E402
-from sftd.trainer.attention import SequenceLayout  # noqa: E402
 from sftd.trainer.batches import Batching  # noqa: E402
 from sftd.trainer.data import Sample  # noqa: E402
 from sftd.trainer.loss import linear_cross_entropy, vocab_parallel_cross_entropy  # noqa: E402
+from sftd.trainer.sequence_layout import SequenceLayout  # noqa: E402
 from sftd.trainer.session import Session  # noqa: E402
 from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
 from sftd.wire.model_folder import read_shape  # noqa: E402

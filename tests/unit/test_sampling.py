@@ -12,7 +12,7 @@ import pytest
 
 from sftd.cli.app import make_home
 from sftd.cli.daemon import run_daemon, start_detached
-from sftd.cli.plan import Host
+from sftd.cli.plan_host import Host
 from sftd.domain.errors import Refused
 from sftd.domain.spec import Spec
 from sftd.launcher import inventory, sampling
