@@ -14,46 +14,64 @@ from typing import Any
 import click
 import msgspec
 
-# Command → (module, one line of help). The help stands here so that `sftd --help` imports no command.
+# Task → command → (module, one line of help). The help is here so that `sftd --help` imports no command.
+_TASKS: dict[str, dict[str, tuple[str, str]]] = {
+    "Train": {
+        "demo": ("demo", "Fine-tune a real small model on this machine, from download to answer."),
+        "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
+        "config": ("config", "List every key of a run's config."),
+        "plan": ("plan", "Estimate memory, time and disk of a run, and find the best layout."),
+        "submit": ("submit", "Queue a run."),
+    },
+    "Look": {
+        "ls": ("ls", "List runs."),
+        "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
+        "watch": ("watch", "Watch the queue, the devices and the runs, or one run, live."),
+        "queue": ("queue", "List what runs and what waits, in order, and what for."),
+        "events": ("events", "Print a run's events."),
+        "logs": ("logs", "Print what a run's ranks wrote."),
+        "checkpoints": ("checkpoints", "List a run's checkpoints and why each is kept."),
+        "compare": ("compare", "Compare runs: settings and results."),
+        "lineage": ("fork", "Draw the tree of forks that a run belongs to."),
+        "data": ("data", "Show which rows of the data a step saw."),
+        "replay": ("replay", "Play a run's log: its state at any moment."),
+        "verify": ("verify", "Train recorded steps again and compare them with the log."),
+    },
+    "Continue": {
+        "resume": ("control", "Queue another attempt of a run."),
+        "fork": ("fork", "Start a new run from a checkpoint of another."),
+        "pause": ("halt", "Stop a run with a checkpoint, to continue it later."),
+        "cancel": ("control", "End a run, with a checkpoint."),
+        "hold": ("halt", "Keep a waiting run from starting."),
+        "release": ("halt", "Let a held run wait for its turn again."),
+    },
+    "Use the model": {
+        "generate": ("generate", "Answer prompts from a checkpoint."),
+        "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
+    },
+    "Operate": {
+        "daemon": ("daemon", "Take runs from the queue and drive them."),
+        "nodes": ("nodes", "List the daemons that share the database, and their devices."),
+        "ui": ("ui", "Open MLflow on the runs of this home."),
+        "mlflow": ("mlflow", "Compare MLflow with the log, rebuild it, register models."),
+        "notify": ("notify", "Show who is notified when runs end, and test it."),
+        "gc": ("checkpoints", "Delete checkpoints that no retention rule protects."),
+        "rm": ("rm", "Remove runs: delete their files and hide them."),
+        "import": ("imports", "Import a run that was trained without a daemon."),
+        "db": ("db", "Check a database, back it up, restore or copy it."),
+        "views": ("admin", "Rebuild or dump the views folded from the log."),
+    },
+    "Set up": {
+        "doctor": ("doctor", "Diagnose this installation and suggest fixes."),
+        "init": ("admin", "Create or upgrade the database."),
+        "completion": (
+            "completion",
+            "Print the script that completes commands and names of runs in a shell.",
+        ),
+    },
+}
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "Fine-tune a real small model on this machine, from download to answer."),
-    "init": ("admin", "Create or upgrade the database."),
-    "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
-    "plan": ("plan", "Say what a run will take: memory, time, disk, and the best layout."),
-    "submit": ("submit", "Queue a run."),
-    "ls": ("ls", "List runs."),
-    "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
-    "watch": ("watch", "A live board of the queue, the devices and the runs, or of one run."),
-    "compare": ("compare", "Hold runs against each other: what differs, and what came of it."),
-    "events": ("events", "Print a run's events."),
-    "replay": ("replay", "Play a run's log: its state at any moment."),
-    "verify": ("verify", "Train recorded steps again and compare them with the log."),
-    "data": ("data", "Show which rows of the data a step saw."),
-    "logs": ("logs", "Print what a run's ranks wrote."),
-    "checkpoints": ("checkpoints", "List a run's checkpoints and why each is kept."),
-    "resume": ("control", "Queue another attempt of a run."),
-    "fork": ("fork", "Start a new run from a checkpoint of another."),
-    "lineage": ("fork", "Draw the tree of forks that a run belongs to."),
-    "cancel": ("control", "End a run, with a checkpoint."),
-    "queue": ("queue", "List what runs and what waits, in order, and what for."),
-    "hold": ("halt", "Keep a waiting run from starting."),
-    "release": ("halt", "Let a held run wait for its turn again."),
-    "pause": ("halt", "Stop a run with a checkpoint, to continue it later."),
-    "nodes": ("nodes", "List the daemons that share the database, and their devices."),
-    "daemon": ("daemon", "Take runs from the queue and drive them."),
-    "config": ("config", "List every key of a run's config."),
-    "generate": ("generate", "Answer prompts from a checkpoint."),
-    "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
-    "gc": ("checkpoints", "Delete the checkpoints that nothing keeps."),
-    "rm": ("rm", "Remove runs: delete their files and hide them."),
-    "import": ("imports", "Take in a run that was trained without a daemon."),
-    "ui": ("ui", "Open MLflow on the runs of this home."),
-    "mlflow": ("mlflow", "Compare MLflow with the log, rebuild it, register models."),
-    "notify": ("notify", "Show who is notified when runs end, and test it."),
-    "doctor": ("doctor", "Say what is wrong with this installation, and how to fix it."),
-    "completion": ("completion", "Print the script that completes commands and names of runs in a shell."),
-    "views": ("admin", "Rebuild or dump the views folded from the log."),
-    "db": ("db", "Check a database, back it up, restore or copy it."),
+    name: entry for task in _TASKS.values() for name, entry in task.items()
 }
 
 _LS_SHOW = "`sftd ls` lists runs, `sftd show RUN` shows one, `sftd queue` shows what waits."
@@ -159,8 +177,11 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        # As wide in every section, so that the texts are in one column.
+        column = max(map(len, COMMANDS))
+        for task, commands in _TASKS.items():
+            with formatter.section(task):
+                formatter.write_dl([(name.ljust(column), text) for name, (_, text) in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         from sftd.domain.errors import SftdError
