@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -95,6 +96,10 @@ class WarmTrainer:
         """Start `python -m sftd.trainer ARGUMENTS`."""
         return self._start("direct", arguments, 1, log)
 
+    def script(self, script: Path, arguments: Sequence[str], ranks: int, log: Path) -> Ranks:
+        """Run a Python file as the main program on each of some ranks."""
+        return self._start("script", [str(script), *arguments], ranks, log)
+
     def _start(self, how: str, arguments: Sequence[str], ranks: int, log: Path) -> Ranks:
         assert self._process.stdin
         order = {"how": how, "arguments": list(arguments), "ranks": ranks, "log": str(log)}
@@ -157,6 +162,9 @@ def _fork(order: dict[str, Any], rank: int, port: int) -> int:
 
         if order["how"] == "attempt":
             loop.run(*order["arguments"])
+        elif order["how"] == "script":
+            sys.argv = order["arguments"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
         else:
             direct.main(order["arguments"])
         code = 0

@@ -54,7 +54,6 @@ def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Man
         )
     # Manifests of before there was expert parallelism do not name its size.
     same_layout = {"ep": 1} | manifest.layout == session.layout.sizes
-    megatron_edges.prepare_adamw_for_load(trainee.optimizer)
     wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
     state: dict[str, Any] = {}
     reason = None

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from sftd.trainer.megatron_edges import allocate_adamw_state
 from sftd.trainer.session import Session
 from sftd.trainer.trainee import Trainee
 
@@ -30,6 +31,7 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
     state: dict[str, Any] = {
         f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(trainee.chunks)
     }
+    allocate_adamw_state(trainee.optimizer)
     state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)
     if with_rng:
         is_cuda = session.device.type == "cuda"

@@ -121,8 +121,9 @@ def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:
                     state["step"] = state["step"].to(parameter.device)
 
 
-def prepare_adamw_for_load(optimizer: MegatronOptimizer) -> None:
-    """Allocate AdamW's lazy state: distrib_optimizer.py:838 asserts that it is there before a load."""
+def allocate_adamw_state(optimizer: MegatronOptimizer) -> None:
+    """Allocate AdamW's lazy state: distrib_optimizer.py:838 asserts that it is there, for a load and for a save. Before the
+    first update it is not, and every step before a save may have been skipped."""
     for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
             for parameter in group["params"]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import resource
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from sftd.domain.flops import peak_flops, training_flops
 from sftd.domain.layout import ModelShape
-from sftd.trainer.session import Session
+
+if TYPE_CHECKING:
+    from sftd.trainer.session import Session
 
 
 class Meter:

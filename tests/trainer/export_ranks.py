@@ -13,7 +13,6 @@ process.prepare()
 
 import torch  # noqa: E402
 
-from sftd.trainer import megatron_edges  # noqa: E402
 from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer import trainee as trainees  # noqa: E402
 from sftd.trainer.checkpoint import Checkpoints, Progress  # noqa: E402
@@ -32,8 +31,6 @@ def main(path: str) -> None:
         session = replace(session, dtype=torch.bfloat16 if is_bf16 else torch.float32)
         shape = read_shape(order.spec.model.partial_pretrain, {})
         trainee = trainees.load(order.spec, shape, session, pretrained=True)
-        # There is no state of the optimizer before its first step.
-        megatron_edges.prepare_adamw_for_load(trainee.optimizer)
         checkpoints = Checkpoints(order, session, trainee, reporter)
         checkpoints.save(Progress(1, 1, math.nan, math.nan), {}, must_succeed=True)
         reporter.close()
