@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sftd.domain.events import CheckpointPublished, StepCompleted
+from sftd.domain.events import CheckpointPublished, ModelLoaded, StepCompleted
+from sftd.domain.spec import spec_digest
 from sftd.wire import manifest as manifests
 from sftd.wire.manifest import Manifest
 from tests.trainer.checkpoint_files import tensors, values
@@ -234,3 +235,54 @@ def test_a_redone_step_of_other_weights_replaces_the_checkpoint(
         kept = manifests.verify(run.checkpoint(event.step), event.manifest_digest)
         assert float.fromhex(kept.loss) == run.steps()[event.step].loss != pair.steps()[event.step].loss
     assert [s.step for s in run.events(StepCompleted)] == [2, 3]
+
+
+def test_a_manifest_says_what_the_log_says(pair: Run) -> None:
+    """Every field of each, and the bytes of the folder."""
+    order, environment = pair.attempt.order(), pair.events(ModelLoaded)[0].environment
+    for event in pair.events(CheckpointPublished):
+        folder, step = pair.checkpoint(event.step), pair.steps()[event.step]
+        found = manifests.verify(folder, event.manifest_digest)
+        assert found == Manifest(
+            schema_version=manifests.WHOLE,
+            run_id="run",
+            spec_digest=spec_digest(order.spec),
+            step=event.step,
+            tokens_total=sum(s.tokens for n, s in pair.steps().items() if n <= event.step),
+            samples=8 * event.step,
+            loss=step.loss.hex(),
+            grad_norm=step.grad_norm.hex(),
+            layout={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "dp": 2},
+            dtype="float32",
+            versions={name: environment[name] for name in ("sftd", "python", "torch", "megatron_core")},
+            files=found.files,
+            state_files=["__0_state_0.distcp", "__1_state_0.distcp"],
+        )
+        assert event.path == str(folder)
+        assert event.bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_weights_in_bf16_go_on_from_their_master_copies(trainer: Trainer, warm: WarmTrainer) -> None:
+    spec = trainer.spec(**SHORT, model__megatron__params_dtype="bfloat16")
+    whole = trainer.train(warm, trainer.prepare("bf16", spec))
+    again = trainer.train(warm, trainer.prepare("bf16-2", spec, **resumed(whole, 1)))
+    assert contents(again, 3) == contents(whole, 3)
+    assert [s.loss for s in again.events(StepCompleted)] == [s.loss for s in whole.events(StepCompleted)[1:]]
+
+
+def test_a_save_in_flight_is_published_before_a_loss_that_is_no_number_ends_the_attempt(
+    trainer: Trainer, warm: WarmTrainer, tmp_path: Path
+) -> None:
+    """The next attempt starts from it."""
+    spec = trainer.spec(**SHORT, optimizer__lr=1e30, scheduler__warmup_steps=0, checkpoint__async_save=True)
+    attempt = trainer.prepare("diverging-while-saving", spec)
+    held = {
+        "path": r"\.partial/__",
+        "journal": str(attempt.journal),
+        "ahead": 9,
+        "note": str(tmp_path / "note"),
+    }
+    run = trainer.train(warm, attempt, expect=1, faults=[("hold_while_training", held)])
+    assert [s.step for s in run.events(StepCompleted)] == [1, 2]
+    assert [c.step for c in run.events(CheckpointPublished)] == [1]
+    assert run.all_events()[-1] == run.events(CheckpointPublished)[0]
