@@ -20,7 +20,7 @@ State = tuple[int, int, int]
 def observe(log: str, asked: Callable[[], bool] = lambda: True) -> Callable[[], None]:
     """Have this process append each fsync and each rename of its own to the file `log`, while `asked()`. Returns what
     undoes it."""
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    fsync, rename, replace, link, mkdir = os.fsync, os.rename, os.replace, os.link, os.mkdir
 
     def note(**seen: Any) -> None:
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -42,8 +42,14 @@ def observe(log: str, asked: Callable[[], bool] = lambda: True) -> Callable[[], 
 
         return moved
 
-    vars(os).update(fsync=observed_fsync, rename=moving(rename), replace=moving(replace))
-    return lambda: vars(os).update(fsync=fsync, rename=rename, replace=replace)
+    def made(path: Any, *args: Any, **options: Any) -> None:
+        mkdir(path, *args, **options)
+        if asked():
+            note(what="folder", path=os.path.abspath(path))
+
+    vars(os).update(fsync=observed_fsync, mkdir=made)
+    vars(os).update(rename=moving(rename), replace=moving(replace), link=moving(link))
+    return lambda: vars(os).update(fsync=fsync, rename=rename, replace=replace, link=link, mkdir=mkdir)
 
 
 def _state(path: str) -> State | None:
@@ -98,7 +104,7 @@ class Trace:
         return [tuple(s["state"]) for s in self.seen() if s["what"] == "sync" and s["path"] == str(path)]
 
     def lacks(self, path: Path) -> list[str]:
-        """Why `path`, a file or folder that was put in place by a rename, might not survive a power cut; empty if it would."""
+        """Why `path`, a file or folder that was put in place by a rename or a link, might not survive a power cut; empty if it would."""
         seen = self.seen()
         places = [i for i, s in enumerate(seen) if s["what"] == "rename" and s["path"] == str(path)]
         if not places:
@@ -117,3 +123,15 @@ class Trace:
         if not any(s["what"] == "sync" and s["path"] == str(path.parent) for s in seen[place + 1 :]):
             wrong.append(f"{path.parent.name} was not synced after the rename")
         return wrong
+
+    def unnamed(self, below: Path) -> list[Path]:
+        """Folders that were made below a folder, and are there, although the folder that has their name was not synced since."""
+        seen = self.seen()
+        return [
+            path
+            for i, made in enumerate(seen)
+            if made["what"] == "folder"
+            and (path := Path(made["path"])).is_dir()
+            and path.is_relative_to(below)
+            if not any(s["what"] == "sync" and s["path"] == str(path.parent) for s in seen[i + 1 :])
+        ]

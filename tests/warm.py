@@ -7,6 +7,7 @@ and one when they have ended. Who asked may kill them meanwhile.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -30,6 +31,8 @@ from tests.holds import Holds
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
+# A function of tests/trainer/faults.py by its name, and its arguments.
+Fault = tuple[str, dict[str, Any]]
 
 
 def has_ended(pid: int) -> bool:
@@ -88,9 +91,9 @@ class WarmTrainer:
             text=True,
         )
 
-    def attempt(self, folder: Path, ranks: int, log: Path) -> Ranks:
-        """Start the ranks of an attempt that was ordered. What they print goes to `log`."""
-        return self._start("attempt", [str(folder)], ranks, log)
+    def attempt(self, folder: Path, ranks: int, log: Path, faults: Sequence[Fault] = ()) -> Ranks:
+        """Start the ranks of an attempt that was ordered. What they print goes to `log`. Each has the `faults`."""
+        return self._start("attempt", [str(folder)], ranks, log, faults)
 
     def direct(self, arguments: Sequence[str], log: Path) -> Ranks:
         """Start `python -m sftd.trainer ARGUMENTS`."""
@@ -100,9 +103,17 @@ class WarmTrainer:
         """Run a Python file as the main program on each of some ranks."""
         return self._start("script", [str(script), *arguments], ranks, log)
 
-    def _start(self, how: str, arguments: Sequence[str], ranks: int, log: Path) -> Ranks:
+    def _start(
+        self, how: str, arguments: Sequence[str], ranks: int, log: Path, faults: Sequence[Fault] = ()
+    ) -> Ranks:
         assert self._process.stdin
-        order = {"how": how, "arguments": list(arguments), "ranks": ranks, "log": str(log)}
+        order = {
+            "how": how,
+            "arguments": list(arguments),
+            "ranks": ranks,
+            "log": str(log),
+            "faults": list(faults),
+        }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Ranks(self.answer()["pids"], self)
@@ -160,6 +171,8 @@ def _fork(order: dict[str, Any], rank: int, port: int) -> int:
         os.dup2(log, 2)
         from sftd.trainer import direct, loop
 
+        for name, arguments in order["faults"]:
+            getattr(importlib.import_module("tests.trainer.faults"), name)(**arguments)
         if order["how"] == "attempt":
             loop.run(*order["arguments"])
         elif order["how"] == "script":

@@ -44,7 +44,7 @@ from sftd.trainer.reporter import Reporter
 from sftd.trainer.session import Session, gather
 from sftd.trainer.trainee import Trainee
 from sftd.wire import manifest as manifests
-from sftd.wire.attempt_dir import Order, fsync_dir
+from sftd.wire.attempt_dir import Order, fsync_dir, make_durable
 from sftd.wire.checkpoint_dir import once_unread
 from sftd.wire.manifest import FileEntry, Manifest
 
@@ -249,7 +249,7 @@ class Checkpoints:
         # A run has one attempt at a time: whatever is half written was left by one that was killed.
         for left in self._folder.glob("step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_durable(partial)
         need = int(_HEADROOM * self._trainee.state_bytes)
         if (free := shutil.disk_usage(partial).free) < need:
             raise OSError(

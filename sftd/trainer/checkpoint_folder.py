@@ -13,6 +13,7 @@ from sftd.domain.failures import is_disk_full
 from sftd.trainer.errors import CheckpointSaveFailed, UserError
 from sftd.trainer.session import gather
 from sftd.wire import disk
+from sftd.wire.attempt_dir import make_durable
 
 
 def check(folder: Path) -> None:
@@ -34,7 +35,7 @@ def refusal(folder: Path, *, make: bool) -> str | None:
     that another node has made must be seen here."""
     try:
         if make:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_durable(folder)
         elif not folder.is_dir():
             raise FileNotFoundError(
                 errno.ENOENT, "the folder that the first node made is not here", str(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,8 +45,7 @@ def load(order: Order, session: Session, trainee: Trainee, reporter: Reporter) -
 
 
 def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Manifest:
-    manifest = manifests.read(folder, order.checkpoint_digest)
-    _raise_first(gather(manifests.find_damage(folder, manifest, dist.get_rank(), dist.get_world_size())))
+    manifest = _agreed(lambda: _verified(folder, order.checkpoint_digest))
     if manifest.weights_only:
         raise UserError(f"{folder} holds weights only: training cannot continue from it")
     if manifest.dtype != (mine := str(session.dtype).removeprefix("torch.")):
@@ -55,15 +55,21 @@ def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Man
     # Manifests of before there was expert parallelism do not name its size.
     same_layout = {"ep": 1} | manifest.layout == session.layout.sizes
     wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
-    state: dict[str, Any] = {}
-    reason = None
-    try:
-        state = checkpoint_reading.load(wanted, folder)
-    except CheckpointInvalid as error:
-        reason = str(error)
-    _raise_first(gather(reason))
-    with checkpoint_reading.invalid_where_it_fails(folder):
-        _restore(state, order.spec, session, trainee, with_rng=same_layout)
+    state = _agreed(lambda: checkpoint_reading.load(wanted, folder))
+
+    def restore() -> None:
+        with checkpoint_reading.invalid_where_it_fails(folder):
+            _restore(state, order.spec, session, trainee, with_rng=same_layout)
+
+    _agreed(restore)
+    return manifest
+
+
+def _verified(folder: Path, digest: str | None) -> Manifest:
+    """The manifest. Each rank hashes its share of the files. Raises `CheckpointInvalid`."""
+    manifest = manifests.read(folder, digest)
+    if damage := manifests.find_damage(folder, manifest, dist.get_rank(), dist.get_world_size()):
+        raise CheckpointInvalid(damage)
     return manifest
 
 
@@ -84,7 +90,14 @@ def _restore(
         tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
 
 
-def _raise_first(reasons: list[str | None]) -> None:
-    """Raises `CheckpointInvalid` on every rank when one has a reason."""
-    if found := next((reason for reason in reasons if reason), None):
+def _agreed[T](action: Callable[[], T]) -> T:
+    """What `action` returns on this rank. Raises `CheckpointInvalid` on every rank when one raises it: all ranks must leave the
+    checkpoint, and the one that writes the journal must know why."""
+    result, reason = None, None
+    try:
+        result = action()
+    except CheckpointInvalid as error:
+        reason = str(error)
+    if found := next((text for text in gather(reason) if text), None):
         raise CheckpointInvalid(found)
+    return cast(T, result)

@@ -119,9 +119,18 @@ def fsync_dir(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a folder and its missing parents, mode 0700 (`Path.mkdir` gives the parents the usual mode)."""
-    for folder in (*reversed(path.parents), path):
-        folder.mkdir(mode=0o700, exist_ok=True)
+    """Make a folder and its missing parents, mode 0700 (`Path.mkdir` gives the parents the usual mode), as `make_durable`."""
+    make_durable(path, 0o700)
+
+
+def make_durable(path: Path, mode: int = 0o777) -> None:
+    """Make a folder and its missing parents, whose names survive a power cut: what is synced below a name that does not is
+    lost with it. Raises `OSError`."""
+    for folder in reversed([f for f in (path, *path.parents) if not f.exists()]):
+        folder.mkdir(mode=mode, exist_ok=True)
+        fsync_dir(folder.parent)
+    # Raises where it is a file.
+    path.mkdir(exist_ok=True)
 
 
 def read_order(path: Path) -> Order:

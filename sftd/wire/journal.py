@@ -20,6 +20,7 @@ import msgspec
 from sftd.domain import codec
 from sftd.domain.errors import JournalCorrupt
 from sftd.domain.events import CheckpointPublished, Event, Micros
+from sftd.wire.attempt_dir import fsync_dir
 
 FSYNC_SECONDS = 1.0
 _BACKLOG_BYTES = 1 << 20
@@ -66,6 +67,8 @@ class JournalWriter:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # The lines that are synced later are lost if the name is.
+        fsync_dir(path.parent)
         self._dirty = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._sync_loop, name="journal-fsync", daemon=True)

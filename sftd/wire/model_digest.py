@@ -22,7 +22,7 @@ from sftd.domain.errors import Problem, Refused
 from sftd.domain.model_files import ModelFile, ModelFiles, differences
 from sftd.domain.model_record import ModelRecord
 from sftd.domain.spec import Spec
-from sftd.wire.attempt_dir import make_private
+from sftd.wire.attempt_dir import fsync_dir, make_private
 
 INDEX = "model.safetensors.index.json"
 _WHERE = "model.partial_pretrain"
@@ -192,6 +192,7 @@ def keep(record: ModelFiles, folder: str, target: Path) -> None:
             shutil.copyfile(path, copy)
             with open(copy, "rb") as file:
                 os.fsync(file.fileno())
+            fsync_dir(copy.parent)
         if not is_copy(record, partial):
             return
         try:
@@ -201,6 +202,7 @@ def keep(record: ModelFiles, folder: str, target: Path) -> None:
             if not is_copy(record, target):
                 shutil.rmtree(target)
                 partial.rename(target)
+        fsync_dir(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -17,8 +17,9 @@ from sftd.daemon.loop import Daemon
 from sftd.domain import events as e
 from sftd.domain.demand import Need
 from sftd.domain.failures import Failure, Remains
+from sftd.domain.model_files import ModelFile, ModelFiles
 from sftd.domain.queueing import Limits
-from sftd.domain.spec_sections import Launch
+from sftd.domain.spec_sections import Launch, Trainer
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
@@ -424,3 +425,60 @@ def test_a_lost_lease_and_a_broken_journal_keep_no_others_lines_back(
         (said,) = event_store.read_types(connection, [whole], ("AnomalyDetected",))
     assert "cannot be read" in str(said.event)
     first.close()
+
+
+def test_an_attempt_gets_everything_that_the_log_knows(
+    log: Store, daemon: Callable[[Launcher], Daemon], tmp_path: Path
+) -> None:
+    """Every field of its order. What it finds otherwise, such as another checkpoint in the place of the recorded one, it
+    refuses; so what the order leaves out is not checked."""
+    files = ModelFiles(files={"config.json": ModelFile(2, "c")}, weights={"w": ModelFile(3, "w")})
+    facts = msgspec.structs.replace(FACTS, digest="t"), msgspec.structs.replace(FACTS, digest="v")
+    spec = msgspec.structs.replace(ONE_DEVICE, trainer=Trainer(max_steps=30))
+    run_id = runs.submit(log, CONTEXT, spec, Preflight(SHAPE, *facts, 30, [], files), [], "ada")
+    launcher = Launcher()
+    one = daemon(launcher)
+    one.tick()
+    (first,) = launcher.started
+    lease = next(iter(one._supervisors.values())).lease
+    run_dir = RunDir(one._settings.home, run_id)
+    folder = run_dir.path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    published = e.CheckpointPublished(
+        step=2, path=str(folder), bytes=1, manifest_digest="of-this-one", seconds=1.0
+    )
+    told: list[e.Event] = [
+        e.WeightsDigested(files={"w": "x"}, bytes=3, seconds=1.0),
+        step(1, loss=3.0),
+        step(2, loss=2.0),
+        published,
+        step(3, loss=9.0),
+    ]
+    lines = [Line(number=n, occurred_at=n, event=event) for n, event in enumerate(told, 1)]
+    attempts.record(log, CONTEXT, lease, lines, 20, {})
+    first.is_killed = True
+    one._look_at.clear()
+    one.tick()
+    with log.write(appends=False) as tx:
+        queue.wait_again(tx, run_id, 0)
+    one._look_at.clear()
+    one.tick()
+    assert len(launcher.started) == 2
+    order = launcher.started[1].directory.order()
+    assert order.token != first.directory.order().token
+    assert order == Order(
+        run_id=run_id,
+        attempt=2,
+        token=order.token,
+        spec=spec,
+        planned_steps=30,
+        checkpoint_dir=str(run_dir.path / "checkpoints"),
+        checkpoint=str(folder),
+        checkpoint_digest="of-this-one",
+        train_digest="t",
+        val_digest="v",
+        model_files=files,
+        weights={"w": "x"},
+        model_root=str(tmp_path),
+        losses=[3.0, 2.0],
+    )

@@ -22,10 +22,11 @@ from sftd.operations import attempts, checkpoints, runs
 from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
 from sftd.projections import views
-from sftd.store import schedule
+from sftd.store import event_store, schedule
 from sftd.store.engine import Store
+from sftd.store.queue import Lease
 from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import JournalWriter, Line
+from sftd.wire.journal import JournalWriter, Line, event_id
 from sftd.wire.preflight import Preflight
 
 LEASE = 30_000_000
@@ -208,3 +209,50 @@ def test_a_trainer_that_goes_on_writing_does_not_hold_up_the_daemon(
     monkeypatch.setattr(attempts, "record", record_while_writing)
     assert [supervisor.ingest() for _ in range(3)] == [1, 1, 1]
     writer.close()
+
+
+def test_each_line_of_each_journal_is_in_the_log_once_whoever_reads_it(
+    log: Store, clock: Clock, clean_environment: dict[str, Any], tmp_path: Path
+) -> None:
+    """A daemon takes in a part, the next one goes on behind it: lines that were torn then, and a second attempt's journal, whose
+    numbers begin with 1 again."""
+    first = claimed(log, clock)
+    lease, run_id = first.lease, first.run.run_id
+
+    def take_in(lease: Lease) -> None:
+        attempt = LocalAttempt(AttemptDir(tmp_path / str(lease.attempt)), None, lease.token)
+        Supervisor(log, clock.context, settings.read(), lease, attempt).ingest()
+
+    def write(number: int, *steps: e.StepCompleted) -> Path:
+        AttemptDir(tmp_path / str(number)).path.mkdir(exist_ok=True)
+        writer = JournalWriter(AttemptDir(tmp_path / str(number)).journal)
+        for event in steps:
+            writer.append(event)
+        writer.close()
+        return AttemptDir(tmp_path / str(number)).journal
+
+    journal = write(1, step(1), step(2), step(3), step(4))
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-10])
+    take_in(lease)
+    journal.write_bytes(whole)
+    take_in(lease)
+    take_in(lease)
+    failure = Failure("killed", "boom")
+    attempts.finish(log, clock.context, lease, exit_code=1, failure=failure, lost=False, backoff_seconds=1.0)
+    clock.time += 60_000_000
+    second = attempts.claim(
+        log, clock.context, daemon="daemon-2", host="host", fits=lambda run: True, lease_micros=LEASE
+    )
+    assert second is not None
+    write(2, step(1), step(2))
+    take_in(second.lease)
+    with log.read() as connection:
+        types = ("StepCompleted", "AnomalyDetected")
+        recorded = list(event_store.read_stream(connection, run_id, types=types))
+    assert [(r.attempt, r.event.step) for r in recorded if isinstance(r.event, e.StepCompleted)] == [
+        *((1, n) for n in (1, 2, 3, 4)),
+        *((2, n) for n in (1, 2)),
+    ]
+    lines = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
+    assert [r.event_id for r in recorded] == [event_id(run_id, *line) for line in lines]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order
 from tests.holds import Holds
 from tests.patience import PATIENCE
-from tests.warm import Ranks, WarmTrainer
+from tests.warm import Fault, Ranks, WarmTrainer
 
 VOCAB = 250
 TRAIN_ROWS = 37
@@ -281,13 +281,15 @@ class Trainer:
             pytest.fail(f"exit code {code}\n{output[-6000:]}")
         return Run(attempt, code, output)
 
-    def train(self, warm: WarmTrainer, attempt: AttemptDir, *, expect: int = 0) -> Run:
+    def train(
+        self, warm: WarmTrainer, attempt: AttemptDir, *, expect: int = 0, faults: Sequence[Fault] = ()
+    ) -> Run:
         """Train an attempt to its end without torchrun."""
-        return self.ended(attempt, self.start_warm(warm, attempt), expect=expect)
+        return self.ended(attempt, self.start_warm(warm, attempt, faults), expect=expect)
 
-    def start_warm(self, warm: WarmTrainer, attempt: AttemptDir) -> Ranks:
+    def start_warm(self, warm: WarmTrainer, attempt: AttemptDir, faults: Sequence[Fault] = ()) -> Ranks:
         """The ranks of an attempt without torchrun."""
-        return warm.attempt(attempt.path, attempt.order().spec.world_size, attempt.output_log)
+        return warm.attempt(attempt.path, attempt.order().spec.world_size, attempt.output_log, faults)
 
     def ended(self, attempt: AttemptDir, ranks: Ranks, *, expect: int = 0) -> Run:
         """Wait for the end; anything but the expected exit code of a rank fails the test with the output."""

@@ -38,6 +38,8 @@ def test_a_published_checkpoint_and_its_steps_survive_a_power_cut(
     published = run.events(CheckpointPublished)
     assert [e.step for e in published] == [2, 4, 6]
     seen = trace.seen()
+    folder = run.checkpoint(2).parent
+    assert folder not in trace.unnamed(folder.parent)
     for event in published:
         folder = run.checkpoint(event.step)
         assert len(list(folder.iterdir())) > 4, "two ranks' files, Megatron's own and the manifest"

@@ -19,6 +19,7 @@ from sftd.domain.chat_template import ChatTemplate
 from sftd.domain.events import CheckpointPublished, ModelLoaded, SampleGenerated
 from sftd.wire import checkpoint_reduction
 from sftd.wire import manifest as manifests
+from tests.durability import Trace
 from tests.trainer.conftest import MODELS, PROMPT  # type: ignore[import-not-found]
 from tests.trainer.test_experts import EP2, overrides_of  # type: ignore[import-not-found]
 from tests.trainer.test_training import real_model  # type: ignore[import-not-found]
@@ -166,6 +167,13 @@ def test_what_was_loaded_is_exported_bit_for_bit(
     for copied in names:
         if copied.name not in ("config.json", "model.safetensors") and (original / copied).is_file():
             assert (out / copied).read_bytes() == (original / copied).read_bytes()
+
+
+def test_an_export_survives_a_power_cut(of_one_rank: dict[str, Path]) -> None:
+    """The one with a folder in it."""
+    out = of_one_rank[BF16]
+    assert (out / "additional_chat_templates").is_dir()
+    assert Trace(out.with_name("outcomes.json.trace")).lacks(out) == []
 
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sftd.domain import events as e
 from sftd.domain.spec import Spec
-from sftd.wire import journal
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, write_atomic
+from sftd.store import backups
+from sftd.trainer.folder_swap import publish_folder
+from sftd.trainer.prepare.row_file import RowFile
+from sftd.trainer.prepare.tokenize_pieces import Row
+from sftd.wire import journal, model_digest
+from sftd.wire import manifest as manifests
+from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, make_durable, model_copy, write_atomic
 from sftd.wire.checkpoint_dir import remove
+from sftd.wire.checkpoint_reduction import reduce
 from sftd.wire.direct_run import DirectRun, Submission
 from sftd.wire.journal import JournalWriter
+from sftd.wire.manifest import Manifest
 from tests.durability import Trace, observed
 from tests.patience import PATIENCE
 
@@ -132,6 +144,130 @@ def test_a_deletion_is_durable_before_its_files_go(tmp_path: Path) -> None:
     with observed(tmp_path / "trace") as trace:
         remove(folder)
     assert not folder.exists()
-    renames = [s for s in trace.seen() if s["what"] == "rename"]
-    assert [s["source"] for s in renames] == [str(folder)]
-    assert any(s["what"] == "sync" and s["path"] == str(tmp_path) for s in trace.seen())
+    renamed, synced = trace.seen()
+    assert (renamed["what"], renamed["source"]) == ("rename", str(folder))
+    assert (synced["what"], synced["path"]) == ("sync", str(tmp_path))
+    # A power cut before that leaves the checkpoint as it was.
+    assert synced["holds"] == ["step-00000001.deleted", "trace"]
+
+
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
+def test_the_folders_of_an_attempt_keep_their_names(
+    tmp_path: Path, write: Callable[[AttemptDir], Path]
+) -> None:
+    """What is synced in a folder is lost with the folder's name."""
+    attempt = AttemptDir(tmp_path / "runs" / "run" / "attempt")
+    with observed(tmp_path / "trace") as trace:
+        attempt.create(order(attempt.path))
+        write(attempt)
+    assert trace.unnamed(tmp_path) == []
+
+
+def test_a_journal_keeps_its_name(tmp_path: Path) -> None:
+    with observed(tmp_path / "trace") as trace:
+        JournalWriter(tmp_path / "journal").close()
+    assert any("journal" in s["holds"] for s in trace.seen() if s["path"] == str(tmp_path))
+
+
+def test_folders_whose_names_may_be_lost_are_seen(tmp_path: Path) -> None:
+    with observed(tmp_path / "trace") as trace:
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        make_durable(tmp_path / "a" / "c")
+        assert trace.unnamed(tmp_path) == [tmp_path / "a"]
+
+
+def database(path: Path, text: str) -> Path:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE t AS SELECT ? AS text", (text,))
+        connection.commit()
+    return path
+
+
+def test_a_backup_and_what_it_restores_are_durable(tmp_path: Path) -> None:
+    source, backup = database(tmp_path / "source.db", "new"), tmp_path / "backups" / "backup.db"
+    target = database(tmp_path / "target.db", "old")
+    backup.parent.mkdir()
+    with observed(tmp_path / "trace") as trace:
+        backups.write(source, backup)
+        assert trace.lacks(backup) == []
+        with backups.staged(backup, target) as new:
+            kept = backups.put(new, target)
+        assert trace.lacks(target) == []
+    assert kept is not None
+    with contextlib.closing(sqlite3.connect(kept)) as connection:
+        assert connection.execute("SELECT text FROM t").fetchall() == [("old",)]
+
+
+def test_the_weights_of_a_checkpoint_are_durable_before_the_rest_goes(tmp_path: Path) -> None:
+    """Its data files are links to what was synced when the checkpoint was published."""
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    for name in ("__0_0.distcp", "__0_state_0.distcp"):
+        (folder / name).write_text(name)
+    whole = Manifest(
+        schema_version=manifests.WHOLE,
+        run_id="run",
+        spec_digest="s",
+        step=1,
+        tokens_total=1,
+        samples=1,
+        loss="0x1p0",
+        grad_norm="0x1p0",
+        layout={},
+        dtype="float32",
+        versions={},
+        files=manifests.describe(folder, manifests.list_files(folder)),
+        state_files=["__0_state_0.distcp"],
+    )
+    data = manifests.encode(whole)
+    (folder / manifests.NAME).write_bytes(data)
+    with observed(tmp_path / "trace") as trace:
+        made = reduce(folder, manifests.digest(data))
+    assert made is not None
+    assert trace.lacks(Path(made.path)) == ["__0_0.distcp was not synced after its last write"]
+
+
+def test_a_copy_of_a_model_folder_is_durable(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    save_file({"w": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    record = model_digest.describe(str(folder))
+    with observed(tmp_path / "trace") as trace:
+        model_digest.keep(record, str(folder), copy := model_copy(tmp_path / "home", record))
+    assert sorted(p.name for p in copy.rglob("*.j*")) == ["config.json", "tool_use.jinja"]
+    assert trace.lacks(copy) == []
+    assert trace.unnamed(tmp_path / "home" / "models") == []
+
+
+def test_prepared_data_is_durable(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "data" / "train.parquet", b"{}")
+    ids = np.arange(3, dtype=np.int32)
+    file.append(Row(ids, ids, b"", 0, 0))
+    file.close()
+    with observed(tmp_path / "trace") as trace:
+        file.publish()
+    assert trace.lacks(file.path) == []
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_that_takes_anothers_place_is_durable_before_the_other_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_exchange: bool
+) -> None:
+    """`renameat2` of the C library is not observed, and is missing where folders cannot be exchanged."""
+    new, published = tmp_path / "there" / "new", tmp_path / "there" / "published"
+    new.parent.mkdir()
+    for folder, text in ((new, "new"), (published, "old")):
+        folder.mkdir()
+        (folder / "file").write_text(text)
+    if not can_exchange:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    with observed(tmp_path / "trace") as trace:
+        publish_folder(new, published)
+    assert (published / "file").read_text() == "new"
+    assert not new.exists()
+    (synced,) = [s for s in trace.seen() if s["what"] == "sync"]
+    # The other is there until then: a power cut before that leaves it.
+    other = "new" if can_exchange else "published.replaced"
+    assert (synced["path"], synced["holds"]) == (str(new.parent), sorted([other, "published"]))

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sftd.trainer.folder_swap import fsync_file
 from sftd.trainer.prepare.tokenize_pieces import Row
+from sftd.wire.attempt_dir import fsync_dir
 from sftd.wire.chat_template import METADATA_KEY
 from sftd.wire.data_rows import IGNORE_INDEX
 
@@ -70,7 +72,9 @@ class RowFile:
         """Rename the closed file into place and return what the `done` event says of it."""
         with self._partial.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        fsync_file(self._partial)
         self._partial.replace(self.path)
+        fsync_dir(self.path.parent)
         return {
             "path": str(self.path.resolve()),
             "rows": self.rows,
