@@ -220,6 +220,33 @@ def _(s: Story) -> list[Told]:
     ]
 
 
+@ending("steps that come out otherwise when they are done again", "succeeded")
+def _(s: Story) -> list[Told]:
+    """The first behind the checkpoint, and the last that was recorded; each is told beside its step."""
+    s.submit().claim().tell(step(1), published(1), step(2), step(3)).end()
+    s.later(BACKOFF).claim().tell(step(2, loss=1.5), step(3, loss=2.5), published(3)).end(exit_code=0)
+    second, third = (
+        e.AnomalyDetected(
+            step=number,
+            what="redone step differs from the log",
+            detail={"loss": {"recorded": 1.0, "redone": loss}},
+        )
+        for number, loss in ((2, 1.5), (3, 2.5))
+    )
+    return [
+        *by_us(1, claimed()),
+        *by_trainer(1, step(1), published(1), step(2), step(3)),
+        *by_us(1, failed("killed", 1_015_000_000)),
+        *by_us(2, claimed(1)),
+        *by_trainer(2, step(2, loss=1.5)),
+        *by_us(2, second),
+        *by_trainer(2, step(3, loss=2.5)),
+        *by_us(2, third),
+        *by_trainer(2, published(3)),
+        *by_us(2, e.RunSucceeded(steps=3, tokens=30, final_checkpoint="/c/3")),
+    ]
+
+
 @ending("taken over by another daemon, and succeeded", "succeeded")
 def _(s: Story) -> list[Told]:
     s.submit().claim().launch().tell(step(1))
