@@ -60,6 +60,8 @@ class Host:
     def __init__(self, store: Store, home: Path) -> None:
         self.store, self.home = store, home
         self.others: set[str] = set()
+        # How often the daemon looked for GPUs that are free.
+        self.looked = 0
         self.launcher = Launcher()
         self.start()
 
@@ -71,10 +73,14 @@ class Host:
             "SFTD_BACKOFF_SECONDS": "1000",
             "SFTD_POLL_SECONDS": "0.01",
         }
-        inventory = Inventory(GPUS, 4, others=lambda: self.others)
+        inventory = Inventory(GPUS, 4, others=self.held_by_others)
         self.daemon = Daemon(self.store, read(environ), inventory, launcher=self.launcher)
         self.thread = threading.Thread(target=self.daemon.run)
         self.thread.start()
+
+    def held_by_others(self) -> set[str]:
+        self.looked += 1
+        return self.others
 
     def stop(self) -> None:
         """End it; training goes on."""
@@ -97,7 +103,9 @@ class Host:
 
     def visible(self, run_id: str) -> tuple[list[str], str, str]:
         """The devices of its last launch by the log, and what its processes have: GPUs and threads."""
-        until(lambda: self.launches(run_id))
+        before = self.looked
+        until(lambda: self.launches(run_id) or self.looked > before + 50)
+        assert self.launches(run_id), "no device is free"
         launched = self.launches(run_id)[-1]
         environ = Path(f"/proc/{launched.pid}/environ").read_text().split("\0")
         has = dict(line.split("=", 1) for line in environ if line)

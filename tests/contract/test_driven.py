@@ -239,17 +239,6 @@ def test_a_launch_is_recorded_with_all_that_identifies_it(make: Callable[..., Ho
     assert claimed.daemon == host.daemon.daemon_id
 
 
-def test_last_words_are_taken_in_before_the_run_is_judged(make: Callable[..., Host]) -> None:
-    """What was written between the last look and the end may be all that is missing."""
-    host = make()
-    run_id = host.submit()
-    attempt = host.attempt(1)
-    folder = RunDir(host.home, run_id).checkpoint_dir("") / "step-00000003"
-    published = e.CheckpointPublished(step=3, path=str(folder), bytes=1, manifest_digest="m", seconds=1.0)
-    attempt.end(Remains(0), step(1), step(2), step(3), published)
-    host.until_it_is(run_id, "succeeded")
-
-
 @pytest.mark.parametrize(
     ("remains", "ended"),
     [
