@@ -28,7 +28,7 @@ from sftd.operations.context import Context
 from sftd.operations.reading import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import event_store
+from sftd.store import daemons, event_store, queue
 from sftd.store.engine import Store, open_engine
 from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.journal import JournalWriter
@@ -87,15 +87,18 @@ class Attempt:
 class Host:
     """A daemon in a thread, and the attempts that it starts."""
 
-    def __init__(self, store: Store, home: Path, **environ: str) -> None:
-        self.store, self.home = store, home
-        self.started: list[Attempt] = []
+    def __init__(self, store: Store, home: Path, started: list[Attempt], **environ: str) -> None:
+        self.store, self.home, self.started = store, home, started
         self.refuses: OSError | None = None
         given = {"SFTD_HOME": str(home), "MLFLOW_TRACKING_URI": "", "SFTD_POLL_SECONDS": "0.01"}
         given |= {"SFTD_BACKOFF_SECONDS": "0.001"} | environ
         self.daemon = Daemon(store, read(given), Inventory(2, 4), launcher=self)
         self.thread = threading.Thread(target=self.daemon.run)
         self.thread.start()
+
+    def stop(self) -> None:
+        self.daemon.stop()
+        self.thread.join()
 
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
@@ -108,7 +111,7 @@ class Host:
         return self.started[-1], ["torchrun", "--its-options"]
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Any:
-        raise AssertionError("nothing is left of another daemon")
+        return next(attempt for attempt in self.started if attempt.directory.path == directory.path)
 
     def submit(self, training: Training | None = None, **launch: Any) -> str:
         # With a constant learning rate a person may make the run longer.
@@ -132,6 +135,9 @@ class Host:
             found = event_store.read_stream(connection, run_id, types=(name,))
             return [r.event for r in found if attempt in (None, r.attempt)]
 
+    def until_step(self, run_id: str, step: int) -> None:
+        until(lambda: find_run(self.store, run_id).step == step)
+
     def until_it_is(self, run_id: str, status: str) -> None:
         until(lambda: find_run(self.store, run_id).status == status)
 
@@ -142,18 +148,18 @@ def make(sqlite_template: Path, tmp_path: Path) -> Iterator[Callable[..., Host]]
     engine = open_engine(f"sqlite:///{tmp_path}/sftd.db")
     (tmp_path / "home").mkdir()
     made: list[Host] = []
+    started: list[Attempt] = []
 
     def host(**environ: str) -> Host:
         store = Store(engine, before_commit=(views.catch_up,))
-        made.append(Host(store, tmp_path / "home", **environ))
+        made.append(Host(store, tmp_path / "home", started, **environ))
         return made[-1]
 
     yield host
     for one in made:
-        one.daemon.stop()
-        one.thread.join()
-        for attempt in one.started:
-            attempt.kill()
+        one.stop()
+    for attempt in started:
+        attempt.kill()
     engine.dispose()
 
 
@@ -239,6 +245,46 @@ def test_a_launch_is_recorded_with_all_that_identifies_it(make: Callable[..., Ho
     assert claimed.daemon == host.daemon.daemon_id
 
 
+def test_a_restarted_daemon_goes_on_in_the_journal_where_it_was(make: Callable[..., Host]) -> None:
+    """Twice, so that its place was written down and moved: no line is lost, and none is there twice."""
+    host = make()
+    run_id = host.submit()
+    attempt = host.attempt(1)
+    for first in (1, 4, 7):
+        for number in range(first, first + 2):
+            attempt.journal.append(step(number))
+            host.until_step(run_id, number)
+        host.stop()
+        # What comes while nobody looks.
+        attempt.journal.append(step(first + 2))
+        host = make()
+        host.until_step(run_id, first + 2)
+    steps = [
+        found.step for found in host.events(run_id, "StepCompleted") if isinstance(found, e.StepCompleted)
+    ]
+    assert steps == list(range(1, 10))
+    assert len(host.events(run_id, "AttemptAdopted")) == 3
+    assert len(host.events(run_id, "AttemptLaunched")) == 1
+
+
+def test_a_daemon_that_lives_says_so(make: Callable[..., Host]) -> None:
+    """Its lease and its row are renewed before they expire, or others would take its attempts for given up."""
+    host = make(SFTD_LEASE_SECONDS="0.3")
+    run_id = host.submit()
+    host.attempt(1)
+
+    def lease_and_row() -> tuple[int, int]:
+        with host.store.read() as connection:
+            (row,) = daemons.every(connection)
+            return queue.expires_at(connection, run_id) or 0, row.seen_at
+
+    ends, _ = lease_and_row()
+    for _ in range(2):
+        _, seen = lease_and_row()
+        until(lambda seen=seen: lease_and_row()[1] > seen)
+    assert lease_and_row()[0] > ends
+
+
 @pytest.mark.parametrize(
     ("remains", "ended"),
     [
@@ -315,7 +361,7 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
         until(lambda number=number: len(host.events(run_id, "JobReported")) == number)
         # What it says once more while a step is taken in is not recorded once more.
         attempt.journal.append(step(number))
-        until(lambda number=number: find_run(host.store, run_id).step == number)
+        host.until_step(run_id, number)
         assert host.events(run_id, "JobReported") == told[:number]
     attempt.end(msgspec.structs.replace(Remains(0), interruption=Interruption("preempted", "by others")))
     until(lambda: host.events(run_id, "AttemptPreempted"))
