@@ -338,7 +338,7 @@ class Daemon:
             of_run(run.run_id, lease.attempt).error(
                 "attempt %d could not be started: %s", lease.attempt, error
             )
-            cause: Cause = "disk full" if error.errno == errno.ENOSPC else "crash"
+            cause: Cause = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "crash"
             attempts.finish(
                 self._store,
                 self._context,

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from sftd.domain.errors import SftdError
+from sftd.launcher.command import without_secrets
 
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Progress = Callable[[dict[str, Any]], None]
@@ -41,8 +42,9 @@ def run_tool(
     included, ends the tool first."""
     last: dict[str, Any] = {}
     stdin = subprocess.DEVNULL if request is None else subprocess.PIPE
-    # A tool is one process, whatever an earlier job left in the shell.
-    env = {name: value for name, value in os.environ.items() if name not in _RANK}
+    # A tool is one process, whatever an earlier job left in the shell. A model's folder may have it run code, which must not
+    # find our passwords.
+    env = {name: value for name, value in without_secrets(os.environ).items() if name not in _RANK}
     with subprocess.Popen(
         _argv(module, arguments),
         env=env,

@@ -336,6 +336,26 @@ def test_a_fresh_mirror_for_every_event_makes_the_same_run(
     }
 
 
+def test_a_restart_between_a_step_and_its_redo_sends_nothing_twice(
+    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+) -> None:
+    """Right behind the last steps of an attempt, and behind its end."""
+    crash_and_redo(log, "whole")
+    with log.store.read() as connection:
+        stream = list(event_store.read_stream(connection, "whole"))
+    end = next(n for n, r in enumerate(stream, 1) if isinstance(r.event, e.AttemptFailed))
+    assert isinstance(stream[end - 2].event, e.StepCompleted)
+    cuts = {f"cut-{number}": number for number in (end - 2, end - 1, end)}
+    for rest in (False, True):
+        for run_id, number in cuts.items():
+            for r in stream[number:] if rest else stream[:number]:
+                log.add(run_id, r.event, attempt=r.attempt)
+        new_mirror().sync(never)
+    wrong = [run_id for run_id in cuts if server.history(run_id) != expected(log.store, run_id)]
+    assert wrong == []
+    assert {server.status(run_id) for run_id in cuts} == {"FINISHED"}
+
+
 def fork(log: Log, parent: str, step: int, run_id: str) -> None:
     """A run that begins behind `step` of another."""
     forked = e.RunForked(

@@ -66,6 +66,25 @@ def test_every_event_type_of_every_version_is_in_the_golden_file() -> None:
     assert have == {(name, v) for name, cls in EVENT_TYPES.items() for v in range(1, cls.schema_version + 1)}
 
 
+# What each old version did not say, as it must be read today.
+UPCAST: dict[tuple[str, int], dict[str, Any]] = {
+    ("RunSubmitted", 1): {"model_files": None},
+    ("StepCompleted", 1): {"mfu": None, "peak_memory_bytes": None},
+    ("StopRequested", 1): {"then": "cancelled", "now": False, "preempted_by": None},
+    ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
+    ("AttemptPreempted", 1): {"reason": ""},
+}
+
+
+def test_every_old_version_reads_as_what_it_said_and_nothing_more() -> None:
+    old = [line for line in GOLDEN if line["v"] < EVENT_TYPES[line["type"]].schema_version]
+    assert {(line["type"], line["v"]) for line in old} == UPCAST.keys()
+    for line in old:
+        name, version, payload = codec.encode(codec.decode(line["type"], line["v"], json.dumps(line["p"])))
+        assert version == EVENT_TYPES[name].schema_version
+        assert json.loads(payload) == line["p"] | UPCAST[line["type"], line["v"]]
+
+
 def test_every_upcast_that_is_needed_is_there() -> None:
     needed = {(name, v) for name, cls in EVENT_TYPES.items() for v in range(1, cls.schema_version)}
     assert set(codec.UPCASTS) == needed

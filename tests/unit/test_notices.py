@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from sftd.daemon.notices import NoticeThread
+from sftd.domain import codec, notices
 from sftd.domain import events as e
-from sftd.domain import notices
 from sftd.projections.notify_channels import Command, NotSent, channels
 from sftd.settings import SettingsError, read
 from tests.patience import PATIENCE
@@ -23,23 +24,95 @@ TRIAL = notices.trial(0, "ada")
 
 def failed(message: str) -> notices.Notice:
     event = e.RunFailed(cause="crash", message=message)
-    recorded = e.Recorded(
+    made = notices.notice(recorded(event), notices.Facts("p", "", "ada", 1, 2, None))
+    assert made is not None
+    return made
+
+
+GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden/events.json").read_text())
+# Of each event as the golden file has it: its kind, and what is said of it.
+SAID = {
+    "RunSucceeded": ("ended", "succeeded: 40 steps, 20,000 tokens, loss 2.346"),
+    "RunCancelled": ("ended", "was cancelled by ada at step 1,234 of 5,000"),
+    "RunFailed": (
+        "failed",
+        "failed at step 1,234 of 5,000: crash loop: 3 attempts in a row without a new checkpoint",
+    ),
+    "AnomalyDetected": ("anomaly", "anomaly at step 21: redone step differs from the log"),
+    "ReplayDiverged": (
+        "anomaly",
+        "anomaly: step 27, trained again by ada, differs from the log",
+    ),
+    "CheckpointRejected": (
+        "anomaly",
+        "anomaly: the checkpoint of step 20 was rejected: rank-0.pt: digest differs",
+    ),
+    "AttemptLaunched": ("started", "started on node1"),
+    "AttemptFailed": (
+        "retrying",
+        "failed at step 1,234 of 5,000, and will be tried again: out of memory: rank 0: OutOfMemoryError",
+    ),
+    "AttemptLost": (
+        "retrying",
+        "was lost at step 1,234 of 5,000, and will be tried again: the host restarted",
+    ),
+    "AttemptPaused": ("paused", "was paused by ada at step 40"),
+    "AttemptPreempted": (
+        "paused",
+        "was interrupted at step 40, and is queued again: Slurm ended job 12 at its time limit",
+    ),
+}
+
+
+def test_every_event_that_is_told_and_its_words() -> None:
+    """All others say nothing; neither does an attempt whose run failed for good, which is told by itself."""
+    facts = notices.Facts("a project", "a name", "ada", 1234, 5000, "2.3456")
+    newest = {line["type"]: line for line in GOLDEN}
+    assert newest.keys() == e.EVENT_TYPES.keys()
+    for name, line in newest.items():
+        event = codec.decode(name, line["v"], json.dumps(line["p"]))
+        made = notices.notice(recorded(event, attempt=2), facts)
+        if name not in SAID:
+            assert made is None, name
+            continue
+        kind, said = SAID[name]
+        assert made == notices.Notice(
+            id="id",
+            kind=kind,
+            event=name,
+            run_id="one",
+            project="a project",
+            name="a name",
+            user="ada",
+            attempt=2,
+            step=1234,
+            planned_steps=5000,
+            at="2026-11-30T10:00:00+00:00",
+            text=f"sftd: a name (one) {said}",
+        )
+        assert name in notices.event_types((kind,))
+    for final in (e.AttemptFailed(cause="crash", message="m", exit_code=1), e.AttemptLost(message="m")):
+        assert notices.notice(recorded(final), facts) is None
+    many = notices.notice(recorded(e.AnomalyDetected(step=3, what="loss_spike")), facts, 100)
+    assert many is not None
+    assert many.text.endswith("anomaly at step 3: loss_spike (100 of this kind in this attempt)")
+
+
+def recorded(event: e.Event, attempt: int | None = None) -> e.Recorded:
+    return e.Recorded(
         position=1,
         event_id="id",
         run_id="one",
         version=1,
-        type="RunFailed",
+        type=type(event).__name__,
         schema_version=1,
-        occurred_at=0,
+        occurred_at=1_796_032_800_000_000,
         recorded_at=0,
-        attempt=None,
+        attempt=attempt,
         actor="t",
         causation_id=None,
         event=event,
     )
-    made = notices.notice(recorded, notices.Facts("p", "", "ada", 1, 2, None))
-    assert made is not None
-    return made
 
 
 def test_last_words_that_no_variable_holds_are_told() -> None:
