@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
+from tests import json_fields
 from tests.process.conftest import write_tiny_model
 from tests.process.harness import VOCABULARY, Home, write_rows
 
@@ -65,6 +66,11 @@ def test_a_plan_for_another_machine(home: Home, sftd: Sftd) -> None:
     done = sftd("plan", str(home.config), *for_eight)
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
+    json_fields.check("plan", plan)
+    json_fields.check("plan best", plan["best"])
+    json_fields.check("plan memory", plan["memory"][0])
+    for part in ("machine", "work", "pace", "storage"):
+        json_fields.check(f"plan {part}", plan[part])
     assert (plan["machine"]["device"], plan["dtype"], plan["fits"]) == ("cuda", "bfloat16", True)
     assert plan["peak_memory_bytes"] == plan["memory"][0]["total"]
     assert plan["memory_bytes"] == 80 * 2**30
@@ -141,5 +147,6 @@ def test_an_untrained_stop_token_is_warned_of(home: Home, sftd: Sftd, tmp_path: 
     with_tokenizer(home, tmp_path)
     data(home, [[9, 10, 5]] * 4, [[-100, 10, -100]] * 4)
     done = sftd("submit", str(home.config), "--json")
+    json_fields.check("submit", json.loads(done.stdout))
     (warning,) = [w for w in json.loads(done.stdout)["warnings"] if "ends an answer" in w]
     assert "the model will not learn to stop" in warning
