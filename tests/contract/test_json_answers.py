@@ -906,7 +906,7 @@ def test_notify_names_its_channels_and_no_secret(
     assert row["error"] is None
 
 
-def test_a_copy_tells_rows_and_digest_of_each_table(
+def test_a_copy_reports_rows_and_digest_of_each_table(
     world: World, shared_database_url: str, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     done = run("db", "copy", shared_database_url, str(tmp_path / "copy.db"), "--force", "--json")
