@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +52,7 @@ def ask(run: Callable[..., Result]) -> Ask:
 
     def answer(*arguments: str) -> Any:
         done = run(*arguments, "--json")
-        assert done.exit_code == 0, done.output
+        assert (done.exit_code, done.stderr) == (0, ""), done.output
         assert done.stdout.endswith("\n")
         return json.loads(done.stdout)
 
@@ -816,6 +817,73 @@ def test_compare_has_figures_differences_partings_and_curves(world: World, ask: 
         ],
     }
     assert [p["mean"] for p in curves["runs"][world.fork]["loss"]] == losses[:2]
+
+
+def test_the_price_is_that_of_the_option_or_of_the_settings(
+    world: World, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = ("compare", world.base, world.going)
+    hours = 2 * ((32 - 10) + (65 - 40)) / 3600
+    assert ask(*runs)["runs"][0]["cost"] is None
+    monkeypatch.setenv("SFTD_DEVICE_PRICE", "2.5")
+    assert ask(*runs)["runs"][0]["cost"] == pytest.approx(2.5 * hours)
+    assert ask(*runs, "--price", "4")["runs"][0]["cost"] == pytest.approx(4 * hours)
+    assert ask(*runs, "--price", "0")["runs"][0]["cost"] == 0
+
+
+def cells(text: str, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Rows of a table by their first words: the other cells of each, of which two blanks or more part one from the next."""
+    found = {}
+    for row in text.splitlines():
+        name = next((n for n in names if row.strip().startswith(f"{n}  ")), None)
+        if name is not None:
+            found.setdefault(name, re.split(r" {2,}", row.strip())[1:])
+    return found
+
+
+def test_people_read_the_same_numbers_in_the_comparison(
+    world: World, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = run("compare", world.base, world.fork, "--price", "100").stdout
+    # Two devices for 22 s and 25 s.
+    wanted = {
+        "status": ["succeeded", "queued"],
+        "name": ["geo/base", "geo/fork"],
+        "steps": ["6 of 6", "2 of 8"],
+        "attempts": ["2 (1 step again)"],
+        "anomalies": ["1"],
+        "last loss": ["1.7500", "3.0000"],
+        "mean of last 5 %": ["1.7500", "3.0000"],
+        "lowest loss": ["1.7500 at step 6", "3.0000 at step 2"],
+        "last validation": ["2.7500"],
+        "best validation": ["2.5000 at step 4"],
+        "trained tokens": ["63", "17"],
+        "tokens/s": ["8"],
+        "MFU": ["43.7%"],
+        "peak memory": ["286 MiB"],
+        "goodput": ["24.5%", ""],
+        "device-hours": ["0.0261 on 2 devices", "0 on 2 devices"],
+        "cost": ["2.61", "0.00"],
+        "optimizer.lr": ["1e-05", "0.0005"],
+    }
+    found = cells(shown.replace("config  ", ""), tuple(wanted))
+    assert {name: [cell for cell in row if cell] for name, row in found.items()} == {
+        name: [cell for cell in row if cell] for name, row in wanted.items()
+    }
+    assert "A and B are the same bit for bit over the steps 1 to 2 that both have" in shown
+
+
+def test_people_read_the_same_numbers_in_the_list(world: World, run: Callable[..., Result]) -> None:
+    columns = "name,status,step,loss,val,took,try,size,user"
+    shown = run("ls", "--columns", columns).stdout
+    wanted = {
+        "geo/base": ["succeeded", "6/6", "1.7500", "2.7500", "55s", "2", "8.0 kB", "ada"],
+        "geo/going": ["running", "2/10", "3.0000", "20s left", "1", "ada"],
+        "other/bad": ["failed", "1/6", "NaN", "9s", "1", "bob"],
+        "geo/held": ["held", "0/6", "bob"],
+    }
+    assert cells(shown, tuple(wanted)) == wanted
 
 
 def test_replay_has_the_milestones_and_the_state_of_then(world: World, ask: Ask) -> None:

@@ -1,15 +1,17 @@
-"""What `sftd show` claims of a run: that redone steps equal the log, how exactly, and what its numbers are.
+"""What `sftd show` and `sftd checkpoints` claim of a run: that redone steps equal the log, how exactly, and what is kept.
 
 The claims are what a person trusts without a look at the log, so each is compared with a history that does not support it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -98,3 +100,47 @@ def test_the_numbers_of_a_run_have_their_own_names(log: Store, show: Show) -> No
     assert facts["tokens"] == "6 trained"
     assert facts["disk"] == "1 B in 1 checkpoint, 1 of them missing here"
     assert facts["submitted"].endswith(" by ada")
+
+
+def test_a_checkpoint_has_the_status_that_the_log_and_the_disk_give_it(log: Store, tmp_path: Path) -> None:
+    def save(number: int, suffix: str = "") -> str:
+        folder = tmp_path / f"step-{number:08d}{suffix}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"run_id": "run", "layout": {"tp": 2}}))
+        return str(folder)
+
+    paths = {number: save(number) for number in range(1, 8)}
+    steps = [
+        event
+        for number, path in paths.items()
+        for event in (step(number), msgspec.structs.replace(published(number), path=path))
+    ]
+    fates: list[e.Event] = [
+        e.CheckpointPinned(step=2, fork="fork"),
+        e.CheckpointRejected(step=4, path=paths[4], reason="damaged"),
+        e.CheckpointDeleted(step=5, path=paths[5], bytes=1, reason="retention"),
+        e.CheckpointReduced(
+            step=6,
+            path=save(6, ".weights"),
+            former_path=paths[6],
+            bytes=1,
+            freed_bytes=1,
+            manifest_digest="w",
+        ),
+        e.AttemptFailed(cause="killed", message="gone", exit_code=None),
+    ]
+    append(log, "run", [submitted(spec()), *claimed(), *steps, *fates])
+    append(log, "run", claimed(from_step=6), attempt=2)
+    shutil.rmtree(paths[3])
+    log.engine.dispose()
+    rows = json.loads(CliRunner().invoke(main, ["checkpoints", "run", "--json"]).stdout)
+    assert {row["step"]: row["status"] for row in rows} == {
+        1: "published",
+        2: "pinned",
+        3: "missing",
+        4: "rejected",
+        5: "deleted",
+        6: "weights",
+        7: "superseded",
+    }
+    assert {row["step"] for row in rows if row["layout"] == {"tp": 2}} == {1, 2, 6, 7}
