@@ -125,6 +125,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     yield from _database(request, tmp_path, migrated=True)
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def shared_database_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """URL of a database with the migrated tables, for all tests of a module."""
+    yield from _database(request, tmp_path_factory.mktemp("database"), migrated=True)
+
+
 @pytest.fixture
 def empty_engine(empty_database_url: str) -> Iterator[sa.Engine]:
     """An engine on a database without tables."""

@@ -36,10 +36,15 @@ def holding(home: Path, devices: Iterable[str]) -> Iterator[list[int]]:
     held_by: list[int] = []
     with contextlib.ExitStack() as stack:
         for device in devices:
-            file = stack.enter_context(open(home / _FOLDER / quote(device, safe=":"), "w"))
+            path = home / _FOLDER / quote(device, safe=":")
+            file = stack.enter_context(open(path, "w", opener=_private))
             fcntl.flock(file, fcntl.LOCK_SH)
             held_by.append(file.fileno())
         yield held_by
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _is_locked(path: Path) -> bool:

@@ -33,6 +33,7 @@ from sftd.store import daemons, queue
 from sftd.store.daemons import DaemonRow
 from sftd.store.engine import Store
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests import json_fields
 
 SECRET = "hush-hush-9"
 
@@ -99,6 +100,7 @@ def test_the_command_says_what_is_broken_without_a_password(
     done = CliRunner().invoke(main, ["doctor", "--json"])
     assert done.exit_code == 1
     found = {f["check"]: f for f in json.loads(done.stdout)}
+    json_fields.check("doctor", found["torch"])
     states = {check: f["state"] for check, f in found.items()}
     assert states["database"] == "broken"
     assert states["MLflow"] == "warning"

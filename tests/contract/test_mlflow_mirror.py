@@ -39,6 +39,7 @@ from sftd.store.engine import Store, open_engine
 from sftd.store.positions import projection_position
 from sftd.store.schema import metadata
 from sftd.store.tables import events, projection_positions
+from tests import json_fields
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -965,11 +966,15 @@ def test_the_commands_find_the_runs_and_their_pages(
     assert ui._page(settings, ()) == ""
     MlflowMirror(store, uri, artifacts).sync(never)
     told = [json.loads(line) for line in sftd("mlflow", "check", "--json").stdout.splitlines()]
+    json_fields.check("mlflow check", told[0])
     assert [(t["run_id"], t["is_equal"], t["behind"]) for t in told] == [
         ("root", True, 0),
         ("child", True, 0),
     ]
     assert "equal to the log: 2 of 2 runs" in sftd("mlflow", "rebuild").stdout
+    rebuilt = json.loads(sftd("mlflow", "rebuild", "child", "--json").stdout)
+    json_fields.check("mlflow rebuild", rebuilt)
+    assert (rebuilt["run_id"], rebuilt["is_equal"]) == ("child", True)
     assert "'a/b' cannot be a model's name" in sftd("mlflow", "register", "root", "a/b").stderr
     assert "root has no export of step 7" in sftd("mlflow", "register", "root", "m", "--step", "7").stderr
 

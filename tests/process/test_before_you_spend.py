@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
+from tests import json_fields
 from tests.process.conftest import write_tiny_model
 from tests.process.harness import VOCABULARY, Home, write_rows
 
@@ -65,11 +68,38 @@ def test_a_plan_for_another_machine(home: Home, sftd: Sftd) -> None:
     done = sftd("plan", str(home.config), *for_eight)
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
+    json_fields.check("plan", plan)
+    json_fields.check("plan best", plan["best"])
+    json_fields.check("plan memory", plan["memory"][0])
+    for part in ("machine", "work", "pace", "storage"):
+        json_fields.check(f"plan {part}", plan[part])
     assert (plan["machine"]["device"], plan["dtype"], plan["fits"]) == ("cuda", "bfloat16", True)
     assert plan["peak_memory_bytes"] == plan["memory"][0]["total"]
     assert plan["memory_bytes"] == 80 * 2**30
     assert plan["best"]["peak_memory_bytes"] > 0
     assert plan["layouts_fit"] > 1
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        (("--device", "H100", "--devices", "1"), 1),
+        # Ranks on a CPU share the memory of its host.
+        (("launch.device=cpu", "launch.nproc_per_node=2", "training.micro_batch_size_per_gpu=2"), 2),
+    ],
+)
+def test_what_is_needed_fits_and_a_byte_less_does_not(
+    home: Home, sftd: Sftd, given: tuple[str, ...], ranks: int
+) -> None:
+    def plan(memory: float) -> dict[str, Any]:
+        done = sftd("plan", str(home.config), *given, "--memory", repr(memory / 2**30), "--json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    needed = ranks * plan(2**36)["device_bytes_needed"]
+    enough, less = plan(needed), plan(needed - 1)
+    assert (enough["ranks"], enough["memory_bytes"], less["memory_bytes"]) == (ranks, needed, needed - 1)
+    assert (enough["fits"], less["fits"]) == (True, False)
 
 
 def test_what_does_not_fit_is_said(home: Home, sftd: Sftd) -> None:
@@ -141,5 +171,19 @@ def test_an_untrained_stop_token_is_warned_of(home: Home, sftd: Sftd, tmp_path: 
     with_tokenizer(home, tmp_path)
     data(home, [[9, 10, 5]] * 4, [[-100, 10, -100]] * 4)
     done = sftd("submit", str(home.config), "--json")
+    json_fields.check("submit", json.loads(done.stdout))
     (warning,) = [w for w in json.loads(done.stdout)["warnings"] if "ends an answer" in w]
     assert "the model will not learn to stop" in warning
+
+
+def test_a_script_reads_the_id_alone_and_people_the_warnings(home: Home, sftd: Sftd) -> None:
+    doubtful = (str(home.config), "optimizer.lr=0.5")
+    queued = sftd("submit", *doubtful, "-q")
+    assert re.fullmatch(r"[a-z]+-[a-z]+-[0-9a-f]{4}\n", queued.stdout)
+    dry = sftd("submit", *doubtful, "--dry-run")
+    assert json.loads(dry.stdout)["optimizer"]["lr"] == 0.5
+    planned = sftd("plan", *doubtful, "--device", "H100", "--devices", "1")
+    for done in (queued, dry, planned):
+        assert done.exit_code == 0
+        assert "optimizer.lr: 0.5 is far above" in done.stderr
+        assert "far above" not in done.stdout

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.wire.checkpoint_dir import reading
+from tests import json_fields
 from tests.process.harness import Home
 from tests.process.test_recovery import timeline
 
@@ -73,7 +74,9 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Story:
     refused("dry run with no step to do", "fork", parent, "optimizer.lr=5e-4", "--dry-run")
     told.said["dry run"] = home.run("fork", parent, *change, "--dry-run").stdout
     told.child = home.run("fork", parent, *change, "-q").stdout.strip()
-    told.broken = json.loads(home.run("fork", parent, "--from-step", "2", "--json").stdout)["run_id"]
+    broken = json.loads(home.run("fork", parent, "--from-step", "2", "--json").stdout)
+    json_fields.check("fork", broken)
+    told.broken = broken["run_id"]
     refused("pinned", "resume", parent, "--from-step", "1")
     damaged = max((told.folder / "step-00000002").glob("*.distcp"), key=lambda f: f.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
+from tests import json_fields
 from tests.claims import port_of_our_own
 from tests.holds import let_go
 from tests.patience import PATIENCE
@@ -238,6 +239,7 @@ def test_a_model_is_registered_through_the_server(story: Story, tmp_path: Path) 
     home, folder = story.home, tmp_path / "model"
     done = home.run("export", story.fork, str(folder), "--step", "100", "--register", "support", "--json")
     exported = json.loads(done.stdout)
+    json_fields.check("export --register", exported)
     assert exported["registered"] == {"name": "support", "version": "1"}
     again = home.run("mlflow", "register", story.fork, "support").stdout
     assert again == f"registered {folder} as support version 1\n"

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
+from tests import json_fields
 from tests.process.harness import Home
 
 
@@ -39,6 +40,7 @@ def test_a_sweep_is_checked_whole_then_queued_whole(home: Home, sftd: Any) -> No
     assert json.loads(sftd("ls", "--json").stdout) == []
 
     made = json.loads(sftd("submit", config, *GRID, "--json").stdout)
+    json_fields.check("submit --grid", made[0])
     assert len({row["sweep"] for row in made}) == 1
     assert made[2]["values"] == {"optimizer.lr": 2e-05, "model.megatron.seed": 1}
     assert made[2]["name"] == f"lr 2e-5 seed 1 {made[2]['sweep']}"

@@ -18,6 +18,7 @@ import pytest
 
 from sftd.launcher import processes
 from sftd.wire.attempt_dir import AttemptDir
+from tests import json_fields
 from tests.patience import PATIENCE, until
 from tests.process.harness import Home, write_rows
 
@@ -93,12 +94,15 @@ def test_a_changed_row_is_found_at_the_step_that_saw_it(trained: tuple[Home, str
     home, run_id = trained
     done = home.run("verify", run_id, "--from-step", "0", "--to-step", "10", "--json", check=1)
     outcome = json.loads(done.stdout)
+    json_fields.check("verify diverged", outcome)
     assert (outcome["outcome"], outcome["step"], outcome["agreeing"]) == ("ReplayDiverged", 8, 7)
+    assert (outcome["run_id"], outcome["recorded"]) == (run_id, True)
     assert "loss" in outcome["detail"]
     assert "samples_digest" not in outcome["detail"], "the same rows, with other contents"
     assert list(outcome["environment"]) == ["train_digest"]
     last = outcomes(home, run_id)[-1]
     assert (last["type"], last["payload"]["step"]) == ("ReplayDiverged", 8)
+    assert last["payload"] == {name: outcome[name] for name in last["payload"]}
     assert home.show(run_id)["last_replay"]["diverged_at"] == 8
 
     seen = json.loads(home.run("data", run_id, "--step", "8", "--json", check=1).stdout)
@@ -201,6 +205,10 @@ def test_what_cannot_be_is_refused(trained: tuple[Home, str], options: list[str]
 def test_rows_and_steps_find_each_other(trained: tuple[Home, str]) -> None:
     home, run_id = trained
     seen = json.loads(home.run("data", run_id, "--step", "3", "--json").stdout)
+    json_fields.check("data --step", seen)
+    for row in seen["rows"]:
+        json_fields.check("data --step rows", row)
+    json_fields.check("data --step attempts", seen["attempts"][0])
     log = next(e for e in home.events(run_id, "StepCompleted") if e["payload"]["step"] == 3)["payload"]
     assert (seen["samples_digest"], seen["tokens"]) == (log["samples_digest"], log["tokens"])
     order = np.argsort(np.random.Philox(key=[SEED, 0]).random_raw(ROWS), kind="stable")
@@ -213,6 +221,7 @@ def test_rows_and_steps_find_each_other(trained: tuple[Home, str]) -> None:
         in home.run("data", run_id, "--step", "3").stdout
     )
     back = json.loads(home.run("data", run_id, "--row", str(row), "--json").stdout)
+    json_fields.check("data --row", back)
     assert back["steps"] == [{"run_id": run_id, "step": 3, "epoch": 0, "recorded": True}]
     assert "the 64 rows of all files" in home.run("data", run_id, "--row", "64", check=2).stderr
     assert "give one of them" in home.run("data", run_id, "--step", "13", check=2).stderr

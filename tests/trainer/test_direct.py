@@ -18,6 +18,7 @@ import pytest
 from sftd.domain.events import CheckpointDeleted, CheckpointPublished
 from sftd.trainer import direct_plan
 from sftd.wire.direct_run import DirectRun
+from tests import json_fields
 from tests.patience import PATIENCE
 from tests.trainer.conftest import write_rows
 from tests.trainer.direct_runs import Direct, events, exact, sftd, show
@@ -76,7 +77,9 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     assert (shown["status"], shown["attempt"], shown["step"], shown["anomalies"]) == ("succeeded", 2, 30, 0)
     assert shown["steps_redone"] == max(first) - saved
     assert shown["tokens_counted"] == undisturbed.steps()[30].tokens_total
-    assert "nothing new" in sftd(home, "import", str(run.path)).stdout
+    again = json.loads(sftd(home, "import", str(run.path), "--json").stdout)
+    json_fields.check("import", again)
+    assert (again["run_id"], again["new_events"]) == (crashed, 0)
 
     out, _ = direct.train(2, constant)
     assert "All of its 30 steps are done" in out

@@ -13,6 +13,7 @@ import pytest
 
 from sftd.domain.events import ModelLoaded, SampleGenerated, StepCompleted
 from sftd.wire.direct_run import DirectRun
+from tests import json_fields
 from tests.patience import PATIENCE
 from tests.trainer.direct_runs import ROOT, environment, events, sftd
 
@@ -118,6 +119,7 @@ def test_a_checkpoint_answers_as_it_did_in_training(
     arguments += ["--step", "3"] if step == 3 else []
     done = sftd(home, "generate", run_id, *arguments, stdin=f"{PROMPTS[1]}\n")
     answers = json.loads(done.stdout)
+    json_fields.check("generate", answers[0])
     assert [(a["prompt"], a["text"], a["tokens"], a["stopped"]) for a in answers] == expected
     assert [a["step"] for a in answers] == [step, step]
     assert f"{run_id}, step {step}: loading" in done.stderr
@@ -171,6 +173,7 @@ def test_export_is_an_event(imported: tuple[Path, str], tmp_path: Path) -> None:
     home, run_id = imported
     folder = tmp_path / "model"
     said = json.loads(sftd(home, "export", run_id, str(folder), "--step", "3", "--json").stdout)
+    json_fields.check("export", said)
     exported = sftd(home, "events", run_id, "--json", "-t", "ModelExported").stdout
     payload = json.loads(exported)["payload"]
     assert payload == {k: said[k] for k in ("step", "path", "bytes", "digest", "dtype")}

@@ -27,6 +27,7 @@ from sftd.trainer.prepare.show_row import show_row
 from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from sftd.wire.chat_template import METADATA_KEY
 from sftd.wire.data_rows import IGNORE_INDEX
+from tests import json_fields
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -261,6 +262,7 @@ def test_a_file_has_the_promised_columns_and_metadata(make_model: MakeModel, tmp
     done = tokenize_files([source], model, tmp_path / "out.parquet", TokenizeOptions(), EventWriter(events))
     progress = [json.loads(line) for line in events.getvalue().splitlines()]
     assert progress[-1] == {"event": "progress", "stage": "tokenize", "rows": 1100, "total": 1100}
+    json_fields.check("prepare", done)
     table = pq.read_table(tmp_path / "out.parquet")
     assert [str(field.type) for field in table.schema] == [
         "list<element: int32>",
@@ -313,6 +315,7 @@ def test_the_validation_split_depends_on_the_chat_alone(make_model: MakeModel, t
     assert not train & val
     assert len(train) + len(val) == 150
     assert 15 <= len(val) <= 45
+    json_fields.check("prepare val", done["val"])
     assert done["rows"] + done["val"]["rows"] == 300
 
 

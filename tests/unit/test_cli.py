@@ -31,6 +31,7 @@ from sftd.domain.redoing import REDONE_DIFFERS
 from sftd.domain.run import Run
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Model, Optimizer, Trainer
+from tests import json_fields
 
 HEAVY = (
     "torch",
@@ -205,6 +206,8 @@ def test_keys_are_found_by_their_names_elsewhere_and_their_meaning(
 ) -> None:
     shown = CliRunner().invoke(main, ["config", word, "--json"])
     assert shown.exit_code == 0, shown.stderr
+    for row in json.loads(shown.stdout):
+        json_fields.check("config", row)
     assert {row["key"] for row in json.loads(shown.stdout)} == keys
     assert remark in shown.stderr
     assert bool(remark) == bool(shown.stderr)
