@@ -76,3 +76,29 @@ def test_a_resumed_attempt_says_what_an_undisturbed_one_says(
     kept = [event for event in whole if event.step > cut]  # type: ignore[attr-defined]
     # repr: one NaN is another.
     assert repr(again) == repr(kept)
+
+
+def test_a_resume_knows_the_last_losses_of_the_timeline_that_were_learnt_from() -> None:
+    events: list[Event] = [completed(n, float(n)) for n in range(1, WINDOW + 11)]
+    assert losses_before(events, WINDOW + 5) == [float(n) for n in range(6, WINDOW + 6)]
+    # A later attempt replaces a step's loss; a step whose update was skipped, and one without a number, were not learnt from.
+    events += [
+        completed(70, 0.5),
+        completed(71, 99.0),
+        AnomalyDetected(step=71, what="loss_spike", detail={"policy": "skip"}),
+        completed(72, 98.0),
+        AnomalyDetected(step=72, what="loss_spike", detail={"policy": "record"}),
+        completed(73, math.nan),
+    ]
+    assert losses_before(events, 74)[-4:] == [69.0, 0.5, 98.0, 74.0]
+    assert len(losses_before(events, 74)) == WINDOW
+
+
+def test_only_the_last_losses_make_the_median() -> None:
+    watch = LossWatch(3.0, [1000.0] * WINDOW + [2.0] * (WINDOW // 2 + 1))
+    assert watch.median == 2.0
+    for _ in range(WINDOW):
+        watch.add(8.0)
+    assert watch.median == 8.0
+    watch.add(math.inf)
+    assert watch.median == 8.0

@@ -280,3 +280,91 @@ def test_a_long_queue_is_gone_through_once(
     found = look_ahead(waiting, [], [Host("d", "node", 0, 4, slurm_jobs)], Limits(user), 0)
     assert sum(outlook.starts_at is not None for outlook in found.values()) > 50
     assert asked < 1000 + 100 * 10, "whoever cannot start for those before it is asked about once"
+
+
+# What is told of limits and hosts.
+
+
+def test_limits_are_told_and_understood() -> None:
+    limits = Limits(user=4, project=7)
+    assert limits.describe() == {"user_limit": 4, "project_limit": 7}
+    assert NONE.describe() == {"user_limit": 0, "project_limit": 0}
+    assert Limits.told(limits.describe()) == limits
+    assert Limits.told(NONE.describe()) == NONE
+    assert Limits.told({"user_limit": 4}) == Limits(user=4)
+    assert Limits.told({"project_limit": 4}) is None, "an older daemon does not tell them"
+
+
+def test_where_two_daemons_differ_the_looser_limit_holds() -> None:
+    assert Limits(4, 7).loosened(Limits(5, 6)) == Limits(5, 7)
+    assert Limits(4, 7).loosened(Limits(4, None)) == Limits(4, None)
+    assert Limits(None, 7).loosened(Limits(4, 9)) == Limits(None, 9)
+
+
+def test_a_back_off_ends_and_none_is_longer_than_the_longest() -> None:
+    late = entry("a", not_before=700 * SECOND)
+    assert Gate(NONE, [], now=700 * SECOND).why_not(late) is None
+    assert waits(Gate(NONE, [], now=700 * SECOND - 1), late).kind == "backoff"
+    assert waits(Gate(NONE, [], now=100 * SECOND), late).kind == "backoff"
+    # A clock that has been set back since.
+    assert Gate(NONE, [], now=100 * SECOND - 1).why_not(late) is None
+
+
+def test_a_limit_is_reached_by_the_run_that_exceeds_it() -> None:
+    gate = Gate(Limits(user=4), [running("r", 3)], now=0)
+    assert gate.why_not(entry("a", 1)) is None
+    wait = waits(gate, entry("b", 2))
+    assert wait == Wait("limit", "user  has 3 of 4 devices")
+    assert waits(gate, entry("c", 1)).kind == "behind"
+    assert (gate.can_ever_pass(entry("d", 4)), gate.can_ever_pass(entry("d", 5))) == (True, False)
+    assert waits(gate, entry("d", 5)).kind == "limit"
+    gate.forget_turns()
+    assert gate.why_not(entry("c", 1)) is None
+
+
+def test_the_words_of_a_wait_have_its_numbers() -> None:
+    found = outlook([entry("a", 3)], [running("r", 2)], [host(4)])
+    assert found["a"].wait == Wait("devices", "3 GPUs, 2 free")
+    on_cpus = msgspec.structs.replace(entry("b"), demand=Demand(ranks=2, world=2, device="cpu", threads=3))
+    busy = msgspec.structs.replace(on_cpus, run_id="r", status="running", owner="d1")
+    assert outlook([on_cpus], [busy], [host(4)])["b"].wait == Wait("devices", "6 CPUs, 2 free")
+    assert outlook([entry("c", 5)], [], [host(4)])["c"].wait == Wait("too large", "no daemon has 5 GPUs")
+
+
+def test_slurms_jobs_are_counted_beside_the_hosts_devices() -> None:
+    job = msgspec.structs.replace(
+        entry("s"), demand=Demand(ranks=8, world=64, device="cuda", launcher="slurm")
+    )
+    with_slurm = Host("d1", "h", 1, 8, slurm=1)
+    assert outlook([job], [], [host(4)])["s"].wait.kind == "too large"
+    assert outlook([job], [], [with_slurm])["s"].wait.kind == "start"
+    driven = msgspec.structs.replace(job, run_id="t", status="running", owner="d1")
+    assert outlook([job], [driven], [with_slurm])["s"].wait == Wait("devices", "1 jobs on Slurm, 0 free")
+    # It keeps no run for the host itself waiting, nor is it kept waiting by one.
+    found = outlook([job, entry("x")], [driven], [with_slurm])
+    assert found["x"].wait.kind == "start"
+
+
+def test_a_run_waits_for_the_host_that_has_its_checkpoint() -> None:
+    there = entry("a", only_on="host-of-d2")
+    assert outlook([there], [], [host(), host(daemon="d2")])["a"].wait.kind == "start"
+    wait = outlook([there], [], [host()])["a"].wait
+    assert (wait.kind, "host-of-d2" in wait.text) == ("checkpoint", True)
+
+
+def test_starts_are_reckoned_from_the_pace_of_what_runs() -> None:
+    found = outlook([entry("a", 4), entry("b", 2)], [running("r", 1, seconds=50)], [host(4)])
+    assert found["a"].starts_at == (100 + 50) * SECOND
+    assert found["b"].starts_at is None
+    stopping = msgspec.structs.replace(running("r", 1, seconds=50), status="stopping")
+    assert outlook([entry("a", 4)], [stopping], [host(4)])["a"].starts_at == (100 + 5) * SECOND
+    # What waits for a run that is asked to stop is not started by its end.
+    after = entry("a", 1, after={"r": "stopping"})
+    assert outlook([after], [stopping], [host(4)])["a"].starts_at is None
+    ending = running("r", 1, seconds=50)
+    assert (
+        outlook([entry("a", 1, after={"r": "running"})], [ending], [host(4)])["a"].starts_at == 150 * SECOND
+    )
+    # A back-off of its own comes later than the devices.
+    late = entry("a", 4, not_before=170 * SECOND)
+    assert outlook([late], [ending], [host(4)])["a"].starts_at == 170 * SECOND

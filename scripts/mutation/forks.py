@@ -1,0 +1,219 @@
+"""Runs tests in forks of a process that has imported what they need: a verdict takes a fraction of a second.
+
+A change in a function's body is made in a fork of a process that has collected the tests: the function gets its new
+code. Any other change takes effect only when the module is imported, so its fork comes from a process that has imported
+third-party packages alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+OPTIONS = ("-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
+MEMORY = 6 * 2**30
+
+
+class Chosen:
+    """Plugin: runs the chosen tests in their order and no others, and keeps the name of the first that fails."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self._rank = {test: number for number, test in enumerate(tests)}
+        self.killer = ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self._rank), key=lambda i: self._rank[i.nodeid])
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self.killer:
+            self.killer = f"import of {report.nodeid}"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and not self.killer:
+            self.killer = report.nodeid
+
+
+def run_tests(tests: Sequence[str], folder: str) -> str:
+    """Return the first of the tests that fails, "" if none does. Raises ValueError if pytest ran none of them."""
+    chosen = Chosen(tests)
+    files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+    code = pytest.main(["-x", *OPTIONS, f"--basetemp={folder}/t", *files], plugins=[chosen])
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise ValueError("none of the chosen tests exists")
+    return "" if code == pytest.ExitCode.OK else chosen.killer or f"pytest ended with {code}"
+
+
+def exchange(module: str, function: Sequence[str], path: str, source: str) -> bool:
+    """Give a function of an imported module the code that it has in `source`; False if that is not possible."""
+    owner: Any = sys.modules[module]
+    code = compile(source, path, "exec", dont_inherit=True)
+    for name in function[:-1]:
+        owner = vars(owner).get(name)
+        inner = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name]
+        if owner is None or len(inner) != 1:
+            return False
+        code = inner[0]
+    found = vars(owner).get(function[-1])
+    if isinstance(found, property):
+        found = found.fget
+    found = inspect.unwrap(getattr(found, "__func__", found)) if found is not None else None
+    if not isinstance(found, FunctionType) or found.__module__ != module:
+        return False
+    # Of several functions with one name, as those that are registered as `_`, only the last would be found.
+    old = found.__code__
+    same = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == old.co_name == function[-1]]
+    if len(same) != 1 or same[0].co_freevars != old.co_freevars:
+        return False
+    found.__code__ = same[0]
+    return True
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, source: str) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self._source, self.path, "exec", dont_inherit=True)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Imports one module from a text."""
+
+    def __init__(self, module: str, path: str, source: str) -> None:
+        self._module, self._path, self._source = module, path, source
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, self._path, loader=_Source(fullname, self._path, self._source)
+        )
+
+
+def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
+    """Return what `work(folder)` returns in a fork (JSON). Raises TimeoutError; RuntimeError if the fork dies.
+
+    Output goes nowhere, processes that the fork leaves running are killed, and the folder is deleted.
+    """
+    folder = tempfile.mkdtemp(prefix="sftd-mutate-")
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        _isolate(folder)
+        try:
+            answer = json.dumps({"returned": work(folder)})
+        except BaseException as error:  # noqa: BLE001  a fork never returns into its parent's code
+            answer = json.dumps({"raised": f"{type(error).__name__}: {error}"})
+        with contextlib.suppress(BaseException), os.fdopen(writing, "w") as out:
+            out.write(answer)
+        os._exit(0)
+    os.close(writing)
+    try:
+        said = _read(reading, time.monotonic() + seconds)
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        shutil.rmtree(folder, ignore_errors=True)
+    if not said:
+        raise RuntimeError("the process died")
+    answer = json.loads(said)
+    if "raised" in answer:
+        raise RuntimeError(answer["raised"])
+    return answer["returned"]
+
+
+def _isolate(folder: str) -> None:
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    log = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT)
+    for number, file in ((0, nowhere), (1, log), (2, log)):
+        os.dup2(file, number)
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _read(file: int, deadline: float) -> bytes:
+    pieces = []
+    while True:
+        ready, _, _ = select.select([file], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        piece = os.read(file, 65536)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def spread(number: int, jobs: int, work: Callable[[int], None]) -> None:
+    """Call `work(0)`, `work(1)` … `work(number - 1)` from `jobs` forks, each call once."""
+    reading, writing = os.pipe()
+    workers = []
+    for _ in range(jobs):
+        pid = os.fork()
+        if pid == 0:
+            os.close(writing)
+            code = 1
+            try:
+                for index in _indices(reading):
+                    work(index)
+                code = 0
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        workers.append(pid)
+    os.close(reading)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb", buffering=0) as out:
+        for index in range(number):
+            out.write(struct.pack("I", index))
+    codes = [os.waitpid(pid, 0)[1] for pid in workers]
+    if any(codes):
+        raise SystemExit("a worker ended early; run the command again to continue")
+
+
+def _indices(file: int) -> Iterator[int]:
+    while piece := os.read(file, 4):
+        yield struct.unpack("I", piece)[0]
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Import what can be imported of the named modules."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
+def module_name(path: str) -> str:
+    """Return the module of a path: sftd/domain/spec.py is sftd.domain.spec."""
+    parts = Path(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
