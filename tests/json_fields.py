@@ -27,7 +27,7 @@ _PLAN = {
 }
 # Command, and what of it → the fields of its answer, or of each row of it.
 FIELDS: dict[str, set[str]] = {
-    "config": {"key", "type", "default", "meaning"},
+    "config": {"key", "type", "default", "on_resume", "meaning"},
     "data --step": {
         "run_id",
         "step",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from sftd.cli import output
-from sftd.cli.events import describe
 from sftd.cli.plot import Series, plot, sparkline
 from sftd.domain.curves import thin, width_for
 from sftd.domain.words import counted
@@ -256,7 +255,7 @@ def _event(recorded: Recorded, now: Micros, *, named: bool) -> Text:
         text.append(f"#{recorded.attempt} ", "dim")
     bad = recorded.event.severity == "problem"
     text.append(recorded.type, "red" if bad else "")
-    return text.append("  " + describe(recorded.event), "" if bad else "dim")
+    return text.append("  " + output.summary(recorded.event), "" if bad else "dim")
 
 
 def _ago(micros: int) -> str:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sftd.cli import app, output
 
-if TYPE_CHECKING:
-    from sftd.domain.events import Event
-
 _POLL_SECONDS = 0.3
 _PAGE = 1000
-
-
-def describe(event: Event) -> str:
-    """An event's summary; it does nothing to a terminal, whoever wrote the words in it."""
-    return output.printable(event.summary())
 
 
 @click.command("events")
@@ -77,7 +69,9 @@ def _print_events(store: Any, run_id: str, version: int, types: tuple[str, ...],
             events = reading.run_events(store, run_id, version, types, _PAGE)
             for r in events:
                 attempt = f"#{r.attempt}" if r.attempt else ""
-                click.echo(f"{output.clock(r.occurred_at)}  {attempt:>3}  {r.type:<20} {describe(r.event)}")
+                click.echo(
+                    f"{output.clock(r.occurred_at)}  {attempt:>3}  {r.type:<20} {output.summary(r.event)}"
+                )
             read, last = len(events), events[-1].version if events else version
         version = last
         if read < _PAGE:

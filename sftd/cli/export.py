@@ -29,8 +29,8 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
       sftd export brave-otter ./my-model --step 100
       sftd export brave-otter ./my-model --register support
     """
-    from sftd.cli.mlflow import Registry
     from sftd.cli.order_file import order_file
+    from sftd.cli.registry import Registry
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.events import ModelExported
     from sftd.launcher.tools import run_tool

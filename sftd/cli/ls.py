@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app, output
-from sftd.cli.run_table import COLUMNS, SORTS, STATUSES, runs_table
+from sftd.cli.run_table import COLUMNS, SORTS, STATUSES, row_json, runs_table
 
 if TYPE_CHECKING:
-    from sftd.operations.reading import RunRow
+    pass
 
 # Seconds.
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -125,18 +125,3 @@ def _since(text: str | None, now: int) -> int | None:
             f"{text!r} is neither a time such as 2026-01-31T09:30 nor how long ago, such as 30m, 2h, 3d or 1w"
         )
         raise click.BadParameter(what, param_hint="--since") from None
-
-
-def row_json(row: RunRow) -> dict[str, Any]:
-    """A run for scripts."""
-    import msgspec
-
-    return msgspec.structs.asdict(row) | {
-        "submitted_at": output.iso(row.submitted_at),
-        "started_at": output.iso(row.started_at),
-        "ended_at": output.iso(row.ended_at),
-        "loss": output.number(row.loss),
-        "val_loss": output.number(row.val_loss),
-        "eta_seconds": row.eta_seconds,
-        "changed": msgspec.Raw(row.changed.encode()) if row.changed else {},
-    }

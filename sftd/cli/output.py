@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from sftd.domain.events import Event
+
 _NO_EDGE = 10_000
 INTERRUPTION = "sftd.interruption"
 # Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
@@ -134,6 +136,11 @@ def number(text: str | None) -> float | str | None:
 def compact(value: Any) -> str:
     """A setting's value as a person writes it: `1e-05`, `true`, `[1,2]`."""
     return msgspec.json.encode(value).decode() if not isinstance(value, float) else f"{value:g}"
+
+
+def summary(event: Event) -> str:
+    """An event's summary; it does nothing to a terminal, whoever wrote the words in it."""
+    return printable(event.summary())
 
 
 def json_line(value: Any) -> str:

@@ -85,7 +85,7 @@ def _as_json(story: list[Chapter]) -> dict[str, Any]:
 
 
 def _print(story: list[Chapter]) -> None:
-    from sftd.cli.runs import print_state
+    from sftd.cli.run_state import print_state
 
     out = output.console()
     for chapter in story:
@@ -116,7 +116,6 @@ def _table(chapter: Chapter) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from sftd.cli.events import describe
     from sftd.domain.replay import Steps, milestones
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -131,7 +130,7 @@ def _table(chapter: Chapter) -> Table:
             detail = Text("; ".join(_of_steps(item)), "bold red" if item.anomalies else "")
             cells = (output.clock(item.times[0]), item.attempt, Text(name, style), detail)
         else:
-            text = Text(describe(item.event))
+            text = Text(output.summary(item.event))
             cells = (output.clock(item.occurred_at), item.attempt, Text(item.type), text)
         table.add_row(cells[0], str(cells[1] or ""), *cells[2:])
     return table

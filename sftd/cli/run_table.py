@@ -173,3 +173,18 @@ def _styled(names: Sequence[str], widths: dict[str, int], line: Sequence[str]) -
         for name, text in zip(names, line, strict=True)
     )
     return "  ".join(padded).rstrip()
+
+
+def row_json(row: RunRow) -> dict[str, Any]:
+    """A run for scripts."""
+    import msgspec
+
+    return msgspec.structs.asdict(row) | {
+        "submitted_at": output.iso(row.submitted_at),
+        "started_at": output.iso(row.started_at),
+        "ended_at": output.iso(row.ended_at),
+        "loss": output.number(row.loss),
+        "val_loss": output.number(row.val_loss),
+        "eta_seconds": row.eta_seconds,
+        "changed": msgspec.Raw(row.changed.encode()) if row.changed else {},
+    }

@@ -82,12 +82,17 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
     import msgspec
 
     from sftd.cli import nodes, queue
-    from sftd.cli.events import describe
     from sftd.operations.board import Board
 
     def event(r: Any) -> dict[str, Any]:
         at = output.iso(r.occurred_at)
-        return {"at": at, "run_id": r.run_id, "attempt": r.attempt, "type": r.type, "what": describe(r.event)}
+        return {
+            "at": at,
+            "run_id": r.run_id,
+            "attempt": r.attempt,
+            "type": r.type,
+            "what": output.summary(r.event),
+        }
 
     def line(found: Any) -> dict[str, Any]:
         run, values = found.run, msgspec.structs.asdict(found)

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from sftd import settings
 from sftd.cli import COMMANDS, HINTS, main, output
-from sftd.cli.events import describe
-from sftd.cli.runs import history_table
+from sftd.cli.output import summary
+from sftd.cli.run_state import history_table
 from sftd.cli.show_config import as_yaml
 from sftd.domain import events
 from sftd.domain.errors import Problem, Refused
@@ -360,7 +360,7 @@ def test_a_path_is_not_broken_on_a_narrow_screen(
 
 
 def test_what_somebody_gave_as_a_reason_does_nothing_to_a_terminal() -> None:
-    shown = describe(events.StopRequested(by="ada", reason="away\x1b]0;x\x07\nnow"))
+    shown = summary(events.StopRequested(by="ada", reason="away\x1b]0;x\x07\nnow"))
     assert shown == "by ada: away ]0;x  now"
     assert output.changes({"data.train_files": [["a\x1b[2J"], "b\x9b"]}) == [
         'data.train_files: ["a\\u001b[2J"] → b '
@@ -395,9 +395,9 @@ def test_an_anomaly_is_told_in_words_and_many_of_a_kind_are_counted(
     detail = {"loss": {"recorded": 0.1, "redone": 0.10000000000000002}, "samples_digest": digests}
     odd = events.AnomalyDetected(step=7, what=REDONE_DIFFERS, detail=detail)
     told = "loss: log 0.1, now 0.10000000000000002  samples: log aaaaaaaaaaaa, now bbbbbbbbbbbb"
-    assert describe(odd) == f"step 7: {REDONE_DIFFERS}  {told}"
+    assert summary(odd) == f"step 7: {REDONE_DIFFERS}  {told}"
     spike = events.AnomalyDetected(step=8, what="loss_spike", detail={"loss": math.nan, "median": None})
-    assert describe(spike) == "step 8: loss_spike  loss nan"
+    assert summary(spike) == "step 8: loss_spike  loss nan"
 
     monkeypatch.setenv("COLUMNS", "200")
     recorded = [

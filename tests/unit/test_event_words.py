@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sftd.cli.events import describe
+from sftd.cli.output import summary
 from sftd.domain import events as e
 
 GPU = e.GpuSample(
@@ -204,7 +204,7 @@ SAID: list[tuple[e.Event, str]] = [
 
 @pytest.mark.parametrize(("event", "said"), SAID, ids=[type(event).__name__ for event, _ in SAID])
 def test_an_event_is_described_by_its_own_numbers(event: Any, said: str) -> None:
-    assert describe(event) == said
+    assert summary(event) == said
 
 
 def test_every_type_of_event_has_words() -> None:
