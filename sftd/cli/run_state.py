@@ -153,7 +153,7 @@ def _last_replay(run: Run) -> Text | str:
 
 
 def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
-    """Where a run's time went, and what it spent of its devices."""
+    """Where a run's time went, and its goodput."""
     from sftd.domain.goodput import ACCOUNTS
 
     def took(seconds: float) -> str:
