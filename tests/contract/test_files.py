@@ -15,6 +15,7 @@ from sftd.domain.run import Run
 from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import change
 from sftd.operations import attempts, checkpoints, collecting, reading, reducing, removing, runs
+from sftd.operations.attempts import Claimed
 from sftd.projections import verify, views
 from sftd.store.engine import Store
 from sftd.store.tables import view_runs
@@ -359,3 +360,75 @@ def test_views_of_before_have_sizes_after_an_upgrade(home: Home, log: Store) -> 
         tx.execute(sa.update(view_runs).values(state=state))
     assert home.now(run) == run
     assert verify.check(log, lambda *_: None).problems == []
+
+
+def unkept(home: Home) -> tuple[Claimed, list[Path]]:
+    """A run that trains, and the checkpoints of its first two steps: nothing keeps them."""
+    spec, _ = change(SPEC, [("checkpoint.keep_last", 1), ("checkpoint.keep_best", 0)])
+    run_id = runs.submit(home.log, home.clock.context, spec, found(3), [], "ada")
+    claimed = claim(home.log, home.clock)
+    folder = RunDir(home.path, run_id).checkpoint_dir("")
+    told = [event for number in (1, 2, 3) for event in (step(number), save(folder, run_id, number))]
+    lines = [Line(number=n, occurred_at=n, event=event) for n, event in enumerate(told, 1)]
+    attempts.record(home.log, home.clock.context, claimed.lease, lines, 100, {})
+    return claimed, [folder / f"step-{number:08d}" for number in (1, 2)]
+
+
+def test_what_is_read_is_neither_deleted_nor_said_to_be(home: Home) -> None:
+    claimed, (first, second) = unkept(home)
+    with checkpoint_dir.reading(first):
+        gone = checkpoints.collect(home.log, home.clock.context, claimed.run.run_id, claimed.lease)
+        assert [deleted.path for deleted in gone] == [str(second)]
+        assert first.exists()
+    assert [c.step for c in home.now(claimed.run).checkpoints] == [1, 3]
+
+
+def test_of_a_run_that_trains_its_own_daemon_alone_deletes(home: Home) -> None:
+    """Another command does not know which checkpoint the attempt is about to load or to replace."""
+    claimed, unread = unkept(home)
+    run_id = claimed.run.run_id
+    assert checkpoints.collect(home.log, home.clock.context, run_id) == []
+    assert all(path.exists() for path in unread)
+    gone = checkpoints.collect(home.log, home.clock.context, run_id, claimed.lease)
+    assert [deleted.path for deleted in gone] == [str(path) for path in unread]
+    assert not any(path.exists() for path in unread)
+
+
+def test_nothing_is_deleted_before_the_log_says_so(home: Home) -> None:
+    claimed, unread = unkept(home)
+
+    def fail(*_: object) -> None:
+        raise OSError("no room for the transaction")
+
+    full = Store(home.log.engine, before_commit=(views.catch_up, fail))
+    with pytest.raises(OSError, match="no room"):
+        checkpoints.collect(full, home.clock.context, claimed.run.run_id, claimed.lease)
+    assert all(path.exists() for path in unread)
+    assert [c.step for c in home.now(claimed.run).checkpoints] == [1, 2, 3]
+
+
+def test_a_fork_that_comes_while_a_checkpoint_is_reduced_has_it_whole(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = home.train()
+    spec, _ = change(run.spec, [("trainer.max_steps", 6)])
+    held = checkpoint_dir.reading
+
+    def forked(*arguments: Path) -> object:
+        runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+        return held(*arguments)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(checkpoint_dir, "reading", forked)
+        assert reducing.reduce(home.log, home.clock.context, run.run_id) == []
+    best = home.now(run).checkpoints[1]
+    assert not manifest.verify(Path(best.path), best.manifest_digest).weights_only
+    assert "step-00000002.weights" not in home.there(run)
+
+
+def test_a_checkpoint_that_is_damaged_is_not_reduced(home: Home) -> None:
+    """Whoever looks at the damage finds the whole folder."""
+    run = home.train()
+    (Path(run.checkpoints[1].path) / "__0_0.distcp").write_bytes(b"w" * 99)
+    assert reducing.reduce(home.log, home.clock.context, run.run_id) == []
+    assert "step-00000002" in home.there(run)

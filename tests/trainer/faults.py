@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -165,3 +166,36 @@ def draws_numbers() -> None:
         return reduce(*args, **more)
 
     vars(dist)["all_reduce"] = drawing
+
+
+def is_a_node(rank: int) -> None:
+    """`rank` is the first of a node of its own."""
+    if _is(rank):
+        os.environ["LOCAL_RANK"] = "0"
+
+
+def waits_at(rank: int, path: str, reached: str, go: str) -> None:
+    """`rank` makes the file `reached` before it opens a file whose path matches, and goes no further before `go` exists."""
+    if not _is(rank):
+        return
+    plain = builtins.open
+
+    def opened(file: Any, *args: Any, **more: Any) -> Any:
+        if not isinstance(file, int) and re.search(path, os.fspath(file)):
+            Path(reached).touch()
+            until(Path(go).exists)
+        return plain(file, *args, **more)
+
+    vars(builtins)["open"] = opened
+
+
+def notes_sleep(after: str, note: str) -> None:
+    """Each rank makes the file `note` when it sleeps, once the path `after` exists."""
+    sleep = time.sleep
+
+    def noted(seconds: float) -> None:
+        if Path(after).exists():
+            Path(note).touch()
+        sleep(seconds)
+
+    vars(time)["sleep"] = noted

@@ -16,8 +16,11 @@ from torch import Tensor
 from sftd.domain.events import CheckpointPublished, ModelLoaded, StepCompleted
 from sftd.domain.spec import spec_digest
 from sftd.wire import manifest as manifests
+from sftd.wire.checkpoint_dir import delete_folder, reading
 from sftd.wire.manifest import Manifest
+from tests.patience import until
 from tests.trainer.checkpoint_files import tensors, values
+from tests.warm import has_ended
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer
@@ -155,8 +158,11 @@ def test_a_save_while_training_goes_on_has_the_weights_of_its_step(
     run = trainer.train(warm, attempt, faults=faults)
     assert [e.step for e in run.events(CheckpointPublished)] == [1, 2, 3]
     assert ("over" in note.read_text().split("\n")) != is_short
-    for step in (1, 2, 3):
+    for step, event in run.steps().items():
         assert contents(run, step) == contents(pair, step)
+        found = manifests.read(run.checkpoint(step), None)
+        assert (found.step, found.loss, found.grad_norm) == (step, event.loss.hex(), event.grad_norm.hex())
+        assert (found.tokens_total, found.samples) == (event.tokens_total, 8 * step)
 
 
 def replaced(**fields: Any) -> Callable[[Path], None]:
@@ -286,3 +292,45 @@ def test_a_save_in_flight_is_published_before_a_loss_that_is_no_number_ends_the_
     assert [s.step for s in run.events(StepCompleted)] == [1, 2]
     assert [c.step for c in run.events(CheckpointPublished)] == [1]
     assert run.all_events()[-1] == run.events(CheckpointPublished)[0]
+
+
+def test_a_checkpoint_is_not_deleted_while_an_attempt_loads_it(
+    trainer: Trainer, warm: WarmTrainer, pair: Run, tmp_path: Path
+) -> None:
+    folder, reached, go = tmp_path / "step-00000002", tmp_path / "reached", tmp_path / "go"
+    shutil.copytree(pair.checkpoint(2), folder)
+    attempt = trainer.prepare("held-open", trainer.spec(2, **SHORT), checkpoint=str(folder))
+    place = {"rank": 1, "path": r"/\.metadata$", "reached": str(reached), "go": str(go)}
+    ranks = trainer.start_warm(warm, attempt, [("waits_at", place)])
+    until(lambda: reached.exists() or all(map(has_ended, ranks.pids)))
+    try:
+        assert not delete_folder(folder)
+    finally:
+        go.touch()
+    assert [s.step for s in trainer.ended(attempt, ranks).events(StepCompleted)] == [3]
+    assert delete_folder(folder)
+
+
+def test_a_checkpoint_that_is_read_is_not_replaced_meanwhile(
+    trainer: Trainer, warm: WarmTrainer, pair: Run, tmp_path: Path
+) -> None:
+    """The attempt sleeps until the reader is through."""
+    shutil.copytree(pair.checkpoint(1).parent, tmp_path / "checkpoints")
+    folder, note = tmp_path / "checkpoints" / "step-00000002", tmp_path / "note"
+    replaced(loss=(5.0).hex())(folder)
+    number = folder.stat().st_ino
+    attempt = trainer.prepare(
+        "replacing",
+        trainer.spec(2, **SHORT | {"trainer__max_steps": 2}),
+        **resumed(pair, 1),
+        checkpoint_dir=str(folder.parent),
+    )
+    after = f"{folder}.partial/{manifests.NAME}"
+    with reading(folder):
+        ranks = trainer.start_warm(warm, attempt, [("notes_sleep", {"after": after, "note": str(note)})])
+        until(lambda: note.exists() or all(map(has_ended, ranks.pids)))
+        assert folder.stat().st_ino == number
+    run = trainer.ended(attempt, ranks)
+    (published,) = run.events(CheckpointPublished)
+    manifests.verify(folder, published.manifest_digest)
+    assert folder.stat().st_ino != number

@@ -152,6 +152,18 @@ def test_a_disk_that_is_full_for_one_rank_costs_a_checkpoint_and_no_step(
     assert contents(run, 2) == contents(pair, 2)
 
 
+def test_a_folder_that_the_second_node_cannot_write_is_found_before_the_first_step(
+    trainer: Trainer, warm: WarmTrainer
+) -> None:
+    read_only = {"rank": 1, "path": r"/\.sftd-probe-", "code": "EROFS", "writing": True}
+    attempt = trainer.prepare("read-only-there", trainer.spec(2, **SHORT))
+    faults: list[Fault] = [("is_a_node", {"rank": 1}), ("cannot_open", read_only)]
+    run = trainer.train(warm, attempt, expect=1, faults=faults)
+    assert run.all_events() == []
+    assert run.output.count("UserError: checkpoints cannot be written: ") == 2
+    assert "Read-only file system" in run.output
+
+
 def contents(run: Run, step: int) -> dict[str, str]:
     """sha256 of each data file of a whole checkpoint. `.metadata` names its own folder."""
     files = manifests.verify(run.checkpoint(step), None).files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import threading
 from pathlib import Path
@@ -67,7 +68,9 @@ def test_an_interrupted_deletion_is_taken_up(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(tmp_path: Path) -> None:
+def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, new = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
     with (
         reading(folder),
@@ -76,16 +79,25 @@ def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(t
     ):
         pytest.fail("it is being read")
     waiting, through = threading.Event(), threading.Event()
+    flock = fcntl.flock
+
+    def asked(fd: int, operation: int) -> None:
+        # It has opened the old one.
+        if operation == fcntl.LOCK_SH:
+            waiting.set()
+        flock(fd, operation)
 
     def read() -> None:
-        waiting.set()
         with reading(folder):
             found.append((folder / MANIFEST).read_text())
+            held.append(not delete_folder(folder))
         through.set()
 
     found: list[str] = []
+    held: list[bool] = []
     (new / MANIFEST).write_text("new")
     with once_unread(folder, 0.0):
+        monkeypatch.setattr(fcntl, "flock", asked)
         reader = threading.Thread(target=read)
         reader.start()
         waiting.wait()
@@ -94,7 +106,7 @@ def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(t
     assert through.wait(30)
     reader.join()
     # It asked for the old one, and has the lock of the one that took its place.
-    assert found == ["new"]
+    assert (found, held) == (["new"], [True])
 
 
 def test_a_replacement_waits_until_the_reader_is_through(tmp_path: Path) -> None:
