@@ -37,6 +37,8 @@ from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
 from tests.patience import until
 
 CONTEXT = Context(actor="test")
+# By one of these every attempt ends.
+ENDS = ("AttemptFailed", "AttemptLost", "AttemptPaused", "AttemptPreempted", "RunSucceeded", "RunCancelled")
 FILES = ModelFiles(files={"config.json": ModelFile(3, "c")}, weights={"model.safetensors": ModelFile(5, "w")})
 FOUND = Preflight(SHAPE, FACTS, msgspec.structs.replace(FACTS, digest="v"), 3, [], FILES)
 
@@ -129,6 +131,15 @@ class Host:
         attempt = self.started[number - 1]
         until(lambda: self.events(attempt.order.run_id, "AttemptLaunched", attempt.order.attempt))
         return attempt
+
+    def until_an_attempt_has_ended(self, run_id: str) -> None:
+        """However it did: a test says what it must have been."""
+
+        def ended() -> bool:
+            with self.store.read() as connection:
+                return any(event_store.read_types(connection, [run_id], ENDS))
+
+        until(ended)
 
     def events(self, run_id: str, name: str, attempt: int | None = None) -> list[e.Event]:
         with self.store.read() as connection:
@@ -325,7 +336,7 @@ def test_how_an_attempt_ended_is_what_it_left(
     host = make(SFTD_BACKOFF_SECONDS="100")
     run_id = host.submit()
     host.attempt(1).end(remains)
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     (found,) = host.events(run_id, type(ended).__name__)
     assert isinstance(found, e.AttemptFailed | e.AttemptLost)
     assert found.retry_at is not None
@@ -339,7 +350,7 @@ def test_an_attempt_that_hangs_is_killed_and_its_stacks_are_told(make: Callable[
     attempt = host.attempt(1)
     # The start may take longer.
     attempt.journal.append(step(1))
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     assert (attempt.asked_for_stacks, attempt.is_killed) == (True, True)
     (failed,) = host.events(run_id, "AttemptFailed")
     assert isinstance(failed, e.AttemptFailed)
@@ -364,7 +375,10 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
         host.until_step(run_id, number)
         assert host.events(run_id, "JobReported") == told[:number]
     attempt.end(msgspec.structs.replace(Remains(0), interruption=Interruption("preempted", "by others")))
-    until(lambda: host.events(run_id, "AttemptPreempted"))
+    host.until_an_attempt_has_ended(run_id)
+    assert host.events(run_id, "AttemptPreempted") == [
+        e.AttemptPreempted(step=0, by_run="", reason="by others")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +390,7 @@ def test_a_disk_that_takes_no_order_is_told_as_what_it_is(
     host = make(SFTD_BACKOFF_SECONDS="100")
     host.refuses = OSError(number, "it takes nothing")
     run_id = host.submit()
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     (failed,) = host.events(run_id, "AttemptFailed")
     assert isinstance(failed, e.AttemptFailed)
     assert (failed.cause, failed.exit_code) == (cause, None)
