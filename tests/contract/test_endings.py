@@ -7,6 +7,7 @@ person would read it, and not as a decision would make it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -84,7 +85,6 @@ class Story:
         return other
 
     def claim(self) -> Story:
-        """Until its back-off is over nobody can."""
         found = attempts.claim(
             self.log,
             self.clock.context,
@@ -96,6 +96,19 @@ class Story:
         assert found is not None
         assert found.run.run_id == self.run_id
         self.lease, self.line = found.lease, 0
+        return self
+
+    def waits(self) -> Story:
+        """Nobody can claim it now."""
+        found = attempts.claim(
+            self.log,
+            self.clock.context,
+            daemon="d",
+            host="h",
+            fits=lambda entry: True if entry.run_id == self.run_id else None,
+            lease_micros=LEASE,
+        )
+        assert found is None
         return self
 
     def launch(self) -> Story:
@@ -303,8 +316,9 @@ def _(s: Story) -> list[Told]:
 @ending("a crash loop", "failed")
 def _(s: Story) -> list[Told]:
     s.submit(max_restarts=2)
-    for wait in (0, 15, 30):
-        s.later(wait).claim().end("crash")
+    s.claim().end("crash")
+    for wait in (15, 30):
+        s.later(wait - 0.001).waits().later(0.001).claim().end("crash")
     message = "3 attempts in a row without a new checkpoint; the last: crash: why crash"
     return [
         *by_us(1, claimed(), failed("crash", 1_015_000_000)),
@@ -511,6 +525,10 @@ def _(s: Story) -> list[Told]:
     assert second.told() == by_us(None, deferred, stop, end)
     assert held.told() == by_us(None, deferred, e.RunHeld(by="bob"), stop, end)
     assert (second.place(), held.place()) == ("gone", "gone")
+    # Who takes it up again has it wait for what has failed.
+    runs.resume(s.log, s.clock.context, second.run_id, "ada")
+    second.waits()
+    runs.cancel(s.log, s.clock.context, second.run_id, "ada")
     reason = f"waits for {second.run_id}, which was cancelled"
     return by_us(None, e.RunDeferred(after=[second.run_id]), e.StopRequested(by="sftd", reason=reason), end)
 
@@ -545,15 +563,17 @@ def _(s: Story) -> list[Told]:
 @ending("resumed with another priority, from an earlier step", "queued", "waits")
 def _(s: Story) -> list[Told]:
     s.submit(max_restarts=0).claim().tell(step(1), published(1), step(2), published(2)).end("crash")
-    other = msgspec.structs.replace(s.spec, launch=Launch(priority=7, max_restarts=0))
+    other = msgspec.structs.replace(s.spec, launch=Launch(priority=7, preemptible=True, max_restarts=0))
     runs.resume(s.log, s.clock.context, s.run_id, "bob", 1, Proposal(other, 3, "d", ""))
     with s.log.read() as connection:
         (entry,) = [entry for entry in schedule.waiting(connection) if entry.run_id == s.run_id]
-    assert entry.priority == 7, "the queue goes by what the resume asks for"
+    assert (entry.priority, entry.demand.preemptible) == (7, True), (
+        "the queue goes by what the resume asks for"
+    )
     requested = e.ResumeRequested(
         by="bob",
         from_step=1,
-        changes={"launch.priority": [0, 7]},
+        changes={"launch.priority": [0, 7], "launch.preemptible": [False, True]},
         spec=msgspec.to_builtins(other),
         spec_digest=spec_digest(other),
         planned_steps=3,
@@ -648,26 +668,19 @@ def log(store: Store) -> Store:
 
 def test_the_log_says_how_every_run_ended(log: Store, tmp_path: Path) -> None:
     """All stories in one database: none disturbs another."""
-    wrong: dict[str, Any] = {}
     for name, (status, place, tell) in ENDINGS.items():
         story = Story(log, tmp_path)
         expected = tell(story)
-        found = story.told()
-        for n, (must, is_there) in enumerate(zip([*expected, None], [*found, None], strict=False)):
-            if must != is_there:
-                wrong[f"{name}, event {n + 1}"] = {"expected": must, "found": is_there}
-                break
+        for number, (must, found) in enumerate(zip_longest(expected, story.told()), 1):
+            assert found == must, f"{name}, event {number}"
         run = find_run(log, story.run_id)
-        if (run.status, story.place()) != (status, place):
-            wrong[f"{name}, at last"] = (run.status, story.place()), (status, place)
-        if (run.ended_at is not None, run.daemon is None) != (status in ENDED, place != "driven"):
-            wrong[f"{name}, its view"] = run.ended_at, run.daemon
+        assert (run.status, story.place()) == (status, place), name
+        assert (run.ended_at is not None, run.daemon is None) == (status in ENDED, place != "driven"), name
         # What is left of it is none of the next story's.
         if place == "driven":
             story.end()
         elif run.status not in ENDED:
             runs.cancel(log, story.clock.context, story.run_id, "test")
-    assert wrong == {}
 
 
 def test_what_is_recorded_of_a_journal_s_line(log: Store, tmp_path: Path) -> None:
