@@ -1,5 +1,5 @@
-"""What a daemon hands to an attempt and what it makes of it, with attempts that are no processes: every field of the order,
-each word of the attempt's end."""
+"""What a daemon hands to an attempt, and what it records of it: every field of the order, and how the attempt ended. The
+attempts are no processes."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def make(sqlite_template: Path, tmp_path: Path) -> Iterator[Callable[..., Host]]
 
 
 def test_an_order_says_what_the_log_says(make: Callable[..., Host]) -> None:
-    """Of the first attempt, of one that goes on, and of one that a person wants to be longer."""
+    """Of the first attempt, of one that resumes, and of one that a person makes longer."""
     host = make()
     run_id = host.submit(Training(on_non_finite="rollback"), max_restarts=5)
     first = host.attempt(1)
@@ -256,7 +256,7 @@ def test_a_launch_is_recorded_with_all_that_identifies_it(make: Callable[..., Ho
     assert claimed.daemon == host.daemon.daemon_id
 
 
-def test_a_restarted_daemon_goes_on_in_the_journal_where_it_was(make: Callable[..., Host]) -> None:
+def test_a_restarted_daemon_reads_the_journal_from_where_it_was(make: Callable[..., Host]) -> None:
     """Twice, so that its place was written down and moved: no line is lost, and none is there twice."""
     host = make()
     run_id = host.submit()
@@ -278,8 +278,8 @@ def test_a_restarted_daemon_goes_on_in_the_journal_where_it_was(make: Callable[.
     assert len(host.events(run_id, "AttemptLaunched")) == 1
 
 
-def test_a_daemon_that_lives_says_so(make: Callable[..., Host]) -> None:
-    """Its lease and its row are renewed before they expire, or others would take its attempts for given up."""
+def test_a_living_daemon_renews_its_lease_and_its_row(make: Callable[..., Host]) -> None:
+    """Without that others take its attempts for abandoned ones."""
     host = make(SFTD_LEASE_SECONDS="0.3")
     run_id = host.submit()
     host.attempt(1)
@@ -343,7 +343,7 @@ def test_how_an_attempt_ended_is_what_it_left(
     assert msgspec.structs.replace(found, retry_at=None) == ended
 
 
-def test_an_attempt_that_hangs_is_killed_and_its_stacks_are_told(make: Callable[..., Host]) -> None:
+def test_an_attempt_that_hangs_is_killed_and_its_stacks_are_recorded(make: Callable[..., Host]) -> None:
     """It is not taken for a lost one, although nobody knows its exit code."""
     host = make(SFTD_BACKOFF_SECONDS="100")
     run_id = host.submit(hang_seconds=1, hang_factor=1.0)
@@ -363,7 +363,7 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
     run_id = host.submit()
     attempt = host.attempt(1)
     waits, runs_now = Report("7", "PENDING", "Priority", waits=True), Report("7", "RUNNING", nodes="n1")
-    told = [
+    expected = [
         e.JobReported(job="7", state="PENDING", reason="Priority"),
         e.JobReported(job="7", state="RUNNING", nodes="n1"),
     ]
@@ -373,7 +373,7 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
         # What it says once more while a step is taken in is not recorded once more.
         attempt.journal.append(step(number))
         host.until_step(run_id, number)
-        assert host.events(run_id, "JobReported") == told[:number]
+        assert host.events(run_id, "JobReported") == expected[:number]
     attempt.end(msgspec.structs.replace(Remains(0), interruption=Interruption("preempted", "by others")))
     host.until_an_attempt_has_ended(run_id)
     assert host.events(run_id, "AttemptPreempted") == [
@@ -384,7 +384,7 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
 @pytest.mark.parametrize(
     ("number", "cause"), [(errno.ENOSPC, "disk full"), (errno.EDQUOT, "disk full"), (errno.EACCES, "crash")]
 )
-def test_a_disk_that_takes_no_order_is_told_as_what_it_is(
+def test_a_full_disk_at_the_start_is_recorded_as_one(
     make: Callable[..., Host], number: int, cause: str
 ) -> None:
     host = make(SFTD_BACKOFF_SECONDS="100")
