@@ -19,7 +19,7 @@ from sftd.domain.decisions import Proposal
 from sftd.domain.demand import Need
 from sftd.domain.failures import Cause, Failure, Interruption
 from sftd.domain.run import ENDED
-from sftd.domain.spec import spec_digest
+from sftd.domain.spec import OrderStart, spec_digest
 from sftd.domain.spec_sections import Launch, Trainer, Training
 from sftd.operations import attempts, halting, removing, runs, submitting, turns
 from sftd.operations.reading import find_run
@@ -366,6 +366,24 @@ def _(s: Story) -> list[Entry]:
             e.SamplesSkipped(step=1, sample=2 * batch, reason=reason),
             failed("not a number", 1_015_000_000),
         ),
+    ]
+
+
+@ending("rolled back to the pretrained model", "retrying", "waits 30 s")
+def _(s: Story) -> list[Entry]:
+    """Its next attempt leaves the same samples out, or it would come to the same end."""
+    s.submit(training=Training(on_spike="rollback")).claim().train(step(1), step(2)).end("loss spike")
+    s.later(BACKOFF).claim()
+    start = OrderStart(0, 2 * s.spec.data.train_batch_size)
+    assert find_run(s.log, s.run_id).order_start == start
+    s.end()
+    reason = "loss spike: why loss spike"
+    skipped = e.SamplesSkipped(step=start.step, sample=start.sample, reason=reason)
+    return [
+        *by_us(1, claimed()),
+        *by_trainer(1, step(1), step(2)),
+        *by_us(1, skipped, failed("loss spike", 1_015_000_000)),
+        *by_us(2, claimed(), failed("killed", 1_045_000_000)),
     ]
 
 
