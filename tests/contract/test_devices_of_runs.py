@@ -83,7 +83,7 @@ class Host:
         return self.others
 
     def stop(self) -> None:
-        """End it; training goes on."""
+        """End it; its attempts stay alive."""
         self.daemon.stop()
         self.thread.join()
 

@@ -1,5 +1,5 @@
-"""What a daemon hands to an attempt and what it makes of it, with attempts that are no processes: every field of the order,
-each word of the attempt's end."""
+"""What a daemon hands to an attempt, and what it records of it: every field of the order, and how the attempt ended. The
+attempts are no processes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
 from tests.patience import until
 
 CONTEXT = Context(actor="test")
+# By one of these every attempt ends.
+ENDS = ("AttemptFailed", "AttemptLost", "AttemptPaused", "AttemptPreempted", "RunSucceeded", "RunCancelled")
 FILES = ModelFiles(files={"config.json": ModelFile(3, "c")}, weights={"model.safetensors": ModelFile(5, "w")})
 FOUND = Preflight(SHAPE, FACTS, msgspec.structs.replace(FACTS, digest="v"), 3, [], FILES)
 
@@ -130,6 +132,15 @@ class Host:
         until(lambda: self.events(attempt.order.run_id, "AttemptLaunched", attempt.order.attempt))
         return attempt
 
+    def until_an_attempt_has_ended(self, run_id: str) -> None:
+        """However it did: a test says what it must have been."""
+
+        def ended() -> bool:
+            with self.store.read() as connection:
+                return any(event_store.read_types(connection, [run_id], ENDS))
+
+        until(ended)
+
     def events(self, run_id: str, name: str, attempt: int | None = None) -> list[e.Event]:
         with self.store.read() as connection:
             found = event_store.read_stream(connection, run_id, types=(name,))
@@ -164,7 +175,7 @@ def make(sqlite_template: Path, tmp_path: Path) -> Iterator[Callable[..., Host]]
 
 
 def test_an_order_says_what_the_log_says(make: Callable[..., Host]) -> None:
-    """Of the first attempt, of one that goes on, and of one that a person wants to be longer."""
+    """Of the first attempt, of one that resumes, and of one that a person makes longer."""
     host = make()
     run_id = host.submit(Training(on_non_finite="rollback"), max_restarts=5)
     first = host.attempt(1)
@@ -245,7 +256,7 @@ def test_a_launch_is_recorded_with_all_that_identifies_it(make: Callable[..., Ho
     assert claimed.daemon == host.daemon.daemon_id
 
 
-def test_a_restarted_daemon_goes_on_in_the_journal_where_it_was(make: Callable[..., Host]) -> None:
+def test_a_restarted_daemon_reads_the_journal_from_where_it_was(make: Callable[..., Host]) -> None:
     """Twice, so that its place was written down and moved: no line is lost, and none is there twice."""
     host = make()
     run_id = host.submit()
@@ -267,8 +278,8 @@ def test_a_restarted_daemon_goes_on_in_the_journal_where_it_was(make: Callable[.
     assert len(host.events(run_id, "AttemptLaunched")) == 1
 
 
-def test_a_daemon_that_lives_says_so(make: Callable[..., Host]) -> None:
-    """Its lease and its row are renewed before they expire, or others would take its attempts for given up."""
+def test_a_living_daemon_renews_its_lease_and_its_row(make: Callable[..., Host]) -> None:
+    """Without that others take its attempts for abandoned ones."""
     host = make(SFTD_LEASE_SECONDS="0.3")
     run_id = host.submit()
     host.attempt(1)
@@ -325,21 +336,21 @@ def test_how_an_attempt_ended_is_what_it_left(
     host = make(SFTD_BACKOFF_SECONDS="100")
     run_id = host.submit()
     host.attempt(1).end(remains)
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     (found,) = host.events(run_id, type(ended).__name__)
     assert isinstance(found, e.AttemptFailed | e.AttemptLost)
     assert found.retry_at is not None
     assert msgspec.structs.replace(found, retry_at=None) == ended
 
 
-def test_an_attempt_that_hangs_is_killed_and_its_stacks_are_told(make: Callable[..., Host]) -> None:
+def test_an_attempt_that_hangs_is_killed_and_its_stacks_are_recorded(make: Callable[..., Host]) -> None:
     """It is not taken for a lost one, although nobody knows its exit code."""
     host = make(SFTD_BACKOFF_SECONDS="100")
     run_id = host.submit(hang_seconds=1, hang_factor=1.0)
     attempt = host.attempt(1)
     # The start may take longer.
     attempt.journal.append(step(1))
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     assert (attempt.asked_for_stacks, attempt.is_killed) == (True, True)
     (failed,) = host.events(run_id, "AttemptFailed")
     assert isinstance(failed, e.AttemptFailed)
@@ -352,7 +363,7 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
     run_id = host.submit()
     attempt = host.attempt(1)
     waits, runs_now = Report("7", "PENDING", "Priority", waits=True), Report("7", "RUNNING", nodes="n1")
-    told = [
+    expected = [
         e.JobReported(job="7", state="PENDING", reason="Priority"),
         e.JobReported(job="7", state="RUNNING", nodes="n1"),
     ]
@@ -362,21 +373,24 @@ def test_what_the_resource_manager_says_is_recorded_when_it_changes(make: Callab
         # What it says once more while a step is taken in is not recorded once more.
         attempt.journal.append(step(number))
         host.until_step(run_id, number)
-        assert host.events(run_id, "JobReported") == told[:number]
+        assert host.events(run_id, "JobReported") == expected[:number]
     attempt.end(msgspec.structs.replace(Remains(0), interruption=Interruption("preempted", "by others")))
-    until(lambda: host.events(run_id, "AttemptPreempted"))
+    host.until_an_attempt_has_ended(run_id)
+    assert host.events(run_id, "AttemptPreempted") == [
+        e.AttemptPreempted(step=0, by_run="", reason="by others")
+    ]
 
 
 @pytest.mark.parametrize(
     ("number", "cause"), [(errno.ENOSPC, "disk full"), (errno.EDQUOT, "disk full"), (errno.EACCES, "crash")]
 )
-def test_a_disk_that_takes_no_order_is_told_as_what_it_is(
+def test_a_full_disk_at_the_start_is_recorded_as_one(
     make: Callable[..., Host], number: int, cause: str
 ) -> None:
     host = make(SFTD_BACKOFF_SECONDS="100")
     host.refuses = OSError(number, "it takes nothing")
     run_id = host.submit()
-    host.until_it_is(run_id, "retrying")
+    host.until_an_attempt_has_ended(run_id)
     (failed,) = host.events(run_id, "AttemptFailed")
     assert isinstance(failed, e.AttemptFailed)
     assert (failed.cause, failed.exit_code) == (cause, None)

@@ -1,12 +1,13 @@
 """What the log holds of a run, however it ends: every event, in order, with every field, and the run's place in the queue.
 
-Each ending is a story that people and a daemon make of a run by the operations. Beside it stands what the log must say, as a
-person would read it, and not as a decision would make it.
+Each ending is a story: people and a daemon call the operations. The story returns what the log must hold,
+written out by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from sftd.domain.decisions import Proposal
 from sftd.domain.demand import Need
 from sftd.domain.failures import Cause, Failure, Interruption
 from sftd.domain.run import ENDED
-from sftd.domain.spec import spec_digest
+from sftd.domain.spec import OrderStart, spec_digest
 from sftd.domain.spec_sections import Launch, Trainer, Training
 from sftd.operations import attempts, halting, removing, runs, submitting, turns
 from sftd.operations.reading import find_run
@@ -36,7 +37,7 @@ FOUND = Preflight(SHAPE, FACTS, None, 3, [])
 BACKOFF = 15.0
 SECOND = 1_000_000
 # Of an event: the attempt to which it belongs, who recorded it, and itself.
-Told = tuple[int | None, str, e.Event]
+Entry = tuple[int | None, str, e.Event]
 LAUNCHED = e.AttemptLaunched(
     pid=7, create_time=1.5, host="h", directory="/d", argv=["torchrun"], devices=["cuda:3"]
 )
@@ -48,11 +49,11 @@ def published(number: int) -> e.CheckpointPublished:
     )
 
 
-def by_us(attempt: int | None, *events: e.Event) -> list[Told]:
+def by_us(attempt: int | None, *events: e.Event) -> list[Entry]:
     return [(attempt, "test", event) for event in events]
 
 
-def by_trainer(attempt: int, *events: e.Event) -> list[Told]:
+def by_trainer(attempt: int, *events: e.Event) -> list[Entry]:
     return [(attempt, "trainer", event) for event in events]
 
 
@@ -84,7 +85,6 @@ class Story:
         return other
 
     def claim(self) -> Story:
-        """Until its back-off is over nobody can."""
         found = attempts.claim(
             self.log,
             self.clock.context,
@@ -98,11 +98,24 @@ class Story:
         self.lease, self.line = found.lease, 0
         return self
 
+    def waits(self) -> Story:
+        """Nobody can claim it now."""
+        found = attempts.claim(
+            self.log,
+            self.clock.context,
+            daemon="d",
+            host="h",
+            fits=lambda entry: True if entry.run_id == self.run_id else None,
+            lease_micros=LEASE,
+        )
+        assert found is None
+        return self
+
     def launch(self) -> Story:
         attempts.launched(self.log, self.clock.context, self.lease, LAUNCHED)
         return self
 
-    def tell(self, *events: e.Event) -> Story:
+    def train(self, *events: e.Event) -> Story:
         """The trainer's journal grows, and is taken in."""
         first = self.line + 1
         lines = [Line(number=n, occurred_at=n, event=event) for n, event in enumerate(events, first)]
@@ -135,7 +148,7 @@ class Story:
         self.clock.time += int(seconds * SECOND)
         return self
 
-    def told(self) -> list[Told]:
+    def entries(self) -> list[Entry]:
         """All that the log has of it, behind its submission."""
         with self.log.read() as connection:
             recorded = list(event_store.read_stream(connection, self.run_id))
@@ -155,15 +168,16 @@ class Story:
         return "held" if found[0].is_held else f"waits {wait:g} s" if wait > 0 else "waits"
 
 
-Ending = Callable[[Story], list[Told]]
-ENDINGS: dict[str, tuple[str, str, Ending]] = {}
+Ending = Callable[[Story], list[Entry]]
+# By part, then by name: the status and the place in the queue with which it ends, and the story.
+ENDINGS: dict[str, dict[str, tuple[str, str, Ending]]] = {}
 
 
 def ending(name: str, status: str, place: str = "gone") -> Callable[[Ending], Ending]:
-    """Register a story: the status and the place in the queue with which it ends."""
+    """Register a story in the last part."""
 
     def register(story: Ending) -> Ending:
-        ENDINGS[name] = status, place, story
+        ENDINGS[list(ENDINGS)[-1]][name] = status, place, story
         return story
 
     return register
@@ -180,11 +194,12 @@ def failed(cause: str, retry_at: int | None, exit_code: int | None = 1) -> e.Att
 
 
 # Success.
+ENDINGS["success"] = {}
 
 
 @ending("succeeded", "succeeded")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().launch().tell(step(1), step(2), step(3), published(3)).end(exit_code=0)
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().launch().train(step(1), step(2), step(3), published(3)).end(exit_code=0)
     return [
         *by_us(1, claimed(), LAUNCHED),
         *by_trainer(1, step(1), step(2), step(3), published(3)),
@@ -193,8 +208,8 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("succeeded although it was asked to stop and ended with an error", "succeeded")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().tell(step(1), step(2), step(3), published(3))
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().train(step(1), step(2), step(3), published(3))
     runs.cancel(s.log, s.clock.context, s.run_id, "ada")
     s.end(exit_code=1)
     return [
@@ -205,11 +220,11 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("succeeded by its second attempt", "succeeded")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().launch().tell(step(1), published(1), step(2)).end()
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().launch().train(step(1), published(1), step(2)).end()
     s.later(BACKOFF).claim().launch()
     resumed = e.TrainingResumed(step=1, path="/c/1", tokens_total=10)
-    s.tell(resumed, step(2), step(3), published(3)).end(exit_code=0)
+    s.train(resumed, step(2), step(3), published(3)).end(exit_code=0)
     return [
         *by_us(1, claimed(), LAUNCHED),
         *by_trainer(1, step(1), published(1), step(2)),
@@ -220,11 +235,11 @@ def _(s: Story) -> list[Told]:
     ]
 
 
-@ending("steps that come out otherwise when they are done again", "succeeded")
-def _(s: Story) -> list[Told]:
-    """The first behind the checkpoint, and the last that was recorded; each is told beside its step."""
-    s.submit().claim().tell(step(1), published(1), step(2), step(3)).end()
-    s.later(BACKOFF).claim().tell(step(2, loss=1.5), step(3, loss=2.5), published(3)).end(exit_code=0)
+@ending("redone steps that differ from the log", "succeeded")
+def _(s: Story) -> list[Entry]:
+    """The first behind the checkpoint, and the last that was recorded. Each anomaly follows its step."""
+    s.submit().claim().train(step(1), published(1), step(2), step(3)).end()
+    s.later(BACKOFF).claim().train(step(2, loss=1.5), step(3, loss=2.5), published(3)).end(exit_code=0)
     second, third = (
         e.AnomalyDetected(
             step=number,
@@ -248,11 +263,11 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("taken over by another daemon, and succeeded", "succeeded")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().launch().tell(step(1))
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().launch().train(step(1))
     adopted = e.AttemptAdopted(daemon="d2", host="h2", pid=9)
     s.lease = attempts.adopt(s.log, s.clock.context, s.lease, adopted, LEASE)
-    s.tell(step(2), step(3), published(3)).end(exit_code=0)
+    s.train(step(2), step(3), published(3)).end(exit_code=0)
     return [
         *by_us(1, claimed(), LAUNCHED),
         *by_trainer(1, step(1)),
@@ -263,11 +278,12 @@ def _(s: Story) -> list[Told]:
 
 
 # Failure.
+ENDINGS["failure"] = {}
 
 
 def _ends_by(cause: Cause) -> Ending:
-    def story(s: Story) -> list[Told]:
-        s.submit().claim().tell(step(1)).end(cause, 3)
+    def story(s: Story) -> list[Entry]:
+        s.submit().claim().train(step(1)).end(cause, 3)
         if cause in _HOPELESS:
             last: list[e.Event] = [failed(cause, None, 3), e.RunFailed(cause=cause, message=f"why {cause}")]
         else:
@@ -284,15 +300,15 @@ for _cause in get_args(Cause):
 
 
 @ending("lost", "retrying", "waits 15 s")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().tell(step(1)).end("killed", None, lost=True)
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().train(step(1)).end("killed", None, lost=True)
     lost = e.AttemptLost(message="why killed", retry_at=1_015_000_000)
     return [*by_us(1, claimed()), *by_trainer(1, step(1)), *by_us(1, lost)]
 
 
 @ending("ended without an error before its work was done", "retrying", "waits 15 s")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().tell(step(1), step(2), step(3)).end(exit_code=0)
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().train(step(1), step(2), step(3)).end(exit_code=0)
     message = "the trainer ended without an error, but the final checkpoint was not published"
     incomplete = e.AttemptFailed(
         cause="incomplete", message=message, exit_code=0, evidence=[], retry_at=1_015_000_000
@@ -301,10 +317,11 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("a crash loop", "failed")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     s.submit(max_restarts=2)
-    for wait in (0, 15, 30):
-        s.later(wait).claim().end("crash")
+    s.claim().end("crash")
+    for wait in (15, 30):
+        s.later(wait - 0.001).waits().later(0.001).claim().end("crash")
     message = "3 attempts in a row without a new checkpoint; the last: crash: why crash"
     return [
         *by_us(1, claimed(), failed("crash", 1_015_000_000)),
@@ -314,14 +331,14 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("without restarts", "failed")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     s.submit(max_restarts=0).claim().end("crash")
     message = "1 attempts in a row without a new checkpoint; the last: crash: why crash"
     return by_us(1, claimed(), failed("crash", None), e.RunFailed(cause="crash", message=message))
 
 
 @ending("resumed after it had failed: it has all its restarts again", "retrying", "waits 15 s")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     s.submit(max_restarts=1).claim().end("crash").later(BACKOFF).claim().end("crash")
     runs.resume(s.log, s.clock.context, s.run_id, "bob")
     s.claim().end("crash")
@@ -335,10 +352,10 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("rolled back behind a loss that is no number", "retrying", "waits 15 s")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     """The samples of the steps behind the checkpoint, and of the one that failed, are left out."""
     s.submit(training=Training(on_non_finite="rollback")).claim()
-    s.tell(step(1), published(1), step(2)).end("not a number")
+    s.train(step(1), published(1), step(2)).end("not a number")
     batch = s.spec.data.train_batch_size
     reason = "not a number: why not a number"
     return [
@@ -352,9 +369,27 @@ def _(s: Story) -> list[Told]:
     ]
 
 
+@ending("rolled back to the pretrained model", "retrying", "waits 30 s")
+def _(s: Story) -> list[Entry]:
+    """Its next attempt leaves the same samples out, or it would come to the same end."""
+    s.submit(training=Training(on_spike="rollback")).claim().train(step(1), step(2)).end("loss spike")
+    s.later(BACKOFF).claim()
+    start = OrderStart(0, 2 * s.spec.data.train_batch_size)
+    assert find_run(s.log, s.run_id).order_start == start
+    s.end()
+    reason = "loss spike: why loss spike"
+    skipped = e.SamplesSkipped(step=start.step, sample=start.sample, reason=reason)
+    return [
+        *by_us(1, claimed()),
+        *by_trainer(1, step(1), step(2)),
+        *by_us(1, skipped, failed("loss spike", 1_015_000_000)),
+        *by_us(2, claimed(), failed("killed", 1_045_000_000)),
+    ]
+
+
 @ending("a journal that cannot be read", "retrying", "waits 15 s")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().tell(step(1))
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().train(step(1))
     attempts.reject_journal(s.log, s.clock.context, s.lease, "the journal cannot be read: line 2")
     s.end("crash", None)
     what = e.AnomalyDetected(step=0, what="the journal cannot be read: line 2", detail={})
@@ -366,21 +401,21 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("a fork whose beginning is damaged", "failed")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     """From the pretrained model it would be another run."""
     parent = s.another()
-    parent.submit().claim().tell(step(1), published(1)).end(exit_code=0)
+    parent.submit().claim().train(step(1), published(1)).end(exit_code=0)
     s.spec = msgspec.structs.replace(SPEC, trainer=Trainer(max_steps=4))
     found = msgspec.structs.replace(FOUND, planned_steps=4)
     s.run_id = runs.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
     rejected = e.CheckpointRejected(step=1, path="/c/1", reason="a file is short")
-    s.claim().tell(rejected).end("bad checkpoint")
+    s.claim().train(rejected).end("bad checkpoint")
     message = (
         f"the checkpoint from which it was forked, step 1 of {parent.run_id}, cannot be used: "
         "why bad checkpoint"
     )
     pin = e.CheckpointPinned(step=1, fork=s.run_id)
-    assert parent.told()[-1] == (None, "test", pin)
+    assert parent.entries()[-1] == (None, "test", pin)
     return [
         *by_us(1, claimed(1)),
         *by_trainer(1, rejected),
@@ -389,9 +424,10 @@ def _(s: Story) -> list[Told]:
 
 
 # A person ends it.
+ENDINGS["people"] = {}
 
 
-def _waiting(name: str, s: Story) -> list[Told]:
+def _waiting(name: str, s: Story) -> list[Entry]:
     """Bring a run into a state without an attempt. Returns what the log says of that."""
     s.submit()
     if name == "held":
@@ -401,7 +437,7 @@ def _waiting(name: str, s: Story) -> list[Told]:
         s.claim().end()
         return by_us(1, claimed(), failed("killed", 1_015_000_000))
     if name == "paused":
-        s.claim().tell(step(1), published(1))
+        s.claim().train(step(1), published(1))
         halting.pause(s.log, s.clock.context, s.run_id, "bob", "lunch")
         s.end(exit_code=0)
         return [
@@ -417,7 +453,7 @@ def _waiting(name: str, s: Story) -> list[Told]:
 
 
 def _cancelled_while(name: str) -> Ending:
-    def story(s: Story) -> list[Told]:
+    def story(s: Story) -> list[Entry]:
         begun = _waiting(name, s)
         runs.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data")
         attempt = 1 if name in ("retrying", "paused") else None
@@ -432,9 +468,9 @@ for _name in ("queued", "held", "retrying", "paused"):
 
 
 @ending("asked to stop", "stopping", "driven")
-def _(s: Story) -> list[Told]:
-    """Once more is not told once more; what is harder is."""
-    s.submit().claim().tell(step(1))
+def _(s: Story) -> list[Entry]:
+    """The same request again is not recorded, a harder one is."""
+    s.submit().claim().train(step(1))
     for now in (False, False, True, True, False):
         runs.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data", now=now)
     soft, hard = (e.StopRequested(by="ada", reason="wrong data", now=now) for now in (False, True))
@@ -442,11 +478,11 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("cancelled while it trains", "cancelled")
-def _(s: Story) -> list[Told]:
-    """Whatever became of the attempt meanwhile."""
-    s.submit().claim().tell(step(1))
+def _(s: Story) -> list[Entry]:
+    """The request decides, however the attempt ended."""
+    s.submit().claim().train(step(1))
     runs.cancel(s.log, s.clock.context, s.run_id, "ada")
-    s.tell(published(1)).end("crash", 1, Interruption("preempted", "Slurm preempted job 7"))
+    s.train(published(1)).end("crash", 1, Interruption("preempted", "Slurm preempted job 7"))
     return [
         *by_us(1, claimed()),
         *by_trainer(1, step(1)),
@@ -457,9 +493,9 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("paused behind its checkpoint", "paused")
-def _(s: Story) -> list[Told]:
-    """The step is that from which it goes on, and not the last that it made."""
-    s.submit().claim().tell(step(1), published(1), step(2))
+def _(s: Story) -> list[Entry]:
+    """The step is that of the checkpoint, not the last one."""
+    s.submit().claim().train(step(1), published(1), step(2))
     halting.pause(s.log, s.clock.context, s.run_id, "bob")
     s.end("hang", None)
     return [
@@ -470,8 +506,8 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("given up", "cancelled")
-def _(s: Story) -> list[Told]:
-    s.submit().claim().launch().tell(step(1)).later(LEASE / SECOND + 1)
+def _(s: Story) -> list[Entry]:
+    s.submit().claim().launch().train(step(1)).later(LEASE / SECOND + 1)
     runs.abandon(s.log, s.clock.context, s.run_id, "ada")
     return [
         *by_us(1, claimed(), LAUNCHED),
@@ -481,7 +517,7 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("held, released and held again", "held", "held")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     s.submit().claim().end()
     halting.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
     halting.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
@@ -495,7 +531,7 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("waited in vain", "cancelled")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     """For a run that failed, or for one that waited for it; one that a person holds, too."""
     first, second, held = s.another().submit(), s.another(), s.another()
     second.submit(after=(first.run_id,))
@@ -508,26 +544,31 @@ def _(s: Story) -> list[Told]:
     reason = f"waits for {first.run_id}, which has failed"
     stop = e.StopRequested(by="sftd", reason=reason)
     deferred = e.RunDeferred(after=[first.run_id])
-    assert second.told() == by_us(None, deferred, stop, end)
-    assert held.told() == by_us(None, deferred, e.RunHeld(by="bob"), stop, end)
+    assert second.entries() == by_us(None, deferred, stop, end)
+    assert held.entries() == by_us(None, deferred, e.RunHeld(by="bob"), stop, end)
     assert (second.place(), held.place()) == ("gone", "gone")
+    assert s.place() == "gone"
+    # A person resumes it: it still waits for what has failed.
+    runs.resume(s.log, s.clock.context, second.run_id, "ada")
+    second.waits()
+    runs.cancel(s.log, s.clock.context, second.run_id, "ada")
     reason = f"waits for {second.run_id}, which was cancelled"
     return by_us(None, e.RunDeferred(after=[second.run_id]), e.StopRequested(by="sftd", reason=reason), end)
 
 
 @ending("removed", "cancelled")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     parent = s.another()
-    parent.submit().claim().tell(step(1), published(1)).end(exit_code=0)
+    parent.submit().claim().train(step(1), published(1)).end(exit_code=0)
     s.spec = msgspec.structs.replace(SPEC, trainer=Trainer(max_steps=4))
     found = msgspec.structs.replace(FOUND, planned_steps=4)
     s.run_id = runs.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
-    s.claim().tell(step(2), published(2))
+    s.claim().train(step(2), published(2))
     runs.cancel(s.log, s.clock.context, s.run_id, "ada")
     s.end(exit_code=0)
     removing.remove(s.log, s.clock.context, s.home, s.run_id, "bob")
     unpinned = e.CheckpointUnpinned(step=1, fork=s.run_id)
-    assert parent.told()[-1] == (None, "test", unpinned)
+    assert parent.entries()[-1] == (None, "test", unpinned)
     assert not find_run(s.log, parent.run_id).pins
     return [
         *by_us(1, claimed(1)),
@@ -543,17 +584,19 @@ def _(s: Story) -> list[Told]:
 
 
 @ending("resumed with another priority, from an earlier step", "queued", "waits")
-def _(s: Story) -> list[Told]:
-    s.submit(max_restarts=0).claim().tell(step(1), published(1), step(2), published(2)).end("crash")
-    other = msgspec.structs.replace(s.spec, launch=Launch(priority=7, max_restarts=0))
+def _(s: Story) -> list[Entry]:
+    s.submit(max_restarts=0).claim().train(step(1), published(1), step(2), published(2)).end("crash")
+    other = msgspec.structs.replace(s.spec, launch=Launch(priority=7, preemptible=True, max_restarts=0))
     runs.resume(s.log, s.clock.context, s.run_id, "bob", 1, Proposal(other, 3, "d", ""))
     with s.log.read() as connection:
         (entry,) = [entry for entry in schedule.waiting(connection) if entry.run_id == s.run_id]
-    assert entry.priority == 7, "the queue goes by what the resume asks for"
+    assert (entry.priority, entry.demand.preemptible) == (7, True), (
+        "the queue goes by what the resume asks for"
+    )
     requested = e.ResumeRequested(
         by="bob",
         from_step=1,
-        changes={"launch.priority": [0, 7]},
+        changes={"launch.priority": [0, 7], "launch.preemptible": [False, True]},
         spec=msgspec.to_builtins(other),
         spec_digest=spec_digest(other),
         planned_steps=3,
@@ -568,12 +611,13 @@ def _(s: Story) -> list[Told]:
 
 
 # Others take its devices.
+ENDINGS["others"] = {}
 
 
 @ending("made room for a run of higher priority", "queued", "waits")
-def _(s: Story) -> list[Told]:
+def _(s: Story) -> list[Entry]:
     """It waits in its old place, at once, and nothing of it is a failure."""
-    s.submit(preemptible=True, max_restarts=0).claim().tell(step(1), published(1), step(2))
+    s.submit(preemptible=True, max_restarts=0).claim().train(step(1), published(1), step(2))
     head = s.another().submit(priority=5)
     gone = turns.preempt(
         s.log,
@@ -600,13 +644,13 @@ def _(s: Story) -> list[Told]:
 
 
 def _interrupted(kind: Any, *, trained: bool) -> Ending:
-    def story(s: Story) -> list[Told]:
+    def story(s: Story) -> list[Entry]:
         s.submit(launcher="slurm").claim()
         attempts.job_reported(
             s.log, s.clock.context, s.lease, e.JobReported(job="7", state="RUNNING", nodes="n1")
         )
         if trained:
-            s.tell(step(1), published(1))
+            s.train(step(1), published(1))
         s.end("killed", None, Interruption(kind, "Slurm said so"), lost=True)
         back = 1 if trained else 0
         if kind == "cancelled":
@@ -637,8 +681,8 @@ for _kind, _trained, _status, _place in (
     ("time limit", False, "retrying", "waits 15 s"),
     ("cancelled", True, "paused", "gone"),
 ):
-    _told = f"Slurm: {_kind}" + (" behind a checkpoint" if _trained else "")
-    ending(_told, _status, _place)(_interrupted(_kind, trained=_trained))
+    _name = f"Slurm: {_kind}" + (" behind a checkpoint" if _trained else "")
+    ending(_name, _status, _place)(_interrupted(_kind, trained=_trained))
 
 
 @pytest.fixture
@@ -646,28 +690,22 @@ def log(store: Store) -> Store:
     return Store(store.engine, before_commit=(views.catch_up,), clock=lambda _connection, local: local)
 
 
-def test_the_log_says_how_every_run_ended(log: Store, tmp_path: Path) -> None:
-    """All stories in one database: none disturbs another."""
-    wrong: dict[str, Any] = {}
-    for name, (status, place, tell) in ENDINGS.items():
+@pytest.mark.parametrize("part", ENDINGS)
+def test_the_log_says_how_every_run_ended(log: Store, tmp_path: Path, part: str) -> None:
+    """All stories of a part in one database: none disturbs another."""
+    for name, (status, place, story_of) in ENDINGS[part].items():
         story = Story(log, tmp_path)
-        expected = tell(story)
-        found = story.told()
-        for n, (must, is_there) in enumerate(zip([*expected, None], [*found, None], strict=False)):
-            if must != is_there:
-                wrong[f"{name}, event {n + 1}"] = {"expected": must, "found": is_there}
-                break
+        expected = story_of(story)
+        for number, (must, found) in enumerate(zip_longest(expected, story.entries()), 1):
+            assert found == must, f"{name}, event {number}"
         run = find_run(log, story.run_id)
-        if (run.status, story.place()) != (status, place):
-            wrong[f"{name}, at last"] = (run.status, story.place()), (status, place)
-        if (run.ended_at is not None, run.daemon is None) != (status in ENDED, place != "driven"):
-            wrong[f"{name}, its view"] = run.ended_at, run.daemon
+        assert (run.status, story.place()) == (status, place), name
+        assert (run.ended_at is not None, run.daemon is None) == (status in ENDED, place != "driven"), name
         # What is left of it is none of the next story's.
         if place == "driven":
             story.end()
         elif run.status not in ENDED:
             runs.cancel(log, story.clock.context, story.run_id, "test")
-    assert wrong == {}
 
 
 def test_what_is_recorded_of_a_journal_s_line(log: Store, tmp_path: Path) -> None:
@@ -694,7 +732,7 @@ def test_what_is_recorded_of_a_journal_s_line(log: Store, tmp_path: Path) -> Non
 
 
 def test_journals_of_two_attempts_are_taken_in_beside_each_other(log: Store, tmp_path: Path) -> None:
-    """Each has its own lines from 1 on, told torn, twice and in pieces: by whoever restarts in between."""
+    """Each has its own lines from 1 on. They arrive torn, twice and in pieces."""
     s = Story(log, tmp_path).submit()
     for attempt, batches in ((1, [(1, 2), (1, 2), (1, 3)]), (2, [(1, 1), (1, 4), (3, 5)])):
         s.later(BACKOFF).claim()
@@ -702,8 +740,8 @@ def test_journals_of_two_attempts_are_taken_in_beside_each_other(log: Store, tmp
         directory.path.mkdir()
         with open(directory.journal, "ab") as file:
             for first, last in batches:
-                told = [Line(number=n, occurred_at=n, event=step(n)) for n in range(first, last + 1)]
-                attempts.record(log, s.clock.context, s.lease, told, 10 * last, {})
+                lines = [Line(number=n, occurred_at=n, event=step(n)) for n in range(first, last + 1)]
+                attempts.record(log, s.clock.context, s.lease, lines, 10 * last, {})
             file.write(b'{"t":1,"type":"StepCompleted"')
         assert journal.read(directory.journal) == ([], 0), "a torn line is no line"
         s.end()

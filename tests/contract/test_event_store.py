@@ -369,6 +369,19 @@ def viewed(store: Store) -> Store:
     return Store(store.engine, (views.catch_up,))
 
 
+def test_views_take_in_what_was_appended_without_them(store: Store, viewed: Store) -> None:
+    """By an older sftd, say: of the run at hand, of another run, and at the border of what is read at once."""
+    for run_id, steps in (("other", range(1, 4)), ("r", range(1, 1001))):
+        append(store, run_id, 0, started(*steps))
+    append(viewed, "r", 1000, started(1001))
+    append(store, "other", 3, started(4))
+    append(viewed, "r", 1001, started(1002))
+    with viewed.read() as connection:
+        found = dict(connection.execute(sa.select(view_runs.c.run_id, view_runs.c.version)).all())  # type: ignore[arg-type]
+        assert positions.projection_position(connection, views.NAME) == event_store.last_position(connection)
+    assert found == {"other": 4, "r": 1002}
+
+
 def resolve(store: Store, prefix: str) -> str:
     with store.read() as connection:
         return resolve_id(connection, prefix)

@@ -88,7 +88,7 @@ def test_the_interface_that_a_person_names_is_used() -> None:
 
 
 def options(argv: list[str]) -> dict[str, str]:
-    """Of torchrun's argv: each option and its value. What follows the module is told by its place."""
+    """Each option of torchrun's argv and its value."""
     end = argv.index("sftd.trainer")
     named = [word.removeprefix("--").partition("=") for word in argv[4 : end - 1]]
     return {
@@ -157,7 +157,7 @@ def test_sbatch_and_the_job_that_it_takes_along() -> None:
             {"nproc_per_node": 2},
             {**ONE_HOST, "SFTD_DEVICE": "cpu", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""},
         ),
-        # Slurm says which GPUs; the ranks that it gives them to must not be told otherwise.
+        # Slurm sets which GPUs the job sees, and the script must not change it.
         (
             {"nproc_per_node": 8, "slurm": {"gres": "gpu:8"}, "device": "cuda"},
             {**ONE_HOST, "SFTD_DEVICE": "cuda", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "of Slurm"},

@@ -30,7 +30,7 @@ def failed(message: str) -> notices.Notice:
 
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden/events.json").read_text())
-# Of each event as the golden file has it: its kind, and what is said of it.
+# Kind and text of the notice of each event in the golden file.
 SAID = {
     "RunSucceeded": ("ended", "succeeded: 40 steps, 20,000 tokens, loss 2.346"),
     "RunCancelled": ("ended", "was cancelled by ada at step 1,234 of 5,000"),
@@ -64,8 +64,8 @@ SAID = {
 }
 
 
-def test_every_event_that_is_told_and_its_words() -> None:
-    """All others say nothing; neither does an attempt whose run failed for good, which is told by itself."""
+def test_every_event_with_a_notice_and_its_words() -> None:
+    """All others give no notice. Neither does the last attempt of a failed run: the run has its own."""
     facts = notices.Facts("a project", "a name", "ada", 1234, 5000, "2.3456")
     newest = {line["type"]: line for line in GOLDEN}
     assert newest.keys() == e.EVENT_TYPES.keys()

@@ -42,12 +42,12 @@ def test_a_daemon_lives_for_two_leases_after_it_was_seen() -> None:
 def test_a_redone_step_is_as_near_as_rounding_lets_it_be(dtype: str, name: str, near: float) -> None:
     """Where it was computed otherwise. Computed alike it must be the same bit for bit."""
     was = step(1)
-    for factor, is_told in ((0.99, False), (1.01, True)):
+    for factor, is_anomaly in ((0.99, False), (1.01, True)):
         # The difference is relative to the larger of the two.
         value = 1.0 / (1.0 - factor * near)
         redone = step(1, loss=value) if name == "loss" else _with_norm(value)
-        told = compare_redone({1: was}, redone, is_exact=False, dtype=dtype)
-        assert (told is not None) == is_told
+        found = compare_redone({1: was}, redone, is_exact=False, dtype=dtype)
+        assert (found is not None) == is_anomaly
         exact = compare_redone({1: was}, redone, is_exact=True, dtype=dtype)
         assert exact == e.AnomalyDetected(
             step=1,
@@ -64,9 +64,9 @@ def test_what_was_trained_is_compared_exactly_however_it_was_computed() -> None:
     changes = ({"lr": 1.0001e-5}, {"tokens": 11}, {"samples_digest": "t"})
     for change in changes:
         redone = msgspec.structs.replace(step(1), **change)
-        told = compare_redone({1: step(1)}, redone, is_exact=False, dtype="bfloat16")
-        assert told is not None
-        assert told.detail.keys() == change.keys()
+        found = compare_redone({1: step(1)}, redone, is_exact=False, dtype="bfloat16")
+        assert found is not None
+        assert found.detail.keys() == change.keys()
 
 
 def test_no_back_off_is_longer_than_ten_minutes() -> None:
