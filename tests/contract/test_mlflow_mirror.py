@@ -935,6 +935,14 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     assert lost.differences == ["there is no MLflow run of it"]
 
 
+def test_an_mlflow_that_does_not_answer_is_named_without_its_password() -> None:
+    address = "http://ada:hush-hush-9@127.0.0.1:1"
+    with pytest.raises(MirrorUnavailable, match="MLflow at http://") as refused:
+        mlflow_client.Tracking(address, None).find_experiment(["any"])
+    assert "hush" not in str(refused.value)
+    assert "127.0.0.1:1" in str(refused.value)
+
+
 def test_the_commands_find_the_runs_and_their_pages(
     tmp_path: Path,
     uri: str,

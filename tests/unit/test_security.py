@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
@@ -26,6 +27,7 @@ from sftd.wire import journal, yaml_text
 from sftd.wire.attempt_dir import AttemptDir
 from sftd.wire.checkpoint_dir import is_checkpoint_of
 from sftd.wire.direct_run import DirectRun, Submission
+from sftd.wire.secrets import Secrets
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hush-hush-9"
@@ -144,6 +146,18 @@ def test_the_trainer_knows_no_passwords_of_ours() -> None:
     assert given["PATH"] == "/bin"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["DB_PASSWORD", "MY_PASSWD", "HF_TOKEN", "APP_SECRET", "OPENAI_API_KEY", "AWS_CREDENTIAL", "lower_token"],
+)
+def test_the_value_of_a_secret_variable_is_hidden_wherever_it_stands(name: str) -> None:
+    found = Secrets.of({name: SECRET, "PATH": "/usr/local/bin", "SHORT_KEY": "abc"})
+    text = f"{SECRET}: x{SECRET}{SECRET}y, /usr/local/bin, abc, hush-hush, https://ada:{SECRET[:4]}@host/x"
+    assert found.hide(text) == "***: x******y, /usr/local/bin, abc, hush-hush, https://ada:***@host/x"
+    # What is written beside the attempt does not hold it either.
+    assert SECRET not in msgspec.json.encode(found).decode()
+
+
 def test_gpus_are_numbered_as_nvml_does() -> None:
     """CUDA's own order puts the fastest first: with unlike GPUs a run would get others than those that it was given."""
     given = environment(
@@ -213,6 +227,20 @@ def test_what_can_run_others_code_is_called_where_it_is_known() -> None:
         "sftd/trainer/prepare/demo_model.py",
         "sftd/trainer/prepare/hf_tokenizer.py",
     ]
+
+
+def test_no_loader_trusts_code_by_itself() -> None:
+    """Whether a model folder's Python code may run is the user's to say: never a constant, and never left to a default."""
+    said = [
+        ast.unparse(keyword.value)
+        for path in sorted((ROOT / "sftd").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "trust_remote_code"
+    ]
+    assert "True" not in said
+    assert "spec.model.trust_remote_code" in said
 
 
 def test_remote_code_is_off_and_says_so_when_it_is_on() -> None:
