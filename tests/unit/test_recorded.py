@@ -21,7 +21,7 @@ from sftd.domain import plan as planning
 from sftd.domain.errors import Refused
 from sftd.domain.evolve import evolve
 from sftd.domain.failures import Failure
-from sftd.domain.layout import DataFacts, ModelShape
+from sftd.domain.layout import DataFacts, ModelShape, check_model
 from sftd.domain.notices import Facts, notice
 from sftd.domain.pace import Machine
 from sftd.domain.run import Run
@@ -65,6 +65,10 @@ MIXED = msgspec.structs.replace(
 FULL: Given = [("model.enable_gradient_checkpointing", True)]
 SELECTIVE: Given = [*FULL, ("model.recompute", "selective")]
 BIAS = msgspec.structs.replace(LLAMA_1B, attention_bias=True, tie_word_embeddings=False)
+
+
+SLURM: Given = [("launch.launcher", "slurm"), ("launch.device", "cuda")]
+ONE_EXPERT = msgspec.structs.replace(EXPERTS, num_experts_per_tok=1, norm_topk_prob=True)
 
 
 def ranks(number: int) -> tuple[str, Any]:
@@ -188,6 +192,114 @@ def test_each_key_takes_the_values_that_it_took() -> None:
     for key, entry in expected.items():
         # 1 is no true, and 1.0 no 1.
         assert repr(found[key]) == repr(entry), key
+
+
+BROKEN: dict[str, Given] = {
+    "nothing": [("model.partial_pretrain", ""), ("data.train_files", [])],
+    "names": [("trainer.project_name", "a/b"), ("trainer.experiment_name", "x" * 201)],
+    "names at their longest": [("trainer.project_name", "p" * 200), ("trainer.experiment_name", "a/b")],
+    "names of nothing": [("trainer.project_name", " "), ("trainer.experiment_name", "a\x1bb")],
+    "VPP without PP": [(VPP, 2)],
+    "VPP of one": [(VPP, 1)],
+    "VPP and micro-batches": [(PP, 2), (VPP, 2), ranks(2), ("data.train_batch_size", 3)],
+    "SP without TP": [(SP, True)],
+    "ranks": [(TP, 2), (PP, 2), (CP, 2), ranks(12)],
+    "ranks that fit": [(TP, 2), (PP, 2), (CP, 2), ranks(16)],
+    "experts": [(EP, 3), ranks(4), (PP, 2)],
+    "experts that fit": [(EP, 2), ranks(4), (PP, 2)],
+    "both lengths": [("trainer.max_steps", 5), ("trainer.epochs", 2)],
+    "warm-up": [("trainer.max_steps", 5), ("scheduler.warmup_steps", 6)],
+    "warm-up of all": [
+        ("trainer.max_steps", 5),
+        ("scheduler.warmup_steps", 5),
+        ("scheduler.warmup_ratio", 0.5),
+    ],
+    "constant with a floor": [("scheduler.type", "constant"), ("scheduler.min_lr_ratio", 0.5)],
+    "recompute of nothing": [("model.recompute", "selective")],
+    "no distributed optimizer": [("model.megatron.use_distributed_optimizer", False)],
+    "code": [("model.trust_remote_code", True)],
+    "no validation": [("data.val_files", [])],
+    "accumulation": [("training.gradient_accumulation_steps", 3), ("data.train_batch_size", 8), ranks(2)],
+    "accumulation that is right": [
+        ("training.gradient_accumulation_steps", 4),
+        ("data.train_batch_size", 8),
+        ranks(2),
+    ],
+    "accumulation, packed": [("training.gradient_accumulation_steps", 9), RMPAD, (TOKENS, 4096), ranks(2)],
+    "packed too short": [RMPAD, (TOKENS, 2047)],
+    "packed just long enough": [RMPAD, (TOKENS, 2048), ("training.micro_batch_size_per_gpu", 2)],
+    "packed for too many ranks": [RMPAD, ranks(3), ("data.train_batch_size", 2)],
+    "packed for as many ranks": [RMPAD, ranks(3), ("data.train_batch_size", 3)],
+    "tokens without packing": [(TOKENS, 4096)],
+    "a batch that does not divide": [("data.train_batch_size", 10), ("training.micro_batch_size_per_gpu", 4)],
+    "a batch below a micro-batch": [
+        ("data.train_batch_size", 3),
+        ("training.micro_batch_size_per_gpu", 4),
+        ranks(2),
+    ],
+    "several machines": [("launch.nnodes", 2)],
+    "Slurm without Slurm": [("launch.slurm.partition", "p")],
+    "Slurm without GPUs": [("launch.launcher", "slurm")],
+    "Slurm with other resources": [*SLURM, ("launch.slurm.gres", "lustre:1"), ranks(4)],
+    "Slurm with GPUs": [*SLURM, ("launch.slurm.gres", "gres/gpu:h100=2")],
+    "Slurm's GPUs among the rest": [
+        *SLURM,
+        ("launch.slurm.gres", "x"),
+        ("launch.slurm.extra_args", ["--gpus-per-n 2"]),
+    ],
+    "no GPU of Slurm": [
+        *SLURM,
+        ("launch.slurm.gres", "x"),
+        ("launch.slurm.extra_args", ["--gpus=0", "-G0", "--gpu-bind=x"]),
+    ],
+    "words": [
+        *SLURM,
+        ("launch.slurm.partition", "a b"),
+        ("launch.slurm.time", "1:00:00:00"),
+        ("launch.slurm.setup", "\0"),
+    ],
+    "times": [*SLURM, ("launch.slurm.time", "2-0")],
+    "a time in minutes": [*SLURM, ("launch.slurm.time", 90)],
+    "options": [
+        *SLURM,
+        ("launch.slurm.extra_args", ["mem", "--mem=0 --wait", "-N2", "--nod 3", "--sig", "'"]),
+    ],
+    "a rate": [("optimizer.lr", 0.02)],
+}
+
+
+def refusals() -> dict[str, Any]:
+    """Where each config is refused or doubted, and the facts that are told of it."""
+    found = {}
+    for name, given in BROKEN.items():
+        try:
+            told, kind = parse(MINIMAL, given)[1], "warned"
+        except Refused as refused:
+            told, kind = refused.problems, "refused"
+        found[name] = [kind, *([p.where, facts_of(p.what), facts_of(p.fix)] for p in told)]
+    for name, shape in (("a dense model", LLAMA_1B), ("experts", EXPERTS), ("one expert", ONE_EXPERT)):
+        for given in (
+            [(TP, 3), ranks(3)],
+            [(PP, 3), ranks(3)],
+            [(PP, 2), (VPP, 3), ranks(2)],
+            [(EP, 2), ranks(2)],
+            [(TP, 2), ranks(2)],
+            [(EP, 3), ranks(3)],
+            [("data.sequence_length", 131073)],
+        ):
+            spec = spec_of(*given, batch=12)
+            found[f"{name} with {given}"] = [
+                [[p.where, facts_of(p.what), facts_of(p.fix)] for p in told]
+                for told in check_model(spec, shape)
+            ]
+    return found
+
+
+def test_what_is_refused_or_doubted_names_the_facts_that_it_named() -> None:
+    found, expected = json.loads(json.dumps(refusals())), recorded("refusals")
+    assert found.keys() == expected.keys()
+    for name, entry in expected.items():
+        assert found[name] == entry, name
 
 
 # A number, a key of the config, a quoted word: what a sentence says, however it is worded.
@@ -324,7 +436,12 @@ def write() -> None:
         (GOLDEN / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-RECORDED: dict[str, Callable[[], Any]] = {"plans": plans, "spec_values": values, "histories": histories}
+RECORDED: dict[str, Callable[[], Any]] = {
+    "plans": plans,
+    "spec_values": values,
+    "histories": histories,
+    "refusals": refusals,
+}
 
 
 if __name__ == "__main__":
