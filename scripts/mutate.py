@@ -29,7 +29,7 @@ try:
     from mutation import coverage, forks, mutants
 except ImportError as missing:
     sys.exit(
-        f"scripts/mutate.py needs mutmut ({missing})\nfix: .venv/bin/python -m pip install -c constraints.txt 'mutmut>=3.8'"
+        f"scripts/mutate.py needs mutmut ({missing})\nfix: .venv/bin/python -m pip install -c constraints.txt mutmut"
     )
 
 ROOT = Path(__file__).resolve().parents[1]

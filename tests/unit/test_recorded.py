@@ -6,7 +6,9 @@ A change that is meant: `python -m tests.unit.test_recorded` records them again,
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
+import sftd.domain
+import sftd.store
+import sftd.wire
 from sftd.domain import codec, decisions, goodput, halting, progress_lines, replay, retention
 from sftd.domain import events as e
 from sftd.domain import plan as planning
@@ -429,6 +434,38 @@ def test_what_each_event_makes_of_a_run_is_as_recorded() -> None:
         assert found[moment] == entry, moment
 
 
+def structs() -> dict[str, Any]:
+    """How each class that is stored or sent is written and read, and what a field is that was not written."""
+    for package in (sftd.domain, sftd.wire, sftd.store):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    found: dict[str, Any] = {}
+    left: list[type[msgspec.Struct]] = [msgspec.Struct]
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        if cls.__module__.startswith(("sftd.domain.", "sftd.wire.", "sftd.store.")):
+            config = cls.__struct_config__
+            names = ("frozen", "array_like", "omit_defaults", "forbid_unknown_fields", "tag")
+            fields = {f.name: _default(f) for f in msgspec.structs.fields(cls)}
+            found[cls.__name__] = [[n for n in names if getattr(config, n)], fields]
+    return dict(sorted(found.items()))
+
+
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "required"
+    made = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()  # type: ignore[misc]
+    return type(made).__name__ if isinstance(made, msgspec.Struct) else repr(made)
+
+
+def test_each_class_is_read_and_written_as_recorded() -> None:
+    found, expected = structs(), recorded("structs")
+    assert found.keys() == expected.keys()
+    for name, entry in expected.items():
+        assert found[name] == entry, name
+
+
 def write() -> None:
     """Record all of it again."""
     for name, make in RECORDED.items():
@@ -441,6 +478,7 @@ RECORDED: dict[str, Callable[[], Any]] = {
     "spec_values": values,
     "histories": histories,
     "refusals": refusals,
+    "structs": structs,
 }
 
 
