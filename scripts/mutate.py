@@ -78,7 +78,8 @@ class Kept:
 
     def mutants(self, path: str, size: int | None) -> Path:
         """Mutants of a module, as it is now."""
-        return self.folder / f"mutants/{_digest(path, (ROOT / path).read_text(), str(size))}.json"
+        made_by = Path(mutants.__file__).read_text()
+        return self.folder / f"mutants/{_digest(path, (ROOT / path).read_text(), str(size), made_by)}.json"
 
     def add(self, verdict: dict[str, Any]) -> None:
         """Append a verdict; several processes may do so at once."""
