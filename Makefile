@@ -43,7 +43,7 @@ format: $(TEST_STAMP)
 	@$(BIN)/ruff format $(CHECKED)
 
 constraints: $(TEST_STAMP)
-	@$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[test,postgres,gpu]'
+	@$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[test,postgres,gpu,mutation]'
 	@scripts/freeze $(BIN)/python > constraints.tmp && mv constraints.tmp constraints.txt
 	@touch $(STAMP) $(TEST_STAMP)
 	@echo "constraints.txt is updated; run make test before you commit it."

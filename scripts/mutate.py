@@ -29,7 +29,7 @@ try:
     from mutation import coverage, forks, mutants
 except ImportError as missing:
     sys.exit(
-        f"scripts/mutate.py needs mutmut ({missing})\nfix: .venv/bin/python -m pip install -c constraints.txt 'mutmut>=3.8'"
+        f"scripts/mutate.py needs mutmut ({missing})\nfix: .venv/bin/python -m pip install -c constraints.txt mutmut"
     )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,14 +72,14 @@ class Kept:
         (folder / "mutants").mkdir(exist_ok=True)
 
     def lines(self, test: str) -> Path:
-        """Measured lines of a test file, as it and sftd/ are now."""
-        sources = [p.read_text() for p in sorted((ROOT / "sftd").rglob("*.py"))]
+        """Measured lines of a test file, as it is now; of sftd/ they are those of when it was measured."""
         helpers = [p.read_text() for p in sorted((ROOT / "tests").glob("*.py"))]
-        return self.folder / f"lines/{_digest(test, (ROOT / test).read_text(), *sources, *helpers)}.json"
+        return self.folder / f"lines/{_digest(test, (ROOT / test).read_text(), *helpers)}.json"
 
     def mutants(self, path: str, size: int | None) -> Path:
         """Mutants of a module, as it is now."""
-        return self.folder / f"mutants/{_digest(path, (ROOT / path).read_text(), str(size))}.json"
+        made_by = Path(mutants.__file__).read_text()
+        return self.folder / f"mutants/{_digest(path, (ROOT / path).read_text(), str(size), made_by)}.json"
 
     def add(self, verdict: dict[str, Any]) -> None:
         """Append a verdict; several processes may do so at once."""
@@ -191,7 +191,7 @@ def read_coverage(kept: Kept, tests: Sequence[str]) -> coverage.Coverage:
         every |= json.loads(kept.lines(test).read_text())
     early = json.loads((kept.folder / "early.json").read_text())["lines"]
     digests = {test: _digest((ROOT / test).read_text()) for test in tests}
-    return coverage.Coverage(every, {p: set(lines) for p, lines in early.items()}, digests, ROOT)
+    return coverage.Coverage(every, early, digests, ROOT)
 
 
 def judge(mutant: mutants.Mutant, tests: Sequence[str], *, warm: bool) -> dict[str, Any]:

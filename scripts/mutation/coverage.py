@@ -1,14 +1,15 @@
-"""Which tests run which lines, and how long they take: measured once for each test file, kept by the digest of the sources."""
+"""Which tests run which lines, and how long they take: measured once for each test file."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,10 +31,31 @@ FIRST = 30
 """Tests of the first attempt: those that run the fewest lines besides the changed ones."""
 
 
+@cache
+def functions(path: Path) -> list[tuple[str, int, int]]:
+    """Return name, first and last line of each function of a file that is in no other; those of one name are numbered."""
+    found: list[tuple[str, int, int]] = []
+    names: Counter[str] = Counter()
+
+    def walk(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = prefix + child.name
+                names[name] += 1
+                first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
+                found.append((f"{name}#{names[name]}", first, child.end_lineno or first))
+            else:
+                walk(child, f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix)
+
+    walk(ast.parse(path.read_text()), "")
+    return found
+
+
 class Lines:
-    """The lines of functions of sftd/ that run, by path."""
+    """The lines of functions of sftd/ that run."""
 
     def __init__(self, root: Path) -> None:
+        self._root = root
         self._prefix = f"{root}/sftd/"
         self._cut = len(str(root)) + 1
         self.seen: dict[str, set[int]] = defaultdict(set)
@@ -51,8 +73,13 @@ class Lines:
         return sys.monitoring.DISABLE
 
     def take(self) -> dict[str, list[int]]:
-        """Return what ran since the last call."""
-        taken = {path: sorted(lines) for path, lines in self.seen.items()}
+        """Return what ran since the last call: path and function → lines, counted from the function's first."""
+        taken: dict[str, list[int]] = {}
+        for path, lines in self.seen.items():
+            for place, first, last in functions(self._root / path):
+                here = sorted(line - first for line in lines if first <= line <= last)
+                if here:
+                    taken[f"{path}::{place}"] = here
         self.seen.clear()
         sys.monitoring.restart_events()
         return taken
@@ -105,34 +132,45 @@ class Coverage:
     """tests: seconds and lines of each. early: lines that run when tests are collected."""
 
     tests: dict[str, Any]
-    early: dict[str, set[int]]
+    early: dict[str, list[int]]
     digests: dict[str, str]
     root: Path
     _by_line: dict[tuple[str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
     _by_path: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     _size: dict[str, int] = field(default_factory=dict)
+    _known: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for test, facts in self.tests.items():
             if facts["seconds"] > SLOW_SECONDS:
                 continue
             self._size[test] = sum(map(len, facts["lines"].values()))
-            for path, lines in facts["lines"].items():
+            for path, line in self._today(facts["lines"]):
                 self._by_path[path].add(test)
-                for line in lines:
-                    self._by_line[path, line].add(test)
+                self._by_line[path, line].add(test)
+        self._early = set(self._today(self.early))
+
+    def _today(self, measured: dict[str, list[int]]) -> Iterator[tuple[str, int]]:
+        """Yield path and line, as the files are now."""
+        for key, lines in measured.items():
+            path, _, place = key.partition("::")
+            first = self._firsts(path).get(place)
+            if first is not None:
+                yield from ((path, first + line) for line in lines)
+
+    def _firsts(self, path: str) -> dict[str, int]:
+        if path not in self._known:
+            there = self.root / path
+            self._known[path] = {p: first for p, first, _ in functions(there)} if there.exists() else {}
+        return self._known[path]
 
     def is_warm(self, mutant: Mutant) -> bool:
         """Whether exchanging a function's code is enough: it is no function that runs when the tests are collected."""
-        return mutant.inside and not self._any(self.early.get(mutant.path, set()), mutant.lines)
-
-    @staticmethod
-    def _any(lines: Collection[int], span: tuple[int, int]) -> bool:
-        return any(span[0] <= line <= span[1] for line in lines)
+        return mutant.inside and not any((mutant.path, n) in self._early for n in _span(mutant))
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """Return the tests that run the changed lines, or else what uses the changed name: first those that run little else."""
-        found = self._of_lines(mutant.path, range(mutant.lines[0], mutant.lines[1] + 1))
+        found = self._of_lines(mutant.path, _span(mutant))
         if not mutant.inside:
             near = set(found)
             for name in mutant.names:
@@ -148,7 +186,15 @@ class Coverage:
         return set().union(*(self._by_line.get((path, line), set()) for line in lines))
 
     def _ordered(self, tests: Collection[str]) -> list[str]:
-        return sorted(tests, key=lambda t: (self._size[t] * (0.05 + self.tests[t]["seconds"]), t))
+        def cost(test: str) -> tuple[bool, float, str]:
+            # A test of a database migrates one first.
+            return (
+                test.startswith("tests/contract"),
+                self._size[test] * (0.05 + self.tests[test]["seconds"]),
+                test,
+            )
+
+        return sorted(tests, key=cost)
 
     def _affordable(self, tests: Sequence[str]) -> list[str]:
         chosen, seconds = [], 0.0
@@ -163,6 +209,10 @@ class Coverage:
         """Return what a survival depends on: the tests and their files."""
         said = json.dumps([[t, self.digests[t.partition("::")[0]]] for t in sorted(tests)])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _span(mutant: Mutant) -> range:
+    return range(mutant.lines[0], mutant.lines[1] + 1)
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mutmut.mutation.mutators import mutation_operators
 
 _SKIPPED = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Assert, cst.TypeAlias)
 """Nothing here changes what a user sees: types, and assertions that narrow them."""
+_STRICT = re.compile(r",\s*(?:strict=\w+)?\s*(?=\)$)")
 _LEFT_ALONE = {"cast", "TypeVar", "NewType", "isinstance", "len"}
 
 
@@ -78,6 +80,8 @@ class _Walk(cst.CSTVisitor):
     def on_visit(self, node: cst.CSTNode) -> bool:
         if id(node) in self._tops:
             self._statement = self._tops[id(node)]
+        if isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict":
+            return False
         if isinstance(node, _SKIPPED) or _is_type_checking(node) or _is_typing(node):
             return False
         if isinstance(node, cst.ClassDef | cst.FunctionDef):
@@ -125,7 +129,15 @@ class _Walk(cst.CSTVisitor):
                     continue
                 made = made[:1]
             for new in made:
-                self._add(operator.__name__, node, new)
+                if not self._is_guard(node, new):
+                    self._add(operator.__name__, node, new)
+
+    def _is_guard(self, node: cst.CSTNode, new: cst.CSTNode) -> bool:
+        """Whether only zip's `strict` is changed, which guards an invariant and decides nothing."""
+        if not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "zip"):
+            return False
+        old, changed = (_STRICT.sub("", self.module.code_for_node(n)) for n in (node, new))
+        return old == changed
 
     def _add(self, operator: str, node: cst.CSTNode, new: cst.CSTNode) -> None:
         position = self.get_metadata(PositionProvider, self._line or node, None)

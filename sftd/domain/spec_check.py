@@ -216,11 +216,12 @@ def _check_padded(spec: Spec, warnings: list[Problem]) -> list[Problem]:
     )
     if batch % (micro * dp):
         lower = batch - batch % (micro * dp)
+        near = f"{lower} or {lower + micro * dp}" if lower else f"{micro * dp}"
         return [
             Problem(
                 "data.train_batch_size",
                 f"{batch} is not a multiple of micro-batch {micro} × data-parallel {dp} = {micro * dp}",
-                f"use {lower or micro * dp} or {lower + micro * dp}, or another training.micro_batch_size_per_gpu",
+                f"use {near}, or another training.micro_batch_size_per_gpu",
             )
         ]
     m = spec.model.megatron

@@ -107,3 +107,22 @@ def test_an_export_has_the_template_that_was_given_and_no_other(tmp_path: Path) 
     ]
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"eos_token": "é"}
+
+
+def test_files_without_a_template_stand_between_none_that_are_compared(tmp_path: Path) -> None:
+    def file(name: str, metadata: dict[bytes, bytes] | None) -> str:
+        table = pa.table({"input_ids": [[1]]}).replace_schema_metadata(metadata)
+        pq.write_table(table, tmp_path / name)
+        return str(tmp_path / name)
+
+    def written(text: str) -> dict[bytes, bytes]:
+        return {b"sftd": json.dumps({"chat_template": {"text": text}}).encode()}
+
+    none, first, same = file("none", None), file("first", written("a")), file("same", written("a"))
+    other, last = file("other", written("b")), file("last", {b"sftd": b"no JSON"})
+    assert chat_template.warnings("w", [none, first, last, same]) == []
+    (found,) = chat_template.warnings("w", [none, first, none, same, other])
+    assert found.where == "w"
+    assert first in found.what
+    assert other in found.what
+    assert found.fix

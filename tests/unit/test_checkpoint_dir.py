@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from sftd.wire.checkpoint_dir import MANIFEST, delete_folder, once_unread, reading, sweep
+from sftd.wire.checkpoint_dir import (
+    MANIFEST,
+    Saved,
+    delete_folder,
+    is_checkpoint_of,
+    manifest_bytes,
+    once_unread,
+    reading,
+    saved,
+    sweep,
+)
 
 
 def checkpoint(directory: Path, step: int) -> Path:
@@ -133,3 +143,43 @@ def test_an_interrupted_replacement_is_finished_or_undone(tmp_path: Path) -> Non
     checkpoint(tmp_path, 9).rename(tmp_path / "step-00000003.replaced")
     sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [whole.name, lost.name]
+
+
+def test_how_a_checkpoint_was_saved_is_in_its_manifest(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    assert saved(folder) == Saved()
+    (folder / MANIFEST).write_text('{"layout": {"tp": 2, "dp": 4}, "dtype": "bfloat16", "run_id": "r"}')
+    assert saved(folder) == Saved({"tp": 2, "dp": 4}, "bfloat16")
+    assert is_checkpoint_of(str(folder), "r")
+    assert not is_checkpoint_of(str(folder), "q")
+    assert saved(tmp_path / "nowhere") == Saved()
+
+
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    with open(folder / MANIFEST, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="too large") as refused:
+        manifest_bytes(folder)
+    assert refused.value.filename == str(folder / MANIFEST)
+    assert saved(folder) == Saved()
+
+
+def test_who_waits_for_a_reader_too_long_is_told_of_which_folder(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 3)
+    with reading(folder), pytest.raises(OSError, match="for 0 s") as refused, once_unread(folder, 0.0):
+        pass
+    assert refused.value.filename == str(folder)
+    with once_unread(folder, 0.0):
+        assert not delete_folder(folder)
+
+
+def test_a_sweep_finishes_what_was_left_and_nothing_else(tmp_path: Path) -> None:
+    left = ("step-00000001.weights.partial", "step-00000002.deleted", "step-00000003.replaced")
+    kept = ("step-00000003", "step-00000004", "other.deleted", "step-00000005.weights")
+    for name in (*left, *kept, "step-00000006.replaced"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path, [tmp_path / "step-00000004", tmp_path / "step-00000009"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["other.deleted", "step-00000003", "step-00000005.weights", "step-00000006"]
+    )

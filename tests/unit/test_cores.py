@@ -66,3 +66,23 @@ def test_a_quota_counts(
 
 def test_this_machine_has_at_least_one_and_no_more_than_the_affinity() -> None:
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_other_controllers_decide_nothing_wherever_they_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    files = {
+        "proc/self/cgroup": "9:memory:/a\n8:cpuset:/a\n4:cpu,cpuacct:/a\n0::/b\n",
+        "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "600000",
+        "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000",
+        "sys/fs/cgroup/b/cpu.max": "500000 100000",
+        "sys/fs/cgroup/memory/a/cpu.max": "100000 100000",
+    }
+    assert usable_cores(host(tmp_path, files)) == 5
+    # The group above the mount is another's.
+    files["sys/fs/cpu.max"] = "100000 100000"
+    assert usable_cores(host(tmp_path, files)) == 5
+    files["sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "200000"
+    files["sys/fs/cgroup/cpu/cpu.cfs_period_us"] = "100000"
+    assert usable_cores(host(tmp_path, files)) == 2

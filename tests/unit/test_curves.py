@@ -163,3 +163,13 @@ def test_a_sparkline_shows_the_last_values() -> None:
     assert sparkline([1.0, 1.0], 10) == "▁▁"
     assert sparkline([], 10) == ""
     assert sparkline([math.inf], 10) == "×"
+
+
+def test_buckets_are_as_wide_as_their_number_needs() -> None:
+    def width(first: int, last: int, count: int) -> int:
+        return width_for([curves([1.0] * (last - first + 1), first)], count)
+
+    assert [width(1, 100, n) for n in (10, 9, 100, 101, 1)] == [10, 12, 1, 1, 100]
+    assert width(51, 100, 10) == 5
+    assert width_for([], 10) == 1
+    assert width_for([Curves(), curves([1.0] * 5, 3), curves([1.0] * 5, 9)], 1) == 11

@@ -327,3 +327,42 @@ def test_every_file_is_told_of_at_once(tmp_path: Path) -> None:
     assert "token id 99" in text
     assert "no such file" in text
     assert "a.parquet" not in text
+
+
+def test_labels_are_judged_over_all_rows_of_a_file(tmp_path: Path) -> None:
+    """A few labels of other tokens are left; they are counted over all row groups, not in each one."""
+    rows = 400
+    ids = [[1, 2, 3, 4]] * rows
+    labels = [[1, 2, 3, 4]] * rows
+    columns = {"input_ids": ids, "attention_mask": [[1] * 4] * rows, "labels": [*labels[:-1], [1, 2, 3, 9]]}
+    path = parquet(tmp_path / "a", columns, row_group_size=100)
+    with DataFile(path) as file:
+        assert sum(part.lengths.size for part in file.slices(VOCABULARY)) == rows
+        assert (file.trained, file.stray) == (4 * rows, 1)
+    columns["labels"] = [[5, 6, 7, 8]] * rows
+    assert "1,600 of 1,600 trained labels" in refusal(parquet(tmp_path / "b", columns, row_group_size=100))
+    columns["labels"] = [[2, 3, 4, -100]] * rows
+    said = refusal(parquet(tmp_path / "c", columns, row_group_size=100))
+    assert "1,200 of 1,200 trained labels" in said
+    assert "shifted by one" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "row"),
+    [
+        ("loss_weights", [[0, 1, 1, 1], [1, 1], [1, 0.5, 0.5]], 2),
+        ("loss_weights", [1, 0, 1], 1),
+        ("position_ids", [[0, 1, 2, 3], [0, 1], [0, 1, 0]], 2),
+        ("segment_ids", [[3, 3, 3, 3], [1, 2], [4, 4, 4]], 1),
+    ],
+)
+def test_the_row_in_which_another_tool_asks_for_something_else_is_named(
+    tmp_path: Path, name: str, values: Any, row: int
+) -> None:
+    columns = {
+        "input_ids": [[1, 2, 3, 4], [5, 6], [7, 8, 9]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1], [1, 1, 1]],
+        "labels": [[-100, -100, 3, 4], [-100, 6], [-100, 8, 9]],
+        name: values,
+    }
+    assert f"row {row}: " in refusal(parquet(tmp_path / "a", columns))

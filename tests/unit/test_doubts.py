@@ -169,3 +169,24 @@ def test_devices_that_nobody_has(
 ) -> None:
     spec = spec_of(data__train_batch_size=64, **{f"launch__{key}": value for key, value in settings.items()})
     assert [w.where for w in doubts.devices(spec, hosts)] == ([where] if where else [])
+
+
+def test_a_doubt_about_devices_names_them() -> None:
+    def doubt(hosts: list[HostDevices], **settings: Any) -> tuple[str, str]:
+        spec = spec_of(
+            data__train_batch_size=64, **{f"launch__{key}": value for key, value in settings.items()}
+        )
+        (found,) = doubts.devices(spec, hosts)
+        return found.what, found.fix
+
+    what, fix = doubt([CPUS, GPUS], nproc_per_node=16)
+    assert all(word in what for word in ("16 ranks", "2 known hosts", "at most 8"))
+    assert "8 or less" in fix
+    what, fix = doubt([CPUS], nproc_per_node=4)
+    assert all(word in what for word in ("4 ranks", "2 cores", "box"))
+    assert "2 or less" in fix
+    what, fix = doubt([CPUS], device="cuda")
+    assert "box has no GPU" in what
+    assert "launch.device" in fix
+    # As many as there are do.
+    assert doubts.devices(spec_of(data__train_batch_size=64, launch__nproc_per_node=8), [CPUS, GPUS]) == []

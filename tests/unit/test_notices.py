@@ -196,3 +196,17 @@ def test_kinds_that_name_nothing_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"SFTD_NOTIFY_ON .*names nothing"):
         read({"SFTD_HOME": "/nowhere", "SFTD_NOTIFY_ON": " , "})
     assert len({kind[0] for kind in notices.KINDS}) == len(notices.KINDS), "a channel's name has the letters"
+
+
+def test_of_many_anomalies_the_first_tenth_and_hundredth_are_told() -> None:
+    assert [n for n in range(1, 1001) if notices.is_told(n)] == [1, 10, 100, 1000]
+
+
+def test_a_notice_has_the_first_line_of_a_message_and_300_characters_of_it() -> None:
+    def text(message: str) -> str:
+        return failed(message).text
+
+    assert text(" one\ntwo").endswith(": crash: one")
+    assert text("x" * 300).endswith("x" * 300)
+    assert text("x" * 301).endswith(f"{'x' * 300}…")
+    assert text("m") == "sftd: one failed at step 1 of 2: crash: m"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain.demand import Demand, need
+from sftd.domain.demand import Demand, Need, need
 from sftd.domain.forecast import Host, look_ahead
 from sftd.domain.queueing import Entry, Gate, Limits, Wait, choose_victims, stuck
 from sftd.domain.spec_parse import parse
@@ -368,3 +368,11 @@ def test_starts_are_reckoned_from_the_pace_of_what_runs() -> None:
     # A back-off of its own comes later than the devices.
     late = entry("a", 4, not_before=170 * SECOND)
     assert outlook([late], [ending], [host(4)])["a"].starts_at == 170 * SECOND
+
+
+def test_cores_and_gpus_that_do_not_share_out_are_left_over() -> None:
+    assert need(Demand(ranks=3, world=3, device="cpu"), 0, 8) == Need("cpu", 6, 2)
+    assert need(Demand(ranks=2, world=2, device="cuda"), 3, 8) == Need("cuda", 2, 2)
+    assert need(Demand(ranks=2, world=2, device="cuda"), 16, 8) == Need("cuda", 2, 1)
+    assert need(Demand(ranks=2, world=2, device="cuda", threads=5), 16, 8) == Need("cuda", 2, 5)
+    assert need(Demand(ranks=8, world=64, device="cuda", launcher="slurm"), 4, 8) == Need("slurm", 1, 1)
