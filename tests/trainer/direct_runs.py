@@ -15,6 +15,7 @@ import yaml
 from sftd.domain.events import Event, StepCompleted
 from sftd.wire import journal
 from sftd.wire.direct_run import DirectRun
+from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE
 
@@ -36,8 +37,12 @@ def environment(**more: str) -> dict[str, str]:
 class Direct:
     """A config in a folder of its own, and commands that train it."""
 
-    def __init__(self, folder: Path, model: Path, data: Path, **trainer: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, data: Path, *, warm: str | None = None, **trainer: Any
+    ) -> None:
+        """`warm`: what the fixture `warm_python` is, for the starts that are not to be cold."""
         self.folder = folder
+        self._warm = warm
         self.holds = Holds(folder / "holds")
         self.config = folder / "run.yaml"
         self.config.write_text(
@@ -66,9 +71,11 @@ class Direct:
             *("-m", "sftd.trainer", str(self.config), *arguments),
         ]
 
-    def start(self, ranks: int | None, *arguments: str) -> subprocess.Popen[str]:
-        """Start training."""
+    def start(self, ranks: int | None, *arguments: str, cold: bool = False) -> subprocess.Popen[str]:
+        """Start training. `cold`: every process imports by itself."""
         env = environment()
+        if self._warm is not None and not cold:
+            env[warm_python.VARIABLE] = self._warm
         return subprocess.Popen(
             self.argv(ranks, *arguments),
             cwd=self.folder,
