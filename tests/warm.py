@@ -51,10 +51,12 @@ class Ranks:
 
     def kill(self) -> None:
         """SIGKILL to all of them, as when a machine takes a job away."""
-        for pid in self.pids:
-            # The server has not reaped it yet, so the number is not another's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # None is to see another's end and to raise before its own: they stand still first.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in self.pids:
+                # The server has not reaped it yet, so the number is not another's.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def wait(self) -> list[int]:
         """The exit codes, by rank; what a signal ended has its negative number."""
