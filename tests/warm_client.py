@@ -36,7 +36,7 @@ def replace_if_asked(server: str) -> None:
     """Have the server's fork be this process, if this is one whose imports take long. Returns where it is not."""
     program, _ = program_of(sys.orig_argv)
     is_command = os.environ.pop(COMMAND_VARIABLE, "") and program == "sftd"
-    if not is_command and program not in _HEAVY:
+    if not is_command and program not in _HEAVY and not program.endswith("/bin/torchrun"):
         return
     if "SLURM_JOB_ID" in os.environ or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return

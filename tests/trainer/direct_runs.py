@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """As on a machine without GPUs where warnings are errors."""
+    """As on a machine without GPUs where warnings are errors. Where this process has WARM, so have those that it starts."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))}
     own = {
         "OMP_NUM_THREADS": "1",
@@ -31,6 +31,8 @@ def environment(**more: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
     }
+    if server := os.environ.get(warm_python.VARIABLE):
+        own |= warm_python.environment(server, own)
     return kept | own | more
 
 
@@ -117,9 +119,10 @@ def exact(found: list[Event]) -> dict[int, tuple[Any, ...]]:
 
 def sftd(home: Path, *arguments: str, expect: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The `sftd` command in a home of its own."""
+    env = environment(SFTD_HOME=str(home), MLFLOW_TRACKING_URI="", COLUMNS="200")
     done = subprocess.run(
         [sys.executable, "-m", "sftd", *arguments],
-        env=environment(SFTD_HOME=str(home), MLFLOW_TRACKING_URI="", COLUMNS="200"),
+        env=env | {warm_python.COMMAND_VARIABLE: "1"},
         input=stdin,
         capture_output=True,
         text=True,
