@@ -27,7 +27,8 @@ _NAMESPACES = ("pid", "mnt", "net", "user")
 _TESTS = os.path.dirname(os.path.abspath(__file__))
 # The other modules of the trainer keep torch out of their process.
 _HEAVY = (
-    *("torch.distributed.run", "sftd.trainer", "sftd.trainer.export", "sftd.trainer.answer"),
+    *("torch.distributed.run", "sftd.trainer"),
+    *(f"sftd.trainer.{tool}" for tool in ("answer", "export", "probe")),
     *(f"{_TESTS}/{name}" for name in ("warm.py", "trainer/export_all.py")),
 )
 

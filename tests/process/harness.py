@@ -70,6 +70,7 @@ class Home:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))} | {
             "SFTD_HOME": str(path / "home"),
             "SFTD_BACKOFF_SECONDS": "0.1",
+            "SFTD_POLL_SECONDS": "0.05",
             # As many ranks at once, whatever the machine has.
             "SFTD_CPU_SLOTS": "2",
             "MLFLOW_TRACKING_URI": "",
