@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import sqlalchemy as sa
 from sftd.store.engine import Store, open_engine
 from sftd.store.migrate import upgrade
 from tests import postgres
+from tests import warm_python as warm_start
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
@@ -49,6 +51,48 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+# A pure test that takes so long hangs; one that waits for other programs has pytest's own limit.
+_PURE = [Path(__file__).with_name(name) for name in ("unit", "architecture")]
+_PURE_SECONDS = 60
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A pure test gets its own limit unless it asks for another."""
+    for item in items:
+        if _PURE[0] in item.path.parents or _PURE[1] in item.path.parents:
+            item.add_marker(pytest.mark.timeout(_PURE_SECONDS), append=True)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Have a folder that all processes of this pytest share filled by the first that asks for it: `made_once(name, fill)`. Who
+    gets it changes nothing in it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = shared / f"shared-{name}"
+        with open(shared / f"shared-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                begun = folder.with_name(f"{folder.name}.begun")
+                shutil.rmtree(begun, ignore_errors=True)
+                begun.mkdir()
+                fill(begun)
+                begun.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """What WARM must be in the environment of processes whose torchrun, ranks and tools are to start without imports."""
+    with warm_start.serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ steps take a tenth of a second. So the trainer stops itself (tests/held/sitecust
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import psutil
 
 from tests.durability import Trace
+from tests.patience import until
 
 _HELD = Path(__file__).parent / "held"
 
@@ -50,10 +50,13 @@ class Holds:
     def wait(self, attempt: Path, is_over: Callable[[], bool]) -> psutil.Process:
         """Until it stands still. Returns the reporting rank. Fails once the attempt `is_over`."""
         file = self._file(attempt)
-        while file.exists():
+
+        def is_held() -> bool:
             over = is_over()
             assert not (over and file.exists()), f"{attempt.name} ended before it was to be held"
-            time.sleep(0.01)
+            return not file.exists()
+
+        until(is_held, f"{attempt.name} does not come to where it is to be held", every=0.01)
         rank = psutil.Process(int(file.with_name(f"{file.name}.held").read_text()))
         wait_until_stopped([rank])
         return rank
@@ -68,8 +71,8 @@ class Holds:
 
 def wait_until_stopped(ranks: Iterable[psutil.Process]) -> None:
     """A signal takes a moment to stop all threads of a process."""
-    while any(rank.status() != psutil.STATUS_STOPPED for rank in ranks):
-        time.sleep(0.001)
+    stopping = list(ranks)
+    until(lambda: all(rank.status() == psutil.STATUS_STOPPED for rank in stopping), every=0.001)
 
 
 def let_go(ranks: Iterable[psutil.Process]) -> None:

@@ -15,17 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from sftd.domain.events import Event
-from sftd.wire import journal
+from tests import warm_python
 from tests.claims import port_of_our_own
 from tests.holds import Holds
 from tests.patience import PATIENCE
@@ -51,22 +49,18 @@ class Ranks:
     _server: WarmTrainer
     codes: list[int] = field(default_factory=list)
 
-    def until(self, path: Path, is_it: Callable[[Event], bool]) -> None:
-        """Wait until the journal at `path` holds such an event."""
-        while not any(is_it(line.event) for line in journal.read(path, limit=10**9)[0]):
-            assert not all(map(has_ended, self.pids)), "the ranks ended before that"
-            time.sleep(0.002)
-
     def held(self, attempt: Path) -> psutil.Process:
         """Wait until they stand still where `WarmTrainer.holds` has said. Returns the reporting one, to be let go."""
         return self._server.holds.wait(attempt, lambda: all(map(has_ended, self.pids)))
 
     def kill(self) -> None:
         """SIGKILL to all of them, as when a machine takes a job away."""
-        for pid in self.pids:
-            # The server has not reaped it yet, so the number is not another's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # None is to see another's end and to raise before its own: they stand still first.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in self.pids:
+                # The server has not reaped it yet, so the number is not another's.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def wait(self) -> list[int]:
         """The exit codes, by rank; what a signal ended has its negative number."""
@@ -77,12 +71,19 @@ class Ranks:
 class WarmTrainer:
     """The warm process, seen from outside. One start at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: str | None = None) -> None:
+        """`server`: what the fixture `warm_python` is; without it the process imports by itself."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))}
-        own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+        } | warm_python.ALONE
         self._folder = tempfile.TemporaryDirectory(prefix="sftd-holds-")
         self.holds = Holds(Path(self._folder.name))
         own |= self.holds.environment(own)
+        if server is not None:
+            own[warm_python.VARIABLE] = server
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", __file__],
             stdin=subprocess.PIPE,
@@ -137,11 +138,7 @@ def _serve(orders: Iterator[str]) -> None:
     from sftd.trainer import process
 
     process.prepare()
-    # All that an attempt will need. Nothing here starts a thread or a process group: forking stays safe.
-    import sftd.trainer.direct
-    import sftd.trainer.generate
-    import sftd.trainer.loop  # noqa: F401
-
+    warm_python.import_all()
     # One start at a time, so each may have it.
     port = port_of_our_own()
     answers = os.fdopen(os.dup(1), "w")

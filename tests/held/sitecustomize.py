@@ -2,12 +2,18 @@
 that HOLDS names has a file `traced`, it also records each fsync and rename there (tests/durability.py).
 
 Python imports this by itself where its folder is in PYTHONPATH. `tests/holds.py` says at which line, in a file of the folder
-that HOLDS names; HOLD_AT says it to whichever attempt is started with it.
+that HOLDS names; HOLD_AT says it to whichever attempt is started with it. Where WARM names a server, a process whose imports
+take long is first replaced by a fork of that (tests/warm_client.py).
 """
 
 from __future__ import annotations
 
 import os
+
+if "IS_FORKED" not in globals() and (server := os.environ.get("WARM")):
+    from tests.warm_client import replace_if_asked
+
+    replace_if_asked(server)
 
 if folder := os.environ.get("HOLDS"):
     import json

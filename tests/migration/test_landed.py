@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_python
 from tests.patience import PATIENCE
 
 LANDED = Path(__file__).with_name("landed")
@@ -36,7 +37,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
     place.unlink()
 
 
-def sftd(home: Path, *arguments: str, check: int = 0) -> str:
+def sftd(home: Path, warm: str, *arguments: str, check: int = 0) -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))}
     own = {
         "SFTD_HOME": str(home / "home"),
@@ -44,6 +45,7 @@ def sftd(home: Path, *arguments: str, check: int = 0) -> str:
         "SFTD_CPU_SLOTS": "2",
         "COLUMNS": "200",
     }
+    own |= warm_python.environment(warm, kept, arguments)
     argv = [sys.executable, "-m", "sftd", *arguments]
     done = subprocess.run(argv, env=kept | own, cwd=home, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == check, f"{arguments} → {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -51,21 +53,22 @@ def sftd(home: Path, *arguments: str, check: int = 0) -> str:
 
 
 @pytest.mark.slow
-def test_a_home_of_658ac74_opens_resumes_and_verifies(home: Path) -> None:
-    assert "OK: 2 runs" in sftd(home, "ls") + sftd(home, "db", "check")
-    assert {row["run_id"] for row in json.loads(sftd(home, "ls", "--json"))} == {RUN, FORK}
+def test_a_home_of_658ac74_opens_resumes_and_verifies(home: Path, warm_python: str) -> None:
+    warm = warm_python
+    assert "OK: 2 runs" in sftd(home, warm, "ls") + sftd(home, warm, "db", "check")
+    assert {row["run_id"] for row in json.loads(sftd(home, warm, "ls", "--json"))} == {RUN, FORK}
     for run in (RUN, FORK):
-        shown = json.loads(sftd(home, "show", run, "--json"))
+        shown = json.loads(sftd(home, warm, "show", run, "--json"))
         assert (shown["status"], shown["step"]) == ("succeeded", 4)
         # Its checkpoints are older than files of weights alone, and stay whole.
-        assert "Nothing to delete" in sftd(home, "gc", run)
-    assert FORK in sftd(home, "lineage", RUN)
+        assert "Nothing to delete" in sftd(home, warm, "gc", run)
+    assert FORK in sftd(home, warm, "lineage", RUN)
     assert "without recording the model folder" in sftd(
-        home, "resume", RUN, "--from-step", "2", "trainer.max_steps=5"
+        home, warm, "resume", RUN, "--from-step", "2", "trainer.max_steps=5"
     )
-    sftd(home, "daemon", "--drain")
-    resumed = json.loads(sftd(home, "show", RUN, "--json"))
+    sftd(home, warm, "daemon", "--drain")
+    resumed = json.loads(sftd(home, warm, "show", RUN, "--json"))
     assert (resumed["status"], resumed["step"], resumed["anomalies"]) == ("succeeded", 5, 0)
     assert resumed["steps_redone"] == 2
-    assert "verified" in sftd(home, "verify", FORK)
-    assert "OK: 2 runs" in sftd(home, "db", "check")
+    assert "verified" in sftd(home, warm, "verify", FORK)
+    assert "OK: 2 runs" in sftd(home, warm, "db", "check")

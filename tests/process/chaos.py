@@ -25,7 +25,7 @@ from sftd.operations.reading import list_runs
 from sftd.settings import full_database_url
 from sftd.store import queue
 from sftd.store.engine import Store, open_engine
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, holds_within
 from tests.process import chaos_check
 from tests.process.chaos_check import Reference, Tally, Touch
 from tests.process.chaos_hosts import (
@@ -158,14 +158,10 @@ class Chaos:
                 break
             self._top_up()
             self._moment()
-            deadline = time.monotonic() + _NOTHING_SECONDS
-            while (touch := known[name]()) is None:
-                self._top_up()
-                if time.monotonic() > deadline:
-                    self.tally.wrong.append(f"fault {number}, {name}: nothing to inject it into")
-                    break
-                time.sleep(POLL)
-            if touch is not None:
+            touch = self._inject(known[name])
+            if touch is None:
+                self.tally.wrong.append(f"fault {number}, {name}: nothing to inject it into")
+            else:
                 touch.fault = name
                 self.tally.touches.append(touch)
             self._say(f"{number}/{count} {name}{touch.shown() if touch else ': no target'}")
@@ -173,6 +169,19 @@ class Chaos:
         self._end()
         chaos_check.check(self._store, self._submitted, self._reference, self._homes(), self.tally)
         return self.tally
+
+    def _inject(self, fault: Callable[[], Touch | None]) -> Touch | None:
+        """A fault, once there is something to inject it into."""
+        touched: list[Touch] = []
+
+        def is_injected() -> bool:
+            if touch := fault():
+                touched.append(touch)
+            else:
+                self._top_up()
+            return bool(touched)
+
+        return touched[0] if holds_within(_NOTHING_SECONDS, is_injected, every=POLL) else None
 
     def _homes(self) -> list[Home]:
         return [node.home for node in self._nodes]
@@ -190,15 +199,15 @@ class Chaos:
     def _moment(self) -> None:
         """Let a random time pass, or a random number of steps: a start takes seconds, a step milliseconds."""
         if self._random.random() < 0.4:
-            time.sleep(self._random.uniform(0, 6))
+            # Nothing is waited for: this is the moment of the fault.
+            holds_within(self._random.uniform(0, 6), lambda: False)
         else:
             self._steps(self._random.randint(1, STEPS // 2), 15)
 
     def _steps(self, steps: int, seconds: float) -> None:
         """Wait until the journals have grown by about so many steps, at most so long."""
-        target, deadline = self._written() + steps * _STEP_BYTES, time.monotonic() + seconds
-        while self._written() < target and time.monotonic() < deadline:
-            time.sleep(POLL)
+        target = self._written() + steps * _STEP_BYTES
+        holds_within(seconds, lambda: self._written() >= target, every=POLL)
 
     def _written(self) -> int:
         journals = (j for node in self._nodes for j in (node.home.path / "home").glob("runs/*/*/journal"))
@@ -288,10 +297,8 @@ class Chaos:
         """Stop a daemon until its leases have ended."""
         node.daemon.send_signal(signal.SIGSTOP)
         # Without a lease of its own there is nothing to wait for.
-        deadline = time.monotonic() + 2 * LEASE_SECONDS
         try:
-            while self._all_hold() and time.monotonic() < deadline:
-                time.sleep(POLL)
+            holds_within(2 * LEASE_SECONDS, lambda: not self._all_hold(), every=POLL)
             yield
         finally:
             node.daemon.send_signal(signal.SIGCONT)
@@ -367,16 +374,18 @@ class Chaos:
 
     def _end(self) -> None:
         """Let the queue run empty, then stop the daemons."""
-        written, moved = -1, time.monotonic()
+
+        def is_moving() -> bool:
+            before, written[:] = written[0], [self._written()]
+            return written[0] != before or not self._unfinished()
+
+        written = [-1]
         while self._unfinished():
-            if (now := self._written()) != written:
-                written, moved = now, time.monotonic()
-            if time.monotonic() > moved + _END_SECONDS:
+            if not holds_within(_END_SECONDS, is_moving, every=0.1):
                 self.tally.wrong.append(
                     f"nothing was written for {_END_SECONDS:.0f} s, and runs are not ended"
                 )
                 break
-            time.sleep(0.1)
         self._look()
         for node in self._nodes:
             node.daemon.terminate()

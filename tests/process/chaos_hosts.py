@@ -7,7 +7,6 @@ import os
 import pwd
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.settings import full_database_url
 from sftd.wire.attempt_dir import AttemptDir
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, until
 from tests.postgres import server as postgres_server
 from tests.process.harness import Home
 
@@ -114,8 +113,7 @@ def kill(victims: list[psutil.Process]) -> None:
     for process in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    while any(map(is_running, victims)):
-        time.sleep(POLL)
+    until(lambda: not any(map(is_running, victims)), "what was killed still runs", every=POLL)
 
 
 def left(homes: list[Home]) -> list[psutil.Process]:

@@ -25,10 +25,12 @@ RUN = (
 )
 
 
-def make_reference(folder: Path, model: Path, variants: int = len(VARIANTS)) -> Reference:
+def make_reference(
+    folder: Path, model: Path, variants: int = len(VARIANTS), warm: str | None = None
+) -> Reference:
     """Train each variant once, undisturbed."""
     folder.mkdir(parents=True)
-    home = Home(folder, model)
+    home = Home(folder, model, warm)
     home.env["SFTD_CPU_SLOTS"] = "2"
     # Whoever is slow for a moment is not disturbed.
     runs = [home.submit(*RUN, "launch.hang_seconds=1800", *variant) for variant in VARIANTS[:variants]]

@@ -59,8 +59,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Sl
 
 
 @pytest.fixture
-def home(tmp_path: Path, tiny_model: Path) -> Iterator[Home]:
+def home(tmp_path: Path, tiny_model: Path, warm_python: str) -> Iterator[Home]:
     """A fresh home. Whatever still runs in it at the end is killed."""
+    home = Home(tmp_path, tiny_model, warm_python)
+    yield home
+    home.close()
+
+
+@pytest.fixture
+def cold_home(tmp_path: Path, tiny_model: Path) -> Iterator[Home]:
+    """A fresh home whose attempts import everything by themselves, as a user's do."""
     home = Home(tmp_path, tiny_model)
     yield home
     home.close()

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import yaml
 
 from sftd.launcher import processes
 from sftd.wire.attempt_dir import AttemptDir
+from tests import warm_python
 from tests.holds import Holds, wait_until_stopped
 from tests.patience import PATIENCE
 
@@ -63,11 +64,13 @@ def write_rows(path: Path, rows: int, seed: int = 0, **columns: Any) -> Path:
 class Home:
     """An SFTD_HOME and the `sftd` command on it."""
 
-    def __init__(self, path: Path, model: Path) -> None:
+    def __init__(self, path: Path, model: Path, warm: str | None = None) -> None:
+        """`warm`: what the fixture `warm_python` is; without it everything starts in interpreters of its own."""
         self.path = path
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))} | {
             "SFTD_HOME": str(path / "home"),
             "SFTD_BACKOFF_SECONDS": "0.1",
+            "SFTD_POLL_SECONDS": "0.05",
             # As many ranks at once, whatever the machine has.
             "SFTD_CPU_SLOTS": "2",
             "MLFLOW_TRACKING_URI": "",
@@ -77,6 +80,8 @@ class Home:
         (path / "home").mkdir(mode=0o700, exist_ok=True)
         self.holds = Holds(path / "holds")
         self.env |= self.holds.environment(self.env)
+        if warm is not None:
+            self.env[warm_python.VARIABLE] = warm
         self.config = path / "run.yaml"
         write_rows(path / "train.parquet", 64)
         write_rows(path / "val.parquet", 8, seed=1)
@@ -105,7 +110,7 @@ class Home:
         """Run one command to its end; `check` is the exit code it must have."""
         done = subprocess.run(
             self.command(*arguments),
-            env=self.env,
+            env=self._env_of(arguments),
             cwd=self.path,
             capture_output=True,
             text=True,
@@ -116,6 +121,11 @@ class Home:
                 f"sftd {' '.join(arguments)} → {done.returncode}\n{done.stdout}\n{done.stderr}"
             )
         return done
+
+    def _env_of(self, arguments: Sequence[str]) -> dict[str, str]:
+        """The environment of a command; all but daemons start warm where the home does."""
+        is_warm = warm_python.VARIABLE in self.env and arguments[0] != "daemon"
+        return self.env | ({warm_python.COMMAND_VARIABLE: "1"} if is_warm else {})
 
     def submit(self, *overrides: str) -> str:
         """Queue a run of the home's config. Returns its id."""
@@ -141,7 +151,10 @@ class Home:
     def follow(self, run_id: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Read the run's events as they come until one matches; it is returned. Blocks on the pipe."""
         with subprocess.Popen(
-            self.command("events", "-f", "--json", run_id), env=self.env, stdout=subprocess.PIPE, text=True
+            self.command("events", "-f", "--json", run_id),
+            env=self._env_of(["events"]),
+            stdout=subprocess.PIPE,
+            text=True,
         ) as stream:
             assert stream.stdout is not None
             try:
@@ -158,7 +171,7 @@ class Home:
     def wait(self, run_id: str, status: str) -> dict[str, Any]:
         """Wait until the run has ended. Returns its state, which must have `status`."""
         with subprocess.Popen(
-            self.command("events", "-f", run_id), env=self.env, stdout=subprocess.DEVNULL
+            self.command("events", "-f", run_id), env=self._env_of(["events"]), stdout=subprocess.DEVNULL
         ) as stream:
             assert stream.wait(timeout=PATIENCE) == 0
         shown = self.show(run_id)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from sftd.domain.run import Run
 from sftd.wire import journal
 from sftd.wire import manifest as manifests
 from sftd.wire.direct_run import DirectRun, read_history
+from tests.patience import holds_within, until
 from tests.warm import Ranks, WarmTrainer, has_ended
 
 STEPS = 14
@@ -142,14 +142,20 @@ class KillWhileSaving:
         ranks = self._start(name)
         events: list[e.Event] = []
         offset = 0
-        while is_killed and countdown and not (attempt.exit_file.exists() or has_ended(ranks.pids[0])):
+
+        def is_due() -> bool:
+            nonlocal countdown, offset
             lines, offset = journal.read(attempt.journal, offset)
-            events += [line.event for line in lines]
+            events.extend(line.event for line in lines)
             countdown = max(0, countdown - sum(isinstance(line.event, kind) for line in lines))
-            # Not a wait for something to have happened, but the moment of the kill itself.
-            time.sleep(0.0005 if countdown else delay)
-        if is_killed and not countdown:
-            ranks.kill()
+            return not countdown or attempt.exit_file.exists() or has_ended(ranks.pids[0])
+
+        if is_killed:
+            until(is_due, every=0.0005)
+            if not countdown:
+                # The moment of the kill itself: nothing is waited for but an end before that.
+                holds_within(delay, lambda: has_ended(ranks.pids[0]))
+                ranks.kill()
         code = ranks.wait()[0]
         events += [line.event for line in journal.read(attempt.journal, offset)[0]]
         if code == -9:

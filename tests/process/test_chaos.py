@@ -17,9 +17,10 @@ SEED = 5
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> Reference:
     """One run that nobody disturbed."""
-    return make_reference(tmp_path_factory.mktemp("undisturbed") / "run", tiny_model, variants=1)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return make_reference(folder, tiny_model, variants=1, warm=warm_python)
 
 
 def test_nothing_comes_of_faults_on_sqlite(reference: Reference, tiny_model: Path, tmp_path: Path) -> None:

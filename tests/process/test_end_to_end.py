@@ -61,7 +61,8 @@ def is_mirrored(file: Path) -> bool:
         return False
 
 
-def test_submit_wait_and_the_mlflow_mirror(home: Home) -> None:
+def test_submit_wait_and_the_mlflow_mirror(cold_home: Home) -> None:
+    home = cold_home
     home.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{home.path}/mlflow.db"
     home.env["SFTD_LOG_FORMAT"] = "json"
     home.env |= dict.fromkeys(SECRET_VARIABLES, SECRET)

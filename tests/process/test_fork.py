@@ -53,8 +53,8 @@ def curve(home: Home, run_id: str) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Story:
-    home = Home(tmp_path_factory.mktemp("story"), tiny_model)
+def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, warm_python: str) -> Story:
+    home = Home(tmp_path_factory.mktemp("story"), tiny_model, warm_python)
     home.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{home.path}/mlflow.db"
     constant = ("scheduler.type=constant", "trainer.max_steps=6", "trainer.save_interval=1")
     parent = home.submit(*constant, "checkpoint.keep_last=9")

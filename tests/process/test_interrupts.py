@@ -33,10 +33,22 @@ sys.meta_path.insert(0, Still())
 """
 
 
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, warm_python: str
+) -> Iterator[tuple[Home, str]]:
+    """A home, and the id of its one run."""
+    home = Home(tmp_path_factory.mktemp("trained"), tiny_model, warm_python)
+    run_id = home.submit("trainer.max_steps=1", "trainer.val_before_train=false")
+    home.drain()
+    yield home, run_id
+    home.close()
+
+
 @pytest.fixture
-def still(home: Home) -> Path:
-    """Has tools and trainers of this home stand still before they import torch. Returns a pipe that ends then."""
-    folder = home.path / "still"
+def still(tmp_path: Path) -> Path:
+    """Has tools and trainers stand still before they import torch. Returns a pipe that ends then."""
+    folder = tmp_path / "still"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLD)
     os.mkfifo(folder / "held")
@@ -98,10 +110,11 @@ def test_what_waits_says_that_the_run_continues(home: Home) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_tools_end_and_leave_nothing(home: Home, still: Path, alone: bool) -> None:
-    run_id = home.submit("trainer.max_steps=1", "trainer.val_before_train=false")
-    home.drain()
-    out = home.path / "out"
+def test_tools_end_and_leave_nothing(
+    trained: tuple[Home, str], still: Path, tmp_path: Path, alone: bool
+) -> None:
+    home, run_id = trained
+    out = tmp_path / "out"
     with started(home, "export", run_id, str(out), still=still) as process:
         said = interrupted(process, still, alone=alone)
     assert process.returncode == 130

@@ -63,8 +63,8 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Story]:
-    home = Home(tmp_path_factory.mktemp("outage"), tiny_model)
+def story(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, warm_python: str) -> Iterator[Story]:
+    home = Home(tmp_path_factory.mktemp("outage"), tiny_model, warm_python)
     server = MlflowServer(home.path)
     way = Way(server)
     # While it starts, so does torchrun.

@@ -31,14 +31,14 @@ def flip_byte(path: Path, tensor: str, offset: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, str, Path]:
+def story(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> tuple[Home, str, Path]:
     """A run of six steps with checkpoints of 3 and 6, and its model folder, of which there is a `backup`."""
     path = tmp_path_factory.mktemp("model-folder")
     model = write_tiny_model(path / "model")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    home = Home(path, model)
+    home = Home(path, model, warm_python)
     shutil.copytree(model, path / "backup")
     run_id = home.submit("trainer.max_steps=6", "trainer.save_interval=3", "checkpoint.keep_last=9")
     home.drain()

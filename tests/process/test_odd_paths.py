@@ -14,12 +14,14 @@ pytestmark = pytest.mark.slow
 ODD = "h %41?x=1#y 'q\" [a]{b} $HOME ü;&"
 
 
-def test_every_command_works_in_a_folder_with_an_odd_name(tmp_path: Path, tiny_model: Path) -> None:
+def test_every_command_works_in_a_folder_with_an_odd_name(
+    tmp_path: Path, tiny_model: Path, warm_python: str
+) -> None:
     folder = tmp_path / ODD
     folder.mkdir()
     model = folder / "model %3F"
     model.symlink_to(tiny_model)
-    home = Home(folder, model)
+    home = Home(folder, model, warm_python)
     home.env["SFTD_HOME"] = str(folder / "home")
     del home.env["MLFLOW_TRACKING_URI"]
     # It exists, so its name is not looked through for variables.

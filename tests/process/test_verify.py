@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,11 @@ ROWS, BATCH, SEED = 64, 4, 1234
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[tuple[Home, str]]:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, warm_python: str
+) -> Iterator[tuple[Home, str]]:
     """A home, and the id of its one run: 12 steps, checkpoints of steps 5, 10 and 12."""
-    home = Home(tmp_path_factory.mktemp("verify"), tiny_model)
+    home = Home(tmp_path_factory.mktemp("verify"), tiny_model, warm_python)
     run_id = home.submit("checkpoint.keep_last=5", "scheduler.warmup_steps=2")
     home.drain()
     assert home.show(run_id)["status"] == "succeeded"
@@ -178,12 +179,16 @@ def test_a_verify_that_is_killed_takes_its_ranks_along(trained: tuple[Home, str]
 
 def wait_for_torchrun(home: Home, verifying: subprocess.Popen[str]) -> int:
     """The leader of torchrun's session, as soon as it has been started."""
-    while verifying.poll() is None:
-        for path in (home.path / "home" / "verify").glob("*/attempt"):
-            if (process := AttemptDir(path).process()) is not None:
-                return process.pid
-        time.sleep(0.01)
-    raise AssertionError("it ended too early")
+    found: list[int] = []
+
+    def is_started() -> bool:
+        assert verifying.poll() is None, "it ended too early"
+        folders = (home.path / "home" / "verify").glob("*/attempt")
+        found.extend(p.pid for p in (AttemptDir(folder).process() for folder in folders) if p is not None)
+        return bool(found)
+
+    until(is_started, every=0.01)
+    return found[0]
 
 
 @pytest.mark.parametrize(

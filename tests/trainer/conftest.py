@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from sftd.domain.spec import Spec
 from sftd.domain.spec_parse import parse
 from sftd.wire import journal
 from sftd.wire.attempt_dir import AttemptDir, Order
+from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE
 from tests.warm import Fault, Ranks, WarmTrainer
@@ -104,9 +105,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """Folder of the tiny models of `MODELS`, in FP32, each with a tokenizer of one token per character."""
-    folder = tmp_path_factory.mktemp("models")
+    return made_once("models", write_models)
+
+
+def write_models(folder: Path) -> None:
+    """Write the tiny models into a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
@@ -132,7 +137,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             network.save_pretrained(folder / name)
             fast.save_pretrained(folder / name)
-    return folder
 
 
 def write_rows(path: Path, rows: int, seed: int, row_group_size: int = 10) -> None:
@@ -195,12 +199,21 @@ class Trainer:
     """Prepares and runs attempts of the tiny Llama."""
 
     def __init__(
-        self, root: Path, models: Path, data: Path, *, device: str = "cpu", strict: bool = True
+        self,
+        root: Path,
+        models: Path,
+        data: Path,
+        *,
+        device: str = "cpu",
+        strict: bool = True,
+        warm: str | None = None,
     ) -> None:
-        """`strict`: warnings are errors; not on a GPU machine, whose libraries and their warnings are its own."""
+        """`strict`: warnings are errors; not on a GPU machine, whose libraries and their warnings are its own. `warm`: what the
+        fixture `warm_python` is; without it every torchrun and rank is an interpreter of its own."""
         self._root = root
         self._device = device
         self._strict = strict
+        self._warm = warm
         self._models = models
         self._data = data
         self._done: dict[str, Run] = {}
@@ -235,19 +248,18 @@ class Trainer:
         return attempt
 
     def start(
-        self, attempt: AttemptDir, *, largest_file: int | None = None, script: Path | None = None
+        self,
+        attempt: AttemptDir,
+        *,
+        largest_file: int | None = None,
+        script: Path | None = None,
+        cold: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """torchrun on an attempt, warnings being errors. `script` takes the trainer's place.
+        """torchrun on an attempt, warnings being errors. `script` takes the trainer's place. `cold`: all imports are its own.
 
         Writing past `largest_file` bytes of a file fails with EFBIG, like a full disk.
         """
         ranks = attempt.order().spec.world_size
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
-        if self._strict:
-            environment["PYTHONWARNINGS"] = "error"
-        if self._device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment |= self.holds.environment(environment)
         argv = [
             sys.executable,
             "-m",
@@ -266,8 +278,24 @@ class Trainer:
 
         with open(attempt.output_log, "wb") as log:
             return subprocess.Popen(
-                [*argv, str(attempt.path)], env=environment, stdout=log, stderr=log, preexec_fn=limit
+                [*argv, str(attempt.path)],
+                env=self.environment(cold=cold),
+                stdout=log,
+                stderr=log,
+                preexec_fn=limit,
             )
+
+    def environment(self, *, cold: bool = False) -> dict[str, str]:
+        """Of processes that train, or work on what was trained."""
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        if self._strict:
+            environment["PYTHONWARNINGS"] = "error"
+        if self._device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment |= self.holds.environment(environment)
+        if self._warm is not None and not cold:
+            environment[warm_python.VARIABLE] = self._warm
+        return environment
 
     def held(self, attempt: AttemptDir, process: subprocess.Popen[bytes]) -> psutil.Process:
         """Wait until an attempt stands still where `holds` has said. Returns the rank that reports."""
@@ -308,15 +336,15 @@ class Trainer:
 
 
 @pytest.fixture(scope="session")
-def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path) -> Trainer:
+def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path, warm_python: str) -> Trainer:
     """Runs attempts, and keeps those that have ended for other tests to compare with."""
-    return Trainer(tmp_path_factory.mktemp("attempts"), models, data)
+    return Trainer(tmp_path_factory.mktemp("attempts"), models, data, warm=warm_python)
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmTrainer]:
+def warm(warm_python: str) -> Iterator[WarmTrainer]:
     """Starts ranks without torchrun, in a fraction of its time."""
-    process = WarmTrainer()
+    process = WarmTrainer(warm_python)
     yield process
     process.close()
 

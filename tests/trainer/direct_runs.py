@@ -15,6 +15,7 @@ import yaml
 from sftd.domain.events import Event, StepCompleted
 from sftd.wire import journal
 from sftd.wire.direct_run import DirectRun
+from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """As on a machine without GPUs where warnings are errors."""
+    """As on a machine without GPUs where warnings are errors. Where this process has WARM, so have those that it starts."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))}
     own = {
         "OMP_NUM_THREADS": "1",
@@ -30,14 +31,20 @@ def environment(**more: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
     }
+    if server := os.environ.get(warm_python.VARIABLE):
+        own |= warm_python.environment(server, own)
     return kept | own | more
 
 
 class Direct:
     """A config in a folder of its own, and commands that train it."""
 
-    def __init__(self, folder: Path, model: Path, data: Path, **trainer: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, data: Path, *, warm: str | None = None, **trainer: Any
+    ) -> None:
+        """`warm`: what the fixture `warm_python` is, for the starts that are not to be cold."""
         self.folder = folder
+        self._warm = warm
         self.holds = Holds(folder / "holds")
         self.config = folder / "run.yaml"
         self.config.write_text(
@@ -66,9 +73,11 @@ class Direct:
             *("-m", "sftd.trainer", str(self.config), *arguments),
         ]
 
-    def start(self, ranks: int | None, *arguments: str) -> subprocess.Popen[str]:
-        """Start training."""
+    def start(self, ranks: int | None, *arguments: str, cold: bool = False) -> subprocess.Popen[str]:
+        """Start training. `cold`: every process imports by itself."""
         env = environment()
+        if self._warm is not None and not cold:
+            env[warm_python.VARIABLE] = self._warm
         return subprocess.Popen(
             self.argv(ranks, *arguments),
             cwd=self.folder,
@@ -110,9 +119,10 @@ def exact(found: list[Event]) -> dict[int, tuple[Any, ...]]:
 
 def sftd(home: Path, *arguments: str, expect: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The `sftd` command in a home of its own."""
+    env = environment(SFTD_HOME=str(home), MLFLOW_TRACKING_URI="", COLUMNS="200")
     done = subprocess.run(
         [sys.executable, "-m", "sftd", *arguments],
-        env=environment(SFTD_HOME=str(home), MLFLOW_TRACKING_URI="", COLUMNS="200"),
+        env=env | {warm_python.COMMAND_VARIABLE: "1"},
         input=stdin,
         capture_output=True,
         text=True,

@@ -30,7 +30,7 @@ LONG = {"max_steps": 30, "save_interval": 5, "val_before_train": False}
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
-    tmp_path: Path, models: Path, data: Path, trainer: Trainer
+    tmp_path: Path, models: Path, data: Path, trainer: Trainer, warm_python: str
 ) -> None:
     """Two data-parallel ranks. What the crashed folder tells becomes one timeline in the event store."""
     undisturbed = trainer.run(
@@ -40,11 +40,11 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
         scheduler__type="constant",
         **{f"trainer__{k}": v for k, v in LONG.items()},
     )
-    direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="first", **LONG)
+    direct = Direct(tmp_path, models / "llama_tied", data, warm=warm_python, experiment_name="first", **LONG)
     constant = "scheduler.type=constant"
     run = direct.run("first")
     direct.holds.at(run.attempt(1).path, 14)
-    process = direct.start(2, constant)
+    process = direct.start(2, constant, cold=True)
     direct.held("first", process)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -97,8 +97,10 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     assert "tensor_model_parallel_size: 1 → 2; trainer.max_steps: 30 → 32" in said[1], said
 
 
-def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path, data: Path) -> None:
-    direct = Direct(tmp_path, models / "llama_tied", data)
+def test_a_refusal_is_told_once_and_leaves_nothing(
+    tmp_path: Path, models: Path, data: Path, warm_python: str
+) -> None:
+    direct = Direct(tmp_path, models / "llama_tied", data, warm=warm_python)
     wrong = "model.megatron.tensor_model_parallel_size=4"
     out, err = direct.train(2, wrong, expect=1)
     assert err.count("refused: 1 problem; nothing was written") == 1
@@ -111,14 +113,22 @@ def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted_alone_it_saves_and_goes_on(tmp_path: Path, models: Path, data: Path) -> None:
+def test_interrupted_alone_it_saves_and_goes_on(
+    tmp_path: Path, models: Path, data: Path, warm_python: str
+) -> None:
     """One rank without torchrun; the interval saves nothing before the interrupt."""
     direct = Direct(
-        tmp_path, models / "llama_tied", data, experiment_name="alone", max_steps=30, save_interval=0
+        tmp_path,
+        models / "llama_tied",
+        data,
+        warm=warm_python,
+        experiment_name="alone",
+        max_steps=30,
+        save_interval=0,
     )
     run = direct.run("alone")
     direct.holds.at(run.attempt(1).path, 3)
-    process = direct.start(None)
+    process = direct.start(None, cold=True)
     rank = direct.held("alone", process)
     sockets = psutil.Process(process.pid).net_connections(kind="inet")
     assert {s.laddr.ip for s in sockets if s.status == "LISTEN"} == {"127.0.0.1"}

@@ -4,12 +4,11 @@ same across layouts. One warm process forks the ranks of all attempts."""
 from __future__ import annotations
 
 import random
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import CheckpointPublished, CheckpointStarted, StepCompleted, TrainingResumed
+from sftd.domain.events import CheckpointPublished, StepCompleted, TrainingResumed
 from sftd.wire import manifest as manifests
 
 if TYPE_CHECKING:
@@ -64,11 +63,11 @@ class Exactness:
         *,
         step: int | None = None,
         kill_at: int | None = None,
-        delay: float | None = None,
+        kind: str = "StepCompleted",
         **overrides: Any,
     ) -> Run:
-        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed behind a step, or `delay` seconds after
-        its save began, before another step is the last."""
+        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed behind the journal's line of a `kind` of
+        a step."""
         ranks, sizes = LAYOUTS[layout]
         order = {}
         if resumed is not None:
@@ -77,16 +76,10 @@ class Exactness:
                 order["checkpoint_dir"] = resumed.attempt.order().checkpoint_dir
         attempt = self._trainer.prepare(name, self._trainer.spec(ranks, **PLAN | sizes | overrides), **order)
         if kill_at is not None:
-            self._warm.holds.at(attempt.path, kill_at if delay is None else STEPS - 1)
+            self._warm.holds.at(attempt.path, kill_at, kind)
         started = self._warm.attempt(attempt.path, ranks, attempt.output_log)
         if kill_at is not None:
-            if delay is None:
-                started.held(attempt.path)
-            else:
-                started.until(
-                    attempt.journal, lambda e: isinstance(e, CheckpointStarted) and e.step >= kill_at
-                )
-                time.sleep(delay)
+            started.held(attempt.path)
             started.kill()
         return self._trainer.ended(attempt, started, expect=0 if kill_at is None else -9)
 
@@ -121,15 +114,15 @@ def attempts(trainer: Trainer, warm: WarmTrainer) -> Exactness:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_anywhere_it_goes_on_bit_for_bit(attempts: Exactness, layout: str) -> None:
-    """At a random step, at an epoch's end, and while a checkpoint is saved as training goes on."""
+    """At a random step, at an epoch's end, and where a checkpoint begins to be saved as training goes on."""
     whole = attempts.whole(layout)
     numbers = random.Random(f"{SEED} {layout}")
     somewhere = numbers.randint(1, EPOCH_ENDS - 1)
-    kills = [(somewhere, None), (EPOCH_ENDS, None), (6, numbers.random() * 0.2)]
+    kills = [(somewhere, "StepCompleted"), (EPOCH_ENDS, "StepCompleted"), (6, "CheckpointStarted")]
     run, seen = None, {}
-    for number, (kill_at, delay) in enumerate([*kills, (None, None)]):
+    for number, (kill_at, kind) in enumerate([*kills, (None, "")]):
         name = f"{layout}-{number}"
-        run = attempts.run(name, layout, run, kill_at=kill_at, delay=delay, checkpoint__async_save=True)
+        run = attempts.run(name, layout, run, kill_at=kill_at, kind=kind, checkpoint__async_save=True)
         steps = exact(run)
         assert steps == {step: numbers for step, numbers in exact(whole).items() if step in steps}
         seen |= steps

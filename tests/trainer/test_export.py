@@ -34,12 +34,11 @@ BF16 = "llama_bf16"
 GIVEN = ChatTemplate(text="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}?")
 
 
-def export_all(arguments: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+def export_all(trainer: Trainer, arguments: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     """Exit code and message of each export."""
     (folder / "arguments.json").write_text(json.dumps(arguments))
     argv = [sys.executable, str(ALL), str(folder / "arguments.json"), str(folder / "outcomes.json")]
-    environment = dict(os.environ, PYTHONWARNINGS="error", OMP_NUM_THREADS="1")
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    done = subprocess.run(argv, env=trainer.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [tuple(outcome) for outcome in json.loads((folder / "outcomes.json").read_text())]
 
@@ -129,7 +128,7 @@ def publish_and_export(
         [str(a.order_file), str(published(a.path / "checkpoints/step-00000001")), str(outs[model])]
         for model, a in attempts.items()
     ]
-    assert [message for _, message in export_all(arguments, root)] == [""] * len(folders)
+    assert [message for _, message in export_all(trainer, arguments, root)] == [""] * len(folders)
     for attempt in attempts.values():
         shutil.rmtree(attempt.path / "checkpoints")
     return outs
@@ -257,7 +256,7 @@ def test_a_trained_model_answers_in_transformers_as_it_did_in_training(
     assert sampled[-1].text != sampled[0].text, "training has changed nothing"
 
 
-def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
+def test_what_is_refused_leaves_nothing(trainer: Trainer, base: Run, tmp_path: Path) -> None:
     order, good = str(base.attempt.order_file), base.checkpoint(6)
     damaged = tmp_path / "step-00000006"
     shutil.copytree(good, damaged)
@@ -277,6 +276,7 @@ def test_what_is_refused_leaves_nothing(base: Run, tmp_path: Path) -> None:
     (taken / "mine").touch()
     out = tmp_path / "out"
     outcomes = export_all(
+        trainer,
         [
             [order, str(damaged), str(out)],
             [order, str(odd), str(out)],

@@ -1,4 +1,5 @@
-"""Every layout computes the same: one torchrun for each, which trains all its variants of packing and recomputation.
+"""Every layout computes the same: one torchrun for each, which trains the variants of packing and recomputation whose tests
+are selected. `-k "[tp2-"` selects those of one layout.
 
 Compared with `base`, one rank that trains padded micro-batches of one sample, which test_training.py compares with plain
 transformers.
@@ -30,7 +31,7 @@ TP2, PP2, CP2 = (
 )
 # Name → (ranks, what the spec says of the layout). With two ranks and nothing said, DP 2.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
+    "dp1": (1, {}),
     "dp2": (2, {}),
     "tp2": (2, TP2),
     "tp2_sp": (2, TP2 | {MEGATRON + "sequence_parallel": True}),
@@ -59,13 +60,13 @@ ALL = [
 KEPT = [(layout, rows) for layout, rows, recompute in ALL if recompute == "kept"]
 # Of the step's gradient: one rank and two, and micro-batches of so many samples.
 GRADIENTS = [f"{rows}-{size}" for rows, size in product(ROWS, (1, 2, 4))]
-GRADIENT_LAYOUTS = ("one", "dp2")
+GRADIENT_LAYOUTS = ("dp1", "dp2")
 
 Variants = dict[str, "Run"]
 
 
 def plan(layout: str) -> dict[str, dict[str, Any]]:
-    """Name → overrides of everything that the ranks of a layout train."""
+    """Name → overrides of everything that the ranks of a layout can train."""
     variants = {}
     for name in VARIANTS:
         rows, recompute = name.split("-")
@@ -91,7 +92,27 @@ def plan(layout: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs_of(trainer: Trainer) -> Callable[[str], Variants]:
+def selected(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """Layout → the variants that the selected tests of this file look at, in the order of its plan."""
+    seen: dict[str, set[str]] = {layout: set() for layout in LAYOUTS}
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            for layout, variant in looked_at(item.callspec.params):
+                seen[layout].add(variant)
+    return {layout: [name for name in plan(layout) if name in names] for layout, names in seen.items()}
+
+
+def looked_at(case: dict[str, str]) -> list[tuple[str, str]]:
+    """(layout, variant) of each run that a test with these parameters compares."""
+    layout = case["layout"]
+    if "name" in case:
+        return [("dp1", GRADIENTS[0]), (layout, case["name"])]
+    rows = case.get("rows", "packed")
+    return [(layout, f"{rows}-{recompute}") for recompute in {"kept", case.get("recompute", "kept")}]
+
+
+@pytest.fixture(scope="module")
+def runs_of(trainer: Trainer, selected: dict[str, list[str]]) -> Callable[[str], Variants]:
     """The runs of a layout by variant; each layout is trained once."""
     done: dict[str, Variants] = {}
     begun: set[str] = set()
@@ -101,12 +122,13 @@ def runs_of(trainer: Trainer) -> Callable[[str], Variants]:
             assert layout not in begun, f"the ranks of {layout} have failed: see its first test"
             begun.add(layout)
             ranks, overrides = LAYOUTS[layout]
+            variants = plan(layout)
             attempts = {
                 name: trainer.prepare(
                     f"layouts-{layout}-{name}",
-                    trainer.spec(ranks, trainer__save_interval=0, **overrides, **variant),
+                    trainer.spec(ranks, trainer__save_interval=0, **overrides, **variants[name]),
                 )
-                for name, variant in plan(layout).items()
+                for name in selected[layout]
             }
             first = next(iter(attempts.values()))
             (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
@@ -118,7 +140,7 @@ def runs_of(trainer: Trainer) -> Callable[[str], Variants]:
 
 
 @pytest.mark.parametrize(("layout", "rows", "recompute"), ALL)
-def test_losses_and_gradient_norms_are_those_of_one_rank(
+def test_losses_and_gradient_norms_are_those_of_base(
     runs_of: Callable[[str], Variants], base: Run, layout: str, rows: str, recompute: str
 ) -> None:
     run = runs_of(layout)[f"{rows}-{recompute}"]
@@ -134,6 +156,7 @@ def test_losses_and_gradient_norms_are_those_of_one_rank(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_plan_knows_what_each_rank_holds(runs_of: Callable[[str], Variants], layout: str) -> None:
+    # The ranks leave it beside the first of their runs.
     run = next(iter(runs_of(layout).values()))
     spec = run.attempt.order().spec
     shape = read_shape(spec.model.partial_pretrain, {})
@@ -152,7 +175,7 @@ def test_a_plan_knows_what_each_rank_holds(runs_of: Callable[[str], Variants], l
 
 
 @pytest.mark.parametrize(("layout", "rows"), KEPT)
-def test_validations_and_answers_are_those_of_one_rank(
+def test_validations_and_answers_are_those_of_base(
     runs_of: Callable[[str], Variants], base: Run, layout: str, rows: str
 ) -> None:
     run = runs_of(layout)[f"{rows}-kept"]
@@ -182,7 +205,7 @@ def test_recomputing_changes_no_bit(
 def test_micro_batches_and_data_parallelism_leave_the_gradient_alone(
     runs_of: Callable[[str], Variants], layout: str, name: str
 ) -> None:
-    expected, found = load_gradient(runs_of("one")[GRADIENTS[0]]), load_gradient(runs_of(layout)[name])
+    expected, found = load_gradient(runs_of("dp1")[GRADIENTS[0]]), load_gradient(runs_of(layout)[name])
     largest = float(expected.abs().max())
     assert largest > 0.01
     assert float((found - expected).abs().max()) < 1e-6 * largest

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sftd.wire.direct_run import DirectRun
 from tests import json_fields
 from tests.patience import PATIENCE
 from tests.trainer.direct_runs import ROOT, environment, events, sftd
+from tests.warm_client import VARIABLE
 
 SCRIPT = ROOT / "scripts" / "run_llama2_7b_megatron.sh"
 PROMPTS = ["abc", "what is this?"]
@@ -40,6 +42,14 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked(warm_python: str) -> Iterator[None]:
+    """All processes but those of the first run are forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, warm_python)
+        yield
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to save in whose name YAML would misread."""
@@ -50,7 +60,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tp2(out: Path, models: Path, data: Path) -> DirectRun:
     """Without layout keys, two ranks are tensor-parallel."""
     files = {"MODEL": str(models / "llama"), "TRAIN_FILES": str(data / "train.parquet")}
-    done = script("2", str(out), *SMALL, VAL_FILES=str(data / "val.parquet"), **files)
+    cold = {VARIABLE: ""}
+    done = script("2", str(out), *SMALL, VAL_FILES=str(data / "val.parquet"), **files, **cold)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Attempt 1 starts from the pretrained model: 2 ranks (TP2), 6 steps" in done.stdout
     return DirectRun(out / "llama2-7b")

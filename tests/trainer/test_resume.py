@@ -61,7 +61,7 @@ def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) 
     spec = base.attempt.order().spec
     attempt = trainer.prepare("killed", spec)
     trainer.holds.at(attempt.path, 4)
-    process = trainer.start(attempt)
+    process = trainer.start(attempt, cold=True)
     trainer.held(attempt, process)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.kill()
