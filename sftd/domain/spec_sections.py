@@ -209,9 +209,7 @@ class Scheduler(Section, frozen=True):
 
     type: Annotated[
         Literal["constant", "linear", "cosine", "wsd"],
-        Meta(
-            description="shape of the decay after warm-up; wsd stays at the peak and falls linearly over the last decay_ratio of the steps"
-        ),
+        Meta(description="shape of the decay after warm-up; wsd is constant, then linear over decay_ratio"),
     ] = "cosine"
     warmup_steps: Annotated[
         Count | None, Meta(description="steps of linear warm-up; wins over warmup_ratio")
