@@ -143,7 +143,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     config.finalize_model_grads_func = _finalize
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
-    parameters = _count_parameters(chunks, session)
+    parameters = _count_parameters(chunks, shape.vocab_size, session)
     state_bytes = parameters * _STATE_BYTES[session.dtype]
     return Trainee(
         shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
@@ -159,16 +159,24 @@ def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GP
     return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0)
 
 
-def _count_parameters(chunks: list[GPTModel], session: Session) -> int:
+def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session) -> int:
     count = 0
     copy = max(session.layout.dp_rank, session.layout.cp_rank)
-    for parameter in (p for chunk in chunks for p in chunk.parameters()):
+    for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
         if not experts.is_counted(parameter, copy):
             continue
         is_split = getattr(parameter, "tensor_model_parallel", False)
         # `shared` marks the last stage's copy of a tied embedding.
         if (is_split or session.layout.tp_rank == 0) and not getattr(parameter, "shared", False):
             count += parameter.numel()
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                rows, width = parameter.shape
+                count -= width * _padding_rows(rows, vocab_size, session.layout.tp_rank)
     total = torch.tensor(count, dtype=torch.int64, device=session.device)
     dist.all_reduce(total)
     return int(total)
+
+
+def _padding_rows(rows: int, vocab_size: int, tp_rank: int) -> int:
+    """Of this rank's `rows` of a weight that the vocabulary is split over, those of no token."""
+    return rows - min(rows, max(0, vocab_size - tp_rank * rows))
