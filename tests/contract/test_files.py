@@ -387,8 +387,14 @@ def test_of_a_run_that_trains_its_own_daemon_alone_deletes(home: Home) -> None:
     """Another command does not know which checkpoint the attempt is about to load or to replace."""
     claimed, unread = unkept(home)
     run_id = claimed.run.run_id
+    replacing = unread[0].with_name("step-00000003.replaced")
+    replacing.mkdir()
     assert checkpoints.collect(home.log, home.clock.context, run_id) == []
-    assert all(path.exists() for path in unread)
+    assert home.gc() == []
+    for everything in (False, True):
+        with pytest.raises(Refused, match="is running"):
+            home.gc(run_id, everything=everything)
+    assert all(path.exists() for path in (*unread, replacing))
     gone = checkpoints.collect(home.log, home.clock.context, run_id, claimed.lease)
     assert [deleted.path for deleted in gone] == [str(path) for path in unread]
     assert not any(path.exists() for path in unread)

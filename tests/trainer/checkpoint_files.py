@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, read by torch alone: neither by Megatron nor by sftd."""
+"""What a checkpoint's files hold. Tensors and values are read by torch alone: neither by Megatron nor by sftd."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import io
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from sftd.wire import manifest as manifests
+
+if TYPE_CHECKING:
+    from tests.trainer.conftest import Run
+
+
+def contents(run: Run, step: int) -> dict[str, str]:
+    """sha256 of each data file of a whole checkpoint. `.metadata` names its own folder."""
+    files = manifests.verify(run.checkpoint(step), None).files
+    return {f.name: f.sha256 for f in files if f.name != ".metadata"}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

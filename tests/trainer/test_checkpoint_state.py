@@ -19,7 +19,7 @@ from sftd.wire import manifest as manifests
 from sftd.wire.checkpoint_dir import delete_folder, reading
 from sftd.wire.manifest import Manifest
 from tests.patience import until
-from tests.trainer.checkpoint_files import tensors, values
+from tests.trainer.checkpoint_files import contents, tensors, values
 from tests.warm import has_ended
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 SHORT = {"data__val_files": [], "trainer__max_steps": 3, "trainer__save_interval": 1}
-
-
-def contents(run: Run, step: int) -> dict[str, str]:
-    """sha256 of each data file of a whole checkpoint. `.metadata` names its own folder."""
-    files = manifests.verify(run.checkpoint(step), None).files
-    return {f.name: f.sha256 for f in files if f.name != ".metadata"}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,12 @@ from sftd.domain.events import AnomalyDetected
 from sftd.trainer.errors import GivenUp
 from sftd.trainer.reporter import Reporter
 from sftd.wire.attempt_dir import AttemptDir
+from tests.patience import until
+from tests.warm import has_ended
+
+if TYPE_CHECKING:
+    from tests.trainer.conftest import Trainer
+    from tests.warm import WarmTrainer
 
 
 def test_behind_the_fence_no_line_is_written(tmp_path: Path) -> None:
@@ -29,3 +36,37 @@ def test_behind_the_fence_no_line_is_written(tmp_path: Path) -> None:
     assert attempt.journal.read_bytes() == before
     with pytest.raises(GivenUp):
         Reporter(attempt, is_reporter=True)
+
+
+SHORT = {"data__val_files": [], "trainer__max_steps": 2, "trainer__save_interval": 1}
+
+
+@pytest.mark.slow
+def test_behind_the_fence_nothing_is_published(trainer: Trainer, warm: WarmTrainer, tmp_path: Path) -> None:
+    """The next attempt may have published this step by then."""
+    attempt = trainer.prepare("fenced-late", trainer.spec(**SHORT))
+    reached, go = tmp_path / "reached", tmp_path / "go"
+    place = {"rank": 0, "path": r"\.partial/manifest\.json$", "reached": str(reached), "go": str(go)}
+    ranks = trainer.start_warm(warm, attempt, [("waits_at", place)])
+    until(lambda: reached.exists() or all(map(has_ended, ranks.pids)))
+    attempt.fence()
+    go.touch()
+    run = trainer.ended(attempt, ranks, expect=1)
+    assert "GivenUp: " in run.output
+    assert not run.checkpoint(1).exists()
+
+
+@pytest.mark.slow
+def test_behind_the_fence_the_next_attempts_files_are_left_alone(trainer: Trainer, warm: WarmTrainer) -> None:
+    attempt = trainer.prepare("fenced-early", trainer.spec(**SHORT))
+    warm.holds.at(attempt.path, 1, "CheckpointStarted")
+    ranks = trainer.start_warm(warm, attempt)
+    held = ranks.held(attempt.path)
+    others = Path(attempt.order().checkpoint_dir, "step-00000001.partial", "file")
+    others.parent.mkdir()
+    others.touch()
+    attempt.fence()
+    held.resume()
+    run = trainer.ended(attempt, ranks, expect=1)
+    assert "GivenUp: " in run.output
+    assert others.exists()

@@ -23,9 +23,10 @@ from sftd.domain.events import (
     CheckpointRejected,
     StepCompleted,
     TrainingResumed,
+    WeightsDigested,
 )
 from sftd.wire import manifest as manifests
-from tests.trainer.checkpoint_files import tensors
+from tests.trainer.checkpoint_files import contents, tensors
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer
@@ -164,10 +165,15 @@ def test_a_folder_that_the_second_node_cannot_write_is_found_before_the_first_st
     assert "Read-only file system" in run.output
 
 
-def contents(run: Run, step: int) -> dict[str, str]:
-    """sha256 of each data file of a whole checkpoint. `.metadata` names its own folder."""
-    files = manifests.verify(run.checkpoint(step), None).files
-    return {f.name: f.sha256 for f in files if f.name != ".metadata"}
+def test_weights_that_one_rank_cannot_digest_count_no_step(trainer: Trainer, warm: WarmTrainer) -> None:
+    """The digest of the others' pieces alone would go into the log, and refuse each later attempt. Rank 0 digests, rank 1
+    writes the journal."""
+    unread = {"rank": 0, "path": r"/model\.safetensors$", "code": "EIO", "writing": False}
+    attempt = trainer.prepare("undigested", trainer.spec(2, **SHORT | PP2))
+    run = trainer.train(warm, attempt, expect=1, faults=[("cannot_open", unread)])
+    assert not run.events(StepCompleted)
+    assert not run.events(WeightsDigested)
+    assert run.output.count("OSError: the weights cannot be read: ") == 2
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
