@@ -223,9 +223,13 @@ def test_many_anomalies_of_a_kind_are_few_notices_whoever_counts(log: Log, hook:
     log.notifier(Webhook(hook.url)).sync(never)
     log.add("one", ODD, attempt=2)
     told.sync(never)
+    # A restarted daemon counts the others, and does not take them for this one.
+    log.add("one", e.AnomalyDetected(step=9, what="a third"))
+    log.notifier(Webhook(hook.url)).sync(never)
     what = "sftd: one anomaly at step 3: loss_spike"
     counted = [f"{what} ({n} of this kind in this attempt)" for n in (10, 100)]
-    assert hook.texts() == [what, counted[0], "sftd: one anomaly at step 9: other", counted[1], what]
+    others = [f"sftd: one anomaly at step 9: {name}" for name in ("other", "a third")]
+    assert hook.texts() == [what, counted[0], others[0], counted[1], what, others[1]]
 
 
 def test_several_daemons_send_each_notice_once(log: Log, hook: Hook) -> None:
