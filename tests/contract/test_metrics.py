@@ -31,10 +31,13 @@ SPEC = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]))
 
 
 class Driven:
-    """An attempt that is behind."""
+    """An attempt whose journal has so much that the log does not have."""
+
+    def __init__(self, lines: int = 3, since: int | None = NOW - 2 * SECOND) -> None:
+        self._backlog = lines, since
 
     def backlog(self) -> tuple[int, int | None]:
-        return 3, NOW - 2 * SECOND
+        return self._backlog
 
 
 def add(store: Store, run_id: str, *told: tuple[int, e.Event], version: int = 0) -> None:
@@ -92,9 +95,11 @@ def test_everything_is_told(filled: Store, tmp_path: Path) -> None:
     home = tmp_path / "home"
     with filled.write(appends=False) as tx:
         name = position_name(f"sqlite:///{home}/mlflow.db")
-        behind = event_store.last_position(tx.connection) - 2
+        behind = event_store.last_position(tx.connection) - 3
         set_projection_position(tx.connection, name, behind)
-    found = told(filled, home, {"driven": Driven()})
+    found = told(
+        filled, home, {"driven": Driven(), "newer": Driven(1, NOW - SECOND), "idle": Driven(0, None)}
+    )
 
     def one(name: str, **labels: str) -> float:
         value: float = found[name][tuple(sorted(labels.items()))]
@@ -115,9 +120,9 @@ def test_everything_is_told(filled: Store, tmp_path: Path) -> None:
     assert statuses["failed"] == 0, "one that is not there yet is told, too: graphs begin at 0"
     assert (one("sftd_devices", kind="gpu"), one("sftd_devices_used", kind="gpu")) == (2, 1)
     assert (one("sftd_devices", kind="cpu"), one("sftd_devices_used", kind="cpu")) == (4, 0)
-    assert one("sftd_attempts_driven") == 1
-    assert (one("sftd_ingest_lag_events"), one("sftd_ingest_lag_seconds")) == (3, 2)
-    assert (one("sftd_mirror_lag_events"), one("sftd_mirror_lag_seconds")) == (2, 1000 - 901)
+    assert one("sftd_attempts_driven") == 3
+    assert (one("sftd_ingest_lag_events"), one("sftd_ingest_lag_seconds")) == (4, 2)
+    assert (one("sftd_mirror_lag_events"), one("sftd_mirror_lag_seconds")) == (3, 1000 - 960)
     assert one("sftd_run_goodput_ratio", run_id="driven") == 0.4
     assert (home / "metrics.prom").stat().st_mode & 0o777 == 0o600
 

@@ -27,7 +27,7 @@ from sftd.domain import notices
 from sftd.launcher.command import environment
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views
-from sftd.projections.notifier import OLDEST_MICROS, Notifier
+from sftd.projections.notifier import Notifier
 from sftd.projections.notify_channels import Channel, Command, NotSent, Webhook
 from sftd.projections.verify import check
 from sftd.store import event_store
@@ -126,6 +126,7 @@ def never() -> bool:
 
 FAILED = e.RunFailed(cause="out of memory", message="rank 0: no memory is left\nmore")
 CANCELLED = e.RunCancelled(by="ada")
+THREE_DAYS = 3 * 24 * 3600 * 1_000_000
 ODD = e.AnomalyDetected(step=3, what="loss_spike")
 
 
@@ -198,9 +199,9 @@ def test_what_is_refused_or_too_old_is_given_up_with_a_line(
 ) -> None:
     told = log.notifier(Webhook(hook.url))
     told.begin()
-    log.add("old", submitted(), FAILED, age=OLDEST_MICROS + 1)
+    log.add("old", submitted(), FAILED, age=THREE_DAYS + 1)
     log.add("one", submitted(), FAILED)
-    log.add("two", submitted(), CANCELLED)
+    log.add("two", submitted(), CANCELLED, age=THREE_DAYS)
     hook.answers = [400]
     with caplog.at_level(logging.INFO, "sftd.notify"):
         assert told.sync(never) == 1
@@ -223,9 +224,13 @@ def test_many_anomalies_of_a_kind_are_few_notices_whoever_counts(log: Log, hook:
     log.notifier(Webhook(hook.url)).sync(never)
     log.add("one", ODD, attempt=2)
     told.sync(never)
+    # A restarted daemon counts the others, and does not take them for this one.
+    log.add("one", e.AnomalyDetected(step=9, what="a third"))
+    log.notifier(Webhook(hook.url)).sync(never)
     what = "sftd: one anomaly at step 3: loss_spike"
     counted = [f"{what} ({n} of this kind in this attempt)" for n in (10, 100)]
-    assert hook.texts() == [what, counted[0], "sftd: one anomaly at step 9: other", counted[1], what]
+    others = [f"sftd: one anomaly at step 9: {name}" for name in ("other", "a third")]
+    assert hook.texts() == [what, counted[0], others[0], counted[1], what, others[1]]
 
 
 def test_several_daemons_send_each_notice_once(log: Log, hook: Hook) -> None:

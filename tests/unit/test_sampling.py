@@ -71,6 +71,16 @@ def test_only_the_gpus_of_the_attempt_are_told(monkeypatch: pytest.MonkeyPatch) 
     assert (gpu.memory_used_bytes, gpu.memory_total_bytes) == (3, 4)
 
 
+def test_attempts_that_are_looked_at_together_have_their_own_gpus_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetHandleByIndex=int))
+    sample = HostWatch().look()
+    for names in (["cuda:1"], ["cuda:0", "cuda:2"], ["cuda:2"], ["cpu:0"]):
+        wanted = [int(name[-1]) for name in names if name.startswith("cuda")]
+        assert [gpu.index for gpu in sample(names).gpus] == wanted
+
+
 def test_what_a_driver_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = nvml(nvmlDeviceGetUtilizationRates=refuse, nvmlDeviceGetPowerUsage=refuse)
     monkeypatch.setitem(sys.modules, "pynvml", silent)

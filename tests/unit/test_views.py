@@ -6,7 +6,7 @@ import msgspec
 
 from sftd.domain import events as e
 from sftd.domain.evolve import fold
-from sftd.domain.run import Run
+from sftd.domain.run import Replay, Run, Validation
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Checkpoint, Trainer
 from sftd.projections import views
@@ -50,7 +50,7 @@ HISTORY: list[e.Event] = [
 ]
 
 
-def run() -> Run:
+def run(*more: e.Event) -> Run:
     recorded = [
         e.Recorded(
             position=n,
@@ -66,7 +66,7 @@ def run() -> Run:
             causation_id=None,
             event=event,
         )
-        for n, event in enumerate(HISTORY, 1)
+        for n, event in enumerate([*HISTORY, *more], 1)
     ]
     return fold(Run("r"), recorded)
 
@@ -111,3 +111,42 @@ def test_its_checkpoints() -> None:
     ]
     assert kept == ["", "best", "last"]
     assert views.files_rows(run()) == [{"run_id": "r", "bytes": 60, "removed_at": None}]
+
+
+def test_a_run_that_goes_back_has_what_its_timeline_has() -> None:
+    """Its validations and checkpoints, and the loss of none of the steps that are to be done again."""
+    back = e.ResumeRequested(by="ada", from_step=1), e.AttemptClaimed(daemon="d", host="h", from_step=1)
+    found = run(*back)
+    row = views.run_row(found)
+    assert (row["step"], row["loss"], row["val_loss"], row["status"]) == (1, None, "3.0", "starting")
+    assert (row["message"], row["ended_at"], row["started_at"]) == (None, None, 200)
+    assert [(r["step"], r["superseded"]) for r in views.checkpoint_rows(found)] == [
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+    assert (found.first_validation, found.best_validation) == (Validation(1, 3.0), Validation(1, 3.0))
+
+
+def test_a_checkpoint_has_the_validation_of_its_own_step() -> None:
+    found = run(step(4), published(4), validated(5, 1.0))
+    assert [row["val_loss"] for row in views.checkpoint_rows(found)] == ["3.0", "2.0", "2.5", None]
+
+
+def test_the_last_replay_and_where_it_diverged() -> None:
+    more = {"from_step": 1, "to_step": 3, "environment": {}, "by": "ada"}
+    verified = e.ReplayVerified(is_exact=True, **more)  # type: ignore[arg-type]
+    assert run(verified).last_replay == Replay(1, 3, None, 1400)
+    diverged = e.ReplayDiverged(step=2, detail={}, **more)  # type: ignore[arg-type]
+    assert run(verified, diverged).last_replay == Replay(1, 3, 2, 1500)
+
+
+def test_weights_alone_are_no_start() -> None:
+    """The only whole checkpoint is damaged: training begins with the pretrained model, not with weights of a step."""
+    reduced = e.CheckpointReduced(
+        step=1, path="/c/1-weights", former_path="/c/1", bytes=5, freed_bytes=5, manifest_digest="w"
+    )
+    gone = [e.CheckpointRejected(step=number, path=f"/c/{number}", reason="short") for number in (2, 3)]
+    found = run(reduced, *gone)
+    assert [(c.step, c.path, c.weights_only) for c in found.checkpoints] == [(1, "/c/1-weights", True)]
+    assert found.restart_checkpoint is None
