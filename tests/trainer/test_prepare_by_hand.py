@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sftd.trainer.prepare.errors import PrepareError
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from tests.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
@@ -211,15 +212,32 @@ def test_a_chat_is_cut_at_its_length_and_not_before(
     source = write(tmp_path / "chats.jsonl", [ROWS[0][0]])
     whole = pq.read_table(prepare(source, model, tmp_path / "whole.parquet")["path"]).to_pylist()[0]
     length = len(whole["input_ids"])
-    for limit, cut in ((length, 0), (length - 2, 2)):
+    for limit, cut in ((length, 0), (length - 1, 1), (length - 2, 2)):
         done = prepare(source, model, tmp_path / "cut.parquet", max_length=limit, truncation=truncation)
         (row,) = pq.read_table(done["path"]).to_pylist()
         kept = slice(limit) if truncation == "right" else slice(length - limit, None)
         assert (row["input_ids"], row["labels"]) == (whole["input_ids"][kept], whole["labels"][kept])
         made = json.loads(Path(done["card"]).read_text())["outputs"]["train"]
-        # At the right end it is the stop token and the newline after it.
-        lost = 1 if cut and truncation == "right" else 0
+        # At the right end are the stop token and the newline after it, which is not trained.
+        lost = 1 if cut == 2 and truncation == "right" else 0
         assert (done["truncated"], made["cut_tokens"], made["cut_trained_tokens"]) == (cut > 0, cut, lost)
+
+
+@pytest.mark.parametrize("truncation", ["drop", "error"])
+def test_a_chat_of_just_the_length_is_neither_dropped_nor_refused(
+    model: Path, tmp_path: Path, truncation: str
+) -> None:
+    source = write(tmp_path / "chats.jsonl", [ROWS[0][0], ROWS[1][0]])
+    longest = prepare(source, model, tmp_path / "whole.parquet")["max_length"]
+    out = tmp_path / "out.parquet"
+    just = prepare(source, model, out, max_length=longest, truncation=truncation)
+    assert (just["rows"], just["dropped"], just["max_length"]) == (2, 0, longest)
+    if truncation == "error":
+        with pytest.raises(PrepareError, match=rf"line 1: the chat has {longest} tokens"):
+            prepare(source, model, out, max_length=longest - 1, truncation=truncation)
+    else:
+        less = prepare(source, model, out, max_length=longest - 1, truncation=truncation)
+        assert (less["rows"], less["dropped"]) == (1, 1)
 
 
 def test_a_chat_of_which_only_the_first_token_is_trained_is_no_row(model: Path, tmp_path: Path) -> None:
@@ -229,7 +247,7 @@ def test_a_chat_of_which_only_the_first_token_is_trained_is_no_row(model: Path, 
     # Left are the stop token and the newline after it.
     done = prepare(source, model, tmp_path / "out.parquet", max_length=3, truncation="left")
     assert (done["rows"], done["dropped"], done["trained_tokens"]) == (2, 0, 2)
-    with pytest.raises(Exception, match="no trained token is left"):
+    with pytest.raises(PrepareError, match="no trained token is left"):
         prepare(source, model, tmp_path / "none.parquet", max_length=2, truncation="left")
 
 
