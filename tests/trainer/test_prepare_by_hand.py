@@ -17,6 +17,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.prepare.hf_tokenizer import stop_token_ids
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from tests.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
@@ -274,6 +275,36 @@ def test_a_chat_is_on_one_side_of_the_split_whatever_its_shape_and_blanks(
         assert sorted(train + val) == sorted(f"q{n}" for n in range(40) for _ in range(2))
         assert 10 <= len(val) <= 40
         assert not set(train) & set(val)
+
+
+def test_each_row_is_rendered_with_its_own_variables_before_those_of_the_command(tmp_path: Path) -> None:
+    template = unmarked(QWEN25).replace("'You help.'", "'Be ' + (tone | default('plain'))")
+    tokenizer = byte_level_tokenizer("qwen2.5", template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    own: list[dict[str, Any]] = [{}, {"tone": "loud"}, {"tone": "shy"}, {}]
+    chats = [{"prompt": "q", "completion": "x", "chat_template_kwargs": given} for given in own]
+    source = write(tmp_path / "chats.jsonl", chats)
+    for options, tones in (
+        ({}, ["plain", "loud", "shy", "plain"]),
+        ({"template_args": {"tone": "kind"}}, ["kind", "loud", "shy", "kind"]),
+    ):
+        done = prepare(source, tmp_path / "model", tmp_path / "out.parquet", **options)
+        for row, tone in zip(pq.read_table(done["path"]).to_pylist(), tones, strict=True):
+            turns = [
+                *said("system", f"Be {tone}"),
+                *said("user", "q"),
+                *said("assistant", "x", trained=True),
+            ]
+            assert characters(tokenizer, row) == expected(tokenizer, turns)
+
+
+@pytest.mark.parametrize(("named", "more"), [(None, set()), (5, {5}), ([5, 6], {5, 6})])
+def test_an_answer_ends_at_the_tokens_of_the_generation_config_too(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, named: Any, more: set[int]
+) -> None:
+    assert stop_token_ids(tokenizer, tmp_path) == {tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert stop_token_ids(tokenizer, tmp_path) == {tokenizer.eos_token_id, *more}
 
 
 def test_what_decides_the_tokens_decides_the_digests(
