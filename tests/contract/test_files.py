@@ -160,6 +160,14 @@ def test_a_forks_parent_and_what_is_read_stay_whole(home: Home) -> None:
     assert "step-00000002" in home.there(run)
 
 
+def test_a_checkpoint_that_a_fork_starts_from_is_not_reduced_to_its_weights(home: Home) -> None:
+    run = home.train(("checkpoint.after_success", "weights"))
+    spec, _ = change(run.spec, [("trainer.max_steps", 6)])
+    runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    home.gc()
+    assert home.there(run) == ["step-00000002", "step-00000003.weights"]
+
+
 def test_a_checkpoint_of_an_older_sftd_stays_whole(home: Home) -> None:
     run = home.train()
     path = Path(run.checkpoints[1].path)

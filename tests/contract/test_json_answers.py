@@ -237,6 +237,10 @@ def test_ls_lists_every_run_with_what_the_log_has(world: World, ask: Ask) -> Non
     assert ask("show", world.sweep) == [row for row in wanted if row["run_id"] in world.points]
     assert ask("ls", "-s", "failed", "-s", "held", "-p", "other") == [wanted[6]]
     assert ask("ls", "--sort", "val", "-n", "1") == [wanted[-1]]
+    # The lowest first; a run without a loss that can be compared comes last.
+    assert [row["loss"] for row in ask("ls", "--sort", "loss")][:2] == [1.75, 3.0]
+    assert [row["step"] for row in ask("ls", "--sort", "step")][:4] == [6, 2, 2, 1]
+    assert ask("ls", "--sort", "size")[0] == wanted[-1]
 
 
 def checkpoint(world: World, step: int, published: float, version: int, **more: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.prepare.hf_tokenizer import stop_token_ids
 from sftd.trainer.prepare.progress import EventWriter
 from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from tests.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
@@ -211,15 +213,32 @@ def test_a_chat_is_cut_at_its_length_and_not_before(
     source = write(tmp_path / "chats.jsonl", [ROWS[0][0]])
     whole = pq.read_table(prepare(source, model, tmp_path / "whole.parquet")["path"]).to_pylist()[0]
     length = len(whole["input_ids"])
-    for limit, cut in ((length, 0), (length - 2, 2)):
+    for limit, cut in ((length, 0), (length - 1, 1), (length - 2, 2)):
         done = prepare(source, model, tmp_path / "cut.parquet", max_length=limit, truncation=truncation)
         (row,) = pq.read_table(done["path"]).to_pylist()
         kept = slice(limit) if truncation == "right" else slice(length - limit, None)
         assert (row["input_ids"], row["labels"]) == (whole["input_ids"][kept], whole["labels"][kept])
         made = json.loads(Path(done["card"]).read_text())["outputs"]["train"]
-        # At the right end it is the stop token and the newline after it.
-        lost = 1 if cut and truncation == "right" else 0
+        # At the right end are the stop token and the newline after it, which is not trained.
+        lost = 1 if cut == 2 and truncation == "right" else 0
         assert (done["truncated"], made["cut_tokens"], made["cut_trained_tokens"]) == (cut > 0, cut, lost)
+
+
+@pytest.mark.parametrize("truncation", ["drop", "error"])
+def test_a_chat_of_just_the_length_is_neither_dropped_nor_refused(
+    model: Path, tmp_path: Path, truncation: str
+) -> None:
+    source = write(tmp_path / "chats.jsonl", [ROWS[0][0], ROWS[1][0]])
+    longest = prepare(source, model, tmp_path / "whole.parquet")["max_length"]
+    out = tmp_path / "out.parquet"
+    just = prepare(source, model, out, max_length=longest, truncation=truncation)
+    assert (just["rows"], just["dropped"], just["max_length"]) == (2, 0, longest)
+    if truncation == "error":
+        with pytest.raises(PrepareError, match=rf"line 1: the chat has {longest} tokens"):
+            prepare(source, model, out, max_length=longest - 1, truncation=truncation)
+    else:
+        less = prepare(source, model, out, max_length=longest - 1, truncation=truncation)
+        assert (less["rows"], less["dropped"]) == (1, 1)
 
 
 def test_a_chat_of_which_only_the_first_token_is_trained_is_no_row(model: Path, tmp_path: Path) -> None:
@@ -229,7 +248,7 @@ def test_a_chat_of_which_only_the_first_token_is_trained_is_no_row(model: Path, 
     # Left are the stop token and the newline after it.
     done = prepare(source, model, tmp_path / "out.parquet", max_length=3, truncation="left")
     assert (done["rows"], done["dropped"], done["trained_tokens"]) == (2, 0, 2)
-    with pytest.raises(Exception, match="no trained token is left"):
+    with pytest.raises(PrepareError, match="no trained token is left"):
         prepare(source, model, tmp_path / "none.parquet", max_length=2, truncation="left")
 
 
@@ -256,6 +275,36 @@ def test_a_chat_is_on_one_side_of_the_split_whatever_its_shape_and_blanks(
         assert sorted(train + val) == sorted(f"q{n}" for n in range(40) for _ in range(2))
         assert 10 <= len(val) <= 40
         assert not set(train) & set(val)
+
+
+def test_each_row_is_rendered_with_its_own_variables_before_those_of_the_command(tmp_path: Path) -> None:
+    template = unmarked(QWEN25).replace("'You help.'", "'Be ' + (tone | default('plain'))")
+    tokenizer = byte_level_tokenizer("qwen2.5", template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    own: list[dict[str, Any]] = [{}, {"tone": "loud"}, {"tone": "shy"}, {}]
+    chats = [{"prompt": "q", "completion": "x", "chat_template_kwargs": given} for given in own]
+    source = write(tmp_path / "chats.jsonl", chats)
+    for options, tones in (
+        ({}, ["plain", "loud", "shy", "plain"]),
+        ({"template_args": {"tone": "kind"}}, ["kind", "loud", "shy", "kind"]),
+    ):
+        done = prepare(source, tmp_path / "model", tmp_path / "out.parquet", **options)
+        for row, tone in zip(pq.read_table(done["path"]).to_pylist(), tones, strict=True):
+            turns = [
+                *said("system", f"Be {tone}"),
+                *said("user", "q"),
+                *said("assistant", "x", trained=True),
+            ]
+            assert characters(tokenizer, row) == expected(tokenizer, turns)
+
+
+@pytest.mark.parametrize(("named", "more"), [(None, set()), (5, {5}), ([5, 6], {5, 6})])
+def test_an_answer_ends_at_the_tokens_of_the_generation_config_too(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, named: Any, more: set[int]
+) -> None:
+    assert stop_token_ids(tokenizer, tmp_path) == {tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert stop_token_ids(tokenizer, tmp_path) == {tokenizer.eos_token_id, *more}
 
 
 def test_what_decides_the_tokens_decides_the_digests(

@@ -85,6 +85,11 @@ def test_remarks_and_warnings_are_not_among_what_scripts_read(home: Path) -> Non
     assert "packing is a name of" in done.stderr
 
 
+def test_a_test_notice_that_nobody_gets_is_a_failure(home: Path) -> None:
+    assert CliRunner().invoke(main, ["notify"]).exit_code == 0
+    assert CliRunner().invoke(main, ["notify", "--test"]).exit_code == 1
+
+
 def kinds(error: type[SftdError]) -> Iterator[type[SftdError]]:
     yield error
     for kind in error.__subclasses__():
