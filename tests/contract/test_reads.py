@@ -1,18 +1,32 @@
-"""What a live board, a copy and a claim ask of the database: at most so much, in order, and of the right run."""
+"""What boards, ledgers, copies, leases and claims ask of the database: at most so much, in order, and of the right run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import sqlalchemy as sa
 
 from sftd.domain.curves import History
-from sftd.domain.errors import ViewDamaged
-from sftd.store import board, claims, copying, curves
+from sftd.domain.errors import LeaseLost, ViewDamaged
+from sftd.domain.events import Recorded
+from sftd.domain.goodput import Fold
+from sftd.store import board, claims, copying, curves, event_store, goodput, positions, queue
 from sftd.store.engine import Store
 from sftd.store.tables import view_runs
-from tests.histories import SUCCEEDED, append, claimed, open_log, published, spec, step, submitted
+from tests.histories import (
+    FAILED,
+    NOON,
+    SECOND,
+    SUCCEEDED,
+    append,
+    claimed,
+    open_log,
+    published,
+    spec,
+    step,
+    submitted,
+)
 
 
 @pytest.fixture
@@ -111,3 +125,107 @@ def test_who_copies_is_told_of_each_table_with_its_rows(log: Store) -> None:
     assert rows[filled or ""]
     # A table without rows says nothing; one of few says it once, before the first.
     assert told == [(f"verifying {name}", 0, count) for name, count in rows.items() if count]
+
+
+def test_a_ledger_goes_on_where_it_was_and_counts_nothing_twice(log: Store) -> None:
+    with log.read() as connection:
+        whole = goodput.read_ledger(connection, "a", NOON + 60 * SECOND)
+        for cut in range(13):
+            fold = Fold()
+            version = goodput.advance(connection, "a", fold, 0, cut)
+            assert version <= cut
+            assert goodput.advance(connection, "a", fold, version) == 12
+            assert goodput.advance(connection, "a", fold, 12) == 12
+            assert fold.ledger(NOON + 60 * SECOND) == whole
+        assert whole.seconds("productive") == 6
+        assert goodput.read_ledger(connection, "x", NOON).wall_seconds == 0
+
+
+def test_first_events_are_the_first_of_each_run_alone(log: Store) -> None:
+    append(log, "c", [FAILED, submitted(spec())])
+    with log.read() as connection:
+        found = event_store.first_events(connection, "RunSubmitted")
+        assert sorted((r.run_id, r.version) for r in found) == [("a", 1), ("b", 1)]
+        assert event_store.first_events(connection, "StepCompleted") == []
+        last = event_store.last_of(connection, "a", "StepCompleted")
+        assert last is not None
+        assert (last.run_id, last.version) == ("a", 11)
+        assert event_store.last_of(connection, "a", "RunFailed") is None
+
+
+def test_events_of_some_types_are_read_between_their_places(log: Store) -> None:
+    types = ["RunSubmitted", "CheckpointPublished"]
+    with log.read() as connection:
+
+        def versions(rows: Iterable[Recorded]) -> list[tuple[str, int]]:
+            return [(r.run_id, r.version) for r in rows]
+
+        found = event_store.read_types(connection, ["a", "b"], types)
+        assert versions(found) == [("a", 1), ("a", 10), ("b", 1), ("b", 10)]
+        after = found[1].position
+        assert versions(event_store.read_types_after(connection, after, types, 9)) == [("b", 1), ("b", 10)]
+        assert versions(event_store.read_types_after(connection, after - 1, types, 2)) == [
+            ("a", 10),
+            ("b", 1),
+        ]
+        assert event_store.any_between(connection, after, after + 2)
+        assert not event_store.any_between(connection, after, after + 1)
+        rows = list(event_store.raw_rows(connection, "a", 1, types))
+        assert [row["version"] for row in rows] == [10]
+        assert [row["version"] for row in event_store.raw_rows(connection, "a", 3, (), 2)] == [4, 5]
+
+
+def test_the_right_to_move_a_position_is_one_holders_until_it_ends(log: Store) -> None:
+    def lease(held: int | None, now: int, until: int) -> int | None:
+        with log.write(appends=False) as tx:
+            return positions.lease_projection(tx, "notices", held, now, until)
+
+    assert lease(None, 0, 100) == 100
+    assert lease(None, 99, 200) is None, "another has it"
+    assert lease(100, 50, 150) == 150, "prolonged"
+    assert lease(100, 50, 300) is None, "the right that ended at 100 is gone"
+    assert lease(None, 150, 160) == 160, "over at its end"
+    # Each right ends later than the one before, or it would not be known from it.
+    assert lease(160, 0, 10) == 161
+    with log.write(appends=False) as tx:
+        assert positions.holds_projection(tx, "notices", 161)
+        assert not positions.holds_projection(tx, "notices", 160)
+        positions.release_projection(tx, "notices", 160)
+        assert positions.holds_projection(tx, "notices", 161)
+        positions.release_projection(tx, "notices", 161)
+    assert lease(None, 0, 5) == 5
+
+
+def test_a_lease_is_its_holders_and_ends_with_its_place(log: Store) -> None:
+    def each() -> list[tuple[str, int, str, str, int]]:
+        with log.read() as connection:
+            return [(x.run_id, x.attempt, x.token, x.owner, x.expires_at) for x in queue.leases(connection)]
+
+    with log.write(appends=False) as tx:
+        for run_id in ("a", "b"):
+            queue.enqueue(tx, run_id, 3, 5)
+            assert queue.lease(tx, run_id, 2, f"token {run_id}", "d", 50)
+            assert not queue.lease(tx, run_id, 2, "another", "d", 50)
+        assert queue.renew(tx, ["token a", "gone"], 60) == {"token a"}
+        assert queue.renew(tx, [], 70) == set()
+    assert each() == [("a", 2, "token a", "d", 60), ("b", 2, "token b", "d", 50)]
+    with log.write(appends=False) as tx:
+        old = queue.leases(tx.connection)[1]
+        assert queue.take_over(tx, old, "new", "e", 80)
+        assert not queue.take_over(tx, old, "newer", "f", 90)
+        assert queue.expires_at(tx.connection, "b") == 80
+        queue.check(tx, "b", "new")
+        with pytest.raises(LeaseLost, match=r"lease on b\b"):
+            queue.check(tx, "b", "token b")
+        queue.wait_again(tx, "a", 9, priority=7)
+        queue.hold(tx, "b")
+        queue.release(tx, "a")
+    assert each() == [("b", 2, "new", "e", 80)]
+    with log.write(appends=False) as tx:
+        queue.leave(tx, "b")
+        queue.hold(tx, "a")
+        assert not queue.lease(tx, "a", 3, "t", "d", 1), "held"
+        queue.release(tx, "a")
+        assert queue.lease(tx, "a", 3, "t", "d", 1)
+        assert not queue.lease(tx, "b", 3, "t", "d", 1), "not in the queue"
+        assert queue.expires_at(tx.connection, "b") is None
