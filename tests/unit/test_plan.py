@@ -633,3 +633,13 @@ def test_the_interleaved_schedule_takes_groups_of_micro_batches() -> None:
 )
 def test_the_memory_of_a_device_is_known_by_its_name(name: str, gib: float) -> None:
     assert device_bytes(name) == int(gib * GIB)
+
+
+def test_an_outcome_on_cpus_is_compared_with_a_plan_for_cpus() -> None:
+    run = replace(ended(device="cpu"), environment={"device": "cpu", "dtype": "float32", "threads": 3})
+    found = outcome(run, submitted(), None, 100.0, [])
+    assert found is not None
+    assert found.plan.machine == Machine(device="cpu", name="cpu", cores=3)
+    on_gpus = outcome(ended(), submitted(), None, 100.0, [])
+    assert on_gpus is not None
+    assert on_gpus.plan.machine == Machine(device="cuda", name=H100.name, cores=1)
