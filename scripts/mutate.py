@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -134,8 +135,8 @@ def in_process(work: Callable[[], None]) -> None:
             code = 0
         except SystemExit as left:
             print(left, file=sys.stderr)
-        except KeyboardInterrupt:
-            pass
+        except BaseException:  # noqa: BLE001  a fork never returns into its parent's code
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -24,6 +23,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -32,7 +32,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-OPTIONS = ("-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
+# Plugins are imported before pytest starts, and need no rewritten assertions.
+_NO_REWRITE = "ignore::pytest.PytestAssertRewriteWarning"
+OPTIONS = ("-q", "--tb=no", "-W", _NO_REWRITE, "-p", "no:cacheprovider", "-p", "no:xdist")
 MEMORY = 6 * 2**30
 
 
@@ -195,8 +197,8 @@ def spread(number: int, jobs: int, work: Callable[[int], None]) -> None:
                 for index in _indices(reading):
                     work(index)
                 code = 0
-            except KeyboardInterrupt:
-                pass
+            except BaseException:  # noqa: BLE001  a fork never returns into its parent's code
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -216,11 +218,8 @@ def _indices(file: int) -> Iterator[int]:
 
 
 def import_all(names: Sequence[str]) -> None:
-    """Import what can be imported of the named modules; not pytest's plugins, which pytest itself rewrites."""
-    plugins = {entry.module.split(".")[0] for entry in importlib.metadata.entry_points(group="pytest11")}
+    """Import what can be imported of the named modules."""
     for name in names:
-        if name.split(".")[0] in plugins:
-            continue
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
