@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -134,8 +135,8 @@ def in_process(work: Callable[[], None]) -> None:
             code = 0
         except SystemExit as left:
             print(left, file=sys.stderr)
-        except KeyboardInterrupt:
-            pass
+        except BaseException:  # noqa: BLE001  a fork never returns into its parent's code
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -214,7 +215,9 @@ def judge(mutant: mutants.Mutant, tests: Sequence[str], *, warm: bool) -> dict[s
     except TimeoutError:
         return {"verdict": "timeout", "by": ""}
     except RuntimeError as error:
-        return {"verdict": "killed", "by": str(error)[:200]}
+        # A crash of the interpreter is noticed; what pytest itself raises decides nothing.
+        died = "died" in str(error)
+        return {"verdict": "killed" if died else "error", "by": str(error)[:200]}
     if by == "cold":
         return {"verdict": "cold", "by": ""}
     return {"verdict": "killed" if by else "survived", "by": by}
@@ -299,7 +302,7 @@ def report(kept: Kept, paths: Sequence[str], size: int | None, *, survivors: boo
     )
     for name, count in [*counts.items(), *packages.items(), ("all", sum(packages.values(), Counter()))]:
         print(_row(name, count))
-    open_ones = sum(c["open"] + c["cold"] for c in counts.values())
+    open_ones = sum(c["open"] + c["cold"] + c["error"] for c in counts.values())
     print(
         f"\n{sum(c['wording'] for c in counts.values())} strings are wording and left alone; {open_ones} mutants are not judged yet."
     )
@@ -312,7 +315,7 @@ def _rate(count: Counter[str]) -> float:
 
 
 def _row(name: str, count: Counter[str]) -> str:
-    every = sum(count[k] for k in ("killed", "timeout", "survived", "accepted", "open", "cold"))
+    every = sum(count[k] for k in ("killed", "timeout", "survived", "accepted", "open", "cold", "error"))
     cells = [
         count["possible"],
         every,
@@ -352,6 +355,7 @@ def main() -> int:
     kept = Kept(chosen.results.resolve())
     make_mutants(kept, paths, size, chosen.jobs)
     if not chosen.only_report:
+        forks.never_shrink()
         every = _read_mutants(kept, paths, size)
 
         def warm() -> None:

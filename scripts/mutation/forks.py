@@ -23,14 +23,18 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 
-OPTIONS = ("-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist")
+# Plugins are imported before pytest starts, and need no rewritten assertions.
+_NO_REWRITE = "ignore::pytest.PytestAssertRewriteWarning"
+OPTIONS = ("-q", "--tb=no", "-W", _NO_REWRITE, "-p", "no:cacheprovider", "-p", "no:xdist")
 MEMORY = 6 * 2**30
 
 
@@ -116,6 +120,7 @@ class Finder(importlib.abc.MetaPathFinder):
 def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
     """Return what `work(folder)` returns in a fork (JSON). Raises TimeoutError; RuntimeError if the fork dies.
 
+    `seconds` are of CPU time, so that a busy machine decides nothing; three times as many may pass for one that waits.
     Output goes nowhere, processes that the fork leaves running are killed, and the folder is deleted.
     """
     folder = tempfile.mkdtemp(prefix="sftd-mutate-")
@@ -123,7 +128,7 @@ def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _isolate(folder)
+        _isolate(folder, int(seconds))
         try:
             answer = json.dumps({"returned": work(folder)})
         except BaseException as error:  # noqa: BLE001  a fork never returns into its parent's code
@@ -132,16 +137,19 @@ def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
             out.write(answer)
         os._exit(0)
     os.close(writing)
+    status = 0
     try:
-        said = _read(reading, time.monotonic() + seconds)
+        said = _read(reading, time.monotonic() + 3 * seconds)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        _, status = os.waitpid(pid, 0)
         shutil.rmtree(folder, ignore_errors=True)
+    if not said and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        raise TimeoutError
     if not said:
         raise RuntimeError("the process died")
     answer = json.loads(said)
@@ -150,12 +158,15 @@ def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
     return answer["returned"]
 
 
-def _isolate(folder: str) -> None:
+def _isolate(folder: str, seconds: int) -> None:
     os.setsid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     log = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT)
     for number, file in ((0, nowhere), (1, log), (2, log)):
         os.dup2(file, number)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    used = int(time.process_time()) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, used + seconds + 5))
     os.environ["TMPDIR"] = folder
     tempfile.tempdir = None
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -186,8 +197,8 @@ def spread(number: int, jobs: int, work: Callable[[int], None]) -> None:
                 for index in _indices(reading):
                     work(index)
                 code = 0
-            except KeyboardInterrupt:
-                pass
+            except BaseException:  # noqa: BLE001  a fork never returns into its parent's code
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)
@@ -211,6 +222,20 @@ def import_all(names: Sequence[str]) -> None:
     for name in names:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+
+
+def never_shrink() -> None:
+    """Have hypothesis stop at the first example that fails: the smallest one says no more here, and takes minutes."""
+    load = hypothesis.settings.load_profile
+
+    def load_without(name: str) -> None:
+        load(name)
+        phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+        hypothesis.settings.register_profile("unshrunk", hypothesis.settings.get_profile(name), phases=phases)
+        load("unshrunk")
+
+    # Its metaclass refuses to have it set in the usual way.
+    type.__setattr__(hypothesis.settings, "load_profile", staticmethod(load_without))
 
 
 def module_name(path: str) -> str:

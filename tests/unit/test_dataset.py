@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -366,3 +367,20 @@ def test_the_row_in_which_another_tool_asks_for_something_else_is_named(
         name: values,
     }
     assert f"row {row}: " in refusal(parquet(tmp_path / "a", columns))
+
+
+@pytest.mark.parametrize(("stopping", "doubted"), [(0, True), (1, False), (2, False), (None, False)])
+def test_answers_that_never_end_are_doubted(tmp_path: Path, stopping: int | None, doubted: bool) -> None:
+    facts = msgspec.structs.replace(inspect(parquet(tmp_path / "a")), stopping=stopping)
+    spec, _ = parse({"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}})
+    found = [w.what for w in check_data(spec, facts, None)[1] if "stop" in w.what]
+    assert bool(found) is doubted
+
+
+def test_what_is_cut_is_said_with_how_many(tmp_path: Path) -> None:
+    facts = inspect(parquet(tmp_path / "a"), sequence_length=3)
+    given = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"], "sequence_length": 3}}
+    problems, (warning,) = check_data(parse(given)[0], facts, None)
+    assert problems == []
+    assert warning.where == "data.train_files"
+    assert all(word in warning.what for word in ("1 of 2 rows", "data.sequence_length 3", "right"))

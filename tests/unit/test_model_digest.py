@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sftd.domain.errors import Refused
-from sftd.domain.model_files import differences
+from sftd.domain.model_files import ModelFile, ModelFiles, differences
 from sftd.domain.model_record import ModelRecord
 from sftd.domain.spec import Spec
 from sftd.domain.spec_sections import Model
@@ -258,3 +258,22 @@ def test_a_damaged_copy_is_replaced_and_a_changed_folder_is_not_copied(folder: P
 
 def test_a_run_without_a_record_is_exported_from_its_folder(folder: Path, tmp_path: Path) -> None:
     assert model_digest.source(ModelRecord(), spec_of(folder), [tmp_path]) == str(folder)
+
+
+def test_a_config_with_many_changes_lists_six_of_them() -> None:
+    def files(value: int, keys: int, *, known: bool = True) -> ModelFiles:
+        content = {f"key{n}": value for n in range(keys)}
+        return ModelFiles(
+            {"config.json": ModelFile(1, f"{value}" * 64)}, {}, {"config.json": content} if known else {}
+        )
+
+    def said(keys: int) -> str:
+        return differences(files(1, keys), files(2, keys), weights=True, code=True)["config.json"]
+
+    assert said(6).count("is 2, was 1") == 6
+    assert "more" not in said(6)
+    assert said(7).endswith("; 1 more keys")
+    # Where one of the two was too large for the log.
+    for was, now in ((files(1, 2, known=False), files(2, 2)), (files(1, 2), files(2, 2, known=False))):
+        found = differences(was, now, weights=True, code=True)["config.json"]
+        assert found == "sha256 is 222222222222…, was 111111111111…"

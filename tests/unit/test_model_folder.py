@@ -244,3 +244,50 @@ def test_a_file_as_a_model_is_refused_as_one(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").touch()
     with pytest.raises(Refused, match="is a file"):
         read_shape(str(tmp_path / "m.safetensors"), {})
+
+
+def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> None:
+    """transformers 4 reads two keys, 5 one mapping."""
+    folder = folder_of(tmp_path, DENSE)
+    config = exported_config(folder, {"rope_theta": 7.0, "rope_scaling": LLAMA3_ROPE}, "float32")
+    assert (config["rope_theta"], config["rope_scaling"]) == (7.0, LLAMA3_ROPE)
+    assert config["rope_parameters"] == LLAMA3_ROPE | {"rope_theta": 7.0}
+    plain = exported_config(folder, {"rope_theta": 7.0}, "float32")
+    assert (plain["rope_theta"], plain["rope_scaling"]) == (7.0, None)
+    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_an_override_that_is_not_read_is_refused_with_the_nearest_that_is(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        read_shape(folder_of(tmp_path, DENSE), {"hidden_sizes": 1, "zzz": 2, "vocab_size": 9})
+    first, second = refused.value.problems
+    assert first.where == "model.override_config.hidden_sizes"
+    assert first.fix == "did you mean `hidden_size`?"
+    assert second.where == "model.override_config.zzz"
+    assert "num_hidden_layers" in second.fix
+    assert first.what == second.what
+    assert first.what
+
+
+def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    least = {
+        k: v
+        for k, v in DENSE.items()
+        if k not in ("num_key_value_heads", "max_position_embeddings", "rope_theta", "torch_dtype")
+    }
+    shape = read_shape(folder_of(tmp_path, least), {})
+    assert (shape.num_key_value_heads, shape.head_dim) == (4, 16)
+    assert (shape.rope_theta, shape.rope_scaling) == (10000.0, None)
+    assert (shape.tie_word_embeddings, shape.attention_bias, shape.qk_norm) == (False, False, False)
+    assert (shape.num_experts, shape.sliding_window) == (0, None)
+    mixtral = {k: v for k, v in MIXTRAL.items() if k != "num_experts_per_tok"}
+    shape = read_shape(folder_of(tmp_path, mixtral), {})
+    assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (8, 2, 128)
+    assert shape.norm_topk_prob
+    qwen = {k: v for k, v in QWEN3_MOE.items() if k not in ("num_experts_per_tok", "norm_topk_prob")}
+    shape = read_shape(folder_of(tmp_path, qwen), {})
+    assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (6, 8, 48)
+    assert not shape.norm_topk_prob
+    window = DENSE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
+    assert read_shape(folder_of(tmp_path, window), {}).sliding_window == 128
+    assert read_shape(folder_of(tmp_path, window | {"use_sliding_window": False}), {}).sliding_window is None

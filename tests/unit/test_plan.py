@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from sftd.domain import events as e
+from sftd.domain.flops import device_bytes
 from sftd.domain.footprint import Footprint, footprints, fullest
 from sftd.domain.layout import LENGTH_QUANTILES, DataFacts, ModelShape, check_model
 from sftd.domain.pace import Machine, pace, step_seconds
@@ -573,3 +574,72 @@ def test_earlier_runs_correct_the_pace() -> None:
     assert calibration(LLAMA_7B, H100, slow) is None
     assert calibration(LLAMA_1B, H200, slow) is None
     assert fullest(footprints(SPEC, LLAMA_1B, work, device="cuda", dtype="bfloat16")).stage == 0
+
+
+def test_a_log_that_does_not_know_how_lengths_vary_is_planned_by_their_mean() -> None:
+    known = rows_of(512, rows=10)
+    unknown = replace(known, seen_tokens=0, seen_squares=0, lengths=())
+    work = workload(spec_of(length=1024), unknown, 8, "cpu")
+    assert (work.real, work.squares) == (16 * 512, 16 * 512**2)
+    # Cut to the longest that is trained; a log without any tokens is taken at its longest.
+    assert workload(spec_of(length=256), unknown, 8, "cpu").real == 16 * 256
+    assert workload(spec_of(length=1024), replace(unknown, tokens=0), 8, "cpu").real == 16 * 512
+
+
+def test_lengths_are_rounded_up_to_what_the_ranks_share() -> None:
+    rows = rows_of(101)
+
+    def longest(device: str, *given: tuple[str, Any]) -> int:
+        return workload(spec_of(*given, length=101), rows, 8, device).largest
+
+    assert longest("cpu") == 101
+    assert longest("cuda") == 128
+    assert longest("cpu", (CP, 2), ("launch.nproc_per_node", 2)) == 104
+    assert longest("cuda", (CP, 2), ("launch.nproc_per_node", 2)) == 128
+    assert longest("cpu", (TP, 4), (SP, True)) == 104
+    assert longest("cpu", (TP, 4)) == 101
+    assert longest("cpu", (TP, 3), (SP, True), (CP, 2), ("launch.nproc_per_node", 6)) == 108
+
+
+def test_the_longest_of_several_rows_is_expected_between_the_quantiles() -> None:
+    # Evenly spread from 0 to 2000: of one row half of it, of the larger of two two thirds.
+    lengths = tuple(round(2000 * q) for q in LENGTH_QUANTILES)
+    rows = replace(rows_of(1000), lengths=lengths, longest=2000)
+    for size, expected in ((1, 1000.0), (2, 2000 * 2 / 3)):
+        spec = spec_of(("training.micro_batch_size_per_gpu", size), batch=16, length=2000)
+        work = workload(spec, rows, 8, "cpu")
+        assert work.computed / 16 == pytest.approx(expected, rel=0.05)
+
+
+def test_the_interleaved_schedule_takes_groups_of_micro_batches() -> None:
+    for given, expected in (([], 16), ([(PP, 2)], 16), ([(PP, 2), (VPP, 2)], 16)):
+        assert spec_of(*given).num_microbatches == expected
+    packed = [RMPAD, (TOKENS, 3 * 4096), (PP, 4), ("launch.nproc_per_node", 4)]
+    assert spec_of(*packed).num_microbatches == 6
+    assert spec_of(*packed, (VPP, 2)).num_microbatches == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("NVIDIA B200", 179.0),
+        ("NVIDIA H200", 139.8),
+        ("NVIDIA H100 NVL", 93.1),
+        ("NVIDIA H100 80GB HBM3", 79.1),
+        ("NVIDIA A100-SXM4-80GB", 79.1),
+        ("NVIDIA L40S", 44.4),
+        ("NVIDIA GeForce RTX 4090", 0.0),
+    ],
+)
+def test_the_memory_of_a_device_is_known_by_its_name(name: str, gib: float) -> None:
+    assert device_bytes(name) == int(gib * GIB)
+
+
+def test_an_outcome_on_cpus_is_compared_with_a_plan_for_cpus() -> None:
+    run = replace(ended(device="cpu"), environment={"device": "cpu", "dtype": "float32", "threads": 3})
+    found = outcome(run, submitted(), None, 100.0, [])
+    assert found is not None
+    assert found.plan.machine == Machine(device="cpu", name="cpu", cores=3)
+    on_gpus = outcome(ended(), submitted(), None, 100.0, [])
+    assert on_gpus is not None
+    assert on_gpus.plan.machine == Machine(device="cuda", name=H100.name, cores=1)

@@ -35,5 +35,7 @@ def test_what_a_terminal_obeys_is_escaped_in_json_and_a_space_elsewhere(code: in
 
 def test_what_only_shows_is_left_as_it_is() -> None:
     assert escaped('"größe 😀"') == '"größe 😀"'
+    assert json.loads(escaped('"a\x7fb"')) == "a\x7fb"
+    assert "\x7f" not in escaped('"a\x7fb"')
     assert harmless("größe\n😀\tx") == "größe\n😀\tx"
     assert printable("größe 😀") == "größe 😀"

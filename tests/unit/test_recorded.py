@@ -95,6 +95,9 @@ PLANS: dict[str, tuple[Given, ModelShape, DataFacts, Machine]] = {
     "PP": ([(PP, 4), ranks(8)], LLAMA_7B, MIXED, H100),
     "PP, packed": ([(PP, 2), ranks(4), RMPAD, *FULL], LLAMA_1B, MIXED, H100),
     "VPP": ([(PP, 2), (VPP, 4), ranks(2)], LLAMA_1B, rows_of(4096), H100),
+    "PP, TP and SP": ([(PP, 2), (TP, 2), (SP, True), ranks(4)], LLAMA_1B, MIXED, H100),
+    "VPP, packed": ([(PP, 2), (VPP, 2), RMPAD, ranks(4)], LLAMA_1B, MIXED, H100),
+    "experts whole, the rest in parts": ([(EP, 2), (TP, 2), (SP, True), ranks(4)], EXPERTS, MIXED, H100),
     "CP": ([(CP, 2), ranks(4)], LLAMA_1B, MIXED, H100),
     "CP with normed keys": ([(CP, 4), (TP, 2), (SP, True), ranks(8), RMPAD], QWEN_600M, MIXED, H200),
     "experts": ([(EP, 2), ranks(2), *SELECTIVE], EXPERTS, MIXED, H100),
@@ -325,10 +328,13 @@ def _story() -> Log:
     log.add(validated(4, 2.5), e.AnomalyDetected(step=5, what="loss_spike", detail={"policy": "record"}))
     log.add(e.SampleGenerated(step=5, prompt="a", text="b", tokens=1, stopped=True), LOOK).end()
     log.claim().add(msgspec.structs.replace(LAUNCHED, pid=2), LOADED, BOUND)
-    log.add(step(5), step(6, loss=1.5, seconds=0.25), e.CheckpointStarted(step=6))
+    log.add(
+        step(5), step(6, loss=1.5, seconds=0.25), step(6, loss=1.5, seconds=0.0), e.CheckpointStarted(step=6)
+    )
     log.add(e.AnomalyDetected(step=6, what="checkpoint_failed", detail={"reason": "full"}))
     log.end(Failure("lost", "gone"), None, lost=True).claim().add(LAUNCHED, LOADED).train(7)
     log.add(*halting.preempt(log.run, "calm-fox", 5)).save().end(exit_code=0)
+    log.add(e.JobReported(job="", state="SUBMITTED", reason="", nodes=""))
     log.add(e.JobReported(job="12", state="PENDING", reason="Priority", nodes="")).claim().add(
         LAUNCHED, LOADED
     )

@@ -20,6 +20,7 @@ from sftd.domain.replay import (
     AtVersion,
     Moment,
     Steps,
+    Timeline,
     milestones,
     parse_moment,
     timeline,
@@ -203,3 +204,21 @@ def test_how_far_off() -> None:
     assert by_how_much(2.0, 2.5) == "+25 %"
     assert by_how_much(2.0, float("nan")) == ""
     assert by_how_much("a", "b") == ""
+
+
+def test_each_step_that_agrees_is_counted() -> None:
+    steps = [step(n) for n in (1, 2, 3)]
+    loaded = e.ModelLoaded(
+        architecture="a",
+        parameters=1,
+        dtype="float32",
+        device="cpu",
+        seconds=1.0,
+        environment={"deterministic": True},
+    )
+    log = Timeline(dict(enumerate(steps, 1)), {}, dict.fromkeys((1, 2, 3), 1), {1: loaded})
+    comparing = Comparing(log, loaded, {})
+    assert [comparing.add(one) for one in steps[:2]] == [{}, {}]
+    assert comparing.agreeing == 2
+    assert comparing.add(step(3, loss=9.0)).keys() == {"loss"}
+    assert (comparing.agreeing, comparing.is_exact) == (2, True)

@@ -193,3 +193,31 @@ def test_standard_input_is_a_spec_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"- 1")))
     with pytest.raises(Refused, match="standard input: is not a mapping"):
         specfile.load_file("-")
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [("nowhere.yaml", "nowhere.yaml"), ("odd.yaml", "odd.yaml"), ("list.yaml", "list.yaml")],
+)
+def test_a_file_that_is_no_config_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, where: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_bytes(b"\xff\xfe\xff")
+    Path("list.yaml").write_text("- 1")
+    with pytest.raises(Refused) as refused:
+        specfile.load_file(path)
+    (problem,) = refused.value.problems
+    assert problem.where == where
+    assert problem.what
+    assert problem.fix
+
+
+@pytest.mark.parametrize("argument", ["optimizer.lr", "=1e-5", ""])
+def test_an_override_that_is_none_is_named_with_what_to_do(argument: str) -> None:
+    with pytest.raises(Refused) as refused:
+        specfile.parse_overrides([argument])
+    (problem,) = refused.value.problems
+    assert problem.where == argument
+    assert "optimizer.lr=1e-5" in problem.fix
+    assert specfile.parse_overrides([" a.b =1", "c=d=e"]) == [("a.b", 1), ("c", "d=e")]

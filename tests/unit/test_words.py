@@ -5,7 +5,7 @@ from __future__ import annotations
 from sftd.cli import output
 from sftd.cli.plan_view import seconds
 from sftd.domain.progress_lines import describe
-from sftd.domain.words import counted
+from sftd.domain.words import counted, memory, size
 from sftd.trainer.prepare.card import reason_of
 from tests.histories import step
 
@@ -35,3 +35,23 @@ def test_a_step_fits_80_columns() -> None:
 def test_a_short_step_is_not_zero() -> None:
     shown = [seconds(value) for value in (0.0026, 0.0999, 0.42, 12.3)]
     assert shown == ["2.6 ms", "100 ms", "0.42 s", "12 s"]
+
+
+def test_units_change_at_their_edges() -> None:
+    assert [size(n) for n in (0, 999, 1000, 999_949, 1_000_000, 10**9, 10**12, 10**15)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "1.0 GB",
+        "1.0 TB",
+        "1000.0 TB",
+    ]
+    assert [memory(n * 2**20) for n in (0, 972, 973, 1024, 1536)] == [
+        "0 MiB",
+        "972 MiB",
+        "1.0 GiB",
+        "1.0 GiB",
+        "1.5 GiB",
+    ]
