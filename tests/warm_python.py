@@ -55,7 +55,7 @@ _DESCRIPTORS = 200
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """A server that has imported everything by the time of the first start. Yields what WARM must be."""
+    """A server that imports everything at the first start. Yields what WARM must be."""
     with tempfile.TemporaryDirectory(prefix="sftd-warm-") as folder:
         path = f"{folder}/socket"
         own = {
@@ -77,6 +77,9 @@ def serving() -> Iterator[str]:
             assert server.stdout.readline(), "the warm Python did not start"
             yield path
             server.stdin.close()
+        assert server.returncode == 0, (
+            "the warm Python failed: what was started meanwhile has imported by itself"
+        )
 
 
 def environment(server: str, base: Mapping[str, str], command: Sequence[str] = ()) -> dict[str, str]:
@@ -95,35 +98,42 @@ def _serve(path: str) -> None:
         listeners[-1].listen(64)
     # Nobody waits for those that wait for a fork.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    from sftd import cli
-
-    for module, _ in cli.COMMANDS.values():
-        importlib.import_module(f"sftd.cli.{module}")
-    importlib.import_module("sqlalchemy.dialects.sqlite")
-    # Torch is in none of its forks.
-    if os.fork() == 0:
-        _answer(listeners[0])
-        os._exit(0)
-    import_all()
     print("ready", flush=True)
-    _answer(listeners[1])
+    # Two processes: torch is in none of the commands.
+    if os.fork() == 0:
+        _answer(listeners[0], _import_commands)
+        os._exit(0)
+    _answer(listeners[1], import_all)
 
 
-def _answer(listener: socket.socket) -> None:
-    """Fork for each connection, until the standard input ends."""
-    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread: forking is not safe"
-    gc.collect()
-    # The forks share these pages.
-    gc.freeze()
+def _answer(listener: socket.socket, prepare: Callable[[], None]) -> None:
+    """Fork for each connection, until the standard input ends. The first one waits for what `prepare` imports."""
+    is_prepared = False
     poll = select.poll()
     poll.register(0, select.POLLIN | select.POLLHUP)
     poll.register(listener, select.POLLIN)
     while not any(fd == 0 for fd, _ in poll.poll()):
+        if not is_prepared:
+            prepare()
+            assert len(os.listdir("/proc/self/task")) == 1, (
+                "an import has started a thread: forking is not safe"
+            )
+            gc.collect()
+            # The forks share these pages.
+            gc.freeze()
+            is_prepared = True
         connection = listener.accept()[0]
         if os.fork() == 0:
             listener.close()
             _attend(connection)
         connection.close()
+
+
+def _import_commands() -> None:
+    cli = importlib.import_module("sftd.cli")
+    for module, _ in cli.COMMANDS.values():
+        importlib.import_module(f"sftd.cli.{module}")
+    importlib.import_module("sqlalchemy.dialects.sqlite")
 
 
 # All that an attempt will need, and what those import when they are used first. Nothing here starts a thread or a process
