@@ -1,15 +1,16 @@
-"""A Python that has imported the trainer once, in the place of each `python -m torch.distributed.run` and `python -m
-sftd.trainer…` that a test's processes start: ten seconds less of a core for each. And one that has imported the commands, for
-each `python -m sftd` that a test itself starts and asks this for.
+"""A Python that imports the trainer once, in the place of each `python -m torch.distributed.run` and `python -m sftd.trainer…`
+that a test's processes start: ten seconds less of a core for each. And one that imports the commands, for each `python -m sftd`
+that a test itself starts and asks this for.
 
-What is started is still the real command line: daemon, shell, torchrun, ranks and tools. Only their imports are shared.
+The command lines of daemons, shells, torchruns, ranks and tools are the real ones; only their imports are shared.
 `tests/held/sitecustomize.py` has `tests/warm_client.py` hand a new interpreter's arguments, environment, folder, limits and
-descriptors to the server that WARM names; the server forks a process that runs the same program, and the interpreter waits
-for it and passes signals on. torchrun forks its ranks in the same way. The environment of each fork replaces the server's in /proc, where sftd finds
-the processes of an attempt. An interpreter in another namespace or another job starts as ever.
+descriptors to the server that WARM names. The server forks a process that runs the same program, and the interpreter waits
+for it and passes signals on. torchrun forks its ranks in the same way. Each fork writes its environment over the server's,
+where /proc shows it: sftd finds the processes of an attempt there. An interpreter in another namespace, or in a job of Slurm,
+imports by itself.
 
-What it hides: the time and the order of imports, and what a module reads from the environment while it is imported. Tests
-of a launcher therefore start one attempt without it.
+What this hides: the time and the order of imports, what a module reads from the environment while it is imported, and the
+seed of hashes, which all forks share. Each launcher therefore keeps tests without it.
 """
 
 from __future__ import annotations
