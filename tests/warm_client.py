@@ -44,9 +44,9 @@ def replace_if_asked(server: str) -> None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(of_commands(server) if is_command else server)
+        if connection.recv(MESSAGE).decode() != place():
+            return
     except OSError:
-        return
-    if connection.recv(MESSAGE).decode() != place():
         return
     descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     descriptors = [fd for fd in descriptors if _is_inherited(fd)]

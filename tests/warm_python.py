@@ -1,15 +1,16 @@
-"""A Python that has imported the trainer once, in the place of each `python -m torch.distributed.run` and `python -m
-sftd.trainer…` that a test's processes start: ten seconds less of a core for each. And one that has imported the commands, for
-each `python -m sftd` that a test itself starts and asks this for.
+"""A Python that imports the trainer once, in the place of each `python -m torch.distributed.run` and `python -m sftd.trainer…`
+that a test's processes start: ten seconds less of a core for each. And one that imports the commands, for each `python -m sftd`
+that a test itself starts and asks this for.
 
-What is started is still the real command line: daemon, shell, torchrun, ranks and tools. Only their imports are shared.
+The command lines of daemons, shells, torchruns, ranks and tools are the real ones; only their imports are shared.
 `tests/held/sitecustomize.py` has `tests/warm_client.py` hand a new interpreter's arguments, environment, folder, limits and
-descriptors to the server that WARM names; the server forks a process that runs the same program, and the interpreter waits
-for it and passes signals on. torchrun forks its ranks in the same way. The environment of each fork replaces the server's in /proc, where sftd finds
-the processes of an attempt. An interpreter in another namespace or another job starts as ever.
+descriptors to the server that WARM names. The server forks a process that runs the same program, and the interpreter waits
+for it and passes signals on. torchrun forks its ranks in the same way. Each fork writes its environment over the server's,
+where /proc shows it: sftd finds the processes of an attempt there. An interpreter in another namespace, or in a job of Slurm,
+imports by itself.
 
-What it hides: the time and the order of imports, and what a module reads from the environment while it is imported. Tests
-of a launcher therefore start one attempt without it.
+What this hides: the time and the order of imports, what a module reads from the environment while it is imported, and the
+seed of hashes, which all forks share. Each launcher therefore keeps tests without it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _DESCRIPTORS = 200
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """A server that has imported everything by the time of the first start. Yields what WARM must be."""
+    """A server that imports everything at the first start. Yields what WARM must be."""
     with tempfile.TemporaryDirectory(prefix="sftd-warm-") as folder:
         path = f"{folder}/socket"
         own = {
@@ -77,6 +78,9 @@ def serving() -> Iterator[str]:
             assert server.stdout.readline(), "the warm Python did not start"
             yield path
             server.stdin.close()
+        assert server.returncode == 0, (
+            "the warm Python failed: what was started meanwhile has imported by itself"
+        )
 
 
 def environment(server: str, base: Mapping[str, str], command: Sequence[str] = ()) -> dict[str, str]:
@@ -95,35 +99,42 @@ def _serve(path: str) -> None:
         listeners[-1].listen(64)
     # Nobody waits for those that wait for a fork.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    from sftd import cli
-
-    for module, _ in cli.COMMANDS.values():
-        importlib.import_module(f"sftd.cli.{module}")
-    importlib.import_module("sqlalchemy.dialects.sqlite")
-    # Torch is in none of its forks.
-    if os.fork() == 0:
-        _answer(listeners[0])
-        os._exit(0)
-    import_all()
     print("ready", flush=True)
-    _answer(listeners[1])
+    # Two processes: torch is in none of the commands.
+    if os.fork() == 0:
+        _answer(listeners[0], _import_commands)
+        os._exit(0)
+    _answer(listeners[1], import_all)
 
 
-def _answer(listener: socket.socket) -> None:
-    """Fork for each connection, until the standard input ends."""
-    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread: forking is not safe"
-    gc.collect()
-    # The forks share these pages.
-    gc.freeze()
+def _answer(listener: socket.socket, prepare: Callable[[], None]) -> None:
+    """Fork for each connection, until the standard input ends. The first one waits for what `prepare` imports."""
+    is_prepared = False
     poll = select.poll()
     poll.register(0, select.POLLIN | select.POLLHUP)
     poll.register(listener, select.POLLIN)
     while not any(fd == 0 for fd, _ in poll.poll()):
+        if not is_prepared:
+            prepare()
+            assert len(os.listdir("/proc/self/task")) == 1, (
+                "an import has started a thread: forking is not safe"
+            )
+            gc.collect()
+            # The forks share these pages.
+            gc.freeze()
+            is_prepared = True
         connection = listener.accept()[0]
         if os.fork() == 0:
             listener.close()
             _attend(connection)
         connection.close()
+
+
+def _import_commands() -> None:
+    cli = importlib.import_module("sftd.cli")
+    for module, _ in cli.COMMANDS.values():
+        importlib.import_module(f"sftd.cli.{module}")
+    importlib.import_module("sqlalchemy.dialects.sqlite")
 
 
 # All that an attempt will need, and what those import when they are used first. Nothing here starts a thread or a process
