@@ -972,10 +972,12 @@ def test_notify_names_its_channels_and_no_secret(
 ) -> None:
     assert ask("notify") == []
     monkeypatch.setenv("SFTD_NOTIFY_WEBHOOK", "https://hooks.example.com/services/hush-hush")
-    (row,) = ask("notify")
-    assert set(row) == {"channel", "kinds", "pending", "error"}
-    assert "hush" not in json.dumps(row)
-    assert row["error"] is None
+    monkeypatch.setenv("SFTD_NOTIFY_COMMAND", "/opt/notify --token hush-hush")
+    rows = ask("notify")
+    assert [row["channel"] for row in rows] == ["command notify", "webhook at hooks.example.com"]
+    for row in rows:
+        assert set(row) == {"channel", "kinds", "pending", "error"}
+        assert row["error"] is None
 
 
 def test_a_copy_reports_rows_and_digest_of_each_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from sftd.cli import main
 from sftd.daemon.lock import DaemonLock
+from sftd.daemon.log import PrivateFile
 from sftd.domain import events as e
 from sftd.domain.spec import Spec
 from sftd.launcher import device_holds, local
@@ -88,6 +90,15 @@ def test_what_ranks_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert attempt._child.wait(timeout=PATIENCE) == 0
     assert (tmp_path / "attempt" / "made" / "file").read_text() == "text\n"
     assert attempt.directory.output_log.read_text() == "said\n"
+    assert modes(tmp_path) == {}
+
+
+def test_the_log_of_a_daemon(tmp_path: Path) -> None:
+    handler = PrivateFile(tmp_path / "daemon.log", size=100, kept=1)
+    for number in range(5):
+        handler.handle(logging.makeLogRecord({"msg": f"line {number} {'x' * 50}"}))
+    handler.close()
+    assert {path.name for path in tmp_path.iterdir()} == {"daemon.log", "daemon.log.1"}
     assert modes(tmp_path) == {}
 
 
