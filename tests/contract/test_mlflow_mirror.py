@@ -383,7 +383,7 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     root = expected(log.store, "root")
     # What the parent does later is no part of it, also at a step that the fork has inherited.
     log.train("root", 3, range(10, 12))
-    log.add("root", validation(3, 7.0), attempt=3)
+    log.add("root", validation(6, 7.0), attempt=3)
     fork(log, "child", 9, "grandchild")
     log.train("grandchild", 1, range(10, 11), loss=8.0)
 
