@@ -381,8 +381,10 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     crash_and_redo(log, "root")
     fork(log, "root", 7, "child")
     log.train("child", 1, range(8, 10), loss=9.0)
-    # What the parent does later is no part of it.
+    root = expected(log.store, "root")
+    # What the parent does later is no part of it, also at a step that the fork has inherited.
     log.train("root", 3, range(10, 12))
+    log.add("root", validation(6, 7.0), attempt=3)
     fork(log, "child", 9, "grandchild")
     log.train("grandchild", 1, range(10, 11), loss=8.0)
 
@@ -402,7 +404,6 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
         mirror.sync(never)
     new_mirror().sync(never)
 
-    root = expected(log.store, "root")
     child = expected(log.store, "child")
     grandchild = expected(log.store, "grandchild")
 

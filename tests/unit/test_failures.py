@@ -302,3 +302,48 @@ def test_whatever_stands_in_the_place_of_the_secrets_the_attempt_ends(
 def test_what_a_rank_said_can_do_nothing_to_a_terminal() -> None:
     said = "ValueError: a\x1b]0;title\x07 b\x9b2J c\u202ed\u2028e\x7f"
     assert classify(Remains(1, [RankError(0, said)])).message == "rank 0: ValueError: a ]0;title b 2J c d e"
+
+
+# One text for each alternative by which a cause is known.
+SIGNS = {
+    "user error": ["UserError: no", "sftd.x.DataError: no", "Refused: no", "sftd.domain.errors.Refused: no"],
+    "bad checkpoint": ["CheckpointInvalid: short"],
+    "not a number": ["NonFiniteLoss: step 3"],
+    "loss spike": ["LossSpike: step 3"],
+    "out of memory": [
+        "slurm: OUT_OF_MEMORY: job 7",
+        "torch.OutOfMemoryError: no",
+        "CUDA out of memory",
+        "RuntimeError: CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "RuntimeError: DefaultCPUAllocator: can't allocate memory",
+        "MemoryError",
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate",
+        "OSError: [Errno 12] Cannot allocate memory",
+    ],
+    "lost": ["slurm: NODE_FAIL: job 7 on n1"],
+    "disk full": [
+        "OSError: [Errno 28] No space left on device",
+        "OSError: [Errno 122] Disk quota exceeded",
+        "OSError: [Errno 27] File too large",
+    ],
+    "communication": [
+        "ncclUnhandledCudaError: NCCL",
+        "torch.distributed.DistBackendError: x",
+        "[../third_party/gloo/transport] x",
+        "Gloo connectFullMesh failed",
+        "Connection reset by peer",
+        "Connection closed by peer",
+        "Connection refused",
+        "BrokenPipeError: Broken pipe",
+        "Timed out waiting",
+    ],
+    "crash": ["ValueError: odd", "ConnectionError: odd", "MyMemoryErrors", "Refusedly: no"],
+}
+
+
+@pytest.mark.parametrize(
+    ("cause", "text"), [(cause, text) for cause, texts in SIGNS.items() for text in texts]
+)
+def test_each_sign_of_a_cause(cause: str, text: str) -> None:
+    assert classify(Remains(1, output_tail=["before", text, "behind"])).cause == cause
