@@ -162,7 +162,7 @@ def warm_up(kept: Kept, tests: Sequence[str], paths: Sequence[str]) -> None:
         raise SystemExit(f"the tests cannot be collected: {kept.folder}/collected")
     forks.import_all([forks.module_name(path) for path in paths])
     early = lines.take()
-    coverage.sys.monitoring.free_tool_id(coverage.TOOL)
+    sys.monitoring.free_tool_id(coverage.TOOL)
     others = sorted(
         n for n in sys.modules if n.split(".")[0] not in ("sftd", "tests", "__main__", "mutation")
     )
