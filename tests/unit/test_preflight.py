@@ -254,3 +254,14 @@ def test_a_folder_that_should_be_a_mount_is_doubted(folder: Path) -> None:
     (doubt,) = [w for w in found.warnings if w.where == "checkpoint.save_dir"]
     assert "/sftd-no-such-disk/a/b" in doubt.what
     assert "mount" in doubt.fix
+
+
+def test_each_point_of_a_sweep_must_have_room_for_its_checkpoints(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text(json.dumps({"model": {"partial_pretrain": str(folder / "model")}}))
+    given = (f"data.train_files={folder}/t.parquet", "data.train_batch_size=2", "trainer.epochs=1")
+    grid = sweep.parse_grid(["model.megatron.seed=1,2"])
+    assert len(sweep.points(str(config), given, grid, str(folder), "s", folder)) == 2
+    home = folder / "v.parquet"
+    found = problems_of(lambda: sweep.points(str(config), given, grid, str(folder), "s", home))
+    assert "v.parquet/runs" in found["checkpoint.save_dir"]
