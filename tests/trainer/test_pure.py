@@ -322,6 +322,18 @@ def test_a_folder_is_put_in_place_of_an_old_one(tmp_path: Path, monkeypatch: pyt
             assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
+def test_a_folder_that_cannot_take_the_place_of_another_leaves_it_there(tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "file").write_text("old")
+    with pytest.raises(FileNotFoundError) as refused:
+        folder_swap.publish_folder(tmp_path / "nowhere", published)
+    assert refused.value.filename == str(published)
+    assert refused.value.strerror == os.strerror(refused.value.errno or 0)
+    assert (published / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [published]
+
+
 def test_a_range_of_elements_is_cut_into_rectangles_in_order() -> None:
     numbers = random.Random(1)
     for _ in range(500):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import DataFacts, check_data
+from sftd.domain.layout import LENGTH_QUANTILES, DataFacts, check_data
 from sftd.domain.spec_parse import parse
 from sftd.wire import dataset
 from sftd.wire.data_rows import DataFile, read_row
@@ -384,3 +384,39 @@ def test_what_is_cut_is_said_with_how_many(tmp_path: Path) -> None:
     assert problems == []
     assert warning.where == "data.train_files"
     assert all(word in warning.what for word in ("1 of 2 rows", "data.sequence_length 3", "right"))
+
+
+def test_how_lengths_vary_is_recorded(tmp_path: Path) -> None:
+    lengths = list(range(2, 103))
+    ids = [[1] * n for n in lengths]
+    columns = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    facts = inspect(parquet(tmp_path / "a", columns, row_group_size=10), sequence_length=1000)
+    # Of 2 to 102 tokens each once: a quantile is its share of a hundred, and two.
+    assert facts.lengths == pytest.approx([2 + 100 * q for q in LENGTH_QUANTILES], abs=1)
+    assert (facts.lengths[0], facts.lengths[-1]) == (2, 102)
+    assert facts.seen_squares == sum(n * n for n in lengths)
+    cut = inspect(parquet(tmp_path / "a", columns), sequence_length=50)
+    assert (cut.lengths[-1], cut.longest, cut.truncated) == (50, 102, 52)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("loss_mask", pa.list_(pa.string()), "-100"),
+        ("position_ids", pa.list_(pa.string()), "use_rmpad"),
+        ("loss_mask", pa.list_(pa.int64()), "-100"),
+        ("position_ids", pa.list_(pa.int64()), "use_rmpad"),
+    ],
+)
+def test_a_column_of_another_tool_is_refused_with_what_to_do_instead(
+    tmp_path: Path, name: str, kind: pa.DataType, words: str
+) -> None:
+    values = pa.array([["7"] * 4, ["7"] * 2], pa.list_(pa.string())).cast(kind)
+    with pytest.raises(Refused) as refused:
+        inspect(parquet(tmp_path / "a", GOOD | {name: values}))
+    assert words in refused.value.problems[0].fix
+
+
+def test_the_columns_that_are_there_are_named(tmp_path: Path) -> None:
+    columns = {"input_ids": GOOD["input_ids"], "text": ["a", "b"]}
+    assert "has no column 'labels'; it has input_ids, text" in refusal(parquet(tmp_path / "a", columns))

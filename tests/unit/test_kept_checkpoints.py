@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from sftd.domain import decisions, retention
+from sftd.domain.errors import Refused
 from sftd.domain.failures import Failure
-from sftd.domain.run import Run
+from sftd.domain.run import ForkPoint, Run
 from tests.unit.test_run_history import Log, validated
 
 
@@ -69,3 +70,25 @@ def test_what_a_resume_was_asked_to_start_from_is_kept() -> None:
     assert 5 not in [c.step for c in retention.deletable(log.run)]
     # Without a resume, nothing is.
     assert all("about to be resumed from" not in r for r in retention.why_kept(succeeded()).values())
+
+
+def test_a_resume_starts_from_the_newest_checkpoint_that_is_left() -> None:
+    run = Log().claim().train(15, save_every=5).end().run
+
+    def instead(gone: set[int], asked: int | None = None, of: Run = run) -> int | None:
+        return decisions.without_missing(of, asked, frozenset(gone))
+
+    def fix(gone: set[int], asked: int | None = None, of: Run = run) -> str:
+        with pytest.raises(Refused) as refused:
+            instead(gone, asked, of)
+        return refused.value.problems[0].fix
+
+    assert [instead(gone) for gone in (set(), {5}, {15}, {10, 15}, {5, 10, 15})] == [None, None, 10, 5, 0]
+    assert instead({5}, asked=10) == 10
+    assert "0, 5, 15" in fix({10}, asked=10)
+    # A fork has its parent's checkpoint and nothing before it.
+    forked = msgspec.structs.replace(run, fork=ForkPoint("p", 3, 9))
+    assert [instead(gone, of=forked) for gone in ({15}, {10, 15})] == [10, 5]
+    assert "one of 5, 15" in fix({10}, asked=10, of=forked)
+    assert fix({5, 10, 15}, of=forked)
+    assert "put its folder back" in fix({5, 10, 15}, asked=10, of=forked)

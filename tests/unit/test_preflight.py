@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -231,3 +232,36 @@ def test_a_sweep_has_a_thousand_points_at_most(folder: Path) -> None:
     assert "1001 combinations" in found["--grid"]
     grid = {"model.megatron.seed": [str(n) for n in range(500)], "optimizer.lr": ["-1", "-2"]}
     assert "--grid" not in problems_of(lambda: sweep.points(None, (), grid, str(folder), "s", folder))
+
+
+def test_a_home_that_cannot_hold_checkpoints_is_refused_before_it_must(folder: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        preflight.inspect(spec_of(folder), home=folder / "v.parquet")
+    (problem,) = refused.value.problems
+    assert problem.where == "checkpoint.save_dir"
+    assert "v.parquet/runs" in problem.what
+    assert "SFTD_HOME" in problem.fix
+    # A folder of one's own is asked for instead of it.
+    named = spec_of(folder, ("checkpoint.save_dir", str(folder / "c")))
+    assert preflight.inspect(named, home=folder / "v.parquet", has_room=False).planned_steps == 6
+
+
+def test_a_folder_that_should_be_a_mount_is_doubted(folder: Path) -> None:
+    if not os.access("/", os.W_OK):
+        pytest.skip("only who may write into the root folder is not refused")
+    spec = spec_of(folder, ("checkpoint.save_dir", "/sftd-no-such-disk/a/b"))
+    found = preflight.inspect(spec, home=folder, has_room=False)
+    (doubt,) = [w for w in found.warnings if w.where == "checkpoint.save_dir"]
+    assert "/sftd-no-such-disk/a/b" in doubt.what
+    assert "mount" in doubt.fix
+
+
+def test_each_point_of_a_sweep_must_have_room_for_its_checkpoints(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text(json.dumps({"model": {"partial_pretrain": str(folder / "model")}}))
+    given = (f"data.train_files={folder}/t.parquet", "data.train_batch_size=2", "trainer.epochs=1")
+    grid = sweep.parse_grid(["model.megatron.seed=1,2"])
+    assert len(sweep.points(str(config), given, grid, str(folder), "s", folder)) == 2
+    home = folder / "v.parquet"
+    found = problems_of(lambda: sweep.points(str(config), given, grid, str(folder), "s", home))
+    assert "v.parquet/runs" in found["checkpoint.save_dir"]

@@ -11,6 +11,7 @@ import pytest
 from sftd.domain.failures import Failure, RankError, Remains, classify, is_disk_full
 from sftd.wire.attempt_dir import AttemptDir, make_private
 from sftd.wire.remains import find_remains, find_stack
+from sftd.wire.secrets import Secrets
 
 
 def leave(directory: AttemptDir, rank: int, text: str, *, at: int | None = None, stack: int = 0) -> None:
@@ -178,3 +179,11 @@ def test_the_cause_with_its_message_and_evidence(remains: Remains, expected: Fai
 def test_a_full_disk_is_one_in_all_its_forms(text: str, expected: bool) -> None:
     assert is_disk_full(text) is expected
     assert (classify(Remains(1, output_tail=[text])).cause == "disk full") is expected
+
+
+def test_a_value_of_eight_characters_is_a_secret_and_a_shorter_one_a_word() -> None:
+    secrets = Secrets.of(
+        {"A_TOKEN": "12345678", "B_TOKEN": "7654321", "C": "abcdefgh", "D_KEY": "12345678-9"}
+    )
+    assert secrets.hide("12345678 7654321 abcdefgh 12345678-9 1234567") == "*** 7654321 abcdefgh *** 1234567"
+    assert secrets.hide("http://u:p@h/x and //u:@h") == "http://u:***@h/x and //u:@h"

@@ -224,3 +224,11 @@ def test_a_fork_goes_on_with_the_sample_where_its_parent_stood(
         assert trajectory.forked_order(parent, step, other, digest) == OrderStart(step, 0)
     moved, _ = change(new, [("data.train_files", ["/moved"])])
     assert trajectory.forked_order(parent, step, moved, "d") == start
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_behind_its_last_step_a_schedule_stays_at_its_floor(kind: str) -> None:
+    config = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}}
+    asked = [("scheduler.type", kind), ("scheduler.min_lr_ratio", 0.25), ("optimizer.lr", 2.0)]
+    spec, _ = parse(config, asked)
+    assert [learning_rate(step, spec, 10) for step in (10, 11, 15, 20)] == pytest.approx([0.5] * 4)

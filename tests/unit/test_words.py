@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sftd.cli import output
 from sftd.cli.plan_view import seconds
+from sftd.domain.errors import several
 from sftd.domain.progress_lines import describe
 from sftd.domain.words import counted, memory, size
 from sftd.trainer.prepare.card import reason_of
@@ -54,4 +55,13 @@ def test_units_change_at_their_edges() -> None:
         "1.0 GiB",
         "1.0 GiB",
         "1.5 GiB",
+    ]
+
+
+def test_of_several_texts_three_are_said_and_the_rest_counted() -> None:
+    assert [several("abcde"[:n]) for n in (1, 3, 4, 5)] == [
+        "a",
+        "a, b, c",
+        "a, b, c and 1 more",
+        "a, b, c and 2 more",
     ]
