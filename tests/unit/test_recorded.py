@@ -420,6 +420,7 @@ def histories() -> dict[str, Any]:
                 "deletable": [c.step for c in retention.deletable(run)],
                 "reducible": [c.step for c in retention.reducible(run)],
                 "line": facts_of(progress_lines.describe(one.event, 12)),
+                "read as": msgspec.to_builtins(one.event) if story == "each event" else None,
                 "notice": told and (told.kind, told.step, told.at, facts_of(told.text)),
             }
             if one.type in goodput.TYPES:
