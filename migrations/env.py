@@ -1,4 +1,4 @@
-"""Where Alembic finds the database: the connection that `sftd.store.migrate` hands over, else `SFTD_DATABASE_URL`."""
+"""Where Alembic finds the database: the connection that `sftd.store.database.migrate` hands over, else `SFTD_DATABASE_URL`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from alembic import context
 
 from sftd import settings
-from sftd.store.engine import Store, open_engine
-from sftd.store.schema import metadata
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.schema import metadata
 
 
 def _compared(connection: sa.Connection) -> Any:

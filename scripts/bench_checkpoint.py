@@ -64,20 +64,20 @@ class Bench:
     """One rank of the trainer, with a checkpoint folder."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        from sftd.trainer import process
+        from sftd.trainer.runtime import process
 
         process.prepare()
         process.use_single_process_defaults()
         import numpy as np
         import torch
 
-        from sftd.domain.spec_parse import parse
-        from sftd.trainer import session as sessions
+        from sftd.domain.spec.parse import parse
         from sftd.trainer import trainee as trainees
-        from sftd.trainer.batches import Batching
-        from sftd.trainer.data import Sample
-        from sftd.wire.data_rows import IGNORE_INDEX
-        from sftd.wire.model_folder import read_shape
+        from sftd.trainer.data.batches import Batching
+        from sftd.trainer.data.rows import Sample
+        from sftd.trainer.runtime import session as sessions
+        from sftd.wire.data.rows import IGNORE_INDEX
+        from sftd.wire.model.folder import read_shape
 
         self.ranks = int(os.environ["WORLD_SIZE"])
         self.rank = int(os.environ["RANK"])
@@ -122,7 +122,7 @@ class Bench:
         self.events: list[Any] = []
         self._folder = folder
         self._step = 0
-        from sftd.trainer.checkpoint import Checkpoints
+        from sftd.trainer.checkpoint.checkpoints import Checkpoints
 
         bench = self
 
@@ -142,7 +142,7 @@ class Bench:
         self.checkpoints = Checkpoints(self._order(None), self.session, self.trainee, self._told)
 
     def _order(self, checkpoint: str | None) -> Any:
-        from sftd.wire.attempt_dir import Order
+        from sftd.wire.attempt.directory import Order
 
         fields = {"spec": self.spec, "planned_steps": 1, "checkpoint_dir": str(self._folder)}
         return Order(run_id="bench", attempt=1, token="", checkpoint=checkpoint, **fields)
@@ -162,8 +162,8 @@ class Bench:
 
     def save(self, *, is_async: bool, plain: float) -> dict[str, float]:
         """Save once and delete it again."""
-        from sftd.domain.events import AnomalyDetected
-        from sftd.trainer.checkpoint import Progress
+        from sftd.domain.log.events import AnomalyDetected
+        from sftd.trainer.checkpoint.checkpoints import Progress
 
         # Another step than that of the last checkpoint.
         self.step()
@@ -193,7 +193,7 @@ class Bench:
 
     def load(self) -> tuple[float, int]:
         """Load the newest checkpoint: seconds, and how far the memory grew."""
-        from sftd.trainer import checkpoint_loading
+        from sftd.trainer.checkpoint import loading as checkpoint_loading
 
         order = self._order(str(max(self._folder.glob("step-*"))))
         memory, started = Memory(), time.perf_counter()
@@ -255,8 +255,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         result["async" if is_async else "sync"] = rounds
     result["bytes"] = bench.bytes()
     result["load"], result["load_memory"] = bench.load()
-    from sftd.trainer import session as sessions
-    from sftd.trainer.session import gather
+    from sftd.trainer.runtime import session as sessions
+    from sftd.trainer.runtime.session import gather
 
     for key, pick in (
         ("sync_memory", max(r["memory"] for r in result["sync"])),

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftd.trainer.data import Rows, write_spool
+from sftd.trainer.data.rows import Rows, write_spool
 
 ROW_GROUP = 60_000
 LENGTH = 4096

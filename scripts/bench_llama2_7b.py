@@ -28,9 +28,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from sftd.domain import events as e  # noqa: E402
-from sftd.wire import journal  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
+from sftd.domain.log import events as e  # noqa: E402
+from sftd.wire.attempt import journal  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
 
 _WARMUP = 2
 # Steps that a resumed run makes beyond those of the run before it.

@@ -27,15 +27,16 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from sftd.domain import events as e
-from sftd.domain.spec import Spec
-from sftd.projections import mlflow_check, views
-from sftd.projections.mlflow_client import NO_PHONE_HOME, Tracking
-from sftd.projections.mlflow_mapping import points
-from sftd.projections.mlflow_mirror import MlflowMirror
-from sftd.store import event_store
-from sftd.store.engine import Store, open_engine
-from sftd.store.schema import metadata
+from sftd.domain.log import events as e
+from sftd.domain.spec.spec import Spec
+from sftd.projections import views
+from sftd.projections.mirrors.mlflow import check as mlflow_check
+from sftd.projections.mirrors.mlflow.client import NO_PHONE_HOME, Tracking
+from sftd.projections.mirrors.mlflow.mapping import points
+from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.schema import metadata
+from sftd.store.log import event_store
 
 START = 1_700_000_000_000_000
 BATCH = 5000

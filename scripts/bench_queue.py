@@ -29,15 +29,16 @@ import stub_run
 
 from sftd import settings as settings_module
 from sftd.cli import app
-from sftd.domain.spec import Spec
-from sftd.operations import attempts, runs
+from sftd.domain.spec.spec import Spec
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts
 from sftd.projections import verify
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
-from sftd.store.tables import events, view_runs
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import JournalWriter
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.migrate import upgrade
+from sftd.store.database.tables import events, view_runs
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import JournalWriter
 
 # Where the journal says the folder of the run's checkpoints.
 FOLDER = "CHECKPOINTS"

@@ -29,19 +29,19 @@ import stub_run
 from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.daemon.loop import Daemon
-from sftd.launcher import slurm_commands
 from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
-from sftd.launcher.slurm import SlurmLauncher
-from sftd.launcher.slurm_controller import Controller
+from sftd.launcher.slurm import commands as slurm_commands
+from sftd.launcher.slurm.attempt import SlurmLauncher
+from sftd.launcher.slurm.controller import Controller
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
-from sftd.operations.submitting import Wish, submit_all
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
-from sftd.store.tables import events, view_runs
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import JournalWriter
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.migrate import upgrade
+from sftd.store.database.tables import events, view_runs
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import JournalWriter
 
 # A job's number is its line in the file `jobs`; the stub cluster writes what squeue shows.
 SBATCH = """#!/bin/sh

@@ -29,22 +29,23 @@ import sqlalchemy as sa
 from sftd import settings as settings_module
 from sftd.cli import COMMANDS, app
 from sftd.daemon.supervisor import Supervisor
-from sftd.domain import events as e
-from sftd.domain.demand import Demand
-from sftd.domain.run import Run
-from sftd.domain.spec import Spec, spec_digest
-from sftd.domain.spec_sections import Data, Model, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.queue.demand import Demand
+from sftd.domain.run.state import Run
+from sftd.domain.spec.sections import Data, Model, Trainer
+from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.launcher.local import LocalAttempt
-from sftd.operations import attempts
 from sftd.operations.context import Context, append_decided
-from sftd.store import event_store, queue, runs
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
-from sftd.store.queue import Lease
-from sftd.store.tables import events, projection_positions, view_runs
-from sftd.store.tables import queue as queue_table
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import Line
+from sftd.operations.driving import attempts
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.migrate import upgrade
+from sftd.store.database.tables import events, projection_positions, view_runs
+from sftd.store.database.tables import queue as queue_table
+from sftd.store.log import event_store, runs
+from sftd.store.queue import leases as queue
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import Line
 
 CONTEXT = Context(actor="bench")
 ROUNDS = 9
@@ -303,7 +304,7 @@ def appending(store: Store, count: int, batch: int) -> None:
 
 def emit(path: str, rate: float, duration: float) -> None:
     """Be a trainer that reports `rate` steps a second."""
-    from sftd.wire.journal import JournalWriter
+    from sftd.wire.attempt.journal import JournalWriter
 
     writer = JournalWriter(Path(path))
     started = time.perf_counter()
@@ -352,7 +353,7 @@ def lag(store: Store, folder: Path, rate: float, duration: float) -> None:
 
 def emitting(folder: Path, count: int) -> None:
     """What a step's event costs the trainer's loop, with the fsync thread at work."""
-    from sftd.trainer.reporter import Reporter
+    from sftd.trainer.runtime.reporter import Reporter
 
     reporter = Reporter(AttemptDir(folder), is_reporter=True)
     listed = [step(n) for n in range(1, count + 1)]

@@ -14,7 +14,7 @@
 
 Every row of the table is a process of its own, started one after the other: same tokens a step, warm-up and timed steps.
 Tokens are drawn by Zipf's law from a fixed seed, and weights are random, so no file is needed but this repository.
-Printed are real tokens/s (over the whole timed block and of the median step), MFU (model FLOPs by `sftd.domain.flops`,
+Printed are real tokens/s (over the whole timed block and of the median step), MFU (model FLOPs by `sftd.domain.model.flops`,
 which states the formula, over the device's BF16 peak; padding and recomputation count as nothing), peak GiB that torch
 allocated, the share of the computed tokens that are no padding, and the mean loss of the first and the last step. Each
 row is printed as a line of JSON too.
@@ -110,20 +110,20 @@ Step = Callable[[list[Any], list[Any] | None], tuple[float, int]]
 
 def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     """A step by the trainer's own functions, and the name of the dtype it computes in."""
-    from sftd.trainer import process
+    from sftd.trainer.runtime import process
 
     process.prepare()
     import numpy as np
     import torch
 
-    from sftd.domain.schedule import learning_rate
-    from sftd.domain.spec_parse import LEAVES, parse
-    from sftd.trainer import session as sessions
+    from sftd.domain.spec.learning_rate import learning_rate
+    from sftd.domain.spec.parse import LEAVES, parse
     from sftd.trainer import trainee as trainees
-    from sftd.trainer.batches import Batching
-    from sftd.trainer.data import Sample
-    from sftd.wire.data_rows import IGNORE_INDEX
-    from sftd.wire.model_folder import read_shape
+    from sftd.trainer.data.batches import Batching
+    from sftd.trainer.data.rows import Sample
+    from sftd.trainer.runtime import session as sessions
+    from sftd.wire.data.rows import IGNORE_INDEX
+    from sftd.wire.model.folder import read_shape
 
     overrides: list[tuple[str, Any]] = list(job.overrides)
     if job.budget:
@@ -245,8 +245,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Run the contender and say how fast it was."""
     import torch
 
-    from sftd.domain.flops import peak_flops, training_flops
-    from sftd.wire.model_folder import read_shape
+    from sftd.domain.model.flops import peak_flops, training_flops
+    from sftd.wire.model.folder import read_shape
 
     is_cuda = job.device == "cuda"
     steps = draw_samples(job)

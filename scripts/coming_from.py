@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sftd.domain.other_trainers import TABLE, TOOLS
-from sftd.domain.spec_aliases import ALIASES, MIN_LR, targets
+from sftd.domain.spec.aliases import ALIASES, MIN_LR, targets
+from sftd.domain.spec.other_trainers import TABLE, TOOLS
 
 INTRODUCTION = """\
 # Coming from another trainer
 
-Made by `python scripts/coming_from.py > docs/coming-from.md` from `sftd/domain/other_trainers.py`; a test fails when it is out of
+Made by `python scripts/coming_from.py > docs/coming-from.md` from `sftd/domain/spec/other_trainers.py`; a test fails when it is out of
 date.
 
 sftd trains all weights of a model on labelled tokens (SFT). It has no adapters, no quantised training, no preference or reward

@@ -43,26 +43,26 @@ def in_use(device: str) -> float:
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Train some steps. Returns GiB in use after each stage, and the plan's parts."""
-    from sftd.trainer import process
+    from sftd.trainer.runtime import process
 
     process.prepare()
     process.use_single_process_defaults()
     import numpy as np
     import torch
 
-    from sftd.domain.footprint import footprints, fullest
-    from sftd.domain.layout import LENGTH_QUANTILES, DataFacts
-    from sftd.domain.pace import Machine, step_seconds
-    from sftd.domain.spec_parse import parse
-    from sftd.domain.workload import workload
-    from sftd.trainer import model as models
-    from sftd.trainer import session as sessions
+    from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+    from sftd.domain.plan.batch import workload
+    from sftd.domain.plan.duration import Machine, step_seconds
+    from sftd.domain.plan.memory import footprints, fullest
+    from sftd.domain.spec.parse import parse
     from sftd.trainer import trainee as trainees
-    from sftd.trainer.batches import Batching
-    from sftd.trainer.data import Sample
-    from sftd.trainer.meter import Meter
-    from sftd.wire.data_rows import IGNORE_INDEX
-    from sftd.wire.model_folder import read_shape
+    from sftd.trainer.data.batches import Batching
+    from sftd.trainer.data.rows import Sample
+    from sftd.trainer.loop.meter import Meter
+    from sftd.trainer.model import model as models
+    from sftd.trainer.runtime import session as sessions
+    from sftd.wire.data.rows import IGNORE_INDEX
+    from sftd.wire.model.folder import read_shape
 
     n, rows, device = arguments.sequence, arguments.samples, arguments.device
     config = {

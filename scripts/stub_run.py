@@ -3,10 +3,10 @@ what its ranks would write."""
 
 from __future__ import annotations
 
-from sftd.domain import events as e
-from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Launch, Model, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.spec.sections import Data, Launch, Model, Trainer
+from sftd.domain.spec.spec import Spec
 from sftd.wire.preflight import Preflight
 
 

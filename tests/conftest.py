@@ -16,8 +16,8 @@ import hypothesis
 import pytest
 import sqlalchemy as sa
 
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.migrate import upgrade
 from tests import postgres
 from tests import warm_python as warm_start
 

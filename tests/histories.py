@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain import events as e
-from sftd.domain.spec import Spec, spec_digest
-from sftd.domain.spec_sections import Data, Model, Optimizer, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.spec.sections import Data, Model, Optimizer, Trainer
+from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.projections import views
-from sftd.store import event_store
-from sftd.store.engine import Store, open_engine
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.log import event_store
 
 SECOND = 1_000_000
 NOON = 1_790_000_000 * SECOND

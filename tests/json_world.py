@@ -12,20 +12,22 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain import events as e
-from sftd.domain.failures import Failure
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import change
-from sftd.domain.spec_sections import Data, Launch, Model, Trainer
-from sftd.operations import attempts, halting, runs
-from sftd.operations.attempts import Claimed
+from sftd.domain.log import events as e
+from sftd.domain.run.failures import Failure
+from sftd.domain.spec.parse import change
+from sftd.domain.spec.sections import Data, Launch, Model, Trainer
+from sftd.domain.spec.spec import Spec
+from sftd.operations.commands import hold as halting
+from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
-from sftd.operations.submitting import Wish, submit_all
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.wire.checkpoint_dir import MANIFEST
-from sftd.wire.journal import Line
+from sftd.operations.driving import attempts
+from sftd.operations.driving.attempts import Claimed
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
+from sftd.wire.attempt.journal import Line
+from sftd.wire.checkpoint.directory import MANIFEST
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, SHAPE
 

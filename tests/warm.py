@@ -135,7 +135,7 @@ class WarmTrainer:
 
 
 def _serve(orders: Iterator[str]) -> None:
-    from sftd.trainer import process
+    from sftd.trainer.runtime import process
 
     process.prepare()
     warm_python.import_all()
@@ -166,7 +166,8 @@ def _fork(order: dict[str, Any], rank: int, port: int) -> int:
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        from sftd.trainer import direct, loop
+        from sftd.trainer.direct import direct
+        from sftd.trainer.loop import attempt as loop
 
         for name, arguments in order["faults"]:
             getattr(importlib.import_module("tests.trainer.faults"), name)(**arguments)

@@ -239,6 +239,6 @@ def never_shrink() -> None:
 
 
 def module_name(path: str) -> str:
-    """Return the module of a path: sftd/domain/spec.py is sftd.domain.spec."""
+    """Return the module of a path: sftd/domain/spec/spec.py is sftd.domain.spec.spec."""
     parts = Path(path).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

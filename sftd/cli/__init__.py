@@ -17,55 +17,55 @@ import msgspec
 # Task → command → (module, one line of help). The help is here so that `sftd --help` imports no command.
 _TASKS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
-        "demo": ("demo", "Fine-tune a real small model on this machine, from download to answer."),
-        "prepare": ("prepare", "Turn chats into tokenised Parquet for training."),
-        "config": ("config", "List every key of a run's config."),
-        "plan": ("plan", "Estimate memory, time and disk of a run, and find the best layout."),
-        "submit": ("submit", "Queue a run."),
+        "demo": ("demo.command", "Fine-tune a real small model on this machine, from download to answer."),
+        "prepare": ("submit.prepare", "Turn chats into tokenised Parquet for training."),
+        "config": ("look.config", "List every key of a run's config."),
+        "plan": ("plan.command", "Estimate memory, time and disk of a run, and find the best layout."),
+        "submit": ("submit.command", "Queue a run."),
     },
     "Look": {
-        "ls": ("ls", "List runs."),
-        "show": ("runs", "Show one run: status, progress, checkpoints, attempts."),
-        "watch": ("watch", "Watch the queue, the devices and the runs, or one run, live."),
-        "queue": ("queue", "List what runs and what waits, in order, and what for."),
-        "events": ("events", "Print a run's events."),
-        "logs": ("logs", "Print what a run's ranks wrote."),
-        "checkpoints": ("checkpoints", "List a run's checkpoints and why each is kept."),
-        "compare": ("compare", "Compare runs: settings and results."),
-        "lineage": ("fork", "Draw the tree of forks that a run belongs to."),
-        "data": ("data", "Show which rows of the data a step saw."),
-        "replay": ("replay", "Play a run's log: its state at any moment."),
-        "verify": ("verify", "Train recorded steps again and compare them with the log."),
+        "ls": ("look.ls", "List runs."),
+        "show": ("look.show", "Show one run: status, progress, checkpoints, attempts."),
+        "watch": ("watch.command", "Watch the queue, the devices and the runs, or one run, live."),
+        "queue": ("look.queue", "List what runs and what waits, in order, and what for."),
+        "events": ("look.events", "Print a run's events."),
+        "logs": ("look.logs", "Print what a run's ranks wrote."),
+        "checkpoints": ("look.checkpoints", "List a run's checkpoints and why each is kept."),
+        "compare": ("compare.command", "Compare runs: settings and results."),
+        "lineage": ("steer.fork", "Draw the tree of forks that a run belongs to."),
+        "data": ("look.data", "Show which rows of the data a step saw."),
+        "replay": ("look.replay", "Play a run's log: its state at any moment."),
+        "verify": ("compare.verify", "Train recorded steps again and compare them with the log."),
     },
     "Continue": {
-        "resume": ("control", "Queue another attempt of a run."),
-        "fork": ("fork", "Start a new run from a checkpoint of another."),
-        "pause": ("halt", "Stop a run with a checkpoint, to continue it later."),
-        "cancel": ("control", "End a run, with a checkpoint."),
-        "hold": ("halt", "Keep a waiting run from starting."),
-        "release": ("halt", "Let a held run wait for its turn again."),
+        "resume": ("steer.resume", "Queue another attempt of a run."),
+        "fork": ("steer.fork", "Start a new run from a checkpoint of another."),
+        "pause": ("steer.hold", "Stop a run with a checkpoint, to continue it later."),
+        "cancel": ("steer.resume", "End a run, with a checkpoint."),
+        "hold": ("steer.hold", "Keep a waiting run from starting."),
+        "release": ("steer.hold", "Let a held run wait for its turn again."),
     },
     "Use the model": {
-        "generate": ("generate", "Answer prompts from a checkpoint."),
-        "export": ("export", "Write a checkpoint's model as a Hugging Face folder."),
+        "generate": ("steer.generate", "Answer prompts from a checkpoint."),
+        "export": ("steer.export", "Write a checkpoint's model as a Hugging Face folder."),
     },
     "Operate": {
-        "daemon": ("daemon", "Take runs from the queue and drive them."),
-        "nodes": ("nodes", "List the daemons that share the database, and their devices."),
-        "ui": ("ui", "Open MLflow on the runs of this home."),
-        "mlflow": ("mlflow", "Compare MLflow with the log, rebuild it, register models."),
-        "notify": ("notify", "Show who is notified when runs end, and test it."),
-        "gc": ("checkpoints", "Delete checkpoints that no retention rule protects."),
-        "rm": ("rm", "Remove runs: delete their files and hide them."),
-        "import": ("imports", "Import a run that was trained without a daemon."),
-        "db": ("db", "Check a database, back it up, restore or copy it."),
-        "views": ("admin", "Rebuild or dump the views folded from the log."),
+        "daemon": ("daemon.command", "Take runs from the queue and drive them."),
+        "nodes": ("look.nodes", "List the daemons that share the database, and their devices."),
+        "ui": ("operate.ui", "Open MLflow on the runs of this home."),
+        "mlflow": ("operate.mlflow", "Compare MLflow with the log, rebuild it, register models."),
+        "notify": ("operate.notify", "Show who is notified when runs end, and test it."),
+        "gc": ("look.checkpoints", "Delete checkpoints that no retention rule protects."),
+        "rm": ("steer.rm", "Remove runs: delete their files and hide them."),
+        "import": ("steer.import_run", "Import a run that was trained without a daemon."),
+        "db": ("db.command", "Check a database, back it up, restore or copy it."),
+        "views": ("operate.init", "Rebuild or dump the views folded from the log."),
     },
     "Set up": {
-        "doctor": ("doctor", "Diagnose this installation and suggest fixes."),
-        "init": ("admin", "Create or upgrade the database."),
+        "doctor": ("doctor.command", "Diagnose this installation and suggest fixes."),
+        "init": ("operate.init", "Create or upgrade the database."),
         "completion": (
-            "completion",
+            "look.completion",
             "Print the script that completes commands and names of runs in a shell.",
         ),
     },
@@ -140,7 +140,7 @@ class _Group(click.Group):
     """A group whose commands are imported on use, and whose errors are sentences, not tracebacks."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        from sftd.cli.border import guarded
+        from sftd.cli.terminal.border import guarded
 
         with guarded():
             return super().main(*args, **kwargs)
@@ -154,7 +154,7 @@ class _Group(click.Group):
         module = importlib.import_module(f"sftd.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         if _is_completing():
-            from sftd.cli.completion import complete_runs
+            from sftd.cli.look.completion import complete_runs
 
             complete_runs(command)
         return command
@@ -194,14 +194,14 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            from sftd.cli import output
+            from sftd.cli.terminal import output
 
             # On a terminal behind its ^C.
             output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
             # The shell's own number for a command that SIGINT ended.
             sys.exit(128 + signal.SIGINT)
         except SftdError as error:
-            from sftd.cli.output import print_error
+            from sftd.cli.terminal.output import print_error
 
             print_error(error)
             sys.exit(error.exit_code)
@@ -249,6 +249,6 @@ def main() -> None:
 
 
 if _is_completing():
-    from sftd.cli.completion import complete_values
+    from sftd.cli.look.completion import complete_values
 
     complete_values()

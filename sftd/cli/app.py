@@ -16,7 +16,7 @@ from sftd.settings import Settings
 
 if TYPE_CHECKING:
     from sftd.operations.context import Context
-    from sftd.store.engine import Store
+    from sftd.store.database.engine import Store
 
 
 def read_settings() -> Settings:
@@ -68,8 +68,8 @@ def open_store(settings: Settings) -> Store:
     Raises `DatabaseNotReady`, `DatabaseUnreachable` or `HomeUnusable`.
     """
     from sftd.projections import views
-    from sftd.store.engine import Store, open_engine
-    from sftd.store.tables import SCHEMA_REVISION
+    from sftd.store.database.engine import Store, open_engine
+    from sftd.store.database.tables import SCHEMA_REVISION
 
     file = settings_module.sqlite_file(settings.database_url)
     if file is not None and file.parent == settings.home:
@@ -78,7 +78,7 @@ def open_store(settings: Settings) -> Store:
     store = Store(engine, before_commit=(views.catch_up,))
     try:
         if engine.dialect.name == "sqlite" and store.schema_revision() != SCHEMA_REVISION:
-            from sftd.store import migrate
+            from sftd.store.database import migrate
 
             migrate.upgrade(engine)
         store.check_schema()
@@ -103,7 +103,7 @@ def open_existing_store(settings: Settings) -> Store | None:
 def views_up_to_date(store: Store) -> None:
     """Fold what the views lack: nothing, unless they were deleted."""
     from sftd.projections import views
-    from sftd.store import event_store, positions
+    from sftd.store.log import event_store, positions
 
     with store.read() as connection:
         behind = positions.projection_position(connection, views.NAME) < event_store.last_position(connection)
@@ -122,8 +122,8 @@ def confirm(question: str) -> None:
 
 def pick(store: Store, text: str) -> str:
     """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
-    from sftd.cli import output
-    from sftd.operations import naming
+    from sftd.cli.terminal import output
+    from sftd.operations.queries import resolve as naming
 
     run_id, remark = naming.one(store, text)
     if remark:
@@ -133,8 +133,8 @@ def pick(store: Store, text: str) -> str:
 
 def pick_all(store: Store, texts: Iterable[str]) -> list[str]:
     """The ids of the runs that a reading command shows; a sweep stands for its runs."""
-    from sftd.cli import output
-    from sftd.operations import naming
+    from sftd.cli.terminal import output
+    from sftd.operations.queries import resolve as naming
 
     run_ids, remarks = naming.several(store, texts)
     for remark in remarks:
@@ -145,9 +145,9 @@ def pick_all(store: Store, texts: Iterable[str]) -> list[str]:
 def change_each(store: Store, text: str, usable: Collection[str], change: Callable[[str], None]) -> None:
     """Change the run that `text` means, or each run of a sweep whose status is in `usable`. A run of a sweep that cannot be
     changed any more is only warned of."""
-    from sftd.cli import output
+    from sftd.cli.terminal import output
     from sftd.domain.errors import Refused
-    from sftd.operations import naming
+    from sftd.operations.queries import resolve as naming
 
     run_ids = naming.several_to_change(store, text, usable)
     for run_id in run_ids:

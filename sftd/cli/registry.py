@@ -11,16 +11,16 @@ from sftd.domain.errors import Problem, Refused
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.domain.events import ModelExported
-    from sftd.store.engine import Store
+    from sftd.domain.log.events import ModelExported
+    from sftd.store.database.engine import Store
 
 
 class Registry:
     """MLflow's model registry, for the exports of one run. Raises `Refused` if nothing can be registered as `name`."""
 
     def __init__(self, settings: Settings, store: Store, run_id: str, name: str) -> None:
-        from sftd.projections import mlflow_check
-        from sftd.projections.mlflow_client import Tracking
+        from sftd.projections.mirrors.mlflow import check as mlflow_check
+        from sftd.projections.mirrors.mlflow.client import Tracking
 
         if not name.strip() or any(mark in name for mark in "/:\"'\\"):
             raise Refused(
@@ -37,8 +37,8 @@ class Registry:
 
     def register(self, exported: ModelExported) -> str:
         """Copy an export into the registry, and record that. Returns the version there."""
-        from sftd.domain.events import ModelRegistered
-        from sftd.operations import checkpoints
+        from sftd.domain.log.events import ModelRegistered
+        from sftd.operations.driving import checkpoints
 
         folder = Path(exported.path)
         if not folder.is_dir() or _digest(folder) != exported.digest:

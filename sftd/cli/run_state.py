@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from sftd.cli import output
-from sftd.domain.words import counted
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from sftd.domain.events import Recorded
-    from sftd.domain.goodput import Ledger
-    from sftd.domain.run import Run
+    from sftd.domain.log.events import Recorded
+    from sftd.domain.run.goodput import Ledger
+    from sftd.domain.run.state import Run
 
 # More anomalies of one kind in one attempt are counted, not listed.
 _ANOMALIES = 3
@@ -27,7 +27,7 @@ def print_state(
     """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints. `speed` is in tokens/s."""
     from rich.text import Text
 
-    from sftd.operations.checkpoints import is_missing
+    from sftd.operations.driving.checkpoints import is_missing
 
     out = output.console()
     facts = [
@@ -53,8 +53,8 @@ def _harmless(lines: str) -> Text:
 def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
-    from sftd.cli.plan_view import layout_text
-    from sftd.domain.events import RunSubmitted
+    from sftd.cli.plan.view import layout_text
+    from sftd.domain.log.events import RunSubmitted
 
     spec = run.spec
     status = output.status_text(run.status)
@@ -118,7 +118,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
 
 
 def _disk(run: Run) -> str:
-    from sftd.operations.checkpoints import is_missing
+    from sftd.operations.driving.checkpoints import is_missing
 
     if run.removed_at is not None:
         return f"removed {output.clock(run.removed_at)}"
@@ -129,8 +129,8 @@ def _disk(run: Run) -> str:
 
 
 def _redone(run: Run, history: list[Recorded]) -> str:
-    from sftd.domain.events import AnomalyDetected, SamplesSkipped
-    from sftd.domain.redoing import REDONE_DIFFERS
+    from sftd.domain.log.events import AnomalyDetected, SamplesSkipped
+    from sftd.domain.repro.steps import REDONE_DIFFERS
 
     odd = sum(isinstance(r.event, AnomalyDetected) and r.event.what == REDONE_DIFFERS for r in history)
     if odd:
@@ -154,7 +154,7 @@ def _last_replay(run: Run) -> Text | str:
 
 def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
     """Where a run's time went, and its goodput."""
-    from sftd.domain.goodput import ACCOUNTS
+    from sftd.domain.run.goodput import ACCOUNTS
 
     def took(seconds: float) -> str:
         return f"{seconds:.1f}s" if seconds < 10 else output.duration(seconds)
@@ -171,7 +171,7 @@ def _checkpoints_table(run: Run) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from sftd.domain.retention import why_kept
+    from sftd.domain.run.retention import why_kept
 
     reasons = why_kept(run)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -194,7 +194,7 @@ def history_table(history: list[Recorded]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from sftd.domain.events import AnomalyDetected
+    from sftd.domain.log.events import AnomalyDetected
 
     count: Counter[tuple[int | None, str]] = Counter()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from sftd.domain.printable import harmless
+from sftd.domain.text.printable import harmless
 
 _BYTES, _KEPT = 10_000_000, 5
 _REMIND_SECONDS = 3600.0

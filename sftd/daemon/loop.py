@@ -20,24 +20,25 @@ from sftd.daemon.registration import Registration, this_daemon
 from sftd.daemon.rescuer import make_way, not_observed, orphaned
 from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor, take_in
-from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, SftdError
-from sftd.domain.failures import Cause, Failure
-from sftd.domain.queueing import Entry, Limits
+from sftd.domain.log import events as e
+from sftd.domain.queue.order import Entry, Limits
+from sftd.domain.run.failures import Cause, Failure
 from sftd.launcher import rerun
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Launcher
-from sftd.operations import attempts, placing, turns
-from sftd.operations.attempts import Claimed
 from sftd.operations.context import Context
-from sftd.projections.mlflow_mirror import position_name
+from sftd.operations.driving import attempts, turns
+from sftd.operations.driving.attempts import Claimed
+from sftd.operations.queries import placing
+from sftd.projections.mirrors.mlflow.mirror import position_name
 from sftd.settings import Settings
-from sftd.store import database_file
-from sftd.store.database_file import DatabaseExchanged
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.wire.attempt_dir import Order, RunDir
+from sftd.store.database import file as database_file
+from sftd.store.database.engine import Store
+from sftd.store.database.file import DatabaseExchanged
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt.directory import Order, RunDir
 
 log = logging.getLogger("sftd.daemon")
 

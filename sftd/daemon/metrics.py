@@ -15,13 +15,13 @@ from typing import Protocol
 
 import sftd
 from sftd.domain.errors import SftdError
-from sftd.domain.events import Micros
+from sftd.domain.log.events import Micros
 from sftd.launcher.inventory import Inventory
-from sftd.operations import figures
-from sftd.projections.mlflow_mirror import position_name
+from sftd.operations.queries import metrics as figures
+from sftd.projections.mirrors.mlflow.mirror import position_name
 from sftd.settings import Settings
-from sftd.store.engine import Store
-from sftd.store.goodput import read_ledger
+from sftd.store.database.engine import Store
+from sftd.store.log.goodput import read_ledger
 
 log = logging.getLogger("sftd.daemon")
 

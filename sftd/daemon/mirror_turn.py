@@ -12,8 +12,8 @@ from typing import Protocol
 
 from sftd.launcher import processes
 from sftd.operations.context import Context
-from sftd.store import claims, daemons
-from sftd.store.engine import Store, Tx
+from sftd.store.database.engine import Store, Tx
+from sftd.store.queue import claims, daemons
 
 log = logging.getLogger("sftd.mirror")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from sftd.projections.notifier import Notifier
-from sftd.projections.notify_channels import NotSent
+from sftd.projections.notices.channels import NotSent
+from sftd.projections.notices.notifier import Notifier
 
 log = logging.getLogger("sftd.notify")
 

@@ -8,13 +8,13 @@ import os
 import msgspec
 
 from sftd.domain.errors import SftdError
-from sftd.domain.events import Micros
+from sftd.domain.log.events import Micros
 from sftd.launcher import processes
 from sftd.operations.context import Context
 from sftd.settings import Settings
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 
 log = logging.getLogger("sftd.daemon")
 

@@ -8,13 +8,14 @@ import errno
 import msgspec
 
 from sftd.domain.errors import SftdError
-from sftd.domain.events import Micros
+from sftd.domain.log.events import Micros
 from sftd.launcher import processes
-from sftd.store import daemons, queue
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.wire.attempt_dir import RunDir
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue.daemons import DaemonRow
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt.directory import RunDir
 
 
 class Orphans(msgspec.Struct, frozen=True):

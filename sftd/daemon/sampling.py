@@ -9,9 +9,9 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain.errors import LeaseLost
 from sftd.launcher.processes import host_name
 from sftd.launcher.sampling import HostWatch
-from sftd.operations import attempts
 from sftd.operations.context import Context
-from sftd.store.engine import Store
+from sftd.operations.driving import attempts
+from sftd.store.database.engine import Store
 
 
 class Sampler:

@@ -9,19 +9,20 @@ import msgspec
 
 from sftd.daemon.log import of_run
 from sftd.daemon.watchdog import Watchdog
-from sftd.domain import events as e
 from sftd.domain.errors import JournalCorrupt, SftdError, UnknownEvent
-from sftd.domain.failures import Failure, Remains, classify
-from sftd.domain.run import Run
-from sftd.domain.spec_sections import Launch
+from sftd.domain.log import events as e
+from sftd.domain.run.failures import Failure, Remains, classify
+from sftd.domain.run.state import Run
+from sftd.domain.spec.sections import Launch
 from sftd.launcher.seam import Attempt
-from sftd.operations import attempts, checkpoints, reducing
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts, checkpoints
+from sftd.operations.driving import reduce as reducing
 from sftd.settings import Settings
-from sftd.store import positions
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.wire import journal
+from sftd.store.database.engine import Store
+from sftd.store.log import positions
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt import journal
 
 # A commit waits for the disk, whatever is in it.
 _LINES_PER_TRANSACTION = 2000

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from sftd.domain.spec_sections import Launch
+from sftd.domain.spec.sections import Launch
 
 # A daemon that was itself stopped must not take the time that it missed for the attempt's.
 _LONGEST_GAP_SECONDS = 10.0

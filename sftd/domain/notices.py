@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from sftd.domain import events as e
-from sftd.domain.printable import printable
-from sftd.domain.words import counted
+from sftd.domain.log import events as e
+from sftd.domain.text.printable import printable
+from sftd.domain.text.words import counted
 
 # Kind → the events that it is about.
 EVENTS: dict[str, tuple[type[e.Event], ...]] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from sftd.launcher.inventory import Need
 from sftd.launcher.seam import Attempt, Launcher
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.wire.attempt.directory import AttemptDir, Order
 
 
 class ByName:

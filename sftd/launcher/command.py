@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
-from sftd.domain.spec import Spec
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.domain.spec.spec import Spec
+from sftd.wire.attempt.directory import AttemptDir
 
 # Marks every process of an attempt, so that survivors can be found when the leader is gone.
 TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
@@ -93,7 +93,7 @@ def rank_variables(*, token: str, device: str) -> dict[str, str]:
     }
 
 
-# torchrun opens no port for the ranks of one host: they meet by themselves (see sftd/trainer/rendezvous.py).
+# torchrun opens no port for the ranks of one host: they meet by themselves (see sftd/trainer/runtime/rendezvous.py).
 ONE_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # They talk over shared memory and NVLink; what NCCL and gloo listen on is for finding each other.
 ONE_HOST_DEFAULTS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from sftd.wire.attempt_dir import make_private
+from sftd.wire.attempt.directory import make_private
 
 _FOLDER = "devices"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sftd.domain.demand import Demand, Need, need
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.spec import Spec
+from sftd.domain.queue.demand import Demand, Need, need
+from sftd.domain.spec.spec import Spec
 
 __all__ = ["Inventory", "Need", "gpu_count", "gpus", "nvml", "visible_gpus"]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.failures import Remains
+from sftd.domain.run.failures import Remains
 from sftd.launcher import processes
 from sftd.launcher.command import environment, torchrun_argv, wrapped_argv
 from sftd.launcher.inventory import Need
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
-from sftd.wire.remains import find_remains, find_stack
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
+from sftd.wire.attempt.remains import find_remains, find_stack
 
 _FULL_BYTES = 64 * 1024
 

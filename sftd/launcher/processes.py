@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from sftd.domain.identity import Identity
+from sftd.domain.run.identity import Identity
 from sftd.launcher.command import TOKEN_VARIABLE
-from sftd.wire.attempt_dir import ProcessFile
+from sftd.wire.attempt.directory import ProcessFile
 
 # psutil's clock has 10 ms ticks.
 _SAME_SECONDS = 0.05

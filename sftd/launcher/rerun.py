@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 
 from sftd.domain.errors import SftdError
-from sftd.domain.events import Event
-from sftd.domain.failures import classify
+from sftd.domain.log.events import Event
+from sftd.domain.run.failures import classify
 from sftd.launcher import processes
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
-from sftd.wire import journal
-from sftd.wire.attempt_dir import AttemptDir, Order, make_private
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.directory import AttemptDir, Order, make_private
 
 _POLL_SECONDS = 0.1
 _LOCK = "lock"

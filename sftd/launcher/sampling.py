@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from sftd.domain.errors import Refused
-from sftd.domain.events import GpuSample, SystemSampled
+from sftd.domain.log.events import GpuSample, SystemSampled
 from sftd.launcher.inventory import nvml
 from sftd.launcher.processes import host_name
 

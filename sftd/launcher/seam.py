@@ -11,9 +11,9 @@ from typing import Protocol
 
 import msgspec
 
-from sftd.domain.demand import Need
-from sftd.domain.failures import Remains
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile
+from sftd.domain.queue.demand import Need
+from sftd.domain.run.failures import Remains
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
 
 
 class Report(msgspec.Struct, frozen=True):

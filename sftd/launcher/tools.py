@@ -30,7 +30,7 @@ class ToolFailed(SftdError):
 
 def _argv(module: str, arguments: list[str]) -> list[str]:
     # -P: the user's working folder may hold a file with a module's name.
-    return [sys.executable, "-P", "-m", f"sftd.trainer.{module}", *arguments]
+    return [sys.executable, "-P", "-m", f"sftd.trainer.tools.{module}", *arguments]
 
 
 def run_tool(

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from sftd.domain.events import Event, Micros, NewEvent, Recorded
-from sftd.domain.run import Run
-from sftd.store import event_store
-from sftd.store.engine import Tx
-from sftd.store.runs import load_run
+from sftd.domain.log.events import Event, Micros, NewEvent, Recorded
+from sftd.domain.run.state import Run
+from sftd.store.database.engine import Tx
+from sftd.store.log import event_store
+from sftd.store.log.runs import load_run
 
 
 def _now() -> Micros:

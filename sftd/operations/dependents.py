@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from sftd.domain import decisions
-from sftd.domain.run import Run
+from sftd.domain.run import decisions
+from sftd.domain.run.state import Run
 from sftd.operations.context import Context, append_decided, current
-from sftd.store import queue, schedule
-from sftd.store.engine import Tx
+from sftd.store.database.engine import Tx
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
 
 
 def all_dependents(connection: sa.Connection, run_id: str) -> list[str]:

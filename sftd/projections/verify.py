@@ -8,15 +8,13 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain import goodput
 from sftd.domain.errors import UnknownEvent, ViewDamaged
-from sftd.domain.evolve import evolve
-from sftd.domain.run import Run
+from sftd.domain.run import goodput
+from sftd.domain.run.fold import evolve
+from sftd.domain.run.state import Run
 from sftd.projections import views
-from sftd.store import event_store
-from sftd.store.engine import Store
-from sftd.store.runs import decode_state, encode_state
-from sftd.store.tables import (
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import (
     events,
     projection_positions,
     queue,
@@ -26,6 +24,8 @@ from sftd.store.tables import (
     view_runs,
     view_variants,
 )
+from sftd.store.log import event_store
+from sftd.store.log.runs import decode_state, encode_state
 
 _BATCH = 5000
 _REBUILD = "`sftd views rebuild` fixes it"

@@ -14,17 +14,17 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain import goodput
-from sftd.domain import run as run_state
-from sftd.domain.events import Recorded, RunForked, SweepJoined
-from sftd.domain.evolve import fold
-from sftd.domain.retention import why_kept
-from sftd.domain.run import Run
-from sftd.store import event_store, positions
-from sftd.store import goodput as goodput_store
-from sftd.store.engine import Store, Tx, insert
-from sftd.store.runs import decode_state, encode_state
-from sftd.store.tables import view_checkpoints, view_files, view_goodput, view_runs, view_variants
+from sftd.domain.log.events import Recorded, RunForked, SweepJoined
+from sftd.domain.run import goodput
+from sftd.domain.run import state as run_state
+from sftd.domain.run.fold import fold
+from sftd.domain.run.retention import why_kept
+from sftd.domain.run.state import Run
+from sftd.store.database.engine import Store, Tx, insert
+from sftd.store.database.tables import view_checkpoints, view_files, view_goodput, view_runs, view_variants
+from sftd.store.log import event_store, positions
+from sftd.store.log import goodput as goodput_store
+from sftd.store.log.runs import decode_state, encode_state
 
 NAME = "views"
 TABLES = (view_runs, view_variants, view_checkpoints, view_files, view_goodput)

@@ -22,19 +22,19 @@ if __name__ == "__main__":
 
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from sftd.trainer.process import prepare
-    from sftd.wire.attempt_dir import AttemptDir
+    from sftd.trainer.runtime.process import prepare
+    from sftd.wire.attempt.directory import AttemptDir
 
     prepare()
 
     if len(sys.argv) == 2 and os.path.isfile(AttemptDir(sys.argv[1]).order_file):
-        from sftd.trainer.loop import run
-        from sftd.trainer.output_cap import cap_output
+        from sftd.trainer.loop.attempt import run
+        from sftd.trainer.runtime.output_cap import cap_output
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
         cap_output(AttemptDir(sys.argv[1]).ranks_dir)
         record(run)(sys.argv[1])
     else:
-        from sftd.trainer.direct import main
+        from sftd.trainer.direct.direct import main
 
         record(main)(sys.argv[1:])

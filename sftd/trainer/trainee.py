@@ -17,13 +17,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from sftd.domain.layout import ModelShape
-from sftd.domain.spec import Spec
-from sftd.trainer import experts, weights
-from sftd.trainer import model as models
-from sftd.trainer import optimizer as optimizers
-from sftd.trainer.batches import MicroBatch
-from sftd.trainer.session import Session
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.data.batches import MicroBatch
+from sftd.trainer.model import experts, weights
+from sftd.trainer.model import model as models
+from sftd.trainer.optimizer import optimizer as optimizers
+from sftd.trainer.runtime.session import Session
 
 # Bytes of a checkpoint per parameter: two FP32 moments and the weight in FP32, and in BF16 besides.
 _STATE_BYTES = {torch.float32: 12, torch.bfloat16: 14}

@@ -9,18 +9,21 @@ from pathlib import Path
 import msgspec
 
 import sftd
-from sftd.domain.chat_template import ChatTemplate
-from sftd.domain.decisions import Proposal
-from sftd.domain.doubts import doubts
+from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.events import RunSubmitted
-from sftd.domain.layout import DataFacts, ModelShape, check_data, check_model
-from sftd.domain.model_files import ModelFiles
-from sftd.domain.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.domain.storage import storage
-from sftd.domain.words import size
-from sftd.wire import chat_template, dataset, disk, model_digest, model_folder
-from sftd.wire.same_files import shared
+from sftd.domain.log.events import RunSubmitted
+from sftd.domain.model.checks import DataFacts, ModelShape, check_data, check_model
+from sftd.domain.model.files import ModelFiles
+from sftd.domain.plan.disk import storage
+from sftd.domain.plan.warnings import doubts
+from sftd.domain.run.decisions import Proposal
+from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
+from sftd.domain.text.words import size
+from sftd.wire.checkpoint import disk
+from sftd.wire.data import chat_template, dataset
+from sftd.wire.model import digest as model_digest
+from sftd.wire.model import folder as model_folder
+from sftd.wire.model.same_files import shared
 
 _SAVE_DIR = "checkpoint.save_dir"
 

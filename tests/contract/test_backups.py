@@ -21,15 +21,17 @@ from sftd.cli import main
 from sftd.daemon.lock import DaemonLock
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
-from sftd.operations import attempts, runs
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts
 from sftd.projections import views
-from sftd.store import backups, daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.database_file import DatabaseExchanged, DatabaseFile
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
-from sftd.wire.attempt_dir import RunDir
+from sftd.store.database import backups
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.file import DatabaseExchanged, DatabaseFile
+from sftd.store.database.migrate import upgrade
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
+from sftd.wire.attempt.directory import RunDir
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
 from tests.patience import PATIENCE
@@ -85,7 +87,7 @@ class Home:
 
 
 def backups_engine(file: Path) -> sa.Engine:
-    from sftd.store.engine import open_file
+    from sftd.store.database.engine import open_file
 
     file.parent.mkdir(exist_ok=True)
     file.touch(mode=0o600)

@@ -15,17 +15,18 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.cli.board import board_lines, run_lines
-from sftd.domain import events as e
+from sftd.cli.watch.board import board_lines, run_lines
 from sftd.domain.errors import SftdError
-from sftd.domain.queueing import Limits
-from sftd.operations import attempts, runs
-from sftd.operations.board import Observer, RunObserver
+from sftd.domain.log import events as e
+from sftd.domain.queue.order import Limits
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.store.names import run_names
+from sftd.operations.driving import attempts
+from sftd.operations.queries.board import Observer, RunObserver
+from sftd.store.database.engine import Store
+from sftd.store.queries.names import run_names
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE
 from tests.histories import FAILED, append, claimed, forked, open_log, spec, step, submitted
@@ -114,7 +115,7 @@ def test_a_screen_holds_many_runs(log: Store) -> None:
 def test_the_board_of_a_run_reads_its_curve_in_pages(log: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run = drive(log, 30)
     append(log, run, [step(n, 1 / n) for n in range(1, 31)], at=CONTEXT.now())
-    monkeypatch.setattr("sftd.operations.board._PAGE", 20)
+    monkeypatch.setattr("sftd.operations.queries.board._PAGE", 20)
     watching = RunObserver(log, CONTEXT, Limits(), SILENT, run[:-2])
     first, second = watching.look(), watching.look()
     # The submission and the claim are events, too.

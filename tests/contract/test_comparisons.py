@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.domain import events as e
 from sftd.domain.errors import Refused
-from sftd.domain.spec_sections import Data, Trainer
-from sftd.operations import comparisons
-from sftd.store.engine import Store
+from sftd.domain.log import events as e
+from sftd.domain.spec.sections import Data, Trainer
+from sftd.operations.queries import compare as comparisons
+from sftd.store.database.engine import Store
 from tests.histories import (
     FAILED,
     NOON,
@@ -198,7 +198,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page_of(log: Store, runs: list[str]) -> Page:
-    from sftd.cli.compare_page import render
+    from sftd.cli.compare.page import render
 
     return Page(render(comparisons.compare(log, runs, NOW), 500))
 

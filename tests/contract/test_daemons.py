@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 
 
 def row(daemon_id: str, started_at: int) -> DaemonRow:

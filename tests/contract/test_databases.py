@@ -11,16 +11,21 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.domain import events as e
 from sftd.domain.errors import Refused, ViewDamaged
-from sftd.operations import attempts, databases, runs
+from sftd.domain.log import events as e
+from sftd.operations.commands import copy_database as databases
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts
 from sftd.projections import verify, views
-from sftd.store import copying, daemons, event_store, positions, queue
-from sftd.store.copying import CopyDiffers
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store, open_engine
-from sftd.store.tables import events, metadata
+from sftd.store.database import copying
+from sftd.store.database.copying import CopyDiffers
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.tables import events, metadata
+from sftd.store.log import event_store, positions
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
 

@@ -15,19 +15,19 @@ import msgspec
 import pytest
 
 from sftd.daemon.loop import Daemon
-from sftd.domain import events as e
-from sftd.domain.spec_sections import Launch
+from sftd.domain.log import events as e
+from sftd.domain.spec.sections import Launch
 from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt
-from sftd.operations import runs
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.operations.reading import find_run
+from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import event_store
-from sftd.store.engine import Store, open_engine
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.log import event_store
+from sftd.wire.attempt.directory import AttemptDir, Order
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, SHAPE, SPEC
 from tests.patience import until

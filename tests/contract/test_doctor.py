@@ -22,17 +22,20 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
 
-from sftd.cli import doctor_host, doctor_services, main
-from sftd.cli.findings import Finding
+from sftd.cli import main
+from sftd.cli.doctor import host as doctor_host
+from sftd.cli.doctor import services as doctor_services
+from sftd.cli.doctor.finding import Finding
 from sftd.daemon.lock import DaemonLock
-from sftd.domain.spec import Spec
+from sftd.domain.spec.spec import Spec
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.settings import Settings, read
-from sftd.store import daemons, queue
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue.daemons import DaemonRow
+from sftd.wire.attempt.directory import AttemptDir, Order
 from tests import json_fields
 
 SECRET = "hush-hush-9"
@@ -111,7 +114,8 @@ def test_the_command_says_what_is_broken_without_a_password(
 
 
 def test_at_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from sftd.cli import doctor, findings
+    from sftd.cli.doctor import command as doctor
+    from sftd.cli.doctor import finding as findings
 
     monkeypatch.setenv("COLUMNS", "80")
     long = "a sentence that is longer than what is left of a line of eighty columns, and goes on"

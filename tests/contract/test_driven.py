@@ -14,24 +14,26 @@ import msgspec
 import pytest
 
 from sftd.daemon.loop import Daemon
-from sftd.domain import events as e
-from sftd.domain.decisions import Proposal
-from sftd.domain.demand import Need
-from sftd.domain.failures import Interruption, RankError, Remains
-from sftd.domain.model_files import ModelFile, ModelFiles
-from sftd.domain.spec import OrderStart
-from sftd.domain.spec_sections import Launch, Scheduler, Training
+from sftd.domain.log import events as e
+from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.queue.demand import Need
+from sftd.domain.run.decisions import Proposal
+from sftd.domain.run.failures import Interruption, RankError, Remains
+from sftd.domain.spec.sections import Launch, Scheduler, Training
+from sftd.domain.spec.spec import OrderStart
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Report
-from sftd.operations import runs
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.operations.reading import find_run
+from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import daemons, event_store, queue
-from sftd.store.engine import Store, open_engine
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
-from sftd.wire.journal import JournalWriter
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.log import event_store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
+from sftd.wire.attempt.journal import JournalWriter
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
 from tests.patience import until

@@ -14,22 +14,28 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.decisions import Proposal
-from sftd.domain.demand import Need
-from sftd.domain.failures import Cause, Failure, Interruption
-from sftd.domain.run import ENDED
-from sftd.domain.spec import OrderStart, spec_digest
-from sftd.domain.spec_sections import Launch, Trainer, Training
-from sftd.operations import attempts, halting, removing, runs, submitting, turns
-from sftd.operations.reading import find_run
-from sftd.operations.submitting import Wish
+from sftd.domain.log import events as e
+from sftd.domain.queue.demand import Need
+from sftd.domain.run.decisions import Proposal
+from sftd.domain.run.failures import Cause, Failure, Interruption
+from sftd.domain.run.state import ENDED
+from sftd.domain.spec.sections import Launch, Trainer, Training
+from sftd.domain.spec.spec import OrderStart, spec_digest
+from sftd.operations.commands import hold as halting
+from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import remove as removing
+from sftd.operations.commands import submit as submitting
+from sftd.operations.commands.submit import Wish
+from sftd.operations.driving import attempts, turns
+from sftd.operations.queries.runs import find_run
 from sftd.projections import views
-from sftd.store import event_store, queue, schedule
-from sftd.store.engine import Store
-from sftd.wire import journal
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import Line
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import Line
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, Clock, step
 

@@ -8,8 +8,8 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.domain.errors import DatabaseNotReady
-from sftd.store.engine import DatabaseUnreachable, Store, open_engine, shown_url
-from sftd.store.tables import SCHEMA_REVISION
+from sftd.store.database.engine import DatabaseUnreachable, Store, open_engine, shown_url
+from sftd.store.database.tables import SCHEMA_REVISION
 
 
 def test_a_database_without_tables_is_not_ready(empty_engine: sa.Engine) -> None:

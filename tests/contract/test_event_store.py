@@ -15,12 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sftd.domain.errors import AmbiguousRun, ConcurrencyConflict, RunNotFound
-from sftd.domain.events import CheckpointStarted, Event, NewEvent, Recorded, SampleGenerated, StepCompleted
+from sftd.domain.log.events import (
+    CheckpointStarted,
+    Event,
+    NewEvent,
+    Recorded,
+    SampleGenerated,
+    StepCompleted,
+)
 from sftd.projections import views
-from sftd.store import event_store, positions, runs
-from sftd.store.engine import Store, Tx
-from sftd.store.resolve import resolve_id
-from sftd.store.tables import events, view_runs
+from sftd.store.database.engine import Store, Tx
+from sftd.store.database.tables import events, view_runs
+from sftd.store.log import event_store, positions, runs
+from sftd.store.queries.resolve import resolve_id
 from tests.patience import PATIENCE
 
 

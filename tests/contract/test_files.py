@@ -8,21 +8,28 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain import decisions
-from sftd.domain import events as e
 from sftd.domain.errors import Refused
-from sftd.domain.run import Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import change
-from sftd.operations import attempts, checkpoints, collecting, reading, reducing, removing, runs
-from sftd.operations.attempts import Claimed
+from sftd.domain.log import events as e
+from sftd.domain.run import decisions
+from sftd.domain.run.state import Run
+from sftd.domain.spec.parse import change
+from sftd.domain.spec.spec import Spec
+from sftd.operations.commands import gc as collecting
+from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import remove as removing
+from sftd.operations.driving import attempts, checkpoints
+from sftd.operations.driving import reduce as reducing
+from sftd.operations.driving.attempts import Claimed
+from sftd.operations.queries import runs as reading
 from sftd.projections import verify, views
-from sftd.store.engine import Store
-from sftd.store.tables import view_runs
-from sftd.wire import checkpoint_dir, manifest, preflight
-from sftd.wire.attempt_dir import RunDir
-from sftd.wire.journal import Line
-from sftd.wire.manifest import Manifest
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import view_runs
+from sftd.wire import preflight
+from sftd.wire.attempt.directory import RunDir
+from sftd.wire.attempt.journal import Line
+from sftd.wire.checkpoint import directory as checkpoint_dir
+from sftd.wire.checkpoint import manifest
+from sftd.wire.checkpoint.manifest import Manifest
 from tests.contract import test_operations as base
 from tests.contract.test_forks import claim, end, found
 from tests.contract.test_operations import SPEC, Clock, step
@@ -196,7 +203,7 @@ def test_a_crash_while_reducing_leaves_the_checkpoint_that_the_log_names(
 
     with monkeypatch.context() as killed:
         target = "append_decided" if when == "made" else "checkpoint_dir.remove"
-        killed.setattr(f"sftd.operations.reducing.{target}", crash)
+        killed.setattr(f"sftd.operations.driving.reduce.{target}", crash)
         with pytest.raises(Crash):
             reducing.reduce(home.log, home.clock.context, run.run_id)
     named = home.now(run).checkpoints[1]
@@ -221,7 +228,7 @@ def test_a_gc_beside_a_reduction_loses_no_checkpoint(
         return held(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as beside:
-        beside.setattr(f"sftd.operations.reducing.{name}", swept)
+        beside.setattr(f"sftd.operations.driving.reduce.{name}", swept)
         done = reducing.reduce(home.log, home.clock.context, run.run_id)
     assert len(done) == (when == "after")
     best = home.now(run).checkpoints[1]
@@ -313,7 +320,7 @@ def test_a_removal_that_a_crash_interrupted_is_finished(
 ) -> None:
     run = home.train()
     with monkeypatch.context() as killed:
-        killed.setattr("sftd.operations.removing._delete", lambda found: None)
+        killed.setattr("sftd.operations.commands.remove._delete", lambda found: None)
         removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
     assert len(home.there(run)) == 3
     home.gc()

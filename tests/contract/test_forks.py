@@ -8,21 +8,25 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
-from sftd.domain.failures import Failure
-from sftd.domain.model_files import ModelFile, ModelFiles
-from sftd.domain.model_record import ModelRecord
-from sftd.domain.run import Run
-from sftd.domain.spec_parse import change
-from sftd.operations import attempts, checkpoints, collecting, forks, model_files, reading, runs
-from sftd.operations.attempts import Claimed
-from sftd.store import schedule
-from sftd.store.engine import Store
+from sftd.domain.log import events as e
+from sftd.domain.log.model_record import ModelRecord
+from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.run.failures import Failure
+from sftd.domain.run.state import Run
+from sftd.domain.spec.parse import change
+from sftd.operations.commands import gc as collecting
+from sftd.operations.commands import lifecycle as runs
+from sftd.operations.driving import attempts, checkpoints
+from sftd.operations.driving.attempts import Claimed
+from sftd.operations.queries import forks, model_files
+from sftd.operations.queries import runs as reading
+from sftd.store.database.engine import Store
+from sftd.store.queue import order as schedule
 from sftd.wire import preflight
-from sftd.wire.checkpoint_dir import MANIFEST
-from sftd.wire.checkpoint_dir import reading as held
-from sftd.wire.journal import Line
+from sftd.wire.attempt.journal import Line
+from sftd.wire.checkpoint.directory import MANIFEST
+from sftd.wire.checkpoint.directory import reading as held
 from sftd.wire.preflight import Preflight
 from tests.contract import test_operations as base
 from tests.contract.test_imports import Folder, take_in
@@ -164,7 +168,7 @@ def test_collecting_keeps_readers_and_forks(
     assert left(dry_run=True) == [(2, True)]
     # A crash right after the deletion was recorded.
     with monkeypatch.context() as crash:
-        crash.setattr("sftd.wire.checkpoint_dir.remove", lambda path: None)
+        crash.setattr("sftd.wire.checkpoint.directory.remove", lambda path: None)
         assert left(dry_run=False) == [(2, True)]
     assert (folder / "step-00000002").is_dir()
     assert left(dry_run=False) == []

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from sftd.operations import databases
+from sftd.operations.commands import copy_database as databases
 from sftd.operations.context import Context
-from sftd.store import engine as engine_module
-from sftd.store.engine import Store, open_engine
+from sftd.store.database import engine as engine_module
+from sftd.store.database.engine import Store, open_engine
 
 
 def test_a_frozen_writer_loses_its_transaction(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain import events as e
-from sftd.domain.goodput import Fold
+from sftd.domain.log import events as e
+from sftd.domain.run.goodput import Fold
 from sftd.projections import verify, views
-from sftd.store import event_store
-from sftd.store.engine import Store
-from sftd.store.goodput import advance, read_fold, read_ledger
-from sftd.store.tables import view_goodput
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import view_goodput
+from sftd.store.log import event_store
+from sftd.store.log.goodput import advance, read_fold, read_ledger
 
 SECOND = 1_000_000
 

@@ -9,17 +9,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
 from sftd.domain.errors import Refused, UnknownEvent
-from sftd.domain.spec import Spec
-from sftd.operations import attempts, imports, reading, runs
+from sftd.domain.log import events as e
+from sftd.domain.spec.spec import Spec
+from sftd.operations.commands import import_run as imports
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts
+from sftd.operations.queries import runs as reading
 from sftd.projections import views
-from sftd.store.engine import Store
-from sftd.wire import manifest
-from sftd.wire.attempt_dir import Order, ProcessFile
-from sftd.wire.direct_run import DirectRun, Submission, read_history
-from sftd.wire.journal import JournalWriter
+from sftd.store.database.engine import Store
+from sftd.wire.attempt.direct_run import DirectRun, Submission, read_history
+from sftd.wire.attempt.directory import Order, ProcessFile
+from sftd.wire.attempt.journal import JournalWriter
+from sftd.wire.checkpoint import manifest
 from sftd.wire.preflight import Preflight, submission
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC
 
@@ -233,7 +236,7 @@ def test_an_interrupted_run_is_cancelled_and_a_daemon_may_go_on(log: Store, fold
 
 
 def test_an_export_from_the_imported_run_does_not_stand_in_the_way(log: Store, folder: Folder) -> None:
-    from sftd.operations import checkpoints
+    from sftd.operations.driving import checkpoints
 
     folder.attempt(step(1), folder.published(1), step(2))
     take_in(log, folder)

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 
 from sftd.cli import COMMANDS, main
 from sftd.projections import views
-from sftd.store.engine import Store, open_engine
+from sftd.store.database.engine import Store, open_engine
 from tests.json_fields import FIELDS
 from tests.json_world import ENVIRONMENT, STEPS, World
 

@@ -11,18 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain import events as e
 from sftd.domain.errors import LeaseLost, Refused
-from sftd.domain.failures import Failure
-from sftd.operations import attempts, runs
-from sftd.operations.attempts import Claimed
+from sftd.domain.log import events as e
+from sftd.domain.run.failures import Failure
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.operations.turns import NO_LIMITS, anything_left
+from sftd.operations.driving import attempts
+from sftd.operations.driving.attempts import Claimed
+from sftd.operations.driving.turns import NO_LIMITS, anything_left
 from sftd.projections import views
-from sftd.store import event_store, queue, schedule
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.store.tables import events
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import events
+from sftd.store.log import event_store
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
+from sftd.store.queue.leases import Lease
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
 from tests.patience import PATIENCE

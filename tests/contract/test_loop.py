@@ -14,26 +14,32 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.daemon.loop import Daemon
-from sftd.domain import events as e
-from sftd.domain.demand import Need
-from sftd.domain.failures import Failure, Remains
-from sftd.domain.model_files import ModelFile, ModelFiles
-from sftd.domain.queueing import Limits
-from sftd.domain.spec_sections import Launch, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.queue.demand import Need
+from sftd.domain.queue.order import Limits
+from sftd.domain.run.failures import Failure, Remains
+from sftd.domain.spec.sections import Launch, Trainer
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
-from sftd.operations import attempts, nodes, runs, waiting
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.operations.reading import find_run
+from sftd.operations.driving import attempts
+from sftd.operations.queries import nodes
+from sftd.operations.queries import queue as waiting
+from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
-from sftd.store import backups, daemons, event_store, queue
-from sftd.store.daemons import DaemonRow
-from sftd.store.database_file import DatabaseExchanged
-from sftd.store.engine import Store
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, RunDir
-from sftd.wire.journal import JournalWriter, Line
+from sftd.store.database import backups
+from sftd.store.database.engine import Store
+from sftd.store.database.file import DatabaseExchanged
+from sftd.store.log import event_store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue.daemons import DaemonRow
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
+from sftd.wire.attempt.journal import JournalWriter, Line
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, step
 

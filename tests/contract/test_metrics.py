@@ -11,17 +11,19 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.daemon.metrics import Metrics
-from sftd.domain import events as e
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Model
+from sftd.domain.log import events as e
+from sftd.domain.spec.sections import Data, Model
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views
-from sftd.projections.mlflow_mirror import position_name
+from sftd.projections.mirrors.mlflow.mirror import position_name
 from sftd.settings import read
-from sftd.store import event_store, queue, schedule
-from sftd.store.engine import Store
-from sftd.store.positions import set_projection_position
-from sftd.wire.journal import backlog
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.store.log.positions import set_projection_position
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
+from sftd.wire.attempt.journal import backlog
 from tests.contract.test_goodput import step
 from tests.prometheus import parse
 

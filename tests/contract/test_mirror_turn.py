@@ -12,9 +12,9 @@ from sftd.daemon import mirror_turn
 from sftd.daemon.mirror_turn import MirrorTurn
 from sftd.launcher.processes import host_name
 from sftd.operations.context import Context
-from sftd.store import claims, daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
+from sftd.store.database.engine import Store
+from sftd.store.queue import claims, daemons
+from sftd.store.queue.daemons import DaemonRow
 
 SECONDS = 60.0
 ME = psutil.Process()

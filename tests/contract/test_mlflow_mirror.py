@@ -22,23 +22,26 @@ import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner, Result
 
-from sftd.cli import app, main, ui
+from sftd.cli import app, main
+from sftd.cli.operate import ui
 from sftd.daemon import mirror_turn
 from sftd.daemon.mirror_turn import MirrorTurn
-from sftd.domain import events as e
-from sftd.domain.spec import Spec
+from sftd.domain.log import events as e
+from sftd.domain.spec.spec import Spec
 from sftd.operations.context import Context
-from sftd.projections import mlflow_client, mlflow_mirror
-from sftd.projections import mlflow_reading as reading
-from sftd.projections.mlflow_check import Checked, check, rebuild
-from sftd.projections.mlflow_mirror import MirrorUnavailable, MlflowMirror
+from sftd.projections.mirrors.mlflow import client as mlflow_client
+from sftd.projections.mirrors.mlflow import mirror as mlflow_mirror
+from sftd.projections.mirrors.mlflow import reading
+from sftd.projections.mirrors.mlflow.check import Checked, check, rebuild
+from sftd.projections.mirrors.mlflow.mirror import MirrorUnavailable, MlflowMirror
 from sftd.settings import read as read_settings
-from sftd.store import daemons, event_store
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store, open_engine
-from sftd.store.positions import projection_position
-from sftd.store.schema import metadata
-from sftd.store.tables import events, projection_positions
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.schema import metadata
+from sftd.store.database.tables import events, projection_positions
+from sftd.store.log import event_store
+from sftd.store.log.positions import projection_position
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 from tests import json_fields
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
@@ -204,8 +207,8 @@ def first_sync(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproce
     (home / "cwd").mkdir()
     code = f"""
 from pathlib import Path
-from sftd.projections.mlflow_mirror import MlflowMirror
-from sftd.store.engine import Store, open_engine
+from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.store.database.engine import Store, open_engine
 store = Store(open_engine("sqlite:///{home}/sftd.db"))
 MlflowMirror(store, "sqlite:///{home}/new/mlflow.db", Path("{home}/mlartifacts")).sync(lambda: False)
 """

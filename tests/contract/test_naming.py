@@ -8,13 +8,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
-from sftd.domain import events as e
 from sftd.domain.errors import AmbiguousRun, Refused, RunNotFound
-from sftd.operations import naming, reading
-from sftd.operations.reading import Filter
+from sftd.domain.log import events as e
+from sftd.operations.queries import resolve as naming
+from sftd.operations.queries import runs as reading
+from sftd.operations.queries.runs import Filter
 from sftd.projections import verify, views
-from sftd.store.engine import Store
-from sftd.store.resolve import resolve_ids
+from sftd.store.database.engine import Store
+from sftd.store.queries.resolve import resolve_ids
 from tests.histories import (
     FAILED,
     NOON,

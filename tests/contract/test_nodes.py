@@ -11,16 +11,17 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.domain import events as e
-from sftd.operations import attempts, runs
+from sftd.domain.log import events as e
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
-from sftd.operations.nodes import Devices, Node, list_nodes
-from sftd.operations.waiting import living_hosts
+from sftd.operations.driving import attempts
+from sftd.operations.queries.nodes import Devices, Node, list_nodes
+from sftd.operations.queries.queue import living_hosts
 from sftd.projections import views
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.store.tables import daemons as daemons_table
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import daemons as daemons_table
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC
 

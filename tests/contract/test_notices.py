@@ -19,19 +19,19 @@ from click.testing import CliRunner
 
 from sftd import settings as settings_module
 from sftd.cli import main
-from sftd.cli.systemd import unit
+from sftd.cli.daemon.systemd import unit
 from sftd.daemon.loop import Daemon
 from sftd.daemon.notices import NoticeThread
-from sftd.domain import events as e
 from sftd.domain import notices
+from sftd.domain.log import events as e
 from sftd.launcher.command import environment
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views
-from sftd.projections.notifier import Notifier
-from sftd.projections.notify_channels import Channel, Command, NotSent, Webhook
+from sftd.projections.notices.channels import Channel, Command, NotSent, Webhook
+from sftd.projections.notices.notifier import Notifier
 from sftd.projections.verify import check
-from sftd.store import event_store
-from sftd.store.engine import Store
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
 from tests.contract.test_metrics import submitted
 from tests.patience import PATIENCE
 

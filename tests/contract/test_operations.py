@@ -10,23 +10,25 @@ import pytest
 
 from sftd import settings
 from sftd.daemon.supervisor import Supervisor
-from sftd.domain import events as e
-from sftd.domain.chat_template import ChatTemplate
+from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.errors import LeaseLost, Refused
-from sftd.domain.failures import Failure
-from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Model, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.run.failures import Failure
+from sftd.domain.spec.sections import Data, Model, Trainer
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.local import LocalAttempt
-from sftd.operations import attempts, checkpoints, runs
-from sftd.operations.attempts import Claimed
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts, checkpoints
+from sftd.operations.driving.attempts import Claimed
 from sftd.projections import views
-from sftd.store import event_store, schedule
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.journal import JournalWriter, Line, event_id
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.store.queue import order as schedule
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import JournalWriter, Line, event_id
 from sftd.wire.preflight import Preflight
 
 LEASE = 30_000_000

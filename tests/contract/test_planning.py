@@ -7,13 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.layout import LENGTH_QUANTILES, DataFacts
-from sftd.domain.pace import Machine
-from sftd.domain.spec import spec_digest
-from sftd.operations import planning, reading
-from sftd.store import event_store
-from sftd.store.engine import Store
+from sftd.domain.log import events as e
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.plan.duration import Machine
+from sftd.domain.spec.spec import spec_digest
+from sftd.operations.queries import plan as planning
+from sftd.operations.queries import runs as reading
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
 from tests.contract.test_operations import SHAPE, SPEC, Clock, clock, log
 
 __all__ = ["clock", "log"]
@@ -112,7 +113,7 @@ def test_the_pace_is_that_of_earlier_runs_on_such_a_device(log: Store) -> None:
 
 
 def test_a_run_that_never_started_has_no_outcome(log: Store, clock: Clock) -> None:
-    from sftd.operations import runs
+    from sftd.operations.commands import lifecycle as runs
     from sftd.wire.preflight import Preflight
 
     run_id = runs.submit(log, clock.context, SPEC, Preflight(SHAPE, DATA, None, 3, []), [], "ada")

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sftd.domain.errors import LeaseLost
-from sftd.domain.spec import Spec
-from sftd.store import queue, schedule
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
+from sftd.domain.spec.spec import Spec
+from sftd.store.database.engine import Store
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
+from sftd.store.queue.leases import Lease
 
 
 def enqueue(store: Store, *entries: tuple[str, int, int]) -> None:

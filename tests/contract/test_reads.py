@@ -7,13 +7,17 @@ from collections.abc import Iterable, Iterator
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain.curves import History
+from sftd.domain.compare.curves import History
 from sftd.domain.errors import LeaseLost, ViewDamaged
-from sftd.domain.events import Recorded
-from sftd.domain.goodput import Fold
-from sftd.store import board, claims, copying, curves, event_store, goodput, positions, queue
-from sftd.store.engine import Store
-from sftd.store.tables import view_runs
+from sftd.domain.log.events import Recorded
+from sftd.domain.run.goodput import Fold
+from sftd.store.database import copying
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import view_runs
+from sftd.store.log import curves, event_store, goodput, positions
+from sftd.store.queries import board
+from sftd.store.queue import claims
+from sftd.store.queue import leases as queue
 from tests.histories import (
     FAILED,
     NOON,

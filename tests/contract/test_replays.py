@@ -8,16 +8,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sftd.domain import events as e
 from sftd.domain.errors import Refused
-from sftd.domain.evolve import fold
-from sftd.domain.replay import AtStep, AtTime, AtVersion, parse_moment
-from sftd.domain.run import Run
-from sftd.operations import reading, replays
+from sftd.domain.log import events as e
+from sftd.domain.log.history import AtStep, AtTime, AtVersion, parse_moment
+from sftd.domain.run.fold import fold
+from sftd.domain.run.state import Run
 from sftd.operations.context import Context
+from sftd.operations.queries import history as replays
+from sftd.operations.queries import runs as reading
 from sftd.projections import views
-from sftd.store import event_store, queue
-from sftd.store.engine import Store
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.store.queue import leases as queue
 from sftd.wire.preflight import Preflight, submission
 from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
 from tests.unit.test_run_history import Log

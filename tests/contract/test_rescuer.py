@@ -14,17 +14,19 @@ import sqlalchemy as sa
 
 from sftd.daemon.registration import NotAlone, Registration, this_daemon
 from sftd.daemon.rescuer import Orphans, orphaned
-from sftd.domain.identity import Identity
+from sftd.domain.run.identity import Identity
 from sftd.launcher import processes
-from sftd.operations import attempts, runs
+from sftd.operations.commands import lifecycle as runs
 from sftd.operations.context import Context
+from sftd.operations.driving import attempts
 from sftd.projections import views
 from sftd.settings import Settings, read
-from sftd.store import daemons, tables
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.store.queue import Lease
-from sftd.wire.attempt_dir import AttemptDir, Order, RunDir
+from sftd.store.database import tables
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC
 

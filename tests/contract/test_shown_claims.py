@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.domain import events as e
-from sftd.domain.redoing import REDONE_DIFFERS
-from sftd.store.engine import Store
+from sftd.domain.log import events as e
+from sftd.domain.repro.steps import REDONE_DIFFERS
+from sftd.store.database.engine import Store
 from tests.histories import append, claimed, open_log, published, spec, step, submitted
 
 Show = Callable[[str], dict[str, str]]

@@ -13,11 +13,13 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from sftd.cli import COMMANDS, border, main, output
+from sftd.cli import COMMANDS, main
+from sftd.cli.terminal import border, output
 from sftd.daemon.log import TextFormat
-from sftd.domain import events as e
-from sftd.domain.printable import escaped, harmless, printable
-from sftd.store import queue, schedule
+from sftd.domain.log import events as e
+from sftd.domain.text.printable import escaped, harmless, printable
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
 from tests.contract.test_imports import Folder
 from tests.histories import append, claimed, open_log, published, spec, step, submitted
 

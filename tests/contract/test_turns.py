@@ -10,24 +10,30 @@ from typing import Literal
 import msgspec
 import pytest
 
-from sftd.domain import events as e
 from sftd.domain.errors import ConcurrencyConflict, Refused
-from sftd.domain.failures import Failure
-from sftd.domain.queueing import Limits
-from sftd.domain.run import Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Data, Launch, Model, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.queue.order import Limits
+from sftd.domain.run.failures import Failure
+from sftd.domain.run.state import Run
+from sftd.domain.spec.sections import Data, Launch, Model, Trainer
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
-from sftd.operations import attempts, halting, runs, submitting, turns, waiting
-from sftd.operations.attempts import Claimed
-from sftd.operations.reading import find_run
-from sftd.operations.submitting import Wish
+from sftd.operations.commands import hold as halting
+from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import submit as submitting
+from sftd.operations.commands.submit import Wish
+from sftd.operations.driving import attempts, turns
+from sftd.operations.driving.attempts import Claimed
+from sftd.operations.queries import queue as waiting
+from sftd.operations.queries.runs import find_run
 from sftd.projections import views
-from sftd.store import daemons, event_store, queue
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store
-from sftd.store.tables import queue_demands
-from sftd.wire.journal import Line
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import queue_demands
+from sftd.store.log import event_store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue.daemons import DaemonRow
+from sftd.wire.attempt.journal import Line
 from sftd.wire.preflight import Preflight
 from tests.contract.test_operations import FACTS, LEASE, SHAPE, Clock, lines, step
 

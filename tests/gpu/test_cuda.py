@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import CheckpointPublished, ModelLoaded
+from sftd.domain.log.events import CheckpointPublished, ModelLoaded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sftd.wire.attempt_dir import AttemptDir
+    from sftd.wire.attempt.directory import AttemptDir
     from tests.trainer.conftest import Run, Trainer
 
 pytestmark = [
@@ -103,7 +103,7 @@ def test_deterministic_attention_is_right_and_the_same_again(
 ) -> None:
     import torch
 
-    from sftd.trainer.kernels import exact_attention
+    from sftd.trainer.model.kernels import exact_attention
 
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU: deterministic attention is PyTorch's own")

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-from sftd.trainer import process
+from sftd.trainer.runtime import process
 
 process.prepare()
 
-from sftd.trainer import session as sessions  # noqa: E402
-from sftd.trainer.loop import Attempt  # noqa: E402
-from sftd.trainer.reporter import Reporter  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
+from sftd.trainer.loop.attempt import Attempt  # noqa: E402
+from sftd.trainer.runtime import session as sessions  # noqa: E402
+from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
 
 
 def main(path: str) -> None:

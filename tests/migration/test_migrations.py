@@ -17,11 +17,12 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 from sftd.domain.errors import DatabaseNotReady
-from sftd.domain.identity import Identity
-from sftd.store import daemons, migrate
-from sftd.store.engine import Store, open_engine
-from sftd.store.schema import metadata
-from sftd.store.tables import SCHEMA_REVISION
+from sftd.domain.run.identity import Identity
+from sftd.store.database import migrate
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.schema import metadata
+from sftd.store.database.tables import SCHEMA_REVISION
+from sftd.store.queue import daemons
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
@@ -171,8 +172,8 @@ def test_tables_of_a_newer_sftd_are_left_alone(empty_engine: sa.Engine) -> None:
 
 UPGRADE = """
 import sys
-from sftd.store.engine import open_engine
-from sftd.store.migrate import upgrade
+from sftd.store.database.engine import open_engine
+from sftd.store.database.migrate import upgrade
 import alembic.command
 print("ready", flush=True)
 sys.stdin.readline()

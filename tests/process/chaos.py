@@ -20,11 +20,11 @@ from pathlib import Path
 import psutil
 import sqlalchemy as sa
 
-from sftd.domain.run import ENDED
-from sftd.operations.reading import list_runs
+from sftd.domain.run.state import ENDED
+from sftd.operations.queries.runs import list_runs
 from sftd.settings import full_database_url
-from sftd.store import queue
-from sftd.store.engine import Store, open_engine
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.queue import leases as queue
 from tests.patience import PATIENCE, holds_within
 from tests.process import chaos_check
 from tests.process.chaos_check import Reference, Tally, Touch

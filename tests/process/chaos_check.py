@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sftd.domain import events as e
-from sftd.operations.reading import list_runs
-from sftd.store import event_store
-from sftd.store.engine import Store
-from sftd.wire import journal
+from sftd.domain.log import events as e
+from sftd.operations.queries.runs import list_runs
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.wire.attempt import journal
 from tests.process.harness import Home
 
 _LOST = (e.AttemptFailed, e.AttemptLost)

@@ -15,7 +15,7 @@ import psutil
 
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.settings import full_database_url
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.attempt.directory import AttemptDir
 from tests.patience import PATIENCE, until
 from tests.postgres import server as postgres_server
 from tests.process.harness import Home

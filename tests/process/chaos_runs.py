@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftd.store.engine import Store, open_engine
+from sftd.store.database.engine import Store, open_engine
 from tests.process import chaos_check
 from tests.process.chaos_check import Reference
 from tests.process.harness import Home

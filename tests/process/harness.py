@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from sftd.launcher import processes
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.attempt.directory import AttemptDir
 from tests import warm_python
 from tests.holds import Holds, wait_until_stopped
 from tests.patience import PATIENCE

@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import yaml
 
-from sftd.domain import events as e
 from sftd.domain.errors import CheckpointInvalid
-from sftd.domain.retention import why_kept
-from sftd.domain.run import Run
-from sftd.wire import journal
-from sftd.wire import manifest as manifests
-from sftd.wire.direct_run import DirectRun, read_history
+from sftd.domain.log import events as e
+from sftd.domain.run.retention import why_kept
+from sftd.domain.run.state import Run
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.direct_run import DirectRun, read_history
+from sftd.wire.checkpoint import manifest as manifests
 from tests.patience import holds_within, until
 from tests.warm import Ranks, WarmTrainer, has_ended
 

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sftd.projections.mlflow_client import NO_PHONE_HOME
+from sftd.projections.mirrors.mlflow.client import NO_PHONE_HOME
 from tests.claims import port_of_our_own
 from tests.patience import PATIENCE
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.store import engine
+from sftd.store.database import engine
 from tests.process.harness import Home
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from sftd.wire.checkpoint_dir import reading
+from sftd.wire.checkpoint.directory import reading
 from tests import json_fields
 from tests.process.harness import Home
 from tests.process.test_recovery import timeline

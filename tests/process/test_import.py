@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from sftd.wire.direct_run import DirectRun
+from sftd.wire.attempt.direct_run import DirectRun
 from tests.patience import PATIENCE
 from tests.process.harness import Home
 from tests.process.test_recovery import numbers

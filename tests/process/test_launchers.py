@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from sftd.domain.spec import Spec
-from sftd.launcher import local, processes, slurm_script
+from sftd.domain.spec.spec import Spec
+from sftd.launcher import local, processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt, Launcher, Report
-from sftd.launcher.slurm import SlurmLauncher
-from sftd.launcher.slurm_controller import Controller
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.launcher.slurm import script as slurm_script
+from sftd.launcher.slurm.attempt import SlurmLauncher
+from sftd.launcher.slurm.controller import Controller
+from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.patience import until
 from tests.process.slurm_cluster import SlurmCluster
 

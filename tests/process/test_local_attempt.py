@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from sftd.domain.failures import classify
-from sftd.domain.spec import Spec
+from sftd.domain.run.failures import classify
+from sftd.domain.spec.spec import Spec
 from sftd.launcher import device_holds, local, processes, rerun
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.patience import PATIENCE, until
 
 NEED = Need("cpu", 1, 1)

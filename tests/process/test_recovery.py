@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd.wire import journal
+from sftd.wire.attempt import journal
 from tests.holds import let_go
 from tests.patience import PATIENCE, until
 from tests.process.harness import Home, at_step

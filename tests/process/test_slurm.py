@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from sftd import settings
-from sftd.cli import doctor_slurm
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.remains import find_remains
+from sftd.cli.doctor import slurm as doctor_slurm
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.remains import find_remains
 from tests.holds import let_go
 from tests.patience import PATIENCE, until
 from tests.process.harness import Home, at_step

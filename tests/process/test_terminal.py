@@ -24,8 +24,8 @@ import psutil
 import pytest
 from rich.cells import cell_len
 
-from sftd.store.engine import Store
-from sftd.wire.attempt_dir import AttemptDir, RunDir
+from sftd.store.database.engine import Store
+from sftd.wire.attempt.directory import AttemptDir, RunDir
 from tests.histories import FAILED, SUCCEEDED, append, claimed, open_log, spec, step, submitted
 from tests.patience import PATIENCE
 

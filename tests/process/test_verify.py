@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.launcher import processes
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.attempt.directory import AttemptDir
 from tests import json_fields
 from tests.patience import PATIENCE, until
 from tests.process.harness import Home, write_rows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sftd.wire import manifest as manifests
+from sftd.wire.checkpoint import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.events import Event, StepCompleted, ValidationCompleted
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import parse
-from sftd.wire import journal
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.domain.log.events import Event, StepCompleted, ValidationCompleted
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import Spec
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.directory import AttemptDir, Order
 from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE

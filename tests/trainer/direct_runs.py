@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import yaml
 
-from sftd.domain.events import Event, StepCompleted
-from sftd.wire import journal
-from sftd.wire.direct_run import DirectRun
+from sftd.domain.log.events import Event, StepCompleted
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.direct_run import DirectRun
 from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from sftd.trainer.export.__main__ import main
+from sftd.trainer.tools.export.__main__ import main
 from tests.durability import observe
 
 if __name__ == "__main__":

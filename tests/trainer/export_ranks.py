@@ -7,18 +7,18 @@ import math
 import sys
 from dataclasses import replace
 
-from sftd.trainer import process
+from sftd.trainer.runtime import process
 
 process.prepare()
 
 import torch  # noqa: E402
 
-from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer import trainee as trainees  # noqa: E402
-from sftd.trainer.checkpoint import Checkpoints, Progress  # noqa: E402
-from sftd.trainer.reporter import Reporter  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
-from sftd.wire.model_folder import read_shape  # noqa: E402
+from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress  # noqa: E402
+from sftd.trainer.runtime import session as sessions  # noqa: E402
+from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
+from sftd.wire.model.folder import read_shape  # noqa: E402
 
 
 def main(path: str) -> None:

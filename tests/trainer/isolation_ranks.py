@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from sftd.trainer import process
+from sftd.trainer.runtime import process
 
 process.prepare()
 
@@ -16,13 +16,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from sftd.trainer import session as sessions  # noqa: E402
 from sftd.trainer import trainee as trainees  # noqa: E402
-from sftd.trainer.batches import Batching, MicroBatch  # noqa: E402
-from sftd.trainer.data import Sample  # noqa: E402
-from sftd.trainer.sequence_shards import spans  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
-from sftd.wire.model_folder import read_shape  # noqa: E402
+from sftd.trainer.data.batches import Batching, MicroBatch  # noqa: E402
+from sftd.trainer.data.rows import Sample  # noqa: E402
+from sftd.trainer.data.sequence_shards import spans  # noqa: E402
+from sftd.trainer.runtime import session as sessions  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
+from sftd.wire.model.folder import read_shape  # noqa: E402
 
 # Three samples end to end and padding; the token at 7, in the second, is changed: 7 to 31 may see it. With two
 # context-parallel ranks (0-9 and 30-39, 10-29) both hold part of that.

@@ -1,5 +1,5 @@
 """Run by test_kernels.py under Triton's interpreter, and by tests/gpu on a GPU (`cuda` as its argument): each kernel
-forward and backward against what sftd/trainer/ops.py computes on a CPU."""
+forward and backward against what sftd/trainer/model/ops.py computes on a CPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sftd.trainer import cross_entropy_cpu, ops
-from sftd.trainer.kernels import cross_entropy, norm, rotary, swiglu
+from sftd.trainer.model import cross_entropy_cpu, ops
+from sftd.trainer.model.kernels import cross_entropy, norm, rotary, swiglu
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 Function = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from sftd.trainer import process
+from sftd.trainer.runtime import process
 
 process.prepare()
 
@@ -16,12 +16,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from sftd.trainer import session as sessions  # noqa: E402
-from sftd.trainer.loop import Attempt  # noqa: E402
-from sftd.trainer.megatron_edges import adamw_of  # noqa: E402
-from sftd.trainer.reporter import Reporter  # noqa: E402
+from sftd.trainer.loop.attempt import Attempt  # noqa: E402
+from sftd.trainer.runtime import session as sessions  # noqa: E402
+from sftd.trainer.runtime.megatron_edges import adamw_of  # noqa: E402
+from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
 from sftd.trainer.trainee import Trainee  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
 
 
 def gradient(trainee: Trainee) -> torch.Tensor:

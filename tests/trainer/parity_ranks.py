@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sftd.trainer import process
+from sftd.trainer.runtime import process
 
 process.prepare()
 
@@ -15,19 +15,19 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from sftd.domain.layout import ModelShape  # noqa: E402
-from sftd.domain.spec import Spec  # noqa: E402
-from sftd.trainer import loss as loss_module  # noqa: E402
-from sftd.trainer import model as models  # noqa: E402
-from sftd.trainer import session as sessions  # noqa: E402
-from sftd.trainer import weights  # noqa: E402
-from sftd.trainer.batches import Batching  # noqa: E402
-from sftd.trainer.data import Sample  # noqa: E402
-from sftd.trainer.loss import linear_cross_entropy, vocab_parallel_cross_entropy  # noqa: E402
-from sftd.trainer.sequence_layout import SequenceLayout  # noqa: E402
-from sftd.trainer.session import Session  # noqa: E402
-from sftd.wire.attempt_dir import AttemptDir  # noqa: E402
-from sftd.wire.model_folder import read_shape  # noqa: E402
+from sftd.domain.model.checks import ModelShape  # noqa: E402
+from sftd.domain.spec.spec import Spec  # noqa: E402
+from sftd.trainer.data.batches import Batching  # noqa: E402
+from sftd.trainer.data.rows import Sample  # noqa: E402
+from sftd.trainer.data.sequence_layout import SequenceLayout  # noqa: E402
+from sftd.trainer.model import loss as loss_module  # noqa: E402
+from sftd.trainer.model import model as models  # noqa: E402
+from sftd.trainer.model import weights  # noqa: E402
+from sftd.trainer.model.loss import linear_cross_entropy, vocab_parallel_cross_entropy  # noqa: E402
+from sftd.trainer.runtime import session as sessions  # noqa: E402
+from sftd.trainer.runtime.session import Session  # noqa: E402
+from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
+from sftd.wire.model.folder import read_shape  # noqa: E402
 
 
 def build(spec: Spec, folder: str, session: Session) -> tuple[Any, ModelShape]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import ModelLoaded, ValidationCompleted
+from sftd.domain.log.events import ModelLoaded, ValidationCompleted
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]

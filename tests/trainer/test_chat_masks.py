@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftd.domain.chat_template import ChatTemplate
-from sftd.trainer.prepare.chat_mask import ChatMasker, MaskedChat
-from sftd.trainer.prepare.chat_render import RenderedChat
-from sftd.trainer.prepare.errors import ChatError
-from sftd.wire.data_rows import IGNORE_INDEX
+from sftd.domain.data.chat_template import ChatTemplate
+from sftd.trainer.chat.errors import ChatError
+from sftd.trainer.chat.mask import ChatMasker, MaskedChat
+from sftd.trainer.chat.render import RenderedChat
+from sftd.wire.data.rows import IGNORE_INDEX
 from tests.trainer.chat_templates import (
     FAMILIES,
     MISTRAL,

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sftd.domain.events import CheckpointPublished, ModelLoaded, StepCompleted
-from sftd.domain.spec import spec_digest
-from sftd.wire import manifest as manifests
-from sftd.wire.checkpoint_dir import delete_folder, reading
-from sftd.wire.manifest import Manifest
+from sftd.domain.log.events import CheckpointPublished, ModelLoaded, StepCompleted
+from sftd.domain.spec.spec import spec_digest
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.checkpoint.directory import delete_folder, reading
+from sftd.wire.checkpoint.manifest import Manifest
 from tests.patience import until
 from tests.trainer.checkpoint_files import contents, tensors, values
 from tests.warm import has_ended

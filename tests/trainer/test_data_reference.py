@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import DataFacts
-from sftd.trainer.data import Rows, write_spool
+from sftd.domain.model.checks import DataFacts
+from sftd.trainer.data.rows import Rows, write_spool
 from sftd.trainer.errors import DataError
-from sftd.wire import dataset
-from sftd.wire.data_rows import read_row
+from sftd.wire.data import dataset
+from sftd.wire.data.rows import read_row
 
 VOCABULARY, STOP = 40, 7
 

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.trainer.prepare.chat_files import open_source, pieces, rows_of
-from sftd.trainer.prepare.chat_rows import conversation
-from sftd.trainer.prepare.chat_shapes import RowKeys
-from sftd.trainer.prepare.dataset_folder import expand
-from sftd.trainer.prepare.errors import PrepareError
+from sftd.trainer.chat.errors import PrepareError
+from sftd.trainer.chat.rows import conversation
+from sftd.trainer.chat.shapes import RowKeys
+from sftd.trainer.tools.prepare.sources.chat_files import open_source, pieces, rows_of
+from sftd.trainer.tools.prepare.sources.dataset_folder import expand
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
 # Each level doubles what the one below stands for.

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.events import CheckpointDeleted, CheckpointPublished
-from sftd.trainer import direct_plan
-from sftd.wire.direct_run import DirectRun
+from sftd.domain.log.events import CheckpointDeleted, CheckpointPublished
+from sftd.trainer.direct import plan as direct_plan
+from sftd.wire.attempt.direct_run import DirectRun
 from tests import json_fields
 from tests.patience import PATIENCE
 from tests.trainer.conftest import write_rows
@@ -299,8 +299,8 @@ def test_a_folder_that_cannot_be_used_is_a_sentence(
 def test_it_goes_on_from_the_checkpoint_that_was_not_rejected(
     tmp_path: Path, models: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sftd.domain.events import CheckpointRejected
-    from sftd.wire.journal import JournalWriter
+    from sftd.domain.log.events import CheckpointRejected
+    from sftd.wire.attempt.journal import JournalWriter
 
     direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="named")
     run = direct.run("named")

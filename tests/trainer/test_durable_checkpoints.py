@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sftd.domain.events import CheckpointPublished
+from sftd.domain.log.events import CheckpointPublished
 
 if TYPE_CHECKING:
     from tests.durability import Trace

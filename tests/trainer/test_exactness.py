@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import CheckpointPublished, StepCompleted, TrainingResumed
-from sftd.wire import manifest as manifests
+from sftd.domain.log.events import CheckpointPublished, StepCompleted, TrainingResumed
+from sftd.wire.checkpoint import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import ModelLoaded, SampleGenerated
-from sftd.domain.parameters import whole_model
-from sftd.wire.model_folder import read_shape
+from sftd.domain.log.events import ModelLoaded, SampleGenerated
+from sftd.domain.model.parameters import whole_model
+from sftd.wire.model.folder import read_shape
 from tests.trainer.test_resume import exact, resume, weights_digests  # type: ignore[import-not-found]
 from tests.trainer.test_training import reference  # type: ignore[import-not-found]
 

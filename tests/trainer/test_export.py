@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from sftd.domain.chat_template import ChatTemplate
-from sftd.domain.events import CheckpointPublished, ModelLoaded, SampleGenerated
-from sftd.wire import checkpoint_reduction
-from sftd.wire import manifest as manifests
+from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.log.events import CheckpointPublished, ModelLoaded, SampleGenerated
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.checkpoint import reduction as checkpoint_reduction
 from tests.durability import Trace
 from tests.trainer.conftest import MODELS, PROMPT  # type: ignore[import-not-found]
 from tests.trainer.test_experts import EP2, overrides_of  # type: ignore[import-not-found]
@@ -197,7 +197,7 @@ def test_a_real_model_is_exported_bit_for_bit(trainer: Trainer, tmp_path: Path) 
 def run_tool(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
     """Exit code, last line of standard output and standard error of the real command."""
     environment = dict(os.environ, PYTHONWARNINGS="error", OMP_NUM_THREADS="1")
-    argv = [sys.executable, "-m", "sftd.trainer.export", *arguments]
+    argv = [sys.executable, "-m", "sftd.trainer.tools.export", *arguments]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return done.returncode, lines[-1] if lines else {}, done.stderr

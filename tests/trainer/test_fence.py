@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sftd.domain.events import AnomalyDetected
+from sftd.domain.log.events import AnomalyDetected
 from sftd.trainer.errors import GivenUp
-from sftd.trainer.reporter import Reporter
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.trainer.runtime.reporter import Reporter
+from sftd.wire.attempt.directory import AttemptDir
 from tests.patience import until
 from tests.warm import has_ended
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.domain.events import ModelLoaded, SampleGenerated, StepCompleted
-from sftd.domain.parameters import held
-from sftd.wire.model_folder import read_shape
+from sftd.domain.log.events import ModelLoaded, SampleGenerated, StepCompleted
+from sftd.domain.model.parameters import held
+from sftd.wire.model.folder import read_shape
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sftd.domain.events import ModelLoaded, SampleGenerated, StepCompleted
-from sftd.wire.direct_run import DirectRun
+from sftd.domain.log.events import ModelLoaded, SampleGenerated, StepCompleted
+from sftd.wire.attempt.direct_run import DirectRun
 from tests import json_fields
 from tests.patience import PATIENCE
 from tests.trainer.direct_runs import ROOT, environment, events, sftd

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sftd.domain.layout import ModelShape
-from sftd.trainer.meter import Meter
+from sftd.domain.model.checks import ModelShape
+from sftd.trainer.loop.meter import Meter
 
 
 def on_gpu(dtype: torch.dtype) -> Any:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.events import (
+from sftd.domain.log.events import (
     AnomalyDetected,
     CheckpointPublished,
     DataBound,
@@ -30,7 +30,7 @@ from sftd.domain.events import (
     StepCompleted,
     TrainingResumed,
 )
-from sftd.domain.spec import OrderStart
+from sftd.domain.spec.spec import OrderStart
 from tests.trainer import plain
 from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
 from tests.trainer.plain import Plain, Settings, count

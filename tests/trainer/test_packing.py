@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.trainer.data import Ints
-from sftd.trainer.packing import Planner, cut, packed_order
+from sftd.trainer.data.packing import Planner, cut, packed_order
+from sftd.trainer.data.rows import Ints
 
 LIMIT = 64
 lengths_of_a_step = st.lists(st.integers(2, LIMIT), min_size=1, max_size=200).map(

@@ -16,13 +16,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from sftd.domain import storage
-from sftd.domain.footprint import CUBLAS_BYTES, LOGITS_BYTES, LOGITS_MULTIPLE, SCORES_BYTES, logits_chunk
-from sftd.domain.layout import LENGTH_QUANTILES, DataFacts
-from sftd.domain.spec_parse import parse
-from sftd.domain.workload import GPU_TILE, workload
-from sftd.trainer import process
-from sftd.trainer.packing import Planner
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.plan import disk as storage
+from sftd.domain.plan.batch import GPU_TILE, workload
+from sftd.domain.plan.memory import CUBLAS_BYTES, LOGITS_BYTES, LOGITS_MULTIPLE, SCORES_BYTES, logits_chunk
+from sftd.domain.spec.parse import parse
+from sftd.trainer.data.packing import Planner
+from sftd.trainer.runtime import process
 
 
 def defined(module: str, *names: str) -> list[Any]:

@@ -19,14 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftd.cli import main
-from sftd.trainer.prepare.chat_mask import ChatMasker
-from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.model_folder import check_model_folder, prepare_model
-from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.show_row import show_row
-from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
-from sftd.wire.chat_template import METADATA_KEY
-from sftd.wire.data_rows import IGNORE_INDEX
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.mask import ChatMasker
+from sftd.trainer.tools.prepare.model_folder import check_model_folder, prepare_model
+from sftd.trainer.tools.prepare.show_row import show_row
+from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.trainer.tools.protocol import EventWriter
+from sftd.wire.data.chat_template import METADATA_KEY
+from sftd.wire.data.rows import IGNORE_INDEX
 from tests import json_fields
 
 CHATML = (
@@ -476,7 +476,7 @@ def test_the_tool_ends_with_2_and_one_message_for_the_users_mistakes(
 ) -> None:
     source = tmp_path / "chats.jsonl"
     source.write_text("{}")
-    command = [sys.executable, "-m", "sftd.trainer.prepare", "tokenize", str(source)]
+    command = [sys.executable, "-m", "sftd.trainer.tools.prepare", "tokenize", str(source)]
     command += [
         "--model",
         str(make_model("{% if aside %}{% endif %}" + CHATML)),
@@ -505,7 +505,7 @@ def test_the_tool_does_not_load_pytorch(make_model: MakeModel, tmp_path: Path) -
     """It takes seconds, and tokenizers do not need it."""
     source = write_jsonl(tmp_path / "good.jsonl", [{"messages": chat("q", "x")}])
     code = (
-        "import sys\nfrom sftd.trainer.prepare.__main__ import main\nfailed = main(sys.argv[1:])\n"
+        "import sys\nfrom sftd.trainer.tools.prepare.__main__ import main\nfailed = main(sys.argv[1:])\n"
         "sys.exit(failed or any(name.startswith('torch.') for name in sys.modules))"
     )
     arguments = [

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sftd.trainer.prepare.errors import PrepareError
-from sftd.trainer.prepare.hf_tokenizer import stop_token_ids
-from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.trainer.chat.errors import PrepareError
+from sftd.trainer.chat.tokenizer import stop_token_ids
+from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.trainer.tools.protocol import EventWriter
 from tests.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
 
 Piece = tuple[str, bool]

@@ -15,15 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.trainer.prepare import chat_files, json_text, tokenize_files
-from sftd.trainer.prepare.chat_files import Piece, open_source, pieces, rows_of
-from sftd.trainer.prepare.chat_rows import conversation
-from sftd.trainer.prepare.chat_shapes import RowKeys
-from sftd.trainer.prepare.dataset_folder import expand
-from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.splitting import SmallestKeys
-from sftd.trainer.prepare.tokenize_pieces import TokenizeOptions
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.rows import conversation
+from sftd.trainer.chat.shapes import RowKeys
+from sftd.trainer.tools.prepare import tokenize_files
+from sftd.trainer.tools.prepare.sources import chat_files, json_text
+from sftd.trainer.tools.prepare.sources.chat_files import Piece, open_source, pieces, rows_of
+from sftd.trainer.tools.prepare.sources.dataset_folder import expand
+from sftd.trainer.tools.prepare.splitting import SmallestKeys
+from sftd.trainer.tools.prepare.tokenize_pieces import TokenizeOptions
+from sftd.trainer.tools.protocol import EventWriter
 from tests.trainer.chat_templates import FAMILIES, byte_level_tokenizer, unmarked
 
 QUESTION = [{"role": "user", "content": "q"}]

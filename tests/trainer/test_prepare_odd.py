@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.trainer.prepare import __main__ as prepare_main
-from sftd.trainer.prepare import tokenize_files, workers
-from sftd.trainer.prepare.chat_files import open_source, pieces, rows_of
-from sftd.trainer.prepare.chat_mask import ChatMasker
-from sftd.trainer.prepare.chat_rows import conversation
-from sftd.trainer.prepare.chat_shapes import RowKeys
-from sftd.trainer.prepare.dataset_folder import expand
-from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.tokenize_pieces import TokenizeOptions
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.mask import ChatMasker
+from sftd.trainer.chat.rows import conversation
+from sftd.trainer.chat.shapes import RowKeys
+from sftd.trainer.tools.prepare import __main__ as prepare_main
+from sftd.trainer.tools.prepare import tokenize_files, workers
+from sftd.trainer.tools.prepare.sources.chat_files import open_source, pieces, rows_of
+from sftd.trainer.tools.prepare.sources.dataset_folder import expand
+from sftd.trainer.tools.prepare.tokenize_pieces import TokenizeOptions
+from sftd.trainer.tools.protocol import EventWriter
 from tests.trainer.chat_templates import FAMILIES, byte_level_tokenizer, unmarked
 
 QUESTION = {"role": "user", "content": "q"}

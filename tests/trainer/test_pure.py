@@ -19,18 +19,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import CheckpointInvalid
-from sftd.domain.schedule import learning_rate
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Optimizer, Scheduler
-from sftd.trainer import folder_swap, process
-from sftd.trainer.data import Rows, write_spool
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.domain.spec.sections import Optimizer, Scheduler
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.checkpoint import folder_swap
+from sftd.trainer.data.rows import Rows, write_spool
+from sftd.trainer.data.sample_order import SampleOrder, samples_digest
 from sftd.trainer.errors import DataError, DataNotDecoded, UserError
-from sftd.trainer.kernels import exact_attention
-from sftd.trainer.rectangles import rectangles
-from sftd.trainer.sample_order import SampleOrder, samples_digest
-from sftd.wire import checkpoint_dir
-from sftd.wire import manifest as manifests
-from sftd.wire.manifest import FileEntry, Manifest
+from sftd.trainer.model.kernels import exact_attention
+from sftd.trainer.optimizer.rectangles import rectangles
+from sftd.trainer.runtime import process
+from sftd.wire.checkpoint import directory as checkpoint_dir
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.checkpoint.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sftd.domain.errors import CheckpointInvalid
-from sftd.domain.events import (
+from sftd.domain.log.events import (
     AnomalyDetected,
     CheckpointPublished,
     CheckpointRejected,
@@ -25,7 +25,7 @@ from sftd.domain.events import (
     TrainingResumed,
     WeightsDigested,
 )
-from sftd.wire import manifest as manifests
+from sftd.wire.checkpoint import manifest as manifests
 from tests.trainer.checkpoint_files import contents, tensors
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sftd.domain.events import (
+from sftd.domain.log.events import (
     AnomalyDetected,
     CheckpointPublished,
     CheckpointRejected,
@@ -19,7 +19,7 @@ from sftd.domain.events import (
     TrainingResumed,
     ValidationCompleted,
 )
-from sftd.wire import manifest as manifests
+from sftd.wire.checkpoint import manifest as manifests
 from tests.patience import PATIENCE, until
 
 if TYPE_CHECKING:

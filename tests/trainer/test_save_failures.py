@@ -16,14 +16,14 @@ import msgspec
 import pytest
 import torch
 
-from sftd.domain.events import (
+from sftd.domain.log.events import (
     AnomalyDetected,
     CheckpointPublished,
     CheckpointRejected,
     ModelLoaded,
     StepCompleted,
 )
-from sftd.wire import manifest as manifests
+from sftd.wire.checkpoint import manifest as manifests
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
@@ -37,11 +37,11 @@ import os, sys
 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
-    from sftd.trainer.process import prepare
+    from sftd.trainer.runtime.process import prepare
 
     prepare()
     from megatron.core.dist_checkpointing import serialization
-    from sftd.trainer.loop import run
+    from sftd.trainer.loop.attempt import run
 
     save_config, calls = serialization.save_config, []
 
@@ -116,11 +116,11 @@ import os, shutil, sys
 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
-    from sftd.trainer.process import prepare
+    from sftd.trainer.runtime.process import prepare
 
     prepare()
-    from sftd.trainer import checkpoint
-    from sftd.trainer.loop import run
+    from sftd.trainer.checkpoint import checkpoints as checkpoint
+    from sftd.trainer.loop.attempt import run
 
     announce = checkpoint.Checkpoints._announce
 
@@ -138,11 +138,11 @@ import sys
 
 if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.errors import record
-    from sftd.trainer.process import prepare
+    from sftd.trainer.runtime.process import prepare
 
     prepare()
     from megatron.core.dist_checkpointing import serialization
-    from sftd.trainer.loop import run
+    from sftd.trainer.loop.attempt import run
 
     def fail(*args, **kwargs):
         raise OSError(5, "Input/output error")
@@ -156,10 +156,10 @@ def test_ranks_agree_on_why_a_save_failed_when_the_disk_has_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 removes the half-written folder, so the disk that another rank sees afterwards is not full."""
-    from sftd.trainer import process
+    from sftd.trainer.runtime import process
 
     process.quiet_third_parties()
-    from sftd.trainer import checkpoint
+    from sftd.trainer.checkpoint import checkpoints as checkpoint
     from sftd.trainer.errors import CheckpointSaveFailed
 
     monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)

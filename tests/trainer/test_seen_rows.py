@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.spec import OrderStart
+from sftd.domain.spec.spec import OrderStart
 from sftd.launcher.tools import ToolFailed, run_tool
-from sftd.trainer.sample_order import samples_digest
+from sftd.trainer.data.sample_order import samples_digest
 
 if TYPE_CHECKING:
-    from sftd.wire.attempt_dir import AttemptDir
+    from sftd.wire.attempt.directory import AttemptDir
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
 
 

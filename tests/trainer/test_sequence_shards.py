@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.trainer.sequence_shards import cut_segments, spans
+from sftd.trainer.data.sequence_shards import cut_segments, spans
 
 
 @given(st.integers(1, 5), st.integers(1, 7))

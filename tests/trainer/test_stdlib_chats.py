@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from sftd.trainer.prepare.errors import PrepareError
-from sftd.trainer.prepare.stdlib_chats import summarize, write_stdlib_chats
+from sftd.trainer.chat.errors import PrepareError
+from sftd.trainer.tools.prepare.stdlib_chats import summarize, write_stdlib_chats
 
 
 def generate(out_dir: Path, *options: str, **environment: str) -> dict[str, Any]:
     """Run the tool as the CLI does, and return its only line of output."""
-    command = [sys.executable, "-m", "sftd.trainer.prepare", "stdlib-chats", str(out_dir), *options]
+    command = [sys.executable, "-m", "sftd.trainer.tools.prepare", "stdlib-chats", str(out_dir), *options]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     done: dict[str, Any] = json.loads(result.stdout)
     return done

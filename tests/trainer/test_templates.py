@@ -15,19 +15,19 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
-from sftd.domain.spec import Spec
-from sftd.trainer.prepare import __main__ as prepare_main
-from sftd.trainer.prepare.chat_mask import ChatMasker
-from sftd.trainer.prepare.chat_render import RenderedChat, Rewritten
-from sftd.trainer.prepare.chat_rows import conversation
-from sftd.trainer.prepare.chat_template import BoundTemplate
-from sftd.trainer.prepare.errors import ChatError, PrepareError
-from sftd.trainer.prepare.progress import EventWriter
-from sftd.trainer.prepare.show_row import show_row
-from sftd.trainer.prepare.tokenize_files import TokenizeOptions, tokenize_files
-from sftd.wire.chat_template import METADATA_KEY
-from sftd.wire.data_rows import IGNORE_INDEX
+from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.mask import ChatMasker
+from sftd.trainer.chat.render import RenderedChat, Rewritten
+from sftd.trainer.chat.rows import conversation
+from sftd.trainer.chat.template import BoundTemplate
+from sftd.trainer.tools.prepare import __main__ as prepare_main
+from sftd.trainer.tools.prepare.show_row import show_row
+from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
+from sftd.trainer.tools.protocol import EventWriter
+from sftd.wire.data.chat_template import METADATA_KEY
+from sftd.wire.data.rows import IGNORE_INDEX
 from tests.trainer.chat_templates import (
     FAMILIES,
     LLAMA3,
@@ -364,7 +364,7 @@ def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core misses NVIDIA's kernels
         from sftd.trainer.errors import UserError
-        from sftd.trainer.generate import Generator
+        from sftd.trainer.loop.generate import Generator
 
     template = "{{ bos_token }}{% if loud %}{{ 'Loud. ' }}{% endif %}" + CLOCK
     tokenizer = adding_bos("smollm2", template)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.events import (
+from sftd.domain.log.events import (
     AnomalyDetected,
     CheckpointPublished,
     CheckpointStarted,
@@ -26,8 +26,8 @@ from sftd.domain.events import (
     ValidationCompleted,
     WeightsDigested,
 )
-from sftd.domain.schedule import learning_rate
-from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.trainer.data.sample_order import SampleOrder, samples_digest
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sftd.domain.events import StepCompleted, WeightsDigested
-from sftd.trainer import weights_digest
+from sftd.domain.log.events import StepCompleted, WeightsDigested
+from sftd.trainer.checkpoint import weights_digest
+from sftd.trainer.checkpoint.weights_digest import WeightsDigest
 from sftd.trainer.errors import UserError
-from sftd.trainer.weights_digest import WeightsDigest
 from tests.trainer.conftest import Trainer
 from tests.warm import WarmTrainer
 

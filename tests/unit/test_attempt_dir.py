@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sftd.domain.spec import Spec
-from sftd.wire.attempt_dir import AttemptDir, Order, make_private, write_atomic
+from sftd.domain.spec.spec import Spec
+from sftd.wire.attempt.directory import AttemptDir, Order, make_private, write_atomic
 
 
 def test_a_full_disk_never_leaves_half_a_file(tmp_path: Path) -> None:

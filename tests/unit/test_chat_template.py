@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.chat_template import DEFAULT_DATE, ChatTemplate
-from sftd.domain.layout import DataFacts, ModelShape
-from sftd.domain.spec import Spec
-from sftd.trainer.export.template_files import write_template
-from sftd.wire import chat_template, preflight
+from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.tools.export.template_files import write_template
+from sftd.wire import preflight
+from sftd.wire.data import chat_template
 
 
 def file_with(path: Path, metadata: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sftd.wire.checkpoint_dir import (
+from sftd.wire.checkpoint.directory import (
     MANIFEST,
     Saved,
     delete_folder,

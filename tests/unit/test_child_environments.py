@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Launch
+from sftd.domain.spec.sections import Launch
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.command import environment, torchrun_argv, torchrun_argv_of_node
-from sftd.launcher.slurm import job_environment
+from sftd.launcher.slurm.attempt import job_environment
 from sftd.launcher.tools import run_tool
-from sftd.wire.attempt_dir import AttemptDir
+from sftd.wire.attempt.directory import AttemptDir
 from tests.patience import PATIENCE
 from tests.unit.test_slurm_script import Job
 

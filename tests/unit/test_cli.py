@@ -20,17 +20,18 @@ from click.testing import CliRunner
 from rich.text import Text
 
 from sftd import settings
-from sftd.cli import COMMANDS, HINTS, main, output
-from sftd.cli.output import summary
+from sftd.cli import COMMANDS, HINTS, main
 from sftd.cli.run_state import history_table
-from sftd.cli.show_config import as_yaml
-from sftd.domain import events
+from sftd.cli.submit.show_config import as_yaml
+from sftd.cli.terminal import output
+from sftd.cli.terminal.output import summary
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.events import Recorded
-from sftd.domain.redoing import REDONE_DIFFERS
-from sftd.domain.run import Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Model, Optimizer, Trainer
+from sftd.domain.log import events
+from sftd.domain.log.events import Recorded
+from sftd.domain.repro.steps import REDONE_DIFFERS
+from sftd.domain.run.state import Run
+from sftd.domain.spec.sections import Model, Optimizer, Trainer
+from sftd.domain.spec.spec import Spec
 from tests import json_fields
 
 HEAVY = (
@@ -279,7 +280,7 @@ def test_a_home_that_is_a_file_is_a_sentence(
 
 
 def test_secrets_in_a_url_are_not_shown() -> None:
-    from sftd.store.engine import shown_url
+    from sftd.store.database.engine import shown_url
 
     for url in (
         "postgresql://me:s3cret@host/db",
@@ -325,7 +326,7 @@ def test_nothing_is_done_with_an_mlflow_that_is_turned_off(
 
 
 def test_a_row_is_shown_with_both_of_its_kinds() -> None:
-    from sftd.cli.data import _marked
+    from sftd.cli.look.data import _marked
 
     question = {"text": "What is\nthe capital of France, the one in Europe?", "trained": False}
     shown = _marked([question, {"text": "Paris.", "trained": True}]).plain

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.domain import codec, events
 from sftd.domain.errors import UnknownEvent
-from sftd.domain.events import EVENT_TYPES, Event, StepCompleted
+from sftd.domain.log import codec, events
+from sftd.domain.log.events import EVENT_TYPES, Event, StepCompleted
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden/events.json").read_text())
 

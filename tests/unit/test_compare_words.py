@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sftd.cli.compare_words import parting_lines
-from sftd.domain.contrast import Parting
+from sftd.cli.compare.words import parting_lines
+from sftd.domain.compare.differences import Parting
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import msgspec
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.domain.spec import Spec
+from sftd.domain.spec.spec import Spec
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,11 +9,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.cli.compare_words import letter
-from sftd.cli.plot import Series, plot, scale_of, sparkline
-from sftd.domain import events as e
-from sftd.domain.contrast import part
-from sftd.domain.curves import Bucket, Curves, History, Point, thin, width_for
+from sftd.cli.compare.words import letter
+from sftd.cli.terminal.plot import Series, plot, scale_of, sparkline
+from sftd.domain.compare.curves import Bucket, Curves, History, Point, thin, width_for
+from sftd.domain.compare.differences import part
+from sftd.domain.log import events as e
 from tests.histories import FAILED, SECOND, SUCCEEDED, claimed, published, step
 
 

@@ -9,9 +9,10 @@ import click
 import pytest
 import sqlalchemy as sa
 
-from sftd.cli import app, daemon, main
+from sftd.cli import app, main
+from sftd.cli.daemon import command as daemon
 from sftd.settings import read
-from sftd.store.engine import DatabaseUnreachable
+from sftd.store.database.engine import DatabaseUnreachable
 
 
 def test_nothing_is_kept_of_a_database_that_did_not_answer(

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import LENGTH_QUANTILES, DataFacts, check_data
-from sftd.domain.spec_parse import parse
-from sftd.wire import dataset
-from sftd.wire.data_rows import DataFile, read_row
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, check_data
+from sftd.domain.spec.parse import parse
+from sftd.wire.data import dataset
+from sftd.wire.data.rows import DataFile, read_row
 
 VOCABULARY = 50
 GOOD: dict[str, list[list[int]]] = {

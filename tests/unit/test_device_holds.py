@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from sftd.domain.spec_parse import parse
+from sftd.domain.spec.parse import parse
 from sftd.launcher.device_holds import held, holding
 from sftd.launcher.inventory import Inventory
 

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.spec import Spec
-from sftd.domain.storage import storage
-from sftd.wire import disk, preflight
+from sftd.domain.plan.disk import storage
+from sftd.domain.spec.spec import Spec
+from sftd.wire import preflight
+from sftd.wire.checkpoint import disk
 from tests.contract.test_operations import SHAPE
 
 

@@ -12,8 +12,8 @@ import click
 import pytest
 
 from sftd.cli import COMMANDS, main
-from sftd.cli.config import reference
-from sftd.domain.failures import Cause
+from sftd.cli.look.config import reference
+from sftd.domain.run.failures import Cause
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

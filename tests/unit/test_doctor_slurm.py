@@ -9,15 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sftd.cli import doctor_slurm
-from sftd.cli.findings import Finding
+from sftd.cli.doctor import slurm as doctor_slurm
+from sftd.cli.doctor.finding import Finding
 from sftd.daemon.lock import DaemonLock
-from sftd.launcher import processes, slurm_commands
+from sftd.launcher import processes
+from sftd.launcher.slurm import commands as slurm_commands
 from sftd.settings import Settings, read
-from sftd.store import daemons
-from sftd.store.daemons import DaemonRow
-from sftd.store.engine import Store, open_engine
-from sftd.store.migrate import upgrade
+from sftd.store.database.engine import Store, open_engine
+from sftd.store.database.migrate import upgrade
+from sftd.store.queue import daemons
+from sftd.store.queue.daemons import DaemonRow
 
 DOWN = "Unable to contact slurm controller (connect failure)"
 SINFO = """\

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from sftd.domain import doubts
-from sftd.domain.doubts import HostDevices
-from sftd.domain.layout import DataFacts
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import parse
-from sftd.wire.same_files import shared
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.plan import warnings as doubts
+from sftd.domain.plan.warnings import HostDevices
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import Spec
+from sftd.wire.model.same_files import shared
 
 
 def spec_of(**overrides: Any) -> Spec:

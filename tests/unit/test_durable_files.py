@@ -14,20 +14,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sftd.domain import events as e
-from sftd.domain.spec import Spec
-from sftd.store import backups
-from sftd.trainer.folder_swap import publish_folder
-from sftd.trainer.prepare.row_file import RowFile
-from sftd.trainer.prepare.tokenize_pieces import Row
-from sftd.wire import journal, model_digest
-from sftd.wire import manifest as manifests
-from sftd.wire.attempt_dir import AttemptDir, Order, ProcessFile, make_durable, model_copy, write_atomic
-from sftd.wire.checkpoint_dir import remove
-from sftd.wire.checkpoint_reduction import reduce
-from sftd.wire.direct_run import DirectRun, Submission
-from sftd.wire.journal import JournalWriter
-from sftd.wire.manifest import Manifest
+from sftd.domain.log import events as e
+from sftd.domain.spec.spec import Spec
+from sftd.store.database import backups
+from sftd.trainer.checkpoint.folder_swap import publish_folder
+from sftd.trainer.tools.prepare.row_file import RowFile
+from sftd.trainer.tools.prepare.tokenize_pieces import Row
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, make_durable, model_copy, write_atomic
+from sftd.wire.attempt.journal import JournalWriter
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.checkpoint.directory import remove
+from sftd.wire.checkpoint.manifest import Manifest
+from sftd.wire.checkpoint.reduction import reduce
+from sftd.wire.model import digest as model_digest
 from tests.durability import Trace, observed
 
 A_MINUTE = 60.0
@@ -77,7 +78,7 @@ def test_the_observer_sees_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "file"
     write_atomic(path, b"x")
     with observed(tmp_path / "trace") as trace:
-        monkeypatch.setattr("sftd.wire.attempt_dir.fsync_dir", lambda folder: None)
+        monkeypatch.setattr("sftd.wire.attempt.directory.fsync_dir", lambda folder: None)
         write_atomic(path, b"y")
         assert trace.lacks(path) == [f"{tmp_path.name} was not synced after the rename"]
         assert trace.lacks(tmp_path / "other") == ["other was not put in place by a rename"]

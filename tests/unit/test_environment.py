@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.comparing import Comparing
-from sftd.domain.contrast import differences
-from sftd.domain.environment import environment_differences, gives_same_numbers
-from sftd.domain.replay import timeline
+from sftd.domain.compare.differences import differences
+from sftd.domain.log import events as e
+from sftd.domain.log.history import timeline
+from sftd.domain.repro.environment import environment_differences, gives_same_numbers
+from sftd.domain.repro.verifier import Comparing
 from tests.unit.test_run_history import Log, step
 
 # Every part that a trainer records, with another value of it, and whether that decides numbers.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sftd.cli.output import summary
-from sftd.domain import events as e
+from sftd.cli.terminal.output import summary
+from sftd.domain.log import events as e
 
 GPU = e.GpuSample(
     index=3,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sftd.domain import codec
-from sftd.domain import events as e
-from sftd.domain.failures import RankError, Remains, classify
-from sftd.domain.spec import Spec
-from sftd.wire.attempt_dir import AttemptDir, Order, make_private
-from sftd.wire.remains import find_remains
+from sftd.domain.log import codec
+from sftd.domain.log import events as e
+from sftd.domain.run.failures import RankError, Remains, classify
+from sftd.domain.spec.spec import Spec
+from sftd.wire.attempt.directory import AttemptDir, Order, make_private
+from sftd.wire.attempt.remains import find_remains
 
 TORCHRUN_SUMMARY = """\
 E1021 09:12:33.118000 4711 torch/distributed/elastic/multiprocessing/api.py:874] failed (exitcode: {exitcode}) local_rank: 0 (pid: 4720) of binary: /venv/bin/python

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain import decisions, events, retention, trajectory
-from sftd.domain.decisions import Proposal
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.failures import Failure
-from sftd.domain.spec import OrderStart
-from sftd.domain.spec_parse import change
+from sftd.domain.log import events
+from sftd.domain.run import decisions, retention, trajectory
+from sftd.domain.run.decisions import Proposal
+from sftd.domain.run.failures import Failure
+from sftd.domain.spec.parse import change
+from sftd.domain.spec.spec import OrderStart
 from tests.unit.test_run_history import CRASH, Log
 
 BAD = Failure("bad checkpoint", "manifest.json is missing")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sftd.domain import codec
-from sftd.domain import events as e
-from sftd.domain.goodput import ACCOUNTS, TYPES, Fold, Ledger, StepTime
+from sftd.domain.log import codec
+from sftd.domain.log import events as e
+from sftd.domain.run.goodput import ACCOUNTS, TYPES, Fold, Ledger, StepTime
 
 START = 1_700_000_000
 History = list[tuple[float, e.Event | StepTime]]

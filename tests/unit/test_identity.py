@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sftd.domain.identity import Identity
+from sftd.domain.run.identity import Identity
 
 HERE = Identity("boot", "4026", "2049:77")
 UNKNOWN = Identity()

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.decisions import end_attempt
-from sftd.domain.failures import Failure, Interruption, Remains, classify
-from sftd.domain.run import CheckpointInfo, Run
-from sftd.domain.spec import Spec
+from sftd.domain.log import events as e
+from sftd.domain.run.decisions import end_attempt
+from sftd.domain.run.failures import Failure, Interruption, Remains, classify
+from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.spec import Spec
 
 CHECKPOINT = CheckpointInfo(
     step=20, path="/c", bytes=1, manifest_digest="m", tokens_total=1, version=9, published_at=1

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftd.domain.errors import JournalCorrupt, UnknownEvent
-from sftd.domain.events import CheckpointStarted, SampleGenerated
-from sftd.wire import journal
-from sftd.wire.journal import JournalWriter
+from sftd.domain.log.events import CheckpointStarted, SampleGenerated
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.journal import JournalWriter
 
 
 @pytest.fixture
@@ -158,8 +158,8 @@ def test_a_reader_beside_the_writer_sees_each_line_once_and_whole(path: Path) ->
 WRITE_UNTIL_KILLED = """
 import itertools, sys
 from pathlib import Path
-from sftd.domain.events import CheckpointStarted
-from sftd.wire.journal import JournalWriter
+from sftd.domain.log.events import CheckpointStarted
+from sftd.wire.attempt.journal import JournalWriter
 writer = JournalWriter(Path(sys.argv[1]))
 for number in itertools.count():
     writer.append(CheckpointStarted(step=number))

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import decisions, retention
 from sftd.domain.errors import Refused
-from sftd.domain.failures import Failure
-from sftd.domain.run import ForkPoint, Run
+from sftd.domain.run import decisions, retention
+from sftd.domain.run.failures import Failure
+from sftd.domain.run.state import ForkPoint, Run
 from tests.unit.test_run_history import Log, validated
 
 

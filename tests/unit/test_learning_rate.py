@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sftd.domain.schedule import learning_rate
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Optimizer, Scheduler
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.domain.spec.sections import Optimizer, Scheduler
+from sftd.domain.spec.spec import Spec
 
 # The cosine's share of the way after one and after three of four quarters: half of one plus and minus the root of ½.
 HIGH, LOW = 0.8535533905932737, 0.1464466094067262

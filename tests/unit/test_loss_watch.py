@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.domain.events import AnomalyDetected, Event, StepCompleted
-from sftd.domain.loss_watch import WINDOW, LossWatch, losses_before
+from sftd.domain.log.events import AnomalyDetected, Event, StepCompleted
+from sftd.domain.run.loss_watch import WINDOW, LossWatch, losses_before
 
 
 def completed(number: int, loss: float) -> StepCompleted:

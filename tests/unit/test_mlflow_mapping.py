@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.goodput import ACCOUNTS, Ledger
-from sftd.domain.run import Run, Status
-from sftd.domain.spec import Spec
-from sftd.projections import mlflow_mapping as mapping
-from sftd.projections.mlflow_app import is_open
-from sftd.projections.mlflow_server import ui_command
+from sftd.domain.log import events as e
+from sftd.domain.run.goodput import ACCOUNTS, Ledger
+from sftd.domain.run.state import Run, Status
+from sftd.domain.spec.spec import Spec
+from sftd.projections.mirrors.mlflow import mapping
+from sftd.projections.mirrors.mlflow.app import is_open
+from sftd.projections.mirrors.mlflow.server import ui_command
 
 
 def submitted(**changes: Any) -> e.RunSubmitted:
@@ -321,5 +321,5 @@ def test_only_what_pages_of_runs_need_is_served(method: str, path: str, expected
 
 
 def test_importing_the_mirror_does_not_import_mlflow() -> None:
-    code = "import sys, sftd.projections.mlflow_mirror; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, sftd.projections.mirrors.mlflow.mirror; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,12 +16,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model_files import ModelFile, ModelFiles, differences
-from sftd.domain.model_record import ModelRecord
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Model
-from sftd.wire import model_digest
-from sftd.wire.attempt_dir import model_copy
+from sftd.domain.log.model_record import ModelRecord
+from sftd.domain.model.files import ModelFile, ModelFiles, differences
+from sftd.domain.spec.sections import Model
+from sftd.domain.spec.spec import Spec
+from sftd.wire.attempt.directory import model_copy
+from sftd.wire.model import digest as model_digest
 
 CONFIG = {"rms_norm_eps": 1e-05, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 

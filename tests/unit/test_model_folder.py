@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.layout import check_model
-from sftd.domain.spec_parse import parse
-from sftd.wire import model_folder
-from sftd.wire.model_folder import exported_config, read_shape
+from sftd.domain.model.checks import check_model
+from sftd.domain.spec.parse import parse
+from sftd.wire.model import folder as model_folder
+from sftd.wire.model.folder import exported_config, read_shape
 
 DENSE = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.domain import names
+from sftd.domain.run import ids as names
 
 
 @given(st.binary(min_size=4, max_size=8))

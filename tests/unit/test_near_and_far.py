@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.contrast import part
-from sftd.domain.curves import Curves, Point
-from sftd.domain.redoing import compare_redone
+from sftd.domain.compare.curves import Curves, Point
+from sftd.domain.compare.differences import part
+from sftd.domain.log import events as e
+from sftd.domain.repro.steps import compare_redone
 from tests.unit.test_run_history import step
 
 TOLERANCES = [

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from sftd.daemon.notices import NoticeThread
-from sftd.domain import codec, notices
-from sftd.domain import events as e
-from sftd.projections.notify_channels import Command, NotSent, channels
+from sftd.domain import notices
+from sftd.domain.log import codec
+from sftd.domain.log import events as e
+from sftd.projections.notices.channels import Command, NotSent, channels
 from sftd.settings import SettingsError, read
 from tests.patience import PATIENCE
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftd.cli.order_file import order_file
-from sftd.domain.chat_template import ChatTemplate
-from sftd.domain.run import CheckpointInfo, Run
-from sftd.domain.spec import OrderStart, Spec
-from sftd.domain.spec_sections import Model
-from sftd.wire.attempt_dir import Order, read_order
+from sftd.cli.tools import order_file
+from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.sections import Model
+from sftd.domain.spec.spec import OrderStart, Spec
+from sftd.wire.attempt.directory import Order, read_order
 
 SPEC = Spec(model=Model(partial_pretrain="/of-the-run"))
 CHECKPOINT = CheckpointInfo(

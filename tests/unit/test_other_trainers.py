@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.other_trainers import BY_NAME, TABLE, TOOLS, whose
-from sftd.domain.spec import Spec
-from sftd.domain.spec_aliases import ALIASES
-from sftd.domain.spec_parse import LEAVES, parse
-from sftd.wire.yaml_text import load_yaml
+from sftd.domain.spec.aliases import ALIASES
+from sftd.domain.spec.other_trainers import BY_NAME, TABLE, TOOLS, whose
+from sftd.domain.spec.parse import LEAVES, parse
+from sftd.domain.spec.spec import Spec
+from sftd.wire.spec.yaml_text import load_yaml
 
 AXOLOTL = """
 base_model: some/model

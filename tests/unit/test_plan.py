@@ -7,21 +7,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.flops import device_bytes
-from sftd.domain.footprint import Footprint, footprints, fullest
-from sftd.domain.layout import LENGTH_QUANTILES, DataFacts, ModelShape, check_model
-from sftd.domain.pace import Machine, pace, step_seconds
-from sftd.domain.parameters import Held, held, whole_model
-from sftd.domain.plan import Facts, make_plan
-from sftd.domain.plan_outcome import History, calibration, outcome
-from sftd.domain.plan_search import search
-from sftd.domain.run import CheckpointInfo, Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_check import check
-from sftd.domain.spec_parse import change, parse
-from sftd.domain.storage import storage
-from sftd.domain.workload import workload
+from sftd.domain.compare.plan_outcome import History, calibration, outcome
+from sftd.domain.log import events as e
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, ModelShape, check_model
+from sftd.domain.model.flops import device_bytes
+from sftd.domain.model.parameters import Held, held, whole_model
+from sftd.domain.plan.batch import workload
+from sftd.domain.plan.disk import storage
+from sftd.domain.plan.duration import Machine, pace, step_seconds
+from sftd.domain.plan.memory import Footprint, footprints, fullest
+from sftd.domain.plan.plan import Facts, make_plan
+from sftd.domain.plan.search import search
+from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.check import check
+from sftd.domain.spec.parse import change, parse
+from sftd.domain.spec.spec import Spec
 from tests.unit.test_flops import LLAMA_1B
 
 GIB = 2**30

@@ -16,11 +16,13 @@ import pytest
 
 import sftd
 from sftd.domain.errors import Refused
-from sftd.domain.spec import OrderStart, Spec, spec_digest
-from sftd.domain.spec_parse import parse
-from sftd.wire import dataset, preflight, sweep
-from sftd.wire.attempt_dir import Order
-from sftd.wire.model_folder import stop_ids
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import OrderStart, Spec, spec_digest
+from sftd.wire import preflight
+from sftd.wire.attempt.directory import Order
+from sftd.wire.data import dataset
+from sftd.wire.model.folder import stop_ids
+from sftd.wire.spec import grid as sweep
 from tests.unit.test_model_folder import DENSE
 
 ROWS = {

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sftd.domain.printable import escaped, harmless, printable
+from sftd.domain.text.printable import escaped, harmless, printable
 
 
 @pytest.mark.parametrize("numbers", ["", "0", "1", "31", "1;31", "38;5;244", "48:2::18:80:28", "88", "0;38"])

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.cli import logs
-from sftd.domain.spec import Spec
+from sftd.cli.look import logs
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.command import torchrun_argv
-from sftd.trainer.output_cap import _Printed
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.printed import Follower, Output
-from sftd.wire.remains import find_remains
+from sftd.trainer.runtime.output_cap import _Printed
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.printed import Follower, Output
+from sftd.wire.attempt.remains import find_remains
 
 
 @given(pieces=st.lists(st.text(alphabet="ab\n", max_size=8), max_size=30))

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.daemon.lock import DaemonLock
 from sftd.daemon.log import PrivateFile
-from sftd.domain import events as e
-from sftd.domain.spec import Spec
+from sftd.domain.log import events as e
+from sftd.domain.spec.spec import Spec
 from sftd.launcher import device_holds, local
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
-from sftd.wire.attempt_dir import AttemptDir, Order, RunDir
-from sftd.wire.direct_run import DirectRun, Submission
-from sftd.wire.journal import JournalWriter
+from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
+from sftd.wire.attempt.journal import JournalWriter
 from tests.patience import PATIENCE
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sftd.cli import queue
-from sftd.domain.events import JobReported
-from sftd.operations.waiting import QueueRow
+from sftd.cli.look import queue
+from sftd.domain.log.events import JobReported
+from sftd.operations.queries.queue import QueueRow
 
 
 def job(state: str, reason: str = "") -> JobReported:

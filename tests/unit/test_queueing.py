@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain.demand import Demand, Need, need
-from sftd.domain.forecast import Host, look_ahead
-from sftd.domain.queueing import Entry, Gate, Limits, Wait, choose_victims, stuck
-from sftd.domain.spec_parse import parse
+from sftd.domain.queue.demand import Demand, Need, need
+from sftd.domain.queue.forecast import Host, look_ahead
+from sftd.domain.queue.order import Entry, Gate, Limits, Wait, choose_victims, stuck
+from sftd.domain.spec.parse import parse
 
 SECOND = 1_000_000
 NONE = Limits()

@@ -20,18 +20,21 @@ import pytest
 import sftd.domain
 import sftd.store
 import sftd.wire
-from sftd.domain import codec, decisions, goodput, halting, progress_lines, replay, retention
-from sftd.domain import events as e
-from sftd.domain import plan as planning
 from sftd.domain.errors import Refused
-from sftd.domain.evolve import evolve
-from sftd.domain.failures import Failure
-from sftd.domain.layout import DataFacts, ModelShape, check_model
+from sftd.domain.log import codec, progress_lines
+from sftd.domain.log import events as e
+from sftd.domain.log import history as replay
+from sftd.domain.model.checks import DataFacts, ModelShape, check_model
 from sftd.domain.notices import Facts, notice
-from sftd.domain.pace import Machine
-from sftd.domain.run import Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import LEAVES, parse
+from sftd.domain.plan import plan as planning
+from sftd.domain.plan.duration import Machine
+from sftd.domain.run import decisions, goodput, retention
+from sftd.domain.run import stops as halting
+from sftd.domain.run.failures import Failure
+from sftd.domain.run.fold import evolve
+from sftd.domain.run.state import Run
+from sftd.domain.spec.parse import LEAVES, parse
+from sftd.domain.spec.spec import Spec
 from tests.unit.test_plan import (
     CP,
     DEMO,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sftd.domain.failures import Failure, RankError, Remains, classify, is_disk_full
-from sftd.wire.attempt_dir import AttemptDir, make_private
-from sftd.wire.remains import find_remains, find_stack
-from sftd.wire.secrets import Secrets
+from sftd.domain.run.failures import Failure, RankError, Remains, classify, is_disk_full
+from sftd.wire.attempt.directory import AttemptDir, make_private
+from sftd.wire.attempt.remains import find_remains, find_stack
+from sftd.wire.attempt.secrets import Secrets
 
 
 def leave(directory: AttemptDir, rank: int, text: str, *, at: int | None = None, stack: int = 0) -> None:
@@ -70,7 +70,7 @@ Thread 0x00007f01 (most recent call first):
 
 Current thread 0x00007f02 (most recent call first):
   File "/site-packages/torch/distributed/c10d.py", line 2810 in all_reduce
-  File "/site-packages/sftd/trainer/loop.py", line 77 in step
+  File "/site-packages/sftd/trainer/loop/attempt.py", line 77 in step
 """
 
 
@@ -79,7 +79,7 @@ def test_a_stack_is_that_of_the_main_thread_innermost_first(tmp_path: Path) -> N
     assert find_stack(directory, 0) is None
     directory.stack_file(0).parent.mkdir(parents=True, exist_ok=True)
     directory.stack_file(0).write_text(STACKS)
-    assert find_stack(directory, 0) == "all_reduce (c10d.py:2810) < step (loop.py:77)"
+    assert find_stack(directory, 0) == "all_reduce (c10d.py:2810) < step (attempt.py:77)"
     frames = "".join(f'  File "/x/f{n}.py", line {n} in g{n}\n' for n in range(9))
     directory.stack_file(0).write_text("Current thread 0x1 (most recent call first):\n" + frames)
     assert find_stack(directory, 0) == " < ".join(f"g{n} (f{n}.py:{n})" for n in range(8))

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain import events as e
-from sftd.domain.comparing import Comparing, by_how_much
 from sftd.domain.errors import Refused
-from sftd.domain.evolve import fold
-from sftd.domain.replay import (
+from sftd.domain.log import events as e
+from sftd.domain.log.history import (
     AtStep,
     AtTime,
     AtVersion,
@@ -26,7 +24,9 @@ from sftd.domain.replay import (
     timeline,
     up_to,
 )
-from sftd.domain.run import Run
+from sftd.domain.repro.verifier import Comparing, by_how_much
+from sftd.domain.run.fold import fold
+from sftd.domain.run.state import Run
 from tests.unit.test_run_history import _STORY, Log, _live, step
 
 NOW = 1_700_000_000_000_000

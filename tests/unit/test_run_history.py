@@ -10,15 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.domain import decisions, events, halting, redoing, retention
-from sftd.domain import run as run_state
 from sftd.domain.errors import Refused
-from sftd.domain.events import Event, Recorded
-from sftd.domain.evolve import evolve, fold
-from sftd.domain.failures import NOT_RETRIED, Failure
-from sftd.domain.run import ACTIVE, ENDED, Run
-from sftd.domain.spec import OrderStart
-from sftd.domain.spec_parse import parse
+from sftd.domain.log import events
+from sftd.domain.log.events import Event, Recorded
+from sftd.domain.repro import steps as redoing
+from sftd.domain.run import decisions, retention
+from sftd.domain.run import state as run_state
+from sftd.domain.run import stops as halting
+from sftd.domain.run.failures import NOT_RETRIED, Failure
+from sftd.domain.run.fold import evolve, fold
+from sftd.domain.run.state import ACTIVE, ENDED, Run
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import OrderStart
 
 CRASH = Failure("crash", "rank 0: ValueError: boom", ["ValueError: boom"])
 TOKENS = 100

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sftd.cli import output
-from sftd.cli.run_table import COLUMNS, SORTS, runs_table
-from sftd.operations.reading import RunRow
+from sftd.cli.terminal import output
+from sftd.cli.terminal.run_table import COLUMNS, SORTS, runs_table
+from sftd.operations.queries.runs import RunRow
 
 HOUR = 3_600_000_000
 

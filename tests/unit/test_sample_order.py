@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from sftd.trainer.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.sample_order import SampleOrder, samples_digest
 
 # (seed, rows) → the order of the rows in epochs 0, 1 and 2. Recorded once; never to be changed.
 ORDERS = {

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from sftd.cli.app import make_home
-from sftd.cli.daemon import run_daemon, start_detached
-from sftd.cli.plan_host import Host
+from sftd.cli.daemon.command import run_daemon, start_detached
+from sftd.cli.plan.host import Host
 from sftd.domain.errors import Refused
-from sftd.domain.spec import Spec
+from sftd.domain.spec.spec import Spec
 from sftd.launcher import inventory, sampling
 from sftd.launcher.sampling import HostWatch
 from sftd.settings import read

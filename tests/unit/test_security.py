@@ -12,22 +12,23 @@ import msgspec
 import pytest
 import yaml
 
-from sftd.domain import events as e
-from sftd.domain import names
 from sftd.domain.errors import JournalCorrupt, Refused
-from sftd.domain.retention import deletable
-from sftd.domain.run import CheckpointInfo, Run
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import parse
+from sftd.domain.log import events as e
+from sftd.domain.run import ids as names
+from sftd.domain.run.retention import deletable
+from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import Spec
 from sftd.launcher.command import environment, torchrun_argv
-from sftd.operations.checkpoints import unkept
-from sftd.projections.mlflow_client import without_credentials
-from sftd.store.engine import shown_url
-from sftd.wire import journal, yaml_text
-from sftd.wire.attempt_dir import AttemptDir
-from sftd.wire.checkpoint_dir import is_checkpoint_of
-from sftd.wire.direct_run import DirectRun, Submission
-from sftd.wire.secrets import Secrets
+from sftd.operations.driving.checkpoints import unkept
+from sftd.projections.mirrors.mlflow.client import without_credentials
+from sftd.store.database.engine import shown_url
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.secrets import Secrets
+from sftd.wire.checkpoint.directory import is_checkpoint_of
+from sftd.wire.spec import yaml_text
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hush-hush-9"
@@ -223,10 +224,10 @@ def test_what_can_run_others_code_is_called_where_it_is_known() -> None:
     # All of local folders, and each says what is trusted (demo_model.py: of the model that it downloads by digest).
     assert sorted(calls("from_pretrained")) == sorted(
         [
-            "sftd/trainer/generate.py",
-            "sftd/trainer/prepare/demo_model.py",
-            "sftd/trainer/prepare/demo_model.py",
-            "sftd/trainer/prepare/hf_tokenizer.py",
+            "sftd/trainer/loop/generate.py",
+            "sftd/trainer/tools/prepare/demo_model.py",
+            "sftd/trainer/tools/prepare/demo_model.py",
+            "sftd/trainer/chat/tokenizer.py",
         ]
     )
 
@@ -270,8 +271,8 @@ def test_code_in_a_model_folder_runs_only_when_trusted(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from sftd.trainer.prepare.errors import PrepareError
-from sftd.trainer.prepare.hf_tokenizer import load_tokenizer
+from sftd.trainer.chat.errors import PrepareError
+from sftd.trainer.chat.tokenizer import load_tokenizer
 for trusted in (False, True):
     try:
         load_tokenizer(Path(sys.argv[1]), trust_remote_code=trusted)

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from sftd import settings
-from sftd.store.engine import open_engine
+from sftd.store.database.engine import open_engine
 
 ODD = ["plain", "a%41b", "h?x=1", "h#y", "two words", "läuft", 'it\'s "quoted"', "100%", "a&b+c;d", "[x]{y}"]
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from sftd.domain.spec_parse import parse
-from sftd.launcher import slurm_commands
+from sftd.domain.spec.parse import parse
 from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
-from sftd.launcher.slurm import SlurmAttempt, SlurmLauncher, job_environment
-from sftd.launcher.slurm_commands import Job, Refusal, Unanswered
-from sftd.launcher.slurm_controller import Answer, Controller, Doomed
-from sftd.wire.attempt_dir import AttemptDir, Order
+from sftd.launcher.slurm import commands as slurm_commands
+from sftd.launcher.slurm.attempt import SlurmAttempt, SlurmLauncher, job_environment
+from sftd.launcher.slurm.commands import Job, Refusal, Unanswered
+from sftd.launcher.slurm.controller import Answer, Controller, Doomed
+from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.patience import until
 
 DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
@@ -161,7 +161,7 @@ def test_nobody_waits_for_a_controller_that_hangs(slurm: Slurm, start: Callable[
 def test_who_does_not_answer_is_not_observed_and_not_dead(
     slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftd.launcher.slurm._SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("sftd.launcher.slurm.attempt._SILENT_SECONDS", 0.0)
     attempt = submitted(start())
     slurm.becomes("1", "RUNNING")
     until(lambda: reports(attempt, "RUNNING"))
@@ -185,7 +185,7 @@ def test_an_exit_code_is_proof_where_slurm_is_silent(
     slurm.answers["squeue"] = DOWN
     attempt.directory.write_exit_code(0)
     assert attempt.is_alive(), "Slurm has a while to say what it thinks of it"
-    monkeypatch.setattr("sftd.launcher.slurm._CLEARING_SECONDS", 0.0)
+    monkeypatch.setattr("sftd.launcher.slurm.attempt._CLEARING_SECONDS", 0.0)
     until(lambda: not attempt.is_alive())
 
 
@@ -477,7 +477,7 @@ def test_a_refused_job_is_told_in_the_attempts_output(
 def test_a_job_that_is_over_a_limit_waits_and_says_so(
     slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftd.launcher.slurm_controller._SUBMIT_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("sftd.launcher.slurm.controller._SUBMIT_AGAIN_SECONDS", 0.01)
     slurm.answers["sbatch"] = (1, "", "sbatch: error: QOSMaxSubmitJobPerUserLimit")
     attempt = start()
     until(lambda: attempt.is_alive() and (attempt.report() or attempt).reason)  # type: ignore[union-attr]
@@ -489,7 +489,7 @@ def test_a_job_that_is_over_a_limit_waits_and_says_so(
 def test_an_sbatch_that_could_not_say_what_it_did_is_not_repeated(
     slurm: Slurm, start: Callable[..., SlurmAttempt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftd.launcher.slurm_controller._SUBMIT_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("sftd.launcher.slurm.controller._SUBMIT_AGAIN_SECONDS", 0.01)
     run = slurm.run
 
     def submitted_but_silent(argv: list[str], *rest: Any) -> tuple[int, str, str]:

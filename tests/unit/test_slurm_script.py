@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.gpu_options import asks_for_gpus
-from sftd.domain.spec import Spec
-from sftd.domain.spec_parse import parse
-from sftd.domain.spec_sections import Slurm
-from sftd.launcher import slurm_script
-from sftd.wire.attempt_dir import AttemptDir, Order
-from sftd.wire.specfile import parse_overrides
+from sftd.domain.spec.parse import parse
+from sftd.domain.spec.sections import Slurm
+from sftd.domain.spec.slurm_gpus import asks_for_gpus
+from sftd.domain.spec.spec import Spec
+from sftd.launcher.slurm import script as slurm_script
+from sftd.wire.attempt.directory import AttemptDir, Order
+from sftd.wire.spec.file import parse_overrides
 from tests.patience import PATIENCE
 
 GOLDEN = Path(__file__).with_name("golden") / "job.sh"

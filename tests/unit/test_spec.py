@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sftd.domain.errors import Refused
-from sftd.domain.spec import Spec, canonical_json, spec_digest
-from sftd.domain.spec_aliases import ALIASES
-from sftd.domain.spec_parse import LEAVES, parse
-from sftd.domain.spec_sections import Checkpoint
+from sftd.domain.spec.aliases import ALIASES
+from sftd.domain.spec.parse import LEAVES, parse
+from sftd.domain.spec.sections import Checkpoint
+from sftd.domain.spec.spec import Spec, canonical_json, spec_digest
 
 MINIMAL = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"], "val_files": ["/v"]}}
 

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.spec import Spec
-from sftd.wire import specfile
-from sftd.wire.hub_cache import cached_model
-from sftd.wire.spec_paths import model_folder, resolve
+from sftd.domain.spec.spec import Spec
+from sftd.wire.model.hub_cache import cached_model
+from sftd.wire.spec import file as specfile
+from sftd.wire.spec.paths import model_folder, resolve
 
 TRAIN = "data.train_files"
 MODEL = "model.partial_pretrain"

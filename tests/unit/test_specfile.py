@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.wire import specfile
+from sftd.wire.spec import file as specfile
 
 # The config that sftd was asked to accept as it is.
 ASKED_FOR = """

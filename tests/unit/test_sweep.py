@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Trainer
-from sftd.wire import sweep
+from sftd.domain.spec.sections import Trainer
+from sftd.domain.spec.spec import Spec
+from sftd.wire.spec import grid as sweep
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from sftd.cli import main, systemd
+from sftd.cli import main
+from sftd.cli.daemon import systemd
 from sftd.settings import read
 
 SECRET = "hush-hush-9"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from sftd.domain import events as e
-from sftd.domain.queueing import Limits, latest_wait
-from sftd.domain.redoing import compare_redone
-from sftd.operations.waiting import living
+from sftd.domain.log import events as e
+from sftd.domain.queue.order import Limits, latest_wait
+from sftd.domain.repro.steps import compare_redone
+from sftd.operations.queries.queue import living
 from sftd.settings import read
-from sftd.store.daemons import DaemonRow
+from sftd.store.queue.daemons import DaemonRow
 from tests.contract.test_operations import step
 
 SECOND = 1_000_000

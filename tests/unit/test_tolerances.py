@@ -7,9 +7,9 @@ import math
 import msgspec
 import pytest
 
-from sftd.domain.events import StepCompleted
-from sftd.domain.loss_watch import LossWatch, losses_before
-from sftd.domain.redoing import REDONE_DIFFERS, compare_redone
+from sftd.domain.log.events import StepCompleted
+from sftd.domain.repro.steps import REDONE_DIFFERS, compare_redone
+from sftd.domain.run.loss_watch import LossWatch, losses_before
 
 WAS = StepCompleted(
     step=3,

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sftd.domain import trajectory
-from sftd.domain.run import Run
-from sftd.domain.schedule import learning_rate
-from sftd.domain.spec import OrderStart, Spec
-from sftd.domain.spec_parse import LEAVES, change, parse
+from sftd.domain.run import trajectory
+from sftd.domain.run.state import Run
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.domain.spec.parse import LEAVES, change, parse
+from sftd.domain.spec.spec import OrderStart, Spec
 
 CONFIG = {
     "model": {"partial_pretrain": "/m"},

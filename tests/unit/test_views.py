@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain import events as e
-from sftd.domain.evolve import fold
-from sftd.domain.run import Replay, Run, Validation
-from sftd.domain.spec import Spec
-from sftd.domain.spec_sections import Checkpoint, Trainer
+from sftd.domain.log import events as e
+from sftd.domain.run.fold import fold
+from sftd.domain.run.state import Replay, Run, Validation
+from sftd.domain.spec.sections import Checkpoint, Trainer
+from sftd.domain.spec.spec import Spec
 from sftd.projections import views
 from tests.contract.test_operations import step
 

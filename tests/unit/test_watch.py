@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from sftd.cli import watch
-from sftd.cli.screen import Screen
-from sftd.store.engine import DatabaseUnreachable
+from sftd.cli.terminal.screen import Screen
+from sftd.cli.watch import command as watch
+from sftd.store.database.engine import DatabaseUnreachable
 from tests.patience import PATIENCE
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sftd.daemon.watchdog import Watchdog
-from sftd.domain.spec_sections import Launch
+from sftd.domain.spec.sections import Launch
 
 
 class Clock:

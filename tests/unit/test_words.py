@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sftd.cli import output
-from sftd.cli.plan_view import seconds
+from sftd.cli.plan.view import seconds
+from sftd.cli.terminal import output
 from sftd.domain.errors import several
-from sftd.domain.progress_lines import describe
-from sftd.domain.words import counted, memory, size
-from sftd.trainer.prepare.card import reason_of
+from sftd.domain.log.progress_lines import describe
+from sftd.domain.text.words import counted, memory, size
+from sftd.trainer.tools.prepare.card import reason_of
 from tests.histories import step
 
 

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.wire.yaml_text import load_value, load_yaml
+from sftd.wire.spec.yaml_text import load_value, load_yaml
 
 LEVELS = 9
 

@@ -1,0 +1,1 @@
+"""`sftd daemon` and its systemd unit."""

@@ -1,0 +1,252 @@
+"""`sftd daemon`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app
+from sftd.settings import Settings
+
+if TYPE_CHECKING:
+    from sftd.daemon.mirror_turn import Mirror
+    from sftd.daemon.notices import NoticeThread
+    from sftd.store.database.engine import Store
+
+_START_SECONDS = 60.0
+_STOP_SECONDS = 60.0
+# Between two looks whether the database answers.
+_DATABASE_SECONDS = 1.0
+
+
+@click.command("daemon")
+@click.option("--detach", is_flag=True, help="Run in the background, logging to SFTD_HOME/logs/daemon.log.")
+@click.option("--drain", is_flag=True, help="End when the queue is empty.")
+@click.option("--stop", "stop_it", is_flag=True, help="Stop the running daemon; training goes on without it.")
+@click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
+@click.option(
+    "--print-systemd",
+    "unit",
+    is_flag=False,
+    flag_value="user",
+    type=click.Choice(["user", "system"]),
+    help="Print a systemd unit for this home; `--print-systemd system` runs it at boot, as you.",
+)
+def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: str | None) -> None:
+    """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
+
+    It may be stopped or killed at any time: training goes on, and the next daemon takes it over.
+
+    \b
+    Example:
+      sftd daemon                  in the foreground
+      sftd daemon --detach         in the background
+      sftd daemon --drain          until nothing is left to do
+      sftd daemon --print-systemd > ~/.config/systemd/user/sftd.service
+    """
+    from sftd.daemon import lock
+
+    settings = app.read_settings()
+    if unit is not None:
+        from sftd.cli.daemon import systemd
+
+        click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
+        return
+    if tell or stop_it:
+        app.need_home(settings)
+    else:
+        app.make_home(settings)
+    holder = lock.holder(settings.daemon_lock)
+    if tell:
+        click.echo(f"a daemon runs, pid {holder}" if holder else "no daemon runs")
+        sys.exit(0 if holder else 1)
+    if stop_it:
+        _stop(settings, holder)
+    elif detach:
+        start_detached(settings, drain=drain)
+    else:
+        run_daemon(settings, drain=drain)
+
+
+def _stop(settings: Settings, holder: int | None) -> None:
+    from sftd.daemon import lock
+    from sftd.domain.errors import SftdError
+
+    if holder is None:
+        click.echo("no daemon runs")
+        return
+    os.kill(holder, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while lock.holder(settings.daemon_lock) == holder:
+        if time.monotonic() > deadline:
+            raise SftdError(f"the daemon (pid {holder}) does not stop; see {settings.logs / 'daemon.log'}")
+        time.sleep(0.05)
+    click.echo(f"stopped the daemon (pid {holder})")
+
+
+def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = False) -> int:
+    """Start a daemon in the background and wait until it holds the lock. Returns its pid."""
+    from sftd.daemon import lock
+    from sftd.domain.errors import SftdError
+    from sftd.launcher.inventory import visible_gpus
+
+    if (pid := lock.holder(settings.daemon_lock)) is not None:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            if "--drain" in psutil.Process(pid).cmdline():
+                raise lock.AlreadyRunning(
+                    f"A daemon of this home is running already (pid {pid}), but ends when the queue is empty (--drain), as the "
+                    "demo's does. `sftd daemon --stop` ends it now; its runs continue."
+                )
+        raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
+    # Found out here, where a person reads it, and not in the background.
+    visible_gpus()
+    _wait_until_alone(settings, app.open_store(settings))
+    settings.logs.mkdir(mode=0o700, exist_ok=True)
+    log = settings.logs / "daemon.log"
+    argv = [sys.executable, "-P", "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
+    # Resolved: the daemon runs in another folder, where a relative path means another file.
+    env = os.environ | {
+        "SFTD_DAEMON_LOG": str(log),
+        "SFTD_HOME": str(settings.home),
+        "SFTD_DATABASE_URL": settings.database_url,
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+    }
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        child = subprocess.Popen(
+            argv,
+            cwd=settings.home,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + _START_SECONDS
+    while lock.holder(settings.daemon_lock) != child.pid:
+        if child.poll() is not None:
+            raise SftdError(f"the daemon ended at once (exit code {child.returncode}); see {log}")
+        if time.monotonic() > deadline:
+            raise SftdError(f"the daemon did not start; see {log}")
+        time.sleep(0.05)
+    if not quiet:
+        click.echo(f"daemon started, pid {child.pid}, log {log}")
+    return child.pid
+
+
+def _wait_until_alone(settings: Settings, store: Store) -> None:
+    """Raises `NotAlone` when a daemon with this host name and home path runs elsewhere."""
+    from sftd.daemon.registration import Registration, this_daemon
+
+    registration = Registration(store, app.context(), settings, this_daemon(settings, {}))
+    while not registration.is_free():
+        time.sleep(settings.poll_seconds)
+
+
+def run_daemon(settings: Settings, *, drain: bool) -> None:
+    """Be the daemon."""
+    from sftd.daemon import log
+    from sftd.daemon.lock import DaemonLock
+    from sftd.daemon.loop import Daemon
+    from sftd.domain.errors import SftdError
+    from sftd.launcher import device_holds
+    from sftd.launcher.choosing import ByName
+    from sftd.launcher.inventory import Inventory, visible_gpus
+    from sftd.launcher.local import LocalAttempt
+    from sftd.launcher.slurm.attempt import SlurmLauncher
+    from sftd.launcher.slurm.controller import Controller
+    from sftd.wire.cores import usable_cores
+
+    # Whatever is made from here on, by MLflow too, is for no other eyes.
+    os.umask(0o077)
+    log.set_up(settings.log_format)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
+    gpus = visible_gpus()
+    with DaemonLock(settings.daemon_lock):
+        # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
+        # A file needs no waiting for: what is wrong with it, a person has to fix.
+        at_once = drain or settings.database_url.startswith("sqlite")
+        store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
+        if store is None:
+            return
+        has_slurm = shutil.which("sbatch") is not None
+        slurm_jobs = settings.slurm_jobs if has_slurm else 0
+        others = partial(device_holds.held, settings.home)
+        cores = settings.cpu_slots or usable_cores()
+        inventory = Inventory(gpus, cores, slurm_jobs, others=others)
+        slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
+        launcher = ByName({"local": LocalAttempt, "slurm": slurm})
+        mirror, notices = _mirror(settings), _notices(settings, store)
+        daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
+        try:
+            daemon.run(drain=drain)
+        except SftdError as error:
+            logging.getLogger("sftd.daemon").critical("%s. The daemon ends, training continues", error)
+            sys.exit(1)
+        except Exception as error:
+            if "malformed" in str(error):
+                say = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
+                logging.getLogger("sftd.daemon").critical(say, error)
+                sys.exit(1)
+            # In the log and in its format, where whoever reads the log finds it; training goes on.
+            logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
+            sys.exit(1)
+
+
+def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | None:
+    """The store, once its database answers; None when asked to stop before that. Raises `DatabaseNotReady`."""
+    from sftd.daemon.loop import DATABASE_ERRORS
+    from sftd.store.database.engine import DatabaseUnreachable, open_engine
+
+    # What waiting does not fix is reported at once, such as text that is not a URL.
+    open_engine(settings.database_url).dispose()
+    said = ""
+    while not stop.is_set():
+        try:
+            return app.open_store(settings)
+        except (DatabaseUnreachable, *DATABASE_ERRORS) as error:
+            # It may also go away between two questions.
+            text = str(getattr(error, "orig", error)).strip()
+            if text != said:
+                said = text
+                logging.getLogger("sftd.daemon").warning("%s; trying again", said)
+        stop.wait(_DATABASE_SECONDS)
+    return None
+
+
+def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
+    if not (settings.notify_command or settings.notify_webhook):
+        return []
+    from sftd.cli.operate.notify import notifiers
+    from sftd.daemon.notices import NoticeThread
+
+    return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
+
+
+def _mirror(settings: Settings) -> Callable[[], Mirror] | None:
+    if not settings.mlflow_tracking_uri:
+        return None
+
+    def make() -> Mirror:
+        from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+
+        # A connection pool of its own: the mirror runs in a thread and may be slow.
+        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
+
+    return make

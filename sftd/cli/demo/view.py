@@ -1,0 +1,157 @@
+"""What the demo shows: steps as they happen, answers, losses, redone steps."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from sftd.cli.terminal import output
+from sftd.domain.log import events as e
+from sftd.domain.text.words import counted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sftd.domain.log.events import Recorded
+
+
+class LiveSteps:
+    """A progress line that lives in a terminal, and plain lines elsewhere."""
+
+    def __init__(self, out: Console, steps: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._out = out
+        self._steps = steps
+        self._seconds: float | None = None
+        self._progress = Progress(
+            TextColumn("   {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=out,
+            disable=not out.is_terminal,
+        )
+        self._task = self._progress.add_task("waiting for the daemon", total=steps, numbers="")
+
+    def __enter__(self) -> LiveSteps:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Something that stays on the screen."""
+        style = "bold red" if text.startswith(("kill", "ANOMALY")) else None
+        self._progress.console.print(f"   {text}", style=style, markup=False)
+
+    def _now(self, what: str, numbers: str = "") -> None:
+        self._progress.update(self._task, description=what, numbers=numbers)
+
+    def show(self, recorded: Recorded) -> None:
+        """Show one event."""
+        match recorded.event:
+            case e.AttemptLaunched():
+                self.say(
+                    f"attempt {recorded.attempt}: torchrun has pid {recorded.event.pid}; loading Megatron-core"
+                )
+                self._now("starting")
+            case e.ModelLoaded() as loaded:
+                self.say(f"{loaded.parameters / 1e6:.0f} M parameters on {loaded.device}, {loaded.dtype}")
+                self._now("validating")
+            case e.TrainingResumed() as resumed:
+                self.say(f"resumed from the checkpoint of step {resumed.step}")
+                self._progress.update(self._task, completed=resumed.step)
+            case e.StepCompleted() as step:
+                self._show_step(step)
+            case e.ValidationCompleted() as validation:
+                self.say(f"validation at step {validation.step}: loss {output.loss(validation.loss)}")
+            case e.CheckpointStarted():
+                self._now("saving")
+            case e.CheckpointPublished() as saved:
+                self.say(
+                    f"checkpoint of step {saved.step}: {output.size(saved.bytes)} in {saved.seconds:.1f} s"
+                )
+                self._now("training")
+            case e.AttemptFailed() as failed:
+                self.say(f"attempt {recorded.attempt} failed: {failed.cause}: {failed.message}")
+                self._now("restarting")
+            case e.AttemptLost() as lost:
+                self.say(f"attempt {recorded.attempt} lost: {lost.message}")
+                self._now("restarting")
+            case e.AnomalyDetected() as anomaly:
+                self.say(f"ANOMALY at step {anomaly.step}: {anomaly.what}")
+
+    def _show_step(self, step: e.StepCompleted) -> None:
+        self._seconds = step.seconds if self._seconds is None else 0.7 * self._seconds + 0.3 * step.seconds
+        left = output.duration((self._steps - step.step) * self._seconds)
+        speed = step.tokens_real / step.seconds
+        numbers = f"loss {step.loss:.4f}  {speed:.0f} tokens/s  {left} left"
+        self._progress.update(self._task, description="training", completed=step.step, numbers=numbers)
+        if not self._out.is_terminal:
+            self._out.print(f"   step {step.step:>3}/{self._steps}  {numbers}")
+
+
+def validation_line(history: list[Recorded]) -> str:
+    """Validation loss before and after."""
+    losses = {r.event.step: r.event.loss for r in history if isinstance(r.event, e.ValidationCompleted)}
+    first, last = losses[min(losses)], losses[max(losses)]
+    change = (
+        f"[bold green]{(last - first) / first:+.1%}[/]" if last < first else f"{(last - first) / first:+.1%}"
+    )
+    return f"validation loss: [bold]{first:.4f}[/] before, [bold]{last:.4f}[/] after {counted(max(losses), 'step')} ({change})"
+
+
+def answers(history: list[Recorded], question: str, reference: str) -> Table:
+    """The model's greedy answers before and after, beside the docstring's own words."""
+    from rich.table import Table
+    from rich.text import Text
+
+    samples = [
+        r.event for r in history if isinstance(r.event, e.SampleGenerated) and r.event.prompt == question
+    ]
+    before = min(samples, key=lambda s: s.step)
+    after = max(samples, key=lambda s: s.step)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("   question", Text(question))
+    table.add_row("   before", Text(before.text + ("" if before.stopped else " …")))
+    table.add_row("   after", Text(after.text + ("" if after.stopped else " …"), "bold green"))
+    table.add_row("   docstring", Text(reference, "dim"))
+    return table
+
+
+def redone_lines(history: list[Recorded]) -> tuple[list[str], bool]:
+    """Steps that a later attempt did again, against the log. Returns lines to print and whether all are equal."""
+    from sftd.domain.repro.steps import COMPARED, compare_redone
+
+    first: dict[int, e.StepCompleted] = {}
+    lines = [f"   {'step':>4}  {'loss recorded':<20}  {'loss done again':<20}"]
+    all_equal = True
+    for r in history:
+        step = r.event
+        if not isinstance(step, e.StepCompleted):
+            continue
+        was = first.setdefault(step.step, step)
+        if was is step:
+            continue
+        equal = compare_redone(first, step) is None
+        all_equal = all_equal and equal
+        verdict = "[green]equal[/]" if equal else "[bold red]DIFFERS[/]"
+        lines.append(f"   {step.step:>4}  {was.loss!r:<20}  {step.loss!r:<20}  {verdict}")
+    count = len(lines) - 1
+    if count == 0:
+        return ["   [bold red]no step was done again[/]"], False
+    names = ", ".join(name.removesuffix("_digest").replace("_", " ") for name in COMPARED)
+    verdict = (
+        f"[bold green]{count} of {count} equal the log bit for bit[/]"
+        if all_equal
+        else "[bold red]they differ[/]"
+    )
+    return [*lines, f"   steps done again: {verdict} ({names})"], all_equal

@@ -1,0 +1,1 @@
+"""`sftd doctor`: one module for each part of an installation."""

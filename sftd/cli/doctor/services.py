@@ -1,0 +1,208 @@
+"""What `sftd doctor` looks at besides the host: database, MLflow, the daemon, and what dead attempts left behind."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sftd.cli.doctor.finding import Finding, broken, ok, warning
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+from sftd.settings import Settings, sqlite_file
+
+if TYPE_CHECKING:
+    from sftd.store.database.engine import Store
+
+_SKEW_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0
+
+
+def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
+    """The store when it can be used, and what was found of it. Makes and changes nothing."""
+    from sftd.store.database.engine import Store, open_engine, shown_url
+    from sftd.store.database.tables import SCHEMA_REVISION
+
+    url = shown_url(settings.database_url)
+    file = sqlite_file(settings.database_url)
+    if file is not None and not file.exists():
+        return None, [ok("database", f"{url}: will be made by the first command that needs it")]
+    store = Store(open_engine(settings.database_url))
+    revision = store.schema_revision()
+    if revision != SCHEMA_REVISION:
+        store.engine.dispose()
+        if file is not None and (revision is None or revision < SCHEMA_REVISION):
+            return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
+        what = f"tables of revision {revision}" if revision else "no tables"
+        fix = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
+        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", fix)]
+    return store, [_skew(store, f"{url}, revision {revision}")]
+
+
+def _skew(store: Store, text: str) -> Finding:
+    import sqlalchemy as sa
+
+    if store.engine.dialect.name != "postgresql":
+        return ok("database", text)
+    with store.engine.connect() as connection:
+        before = time.time()
+        theirs = float(
+            connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+        )
+        after = time.time()
+    skew = theirs - (before + after) / 2
+    text += f", answers in {(after - before) * 1000:.1f} ms"
+    if abs(skew) > _SKEW_SECONDS:
+        fix = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
+        return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", fix)
+    return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
+
+
+def mlflow(settings: Settings) -> Iterator[Finding]:
+    """Whether runs can be mirrored."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from sftd.projections.mirrors.mlflow.client import is_remote, without_credentials
+
+    uri = settings.mlflow_tracking_uri
+    if not uri:
+        yield ok("MLflow", "the mirror is off (MLFLOW_TRACKING_URI is empty)")
+        return
+    try:
+        mine = version("mlflow")
+    except PackageNotFoundError:
+        yield broken(
+            "MLflow", "is not installed", "pip install mlflow, or set MLFLOW_TRACKING_URI= to turn it off"
+        )
+        return
+    shown = without_credentials(uri)
+    if is_remote(uri):
+        yield _server(uri, shown, mine)
+        return
+    if (file := sqlite_file(uri)) is not None and not file.exists():
+        yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
+        return
+    yield _tracking_store(uri, shown, mine)
+
+
+def _tracking_store(uri: str, shown: str, mine: str) -> Finding:
+    import sqlalchemy as sa
+
+    try:
+        engine = sa.create_engine(uri)
+        with engine.connect() as connection:
+            sa.inspect(connection).get_table_names()
+        engine.dispose()
+    except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        return warning(
+            "MLflow", f"{shown} does not answer: {reason}", "runs continue; the mirror catches up later"
+        )
+    return ok("MLflow", f"{mine}, {shown}")
+
+
+def _server(uri: str, shown: str, mine: str) -> Finding:
+    import base64
+    import os
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    if not uri.startswith(("http://", "https://")):
+        fix = "write sqlite:///FILE or http://HOST:PORT"
+        return broken("MLflow", f"{shown} is neither a database nor a server", fix)
+    bare = re.sub(r"//[^/@\s]*@", "//", uri).rstrip("/")
+    request = Request(f"{bare}/version")  # noqa: S310  its scheme was just checked
+    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
+        request.add_header("Authorization", "Basic " + base64.b64encode(pair).decode())
+    try:
+        with urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310
+            theirs = answer.read(100).decode(errors="replace").strip()
+    except (OSError, HTTPException, ValueError) as error:
+        reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
+        fix = "runs continue, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
+        return warning("MLflow", f"{shown} does not answer: {reason}", fix)
+    if theirs.partition(".")[0] != mine.partition(".")[0]:
+        fix = "use the same major version on both sides"
+        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", fix)
+    return ok("MLflow", f"{shown}, version {theirs}, client {mine}")
+
+
+def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    """Whether a daemon drives this home, and whether others of this database have fallen silent."""
+    from sftd.daemon import lock
+
+    holder = lock.holder(settings.daemon_lock)
+    if holder is None:
+        start = "`sftd daemon --detach`, or a systemd unit (`sftd daemon --print-systemd`)"
+        yield warning(
+            "daemon", "none runs in this home: queued runs wait, and attempts are not watched", start
+        )
+    else:
+        yield ok("daemon", f"runs, pid {holder}, log {settings.logs / 'daemon.log'} when detached")
+    if store is None:
+        return
+    from sftd.daemon.registration import this_daemon, twins
+    from sftd.store.queue import daemons
+    from sftd.store.queue import leases as queue
+
+    me, now = this_daemon(settings, {}), time.time_ns() // 1000
+    for twin in twins(store, me, now, settings.silent_micros):
+        what = f"{twin.daemon_id} has this host's name and the path of this home, and runs in another container or on another machine"
+        fix = "give each a host name of its own (`docker run --hostname NAME`), or another path for SFTD_HOME"
+        yield broken("daemon", what, fix)
+    with store.read() as connection:
+        now = store.clock(connection, now)
+        leases = queue.leases(connection)
+        owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
+    for lease in leases:
+        owner = owners[lease.owner]
+        if owner is None or (silent := now - owner.seen_at) <= settings.silent_micros:
+            continue
+        said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent / 1e6)}"
+        if owner.host != me.host:
+            fix = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
+            yield warning("daemon", said, fix)
+        elif not me.identity.is_same(owner.identity):
+            said += ", which ran in another container, on another machine or before a reboot"
+            fix = "a daemon here takes it over if its processes are proven to have ended, and says so in its log if not; "
+            yield warning("daemon", said, fix + f"then, if they have, `sftd cancel {lease.run_id} --abandon`")
+        elif holder is None:
+            yield warning("daemon", said, "start a daemon: it takes the run over")
+
+
+def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    """Processes and half-written checkpoints of attempts that nobody drives, and what killed commands left."""
+    from sftd.launcher import processes, rerun
+    from sftd.store.queue import leases as queue
+
+    runs_dir = settings.home / "runs"
+    killed = rerun.abandoned(settings.home)
+    if killed:
+        trains = len(processes.of_attempts(rerun.scratch_folder(settings.home)))
+        what = f"{counted(len(killed), 'scratch folder')} of `sftd verify` that was killed"
+        what += f", with {counted(trains, 'training process', 'training processes')}" if trains else ""
+        yield warning("leftovers", what, "a daemon ends and removes them: `sftd daemon --detach`")
+    if store is None:
+        return
+    with store.read() as connection:
+        driven = {lease.run_id: lease.attempt for lease in queue.leases(connection)}
+    stray: dict[str, list[int]] = {}
+    for pid, place in processes.of_attempts(runs_dir).items():
+        run_id, attempt = (*place.parts, "", "")[:2]
+        if attempt != f"attempt-{driven.get(run_id, 0):04d}":
+            stray.setdefault(run_id, []).append(pid)
+    for run_id, pids in stray.items():
+        kill = f"kill -9 {' '.join(map(str, pids))}"
+        what = f"{counted(len(pids), 'process', 'processes')} of {run_id}, whose attempt is over"
+        yield warning("leftovers", f"{what} (pids {', '.join(map(str, pids))})", kill)
+    partial = [p for p in runs_dir.glob("*/checkpoints/*.partial") if p.parts[-3] not in driven]
+    if partial:
+        size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
+        what = f"{counted(len(partial), 'half-written checkpoint')} of runs that nobody drives, {output.size(size)}"
+        fix = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
+        yield warning("leftovers", what, fix)
+    if not stray and not partial and not killed:
+        yield ok("leftovers", "none of dead attempts")

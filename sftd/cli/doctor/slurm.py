@@ -1,0 +1,110 @@
+"""What `sftd doctor` looks at where Slurm's commands are: what the daemon asks of them, by the same words."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sftd.cli.doctor.finding import Finding, broken, ok, warning
+from sftd.launcher.slurm import commands as slurm_commands
+from sftd.launcher.slurm.commands import Partition, Unanswered
+from sftd.settings import Settings
+
+if TYPE_CHECKING:
+    from sftd.store.database.engine import Store
+
+_NEEDED = ("sbatch", "squeue", "scancel")
+# A person waits for the answer.
+_SECONDS = 15.0
+_SHOWN_PARTITIONS = 6
+
+
+def slurm(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    """Slurm's commands, its controller, its partitions, and whether the daemon of this home found them too."""
+    missing = [name for name in _NEEDED if shutil.which(name) is None]
+    if len(missing) == len(_NEEDED):
+        yield ok("Slurm", "not used: its commands are not here")
+        return
+    if missing:
+        fix = "install Slurm's client commands, or put all of them on the PATH of you and of the daemon"
+        yield broken("Slurm", f"{', '.join(missing)} cannot be found: no job can be driven from here", fix)
+        return
+    try:
+        version = slurm_commands.version(_run)
+    except Unanswered as error:
+        fix = "these commands need slurm.conf: set SLURM_CONF to it for you and for the daemon"
+        yield warning("Slurm", f"its commands do not work: {error}", fix)
+        return
+    yield ok("Slurm", f"{version}, {shutil.which('sbatch')}")
+    yield from _controller()
+    yield from _daemon(settings, store)
+
+
+def _run(argv: list[str], env: Mapping[str, str] | None, seconds: float) -> tuple[int, str, str]:
+    return slurm_commands.run_command(argv, env, min(seconds, _SECONDS))
+
+
+def _controller() -> Iterator[Finding]:
+    began = time.perf_counter()
+    try:
+        jobs = slurm_commands.own_jobs(_run)
+    except Unanswered as error:
+        fix = "`scontrol ping` says more; slurmctld and munge must run. Jobs continue, and the daemon asks again"
+        yield warning("Slurm", f"the controller does not answer: {error}", fix)
+        return
+    except ValueError:
+        fix = "sftd needs squeue as it is in Slurm 22.05 or later; tell us of yours with `squeue --version`"
+        yield broken("Slurm", "squeue does not answer in the form in which it is asked", fix)
+        return
+    took = time.perf_counter() - began
+    living = sum(not job.has_ended for job in jobs.values())
+    said = f"the controller answers in {took * 1000:.0f} ms; {living} jobs of yours"
+    yield ok("Slurm", f"{said}, {_accounting()}")
+    try:
+        found = slurm_commands.partitions(_run)
+    except (Unanswered, ValueError) as error:
+        yield warning("Slurm", f"sinfo does not tell the partitions: {error}", "see what `sinfo -s` says")
+        return
+    yield _partitions(found)
+
+
+def _accounting() -> str:
+    try:
+        slurm_commands.accounted(_run, ["1"])
+    except (Unanswered, ValueError):
+        return "no accounting (sacct): a job that Slurm has forgotten is judged by its folder"
+    return "accounting answers"
+
+
+def _partitions(found: list[Partition]) -> Finding:
+    shown = [partition.told() for partition in found[:_SHOWN_PARTITIONS]]
+    if len(found) > len(shown):
+        shown.append(f"and {len(found) - len(shown)} more")
+    said = f"partitions: {', '.join(shown) or 'none'}"
+    if not any(partition.is_up and partition.usable for partition in found):
+        fix = "`sinfo -R` says why nodes are down or drained; until one is back, jobs wait"
+        return warning("Slurm", f"{said}: no node can start a job", fix)
+    return ok("Slurm", said)
+
+
+def _daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
+    from sftd.daemon import lock
+    from sftd.launcher import processes
+    from sftd.store.queue import daemons
+
+    holder = lock.holder(settings.daemon_lock)
+    if holder is None or store is None:
+        return
+    with store.read() as connection:
+        mine = [
+            row
+            for row in daemons.every(connection)
+            if (row.host, row.pid) == (processes.host_name(), holder) and row.stopped_at is None
+        ]
+    if mine and "slurm" not in msgspec.json.decode(mine[0].devices, type=dict[str, int]):
+        fix = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
+        yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", fix)

@@ -1,0 +1,1 @@
+"""Commands that only read. None imports another."""

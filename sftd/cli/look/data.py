@@ -1,0 +1,240 @@
+"""`sftd data`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sftd.domain.run.state import Run
+    from sftd.operations.queries.history import Chapter
+
+_TOOL = "seen_rows"
+# Characters of a row's text, and of one part of it.
+_TEXT, _PART = 80, 36
+
+
+@click.command("data")
+@click.argument("run")
+@click.option("--step", type=click.IntRange(min=1), help="Which rows did this step see?")
+@click.option("--row", type=click.IntRange(min=0), help="Which steps saw this row (from 0, over all files)?")
+@click.option(
+    "--text", is_flag=True, help="With --step: show each row as text, what is trained between « and »."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+def data_command(run: str, step: int | None, row: int | None, text: bool, as_json: bool) -> None:
+    """Show which rows of the training data a step of RUN saw, or which steps saw a row.
+
+    Computed anew from the data files and the seed, and checked against the log: the digest of the rows and the number of
+    trained tokens of every attempt that did the step, and the digest of the files as they were submitted. Exit code 1
+    when they are not what the log has. Steps before a fork's first are its parent's; of a row, those of parents with the
+    same files.
+
+    \b
+    Example:
+      sftd data brave-otter --step 812
+      sftd data brave-otter --step 812 --text
+      sftd data brave-otter --row 4711
+    """
+    from sftd.operations.queries import history as replays
+
+    if (step is None) == (row is None):
+        raise click.UsageError("Give either --step or --row.")
+    if text and step is None:
+        raise click.UsageError("--text needs --step.")
+    store = app.open_store(app.read_settings())
+    story = replays.chapters(store, app.pick(store, run))
+    if step is not None:
+        answer = _of_step(story, step, text=text)
+    else:
+        assert row is not None
+        answer = _of_row(story, row)
+    if as_json:
+        click.echo(output.json_line(answer))
+    elif step is not None:
+        _print_rows(answer, text=text)
+    else:
+        _print_steps(answer)
+    if answer["problems"]:
+        sys.exit(1)
+
+
+def _ask(run: Run, *arguments: str) -> dict[str, Any]:
+    from sftd.cli.tools import order_file
+    from sftd.launcher.tools import run_tool
+    from sftd.operations.queries import model_files
+
+    settings = app.read_settings()
+    # Only a text needs the tokenizer.
+    text = "--text" in arguments
+    model = model_files.source(app.open_store(settings), settings.home, run) if text else ""
+    with order_file(run, None, model) as order:
+        found = output.with_stages(run.run_id, _TOOL, [order, *arguments], run_tool)
+    return {name: value for name, value in found.items() if name != "event"}
+
+
+def _changed_files(run: Run, found: dict[str, Any]) -> list[str]:
+    if run.train_digest in ("", found["train_digest"]):
+        return []
+    return ["the data files are not those that were submitted: the rows are those that are there now"]
+
+
+def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
+    from sftd.domain.errors import Problem, Refused
+    from sftd.domain.log.events import StepCompleted
+    from sftd.operations.queries.history import chapter_of_step
+
+    chapter = chapter_of_step(story, step)
+    run = chapter.run()
+    if step > run.planned_steps:
+        raise Refused(
+            Problem("--step", f"{run.run_id} has {counted(run.planned_steps, 'step')}", "give one of them")
+        )
+    if step <= run.first_step:
+        what = (
+            f"step {step} is of {run.fork.parent if run.fork else 'a parent'}, which is not in this database"
+        )
+        raise Refused(Problem("--step", what, f"the run's own steps begin at {run.first_step + 1}"))
+    # Where each attempt read: a rollback leaves samples out, so a step that is done again may see others.
+    recorded = [r for r in chapter.recorded if isinstance(r.event, StepCompleted) and r.event.step == step]
+    positions = {r.version: chapter.run(r.version).sample_position(step - 1) for r in recorded}
+    now = run.sample_position(step - 1)
+    asked = dict.fromkeys([now, *positions.values()])
+    found = _ask(run, "--at", *map(str, asked), *(["--text"] if text else []))
+    seen = {one["position"]: one for one in found.pop("seen")}
+    attempts, problems = [], _changed_files(run, found)
+    for r in recorded:
+        assert isinstance(r.event, StepCompleted)
+        computed = seen[positions[r.version]]
+        agrees = r.event.samples_digest == computed["samples_digest"]
+        is_shown = computed["position"] == now
+        attempts.append({"attempt": r.attempt, "version": r.version, "agrees": agrees, "is_shown": is_shown})
+        if not agrees:
+            digest = r.event.samples_digest[:16]
+            problems.append(f"attempt {r.attempt} recorded other rows: samples_digest {digest}")
+        elif r.event.tokens != computed["tokens"]:
+            trained = f"trained {counted(r.event.tokens, 'token')}, not {computed['tokens']}"
+            problems.append(f"attempt {r.attempt} {trained}")
+    return {
+        "run_id": run.run_id,
+        "step": step,
+        **found,
+        **seen[now],
+        "attempts": attempts,
+        "problems": problems,
+    }
+
+
+def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
+    from sftd.domain.log.events import StepCompleted
+
+    steps: list[dict[str, Any]] = []
+    problems: list[str] = []
+    others: list[str] = []
+    found: dict[str, Any] = {}
+    own = story[-1].run().train_digest
+    for chapter in story:
+        run = chapter.run()
+        if run.train_digest != own:
+            # The row of that number is another one there.
+            others.append(run.run_id)
+            continue
+        last = run.planned_steps if chapter.last_step is None else chapter.last_step
+        found = _ask(run, "--row", str(row), "--after-step", str(run.first_step), "--last-step", str(last))
+        recorded = {r.event.step for r in chapter.recorded if isinstance(r.event, StepCompleted)}
+        steps += [
+            {"run_id": run.run_id, **step, "recorded": step["step"] in recorded} for step in found["steps"]
+        ]
+        problems += [f"{run.run_id}: {problem}" for problem in _changed_files(run, found)]
+    return {
+        "run_id": story[-1].run_id,
+        **found,
+        "steps": steps,
+        "read_other_files": others,
+        "problems": problems,
+    }
+
+
+def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = output.console()
+    rows = answer["rows"]
+    epochs = " and ".join(str(epoch) for epoch in dict.fromkeys(row["epoch"] for row in rows))
+    out.print(
+        f"[bold]{answer['run_id']}[/], step {answer['step']}: {counted(len(rows), 'row')} of epoch {epochs}, "
+        f"{answer['tokens']} trained tokens",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("row", "length", "trained"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("place", overflow="fold", style="dim")
+    if text:
+        table.add_column("text", overflow="fold")
+    for row in rows:
+        place = f"{row['file']}:{row['row_in_file']}"
+        cells: list[Any] = [str(row["row"]), str(row["length"]), str(row["trained"]), Text(place)]
+        table.add_row(*cells, *([_marked(row["segments"])] if text else []))
+    out.print(table)
+    digest = answer["samples_digest"][:16]
+    if not any(attempt["is_shown"] for attempt in answer["attempts"]):
+        out.print("The log does not have this step yet: these are the rows that it is going to see.")
+    for attempt in answer["attempts"]:
+        if attempt["agrees"] and attempt["is_shown"]:
+            out.print(f"digest {digest} is the log's (attempt {attempt['attempt']}, v{attempt['version']})")
+        elif attempt["agrees"]:
+            out.print(f"attempt {attempt['attempt']} saw others, which were left out afterwards")
+    _print_problems(answer["problems"])
+
+
+def _marked(segments: list[dict[str, Any]]) -> Any:
+    """The beginning of a row as text, what is trained in « »; each part is shortened, so that both kinds are seen."""
+    from rich.text import Text
+
+    shown = Text()
+    for segment in segments:
+        part = " ".join(segment["text"].split())
+        part = part if len(part) <= _PART else part[: _PART - 1] + "…"
+        shown.append(f"«{part}»" if segment["trained"] else part, "green" if segment["trained"] else "dim")
+        if len(shown) >= _TEXT:
+            break
+    return shown
+
+
+def _print_steps(answer: dict[str, Any]) -> None:
+    out = output.console()
+    out.print(
+        f"row {answer['row']} is row {answer['row_in_file']} of {output.escape(answer['file'])}: "
+        f"{counted(answer['length'], 'token')}, {answer['trained']} trained",
+        soft_wrap=True,
+    )
+    if not answer["trained"]:
+        out.print("It has no trained label, so no step sees it.")
+    for line in _steps(answer):
+        out.print(line, soft_wrap=True)
+    for parent in answer["read_other_files"]:
+        command = f"sftd data {parent} --row {answer['row']}"
+        out.print(f"{parent}, its parent, read other files: see {command}", soft_wrap=True)
+    _print_problems(answer["problems"])
+
+
+def _steps(answer: dict[str, Any]) -> Iterator[str]:
+    for step in answer["steps"]:
+        owner = f" of {step['run_id']}" if step["run_id"] != answer["run_id"] else ""
+        yield f"step {step['step']}{owner}, epoch {step['epoch']}" + ("" if step["recorded"] else ", to come")
+
+
+def _print_problems(problems: list[str]) -> None:
+    for problem in problems:
+        output.console().print(f"[bold red]not as in the log[/]: {output.escape(problem)}", soft_wrap=True)

@@ -1,0 +1,88 @@
+"""`sftd nodes`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+
+if TYPE_CHECKING:
+    from sftd.operations.queries.nodes import Node
+
+_STYLE = {"alive": "green", "not observed": "yellow", "stopped": "dim"}
+
+
+@click.command("nodes")
+@click.option("-a", "--all", "everyone", is_flag=True, help="Every daemon that ever started.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def nodes_command(everyone: bool, as_json: bool) -> None:
+    """List the daemons that share this database: their devices, what they drive, when they were last seen.
+
+    "Not observed" is not dead: a host that is cut off from the database goes on training. Only a daemon's own host can
+    prove that it is gone.
+
+    \b
+    Example:
+      sftd nodes
+      sftd nodes --json | jq '[.[] | select(.state == "alive") | .devices.gpus.free] | add'
+    """
+    from sftd.operations.queries import nodes
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    found = nodes.list_nodes(store, app.context(), settings.silent_micros, everyone=everyone)
+    if as_json:
+        click.echo(output.json_line([as_values(node) for node in found]))
+    elif not found:
+        click.echo("No daemon has used this database yet. `sftd daemon --detach` starts one.")
+    else:
+        _print(found)
+
+
+def as_values(node: Node) -> dict[str, Any]:
+    """A daemon for scripts."""
+    import msgspec
+
+    values = msgspec.structs.asdict(node)
+    for name in ("started_at", "seen_at"):
+        values[name] = output.iso(values[name])
+    values["devices"] = {
+        kind: {"total": d.total, "used": d.used, "free": d.free} for kind, d in node.devices.items()
+    }
+    return values
+
+
+def _print(found: list[Node]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, fold in (
+        ("host", True),
+        ("state", False),
+        ("used", False),
+        ("daemon", True),
+        ("drives", False),
+    ):
+        table.add_column(name, overflow="fold", no_wrap=not fold)
+    for node in found:
+        devices = [f"{d.used}/{d.total} {kind}" for kind, d in node.devices.items() if d.total]
+        table.add_row(
+            Text(node.host, "bold"),
+            Text(_state(node), _STYLE[node.state]),
+            Text("\n".join(devices)),
+            Text(node.daemon, "dim"),
+            Text("\n".join(node.runs)),
+        )
+    output.console().print(table)
+
+
+def _state(node: Node) -> str:
+    if node.state == "alive":
+        return f"alive, seen\n{output.duration(node.unseen_seconds)} ago"
+    said = "stopped" if node.state == "stopped" else "not observed since"
+    return f"{said}\n{output.clock(node.seen_at)}"

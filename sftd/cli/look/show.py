@@ -1,0 +1,128 @@
+"""`sftd show`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app
+from sftd.cli.run_state import history_table, print_state, time_facts
+from sftd.cli.terminal import output
+from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
+
+if TYPE_CHECKING:
+    from sftd.operations.queries.runs import RunRow
+
+# What `show` lists: everything but the steps and what belongs to them.
+HISTORY_TYPES = (
+    "RunForked",
+    "RunSubmitted",
+    "CheckpointPinned",
+    "CheckpointUnpinned",
+    "CheckpointReduced",
+    "AttemptClaimed",
+    "AttemptLaunched",
+    "AttemptAdopted",
+    "JobReported",
+    "ModelLoaded",
+    "TrainingResumed",
+    "AnomalyDetected",
+    "SamplesSkipped",
+    "CheckpointRejected",
+    "RunDeferred",
+    "SweepJoined",
+    "RunHeld",
+    "RunReleased",
+    "StopRequested",
+    "ResumeRequested",
+    "AttemptPaused",
+    "AttemptPreempted",
+    "AttemptFailed",
+    "AttemptLost",
+    "RunSucceeded",
+    "RunFailed",
+    "RunCancelled",
+    "RunRemoved",
+    "ModelExported",
+    "ModelRegistered",
+    "ReplayVerified",
+    "ReplayDiverged",
+)
+
+
+@click.command("show")
+@click.argument("run", metavar="RUN|SWEEP")
+@click.option(
+    "--config", "as_config", is_flag=True, help="Print its config as YAML, which may be submitted again."
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the run's whole state as JSON; of a sweep, an array of runs.",
+)
+def show_command(run: str, as_config: bool, as_json: bool) -> None:
+    """Show one run: status, progress, validation, where its time went, attempts, checkpoints. Or the runs of a sweep, the
+    lowest validation loss first.
+
+    RUN is an id, a unique beginning of one, or a name (NAME or PROJECT/NAME), of which the newest run is shown.
+
+    \b
+    Example:
+      sftd show brave-otter-3f2a
+      sftd show geo-bot/baseline
+      sftd show sweep-3aea38
+      sftd show brave-otter-3f2a --config > again.yaml
+    """
+    import msgspec
+
+    from sftd.cli.plan.view import outcome_facts
+    from sftd.operations.queries import board
+    from sftd.operations.queries import plan as planning
+    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import runs as reading
+
+    store = app.open_store(app.read_settings())
+    if not as_config and naming.is_sweep(store, run):
+        rows = reading.list_runs(store, reading.Filter(sweep=run))
+        _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
+        return
+    found = reading.find_run(store, app.pick(store, run))
+    if as_config:
+        from sftd.cli.submit.show_config import as_yaml
+
+        click.echo(as_yaml(found))
+        return
+    ledger = reading.goodput(store, found.run_id, app.context().now())
+    planned = planning.outcome(store, found, ledger)
+    if as_json:
+        more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
+        click.echo(output.json_line(msgspec.to_builtins(found) | more))
+        return
+    attempt_events = reading.run_events(
+        store,
+        found.run_id,
+        types=HISTORY_TYPES,
+    )
+    out = output.console()
+    speed = board.tokens_per_second(store, found.run_id)
+    print_state(found, attempt_events, (*time_facts(ledger), *outcome_facts(planned)), speed)
+    out.print()
+    out.print(history_table(attempt_events))
+
+
+def _show_sweep(sweep: str, rows: list[RunRow], as_json: bool) -> None:
+    """A leaderboard."""
+    if as_json:
+        click.echo(output.json_line([row_json(row) for row in rows]))
+        return
+    statuses = Counter(row.status for row in rows)
+    counts = ", ".join(f"{statuses[name]} {name}" for name in STATUSES if statuses[name])
+    click.echo(f"{sweep}: {len(rows)} runs of project {rows[0].project}, by {rows[0].user}: {counts}\n")
+    columns = ("values", "val", "loss", "step", "status", "run", "took")
+    now = app.context().now()
+    table = runs_table(rows, now, output.width(), colour=output.is_terminal(), columns=columns)
+    click.echo("\n".join(table))
+    output.note(f"\n`sftd compare {sweep}` shows what differs and plots the losses.")

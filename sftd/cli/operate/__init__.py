@@ -1,0 +1,1 @@
+"""Commands for who runs sftd: database, MLflow, notices, completion."""

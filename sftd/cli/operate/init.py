@@ -1,0 +1,71 @@
+"""`sftd init`, `sftd views`."""
+
+from __future__ import annotations
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+
+
+@click.command("init")
+def init_command() -> None:
+    """Create or upgrade the database at SFTD_DATABASE_URL, and SFTD_HOME.
+
+    Safe to run again. An embedded SQLite database is also made by any other command that needs it.
+
+    \b
+    Example:
+      SFTD_DATABASE_URL=postgresql://me@dbhost/sftd sftd init
+    """
+    from sftd.store.database import migrate
+    from sftd.store.database.engine import open_engine, shown_url
+
+    settings = app.read_settings()
+    app.make_home(settings)
+    engine = open_engine(settings.database_url)
+    applied = migrate.upgrade(engine)
+    engine.dispose()
+    url = shown_url(settings.database_url)
+    click.echo(f"{url}: {'applied ' + ', '.join(applied) if applied else 'is up to date'}")
+    click.echo(f"home: {settings.home}")
+
+
+@click.group("views")
+def views_command() -> None:
+    """The views that `ls` and `show` read are folded from the log, and can be thrown away.
+
+    \b
+    Example:
+      sftd views dump > before; sftd views rebuild; sftd views dump | cmp - before
+    """
+
+
+@views_command.command("rebuild")
+def rebuild() -> None:
+    """Delete the views and fold them anew from the first event.
+
+    \b
+    Example:
+      sftd views rebuild
+    """
+    from sftd.projections import views
+
+    count = views.rebuild(app.open_store(app.read_settings()))
+    click.echo(f"rebuilt from {counted(count, 'event')}")
+
+
+@views_command.command("dump")
+def dump() -> None:
+    """Print every row of the views as JSON lines in a fixed order.
+
+    \b
+    Example:
+      sftd views dump | sha256sum
+    """
+    from sftd.projections import views
+
+    with app.open_store(app.read_settings()).read() as connection:
+        for line in views.dump(connection):
+            click.echo(output.json_text(line), nl=False)

@@ -1,0 +1,149 @@
+"""`sftd mlflow`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app
+from sftd.cli.registry import Registry, need_mlflow
+from sftd.cli.terminal import output
+from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.text.words import counted
+from sftd.settings import Settings
+
+if TYPE_CHECKING:
+    from sftd.projections.mirrors.mlflow.check import Checked
+    from sftd.store.database.engine import Store
+
+
+@click.group("mlflow")
+def mlflow_command() -> None:
+    """MLflow shows what the log holds. It can be compared with the log, and built anew from it.
+
+    \b
+    Example:
+      sftd mlflow check
+      sftd mlflow rebuild
+    """
+
+
+@mlflow_command.command("check")
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option("--prefix", default="", help="Look into the experiments with this prefix.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
+def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
+    """Compare MLflow with the log: every point of every metric, status, times, parameters, data sets and tags.
+
+    Without RUN, all runs. Returns 1 if anything differs, or is not there yet.
+
+    \b
+    Example:
+      sftd mlflow check
+      sftd mlflow check brave-otter --json
+    """
+    from sftd.projections.mirrors.mlflow import check as mlflow_check
+    from sftd.projections.mirrors.mlflow.client import Tracking
+
+    settings, store = _opened()
+    tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
+    wanted = mlflow_check.versions(store, app.pick_all(store, runs))
+    checked = (mlflow_check.check(store, tracking, prefix, *run) for run in wanted.items())
+    _tell(checked, len(wanted), as_json)
+
+
+@mlflow_command.command("rebuild")
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option(
+    "--prefix",
+    default="rebuilt/",
+    show_default=True,
+    help='What goes before the name of each experiment; "" fills the mirror\'s own.',
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
+def rebuild(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
+    """Build MLflow's runs anew from the log, in experiments of their own, and compare each with the log.
+
+    Without RUN, all runs. What is there already is not written again, so it may be ended at any time and called again.
+    Returns 1 if anything differs in the end.
+
+    \b
+    Example:
+      sftd mlflow rebuild
+      sftd mlflow rebuild brave-otter --prefix 'again/'
+    """
+    from sftd.operations.queries import resolve as naming
+    from sftd.projections.mirrors.mlflow import check as mlflow_check
+
+    settings, store = _opened()
+    found = [run_id for run in runs for run_id in naming.several_to_change(store, run)]
+    total = len(mlflow_check.versions(store, found))
+    uri, artifacts = settings.mlflow_tracking_uri, settings.mlflow_artifacts
+    _tell(mlflow_check.rebuild(store, uri, artifacts, prefix, found), total, as_json)
+
+
+@mlflow_command.command("register")
+@click.argument("run")
+@click.argument("name")
+@click.option(
+    "--step", type=click.IntRange(min=1), help="The export of this step; the last export if not given."
+)
+def register(run: str, name: str, step: int | None) -> None:
+    """Make a model that `sftd export` has written a version of the model NAME in MLflow's registry.
+
+    The exported folder is compared with its digest in the log, and copied to the artifacts of the MLflow run.
+
+    \b
+    Example:
+      sftd export brave-otter ./my-model
+      sftd mlflow register brave-otter support
+    """
+    from sftd.operations.driving import checkpoints
+    from sftd.operations.queries import resolve as naming
+
+    settings, store = _opened()
+    run_id = naming.one_to_change(store, run)
+    exports = [x for x in checkpoints.exports(store, run_id) if step in (None, x.step)]
+    if not exports:
+        what = f"{run_id} has no export" + (f" of step {step}" if step is not None else "")
+        raise Refused(Problem("RUN", what, f"sftd export {run_id} DIR --register {name}"))
+    version = Registry(settings, store, run_id, name).register(exports[-1])
+    click.echo(f"registered {exports[-1].path} as {name} version {version}")
+
+
+def _opened() -> tuple[Settings, Store]:
+    settings = app.read_settings()
+    need_mlflow(settings)
+    return settings, app.open_store(settings)
+
+
+def _tell(checked: Iterable[Checked], total: int, as_json: bool) -> None:
+    """Print what came of each run, and end with 1 if any differs."""
+    import msgspec
+
+    points = equal = 0
+    for found in checked:
+        points += found.points
+        equal += found.is_equal
+        if as_json:
+            click.echo(output.json_line(msgspec.to_builtins(found) | {"is_equal": found.is_equal}))
+            continue
+        if found.is_equal:
+            click.echo(
+                f"{found.run_id}: {counted(found.points, 'point')}, equal to the log, in {found.experiment}"
+            )
+            continue
+        click.echo(f"{found.run_id}: in {found.experiment}, not equal to the log", err=True)
+        if found.behind:
+            click.echo(f"  {counted(found.behind, 'event')} not there yet: a daemon mirrors them", err=True)
+        for difference in found.differences:
+            click.echo(f"  {difference}", err=True)
+    if not as_json and total:
+        click.echo(f"equal to the log: {equal} of {counted(total, 'run')}, {counted(points, 'point')}")
+    elif not as_json:
+        click.echo("The log has no runs.")
+    if equal < total:
+        sys.exit(SftdError.exit_code)

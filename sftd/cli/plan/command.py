@@ -1,0 +1,91 @@
+"""`sftd plan`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app
+from sftd.cli.plan.host import Host, facts_of, known_pace
+from sftd.cli.plan.hosts import known_hosts
+from sftd.cli.plan.view import print_plan
+from sftd.cli.terminal import output
+from sftd.cli.terminal.types import FiniteRange
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("plan")
+@click.argument("config", type=click.Path(allow_dash=True))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1024),
+    help="So many devices, of all nodes together; else those of this host.",
+)
+@click.option(
+    "--memory", type=FiniteRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."
+)
+@click.option("--device", metavar="NAME", help="Which device: `H100`, `A100`, …, or `cpu`; else this host's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan, and the layouts found, as JSON.")
+def plan_command(
+    config: str,
+    overrides: tuple[str, ...],
+    devices: int | None,
+    memory: float | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Say what the run of CONFIG will take, before it is submitted: memory of each rank, time, disk, and the best layout.
+
+    Everything is checked as by `sftd submit`, and nothing is written. Memory is arithmetic over what the trainer
+    allocates. Time goes by the pace of earlier runs of this model in the log, else by measured rates. For a
+    machine that is not this one, say which: --devices, --memory, --device. docs/plan.md has the formulas.
+
+    \b
+    Example:
+      sftd plan run.yaml
+      sftd plan run.yaml --devices 8 --memory 80 --device H100
+      sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
+    """
+    from sftd.domain.plan import warnings as doubts
+    from sftd.domain.plan.plan import make_plan
+    from sftd.domain.plan.search import search
+    from sftd.wire import preflight
+    from sftd.wire.spec import file as specfile
+
+    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    found = preflight.inspect(spec, has_room=False)
+    host = Host.find(spec, devices, memory, device)
+    warnings = [*warnings, *found.warnings]
+    if not (devices or memory or device):
+        # For a machine that is not this one, these devices say nothing.
+        warnings += doubts.devices(spec, known_hosts(app.read_settings()))
+    facts = facts_of(found)
+    calibration = known_pace(found.shape, host.machine)
+    plan = make_plan(spec, facts, host.machine, calibration)
+    layouts = search(
+        spec, facts, host.machine, devices=host.devices, memory=host.memory, calibration=calibration
+    )
+    if as_json:
+        best = layouts.best
+        click.echo(
+            output.json_line(
+                {
+                    **plan.as_json(),
+                    "devices": host.devices,
+                    "memory_bytes": host.memory,
+                    "fits": host.fits(plan.needed, spec.world_size),
+                    "best": {"set": best.changes, **best.plan.as_json()} if best else None,
+                    "layouts_tried": layouts.tried,
+                    "layouts_fit": layouts.fit,
+                    "warnings": [str(w) for w in warnings],
+                }
+            )
+        )
+        return
+    output.warn_all(warnings)
+    print_plan(spec, facts, plan, layouts, host)

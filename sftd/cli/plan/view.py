@@ -1,0 +1,231 @@
+"""A plan as a person wants to read it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.table import Table
+
+    from sftd.cli.plan.host import Host
+    from sftd.domain.compare.plan_outcome import Outcome
+    from sftd.domain.plan.plan import Facts, Plan
+    from sftd.domain.plan.search import Choice, Search
+    from sftd.domain.spec.spec import Spec
+
+# Layouts that are listed.
+_LAYOUTS = 5
+_BASIS = {
+    "log": "from the pace of earlier runs of this model here",
+    "measured": "from rates measured on such a GPU",
+    "assumed": "a guess: this device was not measured; after a first run the log knows its pace",
+}
+
+
+def seconds(value: float) -> str:
+    """A step's time: `2.6 ms`, `0.42 s`, `12 s`."""
+    if value < 0.1:
+        return f"{value * 1000:.{int(value < 0.01)}f} ms"
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+
+
+def summary(plan: Plan) -> str:
+    """The plan in a line."""
+    where = "the CPU" if plan.machine.device == "cpu" else output.escape(plan.machine.name)
+    return (
+        f"About {output.memory(plan.fullest.total)} a rank, {seconds(plan.pace.step)} a step, "
+        f"{output.duration(plan.pace.total)} in all, {output.size(plan.storage.needed)} of disk, on {where}: `sftd plan`"
+    )
+
+
+def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
+    """What was planned beside what happened, for `sftd show`: a line a quantity."""
+    for number, one in enumerate(outcome.compared if outcome else ()):
+        show: Callable[[float], str] = output.duration if one.name == "whole run" else seconds
+        if one.unit == "bytes":
+            show = output.memory if one.name == "peak memory" else lambda value: output.size(int(value))
+        error = "" if one.error is None else f", was {show(one.actual or 0)}: {one.error:+.1%}"
+        yield ("planned" if number == 0 else " ", f"{one.name} {show(one.planned)}{error}")
+
+
+def layout_text(spec: Spec) -> str:
+    """`TP2 PP1 DP4`."""
+    return " ".join(
+        f"{name}{size}"
+        for name, size in spec.parallel_sizes.items()
+        if size > 1 or name in ("TP", "PP", "DP")
+    )
+
+
+def batch_text(spec: Spec) -> str:
+    """What a micro-batch is."""
+    if spec.training.use_rmpad:
+        return counted(spec.micro_batch_tokens, "token")
+    return counted(spec.training.micro_batch_size_per_gpu, "row")
+
+
+def recompute_text(spec: Spec) -> str:
+    """What is computed again."""
+    return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
+
+
+def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host) -> None:
+    """The whole plan."""
+    from sftd.domain.model.parameters import whole_model
+
+    out = output.console()
+    machine = plan.machine
+    where = f"{machine.cores} CPU cores" if machine.device == "cpu" else f"{spec.world_size} × {machine.name}"
+    out.print(
+        f"[bold]{output.escape(facts.shape.architecture)}[/], {whole_model(facts.shape) / 1e6:,.1f} M parameters, "
+        f"{layout_text(spec)}, {plan.dtype}, on {output.escape(where)}",
+        soft_wrap=True,
+    )
+    out.print(_memory_table(spec, plan))
+    fits = host.fits(plan.needed, spec.world_size)
+    ranks = f" for each of {spec.world_size} ranks" if spec.world_size > 1 and machine.device == "cpu" else ""
+    said = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
+    owner = "the host" if machine.device == "cpu" else "each device"
+    spare = "" if machine.device == "cpu" else ", with what CUDA and fragmentation take"
+    out.print(
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(host.memory)}: {said}",
+        soft_wrap=True,
+    )
+    if plan.host_copy:
+        out.print(
+            f"  asynchronous saves: {output.memory(plan.host_copy)} of host memory for all ranks",
+            soft_wrap=True,
+        )
+    out.print()
+    for name, value in _other_facts(plan):
+        out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
+    out.print()
+    _print_layouts(spec, layouts, host)
+
+
+def _memory_table(spec: Spec, plan: Plan) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    several = len(plan.memory) > 1
+    table.add_column("memory of a rank", no_wrap=True)
+    for stage in plan.memory:
+        table.add_column(f"stage {stage.stage}" if several else "", justify="right", no_wrap=True)
+    table.add_column("of what", overflow="fold", style="dim")
+    work, is_cpu = plan.work, plan.machine.device == "cpu"
+    tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
+    rows: list[tuple[str, str, str]] = [
+        ("weights", "weights", plan.dtype),
+        ("gradients", "gradients", "FP32"),
+        (
+            "optimizer",
+            "optimizer",
+            f"moments{'' if plan.dtype == 'float32' else ', FP32 weights'}; shared by DP × CP",
+        ),
+        ("activations", "activations", f"{tokens}; recomputed: {recompute_text(spec)}"),
+        ("logits, loss", "loss", f"{work.largest_trained:,} trained tokens at once, at most"),
+        ("workspace", "workspace", "the process, gloo's copy of the gradients" if is_cpu else "cuBLAS"),
+    ]
+    for title, name, what in rows:
+        table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)
+    peak = "the process at its largest" if is_cpu else "of tensors: what the events call peak memory"
+    table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
+    return table
+
+
+def _other_facts(plan: Plan) -> list[tuple[str, str]]:
+    pace, disk, work = plan.pace, plan.storage, plan.work
+    rate = f"{work.real / pace.step:,.0f} tokens/s" if pace.step else ""
+    padding = max(0.0, 1 - work.real / work.computed) if work.computed else 0.0
+    parts = [
+        f"{name} {output.duration(value)}"
+        for name, value in (
+            ("starting", pace.starting),
+            ("training", pace.training),
+            ("validating", pace.validating),
+            ("saving", pace.saving),
+        )
+        if round(value)
+    ]
+    several = f"{counted(disk.most, 'checkpoint')} of {output.size(disk.checkpoint)}"
+    stays = f"{output.size(disk.at_end)} stay; an export is {output.size(disk.export)}"
+    mfu = f", MFU {pace.mfu:.0%}" if pace.mfu is not None else ""
+    return [
+        ("step", f"{seconds(pace.step)}, {rate}{mfu}, {padding:.0%} padding"),
+        ("", _BASIS[pace.basis]),
+        ("run", f"{output.duration(pace.total)} for {counted(pace.steps, 'step')}: {', '.join(parts)}"),
+        ("disk", f"{output.size(disk.needed)} must be free: {several} at once; {stays}"),
+    ]
+
+
+def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
+    from rich import box
+    from rich.table import Table
+
+    out = output.console()
+    devices = "the CPU" if host.machine.device == "cpu" else f"{host.devices} × {host.machine.name}"
+    where = f"{output.escape(devices)} of {output.memory(host.memory)}"
+    if layouts.best is None:
+        out.print(f"[bold red]No layout fits[/] {where}: {layouts.tried} were tried.", soft_wrap=True)
+        if layouts.smallest is not None:
+            least = layouts.smallest
+            out.print(
+                f"The smallest needs {output.memory(least.plan.needed)} a rank: {_setting(least.changes) or 'this config'}.",
+                soft_wrap=True,
+            )
+        return
+    best = layouts.best
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("layout", "micro-batch", "recompute"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", "needs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for choice in layouts.fitting[:_LAYOUTS]:
+        table.add_row(*_layout_row(choice), style="bold" if choice is best else "")
+    out.print(
+        f"Of {layouts.tried} layouts {layouts.fit} fit {where}. The fastest, one for each way to share the model:",
+        soft_wrap=True,
+    )
+    out.print(table)
+    if best.changes:
+        out.print(f"  {_reason(best, spec)}. To have it, set:", soft_wrap=True)
+        out.print(f"  [bold]{_setting(best.changes)}[/]", soft_wrap=True)
+    else:
+        out.print("  The config has the best of them already.")
+
+
+def _layout_row(choice: Choice) -> tuple[str, ...]:
+    spec, plan = choice.spec, choice.plan
+    return (
+        layout_text(spec),
+        batch_text(spec),
+        recompute_text(spec),
+        seconds(plan.pace.step),
+        output.memory(plan.needed),
+    )
+
+
+def _reason(best: Choice, spec: Spec) -> str:
+    why = ["the shortest step that fits"]
+    m = best.spec.model.megatron
+    shares = m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+    if shares == 1 and best.spec.world_size > 1:
+        why.append("the model fits a single device, so all others take a share of the data")
+    if best.without_recompute is not None:
+        why.append(f"without recomputation it would need {output.memory(best.without_recompute)}")
+    return "; ".join(why)[0].upper() + "; ".join(why)[1:]
+
+
+def _setting(changes: dict[str, Any]) -> str:
+    import json
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return " ".join(f"{key}={shown(value)}" for key, value in changes.items())

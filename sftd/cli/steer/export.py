@@ -1,0 +1,70 @@
+"""`sftd export`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+
+
+@click.command("export")
+@click.argument("run")
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option(
+    "--step", type=click.IntRange(min=1), help="Export this step's checkpoint; the last if not given."
+)
+@click.option("--register", "name", metavar="NAME", help="Also make it a version of this model in MLflow.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export_command(run: str, directory: str, step: int | None, name: str | None, as_json: bool) -> None:
+    """Write the model of a published checkpoint of RUN to DIR, as a Hugging Face folder.
+
+    Weights (safetensors), config and tokenizer, whatever layout the run was trained in. The checkpoint is verified
+    first; DIR must be new or empty. With --register a copy goes into MLflow's model registry.
+
+    \b
+    Example:
+      sftd export brave-otter ./my-model
+      sftd export brave-otter ./my-model --step 100
+      sftd export brave-otter ./my-model --register support
+    """
+    from sftd.cli.registry import Registry
+    from sftd.cli.tools import order_file
+    from sftd.domain.errors import Problem, Refused
+    from sftd.domain.log.events import ModelExported
+    from sftd.launcher.tools import run_tool
+    from sftd.operations.driving import checkpoints
+    from sftd.operations.queries import model_files
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
+    path = os.path.abspath(directory)
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
+    output.need_folder("DIR", path)
+    # What would be refused is refused before the work.
+    model = model_files.source(store, settings.home, found)
+    registry = Registry(settings, store, found.run_id, name) if name is not None else None
+    template = checkpoints.chat_template(store, found.run_id)
+    output.when_interrupted(f"Nothing was written to {path}.")
+    with order_file(found, checkpoint, model, template) as order:
+        arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
+        done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
+    exported = ModelExported(
+        step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
+    )
+    output.when_interrupted(f"The model is in {path}.")
+    checkpoints.record_export(store, app.context(), found.run_id, exported)
+    if not as_json:
+        click.echo(f"wrote {path}: {output.size(exported.bytes)}, {exported.dtype}")
+    version = registry.register(exported) if registry is not None else None
+    if as_json:
+        fields = {"run_id": found.run_id, "step": exported.step, "path": path, "bytes": exported.bytes}
+        fields |= {"digest": exported.digest, "dtype": exported.dtype}
+        registered = {"registered": {"name": name, "version": version}} if version is not None else {}
+        click.echo(output.json_line(fields | registered))
+    elif version is not None:
+        click.echo(f"registered as {name} version {version}")

@@ -1,0 +1,149 @@
+"""`sftd fork`, `sftd lineage`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+
+if TYPE_CHECKING:
+    from sftd.operations.queries.forks import Member
+
+
+@click.command("fork")
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--from-step",
+    type=click.IntRange(min=0),
+    help="Start from this step's checkpoint, 0 from the pretrained model; the newest if not given.",
+)
+@click.option(
+    "--changed-model",
+    is_flag=True,
+    help="Use the model folder as it is now, although it changed since RUN was submitted.",
+)
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout; warnings go to stderr."
+)
+@click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and queue nothing; print the resolved spec, as JSON where stdout is not a terminal.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print id, digest, steps and warnings as JSON.")
+def fork_command(
+    run: str,
+    overrides: tuple[str, ...],
+    from_step: int | None,
+    changed_model: bool,
+    quiet: bool,
+    wait: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Queue a new run that goes on from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
+
+    Steps count from RUN's first: trainer.max_steps includes those that RUN has done, and the learning rate goes on as
+    the new config has it at that step. With the same data in the same order it goes on with the samples where RUN
+    stood, else it begins with the first. The checkpoint is kept for as long as the log is.
+
+    \b
+    Example:
+      sftd fork brave-otter optimizer.lr=5e-6
+      sftd fork brave-otter --from-step 100 trainer.max_steps=400 trainer.experiment_name=longer
+    """
+    from sftd.cli.submit.command import announce, print_dry_run
+    from sftd.domain.errors import Problem
+    from sftd.domain.run import decisions, trajectory
+    from sftd.operations.commands import lifecycle as runs
+    from sftd.operations.queries import forks
+    from sftd.operations.queries import resolve as naming
+    from sftd.wire import preflight
+    from sftd.wire.spec import file as specfile
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    parent, point = forks.find(store, naming.one_to_change(store, run), from_step)
+    spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
+    found = forks.inspect(store, parent, point, spec, settings.home, changed_model=changed_model)
+    warnings = [*warnings, *found.warnings]
+    if not trajectory.changes(parent.spec, spec) and not changed_model:
+        warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))
+    step = point.step if point else 0
+    if dry_run:
+        # What would be refused is; nothing comes of it.
+        decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
+        print_dry_run(spec, found, warnings, as_json=as_json)
+        return
+    run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
+    said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
+    announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
+
+
+@click.command("lineage")
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print each tree as a line of nested JSON.")
+def lineage_command(run: str, as_json: bool) -> None:
+    """Draw the tree of forks that RUN belongs to, from the oldest ancestor on; of a sweep, the tree of each of its runs.
+
+    \b
+    Example:
+      sftd lineage brave-otter
+    """
+    from sftd.operations.queries import forks
+
+    store = app.open_store(app.read_settings())
+    # Runs of a sweep may be in one tree.
+    trees: dict[str, tuple[str, Member]] = {}
+    for run_id in app.pick_all(store, [run]):
+        _, root = forks.lineage(store, run_id)
+        trees.setdefault(root.run_id, (run_id, root))
+    for run_id, root in trees.values():
+        if as_json:
+            click.echo(output.json_line(_member_json(root, run_id)))
+            continue
+        for line in _tree(root, run_id, "", ""):
+            click.echo(line)
+
+
+def _member_json(member: Member, asked: str) -> dict[str, Any]:
+    import msgspec
+
+    fields = {k: v for k, v in msgspec.structs.asdict(member).items() if k != "forks"}
+    for name in ("loss", "val_loss"):
+        fields[name] = output.number(fields[name])
+    return fields | {
+        "asked": member.run_id == asked,
+        "forks": [_member_json(child, asked) for child in member.forks],
+    }
+
+
+def _tree(member: Member, asked: str, first: str, rest: str) -> Iterator[str]:
+    facts = [
+        click.style(member.run_id, bold=True) + (" ◀" if member.run_id == asked else ""),
+        output.styled("status", member.status),
+        f"{member.step}/{member.planned_steps}",
+    ]
+    facts += [
+        f"{name} {output.loss(value)}"
+        for name, value in (("loss", member.loss), ("val", member.val_loss))
+        if value
+    ]
+    yield first + "  ".join(facts)
+    bar = "│  " if member.forks else "   "
+    if member.parent is not None:
+        yield f"{rest}{bar}from step {member.forked_at}" + "".join(
+            f"\n{rest}{bar}  {change}" for change in output.changes(member.changes)
+        )
+    for i, child in enumerate(member.forks):
+        is_last = i == len(member.forks) - 1
+        yield from _tree(
+            child, asked, rest + ("└─ " if is_last else "├─ "), rest + ("   " if is_last else "│  ")
+        )

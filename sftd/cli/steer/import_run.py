@@ -1,0 +1,59 @@
+"""`sftd import`."""
+
+from __future__ import annotations
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+
+
+@click.command("import")
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Allow the run's model.trust_remote_code: commands may run Python code in its model folder.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option("--json", "as_json", is_flag=True, help="Print id, status and number of new events as JSON.")
+def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json: bool) -> None:
+    """Take the run in DIR, which was trained without a daemon, into the event store.
+
+    DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Importing
+    again adds what is new; a run that is being trained is refused until it has ended. Nothing in DIR is changed, and
+    its checkpoints stay where they are. Only if `sftd resume` goes on with the run, a daemon deletes those of them
+    that `checkpoint.keep_last`, `keep_best` and `keep_every` do not keep, as the training command itself does. A run that
+    was trained with `model.trust_remote_code` is refused unless you allow it here: the folder may be somebody else's.
+
+    \b
+    Example:
+      torchrun --nproc-per-node=8 -m sftd.trainer run.yaml checkpoint.save_dir=out trainer.experiment_name=first
+      sftd import out/first
+    """
+    from sftd.operations.commands import import_run as imports
+
+    settings = app.read_settings()
+    app.make_home(settings)
+    store = app.open_store(settings)
+    done = imports.take_in(store, app.context(), directory, trust_remote_code=trust_remote_code)
+    run = done.run
+    if not quiet:
+        for path in done.missing:
+            output.warn(f"the checkpoint {path} is not there: it can be neither resumed from nor exported")
+        for path, reason in done.damaged.items():
+            output.warn(f"the checkpoint {path} is damaged and will not be used: {reason}")
+    if as_json:
+        fields = {"run_id": run.run_id, "status": run.status, "new_events": done.new_events}
+        click.echo(output.json_line(fields))
+    elif quiet:
+        click.echo(run.run_id)
+    else:
+        count = counted(done.new_events, "new event") if done.new_events else "nothing new"
+        out = output.console()
+        out.print(
+            f"[bold]{run.run_id}[/]: {count}; {run.status}, at step {run.step} of {run.planned_steps}",
+            soft_wrap=True,
+        )
+        out.print(f"Look at it with [bold]sftd show {run.run_id}[/]")

@@ -1,0 +1,120 @@
+"""`sftd resume`, `sftd cancel`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+
+if TYPE_CHECKING:
+    from sftd.operations.commands.lifecycle import Ending
+
+
+@click.command("resume")
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--from-step", type=click.IntRange(min=0), help="Go on from this step's checkpoint; 0 begins anew."
+)
+def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
+    """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
+
+    It stays the same run: steps that are done again must come out as the log has them, and are compared. So only such
+    keys may change as leave its steps alone: the layout, micro-batches, what is saved and kept, `launch.*`, and
+    `trainer.max_steps` where the learning rates of the steps so far do not depend on it. For any other there is
+    `sftd fork`.
+
+    \b
+    Example:
+      sftd resume brave-otter
+      sftd resume brave-otter --from-step 100
+      sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
+    """
+    from sftd.domain.run import decisions, trajectory
+    from sftd.domain.run.state import ENDED
+    from sftd.launcher.processes import host_name
+    from sftd.operations.commands import lifecycle as runs
+    from sftd.operations.queries import model_files
+    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import runs as reading
+    from sftd.wire import preflight
+    from sftd.wire.spec import file as specfile
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    run = naming.one_to_change(store, run, {"retrying", "paused", *ENDED})
+    new, instead = None, ""
+    now = reading.find_run(store, run)
+    decisions.refuse_busy(now)
+    if overrides:
+        spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
+        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
+        for warning in (*warnings, *inspected.warnings):
+            output.warn(str(warning))
+        new = preflight.proposal(spec, inspected)
+        step = [] if from_step is None else ["--from-step", str(from_step)]
+        instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
+    before = reading.find_run(store, run).restart_checkpoint
+    host = host_name()
+    pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
+    record = model_files.recorded(store, now.run_id)
+    if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
+        output.note(model_files.unrecorded(now.run_id))
+    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
+    checkpoint = found.restart_checkpoint
+    if from_step is None and before is not None and before != checkpoint:
+        output.warn(f"the checkpoint of step {before.step} is gone from the disk: {before.path}")
+    start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
+    output.console().print(
+        f"[bold]{found.run_id}[/] is queued again, from {start} to step {found.planned_steps}"
+    )
+
+
+@click.command("cancel")
+@click.argument("run")
+@click.option("--reason", default="", help="Why, for the log.")
+@click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
+@click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
+def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
+    """End RUN, or all runs of a sweep: at the next step boundary, after a checkpoint. `sftd resume` continues a run. Runs that
+    wait for its success (`sftd submit --after`) are cancelled with it, and named.
+
+    \b
+    Example:
+      sftd cancel brave-otter --reason "wrong data"
+      sftd cancel brave-otter --now         kill it: steps since the last checkpoint are lost
+      sftd cancel brave-otter --abandon     after its host was renamed or rebuilt
+      sftd cancel sweep-3aea38
+    """
+    from sftd.domain.run.state import ACTIVE, HALTED, WAITING
+    from sftd.operations.commands import lifecycle as runs
+
+    store = app.open_store(app.read_settings())
+
+    def end(run_id: str) -> None:
+        if abandon:
+            ending = runs.abandon(store, app.context(), run_id, app.user_name())
+            _print_ending(ending, "is given up; make sure that nothing of it still runs")
+            return
+        ending = runs.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
+        if ending.run.status == "cancelled":
+            _print_ending(ending, "is cancelled")
+        elif ending.run.stop_now:
+            _print_ending(ending, "is being killed")
+        else:
+            _print_ending(ending, "will checkpoint at its next step and stop")
+
+    app.change_each(store, run, ACTIVE | WAITING | HALTED, end)
+
+
+def _print_ending(ending: Ending, what: str) -> None:
+    out = output.console()
+    out.print(f"[bold]{ending.run.run_id}[/] {what}", soft_wrap=True)
+    for dependent in ending.dependents:
+        has = "is" if ending.run.status == "cancelled" else "will be"
+        out.print(f"[bold]{dependent}[/] {has} cancelled with it (--after)", soft_wrap=True)

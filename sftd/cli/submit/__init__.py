@@ -1,0 +1,1 @@
+"""`sftd prepare` and `sftd submit`: from chats to a queued run."""

@@ -1,0 +1,85 @@
+"""`sftd submit --grid`: a run for each combination of values."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+from sftd.domain.text.words import counted
+from sftd.settings import Settings
+
+
+def submit(
+    settings: Settings,
+    config: str,
+    overrides: tuple[str, ...],
+    options: tuple[str, ...],
+    after: tuple[str, ...],
+    *,
+    quiet: bool,
+    strict: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Queue every point of a grid, or none, and print their ids."""
+    import msgspec
+
+    from sftd.cli.plan.hosts import known_hosts
+    from sftd.domain.errors import Refused
+    from sftd.domain.plan import warnings as doubts
+    from sftd.domain.spec.spec import spec_digest
+    from sftd.operations.commands.submit import Wish, check_after, submit_all
+    from sftd.wire.spec import grid as sweep
+
+    context = app.context()
+    # Short: it begins the names of all its runs.
+    name = f"sweep-{context.random(3).hex()}"
+    points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home)
+    texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
+    hosts = known_hosts(settings)
+    points = [
+        msgspec.structs.replace(p, warnings=[*p.warnings, *doubts.devices(p.spec, hosts)]) for p in points
+    ]
+    warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
+    if strict and warnings:
+        raise Refused(warnings)
+    if after and dry_run:
+        check_after(app.open_store(settings), after)
+    if not as_json:
+        output.warn_all(warnings)
+    run_ids: list[str | None] = [None] * len(points)
+    if not dry_run:
+        app.make_home(settings)
+        wishes = [Wish(p.spec, p.found, p.warnings, p.values) for p in points]
+        store = app.open_store(settings)
+        run_ids = list(submit_all(store, context, wishes, app.user_name(), after=after, sweep=name))
+    if as_json:
+        rows = [
+            {
+                "run_id": run_id,
+                "sweep": name,
+                "name": point.spec.trainer.experiment_name,
+                "values": point.values,
+                "spec_digest": spec_digest(point.spec),
+                "planned_steps": point.found.planned_steps,
+                "warnings": [str(w) for w in point.warnings],
+            }
+            for run_id, point in zip(run_ids, points, strict=True)
+        ]
+        click.echo(output.json_line(rows))
+    elif dry_run:
+        for point, text in zip(points, texts, strict=True):
+            click.echo(
+                f"{text}: {counted(point.found.planned_steps, 'step')}, spec {spec_digest(point.spec)[:12]}"
+            )
+        output.note(f"{counted(len(points), 'run')} would be queued; nothing was.")
+    else:
+        for run_id, text in zip(run_ids, texts, strict=True):
+            click.echo(run_id if quiet else f"{run_id}  {text}")
+        if not quiet:
+            output.note(f"{len(points)} runs are queued as {name}; `sftd show {name}` ranks them.")
+    if not dry_run and app.lacks_daemon(settings):
+        output.note("No daemon runs here, so they wait: `sftd daemon --detach` starts one.")

@@ -1,0 +1,202 @@
+"""`sftd prepare`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from sftd.cli.terminal import output
+from sftd.cli.terminal.types import FiniteRange
+from sftd.domain.text.words import counted
+
+# Options that the tool knows by the same name.
+_PASSED = (
+    "max_length",
+    "truncation",
+    "messages_key",
+    "prompt_key",
+    "response_key",
+    "split",
+    "val_fraction",
+    "val_rows",
+    "val_split",
+    "val_out",
+    "rewritten",
+    "workers",
+    "chat_template",
+    "template",
+    "date",
+)
+
+
+@click.command("prepare")
+@click.argument("sources", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "-m",
+    "--model",
+    required=True,
+    type=click.Path(),
+    help="Model folder whose tokenizer and template are used.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(), help="Parquet file to write.")
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Longest row in tokens; unlimited when not given."
+)
+@click.option(
+    "--truncation",
+    type=click.Choice(["right", "left", "error", "drop"]),
+    default="right",
+    show_default=True,
+    help="What happens to a longer row.",
+)
+@click.option(
+    "--messages-key", help="Field or column that holds the chat, when it has none of the usual names."
+)
+@click.option("--prompt-key", help="Field or column that holds the prompt; with --response-key.")
+@click.option("--response-key", help="Field or column that holds the response; with --prompt-key.")
+@click.option("--split", default="train", show_default=True, help="Split of a data set folder to read.")
+@click.option(
+    "--val-fraction",
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
+    help="Share of the chats split off for validation.",
+)
+@click.option("--val-rows", type=click.IntRange(min=1), help="Or so many rows.")
+@click.option("--val-split", help="Or a split that the data set folder has.")
+@click.option(
+    "--val-out",
+    type=click.Path(),
+    help="Parquet file for the validation rows; by default OUT with .val in its name.",
+)
+@click.option(
+    "--rewritten",
+    type=click.Choice(["refuse", "mask", "split"]),
+    default="refuse",
+    show_default=True,
+    help="Answers that the template rewrites when turns follow: refuse the row, do not train them, or train each in a row of its own.",
+)
+@click.option("--skip-bad-rows", is_flag=True, help="Leave out and count rows that cannot be used.")
+@click.option(
+    "--template-arg",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Variable for the chat template, such as enable_thinking=false.",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(),
+    help="Jinja file to use instead of the model's chat template; a base model has none.",
+)
+@click.option("--template", metavar="NAME", help="Use the model's chat template of this name.")
+@click.option(
+    "--date",
+    metavar="YYYY-MM-DD",
+    help="Date that a chat template gets as the current one; 2024-07-26 when not given.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes; by default one a core for large files."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Allow the tokenizer's own code to run.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def prepare_command(
+    sources: tuple[str, ...],
+    model: str,
+    out: str,
+    skip_bad_rows: bool,
+    template_arg: tuple[str, ...],
+    trust_remote_code: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Turn chats into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
+
+    SOURCES are files (.jsonl, .json, .csv, also with .gz; .parquet) or Hugging Face data set folders, with messages,
+    conversations, prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
+    answers and their stop token; everything else is masked with -100. A card beside the file says what was done.
+
+    \b
+    Example:
+      sftd prepare chats.jsonl -m ./SmolLM2 -o train.parquet --val-fraction 0.05 --val-out val.parquet
+      sftd prepare ./my-dataset -m ./Qwen3-8B -o train.parquet --rewritten split --max-length 4096
+    """
+    from sftd.launcher.tools import run_tool
+
+    ways = [options["val_fraction"], options["val_rows"], options["val_split"]]
+    if options["val_out"] is not None and not any(way is not None for way in ways):
+        raise click.UsageError("--val-out needs one of --val-fraction, --val-rows and --val-split.")
+    if options["chat_template"] is not None and options["template"] is not None:
+        raise click.UsageError("--chat-template and --template exclude each other.")
+    if (options["prompt_key"] is None) != (options["response_key"] is None):
+        raise click.UsageError("--prompt-key and --response-key are given together.")
+    output.need_folder("--out", out)
+    if options["val_out"] is not None:
+        output.need_folder("--val-out", options["val_out"])
+    from sftd.wire.spec.paths import model_folder
+
+    folder = model_folder("--model", model, os.getcwd())
+    arguments = [*sources, "--model", folder, "--out", out]
+    for name in _PASSED:
+        if options[name] is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(options[name])]
+    for text in template_arg:
+        arguments += ["--template-arg", text]
+    if skip_bad_rows:
+        arguments.append("--skip-bad-rows")
+    if trust_remote_code:
+        arguments.append("--trust-remote-code")
+    output.when_interrupted("Nothing was written.")
+    done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
+    if as_json:
+        click.echo(output.json_line(done))
+        return
+    for warning in done.get("warnings", []):
+        output.warn(str(warning))
+    click.echo(summary(done))
+    if val := done.get("val"):
+        click.echo(f"for validation: {summary(val)}")
+    for path in (done["path"], *([val["path"]] if val else []), done["card_text"]):
+        click.echo(f"wrote {path}")
+
+
+def summary(done: dict[str, Any]) -> str:
+    """What `tokenize` did, in one line."""
+    share = done["trained_tokens"] / max(1, done["tokens"])
+    text = f"{counted(done['rows'], 'row')}, {counted(done['tokens'], 'token')}, of which {share:.0%} are trained"
+    if done.get("truncated"):
+        text += f"; {done['truncated']:,} truncated"
+    if done.get("dropped"):
+        text += f"; {done['dropped']:,} dropped"
+    if done.get("rejected"):
+        text += f"; {done['rejected']:,} rejected"
+    return text
+
+
+def with_progress(what: str, unit: str, arguments: list[str], run_tool: Any) -> dict[str, Any]:
+    """Run a `prepare` tool with a progress bar on stderr."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+    )
+    console = output.console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None, count="")
+
+        def show(line: dict[str, Any]) -> None:
+            if line.get("event") == "progress":
+                done, total = line.get(unit), line.get("total")
+                stage = line.get("stage")
+                progress.update(
+                    task,
+                    description=f"{what}: {stage}" if stage else what,
+                    total=total,
+                    completed=done or 0,
+                    count="" if done is None else f"{done:,}",
+                )
+
+        done: dict[str, Any] = run_tool("prepare", arguments, show)
+        return done

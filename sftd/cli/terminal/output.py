@@ -1,0 +1,271 @@
+"""How things look: times, durations, numbers, errors, JSON."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.text.printable import escaped
+from sftd.domain.text.printable import printable as printable
+from sftd.domain.text.words import changes as changes
+from sftd.domain.text.words import loss as loss
+from sftd.domain.text.words import memory as memory
+from sftd.domain.text.words import size as size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sftd.domain.log.events import Event
+
+_NO_EDGE = 10_000
+INTERRUPTION = "sftd.interruption"
+# Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
+_EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
+STATUS_STYLE = {
+    "queued": "cyan",
+    "retrying": "yellow",
+    "held": "yellow",
+    "starting": "blue",
+    "running": "bold blue",
+    "stopping": "yellow",
+    "paused": "yellow",
+    "succeeded": "bold green",
+    "failed": "bold red",
+    "cancelled": "magenta",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for people."""
+    from sftd.cli.terminal import border
+
+    stream = sys.stderr if stderr else sys.stdout
+    if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
+        # Where the locale has no bars and arrows, question marks are better than no answer.
+        stream.reconfigure(errors="replace")
+    # A pipe has no edge: a line that is broken there cannot be searched for.
+    has_width = stream.isatty() or "COLUMNS" in os.environ
+    return border.console(stderr=stderr, width=None if has_width else _NO_EDGE)
+
+
+def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
+    """Print names and values in two columns. A value with a word that is longer than its column, such as a path, is left
+    for the screen to wrap: what was broken cannot be copied."""
+    from rich.table import Table
+    from rich.text import Text
+
+    label = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        if max(map(len, value.plain.split()), default=0) > out.width - label - 2:
+            out.print(Text.assemble((f"{name:<{label}}  ", "dim"), value), soft_wrap=True)
+            continue
+        line = Table.grid(padding=(0, 2))
+        line.add_column(style="dim", no_wrap=True, width=label)
+        line.add_column(overflow="fold")
+        line.add_row(name, value)
+        out.print(line)
+
+
+def status_text(status: str) -> Text:
+    """A status in its colour."""
+    from rich.text import Text
+
+    return Text(status, STATUS_STYLE.get(status, ""))
+
+
+def iso(micros: int | None) -> str | None:
+    """µs since the epoch → ISO 8601 in UTC with microseconds."""
+    if micros is None:
+        return None
+    return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds") + "Z"
+
+
+def clock(micros: int) -> str:
+    """µs since the epoch → local date and time, to the second."""
+    return datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`. A span below 0 is between two times of a clock that was set back: `?`."""
+    if seconds is None:
+        return ""
+    if seconds < -0.5:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, secs = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{secs:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h"
+
+
+def age(micros: int) -> str:
+    """µs → the largest unit alone: `45s`, `12m`, `3h`, `4d`, `7w`. A time to come is `0s`."""
+    seconds = max(0, micros) // 1_000_000
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m"
+    if seconds < 86_400:
+        return f"{seconds // 3600}h"
+    # 9 days, not one week; 2 weeks, not 14 days.
+    return f"{seconds // 86_400}d" if seconds < 14 * 86_400 else f"{seconds // 604_800}w"
+
+
+def number(text: str | None) -> float | str | None:
+    """A number of a view, which stands there as text. One that is not finite stays a text: JSON has no other way."""
+    return float(text) if text is not None and text[-1].isdigit() else text
+
+
+def compact(value: Any) -> str:
+    """A setting's value as a person writes it: `1e-05`, `true`, `[1,2]`."""
+    return msgspec.json.encode(value).decode() if not isinstance(value, float) else f"{value:g}"
+
+
+def summary(event: Event) -> str:
+    """An event's summary; it does nothing to a terminal, whoever wrote the words in it."""
+    return printable(event.summary())
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON that does nothing to a terminal; a number that is not finite by its name."""
+    from sftd.domain.log.codec import finite
+
+    return json_text(msgspec.json.encode(finite(value)))
+
+
+def json_text(encoded: bytes) -> str:
+    """JSON that does nothing to a terminal, with the same values."""
+    return escaped(encoded.decode())
+
+
+def print_error(error: SftdError) -> None:
+    """An error as a person wants to read it, on stderr."""
+    out = console(stderr=True)
+    if isinstance(error, Refused):
+        count = len(error.problems)
+        first = "[bold red]refused[/]: "
+        if count != 1:
+            out.print(f"{first}{count} problems; nothing was written")
+            first = "  "
+        for problem in error.problems:
+            out.print(f"{first}[bold]{escape(problem.where)}[/]: {escape(problem.what)}", soft_wrap=True)
+            if problem.fix:
+                out.print(f"    fix: {escape(problem.fix)}", soft_wrap=True)
+    else:
+        out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
+
+
+def need_folder(where: str, path: str) -> None:
+    """See, before the work, that what is to be written to `path` has a folder to be in. Raises `Refused`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
+        raise Refused(Problem(where, f"{folder} {what}", f"make it: mkdir -p {shlex.quote(folder)}"))
+    if not os.access(folder, os.W_OK):
+        raise Refused(Problem(where, f"{folder} is not writable", "give a folder in which you may write"))
+
+
+def escape(text: str) -> str:
+    """A text for a rich console that must not be read as markup."""
+    from rich import markup
+
+    return markup.escape(text)
+
+
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    console(stderr=True).print(f"[yellow]warning[/]: {escape(text)}", soft_wrap=True)
+
+
+def warn_all(warnings: Iterable[Problem]) -> None:
+    """Warnings on stderr, also of commands that print an id alone: a script's user reads them."""
+    for warning in warnings:
+        warn(str(warning))
+
+
+def note(text: str) -> None:
+    """A remark for people on stderr, so that stdout stays for scripts."""
+    click.echo(text, err=True)
+
+
+def when_interrupted(text: str) -> None:
+    """Say in a sentence what Ctrl-C leaves behind from now on. The command's group prints it then."""
+    if (command := click.get_current_context(silent=True)) is not None:
+        command.meta[INTERRUPTION] = text
+
+
+def width() -> int:
+    """Columns of the terminal; COLUMNS wins, and what is no terminal has 120."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def styled(column: str, text: str) -> str:
+    """A cell of a plain table in its colour."""
+    if column == "run":
+        return click.style(text, bold=True)
+    if column == "status":
+        style = STATUS_STYLE.get(text.strip(), "")
+        return click.style(text, fg=style.removeprefix("bold ") or None, bold=style.startswith("bold"))
+    return text
+
+
+def is_terminal() -> bool:
+    """Whether a person watches stdout."""
+    return sys.stdout.isatty()
+
+
+def with_stages(
+    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
+) -> dict[str, Any]:
+    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
+    shown = console(stderr=True)
+    with shown.status(escape(f"{title}: starting")) as status:
+        last = ""
+
+        def show(line: dict[str, Any]) -> None:
+            nonlocal last
+            stage = str(line.get("stage", ""))
+            if line.get("event") != "progress" or stage == last:
+                return
+            last = stage
+            if shown.is_terminal:
+                status.update(escape(f"{title}: {stage}"))
+            else:
+                note(f"{title}: {stage}")
+
+        done: dict[str, Any] = run_tool(module, arguments, show, request)
+        return done
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
+    shown = console(stderr=True)
+    said: set[str] = set()
+    with shown.status("opening") as status:
+
+        def show(what: str, done: int, total: int) -> None:
+            if shown.is_terminal:
+                status.update(f"{what}: {done:,} of {total:,}")
+            elif what not in said:
+                said.add(what)
+                note(f"{what}: {total:,}")
+
+        yield show

@@ -1,0 +1,198 @@
+"""`sftd watch`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sftd.cli import app
+from sftd.cli.terminal import output
+from sftd.cli.terminal.screen import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from sftd.operations.queries.board import Board, Observer, RunBoard, RunObserver
+
+# Twice a second at most; a database that is slow to answer is asked less often.
+_SECONDS, _REST = 0.5, 4.0
+# An answer that is older is not what is so now.
+_STALE_SECONDS = 5.0
+
+
+@click.command("watch")
+@click.argument("run", required=False)
+@click.option("--once", is_flag=True, help="Print the board once and end, as where nobody watches.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the board shows, once, as JSON.")
+def watch_command(run: str | None, once: bool, as_json: bool) -> None:
+    """A live board: the devices, the runs that train with progress, loss and speed, those that wait and what for, failures
+    and what happened last. With RUN, that run in detail, with its loss curve.
+
+    `q` or Ctrl-C ends it; training does not notice. Where the output is no terminal, the board is printed once. A database
+    that goes away is said to be, and asked again until it is back.
+
+    \b
+    Example:
+      sftd watch
+      sftd watch brave-otter
+      sftd watch --json | jq '.runs[].seconds_left'
+    """
+    from sftd.domain.queue.order import Limits
+    from sftd.operations.queries.board import Observer, RunObserver
+
+    settings = app.read_settings()
+    store = app.open_store(settings)
+    limits = Limits(settings.user_limit, settings.project_limit)
+    silent = settings.silent_micros
+    observer: Observer | RunObserver
+    if run is None:
+        observer = Observer(store, app.context(), limits, silent)
+    else:
+        observer = RunObserver(store, app.context(), limits, silent, app.pick(store, run))
+    out = output.console()
+    if as_json:
+        click.echo(output.json_line(_json(_complete(observer))))
+    elif once or not out.is_terminal or out.is_dumb_terminal:
+        for line in _lines(_complete(observer), output.width(), None):
+            out.print(line)
+    else:
+        _watch(observer, out)
+
+
+def _complete(observer: Observer | RunObserver) -> Board | RunBoard:
+    """A look at which nothing is missing: the curve of a long run is read in several."""
+    board = observer.look()
+    while not getattr(board, "is_complete", True):
+        board = observer.look()
+    return board
+
+
+def _lines(board: Board | RunBoard, width: int, height: int | None) -> list[Text]:
+    from sftd.cli.watch.board import board_lines, run_lines
+    from sftd.operations.queries.board import Board
+
+    return board_lines(board, width, height) if isinstance(board, Board) else run_lines(board, width, height)
+
+
+def _json(board: Board | RunBoard) -> dict[str, Any]:
+    import msgspec
+
+    from sftd.cli.look import nodes, queue
+    from sftd.operations.queries.board import Board
+
+    def event(r: Any) -> dict[str, Any]:
+        at = output.iso(r.occurred_at)
+        return {
+            "at": at,
+            "run_id": r.run_id,
+            "attempt": r.attempt,
+            "type": r.type,
+            "what": output.summary(r.event),
+        }
+
+    def line(found: Any) -> dict[str, Any]:
+        run, values = found.run, msgspec.structs.asdict(found)
+        names = ("run_id", "status", "attempt", "step", "planned_steps", "loss", "anomalies")
+        last = event(found.last) if found.last else None
+        at = output.iso(found.stepped_at)
+        del values["run"]
+        return {name: getattr(run, name) for name in names} | values | {"last": last, "stepped_at": at}
+
+    common = {"at": output.iso(board.at)}
+    if not isinstance(board, Board):
+        goodput = board.ledger.as_json() if board.ledger else None
+        return common | line(board.line) | {"goodput": goodput, "events": [event(r) for r in board.notices]}
+    return common | {
+        "runs": [line(found) for found in board.runs],
+        "waiting": [queue.as_values(row) for row in board.queue if row.kind],
+        "nodes": [nodes.as_values(node) for node in board.nodes],
+        "failures": [event(r) for r in board.failures],
+        "events": [event(r) for r in board.notices],
+    }
+
+
+class _Looking(threading.Thread):
+    """Looks again and again, beside whoever shows it: a database that does not answer must not stop the keys."""
+
+    def __init__(self, observer: Observer | RunObserver) -> None:
+        super().__init__(name="observer", daemon=True)
+        self._observer = observer
+        self._end = threading.Event()
+        self.board: Board | RunBoard | None = None
+        self.seen_at = time.time()
+        # When the look that is going on began; None between two.
+        self.began_at: float | None = None
+        self.error = ""
+
+    def run(self) -> None:
+        """Look until it is ended."""
+        import sqlalchemy as sa
+
+        from sftd.domain.errors import SftdError
+
+        while not self._end.is_set():
+            self.began_at = began = time.monotonic()
+            try:
+                board = self._observer.look()
+            except (sa.exc.SQLAlchemyError, SftdError, OSError) as error:
+                self.error = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+            except Exception as error:  # noqa: BLE001
+                # An event of a later sftd, or our own fault: without an eye, the board would stand still and not say why.
+                self.error = f"{type(error).__name__}: {error}".partition("\n")[0]
+            else:
+                self.board, self.seen_at, self.error = board, time.time(), ""
+            self.began_at = None
+            rest = max(_SECONDS, _REST * (time.monotonic() - began))
+            self._end.wait(rest if self.error or not self._is_reading() else 0.0)
+
+    def _is_reading(self) -> bool:
+        """Whether a long curve is not read to its end yet."""
+        return not getattr(self.board, "is_complete", True)
+
+    def stop(self) -> None:
+        """End; a look that hangs is left to itself."""
+        self._end.set()
+        self.join(timeout=1.0)
+
+    def complaint(self) -> str:
+        """That the board is not what is so now, and since when; empty when it is."""
+        began = self.began_at
+        is_silent = began is not None and time.monotonic() - began > _STALE_SECONDS
+        if not self.error and not is_silent:
+            return ""
+        since = output.clock(int(self.seen_at * 1e6))[11:]
+        return f"cannot observe since {since}: {self.error or 'the database does not answer'}"
+
+
+def _watch(observer: Observer | RunObserver, out: Console) -> None:
+    from rich.text import Text
+
+    looking = _Looking(observer)
+    looking.start()
+    with contextlib.suppress(KeyboardInterrupt), Terminal(out) as terminal:
+        while not terminal.quits(_SECONDS if looking.board is not None else 0.05):
+            # In the background it is somebody else's, and nobody looks.
+            if not terminal.take():
+                continue
+            board, complaint = looking.board, looking.complaint()
+            width, height = out.size
+            lines = [Text("looking …", "dim")] if board is None else _lines(board, width, height)
+            if complaint:
+                # It takes the place of the last line, so that nothing moves.
+                lines = lines[: height - 1]
+                lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
+            terminal.screen.show(lines, (width, height))
+    looking.stop()
+
+
+def _warning(text: str, width: int) -> Text:
+    from rich.text import Text
+
+    line = Text(output.printable(text), "bold white on red", no_wrap=True)
+    line.truncate(width, overflow="ellipsis")
+    return line

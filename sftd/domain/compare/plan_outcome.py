@@ -1,0 +1,140 @@
+"""What was planned beside what happened. The plan is made anew from what the log has of the run: docs/plan.md says why."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import msgspec
+
+from sftd.domain.errors import SftdError
+from sftd.domain.log import events as e
+from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.plan.batch import workload
+from sftd.domain.plan.duration import Machine, step_seconds
+from sftd.domain.plan.plan import Facts, Plan, make_plan
+from sftd.domain.run.state import ENDED, Run
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """One quantity, in bytes or seconds. `actual` is None where the log does not say it yet."""
+
+    name: str
+    unit: str
+    planned: float
+    actual: float | None
+
+    @property
+    def error(self) -> float | None:
+        """(planned − actual) ÷ actual."""
+        return None if not self.actual else self.planned / self.actual - 1
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The plan of a run, and how it came out."""
+
+    plan: Plan
+    compared: list[Compared]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        compared = {
+            c.name: {"unit": c.unit, "planned": c.planned, "actual": c.actual, "error": c.error}
+            for c in self.compared
+        }
+        return {"compared": compared, "plan": self.plan.as_json()}
+
+
+class History(msgspec.Struct, frozen=True):
+    """What the log has of a run that was trained: its state and its first event."""
+
+    run: Run
+    submitted: e.RunSubmitted
+
+
+def facts(run: Run, submitted: e.RunSubmitted) -> Facts | None:
+    """What submit found in the files of the run; None where an older version wrote too little of it."""
+    try:
+        shape = msgspec.convert({k: v for k, v in submitted.model.items() if k != "path"}, ModelShape)
+        train = msgspec.convert(submitted.data["train"], DataFacts)
+        val = submitted.data.get("val")
+        return Facts(
+            shape=shape,
+            train=train,
+            val=msgspec.convert(val, DataFacts) if val else None,
+            planned_steps=run.planned_steps,
+            first_step=run.first_step,
+        )
+    except (msgspec.ValidationError, KeyError):
+        return None
+
+
+def machine(run: Run) -> Machine | None:
+    """Where the last attempt computed; None before the first, and where an older version did not say it."""
+    name = run.environment.get("device")
+    if not isinstance(name, str):
+        return None
+    threads = run.environment.get("threads")
+    cores = (threads if isinstance(threads, int) else 1) * run.spec.world_size
+    return Machine(device="cpu" if name == "cpu" else "cuda", name=name, cores=cores)
+
+
+def calibration(shape: ModelShape, here: Machine, earlier: list[History]) -> float | None:
+    """How many times longer than the formula says the steps of earlier runs of this shape on such a device took: the
+    median. None without any."""
+    found = []
+    for history in earlier:
+        run = history.run
+        known, there = facts(run, history.submitted), machine(run)
+        if known is None or there is None or run.seconds_per_step is None:
+            continue
+        if known.shape != shape or there.name != here.name or there.dtype(run.spec) != (run.dtype or ""):
+            continue
+        work = workload(run.spec, known.train, run.planned_steps - run.first_step, there.device)
+        found.append(run.seconds_per_step / step_seconds(run.spec, shape, work, there)[0])
+    return statistics.median(found) if found else None
+
+
+def outcome(
+    run: Run,
+    submitted: e.RunSubmitted,
+    last_step: e.StepCompleted | None,
+    held_seconds: float,
+    earlier: list[History],
+) -> Outcome | None:
+    """The comparison, once an attempt has loaded its model. `held_seconds`: since its devices were taken, `earlier`: the
+    runs that the plan could know of."""
+    known, where = facts(run, submitted), machine(run)
+    if known is None or where is None:
+        return None
+    try:
+        plan = make_plan(run.spec, known, where, calibration(known.shape, where, earlier))
+    except (SftdError, ArithmeticError):
+        return None
+    own = [c for c in run.checkpoints if not c.is_parents]
+    total = held_seconds if run.status in ENDED and run.step == run.planned_steps else None
+    return Outcome(
+        plan=plan,
+        compared=[
+            Compared(
+                name="peak memory",
+                unit="bytes",
+                planned=plan.fullest.total,
+                actual=last_step.peak_memory_bytes if last_step else None,
+            ),
+            Compared(name="step", unit="seconds", planned=plan.pace.step, actual=run.seconds_per_step),
+            Compared(name="whole run", unit="seconds", planned=plan.pace.total, actual=total),
+            Compared(
+                name="checkpoint",
+                unit="bytes",
+                planned=plan.storage.checkpoint,
+                actual=own[-1].bytes if own else None,
+            ),
+            Compared(
+                name="checkpoints kept",
+                unit="bytes",
+                planned=plan.storage.at_end,
+                actual=sum(c.bytes for c in own) if own and run.status == "succeeded" else None,
+            ),
+        ],
+    )

@@ -1,0 +1,1 @@
+"""What the domain knows of training data."""

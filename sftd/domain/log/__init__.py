@@ -1,0 +1,1 @@
+"""The log: events, their JSON, moments of it."""

@@ -1,0 +1,92 @@
+"""Events to JSON and back, bit for bit, across schema versions.
+
+JSON has no NaN or infinity, and a diverging run's loss is one of them: non-finite floats are written as the texts
+"NaN", "Infinity" and "-Infinity" (which PostgreSQL and Python's `float` both read).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, get_type_hints
+
+import msgspec
+
+from sftd.domain.errors import UnknownEvent
+from sftd.domain.log.events import EVENT_TYPES, Event
+
+Payload = dict[str, Any]
+# (type, N) -> function from a payload of schema version N to one of version N + 1.
+UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
+    ("RunSubmitted", 1): lambda payload: payload | {"model_files": None},
+    ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
+    ("StopRequested", 1): lambda payload: payload | {"then": "cancelled", "now": False, "preempted_by": None},
+    ("ResumeRequested", 1): lambda payload: (
+        payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
+    ),
+    ("AttemptPreempted", 1): lambda payload: payload | {"reason": ""},
+}
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+def json_float(value: float) -> float | str:
+    """A float as JSON can hold it: itself, or its name when it is not finite. `float()` reads both back."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def finite(value: Any) -> Any:
+    """A value of plain types, with `json_float` for each float in it."""
+    if isinstance(value, float):
+        return json_float(value)
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+@cache
+def _float_fields(cls: type[Event]) -> tuple[str, ...]:
+    hints = get_type_hints(cls)
+    return tuple(f.name for f in msgspec.structs.fields(cls) if hints[f.name] is float)
+
+
+@cache
+def _decoder_of(cls: type[Event]) -> msgspec.json.Decoder[Event]:
+    return msgspec.json.Decoder(cls)
+
+
+def encode(event: Event) -> tuple[str, int, str]:
+    """Event → (type name, schema version, payload JSON)."""
+    cls = type(event)
+    payload = _encoder.encode(event)
+    # msgspec writes a float that is not finite as null: only where there is a null can there be one.
+    if b"null" in payload:
+        payload = _encoder.encode(finite(msgspec.to_builtins(event)))
+    return cls.__name__, cls.schema_version, payload.decode()
+
+
+def decode(type_name: str, schema_version: int, payload: str | bytes) -> Event:
+    """(type name, schema version, payload JSON) → Event of the newest schema. Raises `UnknownEvent`."""
+    cls = EVENT_TYPES.get(type_name)
+    if cls is None or schema_version > cls.schema_version:
+        raise UnknownEvent(
+            f"The log holds {type_name} v{schema_version}, which this sftd does not know: it was written by a newer one."
+        )
+    if schema_version == cls.schema_version:
+        try:
+            return _decoder_of(cls).decode(payload)
+        except msgspec.ValidationError:
+            pass  # a float that is not finite, by its name; or what is really wrong, and will be told below
+    data = _decoder.decode(payload)
+    for version in range(schema_version, cls.schema_version):
+        data = UPCASTS[type_name, version](data)
+    for name in _float_fields(cls):
+        if isinstance(data.get(name), str):
+            data[name] = float(data[name])
+    return msgspec.convert(data, cls)

@@ -1,0 +1,166 @@
+"""Facts about an attempt: who runs it where, how it ended, what its host was doing."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+from sftd.domain.log.events.base import Event, Micros, Severity
+from sftd.domain.text.words import memory
+
+
+class AttemptClaimed(Event, frozen=True):
+    """A daemon took the right to drive the next attempt. It starts from `from_step` (0 is the pretrained model)."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    daemon: str
+    host: str
+    from_step: int
+    checkpoint: str | None = None
+
+    def summary(self) -> str:
+        start = f"step {self.from_step}" if self.from_step else "the pretrained model"
+        return f"from {start}, by {self.daemon}"
+
+
+class AttemptLaunched(Event, frozen=True):
+    """torchrun was started. `pid` and `create_time` (seconds since the epoch) together identify the process."""
+
+    pid: int
+    create_time: float
+    host: str
+    directory: str
+    argv: list[str]
+    devices: list[str]
+
+    def summary(self) -> str:
+        if not self.pid:
+            return f"handed to Slurm on {self.host}"
+        return f"pid {self.pid} on {self.host}, {', '.join(self.devices)}"
+
+
+class AttemptAdopted(Event, frozen=True):
+    """Another daemon took over a living attempt."""
+
+    daemon: str
+    host: str
+    pid: int
+
+    def summary(self) -> str:
+        return (f"pid {self.pid}, " if self.pid else "") + f"by {self.daemon}"
+
+
+class JobReported(Event, frozen=True):
+    """What Slurm says of an attempt's job, each time that it says something else. `state` and `reason` are in its words;
+    the state is `NOT OBSERVED` while its controller does not answer, and `NOT SUBMITTED` until it has taken the job."""
+
+    job: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def just_runs(self) -> bool:
+        """Whether there is nothing to say of the job beside that it runs."""
+        return self.state == "RUNNING" and not self.reason
+
+    def words(self) -> str:
+        """The report as people read it beside a run."""
+        job = f"job {self.job} " if self.job else ""
+        return f"Slurm: {job}{self.state.lower()}" + (f" ({self.reason})" if self.reason else "")
+
+    def summary(self) -> str:
+        parts = (f"job {self.job}" if self.job else "", self.state, self.reason, self.nodes)
+        return "  ".join(part for part in parts if part)
+
+
+class AttemptPaused(Event, frozen=True):
+    """The attempt ended because a person paused the run; `step` is where the next one goes on."""
+
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    step: int
+    by: str
+
+    def summary(self) -> str:
+        return f"at step {self.step}, by {self.by}"
+
+
+class AttemptPreempted(Event, frozen=True):
+    """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
+    attempt goes on. `by_run` is empty when Slurm took the machines back: `reason` says why."""
+
+    schema_version: ClassVar[int] = 2
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    step: int
+    by_run: str
+    reason: str = ""
+
+    def summary(self) -> str:
+        return f"at step {self.step}, {self.reason or f'by {self.by_run}'}; queued again"
+
+
+class AttemptFailed(Event, frozen=True):
+    """An attempt ended before its run did. `evidence` are the lines that prove the cause."""
+
+    severity: ClassVar[Severity] = "problem"
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    cause: str
+    message: str
+    exit_code: int | None
+    evidence: list[str] = []
+    retry_at: Micros | None = None
+
+    def summary(self) -> str:
+        return f"{self.cause}: {self.message}"
+
+
+class AttemptLost(Event, frozen=True):
+    """An attempt's process is gone without a word (killed with its supervisor, host restarted)."""
+
+    severity: ClassVar[Severity] = "problem"
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    message: str
+    retry_at: Micros | None = None
+
+    def summary(self) -> str:
+        return self.message
+
+
+class GpuSample(msgspec.Struct, frozen=True):
+    """One GPU at a moment, by NVML's index. What its driver does not tell is None."""
+
+    index: int
+    utilization_percent: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    power_watts: float | None
+
+
+class SystemSampled(Event, frozen=True):
+    """What the host of an attempt was doing, as its daemon saw it: CPU (the mean of all cores since the sample before) and
+    memory of the whole host, and the GPUs that the attempt holds."""
+
+    host: str
+    cpu_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    gpus: list[GpuSample] = []
+
+    def summary(self) -> str:
+        gpus = [
+            f"GPU {gpu.index}"
+            + (f" {gpu.utilization_percent:.0f} %" if gpu.utilization_percent is not None else "")
+            + (f" {memory(gpu.memory_used_bytes)}" if gpu.memory_used_bytes is not None else "")
+            for gpu in self.gpus
+        ]
+        return ", ".join([f"CPU {self.cpu_percent:.0f} %", memory(self.memory_used_bytes), *gpus])

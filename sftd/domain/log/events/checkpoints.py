@@ -1,0 +1,137 @@
+"""Facts about checkpoints and the models exported from them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sftd.domain.log.events.base import Event, Severity
+from sftd.domain.text.words import size
+
+
+class CheckpointPinned(Event, frozen=True):
+    """`fork` starts from this checkpoint, so it is never deleted."""
+
+    severity: ClassVar[Severity] = "detail"
+
+    step: int
+    fork: str
+
+    def summary(self) -> str:
+        return f"step {self.step}, from which {self.fork} was forked"
+
+
+class CheckpointUnpinned(Event, frozen=True):
+    """`fork`, which started from this checkpoint, was removed: it does not keep the checkpoint any more."""
+
+    severity: ClassVar[Severity] = "detail"
+
+    step: int
+    fork: str
+
+    def summary(self) -> str:
+        return f"step {self.step}, from which {self.fork} was forked, which is removed"
+
+
+class CheckpointStarted(Event, frozen=True):
+    """A checkpoint is being staged."""
+
+    severity: ClassVar[Severity] = "detail"
+
+    step: int
+
+    def summary(self) -> str:
+        return f"step {self.step}"
+
+
+class CheckpointPublished(Event, frozen=True):
+    """A checkpoint is complete on the disk under its final name. `manifest_digest` is the sha256 of its manifest."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    path: str
+    bytes: int
+    manifest_digest: str
+    seconds: float
+
+    def summary(self) -> str:
+        return f"step {self.step}  {size(self.bytes)} in {self.seconds:.1f} s"
+
+
+class CheckpointRejected(Event, frozen=True):
+    """A checkpoint did not verify and will not be used."""
+
+    severity: ClassVar[Severity] = "problem"
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    path: str
+    reason: str
+
+    def summary(self) -> str:
+        return f"step {self.step}: {self.reason}"
+
+
+class CheckpointDeleted(Event, frozen=True):
+    """Retention took a checkpoint away."""
+
+    severity: ClassVar[Severity] = "detail"
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    path: str
+    bytes: int
+    reason: str
+
+    def summary(self) -> str:
+        return f"step {self.step}  {size(self.bytes)} ({self.reason})"
+
+
+class CheckpointReduced(Event, frozen=True):
+    """The training state of a checkpoint was deleted, its weights are kept: the model can be exported and answers, but training
+    cannot continue from it. `path`, `bytes` and `manifest_digest` are those of the folder that is left, in the place of
+    `former_path`; `freed_bytes` were deleted."""
+
+    severity: ClassVar[Severity] = "detail"
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    path: str
+    former_path: str
+    bytes: int
+    freed_bytes: int
+    manifest_digest: str
+
+    def summary(self) -> str:
+        return f"step {self.step}  {size(self.bytes)} of weights kept, {size(self.freed_bytes)} freed"
+
+
+class ModelExported(Event, frozen=True):
+    """The model of a checkpoint was written as a Hugging Face folder. `digest` is a sha256 over its files, `dtype` that of
+    its weights."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    path: str
+    bytes: int
+    digest: str
+    dtype: str
+
+    def summary(self) -> str:
+        return f"step {self.step}  {size(self.bytes)} {self.dtype} to {self.path}"
+
+
+class ModelRegistered(Event, frozen=True):
+    """An exported model was put into MLflow's model registry as `name`, `model_version`; `digest` is the export's."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    name: str
+    model_version: str
+    digest: str
+    by: str
+
+    def summary(self) -> str:
+        return f"step {self.step} as {self.name} version {self.model_version}, by {self.by}"

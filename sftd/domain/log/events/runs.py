@@ -1,0 +1,193 @@
+"""Facts about a run: how it began, what people asked of it, how it ended."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sftd.domain.log.events.base import AfterStop, Event, Severity
+from sftd.domain.model.files import ModelFiles
+from sftd.domain.text.words import changes, counted, size
+
+
+class RunSubmitted(Event, frozen=True):
+    """A run was asked for. `spec` is the resolved spec; `data` and `model` are what submit found in the files, `model_files`
+    what the model folder held, None where an older sftd did not record it."""
+
+    schema_version: ClassVar[int] = 2
+    is_lifecycle: ClassVar[bool] = True
+
+    spec: dict[str, Any]
+    spec_digest: str
+    planned_steps: int
+    user: str
+    data: dict[str, Any]
+    model: dict[str, Any]
+    sftd_version: str
+    warnings: list[str] = []
+    model_files: ModelFiles | None = None
+
+    def summary(self) -> str:
+        return f"{counted(self.planned_steps, 'step')}, spec {self.spec_digest[:12]}, by {self.user}"
+
+
+class RunForked(Event, frozen=True):
+    """The run starts from another run's checkpoint, with another spec: the first event of its stream, before
+    `RunSubmitted`. `step` 0 is the parent's pretrained model, without a checkpoint.
+
+    `changes` maps the keys whose values differ to [the parent's, the fork's]. Training goes on at 0-based step `step` and
+    reads the samples from position `sample` of its own order of samples (see `sample_order`): where the parent stood, if
+    the fork has the parent's order, else its beginning.
+    """
+
+    is_lifecycle: ClassVar[bool] = True
+
+    parent: str
+    step: int
+    sample: int
+    checkpoint: str | None
+    manifest_digest: str | None
+    bytes: int
+    tokens_total: int
+    changes: dict[str, Any]
+    by: str
+
+    def summary(self) -> str:
+        changed = "".join(f"; {change}" for change in changes(self.changes))
+        return f"from step {self.step} of {self.parent}, by {self.by}{changed}"
+
+
+class RunDeferred(Event, frozen=True):
+    """The run does not start before these runs have succeeded."""
+
+    after: list[str]
+
+    def summary(self) -> str:
+        return f"until {', '.join(self.after)} succeeded"
+
+
+class SweepJoined(Event, frozen=True):
+    """The run is one point of a sweep; `values` are the settings that make it this point."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    sweep: str
+    values: dict[str, Any]
+
+    def summary(self) -> str:
+        return f"{self.sweep}: " + ", ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+class RunHeld(Event, frozen=True):
+    """A person keeps a waiting run from starting."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    by: str
+    reason: str = ""
+
+    def summary(self) -> str:
+        return f"by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+
+class RunReleased(Event, frozen=True):
+    """A held run waits for its turn again."""
+
+    is_lifecycle: ClassVar[bool] = True
+
+    by: str
+
+    def summary(self) -> str:
+        return f"by {self.by}"
+
+
+class StopRequested(Event, frozen=True):
+    """The run shall not go on: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
+    devices. `then` is what follows; `now` kills the attempt, else it saves a checkpoint at the next step boundary."""
+
+    schema_version: ClassVar[int] = 2
+    is_lifecycle: ClassVar[bool] = True
+
+    by: str
+    reason: str = ""
+    then: AfterStop = "cancelled"
+    now: bool = False
+    preempted_by: str | None = None
+
+    def summary(self) -> str:
+        how = "killed, " if self.now else ""
+        follows = "" if self.then == "cancelled" else f"then {self.then}, "
+        return f"{how}{follows}by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+
+class ResumeRequested(Event, frozen=True):
+    """A person asked for another attempt. `from_step` None is the last published checkpoint.
+
+    `changes` maps keys of the spec to [before, after]; only such as leave the trajectory alone (`trajectory.py`). With
+    changes, `spec`, `spec_digest` and `planned_steps` hold from now on.
+    """
+
+    schema_version: ClassVar[int] = 2
+    is_lifecycle: ClassVar[bool] = True
+
+    by: str
+    from_step: int | None = None
+    changes: dict[str, Any] = {}
+    spec: dict[str, Any] | None = None
+    spec_digest: str | None = None
+    planned_steps: int | None = None
+
+    def summary(self) -> str:
+        where = "the last checkpoint" if self.from_step is None else f"step {self.from_step}"
+        changed = "".join(f"; {change}" for change in changes(self.changes))
+        return f"from {where}, by {self.by}{changed}"
+
+
+class RunSucceeded(Event, frozen=True):
+    """Planned steps and counted tokens equal what the log holds, and the final checkpoint is published."""
+
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    steps: int
+    tokens: int
+    final_checkpoint: str
+
+    def summary(self) -> str:
+        return f"{counted(self.steps, 'step')}, {counted(self.tokens, 'trained token')}"
+
+
+class RunFailed(Event, frozen=True):
+    """The run ended without success, and sftd will not try again by itself."""
+
+    severity: ClassVar[Severity] = "problem"
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    cause: str
+    message: str
+
+    def summary(self) -> str:
+        return f"{self.cause}: {self.message}"
+
+
+class RunCancelled(Event, frozen=True):
+    """The run ended because it was asked to."""
+
+    is_lifecycle: ClassVar[bool] = True
+    ends_attempt: ClassVar[bool] = True
+
+    by: str
+
+    def summary(self) -> str:
+        return f"by {self.by}"
+
+
+class RunRemoved(Event, frozen=True):
+    """A person removed the files of a run that had ended: its checkpoints, of which each has a `CheckpointDeleted`, and its
+    attempts. `freed_bytes` were deleted. Its events stay."""
+
+    by: str
+    freed_bytes: int
+
+    def summary(self) -> str:
+        return f"{size(self.freed_bytes)} freed, by {self.by}"

@@ -1,0 +1,240 @@
+"""Playing a log: which moment is meant, what had happened by then, and the milestones on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from sftd.domain.errors import Problem, Refused, quote
+from sftd.domain.log import events as e
+from sftd.domain.log.codec import json_float
+
+WHERE = "--until"
+_FORMS = "write step:300, v120, 2026-01-31T09:30 or -2h"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+# No more digits than any step, version or age has: Python converts no number of thousands.
+_AGO = re.compile(r"-(?:\d{1,9}[smhdw]){1,9}")
+_PART = re.compile(r"(\d+)([smhdw])")
+
+
+class AtStep(msgspec.Struct, frozen=True):
+    """When the timeline's attempt had completed a step; 0 is before the first."""
+
+    step: int
+
+
+class AtVersion(msgspec.Struct, frozen=True):
+    """When the stream had so many events."""
+
+    version: int
+
+
+class AtTime(msgspec.Struct, frozen=True):
+    """A time, in µs since the epoch."""
+
+    micros: e.Micros
+
+
+Moment = AtStep | AtVersion | AtTime
+
+
+def parse_moment(text: str, now: e.Micros) -> Moment:
+    """What a person means by `300`, `step:300`, `v120`, an ISO time (local unless it says otherwise) or `-2h`, `-1h30m`
+    before `now`. Raises `Refused` for what could mean more than one thing."""
+    if match := re.fullmatch(r"(?:step:)?(\d{1,18})", text):
+        return AtStep(int(match[1]))
+    if match := re.fullmatch(r"v(?:ersion:)?(\d{1,18})", text):
+        return AtVersion(int(match[1]))
+    if _AGO.fullmatch(text):
+        seconds = sum(int(count) * _UNITS[unit] for count, unit in _PART.findall(text))
+        return AtTime(now - seconds * 1_000_000)
+    if re.fullmatch(r"-\d+", text):
+        raise _refused(
+            text, "could be steps or any unit of time", f"write {text}s, {text}m, {text}h or step:N"
+        )
+    if re.fullmatch(r"(?:\d+[smhdw])+", text):
+        raise _refused(
+            text, "could be that long ago or that long after the start", f"write -{text} for that long ago"
+        )
+    if re.fullmatch(r"\d\d?:\d\d(?::\d\d)?", text):
+        raise _refused(text, "names no day", f"write the day too, as 2026-01-31T{text.zfill(5)}")
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise _refused(text, "could be the day's beginning or its end", f"write {text}T00:00 or {text}T23:59")
+    try:
+        when = datetime.fromisoformat(text)
+        return AtTime(round(when.astimezone().timestamp() * 1_000_000))
+    except (ValueError, OverflowError):
+        raise _refused(text, "is neither a step, nor a version, nor a time", _FORMS) from None
+
+
+def _refused(text: str, what: str, fix: str) -> Refused:
+    return Refused(Problem(WHERE, f"{quote(text)} {what}", fix))
+
+
+def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:
+    """The events of a stream that had happened by a moment. Folding them gives the run's state then. Raises `Refused`.
+
+    A step that several attempts did is the last one's; what belongs to it and follows at once (its validation, its
+    checkpoint) has happened too. Of two events whose order in the log is not that of their times, the times decide.
+    """
+    match moment:
+        case AtVersion(version):
+            if not 1 <= version <= len(recorded):
+                what = f"v{version} is not in the log"
+                raise Refused(Problem(WHERE, what, f"the versions are v1 to v{len(recorded)}"))
+            return list(recorded[:version])
+        case AtTime(micros):
+            return [r for r in recorded if r.occurred_at <= micros]
+        case AtStep(step):
+            return list(recorded[: _end_of_step(recorded, step)])
+
+
+def _end_of_step(recorded: Sequence[e.Recorded], step: int) -> int:
+    places = {r.event.step: place for place, r in enumerate(recorded) if isinstance(r.event, e.StepCompleted)}
+    first = min(places, default=0)
+    if not places and step == _first_step(recorded):
+        return len(recorded)
+    if places and step == first - 1:
+        # Before the first step of the attempt that began last from there.
+        return places[first]
+    if step not in places:
+        have = f"the log has the steps {first} to {max(places)}" if places else "the log has no step yet"
+        raise Refused(Problem(WHERE, f"step {step} is not in the log", have))
+    end = places[step] + 1
+    while end < len(recorded) and _belongs(recorded[end].event, step):
+        end += 1
+    return end
+
+
+def _first_step(recorded: Sequence[e.Recorded]) -> int:
+    forked = recorded[0].event if recorded else None
+    return forked.step if isinstance(forked, e.RunForked) else 0
+
+
+def _belongs(event: e.Event, step: int) -> bool:
+    kinds = (
+        e.ValidationCompleted,
+        e.SampleGenerated,
+        e.CheckpointStarted,
+        e.CheckpointPublished,
+        e.AnomalyDetected,
+    )
+    return isinstance(event, kinds) and event.step == step
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps that one attempt did one after another, with what came of them. `redone`: an attempt before had done them.
+    `versions` and `times` are those of the first and the last step."""
+
+    attempt: int | None
+    first: int
+    last: int
+    first_loss: float | str
+    last_loss: float | str
+    redone: bool
+    versions: tuple[int, int]
+    times: tuple[e.Micros, e.Micros]
+    validations: tuple[tuple[int, float | str], ...] = ()
+    checkpoints: tuple[int, ...] = ()
+    anomalies: tuple[tuple[int, str], ...] = ()
+
+
+# `Steps` names the attempt and its environment.
+_WITHIN = (e.AttemptLaunched, e.AttemptAdopted, e.ModelLoaded)
+
+
+def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
+    """What changed, in order: events that are no steps, and the steps between them."""
+    steps: Steps | None = None
+    done: set[int] = set()
+    replace = msgspec.structs.replace
+    for r in recorded:
+        event = r.event
+        if event.severity == "detail" or isinstance(event, _WITHIN):
+            continue
+        if isinstance(event, e.StepCompleted):
+            redone = event.step in done
+            done.add(event.step)
+            if steps is not None and (steps.last + 1, steps.attempt, steps.redone) == (
+                event.step,
+                r.attempt,
+                redone,
+            ):
+                steps = replace(
+                    steps,
+                    last=event.step,
+                    last_loss=json_float(event.loss),
+                    versions=(steps.versions[0], r.version),
+                    times=(steps.times[0], r.occurred_at),
+                )
+                continue
+            if steps is not None:
+                yield steps
+            steps = _begin(r, event, redone=redone)
+        elif steps is not None and isinstance(event, e.ValidationCompleted):
+            found = (*steps.validations, (event.step, json_float(event.loss)))
+            steps = replace(steps, validations=found)
+        elif steps is not None and isinstance(event, e.CheckpointPublished):
+            steps = replace(steps, checkpoints=(*steps.checkpoints, event.step))
+        elif steps is not None and isinstance(event, e.AnomalyDetected):
+            steps = replace(steps, anomalies=(*steps.anomalies, (event.step, event.what)))
+        else:
+            if steps is not None:
+                yield steps
+            steps = None
+            if isinstance(event, e.SamplesSkipped):
+                # With other samples they are not the same steps again.
+                done = {step for step in done if step <= event.step}
+            yield r
+    if steps is not None:
+        yield steps
+
+
+def _begin(r: e.Recorded, event: e.StepCompleted, *, redone: bool) -> Steps:
+    loss = json_float(event.loss)
+    return Steps(
+        attempt=r.attempt,
+        first=event.step,
+        last=event.step,
+        first_loss=loss,
+        last_loss=loss,
+        redone=redone,
+        versions=(r.version, r.version),
+        times=(r.occurred_at, r.occurred_at),
+    )
+
+
+class Timeline(msgspec.Struct, frozen=True):
+    """The steps of a run's effective history by number, each with its place in the stream, and what each attempt
+    computed in."""
+
+    steps: dict[int, e.StepCompleted]
+    versions: dict[int, int]
+    attempts: dict[int, int]
+    loaded: dict[int, e.ModelLoaded]
+
+    def environment(self, step: int) -> dict[str, Any]:
+        """What decided the numbers of a step; empty when that is not known."""
+        loaded = self.loaded.get(self.attempts[step])
+        return loaded.environment if loaded else {}
+
+
+def timeline(recorded: Sequence[e.Recorded]) -> Timeline:
+    """Steps that a later attempt went behind are gone; of those that it did again, its own count."""
+    found = Timeline({}, {}, {}, {})
+    for r in recorded:
+        event, attempt = r.event, r.attempt or 0
+        if isinstance(event, e.StepCompleted):
+            found.steps[event.step] = event
+            found.versions[event.step] = r.version
+            found.attempts[event.step] = attempt
+        elif isinstance(event, e.ModelLoaded):
+            found.loaded[attempt] = event
+        elif isinstance(event, e.AttemptClaimed):
+            for step in [s for s in found.steps if s > event.from_step]:
+                del found.steps[step]
+    return found

@@ -1,0 +1,74 @@
+"""How many floating-point operations a training step takes, and how many a device could do: what MFU is made of."""
+
+from __future__ import annotations
+
+import re
+
+from sftd.domain.model.checks import ModelShape
+
+# Dense BF16 (and FP16) peak in FLOP/s, from NVIDIA's data sheets without sparsity, by words of the device's name; the
+# first whose words are all there.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    ("B200", 2.25e15),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100 PCIE", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+)
+_HALF = ("bfloat16", "float16")
+
+
+def matmul_parameters(shape: ModelShape) -> int:
+    """Parameters that a token is multiplied with: the projections of all layers and the output layer.
+
+    A tied embedding counts once, as the output layer; looking a token up multiplies nothing. Of the experts of an MoE
+    layer those count that a token is sent to, and the router.
+    """
+    heads = shape.num_attention_heads * shape.head_dim
+    groups = shape.num_key_value_heads * shape.head_dim
+    attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
+    experts = getattr(shape, "num_experts", None) or 0
+    if experts:
+        width = getattr(shape, "moe_intermediate_size", None) or shape.intermediate_size
+        active = getattr(shape, "num_experts_per_tok", None) or 1
+        feed_forward = active * 3 * shape.hidden_size * width + experts * shape.hidden_size
+    else:
+        feed_forward = 3 * shape.hidden_size * shape.intermediate_size
+    return shape.num_hidden_layers * (attention + feed_forward) + shape.vocab_size * shape.hidden_size
+
+
+def training_flops(shape: ModelShape, tokens: int, squared_lengths: float) -> float:
+    """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
+
+    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
+    operations a parameter and token forward and twice that backward (Kaplan et al. 2020). The second is QKᵀ and PV,
+    2 · n² · heads · head_dim each in forward, halved because attention is causal, and three times that with the
+    backward pass. Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
+    """
+    attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    return 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+
+
+def peak_flops(device_name: str, dtype: object) -> float | None:
+    """Peak FLOP/s of dense matrix products in `dtype` (a torch dtype or its name) on a device, as
+    `torch.cuda.get_device_name` calls it; None for other devices and for other dtypes than BF16 and FP16."""
+    if str(dtype).removeprefix("torch.") not in _HALF:
+        return None
+    words = set(re.split(r"[\s-]+", device_name.upper()))
+    for name, peak in _PEAKS:
+        if set(name.split()) <= words:
+            return peak
+    return None
+
+
+# What CUDA calls the total memory of a device, in GiB, by words of its name.
+_GIB = (("B200", 179.0), ("H200", 139.8), ("H100 NVL", 93.1), ("H100", 79.1), ("A100", 79.1), ("L40S", 44.4))
+
+
+def device_bytes(device_name: str) -> int:
+    """Memory of a device by its name; 0 where that is not known."""
+    words = set(re.split(r"[\s-]+", device_name.upper()))
+    return next((int(size * 2**30) for name, size in _GIB if set(name.split()) <= words), 0)

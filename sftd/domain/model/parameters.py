@@ -1,0 +1,66 @@
+"""How many parameters a rank holds, in any layout: what the trainer's tensors come to (tests/trainer compares them)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.spec import Spec
+
+
+class Held(msgspec.Struct, frozen=True):
+    """Parameters of one rank: `experts` are those of MoE layers, which other ranks share than the `dense` rest."""
+
+    dense: int
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+
+def whole_model(shape: ModelShape) -> int:
+    """Parameters of the model in one piece."""
+    one = Spec()
+    return held(one, shape, 0).total
+
+
+def expert_tensor_parallel(spec: Spec) -> int:
+    """Ranks that split each expert: with expert parallelism a rank holds experts whole."""
+    m = spec.model.megatron
+    return 1 if m.expert_model_parallel_size > 1 else m.tensor_model_parallel_size
+
+
+def held(spec: Spec, shape: ModelShape, stage: int) -> Held:
+    """What each rank of pipeline stage `stage` (from 0) holds."""
+    m = spec.model.megatron
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    layers = shape.num_hidden_layers // pp
+    dense, experts = _layer(spec, shape)
+    rows = -(-shape.vocab_size // tp)
+    outside = 0
+    if stage == 0:
+        outside += rows * shape.hidden_size
+    if stage == pp - 1:
+        outside += shape.hidden_size
+        # A tied output layer on another stage than the embedding has a copy of it.
+        if not shape.tie_word_embeddings or pp > 1:
+            outside += rows * shape.hidden_size
+    return Held(layers * dense + outside, layers * experts)
+
+
+def _layer(spec: Spec, shape: ModelShape) -> tuple[int, int]:
+    tp, h, d = spec.model.megatron.tensor_model_parallel_size, shape.hidden_size, shape.head_dim
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    qkv = (heads + 2 * groups) * d
+    dense = 2 * h + qkv * h // tp + heads * d * h // tp
+    if shape.attention_bias:
+        dense += qkv // tp
+    if shape.qk_norm:
+        dense += 2 * d
+    if not shape.num_experts:
+        return dense + 3 * h * shape.intermediate_size // tp, 0
+    here = shape.num_experts // spec.model.megatron.expert_model_parallel_size
+    expert = 3 * h * shape.moe_intermediate_size // expert_tensor_parallel(spec)
+    return dense + shape.num_experts * h, here * expert

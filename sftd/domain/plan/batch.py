@@ -1,0 +1,153 @@
+"""What the data makes of a step: how many tokens the largest micro-batch has, and how many a step computes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from itertools import pairwise
+from statistics import NormalDist
+
+import msgspec
+
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.spec.spec import Spec
+
+# Lengths on a GPU are rounded up to it (`trainer/batches.py`).
+GPU_TILE = 64
+_DRAWS = 400
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens are those of a whole micro-batch, which the CP ranks share, and of a whole step of all ranks.
+
+    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of so many steps, all its tokens with padding
+    and those whose logits are computed. `micro_batches`: one rank's in a step. `real`, `computed`: a step's tokens
+    without and with padding; `squares`: Σ n² of the segments that attention computes.
+    """
+
+    largest: int
+    largest_trained: int
+    micro_batches: int
+    real: float
+    computed: float
+    squares: float
+    trained: float
+    rows: int
+
+
+def workload(spec: Spec, facts: DataFacts, planned_steps: int, device: str) -> Workload:
+    """Of the training data. Logs of older versions do not hold how its lengths vary: they are taken not to."""
+    batch = spec.data.train_batch_size
+    longest = min(facts.longest or spec.data.sequence_length, spec.data.sequence_length)
+    rows = max(1, facts.usable)
+    is_known = facts.seen_tokens > 0
+    seen = facts.seen_tokens if is_known else min(facts.tokens, rows * longest) or rows * longest
+    mean = seen / rows
+    square = facts.seen_squares / rows if is_known else mean * mean
+    share = min(1.0, facts.trained_tokens / seen)
+    real = batch * mean
+    lay = _packed if spec.training.use_rmpad else _padded
+    largest, dense_tokens, count, computed, squares = lay(
+        spec, facts, planned_steps, _length_multiple(spec, device), mean, square, float(longest)
+    )
+    return Workload(
+        largest=largest,
+        largest_trained=min(largest, math.ceil(share * dense_tokens)),
+        micro_batches=count,
+        real=real,
+        computed=computed,
+        squares=squares,
+        trained=share * real,
+        rows=batch,
+    )
+
+
+def _length_multiple(spec: Spec, device: str) -> int:
+    m = spec.model.megatron
+    cp = m.context_parallel_size
+    share = math.lcm(2 if cp > 1 else 1, m.tensor_model_parallel_size if m.sequence_parallel else 1)
+    return cp * (math.lcm(share, GPU_TILE) if device == "cuda" else share)
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
+
+
+def _packed(
+    spec: Spec, facts: DataFacts, steps: int, multiple: int, mean: float, square: float, longest: float
+) -> tuple[int, float, int, float, float]:
+    batch, budget = spec.data.train_batch_size, float(spec.micro_batch_tokens)
+    m = spec.model.megatron
+    pp = m.pipeline_model_parallel_size
+    unit = spec.data_parallel_size * (pp if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1)
+    fullest, pieces, computed = _cut(
+        batch, budget, unit, multiple, steps, mean, square, longest, is_pipeline=pp > 1
+    )
+    count = round(pieces / spec.data_parallel_size)
+    return _round_up(fullest, multiple), fullest, max(1, count), computed, batch * square
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(
+    batch: int,
+    budget: float,
+    unit: int,
+    multiple: int,
+    steps: int,
+    mean: float,
+    square: float,
+    longest: float,
+    *,
+    is_pipeline: bool,
+) -> tuple[float, float, float]:
+    """(the largest micro-batch of a run, a step's micro-batches, its tokens with padding). Of the thousands of layouts that
+    a search plans, most cut a step alike."""
+    varies = square > mean * mean * (1 + 1e-9)
+    # A micro-batch ends where a sample does: on average it lacks half a sample, the long ones more often.
+    lost = 0.5 * square / mean if varies else 0.0
+    room = max(longest, budget - lost)
+    spread = math.sqrt(max(0.0, square - mean * mean) * batch)
+    bell = NormalDist()
+    cuts = []
+    # A step's tokens are a sum of many lengths: steps at evenly spaced quantiles of it.
+    for i in range(_DRAWS if varies else 1):
+        drawn = batch * mean + spread * bell.inv_cdf((i + 0.5) / _DRAWS) if varies else batch * mean
+        tokens = min(max(drawn, 1.0), batch * longest)
+        pieces = max(1, math.ceil(math.ceil(tokens / room - 1e-9) / unit)) * unit
+        # The largest of the evened-out micro-batches is above their mean by a part of a sample.
+        largest = min(budget, max(tokens / pieces + (lost / 2 if pieces > 1 else 0.0), 1.0))
+        cuts.append((largest, pieces, tokens))
+    cuts.sort()
+    fullest = cuts[min(len(cuts) - 1, int(len(cuts) * steps / (steps + 1)))][0]
+    computed = 0.0
+    for largest, pieces, tokens in cuts:
+        # In a pipeline all micro-batches of a step have the length of the longest.
+        each = largest if is_pipeline else tokens / pieces
+        # A drawn number of tokens is no whole one, and to be rounded up to one is no padding.
+        computed += pieces * (each if multiple == 1 else _round_up(each, multiple)) / len(cuts)
+    return fullest, sum(pieces for _, pieces, _ in cuts) / len(cuts), computed
+
+
+def _padded(
+    spec: Spec, facts: DataFacts, steps: int, multiple: int, mean: float, square: float, longest: float
+) -> tuple[int, float, int, float, float]:
+    size, batch = spec.training.micro_batch_size_per_gpu, spec.data.train_batch_size
+    dp = spec.data_parallel_size
+    # In a pipeline the longest row of a step is that of all its micro-batches.
+    among = batch if spec.model.megatron.pipeline_model_parallel_size > 1 else size
+    length = _round_up(_expected_longest(facts.lengths, among) or longest, multiple)
+    count = max(1, batch // (size * dp))
+    rows = count * dp * size
+    largest = size * _round_up(longest, multiple)
+    dense = longest + (size - 1) * mean
+    return largest, dense, count, float(rows * length), float(rows) * length * length
+
+
+def _expected_longest(lengths: tuple[int, ...], among: int) -> float | None:
+    """Mean of the longest of `among` rows drawn at random; None where the lengths are not known."""
+    if len(lengths) != len(LENGTH_QUANTILES):
+        return None
+    total = 0.0
+    for (low, high), (shorter, longer) in zip(pairwise(LENGTH_QUANTILES), pairwise(lengths), strict=True):
+        total += (high**among - low**among) * 0.5 * (shorter + longer)
+    return total

@@ -1,0 +1,162 @@
+"""How long a step and a run take: arithmetic over measured rates, or the pace of earlier runs. docs/plan.md has the sources."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.flops import peak_flops, training_flops
+from sftd.domain.model.parameters import held
+from sftd.domain.plan.batch import Workload
+from sftd.domain.spec.spec import Spec
+
+# Share of the BF16 peak that the trainer's arithmetic reaches, without what is counted on its own below: the 1B and 7B
+# shapes of docs/benchmarks.md on H100 and H200.
+_SHARE = 0.553
+# Other devices and dtypes reach what nobody has measured.
+_MEASURED = ("H100", "H200")
+# Host and kernel starts of a layer in a micro-batch, in seconds: 2, 4 and 8 rows of the 1B shape.
+_LAYER_SECONDS = 0.28e-3
+# For an element of a token's queries and keys, where they are normed: these operations are not fused.
+_QK_NORM_SECONDS = 67e-12
+# Factors: deterministic kernels; layers whole or in part computed again; each doubling of TP.
+_DETERMINISTIC = 1.05
+_RECOMPUTED = {"full": 4 / 3, "selective": 1.12}
+_TENSOR_PARALLEL = 1.07
+# Bytes a second between GPUs of a host, for gradients and weights: assumed.
+_LINK_BYTES = 300e9
+# A CPU core's FP32 arithmetic, and what AdamW and gloo's copies take for a parameter: two cores, the demo.
+_CORE_FLOPS = 75e9
+_CPU_PARAMETER_SECONDS = 10e-9
+# Until the first step, and a checkpoint's bytes a second: one disk, one H100.
+_START_SECONDS = {"cpu": 25.0, "cuda": 45.0}
+_DISK_BYTES = {"cpu": 0.55e9, "cuda": 1.15e9}
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. `basis` says where the rate is from: "measured" (docs/benchmarks.md), "assumed", or "log" (earlier runs,
+    whose steps took `calibration` times what the formula says)."""
+
+    step: float
+    steps: int
+    training: float
+    validating: float
+    saving: float
+    starting: float
+    basis: str
+    calibration: float = 1.0
+    mfu: float | None = None
+
+    @property
+    def total(self) -> float:
+        """The whole run, without waiting in the queue."""
+        return self.training + self.validating + self.saving + self.starting
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it runs: `device` is `cuda` or `cpu`, `name` what torch calls the device, `cores` the host's."""
+
+    device: str
+    name: str
+    cores: int = 1
+
+    def dtype(self, spec: Spec) -> str:
+        """Of the weights, by torch's name."""
+        chosen = spec.model.megatron.params_dtype
+        return chosen if chosen != "auto" else "bfloat16" if self.device == "cuda" else "float32"
+
+
+def pace(
+    spec: Spec,
+    shape: ModelShape,
+    work: Workload,
+    machine: Machine,
+    *,
+    val: DataFacts | None,
+    planned_steps: int,
+    first_step: int = 0,
+    checkpoint_bytes: int,
+    calibration: float | None = None,
+) -> Pace:
+    """The run's. `calibration` is that of earlier runs, None without any."""
+    seconds, basis = step_seconds(spec, shape, work, machine)
+    if calibration is not None:
+        seconds, basis = seconds * calibration, "log"
+    steps = max(0, planned_steps - first_step)
+    saves = len(save_steps(spec, planned_steps, first_step))
+    saving = saves * checkpoint_bytes / _DISK_BYTES[machine.device]
+    peak = peak_flops(machine.name, machine.dtype(spec))
+    useful = training_flops(shape, round(work.real), work.squares)
+    return Pace(
+        step=seconds,
+        steps=steps,
+        training=steps * seconds,
+        validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
+        # What is written while training goes on delays it little, but for the last, which the end waits for.
+        saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
+        starting=_START_SECONDS[machine.device],
+        basis=basis,
+        calibration=1.0 if calibration is None else calibration,
+        mfu=useful / (seconds * peak * spec.world_size) if peak else None,
+    )
+
+
+def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine) -> tuple[float, str]:
+    """(seconds of an optimizer step by the formula, "measured" or "assumed")."""
+    m = spec.model.megatron
+    flops = training_flops(shape, round(work.computed), work.squares)
+    if spec.model.enable_gradient_checkpointing:
+        flops *= _RECOMPUTED[spec.model.recompute]
+    if machine.device == "cpu":
+        # The ranks share the cores, and all of them update and copy what they hold.
+        threads = spec.launch.threads_per_rank
+        cores = min(machine.cores, threads * spec.world_size) if threads else machine.cores
+        parameters = sum(held(spec, shape, stage).total for stage in range(m.pipeline_model_parallel_size))
+        copies = spec.world_size // m.pipeline_model_parallel_size
+        return flops / (cores * _CORE_FLOPS) + parameters * copies * _CPU_PARAMETER_SECONDS, "assumed"
+    peak = peak_flops(machine.name, "bfloat16")
+    is_measured = peak is not None and any(name in machine.name for name in _MEASURED)
+    dtype = machine.dtype(spec)
+    # FP32 products run in TF32 or less: nobody has measured them here.
+    rate = _SHARE * (peak or 989e12) * (1.0 if dtype == "bfloat16" else 0.1)
+    seconds = flops / (rate * spec.world_size)
+    if shape.qk_norm:
+        elements = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+        normed = work.computed * shape.num_hidden_layers * elements
+        seconds += normed * _QK_NORM_SECONDS / spec.world_size
+    seconds *= _TENSOR_PARALLEL ** math.log2(m.tensor_model_parallel_size)
+    if spec.training.deterministic:
+        seconds *= _DETERMINISTIC
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    layers = shape.num_hidden_layers // pp
+    seconds += work.micro_batches * layers * _LAYER_SECONDS
+    seconds *= 1 + (pp - 1) / (work.micro_batches * vpp)
+    ranks = spec.data_parallel_size * m.context_parallel_size
+    most = max(held(spec, shape, stage).total for stage in range(pp))
+    # FP32 gradients are reduced, BF16 weights gathered.
+    seconds += 6 * most * (ranks - 1) / ranks / _LINK_BYTES
+    return seconds, "measured" if is_measured and dtype == "bfloat16" else "assumed"
+
+
+def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:
+    """After which steps a checkpoint is saved, of those behind `first_step`."""
+    every = spec.trainer.save_interval
+    found = [] if not every else list(range((first_step // every + 1) * every, planned_steps, every))
+    return [*found, planned_steps]
+
+
+def _validations(spec: Spec, planned_steps: int, first_step: int) -> int:
+    if not spec.data.val_files:
+        return 0
+    every = spec.trainer.val_check_interval
+    between = (planned_steps - 1) // every - first_step // every if every else 0
+    return between + 1 + spec.trainer.val_before_train
+
+
+def _validation_seconds(work: Workload, val: DataFacts | None, step: float) -> float:
+    if val is None:
+        return 0.0
+    # Forward alone is a third of a step's arithmetic.
+    return step / 3 * (val.seen_tokens or val.tokens) / max(work.real, 1.0)

@@ -1,0 +1,251 @@
+"""The memory of a rank at its fullest, from what the trainer allocates. docs/plan.md derives each term.
+
+On a GPU these are the bytes of tensors, as `torch.cuda.max_memory_allocated` counts them; on a CPU those of the process.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.parameters import expert_tensor_parallel, held
+from sftd.domain.plan.batch import Workload
+from sftd.domain.spec.spec import Spec
+
+# Bytes of the logits that the loss holds at a time, and what its chunks are multiples of (`trainer/loss.py`).
+LOGITS_BYTES = 2 << 30
+LOGITS_MULTIPLE = 128
+# Bytes of the scores' gradient that deterministic attention holds at a time (`trainer/kernels/exact_attention.py`).
+SCORES_BYTES = 2 << 30
+# CUBLAS_WORKSPACE_CONFIG=:4096:8 (`trainer/process.py`).
+CUBLAS_BYTES = 8 * 4096 * 1024
+# A process on a CPU with torch and Megatron imported; and what its C library holds back of freed activations, a share of
+# them up to a limit. Measured and fitted, not derived: docs/plan.md.
+PROCESS_BYTES = 850_000_000
+HELD_BACK_SHARE = 0.5
+HELD_BACK_MOST = 400_000_000
+# What a GPU needs besides the tensors, so that a rank fits: the CUDA context, kernels, and, with several ranks, the buffers of
+# some twenty NCCL groups that are made at the start: 2.0 and 8.8 GiB on an H100; and what the allocator reserves and does
+# not use, up to 3.7 %. Measured: docs/plan.md.
+GPU_OUTSIDE_BYTES = 9 << 30
+GPU_OUTSIDE_ALONE_BYTES = 9 << 28
+GPU_CUT_SHARE = 0.04
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one rank of pipeline stage `stage` at its peak. `activations` are kept for backward, `loss` is the logits
+    and what surrounds them or, where that is more, what the backward of a layer needs."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it: the prediction of `peak_memory_bytes`."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.workspace
+
+
+def footprints(spec: Spec, shape: ModelShape, work: Workload, *, device: str, dtype: str) -> list[Footprint]:
+    """Of each pipeline stage. `device` is `cuda` or `cpu`, `dtype` `bfloat16` or `float32`."""
+    stages = spec.model.megatron.pipeline_model_parallel_size
+    return [_of_stage(spec, shape, work, stage, device, dtype) for stage in range(stages)]
+
+
+def fullest(found: list[Footprint]) -> Footprint:
+    """The one that decides whether it fits."""
+    return max(found, key=lambda f: f.total)
+
+
+def needed(footprint: Footprint, device: str, ranks: int) -> int:
+    """Bytes that a device must have for it, of a run of so many ranks."""
+    if device == "cpu":
+        return footprint.total
+    outside = GPU_OUTSIDE_BYTES if ranks > 1 else GPU_OUTSIDE_ALONE_BYTES
+    return int(footprint.total * (1 + GPU_CUT_SHARE)) + outside
+
+
+def host_copy_bytes(spec: Spec, checkpoint_bytes: int) -> int:
+    """Host memory of all ranks for the copy that an asynchronous save writes from."""
+    return checkpoint_bytes if spec.checkpoint.async_save else 0
+
+
+def _of_stage(
+    spec: Spec, shape: ModelShape, work: Workload, stage: int, device: str, dtype: str
+) -> Footprint:
+    m = spec.model.megatron
+    pp = m.pipeline_model_parallel_size
+    mine = held(spec, shape, stage)
+    width = 2 if dtype == "bfloat16" else 4
+    # Two FP32 moments, and a master copy where the weights are not FP32 themselves.
+    state = 12 if width == 2 else 8
+    dense_ranks = spec.data_parallel_size * m.context_parallel_size
+    expert_ranks = max(
+        1, spec.world_size // (pp * m.expert_model_parallel_size * expert_tensor_parallel(spec))
+    )
+    layer = _Layer(spec, shape, device, width)
+    kept, recomputed = layer.bytes_per_token()
+    tokens = work.largest / m.context_parallel_size
+    layers_in_flight = _layers_in_flight(spec, shape, work, stage)
+    activations = layers_in_flight * kept * tokens
+    if pp > 1:
+        # What one stage sends to the next stays with both until backward.
+        shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
+        per_chunk = shape.num_hidden_layers // (pp * (m.virtual_pipeline_model_parallel_size or 1))
+        activations += layers_in_flight / per_chunk * width * shape.hidden_size * tokens / shared
+    head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
+    # The layer's feed-forward part is through, and let go, when its attention's scores are held.
+    scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
+    backward = recomputed * tokens + max(0.0, scores - layer.feed_forward() * tokens)
+    workspace = CUBLAS_BYTES
+    if device == "cpu":
+        # gloo copies the gradients that it reduces, when the activations are freed but still with the C library.
+        held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
+        workspace = PROCESS_BYTES + int(held_back) + 4 * mine.total
+    return Footprint(
+        stage=stage,
+        weights=width * mine.total,
+        gradients=4 * mine.total,
+        optimizer=state * mine.dense // dense_ranks + state * mine.experts // expert_ranks,
+        activations=int(activations),
+        loss=int(max(head, backward)),
+        workspace=workspace,
+    )
+
+
+def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int) -> int:
+    """Layers times micro-batches whose activations a rank of the stage holds at once: 1F1B, or interleaved."""
+    m = spec.model.megatron
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    if vpp == 1:
+        return min(work.micro_batches, pp - stage) * (shape.num_hidden_layers // pp)
+    warm_up = (pp - stage - 1) * 2 + (vpp - 1) * pp
+    return min(work.micro_batches * vpp, warm_up + 1) * (shape.num_hidden_layers // (pp * vpp))
+
+
+def _loss_bytes(
+    spec: Spec, shape: ModelShape, work: Workload, tokens: float, device: str, width: int
+) -> float:
+    """Behind the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
+    m = spec.model.megatron
+    h, tp = shape.hidden_size, m.tensor_model_parallel_size
+    shared = tp if m.sequence_parallel else 1
+    trained = max(1, round(work.largest_trained / m.context_parallel_size))
+    # The norm's input and its output; on a CPU the normalised input too.
+    around = (2 if device == "cuda" else 3) * width * h * tokens / shared
+    if shared > 1:
+        around += width * h * tokens
+    around += 2 * width * h * trained
+    row_bytes = -(-shape.vocab_size // tp) * width
+    rows, _chunks = logits_chunk(trained, row_bytes)
+    # One chunk at a time; a CPU takes a copy to exponentiate.
+    copies = 2 if device == "cpu" else 1
+    return around + copies * rows * row_bytes
+
+
+def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> float:
+    """What deterministic attention holds of the scores' gradient: of padded rows, in half precision."""
+    m = spec.model.megatron
+    if not spec.training.deterministic or spec.training.use_rmpad or width != 2:
+        return 0.0
+    rows = spec.training.micro_batch_size_per_gpu
+    group = shape.num_attention_heads / shape.num_key_value_heads * (work.largest / rows) ** 2 * width
+    heads = rows * max(1, shape.num_key_value_heads // m.tensor_model_parallel_size)
+    # A part is of whole groups; what would be larger goes another way.
+    return 0.0 if group > SCORES_BYTES else min(heads * group, SCORES_BYTES)
+
+
+def logits_chunk(rows: int, row_bytes: int) -> tuple[int, int]:
+    """(rows of a chunk of the logits, how many chunks), as `trainer/loss.py` cuts them."""
+    most = max(LOGITS_MULTIPLE, LOGITS_BYTES // row_bytes // LOGITS_MULTIPLE * LOGITS_MULTIPLE)
+    chunks = -(-rows // most)
+    each = -(-rows // chunks // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
+    return min(each, rows), -(-rows // each)
+
+
+class _Layer:
+    """Bytes of a token in one decoder layer of one rank."""
+
+    def __init__(self, spec: Spec, shape: ModelShape, device: str, width: int) -> None:
+        m = spec.model.megatron
+        self._spec, self._shape, self._width = spec, shape, width
+        self._is_cpu = device == "cpu"
+        self._tp = m.tensor_model_parallel_size
+        self._shared = self._tp if m.sequence_parallel else 1
+        self._cp = m.context_parallel_size
+
+    def bytes_per_token(self) -> tuple[float, float]:
+        """(kept until backward, needed on top while the backward of one layer runs)."""
+        model = self._spec.model
+        whole = self._residual() + self._attention() + self.feed_forward()
+        grads = self._gradients()
+        if not model.enable_gradient_checkpointing:
+            return whole, grads
+        hidden = self._width * self._shape.hidden_size / self._shared
+        if model.recompute == "full":
+            return hidden, whole + grads
+        spared = 2 * hidden
+        ffn = 0.0
+        if not self._shape.num_experts:
+            ffn = self._width * self._shape.intermediate_size / self._tp
+        else:
+            # The experts' own norm and activation are Megatron's, which keeps them.
+            spared = hidden
+        return whole - spared - ffn, grads + max(hidden, ffn)
+
+    def _residual(self) -> float:
+        # The stream before attention and before the MLP, and both norms' outputs, which the products keep.
+        parts = 4
+        if self._is_cpu:
+            # Both norms keep the normalised input too.
+            parts += 2
+        return parts * self._width * self._shape.hidden_size / self._shared + (0 if self._is_cpu else 8)
+
+    def _attention(self) -> float:
+        s, e = self._shape, self._width
+        q = e * s.num_attention_heads * s.head_dim / self._tp
+        k = e * s.num_key_value_heads * s.head_dim / self._tp
+        statistics = 4 * s.num_attention_heads / self._tp
+        if self._cp > 1:
+            # Keys and values of all ranks' tokens, and the two chunks' outputs besides what is made of them.
+            return q + 2 * k * self._cp + 2 * q + statistics + (q + 2 * k if self._keeps_qkv() else 0)
+        kept = q + 2 * k + q + statistics
+        if self._keeps_qkv():
+            # The value is a part of the fused QKV, which is kept whole.
+            kept += q + k
+        if s.qk_norm:
+            # What goes into their norms; on a CPU what they normalise it to as well, and the key's input is a part of qkv.
+            kept += (2 * q + k if self._is_cpu else q + k) + statistics
+        if self._is_cpu and self._spec.training.use_rmpad:
+            # Segments' outputs, and what is made of them.
+            kept += q
+        return kept
+
+    def _keeps_qkv(self) -> bool:
+        return self._is_cpu or self._shape.qk_norm
+
+    def feed_forward(self) -> float:
+        """Of these, what the MLP keeps."""
+        s, e = self._shape, self._width
+        if not s.num_experts:
+            # Gate and up, and what they make; on a CPU silu(gate) too.
+            return (4 if self._is_cpu else 3) * e * s.intermediate_size / self._tp
+        split = expert_tensor_parallel(self._spec)
+        # Of each expert that a token goes to: the token there and back, gate and up, silu(gate), their product, that with
+        # the expert's weight twice, and indices.
+        f = s.moe_intermediate_size / split
+        sent = s.num_experts_per_tok * (e * (2 * s.hidden_size + 6 * f) + 40)
+        return sent / self._shared
+
+    def _gradients(self) -> float:
+        s, e = self._shape, self._width
+        f = s.intermediate_size / self._tp
+        if s.num_experts:
+            f = s.num_experts_per_tok * s.moe_intermediate_size / expert_tensor_parallel(self._spec)
+        h = s.hidden_size
+        gathered = h if self._shared > 1 else 0
+        return e * max(3 * f + 2 * h / self._shared, 2 * f + h + gathered + 2 * h / self._shared)

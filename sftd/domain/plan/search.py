@@ -1,0 +1,189 @@
+"""The best layout for the devices at hand: every valid one is planned, and the fastest that fits is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from sftd.domain.model.checks import check_model
+from sftd.domain.plan.duration import Machine
+from sftd.domain.plan.plan import Facts, Plan, make_plan
+from sftd.domain.spec.check import check
+from sftd.domain.spec.spec import Spec
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+# Faster by less than this is not worth a change of the config: rates are not known better.
+_CLOSE = 1.03
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A layout. `changes` are the keys of the spec to set for it; `without_recompute` is what each device would need
+    without recomputation, None where it has none or that would fit too."""
+
+    plan: Plan
+    spec: Spec
+    changes: dict[str, Any]
+    without_recompute: int | None = None
+
+
+class Search(msgspec.Struct, frozen=True, kw_only=True):
+    """`best` is the fastest that fits, None when none does; `fitting` the fitting ones by speed, at most one for each way
+    of sharing the model; `smallest` needs the least memory of all; `tried` and `fit` count."""
+
+    best: Choice | None
+    fitting: list[Choice]
+    smallest: Choice | None
+    tried: int
+    fit: int
+
+
+def search(
+    spec: Spec,
+    facts: Facts,
+    machine: Machine,
+    *,
+    devices: int,
+    memory: int,
+    calibration: float | None = None,
+) -> Search:
+    """Over TP, PP, VPP, CP, EP, DP, micro-batches and recomputation, on up to `devices` devices of `memory` bytes: those
+    of all the nodes of the spec together."""
+    found: list[Choice] = []
+    for other in _candidates(spec, facts, devices, machine):
+        if check(other)[0] or check_model(other, facts.shape)[0]:
+            continue
+        found.append(
+            Choice(
+                plan=make_plan(other, facts, machine, calibration), spec=other, changes=changes(spec, other)
+            )
+        )
+    fit = [c for c in found if _fits(c, machine, memory)]
+    fit.sort(key=lambda c: (c.plan.pace.step, c.plan.needed, len(c.changes)))
+    best = None
+    if fit:
+        close = [c for c in fit if c.plan.pace.step <= fit[0].plan.pace.step * _CLOSE]
+        best = min(close, key=lambda c: (len(c.changes), c.plan.pace.step, c.plan.needed))
+        best = _with_reason(best, facts, machine, memory)
+    ways: dict[tuple[int, ...], Choice] = {}
+    for choice in ([best] if best else []) + fit:
+        ways.setdefault(tuple(choice.spec.parallel_sizes.values()), choice)
+    return Search(
+        best=best,
+        fitting=list(ways.values()),
+        smallest=min(found, key=lambda c: c.plan.needed, default=None),
+        tried=len(found),
+        fit=len(fit),
+    )
+
+
+def _with_reason(choice: Choice, facts: Facts, machine: Machine, memory: int) -> Choice:
+    spec = choice.spec
+    if not spec.model.enable_gradient_checkpointing:
+        return choice
+    replace = msgspec.structs.replace
+    kept = replace(spec, model=replace(spec.model, enable_gradient_checkpointing=False))
+    without = Choice(plan=make_plan(kept, facts, machine), spec=kept, changes={})
+    if _fits(without, machine, memory):
+        return choice
+    return replace(choice, without_recompute=without.plan.needed)
+
+
+def changes(spec: Spec, other: Spec) -> dict[str, Any]:
+    """The keys by which `other` differs from `spec`, of those that a layout sets."""
+    found = {}
+    for section, name in _KEYS:
+        mine, theirs = (_at(s, section, name) for s in (spec, other))
+        if mine != theirs:
+            found[f"{section}.{name}"] = theirs
+    return found
+
+
+_KEYS = (
+    ("launch", "nproc_per_node"),
+    ("model.megatron", "tensor_model_parallel_size"),
+    ("model.megatron", "pipeline_model_parallel_size"),
+    ("model.megatron", "virtual_pipeline_model_parallel_size"),
+    ("model.megatron", "context_parallel_size"),
+    ("model.megatron", "expert_model_parallel_size"),
+    ("model.megatron", "sequence_parallel"),
+    ("training", "micro_batch_size_per_gpu"),
+    ("training", "micro_batch_tokens"),
+    ("model", "enable_gradient_checkpointing"),
+    ("model", "recompute"),
+)
+
+
+def _at(spec: Spec, section: str, name: str) -> Any:
+    value: Any = spec
+    for part in (*section.split("."), name):
+        value = getattr(value, part)
+    return value
+
+
+def _fits(choice: Choice, machine: Machine, memory: int) -> bool:
+    # The ranks of a CPU run share the host's memory.
+    ranks = choice.spec.world_size if machine.device == "cpu" else 1
+    return choice.plan.needed * ranks <= memory
+
+
+def _candidates(spec: Spec, facts: Facts, devices: int, machine: Machine) -> Iterator[Spec]:
+    for shared in _shared(spec, facts, devices):
+        for batched in _batched(shared, facts):
+            yield from _recomputed(batched)
+
+
+def _shared(spec: Spec, facts: Facts, devices: int) -> Iterator[Spec]:
+    replace = msgspec.structs.replace
+    powers = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= devices]
+    layers, experts = facts.shape.num_hidden_layers, facts.shape.num_experts
+    nodes = spec.launch.nnodes
+    of_a_node = devices // nodes
+    for ranks in dict.fromkeys(n for n in (of_a_node, *powers) if 1 <= n <= of_a_node):
+        world = nodes * ranks
+        for tp in powers:
+            for pp in powers:
+                for cp in powers:
+                    if world % (tp * pp * cp) or layers % pp:
+                        continue
+                    chunks = [None] + [v for v in (2, 4) if pp > 1 and layers % (pp * v) == 0]
+                    for vpp in chunks:
+                        for ep in (n for n in powers if n == 1 or (experts and experts % n == 0)):
+                            megatron = replace(
+                                spec.model.megatron,
+                                tensor_model_parallel_size=tp,
+                                pipeline_model_parallel_size=pp,
+                                virtual_pipeline_model_parallel_size=vpp,
+                                context_parallel_size=cp,
+                                expert_model_parallel_size=ep,
+                                sequence_parallel=tp > 1,
+                            )
+                            yield replace(
+                                spec,
+                                model=replace(spec.model, megatron=megatron),
+                                launch=replace(spec.launch, nproc_per_node=ranks),
+                            )
+
+
+def _batched(spec: Spec, facts: Facts) -> Iterator[Spec]:
+    replace, training = msgspec.structs.replace, spec.training
+    most = max(1, spec.data.train_batch_size // spec.data_parallel_size)
+    if not training.use_rmpad:
+        for size in sorted({n for n in (*_MICRO_BATCHES, training.micro_batch_size_per_gpu) if n <= most}):
+            yield replace(spec, training=replace(training, micro_batch_size_per_gpu=size))
+        return
+    length = spec.data.sequence_length
+    # A micro-batch never has more than the samples of a step.
+    top = most * min(facts.train.longest or length, length)
+    yield spec
+    for tokens in (n * length for n in _MICRO_BATCHES):
+        if tokens <= max(top, length) and tokens != spec.micro_batch_tokens:
+            yield replace(spec, training=replace(training, micro_batch_tokens=tokens))
+
+
+def _recomputed(spec: Spec) -> Iterator[Spec]:
+    replace = msgspec.structs.replace
+    yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=False))
+    for how in ("selective", "full"):
+        yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=True, recompute=how))

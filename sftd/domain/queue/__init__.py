@@ -1,0 +1,1 @@
+"""Who starts next, on what, and when."""

@@ -1,0 +1,1 @@
+"""Whether a step computed again matches the log."""

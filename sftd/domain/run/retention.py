@@ -1,0 +1,73 @@
+"""Which checkpoints stay, decided from the log's timeline."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sftd.domain.run.state import CheckpointInfo, Run
+
+
+def why_kept(run: Run) -> dict[int, list[str]]:
+    """Step → reasons why its checkpoint stays. A checkpoint without a reason may be deleted."""
+    policy = run.spec.checkpoint
+    timeline = sorted((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step)
+    reasons: dict[int, list[str]] = {c.step: [] for c in run.checkpoints}
+    for c in timeline[-policy.keep_last :]:
+        reasons[c.step].append("last" if c is timeline[-1] else f"last {policy.keep_last}")
+    for rank, step in enumerate(_best(run)[: policy.keep_best]):
+        reasons[step].append("best" if rank == 0 else f"best {policy.keep_best}")
+    for c in timeline:
+        if policy.keep_every and c.step % policy.keep_every == 0:
+            reasons[c.step].append(f"every {policy.keep_every}")
+        if c.step == run.planned_steps:
+            reasons[c.step].append("final")
+    if verified := [c for c in run.checkpoints if c.verified]:
+        reasons[max(verified, key=lambda c: c.version).step].append("last verified")
+    for c in run.checkpoints:
+        if c.is_parents:
+            reasons[c.step].append("the parent's: not this run's to delete")
+        reasons[c.step] += [f"fork {name} starts from it" for name in c.forks]
+    if run.status != "succeeded":
+        # Until the new history has come as far, the old one's checkpoints are the only ones of their steps; and an
+        # attempt may be about to write such a step's folder anew.
+        for c in run.checkpoints:
+            if c.superseded:
+                reasons[c.step].append("superseded, until the run succeeds")
+    if run.resume_from is not None and run.resume_from in reasons:
+        reasons[run.resume_from].append("about to be resumed from")
+    return reasons
+
+
+def reducible(run: Run) -> list[CheckpointInfo]:
+    """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: with `last` those that
+    are kept for nothing but being the best, with `weights` all. Never one that a fork starts from, nor another run's."""
+    policy = run.spec.checkpoint
+    if run.status != "succeeded" or policy.after_success == "all":
+        return []
+    kept = why_kept(run)
+    no_best = msgspec.structs.replace(policy, keep_best=0)
+    spec = msgspec.structs.replace(run.spec, checkpoint=no_best)
+    kept_besides = why_kept(msgspec.structs.replace(run, spec=spec))
+    return [
+        c
+        for c in run.checkpoints
+        if not (c.weights_only or c.is_parents or c.forks)
+        and kept[c.step]
+        and (policy.after_success == "weights" or not kept_besides[c.step])
+    ]
+
+
+def _best(run: Run) -> list[int]:
+    """Steps of the timeline's checkpoints, the lowest validation loss first."""
+    scored = [
+        (c.val_loss, c.step) for c in run.checkpoints if isinstance(c.val_loss, float) and not c.superseded
+    ]
+    return [step for _, step in sorted(scored)]
+
+
+def deletable(run: Run) -> list[CheckpointInfo]:
+    """Checkpoints that nothing keeps. Empty until a starting attempt has read the one that it starts from."""
+    if run.status == "starting":
+        return []
+    reasons = why_kept(run)
+    return [c for c in run.checkpoints if not reasons[c.step]]

@@ -1,0 +1,125 @@
+"""Which settings decide the numbers of a run. Changing any other goes on with the same trajectory (a resume); changing one
+of these begins another (a fork)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sftd.domain.run.state import Run
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.domain.spec.on_resume import OnResume
+from sftd.domain.spec.parse import LEAVES
+from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
+
+# What decides, beside the contents of the data files, which rows there are, and in which order.
+_ORDER = (
+    "data.sequence_length",
+    "data.truncation",
+    "data.shuffle",
+    "model.megatron.seed",
+)
+
+
+# What other keys decide, so that naming them says enough.
+_DERIVED = ("training.gradient_accumulation_steps",)
+
+
+def flatten(spec: Spec) -> dict[str, Any]:
+    """Dotted key → value. Lists and `model.override_config` are values."""
+    flat: dict[str, Any] = {}
+
+    def walk(section: msgspec.Struct, prefix: str) -> None:
+        for name in section.__struct_fields__:
+            value = getattr(section, name)
+            if isinstance(value, msgspec.Struct):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    walk(spec, "")
+    return flat
+
+
+def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
+    """Dotted key → [old value, new value], of those that differ."""
+    before, after = flatten(old), flatten(new)
+    return {
+        key: [before[key], value]
+        for key, value in after.items()
+        if value != before[key] and key not in _DERIVED
+    }
+
+
+def is_derived(key: str) -> bool:
+    """Whether other keys decide this one's value."""
+    return key in _DERIVED
+
+
+def on_resume(key: str) -> OnResume:
+    """What another value of this key makes of the steps that a run has: what its field says, `fixed` by default."""
+    marks = [meta.extra["on_resume"] for meta in getattr(LEAVES[key], "__metadata__", ()) if meta.extra]
+    return marks[0] if marks else OnResume.FIXED
+
+
+def keeps_steps(key: str) -> bool:
+    """Whether another value of this key gives the same steps, bit for bit or to within rounding."""
+    return on_resume(key) is OnResume.FREE
+
+
+def other_trajectory(
+    old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int, anomalies: int = 0
+) -> list[str]:
+    """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
+    the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`. `anomalies` were
+    recorded in these steps."""
+    guilty = [key for key in changes(old, new) if on_resume(key) is OnResume.FIXED]
+    guilty += _skips_others(old, new, steps, anomalies)
+    if old_planned != new_planned and any(
+        learning_rate(step, old, old_planned) != learning_rate(step, old, new_planned)
+        for step in range(steps)
+    ):
+        guilty += [key for key in changes(old, new) if on_resume(key) is OnResume.LENGTH] or [
+            "trainer.max_steps"
+        ]
+    return guilty
+
+
+def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]:
+    """Keys by which other steps would have been left out of learning. A step that ended an attempt was the last of its
+    timeline, so it may be skipped from now on."""
+    was, now = old.training, new.training
+    guilty = []
+    if anomalies and was.on_non_finite == "skip" != now.on_non_finite:
+        guilty.append("training.on_non_finite")
+    if anomalies and (
+        was.on_spike == "skip" != now.on_spike or (was.on_spike, now.on_spike) == ("record", "skip")
+    ):
+        guilty.append("training.on_spike")
+    if steps and was.spike_factor != now.spike_factor and "skip" in (was.on_spike, now.on_spike):
+        guilty.append("training.spike_factor")
+    return guilty
+
+
+def same_order(old: Spec, new: Spec) -> bool:
+    """Whether both read the same samples in the same order, given the same data."""
+    return not any(key in _ORDER for key in changes(old, new))
+
+
+def forked_order(parent: Run, step: int, spec: Spec, train_digest: str) -> OrderStart:
+    """Where a fork of `parent` behind `step` begins to read: where the parent stood, if it has the parent's order of
+    samples, else at the beginning of its own."""
+    if train_digest != parent.train_digest or not same_order(parent.spec, spec):
+        return OrderStart(step, 0)
+    return OrderStart(step, parent.sample_position(step))
+
+
+def beginning(run: Run) -> OrderStart:
+    """Where the run's own steps began to read: what its planned steps were counted from."""
+    if run.fork is None:
+        return FROM_THE_BEGINNING
+    if run.fork.sample is None:
+        return run.order[0] if run.order else FROM_THE_BEGINNING
+    # Not the first piece of its order: that goes when the samples right behind the fork are left out.
+    return OrderStart(run.fork.step, run.fork.sample)

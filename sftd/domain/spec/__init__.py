@@ -1,0 +1,1 @@
+"""The spec: sections, parsing, checks, names of other trainers."""

@@ -1,0 +1,276 @@
+"""From what a user wrote (nested mapping + overrides) to a resolved `Spec`, or to every problem with it at once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from sftd.domain.errors import Problem, Refused, quote, shorten
+from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias, targets
+from sftd.domain.spec.check import check
+from sftd.domain.spec.other_trainers import BY_NAME, known, refusal
+from sftd.domain.spec.sections import Section
+from sftd.domain.spec.spec import Spec
+
+
+def _struct_type(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def leaves(cls: type[Section] = Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key of the spec as (dotted path, annotated type, default), in the order of the structs."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in msgspec.structs.fields(cls):
+        path = prefix + field.name
+        if section := _struct_type(hints[field.name]):
+            yield from leaves(section, path + ".")
+        else:
+            default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+            yield path, hints[field.name], default
+
+
+LEAVES: dict[str, Any] = {path: annotation for path, annotation, _ in leaves()}
+SECTIONS = {path.rsplit(".", n)[0] for path in LEAVES for n in range(1, path.count(".") + 1)}
+
+
+# What has keys under it, ours or such as are known under another name.
+_ABOVE = SECTIONS | {
+    name.rsplit(".", n)[0] for name in (*ALIASES, *BY_NAME) for n in range(1, name.count(".") + 1)
+}
+
+
+# To compare longer texts takes long, and none is nearly a key.
+_LONGEST_KEY = 100
+
+
+def _nearest(path: str) -> str:
+    """The key or accepted alias that is spelled almost like this one; empty where there is none."""
+    if len(path) > _LONGEST_KEY:
+        return ""
+    aliases = [alias for alias in (*ALIASES, MIN_LR) if targets(alias)]
+    if by_path := difflib.get_close_matches(path, [*LEAVES, *aliases], n=1, cutoff=0.85):
+        return by_path[0]
+    tails = {key.rpartition(".")[2]: key for key in (*reversed(aliases), *reversed(LEAVES))}
+    by_name = difflib.get_close_matches(path.rpartition(".")[2], tails, n=1, cutoff=0.8)
+    return tails[by_name[0]] if by_name else ""
+
+
+def _unknown(path: str) -> Problem:
+    row = known(path)
+    if row is not None and not row.here:
+        return Problem(path, "has no counterpart in sftd", f"leave it out: {row.note}")
+    if row is not None:
+        return Problem(path, "unknown key", f"write {row.answer}")
+    nearest = _nearest(path)
+    fix = f"did you mean `{nearest}`?" if nearest else "`sftd config` lists every key"
+    return Problem(shorten(path), "unknown key", fix)
+
+
+# Deeper than any key.
+_DEEPEST = 4
+
+
+def _flatten(
+    tree: Mapping[Any, Any], prefix: str, problems: list[Problem], warnings: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        row = BY_NAME.get(path)
+        is_mapping = isinstance(value, Mapping)
+        if path in LEAVES or path in ALIASES or path == MIN_LR:
+            yield path, value
+        elif is_mapping and (path in _ABOVE or row is None) and path.count(".") < _DEEPEST:
+            yield from _flatten(value, path + ".", problems, warnings)
+        elif row is not None and row.is_neutral(value):
+            continue
+        elif path in SECTIONS:
+            # `optimizer:` with nothing under it is an empty section, not a mistake.
+            if value is not None:
+                what = f"is a section, but {quote(value)} was given"
+                problems.append(Problem(path, what, f"write {path}.KEY: VALUE"))
+        elif row is not None and row.harmless:
+            warnings.append(Problem(path, f"is not used: {row.note}"))
+        else:
+            problems.append(_unknown(path))
+
+
+def _canonical(
+    entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem], warnings: list[Problem]
+) -> tuple[dict[str, Any], Any]:
+    """Translate aliases. Returns the canonical leaves and `optim.min_lr` when it was given."""
+    out: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    min_lr = None
+    for path, value in entries:
+        if path == MIN_LR:
+            min_lr = value
+            continue
+        try:
+            translated = {path: value} if path in LEAVES else ALIASES[path](value)
+        except UnusableAlias as error:
+            problems.append(Problem(path, f"{quote(value)} cannot be used here", str(error)))
+            continue
+        except UnusedAlias as error:
+            warnings.append(Problem(path, f"{quote(value)} is not used", str(error)))
+            continue
+        for target, target_value in translated.items():
+            if source == "file" and target in out and out[target] != target_value:
+                problems.append(
+                    Problem(
+                        path,
+                        f"is another name for `{spelled[target]}`, and the two differ ({quote(target_value)}, "
+                        f"{quote(out[target])})",
+                        "keep one of them",
+                    )
+                )
+            out[target] = target_value
+            spelled[target] = path
+    return out, min_lr
+
+
+def _accepts_list(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    if origin is list:
+        return True
+    return any(_accepts_list(arg) for arg in get_args(annotation)[:1]) if origin is not dict else False
+
+
+def _expected(annotation: Any) -> str:
+    base = annotation
+    while get_origin(base) is not None and hasattr(base, "__metadata__"):
+        base = base.__origin__
+    origin = get_origin(base)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(arg) for arg in get_args(base))
+    if base is type(None):
+        return "null"
+    if origin is list:
+        return "a list of texts"
+    if origin is dict:
+        return "a mapping"
+    if args := get_args(base):
+        return "one of " + ", ".join(map(str, args))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+        base, str(base)
+    )
+
+
+_YAML_1_1_BOOLEANS = frozenset({"yes", "no", "on", "off", "y", "n"})
+
+
+def _expects_bool(annotation: Any) -> bool:
+    return annotation is bool or any(
+        _expects_bool(arg) for arg in get_args(annotation) if arg is not annotation
+    )
+
+
+def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
+    annotation = LEAVES[path]
+    if isinstance(value, str) and _accepts_list(annotation):
+        value = [value]
+    try:
+        converted = msgspec.convert(value, annotation)
+    except msgspec.ValidationError as error:
+        reason = shorten(re.sub(r" - at `.*`$", "", str(error)))
+        is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS and _expects_bool(annotation)
+        hint = "; yes, no, on and off are texts, as in YAML 1.2" if is_word else ""
+        problems.append(Problem(path, f"{quote(value)}: {reason}", f"give {_expected(annotation)}{hint}"))
+        return None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        problems.append(Problem(path, f"{quote(value)} is not a finite number", "give a finite number"))
+    return converted
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, name = path.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
+
+
+def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> tuple[Spec, list[Problem]]:
+    """Make a resolved spec of a nested mapping and `(dotted key, value)` overrides, of which the later wins.
+
+    Returns the spec and its warnings. Raises `Refused` with every problem found; the checks here need neither
+    the model nor the data (see `layout.check_model`).
+    """
+    problems = refusal(config, _ABOVE)
+    if problems:
+        raise Refused(problems)
+    left_out: list[Problem] = []
+    from_file, min_lr = _canonical(_flatten(config, "", problems, left_out), "file", problems, left_out)
+    override_entries: list[tuple[str, Any]] = []
+    for key, value in overrides:
+        # Hydra users write +key=value for a key that the file does not have.
+        tree = _nested({key.removeprefix("+"): value})
+        override_entries.extend(_flatten(tree, "", problems, left_out))
+    from_overrides, min_lr_override = _canonical(override_entries, "overrides", problems, left_out)
+    flat = from_file | from_overrides
+    if min_lr_override is not None:
+        min_lr = min_lr_override
+    if min_lr is not None:
+        lr = flat.get("optimizer.lr", Spec().optimizer.lr)
+        if (
+            all(isinstance(v, int | float) and not isinstance(v, bool) for v in (lr, min_lr))
+            and 0 <= min_lr <= lr > 0
+        ):
+            if min_lr_override is not None and "scheduler.min_lr_ratio" not in from_overrides:
+                flat.pop("scheduler.min_lr_ratio", None)
+            flat.setdefault("scheduler.min_lr_ratio", min_lr / lr)
+        else:
+            problems.append(
+                Problem(
+                    MIN_LR,
+                    f"{quote(min_lr)} is not between 0 and optimizer.lr ({quote(lr)})",
+                    "give a smaller number",
+                )
+            )
+    values = {path: _convert(path, value, problems) for path, value in flat.items()}
+    if problems:
+        raise Refused(problems)
+    spec = msgspec.convert(_nested(values), Spec)
+    problems, warnings = check(spec)
+    if problems:
+        raise Refused(problems)
+    return _resolve(spec), left_out + warnings
+
+
+def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:
+    """A resolved spec with `(dotted key, value)` overrides laid over it: what `_resolve` filled in follows them.
+
+    Returns the new spec and its warnings. Raises `Refused`.
+    """
+    config = msgspec.to_builtins(spec)
+    config["training"]["gradient_accumulation_steps"] = None
+    free = msgspec.structs.replace(spec, launch=msgspec.structs.replace(spec.launch, nproc_per_node=None))
+    if free.nproc_per_node == spec.launch.nproc_per_node:
+        # As many ranks as the layout needs: as many as the new one needs.
+        config["launch"]["nproc_per_node"] = None
+    given = list(overrides)
+    if any(key.removeprefix("+") in ("trainer.epochs", "trainer.total_epochs") for key, _ in given):
+        config["trainer"]["max_steps"] = None
+    return parse(config, given)
+
+
+def _resolve(spec: Spec) -> Spec:
+    trainer = spec.trainer
+    if trainer.max_steps is not None:
+        trainer = msgspec.structs.replace(trainer, epochs=None)
+    elif trainer.epochs is None:
+        trainer = msgspec.structs.replace(trainer, epochs=1)
+    return msgspec.structs.replace(
+        spec,
+        trainer=trainer,
+        launch=msgspec.structs.replace(spec.launch, nproc_per_node=spec.nproc_per_node),
+        training=msgspec.structs.replace(spec.training, gradient_accumulation_steps=spec.num_microbatches),
+    )

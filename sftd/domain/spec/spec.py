@@ -1,0 +1,152 @@
+"""The spec: the frozen, validated, fully resolved config of a run. Its digest names it.
+
+`spec_sections` holds its sections; `spec_parse` makes a spec from what a user wrote, `layout` checks what must fit together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import msgspec
+
+from sftd.domain.spec.sections import (
+    Checkpoint,
+    Data,
+    Launch,
+    Model,
+    Optimizer,
+    Scheduler,
+    Section,
+    Trainer,
+    Training,
+)
+
+
+class OrderStart(msgspec.Struct, frozen=True):
+    """Where in the endless order of samples a run reads: 0-based step `step` begins at position `sample`. Both are 0 but in
+    a fork, which may go on where its parent stood with batches of another size, or begin with other data."""
+
+    step: int = 0
+    sample: int = 0
+
+    def position(self, step: int, batch_size: int) -> int:
+        """Position of the first sample of 0-based `step`, which is not before `self.step`."""
+        return self.sample + (step - self.step) * batch_size
+
+
+FROM_THE_BEGINNING = OrderStart()
+
+
+class Spec(Section, frozen=True):
+    """A whole run. Resolved: `launch.nproc_per_node`, `training.gradient_accumulation_steps` and `trainer.epochs`
+    or `trainer.max_steps` are filled in by `spec_parse.resolve`."""
+
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    trainer: Trainer = Trainer()
+    checkpoint: Checkpoint = Checkpoint()
+    launch: Launch = Launch()
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: TP × PP × CP."""
+        m = self.model.megatron
+        return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+
+    @property
+    def nproc_per_node(self) -> int:
+        """Ranks per machine."""
+        if self.launch.nproc_per_node:
+            return self.launch.nproc_per_node
+        m = self.model.megatron
+        # Any ranks of a pipeline stage share the experts.
+        stage = math.lcm(m.tensor_model_parallel_size * m.context_parallel_size, m.expert_model_parallel_size)
+        return -(-stage * m.pipeline_model_parallel_size // self.launch.nnodes)
+
+    @property
+    def world_size(self) -> int:
+        """All ranks of an attempt."""
+        return self.launch.nnodes * self.nproc_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model that each take a share of the batch."""
+        return max(1, self.world_size // self.model_parallel_size)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens of a packed micro-batch."""
+        t = self.training
+        return t.micro_batch_tokens or t.micro_batch_size_per_gpu * self.data.sequence_length
+
+    @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """The sizes of the layout by their usual short names."""
+        m = self.model.megatron
+        return {
+            "TP": m.tensor_model_parallel_size,
+            "PP": m.pipeline_model_parallel_size,
+            "VPP": m.virtual_pipeline_model_parallel_size or 1,
+            "CP": m.context_parallel_size,
+            "EP": m.expert_model_parallel_size,
+            "DP": self.data_parallel_size,
+        }
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP).
+
+        Packed, a step has as many as its tokens need; these are the most, needed when every sample has
+        `sequence_length` tokens.
+        """
+        m, size = self.model.megatron, self.training.micro_batch_size_per_gpu
+        if not self.training.use_rmpad:
+            return max(1, self.data.train_batch_size // (size * self.data_parallel_size))
+        samples = max(1, self.micro_batch_tokens // self.data.sequence_length)
+        count = -(-self.data.train_batch_size // (samples * self.data_parallel_size))
+        # What the interleaved schedule takes; empty micro-batches fill up.
+        group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
+        return -(-count // group) * group
+
+    def planned_steps(self, train_rows: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
+        """Optimizer steps of the whole run over `train_rows` usable rows, those before `start` included.
+
+        An epoch is the steps that see every row at least once; its last batch is filled from the epoch that
+        follows, so that every step has the same number of samples and no row is dropped.
+        """
+        if self.trainer.max_steps is not None:
+            return self.trainer.max_steps
+        left = max(0, (self.trainer.epochs or 1) * train_rows - start.sample)
+        return start.step - (-left // self.data.train_batch_size)
+
+    def warmup_steps(self, planned_steps: int) -> int:
+        """Steps of linear warm-up; `scheduler.warmup_steps` wins over `scheduler.warmup_ratio`."""
+        if self.scheduler.warmup_steps is not None:
+            return self.scheduler.warmup_steps
+        return round(self.scheduler.warmup_ratio * planned_steps)
+
+
+_DEFAULTS = Spec()
+# Keys that the digests of earlier specs do not have.
+_ADDED_KEYS = (("checkpoint", "after_success"), ("scheduler", "decay_ratio"))
+
+
+def canonical_json(spec: Spec) -> bytes:
+    """The spec as JSON with sorted keys: equal specs give equal bytes.
+
+    A key that later versions added is left out while it has its default, so that an older spec keeps its digest.
+    """
+    written = msgspec.to_builtins(spec)
+    for section, key in _ADDED_KEYS:
+        if getattr(getattr(spec, section), key) == getattr(getattr(_DEFAULTS, section), key):
+            del written[section][key]
+    return msgspec.json.encode(written, order="sorted")
+
+
+def spec_digest(spec: Spec) -> str:
+    """sha256 (hex) of the canonical JSON: names the spec."""
+    return hashlib.sha256(canonical_json(spec)).hexdigest()

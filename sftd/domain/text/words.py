@@ -1,0 +1,49 @@
+"""Numbers and changes as people read them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sftd.domain.text.printable import printable
+
+
+def loss(value: float | str | None) -> str:
+    """A loss with four decimals; a non-finite one by its name."""
+    if value is None:
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        # A damaged view; `sftd db check` names it.
+        return "?"
+    return f"{number:.4f}" if number - number == 0.0 else str(value)
+
+
+def changes(changed: dict[str, Any]) -> list[str]:
+    """Changes of a spec, key → [before, after], a line each."""
+
+    def shown(value: Any) -> str:
+        return printable(value) if isinstance(value, str) and value else json.dumps(value)
+
+    return [f"{key}: {shown(was)} → {shown(now)}" for key, (was, now) in changed.items()]
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 row`, `2,048 rows`; `plural` is for a noun that does not just take an s."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def memory(count: float) -> str:
+    """Bytes of memory → `12.3 GiB`, the unit in which devices have it."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 * 0.95 else f"{count / 2**20:.0f} MiB"
+
+
+def size(count: int) -> str:
+    """Bytes on a disk → `1.6 GB`, the unit in which disks are sold. Memory has its own: `memory`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

@@ -1,0 +1,1 @@
+"""What people ask for: each function is one command that writes."""

@@ -1,0 +1,36 @@
+"""What people do to keep a run from going on without ending it: hold, release, pause."""
+
+from __future__ import annotations
+
+from sftd.domain.run import stops as halting
+from sftd.domain.run.state import Run
+from sftd.operations.context import Context, append_decided, current
+from sftd.store.database.engine import Store
+from sftd.store.queries.resolve import resolve_id
+from sftd.store.queue import leases as queue
+
+
+def hold(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
+    """Keep a waiting run from starting until it is released."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        append_decided(tx, context, run.run_id, run.version, halting.hold(run, by, reason))
+        queue.hold(tx, run.run_id)
+        return current(tx.connection, run.run_id)
+
+
+def release(store: Store, context: Context, prefix: str, by: str) -> Run:
+    """Let a held run wait for its turn again, in its old place."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        append_decided(tx, context, run.run_id, run.version, halting.release(run, by))
+        queue.release(tx, run.run_id)
+        return current(tx.connection, run.run_id)
+
+
+def pause(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
+    """Ask a run that is being trained to stop with a checkpoint, until it is resumed."""
+    with store.write() as tx:
+        run = current(tx.connection, resolve_id(tx.connection, prefix))
+        append_decided(tx, context, run.run_id, run.version, halting.pause(run, by, reason), run.attempt)
+        return current(tx.connection, run.run_id)

@@ -1,0 +1,1 @@
+"""What a daemon writes while it drives attempts."""

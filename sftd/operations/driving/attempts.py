@@ -1,0 +1,258 @@
+"""What a daemon does with attempts. Every write checks the lease's token and raises `LeaseLost` when it is another's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from sftd.domain.errors import LeaseLost
+from sftd.domain.log import events as e
+from sftd.domain.log.model_record import ModelRecord
+from sftd.domain.queue.order import Limits
+from sftd.domain.repro import steps as redoing
+from sftd.domain.run import decisions, exactness, loss_watch
+from sftd.domain.run.failures import Failure, Interruption
+from sftd.domain.run.state import ENDED, Run
+from sftd.operations.context import Context, append_decided, current
+from sftd.operations.dependents import leave_queue
+from sftd.operations.driving.turns import NO_LIMITS, Fits, next_turn
+from sftd.operations.queries.model_files import read_record
+from sftd.store.database.engine import Store, Tx
+from sftd.store.log import event_store, positions
+from sftd.store.queue import leases as queue
+from sftd.store.queue.leases import Lease
+from sftd.wire.attempt import journal
+from sftd.wire.attempt.journal import Line
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """A lease just taken, the run as it was before, where the attempt starts, and what the log knows of its model folder."""
+
+    lease: Lease
+    run: Run
+    start: e.AttemptClaimed
+    checkpoint_digest: str | None
+    model: ModelRecord
+
+
+def claim(
+    store: Store,
+    context: Context,
+    *,
+    daemon: str,
+    host: str,
+    fits: Fits,
+    lease_micros: int,
+    limits: Limits = NO_LIMITS,
+) -> Claimed | None:
+    """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
+
+    A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so that a large run cannot
+    starve.
+    """
+    with store.read() as connection:
+        # Most of the time there is nothing to do, and nobody is kept from writing to find that out.
+        turn = next_turn(connection, store.clock(connection, context.now()), fits, limits)
+        if turn is None or not turn.fits:
+            return None
+    with store.write() as tx:
+        now = tx.now(context.now())
+        turn = next_turn(tx.connection, now, fits, limits)
+        if turn is None or not turn.fits:
+            return None
+        run = current(tx.connection, turn.entry.run_id)
+        checkpoint = run.restart_checkpoint
+        start = decisions.claim(run, daemon, host)
+        lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
+        queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
+        append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
+        digest = checkpoint.manifest_digest if checkpoint else None
+        return Claimed(lease, run, start, digest, read_record(tx.connection, run.run_id))
+
+
+def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
+    """Record that the attempt's processes were started: once, although a caller whose database went away while it
+    answered asks again."""
+    with store.read() as connection:
+        told = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
+    if not any(r.attempt == lease.attempt for r in told):
+        _append_leased(store, context, lease, event)
+
+
+def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled) -> None:
+    """Record what the attempt's host is doing."""
+    _append_leased(store, context, lease, event)
+
+
+def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
+    """Record what Slurm says of the attempt's job."""
+    _append_leased(store, context, lease, event)
+
+
+def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, lease_micros: int) -> Lease:
+    """Take a living attempt over from a daemon that is gone."""
+    with store.write() as tx:
+        run = current(tx.connection, old.run_id)
+        lease = Lease(
+            old.run_id, old.attempt, context.new_id(), event.daemon, tx.now(context.now()) + lease_micros
+        )
+        if not queue.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
+            raise LeaseLost
+        append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
+        return lease
+
+
+def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event) -> None:
+    with store.write() as tx:
+        queue.check(tx, lease.run_id, lease.token)
+        run = current(tx.connection, lease.run_id)
+        append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
+
+
+def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
+    """The steps that earlier attempts recorded behind the one from which this attempt starts, by number: what it does
+    again must equal them."""
+    if lease.attempt == 1:
+        return {}
+    start = 0
+    before: list[e.Event] = []
+    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped", "CheckpointPublished")
+    with store.read() as connection:
+        for r in event_store.read_stream(connection, lease.run_id, types=types):
+            if isinstance(r.event, e.AttemptClaimed):
+                start = r.event.from_step
+                before.append(r.event)
+            elif r.attempt != lease.attempt:
+                before.append(r.event)
+    return {step: event for step, event in redoing.comparable(before).items() if step > start}
+
+
+def losses_before(store: Store, run_id: str, step: int) -> list[float]:
+    """The losses with which the trainer's watch for spikes goes on behind `step`."""
+    types = ("StepCompleted", "AnomalyDetected")
+    with store.read() as connection:
+        recorded = event_store.read_stream(connection, run_id, types=types)
+        return loss_watch.losses_before((r.event for r in recorded), step)
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """Lines of an attempt's journal, the last of which ends at `byte_offset`. Steps that are done again are compared with
+    `before` (see `steps_before`)."""
+
+    lease: Lease
+    lines: list[Line]
+    byte_offset: int
+    before: Mapping[int, e.StepCompleted]
+
+
+def record(
+    store: Store,
+    context: Context,
+    lease: Lease,
+    lines: list[Line],
+    byte_offset: int,
+    before: Mapping[int, e.StepCompleted],
+) -> list[e.Recorded]:
+    """Ingest lines of one journal: exactly once. Returns the events appended."""
+    (recorded,) = record_all(store, context, [Taken(lease, lines, byte_offset, before)])
+    return recorded
+
+
+def record_all(store: Store, context: Context, batch: Sequence[Taken]) -> list[list[e.Recorded]]:
+    """Ingest lines of several attempts' journals, exactly once, in one transaction: a commit waits for the disk, and views
+    are written, once for all of them. One lease that is lost, and nothing is recorded. Returns the events appended."""
+    if not any(taken.lines for taken in batch):
+        return [[] for _ in batch]
+    with store.write() as tx:
+        return [_record(tx, context, taken) if taken.lines else [] for taken in batch]
+
+
+def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
+    lease, lines = taken.lease, taken.lines
+    queue.check(tx, lease.run_id, lease.token)
+    run = current(tx.connection, lease.run_id)
+    cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
+    new: list[e.NewEvent] = []
+    is_exact, environment = run.is_exact, run.environment
+    for line in lines:
+        if line.number <= cursor:
+            continue
+        item = e.NewEvent(
+            event=line.event,
+            event_id=journal.event_id(lease.run_id, lease.attempt, line.number),
+            occurred_at=line.occurred_at,
+            actor="trainer",
+            attempt=lease.attempt,
+        )
+        new.append(item)
+        if isinstance(line.event, e.ModelLoaded):
+            is_exact, _loose = exactness.at_load(run, line.event)
+            environment = line.event.environment
+        if isinstance(line.event, e.StepCompleted) and (
+            anomaly := redoing.compare_redone(
+                taken.before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
+            )
+        ):
+            new.append(
+                msgspec.structs.replace(
+                    item,
+                    event=anomaly,
+                    event_id=context.new_id(),
+                    actor=context.actor,
+                    causation_id=item.event_id,
+                )
+            )
+    recorded = event_store.append(tx, lease.run_id, run.version, new, context.now())
+    positions.set_journal_cursor(tx, lease.run_id, lease.attempt, lines[-1].number, taken.byte_offset)
+    return recorded
+
+
+def reject_journal(store: Store, context: Context, lease: Lease, what: str) -> None:
+    """Record that an attempt's journal cannot be read any further."""
+    _append_leased(store, context, lease, e.AnomalyDetected(step=0, what=what))
+
+
+def finish(
+    store: Store,
+    context: Context,
+    lease: Lease,
+    *,
+    exit_code: int | None,
+    failure: Failure,
+    lost: bool,
+    backoff_seconds: float,
+    interruption: Interruption | None = None,
+) -> Run:
+    """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
+    with store.write() as tx:
+        queue.check(tx, lease.run_id, lease.token)
+        run = current(tx.connection, lease.run_id)
+        now = context.now()
+        decided = decisions.end_attempt(
+            run,
+            exit_code=exit_code,
+            failure=failure,
+            lost=lost,
+            now=now,
+            backoff_base=backoff_seconds,
+            interruption=interruption,
+        )
+        append_decided(tx, context, run.run_id, run.version, decided, lease.attempt)
+        run = current(tx.connection, lease.run_id)
+        if run.status in ENDED:
+            leave_queue(tx, context, run)
+        elif run.status == "paused":
+            queue.leave(tx, run.run_id)
+        else:
+            # The back-off begins now, whatever this host's clock says.
+            wait = max(0, run.retry_at - now) if run.retry_at else 0
+            queue.wait_again(tx, run.run_id, tx.now(now) + wait)
+        return run
+
+
+def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
+    """Prolong leases. Returns those that were lost."""
+    with store.write(appends=False) as tx:
+        held = queue.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
+    return [lease for lease in leases if lease.token not in held]

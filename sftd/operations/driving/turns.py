@@ -1,0 +1,151 @@
+"""Whose turn it is on a daemon's host, and which runs make room for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.log.events import Micros
+from sftd.domain.queue.demand import Demand, Need
+from sftd.domain.queue.forecast import look_ahead
+from sftd.domain.queue.order import Entry, Gate, Limits, choose_victims, stuck
+from sftd.domain.run import stops as halting
+from sftd.operations.context import Context, append_decided, current
+from sftd.operations.queries.placing import placed
+from sftd.operations.queries.queue import host_of, living
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue import leases as queue
+from sftd.store.queue import order as schedule
+
+NO_LIMITS = Limits()
+# Whether a run's devices are free now (True), are in use (False), or it can never start here (None): they are more than the
+# daemon will ever have, or its checkpoint is another host's.
+Fits = Callable[[Entry], bool | None]
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and so does all behind it."""
+
+    entry: Entry
+    fits: bool
+
+
+def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
+    """The first run in order that nothing but devices can keep waiting here. Runs for this host and runs for Slurm do not
+    wait for each other."""
+    gate = Gate(limits, schedule.running(connection) if limits != NO_LIMITS else (), now)
+    waits: Turn | None = None
+    for entry in schedule.in_order(connection, now):
+        if waits is not None and entry.demand.launcher == waits.entry.demand.launcher:
+            continue
+        if gate.why_not(entry) is None and (fit := fits(entry)) is not None:
+            if fit:
+                return Turn(entry, fit)
+            if waits is not None:
+                # Both wait. Room is made for the first.
+                return waits
+            waits = Turn(entry, fit)
+    return waits
+
+
+def preempt(
+    store: Store,
+    context: Context,
+    *,
+    daemon: str,
+    fits: Fits,
+    need: Callable[[Demand], Need],
+    free: Callable[[str], int],
+    limits: Limits,
+    silent_micros: int,
+) -> list[str]:
+    """Ask running runs of lower priority to make room for the run whose turn it is, if that is enough. Returns their ids.
+
+    `need` says what a run takes on this daemon's host, `free` how many devices of a kind are free there. Nobody has to go
+    while another daemon, seen in the last `silent_micros`, has the devices: it is about to start the run.
+    """
+
+    def plan(connection: sa.Connection) -> tuple[Entry, list[Entry]] | None:
+        mine = schedule.running(connection, daemon)
+        if not any(e.demand.preemptible for e in mine):
+            return None
+        now = store.clock(connection, context.now())
+        turn = next_turn(connection, now, fits, limits)
+        if turn is None or turn.fits:
+            return None
+        wanted = need(turn.entry.demand)
+
+        def count(entry: Entry) -> int:
+            has = need(entry.demand)
+            return has.count if has.device == wanted.device else 0
+
+        going = [e for e in mine if e.status == "stopping"]
+        staying = [e for e in mine if e.status != "stopping"]
+        lacking = wanted.count - free(wanted.device) - sum(map(count, going))
+        victims = choose_victims(turn.entry, staying, lacking, count)
+        if not victims or _others_make_room(connection, turn.entry, daemon, now):
+            return None
+        if _others_have_room(connection, turn.entry, daemon, now, silent_micros):
+            return None
+        return turn.entry, victims
+
+    with store.read() as connection:
+        if plan(connection) is None:
+            return []
+    with store.write() as tx:
+        # Once more: now nobody else changes the queue.
+        found = plan(tx.connection)
+        if found is None:
+            return []
+        head, victims = found
+        for victim in victims:
+            run = current(tx.connection, victim.run_id)
+            decided = halting.preempt(run, head.run_id, head.priority)
+            append_decided(tx, context, run.run_id, run.version, decided, run.attempt)
+        return [victim.run_id for victim in victims]
+
+
+def _others_make_room(connection: sa.Connection, head: Entry, daemon: str, now: Micros) -> bool:
+    """Whether another daemon has runs make room for `head` already. One that has fallen silent may never do it."""
+    return any(
+        current(connection, e.run_id).preempted_by == head.run_id
+        and (queue.expires_at(connection, e.run_id) or 0) > now
+        for e in schedule.running(connection)
+        if e.owner != daemon and e.status == "stopping"
+    )
+
+
+def _others_have_room(
+    connection: sa.Connection, head: Entry, daemon: str, now: Micros, silent_micros: int
+) -> bool:
+    """Whether the host of another living daemon has devices free for `head`."""
+    alive = living(daemons.every(connection), now, silent_micros)
+    hosts = [host_of(row) for row in alive if row.daemon_id != daemon]
+    # Free devices are no room where its checkpoint is not.
+    head = placed(connection, [head])[0]
+    return (
+        look_ahead([head], schedule.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind
+        == "start"
+    )
+
+
+def stopping(store: Store, daemon: str) -> Mapping[str, bool]:
+    """The runs of this daemon that were asked to stop, and whether they are to be killed for it."""
+    with store.read() as connection:
+        return {
+            run_id: current(connection, run_id).stop_now for run_id in schedule.stopping(connection, daemon)
+        }
+
+
+def anything_left(store: Store, context: Context, fits: Fits, limits: Limits) -> bool:
+    """Whether some daemon drives a run, or a run waits that will start here without a person."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        if any(lease.expires_at > now for lease in queue.leases(connection)):
+            return True
+        waiting = [e for e in schedule.waiting(connection) if not e.is_held]
+    gate = Gate(limits, (), now)
+    return len(stuck(waiting, lambda e: gate.can_ever_pass(e) and fits(e) is not None)) < len(waiting)

@@ -1,0 +1,1 @@
+"""What people and daemons read. Nothing here writes."""

@@ -1,0 +1,260 @@
+"""What a live board shows: the queue, the devices, the runs that train and what happened last. Nothing here writes, and a
+second look costs what has changed since the first."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.compare.curves import History, Point, mean_over_time
+from sftd.domain.log.events import Micros, Recorded
+from sftd.domain.queue.order import Limits
+from sftd.domain.run.goodput import Ledger
+from sftd.domain.run.state import ACTIVE, Run
+from sftd.operations.context import Context
+from sftd.operations.queries.nodes import Node, list_nodes
+from sftd.operations.queries.queue import QueueRow, list_queue
+from sftd.store.database.engine import DatabaseUnreachable, Store
+from sftd.store.log import curves as curve_store
+from sftd.store.log import event_store
+from sftd.store.log.runs import load_run
+from sftd.store.queries import board as board_store
+from sftd.store.queries.resolve import resolve_id
+
+# Steps of which a board shows the losses, and over which it takes the speed.
+_RECENT, _SPEED = 240, 10
+# The first look goes back so many events of all runs, and the board of a run takes in so many at a time.
+_BACK, _PAGE = 20_000, 20_000
+_NOTICES, _NOTICES_OF_RUN = 60, 12
+_NODES_MICROS = 5_000_000
+
+
+class RunLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A run that a daemon drives. `losses` are those of the last steps; speed and MFU are means over a few of them, None
+    where no step tells. `stepped_at` is when the last step ended."""
+
+    run: Run
+    losses: list[float]
+    tokens_per_second: float | None
+    mfu: float | None
+    memory: int | None
+    seconds_left: float | None
+    stepped_at: Micros | None
+    last: Recorded | None
+    host: str | None = None
+    observed: bool = True
+
+
+class Board(msgspec.Struct, frozen=True):
+    """One look. `notices` and `failures` are events that are no steps, newest first."""
+
+    at: Micros
+    queue: list[QueueRow]
+    nodes: list[Node]
+    runs: list[RunLine]
+    notices: list[Recorded]
+    failures: list[Recorded]
+
+
+class RunBoard(msgspec.Struct, frozen=True):
+    """One look at one run. `history` holds its curves as far as they are read: all of them once `is_complete`; `ledger`
+    is None until then."""
+
+    at: Micros
+    line: RunLine
+    row: QueueRow | None
+    history: History
+    is_complete: bool
+    ledger: Ledger | None
+    notices: list[Recorded]
+
+
+class _Steps:
+    """The last steps of one run."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._points: deque[Point] = deque(maxlen=_RECENT)
+        self._at: Micros | None = None
+
+    def catch_up(self, connection: sa.Connection, run_id: str) -> None:
+        """Take in what came since."""
+        for version, at, point in board_store.last_points(connection, run_id, self.version, _RECENT):
+            # An attempt that goes on from a checkpoint draws its line anew.
+            while self._points and self._points[-1].step >= point.step:
+                self._points.pop()
+            self._points.append(point)
+            self.version, self._at = version, at
+
+    def tokens_per_second(self) -> float | None:
+        """The speed of the last few."""
+        recent = list(self._points)[-_SPEED:]
+        seconds = math.fsum(float(p.seconds) for p in recent)
+        return sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None
+
+    def line(self, run: Run, row: QueueRow | None, last: Recorded | None) -> RunLine:
+        """What they say of the run."""
+        recent = list(self._points)[-_SPEED:]
+        known = [(p.mfu, float(p.seconds)) for p in recent if p.mfu is not None]
+        left = None
+        if run.status in ACTIVE and run.seconds_per_step is not None:
+            left = max(0, run.planned_steps - run.step) * run.seconds_per_step
+        return RunLine(
+            run=run,
+            losses=[float(p.loss) for p in self._points],
+            tokens_per_second=self.tokens_per_second(),
+            mfu=mean_over_time(known),
+            memory=max((p.peak_memory_bytes for p in recent if p.peak_memory_bytes), default=None),
+            seconds_left=left,
+            stepped_at=self._at,
+            last=last,
+            host=row.host if row else None,
+            observed=row.observed if row else True,
+        )
+
+
+def tokens_per_second(store: Store, run_id: str) -> float | None:
+    """The speed of a run's last few steps, as the board shows it; None without a step."""
+    steps = _Steps()
+    with store.read() as connection:
+        steps.catch_up(connection, run_id)
+    return steps.tokens_per_second()
+
+
+class _Watched:
+    """A database that may go away and come back, perhaps as another one."""
+
+    def __init__(self, store: Store, context: Context, limits: Limits, silent_micros: int) -> None:
+        self.store, self.context, self.limits, self.silent = store, context, limits, silent_micros
+        url = store.engine.url
+        self._file = url.database if url.get_backend_name() == "sqlite" else None
+        self._identity = self._identify()
+
+    def _identify(self) -> tuple[int, int] | None:
+        if self._file is None:
+            return None
+        try:
+            found = os.stat(self._file)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def forget(self) -> None:
+        """Begin anew: it is another database, or an earlier state of it."""
+
+    def check(self) -> None:
+        """See that an SQLite file is the one that was opened: an open file can be read when it has long been deleted.
+        Raises `DatabaseUnreachable`."""
+        if self._file is None:
+            return
+        identity = self._identify()
+        if identity is not None and identity == self._identity:
+            return
+        # Its connections belong to the file that was.
+        self.store.engine.dispose()
+        if identity is None:
+            raise DatabaseUnreachable(f"{self._file} is gone")
+        self._identity = identity
+        self.forget()
+
+
+class Observer(_Watched):
+    """Looks at everything."""
+
+    def __init__(self, store: Store, context: Context, limits: Limits, silent_micros: int) -> None:
+        super().__init__(store, context, limits, silent_micros)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._position = -1
+        self._steps: dict[str, _Steps] = {}
+        self._last: dict[str, Recorded] = {}
+        self._notices: deque[Recorded] = deque(maxlen=_NOTICES)
+        self._failures: deque[Recorded] = deque(maxlen=_NOTICES)
+        self._nodes: list[Node] = []
+        self._nodes_of: tuple[Micros, frozenset[str]] | None = None
+
+    def look(self) -> Board:
+        """Look once. Raises what the database does when it does not answer."""
+        self.check()
+        rows = list_queue(self.store, self.context, self.limits, self.silent)
+        driven = [row for row in rows if not row.kind]
+        nodes = self._look_at_nodes(frozenset(row.run_id for row in driven))
+        with self.store.read() as connection:
+            self._take_notices(connection)
+            runs = board_store.states(connection, [row.run_id for row in driven])
+            self._steps = {name: steps for name, steps in self._steps.items() if name in runs}
+            lines = [self._line(connection, runs[row.run_id], row) for row in driven if row.run_id in runs]
+        return Board(
+            self.context.now(), rows, nodes, lines, list(self._notices)[::-1], list(self._failures)[::-1]
+        )
+
+    def _look_at_nodes(self, driven: frozenset[str]) -> list[Node]:
+        """The daemons. Which devices they use is found among all launches of the runs that they drive, so they are asked
+        for less often while these are the same."""
+        now = self.context.now()
+        if self._nodes_of is None or self._nodes_of[1] != driven or now - self._nodes_of[0] > _NODES_MICROS:
+            self._nodes, self._nodes_of = list_nodes(self.store, self.context, self.silent), (now, driven)
+        return self._nodes
+
+    def _take_notices(self, connection: sa.Connection) -> None:
+        position = event_store.last_position(connection)
+        if position < self._position:
+            self.forget()
+        after = max(self._position, position - _BACK)
+        for recorded in reversed(board_store.notices_between(connection, after, position, 4 * _NOTICES)):
+            if recorded.event.severity != "detail":
+                self._last[recorded.run_id] = recorded
+                failed = recorded.event.severity == "problem"
+                (self._failures if failed else self._notices).append(recorded)
+        self._position = position
+
+    def _line(self, connection: sa.Connection, run: Run, row: QueueRow) -> RunLine:
+        steps = self._steps.setdefault(run.run_id, _Steps())
+        steps.catch_up(connection, run.run_id)
+        if run.run_id not in self._last:
+            found = board_store.last_notices(connection, run.run_id, _NOTICES_OF_RUN)
+            # A run begins with one that is not minor.
+            self._last |= {r.run_id: r for r in reversed(found) if r.event.severity != "detail"}
+        return steps.line(run, row, self._last.get(run.run_id))
+
+
+class RunObserver(_Watched):
+    """Looks at one run."""
+
+    def __init__(
+        self, store: Store, context: Context, limits: Limits, silent_micros: int, prefix: str
+    ) -> None:
+        """`prefix` begins the id of one run. Raises `RunNotFound` or `AmbiguousRun`."""
+        super().__init__(store, context, limits, silent_micros)
+        with store.read() as connection:
+            self.run_id = resolve_id(connection, prefix)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._steps, self._history = _Steps(), History()
+
+    def look(self) -> RunBoard:
+        """Look once. Raises what the database does when it does not answer."""
+        self.check()
+        rows = list_queue(self.store, self.context, self.limits, self.silent)
+        row = next((row for row in rows if row.run_id == self.run_id), None)
+        now = self.context.now()
+        with self.store.read() as connection:
+            run = load_run(connection, self.run_id)
+            if run.version < self._history.version:
+                self.forget()
+            self._steps.catch_up(connection, self.run_id)
+            read = curve_store.advance(connection, self.run_id, self._history, limit=_PAGE)
+            notices = board_store.last_notices(connection, self.run_id, 4 * _NOTICES_OF_RUN)
+        kept = [r for r in notices if r.event.severity != "detail"][:_NOTICES_OF_RUN]
+        line = self._steps.line(run, row, kept[0] if kept else None)
+        is_complete = read < _PAGE
+        ledger = self._history.fold.ledger(now) if is_complete else None
+        return RunBoard(now, line, row, self._history, is_complete, ledger, kept)

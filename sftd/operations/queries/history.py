@@ -1,0 +1,187 @@
+"""Replaying a run: what its log says of any moment, and which of its steps can be trained again and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.log import events as e
+from sftd.domain.log.history import AtStep, AtTime, AtVersion, Moment, Timeline, timeline, up_to
+from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.run.fold import fold
+from sftd.domain.run.loss_watch import losses_before
+from sftd.domain.run.state import ENDED, CheckpointInfo, Run
+from sftd.operations.context import Context, append_decided, current
+from sftd.store.database.engine import Store
+from sftd.store.log import event_store
+from sftd.store.log.runs import is_taken, load_run
+from sftd.store.queries.resolve import resolve_id
+from sftd.store.queue import leases as queue
+
+
+class Chapter(msgspec.Struct, frozen=True):
+    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which a fork went on.
+    `last_step` is None for the run itself."""
+
+    run_id: str
+    recorded: list[e.Recorded]
+    last_step: int | None = None
+
+    def run(self, version: int | None = None) -> Run:
+        """The state at its end, or at a version."""
+        return fold(Run(self.run_id), self.recorded[:version])
+
+
+def chapters(store: Store, prefix: str) -> list[Chapter]:
+    """The history of the one run that `prefix` means, oldest ancestor first; the run itself is the last.
+
+    A parent that is not in this database is left out. Raises `RunNotFound` or `AmbiguousRun`.
+    """
+    with store.read() as connection:
+        run_id = resolve_id(connection, prefix)
+        found = [Chapter(run_id, list(event_store.read_stream(connection, run_id)))]
+        while (fork := _fork(found[0])) is not None and fork.step > 0:
+            if not is_taken(connection, fork.parent):
+                break
+            recorded = list(event_store.read_stream(connection, fork.parent))
+            found.insert(0, Chapter(fork.parent, _until_fork(recorded, fork), fork.step))
+    return found
+
+
+def _fork(chapter: Chapter) -> e.RunForked | None:
+    first = chapter.recorded[0].event
+    return first if isinstance(first, e.RunForked) else None
+
+
+def _until_fork(recorded: list[e.Recorded], fork: e.RunForked) -> list[e.Recorded]:
+    """A parent's events up to the publication of the checkpoint, before it was perhaps redone or went on."""
+    for end in range(len(recorded), 0, -1):
+        event = recorded[end - 1].event
+        if isinstance(event, e.CheckpointPublished) and event.manifest_digest == fork.manifest_digest:
+            return recorded[:end]
+    return up_to(recorded, AtStep(fork.step))
+
+
+def until(history: Sequence[Chapter], moment: Moment) -> list[Chapter]:
+    """The history up to a moment; the last chapter is the run to which the moment belongs. Raises `Refused`.
+
+    A version is one of the run's own stream. Steps up to a fork's first are its parents'.
+    """
+    end = len(history)
+    match moment:
+        case AtVersion():
+            pass
+        case AtStep(step):
+            # The fork's first state is that of the step at which it began.
+            end = 1 + history.index(chapter_of_step(history, step + 1))
+        case AtTime(micros):
+            while end and history[end - 1].recorded[0].occurred_at > micros:
+                end -= 1
+            if not end:
+                what = f"{history[-1].run_id} had not been submitted then"
+                raise Refused(Problem("--until", what, "give a later time; `sftd show` has its submission"))
+    last = history[end - 1]
+    recorded = up_to(last.recorded, moment)
+    return [*history[: end - 1], msgspec.structs.replace(last, recorded=recorded)]
+
+
+def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
+    """The part of a history to which a step belongs: a parent's up to the step of the fork."""
+    return next(c for c in history if c.last_step is None or step <= c.last_step)
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """What is trained again: the steps behind `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
+    model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
+    `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
+    `model` is what the log knows of the model folder."""
+
+    run: Run
+    from_step: int
+    to_step: int
+    checkpoint: CheckpointInfo | None
+    log: Timeline
+    losses: list[float]
+    held: list[str]
+    model: ModelRecord
+
+    @property
+    def count(self) -> int:
+        """How many steps are compared."""
+        return self.to_step - self.from_step
+
+
+def plan(
+    store: Store, prefix: str, from_step: int | None = None, to_step: int | None = None, *, host: str = ""
+) -> Comparison:
+    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps behind it; without
+    `to_step`, up to its last step. `host` is the one whose devices are looked at.
+
+    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when there is nothing to compare or to begin with.
+    """
+    with store.read() as connection:
+        run = load_run(connection, resolve_id(connection, prefix))
+        recorded = list(event_store.read_stream(connection, run.run_id))
+        devices = list(_held(connection, host))
+    log = timeline(recorded)
+    if not log.steps:
+        fix = "resume it first" if run.status in ENDED else "wait until it has"
+        raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", fix))
+    last = max(log.steps)
+    if to_step is not None and to_step not in log.steps:
+        what = f"step {to_step} is not in the timeline"
+        fix = f"its own steps are {min(log.steps)} to {last}"
+        raise Refused(Problem("--to-step", what, fix))
+    end = last if to_step is None else to_step
+    usable = {c.step: c for c in run.checkpoints if not (c.superseded or c.weights_only) and c.step < end}
+    begin = _begin(run, usable, from_step, end)
+    past = recorded[: log.versions[end]]
+    losses = losses_before((r.event for r in past), begin)
+    then = fold(Run(run.run_id), past)
+    model = record_of(r.event for r in recorded)
+    return Comparison(then, begin, end, usable.get(begin), log, losses, devices, model)
+
+
+def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:
+    """Where to begin: at a published checkpoint on this host, or at the pretrained model."""
+    # A fork from a checkpoint has no steps of its own before it.
+    pretrained = {0} if run.first_step == 0 else set()
+    present = {step for step, c in usable.items() if Path(c.path).is_dir()}
+    if from_step is None:
+        if not present | pretrained:
+            what = f"no checkpoint before step {end} is on this host"
+            raise Refused(Problem(run.run_id, what, "ask on the host that trained it"))
+        return min(present) if present else 0
+    if from_step in present | pretrained:
+        return from_step
+    choices = ", ".join(str(step) for step in sorted(present | pretrained)) or "none"
+    if from_step in usable:
+        what = f"the checkpoint of step {from_step} is not on this host: {usable[from_step].path}"
+    else:
+        what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps behind it up to {end}"
+    raise Refused(Problem("--from-step", what, f"one of: {choices}"))
+
+
+def held(store: Store, host: str) -> list[str]:
+    """The devices of a host's living attempts."""
+    with store.read() as connection:
+        return list(_held(connection, host))
+
+
+def _held(connection: sa.Connection, host: str) -> Iterator[str]:
+    for lease in queue.leases(connection):
+        launches = event_store.read_stream(connection, lease.run_id, types=("AttemptLaunched",))
+        for r in launches:
+            if isinstance(r.event, e.AttemptLaunched) and r.attempt == lease.attempt and r.event.host == host:
+                yield from r.event.devices
+
+
+def record(store: Store, context: Context, run_id: str, verdict: e.ReplayVerified | e.ReplayDiverged) -> None:
+    """Append the outcome of a comparison to the run's stream, whatever has been appended meanwhile."""
+    with store.write() as tx:
+        run = current(tx.connection, run_id)
+        append_decided(tx, context, run_id, run.version, [verdict])

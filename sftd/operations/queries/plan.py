@@ -1,0 +1,64 @@
+"""What the log says for a plan, and of how one came out. Nothing here writes."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from sftd.domain.compare import plan_outcome
+from sftd.domain.compare.plan_outcome import History, Outcome
+from sftd.domain.log.events import Micros, RunSubmitted, StepCompleted
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.plan.duration import Machine
+from sftd.domain.run.goodput import Ledger
+from sftd.domain.run.state import Run
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import view_runs
+from sftd.store.log import event_store
+from sftd.store.log.runs import load_run
+
+# Runs that are looked at, newest first; and of how many steps before their pace counts.
+_RUNS = 30
+_STEPS = 3
+
+
+def calibration(store: Store, shape: ModelShape, machine: Machine) -> float | None:
+    """See `plan_outcome.calibration`; of the newest runs."""
+    with store.read() as connection:
+        return plan_outcome.calibration(shape, machine, _earlier(connection, None))
+
+
+def outcome(store: Store, run: Run, ledger: Ledger) -> Outcome | None:
+    """How the plan of a run came out so far; None before an attempt has loaded its model."""
+    if "device" not in run.environment:
+        return None
+    with store.read() as connection:
+        submitted = _submitted(connection, run.run_id)
+        if submitted is None:
+            return None
+        last = event_store.last_of(connection, run.run_id, StepCompleted.__name__)
+        step = last.event if last is not None and isinstance(last.event, StepCompleted) else None
+        return plan_outcome.outcome(
+            run, submitted, step, ledger.held_seconds, _earlier(connection, run.submitted_at)
+        )
+
+
+def _earlier(connection: sa.Connection, before: Micros | None) -> list[History]:
+    v = view_runs.c
+    query = sa.select(v.run_id).where(v.seconds_per_step.is_not(None), v.step >= _STEPS)
+    if before is not None:
+        # What the plan could know when the run was submitted. The first condition follows from the second, but has an
+        # index: for an old run, all newer ones would be looked at.
+        query = query.where(v.submitted_at < before, v.ended_at < before)
+    found = []
+    for (run_id,) in connection.execute(query.order_by(v.submitted_at.desc()).limit(_RUNS)):
+        submitted = _submitted(connection, run_id)
+        if submitted is not None:
+            found.append(History(load_run(connection, run_id), submitted))
+    return found
+
+
+def _submitted(connection: sa.Connection, run_id: str) -> RunSubmitted | None:
+    for recorded in event_store.read_stream(connection, run_id, types=(RunSubmitted.__name__,), limit=1):
+        if isinstance(recorded.event, RunSubmitted):
+            return recorded.event
+    return None

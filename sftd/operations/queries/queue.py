@@ -1,0 +1,134 @@
+"""The queue as people see it: who runs, who waits, what for, and how long still. Nothing here writes."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import msgspec
+
+from sftd.domain.log.events import JobReported, Micros
+from sftd.domain.queue.demand import need
+from sftd.domain.queue.forecast import Host, Outlook, look_ahead
+from sftd.domain.queue.order import Entry, Limits
+from sftd.operations.context import Context, current
+from sftd.operations.queries.placing import placed
+from sftd.store.database.engine import Store
+from sftd.store.queue import daemons
+from sftd.store.queue import order as schedule
+from sftd.store.queue.daemons import DaemonRow
+
+
+class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
+    `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
+    lately; `job` is what Slurm last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
+
+    run_id: str
+    status: str
+    priority: int
+    devices: int
+    user: str
+    project: str
+    step: int
+    planned_steps: int
+    seconds_left: float | None
+    host: str | None = None
+    observed: bool = True
+    job: JobReported | None = None
+    kind: str = ""
+    waits_for: str = ""
+    not_before: Micros | None = None
+    starts_at: Micros | None = None
+
+
+def list_queue(store: Store, context: Context, limits: Limits, silent_micros: int) -> list[QueueRow]:
+    """Every run that a daemon drives, then those that wait, in the order in which they start. A daemon that was not seen for
+    `silent_micros` starts nothing. `limits` hold where no living daemon has told its own."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        running = schedule.running(connection)
+        waiting = placed(connection, schedule.waiting(connection))
+        rows = daemons.every(connection)
+        on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
+        jobs = {run_id: current(connection, run_id).job_report for run_id in on_slurm}
+    hosts = {row.daemon_id: host_of(row) for row in rows}
+    alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
+    if told := [host.limits for host in alive if host.limits is not None]:
+        limits = reduce(Limits.loosened, told)
+    outlooks = look_ahead(waiting, running, alive, limits, now)
+    driven = [
+        _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id)) for entry in running
+    ]
+    return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
+
+
+def living_hosts(store: Store, context: Context, silent_micros: int) -> list[Host]:
+    """The hosts of all daemons that were seen within `silent_micros`."""
+    with store.read() as connection:
+        now = store.clock(connection, context.now())
+        return [host_of(row) for row in living(daemons.every(connection), now, silent_micros)]
+
+
+def living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[DaemonRow]:
+    """Daemons that have not stopped and were seen within `silent_micros`."""
+    return [row for row in rows if row.stopped_at is None and row.seen_at > now - silent_micros]
+
+
+def host_of(row: DaemonRow) -> Host:
+    """A daemon's host, with its devices."""
+    devices = msgspec.json.decode(row.devices, type=dict[str, int])
+    return Host(
+        row.daemon_id,
+        row.host,
+        devices.get("gpus", 0),
+        devices.get("cpus", 0),
+        devices.get("slurm", 0),
+        Limits.told(devices),
+    )
+
+
+def _devices(entry: Entry, hosts: list[Host]) -> int:
+    """What the run takes on the first of these hosts that can ever take it."""
+    if entry.demand.launcher == "slurm":
+        return entry.demand.world
+    for host in hosts:
+        wanted = need(entry.demand, host.gpus, host.cpus)
+        if wanted.count <= host.total(wanted.device):
+            return wanted.count
+    return entry.demand.world
+
+
+def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported | None) -> QueueRow:
+    return QueueRow(
+        run_id=entry.run_id,
+        status=entry.status,
+        priority=entry.priority,
+        devices=_devices(entry, [host] if host else []),
+        user=entry.user,
+        project=entry.project,
+        step=entry.step,
+        planned_steps=entry.planned_steps,
+        # It will not train them.
+        seconds_left=None if entry.status == "stopping" else entry.seconds_left,
+        host=host.name if host else None,
+        observed=host in alive,
+        job=job,
+    )
+
+
+def _waiting(entry: Entry, outlook: Outlook, alive: list[Host]) -> QueueRow:
+    return QueueRow(
+        run_id=entry.run_id,
+        status=entry.status,
+        priority=entry.priority,
+        devices=_devices(entry, alive),
+        user=entry.user,
+        project=entry.project,
+        step=entry.step,
+        planned_steps=entry.planned_steps,
+        seconds_left=entry.seconds_left,
+        kind=outlook.wait.kind,
+        waits_for=outlook.wait.text,
+        not_before=entry.not_before if outlook.wait.kind == "backoff" else None,
+        starts_at=outlook.starts_at,
+    )

@@ -1,0 +1,1 @@
+"""Mirrors of the log in other trackers."""

@@ -1,0 +1,191 @@
+"""Sends notices from the log: each at least once, in order, from one daemon at a time.
+
+How far a channel has been told stands in the database, per channel and kinds: the position of the last event that has
+arrived there. (It says nothing of other kinds, so whoever sends those to the same place has another.) It begins at the
+end of the log when the channel is first used for these kinds. Whoever sends holds the channel's lease; it moves the
+position after each notice, in a transaction that asks whether the lease is still held. So a notice comes twice only when
+its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from sftd.domain import notices
+from sftd.domain.log import events as e
+from sftd.domain.notices import Facts, Notice
+from sftd.projections.notices.channels import Channel, NotSent
+from sftd.store.database.engine import Store
+from sftd.store.database.tables import view_runs
+from sftd.store.log import event_store, positions
+
+log = logging.getLogger("sftd.notify")
+
+# Longer than any channel takes to send one notice.
+_LEASE_MICROS = 60_000_000
+# What is older is not sent any more: nobody wants a week's news when a webhook is fixed, or an import's.
+OLDEST_MICROS = 3 * 24 * 3600 * 1_000_000
+# Events passed without a notice before that is written down.
+_UNWRITTEN = 10_000
+PAGE = 100
+_COUNTED = 1000
+
+
+@dataclass
+class _Counted:
+    """Anomalies of one run by (attempt, type, what), up to a version."""
+
+    version: int
+    counts: dict[tuple[int | None, str, str], int]
+
+
+class Notifier:
+    """Tells one channel of some kinds of events. Not for several threads."""
+
+    def __init__(
+        self, store: Store, channel: Channel, kinds: tuple[str, ...], now: Callable[[], e.Micros]
+    ) -> None:
+        self.channel = channel
+        self._store = store
+        self._types = notices.event_types(kinds)
+        # A letter a kind: the column is short.
+        self._name = f"{channel.identity}:{''.join(sorted({kind[0] for kind in kinds}))}"
+        self._now = now
+        # By this host's own clock: when the lease is half over.
+        self._renew_at = 0.0
+        self._seen = 0
+        self._counted: dict[str, _Counted] = {}
+
+    def begin(self) -> None:
+        """From now on there is something to tell. Does nothing when the channel is known already."""
+        with self._store.write(appends=False) as tx:
+            positions.begin_projection(tx.connection, self._name, event_store.last_position(tx.connection))
+
+    def pending_count(self) -> int | None:
+        """How many events are still to be told of, at most `PAGE`; None when no daemon has used the channel yet."""
+        with self._store.read() as connection:
+            begun = positions.has_begun(connection, self._name)
+        return len(self._pending()) if begun else None
+
+    def _pending(self) -> list[e.Recorded]:
+        """The next events to tell of, in order, from the position that is written down."""
+        with self._store.read() as connection:
+            position = positions.projection_position(connection, self._name)
+            return event_store.read_types_after(connection, position, self._types, PAGE)
+
+    def sync(self, should_stop: Callable[[], bool]) -> int:
+        """Send what is new; returns how many notices arrived. Raises `NotSent` when one did not; the next call tries it
+        again."""
+        if not self._anything_new():
+            return 0
+        until = self._lease(None)
+        if until is None:
+            return 0  # another daemon sends
+        sent = 0
+        try:
+            # Read again: the others may have sent meanwhile.
+            while (page := self._pending()) and not should_stop():
+                for recorded in page:
+                    if should_stop():
+                        break
+                    if time.monotonic() > self._renew_at:
+                        if (renewed := self._lease(until)) is None:
+                            return sent
+                        until = renewed
+                    arrived = self._tell(recorded)
+                    sent += arrived
+                    # Many anomalies in a row are not told; one write for all of them.
+                    if (arrived or recorded is page[-1]) and not self._move(until, recorded.position):
+                        return sent
+        finally:
+            self._release(until)
+        return sent
+
+    def _anything_new(self) -> bool:
+        with self._store.read() as connection:
+            written = positions.projection_position(connection, self._name)
+            end = event_store.last_position(connection)
+            behind = max(written, self._seen)
+            found = event_store.read_types_after(connection, behind, self._types, 1) if end > behind else []
+        if found:
+            self._seen = min(self._seen, found[0].position - 1)
+            return True
+        self._seen = end
+        if end - written > _UNWRITTEN and (until := self._lease(None)) is not None:
+            self._move(until, end)
+            self._release(until)
+        return False
+
+    def _tell(self, recorded: e.Recorded) -> bool:
+        """Send an event's notice, if it has one. False when there was none, or it is given up."""
+        made = self._notice(recorded)
+        if made is None:
+            return False
+        if self._now() - recorded.occurred_at > OLDEST_MICROS:
+            log.warning("%s: too old to be sent: %s", self.channel.shown, made.text)
+            return False
+        try:
+            self.channel.send(made)
+        except NotSent as error:
+            if not error.is_final:
+                raise
+            log.error("%s: %s; not sent: %s", self.channel.shown, error, made.text)
+            return False
+        return True
+
+    def _notice(self, recorded: e.Recorded) -> Notice | None:
+        ordinal = 1
+        if isinstance(recorded.event, e.AnomalyDetected):
+            ordinal = self._ordinal(recorded, recorded.event)
+            if not notices.is_told(ordinal):
+                return None
+        c = view_runs.c
+        query = sa.select(c.project, c.name, c.user, c.step, c.planned_steps, c.loss)
+        with self._store.read() as connection:
+            row = connection.execute(query.where(c.run_id == recorded.run_id)).first()
+        facts = Facts(*row) if row is not None else Facts("", "", "", 0, 0, None)
+        return notices.notice(recorded, facts, ordinal)
+
+    def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:
+        """Which of its kind in its attempt an anomaly is, from 1: by the log, so that a restart changes nothing."""
+        if len(self._counted) > _COUNTED:
+            self._counted.clear()
+        known = self._counted.get(recorded.run_id)
+        if known is None or known.version > recorded.version:
+            known = self._counted[recorded.run_id] = _Counted(0, {})
+        with self._store.read() as connection:
+            for other in event_store.read_stream(
+                connection, recorded.run_id, known.version, (recorded.type,)
+            ):
+                if other.version > recorded.version:
+                    break
+                if isinstance(other.event, e.AnomalyDetected):
+                    key = (other.attempt, other.type, other.event.what)
+                    known.counts[key] = known.counts.get(key, 0) + 1
+        known.version = recorded.version
+        return known.counts[recorded.attempt, recorded.type, event.what]
+
+    def _lease(self, held: int | None) -> int | None:
+        """Take the lease, or prolong the one that ends at `held`. Returns when it ends; None when another has it."""
+        with self._store.write(appends=False) as tx:
+            now = tx.now(self._now())
+            self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
+            return positions.lease_projection(tx, self._name, held, now, now + _LEASE_MICROS)
+
+    def _release(self, until: int) -> None:
+        with self._store.write(appends=False) as tx:
+            positions.release_projection(tx, self._name, until)
+
+    def _move(self, until: int, position: int) -> bool:
+        """Move the position, if the lease is still ours."""
+        with self._store.write(appends=False) as tx:
+            if not positions.holds_projection(tx, self._name, until):
+                return False
+            positions.set_projection_position(tx.connection, self._name, position)
+        self._seen = max(self._seen, position)
+        return True

@@ -1,0 +1,1 @@
+"""Tables, engines, migrations, copies and backups of a database."""

@@ -1,0 +1,1 @@
+"""Events, and what is folded from them: runs, curves, goodput."""

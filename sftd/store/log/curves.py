@@ -1,0 +1,60 @@
+"""A run's curves, read from its stream: of a step only what is plotted and compared is decoded."""
+
+from __future__ import annotations
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.compare.curves import TYPES, History, Point
+from sftd.domain.log import codec
+from sftd.domain.log.events import CheckpointPublished, StepCompleted
+from sftd.store.database.tables import NO_STEP, events
+
+# Fields that every schema version of a step has; a test holds it.
+_point = msgspec.json.Decoder(Point)
+# Rows that the driver holds at once: a long run has a hundred megabytes of them.
+_PAGE = 5000
+
+
+def advance(
+    connection: sa.Connection,
+    run_id: str,
+    history: History,
+    until_version: int | None = None,
+    limit: int | None = None,
+) -> int:
+    """Have `history` take in what follows in a run's stream, up to a version, or at most so many events. Returns how
+    many it did."""
+    c = events.c
+    query = (
+        sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)
+        .where(c.run_id == run_id, c.version > history.version, c.type.in_(TYPES))
+        .order_by(c.version)
+        .limit(limit)
+    )
+    if until_version is not None:
+        query = query.where(c.version <= until_version)
+    count = 0
+    with connection.execute(query, execution_options={"yield_per": _PAGE}) as rows:
+        for version, name, schema_version, occurred_at, payload in rows:
+            if name == StepCompleted.__name__:
+                history.add(version, occurred_at, _point.decode(payload))
+            else:
+                history.add(version, occurred_at, codec.decode(name, schema_version, payload))
+            count += 1
+    return count
+
+
+def published_at_version(connection: sa.Connection, run_id: str, manifest_digest: str) -> int | None:
+    """The version at which a run last published the checkpoint with this manifest."""
+    c = events.c
+    query = (
+        sa.select(c.version, c.schema_version, c.payload)
+        .where(c.run_id == run_id, c.type == CheckpointPublished.__name__, NO_STEP)
+        .order_by(c.version.desc())
+    )
+    for version, schema_version, payload in connection.execute(query):
+        event = codec.decode(CheckpointPublished.__name__, schema_version, payload)
+        if isinstance(event, CheckpointPublished) and event.manifest_digest == manifest_digest:
+            return int(version)
+    return None

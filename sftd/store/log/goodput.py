@@ -1,0 +1,76 @@
+"""The goodput ledger of one run: the view has it folded, and the run's stream what came since.
+
+A run's rows lie together in the index (run_id, version), types that say nothing of time are filtered by the database,
+and of a step only two numbers are decoded: 2 to 10 µs a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.errors import ViewDamaged
+from sftd.domain.log import codec
+from sftd.domain.log.events import Micros, StepCompleted
+from sftd.domain.run import goodput
+from sftd.domain.run.goodput import Fold, Ledger, StepTime
+from sftd.store.database.tables import events, view_goodput
+
+_BATCH = 10_000
+# These two fields are in every schema version of a step; a test holds it.
+_step = msgspec.json.Decoder(StepTime)
+_fold = msgspec.json.Decoder(Fold)
+
+
+def read_ledger(
+    connection: sa.Connection, run_id: str, now: Micros, until_version: int | None = None
+) -> Ledger:
+    """Where the time of a run went up to `until_version` (None is all): to its end, or to `now` while it has none."""
+    fold, version = read_fold(connection, run_id) if until_version is None else (Fold(), 0)
+    advance(connection, run_id, fold, version, until_version)
+    return fold.ledger(now)
+
+
+def read_fold(connection: sa.Connection, run_id: str) -> tuple[Fold, int]:
+    """The fold that the view has, and the version up to which it goes; an empty one and 0 without one."""
+    return read_folds(connection, [run_id]).get(run_id) or (Fold(), 0)
+
+
+def read_folds(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, tuple[Fold, int]]:
+    """The same of several runs, of those that the view has. Raises `ViewDamaged`."""
+    c = view_goodput.c
+    query = sa.select(c.run_id, c.fold, c.version).where(c.run_id.in_(run_ids))
+    return {row.run_id: (_decode(row.run_id, row.fold), row.version) for row in connection.execute(query)}
+
+
+def _decode(run_id: str, fold: str) -> Fold:
+    try:
+        return _fold.decode(fold)
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise ViewDamaged(view_goodput.name, run_id, error) from None
+
+
+def advance(
+    connection: sa.Connection, run_id: str, fold: Fold, after_version: int, until_version: int | None = None
+) -> int:
+    """Have `fold` take in the events of a run behind `after_version`. Returns the version up to which it did."""
+    c = events.c
+    query = (
+        sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)
+        .where(c.run_id == run_id, c.version > after_version, c.type.in_(goodput.TYPES))
+        .order_by(c.version)
+    )
+    if until_version is not None:
+        query = query.where(c.version <= until_version)
+    # A batch at a time: a run of before this view may have millions of steps, and whoever writes must not keep the
+    # server waiting for as long as they take to decode (`engine.IDLE_SECONDS`).
+    query = query.execution_options(yield_per=_BATCH)
+    for version, name, schema_version, occurred_at, payload in connection.execute(query):
+        if name == StepCompleted.__name__:
+            fold.add(occurred_at, _step.decode(payload))
+        else:
+            fold.add(occurred_at, codec.decode(name, schema_version, payload))
+        after_version = version
+    return after_version

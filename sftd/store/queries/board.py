@@ -1,0 +1,61 @@
+"""What a live board asks again and again. Nothing here costs more the longer the log is: rows are found by key, by their
+place at the end of a stream, or behind the position that was seen last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.compare.curves import Point
+from sftd.domain.log.events import Recorded, StepCompleted
+from sftd.domain.run.state import Run
+from sftd.store.database.tables import NO_STEP, events, view_runs
+from sftd.store.log.event_store import to_recorded
+from sftd.store.log.runs import decode_state
+
+_point = msgspec.json.Decoder(Point)
+
+
+def last_points(
+    connection: sa.Connection, run_id: str, after_version: int, limit: int
+) -> list[tuple[int, int, Point]]:
+    """The last steps behind a version, at most so many, oldest first: (version, when it occurred, step)."""
+    c = events.c
+    query = (
+        sa.select(c.version, c.occurred_at, c.payload, c.type)
+        .where(c.run_id == run_id, c.version > after_version)
+        .order_by(c.version.desc())
+        # Not all of them are steps; a filter in the database could read the whole stream for the last few.
+        .limit(2 * limit)
+    )
+    rows = [row for row in connection.execute(query) if row.type == StepCompleted.__name__]
+    return [(row.version, row.occurred_at, _point.decode(row.payload)) for row in reversed(rows[:limit])]
+
+
+def last_notices(connection: sa.Connection, run_id: str, limit: int) -> list[Recorded]:
+    """The last events of a run that are not steps, newest first."""
+    query = sa.select(events).where(events.c.run_id == run_id, NO_STEP)
+    return [
+        to_recorded(row) for row in connection.execute(query.order_by(events.c.version.desc()).limit(limit))
+    ]
+
+
+def notices_between(connection: sa.Connection, after: int, until: int, limit: int) -> list[Recorded]:
+    """The last events between two positions that are not steps, newest first."""
+    c = events.c
+    query = (
+        sa.select(events)
+        .where(c.position > after, c.position <= until, c.type != StepCompleted.__name__)
+        .order_by(c.position.desc())
+        .limit(limit)
+    )
+    return [to_recorded(row) for row in connection.execute(query)]
+
+
+def states(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Run]:
+    """What the view has of these runs. Raises `ViewDamaged`."""
+    c = view_runs.c
+    query = sa.select(c.run_id, c.state).where(c.run_id.in_(run_ids))
+    return {run_id: decode_state(run_id, state) for run_id, state in connection.execute(query)}

@@ -1,0 +1,1 @@
+"""The queue, leases, claims and daemons."""

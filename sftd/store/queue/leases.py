@@ -1,0 +1,118 @@
+"""Who waits, and who may drive what now. A lease is an expiring right with a token; every write under it checks the token."""
+
+from __future__ import annotations
+
+import msgspec
+import sqlalchemy as sa
+
+from sftd.domain.errors import LeaseLost
+from sftd.domain.log.events import Micros
+from sftd.store.database.engine import Tx
+from sftd.store.database.tables import queue
+
+WAITING, HELD, LEASED, IDLE = "waiting", "held", "leased", "idle"
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """The right of `owner` to drive an attempt until `expires_at`."""
+
+    run_id: str
+    attempt: int
+    token: str
+    owner: str
+    expires_at: Micros
+
+
+def enqueue(tx: Tx, run_id: str, priority: int, now: Micros) -> None:
+    """Put a new run into the queue."""
+    tx.execute(
+        sa.insert(queue).values(
+            run_id=run_id, state=WAITING, priority=priority, enqueued_at=now, not_before=now
+        )
+    )
+
+
+def wait_again(tx: Tx, run_id: str, not_before: Micros, priority: int | None = None) -> None:
+    """Put a run back into the queue in its old place (among those of another `priority`, if one is given), not to start
+    before a time. Ends a lease on it."""
+    moved = {} if priority is None else {"priority": priority}
+    _set(tx, run_id, state=WAITING, not_before=not_before, token=None, owner=None, expires_at=None, **moved)
+
+
+def leave(tx: Tx, run_id: str) -> None:
+    """Take a run out of the queue. Ends a lease on it."""
+    _set(tx, run_id, state=IDLE, token=None, owner=None, expires_at=None)
+
+
+def _set(tx: Tx, run_id: str, **values: object) -> None:
+    tx.execute(sa.update(queue).where(queue.c.run_id == run_id).values(**values))
+
+
+def hold(tx: Tx, run_id: str) -> None:
+    """Keep a waiting run from starting, in its place."""
+    tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == WAITING).values(state=HELD))
+
+
+def release(tx: Tx, run_id: str) -> None:
+    """Let a held run wait for its turn again."""
+    tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == HELD).values(state=WAITING))
+
+
+def lease(tx: Tx, run_id: str, attempt: int, token: str, owner: str, expires_at: Micros) -> bool:
+    """Lease a waiting run. False when it no longer waits."""
+    statement = (
+        sa.update(queue)
+        .where(queue.c.run_id == run_id, queue.c.state == WAITING)
+        .values(state=LEASED, attempt=attempt, token=token, owner=owner, expires_at=expires_at)
+        .returning(queue.c.run_id)
+    )
+    return tx.execute(statement).first() is not None
+
+
+def check(tx: Tx, run_id: str, token: str) -> None:
+    """Raises `LeaseLost` unless `token` holds the lease. Holds it until the end of the transaction."""
+    query = sa.select(queue.c.run_id).where(
+        queue.c.run_id == run_id, queue.c.state == LEASED, queue.c.token == token
+    )
+    if tx.execute(query.with_for_update()).first() is None:
+        raise LeaseLost(f"The lease on {run_id} is no longer ours: another daemon took it over.")
+
+
+def renew(tx: Tx, tokens: list[str], expires_at: Micros) -> set[str]:
+    """Prolong leases. Returns the tokens that still hold one."""
+    if not tokens:
+        return set()
+    statement = (
+        sa.update(queue)
+        .where(queue.c.state == LEASED, queue.c.token.in_(tokens))
+        .values(expires_at=expires_at)
+    )
+    return set(tx.execute(statement.returning(queue.c.token)).scalars())
+
+
+def take_over(tx: Tx, old: Lease, token: str, owner: str, expires_at: Micros) -> bool:
+    """Replace a lease by one of our own. False when it has changed hands meanwhile."""
+    statement = (
+        sa.update(queue)
+        .where(queue.c.run_id == old.run_id, queue.c.state == LEASED, queue.c.token == old.token)
+        .values(token=token, owner=owner, expires_at=expires_at)
+        .returning(queue.c.run_id)
+    )
+    return tx.execute(statement).first() is not None
+
+
+def expires_at(connection: sa.Connection, run_id: str) -> Micros | None:
+    """When the lease on a run ends; None when there is none."""
+    c = queue.c
+    return connection.execute(sa.select(c.expires_at).where(c.run_id == run_id, c.state == LEASED)).scalar()
+
+
+def leases(connection: sa.Connection) -> list[Lease]:
+    """Every lease."""
+    c = queue.c
+    query = (
+        sa.select(c.run_id, c.attempt, c.token, c.owner, c.expires_at)
+        .where(c.state == LEASED)
+        .order_by(c.run_id)
+    )
+    return [Lease(*row) for row in connection.execute(query)]

@@ -1,0 +1,104 @@
+"""Restoring the training state of all ranks from a checkpoint, which is verified first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.log.events import CheckpointRejected
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.checkpoint import reading as checkpoint_reading
+from sftd.trainer.checkpoint.state import sharded_state
+from sftd.trainer.errors import UserError
+from sftd.trainer.optimizer import optimizer as optimizers
+from sftd.trainer.runtime import megatron_edges
+from sftd.trainer.runtime.reporter import Reporter
+from sftd.trainer.runtime.session import Session, gather
+from sftd.trainer.trainee import Trainee
+from sftd.wire.attempt.directory import Order
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.checkpoint.directory import reading
+from sftd.wire.checkpoint.manifest import Manifest
+
+
+def load(order: Order, session: Session, trainee: Trainee, reporter: Reporter) -> Manifest:
+    """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams. Called by every
+    rank.
+
+    Emits `CheckpointRejected` and raises `CheckpointInvalid` for one that is damaged, which is found before anything of it
+    is unpickled, or whose files do not hold the state.
+    """
+    assert order.checkpoint is not None
+    folder = Path(order.checkpoint)
+    with reading(folder):
+        try:
+            return _load(folder, order, session, trainee)
+        except CheckpointInvalid as error:
+            step = int(digits) if (digits := folder.name.rpartition("-")[2]).isdigit() else 0
+            reporter.emit(CheckpointRejected(step=step, path=str(folder), reason=str(error)))
+            raise
+
+
+def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Manifest:
+    manifest = _agreed(lambda: _verified(folder, order.checkpoint_digest))
+    if manifest.weights_only:
+        raise UserError(f"{folder} holds weights only: training cannot continue from it")
+    if manifest.dtype != (mine := str(session.dtype).removeprefix("torch.")):
+        raise UserError(
+            f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
+        )
+    # Manifests of before there was expert parallelism do not name its size.
+    same_layout = {"ep": 1} | manifest.layout == session.layout.sizes
+    wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
+    state = _agreed(lambda: checkpoint_reading.load(wanted, folder))
+
+    def restore() -> None:
+        with checkpoint_reading.invalid_where_it_fails(folder):
+            _restore(state, order.spec, session, trainee, with_rng=same_layout)
+
+    _agreed(restore)
+    return manifest
+
+
+def _verified(folder: Path, digest: str | None) -> Manifest:
+    """The manifest. Each rank hashes its share of the files. Raises `CheckpointInvalid`."""
+    manifest = manifests.read(folder, digest)
+    if damage := manifests.find_damage(folder, manifest, dist.get_rank(), dist.get_world_size()):
+        raise CheckpointInvalid(damage)
+    return manifest
+
+
+def _restore(
+    state: dict[str, Any], spec: Spec, session: Session, trainee: Trainee, *, with_rng: bool
+) -> None:
+    optimizer = trainee.optimizer
+    for i, chunk in enumerate(trainee.chunks):
+        chunk.load_state_dict({k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")})
+    optimizers.take_peak(spec, state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
+    megatron_edges.separate_adamw_steps(optimizer)
+    optimizers.configure(spec, optimizer, session)
+    if with_rng:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if session.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["rng"]["streams"])
+
+
+def _agreed[T](action: Callable[[], T]) -> T:
+    """What `action` returns on this rank. Raises `CheckpointInvalid` on every rank when one raises it: all ranks must leave the
+    checkpoint, and the one that writes the journal must know why."""
+    result, reason = None, None
+    try:
+        result = action()
+    except CheckpointInvalid as error:
+        reason = str(error)
+    if found := next((text for text in gather(reason) if text), None):
+        raise CheckpointInvalid(found)
+    return cast(T, result)

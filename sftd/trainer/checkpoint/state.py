@@ -1,0 +1,47 @@
+"""What a checkpoint holds of this rank, told in Megatron's words: weights, optimizer, random streams, and their places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from sftd.trainer.runtime.megatron_edges import allocate_adamw_state
+from sftd.trainer.runtime.session import Session
+from sftd.trainer.trainee import Trainee
+
+# The only optimizer format that works without TransformerEngine and that another layout can load.
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+# How the keys of what only a resume needs begin; all others are the model's, or belong to every checkpoint.
+STATE_KEYS = ("optimizer.", "rng/")
+
+
+def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
+    """The live tensors of this rank, each with its place in the whole. `with_rng`: the random streams of the layout too."""
+    layout = session.layout
+    content = dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    # The unwrapped modules: DDP and Float16Module would put their own prefix before every name.
+    state: dict[str, Any] = {
+        f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(trainee.chunks)
+    }
+    allocate_adamw_state(trainee.optimizer)
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)
+    if with_rng:
+        is_cuda = session.device.type == "cuda"
+        streams = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if is_cuda else None,
+            "streams": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        }
+        place = (layout.pp_rank, layout.tp_rank, layout.dp_rank * layout.cp + layout.cp_rank)
+        state["rng"] = ShardedObject(
+            "rng", streams, (layout.pp, layout.tp, layout.dp * layout.cp), place, replica_id=0
+        )
+    return state

@@ -1,0 +1,157 @@
+"""From the rows of a step to this rank's micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.data.packing import Planner
+from sftd.trainer.data.rows import Ints, Rows, Sample
+from sftd.trainer.data.sequence_layout import SequenceLayout, make_chunks
+from sftd.trainer.data.sequence_shards import spans
+from sftd.trainer.data.upload import upload
+from sftd.trainer.runtime.session import Layout, Session
+from sftd.wire.data.rows import IGNORE_INDEX
+
+# A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
+EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))
+# Lengths on a GPU are rounded up to it: whole tiles for the matrix products, and fewer shapes to allocate memory for.
+_TILE = 64
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward computes.
+
+    tokens, labels: int64 [rows, s]; a label is the token to predict at its place, or -100. Packed: rows is 1 and the
+    samples lie end to end. With context parallelism s is this rank's share of `length`, the tokens of a row with its
+    padding. places: int64 [trained], where the trained labels are in the transposed labels laid flat (Megatron's [s, b]
+    order), ascending. trained, real: tokens of the share that enter the loss, and that are not padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    places: Tensor
+    layout: SequenceLayout
+    length: int
+    trained: int
+    real: int
+
+    @property
+    def rows(self) -> int:
+        """First dimension of `tokens`."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the samples of a global batch become this rank's micro-batches."""
+
+    planner: Planner
+    layout: Layout
+    device: torch.device
+
+    @classmethod
+    def of(cls, spec: Spec, session: Session) -> Batching:
+        """As the spec and the layout ask for."""
+        layout = session.layout
+        planner = Planner(
+            size=spec.training.micro_batch_size_per_gpu,
+            tokens=spec.micro_batch_tokens,
+            packed=spec.training.use_rmpad,
+            one_length=layout.pp > 1,
+            multiple=_length_multiple(spec, session),
+            # The interleaved schedule takes multiples of PP.
+            unit=layout.dp * (layout.pp if layout.vpp > 1 else 1),
+        )
+        return cls(planner, layout, session.device)
+
+    def batches(self, rows: Rows, chosen: Ints) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch of the rows `chosen` (int64 [n]).
+
+        Needs no communication: every rank knows the length of every row. Each data-parallel rank takes a contiguous
+        part of the micro-batches.
+        """
+        members, lengths = self.planner.plan(rows.lengths[chosen])
+        each = len(members) // self.layout.dp
+        mine = range(self.layout.dp_rank * each, (self.layout.dp_rank + 1) * each)
+        return [self.make([rows[int(chosen[i])] for i in members[k]], int(lengths[k])) for k in mine]
+
+    def make(self, samples: Sequence[Sample], length: int) -> MicroBatch:
+        """One micro-batch of `length` out of its samples; those that it lacks are empty ones."""
+        if self.planner.packed:
+            return self._pack(samples or [EMPTY], length)
+        return self._pad([*samples, *[EMPTY] * (self.planner.size - len(samples))], length)
+
+    def _pad(self, samples: Sequence[Sample], length: int) -> MicroBatch:
+        tokens = np.zeros((len(samples), length), np.int64)
+        labels = np.full((len(samples), length), IGNORE_INDEX, np.int64)
+        is_real = np.zeros((len(samples), length), np.bool_)
+        for row, sample in enumerate(samples):
+            tokens[row, : sample.tokens.size] = sample.tokens
+            labels[row, : sample.labels.size] = sample.labels
+            is_real[row, : sample.tokens.size] = sample is not EMPTY
+        return self._finish(tokens, labels, is_real, np.arange(length), None)
+
+    def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
+        sizes = [s.tokens.size for s in samples]
+        if padding := length - sum(sizes):
+            # The padding is a segment of its own, which no sample sees.
+            sizes.append(padding)
+        ends = np.cumsum([0, *sizes])
+        tokens = np.zeros(length, np.int64)
+        labels = np.full(length, IGNORE_INDEX, np.int64)
+        is_real = np.zeros(length, np.bool_)
+        for start, sample in zip(ends, samples, strict=False):
+            tokens[start : start + sample.tokens.size] = sample.tokens
+            labels[start : start + sample.labels.size] = sample.labels
+            is_real[start : start + sample.tokens.size] = sample is not EMPTY
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        return self._finish(tokens[None], labels[None], is_real[None], positions, ends)
+
+    def _finish(
+        self,
+        tokens: Ints,
+        labels: Ints,
+        is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+        positions: Ints,
+        ends: Ints | None,
+    ) -> MicroBatch:
+        length, cp, cp_rank = tokens.shape[1], self.layout.cp, self.layout.cp_rank
+        layout = SequenceLayout(qkv_format="sbhd", is_packed=ends is not None)
+        if ends is not None or cp > 1:
+            layout.chunks = make_chunks(
+                length,
+                [0, length] if ends is None else ends.tolist(),
+                rank=cp_rank,
+                ranks=cp,
+                device=self.device,
+            )
+        mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
+        labels = labels[:, mine]
+        layout.positions = upload(positions[mine], self.device)
+        # Found here and not on the device, which would have to wait for the answer.
+        places = np.flatnonzero(labels.T != IGNORE_INDEX)
+        return MicroBatch(
+            tokens=upload(tokens[:, mine], self.device),
+            labels=upload(labels, self.device),
+            places=upload(places, self.device),
+            layout=layout,
+            length=length,
+            trained=places.size,
+            real=int(is_real[:, mine].sum()),
+        )
+
+
+def _length_multiple(spec: Spec, session: Session) -> int:
+    layout = session.layout
+    # Context parallelism gives a rank two chunks of a sequence, sequence parallelism each tensor-parallel rank its part
+    # of those.
+    share = math.lcm(2 if layout.cp > 1 else 1, layout.tp if spec.model.megatron.sequence_parallel else 1)
+    return layout.cp * (math.lcm(share, _TILE) if session.device.type == "cuda" else share)

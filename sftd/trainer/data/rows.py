@@ -1,0 +1,137 @@
+"""The rows of the Parquet files as samples: decoded once into plain files, and read from memory maps of those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sftd.trainer.errors import DataError, DataNotDecoded
+from sftd.wire.data.columns import UnusableFile
+from sftd.wire.data.rows import IGNORE_INDEX, DataFile, Slice
+
+Ints = npt.NDArray[np.int64]
+# In a spool: int32 [tokens, 2], a token's id and its label side by side; int64 [rows, 4], see `Rows`; two counts.
+_TOKENS, _INDEX, _COUNTS = "tokens", "index", "counts.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as it is trained: `tokens` int64 [n], and for each the token to predict (`labels` int64 [n]), which is
+    the next one where it is trained and -100 elsewhere."""
+
+    tokens: Ints
+    labels: Ints
+
+
+class Rows:
+    """The usable rows of some Parquet files. Reading one costs its own tokens, whatever the files' row groups are, and
+    nothing of it stays in RAM.
+
+    lengths: int64 [rows], tokens of each usable row after truncation. trained: int64 [rows], its labels that are trained. numbers: int64 [rows], each one's place among
+    all rows of the files. truncated_rows: rows longer than `sequence_length`. dropped_rows: rows without a trained
+    label, which are not in the index.
+    """
+
+    def __init__(self, spool: Path) -> None:
+        """Map what `write_spool` wrote. The files may be unlinked afterwards."""
+        self._tokens = _map(spool / _TOKENS, np.int32, 2)
+        index = _map(spool / _INDEX, np.int64, 4)
+        self.numbers: Ints = index[:, 0]
+        self._starts = index[:, 1]
+        self.lengths: Ints = index[:, 2]
+        self.trained: Ints = index[:, 3]
+        self.truncated_rows, self.dropped_rows = json.loads((spool / _COUNTS).read_text())
+
+    def __len__(self) -> int:
+        return int(self.lengths.size)
+
+    def __getitem__(self, row: int) -> Sample:
+        """Usable row `row`."""
+        start, length = int(self._starts[row]), int(self.lengths[row])
+        pairs = self._tokens[start : start + length].astype(np.int64)
+        labels = np.full(length, IGNORE_INDEX, np.int64)
+        # The labels in the file stand at their own token; predicting it is the task of the token before.
+        labels[:-1] = pairs[1:, 1]
+        return Sample(np.ascontiguousarray(pairs[:, 0]), labels)
+
+
+def write_spool(
+    spool: Path,
+    paths: list[str],
+    *,
+    sequence_length: int,
+    truncation: str,
+    vocab_size: int,
+    with_tokens: bool = True,
+) -> None:
+    """Decode and check the files, a few rows at a time, into the folder `spool`. Without tokens only what `Rows` knows of
+    every row is there, not the rows.
+
+    Raises `DataError` for a file that cannot be read or holds what cannot be trained on, `DataNotDecoded` for a full
+    disk.
+    """
+    truncated = dropped = start = number = 0
+    try:
+        with open(spool / _TOKENS, "wb") as tokens, open(spool / _INDEX, "wb") as index:
+            for path, rows in _slices(paths, vocab_size):
+                if truncation == "error":
+                    _refuse_long(path, rows, sequence_length)
+                begins, ends = rows.kept(sequence_length, truncation)
+                trained = rows.count(rows.labels != IGNORE_INDEX, begins, ends)
+                is_used, used = trained > 0, ends - begins
+                if with_tokens:
+                    is_kept = _within(rows, begins[is_used], ends[is_used])
+                    pairs = np.stack((rows.ids[is_kept], rows.labels[is_kept]), axis=1)
+                    tokens.write(pairs.astype(np.int32).tobytes())
+                truncated += int((used < rows.lengths).sum())
+                dropped += int((~is_used).sum())
+                numbers = number + np.flatnonzero(is_used)
+                number += used.size
+                used = used[is_used]
+                starts = start + np.cumsum(used) - used
+                index.write(np.stack((numbers, starts, used, trained[is_used]), axis=1).tobytes())
+                start += int(used.sum())
+        (spool / _COUNTS).write_text(json.dumps([truncated, dropped]))
+    except OSError as error:
+        raise DataNotDecoded(
+            f"the decoded rows of {', '.join(paths)} (8 bytes a token) cannot be written to {spool}: {error}"
+        ) from error
+
+
+def _map(path: Path, dtype: npt.DTypeLike, width: int) -> npt.NDArray[Any]:
+    # An empty file cannot be mapped.
+    if not path.stat().st_size:
+        return np.empty((0, width), dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r")).reshape(-1, width)
+
+
+def _slices(paths: list[str], vocab_size: int) -> Iterator[tuple[str, Slice]]:
+    for path in paths:
+        try:
+            with DataFile(path, judges=False) as file:
+                for rows in file.slices(vocab_size):
+                    yield path, rows
+        except UnusableFile as error:
+            raise DataError(f"{path}: {error.what}. To fix it, {error.fix}") from error
+
+
+def _refuse_long(path: str, rows: Slice, sequence_length: int) -> None:
+    if (too_long := np.flatnonzero(rows.lengths > sequence_length)).size:
+        bad = int(too_long[0])
+        raise DataError(
+            f"{path}: row {rows.first + bad} has {rows.lengths[bad]} tokens, more than data.sequence_length {sequence_length}"
+        )
+
+
+def _within(rows: Slice, begins: Ints, ends: Ints) -> npt.NDArray[np.bool_]:
+    """Which tokens (bool [tokens]) lie in one of the ranges, which do not overlap."""
+    edges = np.zeros(rows.ids.size + 1, np.int8)
+    edges[begins] += 1
+    edges[ends] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).astype(np.bool_)

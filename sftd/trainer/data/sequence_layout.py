@@ -1,0 +1,80 @@
+"""Where the tokens of a micro-batch stand: positions, packed samples, what each context-parallel rank computes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from sftd.trainer.data.sequence_shards import cut_segments, spans
+from sftd.trainer.data.upload import upload
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the `length` tokens answered so far, by layer number: each [1, groups, length, head_dim]."""
+
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens whose queries this rank computes, cut where samples end.
+
+    keys: the tokens of the whole stream that they see. query_ends, key_ends: where each segment ends among the queries
+    and among those keys, with a leading 0; a segment's queries are the last of its keys. The same as int32 on the
+    device: cu_seqlens_q, cu_seqlens_k.
+    """
+
+    keys: slice
+    query_ends: list[int]
+    key_ends: list[int]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+    @cached_property
+    def longest_query(self) -> int:
+        """Queries of the segment with most."""
+        return max(stop - start for start, stop in pairwise(self.query_ends))
+
+    @cached_property
+    def longest_key(self) -> int:
+        """Keys of the segment with most."""
+        return max(stop - start for start, stop in pairwise(self.key_ends))
+
+
+def make_chunks(length: int, ends: list[int], *, rank: int, ranks: int, device: torch.device) -> list[Chunk]:
+    """What context-parallel rank `rank` of `ranks` computes of `length` tokens whose samples end at `ends` (with a
+    leading 0)."""
+    chunks = []
+    for start, stop in spans(length, rank, ranks):
+        first, query_ends, key_ends = cut_segments(start, stop, ends)
+        on_device = (upload(np.array(x, np.int32), device) for x in (query_ends, key_ends))
+        chunks.append(Chunk(slice(first, stop), query_ends, key_ends, *on_device))
+    return chunks
+
+
+@dataclass
+class SequenceLayout(PackedSeqParams):
+    """Where the tokens of a micro-batch stand. Rides through GPTModel on every pipeline stage.
+
+    It keeps Megatron's ordinary [s, b, h, d] format (`qkv_format` is not "thd"): RoPE goes by `positions`, so only
+    the core attention has to know that samples are packed or shared by context-parallel ranks.
+
+    positions: int64 [s], each token's position in its own sample.
+    chunks: what this rank's s tokens are of the whole stream, in order; None for rows that are not packed and that no
+    other rank shares.
+    is_packed: whether samples lie end to end (b is 1).
+    cache: set while an answer is generated; every rank then has the whole sequence.
+    """
+
+    positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults
+    chunks: list[Chunk] | None = None
+    is_packed: bool = False
+    cache: KeyValueCache | None = None

@@ -1,0 +1,208 @@
+"""Training without a daemon or a database: `torchrun --nproc-per-node=8 -m sftd.trainer [CONFIG] [KEY=VALUE]...`.
+
+Rank 0 does what submit and the daemon would: it checks the config and every file that it names, decides where the
+attempt starts, and writes its order; the other ranks wait for that in torchrun's store. What happens is shown on the
+terminal, and written as under the daemon, so that `sftd import` can take the run into the event store. The same
+command given again continues from the last published checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from sftd.domain.errors import CheckpointInvalid
+from sftd.domain.log import events as e
+from sftd.domain.log.progress_lines import describe
+from sftd.domain.repro import steps as redoing
+from sftd.domain.run import decisions
+from sftd.domain.run.retention import deletable
+from sftd.domain.run.state import Run
+from sftd.trainer.direct.plan import plan
+from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
+from sftd.trainer.loop import attempt as loop
+from sftd.trainer.runtime import process
+from sftd.trainer.runtime import rendezvous as loopback
+from sftd.trainer.runtime.reporter import Reporter
+from sftd.trainer.runtime.tell import tell
+from sftd.wire.attempt.direct_run import DirectRun, read_history, take
+from sftd.wire.attempt.directory import AttemptDir
+from sftd.wire.attempt.journal import now_micros
+from sftd.wire.checkpoint.directory import is_checkpoint_of, remove, unread
+
+USAGE = """\
+usage: torchrun --nproc-per-node=N -m sftd.trainer [CONFIG] [KEY=VALUE]...
+
+Train without a daemon. CONFIG is a YAML file, KEY=VALUE is laid over it; `sftd config` lists every key.
+The run goes to <checkpoint.save_dir>/<trainer.experiment_name>; the same command again continues it.
+"""
+_PLAN = "plan"
+# Reading every row of the data files takes rank 0 seconds to many minutes.
+_CHECKS = timedelta(hours=12)
+# Ctrl-C, the end of the terminal, and what clusters send: torchrun passes each on to the ranks.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """One rank of a run that is started without a daemon."""
+    if {"-h", "--help"} & set(arguments):
+        if os.environ.get("RANK", "0") == "0":
+            tell(USAGE)
+        return
+    # A sample answer may hold what the terminal's encoding does not.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Until there is something to save, a signal simply ends this process.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        process.use_single_process_defaults()
+    except UserError as error:
+        sys.stderr.write(f"sftd: {error}\n")
+        sys.exit(2)
+    rank = int(os.environ["RANK"])
+    # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
+    store = loopback.store(None) or next(rendezvous("env://"))[0]
+    # torchrun's store outlives a restart of the ranks.
+    store = PrefixStore(f"sftd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set_timeout(_CHECKS)
+    hold = None
+    if rank == 0:
+        path, exit_code, hold = plan(arguments)
+        store.set(_PLAN, path)
+        if exit_code:
+            sys.exit(exit_code)
+    else:
+        path = store.get(_PLAN).decode()
+    if not path:
+        return
+    attempt = AttemptDir(path)
+    run = DirectRun(attempt.path.parent)
+    # Until this process ends, whoever starts or imports this run is told that it lives.
+    hold = hold or run.share_hold()
+    _train(run, attempt)
+    if rank == 0:
+        if process.stop_signalled():
+            attempt.request_stop()
+        attempt.write_exit_code(0)
+        _conclude(run, attempt)
+    hold.close()
+
+
+def _train(run: DirectRun, attempt: AttemptDir) -> None:
+    spec = attempt.order().spec
+    if spec.launch.threads_per_rank is not None:
+        os.environ["OMP_NUM_THREADS"] = str(spec.launch.threads_per_rank)
+    for number in _STOP_SIGNALS:
+        process.stop_on(number)
+    try:
+        loop.run(str(attempt.path), lambda folder, reports: DirectReporter(run, folder, reports))
+    except (UserError, CheckpointInvalid, LossSpike, NonFiniteLoss) as error:
+        _leave_error(attempt, error)
+        if os.environ["RANK"] != "0":
+            raise
+        # What a person can do something about: a sentence, once, and no stack.
+        sys.stderr.write(f"sftd: {error}\n")
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except BaseException as error:
+        _leave_error(attempt, error)
+        raise
+
+
+def _leave_error(attempt: AttemptDir, error: BaseException) -> None:
+    """Write why this rank failed as torchelastic does, which keeps its own file in a folder that is gone tomorrow."""
+    message = {
+        "message": f"{type(error).__name__}: {error}",
+        "extraInfo": {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))},
+    }
+    attempt.write_rank_error(int(os.environ["LOCAL_RANK"]), json.dumps({"message": message}))
+
+
+def _conclude(run: DirectRun, attempt: AttemptDir) -> None:
+    submission = run.submission()
+    assert submission is not None
+    state = read_history(run, submission).run
+    if state.status == "succeeded":
+        say = f"All {state.step} steps are done. The last checkpoint: {state.checkpoints[-1].path}\n"
+    elif state.status == "cancelled":
+        say = f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
+    else:
+        say = f"Ended early: {state.message}\n"
+    tell(f"{say}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the reporting rank knows of the run so far, and the steps that it must reproduce."""
+
+    run: Run
+    redone: dict[int, e.StepCompleted]
+
+
+class DirectReporter(Reporter):
+    """Shows each event on the terminal, and deletes the checkpoints that nothing keeps, as a daemon would."""
+
+    def __init__(self, run: DirectRun, attempt: AttemptDir, is_reporter: bool) -> None:
+        super().__init__(attempt, is_reporter)
+        self._number = attempt.order().attempt
+        submission = run.submission()
+        assert submission is not None
+        self._seen = None
+        if is_reporter:
+            history = read_history(run, submission, living=self._number)
+            start = history.run.step
+            before = redoing.comparable(n.event for n in history.events)
+            self._seen = _Seen(history.run, {n: was for n, was in before.items() if n > start})
+
+    def emit(self, event: e.Event) -> None:
+        """Append an event to the journal, and show it."""
+        super().emit(event)
+        if self._seen is None:
+            return
+        seen = self._seen
+        self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.redone)
+        self._show(event)
+        if isinstance(event, e.StepCompleted) and (
+            anomaly := redoing.compare_redone(
+                seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
+            )
+        ):
+            # Not journalled: whoever reads the history compares the steps again.
+            self._show(anomaly)
+        if isinstance(event, e.CheckpointPublished):
+            self._collect()
+
+    def _show(self, event: e.Event) -> None:
+        assert self._seen is not None
+        if line := describe(event, self._seen.run.planned_steps):
+            tell(f"{line}\n")
+
+    def _collect(self) -> None:
+        assert self._seen is not None
+        run = self._seen.run
+        if decisions.shortfall(run) is None:
+            # What the old history is kept for until then.
+            run = msgspec.structs.replace(run, status="succeeded")
+        for c in deletable(run):
+            if not is_checkpoint_of(c.path, run.run_id):
+                continue
+            with unread(Path(c.path)) as free:
+                if free:
+                    # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
+                    reason = "superseded" if c.superseded else "retention"
+                    self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
+                    remove(Path(c.path))

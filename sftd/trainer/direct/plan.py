@@ -1,0 +1,218 @@
+"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt continues."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from sftd.domain.errors import Problem, Refused, SftdError
+from sftd.domain.log.events import CheckpointDeleted
+from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.run import decisions
+from sftd.domain.run import ids as names
+from sftd.domain.run.decisions import Proposal
+from sftd.domain.run.loss_watch import losses_before
+from sftd.domain.run.state import Run
+from sftd.domain.spec.spec import Spec, spec_digest
+from sftd.domain.text.words import counted
+from sftd.trainer.runtime import process
+from sftd.trainer.runtime.tell import tell
+from sftd.wire import preflight
+from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, read_history
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
+from sftd.wire.attempt.journal import now_micros
+from sftd.wire.checkpoint import directory as checkpoint_dir
+from sftd.wire.model import digest as model_digest
+from sftd.wire.preflight import Preflight
+from sftd.wire.spec import file as specfile
+
+_DEFAULT_SAVE_DIR = "sftd-runs"
+_REFUSED = 2
+_BEGIN_ANOTHER = "begin another: trainer.experiment_name=NAME"
+
+
+def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
+    """Check everything and write the order of the next attempt.
+
+    Returns its folder, or "" when there is nothing to train; the exit code then; and the hold on the run.
+    """
+    hold = None
+    try:
+        spec, warnings = _read_spec(arguments)
+        _check_devices(spec)
+        found = preflight.inspect(spec)
+        run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
+        hold = run.hold()
+        attempt = _begin(run, spec, found, [*warnings, *found.warnings])
+        if attempt is None:
+            return "", 0, hold
+        hold.share()
+        return str(attempt.path), 0, hold
+    except (SftdError, OSError) as error:
+        _tell_error(error)
+        return "", _REFUSED if isinstance(error, Refused) else 1, hold
+
+
+def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
+    """The spec of CONFIG and KEY=VALUE in the world that torchrun made."""
+    config, overrides = None, list(arguments)
+    if overrides and ("=" not in overrides[0] or os.path.isfile(overrides[0])):
+        config, *overrides = overrides
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
+    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    if not spec.checkpoint.save_dir:
+        folder = str(Path.cwd() / _DEFAULT_SAVE_DIR)
+        checkpoint = msgspec.structs.replace(spec.checkpoint, save_dir=folder)
+        spec = msgspec.structs.replace(spec, checkpoint=checkpoint)
+    return spec, warnings
+
+
+def _check_devices(spec: Spec) -> None:
+    """Raises `Refused` when there are fewer GPUs than ranks here."""
+    if process.device_kind(spec) == "cpu":
+        return
+    import torch
+
+    if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
+        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
+        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
+        raise Refused(Problem("launch.device", what, fix))
+
+
+def _run_name(spec: Spec) -> str:
+    return names.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
+
+
+def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]) -> AttemptDir | None:
+    """Write the order of the run's next attempt. None when the run has succeeded. Raises `Refused`."""
+    submission = run.submission()
+    if submission is None:
+        user = _user()
+        event = preflight.submission(spec, found, warnings, user)
+        submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
+        run.write_submission(submission)
+    history = read_history(run, submission)
+    state, new = history.run, preflight.proposal(spec, found)
+    record = record_of(n.event for n in history.events)
+    checkpoint = state.restart_checkpoint
+    _refuse_another_run(run, state, new)
+    _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
+    say = f"sftd: run {state.run_id} in {run.path}\n"
+    if state.status == "succeeded" and new.planned_steps == state.planned_steps:
+        tell(
+            f"{say}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
+            "To train more give a larger trainer.max_steps, for another run another trainer.experiment_name.\n"
+        )
+        return None
+    _sweep(run, history)
+    attempt = run.attempt(run.attempts() + 1)
+    attempt.create(
+        Order(
+            run_id=state.run_id,
+            attempt=run.attempts() + 1,
+            token=uuid.uuid4().hex,
+            spec=spec,
+            planned_steps=new.planned_steps,
+            checkpoint_dir=str(run.checkpoint_dir),
+            checkpoint=checkpoint.path if checkpoint else None,
+            checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
+            train_digest=state.train_digest,
+            val_digest=state.val_digest,
+            model_files=record.files,
+            weights=record.weights,
+            model_root=str(run.path),
+            order_start=state.order_start,
+            losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
+        )
+    )
+    attempt.write_process(_identity(spec))
+    start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
+    how = "continues" if state.attempt else "starts"
+    if record.files is None:
+        say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
+    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
+    say += "".join(f"warning: {warning}\n" for warning in warnings)
+    tell(say)
+    return attempt
+
+
+def _sweep(run: DirectRun, history: History) -> None:
+    """Finish the deletions that a crash interrupted."""
+    deleted = {n.event.path for n in history.events if isinstance(n.event, CheckpointDeleted)}
+    gone = deleted - {c.path for c in history.run.checkpoints}
+    checkpoint_dir.sweep(run.checkpoint_dir, map(Path, gone))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def _identity(spec: Spec) -> ProcessFile:
+    """torchrun, or this process where there is no torchrun."""
+    leader = psutil.Process(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    kind = process.device_kind(spec)
+    return ProcessFile(
+        pid=leader.pid,
+        create_time=leader.create_time(),
+        host=socket.gethostname(),
+        devices=[f"{kind}:{i}" for i in range(spec.nproc_per_node)],
+        argv=leader.cmdline(),
+        started_at=now_micros(),
+    )
+
+
+def _layout(spec: Spec) -> str:
+    shown = " × ".join(f"{name}{size}" for name, size in spec.parallel_sizes.items() if size > 1)
+    ranks = counted(spec.world_size, "rank")
+    return f"{ranks} ({shown})" if shown else ranks
+
+
+def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
+    """What makes other steps of those that are done is another run. Raises `Refused`."""
+    fix = f"set it back to continue that run, or {_BEGIN_ANOTHER}"
+    problems = [
+        msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", fix=fix)
+        for problem in decisions.other_run(state, new)
+    ]
+    if not problems and new.planned_steps < state.step:
+        what = f"{new.planned_steps} steps are fewer than the {state.step} that are done in {run.path}"
+        problems.append(Problem("trainer.max_steps", what, fix))
+    if not problems and new.spec.checkpoint.save_dir != state.spec.checkpoint.save_dir:
+        # The checkpoints of its history would all be missing, and it would begin again.
+        what = f"{run.path} was moved: its checkpoints were in {state.spec.checkpoint.save_dir}"
+        problems.append(Problem("checkpoint.save_dir", what, "move the folder back"))
+    if problems:
+        raise Refused(problems)
+
+
+def _refuse_another_model(
+    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
+) -> None:
+    """A model folder that changed makes other steps, too. Raises `Refused`."""
+    if record.files is None or found.model_files is None:
+        return
+    if problems := model_digest.changes(record.files, found.model_files, spec, weights=pretrained):
+        fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
+        raise Refused(model_digest.with_fix(problems, fix))
+
+
+def _tell_error(error: Exception) -> None:
+    if isinstance(error, Refused):
+        lines = [f"refused: {counted(len(error.problems), 'problem')}; nothing was written"]
+        lines += [f"  {problem}" for problem in error.problems]
+    else:
+        lines = [f"sftd: {error}"]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()

@@ -1,1 +1,0 @@
-"""A checkpoint back to a Hugging Face folder: `python -m sftd.trainer.export`, on one process of a CPU."""

@@ -1,0 +1,1 @@
+"""The loop: attempt, steps, validation, samples."""

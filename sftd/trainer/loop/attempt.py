@@ -1,0 +1,370 @@
+"""The attempt from start to end: load, bind, resume, then step, validate and save until the planned steps are done."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sftd.domain.errors import Refused
+from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
+from sftd.domain.model.checks import ModelShape, check_model
+from sftd.domain.run.loss_watch import LossWatch, What
+from sftd.domain.spec.learning_rate import learning_rate
+from sftd.domain.spec.spec import FROM_THE_BEGINNING
+from sftd.trainer import trainee as trainees
+from sftd.trainer.checkpoint import folder as checkpoint_folder
+from sftd.trainer.checkpoint import loading as checkpoint_loading
+from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress
+from sftd.trainer.checkpoint.weights_digest import WeightsDigest
+from sftd.trainer.data.batches import Batching, MicroBatch
+from sftd.trainer.data.rows import Ints, Rows, write_spool
+from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.spool import shared_folder
+from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
+from sftd.trainer.loop.meter import Meter
+from sftd.trainer.loop.validate import validate
+from sftd.trainer.model.files_check import checked_spec
+from sftd.trainer.runtime import process
+from sftd.trainer.runtime import session as sessions
+from sftd.trainer.runtime.reporter import Reporter
+from sftd.wire.attempt.directory import AttemptDir, Order
+from sftd.wire.data import chat_template
+from sftd.wire.data.dataset import files_digest
+from sftd.wire.model.folder import read_shape
+
+
+def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter] = Reporter) -> None:
+    """Train as the attempt's order says. The entry point of every rank. `make_reporter` makes what takes the events."""
+    started = time.perf_counter()
+    attempt = AttemptDir(attempt_path)
+    order = attempt.order()
+    process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
+    if "SLURM_JOB_ID" in os.environ:
+        process.watch_for_stack_requests(attempt.stacks_wanted_file)
+    session = sessions.start(order.spec, attempt.port_file)
+    reporter = make_reporter(attempt, session.layout.reports)
+    try:
+        Attempt(attempt, order, session, reporter, started).run()
+        reporter.flush()
+        sessions.close()
+    finally:
+        reporter.close()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """One step over all ranks: sums, but for the gradient's norm and the peak memory in bytes (of the fullest rank).
+
+    `is_written`: every rank has its share of the save that is in flight on the disk.
+    """
+
+    loss: float
+    grad_norm: float
+    real: int
+    padded: int
+    stop: bool
+    is_written: bool
+    peak_memory: int
+
+
+class Attempt:
+    """One attempt on one rank."""
+
+    def __init__(
+        self, attempt: AttemptDir, order: Order, session: sessions.Session, reporter: Reporter, started: float
+    ) -> None:
+        self._attempt = attempt
+        self._order = order
+        self._spec = checked_spec(order)
+        self._session = session
+        self._reporter = reporter
+        shape = self._read_shape()
+        if order.last_step is None:
+            checkpoint_folder.check(Path(order.checkpoint_dir))
+        pretrained = order.checkpoint is None
+        folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
+        # Until the first step is recorded: no step may come of weights that the log does not know.
+        self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if pretrained else None
+        self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
+        self._environment = sessions.environment(session)
+        reporter.emit(
+            ModelLoaded(
+                architecture=shape.architecture,
+                parameters=self._trainee.parameters,
+                dtype=self._environment["dtype"],
+                device=self._environment["device"],
+                seconds=time.perf_counter() - started,
+                environment=self._environment,
+            )
+        )
+        self._bind_data(shape)
+        self._checkpoints = Checkpoints(order, session, self._trainee, reporter)
+        self._progress = Progress(step=0, tokens_total=0, loss=math.nan, grad_norm=math.nan)
+        self._saved_step = 0
+        # The rows and micro-batches of the step that comes, made while the step before is computed.
+        self._next: tuple[Ints, list[MicroBatch]] | None = None
+        self._is_written = False
+        self._meter = Meter(shape, session)
+        self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
+        self._generator = None
+        if self._spec.trainer.sample_prompts and order.last_step is None:
+            from sftd.trainer.loop.generate import Generator
+
+            template = chat_template.of_files(self._spec.data.train_files)
+            self._generator = Generator(self._spec, session, shape.vocab_size, template)
+
+    def run(self) -> None:
+        """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""
+        if self._order.checkpoint is not None:
+            self._resume()
+        if self._order.last_step is not None:
+            while self._progress.step < self._order.last_step:
+                self._train_step()
+            return
+        # A fork starts from its parent's checkpoint, but its settings or its data may be others.
+        is_others = Path(self._order.checkpoint or "").parent != Path(self._order.checkpoint_dir)
+        if self._spec.trainer.val_before_train and is_others:
+            self._validate()
+        stop = False
+        while self._progress.step < self._order.planned_steps and not stop:
+            stop = self._train_step()
+            if self._is_written:
+                self._checkpoints.finish()
+            is_last = self._progress.step == self._order.planned_steps
+            if stop and not is_last:
+                # First of all: who asked for the stop may not wait for a validation.
+                self._save(must_succeed=False)
+            if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
+                self._validate()
+            if is_last or _is_due(self._progress.step, self._spec.trainer.save_interval):
+                if is_last or not self._spec.checkpoint.async_save:
+                    self._save(must_succeed=is_last)
+                else:
+                    self._begin_save()
+        self._checkpoints.finish()
+
+    def _read_shape(self) -> ModelShape:
+        try:
+            shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
+            # Submit has checked this too, unless the folder changed or the trainer is used directly.
+            problems, _ = check_model(self._spec, shape)
+            if problems:
+                raise Refused(problems)
+        except Refused as refused:
+            raise UserError(str(refused)) from refused
+        return shape
+
+    def _bind_data(self, shape: ModelShape) -> None:
+        spec, data = self._spec, self._spec.data
+
+        def rows(paths: list[str]) -> Rows:
+            decode = partial(
+                write_spool,
+                paths=paths,
+                sequence_length=data.sequence_length,
+                truncation=data.truncation,
+                vocab_size=shape.vocab_size,
+            )
+            with shared_folder(self._attempt.rows_dir, decode) as spool:
+                return Rows(spool)
+
+        is_replay = self._order.last_step is not None
+        self._train, self._val = rows(data.train_files), rows([] if is_replay else data.val_files)
+        if not len(self._train):
+            raise DataError(
+                f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
+            )
+        planned = spec.planned_steps(len(self._train))
+        # Not a fork, nor a run that left samples out: those were planned otherwise.
+        is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
+        if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
+            raise UserError(
+                f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
+                f"{planned}: have the data files changed?"
+            )
+        self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
+        self._batching = Batching.of(spec, self._session)
+        if self._session.layout.reports:
+            train_digest = _unchanged(data.train_files, self._order.train_digest)
+            val_digest = _unchanged([] if is_replay else data.val_files, self._order.val_digest)
+            self._reporter.emit(
+                DataBound(
+                    train_rows=len(self._train),
+                    train_digest=train_digest,
+                    val_rows=len(self._val),
+                    val_digest=val_digest,
+                    truncated_rows=self._train.truncated_rows,
+                    dropped_rows=self._train.dropped_rows,
+                    steps_per_epoch=len(self._train) / data.train_batch_size,
+                    planned_steps=self._order.planned_steps,
+                )
+            )
+
+    def _resume(self) -> None:
+        manifest = checkpoint_loading.load(self._order, self._session, self._trainee, self._reporter)
+        self._progress = Progress(manifest.step, manifest.tokens_total, math.nan, math.nan)
+        self._saved_step = manifest.step
+        path = self._order.checkpoint or ""
+        self._reporter.emit(
+            TrainingResumed(step=manifest.step, path=path, tokens_total=manifest.tokens_total)
+        )
+
+    def _train_step(self) -> bool:
+        """One optimizer step. Returns whether a stop was asked for. Raises `NonFiniteLoss`."""
+        started = time.perf_counter()
+        step, size = self._progress.step, self._spec.data.train_batch_size
+        rows, batches = self._next or self._prepare(step)
+        rate = learning_rate(step, self._spec, self._order.planned_steps)
+        trained = int(self._train.trained[rows].sum())
+        skips = "skip" in (self._spec.training.on_non_finite, self._spec.training.on_spike)
+        loss, norm = self._trainee.step(
+            batches, trained=trained, learning_rate=rate, accept=self._accept if skips else None
+        )
+        # A GPU is still at it: the time is free.
+        self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
+        sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
+        seconds = time.perf_counter() - started
+        if self._weights_digest is not None:
+            recorded, run_id = self._order.weights, self._order.run_id
+            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
+            self._weights_digest = None
+        self._is_written = sums.is_written
+        self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
+        lengths = self._train.lengths[rows].astype(float)
+        event = StepCompleted(
+            step=self._progress.step,
+            epoch=self._samples.epoch(self._order.sample_position(step)),
+            loss=sums.loss,
+            grad_norm=sums.grad_norm,
+            lr=rate,
+            tokens=trained,
+            tokens_real=sums.real,
+            tokens_padded=sums.padded,
+            tokens_total=self._progress.tokens_total,
+            samples=size,
+            samples_digest=samples_digest(self._train.numbers[rows]),
+            seconds=seconds,
+            mfu=self._meter.mfu(sums.real, float((lengths**2).sum()), seconds),
+            peak_memory_bytes=sums.peak_memory,
+        )
+        self._reporter.emit(event)
+        self._judge(event)
+        return sums.stop
+
+    def _accept(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the weights may learn from a step: all ranks say the same. Waits for the GPU."""
+        total = loss * self._session.layout.counts
+        dist.all_reduce(total)
+        what = self._watch.judge(float(total), float(norm))
+        return what is None or self._policy(what) != "skip"
+
+    def _policy(self, what: What) -> str:
+        training = self._spec.training
+        return training.on_non_finite if what == "non_finite_loss" else training.on_spike
+
+    def _judge(self, event: StepCompleted) -> None:
+        """Record a step that nobody should learn from, and end the attempt if the policy says so."""
+        what = self._watch.judge(event.loss, event.grad_norm)
+        if what is None:
+            self._watch.add(event.loss)
+            return
+        policy = self._policy(what)
+        detail = {
+            "loss": event.loss,
+            "median": self._watch.median,
+            "grad_norm": event.grad_norm,
+            "samples_digest": event.samples_digest,
+            "policy": policy,
+        }
+        self._reporter.emit(AnomalyDetected(step=event.step, what=what, detail=detail))
+        if policy == "record":
+            self._watch.add(event.loss)
+        # What is trained again went on in the log, or ends with this step by itself.
+        if policy in ("stop", "rollback") and self._order.last_step is None:
+            # Of a step before this one: where the next attempt may start.
+            self._checkpoints.finish()
+            self._reporter.flush()
+            text = f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}"
+            # Two lines, for the traceback shows one, and what ended the attempt is read off it.
+            if what == "non_finite_loss":
+                raise NonFiniteLoss(text)
+            raise LossSpike(text)
+
+    def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
+        """The rows of 0-based `step` and this rank's micro-batches of them."""
+        size = self._spec.data.train_batch_size
+        rows = self._samples.rows(self._order.sample_position(step), size)
+        return rows, self._batching.batches(self._train, rows)
+
+    def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
+        """Everything that a step needs to know of the other ranks, the wish to stop included, in one small all-reduce,
+        which is also where the host waits for a GPU."""
+        layout = self._session.layout
+        wants_stop = process.stop_signalled() or (layout.reports and self._attempt.stop_requested())
+        # A place for each rank: a sum that is a gather.
+        memory = [0.0] * dist.get_world_size()
+        memory[dist.get_rank()] = float(self._meter.peak_memory())
+        counts = [real * layout.counts, padded * layout.counts, wants_stop, self._checkpoints.is_written]
+        mine = torch.tensor([*counts, *memory], dtype=torch.float64).to(loss.device, non_blocking=True)
+        vector = torch.cat([(loss * layout.counts)[None], mine])
+        dist.all_reduce(vector)
+        values = torch.cat([vector, norm[None]]).tolist()
+        return _Sums(
+            loss=values[0],
+            grad_norm=values[-1],
+            real=int(values[1]),
+            padded=int(values[2]),
+            stop=values[3] > 0,
+            is_written=values[4] == dist.get_world_size(),
+            peak_memory=int(max(values[5:-1])),
+        )
+
+    def _validate(self) -> None:
+        step = self._progress.step
+        if len(self._val):
+            round_size = self._spec.data.train_batch_size
+            self._reporter.emit(
+                validate(step, self._trainee, self._val, self._batching, self._session, round_size)
+            )
+        if self._generator:
+            for event in self._generator.answers(step, self._trainee):
+                self._reporter.emit(event)
+
+    def _save(self, *, must_succeed: bool) -> None:
+        if self._saved_step == self._progress.step:
+            return
+        self._checkpoints.save(self._progress, self._versions(), must_succeed=must_succeed)
+        self._saved_step = self._progress.step
+
+    def _begin_save(self) -> None:
+        """A save that training does not wait for. The step after which every rank has written its share publishes it."""
+        if self._saved_step == self._progress.step:
+            return
+        self._checkpoints.begin(self._progress, self._versions())
+        self._saved_step = self._progress.step
+
+    def _versions(self) -> dict[str, str | None]:
+        return {name: self._environment[name] for name in ("sftd", "python", "torch", "megatron_core")}
+
+
+def _unchanged(paths: list[str], submitted: str) -> str:
+    """Digest of the files. Raises `DataError` when they are no longer those that were submitted."""
+    found = files_digest(paths)
+    if submitted and found != submitted:
+        raise DataError(
+            f"{', '.join(paths)} changed since the run was submitted: submit a new run, or put the old files back"
+        )
+    return found
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,39 @@
+"""How well a step used the devices."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.flops import peak_flops, training_flops
+
+if TYPE_CHECKING:
+    from sftd.trainer.runtime.session import Session
+
+
+class Meter:
+    """MFU of all ranks, and this rank's peak memory."""
+
+    def __init__(self, shape: ModelShape, session: Session) -> None:
+        self._shape = shape
+        self._device = session.device
+        name = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
+        one = peak_flops(name, session.dtype)
+        self._peak = None if one is None else one * dist.get_world_size()
+
+    def mfu(self, tokens: int, squared_lengths: float, seconds: float) -> float | None:
+        """Model FLOPs of `tokens` real tokens in samples of Σ n² = `squared_lengths`, over what the devices could have
+        done in `seconds`; None for devices whose peak is not known."""
+        if self._peak is None or seconds <= 0:
+            return None
+        return training_flops(self._shape, tokens, squared_lengths) / (seconds * self._peak)
+
+    def peak_memory(self) -> int:
+        """The most bytes in use so far: of tensors on a GPU, of the process on a CPU."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

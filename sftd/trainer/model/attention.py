@@ -1,0 +1,130 @@
+"""Causal attention for the layer spec: PyTorch's SDPA, packed samples, sequences shared by context-parallel ranks, and
+a key-value cache for greedy answers."""
+
+from __future__ import annotations
+
+from functools import cache
+from inspect import signature
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from sftd.trainer.data.sequence_layout import Chunk, KeyValueCache, SequenceLayout
+from sftd.trainer.model.context_parallel import gather_stream
+from sftd.trainer.model.kernels import exact_attention
+
+
+class CausalAttention(MegatronModule):
+    """`core_attention` of the layer spec: softmax(QKᵀ · scale)V, causal within each sample, grouped queries."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.is_grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Query [s, b, heads, d], key and value [s, b, groups, d] → [s, b, heads · d].
+
+        No mask is needed for rows padded on the right: a trained position only looks left.
+        """
+        layout = packed_seq_params
+        assert isinstance(layout, SequenceLayout)
+        if layout.chunks is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            out = self._sdpa(q, k, v) if layout.cache is None else self._cached(q, k, v, layout.cache)
+            return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        if len(layout.chunks) > 1:
+            key, value = gather_stream(key, value)
+        # The varlen kernel takes half precision only.
+        is_varlen = layout.is_packed and query.is_cuda and query.dtype != torch.float32
+        attend = self._varlen if is_varlen else self._by_segment
+        queries = query.split([chunk.query_ends[-1] for chunk in layout.chunks])
+        outs = [
+            attend(q, key[chunk.keys], value[chunk.keys], chunk)
+            for q, chunk in zip(queries, layout.chunks, strict=True)
+        ]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(2)
+
+    def _by_segment(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        outs = []
+        for (start, stop), (first, last) in zip(
+            pairwise(chunk.query_ends), pairwise(chunk.key_ends), strict=True
+        ):
+            mask = _last_of(stop - start, last - first, query)
+            outs.append(self._sdpa(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], mask))
+        return torch.cat(outs, dim=2).permute(2, 0, 1, 3)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+        if mask is None and exact_attention.takes(q, k, v, self.is_grouped):
+            return exact_attention.attend(q, k, v, self.scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.is_grouped
+        )
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> Tensor:
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        ends = chunk.cu_seqlens_q, chunk.cu_seqlens_k, chunk.longest_query, chunk.longest_key
+        if not self.is_grouped or _varlen_takes_groups():
+            from torch.nn.attention.varlen import varlen_attn
+
+            # Causal, where the last query sees the last key.
+            options: dict[str, Any] = {"enable_gqa": True} if self.is_grouped else {}
+            out = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
+        else:
+            # torch before 2.12: the kernel below takes groups, its public face equal head counts only.
+            out, *_ = torch.ops.aten._flash_attention_forward(
+                q, k, v, *ends, 0.0, is_causal=True, return_debug_mask=False, scale=self.scale
+            )
+        return cast(Tensor, out)[:, None]
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
+        if cache.length:
+            old_k, old_v = cache.layers[self.layer_number]
+            k = torch.cat((old_k[:, :, : cache.length], k), dim=2)
+            v = torch.cat((old_v[:, :, : cache.length], v), dim=2)
+        cache.layers[self.layer_number] = (k, v)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)
+        return self._sdpa(q, k, v, mask)
+
+
+@cache
+def _varlen_takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+def _last_of(queries: int, keys: int, like: Tensor) -> Any:
+    """Causal attention of the last `queries` of `keys` tokens, as an attention mask; None where it is all of them."""
+    if queries == keys:
+        return None
+    if like.is_cuda and like.dtype != torch.float32:
+        # A kernel's own mask.
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)

@@ -1,0 +1,49 @@
+"""An attempt's model folder against the record in its order, before anything is built from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from sftd.domain.errors import Refused
+from sftd.domain.model.files import differences
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.errors import UserError
+from sftd.wire.attempt.directory import Order, model_copy
+from sftd.wire.model import digest as model_digest
+
+
+def checked_spec(order: Order) -> Spec:
+    """The spec to train with: the order's, with a model folder that is as recorded. Called by every rank; one of each host
+    compares, and one of all keeps a copy of the small files.
+
+    An attempt that starts from a checkpoint reads no weights: where the folder is gone it uses the copy. Raises
+    `UserError` when the folder changed.
+    """
+    spec = order.spec
+    if order.model_files is None:
+        return spec
+    copy = model_copy(Path(order.model_root), order.model_files) if order.model_root else None
+    is_gone = not Path(spec.model.partial_pretrain).is_dir()
+    if is_gone and order.checkpoint and copy is not None and copy.is_dir():
+        model = msgspec.structs.replace(spec.model, partial_pretrain=str(copy))
+        spec = msgspec.structs.replace(spec, model=model)
+    if os.environ["LOCAL_RANK"] == "0":
+        pretrained = order.checkpoint is None
+        try:
+            now = model_digest.describe(spec.model.partial_pretrain)
+        except Refused as refused:
+            raise UserError(str(refused)) from refused
+        code = spec.model.trust_remote_code
+        if changed := differences(order.model_files, now, weights=pretrained, code=code):
+            # The fix comes first: of a long message only the beginning is kept.
+            fix = model_digest.fork_fix(order.run_id, pretrained=pretrained)
+            raise UserError(
+                f"{spec.model.partial_pretrain} changed since the run was submitted (fix: {fix}): "
+                + "; ".join(f"{name}: {detail}" for name, detail in changed.items())
+            )
+    if os.environ["RANK"] == "0" and copy is not None:
+        model_digest.keep(order.model_files, spec.model.partial_pretrain, copy)
+    return spec

@@ -1,0 +1,163 @@
+"""Cross-entropy over a vocabulary that is split across the tensor-parallel ranks, with and without the logits at hand."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from sftd.trainer.model import cross_entropy_cpu
+from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumulated
+from sftd.wire.data.rows import IGNORE_INDEX
+
+# Bytes of the logits that `linear_cross_entropy` holds at a time.
+_CHUNK_BYTES = 2 << 30
+_CHUNK_MULTIPLE = 128
+
+
+def _losses(
+    logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None, gradient_scale: float | None
+) -> Tensor:
+    """Loss of each row of logits [n, vocabulary / TP], FP32 [n]; the logits are overwritten by d loss / d logit
+    (probability − [is the label], 0 where the label is ignored) times `gradient_scale` unless that is None."""
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    group = parallel_state.get_tensor_model_parallel_group()
+    width = logits.shape[-1]
+    first = parallel_state.get_tensor_model_parallel_rank() * width
+    real = width if vocab_size is None else max(0, min(width, vocab_size - first))
+    is_trained = labels != ignore_index
+    is_mine = is_trained & (labels >= first) & (labels < first + real)
+    index = torch.where(is_mine, labels - first, -1)
+    kernels: Any = cross_entropy_cpu
+    if logits.is_cuda:
+        from sftd.trainer.model.kernels import cross_entropy as kernels
+    highest, total, target = kernels.sums(logits, index, real)
+    if ranks > 1:
+        mine = highest.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        both = torch.stack((target, total * (mine - highest).exp()))
+        dist.all_reduce(both, group=group)
+        target, total = both
+    log_total = highest + total.log()
+    if gradient_scale is not None:
+        kernels.gradient_(logits, index, log_total, is_trained.float() * gradient_scale, real)
+    return torch.where(is_trained, log_total - target, 0.0)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None
+    ) -> Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        # The caller's logits stay as they are.
+        own = logits.reshape(-1, logits.shape[-1]).clone(memory_format=torch.contiguous_format)
+        loss = _losses(own, labels.reshape(-1), ignore_index, vocab_size, 1.0 if wants_gradient else None)
+        ctx.shape = logits.shape
+        if wants_gradient:
+            ctx.save_for_backward(own)
+        return loss.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        scaled = grad * grad_outputs[0].reshape(-1, 1)
+        return scaled.to(grad.dtype).view(ctx.shape), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, *, vocab_size: int | None = None
+) -> Tensor:
+    """Per-token cross-entropy `log Σ exp(logits) − logits[label]` in nats, in FP32 (Shoeybi et al. 2019, §3).
+
+    logits: [..., vocabulary / TP], this rank's share, any float dtype. labels: int64 [...], the same on every
+    tensor-parallel rank. `vocab_size` is the real vocabulary where the logits have padding rows behind it.
+    Returns FP32 [...]: 0 where the label is `ignore_index`. Differentiable in `logits`.
+    """
+    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, labels, ignore_index, vocab_size))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Any,
+        labels: Tensor,
+        divisor: float,
+        vocab_size: int | None,
+        weight_is_shared: bool,
+        wants_gradients: bool,
+    ) -> Tensor:
+        # A parameter needs a gradient under no_grad too, as far as this function is told.
+        wants_hidden, wants_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
+        scale = 1.0 / divisor if wants_hidden or wants_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = None
+        if wants_weight and getattr(weight, "main_grad", None) is None:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
+            # One buffer: the logits, and then their gradient.
+            logits = hidden[rows] @ weight.t()
+            loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
+            if d_hidden is not None:
+                torch.mm(logits, weight, out=d_hidden[rows])
+            if wants_weight:
+                accumulate_weight_gradient(
+                    hidden[rows], logits, weight.main_grad if d_weight is None else d_weight
+                )
+            # Before the next chunk is computed: the name would hold this one until then.
+            del logits
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight, ctx.weight_is_shared = weight, weight_is_shared
+        return loss / divisor
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        grad_hidden = None if d_hidden is None else d_hidden * grad_outputs[0].to(d_hidden.dtype)
+        grad_weight = None
+        if d_weight is not None:
+            grad_weight = (d_weight * grad_outputs[0]).to(ctx.weight.dtype)
+        elif ctx.needs_input_grad[1] and not ctx.weight_is_shared:
+            grad_weight = mark_accumulated(ctx.weight)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    divisor: float = 1.0,
+    vocab_size: int | None = None,
+    weight_is_shared: bool = False,
+) -> Tensor:
+    """Σ cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`, FP32 scalar, without ever holding all logits.
+
+    hidden: [n, h]; weight: [vocabulary / TP, h], this rank's rows; labels: int64 [n], -100 is not trained. A chunk of
+    rows at a time: logits, loss, the logits' gradient in their place, and both products with it. So the gradients are
+    complete when forward ends. Where Megatron keeps a `main_grad` for the weight, its gradient goes straight there in
+    FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use in the same graph
+    that tells Megatron when its gradient is complete (a tied embedding on the same rank).
+
+    The gradient of `hidden` is this rank's part of the sum over the tensor-parallel ranks.
+    """
+    return cast(
+        Tensor,
+        _LinearCrossEntropy.apply(
+            hidden, weight, labels, divisor, vocab_size, weight_is_shared, torch.is_grad_enabled()
+        ),
+    )
+
+
+def _chunks(rows: int, row_bytes: int) -> list[slice]:
+    most = max(_CHUNK_MULTIPLE, _CHUNK_BYTES // row_bytes // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
+    count = -(-rows // most)
+    # Equal chunks: a small last one would run at a fraction of the speed.
+    each = -(-rows // max(count, 1) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+    return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]

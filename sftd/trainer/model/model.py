@@ -1,0 +1,267 @@
+"""The model behind one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
+
+megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
+family to it. If that changes, this is the only module (with its tables in weights.py) that has to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
+
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.data.batches import MicroBatch
+from sftd.trainer.data.sequence_layout import SequenceLayout
+from sftd.trainer.model import experts, gradients
+from sftd.trainer.model.attention import CausalAttention
+from sftd.trainer.model.embedding import embed
+from sftd.trainer.model.layer import DecoderLayer
+from sftd.trainer.model.loss import linear_cross_entropy
+from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.rope import RotaryEmbedding
+from sftd.trainer.runtime.session import Session
+
+
+def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> TransformerConfig:
+    """Megatron's config of the model in `shape`, laid out as `spec` says."""
+    layout, is_cpu = session.layout, session.device.type == "cpu"
+    recompute: dict[str, Any] = {}
+    if spec.model.enable_gradient_checkpointing and spec.model.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif spec.model.enable_gradient_checkpointing:
+        # What DecoderLayer goes by.
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    gradients.install()
+    return TransformerConfig(
+        num_layers=shape.num_hidden_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_key_value_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.attention_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Every parameter is loaded; random values would be drawn for nothing.
+        perform_initialization=False,
+        use_cpu_initialization=is_cpu,
+        params_dtype=session.dtype,
+        pipeline_dtype=session.dtype,
+        bf16=session.dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        sequence_parallel=spec.model.megatron.sequence_parallel,
+        # Σ loss ÷ Σ trained tokens over the whole global batch, whatever the micro-batch or the layout.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=True,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        # gloo has no batched point-to-point messages. Nor may an interleaved pipeline of two stages have them: what one
+        # stage sends to the next and to the one before would meet in one batch between the same two ranks, and mix.
+        batch_p2p_comm=not is_cpu and layout.vpp == 1,
+        overlap_p2p_comm=not is_cpu and layout.vpp > 1,
+        deterministic_mode=False,
+        **experts.config_fields(spec, shape),
+        **recompute,
+    )
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual stage), with unset weights, on its device."""
+    layout = session.layout
+    chunks = []
+    for chunk in range(layout.vpp):
+        stage = chunk if layout.vpp > 1 else None
+        layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=layout.pp_rank)
+        model = GPTModel(
+            config,
+            TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
+            vocab_size=padded_vocabulary(shape.vocab_size, layout.tp),
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            # Megatron's own embedding would be built only to be replaced.
+            position_embedding_type="none",
+            vp_stage=stage,
+        )
+        model.position_embedding_type = "rope"
+        model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        experts.mark(model)
+        chunks.append(model.to(session.device))
+    return chunks
+
+
+def _layer_spec(shape: ModelShape) -> Any:
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+    )
+    spec.module = DecoderLayer
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def distribute(
+    config: TransformerConfig, chunks: list[GPTModel], session: Session
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks for training: FP32 gradients, reduced over the data-parallel ranks in the last backward of a step."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        # What `computed_again` keeps of a weight lacks the mark by which Megatron's hook, with overlap, knows that the
+        # gradient is there.
+        overlap_grad_reduce=session.device.type == "cuda"
+        and session.layout.dp > 1
+        and config.recompute_granularity != "selective",
+        # A bad gradient is reported by the loop, with the step's numbers, rather than asserted on.
+        check_for_nan_in_grad=False,
+    )
+    modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
+    return [
+        DistributedDataParallel(config, settings, m, disable_bucketing=i > 0) for i, m in enumerate(modules)
+    ]
+
+
+def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float) -> Tensor:
+    """Σ cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar. On an inner stage: its hidden states
+    [s, b, h]."""
+    core = _core(model)
+    is_parallel = core.config.sequence_parallel
+    output = model(
+        batch.tokens,
+        batch.layout.positions[None],
+        None,
+        decoder_input=embed(core.embedding, batch.tokens, sequence_parallel=is_parallel)
+        if core.pre_process
+        else None,
+        labels=batch.labels,
+        packed_seq_params=batch.layout,
+        output_processor=_sum_of_losses,
+        output_processor_context=(vocab_size, divisor, batch.places, core.pre_process),
+    )
+    return cast(Tensor, output)
+
+
+def _core(model: torch.nn.Module) -> GPTModel:
+    """The model without its wrappers."""
+    while not isinstance(model, GPTModel):
+        model = cast(torch.nn.Module, model.module)
+    return model
+
+
+def _sum_of_losses(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    context: tuple[int, float, Tensor, bool],
+    **_: object,
+) -> Tensor:
+    """GPTModel's hook behind the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
+    vocab_size, divisor, places, has_embedding = context
+    if output_layer.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+    hidden_states = hidden_states.flatten(0, 1)
+    if places.numel() < hidden_states.shape[0]:
+        # Only trained positions need logits; those of the prompts would be computed for nothing.
+        hidden_states = hidden_states.index_select(0, places)
+    return linear_cross_entropy(
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        labels.transpose(0, 1).reshape(-1)[places],
+        divisor=divisor,
+        vocab_size=vocab_size,
+        weight_is_shared=has_embedding and output_weight is not None,
+    )
+
+
+def next_token(
+    model: torch.nn.Module, tokens: Tensor, layout: SequenceLayout, last: int, vocab_size: int
+) -> Tensor:
+    """Most probable token after position `last` of `tokens` int64 [1, s]: int64 [1]; of equals the lowest id.
+
+    On an inner pipeline stage: its hidden states [s, 1, h].
+    """
+    output = model(
+        tokens,
+        layout.positions[None],
+        None,
+        labels=tokens,
+        packed_seq_params=layout,
+        output_processor=_most_probable,
+        output_processor_context=(last, vocab_size),
+    )
+    return cast(Tensor, output)
+
+
+def _most_probable(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: tuple[int, int],
+    **_: object,
+) -> Tensor:
+    last, vocab_size = context
+    if not output_layer.sequence_parallel:
+        hidden_states, last = hidden_states[last : last + 1], 0
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    scores = logits[last, 0].float()
+    first = parallel_state.get_tensor_model_parallel_rank() * scores.numel()
+    scores = scores[: max(0, vocab_size - first)]
+    best = int(scores.argmax()) if scores.numel() else 0
+    # A token id is exact in FP64.
+    mine = torch.tensor(
+        [float(scores[best]) if scores.numel() else float("-inf"), first + best],
+        dtype=torch.float64,
+        device=logits.device,
+    )
+    candidates = [
+        torch.empty_like(mine) for _ in range(parallel_state.get_tensor_model_parallel_world_size())
+    ]
+    torch.distributed.all_gather(candidates, mine, group=parallel_state.get_tensor_model_parallel_group())
+    # Ranks hold ascending ids and max keeps the first of equals.
+    return max(candidates, key=lambda c: float(c[0]))[1:].long()

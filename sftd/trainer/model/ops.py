@@ -1,0 +1,69 @@
+"""What stands between a layer's matrix products: PyTorch's own operations, and on a GPU the kernels in `kernels/`.
+
+Both compute the same; on a GPU with FP32 sums whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension (Zhang & Sennrich 2019). x [..., h], weight [h]."""
+    if x.is_cuda:
+        from sftd.trainer.model.kernels.norm import RmsNorm
+
+        return cast(Tensor, RmsNorm.apply(x, weight, eps))
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta (x itself without a delta) and its RMSNorm, both [..., h].
+
+    One pass each way on a GPU: backward adds the residual's gradient to the norm's.
+    """
+    if x.is_cuda:
+        from sftd.trainer.model.kernels.norm import AddRmsNorm
+
+        return cast(tuple[Tensor, Tensor], AddRmsNorm.apply(x, delta, weight, eps))
+    total = x if delta is None else x + delta
+    return total, F.rms_norm(total, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`silu(gate) · up` (Shazeer 2020) of x [..., 2f], which holds the gate before the up projection: [..., f]."""
+    if x.is_cuda:
+        from sftd.trainer.model.kernels.swiglu import SwiGlu
+
+        return cast(Tensor, SwiGlu.apply(x))
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of x [s, b, heads, d], halves paired; angles FP32 [2, s, d / 2], cos and sin."""
+    cos, sin = angles[:, :, None, None, :]
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def split_qkv(qkv: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's qkv [s, b, g · (n + 2) · d] (each group's n queries, its key, its value) → q [s, b, g · n, d], k and v
+    [s, b, g, d]."""
+    by_group = qkv.unflatten(-1, (groups, -1, head_dim))
+    q, k, v = by_group.split((by_group.shape[3] - 2, 1, 1), dim=3)
+    return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+
+
+def split_rotary(qkv: Tensor, angles: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_qkv` with the queries and keys rotated by `angles` (see `rotate`)."""
+    if qkv.is_cuda:
+        from sftd.trainer.model.kernels.rotary import SplitRotary
+
+        return cast(tuple[Tensor, Tensor, Tensor], SplitRotary.apply(qkv, angles, groups, head_dim))
+    q, k, v = split_qkv(qkv, groups, head_dim)
+    return rotate(q, angles), rotate(k, angles), v

@@ -1,0 +1,113 @@
+"""The optimizer's state in a checkpoint: every rank stores and reads its own share, straight from and into its tensors.
+
+Megatron's `fully_reshardable` format holds each moment in the shape of its parameter, so that any layout can read it.
+Its own code (distrib_optimizer.py:1223 and :1690) gathers the whole state into the host memory of every data-parallel
+rank to get there, at a save and at a load: 12 bytes a parameter. But a rank's share of a parameter, which is a range of
+its elements in row-major order, is a few rectangles of it, and the storage format takes rectangles as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from sftd.trainer.optimizer.rectangles import rectangles
+from sftd.trainer.runtime.megatron_edges import parts_of
+
+State = dict[int, dict[str, list[ShardedTensor]]]
+
+
+def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Have every part of the optimizer store and read its own share, with torch's AdamW, in Megatron's format.
+
+    FP32 weights are their own master copy (the two share memory), so the master copy is left out.
+    """
+    for part in parts_of(optimizer):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        moments = tuple(part.optimizer_state_keys)
+        keys = moments if part.config.params_dtype == torch.float32 else ("param", *moments)
+
+        def param_state(
+            model: dict[str, Any],
+            is_loading: bool = False,
+            metadata: dict[str, Any] | None = None,
+            part: DistributedOptimizer = part,
+            keys: tuple[str, ...] = keys,
+        ) -> State:
+            return _own_share(part, model, keys)
+
+        part.sharded_param_state_fully_reshardable = param_state
+        # What was loaded lies where it belongs: the rectangles share memory with the optimizer's tensors.
+        part.load_parameter_state_from_fully_reshardable = lambda _: None
+
+
+def _own_share(part: DistributedOptimizer, model: dict[str, Any], keys: tuple[str, ...]) -> State:
+    places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model)[0])}
+    state: State = {}
+    for ranges in part.gbuf_ranges:
+        for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
+            for parameter, share in bucket["param_map"].items():
+                start, end = share["param"].start, share["param"].end
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                shards = _whole(places[parameter])
+                state[len(state)] = {
+                    key: [
+                        piece
+                        for shard, first in shards
+                        for piece in _pieces(shard, first, key, tensors[key], start, end)
+                    ]
+                    for key in keys
+                }
+    return state
+
+
+def _whole(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int]]:
+    """Where the checkpoint has this rank's parameter, in one part or several, each with its first element's number."""
+    if isinstance(place, ShardedTensor):
+        return [(place, 0)]
+    # A tensor without memory shows which elements the factory puts where.
+    shape = torch.empty(place.data.shape, dtype=place.data.dtype, device="meta")
+    built = list(nested_values(place.build_fn(place.key, shape, place.replica_id, None)))
+    assert all(s.data.is_contiguous() for s in built), f"{place.key} is not cut along its rows"
+    return [(s, s.data.storage_offset()) for s in built]
+
+
+def _pieces(
+    shard: ShardedTensor, first: int, key: str, share: Tensor, start: int, end: int
+) -> Iterator[ShardedTensor]:
+    """The rectangles of `shard`, which begins at element `first` of the parameter, that lie in [`start`, `end`).
+
+    `share` holds the elements from `start` to `end`.
+    """
+    low, high = max(start, first), min(end, first + math.prod(shard.local_shape))
+    if low >= high:
+        return
+    values, ones = share.detach().view(-1), (1,) * shard.prepend_axis_num
+    taken = low - start
+    for corner, sides in rectangles(tuple(shard.local_shape), low - first, high - first):
+        shape, offset = (*ones, *sides), (*(0 for _ in ones), *corner)
+        size = math.prod(shape)
+        yield ShardedTensor(
+            key=f"optimizer.state.{key}.{shard.key}",
+            data=values[taken : taken + size].view(shape),
+            dtype=share.dtype,
+            local_shape=shape,
+            global_shape=shard.global_shape,
+            global_offset=tuple(a + b for a, b in zip(shard.global_offset, offset, strict=True)),
+            # No grid: the ranks' pieces have whatever shapes they have.
+            axis_fragmentations=None,
+            # Nobody else of the data-parallel ranks, which the last number counts, has these elements.
+            replica_id=(*shard.replica_id[:-1], 0),
+            allow_shape_mismatch=shard.allow_shape_mismatch,
+        )
+        taken += size

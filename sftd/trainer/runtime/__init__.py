@@ -1,0 +1,1 @@
+"""Process groups, devices, journal, patches of Megatron and torch."""

@@ -1,0 +1,176 @@
+"""What a rank's process needs before torch computes anything: its tie to torchrun, signals, warnings, environment."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.errors import UserError
+from sftd.wire.attempt.directory import make_private
+
+_PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 5.0
+
+# (message, category, module) of warnings that third-party code raises on every start and that nobody can act on here.
+_KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
+    # On import, without the optional packages that sftd does without.
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, r"megatron\.core\."),
+    (r"absl\.logging is not installed", UserWarning, r"megatron\.core\."),
+    # About Megatron's own defaults and modules, none of which are chosen here.
+    (r"full scope is deprecated", UserWarning, r"megatron\.core\."),
+    (r"MimoModelConfig is experimental", UserWarning, r"megatron\.core\."),
+    (r"The following imports from `dynamic_context\.py`", DeprecationWarning, r"megatron\.core\."),
+    (r"MLP requires ffn_hidden_size", DeprecationWarning, r"megatron\.core\."),
+    (r"Warning: tp_group is None, using default tp group", DeprecationWarning, r"megatron\.core\."),
+    # The device is set, only not named (see session.py).
+    (r"barrier\(\): using the device under current context", UserWarning, r"torch\.distributed\."),
+    # Whole experts (see experts.py) beside layers that are split.
+    (
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+        UserWarning,
+        r"megatron\.core\.",
+    ),
+    # Megatron reads a checkpoint's plain values on each rank by itself.
+    (
+        r"torch\.distributed is disabled, unavailable or uninitialized",
+        UserWarning,
+        r"torch\.distributed\.checkpoint",
+    ),
+    (r"The argument order of load has been changed", UserWarning, r"torch\.distributed\.checkpoint"),
+    # Both from inside Megatron's checkpoint code, blamed on whoever passes the call on (such as device_mode.py).
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning, r""),
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning, r""),
+]
+
+_stop_signalled = threading.Event()
+# What torchrun gives to each rank.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def prepare() -> None:
+    """Prepare this process: die with torchrun, stop cleanly on SIGTERM, quiet what is known, deterministic cuBLAS."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    stop_on(signal.SIGTERM)
+    quiet_third_parties()
+    set_cuda_defaults()
+
+
+def set_cuda_defaults() -> None:
+    """Settings that are read once, when CUDA starts."""
+    # Deterministic mode raises without the first; the second lets Megatron's tensor-parallel communication overlap
+    # with computing.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Packed micro-batches have ever new sizes, which cut ordinary memory segments into pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def use_single_process_defaults() -> None:
+    """Make this process the only rank of its world, unless torchrun started it. Raises `UserError` where only some of
+    torchrun's variables are set: an earlier job left them in the shell, or other ranks are meant to exist."""
+    found = [name for name in _LAUNCHED if name in os.environ]
+    if found and len(found) < len(_LAUNCHED):
+        missing = ", ".join(name for name in _LAUNCHED if name not in found)
+        raise UserError(
+            f"{', '.join(found)} set in the environment without {missing}: this looks like one rank of several, but "
+            f"nothing says where they meet. fix: `unset {' '.join(found)}` to train in one process, or start the ranks "
+            "with torchrun"
+        )
+    if not found:
+        # Port 0 is any that is free.
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+        os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
+def device_kind(spec: Spec) -> str:
+    """`cpu` or `cuda`: what the spec asks for, or what the daemon or this host offers."""
+    if spec.launch.device != "auto":
+        return spec.launch.device
+    import torch
+
+    return os.environ.get("SFTD_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when torchrun dies, so that no rank ever outlives it (Linux only).
+
+    Ends the process when torchrun has died already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1 and not _is_torchrun(1):
+        os._exit(1)
+
+
+def _is_torchrun(pid: int) -> bool:
+    # Orphans belong to pid 1, but in a container torchrun itself may be pid 1.
+    try:
+        return b"torch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def stop_on(number: signal.Signals) -> None:
+    """Have a signal end training at the next step boundary, after a checkpoint."""
+    signal.signal(number, _on_stop_signal)
+
+
+def _on_stop_signal(_signal: int, _frame: FrameType | None) -> None:
+    _stop_signalled.set()
+
+
+def stop_signalled() -> bool:
+    """Whether this process got a signal that ends training."""
+    return _stop_signalled.is_set()
+
+
+def leave_stack_on_request(path: Path) -> None:
+    """Have SIGUSR1 write the stacks of all threads to `path`, whatever this process is waiting for at the time."""
+    make_private(path.parent)
+    # Never closed: the handler runs in C and needs the descriptor until the process ends.
+    file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+
+
+def watch_for_stack_requests(wanted: Path) -> None:
+    """Write the stacks once this file is there: no signal of the daemon's reaches a rank on another machine."""
+
+    def watch() -> None:
+        while not wanted.exists():
+            time.sleep(_LOOK_SECONDS)
+        # As the signal from outside would: the stack of the main thread is the one that is looked for.
+        signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+
+    main = threading.main_thread()
+    threading.Thread(target=watch, name="stack requests", daemon=True).start()
+
+
+def quiet_third_parties() -> None:
+    """Silence the known, harmless noise of the libraries; everything else stays audible."""
+    for message, category, module in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    # Deprecation notices of GPTModel and of the checkpoint writer (model.py and checkpoint.py say why they are used
+    # all the same), and a note on every start that DDP lays out its own buffers.
+    for name in (
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron.core.distributed.distributed_data_parallel",
+        # "No CUDA runtime is found", where a CUDA toolkit is installed and a process works on the CPU.
+        "torch.utils.cpp_extension",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Processes that need torch or transformers and end with an answer."""

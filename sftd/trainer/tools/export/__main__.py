@@ -1,0 +1,71 @@
+"""Command line of the export; reports as JSON lines on standard output.
+
+    ORDER CHECKPOINT DIR [--digest SHA256] [--max-shard-bytes N]
+
+ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, whose manifest has
+the sha256 SHA256, and DIR the folder to make. The last line of a run that succeeds has the event `done`. Exit codes:
+0; 2 with a message on standard error for what the user can fix, in which case nothing is left in DIR; anything else
+is a defect.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
+_SHARD_BYTES = 5_000_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sftd.trainer.tools.export", description="Write a checkpoint as a Hugging Face folder."
+    )
+    parser.add_argument("order", type=Path, help="order.json of an attempt of the run")
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
+    parser.add_argument("out", type=Path, metavar="dir", help="folder to make")
+    parser.add_argument("--digest", help="sha256 of the checkpoint's manifest.json")
+    parser.add_argument("--max-shard-bytes", type=int, default=_SHARD_BYTES, help="largest weight file")
+    arguments = parser.parse_args(argv)
+
+    # All of it is done on the CPU; a GPU's memory may be taken by a training.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from sftd.trainer.runtime.process import quiet_third_parties
+
+    quiet_third_parties()
+    from sftd.domain.errors import CheckpointInvalid, Refused
+    from sftd.trainer.errors import UserError
+    from sftd.trainer.tools.export.export import export
+    from sftd.trainer.tools.protocol import claim_stdout
+    from sftd.wire.attempt.directory import read_order
+    from sftd.wire.checkpoint.directory import reading
+
+    events = claim_stdout()
+    try:
+        order = read_order(arguments.order)
+        with reading(arguments.checkpoint):
+            done = export(
+                order.spec,
+                arguments.checkpoint,
+                arguments.out,
+                arguments.digest,
+                arguments.max_shard_bytes,
+                events,
+                order.template,
+            )
+        events.emit("done", **done)
+    except (Refused, UserError, CheckpointInvalid, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    finally:
+        events.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

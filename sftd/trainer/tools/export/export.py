@@ -1,0 +1,130 @@
+"""From a verified checkpoint of any layout to a Hugging Face folder, the model in memory once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.checkpoint.folder_swap import fsync_file
+from sftd.trainer.errors import UserError
+from sftd.trainer.model import weights
+from sftd.trainer.runtime import session as sessions
+from sftd.trainer.tools.export.shards import write_shards
+from sftd.trainer.tools.export.template_files import write_template
+from sftd.trainer.tools.load_model import one_rank, read_model
+from sftd.trainer.tools.protocol import EventWriter
+from sftd.wire.attempt.directory import fsync_dir
+from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.model.digest import kept_files
+from sftd.wire.model.folder import exported_config, read_shape
+
+
+def export(
+    spec: Spec,
+    checkpoint: Path,
+    out: Path,
+    digest: str | None,
+    shard_bytes: int,
+    events: EventWriter,
+    template: ChatTemplate | None = None,
+) -> dict[str, Any]:
+    """Write `checkpoint` of a run of `spec` as the Hugging Face folder `out`, in the dtype that was trained.
+
+    `digest`: sha256 of the checkpoint's manifest. The manifest and every file it names are verified before anything is
+    unpickled; the folder is made beside `out`, and renamed when it is whole. Weight files hold `shard_bytes` at most.
+    A chat template of its own that the training data had (`template`) takes the place of the model folder's.
+    Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
+    `sha256sum` prints for the files in the order of their names.
+    Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
+    """
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already: give a new or an empty folder")
+    events.progress("verify", path=str(checkpoint))
+    manifest = manifests.verify(checkpoint, digest)
+    folder, override = spec.model.partial_pretrain, spec.model.override_config
+    shape = read_shape(folder, override)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial.chmod(0o755)
+    try:
+        config = exported_config(folder, override, manifest.dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name, path in kept_files(Path(folder)).items():
+            if name != "config.json":
+                (partial / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, partial / name)
+        write_template(partial, template)
+        session = one_rank(spec, device="cpu", dtype=manifest.dtype)
+        try:
+            events.progress("load", path=str(checkpoint))
+            (model,) = read_model(spec, shape, session, checkpoint)
+            _check_space(model, partial)
+            parameters = write_shards(partial, _tensors(model, shape, events), shard_bytes)
+        finally:
+            sessions.close()
+        events.progress("digest", path=str(partial))
+        entries = manifests.describe(partial, manifests.list_files(partial))
+        for entry in entries:
+            # safetensors makes its files unreadable for others.
+            shutil.copymode(partial / "config.json", partial / entry.name)
+            fsync_file(partial / entry.name)
+        for below in {Path(entry.name).parent for entry in entries}:
+            fsync_dir(partial / below)
+        # Takes the place of an empty folder, and fails if something has been put into it meanwhile.
+        partial.rename(out)
+        fsync_dir(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    lines = "".join(f"{entry.sha256}  {entry.name}\n" for entry in entries)
+    return {
+        "path": str(out),
+        "step": manifest.step,
+        "files": len(entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "parameters": parameters,
+        "dtype": manifest.dtype,
+        "digest": hashlib.sha256(lines.encode()).hexdigest(),
+    }
+
+
+def _check_space(model: torch.nn.Module, partial: Path) -> None:
+    need = sum(parameter.nbytes for parameter in model.parameters())
+    if (free := shutil.disk_usage(partial).free) < need:
+        raise UserError(
+            f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
+        )
+
+
+@torch.no_grad()
+def _tensors(
+    model: torch.nn.Module, shape: ModelShape, events: EventWriter
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor of the Hugging Face folder. Takes the model apart on the way."""
+    own = dict(model.named_parameters())
+    layers, all_experts = range(shape.num_hidden_layers), range(shape.num_experts)
+    output = "shared" if shape.tie_word_embeddings else "own"
+    parts = list(weights.model_rules(shape, layers, all_experts, is_first=True, output=output))
+    for number, rules in enumerate(parts, 1):
+        events.progress("write", part=number, parts=len(parts))
+        for rule in rules:
+            parameter = own.pop(rule.target)
+            value = parameter.detach()
+            # Its memory goes with the last tensor that is cut from it.
+            parameter.data = torch.empty(0)
+            if rule.cut == "vocabulary":
+                value = value[: shape.vocab_size]
+            for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
+                yield name, tensor.contiguous()
+    assert not own, f"no weight mapping for {sorted(own)}"

@@ -1,0 +1,62 @@
+"""The model of a checkpoint in one process, without torchrun: for answers and exports.
+
+Only the model part of a checkpoint is read, resharded from whatever layout it was trained in; neither optimizer nor
+data-parallel buffers are made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.sections import Megatron
+from sftd.domain.spec.spec import Spec
+from sftd.trainer.checkpoint import reading as checkpoint_reading
+from sftd.trainer.model import model as models
+from sftd.trainer.runtime import process
+from sftd.trainer.runtime import session as sessions
+from sftd.trainer.runtime.session import Session
+
+
+def one_rank_spec(spec: Spec, *, device: str, dtype: str | None = None) -> Spec:
+    """`spec` laid out on a single rank. `dtype` is that of the weights, such as a manifest says it (`bfloat16`)."""
+    replace = msgspec.structs.replace
+    weights = dtype or spec.model.megatron.params_dtype
+    megatron = msgspec.convert({"seed": spec.model.megatron.seed, "params_dtype": weights}, Megatron)
+    launch = replace(spec.launch, nnodes=1, nproc_per_node=1, device=device)
+    return replace(spec, model=replace(spec.model, megatron=megatron), launch=launch)
+
+
+def one_rank(spec: Spec, *, device: str, dtype: str | None = None) -> Session:
+    """Make this process the only rank of a world of its own. `device` is `cpu`, `cuda` or `auto`.
+
+    Raises `UserError` when there is no such device. `session.close` ends it.
+    """
+    process.use_single_process_defaults()
+    return sessions.start(one_rank_spec(spec, device=device, dtype=dtype))
+
+
+def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
+    """The model of the checkpoint in `folder`, whole on the session's one rank, for evaluation.
+
+    `manifest.verify` comes first. Raises `CheckpointInvalid` when the folder does not hold this model.
+    """
+    config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
+    chunks = models.build(config, shape, session)
+    content: dict[str, Any] = {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(chunks)}
+    loaded = checkpoint_reading.load(state, folder)
+    for i, chunk in enumerate(chunks):
+        with checkpoint_reading.invalid_where_it_fails(folder):
+            chunk.load_state_dict(
+                {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}
+            )
+    return [chunk.eval() for chunk in chunks]

@@ -1,0 +1,152 @@
+"""The Parquet files that are written: rows of token ids and labels, in row groups of a fixed size."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sftd.trainer.checkpoint.folder_swap import fsync_file
+from sftd.trainer.tools.prepare.tokenize_pieces import Row
+from sftd.wire.attempt.directory import fsync_dir
+from sftd.wire.data.chat_template import METADATA_KEY
+from sftd.wire.data.rows import IGNORE_INDEX
+
+_COLUMNS = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("attention_mask", pa.list_(pa.int8())),
+        ("labels", pa.list_(pa.int32())),
+    ]
+)
+_ROW_GROUP_ROWS = 1000
+# Upper ends of the classes of lengths in the card.
+LENGTHS = tuple(2**n for n in range(4, 22))
+
+
+class RowFile:
+    """A Parquet file being written beside its final name; `publish` puts it in place."""
+
+    def __init__(self, path: Path, metadata: bytes) -> None:
+        self.path = path
+        self.rows = self.tokens = self.trained_tokens = self.longest = 0
+        self.truncated = self.cut_tokens = self.cut_trained_tokens = 0
+        self._lengths = [0] * (len(LENGTHS) + 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = path.with_name(path.name + ".partial")
+        self._schema = _COLUMNS.with_metadata({METADATA_KEY: metadata})
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        self._pending: list[Row] = []
+
+    def append(self, row: Row) -> None:
+        """Write a row."""
+        length = len(row.input_ids)
+        self.rows += 1
+        self.tokens += length
+        # Nothing predicts the first one.
+        self.trained_tokens += int((row.labels[1:] != IGNORE_INDEX).sum())
+        self.longest = max(self.longest, length)
+        self.truncated += row.cut > 0
+        self.cut_tokens += row.cut
+        self.cut_trained_tokens += row.cut_trained
+        self._lengths[int(np.searchsorted(LENGTHS, length))] += 1
+        self._pending.append(row)
+        if len(self._pending) == _ROW_GROUP_ROWS:
+            self._write_row_group()
+
+    def lengths(self) -> dict[str, int]:
+        """Rows by length: the least power of two that holds them → how many."""
+        names = [*map(str, LENGTHS), "more"]
+        return {name: count for name, count in zip(names, self._lengths, strict=True) if count}
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._pending and self._writer.is_open:
+            self._write_row_group()
+        self._writer.close()
+
+    def publish(self) -> dict[str, Any]:
+        """Rename the closed file into place and return what the `done` event says of it."""
+        with self._partial.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        fsync_file(self._partial)
+        self._partial.replace(self.path)
+        fsync_dir(self.path.parent)
+        return {
+            "path": str(self.path.resolve()),
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "max_length": self.longest,
+            "sha256": sha256,
+        }
+
+    def discard(self) -> None:
+        """Remove what has not been published."""
+        try:
+            self._writer.close()
+        finally:  # it writes; the disk may be full
+            self._partial.unlink(missing_ok=True)
+
+    def _write_row_group(self) -> None:
+        rows, self._pending = self._pending, []
+        ends = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
+        values = (
+            np.concatenate([row.input_ids for row in rows]),
+            np.ones(ends[-1], np.int8),
+            np.concatenate([row.labels for row in rows]),
+        )
+        arrays = [pa.ListArray.from_arrays(pa.array(ends), pa.array(column)) for column in values]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+
+class Spool:
+    """Rows set aside on the disk until it is known which of them are validated on."""
+
+    _SCHEMA = pa.schema(
+        [
+            ("input_ids", pa.list_(pa.int32())),
+            ("labels", pa.list_(pa.int32())),
+            ("key", pa.binary(8)),
+            ("cut", pa.int64()),
+            ("cut_trained", pa.int64()),
+        ]
+    )
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, self._SCHEMA)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Set rows aside."""
+        if not rows:
+            return
+        columns = [[getattr(row, field.name) for row in rows] for field in self._SCHEMA]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self._SCHEMA, strict=True)]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._SCHEMA))
+
+    def rows(self) -> Iterator[Row]:
+        """All rows in order; none can be added any more."""
+        self._close()
+        with pa.OSFile(str(self._path), "rb") as source, pa.ipc.open_stream(source) as reader:
+            for batch in reader:
+                columns = {name: batch.column(name) for name in batch.schema.names}
+                for n in range(batch.num_rows):
+                    ids, labels = (columns[name][n].values.to_numpy() for name in ("input_ids", "labels"))
+                    key, cut, lost = (columns[name][n].as_py() for name in ("key", "cut", "cut_trained"))
+                    yield Row(ids, labels, key, cut, lost)
+
+    def discard(self) -> None:
+        """Remove the file."""
+        self._close()
+        self._path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if not self._sink.closed:
+            self._writer.close()
+            self._sink.close()

@@ -1,0 +1,228 @@
+"""Files of conversations, read in pieces of a few hundred rows: JSON Lines, JSON, CSV, Parquet, and the Arrow files of
+Hugging Face data set folders. A piece is bytes; the worker that gets it reads its rows (see `rows_of`)."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from lzma import LZMAError
+from pathlib import Path
+from typing import Any, Literal
+
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.shapes import RowKeys, require_shape
+from sftd.trainer.tools.prepare.sources.file_kinds import open_bytes, require_kind
+from sftd.trainer.tools.prepare.sources.json_text import has_a_row_a_line, json_lines, json_rows
+
+# The size of a piece decides how many rows are in memory at once; it depends on nothing but the file.
+_PIECE_ROWS = 256
+_PIECE_BYTES = 1 << 20
+# A cell may hold a whole chat.
+_CELL = 1 << 30
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """A chat file: its rows (blank lines included), the sha256 (hex) of its bytes, and its name on the card."""
+
+    path: Path
+    rows: int
+    sha256: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a file in order, the first being number `first` (from 1); `data` is JSON Lines or an Arrow stream. The
+    lines of `cells` are lists of a CSV file's cells, of which the first are the columns' names. `unread` are columns that are
+    not in `data`."""
+
+    path: str
+    kind: Literal["lines", "objects", "cells", "arrow"]
+    first: int
+    data: bytes
+    unread: tuple[str, ...] = ()
+
+
+def open_source(path: Path, name: str | None = None) -> ChatSource:
+    """Measure a file. Raises PrepareError when it is missing or of another kind than read here."""
+    kind = require_kind(path)
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise PrepareError(f"There is no chat file {path}.") from error
+    except OSError as error:
+        raise PrepareError(f"The chat file {path} cannot be read: {error.strerror}.") from error
+    with _named_in_errors(path):
+        if kind.format == "parquet":
+            rows = _open_parquet(path).metadata.num_rows
+        elif kind.format == "arrow":
+            rows = sum(batch.num_rows for batch in _arrow_batches(path))
+        elif kind.format == "csv":
+            rows = sum(1 for _ in _csv_lines(path)) - 1
+        else:
+            rows = sum(1 for _ in (json_lines if has_a_row_a_line(path) else json_rows)(path))
+    return ChatSource(path, max(0, rows), digest, name or path.name)
+
+
+def pieces(source: ChatSource, keys: RowKeys) -> Iterator[Piece]:
+    """The file in pieces. Raises PrepareError when the rest of it cannot be read."""
+    path = source.path
+    form = require_kind(path).format
+    with _named_in_errors(path):
+        if form in ("parquet", "arrow"):
+            yield from _arrow_pieces(path, form, keys)
+        elif form == "csv":
+            lines = _csv_lines(path)
+            if head := next(lines, None):
+                _columns(path, json.loads(head), keys)
+                yield from _pieces(path, "cells", lines, head)
+        elif has_a_row_a_line(path):
+            yield from _pieces(path, "lines", json_lines(path))
+        else:
+            yield from _pieces(path, "objects", json_rows(path))
+
+
+def _pieces(
+    path: Path, kind: Literal["lines", "objects", "cells"], lines: Iterator[bytes], head: bytes = b""
+) -> Iterator[Piece]:
+    part: list[bytes] = []
+    first, size = 1, 0
+    for number, line in enumerate(lines, start=1):
+        part.append(line)
+        size += len(line)
+        if len(part) == _PIECE_ROWS or size >= _PIECE_BYTES:
+            yield Piece(str(path), kind, first, head + b"".join(part))
+            part, first, size = [], number + 1, 0
+    if part:
+        yield Piece(str(path), kind, first, head + b"".join(part))
+
+
+def rows_of(piece: Piece) -> Iterator[tuple[str, Any]]:
+    """(place for messages, row) of each row; the row is a ChatError where it cannot be read. Blank lines are skipped."""
+    if piece.kind == "arrow":
+        yield from _arrow_rows(piece)
+        return
+    unit = "line" if piece.kind == "lines" else "row"
+    # Not splitlines(): JSON may hold other characters that it takes for line ends.
+    lines = piece.data.split(b"\n")
+    names = json.loads(lines.pop(0)) if piece.kind == "cells" else None
+    for number, line in enumerate(lines, start=piece.first):
+        if not line.strip():
+            continue
+        place = f"{piece.path}, {unit} {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
+            yield place, ChatError(f"it is not JSON ({error}). Write one JSON object a line, in UTF-8")
+            continue
+        if names is not None and len(row) != len(names):
+            row = ChatError(f"it has {len(row)} cells, but the file has {len(names)} columns. Fix the row")
+        elif names is not None:
+            row = {name: cell for name, cell in zip(names, row, strict=True) if cell}
+        yield place, row
+
+
+def _csv_lines(path: Path) -> Iterator[bytes]:
+    """The rows of a CSV file, the names of its columns first, each as a JSON list in a line."""
+    csv.field_size_limit(_CELL)
+    separator = "\t" if require_kind(path).suffix == ".tsv" else ","
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as stream:
+        for cells in csv.reader(stream, delimiter=separator, strict=True):
+            if cells:
+                yield json.dumps(cells).encode() + b"\n"
+
+
+def _arrow_pieces(path: Path, form: str, keys: RowKeys) -> Iterator[Piece]:
+    import pyarrow as pa
+
+    if form == "parquet":
+        parquet = _open_parquet(path)
+        names = parquet.schema_arrow.names
+        columns = _columns(path, names, keys)
+        batches = parquet.iter_batches(batch_size=_PIECE_ROWS, columns=columns)
+    else:
+        names = next(_arrow_batches(path)).schema.names
+        columns = _columns(path, names, keys)
+        batches = (batch.select(columns) for batch in _arrow_batches(path))
+    unread = tuple(name for name in names if name not in columns)
+    first = 1
+    for whole in batches:
+        for start in range(0, whole.num_rows, _PIECE_ROWS):
+            batch = whole.slice(start, _PIECE_ROWS)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            yield Piece(str(path), "arrow", first, sink.getvalue().to_pybytes(), unread)
+            first += batch.num_rows
+
+
+def _arrow_rows(piece: Piece) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+
+    from sftd.trainer.tools.prepare.sources.arrow_values import json_value
+
+    with pa.ipc.open_stream(piece.data) as reader:
+        table = reader.read_all()
+    meant = {field.name: json_value(field.type) for field in table.schema}
+    for number, row in enumerate(table.to_pylist(), start=piece.first):
+        place = f"{piece.path}, row {number}"
+        try:
+            yield place, {name: meant[name](value) for name, value in row.items()}
+        except (ValueError, RecursionError) as error:
+            yield place, ChatError(f"a column of JSON holds text that is not JSON ({error})")
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Names the file that cannot be read to its end, half a copied one, say."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, LZMAError, zlib.error, csv.Error) as error:
+        raise PrepareError(f"{path} is broken ({error}). Copy or make it again.") from error
+
+
+def _columns(path: Path, names: Sequence[str], keys: RowKeys) -> list[str]:
+    """The columns to read. Raises PrepareError."""
+    try:
+        require_shape(names, keys)
+    except ChatError as error:
+        raise PrepareError(f"{path}: {error}.") from error
+    read = [name for name in names if keys.reads(name)]
+    for name in read:
+        if (times := read.count(name)) > 1:
+            raise PrepareError(f"{path} has the column {name!r} {times} times. Leave one of them in it.")
+    return read
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """The record batches of an Arrow file, of either of its two formats."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader: Any = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            try:
+                file = pa.ipc.open_file(source)
+            except pa.ArrowInvalid as error:
+                raise PrepareError(f"{path} is not an Arrow file ({error}).") from error
+            reader = (file.get_batch(number) for number in range(file.num_record_batches))
+        yield from reader
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Without its read-ahead, which takes whole row groups into memory.
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except pa.ArrowInvalid as error:
+        raise PrepareError(f"{path} is not a Parquet file ({error}).") from error

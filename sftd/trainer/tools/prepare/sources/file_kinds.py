@@ -1,0 +1,66 @@
+"""Kinds of chat files by their names: format and compression."""
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sftd.trainer.chat.errors import PrepareError
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED = (".zst", ".lz4", ".zip")
+READ = ".jsonl, .json, .csv, .tsv (also with .gz, .bz2, .xz), .parquet, .arrow"
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """`format` is json, csv, parquet or arrow; `suffix` the one that says so; `unreadable` why it cannot be read."""
+
+    format: str
+    suffix: str
+    unreadable: str = ""
+
+
+def kind_of(path: Path) -> FileKind | None:
+    """The kind of a chat file by its name, whatever the case of its suffix; None when the name is not a chat file's."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in (*_COMPRESSIONS, *_PACKED) else ""
+    found = suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+    if found is None:
+        # A folder of files, perhaps of chats.
+        return FileKind("", ".zip", "unpack it") if packed == ".zip" else None
+    form = _FORMATS[found]
+    if packed in _PACKED or (packed and form in ("parquet", "arrow")):
+        return FileKind(form, found, "decompress it")
+    return FileKind(form, found)
+
+
+def require_kind(path: Path) -> FileKind:
+    """The kind of a file that can be read. Raises PrepareError for any other."""
+    kind = kind_of(path)
+    if kind is None:
+        raise PrepareError(
+            f"{path} is not a chat file: its name must end in one of {READ}, or it is a folder of such files."
+        )
+    if kind.unreadable:
+        raise PrepareError(f"{path} cannot be read as it is: {kind.unreadable}.")
+    return kind
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's contents, decompressed by its name."""
+    opener = _COMPRESSIONS.get(path.suffix.lower(), open)
+    stream: IO[bytes] = opener(path, "rb")
+    return stream

@@ -1,0 +1,235 @@
+"""What a worker does with a piece of a chat file: rows → conversations → texts → token ids and labels, cut to length."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.trainer.chat.errors import ChatError, PrepareError
+from sftd.trainer.chat.mask import ChatMasker, MaskedChat
+from sftd.trainer.chat.render import RenderedChat, Rewritten
+from sftd.trainer.chat.rows import Conversation, conversation
+from sftd.trainer.chat.shapes import RowKeys
+from sftd.trainer.chat.template import check_template
+from sftd.trainer.chat.tokenizer import load_tokenizer, stop_token_ids
+from sftd.trainer.tools.prepare.sources.chat_files import Piece, rows_of
+from sftd.wire.data.rows import IGNORE_INDEX
+
+Truncation = Literal["right", "left", "error", "drop"]
+# Different sets of template variables, given by rows, that are kept ready.
+_MASKERS = 16
+NOT_TRAINED = "the row is marked as not trained"
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """How chats become rows.
+
+    `max_length` in tokens, None for no limit. `truncation` says what becomes of a longer chat: its
+    end (`right`) or beginning (`left`) is cut off, the run fails (`error`), or the chat is left out
+    (`drop`). `val_fraction` (0 to 1) of the chats, or `val_rows` rows, go to `val_out`, chosen by a hash of the
+    chat, so that the same chat is never in both files; without either, `val_split` of the data set folders does.
+    `rewritten` says what becomes of answers that the template rewrites when other turns follow, `skip_bad_rows`
+    whether rows that cannot be used are left out and counted. `template_args`, `template_text`, `template_name` and `date`
+    are those of `ChatTemplate`.
+    """
+
+    max_length: int | None = None
+    truncation: Truncation = "right"
+    messages_key: str | None = None
+    prompt_key: str | None = None
+    response_key: str | None = None
+    split: str = "train"
+    val_fraction: float | None = None
+    val_rows: int | None = None
+    val_split: str | None = None
+    val_out: Path | None = None
+    rewritten: Rewritten = "refuse"
+    skip_bad_rows: bool = False
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    template_text: str | None = None
+    template_name: str | None = None
+    date: str = DEFAULT_DATE
+    trust_remote_code: bool = False
+    workers: int | None = None
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """How the chats are rendered."""
+        return ChatTemplate(
+            text=self.template_text,
+            name=self.template_name,
+            date=self.date,
+            arguments=dict(self.template_args),
+        )
+
+    @property
+    def row_keys(self) -> RowKeys:
+        """The fields of a row that hold its chat, where they are named."""
+        return RowKeys(self.messages_key, self.prompt_key, self.response_key)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to write: `input_ids` and unshifted `labels` (int32), and the 8 bytes that place it in a split.
+
+    `cut` is the number of tokens that it is shorter than its chat, of which `cut_trained` were trained.
+    """
+
+    input_ids: Any
+    labels: Any
+    key: bytes
+    cut: int
+    cut_trained: int
+
+
+@dataclass
+class Done:
+    """A piece's rows in order, and what happened to the others: `rejected` are (place, reason), `dropped` reason → chats.
+    `unused` counts the chats that have a field or mark which nothing is done with; `keys` are 8 bytes of each chat."""
+
+    rows: list[Row] = field(default_factory=list)
+    chats: int = 0
+    seen: int = 0
+    unstopped: int = 0
+    as_shown: int = 0
+    rewritten: int = 0
+    special: int = 0
+    unknown: int = 0
+    templates: dict[str, int] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    keys: bytearray = field(default_factory=bytearray)
+
+
+class PieceTokenizer:
+    """Tokenises pieces with the tokenizer of one model folder."""
+
+    def __init__(self, model: Path, options: TokenizeOptions) -> None:
+        self._options = options
+        self.tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+        self._stop_ids = stop_token_ids(self.tokenizer, model)
+        self.masker = ChatMasker(self.tokenizer, self._stop_ids, options.chat_template)
+        check_template(self.masker.template, model, self.tokenizer)
+        self._maskers: dict[str, ChatMasker] = {}
+        self._words: dict[str, bool] = {}
+
+    def __call__(self, piece: Piece) -> Done:
+        """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
+        options, done = self._options, Done()
+        rendered: list[tuple[str, bytes, RenderedChat]] = []
+        for place, row in rows_of(piece):
+            done.seen += 1
+            try:
+                if isinstance(row, ChatError):
+                    raise row
+                chat = conversation(row, options.row_keys)
+                texts = self._masker(chat).rows(chat.messages, chat.tools, options.rewritten)
+                key = chat.key()
+                special = self.masker.holds_special(chat.messages, chat.tools)
+            except (ChatError, RecursionError) as error:
+                why = str(error) if isinstance(error, ChatError) else "it is nested too deeply"
+                if not options.skip_bad_rows:
+                    raise PrepareError(f"{place}: {why}. (--skip-bad-rows leaves such rows out.)") from error
+                done.rejected.append((place, why))
+                continue
+            if not chat.is_trained:
+                done.dropped[NOT_TRAINED] = done.dropped.get(NOT_TRAINED, 0) + 1
+                continue
+            done.chats += 1
+            done.keys += key
+            for name in self._unused(chat, piece.unread):
+                done.unused[name] = done.unused.get(name, 0) + 1
+            done.special += special
+            for counts, kind in (
+                (done.shapes, chat.shape),
+                (done.templates, texts[0].template),
+                (done.arguments, texts[0].arguments),
+            ):
+                if kind is not None:
+                    counts[kind] = counts.get(kind, 0) + 1
+            rendered += [(place, key, text) for text in texts]
+        masked = self.masker.encode([text for _, _, text in rendered])
+        for (place, key, text), whole in zip(rendered, masked, strict=True):
+            done.unstopped += whole.unstopped
+            done.unknown += whole.loses
+            done.as_shown += text.as_shown
+            done.rewritten += text.rewritten
+            kept = _fit(whole, place, options)
+            if isinstance(kept, str):
+                done.dropped[kept] = done.dropped.get(kept, 0) + 1
+            else:
+                done.rows.append(_row(whole, kept, key))
+        return done
+
+    def _masker(self, chat: Conversation) -> ChatMasker:
+        """The masker with the row's own variables of the template; they come before those of the command."""
+        given = {name: value for name, value in chat.template_args.items() if self._in_template(name)}
+        if not given:
+            return self.masker
+        key = json.dumps(given, sort_keys=True, default=str)
+        if key not in self._maskers:
+            if len(self._maskers) == _MASKERS:
+                del self._maskers[next(iter(self._maskers))]
+            chosen = self._options.chat_template
+            chosen = msgspec.structs.replace(chosen, arguments={**chosen.arguments, **given})
+            self._maskers[key] = ChatMasker(self.tokenizer, self._stop_ids, chosen)
+        return self._maskers[key]
+
+    def _unused(self, chat: Conversation, unread: Iterable[str]) -> list[str]:
+        """What of a row is not used, in words for the card."""
+        return [
+            *chat.unread,
+            *unread,
+            *(f"{name} of messages" for name in chat.unknown if not self._in_template(name)),
+            *(
+                f"{name} of chat_template_kwargs"
+                for name in chat.template_args
+                if not self._in_template(name)
+            ),
+            *chat.ignored,
+        ]
+
+    def _in_template(self, name: str) -> bool:
+        """Whether the word stands in the chat template, which so may use it."""
+        if name not in self._words:
+            word = re.compile(rf"\b{re.escape(name)}\b")
+            self._words[name] = any(map(word.search, self.masker.template.sources.values()))
+        return self._words[name]
+
+
+def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
+    ids = np.asarray(whole.input_ids, np.int32)
+    labels = np.asarray(whole.labels, np.int32)
+    left = labels[kept]
+    # The first of a row is never predicted.
+    trained, still = (int((part[1:] != IGNORE_INDEX).sum()) for part in (labels, left))
+    return Row(ids[kept], left, key, len(labels) - len(left), trained - still)
+
+
+def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
+    """The part of a chat that becomes a row, or why there is none."""
+    limit, length = options.max_length, len(chat.input_ids)
+    kept = slice(None)
+    if limit is not None and length > limit:
+        if options.truncation == "error":
+            raise PrepareError(
+                f"{place}: the chat has {length} tokens, more than the {limit} allowed. Allow a "
+                "greater length, shorten the chat, or choose another truncation: right, left or drop."
+            )
+        if options.truncation == "drop":
+            return "longer than the greatest length"
+        kept = slice(limit) if options.truncation == "right" else slice(-limit, None)
+    # The first token of a row is never predicted, so its label trains nothing.
+    if all(label == IGNORE_INDEX for label in chat.labels[kept][1:]):
+        return "no trained token is left"
+    return kept

@@ -1,0 +1,160 @@
+"""Which rows a step sees, and which steps see a row: `python -m sftd.trainer.tools.seen_rows ORDER (--at P... | --row R)`.
+
+ORDER is an attempt's order.json. Computed from the data files and the order of samples alone, as training does it.
+Reports JSON lines on standard output, at last `done`. Exit codes: 0; 2 with a message on standard error for what the
+user can fix; anything else is a defect.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sftd.domain.spec.sections import Data
+from sftd.trainer.chat.errors import PrepareError
+from sftd.trainer.data.rows import Ints, Rows, write_spool
+from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.errors import UserError
+from sftd.trainer.tools.protocol import EventWriter, claim_stdout
+from sftd.wire.attempt.directory import Order, read_order
+from sftd.wire.data.dataset import files_digest
+from sftd.wire.data.rows import IGNORE_INDEX, read_row
+
+_USER_ERROR = 2
+# Whether the ids are in the vocabulary was checked when the run was submitted, and needs the model.
+_ANY_ID = 2**31
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer the question and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sftd.trainer.tools.seen_rows", description="Rows and steps."
+    )
+    parser.add_argument("order", type=Path, help="an attempt's order.json")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
+    asked.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
+    parser.add_argument("--after-step", type=int, default=0, help="with --row: steps behind this one")
+    parser.add_argument("--last-step", type=int, default=0, help="with --row: steps up to this one")
+    parser.add_argument("--text", action="store_true", help="with --at: decode the rows of the first")
+    arguments = parser.parse_args(argv)
+    events = claim_stdout()
+    try:
+        _answer(arguments, events)
+    except (UserError, PrepareError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return _USER_ERROR
+    return 0
+
+
+def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
+    order = read_order(arguments.order)
+    spec = order.spec
+    events.progress("reading the data files")
+    with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
+        write_spool(
+            Path(folder),
+            spec.data.train_files,
+            sequence_length=spec.data.sequence_length,
+            truncation=spec.data.truncation,
+            vocab_size=_ANY_ID,
+            with_tokens=False,
+        )
+        rows = Rows(Path(folder))
+    if not len(rows):
+        raise UserError(f"no row of {', '.join(spec.data.train_files)} has a trained label")
+    samples = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=spec.data.shuffle)
+    if arguments.at is not None:
+        seen = [_rows_of(order, rows, samples, position) for position in arguments.at]
+        if arguments.text:
+            _decode(order, seen[0]["rows"], events)
+        found: dict[str, Any] = {"seen": seen}
+    else:
+        found = _steps_of(order, rows, samples, arguments.row, arguments.after_step, arguments.last_step)
+    events.emit("done", train_digest=files_digest(spec.data.train_files), **found)
+
+
+def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> dict[str, Any]:
+    chosen = samples.rows(position, order.spec.data.train_batch_size)
+    ends = _file_ends(order.spec.data.train_files)
+    told = [
+        {
+            **_place(order.spec.data.train_files, ends, int(rows.numbers[row])),
+            "epoch": samples.epoch(position + i),
+            "length": int(rows.lengths[row]),
+            "trained": int(rows.trained[row]),
+        }
+        for i, row in enumerate(chosen)
+    ]
+    tokens = int(rows.trained[chosen].sum())
+    digest = samples_digest(rows.numbers[chosen])
+    return {"position": position, "rows": told, "tokens": tokens, "samples_digest": digest}
+
+
+def _steps_of(
+    order: Order, rows: Rows, samples: SampleOrder, number: int, after: int, last: int
+) -> dict[str, Any]:
+    files = order.spec.data.train_files
+    ends = _file_ends(files)
+    if not 0 <= number < int(ends[-1]):
+        raise UserError(f"there is no row {number}: the {int(ends[-1])} rows of all files are counted from 0")
+    found: dict[str, Any] = {**_place(files, ends, number), "steps": []}
+    row = int(np.searchsorted(rows.numbers, number))
+    if row == len(rows) or rows.numbers[row] != number:
+        return found | {"length": 0, "trained": 0}
+    size = order.spec.data.train_batch_size
+    for step in range(after, last):
+        position = order.sample_position(step)
+        for place in np.flatnonzero(samples.rows(position, size) == row).tolist():
+            found["steps"].append({"step": step + 1, "epoch": samples.epoch(position + place)})
+    return found | {"length": int(rows.lengths[row]), "trained": int(rows.trained[row])}
+
+
+def _file_ends(files: list[str]) -> Ints:
+    return np.cumsum([pq.read_metadata(path).num_rows for path in files])
+
+
+def _place(files: list[str], ends: Ints, number: int) -> dict[str, Any]:
+    """The file of a row of all files, and its number in that."""
+    file = int(np.searchsorted(ends, number, side="right"))
+    before = int(ends[file - 1]) if file else 0
+    return {"row": number, "file": files[file], "row_in_file": number - before}
+
+
+def _decode(order: Order, told: list[dict[str, Any]], events: EventWriter) -> None:
+    from sftd.trainer.chat.tokenizer import load_tokenizer
+
+    events.progress("loading the tokenizer")
+    model = order.spec.model
+    tokenizer = load_tokenizer(Path(model.partial_pretrain), trust_remote_code=model.trust_remote_code)
+    for row in told:
+        ids, is_trained = _read(order.spec.data, row["file"], row["row_in_file"])
+        row["segments"] = [
+            {
+                "text": tokenizer.decode([int(i) for i, _ in run], skip_special_tokens=False),
+                "trained": trained,
+            }
+            for trained, run in itertools.groupby(
+                zip(ids, is_trained, strict=True), key=lambda pair: bool(pair[1])
+            )
+        ]
+
+
+def _read(data: Data, path: str, number: int) -> tuple[Ints, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """A row's ids as they are trained, without padding and after truncation, and which of them are predicted."""
+    row = read_row(path, number)
+    (begin,), (end,) = row.kept(data.sequence_length, data.truncation)
+    is_trained = row.labels[begin:end] != IGNORE_INDEX
+    # Nothing predicts the first token that is kept.
+    is_trained[:1] = False
+    return row.ids[begin:end].astype(np.int64), is_trained
+
+
+if __name__ == "__main__":
+    sys.exit(main())

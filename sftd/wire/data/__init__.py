@@ -1,0 +1,1 @@
+"""Data files as both processes read them."""

@@ -1,0 +1,246 @@
+"""The rows of a training file as both processes read them: Parquet with one sample a row.
+
+`input_ids`: list of integers (token ids); `labels`: list of integers, unshifted (`labels[i]` is `input_ids[i]` where
+trained, -100 elsewhere); `attention_mask`: list of 0/1 or booleans, 0 only on padding at the right end, all ones when the
+column is missing. The lists of a row have one length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftd.wire.data import columns as data_columns
+from sftd.wire.data.columns import LABELS, Lists, UnusableFile
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Ints = npt.NDArray[np.int64]
+
+IGNORE_INDEX = -100
+_IDS, _MASK = "input_ids", "attention_mask"
+# Rows and tokens that are decoded at a time. Both bound the memory: a Parquet file of 15 KB can hold 10^8 tokens.
+_SLICE_ROWS, _SLICE_TOKENS = 4096, 1 << 20
+# The share of the trained labels that may differ from the token they stand at; more of them are a mistake.
+_STRAY = 0.01
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A few rows of a file end to end, without their padding: row i is `ids[starts[i]:starts[i + 1]]`.
+
+    first: number of the first row in its file. starts: int64 [rows + 1]. ids, labels: integers [tokens].
+    """
+
+    first: int
+    starts: Ints
+    ids: npt.NDArray[np.integer[Any]]
+    labels: npt.NDArray[np.integer[Any]]
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each row, int64 [rows]."""
+        lengths: Ints = self.starts[1:] - self.starts[:-1]
+        return lengths
+
+    def kept(self, limit: int, truncation: str) -> tuple[Ints, Ints]:
+        """The tokens of each row that training sees: from which to which (int64 [rows] each, places in `ids`)."""
+        import numpy as np
+
+        if truncation == "left":
+            return np.maximum(self.starts[:-1], self.starts[1:] - limit), self.starts[1:]
+        return self.starts[:-1], np.minimum(self.starts[1:], self.starts[:-1] + limit)
+
+    def count(self, flags: npt.NDArray[np.bool_], begins: Ints, ends: Ints) -> Ints:
+        """How many of the `flags` (bool [tokens]) are set on what is predicted of each row (int64 [rows])."""
+        import numpy as np
+
+        places = np.flatnonzero(flags)
+        # Nothing predicts the first token that is kept.
+        begins = np.minimum(begins + 1, ends)
+        return np.asarray(np.searchsorted(places, ends) - np.searchsorted(places, begins))
+
+
+class DataFile:
+    """An open data file. `rows` is what its metadata says; `unused` are columns that sftd neither reads nor knows.
+
+    Without `judges` it is not asked what labels and the columns of other tools mean. Submit asks; a run continues with the
+    rows that it began with. Raises `UnusableFile` for a file that is missing, not Parquet, without rows, or of another schema.
+    """
+
+    def __init__(self, path: str, *, judges: bool = True) -> None:
+        self._judges = judges
+        self._file = _open(path)
+        self.rows = self._file.metadata.num_rows
+        schema = self._file.schema_arrow
+        self._columns = data_columns.read_columns(schema, others=judges)
+        self.unused = data_columns.unused(schema)
+        self.trained = self.stray = self._ahead = 0
+        if not self.rows:
+            raise UnusableFile("has no rows", "give a file with data")
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def slices(self, vocab_size: int, row: int = 0) -> Iterator[Slice]:
+        """The rows, a few at a time, checked; without the row groups before that of `row`. Raises `UnusableFile`, at the end
+        for labels that are not those of their own token."""
+        import pyarrow as pa
+
+        first = 0
+        try:
+            for group in range(self._file.num_row_groups):
+                if first + (skipped := self._file.metadata.row_group(group).num_rows) <= row:
+                    first += skipped
+                    continue
+                size = _batch_rows(self._file, group)
+                for batch in self._file.iter_batches(size, row_groups=[group], columns=self._columns):
+                    for start, part in _bounded(batch, first):
+                        rows = _decode(part, start, vocab_size)
+                        if self._judges:
+                            self._compare(rows)
+                        yield rows
+                    first += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UnusableFile(f"is damaged after row {first} ({str(error).splitlines()[0]})") from None
+        self._judge_labels()
+
+    def _compare(self, rows: Slice) -> None:
+        """Count labels that are not those of their own token, and those that are the next one's."""
+        trained = rows.labels != IGNORE_INDEX
+        stray = trained & (rows.labels != rows.ids)
+        self.trained += int(trained.sum())
+        if stray.any():
+            self.stray += int(stray.sum())
+            self._ahead += int((stray[:-1] & (rows.labels[:-1] == rows.ids[1:])).sum())
+
+    def _judge_labels(self) -> None:
+        if self.stray <= self.trained * _STRAY:
+            return
+        share = f"{self.stray:,} of {self.trained:,} trained labels"
+        if self._ahead > self.stray / 2:
+            raise UnusableFile(
+                f"{share} are the token after their own: the labels are shifted by one, and sftd shifts them itself",
+                "write labels[i] = input_ids[i] where trained, -100 elsewhere",
+            )
+        raise UnusableFile(
+            f"{share} are not their own token: labels[i] must be input_ids[i] where trained, -100 elsewhere"
+        )
+
+
+def read_row(path: str, number: int, vocab_size: int = 2**31) -> Slice:
+    """One row of a file (counted from 0), without its padding. Raises `UnusableFile` and `IndexError`."""
+    import numpy as np
+
+    with DataFile(path, judges=False) as file:
+        for rows in file.slices(vocab_size, number):
+            if number < rows.first + rows.lengths.size:
+                start, end = rows.starts[number - rows.first : number - rows.first + 2]
+                starts = np.array([0, end - start])
+                return Slice(number, starts, rows.ids[start:end], rows.labels[start:end])
+    raise IndexError(f"{path} has no row {number}")
+
+
+def _open(path: str) -> pq.ParquetFile:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not Path(path).is_file():
+        raise UnusableFile(
+            "no such file", "check the path; relative ones start at the folder you submit from"
+        )
+    try:
+        # Without read-ahead, which takes whole row groups into memory.
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UnusableFile(f"is not a Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _batch_rows(file: pq.ParquetFile, group: int) -> int:
+    """Rows of a row group to decode at a time, by its own count of tokens."""
+    metadata = file.metadata.row_group(group)
+    tokens = max(
+        metadata.column(number).num_values
+        for number in range(metadata.num_columns)
+        if metadata.column(number).path_in_schema.partition(".")[0] == _IDS
+    )
+    average = max(1, tokens // max(1, metadata.num_rows))
+    return max(1, min(_SLICE_ROWS, int(_SLICE_TOKENS // average)))
+
+
+def _bounded(batch: pa.RecordBatch, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Parts of a batch of about `_SLICE_TOKENS` at most, and the number of each one's first row: the lengths of rows may be
+    far from their average."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(batch.column(_IDS)).fill_null(0)
+    ends = np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
+    start = 0
+    while start < batch.num_rows:
+        before = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, before + _SLICE_TOKENS, side="right")))
+        yield first + start, batch.slice(start, end - start)
+        start = end
+
+
+def _decode(batch: pa.RecordBatch, first: int, vocab_size: int) -> Slice:
+    import numpy as np
+
+    columns = {name: Lists.of(name, batch.column(name)) for name in batch.schema.names}
+    ids = columns.pop(_IDS)
+    for name, other in columns.items():
+        if name in (LABELS, _MASK) and (bad := np.flatnonzero(other.lengths != ids.lengths)).size:
+            row = int(bad[0])
+            raise UnusableFile(
+                f"row {first + row} has {ids.lengths[row]} {_IDS} but {other.lengths[row]} {name}"
+            )
+    labels, mask = columns.pop(LABELS).values, columns.pop(_MASK, None)
+    starts = np.concatenate(([0], np.cumsum(ids.lengths, dtype=np.int64)))
+    _check_ids(ids.values, labels, vocab_size)
+    real = np.ones(ids.values.size, np.bool_) if mask is None else _real(mask.values, starts, first)
+    data_columns.check(columns, starts, real, real & (labels != IGNORE_INDEX), first)
+    if real.all():
+        return Slice(first, starts, ids.values, labels)
+    sums = np.concatenate(([0], np.cumsum(real)))
+    return Slice(first, sums[starts], ids.values[real], labels[real])
+
+
+def _check_ids(ids: npt.NDArray[Any], labels: npt.NDArray[Any], vocab_size: int) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise UnusableFile(
+            f"token id {bad} is outside the model's vocabulary of {vocab_size}",
+            "tokenise with the tokenizer of the model that is trained",
+        )
+    if labels.size and (labels.max() >= vocab_size or ((labels < 0) & (labels != IGNORE_INDEX)).any()):
+        raise UnusableFile(
+            f"a label is neither {IGNORE_INDEX} nor within the model's vocabulary of {vocab_size}"
+        )
+
+
+def _real(mask: npt.NDArray[Any], starts: Ints, first: int) -> npt.NDArray[np.bool_]:
+    """Which tokens (bool [tokens]) are not padding."""
+    import numpy as np
+
+    real: npt.NDArray[np.bool_] = mask.astype(np.bool_)
+    if (mask != real).any():
+        raise UnusableFile(f"{_MASK} holds values other than 0 and 1")
+    begins = np.zeros(mask.size + 1, np.bool_)
+    begins[starts] = True
+    if (late := np.flatnonzero(real[1:] & ~real[:-1] & ~begins[1:-1])).size:
+        row = first + int(np.searchsorted(starts, late[0], side="right")) - 1
+        raise UnusableFile(
+            f"row {row}: {_MASK} has a 0 before a 1: padding may only stand on the right",
+            "leave padding out: sftd pads by itself",
+        )
+    return real

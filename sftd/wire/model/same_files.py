@@ -1,0 +1,22 @@
+"""Which files hold the same bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sftd.wire.data.dataset import files_digest
+
+
+def shared(train: Sequence[str], val: Sequence[str]) -> list[str]:
+    """The validation files whose contents are also a training file's. Only files of one size are read."""
+    by_size: dict[int, list[str]] = {}
+    for path in train:
+        by_size.setdefault(os.path.getsize(path), []).append(path)
+    return [path for path in val if _is_among(path, by_size.get(os.path.getsize(path), []))]
+
+
+def _is_among(path: str, others: Sequence[str]) -> bool:
+    if any(os.path.samefile(path, other) for other in others):
+        return True
+    return bool(others) and files_digest([path]) in {files_digest([other]) for other in others}

@@ -1,0 +1,110 @@
+"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them checked."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sftd.domain.errors import Problem, Refused, shorten
+from sftd.domain.spec.check import LONGEST_NAME
+from sftd.domain.spec.spec import Spec
+from sftd.wire.data import dataset
+from sftd.wire.preflight import Preflight, inspect
+from sftd.wire.spec import file as specfile
+from sftd.wire.spec.yaml_text import load_value
+
+# A comma inside brackets or quotes parts nothing.
+_VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
+_MOST = 1000
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One combination of a sweep's values, as a spec that was checked."""
+
+    values: dict[str, Any]
+    spec: Spec
+    found: Preflight
+    warnings: list[Problem]
+
+
+def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
+    """`["optimizer.lr=1e-5,2e-5"]` → `{"optimizer.lr": ["1e-5", "2e-5"]}`. A comma inside brackets or quotes belongs to its
+    value. Raises `Refused`."""
+    grid: dict[str, list[str]] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        key = key.strip()
+        parts = _VALUE.findall(text)
+        values = [v.strip() for v in parts]
+        # Joined again it must be what was written: two commas have nothing between them.
+        if not equals or not key or not all(values) or not values or ",".join(parts) != text:
+            fix = "write for example --grid optimizer.lr=1e-5,2e-5"
+            raise Refused(Problem(f"--grid {shorten(option)}", "is not of the form key=value,value", fix))
+        if key in grid:
+            raise Refused(
+                Problem(
+                    f"--grid {shorten(option)}",
+                    f"{shorten(key)} is given twice",
+                    "give all its values in one",
+                )
+            )
+        if len(set(values)) < len(values):
+            raise Refused(Problem(f"--grid {shorten(option)}", "gives a value twice", "give each value once"))
+        grid[key] = values
+    return grid
+
+
+def points(
+    path: str | None, overrides: Sequence[str], grid: dict[str, list[str]], base: str, name: str, home: Path
+) -> list[Point]:
+    """Every combination of the grid over the config, in order, the last key changing fastest. `name` begins the name of
+    each; what is different follows. Raises `Refused` with the problems of all points, each told once."""
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    if count > _MOST:
+        what = f"has {count} combinations, more than {_MOST}"
+        raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
+    # Once for all points: standard input can be read once.
+    tree, beside = specfile.load_file(path) if path is not None else {}, specfile.beside_of(path)
+    known: dict[bytes, Any] = {}
+
+    def remembered(*arguments: Any, **named: Any) -> Any:
+        # Reading large files once is enough.
+        key = msgspec.json.encode([arguments, named])
+        if key not in known:
+            known[key] = dataset.inspect(*arguments, **named)
+        return known[key]
+
+    made: list[Point] = []
+    problems: list[Problem] = []
+    for combination in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, combination, strict=True))
+        try:
+            arguments = [*overrides, *(f"{k}={v}" for k, v in chosen.items())]
+            spec, warnings = specfile.read_tree(tree, arguments, base, beside)
+            spec = _named(spec, name, chosen)
+            found = inspect(spec, read=remembered, home=home)
+        except Refused as refused:
+            problems += [p for p in refused.problems if p not in problems]
+            continue
+        meant = {key: load_value(value, key) for key, value in chosen.items()}
+        made.append(Point(meant, spec, found, [*warnings, *found.warnings]))
+    if problems:
+        raise Refused(problems)
+    return made
+
+
+def _named(spec: Spec, name: str, chosen: dict[str, str]) -> Spec:
+    """The spec under a name that says which point it is: its values first, for lists cut names at the end."""
+    first = spec.trainer.experiment_name or name
+    parts = (f"{key.rpartition('.')[2]} {value.rpartition('/')[2]}" for key, value in chosen.items())
+    text = "".join(c if c.isprintable() else "_" for c in " ".join((*parts, first)))[:LONGEST_NAME]
+    return msgspec.structs.replace(
+        spec, trainer=msgspec.structs.replace(spec.trainer, experiment_name=text.strip())
+    )
