@@ -107,6 +107,15 @@ def test_readme_names_the_make_targets_that_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
+def test_every_path_of_the_architecture_page_exists() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = {name for name in re.findall(r"`([\w/]+/[\w/.*]*)`", page) if "NAME" not in name}
+    assert len(named) > 40
+    assert [
+        n for n in named if not any(list(root.glob(n.rstrip("/"))) for root in (ROOT, ROOT / "sftd"))
+    ] == []
+
+
 def test_the_metrics_are_those_that_the_daemon_writes() -> None:
     written = set(re.findall(r'"(sftd_[a-z_]+)"', (ROOT / "sftd/daemon/metrics.py").read_text()))
     told = set(re.findall(r"`(sftd_[a-z_]+)(?:\{[a-z_,]+\})?`", (ROOT / "docs/operations.md").read_text()))
