@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import queue
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,28 @@ if __name__ == "__main__":
     serialization.save_config = fail_once
     record(run)(sys.argv[1])
 """
+
+
+@pytest.mark.filterwarnings("ignore")  # Megatron warns where it is imported
+def test_of_several_files_the_one_that_failed_by_itself_says_why(tmp_path: Path) -> None:
+    """The other is given up; it says nothing of the disk."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+    from sftd.trainer.checkpoint.writer import FilePlan, ShareWriter
+
+    failing: queue.Queue[threading.Thread] = queue.Queue()
+
+    def ready() -> None:
+        if threading.current_thread().name == "checkpoint-0":
+            failing.get().join()
+        else:
+            failing.put(threading.current_thread())
+
+    item = WriteItem(index=MetadataIndex("a"), type=WriteItemType.BYTE_IO)
+    files = [FilePlan(name, [(item, io.BytesIO(b"x"))]) for name in ("first", "no folder/second")]
+    with pytest.raises(FileNotFoundError, match="no folder/second"):
+        ShareWriter(tmp_path, files, ready).result()
 
 
 def test_rank_zero_alone_cannot_write(trainer: Trainer, tmp_path: Path) -> None:

@@ -230,11 +230,12 @@ class ShareWriter:
         """Wait for the files: what Megatron needs to know of each, and what the manifest does. Raises `OSError`."""
         for thread in self._threads:
             thread.join()
+        if failed := [outcome for outcome in self._outcomes if isinstance(outcome, Exception)]:
+            # The file that failed by itself says why: a full disk is judged otherwise than other errors.
+            raise min(failed, key=lambda error: isinstance(error, _FileGivenUp))
         results, entries = {}, []
         for i, outcome in enumerate(self._outcomes):
-            if isinstance(outcome, Exception):
-                raise outcome
-            assert outcome is not None
+            assert isinstance(outcome, tuple)
             results[i] = outcome[0]
             entries.append(outcome[1])
         return results, entries
@@ -276,6 +277,10 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
+class _FileGivenUp(OSError):
+    """This file was left unfinished because another one failed."""
+
+
 class _HashingFile(io.RawIOBase):
     """Hashes what it writes to a file. hashlib and the write let go of the interpreter, so training goes on meanwhile."""
 
@@ -302,7 +307,7 @@ class _HashingFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         if self._cancelled.is_set():
-            raise OSError("given up: another file of this checkpoint failed")
+            raise _FileGivenUp("another file of this checkpoint failed")
         piece = memoryview(data).cast("B")[:_CHUNK]
         written = self._file.write(piece) or 0
         self._hash.update(piece[:written])
