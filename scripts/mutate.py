@@ -36,7 +36,7 @@ except ImportError as missing:
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTED = ROOT / "tests/mutation/accepted.toml"
 # Of the trainer: what decides without ranks and without a model.
-PURE_TRAINER = "data folder_swap packing rectangles sample_order sequence_shards".split()
+PURE_TRAINER = "data/rows data/packing data/sample_order data/sequence_shards optimizer/rectangles checkpoint/folder_swap".split()
 TARGETS = ("sftd/domain", "sftd/wire", "sftd/store", *(f"sftd/trainer/{name}.py" for name in PURE_TRAINER))
 TESTS = (
     "tests/unit",
