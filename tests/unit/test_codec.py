@@ -61,6 +61,42 @@ def test_every_event_says_in_a_line_what_matters_of_it() -> None:
     assert all("summary" in vars(cls) for cls in EVENT_TYPES.values())
 
 
+def having(flag: str, value: object = True) -> set[str]:
+    return {name for name, cls in EVENT_TYPES.items() if getattr(cls, flag) == value}
+
+
+def test_what_each_type_of_event_is() -> None:
+    assert having("severity", "problem") == {
+        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ReplayDiverged", "RunFailed",
+    }  # fmt: skip
+    assert having("severity", "detail") == {
+        "CheckpointDeleted", "CheckpointPinned", "CheckpointReduced", "CheckpointStarted", "CheckpointUnpinned", "DataBound",
+        "SampleGenerated", "TrainingResumed", "WeightsDigested",
+    }  # fmt: skip
+    assert EVENT_TYPES.keys() == having("severity", "news") | having("severity", "problem") | having(
+        "severity", "detail"
+    )
+    ends = {
+        "AttemptFailed",
+        "AttemptLost",
+        "AttemptPaused",
+        "AttemptPreempted",
+        "RunCancelled",
+        "RunFailed",
+        "RunSucceeded",
+    }
+    assert (having("ends_attempt"), having("ends_attempt", False)) == (ends, EVENT_TYPES.keys() - ends)
+    lifecycle = ends | {
+        "AttemptClaimed", "CheckpointDeleted", "CheckpointPublished", "CheckpointReduced", "CheckpointRejected",
+        "ModelExported", "ModelRegistered", "ResumeRequested", "RunForked", "RunHeld", "RunReleased", "RunSubmitted",
+        "StopRequested", "SweepJoined", "TrainingResumed",
+    }  # fmt: skip
+    assert (having("is_lifecycle"), having("is_lifecycle", False)) == (
+        lifecycle,
+        EVENT_TYPES.keys() - lifecycle,
+    )
+
+
 def test_every_event_type_of_every_version_is_in_the_golden_file() -> None:
     have = {(line["type"], line["v"]) for line in GOLDEN}
     assert have == {(name, v) for name, cls in EVENT_TYPES.items() for v in range(1, cls.schema_version + 1)}
