@@ -28,7 +28,7 @@ _TESTS = os.path.dirname(os.path.abspath(__file__))
 # The other modules of the trainer keep torch out of their process.
 _HEAVY = (
     *("torch.distributed.run", "sftd.trainer"),
-    *(f"sftd.trainer.{tool}" for tool in ("answer", "export", "probe")),
+    *(f"sftd.trainer.tools.{tool}" for tool in ("answer", "export", "probe")),
     *(f"{_TESTS}/{name}" for name in ("warm.py", "trainer/export_all.py")),
 )
 

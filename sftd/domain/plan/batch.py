@@ -12,7 +12,7 @@ import msgspec
 from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.spec.spec import Spec
 
-# Lengths on a GPU are rounded up to it (`trainer/batches.py`).
+# Lengths on a GPU are rounded up to it (`trainer/data/batches.py`).
 GPU_TILE = 64
 _DRAWS = 400
 

@@ -13,7 +13,7 @@ from sftd.domain.spec.spec import Spec
 # (`trainer/trainee.py`).
 _STATE_BYTES = {"float32": 12, "bfloat16": 14}
 _WIDTH = {"float32": 4, "bfloat16": 2}
-# Free space that a save asks for, as a share of its size (`trainer/checkpoint.py`).
+# Free space that a save asks for, as a share of its size (`trainer/checkpoint/checkpoints.py`).
 _HEADROOM = 1.1
 
 

@@ -12,12 +12,12 @@ from sftd.domain.model.parameters import expert_tensor_parallel, held
 from sftd.domain.plan.batch import Workload
 from sftd.domain.spec.spec import Spec
 
-# Bytes of the logits that the loss holds at a time, and what its chunks are multiples of (`trainer/loss.py`).
+# Bytes of the logits that the loss holds at a time, and what its chunks are multiples of (`trainer/model/loss.py`).
 LOGITS_BYTES = 2 << 30
 LOGITS_MULTIPLE = 128
-# Bytes of the scores' gradient that deterministic attention holds at a time (`trainer/kernels/exact_attention.py`).
+# Bytes of the scores' gradient that deterministic attention holds at a time (`trainer/model/kernels/exact_attention.py`).
 SCORES_BYTES = 2 << 30
-# CUBLAS_WORKSPACE_CONFIG=:4096:8 (`trainer/process.py`).
+# CUBLAS_WORKSPACE_CONFIG=:4096:8 (`trainer/runtime/process.py`).
 CUBLAS_BYTES = 8 * 4096 * 1024
 # A process on a CPU with torch and Megatron imported; and what its C library holds back of freed activations, a share of
 # them up to a limit. Measured and fitted, not derived: docs/plan.md.
@@ -160,7 +160,7 @@ def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> f
 
 
 def logits_chunk(rows: int, row_bytes: int) -> tuple[int, int]:
-    """(rows of a chunk of the logits, how many chunks), as `trainer/loss.py` cuts them."""
+    """(rows of a chunk of the logits, how many chunks), as `trainer/model/loss.py` cuts them."""
     most = max(LOGITS_MULTIPLE, LOGITS_BYTES // row_bytes // LOGITS_MULTIPLE * LOGITS_MULTIPLE)
     chunks = -(-rows // most)
     each = -(-rows // chunks // LOGITS_MULTIPLE) * LOGITS_MULTIPLE

@@ -2,7 +2,7 @@
 
 torchrun opens the file and hands it to the rank, without O_APPEND, so it cannot be cut or exchanged under the rank, which
 goes on writing where it was. Its middle can: a hole takes no disk, and leaves size, positions and readers as they are. The
-rank does it itself, for the daemon may be gone. `wire/printed.py` reads such files.
+rank does it itself, for the daemon may be gone. `wire/attempt/printed.py` reads such files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an attempt printed, line by line: torchrun's own output and that of each rank, also while it is being written.
 
-Of a rank that prints too much, the middle is not kept (`trainer/output_cap.py`): there its file has a hole.
+Of a rank that prints too much, the middle is not kept (`trainer/runtime/output_cap.py`): there its file has a hole.
 """
 
 from __future__ import annotations
