@@ -240,7 +240,7 @@ def main() -> None:
       sftd demo                     a real model, fine-tuned in minutes
       sftd daemon --detach          start the daemon
       sftd submit run.yaml -q       queue a run, print its id
-      sftd ls                       what became of it
+      sftd ls                       its status
 
     `sftd help COMMAND` explains a command, with examples.
 

@@ -60,6 +60,24 @@ def test_a_page_that_is_not_generated_names_every_command(command: str) -> None:
     assert any(re.search(rf"\bsftd {command}\b", text) for text in (README, *pages))
 
 
+# One idea, one word, and the words of the field: see "Style" in CONTRIBUTING.
+STILTED = re.compile(
+    r"\b(tells?|telling|told|mend\w*|go(es)? on|went on|going on|whoever|anew|comes? out|came out|so many|became of it|came of it"
+    r"|stands?|stood|but for rounding)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
+def test_what_people_read_is_plain_english(page: Path) -> None:
+    """docs/cli.md and docs/configuration.md have the help of every command and the meaning of every key."""
+    # A name of a file or a column is not a word.
+    text = re.sub(r"`[^`\n]*`", "", page.read_text())
+    assert [line for line in text.splitlines() if STILTED.search(line)] == []
+
+
 def test_the_readme_is_two_screens() -> None:
     assert len(README.splitlines()) <= 100
 

@@ -42,8 +42,8 @@ def compare_command(
     """Hold runs against each other: what differs in them, the step at which their curves part, what came of them and what
     it cost, with their losses in one plot.
 
-    The first run is the one that the others are compared with. A fork's curve begins with its parent's. Runs may go on
-    meanwhile. A sweep stands for all its runs.
+    The first run is the one that the others are compared with. A fork's curve begins with its parent's. Runs may train
+    meanwhile. A sweep means all its runs.
 
     \b
     Example:

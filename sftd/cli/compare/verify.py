@@ -65,7 +65,7 @@ def verify_command(
 
     From a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient norm, learning
     rate, trained tokens and the rows of every step must be those of the log: bit for bit, or except for rounding where
-    the run was not deterministic or its environment was another. It ends at the first step that came out otherwise, says
+    the run was not deterministic or its environment was another. It ends at the first step that differs, says
     what differs besides, and records the outcome in the run's log. Neither the run nor its checkpoints are touched;
     it may be running. Exit code 1: a step diverged, or could not be trained again (then nothing is recorded).
 

@@ -34,7 +34,9 @@ _DATABASE_SECONDS = 1.0
 @click.command("daemon")
 @click.option("--detach", is_flag=True, help="Run in the background, logging to SFTD_HOME/logs/daemon.log.")
 @click.option("--drain", is_flag=True, help="End when the queue is empty.")
-@click.option("--stop", "stop_it", is_flag=True, help="Stop the running daemon; training goes on without it.")
+@click.option(
+    "--stop", "stop_it", is_flag=True, help="Stop the running daemon; training continues without it."
+)
 @click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
 @click.option(
     "--print-systemd",
@@ -47,7 +49,7 @@ _DATABASE_SECONDS = 1.0
 def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: str | None) -> None:
     """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
 
-    It may be stopped or killed at any time: training goes on, and the next daemon takes it over.
+    It may be stopped or killed at any time: training continues, and the next daemon takes it over.
 
     \b
     Example:
@@ -204,7 +206,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
                 say = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
                 logging.getLogger("sftd.daemon").critical(say, error)
                 sys.exit(1)
-            # In the log and in its format, where whoever reads the log finds it; training goes on.
+            # In the log and in its format, where whoever reads the log finds it; training continues.
             logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
             sys.exit(1)
 

@@ -35,7 +35,7 @@ db_command.add_command(restore_command)
 def check() -> None:
     """Read the whole log: no version is missing, every event can be read, and the views say what the log says.
 
-    Prints OK, or what is wrong and exits with 1. Nothing is changed; daemons may go on.
+    Prints OK, or what is wrong and exits with 1. Nothing is changed; daemons may continue.
 
     \b
     Example:
@@ -74,7 +74,7 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
     """Copy a database event for event, with the queue and all cursors, into an empty one, and prove both equal.
 
     FROM and TO are database URLs or SQLite files. Everything is copied or nothing is. Tables are made in TO when it has
-    none. A password is best left to ~/.pgpass: what stands on a command line, others can see.
+    none. A password is best left to ~/.pgpass: others can see a command line.
 
     \b
     Example:

@@ -23,9 +23,9 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     """List every checkpoint of RUN, those that are gone included: its size, layout and status, and why it is kept.
 
     \b
-    published   whole, in the run's timeline       missing    its folder is not on this host
-    pinned      a fork starts from it              rejected   damaged when it was to be loaded
-    superseded  a later attempt went on before it  deleted    nothing kept it (checkpoint.keep_*)
+    published   whole, in the run's timeline     missing    its folder is not on this host
+    pinned      a fork starts from it            rejected   damaged when it was to be loaded
+    superseded  a later attempt began before it  deleted    nothing kept it (checkpoint.keep_*)
     weights     its weights alone are kept (checkpoint.after_success): for export and answers
 
     \b

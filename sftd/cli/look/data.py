@@ -33,7 +33,7 @@ _TEXT, _PART = 80, 36
 def data_command(run: str, step: int | None, row: int | None, text: bool, as_json: bool) -> None:
     """Show which rows of the training data a step of RUN saw, or which steps saw a row.
 
-    Computed anew from the data files and the seed, and checked against the log: the digest of the rows and the number of
+    Computed from the data files and the seed, and checked against the log: the digest of the rows and the number of
     trained tokens of every attempt that did the step, and the digest of the files as they were submitted. Exit code 1
     when they are not what the log has. Steps before a fork's first are its parent's; of a row, those of parents with the
     same files.

@@ -16,7 +16,7 @@ _PAGE = 1000
 
 @click.command("events")
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the run has ended.")
 @click.option("-t", "--type", "types", multiple=True, help="Only events of this type; repeatable.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One event a line, with the fields of the events table."

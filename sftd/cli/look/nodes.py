@@ -21,7 +21,7 @@ _STYLE = {"alive": "green", "not observed": "yellow", "stopped": "dim"}
 def nodes_command(everyone: bool, as_json: bool) -> None:
     """List the daemons that share this database: their devices, what they drive, when they were last seen.
 
-    "Not observed" is not dead: a host that is cut off from the database goes on training. Only a daemon's own host can
+    "Not observed" is not dead: a host that is cut off from the database continues to train. Only a daemon's own host can
     prove that it is gone.
 
     \b

@@ -32,7 +32,7 @@ _LISTED = 4
 def replay_command(run: str, until: str | None, as_json: bool) -> None:
     """Play the log of RUN: its milestones in order, then its state, config and checkpoints at that moment.
 
-    Nothing is computed or changed. Steps stand together as long as one attempt did them one after another; `again` are
+    Nothing is computed or changed. Steps are one line as long as one attempt did them one after another; `again` are
     those that an earlier attempt had done. A fork's history begins with its parents', up to the step of the fork. A time
     without a zone is local. `sftd events` has every single event.
 

@@ -44,7 +44,7 @@ def views_command() -> None:
 
 @views_command.command("rebuild")
 def rebuild() -> None:
-    """Delete the views and fold them anew from the first event.
+    """Delete the views and fold them again from the first event.
 
     \b
     Example:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.group("mlflow")
 def mlflow_command() -> None:
-    """MLflow shows what the log holds. It can be compared with the log, and built anew from it.
+    """Compare MLflow with the log, rebuild its runs from the log, and register models.
 
     \b
     Example:
@@ -65,7 +65,7 @@ def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
 def rebuild(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
-    """Build MLflow's runs anew from the log, in experiments of their own, and compare each with the log.
+    """Rebuild MLflow's runs from the log, in experiments of their own, and compare each with the log.
 
     Without RUN, all runs. What is there already is not written again, so it may be ended at any time and called again.
     Returns 1 if anything differs in the end.

@@ -22,7 +22,7 @@ _SET = "Set SFTD_NOTIFY_WEBHOOK to a URL, or SFTD_NOTIFY_COMMAND to a command, f
 @click.option("--test", "test", is_flag=True, help="Send a test to each channel now.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def notify_command(test: bool, as_json: bool) -> None:
-    """Say who is told when runs end, fail, or show something odd; with --test, try whether it arrives.
+    """Show who is notified when runs end, fail, or show an anomaly; with --test, send a notice.
 
     The settings of this shell are used; the daemon uses those of the shell that started it, or of SFTD_HOME/config.toml.
     Exits with 1 when a test does not arrive.

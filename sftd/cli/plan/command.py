@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--devices",
     type=click.IntRange(1, 1024),
-    help="So many devices, of all nodes together; else those of this host.",
+    help="Number of devices, of all nodes together; else those of this host.",
 )
 @click.option(
     "--memory", type=FiniteRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."

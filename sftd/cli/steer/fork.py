@@ -48,11 +48,11 @@ def fork_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Queue a new run that goes on from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
+    """Queue a new run that starts from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
 
-    Steps count from RUN's first: trainer.max_steps includes those that RUN has done, and the learning rate goes on as
-    the new config has it at that step. With the same data in the same order it goes on with the samples where RUN
-    stood, else it begins with the first. The checkpoint is kept for as long as the log is.
+    Steps count from RUN's first: trainer.max_steps includes those that RUN has done, and the learning rate continues as
+    the new config has it at that step. With the same data in the same order it continues with the sample
+    after RUN's last one, else it begins with the first. The checkpoint is kept for as long as the log is.
 
     \b
     Example:

@@ -23,7 +23,7 @@ def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json
 
     DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Importing
     again adds what is new; a run that is being trained is refused until it has ended. Nothing in DIR is changed, and
-    its checkpoints stay where they are. Only if `sftd resume` goes on with the run, a daemon deletes those of them
+    its checkpoints stay where they are. Only if `sftd resume` continues the run, a daemon deletes those of them
     that `checkpoint.keep_last`, `keep_best` and `keep_every` do not keep, as the training command itself does. A run that
     was trained with `model.trust_remote_code` is refused unless you allow it here: the folder may be somebody else's.
 

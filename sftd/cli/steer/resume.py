@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--from-step", type=click.IntRange(min=0), help="Go on from this step's checkpoint; 0 begins anew."
+    "--from-step",
+    type=click.IntRange(min=0),
+    help="Continue from this step's checkpoint; 0 starts from the beginning.",
 )
 def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
     """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
 
-    It stays the same run: steps that are done again must come out as the log has them, and are compared. So only such
+    It stays the same run: steps that are computed again must match the log, and are compared. So only such
     keys may change as leave its steps alone: the layout, micro-batches, what is saved and kept, `launch.*`, and
     `trainer.max_steps` where the learning rates of the steps so far do not depend on it. For any other there is
     `sftd fork`.

@@ -62,7 +62,9 @@ _PASSED = (
     type=FiniteRange(0, 1, min_open=True, max_open=True),
     help="Share of the chats split off for validation.",
 )
-@click.option("--val-rows", type=click.IntRange(min=1), help="Or so many rows.")
+@click.option(
+    "--val-rows", type=click.IntRange(min=1), help="Number of rows for validation, instead of a share."
+)
 @click.option("--val-split", help="Or a split that the data set folder has.")
 @click.option(
     "--val-out",

@@ -277,7 +277,7 @@ class Checkpoint(Section, frozen=True):
     async_save: Annotated[
         bool,
         Meta(
-            description="write checkpoints while training goes on, from a copy in host memory; where that does not fit, "
+            description="write checkpoints while training continues, from a copy in host memory; where that does not fit, "
             "training waits"
         ),
         FREE,
@@ -301,7 +301,7 @@ class Slurm(Section, frozen=True):
         str | int,
         Meta(
             description="time limit of each job, in Slurm's form (90, 4:00:00, 2-0); empty is the partition's. A run that needs "
-            "longer goes on in further jobs"
+            "longer continues in further jobs"
         ),
         FREE,
     ] = ""
@@ -330,7 +330,7 @@ class Slurm(Section, frozen=True):
         Meta(
             ge=1,
             le=65535,
-            description="so long before its time limit the job is told, and the ranks save a checkpoint at the next step and end: "
+            description="seconds before its time limit at which the job is signalled: the ranks save a checkpoint at the next step and end: "
             "longer than a step and a save take, and a minute more (Slurm's clock is that coarse)",
         ),
         FREE,
@@ -361,7 +361,7 @@ class Launch(Section, frozen=True):
     preemptible: Annotated[
         bool,
         Meta(
-            description="a waiting run of higher priority may take its place: it saves a checkpoint, is queued again and goes on "
+            description="a waiting run of higher priority may take its place: it saves a checkpoint, is queued again and continues "
             "later"
         ),
         FREE,
