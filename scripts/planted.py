@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,11 +47,7 @@ class Defect:
 
     def file(self, root: Path = ROOT) -> Path:
         """Return the only source file that contains `find`. Raises ValueError if there is not exactly one occurrence."""
-        places = [
-            path
-            for path in sorted((root / "sftd").rglob("*.py"))
-            for _ in range(path.read_text().count(self.find))
-        ]
+        places = [path for path, text in _sources(root) for _ in range(text.count(self.find))]
         if len(places) != 1:
             raise ValueError(f"{self.id}: its text occurs {len(places)} times in sftd/, not once")
         return places[0]
@@ -76,6 +73,16 @@ class Defect:
         return hashlib.sha256(said.encode()).hexdigest()
 
 
+@cache
+def _sources(root: Path) -> list[tuple[Path, str]]:
+    return [(path, path.read_text()) for path in sorted((root / "sftd").rglob("*.py"))]
+
+
+@cache
+def _functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
 def defects() -> list[Defect]:
     """Return the defects of all files of tests/planted/, in their order. The name of a file is the area of its defects."""
     return [
@@ -90,8 +97,7 @@ def _exists(test: str) -> bool:
     path = ROOT / name
     if not path.is_file():
         return False
-    names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
-    return not function or function.partition("[")[0] in names
+    return not function or function.partition("[")[0] in _functions(path)
 
 
 def _run(tests: Sequence[str], defect: Defect | None) -> str:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 _ANOMALIES = 3
 
 
+def state_json(run: Run) -> dict[str, Any]:
+    """A run's whole state for scripts."""
+    import msgspec
+
+    state: dict[str, Any] = msgspec.to_builtins(run)
+    report = state.pop("job_report")
+    return state | {"job": run.job_report.words() if report else ""}
+
+
 def print_state(
     run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = (), speed: float | None = None
 ) -> None:

@@ -70,6 +70,8 @@ def test_submit_wait_and_the_mlflow_mirror(cold_home: Home) -> None:
     done = home.run("submit", str(home.config), "trainer.experiment_name=first", "--wait", "-q")
     run_id = done.stdout.strip()
     assert home.show(run_id)["status"] == "succeeded"
+    # Of so small a model nearly all memory is the process's, of which a warm one has more.
+    assert abs(home.show(run_id)["planned"]["compared"]["peak memory"]["error"]) < 0.35
     # Another daemon of the same home is told so, and changes nothing.
     assert "running already" in home.run("daemon", "--drain", check=1).stderr
     until(lambda: is_mirrored(home.path / "mlflow.db"), "MLflow does not hear of the run's end")
@@ -185,8 +187,6 @@ def test_the_model_learns_from_the_command_line(home: Home) -> None:
     assert digest == home.show(run_id)["spec_digest"]
     assert Path(home.show(run_id)["checkpoints"][-1]["path"]).is_dir()
     compared = home.show(run_id)["planned"]["compared"]
-    # Of so small a model nearly all memory is the process's, and as much time its start.
-    assert abs(compared["peak memory"]["error"]) < 0.35
     assert abs(compared["checkpoint"]["error"]) < 0.35
     assert compared["whole run"]["actual"] > compared["step"]["actual"] > 0
     assert "peak memory" in home.run("show", run_id).stdout

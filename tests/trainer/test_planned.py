@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from sftd import trainer
 from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.plan import disk as storage
 from sftd.domain.plan.batch import GPU_TILE, workload
@@ -27,7 +28,7 @@ from sftd.trainer.runtime import process
 
 def defined(module: str, *names: str) -> list[Any]:
     """Constants and functions of a trainer module, by its own source: importing Megatron takes half a minute here."""
-    source = Path(process.__file__).parent.joinpath(f"{module}.py").read_text()
+    source = Path(trainer.__file__).parent.joinpath(f"{module}.py").read_text()
     wanted = [
         node
         for node in ast.parse(source).body
@@ -42,17 +43,17 @@ def defined(module: str, *names: str) -> list[Any]:
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 8190, 8320, 8321, 16380, 100_000])
 @pytest.mark.parametrize("row_bytes", [2 * 128_256, 2 * 32_000, 4 * 49_152])
 def test_chunks_of_logits_are_those_of_the_loss(rows: int, row_bytes: int) -> None:
-    chunks, *_ = defined("loss", "_chunks", "_CHUNK_BYTES", "_CHUNK_MULTIPLE")
+    chunks, *_ = defined("model/loss", "_chunks", "_CHUNK_BYTES", "_CHUNK_MULTIPLE")
     found = chunks(rows, row_bytes)
     assert logits_chunk(rows, row_bytes) == (max(c.stop - c.start for c in found), len(found))
 
 
 def test_constants_are_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert defined("loss", "_CHUNK_BYTES", "_CHUNK_MULTIPLE") == [LOGITS_BYTES, LOGITS_MULTIPLE]
-    assert defined("kernels/exact_attention", "SCORES_BYTES") == [SCORES_BYTES]
-    assert defined("batches", "_TILE") == [GPU_TILE]
+    assert defined("model/loss", "_CHUNK_BYTES", "_CHUNK_MULTIPLE") == [LOGITS_BYTES, LOGITS_MULTIPLE]
+    assert defined("model/kernels/exact_attention", "SCORES_BYTES") == [SCORES_BYTES]
+    assert defined("data/batches", "_TILE") == [GPU_TILE]
     assert defined("trainee", "_STATE_BYTES") == [storage._STATE_BYTES]
-    assert defined("checkpoint", "_HEADROOM") == [storage._HEADROOM]
+    assert defined("checkpoint/checkpoints", "_HEADROOM") == [storage._HEADROOM]
     for name in ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

@@ -60,6 +60,7 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
 def _as_json(story: list[Chapter]) -> dict[str, Any]:
     import msgspec
 
+    from sftd.cli.run_state import state_json
     from sftd.domain.log.history import Steps, milestones
 
     def line(chapter: Chapter, item: Recorded | Steps) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _as_json(story: list[Chapter]) -> dict[str, Any]:
         "run_id": run.run_id,
         "version": run.version,
         "milestones": [line(chapter, item) for chapter in story for item in milestones(chapter.recorded)],
-        "state": msgspec.to_builtins(run),
+        "state": state_json(run),
     }
 
 

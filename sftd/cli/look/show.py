@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.run_state import history_table, print_state, time_facts
+from sftd.cli.run_state import history_table, print_state, state_json, time_facts
 from sftd.cli.terminal import output
 from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
 
@@ -76,7 +76,6 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
       sftd show sweep-3aea38
       sftd show brave-otter-3f2a --config > again.yaml
     """
-    import msgspec
 
     from sftd.cli.plan.view import outcome_facts
     from sftd.operations.queries import board
@@ -99,7 +98,7 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
     planned = planning.outcome(store, found, ledger)
     if as_json:
         more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
-        click.echo(output.json_line(msgspec.to_builtins(found) | more))
+        click.echo(output.json_line(state_json(found) | more))
         return
     attempt_events = reading.run_events(
         store,

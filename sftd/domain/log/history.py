@@ -145,6 +145,8 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
 
 # `Steps` names the attempt and its environment.
 _WITHIN = (e.AttemptLaunched, e.AttemptAdopted, e.ModelLoaded)
+# A fork is a milestone of its parent.
+_FORKS = (e.CheckpointPinned, e.CheckpointUnpinned)
 
 
 def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
@@ -154,7 +156,7 @@ def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
     replace = msgspec.structs.replace
     for r in recorded:
         event = r.event
-        if event.severity == "detail" or isinstance(event, _WITHIN):
+        if isinstance(event, _WITHIN) or (event.severity == "detail" and not isinstance(event, _FORKS)):
             continue
         if isinstance(event, e.StepCompleted):
             redone = event.step in done
