@@ -26,8 +26,8 @@ def state_json(run: Run) -> dict[str, Any]:
     import msgspec
 
     state: dict[str, Any] = msgspec.to_builtins(run)
-    report = state.pop("job_report")
-    return state | {"job": run.job_report.words() if report else ""}
+    del state["job_report"]
+    return state | {"job": run.job_report.words() if run.job_report else ""}
 
 
 def print_state(
