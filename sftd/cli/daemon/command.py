@@ -206,7 +206,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
                 say = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
                 logging.getLogger("sftd.daemon").critical(say, error)
                 sys.exit(1)
-            # In the log and in its format, where whoever reads the log finds it; training continues.
+            # In the log and in its format, where readers of the log find it; training continues.
             logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
             sys.exit(1)
 

@@ -60,7 +60,7 @@ class Host:
         return cls(machine, count, memory, is_here=is_here)
 
     def fits(self, needed: int, ranks: int) -> bool:
-        """Whether ranks that need so many bytes each have them. On CPUs they share the host's memory."""
+        """Whether ranks that need `needed` bytes each have them. On CPUs they share the host's memory."""
         return needed * (ranks if self.machine.device == "cpu" else 1) <= self.memory
 
 

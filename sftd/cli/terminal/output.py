@@ -139,7 +139,7 @@ def compact(value: Any) -> str:
 
 
 def summary(event: Event) -> str:
-    """An event's summary; it does nothing to a terminal, whoever wrote the words in it."""
+    """An event's summary; it does nothing to a terminal, whatever words it quotes."""
     return printable(event.summary())
 
 

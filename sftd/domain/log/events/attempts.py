@@ -77,7 +77,7 @@ class JobReported(Event, frozen=True):
 
 
 class AttemptPaused(Event, frozen=True):
-    """The attempt ended because a person paused the run; `step` is where the next one goes on."""
+    """The attempt ended because a person paused the run; `step` is where the next one continues."""
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
@@ -91,7 +91,7 @@ class AttemptPaused(Event, frozen=True):
 
 class AttemptPreempted(Event, frozen=True):
     """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
-    attempt goes on. `by_run` is empty when Slurm took the machines back: `reason` says why."""
+    attempt continues. `by_run` is empty when Slurm took the machines back: `reason` says why."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True

@@ -34,7 +34,7 @@ class RunForked(Event, frozen=True):
     """The run starts from another run's checkpoint, with another spec: the first event of its stream, before
     `RunSubmitted`. `step` 0 is the parent's pretrained model, without a checkpoint.
 
-    `changes` maps the keys whose values differ to [the parent's, the fork's]. Training goes on at 0-based step `step` and
+    `changes` maps the keys whose values differ to [the parent's, the fork's]. Training continues at 0-based step `step` and
     reads the samples from position `sample` of its own order of samples (see `sample_order`): where the parent stood, if
     the fork has the parent's order, else its beginning.
     """

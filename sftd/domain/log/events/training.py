@@ -64,7 +64,7 @@ class DataBound(Event, frozen=True):
 
 
 class TrainingResumed(Event, frozen=True):
-    """The attempt goes on from the checkpoint of `step`; steps after it in earlier attempts are redone."""
+    """The attempt continues from the checkpoint of `step`; steps after it in earlier attempts are redone."""
 
     severity: ClassVar[Severity] = "detail"
     is_lifecycle: ClassVar[bool] = True
@@ -168,7 +168,7 @@ class SamplesSkipped(Event, frozen=True):
 
 class ReplayVerified(Event, frozen=True):
     """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
-    or but for rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
+    or to within rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
 
     from_step: int
     to_step: int
