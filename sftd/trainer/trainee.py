@@ -20,7 +20,7 @@ from torch import Tensor
 from sftd.domain.model.checks import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
-from sftd.trainer.model import experts, weights
+from sftd.trainer.model import experts, lora, weights
 from sftd.trainer.model import model as models
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
@@ -132,11 +132,13 @@ def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -
 
 def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:
     """Build the model and the optimizer. Weights come from the model folder if `pretrained`; otherwise they are unset,
-    for a checkpoint to fill. Raises `UserError`."""
+    for a checkpoint to fill, except those that adapters (LoRA) leave frozen. Raises `UserError`."""
     config = models.transformer_config(spec, shape, session)
     chunks = models.build(config, shape, session)
-    if pretrained:
+    if pretrained or spec.model.lora.rank:
         weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
+    if spec.model.lora.rank:
+        lora.add(chunks, spec.model, shape, session.layout, is_new=pretrained)
     model = models.distribute(config, chunks, session)
     optimizer = optimizers.build(spec, model, session)
     config.grad_scale_func = optimizer.scale_loss

@@ -73,6 +73,37 @@ class Megatron(Section, frozen=True):
         return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
 
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Lora(Section, frozen=True):
+    """`model.lora`: low-rank adapters beside a frozen model, in place of training all its weights."""
+
+    rank: Annotated[
+        Count, Meta(description="rank of the adapters (8 to 64 are common); 0 trains the model's own weights")
+    ] = 0
+    alpha: Annotated[
+        Annotated[float, Meta(gt=0.0)],
+        Meta(description="an adapter's output is multiplied by alpha / rank"),
+    ] = 32.0
+    targets: Annotated[
+        Literal["all-linear"] | list[Projection],
+        Meta(description="the projections that get an adapter (those of experts too), or all-linear"),
+    ] = "all-linear"
+    rslora: Annotated[bool, Meta(description="multiply by alpha / √rank instead (rank-stabilised LoRA)")] = (
+        False
+    )
+    init: Annotated[
+        Literal["kaiming", "gaussian"],
+        Meta(
+            description="how A begins: uniform in ± 1 / √inputs as in PEFT, or normal with deviation 1 / rank; B is 0"
+        ),
+    ] = "kaiming"
+    adapter: Annotated[
+        str, Meta(description="PEFT folder of an adapter to start from, of the same rank and targets")
+    ] = ""
+
+
 class Model(Section, frozen=True):
     """`model`: what is trained."""
 
@@ -102,6 +133,7 @@ class Model(Section, frozen=True):
     override_config: Annotated[
         dict[str, Any], Meta(description="keys of the model's config.json to replace")
     ] = msgspec.field(default_factory=dict)
+    lora: Lora = Lora()
     megatron: Megatron = Megatron()
 
 

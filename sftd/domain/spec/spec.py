@@ -132,7 +132,7 @@ class Spec(Section, frozen=True):
 
 _DEFAULTS = Spec()
 # Keys that the digests of earlier specs do not have.
-_ADDED_KEYS = (("checkpoint", "after_success"), ("scheduler", "decay_ratio"))
+_ADDED_KEYS = (("checkpoint", "after_success"), ("model", "lora"), ("scheduler", "decay_ratio"))
 
 
 def canonical_json(spec: Spec) -> bytes:

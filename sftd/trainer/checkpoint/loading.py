@@ -14,7 +14,7 @@ from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log.events import CheckpointRejected
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint import reading as checkpoint_reading
-from sftd.trainer.checkpoint.state import sharded_state
+from sftd.trainer.checkpoint.state import frozen, sharded_state
 from sftd.trainer.errors import UserError
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime import megatron_edges
@@ -79,7 +79,8 @@ def _restore(
 ) -> None:
     optimizer = trainee.optimizer
     for i, chunk in enumerate(trainee.chunks):
-        chunk.load_state_dict({k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")})
+        own = {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
+        chunk.load_state_dict(own | frozen(chunk))
     optimizers.take_peak(spec, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
     megatron_edges.separate_adamw_steps(optimizer)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
 
 from sftd.trainer.runtime.megatron_edges import allocate_adamw_state
 from sftd.trainer.runtime.session import Session
@@ -29,7 +30,8 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
     content = dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # The unwrapped modules: DDP and Float16Module would put their own prefix before every name.
     state: dict[str, Any] = {
-        f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(trainee.chunks)
+        f"model{i}": _trained(chunk, chunk.sharded_state_dict(metadata=content))
+        for i, chunk in enumerate(trainee.chunks)
     }
     allocate_adamw_state(trainee.optimizer)
     state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)
@@ -45,3 +47,14 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
             "rng", streams, (layout.pp, layout.tp, layout.dp * layout.cp), place, replica_id=0
         )
     return state
+
+
+def _trained(chunk: GPTModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Without the weights that a run leaves frozen: they are the model folder's."""
+    without = frozen(chunk)
+    return {name: place for name, place in state.items() if name not in without}
+
+
+def frozen(chunk: GPTModel) -> dict[str, Any]:
+    """The weights of a chunk that a run leaves as they were loaded from the model folder."""
+    return {name: p.detach() for name, p in chunk.named_parameters() if not p.requires_grad}

@@ -93,7 +93,9 @@ class Attempt:
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
         # Until the first step is recorded: no step may come of weights that the log does not know.
-        self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if pretrained else None
+        self._weights_digest = (
+            WeightsDigest(folder, is_cpu=is_cpu) if pretrained or self._spec.model.lora.rank else None
+        )
         self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
         self._environment = sessions.environment(session)
         reporter.emit(

@@ -166,14 +166,16 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
     """Σ cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar. On an inner stage: its hidden states
     [s, b, h]."""
     core = _core(model)
-    is_parallel = core.config.sequence_parallel
+    embedded = None
+    if core.pre_process:
+        embedded = embed(core.embedding, batch.tokens, sequence_parallel=core.config.sequence_parallel)
+        # A recomputed layer hands gradients to its parameters only if its input wants one, which a frozen embedding's does not.
+        embedded.requires_grad_()
     output = model(
         batch.tokens,
         batch.layout.positions[None],
         None,
-        decoder_input=embed(core.embedding, batch.tokens, sequence_parallel=is_parallel)
-        if core.pre_process
-        else None,
+        decoder_input=embedded,
         labels=batch.labels,
         packed_seq_params=batch.layout,
         output_processor=_sum_of_losses,

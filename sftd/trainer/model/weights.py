@@ -9,7 +9,7 @@ not have is one more `Rule` in `layer_rules`. A family with experts names its te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,33 +152,45 @@ def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -
 
     Raises `UserError` for weights that are missing, of another shape, or that the model has no place for.
     """
-    held = shape.num_experts // layout.ep
-    experts = range(layout.ep_rank * held, (layout.ep_rank + 1) * held)
     with ExitStack() as stack:
         folder = Folder(path, stack)
         for chunk in chunks:
-            offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage, layout.pp_rank)
-            layers = range(offset, offset + len(chunk.decoder.layers))
-            _refuse_unknown(folder, shape, layers)
-            output = None
-            if chunk.post_process:
-                # A tied model's last stage holds its own copy of the embedding unless it is also the first.
-                output = "shared" if chunk.output_layer.weight is None else "own"
+            _refuse_unknown(folder, shape, layers_of(chunk, layout))
             own = dict(chunk.named_parameters())
-            parts = model_rules(shape, layers, experts, is_first=chunk.pre_process, output=output)
-            for rule in (rule for part in parts for rule in part):
-                parameter = own.pop(rule.target)
-                pieces = [
-                    _read(folder, source, rule.cut, chunk.vocab_size, shape, layout)
-                    for source in rule.sources
-                ]
-                value = rule.how.join(pieces, shape)
-                if parameter.shape != value.shape:
-                    raise UserError(
-                        f"{path}: {rule.target} is {list(value.shape)}, but config.json asks for {list(parameter.shape)}"
-                    )
-                parameter.copy_(value)
+            for rule in chunk_rules(chunk, shape, layout):
+                fill(own.pop(rule.target), rule, folder, chunk.vocab_size, shape, layout)
             assert not own, f"no weight mapping for {sorted(own)}"
+
+
+def layers_of(chunk: GPTModel, layout: Layout) -> range:
+    """Numbers of the layers that a chunk holds."""
+    offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage, layout.pp_rank)
+    return range(offset, offset + len(chunk.decoder.layers))
+
+
+def chunk_rules(chunk: GPTModel, shape: ModelShape, layout: Layout) -> list[Rule]:
+    """Every parameter of this rank's chunk."""
+    held = shape.num_experts // layout.ep
+    experts = range(layout.ep_rank * held, (layout.ep_rank + 1) * held)
+    output = None
+    if chunk.post_process:
+        # A tied model's last stage holds its own copy of the embedding unless it is also the first.
+        output = "shared" if chunk.output_layer.weight is None else "own"
+    parts = model_rules(shape, layers_of(chunk, layout), experts, is_first=chunk.pre_process, output=output)
+    return [rule for part in parts for rule in part]
+
+
+def fill(
+    parameter: Tensor, rule: Rule, folder: Folder, padded_vocabulary: int, shape: ModelShape, layout: Layout
+) -> None:
+    """Read this rank's share of a parameter into it. Raises `UserError`."""
+    pieces = [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in rule.sources]
+    value = rule.how.join(pieces, shape)
+    if parameter.shape != value.shape:
+        raise UserError(
+            f"{folder.path}: {rule.target} is {list(value.shape)}, but config.json asks for {list(parameter.shape)}"
+        )
+    parameter.copy_(value)
 
 
 def _refuse_unknown(folder: Folder, shape: ModelShape, layers: range) -> None:
@@ -213,13 +225,13 @@ def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, la
 
 
 class Folder:
-    """The weights of a model folder, one file or shards, opened but not read."""
+    """The weights of a folder, by default a model's in one file or shards, opened but not read."""
 
-    def __init__(self, path: str, stack: ExitStack) -> None:
+    def __init__(self, path: str, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         folder = Path(path)
-        self._path = path
+        self.path = path
         self._files: dict[str, Any] = {}
-        for name in weight_files(folder):
+        for name in weight_files(folder) if files is None else files:
             try:
                 file = stack.enter_context(safe_open(folder / name, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -235,14 +247,14 @@ class Folder:
         """The tensor, or the `part` = (i, n) i-th of n equal shares along `dim`. Raises `UserError` when it is missing or
         has no such shares."""
         if name not in self._files:
-            raise UserError(f"the weights in {self._path} lack {name}")
+            raise UserError(f"the weights in {self.path} lack {name}")
         piece = self._files[name].get_slice(name)
         if dim is None:
             return piece[:]
         shape = piece.get_shape()
         if len(shape) <= dim or shape[dim] % part[1]:
             raise UserError(
-                f"{self._path}: {name} is {shape}, which {part[1]} tensor-parallel ranks cannot share"
+                f"{self.path}: {name} is {shape}, which {part[1]} tensor-parallel ranks cannot share"
             )
         size = shape[dim] // part[1]
         window = slice(part[0] * size, (part[0] + 1) * size)
@@ -251,7 +263,7 @@ class Folder:
     def rows(self, name: str) -> int:
         """First dimension of a tensor. Raises `UserError` when it is missing."""
         if name not in self._files:
-            raise UserError(f"the weights in {self._path} lack {name}")
+            raise UserError(f"the weights in {self.path} lack {name}")
         return int(self._files[name].get_slice(name).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -1,0 +1,73 @@
+"""Adapters: five steps against peft on transformers, every layout against one rank, checkpoints of the adapter alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+
+MEGATRON = "model__megatron__"
+TP2, PP2, CP2, EP2 = (
+    {f"{MEGATRON}{kind}_parallel_size": 2}
+    for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
+)
+SP = {MEGATRON + "sequence_parallel": True}
+PACKED = {"training__use_rmpad": True}
+FULL = {"model__enable_gradient_checkpointing": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "dp2_packed": (2, PACKED),
+    "tp2": (2, TP2),
+    "tp2_sp_full": (2, TP2 | SP | FULL),
+    "pp2_full": (2, PP2 | FULL),
+    "pp2_vpp2": (2, PP2 | {MEGATRON + "virtual_pipeline_model_parallel_size": 2}),
+    "cp2": (2, CP2 | PACKED),
+    "selective": (1, FULL | {"model__recompute": "selective"}),
+    "packed": (1, PACKED),
+}
+LORA: dict[str, Any] = {"model__lora__rank": 4, "optimizer__lr": 1e-2}
+
+
+@pytest.fixture(scope="module", params=["llama_tied"])
+def peft_folder(
+    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An adapter with random A and B that peft has written."""
+    return write_adapter(models / request.param, tmp_path_factory.mktemp("adapter"))
+
+
+def write_adapter(model: Path, folder: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+        import torch
+        import transformers
+
+        torch.manual_seed(5)
+        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        peft.get_peft_model(network, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_rank(trainer: Trainer) -> Run:
+    return trainer.run("lora_one", **LORA)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_computes_the_same(trainer: Trainer, one_rank: Run, layout: str) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    run = trainer.run(f"lora_{layout}", ranks, **LORA, **overrides)
+    for step, event in one_rank.steps().items():
+        other = run.steps()[step]
+        assert math.isclose(event.loss, other.loss, rel_tol=1e-5), (step, event.loss, other.loss)
+        assert math.isclose(event.grad_norm, other.grad_norm, rel_tol=1e-4), step
