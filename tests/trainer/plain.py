@@ -93,6 +93,8 @@ class Plain:
     """A model that is trained step by step."""
 
     folder: Path
+    # PEFT folder of the adapter that is trained in place of the model.
+    adapter: Path | None = None
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
@@ -105,10 +107,15 @@ class Plain:
             self.network: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=torch.float32, attn_implementation="eager"
             )
-        parameters = dict(self.network.named_parameters())
+            if self.adapter:
+                import peft
+
+                self.network = peft.PeftModel.from_pretrained(self.network, self.adapter, is_trainable=True)
+        parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self._decayed = [p for name, p in parameters.items() if "norm" not in name]
         self._others = [p for name, p in parameters.items() if "norm" in name]
-        self._adamw = torch.optim.AdamW([{"params": self._decayed}, {"params": self._others}])
+        groups = [{"params": self._decayed}, {"params": self._others}]
+        self._adamw = torch.optim.AdamW([group for group in groups if group["params"]])
 
     def copy(self) -> Plain:
         """An independent one in the same state."""
@@ -130,7 +137,7 @@ class Plain:
         self._adamw.zero_grad()
         loss = sum(self.loss(row) for row in batch) / sum(map(count, batch))
         loss.backward()
-        gradients = [p.grad for p in self.network.parameters()]
+        gradients = [p.grad for p in self.network.parameters() if p.requires_grad]
         norm = torch.cat([g.flatten() for g in gradients]).double().norm().item()
         self.losses.append(loss.item())
         self.norms.append(norm)
@@ -142,7 +149,8 @@ class Plain:
         for group in self._adamw.param_groups:
             group |= {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
         self._adamw.param_groups[0]["weight_decay"] = settings.weight_decay
-        self._adamw.param_groups[1]["weight_decay"] = 0.0
+        if self._others:
+            self._adamw.param_groups[1]["weight_decay"] = 0.0
         self._adamw.step()
 
     def validation(self, rows: Iterable[Row]) -> tuple[float, int]:

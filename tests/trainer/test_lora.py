@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 import pytest
+
+from tests.trainer.plain import Plain, Settings
 
 if TYPE_CHECKING:
     from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
@@ -71,3 +76,63 @@ def test_every_layout_computes_the_same(trainer: Trainer, one_rank: Run, layout:
         other = run.steps()[step]
         assert math.isclose(event.loss, other.loss, rel_tol=1e-5), (step, event.loss, other.loss)
         assert math.isclose(event.grad_norm, other.grad_norm, rel_tol=1e-4), step
+
+
+def test_five_steps_are_those_of_peft(trainer: Trainer, models: Path, peft_folder: Path) -> None:
+    run = trainer.run(
+        "lora_peft", **LORA, model__lora__adapter=str(peft_folder), trainer__max_steps=5, data__shuffle=False
+    )
+    spec = run.attempt.order().spec
+    o = spec.optimizer
+    table = pq.read_table(spec.data.train_files[0]).to_pydict()
+    rows = [(ids[:64], labels[:64]) for ids, labels in zip(table["input_ids"], table["labels"], strict=True)]
+    model = Plain(models / "llama_tied", peft_folder)
+    for step, event in run.steps().items():
+        settings = Settings(event.lr, o.weight_decay, (o.adam_beta1, o.adam_beta2), o.adam_eps, o.clip_grad)
+        model.step(rows[8 * step - 8 : 8 * step], settings)
+        assert math.isclose(event.loss, model.losses[-1], rel_tol=1e-4), step
+        assert math.isclose(event.grad_norm, model.norms[-1], rel_tol=1e-4), step
+    assert len(model.losses) == 5
+
+
+@pytest.fixture(scope="module")
+def exported(trainer: Trainer, one_rank: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The adapter as a PEFT folder, and the model with it merged."""
+    root = tmp_path_factory.mktemp("exported")
+    order, checkpoint = one_rank.attempt.order_file, one_rank.checkpoint(6)
+    for name, options in (("adapter", []), ("merged", ["--merge"])):
+        argv = [
+            sys.executable,
+            "-m",
+            "sftd.trainer.tools.export",
+            str(order),
+            str(checkpoint),
+            str(root / name),
+        ]
+        subprocess.run([*argv, *options], env=trainer.environment(), check=True, stdout=subprocess.PIPE)
+    return root / "adapter", root / "merged"
+
+
+def test_peft_loads_the_adapter_and_merging_changes_nothing(
+    exported: tuple[Path, Path], models: Path
+) -> None:
+    import torch
+
+    adapter, merged = exported
+    tokens = torch.arange(3, 40)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        own = Plain(models / "llama_tied", adapter).network.eval()
+        whole = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(models / "llama_tied", dtype=torch.float32)
+    with torch.no_grad():
+        found, other, before = (m(input_ids=tokens).logits for m in (own, whole, plain))
+    assert (found - other).abs().max() < 1e-4
+    assert (found - before).abs().max() > 1e-2
+
+
+def test_a_checkpoint_holds_the_adapter_alone(one_rank: Run) -> None:
+    files = one_rank.checkpoint(6).rglob("*")
+    assert sum(f.stat().st_size for f in files) < 1_000_000

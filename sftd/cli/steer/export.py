@@ -16,18 +16,24 @@ from sftd.cli.terminal import output
 @click.option(
     "--step", type=click.IntRange(min=1), help="Export this step's checkpoint; the last if not given."
 )
+@click.option(
+    "--merge", is_flag=True, help="Write the whole model with its adapters merged, not a PEFT folder."
+)
 @click.option("--register", "name", metavar="NAME", help="Also make it a version of this model in MLflow.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def export_command(run: str, directory: str, step: int | None, name: str | None, as_json: bool) -> None:
+def export_command(
+    run: str, directory: str, step: int | None, merge: bool, name: str | None, as_json: bool
+) -> None:
     """Write the model of a published checkpoint of RUN to DIR, as a Hugging Face folder.
 
-    Weights (safetensors), config and tokenizer, whatever layout the run was trained in. The checkpoint is verified
-    first; DIR must be new or empty. With --register a copy goes into MLflow's model registry.
+    Weights (safetensors), config and tokenizer, whatever layout the run was trained in; of a run with model.lora the
+    adapter as a PEFT folder, or with --merge the whole model. The checkpoint is verified first; DIR must be new or empty. With --register a copy goes into MLflow's model registry.
 
     \b
     Example:
       sftd export brave-otter ./my-model
       sftd export brave-otter ./my-model --step 100
+      sftd export brave-otter ./my-model --merge
       sftd export brave-otter ./my-model --register support
     """
     from sftd.cli.registry import Registry
@@ -52,6 +58,7 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     output.when_interrupted(f"Nothing was written to {path}.")
     with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
+        arguments += ["--merge"] if merge else []
         done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
     exported = ModelExported(
         step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]

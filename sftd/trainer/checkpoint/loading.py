@@ -14,7 +14,7 @@ from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log.events import CheckpointRejected
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint import reading as checkpoint_reading
-from sftd.trainer.checkpoint.state import frozen, sharded_state
+from sftd.trainer.checkpoint.state import restore, sharded_state
 from sftd.trainer.errors import UserError
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime import megatron_edges
@@ -58,11 +58,11 @@ def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Man
     wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
     state = _agreed(lambda: checkpoint_reading.load(wanted, folder))
 
-    def restore() -> None:
+    def put_back() -> None:
         with checkpoint_reading.invalid_where_it_fails(folder):
             _restore(state, order.spec, session, trainee, with_rng=same_layout)
 
-    _agreed(restore)
+    _agreed(put_back)
     return manifest
 
 
@@ -79,8 +79,7 @@ def _restore(
 ) -> None:
     optimizer = trainee.optimizer
     for i, chunk in enumerate(trainee.chunks):
-        own = {k: v for k, v in state[f"model{i}"].items() if not k.endswith("_extra_state")}
-        chunk.load_state_dict(own | frozen(chunk))
+        restore(chunk, state[f"model{i}"])
     optimizers.take_peak(spec, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
     megatron_edges.separate_adamw_steps(optimizer)

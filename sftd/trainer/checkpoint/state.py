@@ -29,10 +29,7 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
     layout = session.layout
     content = dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     # The unwrapped modules: DDP and Float16Module would put their own prefix before every name.
-    state: dict[str, Any] = {
-        f"model{i}": _trained(chunk, chunk.sharded_state_dict(metadata=content))
-        for i, chunk in enumerate(trainee.chunks)
-    }
+    state: dict[str, Any] = {f"model{i}": trained(chunk, content) for i, chunk in enumerate(trainee.chunks)}
     allocate_adamw_state(trainee.optimizer)
     state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)
     if with_rng:
@@ -49,12 +46,18 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
     return state
 
 
-def _trained(chunk: GPTModel, state: dict[str, Any]) -> dict[str, Any]:
-    """Without the weights that a run leaves frozen: they are the model folder's."""
-    without = frozen(chunk)
-    return {name: place for name, place in state.items() if name not in without}
+def trained(chunk: GPTModel, content: dict[str, Any]) -> dict[str, Any]:
+    """The places of a chunk's weights in a checkpoint, without those that the run leaves frozen: the model folder has them."""
+    frozen = _frozen(chunk)
+    places = chunk.sharded_state_dict(metadata=content)
+    return {name: place for name, place in places.items() if name not in frozen}
 
 
-def frozen(chunk: GPTModel) -> dict[str, Any]:
-    """The weights of a chunk that a run leaves as they were loaded from the model folder."""
+def restore(chunk: GPTModel, state: dict[str, Any]) -> None:
+    """Load into a chunk what `trained` asked for. Raises what torch raises for names or shapes that do not fit."""
+    own = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    chunk.load_state_dict(own | _frozen(chunk))
+
+
+def _frozen(chunk: GPTModel) -> dict[str, Any]:
     return {name: p.detach() for name, p in chunk.named_parameters() if not p.requires_grad}

@@ -68,12 +68,17 @@ class _Adapters(torch.nn.ModuleDict):
     scale: float
 
     def shrink(self, x: Tensor) -> Tensor:
-        """x [s, b, in] → [s, b, r · projections]: all A at once."""
-        return F.linear(x, torch.cat([self[name].a for name in self]))
+        """x [s, b, in] → scale · A x of every projection, one after the other [s, b, r · projections]."""
+        return F.linear(x, torch.cat([adapter.a for adapter in self._each()])) * self.scale
 
-    def expand(self, z: Tensor) -> list[Tensor]:
+    def expand(self, z: Tensor) -> dict[str, Tensor]:
         """[s, b, r · projections] → what each projection adds to its output."""
-        return [F.linear(part, self[name].b) for name, part in zip(self, z.chunk(len(self), -1), strict=True)]
+        parts = z.chunk(len(self), -1)
+        outputs = (F.linear(part, adapter.b) for part, adapter in zip(parts, self._each(), strict=True))
+        return dict(zip(self, outputs, strict=True))
+
+    def _each(self) -> Iterator[_Adapter]:
+        return cast(Iterator[_Adapter], iter(self.values()))
 
 
 class _Column(ColumnParallelLinear):
@@ -90,8 +95,7 @@ class _Column(ColumnParallelLinear):
                 z = gather_from_sequence_parallel_region(z, group=self.tp_group)
             else:
                 z = copy_to_tensor_model_parallel_region(z, group=self.tp_group)
-        parts = dict(zip(self.adapters, self.adapters.expand(z * self.adapters.scale), strict=True))
-        return output + self._joined(parts, output), bias
+        return output + self._joined(self.adapters.expand(z), output), bias
 
     def _joined(self, parts: dict[str, Tensor], output: Tensor) -> Tensor:
         names, sizes = self.projections
@@ -130,7 +134,7 @@ class _Row(RowParallelLinear):
                 z = reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
             else:
                 z = reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
-        (part,) = self.adapters.expand(z * self.adapters.scale)
+        (part,) = self.adapters.expand(z).values()
         return output + part, bias
 
     def sharded_state_dict(
@@ -171,7 +175,7 @@ def _attach(model: GPTModel, lora: Lora, shape: ModelShape) -> None:
         else:
             linear.__class__, widths = _Row, {projections[0]: rows}
         for projection in chosen:
-            adapter = _Adapter((lora.rank, columns), (widths[projection], lora.rank), linear.weight)
+            adapter: Any = _Adapter((lora.rank, columns), (widths[projection], lora.rank), linear.weight)
             is_cut = isinstance(linear, _Column)
             split, whole = (adapter.b, adapter.a) if is_cut else (adapter.a, adapter.b)
             for parameter in (split, whole):

@@ -17,6 +17,8 @@ from sftd.domain.model.checks import ModelShape
 from sftd.domain.spec.sections import Megatron
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint import reading as checkpoint_reading
+from sftd.trainer.checkpoint.state import restore, trained
+from sftd.trainer.model import lora, weights
 from sftd.trainer.model import model as models
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime import session as sessions
@@ -52,11 +54,12 @@ def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) ->
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    state = {f"model{i}": chunk.sharded_state_dict(metadata=content) for i, chunk in enumerate(chunks)}
+    if spec.model.lora.rank:
+        weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
+        lora.add(chunks, spec.model, shape, session.layout, is_new=False)
+    state = {f"model{i}": trained(chunk, content) for i, chunk in enumerate(chunks)}
     loaded = checkpoint_reading.load(state, folder)
     for i, chunk in enumerate(chunks):
         with checkpoint_reading.invalid_where_it_fails(folder):
-            chunk.load_state_dict(
-                {k: v for k, v in loaded[f"model{i}"].items() if not k.endswith("_extra_state")}
-            )
+            restore(chunk, loaded[f"model{i}"])
     return [chunk.eval() for chunk in chunks]

@@ -1,6 +1,6 @@
 """Command line of the export; reports as JSON lines on standard output.
 
-    ORDER CHECKPOINT DIR [--digest SHA256] [--max-shard-bytes N]
+    ORDER CHECKPOINT DIR [--digest SHA256] [--max-shard-bytes N] [--merge]
 
 ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, whose manifest has
 the sha256 SHA256, and DIR the folder to make. The last line of a run that succeeds has the event `done`. Exit codes:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="dir", help="folder to make")
     parser.add_argument("--digest", help="sha256 of the checkpoint's manifest.json")
     parser.add_argument("--max-shard-bytes", type=int, default=_SHARD_BYTES, help="largest weight file")
+    parser.add_argument("--merge", action="store_true", help="write the model with its adapters merged")
     arguments = parser.parse_args(argv)
 
     # All of it is done on the CPU; a GPU's memory may be taken by a training.
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.max_shard_bytes,
                 events,
                 order.template,
+                merge=arguments.merge,
             )
         events.emit("done", **done)
     except (Refused, UserError, CheckpointInvalid, OSError) as error:

@@ -14,11 +14,13 @@ import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.model.checks import ModelShape
+from sftd.domain.spec.sections import Lora
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights
 from sftd.trainer.runtime import session as sessions
+from sftd.trainer.tools.export import adapter
 from sftd.trainer.tools.export.shards import write_shards
 from sftd.trainer.tools.export.template_files import write_template
 from sftd.trainer.tools.load_model import one_rank, read_model
@@ -37,8 +39,12 @@ def export(
     shard_bytes: int,
     events: EventWriter,
     template: ChatTemplate | None = None,
+    *,
+    merge: bool = False,
 ) -> dict[str, Any]:
     """Write `checkpoint` of a run of `spec` as the Hugging Face folder `out`, in the dtype that was trained.
+
+    A run of adapters (LoRA) becomes a PEFT folder, or with `merge` the model whose weights they change.
 
     `digest`: sha256 of the checkpoint's manifest. The manifest and every file it names are verified before anything is
     unpickled; the folder is made beside `out`, and renamed when it is whole. Weight files hold `shard_bytes` at most.
@@ -58,8 +64,10 @@ def export(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     partial.chmod(0o755)
     try:
-        config = exported_config(folder, override, manifest.dtype)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        is_adapter = bool(spec.model.lora.rank) and not merge
+        if not is_adapter:
+            config = exported_config(folder, override, manifest.dtype)
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, path in kept_files(Path(folder)).items():
             if name != "config.json":
                 (partial / name).parent.mkdir(exist_ok=True)
@@ -70,14 +78,19 @@ def export(
             events.progress("load", path=str(checkpoint))
             (model,) = read_model(spec, shape, session, checkpoint)
             _check_space(model, partial)
-            parameters = write_shards(partial, _tensors(model, shape, events), shard_bytes)
+            if is_adapter:
+                parameters = adapter.write(partial, model, shape, spec.model)
+            else:
+                parameters = write_shards(
+                    partial, _tensors(model, shape, spec.model.lora, events), shard_bytes
+                )
         finally:
             sessions.close()
         events.progress("digest", path=str(partial))
         entries = manifests.describe(partial, manifests.list_files(partial))
         for entry in entries:
             # safetensors makes its files unreadable for others.
-            shutil.copymode(partial / "config.json", partial / entry.name)
+            shutil.copymode(partial / (adapter.CONFIG if is_adapter else "config.json"), partial / entry.name)
             fsync_file(partial / entry.name)
         for below in {Path(entry.name).parent for entry in entries}:
             fsync_dir(partial / below)
@@ -109,7 +122,7 @@ def _check_space(model: torch.nn.Module, partial: Path) -> None:
 
 @torch.no_grad()
 def _tensors(
-    model: torch.nn.Module, shape: ModelShape, events: EventWriter
+    model: torch.nn.Module, shape: ModelShape, lora: Lora, events: EventWriter
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every tensor of the Hugging Face folder. Takes the model apart on the way."""
     own = dict(model.named_parameters())
@@ -125,6 +138,8 @@ def _tensors(
             parameter.data = torch.empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]
+            changes = adapter.changes(rule, own, lora)
             for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
-                yield name, tensor.contiguous()
+                merged = (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
+                yield name, merged.contiguous()
     assert not own, f"no weight mapping for {sorted(own)}"
