@@ -269,5 +269,5 @@ def test_what_a_template_leaves_out_is_refused(template: str, messages: Chat, me
 
 def test_tools_that_a_template_does_not_know_are_refused() -> None:
     tokenizer = byte_level_tokenizer("smollm2", unmarked(FAMILIES["smollm2"]))
-    with pytest.raises(ChatError, match="does not tell the model of the tool 'weather'"):
+    with pytest.raises(ChatError, match="does not show the model the tool 'weather'"):
         ChatMasker(tokenizer).render(CALLS[5:], TOOLS)
