@@ -30,6 +30,10 @@ _HEAVY = (
     *("torch.distributed.run", "sftd.trainer"),
     *(f"sftd.trainer.tools.{tool}" for tool in ("answer", "export", "probe")),
     *(f"{_TESTS}/{name}" for name in ("warm.py", "trainer/export_all.py")),
+    *(
+        f"{os.path.dirname(_TESTS)}/scripts/{name}.py"
+        for name in ("bench_checkpoint", "bench_trainer", "write_random_model")
+    ),
 )
 
 
