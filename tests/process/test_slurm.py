@@ -71,22 +71,6 @@ def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
     let_go(ranks)
 
 
-def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: SlurmCluster) -> None:
-    here = home.submit("launch.nproc_per_node=2")
-    there = home.submit("launch.nproc_per_node=2", ON_SLURM)
-    apart = home.submit("launch.nnodes=2", "launch.nproc_per_node=1", ON_SLURM)
-    home.drain()
-    for run_id in (here, there, apart):
-        assert home.show(run_id)["status"] == "succeeded", home.run("logs", run_id).stdout
-        assert_log_holds_journals(home, run_id)
-        assert timeline(home, run_id) == timeline(home, here)
-    nodes = [e["payload"]["nodes"] for e in home.events(apart, "JobReported")]
-    assert f"{NODES[0][:-1]}[1-2]" in nodes
-    # Nobody holds a device of this host for a job.
-    (launched,) = home.events(there, "AttemptLaunched")
-    assert launched["payload"]["devices"] == ["slurm:0"]
-
-
 @pytest.mark.timeout(1800)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
     """Its controller away for a minute, requeued, told to end, cancelled from outside, its node lost, its time over: each ends
@@ -236,6 +220,22 @@ def a_minute_without_a_controller(
     home.wait(waiting, "cancelled")
     assert slurm.state(job_of(home, waiting)) == "CANCELLED"
     return daemon, undisturbed, through
+
+
+def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: SlurmCluster) -> None:
+    here = home.submit("launch.nproc_per_node=2")
+    there = home.submit("launch.nproc_per_node=2", ON_SLURM)
+    apart = home.submit("launch.nnodes=2", "launch.nproc_per_node=1", ON_SLURM)
+    home.drain()
+    for run_id in (here, there, apart):
+        assert home.show(run_id)["status"] == "succeeded", home.run("logs", run_id).stdout
+        assert_log_holds_journals(home, run_id)
+        assert timeline(home, run_id) == timeline(home, here)
+    nodes = [e["payload"]["nodes"] for e in home.events(apart, "JobReported")]
+    assert f"{NODES[0][:-1]}[1-2]" in nodes
+    # Nobody holds a device of this host for a job.
+    (launched,) = home.events(there, "AttemptLaunched")
+    assert launched["payload"]["devices"] == ["slurm:0"]
 
 
 def test_doctor_looks_at_it(home: Home, slurm: SlurmCluster) -> None:
