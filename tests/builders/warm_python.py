@@ -145,7 +145,7 @@ _USED = """
     megatron.core.dist_checkpointing.strategies.state_dict_saver megatron.core.models.mimo numpy.ma pandas pyarrow.compute
     pyarrow.fs pyarrow.parquet sftd.trainer.runtime.device_mode sftd.trainer.direct.direct sftd.trainer.loop.generate sftd.trainer.loop.attempt
     sftd.trainer.runtime.output_cap torch.distributed.argparse_util torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
-    torch.distributed.elastic.rendezvous.registry torch.distributed.launcher.api torch.utils.serialization.config zoneinfo
+    torch.distributed.elastic.rendezvous.registry torch.distributed.launcher.api torch.utils.serialization.config transformers.models.auto.tokenization_auto zoneinfo
 """.split()
 
 

@@ -64,7 +64,9 @@ def test_behind_the_fence_the_next_attempts_files_are_left_alone(trainer: Traine
     others.parent.mkdir()
     others.touch()
     attempt.fence()
+    before = attempt.journal.read_bytes()
     held.resume()
     run = trainer.ended(attempt, ranks, expect=1)
     assert "GivenUp: " in run.output
     assert others.exists()
+    assert attempt.journal.read_bytes() == before

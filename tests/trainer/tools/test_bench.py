@@ -14,31 +14,47 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.log.events import ModelLoaded, ValidationCompleted
+from tests.builders import warm_python as warm
 from tests.builders.paths import ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.builders.trainer.trainers import Trainer
 
 SCRIPTS = ROOT / "scripts"
 
 
-def script(name: str, *arguments: object) -> str:
-    """Output of a script that must end with 0."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    argv = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def script(warm_python: str) -> Callable[..., str]:
+    """Runs a script, which must end with 0. Returns its output."""
+
+    def run(name: str, *arguments: object) -> str:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        environment |= warm.environment(warm_python, environment)
+        argv = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
-def bench(*arguments: object) -> tuple[str, list[dict[str, Any]]]:
-    """Output of the benchmark, and its rows."""
-    fast = ("--shape", "tiny", "--device", "cpu", "--warmup", 1, "--steps", 3)
-    output = script("bench_trainer.py", *arguments, *fast)
-    return output, [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+@pytest.fixture
+def bench(script: Callable[..., str]) -> Callable[..., tuple[str, list[dict[str, Any]]]]:
+    """Runs the benchmark. Returns its output, and its rows."""
+
+    def run(*arguments: object) -> tuple[str, list[dict[str, Any]]]:
+        fast = ("--shape", "tiny", "--device", "cpu", "--warmup", 1, "--steps", 3)
+        output = script("bench_trainer.py", *arguments, *fast)
+        return output, [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    return run
 
 
-def test_sftd_and_its_peer_are_measured_and_compared_and_a_failure_is_told() -> None:
+def test_sftd_and_its_peer_are_measured_and_compared_and_a_failure_is_told(
+    bench: Callable[..., tuple[str, list[dict[str, Any]]]],
+) -> None:
     # Four samples a step, which micro-batches of three do not divide: refused, and the rest goes on.
     arguments = ("--rows", "2,3", "--peer-rows", 2, "--contenders", "sftd,peer-fp32master", "--tokens", 256)
     output, rows = bench("speed", *arguments)
@@ -56,7 +72,9 @@ def test_sftd_and_its_peer_are_measured_and_compared_and_a_failure_is_told() -> 
     assert f"sftd / peer-fp32master: 2 rows {ratio:.2f}, best {ratio:.2f}" in output
 
 
-def test_packing_is_compared_with_padding_and_profiled() -> None:
+def test_packing_is_compared_with_padding_and_profiled(
+    bench: Callable[..., tuple[str, list[dict[str, Any]]]],
+) -> None:
     output, rows = bench("lengths", "--rows", 4, "--samples", 16, "--profile")
     padded, packed = rows
     assert padded["tokens_per_step"] == packed["tokens_per_step"], "not the same samples"
@@ -66,7 +84,9 @@ def test_packing_is_compared_with_padding_and_profiled() -> None:
     assert packed["profile"]["groups_ms"]["matmul"] > 0
 
 
-def test_random_model_and_data_can_be_trained(trainer: Trainer, tmp_path: Path) -> None:
+def test_random_model_and_data_can_be_trained(
+    script: Callable[..., str], trainer: Trainer, tmp_path: Path
+) -> None:
     model, data = tmp_path / "model", tmp_path / "data"
     script("write_random_model.py", "tiny", model, "--dtype", "float32")
     script("write_random_data.py", data, "--rows", 40, "--vocab", 250, "--length", "lognormal:20:64")
@@ -88,7 +108,7 @@ def test_random_model_and_data_can_be_trained(trainer: Trainer, tmp_path: Path) 
     assert run.steps()[1].loss == pytest.approx(math.log(250), abs=0.1)
 
 
-def test_the_cost_of_checkpoints_is_measured() -> None:
+def test_the_cost_of_checkpoints_is_measured(script: Callable[..., str]) -> None:
     output = script("bench_checkpoint.py", "--shape", "tiny", "--device", "cpu", "--steps", 1)
     (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert found["bytes"] > 0
