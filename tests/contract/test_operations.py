@@ -13,7 +13,8 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.failures import Failure
 from sftd.domain.spec.sections import Data, Model, Trainer
 from sftd.domain.spec.spec import Spec

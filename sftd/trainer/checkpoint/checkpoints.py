@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log.events import AnomalyDetected, CheckpointPublished, CheckpointStarted
+from sftd.domain.plan.sizes import SAVE_HEADROOM
 from sftd.domain.run.failures import is_disk_full
 from sftd.domain.spec.spec import spec_digest
 from sftd.trainer.checkpoint import folder as checkpoint_folder
@@ -51,8 +52,6 @@ from sftd.wire.checkpoint.manifest import FileEntry, Manifest
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
-# Free space that must be there before a checkpoint is begun, as a share of its expected size.
-_HEADROOM = 1.1
 # Failed saves in a row after which an attempt ends.
 _MOST_FAILURES = 2
 # How long a save waits for those who read the checkpoint that it replaces.
@@ -251,7 +250,7 @@ class Checkpoints:
         for left in self._folder.glob("step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         make_durable(partial)
-        need = int(_HEADROOM * self._trainee.state_bytes)
+        need = int(SAVE_HEADROOM * self._trainee.state_bytes)
         if (free := shutil.disk_usage(partial).free) < need:
             raise OSError(
                 f"No space left on device: {partial} has {free} bytes free, a checkpoint needs {need}"

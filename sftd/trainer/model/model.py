@@ -23,7 +23,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.parameters import padded_vocabulary
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
@@ -94,11 +95,6 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         **experts.config_fields(spec, shape),
         **recompute,
     )
-
-
-def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
 def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:

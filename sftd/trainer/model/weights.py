@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from types import FrameType
 
+from sftd.domain.plan.sizes import CUBLAS_CONFIG
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.errors import UserError
 from sftd.wire.attempt.directory import make_private
@@ -70,7 +71,7 @@ def set_cuda_defaults() -> None:
     """Settings that are read once, when CUDA starts."""
     # Deterministic mode raises without the first; the second lets Megatron's tensor-parallel communication overlap
     # with computing.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_CONFIG)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Packed micro-batches have ever new sizes, which cut ordinary memory segments into pieces.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 import sftd
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.errors import UserError
 from sftd.trainer.runtime import rendezvous
@@ -146,9 +147,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     seed = megatron.seed + 100 * layout.pp_rank
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    name = megatron.params_dtype
-    is_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
-    return Session(device, torch.bfloat16 if is_bf16 else torch.float32, layout)
+    return Session(device, getattr(torch, weights_dtype(spec, device.type)), layout)
 
 
 def gather(value: Any) -> list[Any]:
