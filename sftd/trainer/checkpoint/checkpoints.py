@@ -36,12 +36,12 @@ from sftd.trainer.checkpoint.writer import (
     FilePlan,
     HostCopy,
     ShareWriter,
-    install_writer,
     is_state_file,
+    plan_files,
     writers,
 )
 from sftd.trainer.errors import CheckpointSaveFailed, UserError
-from sftd.trainer.runtime import megatron_edges
+from sftd.trainer.runtime.megatron_edges.saving import keep_rank_zero_in_step, plan_saves_with
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.trainer.runtime.session import Session, gather
 from sftd.trainer.trainee import Trainee
@@ -109,7 +109,7 @@ class Checkpoints:
         self._pending: _Pending | None = None
         # Saves in a row that failed for another reason than a full disk.
         self._failed = 0
-        install_writer()
+        plan_saves_with(plan_files)
         # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
         gc.freeze()
         atexit.register(gc.unfreeze)
@@ -283,7 +283,7 @@ class Checkpoints:
 
     @staticmethod
     def _finalize(pending: _Pending) -> None:
-        with megatron_edges.keep_rank_zero_in_step():
+        with keep_rank_zero_in_step():
             for finalize in pending.finalize:
                 finalize()
 

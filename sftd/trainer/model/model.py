@@ -28,12 +28,14 @@ from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
-from sftd.trainer.model import experts, gradients
+from sftd.trainer.model import experts
 from sftd.trainer.model.embedding import embed
 from sftd.trainer.model.family import family_of
+from sftd.trainer.model.gradients import accumulate_weight_gradient
 from sftd.trainer.model.loss import linear_cross_entropy
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.rope import RotaryEmbedding
+from sftd.trainer.runtime.megatron_edges.training import accumulate_weight_gradients
 from sftd.trainer.runtime.session import Session
 
 
@@ -50,7 +52,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
     elif spec.model.enable_gradient_checkpointing:
         # What DecoderLayer goes by.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
-    gradients.install()
+    accumulate_weight_gradients(accumulate_weight_gradient)
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
