@@ -134,7 +134,7 @@ def _loss_bytes(
         around += width * h * tokens
     around += 2 * width * h * trained
     row_bytes = padded_vocabulary(shape.vocab_size, tp) // tp * width
-    rows = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
+    rows: int = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
     # One chunk at a time; a CPU takes a copy to exponentiate.
     copies = 2 if device == "cpu" else 1
     return around + copies * rows * row_bytes
