@@ -18,13 +18,15 @@ from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import Facts, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
-from tests.trainer.plain import Plain, Settings
-from tests.trainer.toy_family import LR, ROWS, TOY, toy_name
+from tests.builders.paths import RANKS
+from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
+from tests.builders.trainer.plain import Plain, Settings
+from tests.builders.trainer.tiny_models import MODELS
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Run, Trainer
 
-SCRIPT = Path(__file__).with_name("toy_family.py")
+SCRIPT = RANKS / "toy_family.py"
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 251}
 
 
@@ -128,6 +130,4 @@ def test_an_export_has_every_bit_that_was_loaded(trainer: Trainer, trained: Run,
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 def test_each_family_is_compared_with_transformers(family: Any) -> None:
-    from tests.trainer.conftest import MODELS
-
     assert family.architecture in {architecture for architecture, _, _ in MODELS.values()}

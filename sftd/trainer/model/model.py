@@ -30,7 +30,7 @@ from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
 from sftd.trainer.model import experts
 from sftd.trainer.model.embedding import embed
-from sftd.trainer.model.family import family_of
+from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.gradients import accumulate_weight_gradient
 from sftd.trainer.model.loss import linear_cross_entropy
 from sftd.trainer.model.norm import RMSNorm

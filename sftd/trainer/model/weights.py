@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
-from sftd.trainer.model.family import family_of
-from sftd.trainer.model.weight_rules import Cut, Rule
+from sftd.trainer.model.families.rules import Cut, Rule
+from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sftd.domain.model.shape import ModelShape
-from sftd.trainer.model.family import TrainedFamily
-from sftd.trainer.model.weight_rules import GROUPED, STACKED, Rule
+from sftd.trainer.model.families.rules import GROUPED, STACKED, Rule
+from sftd.trainer.model.families.seam import TrainedFamily
 
 # fmt: off
 ATTENTION = (

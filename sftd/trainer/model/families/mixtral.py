@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sftd.trainer.model.families.llama import ATTENTION
-from sftd.trainer.model.family import TrainedFamily
-from sftd.trainer.model.weight_rules import STACKED, Rule, expert_rules
+from sftd.trainer.model.families.rules import STACKED, Rule, expert_rules
+from sftd.trainer.model.families.seam import TrainedFamily
 
 _EXPERT = (
     Rule("linear_fc1.weight", ("w1.weight", "w3.weight"), "rows", STACKED),

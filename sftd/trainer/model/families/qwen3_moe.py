@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sftd.trainer.model.families.llama import ATTENTION, FEED_FORWARD, QK_NORM
-from sftd.trainer.model.family import TrainedFamily
-from sftd.trainer.model.weight_rules import expert_rules
+from sftd.trainer.model.families.rules import expert_rules
+from sftd.trainer.model.families.seam import TrainedFamily
 
 FAMILY = TrainedFamily(
     layer_rules=lambda shape, layer, experts: [
