@@ -361,7 +361,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         [],
         "model.partial_pretrain",
         "attention_bias",
-        "without these biases",
+        "a model without it",
     ),
     "model with another activation": (
         shape(hidden_act="gelu"),

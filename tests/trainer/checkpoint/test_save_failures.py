@@ -179,9 +179,9 @@ def test_ranks_agree_on_why_a_save_failed_when_the_disk_has_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 removes the half-written folder, so the disk that another rank sees afterwards is not full."""
-    from sftd.trainer.runtime import process
+    from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 
-    process.quiet_third_parties()
+    quiet_third_parties()
     from sftd.trainer.checkpoint import checkpoints as checkpoint
     from sftd.trainer.errors import CheckpointSaveFailed
 

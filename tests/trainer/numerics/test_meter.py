@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.trainer.loop.meter import Meter
 
 

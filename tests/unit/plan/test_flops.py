@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.flops import matmul_parameters, peak_flops, training_flops
+from sftd.domain.model.shape import ModelShape
 from tests.builders.plan.model_shapes import LLAMA_1B
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from sftd.domain.compare.plan_outcome import History, calibration, outcome
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, ModelShape, check_model
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, check_model
 from sftd.domain.model.flops import device_bytes
 from sftd.domain.model.parameters import Held, held, whole_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.disk import storage
 from sftd.domain.plan.duration import Machine, pace, step_seconds

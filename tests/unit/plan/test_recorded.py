@@ -23,7 +23,8 @@ from sftd.domain.errors import Refused
 from sftd.domain.log import codec, progress_lines
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
-from sftd.domain.model.checks import DataFacts, ModelShape, check_model
+from sftd.domain.model.checks import DataFacts, check_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.notices import Facts, notice
 from sftd.domain.plan import plan as planning
 from sftd.domain.plan.duration import Machine

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.tools.export.template_files import write_template
 from sftd.wire import preflight

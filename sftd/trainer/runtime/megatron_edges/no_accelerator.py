@@ -1,4 +1,4 @@
-"""No accelerator: answer torch's CUDA requests with the CPU, for the whole process.
+"""No accelerator: answer torch's and Megatron's CUDA requests with the CPU, for the whole process.
 
 Megatron-core names CUDA literally at some 32 places (buffers, pipeline messages, gradient norms). Loaded only where no
 accelerator is used, never on a GPU. Tested against the pinned Megatron by every test that trains.
@@ -7,10 +7,13 @@ accelerator is used, never on a GPU. Tested against the pinned Megatron by every
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.jit import disable_jit_fuser
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 _TYPE_NAMES = ("Float", "Half", "BFloat16", "Int", "Long", "Byte", "Double", "Bool")
@@ -75,7 +78,7 @@ class _NoStreams:
         return _NoStream()
 
 
-def install() -> None:
+def _answer_cuda() -> None:
     """Enter the mode for the rest of the process and replace the `torch.cuda` calls that it cannot see. Idempotent."""
     stream: object = torch.cuda.current_stream
     if isinstance(stream, _NoStreams):
@@ -93,3 +96,45 @@ def install() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     CpuInsteadOfCuda().__enter__()
+
+
+class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
+    """Megatron's named random streams on the CPU generator (random.py:303 makes CUDA states)."""
+
+    def add(self, name: str, seed: int) -> None:
+        """Start the stream `name` from `seed`. Raises `ValueError` when either is taken."""
+        self._is_initialized = True
+        if seed in self.seeds_ or name in self.states_:
+            raise ValueError(f"random stream {name!r} or seed {seed} already exists")
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draw from the stream `name` inside the block."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+def install() -> None:
+    """The mode above, random streams on the CPU generator (random.py), no torch.compile of tiny fusions (jit.py; 15 s, no gain), and the
+    all-to-all dispatcher of experts without an accelerator: token_dispatcher.py:469 would make a side stream on a GPU, and
+    moe_utils.py:1184 turns the sizes of the all-to-all into numbers only on their way from a GPU.
+    """
+    _answer_cuda()
+    megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    disable_jit_fuser()
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = torch.cuda.current_stream()
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
