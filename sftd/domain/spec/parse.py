@@ -13,8 +13,8 @@ import msgspec
 
 from sftd.domain.errors import Problem, Refused, quote, shorten
 from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias, targets
-from sftd.domain.spec.check import check
 from sftd.domain.spec.other_trainers import BY_NAME, known, refusal
+from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.sections import Section
 from sftd.domain.spec.spec import Spec
 
@@ -239,10 +239,9 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
     if problems:
         raise Refused(problems)
     spec = msgspec.convert(_nested(values), Spec)
-    problems, warnings = check(spec)
-    if problems:
+    if problems := SPEC.problems(spec):
         raise Refused(problems)
-    return _resolve(spec), left_out + warnings
+    return _resolve(spec), left_out + SPEC.warnings(spec)
 
 
 def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:

@@ -22,6 +22,7 @@ from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
+from sftd.domain.submit.facts import Facts
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime.tell import tell
@@ -47,8 +48,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        _check_devices(spec)
-        found = preflight.inspect(spec)
+        found = preflight.inspect(spec, known=Facts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
@@ -76,16 +76,13 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
     return spec, warnings
 
 
-def _check_devices(spec: Spec) -> None:
-    """Raises `Refused` when there are fewer GPUs than ranks here."""
+def _own_gpus(spec: Spec) -> int | None:
+    """The GPUs of this host; None for a run on CPUs."""
     if process.device_kind(spec) == "cpu":
-        return
+        return None
     import torch
 
-    if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
-        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
-        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
-        raise Refused(Problem("launch.device", what, fix))
+    return torch.cuda.device_count()
 
 
 def _run_name(spec: Spec) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, shorten
-from sftd.domain.spec.check import LONGEST_NAME
+from sftd.domain.spec.rules import LONGEST_NAME
 from sftd.domain.spec.spec import Spec
+from sftd.domain.submit.facts import NOTHING, Facts
 from sftd.wire.data import dataset
 from sftd.wire.preflight import Preflight, inspect
 from sftd.wire.spec import file as specfile
@@ -60,10 +61,16 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def points(
-    path: str | None, overrides: Sequence[str], grid: dict[str, list[str]], base: str, name: str, home: Path
+    path: str | None,
+    overrides: Sequence[str],
+    grid: dict[str, list[str]],
+    base: str,
+    name: str,
+    home: Path,
+    known: Facts = NOTHING,
 ) -> list[Point]:
-    """Every combination of the grid over the config, in order, the last key changing fastest. `name` begins the name of
-    each; what is different follows. Raises `Refused` with the problems of all points, each told once."""
+    """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
+    `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
     count = 1
     for values in grid.values():
         count *= len(values)
@@ -89,7 +96,7 @@ def points(
             arguments = [*overrides, *(f"{k}={v}" for k, v in chosen.items())]
             spec, warnings = specfile.read_tree(tree, arguments, base, beside)
             spec = _named(spec, name, chosen)
-            found = inspect(spec, read=remembered, home=home)
+            found = inspect(spec, read=remembered, known=known, home=home)
         except Refused as refused:
             problems += [p for p in refused.problems if p not in problems]
             continue
