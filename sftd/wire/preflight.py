@@ -16,7 +16,7 @@ from sftd.domain.model.checks import DataFacts, ModelShape
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.domain.submit.facts import NOTHING, Facts, SaveFolder
+from sftd.domain.submit.facts import NOTHING, RunFacts, SaveFolder
 from sftd.domain.submit.judge import judge
 from sftd.wire.checkpoint import disk
 from sftd.wire.data import chat_template, dataset
@@ -42,7 +42,7 @@ def inspect(
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
     read: Callable[..., DataFacts] = dataset.inspect,
     *,
-    known: Facts = NOTHING,
+    known: RunFacts = NOTHING,
     home: Path | None = None,
     has_room: bool = True,
 ) -> Preflight:
@@ -69,7 +69,9 @@ def inspect(
     )
 
 
-def _read(spec: Spec, read: Callable[..., DataFacts], known: Facts, save_folder: SaveFolder | None) -> Facts:
+def _read(
+    spec: Spec, read: Callable[..., DataFacts], known: RunFacts, save_folder: SaveFolder | None
+) -> RunFacts:
     unreadable: list[Problem] = []
     path, shape, model_files, has_tokenizer = spec.model.partial_pretrain, None, None, None
     try:
@@ -115,9 +117,10 @@ def _read(spec: Spec, read: Callable[..., DataFacts], known: Facts, save_folder:
 def _save_folder(spec: Spec, home: Path | None, *, has_room: bool) -> SaveFolder | None:
     """Whether checkpoints can be written, found out by writing; None where no folder is known."""
     named = spec.checkpoint.save_dir
-    if not named and home is None:
+    root = Path(named) if named else home
+    if root is None:
         return None
-    folder, root = (Path(named), Path(named)) if named else (home / "runs", home)
+    folder = root if named else root / "runs"
     try:
         unmounted = disk.looks_unmounted(folder) if named else None
         disk.probe(folder)

@@ -49,14 +49,14 @@ def plan_command(
     """
     from sftd.domain.plan.plan import make_plan
     from sftd.domain.plan.search import search
-    from sftd.domain.submit.facts import Facts
+    from sftd.domain.submit.facts import RunFacts
     from sftd.wire import preflight
     from sftd.wire.spec import file as specfile
 
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     # The known hosts' devices do not matter for another machine.
     hosts = [] if devices or memory or device else known_hosts(app.read_settings())
-    found = preflight.inspect(spec, known=Facts(hosts=hosts), has_room=False)
+    found = preflight.inspect(spec, known=RunFacts(hosts=hosts), has_room=False)
     host = Host.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
     facts = facts_of(found)

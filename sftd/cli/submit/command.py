@@ -90,7 +90,7 @@ def submit_command(
     """
     from sftd.cli.plan.hosts import known_hosts
     from sftd.domain.errors import Refused
-    from sftd.domain.submit.facts import Facts
+    from sftd.domain.submit.facts import RunFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire import preflight
     from sftd.wire.spec import file as specfile
@@ -124,7 +124,7 @@ def submit_command(
         )
         return
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, known=Facts(hosts=known_hosts(settings)), home=settings.home)
+    found = preflight.inspect(spec, known=RunFacts(hosts=known_hosts(settings)), home=settings.home)
     warnings = [*warnings, *found.warnings]
     if strict and warnings:
         raise Refused(warnings)

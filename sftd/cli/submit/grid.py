@@ -28,14 +28,14 @@ def submit(
     from sftd.cli.plan.hosts import known_hosts
     from sftd.domain.errors import Refused
     from sftd.domain.spec.spec import spec_digest
-    from sftd.domain.submit.facts import Facts
+    from sftd.domain.submit.facts import RunFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire.spec import grid as sweep
 
     context = app.context()
     # Short: it begins the names of all its runs.
     name = f"sweep-{context.random(3).hex()}"
-    known = Facts(hosts=known_hosts(settings))
+    known = RunFacts(hosts=known_hosts(settings))
     points = sweep.points(
         config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home, known
     )

@@ -30,7 +30,7 @@ class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
     free: int | None = None
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     """None, or empty, is what was not read; rules have nothing to say of it. `unreadable` is why files could not be read.
 
     `train` and `val` are the data files. `trained_on` are the validation files whose contents are also a training file's,
@@ -55,4 +55,4 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     first_step: int = 0
 
 
-NOTHING = Facts()
+NOTHING = RunFacts()

@@ -9,7 +9,7 @@ import msgspec
 from sftd.domain.errors import Problem
 from sftd.domain.model.rules import MODEL
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
-from sftd.domain.submit.facts import Facts
+from sftd.domain.submit.facts import RunFacts
 from sftd.domain.submit.rules import FACTS, PLANNED
 
 
@@ -23,7 +23,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def judge(
     spec: Spec,
-    facts: Facts,
+    facts: RunFacts,
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
 ) -> Verdict:
     """Whether a run of this spec may be queued. The spec was parsed, and so fits in itself (`SPEC` in `domain/spec/rules.py`).
@@ -38,5 +38,6 @@ def judge(
     beginning = start(facts.train.digest)
     planned = spec.planned_steps(facts.train.usable, beginning)
     facts = msgspec.structs.replace(facts, planned_steps=planned, first_step=beginning.step)
-    warnings += PLANNED.warnings(spec, facts)
-    return Verdict(PLANNED.problems(spec, facts), warnings, planned)
+    if problems := PLANNED.problems(spec, facts):
+        return Verdict(problems)
+    return Verdict([], warnings + PLANNED.warnings(spec, facts), planned)

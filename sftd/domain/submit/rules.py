@@ -12,21 +12,21 @@ from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import Facts
+from sftd.domain.submit.facts import RunFacts
 from sftd.domain.text.words import size
 
 _TRAIN, _VAL = "data.train_files", "data.val_files"
 _SAVE_DIR = "checkpoint.save_dir"
 
 
-def _data(facts: Facts) -> Iterator[tuple[str, DataFacts]]:
+def _data(facts: RunFacts) -> Iterator[tuple[str, DataFacts]]:
     if facts.train is not None:
         yield _TRAIN, facts.train
     if facts.val is not None:
         yield _VAL, facts.val
 
 
-def fewer_gpus_than_ranks(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def fewer_gpus_than_ranks(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A run that starts here and now needs a GPU for each rank."""
     if facts.own_gpus is not None and facts.own_gpus < spec.nproc_per_node:
         what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {facts.own_gpus} here"
@@ -34,16 +34,17 @@ def fewer_gpus_than_ranks(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem("launch.device", what, fix)
 
 
-def save_folder_not_writable(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def save_folder_not_writable(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """Found out now and not at the first save."""
     folder = facts.save_folder
     if folder is not None and folder.error:
-        fix = "" if spec.checkpoint.save_dir else "set SFTD_HOME to "
-        fix = f"{fix or 'give '}a folder that you may write to"
+        fix = "set SFTD_HOME to a folder that you may write to"
+        if spec.checkpoint.save_dir:
+            fix = "give a folder that you may write to"
         yield Problem(_SAVE_DIR, f"{folder.path!r} cannot be written to: {folder.error}", fix)
 
 
-def prompts_without_tokenizer(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def prompts_without_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A prompt is read with the model's tokenizer."""
     if facts.has_tokenizer is False and spec.trainer.sample_prompts:
         what = f"{spec.model.partial_pretrain} holds no tokenizer to read them with"
@@ -51,7 +52,7 @@ def prompts_without_tokenizer(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem("trainer.sample_prompts", what, fix)
 
 
-def nothing_to_train(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def nothing_to_train(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """Some row has a trained label that training sees."""
     for where, data in _data(facts):
         if data.usable == 0:
@@ -68,7 +69,7 @@ def _too_long(spec: Spec, data: DataFacts) -> str:
     return f"{data.truncated} of {data.rows} rows are longer than data.sequence_length {length}"
 
 
-def rows_not_to_truncate(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def rows_not_to_truncate(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """No row is cut where the spec forbids it."""
     for where, data in _data(facts):
         if data.truncated and spec.data.truncation == "error":
@@ -76,7 +77,7 @@ def rows_not_to_truncate(spec: Spec, facts: Facts) -> Iterator[Problem]:
             yield Problem(where, _too_long(spec, data), fix)
 
 
-def maybe_unmounted(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def maybe_unmounted(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A disk that is not mounted looks so."""
     folder = facts.save_folder
     if folder is not None and folder.unmounted:
@@ -84,7 +85,7 @@ def maybe_unmounted(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem(_SAVE_DIR, what, "mount the disk first, if it should be on one")
 
 
-def no_tokenizer(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def no_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """An export has the tokenizer of the model folder."""
     if facts.has_tokenizer is False:
         folder = spec.model.partial_pretrain
@@ -92,14 +93,14 @@ def no_tokenizer(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem("model.partial_pretrain", what, "put the model's tokenizer there")
 
 
-def remarks_on_data(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def remarks_on_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """What was noticed while the files were read."""
     for where, data in _data(facts):
         for remark in data.remarks:
             yield Problem(where, remark)
 
 
-def dropped_rows(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def dropped_rows(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A row without a trained label is not trained."""
     for where, data in _data(facts):
         if data.unusable:
@@ -110,7 +111,7 @@ def dropped_rows(spec: Spec, facts: Facts) -> Iterator[Problem]:
             yield Problem(where, what)
 
 
-def answers_without_end(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def answers_without_end(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A model learns to stop from labels that end an answer."""
     for where, data in _data(facts):
         if data.stopping == 0 and data.usable:
@@ -119,14 +120,14 @@ def answers_without_end(spec: Spec, facts: Facts) -> Iterator[Problem]:
             yield Problem(where, what, fix)
 
 
-def truncated_rows(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def truncated_rows(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A long row is cut."""
     for where, data in _data(facts):
         if data.truncated:
             yield Problem(where, f"{_too_long(spec, data)} and are truncated ({spec.data.truncation})")
 
 
-def different_templates(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def different_templates(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """Samples, answers and exports use one chat template."""
     if facts.rendered_differently is not None:
         first, other = facts.rendered_differently
@@ -135,7 +136,7 @@ def different_templates(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem(_TRAIN, what, fix)
 
 
-def batch_larger_than_data(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def batch_larger_than_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """A step that has more samples than there are rows."""
     batch, rows = spec.data.train_batch_size, facts.train.usable if facts.train else 0
     if 0 < rows < batch:
@@ -145,7 +146,7 @@ def batch_larger_than_data(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem("data.train_batch_size", what, f"set it to {rows} or less")
 
 
-def validation_on_training_data(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def validation_on_training_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """Validation on rows that are trained on."""
     fix = "validate on other rows: `sftd prepare --val-fraction F --val-out FILE` sets some apart"
     if facts.train and facts.val and facts.train.digest == facts.val.digest:
@@ -157,7 +158,7 @@ def validation_on_training_data(spec: Spec, facts: Facts) -> Iterator[Problem]:
         yield Problem(_VAL, f"holds files that are trained on: {several(facts.trained_on)}", fix)
 
 
-def devices_that_no_host_has(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def devices_that_no_host_has(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """The run would wait for another host, or share cores. Slurm's devices are not known here."""
     hosts = facts.hosts
     if spec.launch.launcher != "local" or not hosts:
@@ -200,12 +201,12 @@ FACTS = Rules(
 )
 
 
-def warm_up_longer_than_run(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def warm_up_longer_than_run(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """See `domain/spec/rules.py`; here the data decided how many steps are planned."""
     yield from spec_rules.warm_up_longer_than_run(spec, facts.planned_steps)
 
 
-def _space(spec: Spec, facts: Facts) -> tuple[int, Storage, str] | None:
+def _space(spec: Spec, facts: RunFacts) -> tuple[int, Storage, str] | None:
     """The free bytes, what checkpoints need, and the free bytes in words; None where nobody asks."""
     folder = facts.save_folder
     if folder is None or folder.free is None or facts.shape is None:
@@ -220,7 +221,7 @@ def _space(spec: Spec, facts: Facts) -> tuple[int, Storage, str] | None:
 _MORE_SPACE = "make room, or name a folder on another disk: checkpoint.save_dir"
 
 
-def no_space_for_one_checkpoint(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def no_space_for_one_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """One checkpoint fits on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
@@ -229,7 +230,7 @@ def no_space_for_one_checkpoint(spec: Spec, facts: Facts) -> Iterator[Problem]:
             yield Problem(_SAVE_DIR, what, _MORE_SPACE)
 
 
-def no_space_for_all_checkpoints(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def no_space_for_all_checkpoints(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """The checkpoints that are there at one time fit on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
@@ -239,7 +240,7 @@ def no_space_for_all_checkpoints(spec: Spec, facts: Facts) -> Iterator[Problem]:
             yield Problem(_SAVE_DIR, what, fix)
 
 
-def saves_without_validation(spec: Spec, facts: Facts) -> Iterator[Problem]:
+def saves_without_validation(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
     """Checkpoints that are never validated cannot be the best."""
     save, check = spec.trainer.save_interval, spec.trainer.val_check_interval
     if facts.val is None or not (spec.checkpoint.keep_best and save and check):

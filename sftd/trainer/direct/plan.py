@@ -22,7 +22,7 @@ from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
-from sftd.domain.submit.facts import Facts
+from sftd.domain.submit.facts import RunFacts
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime.tell import tell
@@ -48,7 +48,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        found = preflight.inspect(spec, known=Facts(own_gpus=_own_gpus(spec)))
+        found = preflight.inspect(spec, known=RunFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])

@@ -13,7 +13,7 @@ import msgspec
 from sftd.domain.errors import Problem, Refused, shorten
 from sftd.domain.spec.rules import LONGEST_NAME
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import NOTHING, Facts
+from sftd.domain.submit.facts import NOTHING, RunFacts
 from sftd.wire.data import dataset
 from sftd.wire.preflight import Preflight, inspect
 from sftd.wire.spec import file as specfile
@@ -67,7 +67,7 @@ def points(
     base: str,
     name: str,
     home: Path,
-    known: Facts = NOTHING,
+    known: RunFacts = NOTHING,
 ) -> list[Point]:
     """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
     `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
@@ -79,14 +79,14 @@ def points(
         raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
     # Once for all points: standard input can be read once.
     tree, beside = specfile.load_file(path) if path is not None else {}, specfile.beside_of(path)
-    known: dict[bytes, Any] = {}
+    already_read: dict[bytes, Any] = {}
 
     def remembered(*arguments: Any, **named: Any) -> Any:
         # Reading large files once is enough.
         key = msgspec.json.encode([arguments, named])
-        if key not in known:
-            known[key] = dataset.inspect(*arguments, **named)
-        return known[key]
+        if key not in already_read:
+            already_read[key] = dataset.inspect(*arguments, **named)
+        return already_read[key]
 
     made: list[Point] = []
     problems: list[Problem] = []
