@@ -10,12 +10,14 @@ import pytest
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.files import ModelFile, ModelFiles
 from sftd.domain.model.rules import MODEL
 from sftd.domain.plan.disk import storage
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import OrderStart, Spec
-from sftd.domain.submit.facts import HostDevices, RunFacts, SaveFolder
+from sftd.domain.submit.facts import HostDevices, Parent, RunFacts, SaveFolder
+from sftd.domain.submit.fork_rules import FORK
 from sftd.domain.submit.judge import judge
 from sftd.domain.submit.rules import FACTS, PLANNED
 
@@ -61,6 +63,23 @@ def data(rows: int = 100, digest: str = "t", **fields: Any) -> DataFacts:
 
 
 NEED = storage(Spec(), SHAPE, 7, "float32")
+MODEL_FILES = ModelFiles({"tokenizer.json": ModelFile(1, "a")}, {"w.safetensors": ModelFile(9, "b")})
+
+
+def parent(checkpoint: int | None = 3, **fields: Any) -> dict[str, Any]:
+    plain = {"model": msgspec.to_builtins(SHAPE), "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
+    plain |= {"run_id": "calm-fox", "may_change_files": False, "checkpoint": checkpoint}
+    return {"parent": Parent(**plain | fields)}
+
+
+def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
+    """The model folder as it is now."""
+    was, of = MODEL_FILES, {"w.safetensors": ModelFile(9, weights)}
+    return {
+        "model_files": msgspec.structs.replace(
+            was, files={"tokenizer.json": ModelFile(1, tokenizer)}, weights=of
+        )
+    }
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -203,6 +222,28 @@ REFUSED: dict[str, list[Row]] = {
             fix="data.sequence_length to 3000",
         )
     ],
+    # Of forks.
+    "changed_model_folder": [
+        Row(
+            "model.partial_pretrain",
+            "/m/tokenizer.json changed since calm-fox",
+            facts=parent() | files("x"),
+            fix="add --changed-model",
+        ),
+        Row("model.partial_pretrain", "/m/w.safetensors changed", facts=parent(None) | files(weights="x")),
+    ],
+    "other_model_than_checkpoint": [
+        Row("model.partial_pretrain", "has vocab_size 99, but", facts=parent(), shape={"vocab_size": 99})
+    ],
+    "other_dtype_than_checkpoint": [
+        Row(
+            "model.megatron.params_dtype",
+            "of step 3 was trained in bfloat16",
+            {"model.megatron.params_dtype": "float32"},
+            parent(dtype="bfloat16"),
+            fix="set it to bfloat16",
+        )
+    ],
     "no_space_for_one_checkpoint": [
         Row(
             SAVE_DIR,
@@ -343,6 +384,16 @@ WARNED: dict[str, list[Row]] = {
         Row(RANKS, "16 ranks need", {RANKS: 16, "launch.device": "cuda"}, {"hosts": [CPUS, GPUS]}),
         Row(RANKS, "4 ranks share the 2 cores of box", {RANKS: 4}, {"hosts": [CPUS]}, fix="2 or less"),
     ],
+    "accepted_model_folder": [
+        Row(
+            "model.partial_pretrain",
+            "/m/tokenizer.json changed since calm-fox",
+            facts=parent(may_change_files=True) | files("x"),
+        )
+    ],
+    "parent_without_daemon": [
+        Row("calm-fox", "trained without a daemon", facts=parent(is_direct=True), fix="sftd resume calm-fox")
+    ],
     "no_space_for_all_checkpoints": [
         Row(
             SAVE_DIR,
@@ -403,7 +454,7 @@ def names(*rules: tuple[Callable[..., Any], ...]) -> set[str]:
 
 
 def test_every_rule_has_a_row() -> None:
-    tables = (SPEC, MODEL, FACTS, PLANNED)
+    tables = (SPEC, MODEL, FACTS, FORK, PLANNED)
     assert set(REFUSED) == names(*(table.refuse for table in tables))
     assert set(WARNED) == names(*(table.warn for table in tables))
 
@@ -434,6 +485,9 @@ def test_every_rule_has_a_row() -> None:
             ({RANKS: 2}, {"hosts": [CPUS], "own_gpus": 2}, {}),
             ({RANKS: 16, "launch.device": "cpu"}, {"hosts": [CPUS, GPUS]}, {}),
             ({}, {"train": data(stopping=1)}, {}),
+            ({"model.megatron.params_dtype": "bfloat16"}, parent(dtype="bfloat16") | files(weights="x"), {}),
+            ({}, parent(model_files=None, dtype="bfloat16") | files("x"), {"rms_norm_eps": 1e-5}),
+            ({}, parent(None, is_direct=True), {"vocab_size": 99}),
             *(
                 ({SAVE: save, CHECK: check, "trainer.max_steps": 50}, {}, {})
                 for save, check in ((4, 2), (3, 0), (0, 2), (100, 30))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from sftd.domain.errors import Problem, quote
 from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.files import ModelFiles, differences
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
@@ -145,3 +148,24 @@ MODEL = Rules(
     ),
     warn=(longer_than_pretrained,),
 )
+
+
+def changed_files(
+    was: ModelFiles | None,
+    now: ModelFiles | None,
+    spec: Spec,
+    *,
+    weights: bool,
+    fix: str,
+    run: str = "the run",
+) -> list[Problem]:
+    """A problem for each file of the model folder of `spec` that is not as recorded when `run` was submitted; the last one has
+    `fix`. None is a folder without a record, which is not compared. `weights`: the weight files count."""
+    if was is None or now is None:
+        return []
+    found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)
+    problems = [
+        Problem(_MODEL, f"{spec.model.partial_pretrain}/{name} changed since {run} was submitted: {detail}")
+        for name, detail in found.items()
+    ]
+    return [*problems[:-1], *(msgspec.structs.replace(last, fix=fix) for last in problems[-1:])]

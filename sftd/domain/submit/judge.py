@@ -10,6 +10,7 @@ from sftd.domain.errors import Problem
 from sftd.domain.model.rules import MODEL
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 from sftd.domain.submit.facts import RunFacts
+from sftd.domain.submit.fork_rules import FORK
 from sftd.domain.submit.rules import FACTS, PLANNED
 
 
@@ -28,8 +29,8 @@ def judge(
 ) -> Verdict:
     """Whether a run of this spec may be queued. The spec was parsed, and so fits in itself (`SPEC` in `domain/spec/rules.py`).
     `start` gives, for the digest of the training data, where the run begins to read it."""
-    problems = [*facts.unreadable, *FACTS.problems(spec, facts)]
-    warnings = FACTS.warnings(spec, facts)
+    problems = [*facts.unreadable, *FACTS.problems(spec, facts), *FORK.problems(spec, facts)]
+    warnings = FACTS.warnings(spec, facts) + FORK.warnings(spec, facts)
     if facts.shape is not None:
         problems += MODEL.problems(spec, facts.shape)
         warnings += MODEL.warnings(spec, facts.shape)

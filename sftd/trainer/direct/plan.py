@@ -16,6 +16,7 @@ import psutil
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.log.events import CheckpointDeleted
 from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.model.rules import changed_files
 from sftd.domain.run import decisions
 from sftd.domain.run import ids as names
 from sftd.domain.run.decisions import Proposal
@@ -31,7 +32,6 @@ from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, r
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
 from sftd.wire.attempt.journal import now_micros
 from sftd.wire.checkpoint import directory as checkpoint_dir
-from sftd.wire.model import digest as model_digest
 from sftd.wire.preflight import Preflight
 from sftd.wire.spec import file as specfile
 
@@ -198,11 +198,9 @@ def _refuse_another_model(
     run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
 ) -> None:
     """A model folder that changed makes other steps, too. Raises `Refused`."""
-    if record.files is None or found.model_files is None:
-        return
-    if problems := model_digest.changes(record.files, found.model_files, spec, weights=pretrained):
-        fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
-        raise Refused(model_digest.with_fix(problems, fix))
+    fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
+    if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
+        raise Refused(problems)
 
 
 def _tell_error(error: Exception) -> None:
