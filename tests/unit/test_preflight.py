@@ -24,7 +24,7 @@ from sftd.wire.data import dataset
 from sftd.wire.model.folder import stop_ids
 from sftd.wire.model.same_files import shared
 from sftd.wire.spec import grid as sweep
-from tests.unit.test_model_folder import DENSE
+from tests.builders.plan.model_configs import DENSE
 
 ROWS = {
     "input_ids": [[1, 2, 3], [4, 5], [6, 7, 8, 9], [5, 6], [7, 2]],
@@ -207,7 +207,7 @@ def test_files_are_the_same_by_their_contents(tmp_path: Path) -> None:
 # Sweeps.
 
 
-def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[sweep.Point]:
+def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[sweep.GridPoint]:
     spec = spec_of(folder)
     config = folder / "config.yaml"
     config.write_text(

@@ -24,7 +24,7 @@ _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 _MOST = 1000
 
 
-class Point(msgspec.Struct, frozen=True):
+class GridPoint(msgspec.Struct, frozen=True):
     """One combination of a sweep's values, as a spec that was checked."""
 
     values: dict[str, Any]
@@ -68,7 +68,7 @@ def points(
     name: str,
     home: Path,
     known: RunFacts = NOTHING,
-) -> list[Point]:
+) -> list[GridPoint]:
     """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
     `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
     count = 1
@@ -88,7 +88,7 @@ def points(
             already_read[key] = dataset.inspect(*arguments, **named)
         return already_read[key]
 
-    made: list[Point] = []
+    made: list[GridPoint] = []
     problems: list[Problem] = []
     for combination in itertools.product(*grid.values()):
         chosen = dict(zip(grid, combination, strict=True))
@@ -101,7 +101,7 @@ def points(
             problems += [p for p in refused.problems if p not in problems]
             continue
         meant = {key: load_value(value, key) for key, value in chosen.items()}
-        made.append(Point(meant, spec, found, [*warnings, *found.warnings]))
+        made.append(GridPoint(meant, spec, found, [*warnings, *found.warnings]))
     if problems:
         raise Refused(problems)
     return made
