@@ -20,7 +20,8 @@ import msgspec
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log.model_record import ModelRecord
-from sftd.domain.model.files import ModelFile, ModelFiles, differences
+from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.model.rules import changed_files
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt.directory import fsync_dir, make_private
 
@@ -140,19 +141,6 @@ def _samples(header: bytes) -> list[tuple[int, int]]:
         return []
 
 
-def changes(
-    was: ModelFiles, now: ModelFiles, spec: Spec, *, weights: bool, run: str = "the run"
-) -> list[Problem]:
-    """A problem for each file of the folder of `spec` that is not as recorded when `run` was submitted. `weights`: the
-    weight files count."""
-    folder = Path(spec.model.partial_pretrain)
-    found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)
-    return [
-        Problem(_WHERE, f"{folder / name} changed since {run} was submitted: {detail}")
-        for name, detail in found.items()
-    ]
-
-
 def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) -> None:
     """Compare the folder of `spec` with the record of its run; a run without one is not compared.
 
@@ -160,14 +148,9 @@ def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) 
     """
     if record.files is None:
         return
-    problems = changes(record.files, describe(spec.model.partial_pretrain), spec, weights=weights)
-    if problems:
-        raise Refused(with_fix(problems, fix))
-
-
-def with_fix(problems: list[Problem], fix: str) -> list[Problem]:
-    """The problems, the last of which says how to fix all of them."""
-    return [*problems[:-1], msgspec.structs.replace(problems[-1], fix=fix)]
+    now = describe(spec.model.partial_pretrain)
+    if problems := changed_files(record.files, now, spec, weights=weights, fix=fix):
+        raise Refused(problems)
 
 
 def fork_fix(run_id: str, *, pretrained: bool) -> str:

@@ -23,7 +23,8 @@ from sftd.domain.errors import Refused
 from sftd.domain.log import codec, progress_lines
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
-from sftd.domain.model.checks import DataFacts, check_model
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.notices import Facts, notice
 from sftd.domain.plan import plan as planning
@@ -298,7 +299,7 @@ def refusals() -> dict[str, Any]:
             spec = spec_of(*given, batch=12)
             found[f"{name} with {given}"] = [
                 [[p.where, facts_of(p.what), facts_of(p.fix)] for p in told]
-                for told in check_model(spec, shape)
+                for told in (MODEL.problems(spec, shape), MODEL.warnings(spec, shape))
             ]
     return found
 
