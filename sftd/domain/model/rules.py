@@ -20,7 +20,7 @@ _EP = _MEGATRON + "expert_model_parallel_size"
 
 
 def biases(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Linear layers have no bias, but for those of QKV in Qwen2."""
+    """Linear layers have no bias, except those of QKV in Qwen2."""
     if shape.mlp_bias or (shape.attention_bias and shape.architecture != "Qwen2ForCausalLM"):
         bias = "mlp_bias" if shape.mlp_bias else "attention_bias"
         what = f"config.json has {bias}, which {shape.architecture} is not trained with here"

@@ -65,7 +65,7 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
     _refuse_unknown(override)
     config = read_config(folder, override)
-    # Before anything else: what another architecture's config.json lacks is not what is wrong.
+    # First of all: another architecture's config.json lacks keys, and that is not what is wrong.
     architecture = _architecture(config)
     if problem := check_architecture(architecture):
         raise Refused(problem)
