@@ -24,7 +24,7 @@ class HostDevices(msgspec.Struct, frozen=True):
 class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
     """Where checkpoints go. `error` is why nothing can be written there. `unmounted` is the folder of the root file system in
     which it and folders above it are missing. `free` bytes are free in `above`, the nearest folder that exists; None where
-    nobody asks for room."""
+    nothing is asked about room."""
 
     path: str
     error: str = ""

@@ -207,7 +207,7 @@ def warm_up_longer_than_run(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
 
 
 def _space(spec: Spec, facts: RunFacts) -> tuple[int, Storage, str] | None:
-    """The free bytes, what checkpoints need, and the free bytes in words; None where nobody asks."""
+    """The free bytes, what checkpoints need, and the free bytes in words; None where the free bytes are not known."""
     folder = facts.save_folder
     if folder is None or folder.free is None or facts.shape is None:
         return None

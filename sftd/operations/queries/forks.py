@@ -79,7 +79,7 @@ def _is_direct(connection: sa.Connection, parent: Run) -> bool:
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A run in a tree of forks. `forked_at` is the step of `parent` behind which it begins; both None for the root."""
+    """A run in a tree of forks. `forked_at` is the step of `parent` after which it begins; both None for the root."""
 
     run_id: str
     parent: str | None

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt continues."""
+"""What rank 0 decides before a run without a daemon starts: whether it may start, and from which checkpoint its next attempt continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them checked."""
+"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them judged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sftd.wire.preflight import Preflight, inspect
 from sftd.wire.spec import file as specfile
 from sftd.wire.spec.yaml_text import load_value
 
-# A comma inside brackets or quotes parts nothing.
+# A comma inside brackets or quotes does not separate values.
 _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 _MOST = 1000
 
