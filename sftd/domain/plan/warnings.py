@@ -1,4 +1,4 @@
-"""What a run can do and hardly means to: warnings at submit. Pure: the facts are passed in."""
+"""What a run can do but is hardly meant to: warnings at submit. Pure: the facts are passed in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sftd.domain.errors import Problem, several
 from sftd.domain.model.checks import DataFacts
 from sftd.domain.spec.spec import Spec
 
-# Full fine-tuning of such models takes 1e-6 to 1e-4; small ones that are trained from nothing take up to 1e-3.
+# Full fine-tuning takes 1e-6 to 1e-4; small models trained from scratch take up to 1e-3.
 _LEAST_LR, _MOST_LR = 1e-8, 1e-2
 _USUAL_LR = "full fine-tuning usually takes 1e-6 to 1e-4"
 
