@@ -24,10 +24,10 @@ from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt import journal
 from sftd.wire.attempt.directory import AttemptDir, Order
-from tests import warm_python
 from tests.holds import Holds
 from tests.patience import PATIENCE
 from tests.warm import Fault, Ranks, WarmTrainer
+from tests.warm_client import VARIABLE
 
 VOCAB = 250
 TRAIN_ROWS = 37
@@ -294,7 +294,7 @@ class Trainer:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         environment |= self.holds.environment(environment)
         if self._warm is not None and not cold:
-            environment[warm_python.VARIABLE] = self._warm
+            environment[VARIABLE] = self._warm
         return environment
 
     def held(self, attempt: AttemptDir, process: subprocess.Popen[bytes]) -> psutil.Process:
@@ -339,6 +339,14 @@ class Trainer:
 def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path, warm_python: str) -> Trainer:
     """Runs attempts, and keeps those that have ended for other tests to compare with."""
     return Trainer(tmp_path_factory.mktemp("attempts"), models, data, warm=warm_python)
+
+
+@pytest.fixture(scope="module")
+def forked(warm_python: str) -> Iterator[None]:
+    """What a module's tests start without a daemon is forked, unless they clear the variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, warm_python)
+        yield
 
 
 @pytest.fixture(scope="session")
