@@ -18,8 +18,8 @@ import sqlalchemy as sa
 
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.migrate import upgrade
-from tests import postgres
-from tests import warm_python as warm_start
+from tests.builders import postgres
+from tests.builders import warm_python as warm_start
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
@@ -60,7 +60,7 @@ _PURE_SECONDS = 60
 
 # What takes long starts first: a worker that begins a long file last keeps the others waiting. Slurm's tests take minutes and
 # use little of a core. pytest itself sorts files by name, whatever the order of its arguments.
-_FIRST = ("process/test_slurm.py", "process/", "trainer/")
+_FIRST = ("process/launcher/test_slurm.py", "process/", "trainer/")
 
 
 def _place(item: pytest.Item) -> int:
