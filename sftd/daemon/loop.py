@@ -7,19 +7,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
 from sftd.daemon.log import Outage, of_run
 from sftd.daemon.metrics import Metrics
-from sftd.daemon.mirror import MirrorThread
-from sftd.daemon.mirror_turn import Mirror, MirrorTurn
-from sftd.daemon.notices import NoticeThread
+from sftd.daemon.mirror_turn import of_mirrors
 from sftd.daemon.registration import Registration, this_daemon
 from sftd.daemon.rescuer import make_way, not_observed, orphaned
 from sftd.daemon.sampling import Sampler
 from sftd.daemon.supervisor import Supervisor, take_in
+from sftd.daemon.worker import Worker
 from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Entry, Limits
@@ -32,7 +31,7 @@ from sftd.operations.context import Context
 from sftd.operations.driving import attempts, turns
 from sftd.operations.driving.attempts import Claimed
 from sftd.operations.queries import placing
-from sftd.projections.mirrors.mlflow.mirror import position_name
+from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database import file as database_file
 from sftd.store.database.engine import Store
@@ -42,7 +41,8 @@ from sftd.wire.attempt.directory import Order, RunDir
 
 log = logging.getLogger("sftd.daemon")
 
-_MIRROR_DRAIN_SECONDS = 120.0
+# How long the workers may take for what is left when the daemon ends, with an empty queue or before that.
+_DRAIN_SECONDS, _LAST_SECONDS = 120.0, 10.0
 # Leases are renewed between ticks, so a tick starts so many runs at most.
 _STARTS_PER_TICK = 20
 # With hundreds of attempts each is looked at less often: a look opens a file, on Slurm over a network.
@@ -58,9 +58,9 @@ DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.Interfa
 class Daemon:
     """Claims runs for the devices of this host and drives their attempts.
 
-    `mirror` makes the MLflow mirror, in a thread of its own. The daemon may be killed at any moment: what it knows is
-    in the database and in the attempt directories, and the next daemon of this home goes on from there. `stop` ends it
-    after the present tick.
+    `mirrors` and `notices` are fed from the log, each in a thread of its own. The daemon may be killed at any moment: what it
+    knows is in the database and in the attempt directories, and the next daemon of this home continues from there. `stop`
+    ends it after the present tick.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Daemon:
         store: Store,
         settings: Settings,
         inventory: Inventory,
-        mirror: Callable[[], Mirror] | None = None,
         launcher: Launcher = LocalAttempt,
         stop: threading.Event | None = None,
-        notices: Sequence[NoticeThread] = (),
+        mirrors: Sequence[Mirror] = (),
+        notices: Sequence[Worker] = (),
     ) -> None:
         self._store = store
         self._settings = settings
@@ -85,10 +85,9 @@ class Daemon:
         self._file = database_file.watch(store.engine.url)
         self._lease_micros = int(settings.lease_seconds * 1_000_000)
         self._supervisors: dict[str, Supervisor] = {}
-        self._mirror = MirrorThread(lambda: self._turn(mirror())) if mirror is not None else None
-        self._notices = notices
+        self._workers = [*notices, *of_mirrors(mirrors, settings, store, self._context, self.daemon_id)]
         self._stop = stop or threading.Event()
-        self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors=mirror is not None)
+        self._metrics = Metrics(store, settings, inventory, self.daemon_id, mirrors)
         self._sampler = Sampler(store, self._context, settings.sample_seconds)
         self._database = Outage("the database")
         self._renew_at = 0.0
@@ -113,10 +112,8 @@ class Daemon:
                     if not registered:
                         self._register()
                         registered = True
-                        if self._mirror:
-                            self._mirror.start()
-                        for channel in self._notices:
-                            channel.start()
+                    for worker in self._workers:
+                        worker.start()
                     busy = self.tick()
                     self._metrics.write_when_due(self._supervisors, self._context.now())
                     self._sampler.sample_when_due(self._supervisors.values())
@@ -137,21 +134,19 @@ class Daemon:
             raise
         finally:
             if registered:
-                self._end(_MIRROR_DRAIN_SECONDS if drained else 10.0, may_write=not exchanged)
+                self._end(_DRAIN_SECONDS if drained else _LAST_SECONDS, may_write=not exchanged)
         log.info("daemon stopped; %d attempts continue without it", len(self._supervisors))
 
     def _end(self, patience: float, *, may_write: bool) -> None:
-        """Stop the threads; without `may_write` nothing more is copied from the database or written to it."""
-        if self._mirror and not self._mirror.stop(patience, catch_up=may_write):
-            log.warning("MLflow does not have everything yet; the next daemon continues there")
-        for channel in self._notices:
-            channel.stop()
+        """Stop the workers; without `may_write` nothing more is read from the database or written to it."""
+        if may_write:
+            for worker in self._workers:
+                worker.end()
+        deadline = time.monotonic() + patience
+        for worker in self._workers:
+            worker.stop(max(0.0, deadline - time.monotonic()))
         if may_write:
             self._unregister()
-
-    def _turn(self, mirror: Mirror) -> MirrorTurn:
-        name = position_name(self._settings.mlflow_tracking_uri)
-        return MirrorTurn(mirror, self._store, self._context, name, self.daemon_id)
 
     def _nothing_left(self) -> bool:
         """Whether no run is driven by anybody, and none waits but those that can never start here."""
@@ -210,11 +205,9 @@ class Daemon:
             self._launch(claimed)
             busy = True
         self._preempt()
-        if busy and self._mirror:
-            self._mirror.wake()
         if busy:
-            for channel in self._notices:
-                channel.wake()
+            for worker in self._workers:
+                worker.wake()
         return busy
 
     def _renew(self) -> None:

@@ -1,6 +1,6 @@
-"""What Prometheus may know, as a text file for node_exporter's textfile collector: the daemon opens no port.
+"""Metrics for Prometheus, as a text file for node_exporter's textfile collector: the daemon opens no port.
 
-Everything is told anew every few seconds from the database and from what this daemon drives. The log is the truth; this
+Everything is written again every few seconds from the database and from what this daemon drives. The log is the truth; this
 is for graphs and alarms.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from sftd.domain.errors import SftdError
 from sftd.domain.log.events import Micros
 from sftd.launcher.inventory import Inventory
 from sftd.operations.queries import metrics as figures
-from sftd.projections.mirrors.mlflow.mirror import position_name
+from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
 from sftd.store.log.goodput import read_ledger
@@ -40,17 +40,23 @@ class Driven(Protocol):
 
 
 class Metrics:
-    """Writes the file at most every ten seconds. A file that cannot be written is said once, and stops nothing."""
+    """Writes the file at most every ten seconds. A file that cannot be written is logged once, and stops nothing."""
 
     def __init__(
-        self, store: Store, settings: Settings, inventory: Inventory, daemon_id: str, *, mirrors: bool
+        self,
+        store: Store,
+        settings: Settings,
+        inventory: Inventory,
+        daemon_id: str,
+        mirrors: Iterable[Mirror] = (),
     ) -> None:
         self._store = store
         self._inventory = inventory
         self._daemon_id = daemon_id
-        self._mirror = position_name(settings.mlflow_tracking_uri) if mirrors else None
+        positions = {mirror.name: mirror.position(settings) for mirror in mirrors}
+        self._mirrors = {name: position for name, position in positions.items() if position is not None}
         self._path = settings.metrics_file
-        # Outside the home it is for node_exporter, who is another user; it holds counts and the ids of runs.
+        # Outside the home it is for node_exporter, which runs as another user; it holds counts and the ids of runs.
         self._mode = 0o600 if self._path.is_relative_to(settings.home) else 0o644
         self._due_at = 0.0
         self._failed = ""
@@ -74,7 +80,7 @@ class Metrics:
             self._failed = ""
 
     def _families(self, driven: Mapping[str, Driven], now: Micros) -> Iterator[tuple[str, str, list[Sample]]]:
-        found = figures.read(self._store, now, self._mirror)
+        found = figures.read(self._store, now, self._mirrors)
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
@@ -122,16 +128,16 @@ class Metrics:
             "Age of the oldest of them; 0 when there is none.",
             [({}, max(0, now - oldest) / _MICROS)],
         )
-        if self._mirror is not None:
+        if found.mirrors:
             yield (
                 "sftd_mirror_lag_events",
-                "Events in the log that MLflow does not have yet.",
-                [({}, found.mirror_lag_events)],
+                "Events in the log that the mirror does not have yet.",
+                [({"mirror": name}, lag.events) for name, lag in found.mirrors.items()],
             )
             yield (
                 "sftd_mirror_lag_seconds",
                 "How long the oldest of them has been in the log; 0 when there is none.",
-                [({}, found.mirror_lag_micros / _MICROS)],
+                [({"mirror": name}, lag.micros / _MICROS) for name, lag in found.mirrors.items()],
             )
         yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
 
@@ -155,7 +161,7 @@ def _escaped(text: str) -> str:
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    """Whoever reads the file has the old or the new one whole. Not fsynced: after a power cut it is written anew."""
+    """A reader has the old or the new file whole. Not fsynced: after a power cut it is written again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 import sftd
+from sftd.domain.errors import SftdError
 from sftd.domain.notices import Notice
 
 COMMAND_SECONDS, WEBHOOK_SECONDS = 20.0, 10.0
@@ -32,7 +33,7 @@ _READ_BYTES, _SHOWN = 1 << 16, 300
 _WORD = re.compile(r"[^\s'\"=<>|;&()]{6,}")
 
 
-class NotSent(Exception):
+class NotSent(SftdError):
     """A notice did not arrive. `is_final`: it never will, and the next one may."""
 
     def __init__(self, message: str, *, is_final: bool = False) -> None:

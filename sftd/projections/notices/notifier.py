@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from sftd.domain import notices
 from sftd.domain.log import events as e
-from sftd.domain.notices import Facts, Notice
+from sftd.domain.notices import Notice
 from sftd.projections.notices.channels import Channel, NotSent
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
@@ -148,7 +148,7 @@ class Notifier:
         query = sa.select(c.project, c.name, c.user, c.step, c.planned_steps, c.loss)
         with self._store.read() as connection:
             row = connection.execute(query.where(c.run_id == recorded.run_id)).first()
-        facts = Facts(*row) if row is not None else Facts("", "", "", 0, 0, None)
+        facts = e.RunFacts(*row) if row is not None else e.RunFacts("", "", "", 0, 0, None)
         return notices.notice(recorded, facts, ordinal)
 
     def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:

@@ -14,9 +14,10 @@ import sqlalchemy as sa
 from sftd.domain.log import events as e
 from sftd.domain.run.fold import evolve
 from sftd.domain.text.words import counted
+from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.mlflow import mapping, reading
 from sftd.projections.mirrors.mlflow.client import RemoteRun, Tracking
-from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import events
 from sftd.store.log.event_store import read_stream
@@ -61,9 +62,10 @@ def rebuild(
 
     May be ended at any time: called again, it goes on where it was, and writes nothing that is there.
     """
-    mirror = MlflowMirror(store, tracking_uri, artifacts_dir, experiment_prefix=prefix)
+    writer = MlflowWriter(store, tracking_uri, artifacts_dir, experiment_prefix=prefix)
+    feed = Feed(store, writer, position_name(tracking_uri, prefix))
     for run_id, version in versions(store, run_ids).items():
-        mirror.mirror_run(run_id, version, lambda: False)
+        feed.copy_run(run_id, version, lambda: False)
         yield check(store, Tracking(tracking_uri, artifacts_dir), prefix, run_id, version)
 
 

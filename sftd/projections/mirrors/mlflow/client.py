@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from sftd.domain.errors import SftdError
 from sftd.projections.mirrors.mlflow.mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point, parse_cursor
+from sftd.projections.mirrors.seam import MirrorUnavailable
 
 # 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
 METRICS_PER_BATCH = 960
@@ -41,10 +41,6 @@ _QUIET_DEFAULTS = {
 _CREDENTIALS = re.compile(r"//(?:[^/@:\s]*:\S*@|[^/@\s]*@)")
 # libpq takes secrets as parameters, too.
 _SECRET_PARAMETER = re.compile(r"([?&]\w*pass\w*=)[^&\s]*", re.IGNORECASE)
-
-
-class MirrorUnavailable(SftdError):
-    """MLflow does not take anything now. Nothing is lost: call again later."""
 
 
 class RemoteRun(NamedTuple):
