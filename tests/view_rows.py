@@ -11,7 +11,7 @@ from sftd.store.database.engine import open_engine
 
 
 def view_rows(url: str | sa.URL) -> list[tuple[Any, ...]]:
-    engine = open_engine(url)
+    engine = open_engine(sa.make_url(url).render_as_string(hide_password=False))
     try:
         with engine.connect() as connection:
             return [

@@ -62,9 +62,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"Settings(home={str(self.home)!r})"
 
     @property
+    def lease_micros(self) -> int:
+        """How many µs a lease lasts unless it is renewed."""
+        return int(self.lease_seconds * 1_000_000)
+
+    @property
     def silent_micros(self) -> int:
         """A daemon that has not renewed its row for this many µs is not observed. Daemons renew it three times in a lease."""
-        return int(2 * self.lease_seconds * 1_000_000)
+        return 2 * self.lease_micros
 
     @property
     def logs(self) -> Path:
@@ -210,7 +215,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
             continue
         where = f"{variable} (or `{key}` in {file})"
         try:
-            prepared = _PREPARED.get(field.name, lambda value: value)(is_set[0])
+            prepared = _PREPARED.get(field.name, str)(is_set[0])
             found[field.name] = msgspec.convert(prepared, field.type, strict=False)
         except msgspec.ValidationError:
             raise SettingsError(f"{where}: {str(is_set[0])!r} is {_wrong(field.type)}") from None

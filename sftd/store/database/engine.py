@@ -47,7 +47,7 @@ def shown_url(url: str) -> str:
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
-def open_engine(url: str | sa.URL) -> sa.Engine:
+def open_engine(url: str) -> sa.Engine:
     """Make an engine. An embedded SQLite file is created with mode 0600 in a folder of mode 0700."""
     try:
         parsed = sa.make_url(url)
