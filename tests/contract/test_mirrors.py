@@ -27,7 +27,7 @@ from sftd.settings import Settings, read
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import leases as queue
-from tests.patience import PATIENCE
+from tests.builders.patience import PATIENCE
 
 SPEC = Spec(model=Model(partial_pretrain="m"), launch=Launch(threads_per_rank=1, max_restarts=0))
 

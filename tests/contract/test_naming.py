@@ -16,7 +16,7 @@ from sftd.operations.queries.runs import Filter
 from sftd.projections import verify, views
 from sftd.store.database.engine import Store
 from sftd.store.queries.resolve import resolve_ids
-from tests.histories import (
+from tests.builders.log.histories import (
     FAILED,
     NOON,
     SECOND,
@@ -29,7 +29,7 @@ from tests.histories import (
     step,
     submitted,
 )
-from tests.view_rows import view_rows
+from tests.builders.log.view_rows import view_rows
 
 SWEEP = "sweep-3aea38"
 CHANGES = {"hold": "held", "release": "queued", "cancel": "cancelled"}
