@@ -84,67 +84,43 @@ class Metrics:
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
-        yield (
-            "sftd_queue_runs",
-            "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven.",
-            [({"state": state}, count) for state, count in found.queue.items()],
-        )
-        yield (
-            "sftd_queue_oldest_wait_seconds",
-            "How long the run has waited that is ready for the longest time; 0 when none is.",
-            [({}, found.oldest_wait_micros / _MICROS)],
-        )
-        yield (
-            "sftd_runs",
-            "Runs by status.",
-            [({"status": status}, count) for status, count in found.runs.items()],
-        )
+        meaning = "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven."
+        yield "sftd_queue_runs", meaning, _by("state", found.queue)
+        meaning = "How long the run has waited that is ready for the longest time; 0 when none is."
+        yield "sftd_queue_oldest_wait_seconds", meaning, [({}, found.oldest_wait_micros / _MICROS)]
+        yield "sftd_runs", "Runs by status.", _by("status", found.runs)
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
         if self._inventory.slurm:
             kinds["slurm job"] = (self._inventory.slurm, "slurm")
-        yield (
-            "sftd_devices",
-            "Devices of this daemon.",
-            [({"kind": kind}, len(all_of)) for kind, (all_of, _) in kinds.items()],
-        )
-        yield (
-            "sftd_devices_used",
-            "Devices that attempts of this daemon hold.",
-            [
-                ({"kind": kind}, len(all_of) - len(self._inventory.free(device)))
-                for kind, (all_of, device) in kinds.items()
-            ],
-        )
+        total = {kind: len(all_of) for kind, (all_of, _) in kinds.items()}
+        free = {kind: len(self._inventory.free(device)) for kind, (_, device) in kinds.items()}
+        yield "sftd_devices", "Devices of this daemon.", _by("kind", total)
+        used = {kind: total[kind] - free[kind] for kind in kinds}
+        yield "sftd_devices_used", "Devices that attempts of this daemon hold.", _by("kind", used)
         yield "sftd_attempts_driven", "Attempts that this daemon drives.", [({}, len(driven))]
         backlogs = [one.backlog() for one in driven.values()]
         oldest = min((first for _, first in backlogs if first is not None), default=now)
-        yield (
-            "sftd_ingest_lag_events",
-            "Events in the journals of driven attempts that are not in the log yet.",
-            [({}, sum(lines for lines, _ in backlogs))],
-        )
-        yield (
-            "sftd_ingest_lag_seconds",
-            "Age of the oldest of them; 0 when there is none.",
-            [({}, max(0, now - oldest) / _MICROS)],
-        )
+        meaning = "Events in the journals of driven attempts that are not in the log yet."
+        yield "sftd_ingest_lag_events", meaning, [({}, sum(lines for lines, _ in backlogs))]
+        meaning = "Age of the oldest of them; 0 when there is none."
+        yield "sftd_ingest_lag_seconds", meaning, [({}, max(0, now - oldest) / _MICROS)]
         if found.mirrors:
-            yield (
-                "sftd_mirror_lag_events",
-                "Events in the log that the mirror does not have yet.",
-                [({"mirror": name}, lag.events) for name, lag in found.mirrors.items()],
-            )
-            yield (
-                "sftd_mirror_lag_seconds",
-                "How long the oldest of them has been in the log; 0 when there is none.",
-                [({"mirror": name}, lag.micros / _MICROS) for name, lag in found.mirrors.items()],
-            )
+            lags = {name: lag.events for name, lag in found.mirrors.items()}
+            seconds = {name: lag.micros / _MICROS for name, lag in found.mirrors.items()}
+            meaning = "Events in the log that the mirror does not have yet."
+            yield "sftd_mirror_lag_events", meaning, _by("mirror", lags)
+            meaning = "How long the oldest of them has been in the log; 0 when there is none."
+            yield "sftd_mirror_lag_seconds", meaning, _by("mirror", seconds)
         yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
 
     def _goodput(self, driven: Mapping[str, Driven], now: Micros) -> list[Sample]:
         with self._store.read() as connection:
             shares = [(run_id, read_ledger(connection, run_id, now).goodput) for run_id in driven]
         return [({"run_id": run_id}, share) for run_id, share in shares if share is not None]
+
+
+def _by(label: str, values: Mapping[str, float]) -> list[Sample]:
+    return [({label: name}, value) for name, value in values.items()]
 
 
 def _family(name: str, meaning: str, samples: list[Sample]) -> str:

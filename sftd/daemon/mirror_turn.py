@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Protocol
 
+from sftd.daemon.rescuer import has_stopped
 from sftd.daemon.worker import Worker
 from sftd.launcher import processes
 from sftd.operations.context import Context
@@ -31,34 +30,22 @@ def of_mirrors(
 ) -> Iterator[Worker]:
     """The workers that feed the mirrors which are on."""
     for mirror in mirrors:
-        if (position := mirror.position(settings)) is not None:
-            open_feed = partial(_open, mirror, settings, store, position)
-            turn = MirrorTurn(mirror.name, open_feed, store, context, position, daemon_id)
-            yield Worker(
-                f"{mirror.name} mirror",
-                turn.sync,
-                log,
-                close=turn.close,
-                last_backoff=15.0,
-                idle_seconds=1.0,
-                is_patient=True,
-            )
+        if (position := mirror.position(settings)) is None:
+            continue
 
+        def open_feed(mirror: Mirror = mirror, position: str = position) -> Feed:
+            return Feed(store, mirror.open(settings, store), position)
 
-def _open(mirror: Mirror, settings: Settings, store: Store, position: str) -> Feed:
-    return Feed(store, mirror.open(settings, store), position)
-
-
-class Turn(Protocol):
-    """What one daemon does at a time."""
-
-    def sync(self, should_stop: Callable[[], bool]) -> int:
-        """Copy what is new. Returns the number of events copied."""
-        ...
-
-    def forget(self) -> None:
-        """Another daemon has done it meanwhile."""
-        ...
+        turn = MirrorTurn(mirror.name, open_feed, store, context, position, daemon_id)
+        yield Worker(
+            f"{mirror.name} mirror",
+            turn.sync,
+            log,
+            close=turn.close,
+            last_backoff=15.0,
+            idle_seconds=1.0,
+            is_patient=True,
+        )
 
 
 class MirrorTurn:
@@ -67,7 +54,7 @@ class MirrorTurn:
     def __init__(
         self,
         title: str,
-        open_feed: Callable[[], Turn],
+        open_feed: Callable[[], Feed],
         store: Store,
         context: Context,
         name: str,
@@ -76,7 +63,7 @@ class MirrorTurn:
     ) -> None:
         self._title = title
         self._open = open_feed
-        self._feed: Turn | None = None
+        self._feed: Feed | None = None
         self._store = store
         self._context = context
         self._name = name
@@ -134,4 +121,4 @@ class MirrorTurn:
         me = daemons.find(tx.connection, self._daemon_id)
         if me is not None and not me.identity.observes(row.identity):
             return False
-        return row.stopped_at is not None or not processes.is_alive(row.pid, row.create_time)
+        return has_stopped(row)

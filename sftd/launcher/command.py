@@ -83,7 +83,7 @@ def without_secrets(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def rank_variables(*, token: str, device: str) -> dict[str, str]:
-    """What every rank is told by its environment, whoever starts it."""
+    """What the environment of every rank says, whatever starts it."""
     return {
         TOKEN_VARIABLE: token,
         "SFTD_DEVICE": device,

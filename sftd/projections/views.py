@@ -1,8 +1,8 @@
 """The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log,
-never behind it.
+never older than it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
-views anew. Both go through `_apply`, so that they cannot differ.
+views again. Both go through `_apply`, so that they cannot differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AT_HAND = 10_000
 
 
 def catch_up(tx: Tx) -> int:
-    """Take in every event behind the views' position. Returns how many."""
+    """Fold every event after the views' position. Returns how many."""
     connection = tx.connection
     position = positions.projection_position(connection, NAME)
     taken = 0

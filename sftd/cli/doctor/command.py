@@ -74,7 +74,7 @@ def _examine(settings: Settings) -> Iterator[Finding]:
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """A check that fails is itself something found: the others go on."""
+    """A check that fails is a finding itself: the others continue."""
     import sqlalchemy as sa
 
     from sftd.domain.errors import SftdError

@@ -164,7 +164,7 @@ class AttemptLost(Event, frozen=True):
 
 
 class GpuSample(msgspec.Struct, frozen=True):
-    """One GPU at a moment, by NVML's index. What its driver does not tell is None."""
+    """One GPU at a moment, by NVML's index. What its driver does not report is None."""
 
     index: int
     utilization_percent: float | None

@@ -101,7 +101,7 @@ class RunReleased(Event, frozen=True):
 
 
 class StopRequested(Event, frozen=True):
-    """The run shall not go on: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
+    """The run must stop: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
     devices. `then` is what follows; `now` kills the attempt, else it saves a checkpoint at the next step boundary."""
 
     schema_version: ClassVar[int] = 2

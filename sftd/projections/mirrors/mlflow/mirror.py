@@ -13,7 +13,8 @@ from urllib.request import Request, urlopen
 import sqlalchemy as sa
 
 from sftd.domain.finding import Finding, broken, ok, warning
-from sftd.projections.mirrors.mlflow.client import is_remote, without_credentials
+from sftd.domain.text.credentials import without_credentials
+from sftd.projections.mirrors.mlflow.client import is_remote
 from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
 from sftd.settings import Settings, sqlite_file
 from sftd.store.database.engine import Store

@@ -53,7 +53,7 @@ class _Mirrored:
 
 def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
     """Name of the position of the mirror into these experiments, and of the claim on mirroring there. The URI may hold a
-    password, so its digest stands in. A file of one host is not that of another, though both have the same name. Another
+    password, so its digest is used. A file of one host is not that of another, though both have the same name. Another
     form is copied from the first event on, so it has a position of its own."""
     if tracking_uri.startswith("sqlite:"):
         tracking_uri = f"{socket.gethostname()} {tracking_uri}"
@@ -200,7 +200,7 @@ class MlflowWriter:
 
     def _samples(self, run_id: str, uuid: str, version: int) -> dict[str, str]:
         """Write the table of sample answers as of `version`. Artifacts may lie in a store of their own that takes nothing,
-        for want of credentials, say: that is told in a tag, and keeps no metric waiting."""
+        for want of credentials, say: a tag says so, and no metric waits."""
         with self._store.read() as connection:
             table = mapping.samples_table(reading.samples(connection, run_id, version))
         refused = self._tracking.log_table(uuid, mapping.SAMPLES_FILE, table)
