@@ -26,7 +26,7 @@ from sftd.domain.log import history as replay
 from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.notices import Facts, notice
+from sftd.domain.notices import notice
 from sftd.domain.plan import plan as planning
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run import decisions, goodput, retention
@@ -414,7 +414,7 @@ def histories() -> dict[str, Any]:
         for one in recorded:
             old, run = msgspec.to_builtins(run), evolve(run, one)
             new = msgspec.to_builtins(run)
-            told = notice(one, Facts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
+            told = notice(one, e.RunFacts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
             found[f"{story} {one.version} {one.type}"] = {
                 "changed": {k: v for k, v in new.items() if k not in DULL and v != old[k]},
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},
