@@ -24,6 +24,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.log import codec, progress_lines
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
+from sftd.domain.log.timeline import logged_steps
 from sftd.domain.model.checks import DataFacts, ModelShape, check_model
 from sftd.domain.notices import Facts, notice
 from sftd.domain.plan import plan as planning
@@ -433,7 +434,7 @@ def histories() -> dict[str, Any]:
             msgspec.to_builtins(m) if isinstance(m, replay.Steps) else m.version
             for m in replay.milestones(recorded)
         ]
-        found[f"{story}: timeline"] = sorted(replay.timeline(recorded).steps)
+        found[f"{story}: timeline"] = sorted(logged_steps(recorded))
     return found
 
 

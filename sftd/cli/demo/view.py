@@ -128,23 +128,16 @@ def answers(history: list[Recorded], question: str, reference: str) -> Table:
 
 
 def redone_lines(history: list[Recorded]) -> tuple[list[str], bool]:
-    """Steps that a later attempt did again, against the log. Returns lines to print and whether all are equal."""
-    from sftd.domain.repro.steps import COMPARED, compare_redone
+    """The redone steps beside the log's. Returns lines to print and whether all match bit for bit."""
+    from sftd.domain.repro.steps import COMPARED, compare, redone_steps
 
-    first: dict[int, e.StepCompleted] = {}
     lines = [f"   {'step':>4}  {'loss recorded':<20}  {'loss done again':<20}"]
     all_equal = True
-    for r in history:
-        step = r.event
-        if not isinstance(step, e.StepCompleted):
-            continue
-        was = first.setdefault(step.step, step)
-        if was is step:
-            continue
-        equal = compare_redone(first, step) is None
+    for was, now in redone_steps(r.event for r in history):
+        equal = compare(was, now).is_exact
         all_equal = all_equal and equal
         verdict = "[green]equal[/]" if equal else "[bold red]DIFFERS[/]"
-        lines.append(f"   {step.step:>4}  {was.loss!r:<20}  {step.loss!r:<20}  {verdict}")
+        lines.append(f"   {now.step:>4}  {was.loss!r:<20}  {now.loss!r:<20}  {verdict}")
     count = len(lines) - 1
     if count == 0:
         return ["   [bold red]no step was done again[/]"], False
