@@ -21,7 +21,7 @@ import sftd.domain
 import sftd.store
 import sftd.wire
 from sftd.domain.errors import Refused
-from sftd.domain.log import codec, progress_lines
+from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
 from sftd.domain.log.timeline import logged_steps
@@ -423,7 +423,7 @@ def histories() -> dict[str, Any]:
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},
                 "deletable": [c.step for c in retention.deletable(run)],
                 "reducible": [c.step for c in retention.reducible(run)],
-                "line": facts_of(progress_lines.describe(one.event, 12)),
+                "line": facts_of(one.event.line(12)),
                 "read as": msgspec.to_builtins(one.event) if story == "each event" else None,
                 "notice": told and (told.kind, told.step, told.at, facts_of(told.text)),
             }

@@ -27,7 +27,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log import events as e
-from sftd.domain.log.progress_lines import describe
 from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions
 from sftd.domain.run.exactness import compare_with_log
@@ -184,7 +183,7 @@ class DirectReporter(Reporter):
 
     def _show(self, event: e.Event) -> None:
         assert self._seen is not None
-        if line := describe(event, self._seen.run.planned_steps):
+        if line := event.line(self._seen.run.planned_steps):
             tell(f"{line}\n")
 
     def _collect(self) -> None:
