@@ -157,7 +157,8 @@ class Curves:
 
 def _joined(column: array[Any], line: Line) -> array[Any]:
     """The numbers of a line's steps, without a shift where the log has a gap."""
-    found, lost = array(column.typecode), array(column.typecode, [_UNKNOWN if column.typecode == "d" else 0])
+    lost: array[Any] = array(column.typecode, [_UNKNOWN if column.typecode == "d" else 0])
+    found: array[Any] = array(column.typecode)
     for s in line:
         found.extend(lost * (s.first - line[0].first - len(found)))
         found.extend(column[s.place : s.place + s.last - s.first + 1])
