@@ -24,6 +24,7 @@ from sftd.domain.errors import LeaseLost, SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Entry, Limits
 from sftd.domain.run.failures import Cause, Failure
+from sftd.domain.spec.launchers import kind_of
 from sftd.launcher import rerun
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.local import LocalAttempt
@@ -38,14 +39,15 @@ from sftd.store.database import file as database_file
 from sftd.store.database.engine import Store
 from sftd.store.database.file import DatabaseExchanged
 from sftd.store.queue.leases import Lease
-from sftd.wire.attempt.directory import Order, RunDir
+from sftd.wire.attempt.directory import RunDir
+from sftd.wire.attempt.orders import order_of
 
 log = logging.getLogger("sftd.daemon")
 
 _MIRROR_DRAIN_SECONDS = 120.0
 # Leases are renewed between ticks, so a tick starts so many runs at most.
 _STARTS_PER_TICK = 20
-# With hundreds of attempts each is looked at less often: a look opens a file, on Slurm over a network.
+# With hundreds of attempts each is looked at less often: a look opens a file, perhaps over a network.
 _LOOKS_PER_SECOND = 400
 # And a tick that has looked so long leaves the others to the next.
 _LOOK_SECONDS = 0.25
@@ -312,21 +314,14 @@ class Daemon:
             self._forget(before.lease)
         run_dir = RunDir(self._settings.home, run.run_id)
         directory = run_dir.attempt(lease.attempt)
-        order = Order(
-            run_id=run.run_id,
+        order = order_of(
+            run,
+            run.restart_checkpoint,
             attempt=lease.attempt,
             token=lease.token,
-            spec=run.spec,
-            planned_steps=run.planned_steps,
-            checkpoint_dir=str(run_dir.checkpoint_dir(run.spec.checkpoint.save_dir)),
-            checkpoint=claimed.start.checkpoint,
-            checkpoint_digest=claimed.checkpoint_digest,
-            train_digest=run.train_digest,
-            val_digest=run.val_digest,
-            model_files=claimed.model.files,
-            weights=claimed.model.weights,
-            model_root=str(self._settings.home),
-            order_start=run.order_start,
+            checkpoint_dir=run_dir.checkpoint_dir(run.spec.checkpoint.save_dir),
+            model=claimed.model,
+            model_root=self._settings.home,
             losses=attempts.losses_before(self._store, run.run_id, claimed.start.from_step),
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
@@ -365,7 +360,8 @@ class Daemon:
         )
         where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
         pid = attempt.process.pid
-        how = f"started from {where}, pid {pid}" if pid else f"handed to Slurm, to start from {where}"
+        manager = kind_of(run.spec.launch.launcher).shown
+        how = f"started from {where}, pid {pid}" if pid else f"handed to {manager}, to start from {where}"
         of_run(run.run_id, lease.attempt).info("attempt %d %s", lease.attempt, how)
 
     def _adopt(self) -> None:

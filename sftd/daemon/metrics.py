@@ -94,8 +94,7 @@ class Metrics:
             [({"status": status}, count) for status, count in found.runs.items()],
         )
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
-        if self._inventory.slurm:
-            kinds["slurm job"] = (self._inventory.slurm, "slurm")
+        kinds |= {f"{name} job": (places, name) for name, places in self._inventory.places.items() if places}
         yield (
             "sftd_devices",
             "Devices of this daemon.",

@@ -25,8 +25,8 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.cli.doctor import host as doctor_host
 from sftd.cli.doctor import services as doctor_services
-from sftd.cli.doctor.finding import Finding
 from sftd.daemon.lock import DaemonLock
+from sftd.domain.finding import Finding
 from sftd.domain.spec.spec import Spec
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
@@ -115,7 +115,7 @@ def test_the_command_says_what_is_broken_without_a_password(
 
 def test_at_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from sftd.cli.doctor import command as doctor
-    from sftd.cli.doctor import finding as findings
+    from sftd.domain import finding as findings
 
     monkeypatch.setenv("COLUMNS", "80")
     long = "a sentence that is longer than what is left of a line of eighty columns, and goes on"

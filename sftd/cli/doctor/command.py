@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -13,8 +14,10 @@ from sftd.cli.terminal import output
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
-    from sftd.cli.doctor.finding import Finding
+    from sftd.domain.finding import Finding
+    from sftd.launcher.seam import Registered
     from sftd.settings import Settings
+    from sftd.store.database.engine import Store
 
 _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
@@ -44,7 +47,8 @@ def doctor_command(as_json: bool) -> None:
 
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli.doctor import host, services
-    from sftd.cli.doctor import slurm as doctor_slurm
+    from sftd.domain.spec.launchers import KINDS
+    from sftd.launcher.choosing import LAUNCHERS
 
     yield from host.python()
     count, gpus = host.gpus()
@@ -64,18 +68,26 @@ def _examine(settings: Settings) -> Iterator[Finding]:
     yield from _guarded("database", database)
     yield from _guarded("MLflow", lambda: services.mlflow(settings))
     yield from _guarded("daemon", lambda: services.daemon(settings, store))
-    yield from _guarded("Slurm", lambda: doctor_slurm.slurm(settings, store))
+    for name, registered in LAUNCHERS.items():
+        examine = partial(_launcher, registered, settings, store)
+        yield from _guarded(KINDS[name].shown, examine)
     yield from _guarded("leftovers", lambda: services.leftovers(settings, store))
     if store is not None:
         store.engine.dispose()
 
 
+def _launcher(registered: Registered, settings: Settings, store: Store | None) -> Iterable[Finding]:
+    from sftd.cli.doctor import services
+
+    return registered.doctor(services.daemon_devices(settings, store))
+
+
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """A check that fails is itself something found: the others go on."""
+    """A check that fails is itself a finding: the others continue."""
     import sqlalchemy as sa
 
-    from sftd.cli.doctor.finding import broken
     from sftd.domain.errors import SftdError
+    from sftd.domain.finding import broken
 
     try:
         yield from check()

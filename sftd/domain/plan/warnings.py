@@ -9,6 +9,7 @@ import msgspec
 
 from sftd.domain.errors import Problem, several
 from sftd.domain.model.checks import DataFacts
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 
 # Full fine-tuning of such models takes 1e-6 to 1e-4; small ones that are trained from nothing take up to 1e-3.
@@ -113,8 +114,8 @@ class HostDevices(msgspec.Struct, frozen=True):
 
 
 def devices(spec: Spec, hosts: Sequence[HostDevices]) -> list[Problem]:
-    """Devices that none of the known hosts has. Slurm's are not known here."""
-    if spec.launch.launcher != "local" or not hosts:
+    """Devices that none of the known hosts has. Those of other machines are not known here."""
+    if not kind_of(spec.launch.launcher).uses_host_devices or not hosts:
         return []
     ranks, gpus, cpus = spec.nproc_per_node, max(h.gpus for h in hosts), max(h.cpus for h in hosts)
     known = hosts[0].name if len(hosts) == 1 else f"the {len(hosts)} known hosts"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sftd.domain.errors import Problem, quote
-from sftd.domain.spec.check_launch import check_launch
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
 
@@ -55,7 +55,9 @@ def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
                 "set model.megatron.tensor_model_parallel_size to 2 or more, or turn it off",
             )
         )
-    problems += check_launch(spec, warnings)
+    found, doubtful = kind_of(spec.launch.launcher).supports(spec)
+    problems += found
+    warnings += doubtful
     mp = spec.model_parallel_size
     if spec.world_size % mp:
         problems.append(

@@ -1,13 +1,13 @@
-"""What must hold of `launch`: who may start several machines, and what may stand in a job script."""
+"""What must hold of `launch.slurm`: which options a job script may have, and whether they ask for GPUs."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 
 from sftd.domain.errors import Problem, quote
 from sftd.domain.spec.sections import Slurm
-from sftd.domain.spec.slurm_gpus import asks_for_gpus
 from sftd.domain.spec.spec import Spec
 
 # One word of a line of sbatch's options: nothing that ends it, begins a comment or opens a quotation.
@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\s\"'\\#]+")
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 _OPTION = re.compile(r"-[^\x00-\x1f\x7f]+")
-# What the launcher decides by itself, by all their names, with the key that decides it.
+# What the launcher decides by itself, by all of their names, with the key that decides it.
 _OWNED = {
     "--array": "", "-a": "",
     "--chdir": "", "-D": "", "--workdir": "",
@@ -34,28 +34,27 @@ _OWNED = {
     "--wait": "", "-W": "",
     "--wrap": "",
 }  # fmt: skip
+# The generic resources that are GPUs, or shares of one.
+_GPU_NAMES = frozenset({"gpu", "mps", "shard"})
+# These take a number, perhaps after a type.
+_GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-socket", "--gpus-per-task")
+# These take a list of resources, each with its name, perhaps a type, and a number.
+_GRES = ("--gres", "--tres-per-job", "--tres-per-node", "--tres-per-socket", "--tres-per-task")
+# Options with a beginning like that of one above: sbatch takes a beginning that only one option has.
+_OTHERS = (
+    "--get-user-env",
+    "--gid",
+    "--gpu-bind",
+    "--gpu-freq",
+    "--gres-flags",
+    "--tres-bind",
+    "--tres-freq",
+)
 
 
-def check_launch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
-    """Problems with `launch`; what is only doubtful is added to `warnings`."""
-    launch = spec.launch
-    if launch.launcher == "local":
-        problems = []
-        if launch.nnodes > 1:
-            problems.append(
-                Problem(
-                    "launch.nnodes",
-                    f"{launch.nnodes}: the local launcher starts ranks on the daemon's own machine only",
-                    "set it to 1, or launch.launcher to slurm",
-                )
-            )
-        if launch.slurm != Slurm():
-            warnings.append(
-                Problem(
-                    "launch.slurm", "is not used: launch.launcher is local", "set launch.launcher to slurm"
-                )
-            )
-        return problems
+def check(spec: Spec) -> tuple[list[Problem], list[Problem]]:
+    """(problems, warnings) of a spec whose attempts Slurm runs."""
+    launch, warnings = spec.launch, list[Problem]()
     problems = _check_words(launch.slurm) + _check_extra(launch.slurm.extra_args)
     if launch.device == "auto" and not asks_for_gpus(launch.slurm):
         warnings.append(
@@ -74,7 +73,7 @@ def check_launch(spec: Spec, warnings: list[Problem]) -> list[Problem]:
                 f"add gpu:{spec.nproc_per_node} to it",
             )
         )
-    return problems
+    return problems, warnings
 
 
 def _check_words(slurm: Slurm) -> list[Problem]:
@@ -102,7 +101,7 @@ def _check_extra(options: list[str]) -> list[Problem]:
     where, problems = "launch.slurm.extra_args", []
     for option in options:
         try:
-            # sbatch reads a line as a shell does: further options may stand behind the first.
+            # sbatch reads a line as a shell does: further options may follow the first.
             words = shlex.split(option)
         except ValueError:
             words = []
@@ -126,3 +125,52 @@ def _owned(word: str) -> str | None:
         return name
     # To sbatch, a beginning that only one option has is enough.
     return next((owned for owned in _OWNED if owned.startswith(name) and name != "--"), None)
+
+
+def asks_for_gpus(slurm: Slurm) -> bool:
+    """Whether the options of a job ask for at least one GPU."""
+    return _names_gpus(slurm.gres) or any(map(_option_asks, slurm.extra_args))
+
+
+def _option_asks(text: str) -> bool:
+    for name, value in _options(text):
+        if name in _GPUS and any(_count(part) for part in value.split(",")):
+            return True
+        if name in _GRES and _names_gpus(value):
+            return True
+    return False
+
+
+def _options(text: str) -> Iterator[tuple[str, str]]:
+    """The options of one text, each with its value: `--gpus=2`, `--gpus 2`, `-G2` and `-G 2` are all the same."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("-G"):
+            yield "--gpus", word[2:] or following
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            yield _whole_name(name), value if equals else following
+
+
+def _whole_name(name: str) -> str:
+    known = (*_GPUS, *_GRES, *_OTHERS)
+    meant = [name] if name in known else [option for option in known if option.startswith(name)]
+    return meant[0] if len(meant) == 1 else name
+
+
+def _names_gpus(gres: str) -> bool:
+    """Whether a list of generic resources holds GPUs: `gpu`, `gpu:2`, `gpu:h100:4`, `gres/gpu:h100=4`."""
+    for entry in str(gres).split(","):
+        name, *rest = re.split("[:=]", entry.strip().removeprefix("gres/").removeprefix("gres:"))
+        if name in _GPU_NAMES and _count(rest[-1] if rest else ""):
+            return True
+    return False
+
+
+def _count(text: str) -> int:
+    """The number with which a resource ends; one where none is written."""
+    number = re.search(r"(?:^|[:=])(\d+)[kKmMgG]?$", text)
+    return int(number[1]) if number else 1
