@@ -18,8 +18,8 @@ import sqlalchemy as sa
 
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.migrate import upgrade
-from tests import postgres
-from tests import warm_python as warm_start
+from tests.builders import postgres
+from tests.builders import warm_python as warm_start
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
 # No deadlines: how long an example takes says how busy the machine is.

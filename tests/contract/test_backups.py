@@ -22,7 +22,6 @@ from sftd.daemon.lock import DaemonLock
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.projections import views
 from sftd.store.database import backups
@@ -33,10 +32,12 @@ from sftd.store.queue import daemons
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import RunDir
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
-from tests.patience import PATIENCE
+from tests.builders.log.attempts import lines
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
+from tests.builders.patience import PATIENCE
 
-CONTEXT = Context(actor="test")
 # All that a path may hold, and a URL would read otherwise.
 ODD = "a home % with ? #äé 'quotes'"
 

@@ -20,7 +20,6 @@ from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Limits
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.queries.board import Observer, RunObserver
 from sftd.store.database.engine import Store
@@ -28,18 +27,11 @@ from sftd.store.queries.names import run_names
 from sftd.store.queue import daemons
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE
-from tests.histories import FAILED, append, claimed, forked, open_log, spec, step, submitted
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import FAILED, append, claimed, forked, spec, step, submitted
+from tests.builders.log.specs import FACTS, LEASE, SHAPE
 
-CONTEXT = Context(actor="test")
 SILENT = 30_000_000
-
-
-@pytest.fixture
-def log(database_url: str) -> Iterator[Store]:
-    store = open_log(database_url)
-    yield store
-    store.engine.dispose()
 
 
 def drive(log: Store, planned: int = 1000) -> str:

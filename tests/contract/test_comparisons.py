@@ -5,7 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sftd.domain.log import events as e
 from sftd.domain.spec.sections import Data, Trainer
 from sftd.operations.queries import compare as comparisons
 from sftd.store.database.engine import Store
-from tests.histories import (
+from tests.builders.log.histories import (
     FAILED,
     NOON,
     SECOND,
@@ -27,7 +26,6 @@ from tests.histories import (
     append,
     claimed,
     forked,
-    open_log,
     published,
     spec,
     step,
@@ -35,13 +33,6 @@ from tests.histories import (
 )
 
 NOW = NOON + 100_000 * SECOND
-
-
-@pytest.fixture
-def log(database_url: str) -> Iterator[Store]:
-    store = open_log(database_url)
-    yield store
-    store.engine.dispose()
 
 
 def losses(count: int, first: int = 1, by: float = 1.0) -> list[e.Event]:

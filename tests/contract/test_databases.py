@@ -15,7 +15,6 @@ from sftd.domain.errors import Refused, ViewDamaged
 from sftd.domain.log import events as e
 from sftd.operations.commands import copy_database as databases
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.projections import verify, views
 from sftd.store.database import copying
@@ -27,9 +26,10 @@ from sftd.store.queue import daemons
 from sftd.store.queue import leases as queue
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
-
-CONTEXT = Context(actor="test")
+from tests.builders.log.attempts import lines
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
 
 def quiet(*_: object) -> None:

@@ -21,7 +21,6 @@ from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
@@ -29,12 +28,12 @@ from sftd.store.database.engine import Store, open_engine
 from sftd.store.log import event_store
 from sftd.wire.attempt.directory import AttemptDir, Order
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, SHAPE, SPEC
-from tests.patience import until
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.specs import FACTS, SHAPE, SPEC
+from tests.builders.patience import until
 
 # As CUDA_VISIBLE_DEVICES of the daemon names them: neither from 0 on nor in order.
 GPUS = ["3", "1", "MIG-8a1b", "0"]
-CONTEXT = Context(actor="test")
 
 
 class Launcher:

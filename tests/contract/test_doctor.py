@@ -36,7 +36,7 @@ from sftd.store.queue import daemons
 from sftd.store.queue import leases as queue
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import AttemptDir, Order
-from tests import json_fields
+from tests.builders import json_fields
 
 SECRET = "hush-hush-9"
 

@@ -24,7 +24,6 @@ from sftd.domain.spec.spec import OrderStart
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Report
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
@@ -35,10 +34,11 @@ from sftd.store.queue import leases as queue
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.attempt.journal import JournalWriter
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
-from tests.patience import until
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, SHAPE, SPEC
+from tests.builders.patience import until
 
-CONTEXT = Context(actor="test")
 # By one of these every attempt ends.
 ENDS = ("AttemptFailed", "AttemptLost", "AttemptPaused", "AttemptPreempted", "RunSucceeded", "RunCancelled")
 FILES = ModelFiles(files={"config.json": ModelFile(3, "c")}, weights={"model.safetensors": ModelFile(5, "w")})

@@ -37,7 +37,9 @@ from sftd.wire.attempt import journal
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import Line
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, Clock, step
+from tests.builders.log.clock import Clock
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
 FOUND = Preflight(SHAPE, FACTS, None, 3, [])
 BACKOFF = 15.0

@@ -28,7 +28,7 @@ from sftd.store.database.engine import Store, Tx
 from sftd.store.database.tables import events, view_runs
 from sftd.store.log import event_store, positions, runs
 from sftd.store.queries.resolve import resolve_id
-from tests.patience import PATIENCE
+from tests.builders.patience import PATIENCE
 
 
 def new(event: Event, event_id: str | None = None, **fields: Any) -> NewEvent:

@@ -30,11 +30,10 @@ from sftd.wire.attempt.journal import Line
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.checkpoint import manifest
 from sftd.wire.checkpoint.manifest import Manifest
-from tests.contract import test_operations as base
-from tests.contract.test_forks import claim, end, found
-from tests.contract.test_operations import SPEC, Clock, step
-
-log, clock = base.log, base.clock
+from tests.builders.log.attempts import claim, end
+from tests.builders.log.clock import Clock
+from tests.builders.log.histories import step
+from tests.builders.log.specs import SPEC, found
 
 
 def save(folder: Path, run_id: str, number: int) -> e.CheckpointPublished:

@@ -12,7 +12,6 @@ from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.model.files import ModelFile, ModelFiles
-from sftd.domain.run.failures import Failure
 from sftd.domain.run.state import Run
 from sftd.domain.spec.parse import change
 from sftd.operations.commands import gc as collecting
@@ -27,33 +26,13 @@ from sftd.wire import preflight
 from sftd.wire.attempt.journal import Line
 from sftd.wire.checkpoint.directory import MANIFEST
 from sftd.wire.checkpoint.directory import reading as held
-from sftd.wire.preflight import Preflight
-from tests.contract import test_operations as base
-from tests.contract.test_imports import Folder, take_in
-from tests.contract.test_imports import step as direct_step
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, Clock, step
+from tests.builders.log.attempts import claim, end
+from tests.builders.log.clock import Clock
+from tests.builders.log.direct_folders import Folder, take_in
+from tests.builders.log.histories import step
+from tests.builders.log.specs import LEASE, SPEC, found
 
-log, clock = base.log, base.clock
 RESOLVED, _ = change(SPEC, [])
-CRASH = Failure("killed", "boom")
-
-
-def found(planned: int) -> Preflight:
-    return Preflight(SHAPE, FACTS, None, planned, [])
-
-
-def claim(log: Store, clock: Clock) -> Claimed:
-    claimed = attempts.claim(
-        log, clock.context, daemon="d", host="h", fits=lambda run: True, lease_micros=LEASE
-    )
-    assert claimed is not None
-    return claimed
-
-
-def end(log: Store, clock: Clock, claimed: Claimed, exit_code: int = 1) -> Run:
-    return attempts.finish(
-        log, clock.context, claimed.lease, exit_code=exit_code, failure=CRASH, lost=False, backoff_seconds=1.0
-    )
 
 
 def train(log: Store, clock: Clock, claimed: Claimed, folder: Path, first: int, last: int) -> None:
@@ -263,10 +242,10 @@ def test_a_direct_run_that_went_on_in_another_layout_is_taken_in_as_that(
     log: Store, clock: Clock, tmp_path: Path
 ) -> None:
     folder = Folder(tmp_path / "run")
-    folder.attempt(direct_step(1), folder.published(1), exit_code=0, stop=True)
+    folder.attempt(step(1), folder.published(1), exit_code=0, stop=True)
     take_in(log, folder)
     name = fork(log, clock, reading.find_run(log, "brave"), 1)
-    folder.attempt(direct_step(2), direct_step(3), folder.published(3), exit_code=0, resumed=1)
+    folder.attempt(step(2), step(3), folder.published(3), exit_code=0, resumed=1)
     order = folder.run.attempt(2).order()
     changed, _ = change(order.spec, [("model.megatron.tensor_model_parallel_size", 2)])
     text = msgspec.json.encode(msgspec.structs.replace(order, spec=changed))

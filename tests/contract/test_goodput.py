@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -15,25 +14,13 @@ from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_goodput
 from sftd.store.log import event_store
 from sftd.store.log.goodput import advance, read_fold, read_ledger
+from tests.builders.log import histories
 
 SECOND = 1_000_000
 
 
-def step(number: int, seconds: float, **changes: Any) -> e.StepCompleted:
-    return e.StepCompleted(
-        step=number,
-        epoch=0,
-        loss=float("nan"),
-        grad_norm=float("inf"),
-        lr=1e-5,
-        tokens=1,
-        tokens_real=1,
-        tokens_padded=1,
-        tokens_total=number,
-        samples=1,
-        samples_digest="s",
-        seconds=seconds,
-    )
+def step(number: int, seconds: float) -> e.StepCompleted:
+    return histories.step(number, float("nan"), grad_norm=float("inf"), tokens=1, seconds=seconds)
 
 
 HISTORY: list[e.Event] = [

@@ -22,8 +22,8 @@ from click.testing import CliRunner, Result
 from sftd.cli import COMMANDS, main
 from sftd.projections import views
 from sftd.store.database.engine import Store, open_engine
-from tests.json_fields import FIELDS
-from tests.json_world import ENVIRONMENT, STEPS, World
+from tests.builders.json_fields import FIELDS
+from tests.builders.log.json_world import ENVIRONMENT, STEPS, World
 
 Ask = Callable[..., Any]
 

@@ -19,7 +19,6 @@ from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.driving.attempts import Claimed
 from sftd.operations.driving.turns import NO_LIMITS, anything_left
-from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import events
 from sftd.store.log import event_store
@@ -27,23 +26,19 @@ from sftd.store.queue import leases as queue
 from sftd.store.queue import order as schedule
 from sftd.store.queue.leases import Lease
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, lines, step
-from tests.patience import PATIENCE
+from tests.builders.log.attempts import lines
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
+from tests.builders.patience import PATIENCE
 
 HOUR = 3_600_000_000
-CONTEXT = Context(actor="test")
 FAILURE = Failure("killed", "boom")
 
 
 def skewed(by: int) -> Context:
     """A host whose clock is wrong by so many µs."""
     return Context(actor="skewed", now=lambda: time.time_ns() // 1000 + by)
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    """The store with its views, as the command line opens it."""
-    return Store(store.engine, before_commit=(views.catch_up,))
 
 
 def submit(log: Store, context: Context = CONTEXT) -> str:

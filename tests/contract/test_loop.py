@@ -29,7 +29,6 @@ from sftd.operations.driving import attempts
 from sftd.operations.queries import nodes
 from sftd.operations.queries import queue as waiting
 from sftd.operations.queries.runs import find_run
-from sftd.projections import views
 from sftd.settings import read
 from sftd.store.database import backups
 from sftd.store.database.engine import Store
@@ -41,9 +40,10 @@ from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.attempt.journal import JournalWriter, Line
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC, step
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
-CONTEXT = Context(actor="test")
 # One of the host's two devices.
 ONE_DEVICE = msgspec.structs.replace(SPEC, launch=Launch(threads_per_rank=1))
 
@@ -93,11 +93,6 @@ class Launcher:
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Any:
         return next(a for a in self.started if a.directory.path == directory.path)
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    return Store(store.engine, before_commit=(views.catch_up,))
 
 
 @pytest.fixture

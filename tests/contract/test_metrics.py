@@ -6,7 +6,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -24,8 +23,8 @@ from sftd.store.log.positions import set_projection_position
 from sftd.store.queue import leases as queue
 from sftd.store.queue import order as schedule
 from sftd.wire.attempt.journal import backlog
-from tests.contract.test_goodput import step
-from tests.prometheus import parse
+from tests.builders.log.histories import step, submitted
+from tests.builders.prometheus import parse
 
 SECOND = 1_000_000
 NOW = 1_000 * SECOND
@@ -51,18 +50,6 @@ def add(store: Store, run_id: str, *told: tuple[int, e.Event], version: int = 0)
         event_store.append(tx, run_id, version, new, told[-1][0] * SECOND)
 
 
-def submitted() -> e.RunSubmitted:
-    return e.RunSubmitted(
-        spec=msgspec.to_builtins(SPEC),
-        spec_digest="s",
-        planned_steps=4,
-        user="ada",
-        data={},
-        model={},
-        sftd_version="0",
-    )
-
-
 @pytest.fixture
 def filled(store: Store) -> Store:
     """Four runs: one ready since 100 s, one to be retried later, one driven, one that has ended."""
@@ -76,10 +63,17 @@ def filled(store: Store) -> Store:
         queue.leave(tx, "done")
         queue.lease(tx, "driven", 1, "token", "daemon", NOW)
     claimed = e.AttemptClaimed(daemon="d", host="h", from_step=0)
-    add(store, "ready", (900, submitted()))
-    add(store, "delayed", (900, submitted()), (900, claimed))
-    add(store, "driven", (900, submitted()), (900, claimed), (940, step(1, 20.0)), (960, step(2, 20.0)))
-    add(store, "done", (900, submitted()), (901, e.RunCancelled(by="ada")))
+    add(store, "ready", (900, submitted(SPEC)))
+    add(store, "delayed", (900, submitted(SPEC)), (900, claimed))
+    add(
+        store,
+        "driven",
+        (900, submitted(SPEC)),
+        (900, claimed),
+        (940, step(1, seconds=20.0)),
+        (960, step(2, seconds=20.0)),
+    )
+    add(store, "done", (900, submitted(SPEC)), (901, e.RunCancelled(by="ada")))
     return store
 
 
@@ -148,7 +142,9 @@ def test_what_waits_for_a_run_or_a_person_is_not_ready(filled: Store, tmp_path: 
         schedule.set_after(tx, "next", ["good"])
         queue.hold(tx, "kept")
         queue.hold(tx, "next")
-    add(filled, "good", (900, submitted()), (901, e.RunSucceeded(steps=4, tokens=1, final_checkpoint="c")))
+    add(
+        filled, "good", (900, submitted(SPEC)), (901, e.RunSucceeded(steps=4, tokens=1, final_checkpoint="c"))
+    )
     found = told(filled, tmp_path / "home", {})
     states = {dict(labels)["state"]: n for labels, n in found["sftd_queue_runs"].items()}
     assert states == {"ready": 1, "delayed": 1, "leased": 1, "dependent": 1, "held": 2}
@@ -174,7 +170,7 @@ def test_the_goodput_of_driven_runs_is_up_to_date(filled: Store, tmp_path: Path)
     settings = read({"SFTD_HOME": str(tmp_path)})
     writer = Metrics(filled, settings, Inventory(0, 1), "d", mirrors=False)
     writer.write({"driven": Driven()}, NOW)
-    add(filled, "driven", (980, step(3, 20.0)), version=4)
+    add(filled, "driven", (980, step(3, seconds=20.0)), version=4)
     writer.write({"driven": Driven()}, NOW)
     found = parse(settings.metrics_file.read_text())
     assert found["sftd_run_goodput_ratio"] == {(("run_id", "driven"),): 0.6}

@@ -15,6 +15,7 @@ from sftd.operations.context import Context
 from sftd.store.database.engine import Store
 from sftd.store.queue import claims, daemons
 from sftd.store.queue.daemons import DaemonRow
+from tests.builders.patience import never
 
 SECONDS = 60.0
 ME = psutil.Process()
@@ -73,10 +74,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def hosts(store: Store, clock: Clock) -> Daemons:
     return Daemons(store, clock)
-
-
-def never() -> bool:
-    return False
 
 
 def test_one_mirrors_and_the_other_waits_until_its_claim_has_expired(hosts: Daemons, clock: Clock) -> None:

@@ -42,14 +42,15 @@ from sftd.store.log import event_store
 from sftd.store.log.positions import projection_position
 from sftd.store.queue import daemons
 from sftd.store.queue.daemons import DaemonRow
-from tests import json_fields
+from tests.builders import json_fields
+from tests.builders.paths import ROOT
+from tests.builders.patience import never
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy:sqlalchemy.exc.SADeprecationWarning"
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 START = 1_700_000_000_000_000
 History = dict[str, list[tuple[int, int, str]]]
 
@@ -133,10 +134,6 @@ def published(number: int) -> e.CheckpointPublished:
     return e.CheckpointPublished(
         step=number, path=f"/c/step-{number}", bytes=1, manifest_digest="m", seconds=1
     )
-
-
-def never() -> bool:
-    return False
 
 
 def expected(store: Store, run_id: str) -> History:

@@ -16,7 +16,7 @@ from sftd.operations.queries.runs import Filter
 from sftd.projections import verify, views
 from sftd.store.database.engine import Store
 from sftd.store.queries.resolve import resolve_ids
-from tests.histories import (
+from tests.builders.log.histories import (
     FAILED,
     NOON,
     SECOND,

@@ -17,22 +17,15 @@ from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.queries.nodes import Devices, Node, list_nodes
 from sftd.operations.queries.queue import living_hosts
-from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import daemons as daemons_table
 from sftd.store.queue import daemons
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC
+from tests.builders.log.clock import CONTEXT
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
-CONTEXT = Context(actor="test")
 SILENT = 30_000_000
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    """The store with its views, as the command line opens it."""
-    return Store(store.engine, before_commit=(views.catch_up,))
 
 
 def register(log: Store, daemon: str, host: str, home: str = "/home", gpus: int = 4, ago: int = 0) -> None:

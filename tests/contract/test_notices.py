@@ -32,8 +32,8 @@ from sftd.projections.notices.notifier import Notifier
 from sftd.projections.verify import check
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
-from tests.contract.test_metrics import submitted
-from tests.patience import PATIENCE
+from tests.builders.log.histories import spec, submitted
+from tests.builders.patience import PATIENCE, never
 
 SECRET = "hush-hush-9"
 
@@ -120,21 +120,18 @@ def log(store: Store) -> Log:
     return Log(store)
 
 
-def never() -> bool:
-    return False
-
-
 FAILED = e.RunFailed(cause="out of memory", message="rank 0: no memory is left\nmore")
 CANCELLED = e.RunCancelled(by="ada")
+SPEC = spec(steps=4)
 THREE_DAYS = 3 * 24 * 3600 * 1_000_000
 ODD = e.AnomalyDetected(step=3, what="loss_spike")
 
 
 def test_notices_arrive_in_order_and_once_across_restarts(log: Log, hook: Hook) -> None:
-    log.add("past", submitted(), CANCELLED)
+    log.add("past", submitted(SPEC), CANCELLED)
     log.notifier(Webhook(hook.url)).begin()
-    log.add("one", submitted(), ODD, FAILED)
-    log.add("two", submitted())
+    log.add("one", submitted(SPEC), ODD, FAILED)
+    log.add("two", submitted(SPEC))
     first = log.notifier(Webhook(hook.url))
     first.begin()  # known already: it goes on where it stands
     assert (first.sync(never), first.sync(never)) == (2, 0)
@@ -156,7 +153,9 @@ def test_only_what_was_asked_for_is_told(log: Log, hook: Hook) -> None:
     told = log.notifier(Webhook(hook.url), ("paused", "retrying"))
     told.begin()
     lost = e.AttemptLost(message="gone", retry_at=5)
-    log.add("one", submitted(), ODD, lost, e.AttemptLost(message="gone"), e.AttemptPaused(step=2, by="ada"))
+    log.add(
+        "one", submitted(SPEC), ODD, lost, e.AttemptLost(message="gone"), e.AttemptPaused(step=2, by="ada")
+    )
     assert told.sync(never) == 2
     assert hook.texts() == [
         "sftd: one was lost at step 0 of 4, and will be tried again: gone",
@@ -167,11 +166,11 @@ def test_only_what_was_asked_for_is_told(log: Log, hook: Hook) -> None:
 def test_other_kinds_begin_now_and_take_nothing_from_each_other(log: Log, hook: Hook) -> None:
     failures = log.notifier(Webhook(hook.url), ("failed",))
     failures.begin()
-    log.add("one", submitted(), CANCELLED)
+    log.add("one", submitted(SPEC), CANCELLED)
     ends = log.notifier(Webhook(hook.url), ("ended",))
     ends.begin()
-    log.add("two", submitted(), CANCELLED)
-    log.add("three", submitted(), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
+    log.add("three", submitted(SPEC), FAILED)
     assert (failures.sync(never), ends.sync(never)) == (1, 1)
     assert [body["run_id"] for body in hook.bodies] == ["three", "two"]
 
@@ -185,8 +184,8 @@ def test_every_kind_is_a_setting_and_has_words() -> None:
 def test_what_did_not_arrive_is_sent_again_before_what_follows(log: Log, hook: Hook, answer: int) -> None:
     told = log.notifier(Webhook(hook.url))
     told.begin()
-    log.add("one", submitted(), FAILED)
-    log.add("two", submitted(), CANCELLED)
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
     hook.answers = [answer]
     with pytest.raises(NotSent, match=f"the answer is {answer}"):
         told.sync(never)
@@ -199,9 +198,9 @@ def test_what_is_refused_or_too_old_is_given_up_with_a_line(
 ) -> None:
     told = log.notifier(Webhook(hook.url))
     told.begin()
-    log.add("old", submitted(), FAILED, age=THREE_DAYS + 1)
-    log.add("one", submitted(), FAILED)
-    log.add("two", submitted(), CANCELLED, age=THREE_DAYS)
+    log.add("old", submitted(SPEC), FAILED, age=THREE_DAYS + 1)
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED, age=THREE_DAYS)
     hook.answers = [400]
     with caplog.at_level(logging.INFO, "sftd.notify"):
         assert told.sync(never) == 1
@@ -214,7 +213,7 @@ def test_what_is_refused_or_too_old_is_given_up_with_a_line(
 
 def test_many_anomalies_of_a_kind_are_few_notices_whoever_counts(log: Log, hook: Hook) -> None:
     log.notifier(Webhook(hook.url)).begin()
-    log.add("one", submitted(), *[ODD] * 7)
+    log.add("one", submitted(SPEC), *[ODD] * 7)
     told = log.notifier(Webhook(hook.url))
     told.sync(never)
     log.add("one", *[ODD] * 3)
@@ -236,8 +235,8 @@ def test_many_anomalies_of_a_kind_are_few_notices_whoever_counts(log: Log, hook:
 def test_several_daemons_send_each_notice_once(log: Log, hook: Hook) -> None:
     mine, theirs = log.notifier(Webhook(hook.url)), log.notifier(Webhook(hook.url))
     mine.begin()
-    log.add("one", submitted(), FAILED)
-    log.add("two", submitted(), CANCELLED)
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
     hook.hold.clear()
     sending = threading.Thread(target=mine.sync, args=(never,))
     sending.start()
@@ -261,7 +260,7 @@ def test_a_daemon_that_died_while_it_sent_is_followed_by_another(
 
     dead, other = log.notifier(Webhook(hook.url)), log.notifier(Webhook(hook.url))
     dead.begin()
-    log.add("one", submitted(), FAILED)
+    log.add("one", submitted(SPEC), FAILED)
     # Killed when the notice has arrived, before it is written down.
     monkeypatch.setattr(dead, "_move", die)
     monkeypatch.setattr(dead, "_release", die)
@@ -281,8 +280,8 @@ def test_one_that_was_too_slow_does_not_move_the_position_of_its_successor(
     channel = Webhook(hook.url)
     slow, other = log.notifier(channel), log.notifier(Webhook(hook.url))
     slow.begin()
-    log.add("one", submitted(), FAILED)
-    log.add("two", submitted(), CANCELLED)
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
     send = channel.send
 
     def send_slowly(notice: notices.Notice) -> None:
@@ -304,7 +303,7 @@ def test_a_command_is_told_on_its_input_and_by_variables(log: Log, tmp_path: Pat
     )
     told = log.notifier(Command([sys.executable, str(script), SECRET]))
     told.begin()
-    log.add("one", submitted(), FAILED)
+    log.add("one", submitted(SPEC), FAILED)
     assert told.sync(never) == 1
     kind, _, body = (tmp_path / "told").read_text().partition(" ")
     assert (kind, json.loads(body)["run_id"]) == ("failed", "one")
@@ -342,7 +341,7 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
     log.now = time.time_ns() // 1000
     notifier = log.notifier(Webhook(hook.url))
     thread = NoticeThread(notifier, first_backoff=0.01)
-    log.add("past", submitted(), FAILED)
+    log.add("past", submitted(SPEC), FAILED)
     begun = threading.Event()
     begin = notifier.begin
     notifier.begin = lambda: (begin(), begun.set())[0]  # type: ignore[method-assign, func-returns-value]
@@ -353,12 +352,12 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
         running.start()
         assert begun.wait(PATIENCE)
         hook.answers = [500, 503]
-        log.add("one", submitted(), FAILED)
+        log.add("one", submitted(SPEC), FAILED)
         thread.wake()
         for _ in range(3):
             assert hook.arrived.acquire(timeout=PATIENCE)
         # What is recorded last is told before the daemon ends.
-        log.add("two", submitted(), CANCELLED)
+        log.add("two", submitted(SPEC), CANCELLED)
         daemon.stop()
         running.join(PATIENCE)
     assert [body["run_id"] for body in hook.bodies] == ["one", "two"]

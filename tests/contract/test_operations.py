@@ -13,65 +13,22 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import DataFacts, ModelShape
 from sftd.domain.run.failures import Failure
-from sftd.domain.spec.sections import Data, Model, Trainer
-from sftd.domain.spec.spec import Spec
 from sftd.launcher.local import LocalAttempt
 from sftd.operations.commands import lifecycle as runs
-from sftd.operations.context import Context
 from sftd.operations.driving import attempts, checkpoints
 from sftd.operations.driving.attempts import Claimed
-from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import order as schedule
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import AttemptDir
-from sftd.wire.attempt.journal import JournalWriter, Line, event_id
+from sftd.wire.attempt.journal import JournalWriter, event_id
 from sftd.wire.preflight import Preflight
-
-LEASE = 30_000_000
-SPEC = Spec(model=Model(partial_pretrain="m"), data=Data(train_files=["t"]), trainer=Trainer(max_steps=3))
-SHAPE = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=1,
-    intermediate_size=1,
-    num_hidden_layers=1,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
-    vocab_size=1,
-    max_position_embeddings=1,
-    rms_norm_eps=1e-5,
-    rope_theta=1.0,
-    rope_scaling=None,
-    tie_word_embeddings=True,
-    attention_bias=False,
-    qk_norm=False,
-)
-FACTS = DataFacts(
-    files=["t"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
-)
-
-
-class Clock:
-    """A context whose time stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.time = 1_000_000_000
-        self.context = Context(actor="test", now=lambda: self.time)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    """The store with its views, as the command line opens it, whose time is the clock's also on a server."""
-    return Store(store.engine, before_commit=(views.catch_up,), clock=lambda _connection, local: local)
+from tests.builders.log.attempts import lines
+from tests.builders.log.clock import Clock
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
 
 def claimed(log: Store, clock: Clock, daemon: str = "daemon-1") -> Claimed:
@@ -89,27 +46,6 @@ def test_the_chat_template_of_the_data_is_in_the_log(log: Store, clock: Clock) -
     for found, wanted in ((plain, None), (msgspec.structs.replace(plain, template=template), template)):
         run_id = runs.submit(log, clock.context, SPEC, found, [], "ada")
         assert checkpoints.chat_template(log, run_id) == wanted
-
-
-def step(number: int, loss: float = 1.0) -> e.StepCompleted:
-    return e.StepCompleted(
-        step=number,
-        epoch=0,
-        loss=loss,
-        grad_norm=1.0,
-        lr=1e-5,
-        tokens=10,
-        tokens_real=10,
-        tokens_padded=10,
-        tokens_total=10 * number,
-        samples=1,
-        samples_digest="s",
-        seconds=1.0,
-    )
-
-
-def lines(*steps: e.StepCompleted) -> list[Line]:
-    return [Line(number=n, occurred_at=n, event=s) for n, s in enumerate(steps, 1)]
 
 
 def test_lines_are_ingested_once(log: Store, clock: Clock) -> None:

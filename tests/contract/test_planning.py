@@ -15,9 +15,9 @@ from sftd.operations.queries import plan as planning
 from sftd.operations.queries import runs as reading
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
-from tests.contract.test_operations import SHAPE, SPEC, Clock, clock, log
+from tests.builders.log.clock import Clock
+from tests.builders.log.specs import SHAPE, SPEC
 
-__all__ = ["clock", "log"]
 DATA = DataFacts(
     files=["t"],
     digest="",

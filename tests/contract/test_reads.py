@@ -18,7 +18,7 @@ from sftd.store.log import curves, event_store, goodput, positions
 from sftd.store.queries import board
 from sftd.store.queue import claims
 from sftd.store.queue import leases as queue
-from tests.histories import (
+from tests.builders.log.histories import (
     FAILED,
     NOON,
     SECOND,

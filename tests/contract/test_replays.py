@@ -16,22 +16,16 @@ from sftd.domain.run.state import Run
 from sftd.operations.context import Context
 from sftd.operations.queries import history as replays
 from sftd.operations.queries import runs as reading
-from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import leases as queue
 from sftd.wire.preflight import Preflight, submission
-from tests.contract.test_operations import FACTS, SHAPE, SPEC, step
-from tests.unit.test_run_history import Log
+from tests.builders.log.histories import step
+from tests.builders.log.run_log import Log
+from tests.builders.log.specs import FACTS, SHAPE, SPEC
 
 PARENT, CHILD, GRANDCHILD = "brave-otter-3f2a", "calm-heron-90ab", "dear-ibis-11cd"
 Append = Callable[..., None]
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    """The store with its views, as the command line opens it."""
-    return Store(store.engine, before_commit=(views.catch_up,))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from sftd.store.queue.daemons import DaemonRow
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, SPEC
+from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
 HERE = Identity("boot", "namespace", "8:1")
 SILENT = 60_000_000

@@ -19,7 +19,7 @@ from sftd.cli import main
 from sftd.domain.log import events as e
 from sftd.domain.repro.steps import REDONE_DIFFERS
 from sftd.store.database.engine import Store
-from tests.histories import append, claimed, open_log, published, spec, step, submitted
+from tests.builders.log.histories import append, claimed, open_log, published, spec, step, submitted
 
 Show = Callable[[str], dict[str, str]]
 VALIDATIONS = [

@@ -20,8 +20,8 @@ from sftd.domain.log import events as e
 from sftd.domain.text.printable import escaped, harmless, printable
 from sftd.store.queue import leases as queue
 from sftd.store.queue import order as schedule
-from tests.contract.test_imports import Folder
-from tests.histories import append, claimed, open_log, published, spec, step, submitted
+from tests.builders.log.direct_folders import Folder
+from tests.builders.log.histories import append, claimed, open_log, published, spec, step, submitted
 
 # The window's title, clearing, hidden text, the same in one C1 character, text turned round, a line that overwrites another,
 # markup of rich, a null.

@@ -35,7 +35,10 @@ from sftd.store.queue import leases as queue
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.journal import Line
 from sftd.wire.preflight import Preflight
-from tests.contract.test_operations import FACTS, LEASE, SHAPE, Clock, lines, step
+from tests.builders.log.attempts import lines
+from tests.builders.log.clock import Clock
+from tests.builders.log.histories import step
+from tests.builders.log.specs import FACTS, LEASE, SHAPE
 
 FOUND = Preflight(SHAPE, FACTS, None, 3, [])
 USER_ERROR = Failure("user error", "m")
@@ -163,11 +166,6 @@ class Farm:
 
     def status(self, run_id: str) -> str:
         return find_run(self.log, run_id).status
-
-
-@pytest.fixture
-def log(store: Store) -> Store:
-    return Store(store.engine, before_commit=(views.catch_up,))
 
 
 @pytest.fixture

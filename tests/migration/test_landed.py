@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm_python
-from tests.patience import PATIENCE
+from tests.builders import warm_python
+from tests.builders.patience import PATIENCE
 
 LANDED = Path(__file__).with_name("landed")
 RUN, FORK = "steady-plover-3615", "fine-osprey-b20b"

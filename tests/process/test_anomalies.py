@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.process.harness import Home
+from tests.builders.process.homes import Home
 
 pytestmark = pytest.mark.slow
 

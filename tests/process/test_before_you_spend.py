@@ -13,9 +13,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
-from tests import json_fields
-from tests.process.conftest import write_tiny_model
-from tests.process.harness import VOCABULARY, Home, write_rows
+from tests.builders import json_fields
+from tests.builders.process.homes import Home
+from tests.builders.process.tiny_llama import VOCABULARY, write_rows, write_tiny_model
 
 Sftd = Callable[..., Result]
 

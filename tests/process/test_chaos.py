@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.chaos import Chaos
-from tests.process.chaos_check import Reference
-from tests.process.chaos_hosts import postgres
-from tests.process.chaos_runs import make_reference
+from tests.builders.chaos.chaos import Chaos
+from tests.builders.chaos.chaos_check import Reference
+from tests.builders.chaos.chaos_hosts import postgres
+from tests.builders.chaos.chaos_runs import make_reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from sftd.launcher import processes
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, at_step
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home, at_step
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from sftd.cli import main
 from sftd.store.database import engine
-from tests.process.harness import Home
+from tests.builders.process.homes import Home
 
 
 def test_a_daemon_waits_for_its_database(home: Home, database_url: str, tmp_path: Path) -> None:

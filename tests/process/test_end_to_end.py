@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, write_rows
-from tests.prometheus import parse
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home
+from tests.builders.process.tiny_llama import write_rows
+from tests.builders.prometheus import parse
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.wire.checkpoint.directory import reading
-from tests import json_fields
-from tests.process.harness import Home
-from tests.process.test_recovery import timeline
+from tests.builders import json_fields
+from tests.builders.process.homes import Home
+from tests.builders.process.timelines import timeline
 
 pytestmark = pytest.mark.slow
 

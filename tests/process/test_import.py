@@ -11,9 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from sftd.wire.attempt.direct_run import DirectRun
-from tests.patience import PATIENCE
-from tests.process.harness import Home
-from tests.process.test_recovery import numbers
+from tests.builders.patience import PATIENCE
+from tests.builders.process.homes import Home
+from tests.builders.process.timelines import numbers
 
 pytestmark = pytest.mark.slow
 

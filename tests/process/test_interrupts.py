@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.claims import port_of_our_own
-from tests.patience import PATIENCE
-from tests.process.harness import Home
+from tests.builders.claims import port_of_our_own
+from tests.builders.patience import PATIENCE
+from tests.builders.process.homes import Home
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from sftd.launcher.slurm import script as slurm_script
 from sftd.launcher.slurm.attempt import SlurmLauncher
 from sftd.launcher.slurm.controller import Controller
 from sftd.wire.attempt.directory import AttemptDir, Order
-from tests.patience import until
-from tests.process.slurm_cluster import SlurmCluster
+from tests.builders.patience import until
+from tests.builders.process.slurm_cluster import SlurmCluster
 
 # Each sleep is a step; at its end a trainer looks whether it is to stop.
 UNTIL_STOPPED = "while [ ! -e stop ]; do sleep 0.02; done; exit 3"

@@ -19,7 +19,7 @@ from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.wire.attempt.directory import AttemptDir, Order
-from tests.patience import PATIENCE, until
+from tests.builders.patience import PATIENCE, until
 
 NEED = Need("cpu", 1, 1)
 

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from tests import json_fields
-from tests.claims import port_of_our_own
-from tests.holds import let_go
-from tests.patience import PATIENCE
-from tests.process.harness import Home, at_step
-from tests.process.mlflow_servers import MlflowServer, Way
+from tests.builders import json_fields
+from tests.builders.claims import port_of_our_own
+from tests.builders.holds import let_go
+from tests.builders.patience import PATIENCE
+from tests.builders.process.homes import Home, at_step
+from tests.builders.process.mlflow_servers import MlflowServer, Way
 
 # Four starts of MLflow, and three of torchrun.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

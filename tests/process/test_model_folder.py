@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tests.process.conftest import write_tiny_model
-from tests.process.harness import Home
+from tests.builders.process.homes import Home
+from tests.builders.process.tiny_llama import write_tiny_model
 
 pytestmark = pytest.mark.slow
 

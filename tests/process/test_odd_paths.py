@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.harness import Home
+from tests.builders.process.homes import Home
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sftd.cli import main
-from tests import json_fields
-from tests.process.harness import Home
+from tests.builders import json_fields
+from tests.builders.process.homes import Home
 
 
 @pytest.fixture

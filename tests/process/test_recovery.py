@@ -10,37 +10,14 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd.wire.attempt import journal
-from tests.holds import let_go
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, at_step
+from tests.builders.holds import let_go
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home, at_step
+from tests.builders.process.timelines import assert_log_holds_journals, timeline
 
 pytestmark = pytest.mark.slow
 
 LONG = ("trainer.max_steps=120", "trainer.save_interval=20")
-
-
-def numbers(event: dict[str, Any]) -> tuple[Any, ...]:
-    """What of a step must come out the same again."""
-    p = event["payload"]
-    return tuple(p[name] for name in ("loss", "grad_norm", "lr", "tokens", "tokens_total", "samples_digest"))
-
-
-def timeline(home: Home, run_id: str) -> dict[int, tuple[Any, ...]]:
-    """Step → numbers, as the last attempt that made the step recorded them."""
-    return {e["payload"]["step"]: numbers(e) for e in home.events(run_id, "StepCompleted")}
-
-
-def assert_log_holds_journals(home: Home, run_id: str) -> None:
-    """Every journal line is in the log once, in order, and no more than those."""
-    events = home.events(run_id)
-    assert [e["version"] for e in events] == list(range(1, len(events) + 1))
-    for number in range(1, home.show(run_id)["attempt"] + 1):
-        lines, _ = journal.read(home.attempt(run_id, number).journal, limit=10**9)
-        ingested = [e for e in events if e["attempt"] == number and e["actor"] == "trainer"]
-        assert [type(line.event).__name__ for line in lines] == [e["type"] for e in ingested]
-        steps = [line.event.step for line in lines if type(line.event).__name__ == "StepCompleted"]
-        assert steps == [e["payload"]["step"] for e in ingested if e["type"] == "StepCompleted"]
 
 
 def assert_time_adds_up(home: Home, shown: dict[str, Any]) -> dict[str, float]:

@@ -16,7 +16,8 @@ import yaml
 from click.testing import CliRunner
 
 from sftd.cli import main
-from tests.process.harness import SHAPE, VOCABULARY, Home, write_rows
+from tests.builders.process.homes import Home
+from tests.builders.process.tiny_llama import SHAPE, VOCABULARY, write_rows
 
 INT = pa.list_(pa.int32())
 Prepare = Callable[[Home], None]

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sftd.launcher import processes
-from tests.holds import let_go
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, at_step
-from tests.process.test_recovery import assert_log_holds_journals, timeline
+from tests.builders.holds import let_go
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home, at_step
+from tests.builders.process.timelines import assert_log_holds_journals, timeline
 
 pytestmark = pytest.mark.slow
 

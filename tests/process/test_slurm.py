@@ -15,11 +15,11 @@ import pytest
 from sftd.launcher.slurm import doctor as doctor_slurm
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.remains import find_remains
-from tests.holds import let_go
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, at_step
-from tests.process.slurm_cluster import NODES, SlurmCluster
-from tests.process.test_recovery import assert_log_holds_journals, timeline
+from tests.builders.holds import let_go
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home, at_step
+from tests.builders.process.slurm_cluster import NODES, SlurmCluster
+from tests.builders.process.timelines import assert_log_holds_journals, timeline
 
 pytestmark = pytest.mark.slow
 

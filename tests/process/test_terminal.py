@@ -26,8 +26,8 @@ from rich.cells import cell_len
 
 from sftd.store.database.engine import Store
 from sftd.wire.attempt.directory import AttemptDir, RunDir
-from tests.histories import FAILED, SUCCEEDED, append, claimed, open_log, spec, step, submitted
-from tests.patience import PATIENCE
+from tests.builders.log.histories import FAILED, SUCCEEDED, append, claimed, open_log, spec, step, submitted
+from tests.builders.patience import PATIENCE
 
 RUN = "brave-otter-3f2a"
 # The last one may not have been read to its end.

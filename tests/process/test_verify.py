@@ -17,9 +17,10 @@ import pytest
 
 from sftd.launcher import processes
 from sftd.wire.attempt.directory import AttemptDir
-from tests import json_fields
-from tests.patience import PATIENCE, until
-from tests.process.harness import Home, write_rows
+from tests.builders import json_fields
+from tests.builders.patience import PATIENCE, until
+from tests.builders.process.homes import Home
+from tests.builders.process.tiny_llama import write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.log.events import ModelLoaded, ValidationCompleted
+from tests.builders.paths import ROOT
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Trainer
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = ROOT / "scripts"
 
 
 def script(name: str, *arguments: object) -> str:

@@ -15,19 +15,19 @@ from sftd.trainer.chat.errors import ChatError
 from sftd.trainer.chat.mask import ChatMasker, MaskedChat
 from sftd.trainer.chat.render import RenderedChat
 from sftd.wire.data.rows import IGNORE_INDEX
-from tests.trainer.chat_templates import (
+from tests.builders.trainer.chat_templates import (
     FAMILIES,
     MISTRAL,
     QWEN3,
     QWEN25,
     SPECIALS,
     WITH_TOOLS,
+    Chat,
     byte_fallback_tokenizer,
     byte_level_tokenizer,
     unmarked,
 )
 
-Chat = list[dict[str, Any]]
 _SMOLLM2 = (
     Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "sftd/models/SmolLM2-135M-Instruct"
 )
@@ -269,5 +269,5 @@ def test_what_a_template_leaves_out_is_refused(template: str, messages: Chat, me
 
 def test_tools_that_a_template_does_not_know_are_refused() -> None:
     tokenizer = byte_level_tokenizer("smollm2", unmarked(FAMILIES["smollm2"]))
-    with pytest.raises(ChatError, match="does not tell the model of the tool 'weather'"):
+    with pytest.raises(ChatError, match="does not show the model the tool 'weather'"):
         ChatMasker(tokenizer).render(CALLS[5:], TOOLS)

@@ -18,13 +18,13 @@ from sftd.domain.spec.spec import spec_digest
 from sftd.wire.checkpoint import manifest as manifests
 from sftd.wire.checkpoint.directory import delete_folder, reading
 from sftd.wire.checkpoint.manifest import Manifest
-from tests.patience import until
-from tests.trainer.checkpoint_files import contents, tensors, values
-from tests.warm import has_ended
+from tests.builders.patience import until
+from tests.builders.trainer.checkpoint_files import contents, tensors, values
+from tests.builders.warm_ranks import has_ended
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer
-    from tests.warm import WarmTrainer
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -18,13 +18,13 @@ import pytest
 from sftd.domain.log.events import CheckpointDeleted, CheckpointPublished
 from sftd.trainer.direct import plan as direct_plan
 from sftd.wire.attempt.direct_run import DirectRun
-from tests import json_fields
-from tests.patience import PATIENCE
-from tests.trainer.conftest import write_rows
-from tests.trainer.direct_runs import Direct, events, exact, sftd, show
+from tests.builders import json_fields
+from tests.builders.patience import PATIENCE
+from tests.builders.trainer.direct_runs import Direct, events, exact, sftd, show
+from tests.builders.trainer.tiny_models import write_rows
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Trainer
 
 LONG = {"max_steps": 30, "save_interval": 5, "val_before_train": False}
 

@@ -10,9 +10,9 @@ import pytest
 from sftd.domain.log.events import CheckpointPublished
 
 if TYPE_CHECKING:
-    from tests.durability import Trace
-    from tests.trainer.conftest import Trainer
-    from tests.warm import WarmTrainer
+    from tests.builders.durability import Trace
+    from tests.builders.trainer.trainers import Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 pytestmark = pytest.mark.slow
 

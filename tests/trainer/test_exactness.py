@@ -10,10 +10,11 @@ import pytest
 
 from sftd.domain.log.events import CheckpointPublished, StepCompleted, TrainingResumed
 from sftd.wire.checkpoint import manifest as manifests
+from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
-    from tests.warm import WarmTrainer
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,6 @@ SEED = 4
 STEPS = 10
 # Rows are 37, a batch is 8: the fifth step takes the first epoch's last rows and the second's first.
 EPOCH_ENDS = 5
-MEGATRON = "model__megatron__"
 TP2 = {MEGATRON + "tensor_model_parallel_size": 2}
 PP2 = {
     MEGATRON + "pipeline_model_parallel_size": 2,

@@ -9,16 +9,17 @@ import pytest
 from sftd.domain.log.events import ModelLoaded, SampleGenerated
 from sftd.domain.model.parameters import whole_model
 from sftd.wire.model.folder import read_shape
-from tests.trainer.test_resume import exact, resume, weights_digests  # type: ignore[import-not-found]
-from tests.trainer.test_training import reference  # type: ignore[import-not-found]
+from tests.builders.trainer.experts import EP2, overrides_of
+from tests.builders.trainer.resumes import exact, resume, weights_digests
+from tests.builders.trainer.trainers import MEGATRON
+from tests.builders.trainer.transformers_loop import reference
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.trainer.conftest import Run, Trainer, WarmTrainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
-MEGATRON = "model__megatron__"
-EP2 = {MEGATRON + "expert_model_parallel_size": 2}
 TP2 = {MEGATRON + "tensor_model_parallel_size": 2, MEGATRON + "sequence_parallel": True}
 # Packing and recomputation are mixed in; with four ranks two hold the same experts.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -38,11 +39,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2 | {"model__enable_gradient_checkpointing": True}),
     "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2}),
 }
-
-
-def overrides_of(models: Path, **overrides: Any) -> dict[str, Any]:
-    sampled = {"trainer__sample_prompts": ["abc"], "trainer__sample_max_tokens": 8}
-    return {"model__partial_pretrain": str(models / "qwen3_moe"), **sampled, **overrides}
 
 
 @pytest.fixture(scope="module")

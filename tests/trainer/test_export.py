@@ -19,17 +19,16 @@ from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.log.events import CheckpointPublished, ModelLoaded, SampleGenerated
 from sftd.wire.checkpoint import manifest as manifests
 from sftd.wire.checkpoint import reduction as checkpoint_reduction
-from tests.durability import Trace
-from tests.trainer.conftest import MODELS, PROMPT  # type: ignore[import-not-found]
-from tests.trainer.test_experts import EP2, overrides_of  # type: ignore[import-not-found]
-from tests.trainer.test_training import real_model  # type: ignore[import-not-found]
+from tests.builders.durability import Trace
+from tests.builders.paths import RANKS
+from tests.builders.trainer.experts import EP2, overrides_of
+from tests.builders.trainer.tiny_models import MODELS, PROMPT, real_model
+from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer
+    from tests.builders.trainer.trainers import Run, Trainer
 
-RANKS = Path(__file__).with_name("export_ranks.py")
-ALL = Path(__file__).with_name("export_all.py")
-MEGATRON = "model__megatron__"
+ALL = RANKS / "export_all.py"
 BF16 = "llama_bf16"
 GIVEN = ChatTemplate(text="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}?")
 
@@ -122,7 +121,7 @@ def publish_and_export(
         for model in folders
     }
     (main.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
-    trainer.finish(main, trainer.start(main, script=RANKS))
+    trainer.finish(main, trainer.start(main, script=RANKS / "export_ranks.py"))
     outs = {model: root / model for model in folders}
     arguments = [
         [str(a.order_file), str(published(a.path / "checkpoints/step-00000001")), str(outs[model])]

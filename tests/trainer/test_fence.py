@@ -11,12 +11,12 @@ from sftd.domain.log.events import AnomalyDetected
 from sftd.trainer.errors import GivenUp
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.wire.attempt.directory import AttemptDir
-from tests.patience import until
-from tests.warm import has_ended
+from tests.builders.patience import until
+from tests.builders.warm_ranks import has_ended
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer
-    from tests.warm import WarmTrainer
+    from tests.builders.trainer.trainers import Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 
 def test_behind_the_fence_no_line_is_written(tmp_path: Path) -> None:

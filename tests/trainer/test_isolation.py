@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
+from tests.builders.paths import RANKS
 
-SCRIPT = Path(__file__).with_name("isolation_ranks.py")
+if TYPE_CHECKING:
+    from tests.builders.trainer.trainers import Trainer
+
+SCRIPT = RANKS / "isolation_ranks.py"
 # Name → (sizes, model chunks of a rank).
 LAYOUTS = {
     "pp2": ({"pipeline_model_parallel_size": 2}, 1),

@@ -6,11 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("kernels_interpreted.py")
+from tests.builders.paths import RANKS
+
+SCRIPT = RANKS / "kernels_interpreted.py"
 
 
 @pytest.mark.skipif(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.process.kill_while_saving import KillWhileSaving
+from tests.builders.process.kill_while_saving import KillWhileSaving
 
 if TYPE_CHECKING:
-    from tests.warm import WarmTrainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,14 +17,15 @@ import pytest
 from sftd.domain.log.events import ModelLoaded, SampleGenerated, StepCompleted
 from sftd.domain.model.parameters import held
 from sftd.wire.model.folder import read_shape
+from tests.builders.paths import RANKS
+from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
     import torch
 
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Run, Trainer
 
-SCRIPT = Path(__file__).with_name("layouts_ranks.py")
-MEGATRON = "model__megatron__"
+SCRIPT = RANKS / "layouts_ranks.py"
 TP2, PP2, CP2 = (
     {f"{MEGATRON}{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context")
 )

@@ -14,10 +14,10 @@ import pytest
 
 from sftd.domain.log.events import ModelLoaded, SampleGenerated, StepCompleted
 from sftd.wire.attempt.direct_run import DirectRun
-from tests import json_fields
-from tests.patience import PATIENCE
-from tests.trainer.direct_runs import ROOT, environment, events, sftd
-from tests.warm_client import VARIABLE
+from tests.builders import json_fields
+from tests.builders.patience import PATIENCE
+from tests.builders.trainer.direct_runs import ROOT, environment, events, sftd
+from tests.builders.warm_client import VARIABLE
 
 SCRIPT = ROOT / "scripts" / "run_llama2_7b_megatron.sh"
 PROMPTS = ["abc", "what is this?"]

@@ -31,17 +31,17 @@ from sftd.domain.log.events import (
     TrainingResumed,
 )
 from sftd.domain.spec.spec import OrderStart
-from tests.trainer import plain
-from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
-from tests.trainer.plain import Plain, Settings, count
-from tests.unit.test_sample_order import ORDERS
+from tests.builders.paths import RANKS
+from tests.builders.trainer import plain
+from tests.builders.trainer.plain import Plain, Settings, count
+from tests.builders.trainer.sample_orders import ORDERS
+from tests.builders.trainer.trainers import MEGATRON, Run, Trainer
 
 if TYPE_CHECKING:
-    from tests.warm import WarmTrainer
+    from tests.builders.warm_ranks import WarmTrainer
 
-TRAIN_ATTEMPTS = Path(__file__).with_name("layouts_ranks.py")
-EXPORT = Path(__file__).with_name("export_all.py")
-MEGATRON = "model__megatron__"
+TRAIN_ATTEMPTS = RANKS / "layouts_ranks.py"
+EXPORT = RANKS / "export_all.py"
 LONGEST, BATCH, PROMPTS, ANSWER = 20, 4, ("abc", "ddd", "fe", "d"), 7
 # Ten of twelve rows are usable, in the order of a list that was recorded with the seed 1234.
 ORDER = [row for epoch in ORDERS[1234, 10] for row in epoch]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.trainer.test_training import real_model  # type: ignore[import-not-found]
+from tests.builders.paths import RANKS
+from tests.builders.trainer.tiny_models import real_model
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Trainer
 
-SCRIPT = Path(__file__).with_name("parity_ranks.py")
+SCRIPT = RANKS / "parity_ranks.py"
 MODELS = (
     *("llama_tied", "llama", "llama2", "llama3_rope", "mistral", "qwen2", "qwen2_untied", "qwen3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),

@@ -27,7 +27,8 @@ from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_
 from sftd.trainer.tools.protocol import EventWriter
 from sftd.wire.data.chat_template import METADATA_KEY
 from sftd.wire.data.rows import IGNORE_INDEX
-from tests import json_fields
+from tests.builders import json_fields
+from tests.builders.trainer.chat_templates import Chat
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -83,8 +84,6 @@ SPECIALS = {
     LLAMA3: ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     MISTRAL: ("<s>", "</s>", "[INST]", "[/INST]"),
 }
-
-Chat = list[dict[str, Any]]
 
 
 def tiny_tokenizer(template: str, *, trim_offsets: bool = True) -> PreTrainedTokenizerFast:

@@ -20,7 +20,7 @@ from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.chat.tokenizer import stop_token_ids
 from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from sftd.trainer.tools.protocol import EventWriter
-from tests.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
+from tests.builders.trainer.chat_templates import QWEN25, byte_level_tokenizer, unmarked
 
 Piece = tuple[str, bool]
 TOOL = {"type": "function", "function": {"name": "f"}}

@@ -20,7 +20,7 @@ from sftd.trainer.tools.prepare.sources.chat_files import open_source, pieces, r
 from sftd.trainer.tools.prepare.sources.dataset_folder import expand
 from sftd.trainer.tools.prepare.tokenize_pieces import TokenizeOptions
 from sftd.trainer.tools.protocol import EventWriter
-from tests.trainer.chat_templates import FAMILIES, byte_level_tokenizer, unmarked
+from tests.builders.trainer.chat_templates import FAMILIES, byte_level_tokenizer, unmarked
 
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

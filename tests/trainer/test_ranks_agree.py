@@ -26,11 +26,11 @@ from sftd.domain.log.events import (
     WeightsDigested,
 )
 from sftd.wire.checkpoint import manifest as manifests
-from tests.trainer.checkpoint_files import contents, tensors
+from tests.builders.trainer.checkpoint_files import contents, tensors
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer
-    from tests.warm import Fault, WarmTrainer
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import Fault, WarmTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,41 +19,13 @@ from sftd.domain.log.events import (
     TrainingResumed,
     ValidationCompleted,
 )
-from sftd.wire.checkpoint import manifest as manifests
-from tests.patience import PATIENCE, until
+from tests.builders.patience import PATIENCE, until
+from tests.builders.trainer.checkpoint_files import Payload
+from tests.builders.trainer.resumes import exact, resume, weights_digests
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
-    from tests.warm import WarmTrainer
-
-
-def exact(run: Run) -> dict[int, tuple[Any, ...]]:
-    """What must be the same bit for bit."""
-    return {
-        s.step: (s.loss, s.grad_norm, s.lr, s.epoch, s.tokens, s.tokens_total, s.samples_digest)
-        for s in run.events(StepCompleted)
-    }
-
-
-def weights_digests(run: Run, step: int) -> dict[str, str]:
-    """sha256 of each data file of a checkpoint: weights, optimizer, random streams. `.metadata` names its own folder."""
-    return {
-        f.name: f.sha256 for f in manifests.read(run.checkpoint(step), None).files if f.name != ".metadata"
-    }
-
-
-def resume(
-    trainer: Trainer, warm: WarmTrainer, name: str, first: Run, step: int, ranks: int = 1, **overrides: Any
-) -> Run:
-    published = next(e for e in first.events(CheckpointPublished) if e.step == step)
-    attempt = trainer.prepare(
-        name,
-        trainer.spec(ranks, **overrides),
-        checkpoint=published.path,
-        checkpoint_digest=published.manifest_digest,
-        checkpoint_dir=first.attempt.order().checkpoint_dir,
-    )
-    return trainer.train(warm, attempt)
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 
 def test_after_a_kill_one_rank_goes_on_bit_for_bit(trainer: Trainer, base: Run) -> None:
@@ -157,16 +129,6 @@ def test_a_redone_step_keeps_the_published_checkpoint(trainer: Trainer, warm: Wa
         before.bytes,
         before.manifest_digest,
     )
-
-
-class Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self._path,)
 
 
 def test_a_tampered_checkpoint_is_rejected_before_it_is_unpickled(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -26,10 +26,11 @@ from sftd.domain.log.events import (
     StepCompleted,
 )
 from sftd.wire.checkpoint import manifest as manifests
+from tests.builders.trainer.checkpoint_files import Payload
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
-    from tests.warm import WarmTrainer
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -291,16 +292,6 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     assert (rejected.step, rejected.path) == (3, str(folder))
     assert reason in rejected.reason
     assert not run.events(StepCompleted)
-
-
-class Payload:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self._path,)
 
 
 def hostile_metadata(folder: Path, proof: Path) -> None:

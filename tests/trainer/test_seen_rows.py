@@ -17,7 +17,7 @@ from sftd.trainer.data.sample_order import samples_digest
 
 if TYPE_CHECKING:
     from sftd.wire.attempt.directory import AttemptDir
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
+    from tests.builders.trainer.trainers import Run, Trainer
 
 
 def ask(attempt: AttemptDir, *arguments: str) -> dict[str, Any]:

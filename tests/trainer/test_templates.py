@@ -28,7 +28,7 @@ from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_
 from sftd.trainer.tools.protocol import EventWriter
 from sftd.wire.data.chat_template import METADATA_KEY
 from sftd.wire.data.rows import IGNORE_INDEX
-from tests.trainer.chat_templates import (
+from tests.builders.trainer.chat_templates import (
     FAMILIES,
     LLAMA3,
     QWEN25,
@@ -40,7 +40,6 @@ from tests.trainer.chat_templates import (
     unmarked,
 )
 
-Chat = list[dict[str, Any]]
 QUESTION = {"role": "user", "content": "1+1?"}
 AGAIN = {"role": "user", "content": "2+2?"}
 INLINE = {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n2"}

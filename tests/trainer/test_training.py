@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -26,58 +25,12 @@ from sftd.domain.log.events import (
     ValidationCompleted,
     WeightsDigested,
 )
-from sftd.domain.spec.learning_rate import learning_rate
 from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from tests.builders.trainer.tiny_models import real_model
+from tests.builders.trainer.transformers_loop import reference
 
 if TYPE_CHECKING:
-    from tests.trainer.conftest import Run, Trainer  # type: ignore[import-not-found]
-
-
-def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
-    spec = run.attempt.order().spec
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            spec.model.partial_pretrain, dtype=torch.float32
-        )
-    table = pq.read_table(spec.data.train_files[0])
-    rows = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
-    order = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=True)
-    parameters = list(model.parameters())
-    o = spec.optimizer
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=(o.adam_beta1, o.adam_beta2),
-        eps=o.adam_eps,
-    )
-    losses, norms = [], []
-    planned = run.attempt.order().planned_steps
-    size = spec.data.train_batch_size
-    for step in range(steps):
-        batch = [rows[i] for i in order.rows(step * size, size)]
-        tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in batch)
-        total = 0.0
-        optimizer.zero_grad()
-        for ids, labels in batch:
-            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-            loss = (
-                torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / tokens
-            )
-            loss.backward()
-            total += loss.item()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, o.clip_grad).item())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, spec, planned)
-        optimizer.step()
-        losses.append(total)
-    return losses, norms
+    from tests.builders.trainer.trainers import Run, Trainer
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed"])
@@ -89,15 +42,6 @@ def test_equals_a_plain_pytorch_loop(trainer: Trainer, base: Run, rows: str) -> 
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
     assert max(norms) > run.attempt.order().spec.optimizer.clip_grad, "clipping was not tried"
-
-
-def real_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct; skips the test where it is not."""
-    default = Path.home() / ".cache/sftd/models/SmolLM2-135M-Instruct"
-    folder = Path(os.environ.get("SFTD_TEST_MODEL", default))
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"no model in {folder}: `make demo` fetches it, SFTD_TEST_MODEL names another folder")
-    return folder
 
 
 @pytest.mark.slow

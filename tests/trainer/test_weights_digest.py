@@ -14,8 +14,8 @@ from sftd.domain.log.events import StepCompleted, WeightsDigested
 from sftd.trainer.checkpoint import weights_digest
 from sftd.trainer.checkpoint.weights_digest import WeightsDigest
 from sftd.trainer.errors import UserError
-from tests.trainer.conftest import Trainer
-from tests.warm import WarmTrainer
+from tests.builders.trainer.trainers import Trainer
+from tests.builders.warm_ranks import WarmTrainer
 
 Digest = Callable[..., WeightsDigested]
 

@@ -16,8 +16,8 @@ from sftd.launcher.command import environment, torchrun_argv, torchrun_argv_of_n
 from sftd.launcher.slurm.attempt import job_environment
 from sftd.launcher.tools import run_tool
 from sftd.wire.attempt.directory import AttemptDir
-from tests.patience import PATIENCE
-from tests.unit.test_slurm_script import Job
+from tests.builders.patience import PATIENCE
+from tests.builders.process.slurm_jobs import Job
 
 SECRET = "hush-hush-9"
 # Every variable in which sftd, its database's driver or MLflow looks for a secret.

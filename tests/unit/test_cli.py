@@ -32,7 +32,7 @@ from sftd.domain.repro.steps import REDONE_DIFFERS
 from sftd.domain.run.state import Run
 from sftd.domain.spec.sections import Model, Optimizer, Trainer
 from sftd.domain.spec.spec import Spec
-from tests import json_fields
+from tests.builders import json_fields
 
 HEAVY = (
     "torch",

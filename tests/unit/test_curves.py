@@ -14,7 +14,7 @@ from sftd.cli.terminal.plot import Series, plot, scale_of, sparkline
 from sftd.domain.compare.curves import Bucket, Curves, History, Point, thin, width_for
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
-from tests.histories import FAILED, SECOND, SUCCEEDED, claimed, published, step
+from tests.builders.log.histories import FAILED, SECOND, SUCCEEDED, claimed, published, step
 
 
 def point(number: int, loss: float = 1.0, **changes: object) -> Point:

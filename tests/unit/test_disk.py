@@ -15,7 +15,7 @@ from sftd.domain.plan.disk import storage
 from sftd.domain.spec.spec import Spec
 from sftd.wire import preflight
 from sftd.wire.checkpoint import disk
-from tests.contract.test_operations import SHAPE
+from tests.builders.log.specs import SHAPE
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:

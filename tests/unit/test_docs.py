@@ -14,8 +14,8 @@ import pytest
 from sftd.cli import COMMANDS, main
 from sftd.cli.look.config import reference
 from sftd.domain.run.failures import Cause
+from tests.builders.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -29,7 +29,7 @@ from sftd.wire.checkpoint.directory import remove
 from sftd.wire.checkpoint.manifest import Manifest
 from sftd.wire.checkpoint.reduction import reduce
 from sftd.wire.model import digest as model_digest
-from tests.durability import Trace, observed
+from tests.builders.durability import Trace, observed
 
 A_MINUTE = 60.0
 STEP = e.CheckpointStarted(step=1)

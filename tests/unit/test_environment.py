@@ -12,7 +12,7 @@ from sftd.domain.log import events as e
 from sftd.domain.log.history import timeline
 from sftd.domain.repro.environment import environment_differences, gives_same_numbers
 from sftd.domain.repro.verifier import Comparing
-from tests.unit.test_run_history import Log, step
+from tests.builders.log.run_log import Log, step
 
 # Every part that a trainer records, with another value of it, and whether that decides numbers.
 PARTS: list[tuple[str, Any, Any, bool]] = [

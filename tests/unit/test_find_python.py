@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import PATIENCE
+from tests.builders.paths import ROOT
+from tests.builders.patience import PATIENCE
 
-SCRIPT = Path(__file__).parents[2] / "scripts/find-python"
+SCRIPT = ROOT / "scripts/find-python"
 GOOD = 'case "$2" in *version_info*) exit 0;; *) echo "$0";; esac'
 TOO_OLD = 'case "$2" in *version_info*) exit 1;; *) echo "$0";; esac'
 # What a pyenv shim does when the version that it stands for is not active.

@@ -7,24 +7,7 @@ import pytest
 
 from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.flops import matmul_parameters, peak_flops, training_flops
-
-LLAMA_1B = ModelShape(
-    architecture="LlamaForCausalLM",
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=None,
-    tie_word_embeddings=True,
-    attention_bias=False,
-    qk_norm=False,
-)
+from tests.builders.plan.model_shapes import LLAMA_1B
 
 
 def test_llama_1b_has_the_parameters_of_its_model_card() -> None:

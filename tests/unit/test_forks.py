@@ -17,7 +17,7 @@ from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.failures import Failure
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import OrderStart
-from tests.unit.test_run_history import CRASH, Log
+from tests.builders.log.run_log import CRASH, Log
 
 BAD = Failure("bad checkpoint", "manifest.json is missing")
 

@@ -11,7 +11,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.run import decisions, retention
 from sftd.domain.run.failures import Failure
 from sftd.domain.run.state import ForkPoint, Run
-from tests.unit.test_run_history import Log, validated
+from tests.builders.log.run_log import Log, validated
 
 
 def succeeded(**overrides: Any) -> Run:

@@ -13,19 +13,8 @@ from sftd.domain.model.checks import check_model
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from tests.builders.plan.model_configs import DENSE
 
-DENSE = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 4096,
-    "rope_theta": 500000.0,
-    "torch_dtype": "bfloat16",
-}
 # As their publishers write them: transformers 4's keys.
 MIXTRAL = DENSE | {
     "architectures": ["MixtralForCausalLM"],

@@ -12,7 +12,7 @@ from sftd.domain.compare.curves import Curves, Point
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
 from sftd.domain.repro.steps import compare_redone
-from tests.unit.test_run_history import step
+from tests.builders.log.run_log import step
 
 TOLERANCES = [
     ("loss", "bfloat16", 0.02),

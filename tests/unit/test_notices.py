@@ -17,7 +17,7 @@ from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.projections.notices.channels import Command, NotSent, channels
 from sftd.settings import SettingsError, read
-from tests.patience import PATIENCE
+from tests.builders.patience import PATIENCE
 
 SECRET = "https://hooks.example.com/services/T0/hush-hush-9"
 TRIAL = notices.trial(0, "ada")

@@ -20,114 +20,28 @@ from sftd.domain.plan.plan import Facts, make_plan
 from sftd.domain.plan.search import search
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.check import check
-from sftd.domain.spec.parse import change, parse
+from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import Spec
-from tests.unit.test_flops import LLAMA_1B
+from tests.builders.plan.model_shapes import EXPERTS, LLAMA_1B, LLAMA_3B, LLAMA_7B, QWEN_600M, SMOLLM_135M
+from tests.builders.plan.plans import (
+    CP,
+    DEMO,
+    EP,
+    H100,
+    H200,
+    PP,
+    RMPAD,
+    SP,
+    TOKENS,
+    TP,
+    TWO_CORES,
+    VPP,
+    rows_of,
+    spec_of,
+)
 
 GIB = 2**30
-H100 = Machine(device="cuda", name="NVIDIA H100 80GB HBM3")
-H200 = Machine(device="cuda", name="NVIDIA H200")
-TWO_CORES = Machine(device="cpu", name="cpu", cores=2)
 replace = msgspec.structs.replace
-LLAMA_7B = replace(
-    LLAMA_1B,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_key_value_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-    tie_word_embeddings=False,
-)
-LLAMA_3B = replace(LLAMA_1B, hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, head_dim=128)
-QWEN_600M = replace(
-    LLAMA_1B,
-    architecture="Qwen3ForCausalLM",
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    head_dim=128,
-    vocab_size=151936,
-    qk_norm=True,
-)
-SMOLLM_135M = replace(
-    LLAMA_1B,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    vocab_size=49152,
-)
-# Small enough to count on paper: two experts of a token's four, with a norm of queries and keys.
-EXPERTS = replace(
-    LLAMA_1B,
-    architecture="Qwen3MoeForCausalLM",
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    vocab_size=11,
-    tie_word_embeddings=False,
-    qk_norm=True,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=6,
-)
-TP, PP, VPP, CP, EP = (
-    f"model.megatron.{name}_parallel_size"
-    for name in (
-        "tensor_model",
-        "pipeline_model",
-        "virtual_pipeline_model",
-        "context",
-        "expert_model",
-    )
-)
-SP = "model.megatron.sequence_parallel"
-
-
-def spec_of(*given: tuple[str, Any], batch: int = 16, length: int = 4096) -> Spec:
-    config = {
-        "model": {"partial_pretrain": "m"},
-        "data": {"train_files": ["t"], "train_batch_size": batch, "sequence_length": length},
-        "trainer": {"max_steps": 8},
-    }
-    return parse(config, given)[0]
-
-
-def rows_of(length: int, rows: int = 1000) -> DataFacts:
-    """Rows of one length, all but the first token trained."""
-    return DataFacts(
-        files=["t"],
-        digest="",
-        rows=rows,
-        tokens=rows * length,
-        trained_tokens=rows * (length - 1),
-        longest=length,
-        truncated=0,
-        unusable=0,
-        seen_tokens=rows * length,
-        seen_squares=rows * length**2,
-        lengths=(length,) * len(LENGTH_QUANTILES),
-    )
-
-
-# The data of the demo: 3,287 questions and answers out of Python's standard library.
-DEMO = DataFacts(
-    files=["t"],
-    digest="",
-    rows=3287,
-    tokens=208202,
-    trained_tokens=52006,
-    longest=134,
-    truncated=0,
-    unusable=0,
-    seen_tokens=208202,
-    seen_squares=13629580,
-)
 
 
 def facts(shape: ModelShape, data: DataFacts, steps: int = 8) -> Facts:
@@ -239,7 +153,6 @@ MEASURED: list[tuple[str, list[tuple[str, Any]], tuple[ModelShape, int, int], Ma
 ]
 # By `scripts/measure_plan.py --shape …` with these keys: peak GiB, seconds of the third step. Planned before measured.
 SELECTIVE = (FULL, ("model.recompute", "selective"))
-RMPAD, TOKENS = ("training.use_rmpad", True), "training.micro_batch_tokens"
 BY_PARTS: list[tuple[str, list[tuple[str, Any]], ModelShape, float, float]] = [
     ("1B, 4 rows", [("training.micro_batch_size_per_gpu", 4)], LLAMA_1B, 41.523, 1.010),
     ("1B, full", [RMPAD, (TOKENS, 16384), FULL], LLAMA_1B, 23.993, 1.376),

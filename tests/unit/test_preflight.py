@@ -23,7 +23,7 @@ from sftd.wire.attempt.directory import Order
 from sftd.wire.data import dataset
 from sftd.wire.model.folder import stop_ids
 from sftd.wire.spec import grid as sweep
-from tests.unit.test_model_folder import DENSE
+from tests.builders.plan.model_configs import DENSE
 
 ROWS = {
     "input_ids": [[1, 2, 3], [4, 5], [6, 7, 8, 9], [5, 6], [7, 2]],

@@ -21,7 +21,7 @@ from sftd.launcher.local import LocalAttempt
 from sftd.wire.attempt.direct_run import DirectRun, Submission
 from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
 from sftd.wire.attempt.journal import JournalWriter
-from tests.patience import PATIENCE
+from tests.builders.patience import PATIENCE
 
 
 @pytest.fixture(autouse=True)

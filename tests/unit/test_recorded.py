@@ -35,17 +35,15 @@ from sftd.domain.run.fold import evolve
 from sftd.domain.run.state import Run
 from sftd.domain.spec.parse import LEAVES, parse
 from sftd.domain.spec.spec import Spec
-from tests.unit.test_plan import (
+from tests.builders.log.run_log import Log, step, validated
+from tests.builders.plan.model_shapes import EXPERTS, LLAMA_1B, LLAMA_7B, QWEN_600M
+from tests.builders.plan.plans import (
     CP,
     DEMO,
     EP,
-    EXPERTS,
     H100,
     H200,
-    LLAMA_1B,
-    LLAMA_7B,
     PP,
-    QWEN_600M,
     RMPAD,
     SP,
     TOKENS,
@@ -54,7 +52,6 @@ from tests.unit.test_plan import (
     rows_of,
     spec_of,
 )
-from tests.unit.test_run_history import Log, step, validated
 
 GOLDEN = Path(__file__).parent / "golden"
 EIGHT_CORES = Machine(device="cpu", name="cpu", cores=8)

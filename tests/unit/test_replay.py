@@ -27,7 +27,8 @@ from sftd.domain.log.history import (
 from sftd.domain.repro.verifier import Comparing, by_how_much
 from sftd.domain.run.fold import fold
 from sftd.domain.run.state import Run
-from tests.unit.test_run_history import _STORY, Log, _live, step
+from tests.builders.log.run_log import Log, step
+from tests.builders.log.stories import STORY, live
 
 NOW = 1_700_000_000_000_000
 HOUR = 3_600_000_000
@@ -84,11 +85,11 @@ def interrupted() -> Log:
 
 
 @settings(max_examples=150, deadline=None)
-@given(_STORY, st.data())
+@given(STORY, st.data())
 def test_at_a_version_the_state_is_what_it_was_then(story: list[str], data: st.DataObject) -> None:
     """Not against another fold: against the state from which the next deed of the story was decided."""
     done = data.draw(st.integers(0, len(story)))
-    then, whole = _live(story[:done]), _live(story)
+    then, whole = live(story[:done]), live(story)
     played = up_to(whole.recorded, AtVersion(then.run.version))
     assert msgspec.json.encode(fold(Run(whole.run.run_id), played)) == msgspec.json.encode(then.run)
     # Each event has its own time here, so a time is as good as a version; a step is in the state that it leads to.

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from sftd.domain.errors import Refused
 from sftd.domain.log import events
-from sftd.domain.log.events import Event, Recorded
 from sftd.domain.repro import steps as redoing
 from sftd.domain.run import decisions, retention
 from sftd.domain.run import state as run_state
@@ -20,112 +19,9 @@ from sftd.domain.run import stops as halting
 from sftd.domain.run.failures import NOT_RETRIED, Failure
 from sftd.domain.run.fold import evolve, fold
 from sftd.domain.run.state import ACTIVE, ENDED, Run
-from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import OrderStart
-
-CRASH = Failure("crash", "rank 0: ValueError: boom", ["ValueError: boom"])
-TOKENS = 100
-
-
-class Log:
-    """A run's stream in memory."""
-
-    def __init__(self, planned: int = 40, **overrides: Any) -> None:
-        config = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}}
-        spec, _ = parse(config, [(k.replace("__", "."), v) for k, v in overrides.items()])
-        self.recorded: list[Recorded] = []
-        self.run = Run("brave-otter-3f2a")
-        self.add(
-            events.RunSubmitted(
-                spec=msgspec.to_builtins(spec),
-                spec_digest="s",
-                planned_steps=planned,
-                user="ada",
-                data={},
-                model={},
-                sftd_version="0",
-            )
-        )
-
-    def add(self, *new: Event) -> Log:
-        for event in new:
-            version = len(self.recorded) + 1
-            recorded = Recorded(
-                position=version,
-                event_id=str(version),
-                run_id=self.run.run_id,
-                version=version,
-                type=type(event).__name__,
-                schema_version=1,
-                occurred_at=version * 1_000_000,
-                recorded_at=version * 1_000_000,
-                attempt=self.run.attempt or None,
-                actor="test",
-                causation_id=None,
-                event=event,
-            )
-            if isinstance(event, events.AttemptClaimed):
-                recorded = msgspec.structs.replace(recorded, attempt=self.run.attempt + 1)
-            self.recorded.append(recorded)
-            self.run = evolve(self.run, recorded)
-        return self
-
-    def claim(self) -> Log:
-        self.add(decisions.claim(self.run, "daemon", "host"))
-        checkpoint = next((c for c in self.run.checkpoints if c.step == self.run.step), None)
-        if checkpoint:
-            self.add(
-                events.TrainingResumed(
-                    step=checkpoint.step, path=checkpoint.path, tokens_total=checkpoint.tokens_total
-                )
-            )
-        return self
-
-    def train(self, until: int, *, save_every: int = 0, tokens: int = TOKENS) -> Log:
-        for number in range(self.run.step + 1, until + 1):
-            self.add(step(number, tokens=tokens))
-            if save_every and number % save_every == 0:
-                self.save()
-        return self
-
-    def save(self) -> Log:
-        number = self.run.step
-        return self.add(events.CheckpointStarted(step=number), published(number))
-
-    def end(self, failure: Failure = CRASH, exit_code: int | None = 1, *, lost: bool = False) -> Log:
-        return self.add(
-            *decisions.end_attempt(
-                self.run, exit_code=exit_code, failure=failure, lost=lost, now=0, backoff_base=15.0
-            )
-        )
-
-    @property
-    def types(self) -> list[str]:
-        return [r.type for r in self.recorded]
-
-
-def step(number: int, loss: float = 2.0, tokens: int = TOKENS, **changes: Any) -> events.StepCompleted:
-    made = events.StepCompleted(
-        step=number,
-        epoch=0,
-        loss=loss,
-        grad_norm=1.0,
-        lr=1e-5,
-        tokens=tokens,
-        tokens_real=tokens * 2,
-        tokens_padded=tokens * 3,
-        tokens_total=number * TOKENS,
-        samples=8,
-        samples_digest=f"d{number}",
-        seconds=0.5,
-    )
-    return msgspec.structs.replace(made, **changes)
-
-
-def published(number: int) -> events.CheckpointPublished:
-    return events.CheckpointPublished(
-        step=number, path=f"/ck/step-{number}", bytes=10, manifest_digest="m", seconds=1.0
-    )
+from tests.builders.log.run_log import CRASH, TOKENS, Log, published, step, validated
+from tests.builders.log.stories import STORY, live
 
 
 def test_the_loss_of_a_superseded_step_is_not_the_runs() -> None:
@@ -152,10 +48,6 @@ def test_the_first_step_of_an_attempt_is_not_its_pace() -> None:
     assert paces(log, 9.0, 1.0, 2.0) == [9.0, 1.0, pytest.approx(1.2)]
     log.save().end().claim().add(loaded)
     assert paces(log, 9.0, 2.2) == [pytest.approx(1.2), pytest.approx(1.4)]
-
-
-def validated(number: int, loss: float) -> events.ValidationCompleted:
-    return events.ValidationCompleted(step=number, loss=loss, tokens=9, rows=3, seconds=1.0)
 
 
 def checkpoints(run: Run, *, superseded: bool = False) -> list[int]:
@@ -727,63 +619,11 @@ def test_superseded_ones_stay_until_the_new_history_has_come_to_its_end() -> Non
 
 # Histories that nobody thought of.
 
-_STORY = st.lists(
-    st.sampled_from(
-        [
-            *("train", "save", "validate", "nan", "crash", "claim", "resume", "cancel", "reject", "delete"),
-            *("hold", "release", "pause", "preempt"),
-        ]
-    ),
-    max_size=40,
-)
-
-
-def _live(story: list[str]) -> Log:
-    log = Log(planned=12, launch__max_restarts=3)
-    for number, deed in enumerate(story):
-        run = log.run
-        match deed:
-            case "claim" if run.status in run_state.WAITING:
-                log.claim()
-            case "train" if run.status in ACTIVE and run.step < run.planned_steps:
-                log.train(run.step + 1)
-            case "save" if run.status in ACTIVE and run.step:
-                log.save()
-            case "validate" if run.status in ACTIVE:
-                log.add(validated(run.step, 1.0 + (number * 7919) % 13))
-            case "nan" if run.status in ACTIVE:
-                log.add(validated(run.step, float("nan")))
-            case "crash" if run.status in ACTIVE:
-                log.end()
-            case "hold" if run.status in run_state.WAITING:
-                log.add(*halting.hold(run, "ada"))
-            case "release" if run.status == "held":
-                log.add(*halting.release(run, "ada"))
-            case "pause" if run.status in ("starting", "running"):
-                log.add(*halting.pause(run, "ada"))
-            case "preempt":
-                log.add(*halting.preempt(run, "urgent", 9))
-            case "cancel" if run.status not in ENDED:
-                log.add(*decisions.request_stop(run, "ada"))
-            case "resume":
-                steps = [None, 0, *(c.step for c in run.checkpoints)]
-                try:
-                    log.add(*decisions.request_resume(run, "ada", steps[number % len(steps)]))
-                except Refused:
-                    continue
-            case "reject" if run.status == "starting" and run.checkpoints:
-                last = run.checkpoints[-1]
-                log.add(events.CheckpointRejected(step=last.step, path=last.path, reason="r"))
-            case "delete":
-                for c in retention.deletable(run)[:1]:
-                    log.add(events.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason="r"))
-    return log
-
 
 @settings(max_examples=200, deadline=None)
-@given(_STORY, st.data())
+@given(STORY, st.data())
 def test_folding_in_any_batches_gives_the_same_bytes(story: list[str], data: st.DataObject) -> None:
-    log = _live(story)
+    log = live(story)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(log.recorded)), max_size=5)))
     run = Run(log.run.run_id)
     for start, end in zip([0, *cuts], [*cuts, len(log.recorded)], strict=True):
@@ -794,9 +634,9 @@ def test_folding_in_any_batches_gives_the_same_bytes(story: list[str], data: st.
 
 
 @settings(max_examples=200, deadline=None)
-@given(_STORY)
+@given(STORY)
 def test_what_always_holds(story: list[str]) -> None:
-    log = _live(story)
+    log = live(story)
     run = log.run
     steps = [c.step for c in run.checkpoints]
     assert steps == sorted(set(steps))

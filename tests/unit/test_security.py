@@ -29,8 +29,8 @@ from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.secrets import Secrets
 from sftd.wire.checkpoint.directory import is_checkpoint_of
 from sftd.wire.spec import yaml_text
+from tests.builders.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECRET = "hush-hush-9"
 CONFIG = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}}
 

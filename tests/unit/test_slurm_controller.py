@@ -22,7 +22,7 @@ from sftd.launcher.slurm.attempt import SlurmAttempt, SlurmLauncher, job_environ
 from sftd.launcher.slurm.commands import Job, Refusal, Unanswered
 from sftd.launcher.slurm.controller import Answer, Controller, Doomed
 from sftd.wire.attempt.directory import AttemptDir, Order
-from tests.patience import until
+from tests.builders.patience import until
 
 DOWN = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
 

@@ -11,7 +11,7 @@ from sftd.domain.repro.steps import compare_redone
 from sftd.operations.queries.queue import living
 from sftd.settings import read
 from sftd.store.queue.daemons import DaemonRow
-from tests.contract.test_operations import step
+from tests.builders.log.histories import step
 
 SECOND = 1_000_000
 

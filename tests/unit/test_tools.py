@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from sftd.launcher.tools import ToolFailed, run_tool
+from tests.builders.paths import ROOT
 
-PACKAGE = Path(__file__).parents[2] / "sftd"
+PACKAGE = ROOT / "sftd"
 
 
 def test_a_refusal_of_a_tool_is_its_message(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sftd.domain.run.state import Replay, Run, Validation
 from sftd.domain.spec.sections import Checkpoint, Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.projections import views
-from tests.contract.test_operations import step
+from tests.builders.log.histories import step
 
 SPEC = Spec(trainer=Trainer(project_name="p", experiment_name="n"), checkpoint=Checkpoint(keep_last=1))
 

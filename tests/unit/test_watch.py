@@ -13,7 +13,7 @@ from rich.text import Text
 from sftd.cli.terminal.screen import Screen
 from sftd.cli.watch import command as watch
 from sftd.store.database.engine import DatabaseUnreachable
-from tests.patience import PATIENCE
+from tests.builders.patience import PATIENCE
 
 
 class Looked:

@@ -8,7 +8,7 @@ from sftd.domain.errors import several
 from sftd.domain.log.progress_lines import describe
 from sftd.domain.text.words import counted, memory, size
 from sftd.trainer.tools.prepare.card import reason_of
-from tests.histories import step
+from tests.builders.log.histories import step
 
 
 def test_one_has_no_s() -> None:

@@ -131,7 +131,7 @@ class Checkpoints:
         self.finish(must_succeed=must_succeed)
 
     def begin(self, progress: Progress, versions: Versions) -> None:
-        """Begin a save that goes on while training does; `finish` publishes it. One that is in flight is finished first."""
+        """Begin a save that runs beside training; `finish` publishes it. One that is in flight is finished first."""
         self.finish()
         self._begin(progress, versions, must_succeed=False, is_copied=True)
 
@@ -331,7 +331,7 @@ class Checkpoints:
         # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
         self._reporter.flush()
         # One that is there already is damaged, or of a history that is being redone differently: the other ranks wait
-        # while somebody reads it, but not for ever.
+        # while a reader has it open, up to a limit.
         with once_unread(pending.published, _READERS_SECONDS):
             publish_folder(partial, pending.published)
 

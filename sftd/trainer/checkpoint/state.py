@@ -1,4 +1,4 @@
-"""What a checkpoint holds of this rank, told in Megatron's words: weights, optimizer, random streams, and their places."""
+"""What a checkpoint holds of this rank, in Megatron's terms: weights, optimizer, random streams, and their places."""
 
 from __future__ import annotations
 

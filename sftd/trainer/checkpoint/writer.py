@@ -1,6 +1,6 @@
 """A rank's share of a checkpoint on its way to the disk: copied to host memory, then written, hashed and synced by threads.
 
-The threads touch no process group: whoever started them asks whether they are through, and tells the other ranks.
+The threads touch no process group: their owner asks whether they have finished, and informs the other ranks.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class HostCopy:
     def take(self, files: list[FilePlan]) -> tuple[list[FilePlan], Callable[[], object]]:
         """The same files with their tensors copied, and what to wait for before the copy may be read.
 
-        The tensors may be changed at once: on a GPU what changes them is queued behind the copying. Raises
+        The tensors may be changed at once: on a GPU what changes them is queued after the copy. Raises
         `MemoryError` where the host has not enough memory to spare.
         """
         sizes = [-(-t.nbytes // _ALIGN) * _ALIGN for f in files for _, t in f.items if isinstance(t, Tensor)]
@@ -282,7 +282,7 @@ class _FileGivenUp(OSError):
 
 
 class _HashingFile(io.RawIOBase):
-    """Hashes what it writes to a file. hashlib and the write let go of the interpreter, so training goes on meanwhile."""
+    """Hashes what it writes to a file. hashlib and the write release the GIL, so training continues meanwhile."""
 
     def __init__(self, file: io.RawIOBase, cancelled: threading.Event) -> None:
         self._file = file
@@ -300,7 +300,7 @@ class _HashingFile(io.RawIOBase):
         return self._size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # BufferedWriter asks where it stands.
+        # BufferedWriter asks for the position.
         if (offset, whence) not in {(0, os.SEEK_CUR), (self._size, os.SEEK_SET)}:
             raise io.UnsupportedOperation("a checkpoint's file is written in one go")
         return self._size

@@ -106,7 +106,7 @@ def _pieces(
             global_offset=tuple(a + b for a, b in zip(shard.global_offset, offset, strict=True)),
             # No grid: the ranks' pieces have whatever shapes they have.
             axis_fragmentations=None,
-            # Nobody else of the data-parallel ranks, which the last number counts, has these elements.
+            # No other data-parallel rank (the last number counts them) has these elements.
             replica_id=(*shard.replica_id[:-1], 0),
             allow_shape_mismatch=shard.allow_shape_mismatch,
         )

@@ -59,7 +59,7 @@ class CpuInsteadOfCuda(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands in for a CUDA stream: the CPU has done everything by the time it is asked."""
+    """Replaces a CUDA stream: the CPU has done everything by the time it is asked."""
 
     def wait_stream(self, *_: object) -> None: ...
     def wait_event(self, *_: object) -> None: ...

@@ -1,6 +1,6 @@
 """Where megatron-core 0.19.2 does not fit without an accelerator, TransformerEngine or Apex, and the way round.
 
-Every function names the line that makes it necessary, so that a Megatron upgrade can tell what may go.
+Every function names the line that makes it necessary, so that a Megatron upgrade shows which can be deleted.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def use_torch_adamw() -> None:
 
 def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:
     """One kernel for all of AdamW where the weights are on a GPU: Megatron asks for it only of TransformerEngine's or
-    Apex's Adam. After a load too, which brings back the settings of whoever saved."""
+    Apex's Adam. Also after a load, which restores the settings of the run that saved."""
     for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
             # Not by the parameters: a rank's share of a group may be empty, and the ranks must say the same.

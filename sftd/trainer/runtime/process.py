@@ -21,7 +21,7 @@ from sftd.wire.attempt.directory import make_private
 _PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 5.0
 
-# (message, category, module) of warnings that third-party code raises on every start and that nobody can act on here.
+# (message, category, module) of warnings that third-party code raises on every start and that users cannot act on.
 _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
     # On import, without the optional packages that sftd does without.
     (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning, r"megatron\.core\."),
@@ -47,7 +47,7 @@ _KNOWN_WARNINGS: list[tuple[str, type[Warning], str]] = [
         r"torch\.distributed\.checkpoint",
     ),
     (r"The argument order of load has been changed", UserWarning, r"torch\.distributed\.checkpoint"),
-    # Both from inside Megatron's checkpoint code, blamed on whoever passes the call on (such as device_mode.py).
+    # Both from inside Megatron's checkpoint code, attributed to the caller in between (such as device_mode.py).
     (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning, r""),
     (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning, r""),
 ]

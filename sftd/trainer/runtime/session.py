@@ -19,7 +19,7 @@ from sftd.trainer.errors import UserError
 from sftd.trainer.runtime import rendezvous
 from sftd.trainer.runtime.process import device_kind
 
-# Variables by which somebody may make kernels, or the order of sums, others than those of this environment's versions.
+# Variables that change the kernels, or the order of sums, that this environment's versions would use.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -94,7 +94,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     store = rendezvous.store(port_file)
     world: dict[str, Any] = {}
     if store is not None:
-        # With a store torch wants to be told what it would else read from the environment.
+        # With a store, torch does not read these from the environment.
         world = {
             "store": store,
             "rank": int(os.environ["RANK"]),
@@ -103,8 +103,8 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     # Decided before Megatron makes its first tensor.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A rank that
-        # is alone has nobody to talk to.
+        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A single
+        # rank needs none.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         dist.init_process_group("nccl", device_id=device if several else None, **world)
     else:

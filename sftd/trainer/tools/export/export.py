@@ -45,7 +45,7 @@ def export(
     A chat template of its own that the training data had (`template`) takes the place of the model folder's.
     Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
     `sha256sum` prints for the files in the order of their names.
-    Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
+    Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves no files.
     """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
