@@ -84,5 +84,5 @@ class MirrorThread:
         if mirror is not None:
             try:
                 mirror.close()
-            except Exception as error:  # noqa: BLE001  its claim expires by itself
+            except Exception as error:  # noqa: BLE001  its lease expires by itself
                 log.warning("MLflow mirror: %s", error)

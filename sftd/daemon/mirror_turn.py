@@ -13,12 +13,13 @@ from typing import Protocol
 from sftd.launcher import processes
 from sftd.operations.context import Context
 from sftd.store.database.engine import Store, Tx
-from sftd.store.queue import claims, daemons
+from sftd.store.queue import daemons
+from sftd.store.queue import named_leases as leases
 
 log = logging.getLogger("sftd.mirror")
 
-# Longer than the longest wait for an answer of MLflow: between two requests the claim is prolonged.
-CLAIM_SECONDS = 90.0
+# Longer than the longest wait for an answer of MLflow: between two requests the lease is prolonged.
+LEASE_SECONDS = 90.0
 
 
 class Mirror(Protocol):
@@ -43,7 +44,7 @@ class MirrorTurn:
         context: Context,
         name: str,
         daemon_id: str,
-        seconds: float = CLAIM_SECONDS,
+        seconds: float = LEASE_SECONDS,
     ) -> None:
         self._mirror = mirror
         self._store = store
@@ -67,17 +68,17 @@ class MirrorTurn:
         if self._mine:
             self._mine = False
             with self._store.write(appends=False) as tx:
-                claims.release(tx, self._name, self._token)
+                leases.release(tx, self._name, self._token)
 
     def _hold(self) -> bool:
         if time.monotonic() < self._ask_at:
             return self._mine
         with self._store.write(appends=False) as tx:
             mine, other = self._take(tx), None
-            if not mine and (held := claims.holder(tx.connection, self._name)) is not None:
+            if not mine and (held := leases.holder(tx.connection, self._name)) is not None:
                 token, other = held
                 if self._is_gone(tx, other):
-                    claims.release(tx, self._name, token)
+                    leases.release(tx, self._name, token)
                     mine = self._take(tx)
         if mine and not self._mine:
             # Whoever had the turn before may have sent more than is remembered here.
@@ -91,10 +92,10 @@ class MirrorTurn:
 
     def _take(self, tx: Tx) -> bool:
         micros = int(self._seconds * 1_000_000)
-        return claims.hold(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
+        return leases.take(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
 
     def _is_gone(self, tx: Tx, daemon_id: str) -> bool:
-        """Whether it is proven that a daemon no longer runs: one of another host has its claim until that expires."""
+        """Whether it is proven that a daemon no longer runs: one of another host has its lease until that expires."""
         row = daemons.find(tx.connection, daemon_id)
         if row is None or row.host != processes.host_name():
             return False
