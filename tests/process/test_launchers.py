@@ -199,7 +199,12 @@ def test_a_resource_manager_reports_in_words_that_name_it(
 ) -> None:
     attempt = start(UNTIL_STOPPED)
     kind = KINDS[name]
-    until(lambda: bool((report := attempt.report()) and report.trains) or not kind.is_managed)
+
+    def report_when_it_runs() -> Report | None:
+        assert attempt.is_alive(), "as a daemon asks, before each report"
+        return attempt.report()
+
+    until(lambda: not kind.is_managed or getattr(report_when_it_runs(), "trains", False))
     report = attempt.report()
     assert (report is not None) == kind.is_managed
     if report is not None:
