@@ -1,6 +1,6 @@
 """What sftd needs of a launcher, and nothing more: `local` starts attempts on this host. What the queue and the words for
 people need is a row of data (`LauncherKind`); the classes here start attempts. A launcher is registered in `choosing` and must
-pass `tests/process/test_launchers.py`.
+pass `tests/process/launcher/test_launchers.py`.
 
 Everything else passes through the attempt's folder, which both sides see: the order, the journal, the request to stop,
 torchrun's exit code and `output.log`.

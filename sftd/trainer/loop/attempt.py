@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import ModelShape, check_model
+from sftd.domain.model.checks import check_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
 from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
