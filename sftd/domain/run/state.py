@@ -110,7 +110,7 @@ class Run(msgspec.Struct, frozen=True):
     updated_at: e.Micros = 0
     attempt: int = 0
     daemon: str | None = None
-    # What Slurm last said of the attempt's job.
+    # What the resource manager last said of the attempt's job.
     job_report: e.JobReported | None = None
     retry_at: e.Micros | None = None
     # The stop that was asked for: by whom and why, what follows it, and whether the attempt is killed for it.

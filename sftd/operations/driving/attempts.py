@@ -33,7 +33,6 @@ class Claimed(msgspec.Struct, frozen=True):
     lease: Lease
     run: Run
     start: e.AttemptClaimed
-    checkpoint_digest: str | None
     model: ModelRecord
 
 
@@ -63,13 +62,11 @@ def claim(
         if turn is None or not turn.fits:
             return None
         run = current(tx.connection, turn.entry.run_id)
-        checkpoint = run.restart_checkpoint
         start = decisions.claim(run, daemon, host)
         lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
         queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
         append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
-        digest = checkpoint.manifest_digest if checkpoint else None
-        return Claimed(lease, run, start, digest, read_record(tx.connection, run.run_id))
+        return Claimed(lease, run, start, read_record(tx.connection, run.run_id))
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
@@ -87,7 +84,7 @@ def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled
 
 
 def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
-    """Record what Slurm says of the attempt's job."""
+    """Record what the resource manager says of the attempt's job."""
     _append_leased(store, context, lease, event)
 
 

@@ -295,6 +295,27 @@ def test_one_that_was_too_slow_does_not_move_the_position_of_its_successor(
     assert log.notifier(Webhook(hook.url)).pending_count() == 0
 
 
+def test_a_sender_whose_lease_another_took_and_lost_stops(log: Log, hook: Hook) -> None:
+    slow, other = log.notifier(Webhook(hook.url)), log.notifier(Webhook(hook.url))
+    slow.begin()
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
+    asked = 0
+
+    def other_sends() -> bool:
+        """Between the first notice and the second, the lease expires."""
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            log.now += 61_000_000
+            assert other.sync(never) == 1
+            slow._renew_at = 0.0
+        return False
+
+    assert slow.sync(other_sends) == 1
+    assert [body["run_id"] for body in hook.bodies] == ["one", "two"]
+
+
 def test_a_command_is_told_on_its_input_and_by_variables(log: Log, tmp_path: Path) -> None:
     script = tmp_path / "tell.py"
     script.write_text(

@@ -70,7 +70,7 @@ class Farm:
     ) -> None:
         self.log, self.name = log, name
         self.clock = clock or Clock()
-        self.inventory = Inventory(gpus, 8, slurm)
+        self.inventory = Inventory(gpus, 8, {"slurm": slurm})
         self.limits = Limits()
         self.driven: dict[str, Claimed] = {}
         row = DaemonRow(

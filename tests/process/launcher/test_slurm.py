@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd import settings
-from sftd.cli.doctor import slurm as doctor_slurm
+from sftd.launcher.slurm import doctor as doctor_slurm
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.remains import find_remains
 from tests.builders.holds import let_go
@@ -209,7 +208,7 @@ def a_minute_without_a_controller(
     assert (
         "not observed (Slurm does not answer: Unable to contact slurm controller" in home.run("queue").stdout
     )
-    assert [f.state for f in doctor_slurm.slurm(settings.read(home.env), None)] == ["ok", "warning"]
+    assert [f.state for f in doctor_slurm.examine(None)] == ["ok", "warning"]
     assert (home.show(through)["step"], home.show(through)["attempt"]) == (STEPS, 1)
     assert home.show(waiting)["status"] == "stopping"
     until(lambda: time.monotonic() - gone > 60)
@@ -237,7 +236,7 @@ def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: 
 
 
 def test_doctor_looks_at_it(home: Home, slurm: SlurmCluster) -> None:
-    commands, controller, partitions = doctor_slurm.slurm(settings.read(home.env), None)
+    commands, controller, partitions = doctor_slurm.examine(None)
     assert [f.state for f in (commands, controller, partitions)] == ["ok"] * 3
     assert commands.said.startswith("slurm")
     assert "the controller answers" in controller.said

@@ -277,7 +277,7 @@ def test_a_long_queue_is_gone_through_once(
         Entry(run_id=f"r{n}", priority=0, demand=Demand(), planned_steps=9 + n, seconds_per_step=1.0)
         for n in range(1000)
     ]
-    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, slurm_jobs)], Limits(user), 0)
+    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, {"slurm": slurm_jobs})], Limits(user), 0)
     assert sum(outlook.starts_at is not None for outlook in found.values()) > 50
     assert asked < 1000 + 100 * 10, "whoever cannot start for those before it is asked about once"
 
@@ -335,7 +335,7 @@ def test_slurms_jobs_are_counted_beside_the_hosts_devices() -> None:
     job = msgspec.structs.replace(
         entry("s"), demand=Demand(ranks=8, world=64, device="cuda", launcher="slurm")
     )
-    with_slurm = Host("d1", "h", 1, 8, slurm=1)
+    with_slurm = Host("d1", "h", 1, 8, {"slurm": 1})
     assert outlook([job], [], [host(4)])["s"].wait.kind == "too large"
     assert outlook([job], [], [with_slurm])["s"].wait.kind == "start"
     driven = msgspec.structs.replace(job, run_id="t", status="running", owner="d1")
