@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def let_go(ranks: Iterable[psutil.Process]) -> None:
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.resume()
+
+
+def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a stopped process will get this signal when it resumes."""
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (pending,) = [line.split()[1] for line in status if line.startswith("ShdPnd:")]
+    return bool(int(pending, 16) >> number - 1 & 1)
