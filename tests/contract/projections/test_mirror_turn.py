@@ -79,7 +79,7 @@ def hosts(store: Store, clock: Clock) -> Daemons:
 def test_one_mirrors_and_the_other_waits_until_its_claim_has_expired(hosts: Daemons, clock: Clock) -> None:
     (first, one), (second, two) = hosts.start("first", host="a"), hosts.start("second", host="b")
     assert (first.sync(never), second.sync(never)) == (5, 0)
-    # The first goes on mirroring for longer than a claim lasts: it is prolonged.
+    # The first mirrors for longer than a claim lasts: the claim is prolonged.
     for _ in range(4):
         clock.seconds += SECONDS / 2
         assert (first.sync(never), second.sync(never)) == (5, 0)

@@ -152,7 +152,7 @@ TRACE = [f"frame {n}" for n in range(6)]
             Remains(1, output_tail=["exitcode  : -11 (pid: 1)"]),
             Failure("killed", "a rank was killed by signal 11", ["exitcode  : -11 (pid: 1)"]),
         ),
-        # What whoever ran it said counts as well.
+        # The output of its launcher counts as well.
         (
             Remains(None, last_word="slurm: OUT_OF_MEMORY"),
             Failure("out of memory", "slurm: OUT_OF_MEMORY", ["slurm: OUT_OF_MEMORY"]),
