@@ -15,8 +15,8 @@ _WIDTH = {"float32": 4, "bfloat16": 2}
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, and how many checkpoints. `kept` are there at the end; `most` at once, the one being written included, when
-    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. Of `reduced`
-    of the kept ones only the weights are left at the end, which take as much as an export."""
+    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. At the end
+    `reduced` of the kept ones hold only the weights, which take as much as an export."""
 
     checkpoint: int
     saved: int
@@ -42,7 +42,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
-    """Of a run of so many steps; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
+    """Of a run of `planned_steps`. Steps up to `first_step`, and their checkpoints, belong to a fork's parent."""
     parameters = whole_model(shape)
     size = parameters * CHECKPOINT_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)

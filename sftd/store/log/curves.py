@@ -23,8 +23,8 @@ def advance(
     until_version: int | None = None,
     limit: int | None = None,
 ) -> int:
-    """Have `history` take in what follows in a run's stream, up to a version, or at most so many events. Returns how
-    many it did."""
+    """Add to `history` what follows in a run's stream, up to a version, at most `limit` events. Returns the number of
+    events."""
     c = events.c
     query = (
         sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)

@@ -184,6 +184,6 @@ def raw_rows(
     types: Sequence[str] = (),
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the events table of one run as they stand there, for people and scripts."""
+    """The rows of one run in the events table, undecoded, for people and scripts."""
     for row in connection.execute(of_run(run_id, after_version, types, limit)):
         yield {str(name): value for name, value in row._mapping.items()}

@@ -1,4 +1,4 @@
-"""What is in the data files of a run, found at submit (see `data_rows` for what a row is)."""
+"""What is in the data files of a run, found at submit (see `rows` for what a row is)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ IGNORE_INDEX = -100
 _IDS, _MASK = "input_ids", "attention_mask"
 # Rows and tokens that are decoded at a time. Both bound the memory: a Parquet file of 15 KB can hold 10^8 tokens.
 _SLICE_ROWS, _SLICE_TOKENS = 4096, 1 << 20
-# The share of the trained labels that may differ from the token they stand at; more of them are a mistake.
+# The share of the trained labels that may differ from the token at their position; more are a mistake.
 _STRAY = 0.01
 
 
@@ -240,7 +240,7 @@ def _real(mask: npt.NDArray[Any], starts: Ints, first: int) -> npt.NDArray[np.bo
     if (late := np.flatnonzero(real[1:] & ~real[:-1] & ~begins[1:-1])).size:
         row = first + int(np.searchsorted(starts, late[0], side="right")) - 1
         raise UnusableFile(
-            f"row {row}: {_MASK} has a 0 before a 1: padding may only stand on the right",
+            f"row {row}: {_MASK} has a 0 before a 1: padding may only be on the right",
             "leave padding out: sftd pads by itself",
         )
     return real

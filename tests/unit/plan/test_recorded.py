@@ -23,9 +23,10 @@ from sftd.domain.errors import Refused
 from sftd.domain.log import codec, progress_lines
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
-from sftd.domain.model.checks import DataFacts, check_model
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.notices import Facts, notice
+from sftd.domain.notices import notice
 from sftd.domain.plan import plan as planning
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run import decisions, goodput, retention
@@ -298,7 +299,7 @@ def refusals() -> dict[str, Any]:
             spec = spec_of(*given, batch=12)
             found[f"{name} with {given}"] = [
                 [[p.where, facts_of(p.what), facts_of(p.fix)] for p in told]
-                for told in check_model(spec, shape)
+                for told in (MODEL.problems(spec, shape), MODEL.warnings(spec, shape))
             ]
     return found
 
@@ -413,7 +414,7 @@ def histories() -> dict[str, Any]:
         for one in recorded:
             old, run = msgspec.to_builtins(run), evolve(run, one)
             new = msgspec.to_builtins(run)
-            told = notice(one, Facts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
+            told = notice(one, e.RunFacts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
             found[f"{story} {one.version} {one.type}"] = {
                 "changed": {k: v for k, v in new.items() if k not in DULL and v != old[k]},
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sftd.domain.log.events.base import Event, Severity
-from sftd.domain.text.words import size
+from sftd.domain.log.events.base import Event, NoticeKind, RunFacts, Severity
+from sftd.domain.text.words import first_line, size
 
 
 class CheckpointPinned(Event, frozen=True):
@@ -63,6 +63,7 @@ class CheckpointRejected(Event, frozen=True):
 
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     step: int
     path: str
@@ -70,6 +71,9 @@ class CheckpointRejected(Event, frozen=True):
 
     def summary(self) -> str:
         return f"step {self.step}: {self.reason}"
+
+    def notice(self, run: RunFacts) -> str | None:
+        return f"anomaly: the checkpoint of step {self.step:,} was rejected: {first_line(self.reason)}"
 
 
 class CheckpointDeleted(Event, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from sftd.domain.log.events.base import Event, Severity
+from sftd.domain.log.events.base import Event, NoticeKind, RunFacts, Severity
 from sftd.domain.text.words import counted, loss, memory, size
 
 
@@ -145,6 +145,7 @@ class AnomalyDetected(Event, frozen=True):
     """Something that must not be: a redone step that differs from the log, a loss that is not a number."""
 
     severity: ClassVar[Severity] = "problem"
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     step: int
     what: str
@@ -152,6 +153,9 @@ class AnomalyDetected(Event, frozen=True):
 
     def summary(self) -> str:
         return f"step {self.step}: " + "  ".join((self.what, *_details(self.detail)))
+
+    def notice(self, run: RunFacts) -> str | None:
+        return f"anomaly at step {self.step:,}: {self.what}"
 
 
 class SamplesSkipped(Event, frozen=True):
@@ -167,7 +171,7 @@ class SamplesSkipped(Event, frozen=True):
 
 
 class ReplayVerified(Event, frozen=True):
-    """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
+    """Steps after `from_step` up to `to_step` were trained again elsewhere and match the log: bit for bit,
     or to within rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
 
     from_step: int
@@ -184,10 +188,11 @@ class ReplayVerified(Event, frozen=True):
 
 
 class ReplayDiverged(Event, frozen=True):
-    """Steps behind `from_step` were trained again elsewhere, and `step` is the first that came out otherwise. `detail` is
+    """Steps after `from_step` were trained again elsewhere, and `step` is the first that differs from the log. `detail` is
     that of `AnomalyDetected`, `environment` maps what differs to [the log's, the verifier's]."""
 
     severity: ClassVar[Severity] = "problem"
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     from_step: int
     to_step: int
@@ -199,6 +204,9 @@ class ReplayDiverged(Event, frozen=True):
     def summary(self) -> str:
         differs = f"; differs: {', '.join(self.environment)}" if self.environment else ""
         return f"step {self.step} came out otherwise ({', '.join(self.detail)}){differs}, by {self.by}"
+
+    def notice(self, run: RunFacts) -> str | None:
+        return f"anomaly: step {self.step:,}, trained again by {self.by}, differs from the log"
 
 
 def _details(detail: dict[str, Any]) -> Iterator[str]:
