@@ -9,10 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.domain.plan.sizes import logits_chunks
 from sftd.trainer.model import cross_entropy_cpu
 from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumulated
-from sftd.wire.data.rows import IGNORE_INDEX
 
 
 def _losses(

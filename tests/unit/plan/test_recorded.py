@@ -20,9 +20,10 @@ import sftd.domain
 import sftd.store
 import sftd.wire
 from sftd.domain.errors import Refused
-from sftd.domain.log import codec, progress_lines
+from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
+from sftd.domain.log.timeline import logged_steps
 from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
@@ -420,7 +421,7 @@ def histories() -> dict[str, Any]:
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},
                 "deletable": [c.step for c in retention.deletable(run)],
                 "reducible": [c.step for c in retention.reducible(run)],
-                "line": facts_of(progress_lines.describe(one.event, 12)),
+                "line": facts_of(one.event.line(12)),
                 "read as": msgspec.to_builtins(one.event) if story == "each event" else None,
                 "notice": told and (told.kind, told.step, told.at, facts_of(told.text)),
             }
@@ -431,7 +432,7 @@ def histories() -> dict[str, Any]:
             msgspec.to_builtins(m) if isinstance(m, replay.Steps) else m.version
             for m in replay.milestones(recorded)
         ]
-        found[f"{story}: timeline"] = sorted(replay.timeline(recorded).steps)
+        found[f"{story}: timeline"] = sorted(logged_steps(recorded))
     return found
 
 
