@@ -219,7 +219,7 @@ def test_an_order_says_what_the_log_says(make: Callable[..., Host]) -> None:
         checkpoint_digest="m1",
         weights={"model.safetensors": "w"},
         order_start=OrderStart(1, 2 * batch),
-        # Of the steps behind the checkpoint none counts.
+        # No step after the checkpoint counts.
         losses=[3.5],
     )
     assert second.directory.order() == expected

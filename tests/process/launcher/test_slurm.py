@@ -63,14 +63,14 @@ def reported(state: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
-    """Let ranks go on as soon as Slurm has told their job that its end is near."""
+    """Resume ranks as soon as Slurm has signalled their job that its end is near."""
     until(lambda: attempt.told() == "USR1")
     let_go(ranks)
 
 
 @pytest.mark.timeout(1800)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
-    """Its controller away for a minute, requeued, told to end, cancelled from outside, its node lost, its time over: each ends
+    """Its controller away for a minute, requeued, asked to end, cancelled from outside, its node lost, its time over: each ends
     in the right state, no event is lost or doubled, and the steps come out as undisturbed."""
     # On a node that nothing else happens to, stopped where they are until their time is over.
     killed, told = (
@@ -113,7 +113,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     assert (event["type"], event["payload"]["step"]) == ("AttemptPreempted", last)
     assert last < STEPS
 
-    # A person cancels the job behind sftd's back, who does not insist: the run is paused.
+    # A person cancels the job without sftd: the run is paused.
     home.held(run_id, 3)
     job = job_of(home, run_id, 3)
     slurm.run("scancel", job)
@@ -140,7 +140,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     slurm.kill_node(NODES[0])
     slurm.start_node(NODES[0])
 
-    # Over their time: one told before, one killed outright.
+    # Over their time: one warned before, one killed outright.
     alarm.join()
     event = home.follow(told, ended(1))
     assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)

@@ -343,7 +343,7 @@ def test_a_kill_is_one_scancel_for_all_and_bars_what_comes_late(
 def test_a_scancel_that_failed_is_tried_until_it_works(
     slurm: Slurm, start: Callable[..., SlurmAttempt], failure: Any
 ) -> None:
-    """Though nobody asks again; and until then it is told why."""
+    """Though nobody asks again; and until then the reason is shown."""
     attempt = submitted(start())
     until(lambda: reports(attempt, "PENDING"))
     slurm.answers["scancel"] = failure

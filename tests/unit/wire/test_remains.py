@@ -152,7 +152,7 @@ TRACE = [f"frame {n}" for n in range(6)]
             Remains(1, output_tail=["exitcode  : -11 (pid: 1)"]),
             Failure("killed", "a rank was killed by signal 11", ["exitcode  : -11 (pid: 1)"]),
         ),
-        # The launcher's word counts as well, and that of a lost node before a full disk.
+        # The output of the launcher counts as well, and a lost node before a full disk.
         (
             Remains(None, last_word="slurm: OUT_OF_MEMORY", last_cause="out of memory"),
             Failure("out of memory", "slurm: OUT_OF_MEMORY", ["slurm: OUT_OF_MEMORY"]),
