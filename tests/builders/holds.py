@@ -50,7 +50,7 @@ class Holds:
         new.rename(file)
 
     def wait(self, attempt: Path, is_over: Callable[[], bool]) -> psutil.Process:
-        """Wait until it is stopped. Returns the reporting rank. Fails once the attempt `is_over`."""
+        """Wait until it has stopped. Returns the reporting rank. Fails once the attempt `is_over`."""
         file = self._file(attempt)
 
         def is_held() -> bool:
@@ -64,7 +64,7 @@ class Holds:
         return rank
 
     def is_held(self, attempt: Path) -> bool:
-        """Whether the rank of an attempt in a container was asked to stop: its pid means nothing on this side."""
+        """Whether the rank of an attempt in a container has stopped: its pid means nothing on this side."""
         return not self._file(attempt).exists()
 
     def _file(self, attempt: Path) -> Path:

@@ -155,12 +155,12 @@ class Home:
         return AttemptDir(self.path / "home" / "runs" / run_id / f"attempt-{number:04d}")
 
     def hold(self, run_id: str, step: int, number: int = 1) -> dict[int, psutil.Process]:
-        """Let an attempt do `step` steps and stop it. Returns rank → process: resume them, or kill them."""
+        """Stop an attempt after a step. Returns rank → process: the test resumes or kills them."""
         self.hold_at(run_id, step, number)
         return self.held(run_id, number)
 
     def hold_at(self, run_id: str, step: int, number: int = 1) -> None:
-        """Make the ranks of an attempt stop after a step that they have not reached yet; `held` waits for it."""
+        """Have the ranks of an attempt stop after a step that they have not reached yet; `held` waits for it."""
         self.holds.at(self.attempt(run_id, number).path, step)
 
     def held(self, run_id: str, number: int = 1) -> dict[int, psutil.Process]:

@@ -62,7 +62,7 @@ def reported(state: str) -> Callable[[dict[str, Any]], bool]:
     return lambda event: event["type"] == "JobReported" and event["payload"]["state"] == state
 
 
-def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
+def wake_once_signalled(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
     """Resume ranks as soon as Slurm has signalled their job that its end is near."""
     until(lambda: attempt.told() == "USR1")
     let_go(ranks)
@@ -70,8 +70,8 @@ def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
 
 @pytest.mark.timeout(1800)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
-    """Its controller away for a minute, requeued, asked to end, cancelled from outside, its node lost, its time over: each ends
-    in the right state, no event is lost or doubled, and the steps come out as undisturbed."""
+    """Its controller away for a minute, requeued, signalled, cancelled from outside, its node lost, its time over: each ends
+    in the right state, no event is lost or doubled, and the steps equal those of an undisturbed run."""
     # On a node that nothing else happens to, stopped where they are until their time is over.
     killed, told = (
         home.submit(
@@ -86,10 +86,10 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     run_id = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
     for number, step in enumerate((60, 110, 160, 200), 1):
         home.hold_at(run_id, step, number)
-    # Told half a minute from now, or later; Slurm looks every half minute only, and meanwhile there is enough to do.
+    # Signalled half a minute from now, or later: Slurm looks every half minute only.
     ranks = list(home.held(told).values())
     slurm.limit(job_of(home, told), math.ceil((time.monotonic() - began) / 60) + 2)
-    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), ranks), daemon=True)
+    alarm = threading.Thread(target=wake_once_signalled, args=(home.attempt(told), ranks), daemon=True)
     alarm.start()
 
     # Slurm puts the job back into its queue, which --no-requeue forbids to all but those who insist.
@@ -107,13 +107,13 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     # What --signal sends ahead of the time limit and at a preemption: a checkpoint is saved first.
     ranks = list(home.held(run_id, 2).values())
     slurm.run("scancel", "--batch", "--signal=USR1", job_of(home, run_id, 2))
-    wake_once_told(home.attempt(run_id, 2), ranks)
+    wake_once_signalled(home.attempt(run_id, 2), ranks)
     event = home.follow(run_id, ended(2))
     last = [e["payload"]["step"] for e in home.events(run_id, "StepCompleted") if e["attempt"] == 2][-1]
     assert (event["type"], event["payload"]["step"]) == ("AttemptPreempted", last)
     assert last < STEPS
 
-    # A person cancels the job without sftd: the run is paused.
+    # A person cancels the job with scancel: the run is paused.
     home.held(run_id, 3)
     job = job_of(home, run_id, 3)
     slurm.run("scancel", job)
@@ -140,7 +140,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     slurm.kill_node(NODES[0])
     slurm.start_node(NODES[0])
 
-    # Over their time: one warned before, one killed outright.
+    # Over their time: one signalled before, one killed outright.
     alarm.join()
     event = home.follow(told, ended(1))
     assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)
