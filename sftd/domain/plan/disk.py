@@ -43,7 +43,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
-    """Of a run of so many steps; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
+    """Of a run of `planned_steps`; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
     parameters = whole_model(shape)
     size = parameters * CHECKPOINT_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)

@@ -23,7 +23,7 @@ def advance(
     until_version: int | None = None,
     limit: int | None = None,
 ) -> int:
-    """Have `history` take in what follows in a run's stream, up to a version, or at most so many events. Returns how
+    """Have `history` take in what follows in a run's stream, up to a version, at most `limit` events. Returns how
     many it did."""
     c = events.c
     query = (

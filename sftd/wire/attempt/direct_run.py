@@ -1,11 +1,11 @@
-"""The folder of a run that was made directly, without a daemon, and the history that it tells.
+"""The folder of a run that was made directly, without a daemon, and the history that it holds.
 
 <run>/run.json         the submission: what was asked for, and what was found in the files
       attempt-0001/    as under the daemon (see `attempt_dir`); `exit` and `stop` are written by the trainer itself
       checkpoints/     step-00000012/ …
       lock             held by every process of a living attempt
 
-`read_history` turns it into the events that a daemon would have recorded: the trainer goes on from them, and
+`read_history` turns it into the events that a daemon would have recorded: the trainer continues from them, and
 `sftd import` takes them into the event store. Each event's id is a function of the folder's contents, and a folder
 only ever grows, so an earlier history is a beginning of a later one.
 """
@@ -55,7 +55,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, run_id: str, occurred_at: e.Micros, event: e.RunSubmitted) -> Submission:
-        """As it stands in the file."""
+        """As it is in the file."""
         return cls(
             run_id=run_id, occurred_at=occurred_at, v=event.schema_version, event=msgspec.to_builtins(event)
         )
@@ -283,7 +283,7 @@ class _Attempt:
                 lines, offset = journal.read(self._directory.journal, offset, number + 1, limit)
             except JournalCorrupt as error:
                 if limit > 1:
-                    # What stands before the bad line is lost to this read; take it in one by one.
+                    # This read lost the lines before the bad one; take them in one by one.
                     limit = 1
                     continue
                 what = f"the journal cannot be read: {error}"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _IDS, _MASK = "input_ids", "attention_mask"
 # Rows and tokens that are decoded at a time. Both bound the memory: a Parquet file of 15 KB can hold 10^8 tokens.
 _SLICE_ROWS, _SLICE_TOKENS = 4096, 1 << 20
-# The share of the trained labels that may differ from the token they stand at; more of them are a mistake.
+# The share of the trained labels that may differ from their own token; more of them are a mistake.
 _STRAY = 0.01
 
 

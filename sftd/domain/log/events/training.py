@@ -177,7 +177,7 @@ class SamplesSkipped(Event, frozen=True):
 
 
 class ReplayVerified(Event, frozen=True):
-    """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
+    """Steps after `from_step` up to `to_step` were trained again elsewhere and match the log: bit for bit,
     or to within rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
 
     from_step: int
@@ -194,7 +194,7 @@ class ReplayVerified(Event, frozen=True):
 
 
 class ReplayDiverged(Event, frozen=True):
-    """Steps behind `from_step` were trained again elsewhere, and `step` is the first that came out otherwise. `detail` is
+    """Steps after `from_step` were trained again elsewhere, and `step` is the first that differs. `detail` is
     that of `AnomalyDetected`, `environment` maps what differs to [the log's, the verifier's]."""
 
     severity: ClassVar[Severity] = "problem"
