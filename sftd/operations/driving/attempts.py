@@ -48,7 +48,7 @@ def claim(
 ) -> Claimed | None:
     """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
 
-    A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so that a large run cannot
+    A run that must wait for devices keeps its turn: smaller ones after it do not overtake, so that a large run cannot
     starve.
     """
     with store.read() as connection:
@@ -73,8 +73,8 @@ def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunc
     """Record that the attempt's processes were started: once, although a caller whose database went away while it
     answered asks again."""
     with store.read() as connection:
-        told = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
-    if not any(r.attempt == lease.attempt for r in told):
+        known = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
+    if not any(r.attempt == lease.attempt for r in known):
         _append_leased(store, context, lease, event)
 
 
