@@ -119,7 +119,7 @@ class Worker:
                 self._wake.wait(self._idle_seconds)
         try:
             self._close()
-        except Exception as error:  # noqa: BLE001  its claim expires by itself
+        except Exception as error:  # noqa: BLE001  its lease expires by itself
             self._log.warning("%s: %s", self.name, _shown(error))
 
 

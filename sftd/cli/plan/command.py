@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +12,6 @@ from sftd.cli.plan.hosts import known_hosts
 from sftd.cli.plan.view import print_plan
 from sftd.cli.terminal import output
 from sftd.cli.terminal.types import FiniteRange
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("plan")
@@ -51,19 +47,18 @@ def plan_command(
       sftd plan run.yaml --devices 8 --memory 80 --device H100
       sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
     """
-    from sftd.domain.plan import warnings as doubts
     from sftd.domain.plan.plan import make_plan
     from sftd.domain.plan.search import search
+    from sftd.domain.submit.facts import RunFacts
     from sftd.wire import preflight
     from sftd.wire.spec import file as specfile
 
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, has_room=False)
+    # The known hosts' devices do not matter for another machine.
+    hosts = [] if devices or memory or device else known_hosts(app.read_settings())
+    found = preflight.inspect(spec, known=RunFacts(hosts=hosts), has_room=False)
     host = Host.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
-    if not (devices or memory or device):
-        # For a machine that is not this one, these devices say nothing.
-        warnings += doubts.devices(spec, known_hosts(app.read_settings()))
     facts = facts_of(found)
     calibration = known_pace(found.shape, host.machine)
     plan = make_plan(spec, facts, host.machine, calibration)

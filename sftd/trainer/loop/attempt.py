@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import check_model
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.trainer import trainee as trainees
@@ -49,7 +50,8 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
-    if "SLURM_JOB_ID" in os.environ:
+    if not kind_of(order.spec.launch.launcher).uses_host_devices:
+        # No signal of the daemon reaches this process.
         process.watch_for_stack_requests(attempt.stacks_wanted_file)
     session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)
@@ -157,8 +159,7 @@ class Attempt:
         try:
             shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
             # Submit has checked this too, unless the folder changed or the trainer is used directly.
-            problems, _ = check_model(self._spec, shape)
-            if problems:
+            if problems := MODEL.problems(self._spec, shape):
                 raise Refused(problems)
         except Refused as refused:
             raise UserError(str(refused)) from refused

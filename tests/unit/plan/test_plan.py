@@ -9,7 +9,8 @@ import pytest
 
 from sftd.domain.compare.plan_outcome import History, calibration, outcome
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, check_model
+from sftd.domain.model import rules as model_rules
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.model.flops import device_bytes
 from sftd.domain.model.parameters import Held, held, whole_model
 from sftd.domain.model.shape import ModelShape
@@ -20,7 +21,7 @@ from sftd.domain.plan.memory import Footprint, footprints, fullest
 from sftd.domain.plan.plan import Facts, make_plan
 from sftd.domain.plan.search import search
 from sftd.domain.run.state import CheckpointInfo, Run
-from sftd.domain.spec.check import check
+from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import Spec
 from tests.builders.plan.model_shapes import EXPERTS, LLAMA_1B, LLAMA_3B, LLAMA_7B, QWEN_600M, SMOLLM_135M
@@ -207,14 +208,14 @@ def test_deterministic_attention_holds_scores_where_the_mlp_was() -> None:
     tokens = 8192
     expected = 2 * (2 * 64 + 3 * 2048) * tokens + 2 * tokens**2 * 2 - 3 * 2 * 64 * tokens
     assert behind(tokens) == expected
-    # Packed, or where a group's scores are too many for a part, it is FlashAttention: what stands behind the last layer.
+    # Packed, or where a group's scores are too many for a part, it is FlashAttention: the peak is after the last layer.
     head = 2 * (2 * 2048) * tokens + 2 * (2 * 2048 + 64) * (tokens - 1)
     assert behind(tokens, RMPAD) == head
     assert behind(32768) == 2 * (2 * 2048) * 32768 + 2 * (2 * 2048 + 64) * 32767
 
 
-# Peaks of the process on two CPU cores in GB, by `python -m sftd.trainer` on the demo's config with these keys, so many
-# samples a step, and steps; the process's share was fitted to all but the last.
+# Peaks of the process on two CPU cores in GB, by `python -m sftd.trainer` on the demo's config with these keys, these numbers of
+# samples a step and of steps; the process's share was fitted to all but the last.
 ON_CPU: list[tuple[str, list[tuple[str, Any]], int, int, float]] = [
     ("the demo", [RMPAD, ("training.micro_batch_size_per_gpu", 8)], 8, 20, 4.875),
     ("larger", [RMPAD, ("training.micro_batch_tokens", 2048)], 32, 3, 7.042),
@@ -362,8 +363,8 @@ def test_every_layout_found_is_valid_and_its_keys_make_it() -> None:
     assert found.tried > 50
     assert any("model.megatron.expert_model_parallel_size" in c.changes for c in found.fitting)
     for choice in found.fitting:
-        assert not check(choice.spec)[0]
-        assert not check_model(choice.spec, EXPERTS)[0]
+        assert not spec_rules.SPEC.problems(choice.spec)
+        assert not model_rules.MODEL.problems(choice.spec, EXPERTS)
         made, _ = change(spec, choice.changes.items())
         assert made.parallel_sizes == choice.spec.parallel_sizes
         assert made.model == choice.spec.model
@@ -410,7 +411,7 @@ def test_devices_are_those_of_all_nodes_together() -> None:
     assert max(c.spec.world_size for c in found.fitting) == 6
 
 
-# ---- what came of it ----
+# ---- outcomes ----
 
 SPEC = spec_of(("training.micro_batch_size_per_gpu", 4), ("trainer.max_steps", 8))
 

@@ -20,10 +20,12 @@ import sftd.domain
 import sftd.store
 import sftd.wire
 from sftd.domain.errors import Refused
-from sftd.domain.log import codec, progress_lines
+from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
-from sftd.domain.model.checks import DataFacts, check_model
+from sftd.domain.log.timeline import logged_steps
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.notices import notice
 from sftd.domain.plan import plan as planning
@@ -277,7 +279,7 @@ BROKEN: dict[str, Given] = {
 
 
 def refusals() -> dict[str, Any]:
-    """Where each config is refused or doubted, and the facts that are told of it."""
+    """Where each config is refused or doubted, and the facts that are printed of it."""
     found = {}
     for name, given in BROKEN.items():
         try:
@@ -298,7 +300,7 @@ def refusals() -> dict[str, Any]:
             spec = spec_of(*given, batch=12)
             found[f"{name} with {given}"] = [
                 [[p.where, facts_of(p.what), facts_of(p.fix)] for p in told]
-                for told in check_model(spec, shape)
+                for told in (MODEL.problems(spec, shape), MODEL.warnings(spec, shape))
             ]
     return found
 
@@ -419,7 +421,7 @@ def histories() -> dict[str, Any]:
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},
                 "deletable": [c.step for c in retention.deletable(run)],
                 "reducible": [c.step for c in retention.reducible(run)],
-                "line": facts_of(progress_lines.describe(one.event, 12)),
+                "line": facts_of(one.event.line(12)),
                 "read as": msgspec.to_builtins(one.event) if story == "each event" else None,
                 "notice": told and (told.kind, told.step, told.at, facts_of(told.text)),
             }
@@ -430,7 +432,7 @@ def histories() -> dict[str, Any]:
             msgspec.to_builtins(m) if isinstance(m, replay.Steps) else m.version
             for m in replay.milestones(recorded)
         ]
-        found[f"{story}: timeline"] = sorted(replay.timeline(recorded).steps)
+        found[f"{story}: timeline"] = sorted(logged_steps(recorded))
     return found
 
 

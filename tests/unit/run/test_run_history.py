@@ -1,4 +1,4 @@
-"""A run's state, the decisions taken on it and what retention keeps, told as histories: a `Log` holds a run's events as the
+"""A run's state, the decisions taken on it and what retention keeps, as histories: a `Log` holds a run's events as the
 database would."""
 
 from __future__ import annotations
@@ -150,10 +150,11 @@ def test_an_attempt_that_dies_before_it_resumes_does_not_lose_its_place() -> Non
 
 
 def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
-    recorded = {5: step(5, loss=float("nan")), 6: step(6)}
-    assert redoing.compare_redone(recorded, step(5, loss=float("nan"), seconds=9.0)) is None
-    assert redoing.compare_redone(recorded, step(6, seconds=9.0, tokens_padded=1, epoch=3)) is None
-    assert redoing.compare_redone(recorded, step(7)) is None
+    for was, now in (
+        (step(5, loss=float("nan")), step(5, loss=float("nan"), seconds=9.0)),
+        (step(6), step(6, seconds=9.0, tokens_padded=1, epoch=3)),
+    ):
+        assert redoing.compare(was, now) == redoing.Redone(now.step, {}, is_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
     ],
 )
 def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[str, Any]) -> None:
-    anomaly = redoing.compare_redone({5: step(5)}, step(5, **change))
+    anomaly = redoing.compare(step(5), step(5, **change)).anomaly
     assert anomaly is not None
     ((name, value),) = change.items()
     assert anomaly.step == 5
@@ -181,7 +182,7 @@ def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[
 
 def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     """Bit for bit means that -0.0 is not 0.0."""
-    assert redoing.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
+    assert redoing.compare(step(5, lr=0.0), step(5, lr=-0.0)).differs
 
 
 def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
@@ -239,7 +240,7 @@ def test_a_superseded_final_checkpoint_that_was_asked_for_is_success() -> None:
 
 
 def _rolled_back() -> Log:
-    """Went back from step 17 to 15, on behind the samples so far, and to the end with checkpoints every 5 steps."""
+    """Went back from step 17 to 15, continued after the samples so far, to the end with checkpoints every 5 steps."""
     log = Log(planned=20, data__train_batch_size=4, checkpoint__keep_last=9).claim().train(17, save_every=5)
     log.end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
     log.claim().add(*(step(number, samples_digest=f"skipped{number}") for number in range(16, 21)))
@@ -272,15 +273,17 @@ def test_steps_are_compared_with_those_that_read_the_same_samples() -> None:
     log = _rolled_back()
 
     def compared() -> dict[int, str]:
-        found = redoing.comparable(r.event for r in log.recorded)
+        found = redoing.steps_to_redo(r.event for r in log.recorded)
         return {n: was.samples_digest for n, was in found.items()}
 
-    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
+    log.add(*decisions.request_resume(log.run, "ada", 15)).claim()
+    assert [compared().get(n) for n in (15, 16, 20)] == [None, "skipped16", "skipped20"]
+    log.end().add(events.RunFailed(cause="x", message="y"))
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim()
-    assert [compared().get(n) for n in (15, 16, 17, 18)] == ["d15", "d16", "d17", None]
+    assert [compared().get(n) for n in (10, 15, 16, 17, 18)] == [None, "d15", "d16", "d17", None]
     log.train(17, save_every=5).end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
     log.claim()
-    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
+    assert [compared().get(n) for n in (15, 16, 20)] == [None, "skipped16", "skipped20"]
 
 
 def test_a_rejected_checkpoint_falls_back_to_the_one_before() -> None:
@@ -659,7 +662,7 @@ def test_what_always_holds(story: list[str]) -> None:
 
 
 def test_a_redone_checkpoint_is_progress() -> None:
-    """Going back and publishing anew is no crash loop, although the log has seen these steps before."""
+    """Going back and publishing again is no crash loop, although the log has seen these steps before."""
     log = Log(planned=20, launch__max_restarts=0).claim().train(20, save_every=5).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 5)).claim().train(10, save_every=5)
     assert log.run.attempt_progressed
@@ -676,15 +679,14 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
 
 
 def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
-    log = {5: step(5, loss=2.0, grad_norm=1.0)}
+    log = step(5, loss=2.0, grad_norm=1.0)
     near = step(5, loss=2.001, grad_norm=1.01)
-    assert redoing.compare_redone(log, near) is not None
-    assert redoing.compare_redone(log, near, is_exact=False) is None
-    far = redoing.compare_redone(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
-    assert far is not None
-    assert set(far.detail) == {"loss"}
-    other = redoing.compare_redone(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
-    assert other is not None
+    assert redoing.compare(log, near).differs
+    assert not redoing.compare(log, near, is_exact=False).differs
+    far = redoing.compare(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
+    assert set(far.differs) == {"loss"}
+    other = redoing.compare(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
+    assert set(other.differs) == {"samples_digest"}
 
 
 def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at() -> None:
@@ -696,7 +698,7 @@ def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at(
     assert (found.tokens_total, found.val_loss) == (2 * TOKENS, 1.5)
 
 
-# Bit for bit, or but for rounding.
+# Bit for bit, or to within rounding.
 
 
 def loaded(device: str = "a", *, deterministic: bool = True) -> events.ModelLoaded:
@@ -735,7 +737,7 @@ def test_exactness_comes_back_once_the_other_steps_are_done_again() -> None:
     # Before it, it is not.
     go_back(log, 5)
     assert not attempt(log, 18, device="b")
-    # Step 19 was computed behind a step 10 that had come out otherwise.
+    # Step 19 was computed after a step 10 that differed.
     assert not attempt(log, 20, device="b")
     assert attempt(log, 21, device="b")
 

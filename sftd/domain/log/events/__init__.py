@@ -62,6 +62,11 @@ def types_where(attribute: str) -> tuple[type[Event], ...]:
     return tuple(cls for cls in EVENT_TYPES.values() if getattr(cls, attribute))
 
 
+def progress_types() -> tuple[str, ...]:
+    """The types that are a part of a run's progress, as the log names them."""
+    return names(*(cls for cls in EVENT_TYPES.values() if cls.progress is not None))
+
+
 def names(*types: type[Event]) -> tuple[str, ...]:
     """Types as the log names them."""
     return tuple(cls.__name__ for cls in types)

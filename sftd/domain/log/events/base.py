@@ -46,6 +46,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     notice_kind: ClassVar[NoticeKind | None] = None
     """The kind of notice that is sent of it; such a type has a `notice`."""
 
+    progress: ClassVar[str | None] = None
+    """What a run's progress (`sftd logs`, a trainer without a daemon, the demo) says before the summary. None: not a part of it."""
+
     def summary(self) -> str:
         """One line that says what matters of it. Each type has its own; the words in it may be anybody's (see `printable`)."""
         raise NotImplementedError(type(self).__name__)
@@ -53,3 +56,27 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     def notice(self, run: RunFacts) -> str | None:
         """What the notice says after the run's name; None where none is sent, because that of another event says it."""
         raise NotImplementedError(type(self).__name__)
+
+    def line(self, planned_steps: int) -> str | None:
+        """Its line in a run's progress, if it is a part of it."""
+        return None if self.progress is None else f"{self.progress}{self.summary()}"
+
+
+class OfStep:
+    """The words of an event that has one step: its number, of `planned_steps` where it is progress, and what `details` says."""
+
+    __slots__ = ()
+    step: int
+    progress: ClassVar[str]
+
+    def details(self) -> str:
+        """The summary without the step."""
+        raise NotImplementedError(type(self).__name__)
+
+    def summary(self) -> str:
+        """See `Event.summary`."""
+        return f"step {self.step}  {self.details()}"
+
+    def line(self, planned_steps: int) -> str:
+        """See `Event.line`."""
+        return f"step {self.step:>{len(str(planned_steps))}}/{planned_steps}  {self.progress}{self.details()}"
