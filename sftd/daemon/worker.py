@@ -124,8 +124,8 @@ class Worker:
 
 
 def _shown(error: Exception) -> str:
-    """The error without secrets: a database's own message quotes the statement, and a library's may quote a URL."""
-    if isinstance(error, SftdError):
+    """The error without secrets: SQLAlchemy's message quotes the statement, and a library's may quote a URL."""
+    if isinstance(error, SftdError | ImportError):
         return str(error)
     if (origin := getattr(error, "orig", None)) is not None:
         return str(origin).strip().partition("\n")[0]
