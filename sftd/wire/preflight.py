@@ -10,10 +10,11 @@ import msgspec
 
 import sftd
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log.events import RunSubmitted
-from sftd.domain.model.checks import DataFacts, ModelShape
 from sftd.domain.model.files import ModelFiles
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.submit.facts import NOTHING, RunFacts, SaveFolder

@@ -94,9 +94,7 @@ def test_the_command_line_is_not_made_of_prints() -> None:
 MOST = 16
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({p.parent for p in [*PACKAGE, *(ROOT / "tests/builders").rglob("*.py")]}), ids=name
-)
+@pytest.mark.parametrize("folder", sorted({p.parent for p in [*PACKAGE, *TESTS]}), ids=name)
 def test_a_folder_holds_few_modules(folder: Path) -> None:
     assert len(list(folder.glob("*.py"))) <= MOST, "make rooms, each named for what it holds"
 

@@ -4,6 +4,7 @@ steps take a tenth of a second. So the trainer stops itself (held/sitecustomize.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -76,6 +77,7 @@ def wait_until_stopped(ranks: Iterable[psutil.Process]) -> None:
 
 
 def let_go(ranks: Iterable[psutil.Process]) -> None:
-    """Ranks that were held go on."""
+    """Resume ranks that were held. One that was killed meanwhile is left alone."""
     for rank in ranks:
-        rank.resume()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.resume()

@@ -1,6 +1,6 @@
 """The fields of the `--json` answers that need more than a log: checked by the tests that run these commands anyway.
 
-`tests/contract/test_json_answers.py` has those of the other commands, and finds a command that neither covers.
+`tests/contract/cli/test_json_answers.py` has those of the other commands, and finds a command that neither covers.
 """
 
 from __future__ import annotations

@@ -5,4 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/unit/golden"
 RANKS = Path(__file__).parent / "ranks"

@@ -143,9 +143,9 @@ _USED = """
     cloudpickle encodings.idna megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
     megatron.core.dist_checkpointing.strategies.fully_parallel
     megatron.core.dist_checkpointing.strategies.state_dict_saver megatron.core.models.mimo numpy.ma pandas pyarrow.compute
-    pyarrow.fs pyarrow.parquet sftd.trainer.runtime.device_mode sftd.trainer.direct.direct sftd.trainer.loop.generate sftd.trainer.loop.attempt
+    pyarrow.fs pyarrow.parquet sftd.trainer.runtime.megatron_edges.no_accelerator sftd.trainer.direct.direct sftd.trainer.loop.generate sftd.trainer.loop.attempt
     sftd.trainer.runtime.output_cap torch.distributed.argparse_util torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
-    torch.distributed.elastic.rendezvous.registry torch.distributed.launcher.api torch.utils.serialization.config zoneinfo
+    torch.distributed.elastic.rendezvous.registry torch.distributed.launcher.api torch.utils.serialization.config transformers.models.auto.tokenization_auto zoneinfo
 """.split()
 
 
@@ -153,8 +153,8 @@ def import_all() -> None:
     """Import what a rank and its torchrun need. Warnings are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        process = importlib.import_module("sftd.trainer.runtime.process")
-        process.quiet_third_parties()
+        noise = importlib.import_module("sftd.trainer.runtime.megatron_edges.noise")
+        noise.quiet_third_parties()
         for name in _USED:
             importlib.import_module(name)
 

@@ -19,12 +19,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.SlurmCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.SlurmCluster]:
     """A real Slurm with two nodes, one for all tests. Skips where there can be none."""
     if reason := slurm_cluster.why_not():
         pytest.skip(f"no real Slurm: {reason}")
     with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def slurm(cluster: slurm_cluster.SlurmCluster) -> slurm_cluster.SlurmCluster:
+    """That Slurm with both nodes idle, whatever the test before has left."""
+    cluster.restore()
+    return cluster
 
 
 @pytest.fixture

@@ -6,25 +6,26 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sftd.domain.errors import Problem, quote
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.errors import Problem, quote, shorten
+from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.files import ModelFiles, differences
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
-_ROPE_SCALINGS = ("default", "llama3")
 _MODEL = "model.partial_pretrain"
 _LENGTH = "data.sequence_length"
 _MEGATRON = "model.megatron."
 _EP = _MEGATRON + "expert_model_parallel_size"
 
 
-def biases(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Linear layers have no bias, except those of QKV in Qwen2."""
-    if shape.mlp_bias or (shape.attention_bias and shape.architecture != "Qwen2ForCausalLM"):
-        bias = "mlp_bias" if shape.mlp_bias else "attention_bias"
-        what = f"config.json has {bias}, which {shape.architecture} is not trained with here"
-        yield Problem(_MODEL, what, "use a model without these biases")
+def check_architecture(name: str) -> Problem | None:
+    """Whether models of this architecture, as config.json names it, are trained; empty is none named. Without it there is no
+    shape that the other rules could look at."""
+    if name in FAMILIES:
+        return None
+    what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
+    return Problem(_MODEL, what, "supported: " + ", ".join(FAMILIES))
 
 
 def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -71,10 +72,11 @@ def experts_of_a_whole_sequence(spec: Spec, shape: ModelShape) -> Iterator[Probl
 
 
 def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer's feed-forward layers are SwiGLU."""
-    if shape.hidden_act != "silu":
+    """The trainer computes some activations."""
+    known = FAMILIES[shape.architecture].activations
+    if shape.hidden_act not in known:
         what = f"config.json has hidden_act {quote(shape.hidden_act)}"
-        yield Problem(_MODEL, what, "use a model with silu (SwiGLU) layers")
+        yield Problem(_MODEL, what, f"use a model with {' or '.join(known)} layers")
 
 
 def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -87,10 +89,10 @@ def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The trainer computes some RoPE scalings."""
-    scaling = shape.rope_scaling or {}
-    rope = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope not in _ROPE_SCALINGS:
-        yield Problem(_MODEL, f"RoPE scaling {quote(rope)} is not known", "use default or llama3 RoPE")
+    known = FAMILIES[shape.architecture].rope_types
+    if shape.rope_type not in known:
+        what = f"RoPE scaling {quote(shape.rope_type)} is not known"
+        yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
 
 
 def _ffn_units(shape: ModelShape) -> int:
@@ -134,7 +136,6 @@ def longer_than_pretrained(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 
 MODEL = Rules(
     refuse=(
-        biases,
         unsupported_parts,
         expert_parallel_without_experts,
         experts_of_a_token,

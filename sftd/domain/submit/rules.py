@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, several
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.rules import MODEL
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING

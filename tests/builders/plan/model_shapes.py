@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 
 LLAMA_1B = ModelShape(
     architecture="LlamaForCausalLM",

@@ -29,6 +29,7 @@ class Home:
     def __init__(self, path: Path, model: Path, warm: str | None = None) -> None:
         """`warm`: what the fixture `warm_python` is; without it everything starts in interpreters of its own."""
         self.path = path
+        self._daemons: list[subprocess.Popen[str]] = []
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SFTD_", "MLFLOW_"))} | {
             "SFTD_HOME": str(path / "home"),
             "SFTD_BACKOFF_SECONDS": "0.1",
@@ -101,7 +102,7 @@ class Home:
         """Start a daemon in the foreground of a process of its own."""
         log = open(self.path / "daemon.log", "a")  # noqa: SIM115
         with log:
-            return subprocess.Popen(
+            daemon = subprocess.Popen(
                 self.command("daemon", *arguments),
                 env=self.env,
                 cwd=self.path,
@@ -109,6 +110,8 @@ class Home:
                 stderr=log,
                 text=True,
             )
+        self._daemons.append(daemon)
+        return daemon
 
     def follow(self, run_id: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Read the run's events as they come until one matches; it is returned. Blocks on the pipe."""
@@ -186,6 +189,9 @@ class Home:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(doomed, timeout=60)
+        # A test that fails leaves its daemon: a Popen that nobody waits for is a warning, and so an error, in a later test.
+        for daemon in self._daemons:
+            daemon.wait(timeout=PATIENCE)
 
     def _processes(self) -> list[psutil.Process]:
         found = []

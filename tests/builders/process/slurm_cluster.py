@@ -133,6 +133,20 @@ class SlurmCluster:
             self.start_node(node)
         until(self._is_idle, what=f"the nodes did not come up: {self._log()}")
 
+    def restore(self) -> None:
+        """Restart what a test has left dead, cancel its jobs, and wait until both nodes are idle."""
+        if not self._runs("slurmctld"):
+            self.start_controller()
+        for node in NODES:
+            if not self._runs(node):
+                self.kill_node(node)
+                self.start_node(node)
+        self.run("scancel", "--user=root")
+        until(self._is_idle, what=f"the nodes do not come back: {self._log()}")
+
+    def _runs(self, name: str) -> bool:
+        return name in self._processes and self._processes[name].poll() is None
+
     def _is_idle(self) -> bool:
         states = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], capture_output=True, text=True).stdout
         return states.split() == ["idle"] * len(NODES)

@@ -18,7 +18,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from sftd.trainer.loop.attempt import Attempt  # noqa: E402
 from sftd.trainer.runtime import session as sessions  # noqa: E402
-from sftd.trainer.runtime.megatron_edges import adamw_of  # noqa: E402
+from sftd.trainer.runtime.megatron_edges.training import adamw_of  # noqa: E402
 from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
 from sftd.trainer.trainee import Trainee  # noqa: E402
 from sftd.wire.attempt.directory import AttemptDir  # noqa: E402

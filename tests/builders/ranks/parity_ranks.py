@@ -15,12 +15,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from sftd.domain.model.checks import ModelShape  # noqa: E402
+from sftd.domain.model.parameters import padded_vocabulary  # noqa: E402
+from sftd.domain.model.shape import ModelShape  # noqa: E402
+from sftd.domain.plan import sizes  # noqa: E402
 from sftd.domain.spec.spec import Spec  # noqa: E402
 from sftd.trainer.data.batches import Batching  # noqa: E402
 from sftd.trainer.data.rows import Sample  # noqa: E402
 from sftd.trainer.data.sequence_layout import SequenceLayout  # noqa: E402
-from sftd.trainer.model import loss as loss_module  # noqa: E402
 from sftd.trainer.model import model as models  # noqa: E402
 from sftd.trainer.model import weights  # noqa: E402
 from sftd.trainer.model.loss import linear_cross_entropy, vocab_parallel_cross_entropy  # noqa: E402
@@ -52,7 +53,7 @@ def logits(model: Any, tokens: torch.Tensor, layout: SequenceLayout) -> torch.Te
 def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, float]:
     """Largest differences of loss and gradient from PyTorch, and the largest gradient of a padding row."""
     generator = torch.Generator().manual_seed(3)
-    padded = models.padded_vocabulary(vocabulary, session.layout.tp)
+    padded = padded_vocabulary(vocabulary, session.layout.tp)
     full = torch.randn(9, padded, generator=generator) * 5
     # A padding row that would win if it were looked at.
     full[:, vocabulary:] = 50.0
@@ -77,9 +78,9 @@ def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, floa
 def linear(session: Session, vocabulary: int) -> dict[str, float]:
     """Largest differences of the chunked linear + cross-entropy from PyTorch: loss, gradients of hidden states and weight;
     and what evaluation alone adds to the weight's gradient. 300 rows are three chunks here."""
-    loss_module._CHUNK_BYTES = 1
+    sizes.LOGITS_BYTES = 1
     generator = torch.Generator().manual_seed(5)
-    padded = models.padded_vocabulary(vocabulary, session.layout.tp)
+    padded = padded_vocabulary(vocabulary, session.layout.tp)
     full, hidden = torch.randn(padded, 16, generator=generator), torch.randn(300, 16, generator=generator)
     labels = torch.randint(0, vocabulary, (300,), generator=generator)
     labels[::7] = -100
