@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,7 @@ from sftd.cli import app
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.daemon.mirror_turn import Mirror
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import Worker
     from sftd.store.database.engine import Store
 
 _START_SECONDS = 60.0
@@ -114,7 +112,7 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
                     "demo's does. `sftd daemon --stop` ends it now; its runs continue."
                 )
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
-    # Found out here, where a person reads it, and not in the background.
+    # Checked here, where a person reads it, and not in the background.
     visible_gpus()
     _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
@@ -170,9 +168,10 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.launcher.local import LocalAttempt
     from sftd.launcher.slurm.attempt import SlurmLauncher
     from sftd.launcher.slurm.controller import Controller
+    from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
-    # Whatever is made from here on, by MLflow too, is for no other eyes.
+    # Files made from here on, by MLflow too, are for this user alone.
     os.umask(0o077)
     log.set_up(settings.log_format)
     stop = threading.Event()
@@ -181,8 +180,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
-        # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
-        # A file needs no waiting for: what is wrong with it, a person has to fix.
+        # A person waits for `--drain`, so it fails at once; a service may start before its database.
+        # A file needs no waiting: a person has to fix what is wrong with it.
         at_once = drain or settings.database_url.startswith("sqlite")
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
@@ -194,8 +193,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         inventory = Inventory(gpus, cores, slurm_jobs, others=others)
         slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
         launcher = ByName({"local": LocalAttempt, "slurm": slurm})
-        mirror, notices = _mirror(settings), _notices(settings, store)
-        daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
+        notices = _notices(settings, store)
+        daemon = Daemon(store, settings, inventory, launcher, stop, MIRRORS, notices)
         try:
             daemon.run(drain=drain)
         except SftdError as error:
@@ -232,23 +231,10 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     return None
 
 
-def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
+def _notices(settings: Settings, store: Store) -> list[Worker]:
     if not (settings.notify_command or settings.notify_webhook):
         return []
     from sftd.cli.operate.notify import notifiers
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import of_channel
 
-    return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
-
-
-def _mirror(settings: Settings) -> Callable[[], Mirror] | None:
-    if not settings.mlflow_tracking_uri:
-        return None
-
-    def make() -> Mirror:
-        from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
-
-        # A connection pool of its own: the mirror runs in a thread and may be slow.
-        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-
-    return make
+    return [of_channel(notifier) for notifier in notifiers(settings, store)]

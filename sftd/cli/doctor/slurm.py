@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sftd.cli.doctor.finding import Finding, broken, ok, warning
+from sftd.domain.finding import Finding, broken, ok, warning
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.commands import Partition, Unanswered
 from sftd.settings import Settings
@@ -57,7 +57,7 @@ def _controller() -> Iterator[Finding]:
         yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:
-        fix = "sftd needs squeue as it is in Slurm 22.05 or later; tell us of yours with `squeue --version`"
+        fix = "sftd needs squeue as it is in Slurm 22.05 or later; report yours with `squeue --version`"
         yield broken("Slurm", "squeue does not answer in the form in which it is asked", fix)
         return
     took = time.perf_counter() - began
@@ -67,7 +67,7 @@ def _controller() -> Iterator[Finding]:
     try:
         found = slurm_commands.partitions(_run)
     except (Unanswered, ValueError) as error:
-        yield warning("Slurm", f"sinfo does not tell the partitions: {error}", "see what `sinfo -s` says")
+        yield warning("Slurm", f"sinfo does not list the partitions: {error}", "see what `sinfo -s` says")
         return
     yield _partitions(found)
 

@@ -72,7 +72,7 @@ def experts_of_a_whole_sequence(spec: Spec, shape: ModelShape) -> Iterator[Probl
 
 
 def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer computes some activations."""
+    """The trainer computes some activations of a family's feed-forward layers."""
     known = FAMILIES[shape.architecture].activations
     if shape.hidden_act not in known:
         what = f"config.json has hidden_act {quote(shape.hidden_act)}"

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import ConcurrencyConflict
 from sftd.domain.log import codec
-from sftd.domain.log.events import Micros, NewEvent, Recorded, StepCompleted
+from sftd.domain.log.events import CheckpointPublished, Micros, NewEvent, Recorded, RunForked, StepCompleted
 from sftd.store.database.engine import Tx, insert_rows
 from sftd.store.database.tables import NO_STEP, events, view_runs
 
@@ -118,6 +118,17 @@ def read_stream(
     """Events of one run in order, optionally of some types only."""
     for row in connection.execute(of_run(run_id, after_version, types, limit)):
         yield to_recorded(row)
+
+
+def branch_version(connection: sa.Connection, fork: RunForked) -> int | None:
+    """The version of the parent's stream at which a fork branches: the last publication of its checkpoint. What the parent did
+    with later steps is not the fork's. None for a fork of the pretrained model, and where the log has no such checkpoint."""
+    query = of_run(fork.parent, 0, (CheckpointPublished.__name__,), None).order_by(None)
+    for row in connection.execute(query.order_by(events.c.version.desc())):
+        event = to_recorded(row).event
+        if isinstance(event, CheckpointPublished) and event.manifest_digest == fork.manifest_digest:
+            return int(row.version)
+    return None
 
 
 def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded | None:

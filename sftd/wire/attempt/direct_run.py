@@ -23,8 +23,9 @@ import msgspec
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
 from sftd.domain.log import codec
 from sftd.domain.log import events as e
-from sftd.domain.repro import steps as redoing
+from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions, trajectory
+from sftd.domain.run.exactness import compare_with_log
 from sftd.domain.run.failures import Failure, classify
 from sftd.domain.run.fold import evolve
 from sftd.domain.run.ids import is_run_id
@@ -240,12 +241,11 @@ class _Attempt:
             self._add(resumed, "resumed", at, attempt=None)
         elif self._number > 1:
             self._add(e.ResumeRequested(by=self._user), "resumed", at, attempt=None)
-        start = _from_step(run, order)
         self._add(
             e.AttemptClaimed(
                 daemon=DAEMON,
                 host=process.host if process else "",
-                from_step=start,
+                from_step=_from_step(run, order),
                 checkpoint=order.checkpoint,
             ),
             "claimed",
@@ -253,7 +253,7 @@ class _Attempt:
         )
         if process is not None:
             self._add(self._launched(process), "launched", at)
-        failure = self._read_journal(start)
+        failure = self._read_journal()
         if ended:
             self._end(failure)
 
@@ -274,10 +274,9 @@ class _Attempt:
             devices=process.devices,
         )
 
-    def _read_journal(self, start: int) -> Failure | None:
+    def _read_journal(self) -> Failure | None:
         """Take in the journal's lines. Returns what is wrong with the first that cannot be read, if there is one."""
-        before = redoing.comparable(n.event for n in self._history.events)
-        redone = {step: event for step, event in before.items() if step > start}
+        log = steps_to_redo(n.event for n in self._history.events)
         number, offset, limit = 0, 0, 1000
         while True:
             try:
@@ -294,9 +293,9 @@ class _Attempt:
                 return None
             number = lines[-1].number
             for line in lines:
-                self._take_line(line, redone)
+                self._take_line(line, log)
 
-    def _take_line(self, line: journal.Line, redone: dict[int, e.StepCompleted]) -> None:
+    def _take_line(self, line: journal.Line, log: dict[int, e.StepCompleted]) -> None:
         line_id = journal.event_id(self._history.run.run_id, self._number, line.number)
         self._history.add(
             e.NewEvent(
@@ -307,10 +306,9 @@ class _Attempt:
                 attempt=self._number,
             )
         )
-        if isinstance(line.event, e.StepCompleted):
-            run = self._history.run
-            if anomaly := redoing.compare_redone(redone, line.event, is_exact=run.is_exact, dtype=run.dtype):
-                self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
+        redone = compare_with_log(log, self._history.run, line.event)
+        if redone is not None and (anomaly := redone.anomaly):
+            self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
 
     def _end(self, unreadable: Failure | None) -> None:
         remains = find_remains(self._directory)

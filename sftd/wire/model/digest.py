@@ -27,7 +27,7 @@ from sftd.wire.attempt.directory import fsync_dir, make_private
 
 INDEX = "model.safetensors.index.json"
 _WHERE = "model.partial_pretrain"
-# What a run and its export need of a model folder besides the weights.
+# What a run and its export need of a model folder in addition to the weights.
 _KEPT = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *(
@@ -52,7 +52,7 @@ _SAMPLED_TENSORS = 512
 
 
 def kept_files(folder: Path) -> dict[str, Path]:
-    """Name → path of the files that a run and its export need besides the weights; links are followed."""
+    """Name → path of the files that a run and its export need in addition to the weights; links are followed."""
     found = {path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): path for path in sorted(found)}
 
