@@ -186,6 +186,20 @@ REFUSED: dict[str, list[Row]] = {
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
     ],
     # What else is read.
+    "override_that_is_not_read": [
+        Row(
+            "model.override_config.hidden_sizes",
+            "is not read by the trainer",
+            {"model.override_config": {"hidden_sizes": 1}},
+            fix="`hidden_size`",
+        ),
+        Row(
+            "model.override_config.zzz",
+            "is not read by the trainer",
+            {"model.override_config": {"hidden_size": 64, "zzz": 1}},
+            fix="leave it out; these are read: architectures",
+        ),
+    ],
     "fewer_gpus_than_ranks": [
         Row("launch.device", "there are 1 here", {RANKS: 2}, {"own_gpus": 1}, fix="--nproc-per-node")
     ],
