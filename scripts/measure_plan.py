@@ -50,8 +50,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
     from sftd.domain.data.rows import IGNORE_INDEX
-    from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
     from sftd.domain.plan.batch import workload
     from sftd.domain.plan.duration import Machine, step_seconds
     from sftd.domain.plan.memory import footprints, fullest

@@ -10,9 +10,9 @@ import msgspec
 
 import sftd
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log.events import RunSubmitted
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.decisions import Proposal

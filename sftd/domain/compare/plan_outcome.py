@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.duration import Machine, step_seconds

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sftd.domain.errors import Problem, quote
+from sftd.domain.errors import Problem, quote, shorten
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.files import ModelFiles, differences
 from sftd.domain.model.shape import ModelShape
@@ -17,6 +17,15 @@ _MODEL = "model.partial_pretrain"
 _LENGTH = "data.sequence_length"
 _MEGATRON = "model.megatron."
 _EP = _MEGATRON + "expert_model_parallel_size"
+
+
+def check_architecture(name: str) -> Problem | None:
+    """Whether models of this architecture, as config.json names it, are trained; empty is none named. Without it there is no
+    shape that the other rules could look at."""
+    if name in FAMILIES:
+        return None
+    what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
+    return Problem(_MODEL, what, "supported: " + ", ".join(FAMILIES))
 
 
 def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -79,12 +88,11 @@ def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 
 
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer computes some RoPE scalings of a family."""
+    """The trainer computes some RoPE scalings."""
     known = FAMILIES[shape.architecture].rope_types
     if shape.rope_type not in known:
-        yield Problem(
-            _MODEL, f"RoPE scaling {quote(shape.rope_type)} is not known", f"use {' or '.join(known)} RoPE"
-        )
+        what = f"RoPE scaling {quote(shape.rope_type)} is not known"
+        yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
 
 
 def _ffn_units(shape: ModelShape) -> int:

@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import msgspec
 
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.plan.sizes import length_multiple
 from sftd.domain.spec.spec import Spec
 

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload, workload
 from sftd.domain.plan.disk import Storage, storage

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.shape import ModelShape
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from difflib import get_close_matches
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, several
-from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.families import keys_read
 from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
@@ -33,6 +35,20 @@ def fewer_gpus_than_ranks(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {facts.own_gpus} here"
         fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
         yield Problem("launch.device", what, fix)
+
+
+def override_that_is_not_read(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+    """An override of another key would change nothing."""
+    known = keys_read()
+    for key in spec.model.override_config:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1)
+            fix = (
+                f"did you mean `{nearest[0]}`?"
+                if nearest
+                else f"leave it out; these are read: {', '.join(known)}"
+            )
+            yield Problem(f"model.override_config.{key}", "is not read by the trainer", fix)
 
 
 def save_folder_not_writable(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
@@ -181,6 +197,7 @@ def devices_that_no_host_has(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
 
 FACTS = Rules(
     refuse=(
+        override_that_is_not_read,
         fewer_gpus_than_ranks,
         save_folder_not_writable,
         prompts_without_tokenizer,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.data.rows import IGNORE_INDEX, is_trained
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.wire.data.columns import UnusableFile
 from sftd.wire.data.rows import DataFile, Slice
 

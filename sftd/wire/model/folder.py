@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.checks import check_architecture
-from sftd.domain.model.families import FAMILIES, ROPE_KEYS, keys_read
+from sftd.domain.model.families import FAMILIES, ROPE_KEYS
+from sftd.domain.model.rules import check_architecture
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.text.words import counted
 from sftd.wire.model.digest import INDEX, read_header, weight_files
@@ -38,24 +37,8 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
     return config | override
 
 
-def _refuse_unknown(override: dict[str, Any]) -> None:
-    problems, known = [], keys_read()
-    for key in override:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            fix = (
-                f"did you mean `{nearest[0]}`?"
-                if nearest
-                else "leave it out; these are read: " + ", ".join(known)
-            )
-            problems.append(Problem(f"model.override_config.{key}", "is not read by the trainer", fix))
-    if problems:
-        raise Refused(problems)
-
-
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
-    _refuse_unknown(override)
     config = read_config(folder, override)
     # First of all: another architecture's config.json lacks keys, and that is not what is wrong.
     architecture = _architecture(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sftd.domain.model.checks import DataFacts
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.sections import Data, Model, Trainer
 from sftd.domain.spec.spec import Spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.plan.duration import Machine
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import Spec

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.plan.duration import Machine
 from sftd.domain.spec.spec import spec_digest
 from sftd.operations.queries import plan as planning

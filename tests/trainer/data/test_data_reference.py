@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Refused
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.spec.sections import Data
 from sftd.trainer.chat.mask import MaskedChat
 from sftd.trainer.data.rows import Rows, write_spool

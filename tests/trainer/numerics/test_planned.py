@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.sizes import LENGTH_TILE
 from sftd.domain.spec.parse import parse

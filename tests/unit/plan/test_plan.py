@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from sftd.domain.compare.plan_outcome import History, calibration, outcome
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.log import events as e
 from sftd.domain.model import rules as model_rules
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.model.flops import device_bytes
 from sftd.domain.model.parameters import Held, held, whole_model
 from sftd.domain.model.shape import ModelShape

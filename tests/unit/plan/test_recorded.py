@@ -19,12 +19,12 @@ import pytest
 import sftd.domain
 import sftd.store
 import sftd.wire
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Refused
 from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
 from sftd.domain.log.timeline import logged_steps
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.notices import notice

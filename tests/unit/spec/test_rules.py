@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.files import ModelFile, ModelFiles
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
@@ -153,7 +153,12 @@ REFUSED: dict[str, list[Row]] = {
     ],
     # The model.
     "unsupported_parts": [
-        Row("model.partial_pretrain", "has shared experts", shape={"unsupported": ("shared experts",)})
+        Row(
+            "model.partial_pretrain",
+            "has shared experts",
+            shape={"unsupported": ("shared experts",)},
+            fix="without it",
+        )
     ],
     "expert_parallel_without_experts": [Row(EP, "no experts to share", {EP: 2})],
     "experts_of_a_token": [
@@ -182,6 +187,20 @@ REFUSED: dict[str, list[Row]] = {
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
     ],
     # What else is read.
+    "override_that_is_not_read": [
+        Row(
+            "model.override_config.hidden_sizes",
+            "is not read by the trainer",
+            {"model.override_config": {"hidden_sizes": 1}},
+            fix="`hidden_size`",
+        ),
+        Row(
+            "model.override_config.zzz",
+            "is not read by the trainer",
+            {"model.override_config": {"hidden_size": 64, "zzz": 1}},
+            fix="leave it out; these are read: architectures",
+        ),
+    ],
     "fewer_gpus_than_ranks": [
         Row("launch.device", "there are 1 here", {RANKS: 2}, {"own_gpus": 1}, fix="--nproc-per-node")
     ],

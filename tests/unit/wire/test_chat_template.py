@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
-from sftd.domain.model.checks import DataFacts
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.tools.export.template_files import write_template

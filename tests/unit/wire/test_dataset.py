@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.errors import Refused
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.wire.data import dataset
 from sftd.wire.data.rows import DataFile, read_row
 

@@ -243,18 +243,6 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
 
 
-def test_an_override_that_is_not_read_is_refused_with_the_nearest_that_is(tmp_path: Path) -> None:
-    with pytest.raises(Refused) as refused:
-        read_shape(folder_of(tmp_path, DENSE), {"hidden_sizes": 1, "zzz": 2, "vocab_size": 9})
-    first, second = refused.value.problems
-    assert first.where == "model.override_config.hidden_sizes"
-    assert first.fix == "did you mean `hidden_size`?"
-    assert second.where == "model.override_config.zzz"
-    assert "num_hidden_layers" in second.fix
-    assert first.what == second.what
-    assert first.what
-
-
 def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
     least = {
         k: v

@@ -1,11 +1,8 @@
-"""What is known of a model and of data files: a model's shape, and what rows hold."""
+"""What is known of data files: how many rows, how long, how many of them are trained."""
 
 from __future__ import annotations
 
 import msgspec
-
-from sftd.domain.errors import Problem, shorten
-from sftd.domain.model.families import FAMILIES
 
 # Where `DataFacts.lengths` are taken: finer at the long end, which decides about padding.
 LENGTH_QUANTILES = (*(i / 32 for i in range(32)), *(1 - 2**-k for k in range(6, 13)), 1.0)
@@ -39,11 +36,3 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     def usable(self) -> int:
         """Rows that training sees."""
         return self.rows - self.unusable
-
-
-def check_architecture(name: str) -> Problem | None:
-    """Whether models of this architecture, as config.json names it, are trained; empty is none named."""
-    if name in FAMILIES:
-        return None
-    what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
-    return Problem("model.partial_pretrain", what, "supported: " + ", ".join(FAMILIES))
