@@ -132,7 +132,7 @@ def _who_locks() -> str:
 
 
 def _is_completing() -> bool:
-    """Whether a shell asks what could come next (see `completion.py`)."""
+    """Whether a shell asks for completions (`look/completion.py`)."""
     return "_SFTD_COMPLETE" in os.environ
 
 
@@ -249,6 +249,5 @@ def main() -> None:
 
 
 if _is_completing():
-    from sftd.cli.look.completion import complete_values
-
-    complete_values()
+    # It registers what click lacks.
+    importlib.import_module("sftd.cli.look.completion")

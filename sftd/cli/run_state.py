@@ -176,17 +176,12 @@ def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
 
 
 def _checkpoints_table(run: Run) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.run.retention import why_kept
 
-    reasons = why_kept(run)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("checkpoint", "size", "val"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("kept because")
+    reasons, numbers = why_kept(run), ("checkpoint", "size", "val")
+    table = output.table(*numbers, "kept because", right=numbers, fold=["kept because"])
     for c in run.checkpoints:
         table.add_row(
             f"step {c.step}",
@@ -199,18 +194,12 @@ def _checkpoints_table(run: Run) -> Table:
 
 def history_table(history: list[Recorded]) -> Table:
     """The events of `history` that are not steps, one a row."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.events import AnomalyDetected
 
     count: Counter[tuple[int | None, str]] = Counter()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("time", no_wrap=True, style="dim")
-    table.add_column("try", justify="right", no_wrap=True)
-    table.add_column("event", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = output.table("time", "try", "event", "", right=["try"], dim=["time"], fold=[""])
     for r in history:
         if isinstance(r.event, AnomalyDetected):
             count[r.attempt, r.event.what] += 1

@@ -142,12 +142,9 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
 
 
 def _facts_table(found: Compared, numbers: range) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", style="dim", no_wrap=True)
+    table = output.table("", dim=[""])
     for n in numbers:
         table.add_column(
             Text(f"{letter(n)} {found.sides[n].run.run_id}", f"bold {colour(n)}"), overflow="fold"
@@ -162,12 +159,9 @@ def _facts_table(found: Compared, numbers: range) -> Table:
 
 
 def _differences_table(found: Compared) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", style="dim", no_wrap=True)
+    table = output.table("", dim=[""])
     table.add_column("", overflow="fold")
     for n in range(len(found.sides)):
         table.add_column(Text(letter(n), f"bold {colour(n)}"), overflow="fold")

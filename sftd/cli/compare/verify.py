@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import spinner
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -90,10 +90,12 @@ def verify_command(
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
     output.when_interrupted("Nothing was recorded.")
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        order = _order(chosen, spec, planned, str(settings.home))
-        with _held(settings, store, taken, is_named=devices is not None) as holds:
-            verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # They clean up as Ctrl-C does.
+        signal.signal(number, signal.default_int_handler)
+    order = _order(chosen, spec, planned, str(settings.home))
+    with _held(settings, store, taken, is_named=devices is not None) as holds:
+        verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
         replays.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
@@ -261,8 +263,9 @@ def _compare(
         lock = stack.enter_context(ExitStack())
         if chosen.checkpoint is not None:
             lock.enter_context(reading(Path(chosen.checkpoint.path)))
-        show = stack.enter_context(_progress(run.run_id, chosen))
-        show(f"training again from {where} on {', '.join(devices)}")
+        show = stack.enter_context(spinner(f"{run.run_id}: starting"))
+        text = f"{run.run_id}: training again from {where} on {', '.join(devices)}"
+        show(text, text)
         scratch = stack.enter_context(rerun(order, need, devices, settings.home, inherited=holds, keep=keep))
         if keep:
             output.note(f"{run.run_id}: the scratch folder is {scratch.folder}")
@@ -286,7 +289,9 @@ def _compare(
                             environment=comparing.environment(event.step),
                             by=by,
                         ), comparing
-                    show(f"step {event.step} of {chosen.to_step}: {comparing.agreeing} agree")
+                    text = f"{run.run_id}: step {event.step} of {chosen.to_step}: {comparing.agreeing} agree"
+                    # A line in a file for each tenth.
+                    show(text, text if comparing.agreeing % max(1, chosen.count // 10) == 0 else "")
                     if event.step == chosen.to_step:
                         break
     if comparing is None or comparing.agreeing < chosen.count:
@@ -299,39 +304,6 @@ def _compare(
         by=by,
     )
     return verified, comparing
-
-
-@contextmanager
-def _progress(run_id: str, chosen: Comparison) -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what it is at: live on a terminal, elsewhere a line for each tenth."""
-    shown = output.console(stderr=True)
-    every, count = max(1, chosen.count // 10), 0
-    with shown.status(output.escape(f"{run_id}: starting")) as status:
-
-        def show(text: str) -> None:
-            nonlocal count
-            if shown.is_terminal:
-                status.update(output.escape(f"{run_id}: {text}"))
-            elif count % every == 0:
-                output.note(f"{run_id}: {text}")
-            count += 1
-
-        yield show
-
-
-@contextmanager
-def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Have signals end the block as Ctrl-C does, so that it cleans up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print(

@@ -12,6 +12,7 @@ import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import counter
 from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
@@ -189,7 +190,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
             )
         migrate.upgrade(store.engine)
         app.views_up_to_date(store)
-        with output.progress() as show:
+        with counter() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
         problems = counted(len(found.problems), "problem")
         if found.problems and not force:

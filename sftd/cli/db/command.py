@@ -12,6 +12,7 @@ from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.cli.db.backup import backup_command, restore_command
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import counter
 from sftd.domain.text.words import counted
 
 _SHOWN_PROBLEMS = 20
@@ -53,7 +54,7 @@ def check() -> None:
         # Not `app.open_store`: that would fold what the views lack, which is what is to be found out here.
         store = Store(engine)
         store.check_schema()
-        with output.progress() as show:
+        with counter() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
         click.echo(problem)
@@ -90,7 +91,7 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
         from_store, to_store = Store(open_engine(source_url)), Store(open_engine(target_url))
         for store in (from_store, to_store):
             stack.callback(store.engine.dispose)
-        with output.progress() as show:
+        with counter() as show:
             digests = databases.copy(from_store, to_store, app.context(), show, force=force)
     if as_json:
         click.echo(output.json_line(digests))

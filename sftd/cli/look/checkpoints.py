@@ -51,16 +51,10 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     if not rows:
         click.echo(f"{found.run_id} has published no checkpoint yet.")
         return
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "size", "val"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("layout", "status"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("kept because")
+    names = ("step", "size", "val", "layout", "status", "kept because")
+    table = output.table(*names, right=names[:3], fold=names[-1:])
     for row in rows:
         table.add_row(
             str(row.step),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sftd.domain.run.state import Run
     from sftd.operations.queries.history import Chapter
 
-_TOOL = "seen_rows"
 # Characters of a row's text, and of one part of it.
 _TEXT, _PART = 80, 36
 
@@ -68,8 +67,8 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
 
 
 def _ask(run: Run, *arguments: str) -> dict[str, Any]:
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.cli.tools import order_file
-    from sftd.launcher.tools import run_tool
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()
@@ -77,7 +76,7 @@ def _ask(run: Run, *arguments: str) -> dict[str, Any]:
     text = "--text" in arguments
     model = model_files.source(app.open_store(settings), settings.home, run) if text else ""
     with order_file(run, None, model) as order:
-        found = output.with_stages(run.run_id, _TOOL, [order, *arguments], run_tool)
+        found = run_with_stages(run.run_id, "seen_rows", [order, *arguments])
     return {name: value for name, value in found.items() if name != "event"}
 
 
@@ -164,8 +163,6 @@ def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
 
 
 def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     out = output.console()
@@ -176,12 +173,8 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
         f"{answer['tokens']} trained tokens",
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("row", "length", "trained"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("place", overflow="fold", style="dim")
-    if text:
-        table.add_column("text", overflow="fold")
+    names = ("row", "length", "trained", "place", *(["text"] if text else []))
+    table = output.table(*names, right=names[:3], dim=["place"], fold=["place", "text"])
     for row in rows:
         place = f"{row['file']}:{row['row_in_file']}"
         cells: list[Any] = [str(row["row"]), str(row["length"]), str(row["trained"]), Text(place)]

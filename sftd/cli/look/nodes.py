@@ -56,19 +56,9 @@ def as_values(node: Node) -> dict[str, Any]:
 
 
 def _print(found: list[Node]) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, fold in (
-        ("host", True),
-        ("state", False),
-        ("used", False),
-        ("daemon", True),
-        ("drives", False),
-    ):
-        table.add_column(name, overflow="fold", no_wrap=not fold)
+    table = output.table("host", "state", "used", "daemon", "drives", fold=["host", "daemon"])
     for node in found:
         devices = [f"{d.used}/{d.total} {kind}" for kind, d in node.devices.items() if d.total]
         table.add_row(

@@ -114,17 +114,11 @@ def _changes(chapter: Chapter) -> Iterator[str]:
 
 
 def _table(chapter: Chapter) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.history import Steps, milestones
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("time", no_wrap=True, style="dim")
-    table.add_column("try", justify="right", no_wrap=True)
-    table.add_column("what", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = output.table("time", "try", "what", "", right=["try"], dim=["time"], fold=[""])
     for item in milestones(chapter.recorded):
         if isinstance(item, Steps):
             style = "bold red" if item.anomalies else "yellow" if item.redone else ""

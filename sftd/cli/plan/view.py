@@ -109,15 +109,10 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
 
 
 def _memory_table(spec: Spec, plan: Plan) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    several = len(plan.memory) > 1
-    table.add_column("memory of a rank", no_wrap=True)
-    for stage in plan.memory:
-        table.add_column(f"stage {stage.stage}" if several else "", justify="right", no_wrap=True)
-    table.add_column("of what", overflow="fold", style="dim")
+    stages = [f"stage {stage.stage}" if len(plan.memory) > 1 else "" for stage in plan.memory]
+    table = output.table(
+        "memory of a rank", *stages, "of what", right=stages, dim=["of what"], fold=["of what"]
+    )
     work, is_cpu = plan.work, plan.machine.device == "cpu"
     tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
     rows: list[tuple[str, str, str]] = [
@@ -165,9 +160,6 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
-    from rich import box
-    from rich.table import Table
-
     out = output.console()
     devices = "the CPU" if host.machine.device == "cpu" else f"{host.devices} × {host.machine.name}"
     where = f"{output.escape(devices)} of {output.memory(host.memory)}"
@@ -181,11 +173,7 @@ def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
             )
         return
     best = layouts.best
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layout", "micro-batch", "recompute"):
-        table.add_column(name, no_wrap=True)
-    for name in ("step", "needs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = output.table("layout", "micro-batch", "recompute", "step", "needs", right=["step", "needs"])
     for choice in layouts.fitting[:_LAYOUTS]:
         table.add_row(*_layout_row(choice), style="bold" if choice is best else "")
     out.print(

@@ -31,10 +31,10 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
       sftd export brave-otter ./my-model --register support
     """
     from sftd.cli.registry import Registry
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.cli.tools import order_file
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.log.events import ModelExported
-    from sftd.launcher.tools import run_tool
     from sftd.operations.driving import checkpoints
     from sftd.operations.queries import model_files
 
@@ -52,7 +52,7 @@ def export_command(run: str, directory: str, step: int | None, name: str | None,
     output.when_interrupted(f"Nothing was written to {path}.")
     with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
-        done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
+        done = run_with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments)
     exported = ModelExported(
         step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
     )

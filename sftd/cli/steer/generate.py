@@ -49,8 +49,8 @@ def generate_command(
     """
     import msgspec
 
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.cli.tools import order_file
-    from sftd.launcher.tools import run_tool
     from sftd.operations.driving import checkpoints
     from sftd.operations.queries import model_files
 
@@ -69,7 +69,7 @@ def generate_command(
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"
-        done = output.with_stages(title, "answer", arguments, run_tool, msgspec.json.encode(texts))
+        done = run_with_stages(title, "answer", arguments, msgspec.json.encode(texts))
     answers = done["answers"]
     if as_json:
         click.echo(output.json_line(answers))

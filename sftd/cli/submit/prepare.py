@@ -122,7 +122,8 @@ def prepare_command(
       sftd prepare chats.jsonl -m ./SmolLM2 -o train.parquet --val-fraction 0.05 --val-out val.parquet
       sftd prepare ./my-dataset -m ./Qwen3-8B -o train.parquet --rewritten split --max-length 4096
     """
-    from sftd.launcher.tools import run_tool
+    from sftd.cli.terminal.progress import run_with_bar
+    from sftd.wire.spec.paths import model_folder
 
     ways = [options["val_fraction"], options["val_rows"], options["val_split"]]
     if options["val_out"] is not None and not any(way is not None for way in ways):
@@ -134,8 +135,6 @@ def prepare_command(
     output.need_folder("--out", out)
     if options["val_out"] is not None:
         output.need_folder("--val-out", options["val_out"])
-    from sftd.wire.spec.paths import model_folder
-
     folder = model_folder("--model", model, os.getcwd())
     arguments = [*sources, "--model", folder, "--out", out]
     for name in _PASSED:
@@ -148,7 +147,7 @@ def prepare_command(
     if trust_remote_code:
         arguments.append("--trust-remote-code")
     output.when_interrupted("Nothing was written.")
-    done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
+    done = run_with_bar("tokenising", "rows", ["tokenize", *arguments])
     if as_json:
         click.echo(output.json_line(done))
         return
@@ -172,33 +171,3 @@ def summary(done: dict[str, Any]) -> str:
     if done.get("rejected"):
         text += f"; {done['rejected']:,} rejected"
     return text
-
-
-def with_progress(what: str, unit: str, arguments: list[str], run_tool: Any) -> dict[str, Any]:
-    """Run a `prepare` tool with a progress bar on stderr."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-    )
-    console = output.console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None, count="")
-
-        def show(line: dict[str, Any]) -> None:
-            if line.get("event") == "progress":
-                done, total = line.get(unit), line.get("total")
-                stage = line.get("stage")
-                progress.update(
-                    task,
-                    description=f"{what}: {stage}" if stage else what,
-                    total=total,
-                    completed=done or 0,
-                    count="" if done is None else f"{done:,}",
-                )
-
-        done: dict[str, Any] = run_tool("prepare", arguments, show)
-        return done

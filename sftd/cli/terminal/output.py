@@ -6,8 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from sftd.domain.text.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.events import Event
@@ -75,6 +75,24 @@ def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
         line.add_column(overflow="fold")
         line.add_row(name, value)
         out.print(line)
+
+
+def table(*names: str, right: Iterable[str] = (), dim: Iterable[str] = (), fold: Iterable[str] = ()) -> Table:
+    """An empty table with these columns. Those in `fold` give way on a narrow screen; no other is ever broken."""
+    from rich import box
+    from rich.table import Column, Table
+
+    columns = [
+        Column(
+            name,
+            justify="right" if name in right else "left",
+            style="dim" if name in dim else "",
+            no_wrap=name not in fold,
+            overflow="fold" if name in fold else "ellipsis",
+        )
+        for name in names
+    ]
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def status_text(status: str) -> Text:
@@ -229,43 +247,3 @@ def styled(column: str, text: str) -> str:
 def is_terminal() -> bool:
     """Whether a person watches stdout."""
     return sys.stdout.isatty()
-
-
-def with_stages(
-    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
-) -> dict[str, Any]:
-    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
-    shown = console(stderr=True)
-    with shown.status(escape(f"{title}: starting")) as status:
-        last = ""
-
-        def show(line: dict[str, Any]) -> None:
-            nonlocal last
-            stage = str(line.get("stage", ""))
-            if line.get("event") != "progress" or stage == last:
-                return
-            last = stage
-            if shown.is_terminal:
-                status.update(escape(f"{title}: {stage}"))
-            else:
-                note(f"{title}: {stage}")
-
-        done: dict[str, Any] = run_tool(module, arguments, show, request)
-        return done
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
-    shown = console(stderr=True)
-    said: set[str] = set()
-    with shown.status("opening") as status:
-
-        def show(what: str, done: int, total: int) -> None:
-            if shown.is_terminal:
-                status.update(f"{what}: {done:,} of {total:,}")
-            elif what not in said:
-                said.add(what)
-                note(f"{what}: {total:,}")
-
-        yield show

@@ -11,7 +11,7 @@ import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
-from sftd.cli.terminal.screen import Terminal
+from sftd.cli.terminal.screen import FullScreen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,10 +174,10 @@ def _watch(observer: Observer | RunObserver, out: Console) -> None:
 
     looking = _Looking(observer)
     looking.start()
-    with contextlib.suppress(KeyboardInterrupt), Terminal(out) as terminal:
-        while not terminal.quits(_SECONDS if looking.board is not None else 0.05):
+    with contextlib.suppress(KeyboardInterrupt), FullScreen(out) as screen:
+        while not screen.quits(_SECONDS if looking.board is not None else 0.05):
             # In the background it is somebody else's, and nobody looks.
-            if not terminal.take():
+            if not screen.take():
                 continue
             board, complaint = looking.board, looking.complaint()
             width, height = out.size
@@ -186,7 +186,7 @@ def _watch(observer: Observer | RunObserver, out: Console) -> None:
                 # It takes the place of the last line, so that nothing moves.
                 lines = lines[: height - 1]
                 lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
-            terminal.screen.show(lines, (width, height))
+            screen.show(lines)
     looking.stop()
 
 
