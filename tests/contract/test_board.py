@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.cli.watch.board import board_lines, run_lines
+from sftd.cli.watch.view import board_lines, run_lines
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Limits

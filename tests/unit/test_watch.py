@@ -33,7 +33,7 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     monkeypatch.setattr(watch, "_SECONDS", 0.0)
     monkeypatch.setattr(watch, "_REST", 0.0)
     observer = Looked()
-    looking = watch._Looking(observer)  # type: ignore[arg-type]
+    looking = watch._ObserverThread(observer)  # type: ignore[arg-type]
     looking.start()
     observer.asked.acquire()
     assert looking.complaint() == "", "it has only just begun"

@@ -57,12 +57,12 @@ def compare_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    run_ids = app.pick_all(store, runs)
+    run_ids = app.resolve_runs(store, runs)
     if len(run_ids) < 2:
         fix = "name two runs or more, or a sweep"
         raise Refused(Problem("RUN", f"{runs[0]} alone is compared with nothing", fix))
     if page is not None:
-        output.need_folder("--html", page)
+        output.require_folder("--html", page)
     found = comparisons.compare(
         store, run_ids, app.context().now(), settings.device_price if price is None else price
     )

@@ -82,7 +82,7 @@ def verify_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    chosen = replays.plan(store, app.pick(store, run), from_step, to_step, host=processes.host_name())
+    chosen = replays.plan(store, app.resolve_run(store, run), from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
     run_id = chosen.run.run_id
     if not model_files.check(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):

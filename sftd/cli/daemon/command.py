@@ -67,7 +67,7 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: s
         click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
         return
     if tell or stop_it:
-        app.need_home(settings)
+        app.require_home(settings)
     else:
         app.make_home(settings)
     holder = lock.holder(settings.daemon_lock)

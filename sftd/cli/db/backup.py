@@ -189,7 +189,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
                 )
             )
         migrate.upgrade(store.engine)
-        app.views_up_to_date(store)
+        app.catch_up_views(store)
         with counter() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
         problems = counted(len(found.problems), "problem")

@@ -39,7 +39,7 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     from sftd.operations.queries import runs as reading
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, app.pick(store, run))
+    found = reading.find_run(store, app.resolve_run(store, run))
     rows = checkpoints.overview(store, found)
     if as_json:
         click.echo(
@@ -60,7 +60,7 @@ def checkpoints_command(run: str, as_json: bool) -> None:
             str(row.step),
             output.size(row.bytes),
             output.loss(row.val_loss),
-            _layout(row.layout),
+            output.layout(row.layout),
             Text(row.status, _STYLE.get(row.status, "green")),
             ", ".join(row.kept_because),
         )
@@ -68,11 +68,6 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     out.print(table)
     for folder in sorted({row.path.rpartition("/")[0] for row in rows if row.status != "deleted"}):
         out.print(f"in {output.escape(folder)}", style="dim", soft_wrap=True)
-
-
-def _layout(sizes: dict[str, int]) -> str:
-    shown = [f"{name.upper()}{size}" for name, size in sizes.items() if size > 1]
-    return " ".join(shown) if shown or not sizes else "1 rank"
 
 
 @click.command("gc")

@@ -50,7 +50,7 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
     if text and step is None:
         raise click.UsageError("--text needs --step.")
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.pick(store, run))
+    story = replays.chapters(store, app.resolve_run(store, run))
     if step is not None:
         answer = _of_step(story, step, text=text)
     else:
@@ -67,8 +67,8 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
 
 
 def _ask(run: Run, *arguments: str) -> dict[str, Any]:
+    from sftd.cli.order_file import order_file
     from sftd.cli.terminal.progress import run_with_stages
-    from sftd.cli.tools import order_file
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()

@@ -66,7 +66,7 @@ def logs_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found = reading.find_run(store, app.pick(store, run))
+    found = reading.find_run(store, app.resolve_run(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
         what = f"{found.run_id} has made {counted(found.attempt, 'attempt')}"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))

@@ -35,14 +35,14 @@ def nodes_command(everyone: bool, as_json: bool) -> None:
     store = app.open_store(settings)
     found = nodes.list_nodes(store, app.context(), settings.silent_micros, everyone=everyone)
     if as_json:
-        click.echo(output.json_line([as_values(node) for node in found]))
+        click.echo(output.json_line([node_json(node) for node in found]))
     elif not found:
         click.echo("No daemon has used this database yet. `sftd daemon --detach` starts one.")
     else:
         _print(found)
 
 
-def as_values(node: Node) -> dict[str, Any]:
+def node_json(node: Node) -> dict[str, Any]:
     """A daemon for scripts."""
     import msgspec
 

@@ -48,7 +48,7 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
     context = app.context()
     moment = parse_moment(until, context.now()) if until is not None else None
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.pick(store, run))
+    story = replays.chapters(store, app.resolve_run(store, run))
     if moment is not None:
         story = replays.until(story, moment)
     if as_json:
@@ -60,7 +60,7 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
 def _as_json(story: list[Chapter]) -> dict[str, Any]:
     import msgspec
 
-    from sftd.cli.run_state import state_json
+    from sftd.cli.terminal.run_details import state_json
     from sftd.domain.log.history import Steps, milestones
 
     def line(chapter: Chapter, item: Recorded | Steps) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _as_json(story: list[Chapter]) -> dict[str, Any]:
 
 
 def _print(story: list[Chapter]) -> None:
-    from sftd.cli.run_state import print_state
+    from sftd.cli.terminal.run_details import print_state
 
     out = output.console()
     for chapter in story:

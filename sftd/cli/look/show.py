@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.run_state import history_table, print_state, state_json, time_facts
 from sftd.cli.terminal import output
+from sftd.cli.terminal.run_details import history_table, print_state, state_json, time_facts
 from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
         rows = reading.list_runs(store, reading.Filter(sweep=run))
         _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
         return
-    found = reading.find_run(store, app.pick(store, run))
+    found = reading.find_run(store, app.resolve_run(store, run))
     if as_config:
         from sftd.cli.submit.show_config import as_yaml
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.registry import Registry, need_mlflow
+from sftd.cli.model_registry import Registry, require_mlflow
 from sftd.cli.terminal import output
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.text.words import counted
@@ -50,7 +50,7 @@ def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
 
     settings, store = _opened()
     tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-    wanted = mlflow_check.versions(store, app.pick_all(store, runs))
+    wanted = mlflow_check.versions(store, app.resolve_runs(store, runs))
     checked = (mlflow_check.check(store, tracking, prefix, *run) for run in wanted.items())
     _tell(checked, len(wanted), as_json)
 
@@ -116,7 +116,7 @@ def register(run: str, name: str, step: int | None) -> None:
 
 def _opened() -> tuple[Settings, Store]:
     settings = app.read_settings()
-    need_mlflow(settings)
+    require_mlflow(settings)
     return settings, app.open_store(settings)
 
 

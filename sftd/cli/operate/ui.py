@@ -50,7 +50,7 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     from sftd.projections.mirrors.mlflow.server import ui_command as server_command
 
     settings = app.read_settings()
-    app.need_home(settings)
+    app.require_home(settings)
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     if command is None:
         address = without_credentials(settings.mlflow_tracking_uri)
@@ -145,7 +145,7 @@ def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     from sftd.projections.mirrors.mlflow.client import Tracking
 
     store = app.open_store(settings)
-    found = app.pick_all(store, runs)
+    found = app.resolve_runs(store, runs)
     newest = [row.run_id for row in reading.list_runs(store, limit=1)]
     wanted = found or newest
     if not wanted:

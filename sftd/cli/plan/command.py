@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app
-from sftd.cli.plan.host import Host, facts_of, known_pace
-from sftd.cli.plan.hosts import known_hosts
+from sftd.cli.plan.known_hosts import known_hosts
+from sftd.cli.plan.target import Target, known_pace, plan_facts
 from sftd.cli.plan.view import print_plan
 from sftd.cli.terminal import output
 from sftd.cli.terminal.types import FiniteRange
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("plan")
@@ -59,16 +55,16 @@ def plan_command(
 
     spec, warnings = specfile.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec, has_room=False)
-    host = Host.find(spec, devices, memory, device)
+    target = Target.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
     if not (devices or memory or device):
         # For a machine that is not this one, these devices say nothing.
         warnings += doubts.devices(spec, known_hosts(app.read_settings()))
-    facts = facts_of(found)
-    calibration = known_pace(found.shape, host.machine)
-    plan = make_plan(spec, facts, host.machine, calibration)
+    facts = plan_facts(found)
+    calibration = known_pace(found.shape, target.machine)
+    plan = make_plan(spec, facts, target.machine, calibration)
     layouts = search(
-        spec, facts, host.machine, devices=host.devices, memory=host.memory, calibration=calibration
+        spec, facts, target.machine, devices=target.devices, memory=target.memory, calibration=calibration
     )
     if as_json:
         best = layouts.best
@@ -76,9 +72,9 @@ def plan_command(
             output.json_line(
                 {
                     **plan.as_json(),
-                    "devices": host.devices,
-                    "memory_bytes": host.memory,
-                    "fits": host.fits(plan.needed, spec.world_size),
+                    "devices": target.devices,
+                    "memory_bytes": target.memory,
+                    "fits": target.fits(plan.needed, spec.world_size),
                     "best": {"set": best.changes, **best.plan.as_json()} if best else None,
                     "layouts_tried": layouts.tried,
                     "layouts_fit": layouts.fit,
@@ -88,4 +84,4 @@ def plan_command(
         )
         return
     output.warn_all(warnings)
-    print_plan(spec, facts, plan, layouts, host)
+    print_plan(spec, facts, plan, layouts, target)

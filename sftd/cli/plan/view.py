@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from sftd.cli.plan.host import Host
+    from sftd.cli.plan.target import Target
     from sftd.domain.compare.plan_outcome import Outcome
     from sftd.domain.plan.plan import Facts, Plan
     from sftd.domain.plan.search import Choice, Search
@@ -53,15 +53,6 @@ def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
         yield ("planned" if number == 0 else " ", f"{one.name} {show(one.planned)}{error}")
 
 
-def layout_text(spec: Spec) -> str:
-    """`TP2 PP1 DP4`."""
-    return " ".join(
-        f"{name}{size}"
-        for name, size in spec.parallel_sizes.items()
-        if size > 1 or name in ("TP", "PP", "DP")
-    )
-
-
 def batch_text(spec: Spec) -> str:
     """What a micro-batch is."""
     if spec.training.use_rmpad:
@@ -74,7 +65,7 @@ def recompute_text(spec: Spec) -> str:
     return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
 
 
-def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host) -> None:
+def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, target: Target) -> None:
     """The whole plan."""
     from sftd.domain.model.parameters import whole_model
 
@@ -83,17 +74,17 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
     where = f"{machine.cores} CPU cores" if machine.device == "cpu" else f"{spec.world_size} × {machine.name}"
     out.print(
         f"[bold]{output.escape(facts.shape.architecture)}[/], {whole_model(facts.shape) / 1e6:,.1f} M parameters, "
-        f"{layout_text(spec)}, {plan.dtype}, on {output.escape(where)}",
+        f"{output.layout(spec.parallel_sizes)}, {plan.dtype}, on {output.escape(where)}",
         soft_wrap=True,
     )
     out.print(_memory_table(spec, plan))
-    fits = host.fits(plan.needed, spec.world_size)
+    fits = target.fits(plan.needed, spec.world_size)
     ranks = f" for each of {spec.world_size} ranks" if spec.world_size > 1 and machine.device == "cpu" else ""
     said = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
     owner = "the host" if machine.device == "cpu" else "each device"
     spare = "" if machine.device == "cpu" else ", with what CUDA and fragmentation take"
     out.print(
-        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(host.memory)}: {said}",
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {said}",
         soft_wrap=True,
     )
     if plan.host_copy:
@@ -105,7 +96,7 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
     for name, value in _other_facts(plan):
         out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
     out.print()
-    _print_layouts(spec, layouts, host)
+    _print_layouts(spec, layouts, target)
 
 
 def _memory_table(spec: Spec, plan: Plan) -> Table:
@@ -159,10 +150,10 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
+def _print_layouts(spec: Spec, layouts: Search, target: Target) -> None:
     out = output.console()
-    devices = "the CPU" if host.machine.device == "cpu" else f"{host.devices} × {host.machine.name}"
-    where = f"{output.escape(devices)} of {output.memory(host.memory)}"
+    devices = "the CPU" if target.machine.device == "cpu" else f"{target.devices} × {target.machine.name}"
+    where = f"{output.escape(devices)} of {output.memory(target.memory)}"
     if layouts.best is None:
         out.print(f"[bold red]No layout fits[/] {where}: {layouts.tried} were tried.", soft_wrap=True)
         if layouts.smallest is not None:
@@ -191,7 +182,7 @@ def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
 def _layout_row(choice: Choice) -> tuple[str, ...]:
     spec, plan = choice.spec, choice.plan
     return (
-        layout_text(spec),
+        output.layout(spec.parallel_sizes),
         batch_text(spec),
         recompute_text(spec),
         seconds(plan.pace.step),

@@ -59,7 +59,7 @@ def fork_command(
       sftd fork brave-otter optimizer.lr=5e-6
       sftd fork brave-otter --from-step 100 trainer.max_steps=400 trainer.experiment_name=longer
     """
-    from sftd.cli.submit.command import announce, print_dry_run
+    from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Problem
     from sftd.domain.run import decisions, trajectory
     from sftd.operations.commands import lifecycle as runs
@@ -102,7 +102,7 @@ def lineage_command(run: str, as_json: bool) -> None:
     store = app.open_store(app.read_settings())
     # Runs of a sweep may be in one tree.
     trees: dict[str, tuple[str, Member]] = {}
-    for run_id in app.pick_all(store, [run]):
+    for run_id in app.resolve_runs(store, [run]):
         _, root = forks.lineage(store, run_id)
         trees.setdefault(root.run_id, (run_id, root))
     for run_id, root in trees.values():

@@ -49,14 +49,14 @@ def generate_command(
     """
     import msgspec
 
+    from sftd.cli.order_file import order_file
     from sftd.cli.terminal.progress import run_with_stages
-    from sftd.cli.tools import order_file
     from sftd.operations.driving import checkpoints
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
+    found, checkpoint = checkpoints.find(store, app.resolve_run(store, run), step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]

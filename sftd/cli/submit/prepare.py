@@ -132,9 +132,9 @@ def prepare_command(
         raise click.UsageError("--chat-template and --template exclude each other.")
     if (options["prompt_key"] is None) != (options["response_key"] is None):
         raise click.UsageError("--prompt-key and --response-key are given together.")
-    output.need_folder("--out", out)
+    output.require_folder("--out", out)
     if options["val_out"] is not None:
-        output.need_folder("--val-out", options["val_out"])
+        output.require_folder("--val-out", options["val_out"])
     folder = model_folder("--model", model, os.getcwd())
     arguments = [*sources, "--model", folder, "--out", out]
     for name in _PASSED:

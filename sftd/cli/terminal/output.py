@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,13 @@ def table(*names: str, right: Iterable[str] = (), dim: Iterable[str] = (), fold:
         for name in names
     ]
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def layout(sizes: Mapping[str, int]) -> str:
+    """`TP2 DP4`: the sizes of a layout above 1; `1 rank` where there is none, nothing for an unknown layout."""
+    return " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "1 rank" * bool(
+        sizes
+    )
 
 
 def status_text(status: str) -> Text:
@@ -190,7 +197,7 @@ def print_error(error: SftdError) -> None:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 
 
-def need_folder(where: str, path: str) -> None:
+def require_folder(where: str, path: str) -> None:
     """See, before the work, that what is to be written to `path` has a folder to be in. Raises `Refused`."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):

@@ -53,7 +53,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     if run is None:
         observer = Observer(store, app.context(), limits, silent)
     else:
-        observer = RunObserver(store, app.context(), limits, silent, app.pick(store, run))
+        observer = RunObserver(store, app.context(), limits, silent, app.resolve_run(store, run))
     out = output.console()
     if as_json:
         click.echo(output.json_line(_json(_complete(observer))))
@@ -73,7 +73,7 @@ def _complete(observer: Observer | RunObserver) -> Board | RunBoard:
 
 
 def _lines(board: Board | RunBoard, width: int, height: int | None) -> list[Text]:
-    from sftd.cli.watch.board import board_lines, run_lines
+    from sftd.cli.watch.view import board_lines, run_lines
     from sftd.operations.queries.board import Board
 
     return board_lines(board, width, height) if isinstance(board, Board) else run_lines(board, width, height)
@@ -109,14 +109,14 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
         return common | line(board.line) | {"goodput": goodput, "events": [event(r) for r in board.notices]}
     return common | {
         "runs": [line(found) for found in board.runs],
-        "waiting": [queue.as_values(row) for row in board.queue if row.kind],
-        "nodes": [nodes.as_values(node) for node in board.nodes],
+        "waiting": [queue.queue_json(row) for row in board.queue if row.kind],
+        "nodes": [nodes.node_json(node) for node in board.nodes],
         "failures": [event(r) for r in board.failures],
         "events": [event(r) for r in board.notices],
     }
 
 
-class _Looking(threading.Thread):
+class _ObserverThread(threading.Thread):
     """Looks again and again, beside whoever shows it: a database that does not answer must not stop the keys."""
 
     def __init__(self, observer: Observer | RunObserver) -> None:
@@ -172,7 +172,7 @@ class _Looking(threading.Thread):
 def _watch(observer: Observer | RunObserver, out: Console) -> None:
     from rich.text import Text
 
-    looking = _Looking(observer)
+    looking = _ObserverThread(observer)
     looking.start()
     with contextlib.suppress(KeyboardInterrupt), FullScreen(out) as screen:
         while not screen.quits(_SECONDS if looking.board is not None else 0.05):

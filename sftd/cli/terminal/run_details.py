@@ -62,7 +62,6 @@ def _harmless(lines: str) -> Text:
 def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
-    from sftd.cli.plan.view import layout_text
     from sftd.domain.log.events import RunSubmitted
 
     spec = run.spec
@@ -95,7 +94,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("data", ", ".join(spec.data.train_files)),
-        ("layout", layout_text(spec)),
+        ("layout", output.layout(spec.parallel_sizes)),
         (
             "batch",
             f"{spec.data.train_batch_size} in micro-batches of "

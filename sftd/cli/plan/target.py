@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-class Host:
+class Target:
     """The devices that a plan is for: how many, of how many bytes each (on CPUs: of the host)."""
 
     def __init__(self, machine: Machine, devices: int, memory: int, *, is_here: bool) -> None:
@@ -29,7 +29,7 @@ class Host:
     @classmethod
     def find(
         cls, spec: Spec, devices: int | None = None, gib: float | None = None, name: str | None = None
-    ) -> Host:
+    ) -> Target:
         """As the options say; what they leave open is this host's. Raises `Refused` where it has none to go by."""
         import psutil
 
@@ -64,7 +64,7 @@ class Host:
         return needed * (ranks if self.machine.device == "cpu" else 1) <= self.memory
 
 
-def facts_of(found: Preflight) -> Facts:
+def plan_facts(found: Preflight) -> Facts:
     """What preflight found, for a plan."""
     from sftd.domain.plan.plan import Facts
 
