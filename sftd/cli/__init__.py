@@ -196,7 +196,7 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             from sftd.cli.terminal import output
 
-            # On a terminal behind its ^C.
+            # On a terminal after its ^C.
             output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
             # The shell's own number for a command that SIGINT ended.
             sys.exit(128 + signal.SIGINT)

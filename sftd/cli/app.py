@@ -25,7 +25,7 @@ def read_settings() -> Settings:
 
 
 def user_name() -> str:
-    """Who asks."""
+    """Name of the user who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -49,7 +49,7 @@ def make_home(settings: Settings) -> None:
 
 
 def require_home(settings: Settings) -> None:
-    """See that `SFTD_HOME` is there: a command that only reads does not make it. Raises `HomeUnusable`."""
+    """Check that `SFTD_HOME` exists: a command that only reads does not make it. Raises `HomeUnusable`."""
     if not settings.home.exists():
         what = f"There is nothing at {settings.home}"
         if "SFTD_HOME" in os.environ:
@@ -101,7 +101,7 @@ def open_existing_store(settings: Settings) -> Store | None:
 
 
 def catch_up_views(store: Store) -> None:
-    """Fold what the views lack: nothing, unless they were deleted."""
+    """Fold the events that the views lack: none, unless the views were deleted."""
     from sftd.projections import views
     from sftd.store.log import event_store, positions
 
@@ -132,7 +132,7 @@ def resolve_run(store: Store, text: str) -> str:
 
 
 def resolve_runs(store: Store, texts: Iterable[str]) -> list[str]:
-    """The ids of the runs that a reading command shows; a sweep stands for its runs."""
+    """The ids of the runs that a reading command shows; a sweep means its runs."""
     from sftd.cli.terminal import output
     from sftd.operations.queries import resolve as naming
 

@@ -70,7 +70,7 @@ def test_an_undisturbed_run_is_verified(trained: tuple[Home, str]) -> None:
     home, run_id = trained
     before = {p: p.stat().st_mtime_ns for p in (home.path / "home" / "runs").rglob("*") if p.is_file()}
     done = home.run("verify", run_id)
-    assert "verified: steps 6 to 12 came out as the log has them, bit for bit" in done.stdout
+    assert "verified: steps 6 to 12 match the log bit for bit" in done.stdout
     assert f"{run_id}: training again from step 5 on cpu:0" in done.stderr
     assert f"{run_id}: step 12 of 12: 7 agree" in done.stderr
     last = outcomes(home, run_id)[-1]

@@ -136,7 +136,7 @@ def test_partitions_without_a_node(install: Callable[..., None], settings: Setti
     assert (found.state, "sinfo -R" in found.fix) == ("warning", True)
     install(sinfo=away("sinfo", "slurm_load_partitions: "))
     found = look(settings)[-1]
-    assert (found.state, found.said) == ("warning", f"sinfo does not tell the partitions: {DOWN}")
+    assert (found.state, found.said) == ("warning", f"sinfo does not list the partitions: {DOWN}")
     install(sinfo="\n".join(f"echo 'p{n}|up|infinite|0/1/0/1|(null)'" for n in range(9)))
     assert look(settings)[-1].said.endswith(", and 3 more")
 

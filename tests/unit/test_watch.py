@@ -1,4 +1,4 @@
-"""Whoever watches is told when the board is not what is so now."""
+"""`sftd watch` says when its screen is out of date."""
 
 from __future__ import annotations
 

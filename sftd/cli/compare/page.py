@@ -8,7 +8,7 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from sftd.cli.compare.words import facts, letter, parting_lines, shown_values
+from sftd.cli.compare.words import figure_texts, letter, parting_lines, shown_values
 from sftd.cli.terminal.plot import number, scale_of
 from sftd.domain.compare.curves import Bucket, thin, width_for
 
@@ -36,7 +36,7 @@ def render(found: Compared, points: int, *, is_log: bool = False) -> str:
     curves = {name: [_buckets(side, name, width) for side in found.sides] for name in _CHARTS}
     curves = {name: c for name, c in curves.items() if any(b.mean is not None for one in c for b in one)}
     runs = [{"letter": letter(n), "id": side.run.run_id} for n, side in enumerate(found.sides)]
-    rows = zip(*(facts(side.figures) for side in found.sides), strict=True)
+    rows = zip(*(figure_texts(side.figures) for side in found.sides), strict=True)
     return environment.from_string(template).render(
         runs=runs,
         facts=[(row[0][0], [value for _, value in row]) for row in rows if any(value for _, value in row)],

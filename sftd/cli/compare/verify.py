@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Try with another setting, and record nothing: would the steps have come out the same? Repeatable.",
+    help="Try another setting, and record nothing: do the steps still match? Repeatable.",
 )
 @click.option("--keep", is_flag=True, help="Leave the scratch folder, with journal and output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -318,9 +318,9 @@ def _print(
     out = output.console()
     first = chosen.from_step + 1
     if isinstance(verdict, ReplayVerified):
-        how = "bit for bit" if verdict.is_exact else "except for rounding"
+        how = "bit for bit" if verdict.is_exact else "to within rounding"
         out.print(
-            f"[bold green]verified[/]: steps {first} to {verdict.to_step} came out as the log has them, {how} "
+            f"[bold green]verified[/]: steps {first} to {verdict.to_step} match the log {how} "
             "(loss, grad norm, lr, tokens, samples)",
             soft_wrap=True,
         )
@@ -343,7 +343,7 @@ def _print(
     if not verdict.environment and not isinstance(verdict, ReplayVerified):
         out.print("Nothing that the log knows of the environment or the data differs.")
     if comparing.may_round:
-        out.print("Rounding was allowed for: not deterministic, or not in the same environment.", style="dim")
+        out.print("Rounding was allowed: not deterministic, or not the same environment.", style="dim")
     if is_trial:
         out.print("A trial with other settings: nothing was recorded.", style="dim")
 

@@ -1,4 +1,4 @@
-"""What `sftd doctor` looks at where Slurm's commands are: what the daemon asks of them, by the same words."""
+"""What `sftd doctor` checks of Slurm: the calls that the daemon makes, with the same arguments."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _controller() -> Iterator[Finding]:
         yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:
-        fix = "sftd needs squeue as it is in Slurm 22.05 or later; tell us of yours with `squeue --version`"
-        yield broken("Slurm", "squeue does not answer in the form in which it is asked", fix)
+        fix = "use Slurm 22.05 or later; otherwise report the output of `squeue --version`"
+        yield broken("Slurm", "squeue does not print the format that sftd asks for", fix)
         return
     took = time.perf_counter() - began
     living = sum(not job.has_ended for job in jobs.values())
@@ -67,7 +67,7 @@ def _controller() -> Iterator[Finding]:
     try:
         found = slurm_commands.partitions(_run)
     except (Unanswered, ValueError) as error:
-        yield warning("Slurm", f"sinfo does not tell the partitions: {error}", "see what `sinfo -s` says")
+        yield warning("Slurm", f"sinfo does not list the partitions: {error}", "see what `sinfo -s` says")
         return
     yield _partitions(found)
 
@@ -76,7 +76,7 @@ def _accounting() -> str:
     try:
         slurm_commands.accounted(_run, ["1"])
     except (Unanswered, ValueError):
-        return "no accounting (sacct): a job that Slurm has forgotten is judged by its folder"
+        return "no accounting (sacct): for a job that Slurm no longer lists, sftd reads its folder"
     return "accounting answers"
 
 

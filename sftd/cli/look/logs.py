@@ -100,17 +100,17 @@ def logs_command(
 
 
 class _Progress:
-    """The lines that the log has of a run, each once."""
+    """The progress lines of a run, each once."""
 
     def __init__(self, store: Store, run_id: str, last: int | None) -> None:
-        """`last` begins with the last so many of an attempt."""
+        """`last` is the number of lines to begin with, of the attempt."""
         self._store = store
         self._run_id = run_id
         self._last = last
         self._version = 0
 
     def print(self, attempt: int, planned_steps: int) -> bool:
-        """Print what is new of an attempt, and pass over what earlier ones have. Returns whether there was anything."""
+        """Print the new lines of an attempt, and skip those of earlier ones. Returns whether there were any."""
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
@@ -149,6 +149,6 @@ def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
 
 
 def _harmless(line: str, *, colour: bool) -> str:
-    """What a rank wrote without what does things to a terminal, but for its colours, which end with the line."""
+    """A rank's line without what a terminal obeys, colours excepted; they end with the line."""
     shown = _OBEYED.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
     return f"{shown}\x1b[0m" if "\x1b" in shown else shown

@@ -47,8 +47,8 @@ def ls_command(
     removed: bool,
     as_json: bool,
 ) -> None:
-    """List runs, newest first. With PATTERN, those whose id begins so, whose name contains it, or whose sweep it is; with
-    `*` and `?` it must match all of an id, a name or a sweep.
+    """List runs, newest first. PATTERN is the beginning of an id, a part of a name, or a sweep; with `*` and `?` it must match
+    a whole id, name or sweep.
 
     A narrow terminal leaves out columns and wraps names.
 

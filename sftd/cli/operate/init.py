@@ -34,7 +34,7 @@ def init_command() -> None:
 
 @click.group("views")
 def views_command() -> None:
-    """The views that `ls` and `show` read are folded from the log, and can be thrown away.
+    """Rebuild or dump the views folded from the log, which `ls` and `show` read.
 
     \b
     Example:
@@ -43,7 +43,7 @@ def views_command() -> None:
 
 
 @views_command.command("rebuild")
-def rebuild() -> None:
+def rebuild_command() -> None:
     """Delete the views and fold them again from the first event.
 
     \b
@@ -57,7 +57,7 @@ def rebuild() -> None:
 
 
 @views_command.command("dump")
-def dump() -> None:
+def dump_command() -> None:
     """Print every row of the views as JSON lines in a fixed order.
 
     \b

@@ -33,7 +33,7 @@ def state_json(run: Run) -> dict[str, Any]:
 def print_state(
     run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = (), speed: float | None = None
 ) -> None:
-    """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints. `speed` is in tokens/s."""
+    """Print the facts of a run at the end of `history`, then `more` facts, and its checkpoints. `speed` is in tokens/s."""
     from rich.text import Text
 
     from sftd.operations.driving.checkpoints import is_missing
@@ -143,10 +143,10 @@ def _redone(run: Run, history: list[Recorded]) -> str:
     odd = sum(isinstance(r.event, AnomalyDetected) and r.event.what == REDONE_DIFFERS for r in history)
     if odd:
         return f"{run.steps_redone} ({odd} differ from the log)"
-    # Where samples are left out, or read again, they are other steps: nothing to compare.
+    # Steps with other samples, after a rollback, are not compared.
     which = "with the same samples " if any(isinstance(r.event, SamplesSkipped) for r in history) else ""
-    how = "bit for bit" if run.is_exact else "except for rounding"
-    return f"{run.steps_redone} (all {which}equal to the log, {how})"
+    how = "bit for bit" if run.is_exact else "to within rounding"
+    return f"{run.steps_redone} (all {which}match the log {how})"
 
 
 def _last_replay(run: Run) -> Text | str:
@@ -154,10 +154,10 @@ def _last_replay(run: Run) -> Text | str:
 
     if (replay := run.last_replay) is None:
         return ""
-    told = f"steps {replay.from_step + 1} to {replay.to_step}, {output.clock(replay.at)}: "
+    steps = f"steps {replay.from_step + 1} to {replay.to_step}, {output.clock(replay.at)}: "
     if replay.diverged_at is not None:
-        return Text(f"{told}diverged at step {replay.diverged_at}", "bold red")
-    return f"{told}came out as the log has them"
+        return Text(f"{steps}diverged at step {replay.diverged_at}", "bold red")
+    return f"{steps}matched the log"
 
 
 def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,7 @@ _DEFAULT_PROJECT = "default"
 
 
 def _name(row: RunRow) -> str:
-    """The name that a person gave. A sweep's own name comes after the values that tell its runs apart."""
+    """The name that a person gave. In a sweep the values that distinguish its runs come first."""
     project = "" if row.project == _DEFAULT_PROJECT else f"{row.project}/"
     if row.sweep and row.name.startswith(row.sweep):
         return f"{row.name[len(row.sweep) :].strip() or values(row)} · {project}{row.sweep}"

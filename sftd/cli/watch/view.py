@@ -1,4 +1,4 @@
-"""How a live board looks: lines of text, cut to the size of the screen."""
+"""The screens of `sftd watch` as lines of text, cut to the size of the terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from sftd.operations.queries.nodes import Node
     from sftd.operations.queries.queue import QueueRow
 
-# More devices than these are told in numbers alone.
+# More devices are shown as a number alone.
 _MOST_BOXES = 32
-# A board that is printed and not watched shows all runs, and so many events.
+# A printed screen shows all runs, and this many events.
 _EVENTS = 10
 
 
 def board_lines(board: Board, width: int, height: int | None) -> list[Text]:
-    """The queue, the devices and all running runs, in at most `height` lines; without one, all there is."""
+    """The queue, the devices and the running runs, in at most `height` lines; everything where it is None."""
     lines = [
         _title(board, width, watched=height is not None),
         *(_node(node) for node in _shown(board.nodes)),
@@ -91,7 +91,7 @@ def _cut(lines: Sequence[Text], width: int, height: int | None) -> list[Text]:
 
 
 def _right(line: Text, text: str, width: int) -> None:
-    """Put something at the right end of a line, if there is room."""
+    """Append a text at the right end of a line, if there is room."""
     if line.cell_len + len(text) + 2 <= width:
         line.append(" " * (width - line.cell_len - len(text)))
         line.append(text, "dim")
@@ -115,7 +115,7 @@ def _title(board: Board, width: int, *, watched: bool) -> Text:
 
 
 def _shown(nodes: Sequence[Node]) -> Sequence[Node]:
-    """Daemons that stopped by themselves are no news, unless there are no others."""
+    """All daemons except stopped ones; the latest where all are stopped."""
     return [node for node in nodes if node.state != "stopped"] or nodes[:1]
 
 
@@ -172,12 +172,12 @@ def _progress(line: RunLine, width: int, *, name: bool) -> Text:
             text.append(f"#{run.attempt} ", "yellow")
     share = min(1.0, run.step / run.planned_steps) if run.planned_steps else 0.0
     left = f"  {output.duration(line.seconds_left)} left" if line.seconds_left is not None else ""
-    told = f" {share:4.0%}  {run.step}/{run.planned_steps}{left}"
-    size = max(5, min(60, width - text.cell_len - len(told)))
+    numbers = f" {share:4.0%}  {run.step}/{run.planned_steps}{left}"
+    size = max(5, min(60, width - text.cell_len - len(numbers)))
     full = round(share * size)
     text.append("━" * full, "blue" if run.ended_at is None else output.STATUS_STYLE.get(run.status, ""))
     text.append("━" * (size - full), "bright_black")
-    text.append(told)
+    text.append(numbers)
     if not line.observed:
         text.append("  its daemon is not observed", "bold yellow")
     return text
@@ -241,7 +241,7 @@ def _waiting(row: QueueRow, now: Micros) -> Text:
 
 def _waiting_section(rows: Sequence[QueueRow], now: Micros, room: int) -> list[Text]:
     shown = rows if len(rows) + 2 <= room else rows[: max(1, room - 3)]
-    # A line costs more than all else of a look: thousands may wait.
+    # Only what is shown: thousands may wait, and a line costs more than all else.
     lines = [_waiting(row, now) for row in shown]
     more = [Text(f"… {len(rows) - len(shown)} more", "dim")] if len(shown) < len(rows) else []
     return [Text("waiting", "bold"), *lines, *more, Text()]
