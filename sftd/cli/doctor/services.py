@@ -84,7 +84,7 @@ def mlflow(settings: Settings) -> Iterator[Finding]:
         yield _server(uri, shown, mine)
         return
     if (file := sqlite_file(uri)) is not None and not file.exists():
-        yield ok("MLflow", f"{mine}, {shown}: made when the first run is mirrored")
+        yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
         return
     yield _tracking_store(uri, shown, mine)
 

@@ -173,14 +173,12 @@ def _progress(line: RunLine, width: int, *, name: bool) -> Text:
     share = min(1.0, run.step / run.planned_steps) if run.planned_steps else 0.0
     left = f"  {output.duration(line.seconds_left)} left" if line.seconds_left is not None else ""
     numbers = f" {share:4.0%}  {run.step}/{run.planned_steps}{left}"
-    size = max(5, min(60, width - text.cell_len - len(numbers)))
+    unobserved = "" if line.observed else "  its daemon is not observed"
+    size = max(5, min(60, width - text.cell_len - len(numbers) - len(unobserved)))
     full = round(share * size)
     text.append("━" * full, "blue" if run.ended_at is None else output.STATUS_STYLE.get(run.status, ""))
     text.append("━" * (size - full), "bright_black")
-    text.append(numbers)
-    if not line.observed:
-        text.append("  its daemon is not observed", "bold yellow")
-    return text
+    return text.append(numbers).append(unobserved, "bold yellow")
 
 
 def _facts(line: RunLine, width: int, indent: int) -> Text:
