@@ -1,5 +1,5 @@
 """What the daemon needs of whoever starts attempts, and nothing more: `local` starts them on this host. Another launcher
-must pass `tests/process/test_launchers.py`.
+must pass `tests/process/launcher/test_launchers.py`.
 
 Everything else passes through the attempt's folder, which both sides see: the order, the journal, the request to stop,
 torchrun's exit code and `output.log`.

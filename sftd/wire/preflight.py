@@ -12,8 +12,9 @@ import sftd
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log.events import RunSubmitted
-from sftd.domain.model.checks import DataFacts, ModelShape, check_data, check_model
+from sftd.domain.model.checks import DataFacts, check_data, check_model
 from sftd.domain.model.files import ModelFiles
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.disk import storage
 from sftd.domain.plan.warnings import doubts
 from sftd.domain.run.decisions import Proposal

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.builders.paths import ROOT
+
 PACKAGE = sorted((ROOT / "sftd").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LONGEST = 400
 VAGUE = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
 
@@ -87,3 +89,25 @@ def test_the_command_line_is_not_made_of_prints() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert calls == []
+
+
+MOST = 16
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in [*PACKAGE, *TESTS]}), ids=name)
+def test_a_folder_holds_few_modules(folder: Path) -> None:
+    assert len(list(folder.glob("*.py"))) <= MOST, "make rooms, each named for what it holds"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_what_tests_share_is_a_builder(path: Path) -> None:
+    """A module of tests can be read, moved and deleted by itself."""
+    imported = [
+        f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert [m for m in imported if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", m)] == [], (
+        "move it to tests/builders"
+    )

@@ -23,9 +23,9 @@ from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.schema import metadata
 from sftd.store.database.tables import SCHEMA_REVISION
 from sftd.store.queue import daemons
-from tests.patience import PATIENCE
+from tests.builders.paths import ROOT
+from tests.builders.patience import PATIENCE
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(ROOT / "migrations"))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 

@@ -8,7 +8,7 @@ from sftd.cli import app
 from sftd.cli.terminal import output
 
 if TYPE_CHECKING:
-    from sftd.domain.model.checks import ModelShape
+    from sftd.domain.model.shape import ModelShape
     from sftd.domain.plan.duration import Machine
     from sftd.domain.plan.plan import Facts
     from sftd.domain.spec.spec import Spec

@@ -9,10 +9,12 @@ import msgspec
 
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.duration import Machine, step_seconds
 from sftd.domain.plan.plan import Facts, Plan, make_plan
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.run.state import ENDED, Run
 
 
@@ -88,7 +90,11 @@ def calibration(shape: ModelShape, here: Machine, earlier: list[History]) -> flo
         known, there = facts(run, history.submitted), machine(run)
         if known is None or there is None or run.seconds_per_step is None:
             continue
-        if known.shape != shape or there.name != here.name or there.dtype(run.spec) != (run.dtype or ""):
+        if (
+            known.shape != shape
+            or there.name != here.name
+            or weights_dtype(run.spec, there.device) != (run.dtype or "")
+        ):
             continue
         work = workload(run.spec, known.train, run.planned_steps - run.first_step, there.device)
         found.append(run.seconds_per_step / step_seconds(run.spec, shape, work, there)[0])

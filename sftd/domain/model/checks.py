@@ -2,57 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from sftd.domain.errors import Problem, quote, several, shorten
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
-
-# Hugging Face architectures that the trainer has a weight mapping for.
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-_ROPE_SCALINGS = ("default", "llama3")
-
-
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's config.json says of its shape. `attention_bias` is on the QKV projections; `sliding_window` is how
-    many tokens back attention looks, None for all.
-
-    A mixture of experts (MoE) has `num_experts` in every layer, each of `moe_intermediate_size` units, of which a token
-    takes `num_experts_per_tok`, weighted by their softmax over all experts, or, with `norm_topk_prob`, over the taken
-    ones. `unsupported` names what config.json asks for that the trainer does not compute."""
-
-    architecture: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    tie_word_embeddings: bool
-    attention_bias: bool
-    qk_norm: bool
-    hidden_act: str = "silu"
-    sliding_window: int | None = None
-    mlp_bias: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-    unsupported: tuple[str, ...] = ()
-
 
 # Where `DataFacts.lengths` are taken: finer at the long end, which decides about padding.
 LENGTH_QUANTILES = (*(i / 32 for i in range(32)), *(1 - 2**-k for k in range(6, 13)), 1.0)
@@ -90,10 +45,10 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 def check_architecture(name: str) -> Problem | None:
     """Whether models of this architecture, as config.json names it, are trained; empty is none named."""
-    if name in ARCHITECTURES:
+    if name in FAMILIES:
         return None
     what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
-    return Problem("model.partial_pretrain", what, "supported: " + ", ".join(ARCHITECTURES))
+    return Problem("model.partial_pretrain", what, "supported: " + ", ".join(FAMILIES))
 
 
 def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Problem]]:
@@ -106,15 +61,7 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
         m.pipeline_model_parallel_size,
         m.virtual_pipeline_model_parallel_size or 1,
     )
-    if shape.mlp_bias or (shape.attention_bias and shape.architecture != "Qwen2ForCausalLM"):
-        problems.append(
-            Problem(
-                "model.partial_pretrain",
-                f"config.json has {'mlp_bias' if shape.mlp_bias else 'attention_bias'}, which {shape.architecture} "
-                "is not trained with here",
-                "use a model without these biases",
-            )
-        )
+    family = FAMILIES[shape.architecture]
     problems.extend(
         Problem(
             "model.partial_pretrain",
@@ -124,12 +71,12 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
         for what in shape.unsupported
     )
     problems += _check_experts(spec, shape)
-    if shape.hidden_act != "silu":
+    if shape.hidden_act not in family.activations:
         problems.append(
             Problem(
                 "model.partial_pretrain",
                 f"config.json has hidden_act {quote(shape.hidden_act)}",
-                "use a model with silu (SwiGLU) layers",
+                f"use a model with {' or '.join(family.activations)} layers",
             )
         )
     if shape.sliding_window is not None and spec.data.sequence_length > shape.sliding_window:
@@ -140,13 +87,12 @@ def check_model(spec: Spec, shape: ModelShape) -> tuple[list[Problem], list[Prob
                 f"set it to {shape.sliding_window} or less",
             )
         )
-    rope = (shape.rope_scaling or {}).get("rope_type", (shape.rope_scaling or {}).get("type", "default"))
-    if rope not in _ROPE_SCALINGS:
+    if shape.rope_type not in family.rope_types:
         problems.append(
             Problem(
                 "model.partial_pretrain",
-                f"RoPE scaling {quote(rope)} is not known",
-                "use default or llama3 RoPE",
+                f"RoPE scaling {quote(shape.rope_type)} is not known",
+                f"use {' or '.join(family.rope_types)} RoPE",
             )
         )
     for what, number in (

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.parameters import whole_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import save_steps
+from sftd.domain.plan.sizes import CHECKPOINT_BYTES, SAVE_HEADROOM
 from sftd.domain.spec.spec import Spec
 
-# Bytes of a checkpoint per parameter: two FP32 moments and the weight in FP32, and in BF16 besides
-# (`trainer/trainee.py`).
-_STATE_BYTES = {"float32": 12, "bfloat16": 14}
 _WIDTH = {"float32": 4, "bfloat16": 2}
-# Free space that a save asks for, as a share of its size (`trainer/checkpoint/checkpoints.py`).
-_HEADROOM = 1.1
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +33,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def one_save(self) -> int:
         """Free space that a save asks for."""
-        return int(_HEADROOM * self.checkpoint)
+        return int(SAVE_HEADROOM * self.checkpoint)
 
     @property
     def needed(self) -> int:
@@ -48,7 +44,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
     """Of a run of so many steps; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
     parameters = whole_model(shape)
-    size = parameters * _STATE_BYTES[dtype]
+    size = parameters * CHECKPOINT_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)
     most = kept = marked = stays = 0
     policy = spec.checkpoint

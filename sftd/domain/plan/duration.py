@@ -6,10 +6,12 @@ import math
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.checks import DataFacts
 from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.parameters import held
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
 # Share of the BF16 peak that the trainer's arithmetic reaches, without what is counted on its own below: the 1B and 7B
@@ -62,11 +64,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     cores: int = 1
 
-    def dtype(self, spec: Spec) -> str:
-        """Of the weights, by torch's name."""
-        chosen = spec.model.megatron.params_dtype
-        return chosen if chosen != "auto" else "bfloat16" if self.device == "cuda" else "float32"
-
 
 def pace(
     spec: Spec,
@@ -87,7 +84,7 @@ def pace(
     steps = max(0, planned_steps - first_step)
     saves = len(save_steps(spec, planned_steps, first_step))
     saving = saves * checkpoint_bytes / _DISK_BYTES[machine.device]
-    peak = peak_flops(machine.name, machine.dtype(spec))
+    peak = peak_flops(machine.name, weights_dtype(spec, machine.device))
     useful = training_flops(shape, round(work.real), work.squares)
     return Pace(
         step=seconds,
@@ -118,7 +115,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
         return flops / (cores * _CORE_FLOPS) + parameters * copies * _CPU_PARAMETER_SECONDS, "assumed"
     peak = peak_flops(machine.name, "bfloat16")
     is_measured = peak is not None and any(name in machine.name for name in _MEASURED)
-    dtype = machine.dtype(spec)
+    dtype = weights_dtype(spec, machine.device)
     # FP32 products run in TF32 or less: nobody has measured them here.
     rate = _SHARE * (peak or 989e12) * (1.0 if dtype == "bfloat16" else 0.1)
     seconds = flops / (rate * spec.world_size)

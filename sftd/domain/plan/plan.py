@@ -6,11 +6,13 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload, workload
 from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.plan.duration import Machine, Pace, pace
 from sftd.domain.plan.memory import Footprint, footprints, fullest, host_copy_bytes, needed
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
 
@@ -60,7 +62,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_plan(spec: Spec, facts: Facts, machine: Machine, calibration: float | None = None) -> Plan:
     """The prediction for a run on a machine; `calibration` is that of earlier runs (see `Pace`)."""
-    dtype = machine.dtype(spec)
+    dtype = weights_dtype(spec, machine.device)
     work = workload(spec, facts.train, facts.planned_steps - facts.first_step, machine.device)
     disk = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)
     return Plan(

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run import decisions, trajectory
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.spec import Spec

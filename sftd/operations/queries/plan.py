@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from sftd.domain.compare import plan_outcome
 from sftd.domain.compare.plan_outcome import History, Outcome
 from sftd.domain.log.events import Micros, RunSubmitted, StepCompleted
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run.goodput import Ledger
 from sftd.domain.run.state import Run

@@ -10,7 +10,7 @@ class PrepareError(Exception):
 
 
 class ChatError(Exception):
-    """One conversation cannot be used. Whoever knows its file and line raises a PrepareError from it."""
+    """One conversation cannot be used. The caller, which knows its file and line, raises a PrepareError from it."""
 
 
 def rewritten_answer(turn: int, when: str = "when other turns follow") -> ChatError:

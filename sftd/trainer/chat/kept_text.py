@@ -14,7 +14,7 @@ _HEAD = 64
 
 def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> str | None:
     """What of an assistant's message is not in the text that shows it, in words; None when all is there. Its beginning
-    may stand at the end of `before`, which is the text before that."""
+    may be at the end of `before`, the text before that."""
     squeezed, head = _squeeze(shown), _squeeze(before[-_HEAD:])
 
     def is_there(part: Any) -> bool:
@@ -26,8 +26,8 @@ def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> 
         return "the reasoning"
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
-        told = [function.get("name"), *_leaves(function.get("arguments"))]
-        if not all(_has(squeezed, part) for part in told):
+        parts = [function.get("name"), *_leaves(function.get("arguments"))]
+        if not all(_has(squeezed, part) for part in parts):
             return "the tool calls"
     return None
 
@@ -42,7 +42,7 @@ def first_lost_message(messages: Sequence[Mapping[str, Any]], text: str) -> int 
 
 
 def doubtful_messages(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The messages of a system, user or tool whose words may stand in the text without them: short ones, and those that
+    """The messages of a system, user or tool whose words may be in the text without them: short ones, and those that
     another message holds."""
     contents = [_squeeze(str(message.get("content") or "")) for message in messages]
     everything = "\n".join([*contents, *(json.dumps(m.get("tool_calls"), default=str) for m in messages)])
@@ -70,7 +70,7 @@ def _has(squeezed: str, part: Any) -> bool:
 
 
 def _straddles(head: str, shown: str, part: str) -> bool:
-    """Whether the part begins at the end of the head and goes on at the beginning of what is shown."""
+    """Whether the part begins at the end of the head and continues at the beginning of what is shown."""
     return any(
         head.endswith(part[:cut]) and shown.startswith(part[cut:])
         for cut in range(1, min(len(head) + 1, len(part)))

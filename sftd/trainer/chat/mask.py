@@ -73,7 +73,7 @@ class ChatMasker:
         return any(map(marks_answers, self.template.sources.values()))
 
     def holds_special(self, messages: Sequence[Message], tools: list[Any] | None = None) -> bool:
-        """Whether a text of the messages or tools, wherever it stands in them, has what the tokenizer takes for one of its
+        """Whether a text of the messages or tools, at any depth, contains what the tokenizer takes for one of its
         special tokens."""
         return any(map(self._special_text.search, _texts([messages, tools])))
 

@@ -1,4 +1,4 @@
-"""Reasoning whose opening tag stands in the generation prompt, so that the model writes only the rest of it."""
+"""Reasoning whose opening tag is in the generation prompt, so that the model writes only the rest of it."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def opened_tag(opening: str) -> str | None:
 
 
 def as_written(message: Mapping[str, Any], opening: str) -> str | None:
-    """What the model writes for an answer after a generation prompt that ends with `opening`: the reasoning from behind
+    """What the model writes for an answer after a generation prompt that ends with `opening`: the reasoning after
     its opening tag, the closing tag and the rest. None when the prompt opens no reasoning, the answer has none, or it
     calls tools, whose form is the template's."""
     found = _OPENING_TAG.search(opening)

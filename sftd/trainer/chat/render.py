@@ -1,10 +1,10 @@
 """Renders conversations under any chat template, and finds in the text what the model has to write.
 
 An answer is what the model writes at inference: what follows the prompt of the messages before it. Most templates leave a
-turn as it is when others follow; then the answer stands between the prompt and the end of the chat that ends with it.
-Some write earlier turns otherwise (Qwen3 cuts the reasoning out of them): there the answer is looked for, and either it
-stands there as it was written, or it is told to have been rewritten. Templates that mark answers themselves
-(`{% generation %}`) are taken at their word.
+turn as it is when others follow; then the answer is the text between the prompt and the end of the chat that ends with it.
+Some write earlier turns differently (Qwen3 cuts the reasoning out of them): there the renderer searches for the answer, and
+reports it as rewritten unless it finds it as it was written. Templates that mark answers themselves (`{% generation %}`)
+are trusted.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What becomes of answers that the template rewrites when other turns follow.
 Rewritten = Literal["refuse", "mask", "split"]
 
-# Stands in for an answer to see what the template puts around it.
+# Replaces an answer, to see what the template puts around it.
 _PLACEHOLDER = "sftdAnswerPlaceholder"
 _QUESTION: Message = {"role": "user", "content": "Question?"}
 
@@ -48,15 +48,15 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class _Turn:
-    """How the template surrounds one answer in a chat: the text before a placeholder in its place, and behind it."""
+    """How the template surrounds one answer in a chat: the text before and after a placeholder in its place."""
 
     before: str
-    behind: str
+    after: str
 
 
 @dataclass
 class _Located:
-    """Every answer of a chat by its turn: where it stands, and which are not there as the model writes them."""
+    """Every answer of a chat by its turn: its span, and which differ from what the model writes."""
 
     text: str
     spans: dict[int, Span]
@@ -69,14 +69,14 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chosen: ChatTemplate | None = None) -> None:
         self.template = BoundTemplate(tokenizer, chosen)
-        # What the template puts behind an answer and, as a generation prompt, before it: the same in nearly every chat.
+        # What the template puts after an answer and, as a generation prompt, before it: the same in nearly every chat.
         self.probe_text: str | None = None
         self._closing: str | None = None
         self._opening = ""
         try:
             turn = self._around([_QUESTION, {"role": "assistant", "content": ""}], None, 1)
-            self.probe_text = turn.before + _PLACEHOLDER + turn.behind
-            self._closing = turn.behind
+            self.probe_text = turn.before + _PLACEHOLDER + turn.after
+            self._closing = turn.after
             plain = self.template.render([_QUESTION], None)
             prompt = self.template.render([_QUESTION], None, add_generation_prompt=True)
             self._opening = prompt.removeprefix(plain) if prompt.startswith(plain) else ""
@@ -138,7 +138,7 @@ class ChatRenderer:
     def _split(
         self, messages: Sequence[Message], tools: list[Any] | None, whole: _Located
     ) -> list[RenderedChat]:
-        """The whole chat with the answers that stand there as written, and a chat that ends with each of the others."""
+        """The whole chat with the answers that it contains as written, and a chat that ends with each of the others."""
         left = whole.rewritten | whole.as_shown
         exact = set(whole.spans) - left
         rows = [_row(whole, exact)] if exact else []
@@ -174,7 +174,7 @@ class ChatRenderer:
             )
         if (name := first_lost_tool(tools, located.text)) is not None:
             raise ChatError(
-                f"the chat template does not tell the model of the tool {name!r}. Take the tools out of the row, or use a "
+                f"the chat template does not show the model the tool {name!r}. Remove the tools from the row, or use a "
                 "model folder whose chat template knows tools"
             )
         return located
@@ -224,7 +224,7 @@ class ChatRenderer:
             located.spans[turn] = (stop - len(written), stop)
         else:
             # What the template itself puts before an answer where no other turn follows, such as an empty think block,
-            # whose beginning may stand in the generation prompt.
+            # whose beginning may be part of the generation prompt.
             lead = self._around(messages[: turn + 1], tools, turn).before[start:]
             bare = written.removeprefix(lead)
             shown = stop - len(bare)
@@ -247,7 +247,7 @@ class ChatRenderer:
         located: _Located,
         prompt: str | None,
     ) -> None:
-        """Where the answer stands, when there is no prompt for it, or another than the template writes later."""
+        """Find the answer where there is no prompt for it, or another one than the template writes later."""
         text = located.text
         around = self._around(messages, tools, turn)
         end = self._end(messages, tools, turn, text)
@@ -262,24 +262,24 @@ class ChatRenderer:
             located.as_shown.add(turn)
 
     def _closing_of(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, alone: str) -> str:
-        """What the template puts behind the answer at the end of `alone`; empty where that cannot be told."""
+        """What the template puts after the answer at the end of `alone`; empty where that is unknown."""
         if self._closing is not None and alone.endswith(self._closing):
             return self._closing
         if messages[turn].get("tool_calls"):
             return ""
-        closing = self._around(messages[: turn + 1], tools, turn).behind
+        closing = self._around(messages[: turn + 1], tools, turn).after
         return closing if alone.endswith(closing) else ""
 
     def _end(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, text: str) -> int | None:
-        """Where the answer ends in the whole text; None where what follows is not what follows a stand-in for it."""
-        behind = self._around(messages, tools, turn, in_call=True).behind
-        if not text.endswith(behind):
+        """Where the answer ends in the whole text; None where the text after it differs from the text after a placeholder."""
+        after = self._around(messages, tools, turn, in_call=True).after
+        if not text.endswith(after):
             return None
-        end = len(text) - len(behind)
+        end = len(text) - len(after)
         if not messages[turn].get("tool_calls"):
             return end
-        # The stand-in is a name in the last call: what follows it belongs to the answer up to its closing.
-        rest = self._around(messages[: turn + 1], tools, turn, in_call=True).behind
+        # The placeholder is a name in the last call: what follows it belongs to the answer up to its closing.
+        rest = self._around(messages[: turn + 1], tools, turn, in_call=True).after
         if self._closing is None or not rest.endswith(self._closing):
             return None
         return end + len(rest) - len(self._closing)
@@ -287,8 +287,8 @@ class ChatRenderer:
     def _around(
         self, messages: Sequence[Message], tools: list[Any] | None, turn: int, *, in_call: bool = False
     ) -> _Turn:
-        """The text before and behind the content of one answer, stripped of its reasoning and calls; with `in_call`, of
-        an answer with calls, before and behind the function's name in the last one."""
+        """The text before and after the content of one answer, stripped of its reasoning and calls; with `in_call`, of
+        an answer with calls, before and after the function's name in the last one."""
         message = {key: value for key, value in messages[turn].items() if key not in REASONING}
         calls = message.pop("tool_calls", None)
         if in_call and calls:
@@ -316,7 +316,7 @@ class ChatRenderer:
         if len(blocks) != len(answers):
             if len(turns) != len(answers):
                 raise ChatError(
-                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so it cannot be told which of "
+                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so it is unknown which of "
                     "them has the weight 0. Leave out the weights, or use another chat template"
                 )
             return _Located(text, dict(enumerate(blocks)), set(), set())
@@ -329,7 +329,7 @@ class ChatRenderer:
         return _Located(text, {t: s for t, s in spans.items() if t not in lost}, set(), lost)
 
     def _whole(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
-        """The text of a chat. An answer at its end stands there as the model writes it behind a prompt that opens its
+        """The text of a chat. An answer at its end is written as the model writes it after a prompt that opens its
         reasoning, even where the template shows no reasoning at all."""
         text = self.template.render(messages, tools)
         last = messages[-1]
@@ -363,7 +363,7 @@ class ChatRenderer:
 def _row(
     located: _Located, turns: set[int] | None = None, rewritten: int = 0, as_shown: int = 0
 ) -> RenderedChat:
-    """The chat with the answers of some turns, by default of all that stand in it."""
+    """The chat with the answers of some turns, by default of all in it."""
     spans = [span for turn, span in sorted(located.spans.items()) if turns is None or turn in turns]
     return RenderedChat(located.text, spans, rewritten, as_shown)
 

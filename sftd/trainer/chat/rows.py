@@ -60,7 +60,7 @@ class Conversation:
     ignored: tuple[str, ...] = ()
 
     def key(self) -> bytes:
-        """8 bytes by the conversation's content, the same wherever it stands and whatever shape its row has."""
+        """8 bytes by the conversation's content, independent of its place and of the shape of its row."""
         content = [
             {k: v.strip() if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
             for message in self.messages

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of this rank, told in Megatron's words: weights, optimizer, random streams, and their places."""
+"""What a checkpoint holds of this rank, in Megatron's terms: weights, optimizer, random streams, and their places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from sftd.trainer.runtime.megatron_edges import allocate_adamw_state
+from sftd.trainer.runtime.megatron_edges.training import allocate_adamw_state
 from sftd.trainer.runtime.session import Session
 from sftd.trainer.trainee import Trainee
 

@@ -42,7 +42,7 @@ def packed_order(lengths: Ints) -> Ints:
     """An order of the samples in which every stretch holds its share of the tokens: int64 permutation [n].
 
     A function of the lengths (int64 [n]) alone. The samples are dealt by falling length to two halves as A B B A A B …,
-    which makes their sums nearly equal; the halves, each ordered in the same way, stand one behind the other.
+    which makes their sums nearly equal; the halves, each ordered in the same way, follow each other.
     """
 
     def deal(samples: Ints) -> Ints:

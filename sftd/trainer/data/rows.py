@@ -56,7 +56,7 @@ class Rows:
         start, length = int(self._starts[row]), int(self.lengths[row])
         pairs = self._tokens[start : start + length].astype(np.int64)
         labels = np.full(length, IGNORE_INDEX, np.int64)
-        # The labels in the file stand at their own token; predicting it is the task of the token before.
+        # A label in the file is at its own token; the token before predicts it.
         labels[:-1] = pairs[1:, 1]
         return Sample(np.ascontiguousarray(pairs[:, 0]), labels)
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a micro-batch stand: positions, packed samples, what each context-parallel rank computes of them."""
+"""The places of the tokens of a micro-batch: positions, packed samples, what each context-parallel rank computes of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_chunks(length: int, ends: list[int], *, rank: int, ranks: int, device: 
 
 @dataclass
 class SequenceLayout(PackedSeqParams):
-    """Where the tokens of a micro-batch stand. Rides through GPTModel on every pipeline stage.
+    """The places of the tokens of a micro-batch. Passed through GPTModel on every pipeline stage.
 
     It keeps Megatron's ordinary [s, b, h, d] format (`qkv_format` is not "thd"): RoPE goes by `positions`, so only
     the core attention has to know that samples are packed or shared by context-parallel ranks.

@@ -1,4 +1,4 @@
-"""A folder that one rank of each host fills and all of its ranks then map, and that leaves nothing behind."""
+"""A folder that one rank of each host fills and all of its ranks then map, and that is removed afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.05
 def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder in `parent`, filled by `fill(folder)` on one rank of each host. Called by every rank.
 
-    It is removed behind the block, in which each rank maps the files: what is mapped stays readable. Raises
+    It is removed after the block, in which each rank maps the files: what is mapped stays readable. Raises
     `DataError` or `DataNotDecoded` on every rank when `fill` raises it on one.
     """
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])

@@ -37,8 +37,8 @@ from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop import attempt as loop
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime import rendezvous as loopback
+from sftd.trainer.runtime.console import print_text
 from sftd.trainer.runtime.reporter import Reporter
-from sftd.trainer.runtime.tell import tell
 from sftd.wire.attempt.direct_run import DirectRun, read_history, take
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import now_micros
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     """One rank of a run that is started without a daemon."""
     if {"-h", "--help"} & set(arguments):
         if os.environ.get("RANK", "0") == "0":
-            tell(USAGE)
+            print_text(USAGE)
         return
     # A sample answer may hold what the terminal's encoding does not.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     attempt = AttemptDir(path)
     run = DirectRun(attempt.path.parent)
-    # Until this process ends, whoever starts or imports this run is told that it lives.
+    # Until this process ends, a start or an import of this run is refused: it is alive.
     hold = hold or run.share_hold()
     _train(run, attempt)
     if rank == 0:
@@ -142,7 +142,9 @@ def _conclude(run: DirectRun, attempt: AttemptDir) -> None:
         say = f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
     else:
         say = f"Ended early: {state.message}\n"
-    tell(f"{say}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n")
+    print_text(
+        f"{say}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class DirectReporter(Reporter):
                 seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
             )
         ):
-            # Not journalled: whoever reads the history compares the steps again.
+            # Not journalled: readers of the history compare the steps again.
             self._show(anomaly)
         if isinstance(event, e.CheckpointPublished):
             self._collect()
@@ -189,7 +191,7 @@ class DirectReporter(Reporter):
     def _show(self, event: e.Event) -> None:
         assert self._seen is not None
         if line := describe(event, self._seen.run.planned_steps):
-            tell(f"{line}\n")
+            print_text(f"{line}\n")
 
     def _collect(self) -> None:
         assert self._seen is not None

@@ -24,7 +24,7 @@ from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
-from sftd.trainer.runtime.tell import tell
+from sftd.trainer.runtime.console import print_text
 from sftd.wire import preflight
 from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, read_history
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
@@ -108,7 +108,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
     say = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded" and new.planned_steps == state.planned_steps:
-        tell(
+        print_text(
             f"{say}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
             "To train more give a larger trainer.max_steps, for another run another trainer.experiment_name.\n"
         )
@@ -141,7 +141,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
         say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
     say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
     say += "".join(f"warning: {warning}\n" for warning in warnings)
-    tell(say)
+    print_text(say)
     return attempt
 
 

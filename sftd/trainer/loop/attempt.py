@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import ModelShape, check_model
+from sftd.domain.model.checks import check_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
@@ -123,7 +124,7 @@ class Attempt:
             self._generator = Generator(self._spec, session, shape.vocab_size, template)
 
     def run(self) -> None:
-        """Go on to the last planned step, or to the first step boundary at which a stop was asked for."""
+        """Train to the last planned step, or to the first step boundary at which a stop was requested."""
         if self._order.checkpoint is not None:
             self._resume()
         if self._order.last_step is not None:
@@ -272,7 +273,7 @@ class Attempt:
         return training.on_non_finite if what == "non_finite_loss" else training.on_spike
 
     def _judge(self, event: StepCompleted) -> None:
-        """Record a step that nobody should learn from, and end the attempt if the policy says so."""
+        """Record an anomalous step, and end the attempt if the policy says so."""
         what = self._watch.judge(event.loss, event.grad_norm)
         if what is None:
             self._watch.add(event.loss)
@@ -288,7 +289,7 @@ class Attempt:
         self._reporter.emit(AnomalyDetected(step=event.step, what=what, detail=detail))
         if policy == "record":
             self._watch.add(event.loss)
-        # What is trained again went on in the log, or ends with this step by itself.
+        # A redone step continued in the log, or ends with this step by itself.
         if policy in ("stop", "rollback") and self._order.last_step is None:
             # Of a step before this one: where the next attempt may start.
             self._checkpoints.finish()

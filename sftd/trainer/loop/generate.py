@@ -75,7 +75,7 @@ class Generator:
         return SampleGenerated(step=step, prompt=prompt, text=text, tokens=len(new), stopped=stopped)
 
     def _next(self, trainee: Trainee, cache: KeyValueCache, feed: list[int]) -> int:
-        """Feed tokens behind those in the cache; the token that follows, on every rank."""
+        """Feed tokens after those in the cache. Returns the token that follows, on every rank."""
         device = self._session.device
         length = -(-len(feed) // self._multiple) * self._multiple
         tokens = torch.tensor([feed + [0] * (length - len(feed))], device=device)
@@ -95,7 +95,7 @@ class Generator:
         # One rank decides for all: copies that differ in a near-tie would stop at different tokens, and wait for each
         # other where they share experts. The last stage's ranks are the last ones.
         dist.broadcast(token, dist.get_world_size() - dist.get_world_size() // self._session.layout.pp)
-        # Padding behind the fed tokens is forgotten.
+        # Padding after the fed tokens is forgotten.
         cache.length += len(feed)
         return int(token)
 

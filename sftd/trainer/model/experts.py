@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 
 

@@ -9,13 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from sftd.domain.plan.sizes import logits_chunks
 from sftd.trainer.model import cross_entropy_cpu
 from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumulated
 from sftd.wire.data.rows import IGNORE_INDEX
-
-# Bytes of the logits that `linear_cross_entropy` holds at a time.
-_CHUNK_BYTES = 2 << 30
-_CHUNK_MULTIPLE = 128
 
 
 def _losses(
@@ -100,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         if wants_weight and getattr(weight, "main_grad", None) is None:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
+        for rows in logits_chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
             # One buffer: the logits, and then their gradient.
             logits = hidden[rows] @ weight.t()
             loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
@@ -153,11 +150,3 @@ def linear_cross_entropy(
             hidden, weight, labels, divisor, vocab_size, weight_is_shared, torch.is_grad_enabled()
         ),
     )
-
-
-def _chunks(rows: int, row_bytes: int) -> list[slice]:
-    most = max(_CHUNK_MULTIPLE, _CHUNK_BYTES // row_bytes // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-    count = -(-rows // most)
-    # Equal chunks: a small last one would run at a fraction of the speed.
-    each = -(-rows // max(count, 1) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.optimizer.state import install_optimizer_state
-from sftd.trainer.runtime.megatron_edges import adamw_of, fuse_adamw, parts_of, use_torch_adamw
+from sftd.trainer.runtime.megatron_edges.training import adamw_of, fuse_adamw, parts_of, use_torch_adamw
 from sftd.trainer.runtime.session import Session
 
 
@@ -40,7 +40,7 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
 
 
 def configure(spec: Spec, optimizer: MegatronOptimizer, session: Session) -> None:
-    """Make the settings those of the spec: at the start, and after a load, which brings those of whoever saved."""
+    """Make the settings those of the spec: at the start, and after a load, which restores those of the run that saved."""
     o = spec.optimizer
     fuse_adamw(optimizer, session.device)
     for group in optimizer.param_groups:

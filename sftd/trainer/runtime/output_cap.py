@@ -1,7 +1,7 @@
 """What a rank prints takes a bounded part of the disk: of a file that grows and grows, the beginning and the end are kept.
 
-torchrun opens the file and hands it to the rank, without O_APPEND, so it cannot be cut or exchanged under the rank, which
-goes on writing where it was. Its middle can: a hole takes no disk, and leaves size, positions and readers as they are. The
+torchrun opens the file and hands it to the rank, without O_APPEND, so it cannot be truncated or replaced under the rank, which
+keeps writing at its own position. Its middle can: a hole takes no disk, and leaves size, positions and readers as they are. The
 rank does it itself, for the daemon may be gone. `wire/attempt/printed.py` reads such files.
 """
 

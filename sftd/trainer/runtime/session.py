@@ -14,12 +14,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 import sftd
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.errors import UserError
 from sftd.trainer.runtime import rendezvous
+from sftd.trainer.runtime.megatron_edges.training import be_deterministic
 from sftd.trainer.runtime.process import device_kind
 
-# Variables by which somebody may make kernels, or the order of sums, others than those of this environment's versions.
+# Variables that change the kernels, or the order of sums, that this environment's versions would use.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -94,7 +96,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     store = rendezvous.store(port_file)
     world: dict[str, Any] = {}
     if store is not None:
-        # With a store torch wants to be told what it would else read from the environment.
+        # With a store, torch does not read these from the environment.
         world = {
             "store": store,
             "rank": int(os.environ["RANK"]),
@@ -103,22 +105,19 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     # Decided before Megatron makes its first tensor.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A rank that
-        # is alone has nobody to talk to.
+        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A single
+        # rank needs none.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         dist.init_process_group("nccl", device_id=device if several else None, **world)
     else:
-        from sftd.trainer.runtime import device_mode, megatron_edges
+        from sftd.trainer.runtime.megatron_edges import no_accelerator
 
-        device_mode.install()
-        megatron_edges.install_for_cpu()
+        no_accelerator.install()
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo", **world)
     chosen = spec.training.deterministic
-    torch.use_deterministic_algorithms(device.type == "cpu" if chosen is None else chosen)
-    # Deterministic mode would also fill every torch.empty; nothing here reads uninitialised memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    be_deterministic(device.type == "cpu" if chosen is None else chosen)
     megatron = spec.model.megatron
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
@@ -146,9 +145,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     seed = megatron.seed + 100 * layout.pp_rank
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    name = megatron.params_dtype
-    is_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
-    return Session(device, torch.bfloat16 if is_bf16 else torch.float32, layout)
+    return Session(device, getattr(torch, weights_dtype(spec, device.type)), layout)
 
 
 def gather(value: Any) -> list[Any]:

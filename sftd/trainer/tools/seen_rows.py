@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
     asked.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
-    parser.add_argument("--after-step", type=int, default=0, help="with --row: steps behind this one")
+    parser.add_argument("--after-step", type=int, default=0, help="with --row: steps after this one")
     parser.add_argument("--last-step", type=int, default=0, help="with --row: steps up to this one")
     parser.add_argument("--text", action="store_true", help="with --at: decode the rows of the first")
     arguments = parser.parse_args(argv)
@@ -83,7 +83,7 @@ def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
 def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> dict[str, Any]:
     chosen = samples.rows(position, order.spec.data.train_batch_size)
     ends = _file_ends(order.spec.data.train_files)
-    told = [
+    seen = [
         {
             **_place(order.spec.data.train_files, ends, int(rows.numbers[row])),
             "epoch": samples.epoch(position + i),
@@ -94,7 +94,7 @@ def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> d
     ]
     tokens = int(rows.trained[chosen].sum())
     digest = samples_digest(rows.numbers[chosen])
-    return {"position": position, "rows": told, "tokens": tokens, "samples_digest": digest}
+    return {"position": position, "rows": seen, "tokens": tokens, "samples_digest": digest}
 
 
 def _steps_of(
@@ -127,13 +127,13 @@ def _place(files: list[str], ends: Ints, number: int) -> dict[str, Any]:
     return {"row": number, "file": files[file], "row_in_file": number - before}
 
 
-def _decode(order: Order, told: list[dict[str, Any]], events: EventWriter) -> None:
+def _decode(order: Order, seen: list[dict[str, Any]], events: EventWriter) -> None:
     from sftd.trainer.chat.tokenizer import load_tokenizer
 
     events.progress("loading the tokenizer")
     model = order.spec.model
     tokenizer = load_tokenizer(Path(model.partial_pretrain), trust_remote_code=model.trust_remote_code)
-    for row in told:
+    for row in seen:
         ids, is_trained = _read(order.spec.data, row["file"], row["row_in_file"])
         row["segments"] = [
             {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
@@ -45,7 +45,7 @@ def export(
     A chat template of its own that the training data had (`template`) takes the place of the model folder's.
     Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
     `sha256sum` prints for the files in the order of their names.
-    Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves nothing behind.
+    Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves no files.
     """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -159,7 +159,7 @@ def _convert(gguf: Path, folder: Path, events: EventWriter) -> None:
     hf_logging.disable_progress_bar()
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Versions that can keep the blocks packed must be told not to.
+        # Versions that can keep the blocks packed need this option not to.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = str(gguf.parent)
     loaded = auto_model.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32, **options)

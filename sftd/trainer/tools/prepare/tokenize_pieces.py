@@ -200,7 +200,7 @@ class PieceTokenizer:
         ]
 
     def _in_template(self, name: str) -> bool:
-        """Whether the word stands in the chat template, which so may use it."""
+        """Whether the chat template contains the word, and so may use it."""
         if name not in self._words:
             word = re.compile(rf"\b{re.escape(name)}\b")
             self._words[name] = any(map(word.search, self.masker.template.sources.values()))

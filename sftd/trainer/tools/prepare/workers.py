@@ -18,7 +18,7 @@ from sftd.trainer.tools.prepare.sources.chat_files import Piece
 from sftd.trainer.tools.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
 from sftd.wire.cores import usable_cores
 
-# Pieces that wait for or lie behind a worker: what is in memory does not depend on the size of the files.
+# Pieces in front of or after a worker: what is in memory does not depend on the size of the files.
 _AHEAD = 3
 # Imported once, by the process that the workers are forked from.
 _WITHOUT_TORCH = "sftd.trainer.chat.without_torch"

@@ -1,4 +1,4 @@
-"""Values of Arrow's columns as the values of JSON that they stand for."""
+"""Values of Arrow's columns as the values of JSON that they represent."""
 
 import json
 from collections.abc import Callable

@@ -47,7 +47,7 @@ class _Layout:
 
 
 def expand(sources: Sequence[Path], split: str) -> tuple[list[FoundFile], list[str]]:
-    """The files of these sources in order; a folder stands for those of its `split`. And what a person should know of the
+    """The files of these sources in order; a folder means those of its `split`. Also returns remarks on the
     choice, a sentence each. Raises PrepareError."""
     files: list[FoundFile] = []
     remarks: list[str] = []
