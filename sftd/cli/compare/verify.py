@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 @click.option(
     "--from-step",
     type=click.IntRange(min=0),
-    help="Begin at this published checkpoint; 0 is the pretrained model. The oldest checkpoint if not given.",
+    help="Start from this published checkpoint, 0 from the pretrained model; the oldest if not given.",
 )
 @click.option(
     "--to-step", type=click.IntRange(min=1), help="Last step to compare; the run's last if not given."
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="What to compute on; as the run did if not given."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to train on; the run's if not given."
 )
-@click.option("--devices", metavar="0,1,…", help="Which GPUs to use; free ones if not given.")
+@click.option("--devices", metavar="0,1,…", help="GPUs to use; free ones if not given.")
 @click.option(
     "--with",
     "changes",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Try another setting, and record nothing: do the steps still match? Repeatable.",
 )
-@click.option("--keep", is_flag=True, help="Leave the scratch folder, with journal and output.")
+@click.option("--keep", is_flag=True, help="Keep the scratch folder, with journal and output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def verify_command(
     run: str,
@@ -61,13 +61,13 @@ def verify_command(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Train recorded steps of RUN again, and compare each with the log.
+    """Train recorded steps of RUN again, and compare them with the log.
 
-    From a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient norm, learning
-    rate, trained tokens and the rows of every step must be those of the log: bit for bit, or except for rounding where
-    the run was not deterministic or its environment was another. It ends at the first step that differs, says
-    what differs besides, and records the outcome in the run's log. Neither the run nor its checkpoints are touched;
-    it may be running. Exit code 1: a step diverged, or could not be trained again (then nothing is recorded).
+    Training starts from a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient
+    norm, learning rate, trained tokens and rows of every step must match the log: bit for bit, or to within rounding where the
+    run was not deterministic or its environment differs. The command stops at the first step that does not match, prints what
+    differs, and records the outcome in the run's log. The run and its checkpoints are not changed; RUN may be running. Exit
+    code 1: a step diverged, or could not be trained again (then nothing is recorded).
 
     \b
     Example:
@@ -126,7 +126,7 @@ def _changed(
         spec, _ = change(own, parse_overrides(changes))
     differs = trajectory.changes(own, spec)
     replace = msgspec.structs.replace
-    # Trained again here, wherever the run was, and by as many ranks.
+    # On this host, wherever the run was, with the same number of ranks.
     here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)
     spec = replace(spec, launch=here)
     was = chosen.log.environment(chosen.to_step)
@@ -146,7 +146,7 @@ def _changed(
 
 
 def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
-    """What to train on: as many threads as the run had, GPUs that no living attempt of this host holds."""
+    """The devices to train on: as many threads as the run had; GPUs that no living attempt of this host holds."""
     import msgspec
 
     from sftd.domain.errors import Problem, Refused
@@ -178,16 +178,14 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     if len(wanted) < need.count or len(set(wanted)) != len(wanted):
         what = f"the run's layout needs {counted(need.count, 'GPU')}, and {len(set(wanted))} are "
         what += "named" if named is not None else "free here"
-        raise Refused(
-            Problem("--devices", what, "name as many as it needs, as 0,1; or wait until they are free")
-        )
+        raise Refused(Problem("--devices", what, "name that many, such as 0,1, or wait until they are free"))
     return need, wanted[: need.count]
 
 
 @contextmanager
 def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[list[int]]:
-    """Keep a daemon from starting a run on these GPUs; who inherits the descriptors keeps it from that, too. Raises `Refused`
-    when it has done so just now."""
+    """Keep daemons from starting a run on these GPUs while the yielded descriptors are open, here or in a child. Raises
+    `Refused` where a run started just before."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds, processes
     from sftd.operations.queries import history as replays
@@ -197,13 +195,13 @@ def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool)
         holds = stack.enter_context(device_holds.holding(settings.home, gpus)) if gpus else []
         lost = set(gpus) & set(replays.held(store, processes.host_name())) if gpus and not is_named else set()
         if lost:
-            what = f"a run has just been started on {min(lost)}"
+            what = f"a run started on {min(lost)} just now"
             raise Refused(Problem("--devices", what, "try again, or name the GPUs"))
         yield holds
 
 
 def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:
-    """How long the run would be, which decides its learning rates. Raises `Refused`."""
+    """The length of the run, which its learning rates depend on. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run import trajectory
     from sftd.domain.spec.on_resume import OnResume
@@ -212,8 +210,8 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
         return chosen.run.planned_steps
     planned = spec.trainer.max_steps
     if planned is None or planned < chosen.to_step:
-        what = "only a number of steps can be tried, not epochs" if planned is None else f"is {planned}"
-        fix = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
+        what = "epochs cannot be tried, only a number of steps" if planned is None else f"is {planned}"
+        fix = f"set trainer.max_steps to at least {chosen.to_step}, the last step that is compared"
         raise Refused(Problem("--with", what, fix))
     return planned
 
@@ -341,7 +339,7 @@ def _print(
         name = "training data (sha256)" if key == "train_digest" else key
         out.print(Text(f"differs: {name}: log {_short(was)}, now {_short(now)}"), soft_wrap=True)
     if not verdict.environment and not isinstance(verdict, ReplayVerified):
-        out.print("Nothing that the log knows of the environment or the data differs.")
+        out.print("The environment and the data match the log.")
     if comparing.may_round:
         out.print("Rounding was allowed: not deterministic, or not the same environment.", style="dim")
     if is_trial:

@@ -76,8 +76,8 @@ def check_command() -> None:
 def copy_command(source: str, target: str, force: bool, as_json: bool) -> None:
     """Copy a database event for event, with the queue and all cursors, into an empty one, and prove both equal.
 
-    FROM and TO are database URLs or SQLite files. Everything is copied or nothing is. Tables are made in TO when it has
-    none. A password is best left to ~/.pgpass: others can see a command line.
+    FROM and TO are database URLs or SQLite files. The copy is complete or nothing is written. Tables are made in TO if it has
+    none. Keep passwords in ~/.pgpass: other users can read a command line.
 
     \b
     Example:

@@ -23,8 +23,10 @@ _TEXT, _PART = 80, 36
 
 @click.command("data")
 @click.argument("run")
-@click.option("--step", type=click.IntRange(min=1), help="Which rows did this step see?")
-@click.option("--row", type=click.IntRange(min=0), help="Which steps saw this row (from 0, over all files)?")
+@click.option("--step", type=click.IntRange(min=1), help="Show the rows that this step saw.")
+@click.option(
+    "--row", type=click.IntRange(min=0), help="Show the steps that saw this row (from 0, over all files)."
+)
 @click.option(
     "--text", is_flag=True, help="With --step: show each row as text, what is trained between « and »."
 )
@@ -32,10 +34,9 @@ _TEXT, _PART = 80, 36
 def data_command(run: str, step: int | None, row: int | None, text: bool, as_json: bool) -> None:
     """Show which rows of the training data a step of RUN saw, or which steps saw a row.
 
-    Computed from the data files and the seed, and checked against the log: the digest of the rows and the number of
-    trained tokens of every attempt that did the step, and the digest of the files as they were submitted. Exit code 1
-    when they are not what the log has. Steps before a fork's first are its parent's; of a row, those of parents with the
-    same files.
+    The rows are computed from the data files and the seed, and checked against the log: their digest and their trained tokens
+    in every attempt that did the step, and the digest of the files at the submit. Exit code 1 if they do not match. Steps
+    before a fork's first are its parent's; --row includes parents with the same files.
 
     \b
     Example:
@@ -83,7 +84,7 @@ def _ask(run: Run, *arguments: str) -> dict[str, Any]:
 def _changed_files(run: Run, found: dict[str, Any]) -> list[str]:
     if run.train_digest in ("", found["train_digest"]):
         return []
-    return ["the data files are not those that were submitted: the rows are those that are there now"]
+    return ["the data files changed since the submit: these are the current rows"]
 
 
 def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
     out.print(table)
     digest = answer["samples_digest"][:16]
     if not any(attempt["is_shown"] for attempt in answer["attempts"]):
-        out.print("The log does not have this step yet: these are the rows that it is going to see.")
+        out.print("The log does not have this step yet: these are the rows that it will see.")
     for attempt in answer["attempts"]:
         if attempt["agrees"] and attempt["is_shown"]:
             out.print(f"digest {digest} is the log's (attempt {attempt['attempt']}, v{attempt['version']})")

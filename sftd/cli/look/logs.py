@@ -48,9 +48,8 @@ def logs_command(
 ) -> None:
     """Print a run's progress, a line for each step, validation and checkpoint, and what torchrun and its ranks wrote.
 
-    Every line comes once, with its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out
-    with --rank. A rank's lines are in the order in which it wrote them; the others as they are found. What ranks wrote is
-    here only on their host.
+    Every line has its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out with --rank. The
+    lines of a rank are in order; between ranks there is none. What ranks wrote is only on their host.
 
     \b
     Example:

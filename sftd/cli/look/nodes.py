@@ -16,13 +16,13 @@ _STYLE = {"alive": "green", "not observed": "yellow", "stopped": "dim"}
 
 
 @click.command("nodes")
-@click.option("-a", "--all", "everyone", is_flag=True, help="Every daemon that ever started.")
+@click.option("-a", "--all", "everyone", is_flag=True, help="List every daemon that ever started.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def nodes_command(everyone: bool, as_json: bool) -> None:
     """List the daemons that share this database: their devices, what they drive, when they were last seen.
 
-    "Not observed" is not dead: a host that is cut off from the database continues to train. Only a daemon's own host can
-    prove that it is gone.
+    "Not observed" does not mean dead: a host that is cut off from the database continues to train. Only a daemon's own host
+    can prove that it is gone.
 
     \b
     Example:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.command("queue")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def queue_command(as_json: bool) -> None:
-    """List the runs that run and those that wait, in the order in which they start, and what each waits for.
+    """List running runs, and waiting runs in the order in which they start, with what each waits for.
 
-    A start is expected from the pace of the runs before it; where one of them has made no step yet, it is unknown.
+    Starts are estimated from the pace of the runs before; before their first step, a start is unknown.
 
     \b
     Example:

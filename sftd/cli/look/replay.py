@@ -26,15 +26,14 @@ _LISTED = 4
 @click.option(
     "--until",
     metavar="STEP|TIME|VERSION",
-    help="Stop at a step (300), a version of the stream (v120), a time (2026-01-31T09:30), or so long ago (-2h).",
+    help="Stop at a step (300), a version (v120), a time (2026-01-31T09:30), or some time ago (-2h).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the milestones and the whole state as JSON.")
 def replay_command(run: str, until: str | None, as_json: bool) -> None:
     """Play the log of RUN: its milestones in order, then its state, config and checkpoints at that moment.
 
-    Nothing is computed or changed. Steps are one line as long as one attempt did them one after another; `again` are
-    those that an earlier attempt had done. A fork's history begins with its parents', up to the step of the fork. A time
-    without a zone is local. `sftd events` has every single event.
+    Nothing is computed or changed. Consecutive steps of an attempt are one line; `again` marks redone steps. A fork's history
+    begins with its parents', up to the step of the fork. A time without a zone is local. `sftd events` has every event.
 
     \b
     Example:
@@ -104,7 +103,7 @@ def _print(story: list[Chapter]) -> None:
 
 
 def _changes(chapter: Chapter) -> Iterator[str]:
-    """How the config came to be what it was then, where it was not always so."""
+    """The changes of the config up to then."""
     from sftd.domain.log import events as e
 
     for r in chapter.recorded:

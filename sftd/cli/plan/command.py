@@ -20,12 +20,14 @@ from sftd.cli.terminal.types import FiniteRange
 @click.option(
     "--devices",
     type=click.IntRange(1, 1024),
-    help="Number of devices, of all nodes together; else those of this host.",
+    help="Number of devices on all nodes together; this host's if not given.",
 )
 @click.option(
     "--memory", type=FiniteRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."
 )
-@click.option("--device", metavar="NAME", help="Which device: `H100`, `A100`, …, or `cpu`; else this host's.")
+@click.option(
+    "--device", metavar="NAME", help="Device: `H100`, `A100`, …, or `cpu`; this host's if not given."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan, and the layouts found, as JSON.")
 def plan_command(
     config: str,
@@ -35,11 +37,11 @@ def plan_command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Say what the run of CONFIG will take, before it is submitted: memory of each rank, time, disk, and the best layout.
+    """Estimate memory of each rank, time and disk of the run of CONFIG, and find the best layout.
 
-    Everything is checked as by `sftd submit`, and nothing is written. Memory is arithmetic over what the trainer
-    allocates. Time goes by the pace of earlier runs of this model in the log, else by measured rates. For a
-    machine that is not this one, say which: --devices, --memory, --device. docs/plan.md has the formulas.
+    Everything is checked as by `sftd submit`, and nothing is written. Memory is computed from what the trainer allocates. Time
+    is estimated from the pace of earlier runs of this model in the log, else from measured rates. To plan for another machine,
+    use --devices, --memory and --device. docs/plan.md has the formulas.
 
     \b
     Example:
@@ -58,7 +60,7 @@ def plan_command(
     target = Target.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
     if not (devices or memory or device):
-        # For a machine that is not this one, these devices say nothing.
+        # Not for another machine.
         warnings += doubts.devices(spec, known_hosts(app.read_settings()))
     facts = plan_facts(found)
     calibration = known_pace(found.shape, target.machine)

@@ -1,4 +1,4 @@
-"""A plan as a person wants to read it."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def summary(plan: Plan) -> str:
 
 
 def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
-    """What was planned beside what happened, for `sftd show`: a line a quantity."""
+    """Planned and actual values for `sftd show`, a line for each."""
     for number, one in enumerate(outcome.compared if outcome else ()):
         show: Callable[[float], str] = output.duration if one.name == "whole run" else seconds
         if one.unit == "bytes":
@@ -120,7 +120,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
     ]
     for title, name, what in rows:
         table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)
-    peak = "the process at its largest" if is_cpu else "of tensors: what the events call peak memory"
+    peak = "the process at its largest" if is_cpu else "of tensors: peak memory in the events"
     table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
     return table
 
@@ -173,10 +173,10 @@ def _print_layouts(spec: Spec, layouts: Search, target: Target) -> None:
     )
     out.print(table)
     if best.changes:
-        out.print(f"  {_reason(best, spec)}. To have it, set:", soft_wrap=True)
+        out.print(f"  {_reason(best, spec)}. To use it, set:", soft_wrap=True)
         out.print(f"  [bold]{_setting(best.changes)}[/]", soft_wrap=True)
     else:
-        out.print("  The config has the best of them already.")
+        out.print("  The config already has the best of them.")
 
 
 def _layout_row(choice: Choice) -> tuple[str, ...]:

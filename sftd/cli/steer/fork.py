@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--changed-model",
     is_flag=True,
-    help="Use the model folder as it is now, although it changed since RUN was submitted.",
+    help="Use the current model folder although it changed since RUN was submitted.",
 )
 @click.option(
     "-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout; warnings go to stderr."
@@ -50,9 +50,9 @@ def fork_command(
 ) -> None:
     """Queue a new run that starts from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
 
-    Steps count from RUN's first: trainer.max_steps includes those that RUN has done, and the learning rate continues as
-    the new config has it at that step. With the same data in the same order it continues with the sample
-    after RUN's last one, else it begins with the first. The checkpoint is kept for as long as the log is.
+    Steps count from RUN's first: trainer.max_steps includes RUN's steps, and the learning rate is the new config's at that
+    step. With the same data in the same order, the fork continues with the sample after RUN's last one, else with the first
+    sample. The checkpoint is kept as long as the log.
 
     \b
     Example:
@@ -91,7 +91,7 @@ def fork_command(
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print each tree as a line of nested JSON.")
 def lineage_command(run: str, as_json: bool) -> None:
-    """Draw the tree of forks that RUN belongs to, from the oldest ancestor on; of a sweep, the tree of each of its runs.
+    """Draw the tree of forks that RUN belongs to, from its oldest ancestor; for a sweep, the tree of each run.
 
     \b
     Example:

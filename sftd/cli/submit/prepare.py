@@ -65,7 +65,7 @@ _PASSED = (
 @click.option(
     "--val-rows", type=click.IntRange(min=1), help="Number of rows for validation, instead of a share."
 )
-@click.option("--val-split", help="Or a split that the data set folder has.")
+@click.option("--val-split", help="Split of the data set folder to use for validation, instead of a share.")
 @click.option(
     "--val-out",
     type=click.Path(),
@@ -114,8 +114,8 @@ def prepare_command(
     """Turn chats into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
 
     SOURCES are files (.jsonl, .json, .csv, also with .gz; .parquet) or Hugging Face data set folders, with messages,
-    conversations, prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
-    answers and their stop token; everything else is masked with -100. A card beside the file says what was done.
+    conversations, prompt and completion, or instruction and output. The model's chat template is applied. The assistant's answers and
+    their stop tokens are trained; everything else is masked with -100. A card beside the file records what was done.
 
     \b
     Example:
@@ -129,9 +129,9 @@ def prepare_command(
     if options["val_out"] is not None and not any(way is not None for way in ways):
         raise click.UsageError("--val-out needs one of --val-fraction, --val-rows and --val-split.")
     if options["chat_template"] is not None and options["template"] is not None:
-        raise click.UsageError("--chat-template and --template exclude each other.")
+        raise click.UsageError("Use either --chat-template or --template.")
     if (options["prompt_key"] is None) != (options["response_key"] is None):
-        raise click.UsageError("--prompt-key and --response-key are given together.")
+        raise click.UsageError("--prompt-key and --response-key need each other.")
     output.require_folder("--out", out)
     if options["val_out"] is not None:
         output.require_folder("--val-out", options["val_out"])

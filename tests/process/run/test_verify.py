@@ -108,7 +108,7 @@ def test_a_changed_row_is_found_at_the_step_that_saw_it(trained: tuple[Home, str
     seen = json.loads(home.run("data", run_id, "--step", "8", "--json", check=1).stdout)
     assert seen["rows"][1]["row"] == changed_row
     assert [(a["attempt"], a["agrees"], a["is_shown"]) for a in seen["attempts"]] == [(1, True, True)]
-    assert "not those that were submitted" in seen["problems"][0]
+    assert "changed since the submit" in seen["problems"][0]
 
 
 def test_another_learning_rate_is_found(trained: tuple[Home, str]) -> None:
