@@ -14,18 +14,7 @@ from sftd.cli.terminal import output
 if TYPE_CHECKING:
     from sftd.operations.queries.runs import RunRow
 
-STATUSES = (
-    "queued",
-    "retrying",
-    "held",
-    "starting",
-    "running",
-    "stopping",
-    "paused",
-    "succeeded",
-    "failed",
-    "cancelled",
-)
+STATUSES = tuple(output.STATUS_STYLE)
 _DEFAULT_PROJECT = "default"
 
 

@@ -31,14 +31,13 @@ def board_lines(board: Board, width: int, height: int | None) -> list[Text]:
         *(_node(node) for node in _shown(board.nodes)),
         Text(),
     ]
-    room = (height if height is not None else 10_000) - len(lines)
+    limit = 10_000 if height is None else height
+    room = limit - len(lines)
     lines += _running(board, width, room * 2 // 3 if board.queue[len(board.runs) :] else room - 4)
     waiting = [row for row in board.queue if row.kind]
-    left = (height if height is not None else 10_000) - len(lines)
     if waiting:
-        lines += _waiting_section(waiting, board.at, max(3, left - 3))
-        left = (height if height is not None else 10_000) - len(lines)
-    latest = _EVENTS if height is None else max(0, left)
+        lines += _waiting_section(waiting, board.at, max(3, limit - len(lines) - 3))
+    latest = _EVENTS if height is None else max(0, height - len(lines))
     failures = [_event(r, board.at, named=True) for r in board.failures]
     if failures and latest >= 2:
         few = failures[: max(1, min(3, latest // 2 - 2))]
