@@ -59,7 +59,7 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
         "rm": ("steer.rm", "Remove runs: delete their files and hide them."),
         "import": ("steer.import_run", "Import a run that was trained without a daemon."),
         "db": ("db.command", "Check a database, back it up, restore or copy it."),
-        "views": ("operate.init", "Rebuild or dump the views folded from the log."),
+        "views": ("operate.init", "Rebuild the views folded from the log."),
     },
     "Set up": {
         "doctor": ("doctor.command", "Diagnose this installation and suggest fixes."),

@@ -9,6 +9,7 @@ import pytest
 
 from tests.builders.trainer.tiny_models import PROMPT, write_data, write_models
 from tests.builders.trainer.trainers import Run, Trainer
+from tests.builders.warm_client import VARIABLE
 from tests.builders.warm_ranks import WarmTrainer
 
 
@@ -28,6 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(tmp_path_factory: pytest.TempPathFactory, models: Path, data: Path, warm_python: str) -> Trainer:
     """Runs attempts, and keeps those that have ended for other tests to compare with."""
     return Trainer(tmp_path_factory.mktemp("attempts"), models, data, warm=warm_python)
+
+
+@pytest.fixture(scope="module")
+def forked(warm_python: str) -> Iterator[None]:
+    """What a module's tests start without a daemon is forked, unless they clear the variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, warm_python)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def _changed(
     # On this host, wherever the run was, with the same number of ranks.
     here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)
     spec = replace(spec, launch=here)
-    was = chosen.log.environment(chosen.to_step)
+    was = chosen.log[chosen.to_step].environment
     if spec.launch.device == "auto" and was:
         device = device or ("cpu" if was.get("device") == "cpu" else "cuda")
     if device is not None:
@@ -157,7 +157,7 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     others = partial(device_holds.held, settings.home)
     inventory = Inventory(visible_gpus(), settings.cpu_slots or usable_cores(), others=others)
     need = inventory.need(spec)
-    threads = chosen.log.environment(chosen.to_step).get("OMP_NUM_THREADS")
+    threads = chosen.log[chosen.to_step].environment.get("OMP_NUM_THREADS")
     if threads and spec.launch.threads_per_rank is None:
         need = msgspec.structs.replace(need, threads=int(threads))
     if need.device == "cpu":

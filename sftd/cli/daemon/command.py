@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,7 @@ from sftd.cli import app
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.daemon.mirror_turn import Mirror
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import Worker
     from sftd.store.database.engine import Store
 
 _START_SECONDS = 60.0
@@ -172,6 +170,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.launcher.local import LocalAttempt
     from sftd.launcher.slurm.attempt import SlurmLauncher
     from sftd.launcher.slurm.controller import Controller
+    from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
     # Files made from here on, by MLflow too, are private.
@@ -196,8 +195,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         inventory = Inventory(gpus, cores, slurm_jobs, others=others)
         slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
         launcher = ByName({"local": LocalAttempt, "slurm": slurm})
-        mirror, notices = _mirror(settings), _notices(settings, store)
-        daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
+        notices = _notices(settings, store)
+        daemon = Daemon(store, settings, inventory, launcher, stop, MIRRORS, notices)
         try:
             daemon.run(drain=drain)
         except SftdError as error:
@@ -234,23 +233,10 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     return None
 
 
-def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
+def _notices(settings: Settings, store: Store) -> list[Worker]:
     if not (settings.notify_command or settings.notify_webhook):
         return []
     from sftd.cli.operate.notify import notifiers
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import of_channel
 
-    return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
-
-
-def _mirror(settings: Settings) -> Callable[[], Mirror] | None:
-    if not settings.mlflow_tracking_uri:
-        return None
-
-    def make() -> Mirror:
-        from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
-
-        # A connection pool of its own: the mirror runs in a thread and may be slow.
-        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-
-    return make
+    return [of_channel(notifier) for notifier in notifiers(settings, store)]

@@ -96,7 +96,7 @@ def _lines(settings: Settings, kind: str, user: str, environ: Mapping[str, str])
 
 
 def _is_secret(name: str, value: str) -> bool:
-    from sftd.projections.mirrors.mlflow.client import without_credentials
+    from sftd.domain.text.credentials import without_credentials
 
     return any(word in name for word in _SECRET) or without_credentials(value) != value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +14,7 @@ from sftd.cli.terminal import output
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
-    from sftd.cli.doctor.finding import Finding
+    from sftd.domain.finding import Finding
     from sftd.settings import Settings
 
 _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
@@ -45,6 +46,7 @@ def doctor_command(as_json: bool) -> None:
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli.doctor import host, services
     from sftd.cli.doctor import slurm as doctor_slurm
+    from sftd.projections.mirrors import MIRRORS
 
     yield from host.python()
     count, gpus = host.gpus()
@@ -62,7 +64,8 @@ def _examine(settings: Settings) -> Iterator[Finding]:
         return found
 
     yield from _guarded("database", database)
-    yield from _guarded("MLflow", lambda: services.mlflow(settings))
+    for mirror in MIRRORS:
+        yield from _guarded(mirror.name, partial(mirror.check, settings))
     yield from _guarded("daemon", lambda: services.daemon(settings, store))
     yield from _guarded("Slurm", lambda: doctor_slurm.slurm(settings, store))
     yield from _guarded("leftovers", lambda: services.leftovers(settings, store))
@@ -74,8 +77,8 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
     """The findings of a check; an error in it is a finding, so that the other checks run."""
     import sqlalchemy as sa
 
-    from sftd.cli.doctor.finding import broken
     from sftd.domain.errors import SftdError
+    from sftd.domain.finding import broken
 
     try:
         yield from check()

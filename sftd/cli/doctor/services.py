@@ -1,15 +1,14 @@
-"""What `sftd doctor` looks at besides the host: database, MLflow, daemons, and remains of dead attempts."""
+"""What `sftd doctor` looks at besides the host: the database, daemons, and remains of dead attempts."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sftd.cli.doctor.finding import Finding, broken, ok, warning
 from sftd.cli.terminal import output
+from sftd.domain.finding import Finding, broken, ok, warning
 from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from sftd.store.database.engine import Store
 
 _SKEW_SECONDS = 2.0
-_ANSWER_SECONDS = 5.0
 
 
 def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
@@ -60,76 +58,6 @@ def _skew(store: Store, text: str) -> Finding:
         fix = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
         return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", fix)
     return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
-
-
-def mlflow(settings: Settings) -> Iterator[Finding]:
-    """Whether runs can be mirrored."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from sftd.projections.mirrors.mlflow.client import is_remote, without_credentials
-
-    uri = settings.mlflow_tracking_uri
-    if not uri:
-        yield ok("MLflow", "the mirror is off (MLFLOW_TRACKING_URI is empty)")
-        return
-    try:
-        mine = version("mlflow")
-    except PackageNotFoundError:
-        yield broken(
-            "MLflow", "is not installed", "pip install mlflow, or set MLFLOW_TRACKING_URI= to turn it off"
-        )
-        return
-    shown = without_credentials(uri)
-    if is_remote(uri):
-        yield _server(uri, shown, mine)
-        return
-    if (file := sqlite_file(uri)) is not None and not file.exists():
-        yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
-        return
-    yield _tracking_store(uri, shown, mine)
-
-
-def _tracking_store(uri: str, shown: str, mine: str) -> Finding:
-    import sqlalchemy as sa
-
-    try:
-        engine = sa.create_engine(uri)
-        with engine.connect() as connection:
-            sa.inspect(connection).get_table_names()
-        engine.dispose()
-    except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        return warning(
-            "MLflow", f"{shown} does not answer: {reason}", "runs continue; the mirror catches up later"
-        )
-    return ok("MLflow", f"{mine}, {shown}")
-
-
-def _server(uri: str, shown: str, mine: str) -> Finding:
-    import base64
-    import os
-    from http.client import HTTPException
-    from urllib.request import Request, urlopen
-
-    if not uri.startswith(("http://", "https://")):
-        fix = "write sqlite:///FILE or http://HOST:PORT"
-        return broken("MLflow", f"{shown} is neither a database nor a server", fix)
-    bare = re.sub(r"//[^/@\s]*@", "//", uri).rstrip("/")
-    request = Request(f"{bare}/version")  # noqa: S310  its scheme was just checked
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
-        request.add_header("Authorization", "Basic " + base64.b64encode(pair).decode())
-    try:
-        with urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310
-            theirs = answer.read(100).decode(errors="replace").strip()
-    except (OSError, HTTPException, ValueError) as error:
-        reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-        fix = "runs continue, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
-        return warning("MLflow", f"{shown} does not answer: {reason}", fix)
-    if theirs.partition(".")[0] != mine.partition(".")[0]:
-        fix = "use the same major version on both sides"
-        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", fix)
-    return ok("MLflow", f"{shown}, version {theirs}, client {mine}")
 
 
 def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:

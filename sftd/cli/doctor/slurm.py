@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sftd.cli.doctor.finding import Finding, broken, ok, warning
+from sftd.domain.finding import Finding, broken, ok, warning
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.commands import Partition, Unanswered
 from sftd.settings import Settings

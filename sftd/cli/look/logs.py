@@ -13,7 +13,7 @@ import click
 from sftd.cli import app
 from sftd.cli.terminal import output
 from sftd.cli.terminal.plot import COLOURS
-from sftd.domain.log.progress_lines import TYPES, describe
+from sftd.domain.log.events import progress_types
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class _Progress:
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
-            said = describe(recorded.event, planned_steps) if recorded.attempt == attempt else None
+            said = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
             if said is not None:
                 lines.append(f"{_prefix(attempt, None)} {output.printable(said)}")
         for line in lines:
@@ -124,7 +124,7 @@ class _Progress:
         from sftd.operations.queries import runs as reading
 
         while True:
-            events = reading.run_events(self._store, self._run_id, self._version, TYPES, _PAGE)
+            events = reading.run_events(self._store, self._run_id, self._version, progress_types(), _PAGE)
             for recorded in events:
                 if (recorded.attempt or 0) > attempt:
                     return

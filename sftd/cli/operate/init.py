@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from sftd.cli import app
-from sftd.cli.terminal import output
 from sftd.domain.text.words import counted
 
 
@@ -34,11 +33,11 @@ def init_command() -> None:
 
 @click.group("views")
 def views_command() -> None:
-    """Rebuild or dump the views folded from the log, which `ls` and `show` read.
+    """Rebuild the views folded from the log, which `ls` and `show` read.
 
     \b
     Example:
-      sftd views dump > before; sftd views rebuild; sftd views dump | cmp - before
+      sftd views rebuild
     """
 
 
@@ -54,18 +53,3 @@ def rebuild_command() -> None:
 
     count = views.rebuild(app.open_store(app.read_settings()))
     click.echo(f"rebuilt from {counted(count, 'event')}")
-
-
-@views_command.command("dump")
-def dump_command() -> None:
-    """Print every row of the views as JSON lines in a fixed order.
-
-    \b
-    Example:
-      sftd views dump | sha256sum
-    """
-    from sftd.projections import views
-
-    with app.open_store(app.read_settings()).read() as connection:
-        for line in views.dump(connection):
-            click.echo(output.json_text(line), nl=False)

@@ -46,7 +46,7 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
       sftd ui --port 5001
       sftd ui brave-otter calm-heron --open
     """
-    from sftd.projections.mirrors.mlflow.client import without_credentials
+    from sftd.domain.text.credentials import without_credentials
     from sftd.projections.mirrors.mlflow.server import ui_command as server_command
 
     settings = app.read_settings()

@@ -49,19 +49,18 @@ def plan_command(
       sftd plan run.yaml --devices 8 --memory 80 --device H100
       sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
     """
-    from sftd.domain.plan import warnings as doubts
     from sftd.domain.plan.plan import make_plan
     from sftd.domain.plan.search import search
+    from sftd.domain.submit.facts import RunFacts
     from sftd.wire import preflight
     from sftd.wire.spec import file as specfile
 
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, has_room=False)
+    # The known hosts' devices do not matter for another machine.
+    hosts = [] if devices or memory or device else known_hosts(app.read_settings())
+    found = preflight.inspect(spec, known=RunFacts(hosts=hosts), has_room=False)
     target = Target.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
-    if not (devices or memory or device):
-        # Not for another machine.
-        warnings += doubts.devices(spec, known_hosts(app.read_settings()))
     facts = plan_facts(found)
     calibration = known_pace(found.shape, target.machine)
     plan = make_plan(spec, facts, target.machine, calibration)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from sftd.cli import app
 
 if TYPE_CHECKING:
-    from sftd.domain.plan.warnings import HostDevices
+    from sftd.domain.submit.facts import HostDevices
     from sftd.settings import Settings
 
 
 def known_hosts(settings: Settings) -> list[HostDevices]:
     """The devices of each of these hosts, as far as they can be asked: a submit does not need to know."""
     from sftd.domain.errors import SftdError
-    from sftd.domain.plan.warnings import HostDevices
+    from sftd.domain.submit.facts import HostDevices
     from sftd.launcher.inventory import visible_gpus
     from sftd.launcher.processes import host_name
     from sftd.operations.queries import queue as waiting

@@ -59,6 +59,7 @@ def fork_command(
       sftd fork brave-otter optimizer.lr=5e-6
       sftd fork brave-otter --from-step 100 trainer.max_steps=400 trainer.experiment_name=longer
     """
+    from sftd.cli.plan.known_hosts import known_hosts
     from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Problem
     from sftd.domain.run import decisions, trajectory
@@ -72,7 +73,8 @@ def fork_command(
     store = app.open_store(settings)
     parent, point = forks.find(store, naming.one_to_change(store, run), from_step)
     spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
-    found = forks.inspect(store, parent, point, spec, settings.home, changed_model=changed_model)
+    hosts = known_hosts(settings)
+    found = forks.inspect(store, parent, point, spec, settings.home, hosts=hosts, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
     if not trajectory.changes(parent.spec, spec) and not changed_model:
         warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))

@@ -36,8 +36,10 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter --from-step 100
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
+    from sftd.cli.plan.known_hosts import known_hosts
     from sftd.domain.run import decisions, trajectory
     from sftd.domain.run.state import ENDED
+    from sftd.domain.submit.facts import RunFacts
     from sftd.launcher.processes import host_name
     from sftd.operations.commands import lifecycle as runs
     from sftd.operations.queries import model_files
@@ -54,7 +56,12 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     decisions.refuse_busy(now)
     if overrides:
         spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
-        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
+        inspected = preflight.inspect(
+            spec,
+            lambda _: trajectory.beginning(now),
+            known=RunFacts(hosts=known_hosts(settings)),
+            home=settings.home,
+        )
         for warning in (*warnings, *inspected.warnings):
             output.warn(str(warning))
         new = preflight.proposal(spec, inspected)

@@ -88,7 +88,7 @@ def submit_command(
     from sftd.cli.plan.known_hosts import known_hosts
     from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Refused
-    from sftd.domain.plan import warnings as doubts
+    from sftd.domain.submit.facts import RunFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire import preflight
     from sftd.wire.spec import file as specfile
@@ -119,8 +119,8 @@ def submit_command(
         )
         return
     spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, home=settings.home)
-    warnings = [*warnings, *found.warnings, *doubts.devices(spec, known_hosts(settings))]
+    found = preflight.inspect(spec, known=RunFacts(hosts=known_hosts(settings)), home=settings.home)
+    warnings = [*warnings, *found.warnings]
     if strict and warnings:
         raise Refused(warnings)
     if after and (dry_run or print_script):

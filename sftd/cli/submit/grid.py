@@ -25,25 +25,22 @@ def submit(
     as_json: bool,
 ) -> None:
     """Queue every point of a grid, or none, and print their ids."""
-    import msgspec
-
     from sftd.cli.plan.known_hosts import known_hosts
     from sftd.cli.submit.answers import queued_json
     from sftd.domain.errors import Refused
-    from sftd.domain.plan import warnings as doubts
     from sftd.domain.spec.spec import spec_digest
+    from sftd.domain.submit.facts import RunFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire.spec import grid as sweep
 
     context = app.context()
     # Short: it begins the names of all its runs.
     name = f"sweep-{context.random(3).hex()}"
-    points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home)
+    known = RunFacts(hosts=known_hosts(settings))
+    points = sweep.points(
+        config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home, known
+    )
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
-    hosts = known_hosts(settings)
-    points = [
-        msgspec.structs.replace(p, warnings=[*p.warnings, *doubts.devices(p.spec, hosts)]) for p in points
-    ]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
     if strict and warnings:
         raise Refused(warnings)

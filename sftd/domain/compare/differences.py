@@ -10,7 +10,7 @@ import msgspec
 from sftd.domain.compare.curves import Curves
 from sftd.domain.log.events import RunSubmitted
 from sftd.domain.repro.environment import decides_numbers
-from sftd.domain.repro.steps import rounds_to
+from sftd.domain.repro.steps import is_apart, rounds_to
 from sftd.domain.run.state import Run
 from sftd.domain.run.trajectory import flatten, is_derived, keeps_steps
 
@@ -91,20 +91,13 @@ def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
                 (
                     bits[number] + n
                     for n, pair in enumerate(zip(a, b, strict=True))
-                    if _apart(*pair, tolerance)
+                    if is_apart(*pair, tolerance)
                 ),
                 None,
             )
             if step is not None:
                 rounding[number] = step
     return Parting(name, begin, end, bits, rounding)
-
-
-def _apart(a: float, b: float, tolerance: float) -> bool:
-    """As `math.isclose` has it; two numbers that are not finite are not apart when they are the same one."""
-    if a - a != 0.0 or b - b != 0.0:
-        return repr(a) != repr(b)
-    return abs(a - b) > tolerance * max(abs(a), abs(b))
 
 
 def _first_other(first: Curves, other: Curves, name: str, begin: int, end: int) -> int | None:

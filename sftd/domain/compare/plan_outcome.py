@@ -1,4 +1,4 @@
-"""What was planned beside what happened. The plan is made anew from what the log has of the run: docs/plan.md says why."""
+"""A plan next to the outcome. The plan is made again from the run's log (docs/plan.md explains why)."""
 
 from __future__ import annotations
 

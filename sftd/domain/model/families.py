@@ -41,8 +41,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Untrained:
-    """A key of config.json that asks for `what` (else its name says it), which is not trained, unless it is absent or has
-    one of the `neutral` values."""
+    """A key of config.json that asks for `what` (by default its name), which is not trained, unless it is absent or has one
+    of the `neutral` values."""
 
     key: str
     what: str = ""
@@ -89,10 +89,10 @@ _OTHER_EXPERTS = (
 class Family:
     """Models of one `architecture`, as config.json names it, and `model_type`.
 
-    `fields`: where its shape differs from Llama's: field → `Key`, or the value that it has whatever config.json says.
+    `fields`: where its shape differs from Llama's: field → `Key`, or a constant.
     `refused`: what its config.json may ask for and is not trained. `activations`, `rope_types`: those that the trainer
-    computes. `added(shape, tp)`: parameters that each of `tp` tensor-parallel ranks holds of a layer besides Llama's and
-    those that the shape names.
+    computes. `added(shape, tp)`: parameters that each of `tp` tensor-parallel ranks holds of a layer in addition to
+    Llama's and those that the shape names.
     """
 
     architecture: str

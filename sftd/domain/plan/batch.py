@@ -19,7 +19,7 @@ _DRAWS = 400
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens are those of a whole micro-batch, which the CP ranks share, and of a whole step of all ranks.
 
-    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of so many steps, all its tokens with padding
+    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of `planned_steps`: all its tokens with padding
     and those whose logits are computed. `micro_batches`: one rank's in a step. `real`, `computed`: a step's tokens
     without and with padding; `squares`: Σ n² of the segments that attention computes.
     """

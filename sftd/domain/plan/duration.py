@@ -17,7 +17,7 @@ from sftd.domain.spec.spec import Spec
 # Share of the BF16 peak that the trainer's arithmetic reaches, without what is counted on its own below: the 1B and 7B
 # shapes of docs/benchmarks.md on H100 and H200.
 _SHARE = 0.553
-# Other devices and dtypes reach what nobody has measured.
+# Other devices and dtypes are not measured.
 _MEASURED = ("H100", "H200")
 # Host and kernel starts of a layer in a micro-batch, in seconds: 2, 4 and 8 rows of the 1B shape.
 _LAYER_SECONDS = 0.28e-3
@@ -91,7 +91,7 @@ def pace(
         steps=steps,
         training=steps * seconds,
         validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
-        # What is written while training goes on delays it little, but for the last, which the end waits for.
+        # A save during training delays it little, except the last one, which the end of the run waits for.
         saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
         starting=_START_SECONDS[machine.device],
         basis=basis,
@@ -116,7 +116,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     peak = peak_flops(machine.name, "bfloat16")
     is_measured = peak is not None and any(name in machine.name for name in _MEASURED)
     dtype = weights_dtype(spec, machine.device)
-    # FP32 products run in TF32 or less: nobody has measured them here.
+    # FP32 products run in TF32 or less: not measured here.
     rate = _SHARE * (peak or 989e12) * (1.0 if dtype == "bfloat16" else 0.1)
     seconds = flops / (rate * spec.world_size)
     if shape.qk_norm:
@@ -138,7 +138,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
 
 
 def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:
-    """After which steps a checkpoint is saved, of those behind `first_step`."""
+    """After which steps a checkpoint is saved, of those after `first_step`."""
     every = spec.trainer.save_interval
     found = [] if not every else list(range((first_step // every + 1) * every, planned_steps, every))
     return [*found, planned_steps]

@@ -13,12 +13,12 @@ from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import CHECKPOINT_BYTES, CUBLAS_BYTES, SCORES_BYTES, logits_chunks
 from sftd.domain.spec.spec import Spec
 
-# A process on a CPU with torch and Megatron imported; and what its C library holds back of freed activations, a share of
+# A process on a CPU with torch and Megatron imported; and what its C library keeps of freed activations, a share of
 # them up to a limit. Measured and fitted, not derived: docs/plan.md.
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
-# What a GPU needs besides the tensors, so that a rank fits: the CUDA context, kernels, and, with several ranks, the buffers of
+# What a GPU needs in addition to the tensors: the CUDA context, kernels, and, with several ranks, the buffers of
 # some twenty NCCL groups that are made at the start: 2.0 and 8.8 GiB on an H100; and what the allocator reserves and does
 # not use, up to 3.7 %. Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
@@ -56,7 +56,7 @@ def fullest(found: list[Footprint]) -> Footprint:
 
 
 def needed(footprint: Footprint, device: str, ranks: int) -> int:
-    """Bytes that a device must have for it, of a run of so many ranks."""
+    """Bytes that a device must have for it, of a run of `ranks` ranks."""
     if device == "cpu":
         return footprint.total
     outside = GPU_OUTSIDE_BYTES if ranks > 1 else GPU_OUTSIDE_ALONE_BYTES
@@ -123,7 +123,7 @@ def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int)
 def _loss_bytes(
     spec: Spec, shape: ModelShape, work: Workload, tokens: float, device: str, width: int
 ) -> float:
-    """Behind the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
+    """After the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
     m = spec.model.megatron
     h, tp = shape.hidden_size, m.tensor_model_parallel_size
     shared = tp if m.sequence_parallel else 1
@@ -196,7 +196,7 @@ class _Layer:
         k = e * s.num_key_value_heads * s.head_dim / self._tp
         statistics = 4 * s.num_attention_heads / self._tp
         if self._cp > 1:
-            # Keys and values of all ranks' tokens, and the two chunks' outputs besides what is made of them.
+            # Keys and values of all ranks' tokens, the two chunks' outputs, and what is made of them.
             return q + 2 * k * self._cp + 2 * q + statistics + (q + 2 * k if self._keeps_qkv() else 0)
         kept = q + 2 * k + q + statistics
         if self._keeps_qkv():

@@ -17,7 +17,7 @@ from sftd.domain.spec.spec import Spec
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a run besides its spec. Steps up to `first_step` are a fork's parent's."""
+    """What is known of a run in addition to its spec. Steps up to `first_step` belong to a fork's parent."""
 
     shape: ModelShape
     train: DataFacts

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.model.checks import check_model
+from sftd.domain.model.rules import MODEL
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import Facts, Plan, make_plan
-from sftd.domain.spec.check import check
+from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import Spec
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -52,7 +52,7 @@ def search(
     of all the nodes of the spec together."""
     found: list[Choice] = []
     for other in _candidates(spec, facts, devices, machine):
-        if check(other)[0] or check_model(other, facts.shape)[0]:
+        if SPEC.problems(other) or MODEL.problems(other, facts.shape):
             continue
         found.append(
             Choice(

@@ -11,6 +11,7 @@ import msgspec
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
+from sftd.domain.log.timeline import order_after_skip
 from sftd.domain.run import exactness
 from sftd.domain.run.fold_files import FILES
 from sftd.domain.run.fold_stops import HALTS, NO_STOP
@@ -86,8 +87,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.ModelLoaded)
 def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
-    is_exact, loose = exactness.at_load(run, event)
-    return _set(run, is_exact=is_exact, loose_until=loose, began_at=run.step, environment=event.environment)
+    return exactness.at_load(run, event)
 
 
 def _spec(written: dict[str, Any]) -> Spec:
@@ -288,11 +288,11 @@ def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.SamplesSkipped)
 def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
-    order = (*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample))
+    order = order_after_skip(run.order, event)
     return _set(
         run,
         order=order,
-        # Whoever goes on from there leaves them out, too.
+        # An attempt that begins there leaves them out, too.
         checkpoints=tuple(_set(c, order=order) if c.step == event.step else c for c in run.checkpoints),
     )
 

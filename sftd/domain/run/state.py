@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from sftd.domain.log import events as e
+from sftd.domain.log.timeline import order_up_to
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 Status = Literal[
@@ -197,8 +198,7 @@ class Run(msgspec.Struct, frozen=True):
     def order_behind(self, step: int) -> tuple[OrderStart, ...]:
         """What `order` is once the timeline has gone back to the checkpoint of `step` (0 is the pretrained model)."""
         saved = next((c.order for c in self.checkpoints if c.step == step), None)
-        # The first piece may be a fork's, at the very step where it begins.
-        return tuple(o for o in self.order if o.step <= step) if saved is None else saved
+        return order_up_to(self.order, step) if saved is None else saved
 
     def sample_position(self, step: int) -> int:
         """Position in the order of samples of the first sample of 0-based `step` of the timeline."""

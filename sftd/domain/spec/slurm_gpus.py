@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from sftd.domain.spec.sections import Slurm
 
-# What stands for GPUs, or for shares of one, among the generic resources.
+# The generic resources that are GPUs, or shares of one.
 _GPU_NAMES = frozenset({"gpu", "mps", "shard"})
-# These take a number, perhaps behind a type.
+# These take a number, perhaps after a type.
 _GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-socket", "--gpus-per-task")
 # These take a list of resources, each with its name, perhaps a type, and a number.
 _GRES = ("--gres", "--tres-per-job", "--tres-per-node", "--tres-per-socket", "--tres-per-task")

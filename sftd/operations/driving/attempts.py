@@ -8,9 +8,10 @@ import msgspec
 
 from sftd.domain.errors import LeaseLost
 from sftd.domain.log import events as e
+from sftd.domain.log import timeline
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.queue.order import Limits
-from sftd.domain.repro import steps as redoing
+from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions, exactness, loss_watch
 from sftd.domain.run.failures import Failure, Interruption
 from sftd.domain.run.state import ENDED, Run
@@ -111,28 +112,18 @@ def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event)
 
 
 def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
-    """The steps that earlier attempts recorded behind the one from which this attempt starts, by number: what it does
-    again must equal them."""
+    """What the attempt must reproduce, by step."""
     if lease.attempt == 1:
         return {}
-    start = 0
-    before: list[e.Event] = []
-    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped", "CheckpointPublished")
     with store.read() as connection:
-        for r in event_store.read_stream(connection, lease.run_id, types=types):
-            if isinstance(r.event, e.AttemptClaimed):
-                start = r.event.from_step
-                before.append(r.event)
-            elif r.attempt != lease.attempt:
-                before.append(r.event)
-    return {step: event for step, event in redoing.comparable(before).items() if step > start}
+        recorded = event_store.read_stream(connection, lease.run_id, types=timeline.TYPES)
+        return steps_to_redo(r.event for r in recorded)
 
 
 def losses_before(store: Store, run_id: str, step: int) -> list[float]:
-    """The losses with which the trainer's watch for spikes goes on behind `step`."""
-    types = ("StepCompleted", "AnomalyDetected")
+    """The losses with which the trainer's watch for spikes continues after the checkpoint of `step`."""
     with store.read() as connection:
-        recorded = event_store.read_stream(connection, run_id, types=types)
+        recorded = event_store.read_stream(connection, run_id, types=loss_watch.TYPES)
         return loss_watch.losses_before((r.event for r in recorded), step)
 
 
@@ -174,7 +165,6 @@ def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
     run = current(tx.connection, lease.run_id)
     cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
     new: list[e.NewEvent] = []
-    is_exact, environment = run.is_exact, run.environment
     for line in lines:
         if line.number <= cursor:
             continue
@@ -187,13 +177,9 @@ def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
         )
         new.append(item)
         if isinstance(line.event, e.ModelLoaded):
-            is_exact, _loose = exactness.at_load(run, line.event)
-            environment = line.event.environment
-        if isinstance(line.event, e.StepCompleted) and (
-            anomaly := redoing.compare_redone(
-                taken.before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
-            )
-        ):
+            run = exactness.at_load(run, line.event)
+        redone = exactness.compare_with_log(taken.before, run, line.event)
+        if redone is not None and (anomaly := redone.anomaly):
             new.append(
                 msgspec.structs.replace(
                     item,

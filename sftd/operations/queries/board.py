@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import History, Point, mean_over_time
+from sftd.domain.compare.curves import Curves, History
 from sftd.domain.log.events import Micros, Recorded
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.goodput import Ledger
@@ -78,37 +79,36 @@ class _Steps:
 
     def __init__(self) -> None:
         self.version = 0
-        self._points: deque[Point] = deque(maxlen=_RECENT)
+        self._curves = Curves()
         self._at: Micros | None = None
 
     def catch_up(self, connection: sa.Connection, run_id: str) -> None:
-        """Take in what came since."""
+        """Take in the steps since the last time."""
         for version, at, point in board_store.last_points(connection, run_id, self.version, _RECENT):
-            # An attempt that goes on from a checkpoint draws its line anew.
-            while self._points and self._points[-1].step >= point.step:
-                self._points.pop()
-            self._points.append(point)
+            self._curves.add(point)
             self.version, self._at = version, at
+        if self._curves.timeline.count > 8 * _RECENT:
+            self._curves = self._curves.tail(_RECENT)
+
+    def _values(self, name: str, count: int = _SPEED) -> Sequence[float]:
+        return self._curves.values(name, self._curves.last - count + 1, self._curves.last)
 
     def tokens_per_second(self) -> float | None:
         """The speed of the last few."""
-        recent = list(self._points)[-_SPEED:]
-        seconds = math.fsum(float(p.seconds) for p in recent)
-        return sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None
+        seconds = math.fsum(self._values("seconds"))
+        return sum(self._values("tokens_real")) / seconds if seconds > 0 else None
 
     def line(self, run: Run, row: QueueRow | None, last: Recorded | None) -> RunLine:
-        """What they say of the run."""
-        recent = list(self._points)[-_SPEED:]
-        known = [(p.mfu, float(p.seconds)) for p in recent if p.mfu is not None]
+        """The run with these steps."""
         left = None
         if run.status in ACTIVE and run.seconds_per_step is not None:
             left = max(0, run.planned_steps - run.step) * run.seconds_per_step
         return RunLine(
             run=run,
-            losses=[float(p.loss) for p in self._points],
+            losses=list(self._values("loss", _RECENT)),
             tokens_per_second=self.tokens_per_second(),
-            mfu=mean_over_time(known),
-            memory=max((p.peak_memory_bytes for p in recent if p.peak_memory_bytes), default=None),
+            mfu=self._curves.mean_over_time("mfu", self._curves.last - _SPEED + 1, self._curves.last),
+            memory=int(max(self._values("memory"), default=0)) or None,
             seconds_left=left,
             stepped_at=self._at,
             last=last,

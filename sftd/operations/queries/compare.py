@@ -115,10 +115,9 @@ def _inherited(connection: sa.Connection, run: Run) -> Curves:
     except RunNotFound:
         return Curves()
     history = History(_inherited(connection, parent))
-    # What became of the parent's steps behind the checkpoint is another story.
-    until = curve_store.published_at_version(connection, parent.run_id, forked.manifest_digest or "")
+    until = event_store.branch_version(connection, forked)
     curve_store.advance(connection, parent.run_id, history, until_version=until)
-    history.curves.rewind(forked.step)
+    history.curves.take(forked)
     return history.curves
 
 

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events as e
-from sftd.domain.log.history import AtStep, AtTime, AtVersion, Moment, Timeline, timeline, up_to
+from sftd.domain.log.history import AtStep, AtTime, AtVersion, Moment, up_to
 from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.log.timeline import LoggedStep, logged_steps
 from sftd.domain.run.fold import fold
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import ENDED, CheckpointInfo, Run
@@ -48,22 +49,15 @@ def chapters(store: Store, prefix: str) -> list[Chapter]:
             if not is_taken(connection, fork.parent):
                 break
             recorded = list(event_store.read_stream(connection, fork.parent))
-            found.insert(0, Chapter(fork.parent, _until_fork(recorded, fork), fork.step))
+            version = event_store.branch_version(connection, fork)
+            end = AtStep(fork.step) if version is None else AtVersion(version)
+            found.insert(0, Chapter(fork.parent, up_to(recorded, end), fork.step))
     return found
 
 
 def _fork(chapter: Chapter) -> e.RunForked | None:
     first = chapter.recorded[0].event
     return first if isinstance(first, e.RunForked) else None
-
-
-def _until_fork(recorded: list[e.Recorded], fork: e.RunForked) -> list[e.Recorded]:
-    """A parent's events up to the publication of the checkpoint, before it was perhaps redone or went on."""
-    for end in range(len(recorded), 0, -1):
-        event = recorded[end - 1].event
-        if isinstance(event, e.CheckpointPublished) and event.manifest_digest == fork.manifest_digest:
-            return recorded[:end]
-    return up_to(recorded, AtStep(fork.step))
 
 
 def until(history: Sequence[Chapter], moment: Moment) -> list[Chapter]:
@@ -104,7 +98,7 @@ class Comparison(msgspec.Struct, frozen=True):
     from_step: int
     to_step: int
     checkpoint: CheckpointInfo | None
-    log: Timeline
+    log: dict[int, LoggedStep]
     losses: list[float]
     held: list[str]
     model: ModelRecord
@@ -127,19 +121,19 @@ def plan(
         run = load_run(connection, resolve_id(connection, prefix))
         recorded = list(event_store.read_stream(connection, run.run_id))
         devices = list(_held(connection, host))
-    log = timeline(recorded)
-    if not log.steps:
+    log = logged_steps(recorded)
+    if not log:
         fix = "resume it first" if run.status in ENDED else "wait until it has"
         raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", fix))
-    last = max(log.steps)
-    if to_step is not None and to_step not in log.steps:
+    last = max(log)
+    if to_step is not None and to_step not in log:
         what = f"step {to_step} is not in the timeline"
-        fix = f"its own steps are {min(log.steps)} to {last}"
+        fix = f"its own steps are {min(log)} to {last}"
         raise Refused(Problem("--to-step", what, fix))
     end = last if to_step is None else to_step
     usable = {c.step: c for c in run.checkpoints if not (c.superseded or c.weights_only) and c.step < end}
     begin = _begin(run, usable, from_step, end)
-    past = recorded[: log.versions[end]]
+    past = recorded[: log[end].version]
     losses = losses_before((r.event for r in past), begin)
     then = fold(Run(run.run_id), past)
     model = record_of(r.event for r in recorded)

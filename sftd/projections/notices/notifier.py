@@ -1,9 +1,9 @@
 """Sends notices from the log: each at least once, in order, from one daemon at a time.
 
-How far a channel has been told stands in the database, per channel and kinds: the position of the last event that has
-arrived there. (It says nothing of other kinds, so whoever sends those to the same place has another.) It begins at the
-end of the log when the channel is first used for these kinds. Whoever sends holds the channel's lease; it moves the
-position after each notice, in a transaction that asks whether the lease is still held. So a notice comes twice only when
+The database has a position per channel and kinds: that of the last event that has arrived there. (It says nothing of other
+kinds, so a daemon that sends those to the same place has another.) It begins at the end of the log when the channel is first
+used for these kinds. The daemon that sends holds the channel's lease; it moves the position after each notice, in a
+transaction that asks whether the lease is still held. So a notice comes twice only when
 its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
 """
 
@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from sftd.domain import notices
 from sftd.domain.log import events as e
-from sftd.domain.notices import Facts, Notice
+from sftd.domain.notices import Notice
 from sftd.projections.notices.channels import Channel, NotSent
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
@@ -45,7 +45,7 @@ class _Counted:
 
 
 class Notifier:
-    """Tells one channel of some kinds of events. Not for several threads."""
+    """Sends some kinds of events to one channel. Not for several threads."""
 
     def __init__(
         self, store: Store, channel: Channel, kinds: tuple[str, ...], now: Callable[[], e.Micros]
@@ -62,18 +62,18 @@ class Notifier:
         self._counted: dict[str, _Counted] = {}
 
     def begin(self) -> None:
-        """From now on there is something to tell. Does nothing when the channel is known already."""
+        """Send what is recorded from now on. Does nothing when the channel is known already."""
         with self._store.write(appends=False) as tx:
             positions.begin_projection(tx.connection, self._name, event_store.last_position(tx.connection))
 
     def pending_count(self) -> int | None:
-        """How many events are still to be told of, at most `PAGE`; None when no daemon has used the channel yet."""
+        """How many events are still to be sent, at most `PAGE`; None when no daemon has used the channel yet."""
         with self._store.read() as connection:
             begun = positions.has_begun(connection, self._name)
         return len(self._pending()) if begun else None
 
     def _pending(self) -> list[e.Recorded]:
-        """The next events to tell of, in order, from the position that is written down."""
+        """The next events to send, in order, from the position that is written down."""
         with self._store.read() as connection:
             position = positions.projection_position(connection, self._name)
             return event_store.read_types_after(connection, position, self._types, PAGE)
@@ -99,7 +99,7 @@ class Notifier:
                         until = renewed
                     arrived = self._tell(recorded)
                     sent += arrived
-                    # Many anomalies in a row are not told; one write for all of them.
+                    # Many anomalies in a row give no notice; one write for all of them.
                     if (arrived or recorded is page[-1]) and not self._move(until, recorded.position):
                         return sent
         finally:
@@ -110,8 +110,8 @@ class Notifier:
         with self._store.read() as connection:
             written = positions.projection_position(connection, self._name)
             end = event_store.last_position(connection)
-            behind = max(written, self._seen)
-            found = event_store.read_types_after(connection, behind, self._types, 1) if end > behind else []
+            since = max(written, self._seen)
+            found = event_store.read_types_after(connection, since, self._types, 1) if end > since else []
         if found:
             self._seen = min(self._seen, found[0].position - 1)
             return True
@@ -148,7 +148,7 @@ class Notifier:
         query = sa.select(c.project, c.name, c.user, c.step, c.planned_steps, c.loss)
         with self._store.read() as connection:
             row = connection.execute(query.where(c.run_id == recorded.run_id)).first()
-        facts = Facts(*row) if row is not None else Facts("", "", "", 0, 0, None)
+        facts = e.RunFacts(*row) if row is not None else e.RunFacts("", "", "", 0, 0, None)
         return notices.notice(recorded, facts, ordinal)
 
     def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:

@@ -44,7 +44,7 @@ events = sa.Table(
     sa.UniqueConstraint("run_id", "version"),
     # Not over all runs: ids are random, and an index over all of them makes appending to a large log slow.
     sa.UniqueConstraint("run_id", "event_id"),
-    # What names a dialect stands in `schema`.
+    # `schema` has the indexes that name a dialect.
 )
 
 queue = sa.Table(

@@ -1,5 +1,5 @@
-"""What a live board asks again and again. Nothing here costs more the longer the log is: rows are found by key, by their
-place at the end of a stream, or behind the position that was seen last."""
+"""What a live board reads at each refresh. No query slows down as the log grows: rows are found by key, at the end of a
+stream, or after the last position that was read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _point = msgspec.json.Decoder(Point)
 def last_points(
     connection: sa.Connection, run_id: str, after_version: int, limit: int
 ) -> list[tuple[int, int, Point]]:
-    """The last steps behind a version, at most so many, oldest first: (version, when it occurred, step)."""
+    """The last steps after a version, at most `limit`, oldest first: (version, when it occurred, step)."""
     c = events.c
     query = (
         sa.select(c.version, c.occurred_at, c.payload, c.type)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.domain.plan.sizes import length_multiple
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.packing import Planner
@@ -17,7 +18,6 @@ from sftd.trainer.data.sequence_layout import SequenceLayout, make_chunks
 from sftd.trainer.data.sequence_shards import spans
 from sftd.trainer.data.upload import upload
 from sftd.trainer.runtime.session import Layout, Session
-from sftd.wire.data.rows import IGNORE_INDEX
 
 # A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
 EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt continues."""
+"""What rank 0 decides before a run without a daemon starts: whether it may start, and from which checkpoint its next attempt continues."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import psutil
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.log.events import CheckpointDeleted
 from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.model.rules import changed_files
 from sftd.domain.run import decisions
 from sftd.domain.run import ids as names
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
+from sftd.domain.submit.facts import RunFacts
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime.console import print_text
@@ -30,7 +32,6 @@ from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, r
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
 from sftd.wire.attempt.journal import now_micros
 from sftd.wire.checkpoint import directory as checkpoint_dir
-from sftd.wire.model import digest as model_digest
 from sftd.wire.preflight import Preflight
 from sftd.wire.spec import file as specfile
 
@@ -47,8 +48,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        _check_devices(spec)
-        found = preflight.inspect(spec)
+        found = preflight.inspect(spec, known=RunFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
@@ -76,16 +76,13 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
     return spec, warnings
 
 
-def _check_devices(spec: Spec) -> None:
-    """Raises `Refused` when there are fewer GPUs than ranks here."""
+def _own_gpus(spec: Spec) -> int | None:
+    """The GPUs of this host; None for a run on CPUs."""
     if process.device_kind(spec) == "cpu":
-        return
+        return None
     import torch
 
-    if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
-        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
-        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
-        raise Refused(Problem("launch.device", what, fix))
+    return torch.cuda.device_count()
 
 
 def _run_name(spec: Spec) -> str:
@@ -201,11 +198,9 @@ def _refuse_another_model(
     run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
 ) -> None:
     """A model folder that changed makes other steps, too. Raises `Refused`."""
-    if record.files is None or found.model_files is None:
-        return
-    if problems := model_digest.changes(record.files, found.model_files, spec, weights=pretrained):
-        fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
-        raise Refused(model_digest.with_fix(problems, fix))
+    fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
+    if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
+        raise Refused(problems)
 
 
 def _tell_error(error: Exception) -> None:

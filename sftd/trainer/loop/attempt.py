@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import check_model
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
 from sftd.domain.spec.learning_rate import learning_rate
@@ -157,8 +157,7 @@ class Attempt:
         try:
             shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
             # Submit has checked this too, unless the folder changed or the trainer is used directly.
-            problems, _ = check_model(self._spec, shape)
-            if problems:
+            if problems := MODEL.problems(self._spec, shape):
                 raise Refused(problems)
         except Refused as refused:
             raise UserError(str(refused)) from refused

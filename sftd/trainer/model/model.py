@@ -1,4 +1,4 @@
-"""The model behind one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
+"""The model, with one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
 
 megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
 family to it. If that changes, this module, `layer` and the tables of `families` change, and nothing else.
@@ -183,7 +183,7 @@ def _sum_of_losses(
     context: tuple[int, float, Tensor, bool],
     **_: object,
 ) -> Tensor:
-    """GPTModel's hook behind the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
+    """GPTModel's hook after the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
     vocab_size, divisor, places, has_embedding = context
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)

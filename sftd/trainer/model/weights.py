@@ -155,5 +155,5 @@ class Folder:
         return int(self._files[name].get_slice(name).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, without those behind its last."""
+        """Rows [start, stop) of a matrix, without those after its last."""
         return self._files[name].get_slice(name)[start:stop]

@@ -178,7 +178,7 @@ def _device(spec: Spec) -> torch.device:
 
 
 def environment(session: Session) -> dict[str, Any]:
-    """What decides the numbers of a run besides its spec: versions, device, threads, layout."""
+    """What decides the numbers of a run in addition to its spec: versions, device, threads, layout."""
     is_cuda = session.device.type == "cuda"
     return {
         "python": platform.python_version(),

@@ -148,15 +148,3 @@ def stop_ids(folder: str) -> tuple[int, ...]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a file that a tokenizer is read from."""
     return any(any(folder.glob(name)) for name in _TOKENIZER)
-
-
-def check_tokenizer(folder: str, *, is_needed: bool) -> list[Problem]:
-    """Warnings where the folder holds no tokenizer. Raises `Refused` instead where one `is_needed`: the run answers prompts."""
-    if has_tokenizer(Path(folder)):
-        return []
-    if is_needed:
-        what = f"{folder} holds no tokenizer to read them with"
-        fix = "put the model's tokenizer there, or leave the prompts out"
-        raise Refused(Problem("trainer.sample_prompts", what, fix))
-    what = f"{folder} holds no tokenizer: the run trains, but an export of it lacks one too and cannot be used at once"
-    return [Problem(_WHERE, what, "put the model's tokenizer there")]

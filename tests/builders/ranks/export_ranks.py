@@ -12,6 +12,7 @@ from sftd.trainer.runtime import process
 process.prepare()
 
 import torch  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from sftd.trainer import trainee as trainees  # noqa: E402
 from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress  # noqa: E402
@@ -38,4 +39,5 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    # As the trainer's own main module: a rank that a signal ends prints its stacks.
+    record(main)(sys.argv[1])

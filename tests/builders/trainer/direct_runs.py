@@ -38,12 +38,8 @@ def environment(**more: str) -> dict[str, str]:
 class Direct:
     """A config in a folder of its own, and commands that train it."""
 
-    def __init__(
-        self, folder: Path, model: Path, data: Path, *, warm: str | None = None, **trainer: Any
-    ) -> None:
-        """`warm`: what the fixture `warm_python` is, for the starts that are not to be cold."""
+    def __init__(self, folder: Path, model: Path, data: Path, **trainer: Any) -> None:
         self.folder = folder
-        self._warm = warm
         self.holds = Holds(folder / "holds")
         self.config = folder / "run.yaml"
         self.config.write_text(
@@ -73,10 +69,8 @@ class Direct:
         ]
 
     def start(self, ranks: int | None, *arguments: str, cold: bool = False) -> subprocess.Popen[str]:
-        """Start training. `cold`: every process imports by itself."""
-        env = environment()
-        if self._warm is not None and not cold:
-            env[warm_python.VARIABLE] = self._warm
+        """Start training. `cold`: every process imports by itself, fixture `forked` or not."""
+        env = environment(**({warm_python.VARIABLE: ""} if cold else {}))
         return subprocess.Popen(
             self.argv(ranks, *arguments),
             cwd=self.folder,

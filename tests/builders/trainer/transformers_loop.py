@@ -19,6 +19,8 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
         import torch
         import transformers
 
+        # As a rank: other tests run beside, and threads that wait for a core spin.
+        torch.set_num_threads(1)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             spec.model.partial_pretrain, dtype=torch.float32
         )

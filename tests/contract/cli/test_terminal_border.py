@@ -152,7 +152,7 @@ TRIED = {
     "ui": ["EVIL"],
     "mlflow": ["check EVIL", "register bad-run-1 EVIL", "EVIL"],
     "db": ["check", "EVIL"],
-    "views": ["dump", "EVIL"],
+    "views": ["rebuild", "EVIL"],
     "init": ["EVIL"],
     "completion": ["EVIL"],
     "EVIL": [""],

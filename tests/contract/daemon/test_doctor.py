@@ -25,11 +25,12 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.cli.doctor import host as doctor_host
 from sftd.cli.doctor import services as doctor_services
-from sftd.cli.doctor.finding import Finding
 from sftd.daemon.lock import DaemonLock
+from sftd.domain.finding import Finding
 from sftd.domain.spec.spec import Spec
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
+from sftd.projections.mirrors.mlflow.mirror import Mlflow
 from sftd.settings import Settings, read
 from sftd.store.database.engine import Store
 from sftd.store.queue import daemons
@@ -115,7 +116,7 @@ def test_the_command_says_what_is_broken_without_a_password(
 
 def test_at_eighty_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from sftd.cli.doctor import command as doctor
-    from sftd.cli.doctor import finding as findings
+    from sftd.domain import finding as findings
 
     monkeypatch.setenv("COLUMNS", "80")
     long = "a sentence that is longer than what is left of a line of eighty columns, and goes on"
@@ -155,26 +156,23 @@ def test_an_mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     with server(version("mlflow")) as url:
         mine = settings(tmp_path, MLFLOW_TRACKING_URI=url)
-        assert "401" in only(doctor_services.mlflow(mine)).said
+        assert "401" in only(Mlflow().check(mine)).said
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
-        assert only(doctor_services.mlflow(mine)).state == "ok"
+        assert only(Mlflow().check(mine)).state == "ok"
     with server("1.30.0") as url:
-        assert (
-            "is version 1.30.0"
-            in only(doctor_services.mlflow(settings(tmp_path, MLFLOW_TRACKING_URI=url))).said
-        )
-    assert only(doctor_services.mlflow(settings(tmp_path, MLFLOW_TRACKING_URI="somewhere"))).state == "broken"
-    assert only(doctor_services.mlflow(settings(tmp_path))).said.startswith("the mirror is off")
+        assert "is version 1.30.0" in only(Mlflow().check(settings(tmp_path, MLFLOW_TRACKING_URI=url))).said
+    assert only(Mlflow().check(settings(tmp_path, MLFLOW_TRACKING_URI="somewhere"))).state == "broken"
+    assert only(Mlflow().check(settings(tmp_path))).said.startswith("the mirror is off")
 
 
 def test_mlflow_in_a_database(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     mine = settings(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{file}")
-    assert "will be made" in only(doctor_services.mlflow(mine)).said
+    assert "will be made" in only(Mlflow().check(mine)).said
     assert not file.exists()
     file.write_text("this is no database at all, not even a small one" * 100)
-    found = only(doctor_services.mlflow(mine))
+    found = only(Mlflow().check(mine))
     assert (found.state, "not a database" in found.said) == ("warning", True)
 
 

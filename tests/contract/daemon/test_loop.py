@@ -141,7 +141,7 @@ def test_a_lost_attempt_whose_folder_cannot_be_read_is_killed_and_the_daemon_liv
     one._renew_at = 0.0
     one.tick()
     assert attempt.is_killed
-    assert one._supervisors == {}
+    assert one._driven.supervisors == {}
 
 
 def test_the_queue_goes_by_the_limits_of_the_daemons_and_not_by_those_of_this_shell(
@@ -174,7 +174,7 @@ def test_an_attempt_is_adopted_although_its_folder_takes_no_file(
     for _ in range(2):
         second._renew_at = 0.0
         second.tick()
-    assert list(second._supervisors) == [run_id]
+    assert list(second._driven.supervisors) == [run_id]
     with log.read() as connection:
         adopted = event_store.read_types(connection, [run_id], ("AttemptAdopted",))
     assert len(adopted) == 1
@@ -229,12 +229,12 @@ def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
     one = daemon(launcher)
     one.tick()
     assert launcher.started == []
-    assert one._nothing_left(), "a daemon that drains does not wait for another host"
-    (row,) = waiting.list_queue(log, CONTEXT, one._limits, LEASE)
+    assert one._starter.nothing_left(), "a daemon that drains does not wait for another host"
+    (row,) = waiting.list_queue(log, CONTEXT, one._starter._limits, LEASE)
     assert (row.kind, row.waits_for) == ("checkpoint", "a daemon on another-host, which has its checkpoint")
     # Where the folder is shared, any host goes on.
     folder.mkdir(parents=True)
-    one._starts_here.clear()
+    one._starter._starts_here.clear()
     one.tick()
     assert [attempt.directory.order().checkpoint for attempt in launcher.started] == [str(folder)]
 
@@ -315,10 +315,10 @@ def test_a_disk_that_was_full_when_the_attempt_ended_is_told_once_there_is_room(
             raise sa.exc.OperationalError("INSERT", None, Exception("database or disk is full"))
 
         patched.setattr(attempts, "steps_before", full)
-        patched.setattr(one._supervisors[run_id], "_before", None)
+        patched.setattr(one._driven.supervisors[run_id], "_before", None)
         with pytest.raises(sa.exc.OperationalError):
             one.tick()
-    one._look_at.clear()
+    one._driven._look_at.clear()
     one.tick()
     with log.read() as connection:
         (failed,) = event_store.read_types(connection, [run_id], ("AttemptFailed",))
@@ -362,16 +362,16 @@ def recorded_steps(log: Store, run_id: str) -> list[int]:
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick looks at every attempt, however slow the machine is."""
-    monkeypatch.setattr("sftd.daemon.loop._LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr("sftd.daemon.driven._LOOK_SECONDS", 3600.0)
 
 
 def running(log: Store, one: Daemon, launcher: Launcher) -> tuple[list[str], list[JournalWriter]]:
     """Two runs whose launch is recorded, and their journals."""
     ids = [submit(log), submit(log)]
     for _ in range(2):
-        one._look_at.clear()
+        one._driven._look_at.clear()
         one.tick()
-    assert all(supervisor.is_recorded for supervisor in one._supervisors.values())
+    assert all(supervisor.is_recorded for supervisor in one._driven.supervisors.values())
     order = {attempt.directory.path.parent.name: attempt for attempt in launcher.started}
     return ids, [JournalWriter(order[run_id].directory.journal) for run_id in ids]
 
@@ -395,7 +395,7 @@ def test_the_journals_of_several_runs_are_taken_in_by_one_transaction(
         for n in range(1, number + 1):
             writer.append(step(n))
     for _ in range(2):
-        one._look_at.clear()
+        one._driven._look_at.clear()
         one.tick()
     assert batches == [3, 0]
     assert [recorded_steps(log, run_id) for run_id in ids] == [[1], [1, 2]]
@@ -413,15 +413,15 @@ def test_a_lost_lease_and_a_broken_journal_keep_no_others_lines_back(
     for writer in (first, second):
         writer.append(step(1))
     give_up(log, lost)
-    one._look_at.clear()
+    one._driven._look_at.clear()
     one.tick()
     assert (recorded_steps(log, lost), recorded_steps(log, whole)) == ([], [1])
-    assert list(one._supervisors) == [whole]
+    assert list(one._driven.supervisors) == [whole]
     second.close()
     (journal,) = (a.directory.journal for a in launcher.started if a.directory.path.parent.name == whole)
     with open(journal, "a") as file:
         file.write("no event\n")
-    one._look_at.clear()
+    one._driven._look_at.clear()
     one.tick()
     with log.read() as connection:
         (said,) = event_store.read_types(connection, [whole], ("AnomalyDetected",))
@@ -442,7 +442,7 @@ def test_an_attempt_gets_everything_that_the_log_knows(
     one = daemon(launcher)
     one.tick()
     (first,) = launcher.started
-    lease = next(iter(one._supervisors.values())).lease
+    lease = next(iter(one._driven.supervisors.values())).lease
     run_dir = RunDir(one._settings.home, run_id)
     folder = run_dir.path / "checkpoints" / "step-00000002"
     folder.mkdir(parents=True)
@@ -459,11 +459,11 @@ def test_an_attempt_gets_everything_that_the_log_knows(
     lines = [Line(number=n, occurred_at=n, event=event) for n, event in enumerate(told, 1)]
     attempts.record(log, CONTEXT, lease, lines, 20, {})
     first.is_killed = True
-    one._look_at.clear()
+    one._driven._look_at.clear()
     one.tick()
     with log.write(appends=False) as tx:
         queue.wait_again(tx, run_id, 0)
-    one._look_at.clear()
+    one._driven._look_at.clear()
     one.tick()
     assert len(launcher.started) == 2
     order = launcher.started[1].directory.order()

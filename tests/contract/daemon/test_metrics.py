@@ -15,7 +15,8 @@ from sftd.domain.spec.sections import Data, Model
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views
-from sftd.projections.mirrors.mlflow.mirror import position_name
+from sftd.projections.mirrors import MIRRORS
+from sftd.projections.mirrors.mlflow.writer import position_name
 from sftd.settings import read
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
@@ -82,7 +83,7 @@ def told(store: Store, home: Path, driven: dict[str, Any], **more: str) -> dict[
     inventory = Inventory(gpus=2, cpu_slots=4)
     inventory.restore("driven", ["cuda:1"])
     home.mkdir(exist_ok=True)
-    writer = Metrics(store, settings, inventory, 'host-1-"a\\b', mirrors=True)
+    writer = Metrics(store, settings, inventory, 'host-1-"a\\b', MIRRORS)
     writer.write_when_due(driven, NOW)
     return parse(settings.metrics_file.read_text())
 
@@ -118,7 +119,8 @@ def test_everything_is_told(filled: Store, tmp_path: Path) -> None:
     assert (one("sftd_devices", kind="cpu"), one("sftd_devices_used", kind="cpu")) == (4, 0)
     assert one("sftd_attempts_driven") == 3
     assert (one("sftd_ingest_lag_events"), one("sftd_ingest_lag_seconds")) == (4, 2)
-    assert (one("sftd_mirror_lag_events"), one("sftd_mirror_lag_seconds")) == (3, 1000 - 960)
+    lags = [one(f"sftd_mirror_lag_{unit}", mirror="MLflow") for unit in ("events", "seconds")]
+    assert lags == [3, 1000 - 960]
     assert one("sftd_run_goodput_ratio", run_id="driven") == 0.4
     assert (home / "metrics.prom").stat().st_mode & 0o777 == 0o600
 
@@ -127,7 +129,7 @@ def test_the_queue_goes_by_the_clock_that_all_daemons_share(filled: Store, tmp_p
     filled.clock = lambda _connection, _local: NOW
     settings = read({"SFTD_HOME": str(tmp_path)})
     # This host's clock is an hour fast.
-    Metrics(filled, settings, Inventory(0, 1), "d", mirrors=False).write({}, NOW + 3600 * SECOND)
+    Metrics(filled, settings, Inventory(0, 1), "d").write({}, NOW + 3600 * SECOND)
     found = parse(settings.metrics_file.read_text())
     assert found["sftd_queue_runs"][(("state", "delayed"),)] == 1
     assert found["sftd_queue_oldest_wait_seconds"] == {(): 100}
@@ -160,7 +162,8 @@ def test_an_empty_database_and_a_file_elsewhere(store: Store, tmp_path: Path) ->
     file.parent.mkdir()
     found = told(store, tmp_path / "home", {}, SFTD_METRICS_FILE=str(file))
     assert found["sftd_queue_oldest_wait_seconds"] == {(): 0}
-    assert found["sftd_ingest_lag_seconds"] == found["sftd_mirror_lag_events"] == {(): 0}
+    assert found["sftd_ingest_lag_seconds"] == {(): 0}
+    assert found["sftd_mirror_lag_events"] == {(("mirror", "MLflow"),): 0}
     assert found["sftd_run_goodput_ratio"] == {}
     assert file.stat().st_mode & 0o777 == 0o644
     assert list(file.parent.iterdir()) == [file]
@@ -168,7 +171,7 @@ def test_an_empty_database_and_a_file_elsewhere(store: Store, tmp_path: Path) ->
 
 def test_the_goodput_of_driven_runs_is_up_to_date(filled: Store, tmp_path: Path) -> None:
     settings = read({"SFTD_HOME": str(tmp_path)})
-    writer = Metrics(filled, settings, Inventory(0, 1), "d", mirrors=False)
+    writer = Metrics(filled, settings, Inventory(0, 1), "d")
     writer.write({"driven": Driven()}, NOW)
     add(filled, "driven", (980, step(3, seconds=20.0)), version=4)
     writer.write({"driven": Driven()}, NOW)
@@ -181,7 +184,7 @@ def test_a_file_that_cannot_be_written_stops_nothing(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = read({"SFTD_HOME": str(tmp_path), "SFTD_METRICS_FILE": str(tmp_path / "nowhere" / "x.prom")})
-    writer = Metrics(store, settings, Inventory(0, 1), "d", mirrors=False)
+    writer = Metrics(store, settings, Inventory(0, 1), "d")
     writer.write({}, NOW)
     writer.write({}, NOW)
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["the metrics file cannot be written"]
@@ -189,7 +192,7 @@ def test_a_file_that_cannot_be_written_stops_nothing(
 
 def test_a_database_that_is_down_is_the_loop_s_to_report(tmp_path: Path) -> None:
     store = Store(sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"))
-    writer = Metrics(store, read({"SFTD_HOME": str(tmp_path)}), Inventory(0, 1), "d", mirrors=False)
+    writer = Metrics(store, read({"SFTD_HOME": str(tmp_path)}), Inventory(0, 1), "d")
     with pytest.raises(sa.exc.OperationalError):
         writer.write({}, NOW)
 

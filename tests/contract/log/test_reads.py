@@ -25,6 +25,7 @@ from tests.builders.log.histories import (
     SUCCEEDED,
     append,
     claimed,
+    forked,
     open_log,
     published,
     spec,
@@ -88,9 +89,9 @@ def test_a_history_takes_in_as_much_as_it_is_asked_to(log: Store) -> None:
         assert curves.advance(connection, "a", history) > 0
         assert list(history.curves.columns["loss"]) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
         digest = published(5).manifest_digest
-        assert curves.published_at_version(connection, "a", digest) == 10
-        assert curves.published_at_version(connection, "a", "another") is None
-        assert curves.published_at_version(connection, "x", digest) is None
+        assert event_store.branch_version(connection, forked("a", 3, digest)) == 10
+        assert event_store.branch_version(connection, forked("a", 3, "another")) is None
+        assert event_store.branch_version(connection, forked("x", 3, digest)) is None
 
 
 def test_a_claim_is_one_daemons_until_it_expires_or_is_given_back(log: Store) -> None:

@@ -145,7 +145,7 @@ def test_what_is_compared_is_the_timeline_from_a_checkpoint_that_is_here(
     chosen = replays.plan(log, PARENT)
     # No checkpoint of it is on this host, and the pretrained model always is.
     assert (chosen.from_step, chosen.to_step, chosen.checkpoint, chosen.count) == (0, 4, None, 4)
-    assert chosen.log.steps[4].loss == 4.5
+    assert chosen.log[4].event.loss == 4.5
     assert replays.plan(log, PARENT, to_step=3).run.step == 3
     with pytest.raises(Refused, match="not on this host"):
         replays.plan(log, PARENT, from_step=2)
@@ -189,7 +189,7 @@ def test_an_outcome_is_recorded_whatever_came_meanwhile(log: Store, append: Appe
     verdict = e.ReplayVerified(from_step=0, to_step=4, is_exact=True, environment={}, by="ada")
     replays.record(log, Context(actor="test"), PARENT, verdict)
     run = reading.find_run(log, PARENT)
-    assert run.version == chosen.log.versions[4] + 3
+    assert run.version == chosen.log[4].version + 3
     assert run.last_replay is not None
     assert run.last_replay.diverged_at is None
 

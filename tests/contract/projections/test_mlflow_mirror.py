@@ -29,11 +29,14 @@ from sftd.daemon.mirror_turn import MirrorTurn
 from sftd.domain.log import events as e
 from sftd.domain.spec.spec import Spec
 from sftd.operations.context import Context
+from sftd.projections.mirrors import feed as feeds
+from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.mlflow import client as mlflow_client
-from sftd.projections.mirrors.mlflow import mirror as mlflow_mirror
 from sftd.projections.mirrors.mlflow import reading
+from sftd.projections.mirrors.mlflow import writer as mlflow_writer
 from sftd.projections.mirrors.mlflow.check import Checked, check, rebuild
-from sftd.projections.mirrors.mlflow.mirror import MirrorUnavailable, MlflowMirror
+from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
+from sftd.projections.mirrors.seam import MirrorUnavailable
 from sftd.settings import read as read_settings
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.schema import metadata
@@ -136,6 +139,11 @@ def published(number: int) -> e.CheckpointPublished:
     )
 
 
+def feed(store: Store, uri: str, artifacts: Path | None = None, prefix: str = "") -> Feed:
+    writer = MlflowWriter(store, uri, artifacts, experiment_prefix=prefix)
+    return Feed(store, writer, position_name(uri, prefix))
+
+
 def expected(store: Store, run_id: str) -> History:
     """The history that the log holds, computed independently: the first value of each step."""
     history: dict[str, dict[int, tuple[int, int, str]]] = {}
@@ -204,10 +212,12 @@ def first_sync(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproce
     (home / "cwd").mkdir()
     code = f"""
 from pathlib import Path
-from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.projections.mirrors.feed import Feed
+from sftd.projections.mirrors.mlflow.writer import MlflowWriter
 from sftd.store.database.engine import Store, open_engine
 store = Store(open_engine("sqlite:///{home}/sftd.db"))
-MlflowMirror(store, "sqlite:///{home}/new/mlflow.db", Path("{home}/mlartifacts")).sync(lambda: False)
+writer = MlflowWriter(store, "sqlite:///{home}/new/mlflow.db", Path("{home}/mlartifacts"))
+Feed(store, writer, "mlflow:new").sync(lambda: False)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     process = subprocess.run(
@@ -269,13 +279,13 @@ def server(uri: str) -> Server:
 
 
 @pytest.fixture
-def new_mirror(log: Log, uri: str, tmp_path: Path) -> Callable[[], MlflowMirror]:
-    return lambda: MlflowMirror(log.store, uri, tmp_path / "mlartifacts")
+def new_mirror(log: Log, uri: str, tmp_path: Path) -> Callable[[], Feed]:
+    return lambda: feed(log.store, uri, tmp_path / "mlartifacts")
 
 
 def position(store: Store, uri: str) -> int:
     with store.read() as connection:
-        return projection_position(connection, mlflow_mirror.position_name(uri))
+        return projection_position(connection, position_name(uri))
 
 
 def crash_and_redo(log: Log, run_id: str) -> None:
@@ -291,7 +301,7 @@ def crash_and_redo(log: Log, run_id: str) -> None:
 
 
 def test_history_of_a_redone_run_equals_the_log(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], tmp_path: Path
+    log: Log, server: Server, new_mirror: Callable[[], Feed], tmp_path: Path
 ) -> None:
     crash_and_redo(log, "run-1")
     rows = log.versions["run-1"]
@@ -320,7 +330,7 @@ def test_history_of_a_redone_run_equals_the_log(
 
 
 def test_a_fresh_mirror_for_every_event_makes_the_same_run(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     crash_and_redo(log, "whole")
     with log.store.read() as connection:
@@ -338,7 +348,7 @@ def test_a_fresh_mirror_for_every_event_makes_the_same_run(
 
 
 def test_a_restart_between_a_step_and_its_redo_sends_nothing_twice(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     """Right behind the last steps of an attempt, and behind its end."""
     crash_and_redo(log, "whole")
@@ -376,7 +386,7 @@ def fork(log: Log, parent: str, step: int, run_id: str) -> None:
 
 
 def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash_and_redo(log, "root")
     fork(log, "root", 7, "child")
@@ -389,9 +399,9 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
     log.train("grandchild", 1, range(10, 11), loss=8.0)
 
     sent = []
-    monkeypatch.setattr(reading, "PAGE", 4)
+    monkeypatch.setattr(feeds, "_PAGE", 4)
     mirror = new_mirror()
-    log_points = mirror._tracking.log
+    log_points = mirror._writer._tracking.log
 
     def dies_early(*arguments: Any) -> None:
         sent.append(arguments)
@@ -399,7 +409,7 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
         if len(sent) == 9:
             raise Killed
 
-    monkeypatch.setattr(mirror._tracking, "log", dies_early)
+    monkeypatch.setattr(mirror._writer._tracking, "log", dies_early)
     with pytest.raises(Killed):
         mirror.sync(never)
     new_mirror().sync(never)
@@ -421,7 +431,7 @@ def test_a_fork_shows_its_ancestors_curve_up_to_where_it_left(
 
 
 def test_killed_before_the_position_is_saved(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash_and_redo(log, "run-1")
 
@@ -429,7 +439,7 @@ def test_killed_before_the_position_is_saved(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow_mirror, "set_projection_position", kill)
+        patch.setattr(feeds, "set_projection_position", kill)
         with pytest.raises(Killed):
             new_mirror().sync(never)
     assert position(log.store, server.uri) == 0
@@ -443,7 +453,7 @@ def test_killed_before_the_position_is_saved(
 def test_killed_between_the_points_and_the_cursor(
     log: Log,
     server: Server,
-    new_mirror: Callable[[], MlflowMirror],
+    new_mirror: Callable[[], Feed],
     monkeypatch: pytest.MonkeyPatch,
     same_mirror: bool,
 ) -> None:
@@ -478,7 +488,7 @@ def test_killed_between_the_points_and_the_cursor(
 
 
 def test_killed_after_the_run_was_created(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -497,7 +507,7 @@ def test_killed_after_the_run_was_created(
 
 
 def test_without_its_position_the_mirror_reads_all_and_writes_nothing(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -514,11 +524,11 @@ def test_without_its_position_the_mirror_reads_all_and_writes_nothing(
 
     for function in ("log_batch", "update_run_info", "create_run", "log_inputs", "create_experiment"):
         monkeypatch.setattr(SqlAlchemyStore, function, refuse)
-    monkeypatch.setattr(mlflow_mirror, "_WINDOW", 7)
+    monkeypatch.setattr(feeds, "_WINDOW", 7)
     assert new_mirror().sync(never) == end == position(log.store, server.uri)
 
 
-def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]) -> None:
+def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[], Feed]) -> None:
     mirror = new_mirror()
 
     def after(*new: e.Event, attempt: int | None = None) -> str:
@@ -551,7 +561,7 @@ def test_status_follows_the_run(log: Log, server: Server, new_mirror: Callable[[
     assert server.history("run-1") == expected(log.store, "run-1")
 
 
-def test_nan_and_long_params(log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]) -> None:
+def test_nan_and_long_params(log: Log, server: Server, new_mirror: Callable[[], Feed]) -> None:
     files = [f"/data/{n:04}.parquet" for n in range(500)]
     overrides = {f"key_{n}": n for n in range(150)}
     log.submit("run-1", data={"train_files": files}, model={"override_config": overrides})
@@ -565,9 +575,9 @@ def test_nan_and_long_params(log: Log, server: Server, new_mirror: Callable[[], 
 
 
 def test_interleaved_runs(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_mirror, "_WINDOW", 5)
+    monkeypatch.setattr(feeds, "_WINDOW", 5)
     log.submit("run-1", trainer={"experiment_name": "first"})
     log.submit("run-2")
     for start in range(1, 40, 3):
@@ -585,7 +595,7 @@ def test_interleaved_runs(
 
 
 def test_types_of_a_newer_sftd_are_passed_over(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     log.submit("run-1")
     log.add("run-1", e.AttemptAdopted(daemon="d", host="h", pid=1))
@@ -600,9 +610,7 @@ def test_types_of_a_newer_sftd_are_passed_over(
 
 
 @pytest.mark.parametrize("what", ["run", "experiment"])
-def test_deleted_in_mlflow(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], what: str
-) -> None:
+def test_deleted_in_mlflow(log: Log, server: Server, new_mirror: Callable[[], Feed], what: str) -> None:
     log.submit("run-1")
     log.train("run-1", 1, range(1, 4))
     mirror = new_mirror()
@@ -626,7 +634,7 @@ def test_deleted_in_mlflow(
 
 
 def test_gone_for_good_is_written_again(
-    log: Log, new_uri: Callable[[], str], new_mirror: Callable[[], MlflowMirror]
+    log: Log, new_uri: Callable[[], str], new_mirror: Callable[[], Feed]
 ) -> None:
     log.submit("run-1")
     log.train("run-1", 1, range(1, 400))
@@ -634,25 +642,23 @@ def test_gone_for_good_is_written_again(
     log.add("run-1", step(400), attempt=1)
     # The position says that only the last step is new; an empty MLflow says that all is.
     other = new_uri()
-    MlflowMirror(log.store, other).sync(never)
+    feed(log.store, other).sync(never)
     assert Server(other).history("run-1") == expected(log.store, "run-1")
 
 
 def test_on_every_database(store: Store, uri: str, server: Server) -> None:
     log = Log(store)
     crash_and_redo(log, "run-1")
-    MlflowMirror(store, uri).sync(never)
+    feed(store, uri).sync(never)
     log.add("run-1", e.ResumeRequested(by="ada", from_step=5))
     log.train("run-1", 3, range(6, 12))
     log.add("run-1", validation(9), validation(11), attempt=3)
-    MlflowMirror(store, uri).sync(never)
+    feed(store, uri).sync(never)
     assert server.history("run-1") == expected(store, "run-1")
     assert server.status("run-1") == "RUNNING"
 
 
-def test_renamed_experiment_stays_in_use(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
-) -> None:
+def test_renamed_experiment_stays_in_use(log: Log, server: Server, new_mirror: Callable[[], Feed]) -> None:
     log.submit("run-1", trainer={"project_name": 'it\'s a "name"'})
     new_mirror().sync(never)
     found = server.client.get_experiment_by_name('it\'s a "name"')
@@ -663,11 +669,11 @@ def test_renamed_experiment_stays_in_use(
 
 
 def test_a_second_set_of_experiments(
-    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     crash_and_redo(log, "run-1")
     new_mirror().sync(never)
-    MlflowMirror(log.store, uri, experiment_prefix="new/").sync(never)
+    feed(log.store, uri, prefix="new/").sync(never)
     assert server.run("run-1", "new/sftd").info.run_id != server.run("run-1").info.run_id
     assert server.run("run-1", "new/sftd").data.metrics == server.run("run-1").data.metrics
 
@@ -687,7 +693,7 @@ def test_mlflow_sets_up_its_store_in_silence(
 
 
 def test_two_mirrors_do_not_send_twice(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -708,7 +714,7 @@ def test_two_mirrors_do_not_send_twice(
 
 
 def test_what_a_mirror_sends_after_another_took_its_turn_is_put_right(
-    log: Log, uri: str, new_mirror: Callable[[], MlflowMirror]
+    log: Log, uri: str, new_mirror: Callable[[], Feed]
 ) -> None:
     log.submit("run-1")
     log.train("run-1", 1, range(1, 301))
@@ -751,23 +757,24 @@ def test_a_long_inherited_curve_is_sent_by_one_daemon(
     clock = Clock()
     store = Store(store.engine, clock=lambda _connection, local: local)
     monkeypatch.setattr(mirror_turn.time, "monotonic", clock.monotonic)
-    monkeypatch.setattr(mlflow_mirror, "METRICS_PER_BATCH", 60)
+    monkeypatch.setattr(mlflow_writer, "METRICS_PER_BATCH", 60)
     log, held = Log(store), 60.0
     log.submit("root")
     log.train("root", 1, range(1, 101))
-    MlflowMirror(store, uri).sync(never)
+    feed(store, uri).sync(never)
     fork(log, "root", 100, "child")
-    turns, sent = {}, dict[str, int]()
+    turns, feed_of, sent = {}, dict[str, Feed](), dict[str, int]()
     for name in ("one", "two"):
-        mirror, context = MlflowMirror(store, uri, tmp_path / "mlartifacts"), Context(name, clock.micros)
-        turns[name] = MirrorTurn(mirror, store, context, "mlflow:x", name, held)
+        feed_of[name] = one = feed(store, uri, tmp_path / "mlartifacts")
+        context = Context(name, clock.micros)
+        turns[name] = MirrorTurn("MLflow", lambda one=one: one, store, context, "mlflow:x", name, held)  # type: ignore[misc]
         sent[name] = 0
         with store.write(appends=False) as tx:
             daemons.register(tx, DaemonRow(name, f"host of {name}", 1, 1.0, "/home", "[]", 1, 1))
 
     def slowly(name: str, seconds: Callable[[], float]) -> None:
         """Each request of a daemon takes so long; in the middle of it the other one asks whether it is its turn."""
-        tracking = turns[name]._mirror._tracking  # type: ignore[attr-defined]
+        tracking = feed_of[name]._writer._tracking  # type: ignore[attr-defined]
         log_points = tracking.log
 
         def log_slowly(*arguments: Any) -> None:
@@ -797,7 +804,7 @@ def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path
         port = nobody.getsockname()[1]
         log.submit("run-1")
         with pytest.raises(MirrorUnavailable) as caught:
-            MlflowMirror(log.store, f"http://ada:secret@127.0.0.1:{port}").sync(never)
+            feed(log.store, f"http://ada:secret@127.0.0.1:{port}").sync(never)
     assert str(caught.value) == f"MLflow at http://127.0.0.1:{port} does not answer: Connection refused"
 
 
@@ -810,7 +817,7 @@ def sampled(percent: float) -> e.SystemSampled:
 
 
 def test_sample_answers_are_a_table_of_mlflow_s(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     log.submit("run-1")
     log.train("run-1", 1, range(1, 5))
@@ -831,7 +838,7 @@ def test_sample_answers_are_a_table_of_mlflow_s(
 
 
 def test_artifacts_that_cannot_be_written_keep_no_metric_waiting(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror], monkeypatch: pytest.MonkeyPatch
+    log: Log, server: Server, new_mirror: Callable[[], Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
@@ -849,7 +856,7 @@ def test_artifacts_that_cannot_be_written_keep_no_metric_waiting(
 
 
 def test_looks_at_the_host_are_counted_on_across_mirrors_and_attempts(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     log.submit("run-1")
     for attempt in (1, 2):
@@ -867,7 +874,7 @@ def test_looks_at_the_host_are_counted_on_across_mirrors_and_attempts(
 
 
 def test_a_host_with_many_gpus_fits_into_requests(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     gpus = [
         e.GpuSample(
@@ -973,7 +980,7 @@ def test_the_commands_find_the_runs_and_their_pages(
     assert (not_yet.exit_code, "there is no MLflow run of it" in not_yet.stderr) == (1, True)
     assert "it has no run of root yet" in sftd("mlflow", "register", "root", "m").stderr
     assert ui._page(settings, ()) == ""
-    MlflowMirror(store, uri, artifacts).sync(never)
+    feed(store, uri, artifacts).sync(never)
     told = [json.loads(line) for line in sftd("mlflow", "check", "--json").stdout.splitlines()]
     json_fields.check("mlflow check", told[0])
     assert [(t["run_id"], t["is_equal"], t["behind"]) for t in told] == [
@@ -995,7 +1002,7 @@ def test_the_commands_find_the_runs_and_their_pages(
     these = f"attributes.run_id IN ('{root.run_id}', '{child.run_id}')"
     assert both == f"{runs}?compareRunsMode=CHART&searchFilter={these}&{training}"
     log.submit("elsewhere", trainer={"project_name": "other"})
-    MlflowMirror(store, uri, artifacts).sync(never)
+    feed(store, uri, artifacts).sync(never)
     across = urllib.parse.unquote(ui._page(settings, ("root", "elsewhere")))
     other = server.run("elsewhere", "other").info
     assert across.startswith(
@@ -1014,7 +1021,7 @@ def test_the_commands_find_the_runs_and_their_pages(
 
 
 def test_a_model_is_registered_once(
-    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror], tmp_path: Path
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], Feed], tmp_path: Path
 ) -> None:
     log.submit("run-1")
     mirror = new_mirror()
@@ -1060,7 +1067,7 @@ def test_a_mirror_of_an_older_form_is_written_again_without_loss_or_doubles(
     log: Log,
     uri: str,
     server: Server,
-    new_mirror: Callable[[], MlflowMirror],
+    new_mirror: Callable[[], Feed],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     crash_and_redo(log, "run-1")
@@ -1096,7 +1103,7 @@ def test_a_mirror_of_an_older_form_is_written_again_without_loss_or_doubles(
 
 
 def test_a_run_of_an_older_form_that_was_deleted_stays_deleted(
-    log: Log, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     crash_and_redo(log, "run-1")
     server.client.delete_run(as_it_was(log, server, "run-1"))
@@ -1105,7 +1112,7 @@ def test_a_run_of_an_older_form_that_was_deleted_stays_deleted(
 
 
 def test_what_a_resume_changes_is_in_tags_and_checked(
-    log: Log, uri: str, server: Server, new_mirror: Callable[[], MlflowMirror]
+    log: Log, uri: str, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
     crash_and_redo(log, "run-1")
     mirror, tracking = new_mirror(), mlflow_client.Tracking(uri, None)

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from sftd import settings as settings_module
 from sftd.cli import main
 from sftd.cli.daemon.systemd import unit
+from sftd.daemon import worker
 from sftd.daemon.loop import Daemon
-from sftd.daemon.notices import NoticeThread
 from sftd.domain import notices
 from sftd.domain.log import events as e
 from sftd.launcher.command import environment
@@ -340,11 +340,11 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
 ) -> None:
     log.now = time.time_ns() // 1000
     notifier = log.notifier(Webhook(hook.url))
-    thread = NoticeThread(notifier, first_backoff=0.01)
     log.add("past", submitted(SPEC), FAILED)
     begun = threading.Event()
     begin = notifier.begin
     notifier.begin = lambda: (begin(), begun.set())[0]  # type: ignore[method-assign, func-returns-value]
+    thread = worker.of_channel(notifier, first_backoff=0.01)
     clean_environment["home"].mkdir()
     daemon = Daemon(log.store, settings_module.read(), Inventory(0, 1), notices=[thread])
     running = threading.Thread(target=daemon.run)

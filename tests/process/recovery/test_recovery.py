@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.builders.holds import let_go
+from tests.builders.log.view_rows import view_rows
 from tests.builders.patience import PATIENCE, until
 from tests.builders.process.homes import Home, at_step
 from tests.builders.process.timelines import assert_log_holds_journals, timeline
@@ -114,10 +115,11 @@ def test_views_rebuilt_from_events_are_equal(home: Home) -> None:
     assert shown["cause"] == "user error", shown["message"]
     # What the rank said, by torchrun's own hand where `logs` looks for it.
     assert "[attempt 1 · rank 0] " in home.run("logs", failed).stdout
-    before = home.run("views", "dump").stdout
-    assert before.count("\n") >= 2
+    database = f"sqlite:///{home.path}/home/sftd.db"
+    before = view_rows(database)
+    assert len(before) >= 2
     home.run("views", "rebuild")
-    assert home.run("views", "dump").stdout == before
+    assert view_rows(database) == before
 
 
 def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> None:
@@ -138,7 +140,7 @@ def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> N
     daemon.wait()
     psutil.wait_procs(doomed, timeout=60)
 
-    before = home.run("views", "dump").stdout
+    before = view_rows(f"sqlite:///{home.path}/home/sftd.db")
     with sqlite3.connect(home.path / "home" / "sftd.db") as database:
         tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         projections = [name for name in tables if name.startswith("view_")]
@@ -149,7 +151,7 @@ def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> N
     database.close()
 
     listed = {row["run_id"]: row for row in json.loads(home.run("ls", "--json").stdout)}
-    assert home.run("views", "dump").stdout == before
+    assert view_rows(f"sqlite:///{home.path}/home/sftd.db") == before
     assert listed.keys() == {run for run, _, _ in log}
     steps = [json.loads(payload) for run, name, payload in log if (run, name) == (run_id, "StepCompleted")]
     assert (listed[run_id]["step"], listed[run_id]["loss"]) == (steps[-1]["step"], steps[-1]["loss"])

@@ -1,7 +1,7 @@
 """What a data row is, in each of the places that read one, against a plain reading of it.
 
-Submit counts rows, the trainer decodes them, the X-ray shows the first ones, and `sftd data` reads one again. Each has a way
-of its own to cut a row, to leave padding out and to count what is predicted; the reference is a loop over lists.
+Submit counts rows, the trainer decodes them, the X-ray shows the first ones, `sftd data` reads one again, and `prepare` writes
+them. The rule is in `domain/data/rows.py`; the reference is a loop over lists.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ import pytest
 
 from sftd.domain.errors import Refused
 from sftd.domain.model.checks import DataFacts
+from sftd.domain.spec.sections import Data
+from sftd.trainer.chat.mask import MaskedChat
 from sftd.trainer.data.rows import Rows, write_spool
 from sftd.trainer.errors import DataError
+from sftd.trainer.tools import seen_rows
+from sftd.trainer.tools.prepare import tokenize_pieces
+from sftd.trainer.tools.prepare.tokenize_pieces import TokenizeOptions
 from sftd.wire.data import dataset
 from sftd.wire.data.rows import read_row
 
@@ -162,6 +167,25 @@ def test_the_x_ray_shows_the_first_rows_as_they_are_trained(
     (path, *_), (rows, *_) = files
     shown = list(dataset.first_rows(path, 7, *cut))
     assert shown == [(row.seen(*cut)[0], row.predicted(*cut)) for row in rows[:7]]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
+def test_data_and_prepare_cut_and_mark_a_row_as_training_does(
+    files: tuple[list[str], list[list[Row]]], cut: Cut
+) -> None:
+    (path, *_), (rows, *_) = files
+    data = Data(sequence_length=cut[0], truncation=cut[1])
+    for number, row in enumerate(rows[:12]):
+        seen, predicted = row.seen(*cut)[0], row.predicted(*cut)
+        assert seen_rows._read(data, path, number) == (seen, predicted)
+        chat = MaskedChat(row.ids, row.labels, unstopped=0, loses=False)
+        part = tokenize_pieces._fit(chat, "", TokenizeOptions(max_length=cut[0], truncation=cut[1]))
+        if isinstance(part, str):
+            assert (part, any(predicted)) == ("no trained token is left", False)
+        else:
+            assert (row.ids[part], any(predicted)) == (seen, True)
+            made = tokenize_pieces._row(chat, part, b"")
+            assert made.cut_trained == sum(row.predicted(99, "right")) - sum(predicted)
 
 
 def test_one_row_is_read_from_its_place(files: tuple[list[str], list[list[Row]]]) -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.trainer.chat.errors import ChatError
 from sftd.trainer.chat.mask import ChatMasker, MaskedChat
 from sftd.trainer.chat.render import RenderedChat
-from sftd.wire.data.rows import IGNORE_INDEX
 from tests.builders.trainer.chat_templates import (
     FAMILIES,
     MISTRAL,

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sftd.cli import main
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.trainer.chat.errors import ChatError, PrepareError
 from sftd.trainer.chat.mask import ChatMasker
 from sftd.trainer.tools.prepare.model_folder import check_model_folder, prepare_model
@@ -26,7 +27,6 @@ from sftd.trainer.tools.prepare.show_row import show_row
 from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from sftd.trainer.tools.protocol import EventWriter
 from sftd.wire.data.chat_template import METADATA_KEY
-from sftd.wire.data.rows import IGNORE_INDEX
 from tests.builders import json_fields
 from tests.builders.trainer.chat_templates import Chat
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.chat.errors import ChatError, PrepareError
 from sftd.trainer.chat.mask import ChatMasker
@@ -27,7 +28,6 @@ from sftd.trainer.tools.prepare.show_row import show_row
 from sftd.trainer.tools.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from sftd.trainer.tools.protocol import EventWriter
 from sftd.wire.data.chat_template import METADATA_KEY
-from sftd.wire.data.rows import IGNORE_INDEX
 from tests.builders.trainer.chat_templates import (
     FAMILIES,
     LLAMA3,

@@ -26,11 +26,13 @@ from tests.builders.trainer.tiny_models import write_rows
 if TYPE_CHECKING:
     from tests.builders.trainer.trainers import Trainer
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 LONG = {"max_steps": 30, "save_interval": 5, "val_before_train": False}
 
 
 def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
-    tmp_path: Path, models: Path, data: Path, trainer: Trainer, warm_python: str
+    tmp_path: Path, models: Path, data: Path, trainer: Trainer
 ) -> None:
     """Two data-parallel ranks. What the crashed folder tells becomes one timeline in the event store."""
     undisturbed = trainer.run(
@@ -40,7 +42,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
         scheduler__type="constant",
         **{f"trainer__{k}": v for k, v in LONG.items()},
     )
-    direct = Direct(tmp_path, models / "llama_tied", data, warm=warm_python, experiment_name="first", **LONG)
+    direct = Direct(tmp_path, models / "llama_tied", data, experiment_name="first", **LONG)
     constant = "scheduler.type=constant"
     run = direct.run("first")
     direct.holds.at(run.attempt(1).path, 14)
@@ -97,10 +99,8 @@ def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     assert "tensor_model_parallel_size: 1 → 2; trainer.max_steps: 30 → 32" in said[1], said
 
 
-def test_a_refusal_is_told_once_and_leaves_nothing(
-    tmp_path: Path, models: Path, data: Path, warm_python: str
-) -> None:
-    direct = Direct(tmp_path, models / "llama_tied", data, warm=warm_python)
+def test_a_refusal_is_told_once_and_leaves_nothing(tmp_path: Path, models: Path, data: Path) -> None:
+    direct = Direct(tmp_path, models / "llama_tied", data)
     wrong = "model.megatron.tensor_model_parallel_size=4"
     out, err = direct.train(2, wrong, expect=1)
     assert err.count("refused: 1 problem; nothing was written") == 1
@@ -113,15 +113,12 @@ def test_a_refusal_is_told_once_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted_alone_it_saves_and_goes_on(
-    tmp_path: Path, models: Path, data: Path, warm_python: str
-) -> None:
+def test_interrupted_alone_it_saves_and_goes_on(tmp_path: Path, models: Path, data: Path) -> None:
     """One rank without torchrun; the interval saves nothing before the interrupt."""
     direct = Direct(
         tmp_path,
         models / "llama_tied",
         data,
-        warm=warm_python,
         experiment_name="alone",
         max_steps=30,
         save_interval=0,

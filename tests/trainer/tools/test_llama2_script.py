@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,9 @@ from tests.builders import json_fields
 from tests.builders.patience import PATIENCE
 from tests.builders.trainer.direct_runs import ROOT, environment, events, sftd
 from tests.builders.warm_client import VARIABLE
+
+# All processes but those of the first run are forks.
+pytestmark = pytest.mark.usefixtures("forked")
 
 SCRIPT = ROOT / "scripts" / "run_llama2_7b_megatron.sh"
 PROMPTS = ["abc", "what is this?"]
@@ -40,14 +42,6 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
         text=True,
         timeout=PATIENCE,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forked(warm_python: str) -> Iterator[None]:
-    """All processes but those of the first run are forks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, warm_python)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from sftd.domain.run.retention import deletable
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import Spec
+from sftd.domain.text.credentials import without_credentials
 from sftd.launcher.command import environment, torchrun_argv
 from sftd.operations.driving.checkpoints import unkept
-from sftd.projections.mirrors.mlflow.client import without_credentials
 from sftd.store.database.engine import shown_url
 from sftd.wire.attempt import journal
 from sftd.wire.attempt.direct_run import DirectRun, Submission

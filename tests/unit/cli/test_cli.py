@@ -232,7 +232,7 @@ def test_settings_are_named_when_wrong(tmp_path: object, monkeypatch: pytest.Mon
         ("limits = 4\n", None, "below it"),
         ("user_limit = 4\n", None, "user_limit is no setting"),
         ("[limit]\nuser = 4\n", None, "limit is no setting. Did you mean limits"),
-        ("[limits]\nusers = 4\n", None, "users under .limits. is no setting. Did you mean user"),
+        ("[limits]\nusers = 4\n", None, "limits.users is no setting. Did you mean limits.user"),
         ("backoff_second = 4\n", None, "Did you mean backoff_seconds"),
         ("", "1.5", "SFTD_LIMIT_USER"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from sftd.cli.plan.view import seconds
 from sftd.cli.terminal import output
 from sftd.domain.errors import several
-from sftd.domain.log.progress_lines import describe
 from sftd.domain.text.words import counted, memory, size
 from sftd.trainer.tools.prepare.card import reason_of
 from tests.builders.log.histories import step
@@ -30,7 +29,7 @@ def test_the_same_mistake_in_another_message_is_the_same_reason() -> None:
 
 def test_a_step_fits_80_columns() -> None:
     done = step(1000, loss=10.1234, grad_norm=1.0384, lr=7.94e-4, seconds=20 / 8_765, mfu=None)
-    assert len(f"[attempt 1] {describe(done, 2000)}") <= 80
+    assert len(f"[attempt 1] {done.line(2000)}") <= 80
 
 
 def test_a_short_step_is_not_zero() -> None:

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from sftd.cli.doctor import slurm as doctor_slurm
-from sftd.cli.doctor.finding import Finding
 from sftd.daemon.lock import DaemonLock
+from sftd.domain.finding import Finding
 from sftd.launcher import processes
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.settings import Settings, read

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from sftd.cli.demo.view import LiveSteps
 from sftd.cli.terminal.output import summary
 from sftd.domain.log import events as e
+from sftd.domain.log.events.base import OfStep
 
 GPU = e.GpuSample(
     index=3,
@@ -107,7 +111,7 @@ SAID: list[tuple[e.Event, str]] = [
             mfu=0.401,
             peak_memory_bytes=3 * 2**30,
         ),
-        "step 7  loss 1.2346  grad norm 0.500  lr 2.00e-05  22 tokens  0.25 s  MFU 40.1%  3.0 GiB",
+        "step 7  loss 1.2346  grad 0.500  lr 2.00e-05  88 tok/s  MFU 40.1%  3.0 GiB",
     ),
     (
         e.ValidationCompleted(step=7, loss=1.5, tokens=1000, rows=5, seconds=1.0),
@@ -209,3 +213,61 @@ def test_an_event_is_described_by_its_own_numbers(event: Any, said: str) -> None
 
 def test_every_type_of_event_has_words() -> None:
     assert {type(event).__name__ for event, _ in SAID} == set(e.EVENT_TYPES)
+
+
+PROGRESS = {
+    "ModelLoaded",
+    "DataBound",
+    "TrainingResumed",
+    "StepCompleted",
+    "ValidationCompleted",
+    "SampleGenerated",
+    "CheckpointPublished",
+    "CheckpointRejected",
+    "CheckpointDeleted",
+    "AnomalyDetected",
+}
+
+
+def test_progress_is_the_summary_with_the_number_of_planned_steps() -> None:
+    assert set(e.progress_types()) == PROGRESS
+    for event, said in SAID:
+        is_progress = type(event).__name__ in PROGRESS
+        if isinstance(event, OfStep):
+            assert event.line(900) == f"step   7/900  {event.progress}{said.removeprefix('step 7  ')}"
+        else:
+            assert event.line(900) == (f"{event.progress}{said}" if is_progress else None)
+
+
+def test_the_demo_says_of_an_event_what_the_log_says() -> None:
+    out = Console(file=io.StringIO(), width=200)
+    with LiveSteps(out, 9) as live:
+        for number, (event, _) in enumerate(SAID, 1):
+            live.show(recorded(event, number))
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    for event, said in SAID:
+        if isinstance(event, e.AttemptFailed | e.AttemptLost | e.AttemptLaunched):
+            assert f": {said}" in shown
+        elif (line := event.line(9)) and type(event).__name__ not in (
+            "StepCompleted",
+            "SampleGenerated",
+            "DataBound",
+        ):
+            assert f"   {line}\n" in shown
+
+
+def recorded(event: e.Event, version: int) -> e.Recorded:
+    return e.Recorded(
+        position=version,
+        event_id=str(version),
+        run_id="r",
+        version=version,
+        type=type(event).__name__,
+        schema_version=1,
+        occurred_at=version,
+        recorded_at=version,
+        attempt=1,
+        actor="test",
+        causation_id=None,
+        event=event,
+    )

@@ -18,12 +18,11 @@ from sftd.domain.log.history import (
     AtVersion,
     Moment,
     Steps,
-    Timeline,
     milestones,
     parse_moment,
-    timeline,
     up_to,
 )
+from sftd.domain.log.timeline import LoggedStep, logged_steps
 from sftd.domain.repro.verifier import Comparing, by_how_much
 from sftd.domain.run.fold import fold
 from sftd.domain.run.state import Run
@@ -139,13 +138,6 @@ def test_milestones_are_compact_and_mark_what_was_redone() -> None:
     assert others == ["RunSubmitted", "AttemptClaimed", "AttemptFailed", "AttemptClaimed"]
 
 
-def test_the_timeline_forgets_what_was_superseded() -> None:
-    log = Log(planned=8).claim().train(3).save().train(6).end().claim().train(5)
-    found = timeline(log.recorded)
-    assert {n: found.attempts[n] for n in found.steps} == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
-    assert found.versions[5] == log.run.version
-
-
 ENVIRONMENT: dict[str, Any] = {
     "torch": "2",
     "deterministic": True,
@@ -170,7 +162,7 @@ def compared(now: e.ModelLoaded, *redone: e.StepCompleted) -> tuple[Comparing, l
     """Steps with loss 2.0, recorded in `ENVIRONMENT`, against others."""
     log = Log().claim()
     log.add(loaded()).train(4)
-    comparing = Comparing(timeline(log.recorded), now, {})
+    comparing = Comparing(logged_steps(log.recorded), now, {})
     return comparing, [comparing.add(s) for s in redone]
 
 
@@ -217,7 +209,7 @@ def test_each_step_that_agrees_is_counted() -> None:
         seconds=1.0,
         environment={"deterministic": True},
     )
-    log = Timeline(dict(enumerate(steps, 1)), {}, dict.fromkeys((1, 2, 3), 1), {1: loaded})
+    log = {one.step: LoggedStep(one, one.step, loaded.environment) for one in steps}
     comparing = Comparing(log, loaded, {})
     assert [comparing.add(one) for one in steps[:2]] == [{}, {}]
     assert comparing.agreeing == 2

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from sftd.domain.errors import Refused
-from sftd.domain.plan.disk import storage
-from sftd.domain.spec.spec import Spec
-from sftd.wire import preflight
 from sftd.wire.checkpoint import disk
-from tests.builders.log.specs import SHAPE
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -61,22 +54,3 @@ def test_several_missing_folders_on_the_root_file_system_look_like_a_missing_mou
     assert disk.looks_unmounted(Path("/nowhere/at/all")) == Path("/")
     assert disk.looks_unmounted(Path("/nowhere")) is None
     assert disk.looks_unmounted(Path("/proc/nowhere/at/all")) is None
-
-
-def at_submit(monkeypatch: pytest.MonkeyPatch, free: int) -> list[str]:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    spec = Spec()
-    problems, doubts = preflight.check_space(spec, SHAPE, 1000, 0, Path("/"))
-    if problems:
-        raise Refused(problems)
-    return [d.what for d in doubts]
-
-
-def test_free_space_is_compared_with_one_save_and_with_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = storage(Spec(), SHAPE, 1000, "float32")
-    assert need.most > 1
-    with pytest.raises(Refused, match="one checkpoint needs"):
-        at_submit(monkeypatch, need.one_save - 1)
-    (warning,) = at_submit(monkeypatch, need.one_save)
-    assert "at a time" in warning
-    assert at_submit(monkeypatch, need.needed) == []

@@ -9,7 +9,8 @@ import pytest
 
 from sftd.domain.compare.plan_outcome import History, calibration, outcome
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, check_model
+from sftd.domain.model import rules as model_rules
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.domain.model.flops import device_bytes
 from sftd.domain.model.parameters import Held, held, whole_model
 from sftd.domain.model.shape import ModelShape
@@ -20,7 +21,7 @@ from sftd.domain.plan.memory import Footprint, footprints, fullest
 from sftd.domain.plan.plan import Facts, make_plan
 from sftd.domain.plan.search import search
 from sftd.domain.run.state import CheckpointInfo, Run
-from sftd.domain.spec.check import check
+from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import Spec
 from tests.builders.plan.model_shapes import EXPERTS, LLAMA_1B, LLAMA_3B, LLAMA_7B, QWEN_600M, SMOLLM_135M
@@ -362,8 +363,8 @@ def test_every_layout_found_is_valid_and_its_keys_make_it() -> None:
     assert found.tried > 50
     assert any("model.megatron.expert_model_parallel_size" in c.changes for c in found.fitting)
     for choice in found.fitting:
-        assert not check(choice.spec)[0]
-        assert not check_model(choice.spec, EXPERTS)[0]
+        assert not spec_rules.SPEC.problems(choice.spec)
+        assert not model_rules.MODEL.problems(choice.spec, EXPERTS)
         made, _ = change(spec, choice.changes.items())
         assert made.parallel_sizes == choice.spec.parallel_sizes
         assert made.model == choice.spec.model

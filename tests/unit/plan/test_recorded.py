@@ -20,12 +20,14 @@ import sftd.domain
 import sftd.store
 import sftd.wire
 from sftd.domain.errors import Refused
-from sftd.domain.log import codec, progress_lines
+from sftd.domain.log import codec
 from sftd.domain.log import events as e
 from sftd.domain.log import history as replay
-from sftd.domain.model.checks import DataFacts, check_model
+from sftd.domain.log.timeline import logged_steps
+from sftd.domain.model.checks import DataFacts
+from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.notices import Facts, notice
+from sftd.domain.notices import notice
 from sftd.domain.plan import plan as planning
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run import decisions, goodput, retention
@@ -298,7 +300,7 @@ def refusals() -> dict[str, Any]:
             spec = spec_of(*given, batch=12)
             found[f"{name} with {given}"] = [
                 [[p.where, facts_of(p.what), facts_of(p.fix)] for p in told]
-                for told in check_model(spec, shape)
+                for told in (MODEL.problems(spec, shape), MODEL.warnings(spec, shape))
             ]
     return found
 
@@ -413,13 +415,13 @@ def histories() -> dict[str, Any]:
         for one in recorded:
             old, run = msgspec.to_builtins(run), evolve(run, one)
             new = msgspec.to_builtins(run)
-            told = notice(one, Facts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
+            told = notice(one, e.RunFacts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
             found[f"{story} {one.version} {one.type}"] = {
                 "changed": {k: v for k, v in new.items() if k not in DULL and v != old[k]},
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},
                 "deletable": [c.step for c in retention.deletable(run)],
                 "reducible": [c.step for c in retention.reducible(run)],
-                "line": facts_of(progress_lines.describe(one.event, 12)),
+                "line": facts_of(one.event.line(12)),
                 "read as": msgspec.to_builtins(one.event) if story == "each event" else None,
                 "notice": told and (told.kind, told.step, told.at, facts_of(told.text)),
             }
@@ -430,7 +432,7 @@ def histories() -> dict[str, Any]:
             msgspec.to_builtins(m) if isinstance(m, replay.Steps) else m.version
             for m in replay.milestones(recorded)
         ]
-        found[f"{story}: timeline"] = sorted(replay.timeline(recorded).steps)
+        found[f"{story}: timeline"] = sorted(logged_steps(recorded))
     return found
 
 

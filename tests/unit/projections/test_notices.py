@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sftd.daemon.notices import NoticeThread
+from sftd.daemon import worker
 from sftd.domain import notices
 from sftd.domain.log import codec
 from sftd.domain.log import events as e
@@ -26,7 +26,7 @@ TRIAL = notices.trial(0, "ada")
 
 def failed(message: str) -> notices.Notice:
     event = e.RunFailed(cause="crash", message=message)
-    made = notices.notice(recorded(event), notices.Facts("p", "", "ada", 1, 2, None))
+    made = notices.notice(recorded(event), e.RunFacts("p", "", "ada", 1, 2, None))
     assert made is not None
     return made
 
@@ -68,7 +68,7 @@ SAID = {
 
 def test_every_event_with_a_notice_and_its_words() -> None:
     """All others give no notice. Neither does the last attempt of a failed run: the run has its own."""
-    facts = notices.Facts("a project", "a name", "ada", 1234, 5000, "2.3456")
+    facts = e.RunFacts("a project", "a name", "ada", 1234, 5000, "2.3456")
     newest = {line["type"]: line for line in GOLDEN}
     assert newest.keys() == e.EVENT_TYPES.keys()
     for name, line in newest.items():
@@ -125,22 +125,18 @@ def test_last_words_that_no_variable_holds_are_told() -> None:
 
 def test_machines_that_slurm_took_back_made_room_for_no_run() -> None:
     event = e.AttemptPreempted(step=5, by_run="", reason="Slurm took its machines back")
-    assert notices._said(event, notices.Facts("p", "", "ada", 5, 9, None)) == (
+    assert event.notice(e.RunFacts("p", "", "ada", 5, 9, None)) == (
         "was interrupted at step 5, and is queued again: Slurm took its machines back"
     )
 
 
 def test_a_run_that_is_tried_again_is_not_said_to_go_on_where_it_failed() -> None:
-    facts = notices.Facts("p", "", "ada", 95, 200, None)
+    facts = e.RunFacts("p", "", "ada", 95, 200, None)
     crash = e.AttemptFailed(cause="killed", message="by SIGKILL", exit_code=1, retry_at=1)
     # The next attempt goes on from a checkpoint, which is that of a step before.
-    assert (
-        notices._said(crash, facts) == "failed at step 95 of 200, and will be tried again: killed: by SIGKILL"
-    )
+    assert crash.notice(facts) == "failed at step 95 of 200, and will be tried again: killed: by SIGKILL"
     lost = e.AttemptLost(message="the host is gone", retry_at=1)
-    assert (
-        notices._said(lost, facts) == "was lost at step 95 of 200, and will be tried again: the host is gone"
-    )
+    assert lost.notice(facts) == "was lost at step 95 of 200, and will be tried again: the host is gone"
 
 
 @pytest.mark.parametrize("where", ["one argument", "a line for a shell", "where little is told"])
@@ -186,10 +182,11 @@ def test_what_failed_is_tried_once_more_before_the_daemon_ends() -> None:
             raise NotSent("down")
 
     notifier = Notifier()
-    thread = NoticeThread(notifier, first_backoff=3600)  # type: ignore[arg-type]
+    thread = worker.of_channel(notifier, first_backoff=3600)  # type: ignore[arg-type]
     thread.start()
     assert notifier.tried.wait(PATIENCE)
-    thread.stop()
+    thread.end()
+    thread.stop(PATIENCE)
     assert notifier.tries == 2
     assert not thread._thread.is_alive()
 

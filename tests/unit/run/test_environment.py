@@ -9,7 +9,7 @@ import pytest
 
 from sftd.domain.compare.differences import differences
 from sftd.domain.log import events as e
-from sftd.domain.log.history import timeline
+from sftd.domain.log.timeline import logged_steps
 from sftd.domain.repro.environment import environment_differences, gives_same_numbers
 from sftd.domain.repro.verifier import Comparing
 from tests.builders.log.run_log import Log, step
@@ -66,7 +66,7 @@ def test_resume_verify_and_compare_agree_on_each_part(name: str, was: Any, now: 
     # `deterministic: false` is said twice by a real trainer; here it is only a part of the environment.
     assert resumed.run.is_exact is not decides
 
-    verified = Comparing(timeline(Log().claim().add(loaded()).train(1).recorded), loaded(**changed), {})
+    verified = Comparing(logged_steps(Log().claim().add(loaded()).train(1).recorded), loaded(**changed), {})
     verified.add(step(1))
     assert verified.may_round is decides
 

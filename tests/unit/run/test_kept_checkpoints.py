@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
 from sftd.domain.errors import Refused
+from sftd.domain.log import events as e
+from sftd.domain.plan.disk import storage
 from sftd.domain.run import decisions, retention
 from sftd.domain.run.failures import Failure
 from sftd.domain.run.state import ForkPoint, Run
 from tests.builders.log.run_log import Log, validated
+from tests.builders.log.specs import SHAPE
 
 
 def succeeded(**overrides: Any) -> Run:
@@ -23,6 +27,37 @@ def succeeded(**overrides: Any) -> Run:
     run = log.end(exit_code=0).run
     assert run.status == "succeeded"
     return run
+
+
+@pytest.mark.parametrize("losses", [range(1, 13), range(12, 0, -1), (5, 1, 9, 2, 8, 3, 7, 4, 6, 12, 11, 10)])
+@pytest.mark.parametrize(
+    ("last", "every", "best"), [(1, 0, 0), (2, 0, 3), (1, 20, 1), (3, 15, 2), (20, 0, 1)]
+)
+def test_a_run_keeps_no_more_than_its_plan_counts(
+    losses: Sequence[int], last: int, every: int, best: int
+) -> None:
+    """A checkpoint that no rule keeps is deleted after each save; the plan counts the rules with the worst order of losses."""
+    log = Log(
+        planned=60,
+        checkpoint__keep_last=last,
+        checkpoint__keep_every=every,
+        checkpoint__keep_best=best,
+        trainer__save_interval=5,
+        data__val_files=["v"],
+    )
+    planned = storage(log.run.spec, SHAPE, 60, "bfloat16")
+    log.claim()
+    most = 0
+    for number, loss in enumerate(losses, 1):
+        log.train(5 * number).add(validated(5 * number, float(loss))).save()
+        most = max(most, len(log.run.checkpoints))
+        for c in retention.deletable(log.run):
+            log.add(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason="r"))
+    kept = len(log.run.checkpoints)
+    assert (kept <= planned.kept, most <= planned.most, planned.saved) == (True, True, len(losses))
+    if losses[0] == 1 and not every:
+        # The first ones stay the best: nothing needs more.
+        assert (kept, most) == (planned.kept, planned.most)
 
 
 def reducible(run: Run) -> list[int]:

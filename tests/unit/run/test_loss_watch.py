@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftd.domain.log.events import AnomalyDetected, Event, StepCompleted
+from sftd.domain.log.events import AnomalyDetected, AttemptClaimed, Event, StepCompleted
 from sftd.domain.run.loss_watch import WINDOW, LossWatch, losses_before
 
 
@@ -83,12 +83,14 @@ def test_a_resume_knows_the_last_losses_of_the_timeline_that_were_learnt_from() 
     assert losses_before(events, WINDOW + 5) == [float(n) for n in range(6, WINDOW + 6)]
     # A later attempt replaces a step's loss; a step whose update was skipped, and one without a number, were not learnt from.
     events += [
+        AttemptClaimed(daemon="d", host="h", from_step=69),
         completed(70, 0.5),
         completed(71, 99.0),
         AnomalyDetected(step=71, what="loss_spike", detail={"policy": "skip"}),
         completed(72, 98.0),
         AnomalyDetected(step=72, what="loss_spike", detail={"policy": "record"}),
         completed(73, math.nan),
+        completed(74, 74.0),
     ]
     assert losses_before(events, 74)[-4:] == [69.0, 0.5, 98.0, 74.0]
     assert len(losses_before(events, 74)) == WINDOW

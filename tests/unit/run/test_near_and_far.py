@@ -11,7 +11,9 @@ import pytest
 from sftd.domain.compare.curves import Curves, Point
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
-from sftd.domain.repro.steps import compare_redone
+from sftd.domain.repro.steps import compare
+from sftd.domain.run.exactness import compare_with_log
+from sftd.domain.run.state import Run
 from tests.builders.log.run_log import step
 
 TOLERANCES = [
@@ -23,9 +25,8 @@ TOLERANCES = [
 
 
 def redone(exact: bool, dtype: str, **changed: Any) -> e.AnomalyDetected | None:
-    return compare_redone(
-        {3: step(3, grad_norm=1.5)}, step(3, **{"grad_norm": 1.5} | changed), is_exact=exact, dtype=dtype
-    )
+    was, now = step(3, grad_norm=1.5), step(3, **{"grad_norm": 1.5} | changed)
+    return compare(was, now, is_exact=exact, dtype=dtype).anomaly
 
 
 @pytest.mark.parametrize(("number", "dtype", "tolerance"), TOLERANCES)
@@ -59,7 +60,7 @@ def test_what_was_trained_is_never_rounded(number: str, value: object) -> None:
 
 
 def test_a_step_that_the_log_does_not_have_is_compared_with_nothing() -> None:
-    assert compare_redone({}, step(3)) is None
+    assert compare_with_log({}, Run("r"), step(3)) is None
     assert redone(True, "float32", loss=2.0) is None
 
 

@@ -150,10 +150,11 @@ def test_an_attempt_that_dies_before_it_resumes_does_not_lose_its_place() -> Non
 
 
 def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
-    recorded = {5: step(5, loss=float("nan")), 6: step(6)}
-    assert redoing.compare_redone(recorded, step(5, loss=float("nan"), seconds=9.0)) is None
-    assert redoing.compare_redone(recorded, step(6, seconds=9.0, tokens_padded=1, epoch=3)) is None
-    assert redoing.compare_redone(recorded, step(7)) is None
+    for was, now in (
+        (step(5, loss=float("nan")), step(5, loss=float("nan"), seconds=9.0)),
+        (step(6), step(6, seconds=9.0, tokens_padded=1, epoch=3)),
+    ):
+        assert redoing.compare(was, now) == redoing.Redone(now.step, {}, is_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
     ],
 )
 def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[str, Any]) -> None:
-    anomaly = redoing.compare_redone({5: step(5)}, step(5, **change))
+    anomaly = redoing.compare(step(5), step(5, **change)).anomaly
     assert anomaly is not None
     ((name, value),) = change.items()
     assert anomaly.step == 5
@@ -181,7 +182,7 @@ def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[
 
 def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     """Bit for bit means that -0.0 is not 0.0."""
-    assert redoing.compare_redone({5: step(5, lr=0.0)}, step(5, lr=-0.0)) is not None
+    assert redoing.compare(step(5, lr=0.0), step(5, lr=-0.0)).differs
 
 
 def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
@@ -272,15 +273,17 @@ def test_steps_are_compared_with_those_that_read_the_same_samples() -> None:
     log = _rolled_back()
 
     def compared() -> dict[int, str]:
-        found = redoing.comparable(r.event for r in log.recorded)
+        found = redoing.steps_to_redo(r.event for r in log.recorded)
         return {n: was.samples_digest for n, was in found.items()}
 
-    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
+    log.add(*decisions.request_resume(log.run, "ada", 15)).claim()
+    assert [compared().get(n) for n in (15, 16, 20)] == [None, "skipped16", "skipped20"]
+    log.end().add(events.RunFailed(cause="x", message="y"))
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim()
-    assert [compared().get(n) for n in (15, 16, 17, 18)] == ["d15", "d16", "d17", None]
+    assert [compared().get(n) for n in (10, 15, 16, 17, 18)] == [None, "d15", "d16", "d17", None]
     log.train(17, save_every=5).end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
     log.claim()
-    assert [compared()[n] for n in (15, 16, 20)] == ["d15", "skipped16", "skipped20"]
+    assert [compared().get(n) for n in (15, 16, 20)] == [None, "skipped16", "skipped20"]
 
 
 def test_a_rejected_checkpoint_falls_back_to_the_one_before() -> None:
@@ -676,15 +679,14 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
 
 
 def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
-    log = {5: step(5, loss=2.0, grad_norm=1.0)}
+    log = step(5, loss=2.0, grad_norm=1.0)
     near = step(5, loss=2.001, grad_norm=1.01)
-    assert redoing.compare_redone(log, near) is not None
-    assert redoing.compare_redone(log, near, is_exact=False) is None
-    far = redoing.compare_redone(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
-    assert far is not None
-    assert set(far.detail) == {"loss"}
-    other = redoing.compare_redone(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
-    assert other is not None
+    assert redoing.compare(log, near).differs
+    assert not redoing.compare(log, near, is_exact=False).differs
+    far = redoing.compare(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
+    assert set(far.differs) == {"loss"}
+    other = redoing.compare(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
+    assert set(other.differs) == {"samples_digest"}
 
 
 def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Limits, latest_wait
-from sftd.domain.repro.steps import compare_redone
+from sftd.domain.repro.steps import compare
 from sftd.operations.queries.queue import living
 from sftd.settings import read
 from sftd.store.queue.daemons import DaemonRow
@@ -46,9 +46,9 @@ def test_a_redone_step_is_as_near_as_rounding_lets_it_be(dtype: str, name: str, 
         # The difference is relative to the larger of the two.
         value = 1.0 / (1.0 - factor * near)
         redone = step(1, loss=value) if name == "loss" else _with_norm(value)
-        found = compare_redone({1: was}, redone, is_exact=False, dtype=dtype)
+        found = compare(was, redone, is_exact=False, dtype=dtype).anomaly
         assert (found is not None) == is_anomaly
-        exact = compare_redone({1: was}, redone, is_exact=True, dtype=dtype)
+        exact = compare(was, redone, is_exact=True, dtype=dtype).anomaly
         assert exact == e.AnomalyDetected(
             step=1,
             what="redone step differs from the log",
@@ -64,7 +64,7 @@ def test_what_was_trained_is_compared_exactly_however_it_was_computed() -> None:
     changes = ({"lr": 1.0001e-5}, {"tokens": 11}, {"samples_digest": "t"})
     for change in changes:
         redone = msgspec.structs.replace(step(1), **change)
-        found = compare_redone({1: step(1)}, redone, is_exact=False, dtype="bfloat16")
+        found = compare(step(1), redone, is_exact=False, dtype="bfloat16").anomaly
         assert found is not None
         assert found.detail.keys() == change.keys()
 

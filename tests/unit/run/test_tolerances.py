@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from sftd.domain.log.events import StepCompleted
-from sftd.domain.repro.steps import REDONE_DIFFERS, compare_redone
+from sftd.domain.repro.steps import REDONE_DIFFERS, compare
 from sftd.domain.run.loss_watch import LossWatch, losses_before
 
 WAS = StepCompleted(
@@ -29,7 +29,8 @@ WAS = StepCompleted(
 
 def differing(*, is_exact: bool, dtype: str = "", was: StepCompleted = WAS, **redone: object) -> set[str]:
     """Names of the numbers for which a redo of a step is reported."""
-    anomaly = compare_redone({3: was}, msgspec.structs.replace(was, **redone), is_exact=is_exact, dtype=dtype)
+    now = msgspec.structs.replace(was, **redone)
+    anomaly = compare(was, now, is_exact=is_exact, dtype=dtype).anomaly
     assert anomaly is None or (anomaly.step, anomaly.what) == (3, REDONE_DIFFERS)
     return set(anomaly.detail) if anomaly else set()
 

@@ -22,6 +22,7 @@ from sftd.wire import preflight
 from sftd.wire.attempt.directory import Order
 from sftd.wire.data import dataset
 from sftd.wire.model.folder import stop_ids
+from sftd.wire.model.same_files import shared
 from sftd.wire.spec import grid as sweep
 from tests.builders.plan.model_configs import DENSE
 
@@ -191,10 +192,22 @@ def test_an_order_reads_where_its_last_piece_began() -> None:
     assert [order.sample_position(n) for n in (2, 3, 4, 5, 6, 7)] == [100, 108, 500, 508, 900, 908]
 
 
+def test_files_are_the_same_by_their_contents(tmp_path: Path) -> None:
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one"), ("d", "three"), ("e", "tow")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+
+    def paths(names: str) -> list[str]:
+        return [str(tmp_path / name) for name in names.split()]
+
+    assert shared(paths("a b d"), paths("c e link b")) == paths("c link b")
+    assert shared(paths("a"), paths("b d")) == []
+
+
 # Sweeps.
 
 
-def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[sweep.Point]:
+def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[sweep.GridPoint]:
     spec = spec_of(folder)
     config = folder / "config.yaml"
     config.write_text(

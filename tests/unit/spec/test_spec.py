@@ -87,7 +87,7 @@ TRANSLATED: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "optim.lr_scheduler_type": ("linear", "scheduler.type", "linear", {}),
     "optim.min_lr_ratio": (0.1, "scheduler.min_lr_ratio", 0.1, {}),
 }
-UNTRANSLATABLE = {"data.messages_key", "trainer.resume_mode"}
+UNTRANSLATABLE = {"data.messages_key", "trainer.resume_mode", "optim.min_lr"}
 
 
 @pytest.mark.parametrize("alias", sorted(TRANSLATED))
@@ -198,10 +198,10 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         ("optimizer.adam_beta1", 1.0, "give a number"),
         ("data.train_batch_size", 0, "give a whole number"),
         ("data.train_batch_size", 1.5, "give a whole number"),
-        ("data.truncation", "middle", "one of right, left, error"),
+        ("data.truncation", "middle", "one of error, left, right"),
         ("data.shuffle", "yes", "yes, no, on and off are texts"),
         ("training.deterministic", "on", "true or false or null; yes, no, on and off are texts"),
-        ("data.truncation", "no", "give one of right, left, error"),
+        ("data.truncation", "no", "give one of error, left, right"),
         ("data.train_files", [1], "a list of texts"),
         ("trainer.max_steps", 0, "a whole number or null"),
         ("model.override_config", 3, "a mapping"),
@@ -221,6 +221,11 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
 def test_a_bad_value_is_refused_where_it_stands(key: str, value: Any, says: str) -> None:
     found = problems_of(*([("training.micro_batch_size_per_gpu", 16)] if value == 65 else []), (key, value))
     assert says in found[key]
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_every_key_says_what_it_takes(path: str) -> None:
+    assert "| give " in problems_of((path, object()))[path]
 
 
 def test_a_packed_micro_batch_holds_the_longest_sample() -> None:

@@ -36,7 +36,7 @@ def test_the_first_template_that_is_named_is_that_of_the_files(tmp_path: Path) -
     given = file_with(tmp_path / "given.parquet", {"chat_template": GIVEN, "chat_template_sha256": "b"})
     assert chat_template.of_files([str(plain), older]) is None
     assert chat_template.of_files([str(plain), older, given]) == msgspec.convert(GIVEN, ChatTemplate)
-    assert chat_template.warnings("data.train_files", [str(plain), older, given, given]) == []
+    assert chat_template.different([str(plain), older, given, given]) is None
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,7 @@ def test_the_metadata_of_others_is_no_template(metadata: Any, tmp_path: Path) ->
 def test_files_that_were_rendered_in_different_ways_are_named(other: Any, tmp_path: Path) -> None:
     first = file_with(tmp_path / "a.parquet", {"chat_template": {}, "chat_template_sha256": "a"})
     second = file_with(tmp_path / "b.parquet", other)
-    (warning,) = chat_template.warnings("data.train_files", [first, second])
-    assert "a.parquet and" in warning.what
-    assert "b.parquet were rendered with different chat templates" in warning.what
+    assert chat_template.different([first, second]) == (first, second)
 
 
 def test_a_template_is_kept_in_the_first_event_and_only_where_there_is_one() -> None:
@@ -122,9 +120,5 @@ def test_files_without_a_template_stand_between_none_that_are_compared(tmp_path:
 
     none, first, same = file("none", None), file("first", written("a")), file("same", written("a"))
     other, last = file("other", written("b")), file("last", {b"sftd": b"no JSON"})
-    assert chat_template.warnings("w", [none, first, last, same]) == []
-    (found,) = chat_template.warnings("w", [none, first, none, same, other])
-    assert found.where == "w"
-    assert first in found.what
-    assert other in found.what
-    assert found.fix
+    assert chat_template.different([none, first, last, same]) is None
+    assert chat_template.different([none, first, none, same, other]) == (first, other)

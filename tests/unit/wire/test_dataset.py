@@ -6,14 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts, check_data
-from sftd.domain.spec.parse import parse
+from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.wire.data import dataset
 from sftd.wire.data.rows import DataFile, read_row
 
@@ -271,23 +269,12 @@ def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
     b = parquet(tmp_path / "b.parquet", GOOD | {"id": [1, 2]})
     assert inspect(a).remarks == (f"{a}: sftd does not use the columns id, source",)
     assert inspect(b, a).remarks == (f"{b} and 1 more of 2 files: sftd does not use the columns id, source",)
-    warned = [
-        str(problem)
-        for problem in check_data(
-            parse({"data.train_files": [a], "model.partial_pretrain": "m"})[0], inspect(a), None
-        )[1]
-    ]
-    assert warned == [f"data.train_files: {a}: sftd does not use the columns id, source"]
 
 
 def test_the_files_without_a_trained_label_are_named(tmp_path: Path) -> None:
     good = parquet(tmp_path / "a.parquet")
     none = parquet(tmp_path / "b.parquet", GOOD | {"labels": [[-100] * 4, [-100] * 2]})
     assert inspect(good, none).remarks == (f"{none}: none of its rows has a trained label within 8 tokens",)
-    problems, _ = check_data(
-        parse({"data.train_files": [none], "model.partial_pretrain": "m"})[0], inspect(none), None
-    )
-    assert problems[0].what.startswith(f"{none}: none of the 2 rows has a trained label")
 
 
 def test_memory_is_bounded_whatever_a_file_says_of_its_size(tmp_path: Path) -> None:
@@ -367,23 +354,6 @@ def test_the_row_in_which_another_tool_asks_for_something_else_is_named(
         name: values,
     }
     assert f"row {row}: " in refusal(parquet(tmp_path / "a", columns))
-
-
-@pytest.mark.parametrize(("stopping", "doubted"), [(0, True), (1, False), (2, False), (None, False)])
-def test_answers_that_never_end_are_doubted(tmp_path: Path, stopping: int | None, doubted: bool) -> None:
-    facts = msgspec.structs.replace(inspect(parquet(tmp_path / "a")), stopping=stopping)
-    spec, _ = parse({"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"]}})
-    found = [w.what for w in check_data(spec, facts, None)[1] if "stop" in w.what]
-    assert bool(found) is doubted
-
-
-def test_what_is_cut_is_said_with_how_many(tmp_path: Path) -> None:
-    facts = inspect(parquet(tmp_path / "a"), sequence_length=3)
-    given = {"model": {"partial_pretrain": "/m"}, "data": {"train_files": ["/t"], "sequence_length": 3}}
-    problems, (warning,) = check_data(parse(given)[0], facts, None)
-    assert problems == []
-    assert warning.where == "data.train_files"
-    assert all(word in warning.what for word in ("1 of 2 rows", "data.sequence_length 3", "right"))
 
 
 def test_how_lengths_vary_is_recorded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sftd.domain.errors import Problem, Refused
+from sftd.domain.errors import Refused
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.model.files import ModelFile, ModelFiles, differences
 from sftd.domain.spec.sections import Model
@@ -279,10 +279,7 @@ def test_a_config_with_many_changes_lists_six_of_them() -> None:
         assert found == "sha256 is 222222222222…, was 111111111111…"
 
 
-def test_of_several_problems_the_last_says_how_to_fix_all() -> None:
-    problems = [Problem(f"file {n}", "is gone", "old") for n in range(3)]
-    assert [p.fix for p in model_digest.with_fix(problems, "new")] == ["old", "old", "new"]
-    assert [p.where for p in model_digest.with_fix(problems, "new")] == ["file 0", "file 1", "file 2"]
+def test_a_changed_folder_is_used_in_a_fork() -> None:
     plain, again = (model_digest.fork_fix("r", pretrained=pretrained) for pretrained in (False, True))
     assert "sftd fork r --changed-model" in plain
     assert "sftd fork r --from-step 0 --changed-model" in again

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.model.checks import check_model
+from sftd.domain.model.rules import MODEL
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
@@ -60,7 +60,7 @@ def problems_of(path: Path, config: dict[str, Any], *overrides: tuple[str, Any])
     except Refused as refused:
         found = list(refused.problems)
     else:
-        found = check_model(spec, read_shape(str(path), {}))[0]
+        found = MODEL.problems(spec, read_shape(str(path), {}))
     return {p.where: f"{p.what} | {p.fix}" for p in found}
 
 
@@ -191,14 +191,11 @@ def test_a_folder_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
         model_folder.check_weights(str(tmp_path))
 
 
-def test_prompts_need_a_tokenizer_and_other_runs_are_warned(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no tokenizer"):
-        model_folder.check_tokenizer(str(tmp_path), is_needed=True)
-    (warning,) = model_folder.check_tokenizer(str(tmp_path), is_needed=False)
-    assert "an export of it lacks one too" in warning.what
+def test_a_tokenizer_is_one_of_several_files(tmp_path: Path) -> None:
+    assert not model_folder.has_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tekken.json", "qwen.tiktoken", "tokenization_own.py"):
         (tmp_path / name).touch()
-        assert model_folder.check_tokenizer(str(tmp_path), is_needed=True) == []
+        assert model_folder.has_tokenizer(tmp_path)
         (tmp_path / name).unlink()
 
 

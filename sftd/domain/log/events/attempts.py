@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import msgspec
 
-from sftd.domain.log.events.base import Event, Micros, Severity
-from sftd.domain.text.words import memory
+from sftd.domain.log.events.base import Event, Micros, NoticeKind, RunFacts, Severity
+from sftd.domain.text.words import first_line, memory
 
 
 class AttemptClaimed(Event, frozen=True):
@@ -28,6 +28,8 @@ class AttemptClaimed(Event, frozen=True):
 class AttemptLaunched(Event, frozen=True):
     """torchrun was started. `pid` and `create_time` (seconds since the epoch) together identify the process."""
 
+    notice_kind: ClassVar[NoticeKind | None] = "started"
+
     pid: int
     create_time: float
     host: str
@@ -39,6 +41,9 @@ class AttemptLaunched(Event, frozen=True):
         if not self.pid:
             return f"handed to Slurm on {self.host}"
         return f"pid {self.pid} on {self.host}, {', '.join(self.devices)}"
+
+    def notice(self, run: RunFacts) -> str | None:
+        return f"started on {self.host}"
 
 
 class AttemptAdopted(Event, frozen=True):
@@ -81,12 +86,16 @@ class AttemptPaused(Event, frozen=True):
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "paused"
 
     step: int
     by: str
 
     def summary(self) -> str:
         return f"at step {self.step}, by {self.by}"
+
+    def notice(self, run: RunFacts) -> str | None:
+        return f"was paused by {self.by} at step {self.step:,}"
 
 
 class AttemptPreempted(Event, frozen=True):
@@ -96,6 +105,7 @@ class AttemptPreempted(Event, frozen=True):
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "paused"
 
     step: int
     by_run: str
@@ -104,6 +114,11 @@ class AttemptPreempted(Event, frozen=True):
     def summary(self) -> str:
         return f"at step {self.step}, {self.reason or f'by {self.by_run}'}; queued again"
 
+    def notice(self, run: RunFacts) -> str | None:
+        if self.by_run:
+            return f"made room for {self.by_run} at step {self.step:,}"
+        return f"was interrupted at step {self.step:,}, and is queued again: {first_line(self.reason)}"
+
 
 class AttemptFailed(Event, frozen=True):
     """An attempt ended before its run did. `evidence` are the lines that prove the cause."""
@@ -111,6 +126,7 @@ class AttemptFailed(Event, frozen=True):
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "retrying"
 
     cause: str
     message: str
@@ -121,6 +137,11 @@ class AttemptFailed(Event, frozen=True):
     def summary(self) -> str:
         return f"{self.cause}: {self.message}"
 
+    def notice(self, run: RunFacts) -> str | None:
+        if self.retry_at is None:
+            return None
+        return f"failed {run.where}, and will be tried again: {self.cause}: {first_line(self.message)}"
+
 
 class AttemptLost(Event, frozen=True):
     """An attempt's process is gone without a word (killed with its supervisor, host restarted)."""
@@ -128,6 +149,7 @@ class AttemptLost(Event, frozen=True):
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "retrying"
 
     message: str
     retry_at: Micros | None = None
@@ -135,9 +157,14 @@ class AttemptLost(Event, frozen=True):
     def summary(self) -> str:
         return self.message
 
+    def notice(self, run: RunFacts) -> str | None:
+        if self.retry_at is None:
+            return None
+        return f"was lost {run.where}, and will be tried again: {first_line(self.message)}"
+
 
 class GpuSample(msgspec.Struct, frozen=True):
-    """One GPU at a moment, by NVML's index. What its driver does not tell is None."""
+    """One GPU at a moment, by NVML's index. What its driver does not report is None."""
 
     index: int
     utilization_percent: float | None
