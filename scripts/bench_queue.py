@@ -30,7 +30,7 @@ import stub_run
 from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.projections import verify
@@ -80,7 +80,7 @@ def submit_at_once(url: str, clients: int, count: int) -> float:
         context = Context(actor=f"client-{number}")
         barrier.wait()
         for _ in range(number, count, clients):
-            runs.submit(store, context, spec, found, [], "bench")
+            submit_all(store, context, [Wish(spec, found)], "bench")
         store.engine.dispose()
 
     with ThreadPoolExecutor(clients) as pool:

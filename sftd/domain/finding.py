@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "broken"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at. `fix` says what to do about it unless it is ok."""
+    """The result of one check, with a fix unless it is ok."""
 
     check: str
     state: State

@@ -34,7 +34,9 @@ _DATABASE_SECONDS = 1.0
 @click.option(
     "--stop", "stop_it", is_flag=True, help="Stop the running daemon; training continues without it."
 )
-@click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
+@click.option(
+    "--status", "status", is_flag=True, help="Print whether a daemon runs; exit with 1 if none does."
+)
 @click.option(
     "--print-systemd",
     "unit",
@@ -43,8 +45,8 @@ _DATABASE_SECONDS = 1.0
     type=click.Choice(["user", "system"]),
     help="Print a systemd unit for this home; `--print-systemd system` runs it at boot, as you.",
 )
-def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: str | None) -> None:
-    """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
+def daemon_command(detach: bool, drain: bool, stop_it: bool, status: bool, unit: str | None) -> None:
+    """Take runs from the queue and drive them: launch them with torchrun, record their events, restart what fails.
 
     It may be stopped or killed at any time: training continues, and the next daemon takes it over.
 
@@ -63,12 +65,12 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: s
 
         click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
         return
-    if tell or stop_it:
-        app.need_home(settings)
+    if status or stop_it:
+        app.require_home(settings)
     else:
         app.make_home(settings)
     holder = lock.holder(settings.daemon_lock)
-    if tell:
+    if status:
         click.echo(f"a daemon runs, pid {holder}" if holder else "no daemon runs")
         sys.exit(0 if holder else 1)
     if stop_it:
@@ -111,7 +113,7 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
                     "demo's does. `sftd daemon --stop` ends it now; its runs continue."
                 )
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
-    # Checked here, where a person reads it, and not in the background.
+    # An error here is printed; in the background it is only in the log.
     visible_gpus()
     _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
@@ -156,7 +158,7 @@ def _wait_until_alone(settings: Settings, store: Store) -> None:
 
 
 def run_daemon(settings: Settings, *, drain: bool) -> None:
-    """Be the daemon."""
+    """Run the daemon in this process until it is stopped; with `drain`, until the queue is empty."""
     from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
@@ -167,7 +169,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
-    # Files made from here on, by MLflow too, are for this user alone.
+    # Files made from here on, by MLflow too, are private.
     os.umask(0o077)
     log.set_up(settings.log_format)
     stop = threading.Event()
@@ -176,8 +178,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
-        # A person waits for `--drain`, so it fails at once; a service may start before its database.
-        # A file needs no waiting: a person has to fix what is wrong with it.
+        # A service may start before its database server, and waits for it. A person who waits for `--drain` sees the error;
+        # so does the user of a file, which waiting does not fix.
         at_once = drain or settings.database_url.startswith("sqlite")
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:

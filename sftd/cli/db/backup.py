@@ -12,6 +12,7 @@ import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import counter
 from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
@@ -26,8 +27,8 @@ _SHOWN = 10
 def backup_command(file: Path) -> None:
     """Write a backup of the database to the new file FILE. Daemons and commands may use the database meanwhile.
 
-    MLflow's database, where it is a SQLite file in SFTD_HOME, is written to FILE.mlflow. Both are one consistent moment
-    each, checked, on the disk when this command ends, and readable by you alone (mode 0600). Checkpoints are not in them.
+    MLflow's database, where it is a SQLite file in SFTD_HOME, is written to FILE.mlflow. Each is a consistent snapshot,
+    checked, synced to disk, and private (mode 0600). Checkpoints are not included.
     A PostgreSQL database is backed up with pg_dump: the command prints how.
 
     \b
@@ -60,7 +61,7 @@ def backup_command(file: Path) -> None:
 
 @click.command("restore")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Restore FILE although `sftd db check` finds problems in it.")
+@click.option("--force", is_flag=True, help="Restore FILE even if `sftd db check` finds problems in it.")
 def restore_command(file: Path, force: bool) -> None:
     """Put the backup FILE in the place of the database, and FILE.mlflow in the place of MLflow's where both exist.
 
@@ -171,7 +172,7 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
 
 
 def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlook:
-    """Upgrade and check the copy that shall be put in place. Returns what it does not know of this host. Raises `Refused`."""
+    """Upgrade and check the restored copy. Returns what it lacks of this host's runs. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.operations.commands import restore as restoring
     from sftd.projections import verify, views
@@ -188,8 +189,8 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
                 )
             )
         migrate.upgrade(store.engine)
-        app.views_up_to_date(store)
-        with output.progress() as show:
+        app.catch_up_views(store)
+        with counter() as show:
             found = verify.check(store, lambda done, total: show("reading events", done, total))
         problems = counted(len(found.problems), "problem")
         if found.problems and not force:
@@ -201,7 +202,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
 
 
 def _print(seen: Outlook, settings: Settings) -> None:
-    """What the restored log does not know, and what the next daemon does about it."""
+    """Print what the restored log lacks, and what the next daemon does about it."""
     from sftd.launcher import processes
 
     lines = [

@@ -28,7 +28,7 @@ _NOW: dict[type[e.Event], str] = {
 
 
 class LiveSteps:
-    """A progress line that lives in a terminal, and plain lines elsewhere."""
+    """One line that moves on a terminal, a line for each step elsewhere."""
 
     def __init__(self, out: Console, steps: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -57,7 +57,7 @@ class LiveSteps:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Something that stays on the screen."""
+        """Print a line that stays."""
         style = "bold red" if text.startswith(("kill", "ANOMALY")) else None
         self._progress.console.print(f"   {text}", style=style, markup=False)
 
@@ -125,23 +125,23 @@ def answers(history: list[Recorded], question: str, reference: str) -> Table:
 
 
 def redone_lines(history: list[Recorded]) -> tuple[list[str], bool]:
-    """The redone steps beside the log's. Returns lines to print and whether all match bit for bit."""
+    """The redone steps beside the log's. Returns lines to print, and whether all match bit for bit."""
     from sftd.domain.repro.steps import COMPARED, compare, redone_steps
 
-    lines = [f"   {'step':>4}  {'loss recorded':<20}  {'loss done again':<20}"]
-    all_equal = True
+    lines = [f"   {'step':>4}  {'loss in the log':<20}  {'loss redone':<20}"]
+    all_match = True
     for was, now in redone_steps(r.event for r in history):
-        equal = compare(was, now).is_exact
-        all_equal = all_equal and equal
-        verdict = "[green]equal[/]" if equal else "[bold red]DIFFERS[/]"
+        matches = compare(was, now).is_exact
+        all_match = all_match and matches
+        verdict = "[green]equal[/]" if matches else "[bold red]DIFFERS[/]"
         lines.append(f"   {now.step:>4}  {was.loss!r:<20}  {now.loss!r:<20}  {verdict}")
     count = len(lines) - 1
     if count == 0:
-        return ["   [bold red]no step was done again[/]"], False
+        return ["   [bold red]no step was redone[/]"], False
     names = ", ".join(name.removesuffix("_digest").replace("_", " ") for name in COMPARED)
     verdict = (
-        f"[bold green]{count} of {count} equal the log bit for bit[/]"
-        if all_equal
+        f"[bold green]{count} of {count} match the log bit for bit[/]"
+        if all_match
         else "[bold red]they differ[/]"
     )
-    return [*lines, f"   steps done again: {verdict} ({names})"], all_equal
+    return [*lines, f"   redone steps: {verdict} ({names})"], all_match

@@ -25,9 +25,9 @@ _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def doctor_command(as_json: bool) -> None:
-    """Look at everything that training needs here, and say how to fix what is not well.
+    """Diagnose this installation and suggest fixes.
 
-    Makes SFTD_HOME where there is none, and changes nothing else. Exits with 1 when something is broken; a warning is no error.
+    Makes SFTD_HOME where there is none, and changes nothing else. Exits with 1 if something is broken; warnings do not count.
 
     \b
     Example:
@@ -85,7 +85,7 @@ def _launcher(registered: Registered, settings: Settings, store: Store | None) -
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """A check that fails is a finding itself: the others continue."""
+    """The findings of a check; an error in it is a finding, so that the other checks run."""
     import sqlalchemy as sa
 
     from sftd.domain.errors import SftdError
@@ -95,7 +95,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
         yield from check()
     except (SftdError, OSError, ValueError, sa.exc.SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        yield broken(name, reason, _FIXES.get(name, "fix what it says, and ask again"))
+        yield broken(name, reason, _FIXES.get(name, "fix this, and run `sftd doctor` again"))
 
 
 _FIXES = {

@@ -1,4 +1,4 @@
-"""What `sftd doctor` looks at besides the host: the database, the daemon, and what dead attempts left."""
+"""What `sftd doctor` looks at besides the host: the database, daemons, and remains of dead attempts."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
     url = shown_url(settings.database_url)
     file = sqlite_file(settings.database_url)
     if file is not None and not file.exists():
-        return None, [ok("database", f"{url}: will be made by the first command that needs it")]
+        return None, [ok("database", f"{url}: the first command that needs it makes it")]
     store = Store(open_engine(settings.database_url))
     revision = store.schema_revision()
     if revision != SCHEMA_REVISION:
         store.engine.dispose()
         if file is not None and (revision is None or revision < SCHEMA_REVISION):
-            return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
+            return None, [ok("database", f"{url}: the next command that needs it upgrades it")]
         what = f"tables of revision {revision}" if revision else "no tables"
         fix = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
-        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", fix)]
+        return None, [
+            broken("database", f"{url} has {what}; this sftd needs revision {SCHEMA_REVISION}", fix)
+        ]
     return store, [_skew(store, f"{url}, revision {revision}")]
 
 
@@ -59,7 +61,7 @@ def _skew(store: Store, text: str) -> Finding:
 
 
 def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Whether a daemon drives this home, and whether others of this database have fallen silent."""
+    """Whether a daemon drives this home, and whether other daemons of this database are silent."""
     from sftd.daemon import lock
 
     holder = lock.holder(settings.daemon_lock)
@@ -120,7 +122,7 @@ def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int]
 
 
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Processes and half-written checkpoints of attempts that nobody drives, and what killed commands left."""
+    """Processes and half-written checkpoints of attempts that nobody drives, and scratch folders of killed commands."""
     from sftd.launcher import processes, rerun
     from sftd.store.queue import leases as queue
 

@@ -30,7 +30,7 @@ def config_command(word: str, markdown: bool, as_json: bool) -> None:
     if remark:
         output.note(remark)
     if not rows and not remark:
-        raise click.UsageError(f"No key is called so. {_meant(word)}")
+        raise click.UsageError(f"There is no key {word!r}. {_meant(word)}")
     if as_json:
         click.echo(output.json_line(rows))
     elif markdown:
@@ -45,7 +45,7 @@ def config_command(word: str, markdown: bool, as_json: bool) -> None:
 
 
 def find(word: str) -> tuple[list[dict[str, Any]], str]:
-    """The keys that a word is about, and what is to be said of a name that they have elsewhere."""
+    """The keys that match a word, and a remark where it is another trainer's name."""
     from sftd.domain.spec.aliases import ALIASES
     from sftd.domain.spec.other_trainers import TABLE, TOOLS, known
 

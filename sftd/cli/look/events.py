@@ -36,7 +36,7 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
         if name not in EVENT_TYPES:
             raise Refused(Problem("--type", f"no event is called {name}", "one of " + ", ".join(EVENT_TYPES)))
     store = app.open_store(app.read_settings())
-    run_id = app.pick(store, run)
+    run_id = app.resolve_run(store, run)
     version = 0
     if follow:
         output.when_interrupted(f"{run_id} continues.")

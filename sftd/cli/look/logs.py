@@ -48,9 +48,8 @@ def logs_command(
 ) -> None:
     """Print a run's progress, a line for each step, validation and checkpoint, and what torchrun and its ranks wrote.
 
-    Every line comes once, with its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out
-    with --rank. A rank's lines are in the order in which it wrote them; the others as they are found. What ranks wrote is
-    here only on their host.
+    Every line has its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out with --rank. The
+    lines of a rank are in order; between ranks there is none. What ranks wrote is only on their host.
 
     \b
     Example:
@@ -66,7 +65,7 @@ def logs_command(
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found = reading.find_run(store, app.pick(store, run))
+    found = reading.find_run(store, app.resolve_run(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
         what = f"{found.run_id} has made {counted(found.attempt, 'attempt')}"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))
@@ -100,17 +99,17 @@ def logs_command(
 
 
 class _Progress:
-    """The lines that the log has of a run, each once."""
+    """The progress lines of a run, each once."""
 
     def __init__(self, store: Store, run_id: str, last: int | None) -> None:
-        """`last`: begin with that number of the last lines of an attempt."""
+        """`last` is the number of lines to begin with, of the attempt."""
         self._store = store
         self._run_id = run_id
         self._last = last
         self._version = 0
 
     def print(self, attempt: int, planned_steps: int) -> bool:
-        """Print what is new of an attempt, and pass over what earlier ones have. Returns whether there was anything."""
+        """Print the new lines of an attempt, and skip those of earlier ones. Returns whether there were any."""
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
@@ -149,6 +148,6 @@ def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
 
 
 def _harmless(line: str, *, colour: bool) -> str:
-    """What a rank wrote without what does things to a terminal, but for its colours, which end with the line."""
+    """A rank's line without what a terminal obeys, colours excepted; they end with the line."""
     shown = _OBEYED.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
     return f"{shown}\x1b[0m" if "\x1b" in shown else shown

@@ -33,7 +33,7 @@ def init_command() -> None:
 
 @click.group("views")
 def views_command() -> None:
-    """The views that `ls` and `show` read are folded from the log, and can be thrown away.
+    """Rebuild the views folded from the log, which `ls` and `show` read.
 
     \b
     Example:
@@ -42,7 +42,7 @@ def views_command() -> None:
 
 
 @views_command.command("rebuild")
-def rebuild() -> None:
+def rebuild_command() -> None:
     """Delete the views and fold them again from the first event.
 
     \b

@@ -12,7 +12,7 @@ from sftd.cli.terminal import output
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
 def hold_command(run: str, reason: str) -> None:
-    """Keep a waiting RUN, or all waiting runs of a sweep, from starting until `sftd release`. Runs behind it go ahead.
+    """Keep a waiting RUN, or all waiting runs of a sweep, from starting until `sftd release`. Runs after it may start before it.
 
     \b
     Example:

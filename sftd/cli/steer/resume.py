@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
     """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
 
-    It stays the same run: steps that are computed again must match the log, and are compared. So only such
-    keys may change as leave its steps alone: the layout, micro-batches, what is saved and kept, `launch.*`, and
-    `trainer.max_steps` where the learning rates of the steps so far do not depend on it. For any other there is
-    `sftd fork`.
+    It stays the same run: redone steps are compared with the log and must match. So only keys that leave its steps as they are
+    may change: the layout, micro-batches, what is saved and kept, `launch.*`, and `trainer.max_steps` where the learning rates
+    so far do not depend on it. To change any other key, use `sftd fork`.
 
     \b
     Example:
@@ -37,7 +36,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter --from-step 100
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
-    from sftd.cli.plan.hosts import known_hosts
+    from sftd.cli.plan.known_hosts import known_hosts
     from sftd.domain.run import decisions, trajectory
     from sftd.domain.run.state import ENDED
     from sftd.domain.submit.facts import RunFacts
@@ -88,7 +87,9 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
 @click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
-@click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
+@click.option(
+    "--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, without a check."
+)
 def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     """End RUN, or all runs of a sweep: at the next step boundary, after a checkpoint. `sftd resume` continues a run. Runs that
     wait for its success (`sftd submit --after`) are cancelled with it, and named.
@@ -108,7 +109,7 @@ def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     def end(run_id: str) -> None:
         if abandon:
             ending = runs.abandon(store, app.context(), run_id, app.user_name())
-            _print_ending(ending, "is given up; make sure that nothing of it still runs")
+            _print_ending(ending, "is given up; check that none of its processes still run")
             return
         ending = runs.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
         if ending.run.status == "cancelled":

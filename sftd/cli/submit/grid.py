@@ -25,7 +25,8 @@ def submit(
     as_json: bool,
 ) -> None:
     """Queue every point of a grid, or none, and print their ids."""
-    from sftd.cli.plan.hosts import known_hosts
+    from sftd.cli.plan.known_hosts import known_hosts
+    from sftd.cli.submit.answers import queued_json
     from sftd.domain.errors import Refused
     from sftd.domain.spec.spec import spec_digest
     from sftd.domain.submit.facts import RunFacts
@@ -56,13 +57,10 @@ def submit(
     if as_json:
         rows = [
             {
-                "run_id": run_id,
+                **queued_json(run_id, point.spec, point.found, point.warnings),
                 "sweep": name,
                 "name": point.spec.trainer.experiment_name,
                 "values": point.values,
-                "spec_digest": spec_digest(point.spec),
-                "planned_steps": point.found.planned_steps,
-                "warnings": [str(w) for w in point.warnings],
             }
             for run_id, point in zip(run_ids, points, strict=True)
         ]
@@ -78,5 +76,5 @@ def submit(
             click.echo(run_id if quiet else f"{run_id}  {text}")
         if not quiet:
             output.note(f"{len(points)} runs are queued as {name}; `sftd show {name}` ranks them.")
-    if not dry_run and app.lacks_daemon(settings):
-        output.note("No daemon runs here, so they wait: `sftd daemon --detach` starts one.")
+    if not dry_run:
+        app.note_missing_daemon(settings, "they wait")

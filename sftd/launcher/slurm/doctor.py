@@ -1,4 +1,4 @@
-"""What `sftd doctor` looks at where Slurm's commands are: what the daemon asks of them, in the same way."""
+"""What `sftd doctor` checks of Slurm: the calls that the daemon makes, with the same arguments."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _controller() -> Iterator[Finding]:
         yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:
-        fix = "sftd needs squeue as it is in Slurm 22.05 or later; report yours with `squeue --version`"
-        yield broken("Slurm", "squeue does not answer in the form in which it is asked", fix)
+        fix = "use Slurm 22.05 or later; otherwise report the output of `squeue --version`"
+        yield broken("Slurm", "squeue does not print the format that sftd asks for", fix)
         return
     took = time.perf_counter() - began
     living = sum(not job.has_ended for job in jobs.values())
@@ -73,7 +73,7 @@ def _accounting() -> str:
     try:
         slurm_commands.accounted(_run, ["1"])
     except (Unanswered, ValueError):
-        return "no accounting (sacct): a job that Slurm has forgotten is judged by its folder"
+        return "no accounting (sacct): for a job that Slurm no longer lists, sftd reads its folder"
     return "accounting answers"
 
 

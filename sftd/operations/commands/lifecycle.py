@@ -1,4 +1,4 @@
-"""What people do with runs: submit, fork, cancel, resume."""
+"""What people do with runs: fork, cancel, resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sftd.domain.run import decisions
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.state import ENDED, Run
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands.submit import Wish, new_run_id, submit_all
+from sftd.operations.commands.submit import new_run_id
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.dependents import all_dependents, leave_queue
 from sftd.operations.driving import checkpoints
@@ -20,13 +20,6 @@ from sftd.store.queue import leases as queue
 from sftd.store.queue import order as schedule
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
-
-
-def submit(
-    store: Store, context: Context, spec: Spec, found: Preflight, warnings: list[Problem], user: str
-) -> str:
-    """Record a run and queue it. Returns its id."""
-    return submit_all(store, context, [Wish(spec, found, warnings)], user)[0]
 
 
 class Ending(msgspec.Struct, frozen=True):

@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from sftd.cli import main
-from sftd.cli.watch.board import board_lines, run_lines
+from sftd.cli.watch.view import board_lines, run_lines
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Limits
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts
 from sftd.operations.queries.board import Observer, RunObserver
 from sftd.store.database.engine import Store
@@ -37,7 +37,7 @@ SILENT = 30_000_000
 def drive(log: Store, planned: int = 1000) -> str:
     """A run that a daemon drives. Returns its id."""
     of = spec(steps=planned)
-    runs.submit(log, CONTEXT, of, Preflight(SHAPE, FACTS, None, planned, []), [], "ada")
+    submit_all(log, CONTEXT, [Wish(of, Preflight(SHAPE, FACTS, None, planned, []))], "ada")
     found = attempts.claim(log, CONTEXT, daemon="d", host="h", fits=lambda run: True, lease_micros=LEASE)
     assert found is not None
     return found.lease.run_id
@@ -65,7 +65,7 @@ def test_a_board_shows_what_runs_what_waits_and_what_failed(log: Store) -> None:
         [step(1, 4.0), step(2, 2.0), FAILED, *claimed(from_step=1)[:1], step(2, 3.0)],
         at=CONTEXT.now(),
     )
-    waiting = runs.submit(log, CONTEXT, spec(), Preflight(SHAPE, FACTS, None, 3, []), [], "bob")
+    waiting = submit_all(log, CONTEXT, [Wish(spec(), Preflight(SHAPE, FACTS, None, 3, []))], "bob")[0]
     board = watching.look()
     [line] = board.runs
     assert line.losses == [4.0, 3.0], "the second attempt drew step 2 anew"
@@ -236,7 +236,7 @@ def test_a_board_is_json(
     append(log, run, [step(1), FAILED, *claimed()[:1]], at=CONTEXT.now())
     monkeypatch.setenv("SFTD_HOME", str(tmp_path))
     monkeypatch.setenv("SFTD_DATABASE_URL", database_url)
-    runs.submit(log, CONTEXT, spec(), Preflight(SHAPE, FACTS, None, 3, []), [], "bob")
+    submit_all(log, CONTEXT, [Wish(spec(), Preflight(SHAPE, FACTS, None, 3, []))], "bob")
     board = json.loads(CliRunner().invoke(main, ["watch", "--json"], catch_exceptions=False).stdout)
     for part, command in (("nodes", "nodes"), ("waiting", "queue")):
         alone = json.loads(CliRunner().invoke(main, [command, "--json"], catch_exceptions=False).stdout)

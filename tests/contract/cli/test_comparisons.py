@@ -207,8 +207,8 @@ def test_what_is_not_set_is_not_said_to_be_untold(
     shown = CliRunner().invoke(main, asked, env={"COLUMNS": "120"}, catch_exceptions=False).stdout
     rows = {cells[1]: cells[2:] for cells in map(str.split, shown.splitlines()) if len(cells) > 4}
     assert rows["trainer.max_steps"] == ["not", "set", "10", "10"]
-    assert rows["OMP_NUM_THREADS"] == ["not", "set", "1", "not", "told"]
-    assert rows["cuda"] == ["12.9", "13.0", "not", "told"]
+    assert rows["OMP_NUM_THREADS"] == ["not", "set", "1", "not", "recorded"]
+    assert rows["cuda"] == ["12.9", "13.0", "not", "recorded"]
     page = tmp_path / "c.html"
     CliRunner().invoke(main, [*asked, "--html", str(page)], catch_exceptions=False)
     assert "<td>not set</td><td>10</td>" in page.read_text()

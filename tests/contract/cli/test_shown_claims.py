@@ -65,12 +65,12 @@ def test_bit_for_bit_is_claimed_only_of_what_was_compared_so(log: Store, show: S
     redone(log, "skipped", e.SamplesSkipped(step=1, sample=40, reason="loss_spike"))
     append(log, "once", [submitted(spec()), *claimed(), step(1), step(2)])
     assert {name: show(name).get("redone steps") for name in ("exact", "loose", "odd", "spike")} == {
-        "exact": "1 (all equal to the log, bit for bit)",
-        "loose": "1 (all equal to the log, except for rounding)",
+        "exact": "1 (all match the log bit for bit)",
+        "loose": "1 (all match the log to within rounding)",
         "odd": "1 (1 differ from the log)",
-        "spike": "1 (all equal to the log, bit for bit)",
+        "spike": "1 (all match the log bit for bit)",
     }
-    assert show("skipped")["redone steps"] == "1 (all with the same samples equal to the log, bit for bit)"
+    assert show("skipped")["redone steps"] == "1 (all with the same samples match the log bit for bit)"
     assert "redone steps" not in show("once")
     assert [show(name).get("anomalies") for name in ("exact", "odd")] == [None, "1"]
 
@@ -81,7 +81,7 @@ def test_the_last_verification_is_what_came_of_it(log: Store, show: Show) -> Non
     for name, outcomes in {"good": [diverged, verified], "bad": [verified, diverged], "none": []}.items():
         append(log, name, [submitted(spec()), *claimed(), step(1), step(2), *outcomes])
     assert show("good")["last verified"].startswith("steps 1 to 2, ")
-    assert show("good")["last verified"].endswith(": came out as the log has them")
+    assert show("good")["last verified"].endswith(": matched the log")
     assert show("bad")["last verified"].endswith(": diverged at step 2")
     assert "last verified" not in show("none")
 

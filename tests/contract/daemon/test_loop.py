@@ -24,6 +24,7 @@ from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.queries import nodes
@@ -109,7 +110,7 @@ def daemon(log: Store, tmp_path: Path) -> Callable[..., Daemon]:
 
 
 def submit(log: Store) -> str:
-    return runs.submit(log, CONTEXT, ONE_DEVICE, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    return submit_all(log, CONTEXT, [Wish(ONE_DEVICE, Preflight(SHAPE, FACTS, None, 3, []))], "ada")[0]
 
 
 def give_up(log: Store, run_id: str) -> None:
@@ -436,7 +437,7 @@ def test_an_attempt_gets_everything_that_the_log_knows(
     files = ModelFiles(files={"config.json": ModelFile(2, "c")}, weights={"w": ModelFile(3, "w")})
     facts = msgspec.structs.replace(FACTS, digest="t"), msgspec.structs.replace(FACTS, digest="v")
     spec = msgspec.structs.replace(ONE_DEVICE, trainer=Trainer(max_steps=30))
-    run_id = runs.submit(log, CONTEXT, spec, Preflight(SHAPE, *facts, 30, [], files), [], "ada")
+    run_id = submit_all(log, CONTEXT, [Wish(spec, Preflight(SHAPE, *facts, 30, [], files))], "ada")[0]
     launcher = Launcher()
     one = daemon(launcher)
     one.tick()

@@ -16,7 +16,7 @@ from sftd.daemon.registration import NotAlone, Registration, this_daemon
 from sftd.daemon.rescuer import Orphans, orphaned
 from sftd.domain.run.identity import Identity
 from sftd.launcher import processes
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.projections import views
@@ -56,7 +56,7 @@ class Place:
         """A run whose attempt a daemon has claimed, and the attempt's folder, which is not there yet."""
         with self.store.write(appends=False) as tx:
             daemons.register(tx, row)
-        runs.submit(self.store, self.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+        submit_all(self.store, self.context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
         found = attempts.claim(
             self.store,
             self.context,

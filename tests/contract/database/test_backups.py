@@ -21,7 +21,7 @@ from sftd.cli import main
 from sftd.daemon.lock import DaemonLock
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts
 from sftd.projections import views
 from sftd.store.database import backups
@@ -66,7 +66,7 @@ class Home:
     def submit(self, claim: bool = False) -> str:
         """Queue a run; with `claim`, also have a dead daemon drive it, which recorded two steps."""
         store = self.open()
-        run_id = runs.submit(store, CONTEXT, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+        run_id = submit_all(store, CONTEXT, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")[0]
         if claim:
             with store.write(appends=False) as tx:
                 row = DaemonRow("d", processes.host_name(), 1, 1.1, str(self.path), '{"cpus":2}', 1, 1)

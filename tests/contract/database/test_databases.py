@@ -14,7 +14,7 @@ from sftd.cli import main
 from sftd.domain.errors import Refused, ViewDamaged
 from sftd.domain.log import events as e
 from sftd.operations.commands import copy_database as databases
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts
 from sftd.projections import verify, views
 from sftd.store.database import copying
@@ -43,7 +43,7 @@ def log(store: Store) -> Store:
     with log.write(appends=False) as tx:
         daemons.register(tx, DaemonRow("d", "host", 1, 1.1, "/home", '{"cpus":2}', 1, 1))
     for _ in range(2):
-        runs.submit(log, CONTEXT, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ädä")
+        submit_all(log, CONTEXT, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ädä")
     lease = claim(log)
     published = [
         e.CheckpointPublished(step=n, path=f"c/{n}", bytes=n, manifest_digest="d", seconds=0.1)

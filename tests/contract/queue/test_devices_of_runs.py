@@ -21,6 +21,7 @@ from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
@@ -89,7 +90,7 @@ class Host:
     def submit(self, ranks: int, device: str = "cuda", threads: int | None = None) -> str:
         launch = Launch(nproc_per_node=ranks, device=device, threads_per_rank=threads)  # type: ignore[arg-type]
         spec = msgspec.structs.replace(SPEC, launch=launch)
-        return runs.submit(self.store, CONTEXT, spec, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+        return submit_all(self.store, CONTEXT, [Wish(spec, Preflight(SHAPE, FACTS, None, 3, []))], "ada")[0]
 
     def launches(self, run_id: str) -> list[e.AttemptLaunched]:
         return [

@@ -15,6 +15,7 @@ from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.driving.attempts import Claimed
@@ -42,7 +43,7 @@ def skewed(by: int) -> Context:
 
 
 def submit(log: Store, context: Context = CONTEXT) -> str:
-    return runs.submit(log, context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    return submit_all(log, context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")[0]
 
 
 def claim(log: Store, context: Context = CONTEXT, daemon: str = "d") -> Claimed | None:

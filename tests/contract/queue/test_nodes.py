@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from sftd.cli import main
 from sftd.domain.log import events as e
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.queries.nodes import Devices, Node, list_nodes
@@ -38,7 +38,7 @@ def register(log: Store, daemon: str, host: str, home: str = "/home", gpus: int 
 
 
 def drive(log: Store, daemon: str, devices: list[str] | None) -> str:
-    runs.submit(log, CONTEXT, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    submit_all(log, CONTEXT, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
     found = attempts.claim(log, CONTEXT, daemon=daemon, host="h", fits=lambda run: True, lease_micros=LEASE)
     assert found is not None
     if devices is not None:

@@ -24,6 +24,7 @@ from sftd.domain.spec.spec import OrderStart
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Report
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
@@ -125,7 +126,7 @@ class Host:
             training=training or SPEC.training,
             scheduler=Scheduler(type="constant"),
         )
-        return runs.submit(self.store, CONTEXT, spec, FOUND, [], "ada")
+        return submit_all(self.store, CONTEXT, [Wish(spec, FOUND)], "ada")[0]
 
     def attempt(self, number: int) -> Attempt:
         """The attempt that was started as this one of all, once its launch is recorded."""

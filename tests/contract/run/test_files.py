@@ -17,6 +17,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.operations.commands import gc as collecting
 from sftd.operations.commands import lifecycle as runs
 from sftd.operations.commands import remove as removing
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts, checkpoints
 from sftd.operations.driving import reduce as reducing
 from sftd.operations.driving.attempts import Claimed
@@ -78,7 +79,7 @@ class Home:
         spec: Spec
         spec, _ = change(SPEC, [("checkpoint.keep_last", 1), *overrides])
         if name is None:
-            runs.submit(self.log, self.clock.context, spec, found(3), [], "ada")
+            submit_all(self.log, self.clock.context, [Wish(spec, found(3))], "ada")
         claimed = claim(self.log, self.clock)
         run_id = claimed.run.run_id
         folder = RunDir(self.path, run_id).checkpoint_dir("")
@@ -378,7 +379,7 @@ def test_views_of_before_have_sizes_after_an_upgrade(home: Home, log: Store) -> 
 def unkept(home: Home) -> tuple[Claimed, list[Path]]:
     """A run that trains, and the checkpoints of its first two steps: nothing keeps them."""
     spec, _ = change(SPEC, [("checkpoint.keep_last", 1), ("checkpoint.keep_best", 0)])
-    run_id = runs.submit(home.log, home.clock.context, spec, found(3), [], "ada")
+    run_id = submit_all(home.log, home.clock.context, [Wish(spec, found(3))], "ada")[0]
     claimed = claim(home.log, home.clock)
     folder = RunDir(home.path, run_id).checkpoint_dir("")
     told = [event for number in (1, 2, 3) for event in (step(number), save(folder, run_id, number))]

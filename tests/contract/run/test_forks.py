@@ -16,6 +16,7 @@ from sftd.domain.run.state import Run
 from sftd.domain.spec.parse import change
 from sftd.operations.commands import gc as collecting
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts, checkpoints
 from sftd.operations.driving.attempts import Claimed
 from sftd.operations.queries import forks, model_files
@@ -60,7 +61,7 @@ def train(log: Store, clock: Clock, claimed: Claimed, folder: Path, first: int, 
 @pytest.fixture
 def parent(log: Store, clock: Clock, tmp_path: Path) -> Run:
     """A run of three steps that has succeeded, each of them with a checkpoint."""
-    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")
+    submit_all(log, clock.context, [Wish(RESOLVED, found(3))], "ada")
     claimed = claim(log, clock)
     train(log, clock, claimed, tmp_path / "parent", 1, 3)
     return end(log, clock, claimed, 0)
@@ -96,7 +97,7 @@ def test_a_fork_and_its_pin_are_one_transaction(log: Store, clock: Clock, parent
 
 
 def test_the_tree_holds_every_generation(log: Store, clock: Clock, parent: Run) -> None:
-    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")  # no relative
+    submit_all(log, clock.context, [Wish(RESOLVED, found(3))], "ada")  # no relative
     one = fork(log, clock, parent, 2)
     two = fork(log, clock, parent, 1)
     three = fork(log, clock, reading.find_run(log, one), 2, ("optimizer.lr", 0.25))
@@ -124,7 +125,7 @@ def test_a_resume_with_another_spec_goes_on_with_it(log: Store, clock: Clock, pa
     spec, _ = change(parent.spec, [("launch.priority", 7), ("checkpoint.keep_last", 1)])
     run = runs.resume(log, clock.context, parent.run_id, "bob", 2, preflight.proposal(spec, found(3)))
     assert (run.status, run.spec, run.planned_steps) == ("queued", spec, 3)
-    runs.submit(log, clock.context, RESOLVED, found(3), [], "ada")
+    submit_all(log, clock.context, [Wish(RESOLVED, found(3))], "ada")
     assert claim(log, clock).run.run_id == parent.run_id, "its priority is that of the new spec"
 
 
@@ -272,7 +273,7 @@ def test_an_attempt_is_given_the_record_of_the_model_folder(log: Store, clock: C
         {"config.json": {"rope_theta": 1e4, "note": "ä\n'\"", "ids": [1, None, True]}},
     )
     submitted = msgspec.structs.replace(found(3), model_files=files)
-    name = runs.submit(log, clock.context, RESOLVED, submitted, [], "ada")
+    name = submit_all(log, clock.context, [Wish(RESOLVED, submitted)], "ada")[0]
     claimed = claim(log, clock)
     assert claimed.model == ModelRecord(files)
     for number, digest in enumerate(("c" * 64, "d" * 64), 1):

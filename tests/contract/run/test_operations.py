@@ -16,6 +16,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
 from sftd.launcher.local import LocalAttempt
 from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts, checkpoints
 from sftd.operations.driving.attempts import Claimed
 from sftd.store.database.engine import Store
@@ -32,7 +33,7 @@ from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
 
 def claimed(log: Store, clock: Clock, daemon: str = "daemon-1") -> Claimed:
-    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
     found = attempts.claim(
         log, clock.context, daemon=daemon, host="host", fits=lambda run: True, lease_micros=LEASE
     )
@@ -44,7 +45,7 @@ def test_the_chat_template_of_the_data_is_in_the_log(log: Store, clock: Clock) -
     plain = Preflight(SHAPE, FACTS, None, 3, [])
     template = ChatTemplate(name="short", date="2025-01-02", arguments={"loud": True})
     for found, wanted in ((plain, None), (msgspec.structs.replace(plain, template=template), template)):
-        run_id = runs.submit(log, clock.context, SPEC, found, [], "ada")
+        run_id = submit_all(log, clock.context, [Wish(SPEC, found)], "ada")[0]
         assert checkpoints.chat_template(log, run_id) == wanted
 
 
@@ -101,9 +102,9 @@ def test_a_run_is_given_up_only_when_its_daemon_is_silent(log: Store, clock: Clo
 
 def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
     first = claimed(log, clock).run.run_id
-    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
     clock.time += 1
-    runs.submit(log, clock.context, SPEC, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
+    submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
     with log.read() as connection:
         large, small = (entry.run_id for entry in schedule.waiting(connection))
     assert first not in (large, small)

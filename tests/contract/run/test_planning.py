@@ -113,9 +113,9 @@ def test_the_pace_is_that_of_earlier_runs_on_such_a_device(log: Store) -> None:
 
 
 def test_a_run_that_never_started_has_no_outcome(log: Store, clock: Clock) -> None:
-    from sftd.operations.commands import lifecycle as runs
+    from sftd.operations.commands.submit import Wish, submit_all
     from sftd.wire.preflight import Preflight
 
-    run_id = runs.submit(log, clock.context, SPEC, Preflight(SHAPE, DATA, None, 3, []), [], "ada")
+    run_id = submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, DATA, None, 3, []))], "ada")[0]
     run = reading.find_run(log, run_id)
     assert planning.outcome(log, run, reading.goodput(log, run_id, clock.time)) is None

@@ -59,7 +59,7 @@ def test_a_plan_says_memory_time_disk_and_the_layout(home: Home, sftd: Sftd) -> 
     assert done.exit_code == 0, done.output
     for word in ("weights", "optimizer", "activations", "at the peak", "fits", "step", "run", "disk"):
         assert word in done.output
-    assert "TP1 PP1 DP1" in done.output
+    assert ", 1 rank, float32" in done.output
     assert not (home.path / "home" / "sftd.db").exists(), "a plan writes nothing"
 
 

@@ -124,10 +124,9 @@ def start(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
 
 def screen(written: str) -> list[str]:
     """The lines of what was written, without what is not text."""
-    # Each line is put where it belongs.
-    return [
-        line.rstrip("\r") for line in _SEQUENCE.sub("", re.sub(r"\x1b\[\d+;1H", "\n", written)).split("\n")
-    ]
+    # Each screen begins at the top left.
+    text = _SEQUENCE.sub("", written.replace("\x1b[H", "\n"))
+    return [line.strip("\r") for line in text.split("\n")]
 
 
 def test_a_board_lives_in_a_terminal(log: Store, home: Path, start: Callable[..., Terminal]) -> None:

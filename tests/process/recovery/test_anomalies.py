@@ -45,7 +45,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
 
     # Trained again from the beginning, it leaves out the same samples; each attempt's rows are known.
     verified = home.run("verify", run_id, "--from-step", "0")
-    assert "verified: steps 1 to 30 came out as the log has them, bit for bit" in verified.stdout
+    assert "verified: steps 1 to 30 match the log bit for bit" in verified.stdout
     seen = home.run("data", run_id, "--step", "20").stdout
     assert "attempt 1 saw others, which were left out afterwards" in seen
     assert "is the log's (attempt 2" in seen
@@ -62,4 +62,4 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
     }
     assert again == {n: e["payload"]["samples_digest"] for n, e in steps.items()}
     assert "is the log's (attempt 4" in home.run("data", run_id, "--step", "20").stdout
-    assert "(all with the same samples equal to the log, bit for bit)" in home.run("show", run_id).stdout
+    assert "(all with the same samples match the log bit for bit)" in home.run("show", run_id).stdout

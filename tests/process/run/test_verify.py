@@ -69,7 +69,7 @@ def test_an_undisturbed_run_is_verified(trained: tuple[Home, str]) -> None:
     home, run_id = trained
     before = {p: p.stat().st_mtime_ns for p in (home.path / "home" / "runs").rglob("*") if p.is_file()}
     done = home.run("verify", run_id)
-    assert "verified: steps 6 to 12 came out as the log has them, bit for bit" in done.stdout
+    assert "verified: steps 6 to 12 match the log bit for bit" in done.stdout
     assert f"{run_id}: training again from step 5 on cpu:0" in done.stderr
     assert f"{run_id}: step 12 of 12: 7 agree" in done.stderr
     last = outcomes(home, run_id)[-1]
@@ -108,7 +108,7 @@ def test_a_changed_row_is_found_at_the_step_that_saw_it(trained: tuple[Home, str
     seen = json.loads(home.run("data", run_id, "--step", "8", "--json", check=1).stdout)
     assert seen["rows"][1]["row"] == changed_row
     assert [(a["attempt"], a["agrees"], a["is_shown"]) for a in seen["attempts"]] == [(1, True, True)]
-    assert "not those that were submitted" in seen["problems"][0]
+    assert "changed since the submit" in seen["problems"][0]
 
 
 def test_another_learning_rate_is_found(trained: tuple[Home, str]) -> None:

@@ -21,10 +21,10 @@ from rich.text import Text
 
 from sftd import settings
 from sftd.cli import COMMANDS, HINTS, main
-from sftd.cli.run_state import history_table
 from sftd.cli.submit.show_config import as_yaml
 from sftd.cli.terminal import output
 from sftd.cli.terminal.output import summary
+from sftd.cli.terminal.run_details import history_table
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events
 from sftd.domain.log.events import Recorded

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from sftd.cli.terminal import output
-from sftd.cli.terminal.run_table import COLUMNS, SORTS, runs_table
+from sftd.cli.terminal.run_table import COLUMNS, SORTS, STATUSES, runs_table
+from sftd.domain.run.state import Status
 from sftd.operations.queries.runs import RunRow
 
 HOUR = 3_600_000_000
@@ -123,3 +124,15 @@ def test_runs_without_a_figure_come_last(key: str) -> None:
 )
 def test_an_age_has_one_unit(seconds: int, shown: str) -> None:
     assert output.age(seconds * 1_000_000) == shown
+
+
+def test_every_status_has_a_style_in_the_order_of_a_runs_life() -> None:
+    assert get_args(Status) == STATUSES
+
+
+def test_a_coloured_table_has_the_text_of_the_plain_one() -> None:
+    rows = [row(1), row(2, status="failed")]
+    plain, coloured = (list(runs_table(rows, 10 * HOUR, 80, colour=colour)) for colour in (False, True))
+    assert [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in coloured] == plain
+    assert coloured[0].startswith("\x1b[2m"), "the head is dim, whatever a column's colour"
+    assert coloured[0].count("\x1b") == 2

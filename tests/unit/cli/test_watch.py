@@ -1,16 +1,12 @@
-"""The screen says when the board is not the present state."""
+"""`sftd watch` says when its screen is out of date."""
 
 from __future__ import annotations
 
-import io
 import threading
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.text import Text
 
-from sftd.cli.terminal.screen import Screen
 from sftd.cli.watch import command as watch
 from sftd.store.database.engine import DatabaseUnreachable
 from tests.builders.patience import PATIENCE
@@ -37,7 +33,7 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     monkeypatch.setattr(watch, "_SECONDS", 0.0)
     monkeypatch.setattr(watch, "_REST", 0.0)
     observer = Looked()
-    looking = watch._Looking(observer)  # type: ignore[arg-type]
+    looking = watch._ObserverThread(observer)  # type: ignore[arg-type]
     looking.start()
     observer.asked.acquire()
     assert looking.complaint() == "", "it has only just begun"
@@ -68,23 +64,3 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     observer.go.release()
     looking.stop()
     assert not looking.is_alive()
-
-
-def test_only_lines_that_changed_are_sent() -> None:
-    sent = io.StringIO()
-    console = Console(
-        file=sent, force_terminal=True, color_system="truecolor", width=20, height=4, _environ={}
-    )
-    screen = Screen(console)
-    screen.show([Text("one"), Text("x" * 20), Text("three")], (20, 4))
-    assert sent.getvalue() == f"\x1b[1;1Hone\x1b[0K\x1b[2;1H{'x' * 20}\x1b[3;1Hthree\x1b[0K\x1b[4;1H\x1b[0K"
-    sent.seek(0)
-    sent.truncate()
-    screen.show([Text("one", "red"), Text("x" * 20)], (20, 4))
-    assert sent.getvalue() == "\x1b[1;1H\x1b[31mone\x1b[0m\x1b[0K\x1b[3;1H\x1b[0K"
-    sent.seek(0)
-    sent.truncate()
-    screen.show([Text("one", "red"), Text("x" * 20)], (20, 4))
-    assert sent.getvalue() == ""
-    screen.show([Text("one", "red"), Text("x" * 20)], (20, 3))
-    assert "one" in sent.getvalue(), "what another size of a window did to it is not known"

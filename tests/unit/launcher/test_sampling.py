@@ -12,7 +12,7 @@ import pytest
 
 from sftd.cli.app import make_home
 from sftd.cli.daemon.command import run_daemon, start_detached
-from sftd.cli.plan.host import Host
+from sftd.cli.plan.target import Target
 from sftd.domain.errors import Refused
 from sftd.domain.spec.spec import Spec
 from sftd.launcher import inventory, sampling
@@ -103,8 +103,8 @@ def test_a_gpu_that_does_not_tell_its_memory_is_listed_and_the_plan_asks_for_it(
     monkeypatch.setitem(sys.modules, "pynvml", found)
     assert inventory.gpus() == [("NVIDIA GB10", 0)]
     with pytest.raises(Refused, match="NVIDIA GB10"):
-        Host.find(Spec())
-    assert Host.find(Spec(), gib=128).memory == 128 * 2**30
+        Target.find(Spec())
+    assert Target.find(Spec(), gib=128).memory == 128 * 2**30
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftd.cli.tools import order_file
+from sftd.cli.order_file import order_file
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.sections import Model

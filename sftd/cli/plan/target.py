@@ -1,4 +1,4 @@
-"""The devices that a plan is for, and what the log knows of their pace."""
+"""The devices that a plan is for, and their pace in the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-class Host:
+class Target:
     """The devices that a plan is for: how many, of how many bytes each (on CPUs: of the host)."""
 
     def __init__(self, machine: Machine, devices: int, memory: int, *, is_here: bool) -> None:
@@ -29,8 +29,8 @@ class Host:
     @classmethod
     def find(
         cls, spec: Spec, devices: int | None = None, gib: float | None = None, name: str | None = None
-    ) -> Host:
-        """As the options say; what they leave open is this host's. Raises `Refused` where it has none to go by."""
+    ) -> Target:
+        """The devices that the options name, completed with this host's. Raises `Refused` for a device of unknown memory."""
         import psutil
 
         from sftd.domain.errors import Problem, Refused
@@ -42,7 +42,7 @@ class Host:
         here = gpus()
         wanted = name or ("cpu" if spec.launch.device == "cpu" else "")
         if not wanted and not here and (spec.launch.device == "cuda" or devices or gib):
-            # Somewhere else, on GPUs that are not named.
+            # On another host, on GPUs that are not named.
             wanted = "H100"
         if wanted.lower() == "cpu" or not (wanted or here):
             memory = int(gib * _GIB) if gib else int(psutil.virtual_memory().total)
@@ -53,8 +53,8 @@ class Host:
         title = here[0][0] if is_here else wanted
         memory = int(gib * _GIB) if gib else (here[0][1] if is_here else device_bytes(wanted))
         if not memory:
-            what = f"how much memory a {title} has is not known"
-            raise Refused(Problem("--memory", what, "say it: --memory GIB"))
+            what = f"the memory of a {title} is not known"
+            raise Refused(Problem("--memory", what, "use --memory GIB"))
         machine = Machine(device="cuda", name=title, cores=1)
         count = devices or (len(here) * spec.launch.nnodes if is_here else spec.world_size)
         return cls(machine, count, memory, is_here=is_here)
@@ -64,15 +64,15 @@ class Host:
         return needed * (ranks if self.machine.device == "cpu" else 1) <= self.memory
 
 
-def facts_of(found: Preflight) -> Facts:
-    """What preflight found, for a plan."""
+def plan_facts(found: Preflight) -> Facts:
+    """What a plan needs of a preflight."""
     from sftd.domain.plan.plan import Facts
 
     return Facts(shape=found.shape, train=found.train, val=found.val, planned_steps=found.planned_steps)
 
 
 def known_pace(shape: ModelShape, machine: Machine) -> float | None:
-    """What earlier runs in the log say of the pace; None where there is no log, or nothing in it."""
+    """The pace of earlier runs; None where there is no log, or no such run."""
     from sftd.domain.errors import SftdError
     from sftd.operations.queries import plan as planning
 
@@ -80,5 +80,5 @@ def known_pace(shape: ModelShape, machine: Machine) -> float | None:
         store = app.open_existing_store(app.read_settings())
         return planning.calibration(store, shape, machine) if store else None
     except SftdError as error:
-        output.note(f"The log is not asked for the pace of earlier runs: {error}")
+        output.note(f"The pace of earlier runs is not used: {error}")
         return None

@@ -39,7 +39,7 @@ def _job(run: Run) -> str:
 def print_state(
     run: Run, history: list[Recorded], more: Iterable[tuple[str, str]] = (), speed: float | None = None
 ) -> None:
-    """What a run is at the end of `history`, then `more` of the same kind, and its checkpoints. `speed` is in tokens/s."""
+    """Print the facts of a run at the end of `history`, then `more` facts, and its checkpoints. `speed` is in tokens/s."""
     from rich.text import Text
 
     from sftd.operations.driving.checkpoints import is_missing
@@ -68,7 +68,6 @@ def _harmless(lines: str) -> Text:
 def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple[str, Any]]:
     from rich.text import Text
 
-    from sftd.cli.plan.view import layout_text
     from sftd.domain.log.events import RunSubmitted
 
     spec = run.spec
@@ -97,7 +96,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("data", ", ".join(spec.data.train_files)),
-        ("layout", layout_text(spec)),
+        ("layout", output.layout(spec.parallel_sizes)),
         (
             "batch",
             f"{spec.data.train_batch_size} in micro-batches of "
@@ -146,10 +145,10 @@ def _redone(run: Run, history: list[Recorded]) -> str:
     odd = sum(isinstance(r.event, AnomalyDetected) and r.event.what == REDONE_DIFFERS for r in history)
     if odd:
         return f"{run.steps_redone} ({odd} differ from the log)"
-    # Where samples are left out, or read again, they are other steps: nothing to compare.
+    # Steps with other samples, after a rollback, are not compared.
     which = "with the same samples " if any(isinstance(r.event, SamplesSkipped) for r in history) else ""
-    how = "bit for bit" if run.is_exact else "except for rounding"
-    return f"{run.steps_redone} (all {which}equal to the log, {how})"
+    how = "bit for bit" if run.is_exact else "to within rounding"
+    return f"{run.steps_redone} (all {which}match the log {how})"
 
 
 def _last_replay(run: Run) -> Text | str:
@@ -157,10 +156,10 @@ def _last_replay(run: Run) -> Text | str:
 
     if (replay := run.last_replay) is None:
         return ""
-    told = f"steps {replay.from_step + 1} to {replay.to_step}, {output.clock(replay.at)}: "
+    steps = f"steps {replay.from_step + 1} to {replay.to_step}, {output.clock(replay.at)}: "
     if replay.diverged_at is not None:
-        return Text(f"{told}diverged at step {replay.diverged_at}", "bold red")
-    return f"{told}came out as the log has them"
+        return Text(f"{steps}diverged at step {replay.diverged_at}", "bold red")
+    return f"{steps}matched the log"
 
 
 def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
@@ -178,17 +177,12 @@ def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
 
 
 def _checkpoints_table(run: Run) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.run.retention import why_kept
 
-    reasons = why_kept(run)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("checkpoint", "size", "val"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("kept because")
+    reasons, numbers = why_kept(run), ("checkpoint", "size", "val")
+    table = output.table(*numbers, "kept because", right=numbers, fold=["kept because"])
     for c in run.checkpoints:
         table.add_row(
             f"step {c.step}",
@@ -201,18 +195,12 @@ def _checkpoints_table(run: Run) -> Table:
 
 def history_table(history: list[Recorded]) -> Table:
     """The events of `history` that are not steps, one a row."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.events import AnomalyDetected
 
     count: Counter[tuple[int | None, str]] = Counter()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("time", no_wrap=True, style="dim")
-    table.add_column("try", justify="right", no_wrap=True)
-    table.add_column("event", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = output.table("time", "try", "event", "", right=["try"], dim=["time"], fold=[""])
     for r in history:
         if isinstance(r.event, AnomalyDetected):
             count[r.attempt, r.event.what] += 1

@@ -1,4 +1,4 @@
-"""How a live board looks: lines of text, cut to the size of the screen."""
+"""The screens of `sftd watch` as lines of text, cut to the size of the terminal."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ if TYPE_CHECKING:
     from sftd.operations.queries.nodes import Node
     from sftd.operations.queries.queue import QueueRow
 
-# More devices than these are told in numbers alone.
+# More devices are shown as a number alone.
 _MOST_BOXES = 32
-# A board that is printed and not watched shows all runs, and so many events.
+# A printed screen shows all runs, and this many events.
 _EVENTS = 10
 
 
 def board_lines(board: Board, width: int, height: int | None) -> list[Text]:
-    """The queue, the devices and all running runs, in at most `height` lines; without one, all there is."""
+    """The queue, the devices and the running runs, in at most `height` lines; everything where it is None."""
     lines = [
         _title(board, width, watched=height is not None),
         *(_node(node) for node in _shown(board.nodes)),
         Text(),
     ]
-    room = (height if height is not None else 10_000) - len(lines)
+    limit = 10_000 if height is None else height
+    room = limit - len(lines)
     lines += _running(board, width, room * 2 // 3 if board.queue[len(board.runs) :] else room - 4)
     waiting = [row for row in board.queue if row.kind]
-    left = (height if height is not None else 10_000) - len(lines)
     if waiting:
-        lines += _waiting_section(waiting, board.at, max(3, left - 3))
-        left = (height if height is not None else 10_000) - len(lines)
-    latest = _EVENTS if height is None else max(0, left)
+        lines += _waiting_section(waiting, board.at, max(3, limit - len(lines) - 3))
+    latest = _EVENTS if height is None else max(0, height - len(lines))
     failures = [_event(r, board.at, named=True) for r in board.failures]
     if failures and latest >= 2:
         few = failures[: max(1, min(3, latest // 2 - 2))]
@@ -92,7 +91,7 @@ def _cut(lines: Sequence[Text], width: int, height: int | None) -> list[Text]:
 
 
 def _right(line: Text, text: str, width: int) -> None:
-    """Put something at the right end of a line, if there is room."""
+    """Append a text at the right end of a line, if there is room."""
     if line.cell_len + len(text) + 2 <= width:
         line.append(" " * (width - line.cell_len - len(text)))
         line.append(text, "dim")
@@ -116,7 +115,7 @@ def _title(board: Board, width: int, *, watched: bool) -> Text:
 
 
 def _shown(nodes: Sequence[Node]) -> Sequence[Node]:
-    """Daemons that stopped by themselves are no news, unless there are no others."""
+    """All daemons except stopped ones; the latest where all are stopped."""
     return [node for node in nodes if node.state != "stopped"] or nodes[:1]
 
 
@@ -173,15 +172,13 @@ def _progress(line: RunLine, width: int, *, name: bool) -> Text:
             text.append(f"#{run.attempt} ", "yellow")
     share = min(1.0, run.step / run.planned_steps) if run.planned_steps else 0.0
     left = f"  {output.duration(line.seconds_left)} left" if line.seconds_left is not None else ""
-    told = f" {share:4.0%}  {run.step}/{run.planned_steps}{left}"
-    size = max(5, min(60, width - text.cell_len - len(told)))
+    numbers = f" {share:4.0%}  {run.step}/{run.planned_steps}{left}"
+    unobserved = "" if line.observed else "  its daemon is not observed"
+    size = max(5, min(60, width - text.cell_len - len(numbers) - len(unobserved)))
     full = round(share * size)
     text.append("━" * full, "blue" if run.ended_at is None else output.STATUS_STYLE.get(run.status, ""))
     text.append("━" * (size - full), "bright_black")
-    text.append(told)
-    if not line.observed:
-        text.append("  its daemon is not observed", "bold yellow")
-    return text
+    return text.append(numbers).append(unobserved, "bold yellow")
 
 
 def _facts(line: RunLine, width: int, indent: int) -> Text:
@@ -242,7 +239,7 @@ def _waiting(row: QueueRow, now: Micros) -> Text:
 
 def _waiting_section(rows: Sequence[QueueRow], now: Micros, room: int) -> list[Text]:
     shown = rows if len(rows) + 2 <= room else rows[: max(1, room - 3)]
-    # A line costs more than all else of a look: thousands may wait.
+    # Only what is shown: thousands may wait, and a line costs more than all else.
     lines = [_waiting(row, now) for row in shown]
     more = [Text(f"… {len(rows) - len(shown)} more", "dim")] if len(shown) < len(rows) else []
     return [Text("waiting", "bold"), *lines, *more, Text()]

@@ -26,7 +26,7 @@ class Registry:
             raise Refused(
                 Problem("NAME", f"{name!r} cannot be a model's name", "use no / : \\ and no quotes")
             )
-        need_mlflow(settings)
+        require_mlflow(settings)
         self._store, self._run_id, self._name = store, run_id, name
         self._tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
         place = mlflow_check.place(store, self._tracking, run_id)
@@ -71,7 +71,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def need_mlflow(settings: Settings) -> None:
+def require_mlflow(settings: Settings) -> None:
     """Raises `Refused` where the mirror is off."""
     if not settings.mlflow_tracking_uri:
         raise Refused(
