@@ -365,7 +365,7 @@ def test_logs_follow_every_rank_across_restarts(log: Store, home: Path, env: dic
     first, second = (RunDir(home, RUN).attempt(n) for n in (1, 2))
     write(first, 0, "zero begins\n")
     followed, of_one = Followed(env), Followed(env, "--rank", "1")
-    model = "model: a, 0.0 M parameters, float32, cpu"
+    model = "model: a, 0.0 M parameters, float32 on cpu, 1.0 s"
     assert followed.next(2) == [f"[attempt 1] {model}", "[attempt 1 · rank 0] zero begins"]
     append(log, RUN, [step(1), step(2)])
     steps = [line.partition("  loss ")[0] for line in followed.next(2)]
