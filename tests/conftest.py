@@ -21,7 +21,7 @@ from sftd.store.database.migrate import upgrade
 from tests.builders import postgres
 from tests.builders import warm_python as warm_start
 
-# CI judges the change at hand and not the luck of a draw; a developer's runs go on looking for new cases.
+# CI judges the change at hand and not the luck of a draw; a developer's runs look for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
 # A busy machine is slow at drawing examples, too.
 _PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

@@ -27,7 +27,13 @@ def state_json(run: Run) -> dict[str, Any]:
 
     state: dict[str, Any] = msgspec.to_builtins(run)
     del state["job_report"]
-    return state | {"job": run.job_report.words() if run.job_report else ""}
+    return state | {"job": _job(run)}
+
+
+def _job(run: Run) -> str:
+    from sftd.domain.spec.launchers import kind_of
+
+    return kind_of(run.spec.launch.launcher).describe(run.job_report) if run.job_report else ""
 
 
 def print_state(
@@ -69,11 +75,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {output.printable(run.message or '')}", "default")
-    elif said := [
-        text
-        for text in (run.stop_reason, run.job_report.words() if run.daemon and run.job_report else "")
-        if text
-    ]:
+    elif said := [text for text in (run.stop_reason, _job(run) if run.daemon else "") if text]:
         status.append(f"  {output.printable('; '.join(said))}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None

@@ -22,27 +22,16 @@ def order_file(
     data."""
     import msgspec
 
-    from sftd.wire.attempt.directory import AttemptDir, Order
+    from sftd.wire.attempt.directory import AttemptDir
+    from sftd.wire.attempt.orders import order_of
 
-    spec = run.spec
     if model:
         spec = msgspec.structs.replace(
-            spec, model=msgspec.structs.replace(spec.model, partial_pretrain=model)
+            run.spec, model=msgspec.structs.replace(run.spec.model, partial_pretrain=model)
         )
+        run = msgspec.structs.replace(run, spec=spec)
     with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
         directory = AttemptDir(Path(folder) / "attempt")
-        directory.create(
-            Order(
-                run_id=run.run_id,
-                attempt=run.attempt,
-                token="",
-                spec=spec,
-                planned_steps=run.planned_steps,
-                checkpoint_dir=str(Path(checkpoint.path).parent) if checkpoint else "",
-                checkpoint=checkpoint.path if checkpoint else None,
-                checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
-                order_later=list(run.order),
-                template=template,
-            )
-        )
+        parent = Path(checkpoint.path).parent if checkpoint else ""
+        directory.create(order_of(run, checkpoint, checkpoint_dir=parent, template=template))
         yield str(directory.order_file)

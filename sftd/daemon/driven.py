@@ -13,7 +13,7 @@ from sftd.operations.driving import attempts, turns
 from sftd.store.database.engine import Store
 from sftd.store.queue.leases import Lease
 
-# With hundreds of attempts each is looked at less often: a look opens a file, on Slurm over a network.
+# With hundreds of attempts each is looked at less often: a look opens a file, perhaps over a network.
 _LOOKS_PER_SECOND = 400
 # A tick that has looked for so long leaves the others to the next.
 _LOOK_SECONDS = 0.25

@@ -90,8 +90,7 @@ class Metrics:
         yield "sftd_queue_oldest_wait_seconds", meaning, [({}, found.oldest_wait_micros / _MICROS)]
         yield "sftd_runs", "Runs by status.", _by("status", found.runs)
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
-        if self._inventory.slurm:
-            kinds["slurm job"] = (self._inventory.slurm, "slurm")
+        kinds |= {f"{name} job": (places, name) for name, places in self._inventory.places.items() if places}
         total = {kind: len(all_of) for kind, (all_of, _) in kinds.items()}
         free = {kind: len(self._inventory.free(device)) for kind, (_, device) in kinds.items()}
         yield "sftd_devices", "Devices of this daemon.", _by("kind", total)

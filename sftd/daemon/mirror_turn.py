@@ -17,12 +17,13 @@ from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database.engine import Store, Tx
-from sftd.store.queue import claims, daemons
+from sftd.store.queue import daemons
+from sftd.store.queue import named_leases as leases
 
 log = logging.getLogger("sftd.mirror")
 
-# Longer than the longest wait for an answer of a tracker: between two requests the claim is prolonged.
-CLAIM_SECONDS = 90.0
+# Longer than the longest wait for an answer of a tracker: between two requests the lease is prolonged.
+LEASE_SECONDS = 90.0
 
 
 def of_mirrors(
@@ -49,7 +50,7 @@ def of_mirrors(
 
 
 class MirrorTurn:
-    """Opens and calls a feed while this daemon holds the claim `name` on it."""
+    """Opens and calls a feed while this daemon holds the lease `name` on it."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class MirrorTurn:
         context: Context,
         name: str,
         daemon_id: str,
-        seconds: float = CLAIM_SECONDS,
+        seconds: float = LEASE_SECONDS,
     ) -> None:
         self._title = title
         self._open = open_feed
@@ -87,17 +88,17 @@ class MirrorTurn:
         if self._mine:
             self._mine = False
             with self._store.write(appends=False) as tx:
-                claims.release(tx, self._name, self._token)
+                leases.release(tx, self._name, self._token)
 
     def _hold(self) -> bool:
         if time.monotonic() < self._ask_at:
             return self._mine
         with self._store.write(appends=False) as tx:
             mine, other = self._take(tx), None
-            if not mine and (held := claims.holder(tx.connection, self._name)) is not None:
+            if not mine and (held := leases.holder(tx.connection, self._name)) is not None:
                 token, other = held
                 if self._is_gone(tx, other):
-                    claims.release(tx, self._name, token)
+                    leases.release(tx, self._name, token)
                     mine = self._take(tx)
         if mine and not self._mine and self._feed is not None:
             # The daemon that had the turn before may have sent more than is remembered here.
@@ -111,10 +112,10 @@ class MirrorTurn:
 
     def _take(self, tx: Tx) -> bool:
         micros = int(self._seconds * 1_000_000)
-        return claims.hold(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
+        return leases.take(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
 
     def _is_gone(self, tx: Tx, daemon_id: str) -> bool:
-        """Whether it is proven that a daemon no longer runs: one of another host has its claim until that expires."""
+        """Whether it is proven that a daemon no longer runs: one of another host has its lease until that expires."""
         row = daemons.find(tx.connection, daemon_id)
         if row is None or row.host != processes.host_name():
             return False

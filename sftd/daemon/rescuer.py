@@ -10,6 +10,7 @@ import msgspec
 from sftd.domain.errors import SftdError
 from sftd.domain.log.events import Micros
 from sftd.launcher import processes
+from sftd.launcher.choosing import launcher_of
 from sftd.store.database.engine import Store
 from sftd.store.queue import daemons
 from sftd.store.queue import leases as queue
@@ -85,8 +86,8 @@ def _has_ended(me: DaemonRow, owner: DaemonRow, lease: Lease) -> bool:
     if directory.lease() != lease.token:
         # The folder of another home, which has this path there.
         return False
-    if directory.script_file.exists():
-        # Slurm is asked about its jobs from anywhere.
+    if launcher_of(directory).is_managed:
+        # Its resource manager reports on it to every host.
         return True
     held = directory.is_held_alive()
     return rebooted if held is None else not held

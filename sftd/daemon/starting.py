@@ -14,6 +14,7 @@ from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Entry, Limits
 from sftd.domain.run.failures import Cause, Failure
+from sftd.domain.spec.launchers import kind_of
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Launcher
 from sftd.operations.context import Context
@@ -23,7 +24,8 @@ from sftd.operations.queries import placing
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
 from sftd.store.queue.daemons import DaemonRow
-from sftd.wire.attempt.directory import Order, RunDir
+from sftd.wire.attempt.directory import RunDir
+from sftd.wire.attempt.orders import order_of
 
 # A tick starts this many runs at most: leases are renewed between ticks.
 _STARTS_PER_TICK = 20
@@ -163,21 +165,14 @@ class Starter:
             self._driven.forget(before.lease)
         run_dir = RunDir(self._settings.home, run.run_id)
         directory = run_dir.attempt(lease.attempt)
-        order = Order(
-            run_id=run.run_id,
+        order = order_of(
+            run,
+            run.restart_checkpoint,
             attempt=lease.attempt,
             token=lease.token,
-            spec=run.spec,
-            planned_steps=run.planned_steps,
-            checkpoint_dir=str(run_dir.checkpoint_dir(run.spec.checkpoint.save_dir)),
-            checkpoint=claimed.start.checkpoint,
-            checkpoint_digest=claimed.checkpoint_digest,
-            train_digest=run.train_digest,
-            val_digest=run.val_digest,
-            model_files=claimed.model.files,
-            weights=claimed.model.weights,
-            model_root=str(self._settings.home),
-            order_start=run.order_start,
+            checkpoint_dir=run_dir.checkpoint_dir(run.spec.checkpoint.save_dir),
+            model=claimed.model,
+            model_root=self._settings.home,
             losses=attempts.losses_before(self._store, run.run_id, claimed.start.from_step),
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
@@ -216,5 +211,6 @@ class Starter:
         )
         where = f"step {claimed.start.from_step}" if claimed.start.from_step else "the pretrained model"
         pid = attempt.process.pid
-        how = f"started from {where}, pid {pid}" if pid else f"handed to Slurm, to start from {where}"
+        manager = kind_of(run.spec.launch.launcher).shown
+        how = f"started from {where}, pid {pid}" if pid else f"handed to {manager}, to start from {where}"
         of_run(run.run_id, lease.attempt).info("attempt %d %s", lease.attempt, how)

@@ -119,13 +119,13 @@ class Worker:
                 self._wake.wait(self._idle_seconds)
         try:
             self._close()
-        except Exception as error:  # noqa: BLE001  its claim expires by itself
+        except Exception as error:  # noqa: BLE001  its lease expires by itself
             self._log.warning("%s: %s", self.name, _shown(error))
 
 
 def _shown(error: Exception) -> str:
-    """The error without secrets: a database's own message quotes the statement, and a library's may quote a URL."""
-    if isinstance(error, SftdError):
+    """The error without secrets: SQLAlchemy's message quotes the statement, and a library's may quote a URL."""
+    if isinstance(error, SftdError | ImportError):
         return str(error)
     if (origin := getattr(error, "orig", None)) is not None:
         return str(origin).strip().partition("\n")[0]

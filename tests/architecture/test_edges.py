@@ -34,7 +34,7 @@ def edges(tree: ast.Module) -> Iterator[str]:
         for alias in node.names
         if is_patched(node.module if isinstance(node, ast.ImportFrom) else alias.name)
     }
-    # A name that stands for one of them, such as `module: Any = layers`.
+    # An alias of one of them, such as `module: Any = layers`.
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and root_of(node.value) in names:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -79,6 +79,24 @@ def test_nothing_is_left_over(path: Path) -> None:
     assert found == []
 
 
+# A launcher's own modules, its section and row, its settings, its entry in the registry, and an example for people.
+NAMES_SLURM = {
+    "domain/spec/slurm.py",
+    "domain/spec/sections.py",
+    "domain/spec/launchers.py",
+    "settings/__init__.py",
+    "launcher/choosing.py",
+    "cli/submit/command.py",
+}
+
+
+def test_no_launcher_is_named_where_all_are_meant() -> None:
+    """Another launcher adds files and rows; it edits no module that compares names."""
+    own = ROOT / "sftd/launcher/slurm"
+    naming = {str(p.relative_to(ROOT / "sftd")) for p in PACKAGE if "slurm" in p.read_text().lower()}
+    assert naming - NAMES_SLURM == {str(p.relative_to(ROOT / "sftd")) for p in own.glob("*.py")}
+
+
 def test_the_command_line_is_not_made_of_prints() -> None:
     """Only the trainer's own output and the CLI talk; a library that prints cannot be used in a daemon."""
     quiet = [p for p in PACKAGE if p.relative_to(ROOT / "sftd").parts[0] not in ("cli", "trainer")]

@@ -1,6 +1,6 @@
 """What one test process has for itself on a machine that it shares with others: a port, a number.
 
-A port that was free a moment ago may be another's by the time that it is used: the kernel gives such ports to whoever connects
+A port that was free a moment ago may be another's by the time that it is used: the kernel gives such ports to any program that connects
 to something. So these are taken from below those that it gives, and claimed until this process ends.
 """
 

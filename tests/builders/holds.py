@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Holds:
         new.rename(file)
 
     def wait(self, attempt: Path, is_over: Callable[[], bool]) -> psutil.Process:
-        """Until it stands still. Returns the reporting rank. Fails once the attempt `is_over`."""
+        """Wait until it has stopped. Returns the reporting rank. Fails once the attempt `is_over`."""
         file = self._file(attempt)
 
         def is_held() -> bool:
@@ -63,7 +64,7 @@ class Holds:
         return rank
 
     def is_held(self, attempt: Path) -> bool:
-        """Whether the rank that an attempt in a container has stop was told to: its pid means nothing on this side."""
+        """Whether the rank of an attempt in a container has stopped: its pid means nothing on this side."""
         return not self._file(attempt).exists()
 
     def _file(self, attempt: Path) -> Path:
@@ -81,3 +82,10 @@ def let_go(ranks: Iterable[psutil.Process]) -> None:
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.resume()
+
+
+def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a stopped process will get this signal when it resumes."""
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (pending,) = [line.split()[1] for line in status if line.startswith("ShdPnd:")]
+    return bool(int(pending, 16) >> number - 1 & 1)

@@ -37,7 +37,7 @@ def parse(text: str) -> dict[str, dict[Labels, float]]:
             pairs = re.findall(rf"(?:^|,)({_LABEL})", inside or "")
             labels = tuple(sorted(_label(pair) for pair in pairs))
             if labels in found[family] or len(dict(labels)) != len(labels):
-                raise ValueError(f"told twice: {line}")
+                raise ValueError(f"given twice: {line}")
             found[family][labels] = float(value)
         else:
             raise ValueError(f"no line of the format: {line!r}")

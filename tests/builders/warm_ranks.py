@@ -1,6 +1,6 @@
 """A process that has imported the trainer once, and forks the ranks of every attempt: seconds less for each.
 
-It is told what to start by lines of JSON on its standard input, and answers with one line when the ranks have started
+It reads what to start from lines of JSON on its standard input, and answers with one line when the ranks have started
 and one when they have ended. Who asked may kill them meanwhile.
 """
 
@@ -50,12 +50,12 @@ class Ranks:
     codes: list[int] = field(default_factory=list)
 
     def held(self, attempt: Path) -> psutil.Process:
-        """Wait until they stand still where `WarmTrainer.holds` has said. Returns the reporting one, to be let go."""
+        """Wait until they are stopped where `WarmTrainer.holds` says. Returns the reporting rank."""
         return self._server.holds.wait(attempt, lambda: all(map(has_ended, self.pids)))
 
     def kill(self) -> None:
         """SIGKILL to all of them, as when a machine takes a job away."""
-        # None is to see another's end and to raise before its own: they stand still first.
+        # Stop all first, so that none sees another's end and raises before its own.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in self.pids:
                 # The server has not reaped it yet, so the number is not another's.

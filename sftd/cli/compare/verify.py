@@ -75,10 +75,13 @@ def verify_command(
       sftd verify brave-otter --from-step 100 --to-step 120
       sftd verify brave-otter --with model.megatron.tensor_model_parallel_size=2
     """
+    import msgspec
+
     from sftd.domain.log.events import ReplayDiverged
     from sftd.launcher import processes
     from sftd.operations.queries import history as replays
     from sftd.operations.queries import model_files
+    from sftd.wire.attempt.orders import order_of
 
     settings = app.read_settings()
     store = app.open_store(settings)
@@ -91,14 +94,19 @@ def verify_command(
     need, taken = _devices(settings, chosen, spec, devices)
     output.when_interrupted("Nothing was recorded.")
     with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        order = _order(chosen, spec, planned, str(settings.home))
+        order = order_of(
+            msgspec.structs.replace(chosen.run, spec=spec, planned_steps=planned),
+            chosen.checkpoint,
+            model=chosen.model,
+            model_root=settings.home,
+            losses=chosen.losses,
+            last_step=chosen.to_step,
+        )
         with _held(settings, store, taken, is_named=devices is not None) as holds:
             verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
         replays.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
-        import msgspec
-
         fields = {"run_id": chosen.run.run_id, "outcome": type(verdict).__name__} | msgspec.to_builtins(
             verdict
         )
@@ -214,28 +222,6 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
         fix = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
         raise Refused(Problem("--with", what, fix))
     return planned
-
-
-def _order(chosen: Comparison, spec: Spec, planned_steps: int, home: str) -> Order:
-    from sftd.wire.attempt.directory import Order
-
-    run, checkpoint = chosen.run, chosen.checkpoint
-    return Order(
-        run_id=run.run_id,
-        attempt=run.attempt,
-        token="",
-        spec=spec,
-        planned_steps=planned_steps,
-        checkpoint_dir="",
-        checkpoint=checkpoint.path if checkpoint else None,
-        checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
-        order_later=list(run.order),
-        losses=chosen.losses,
-        last_step=chosen.to_step,
-        model_files=chosen.model.files,
-        weights=chosen.model.weights,
-        model_root=home,
-    )
 
 
 def _compare(

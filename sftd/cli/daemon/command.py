@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -163,11 +162,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.daemon.loop import Daemon
     from sftd.domain.errors import SftdError
     from sftd.launcher import device_holds
-    from sftd.launcher.choosing import ByName
+    from sftd.launcher.choosing import LAUNCHERS, ByName
     from sftd.launcher.inventory import Inventory, visible_gpus
-    from sftd.launcher.local import LocalAttempt
-    from sftd.launcher.slurm.attempt import SlurmLauncher
-    from sftd.launcher.slurm.controller import Controller
     from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
@@ -186,13 +182,11 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
             return
-        has_slurm = shutil.which("sbatch") is not None
-        slurm_jobs = settings.slurm_jobs if has_slurm else 0
+        places = {name: registered.places(settings) for name, registered in LAUNCHERS.items()}
         others = partial(device_holds.held, settings.home)
         cores = settings.cpu_slots or usable_cores()
-        inventory = Inventory(gpus, cores, slurm_jobs, others=others)
-        slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
-        launcher = ByName({"local": LocalAttempt, "slurm": slurm})
+        inventory = Inventory(gpus, cores, places, others=others)
+        launcher = ByName({name: registered.make(settings) for name, registered in LAUNCHERS.items()})
         notices = _notices(settings, store)
         daemon = Daemon(store, settings, inventory, launcher, stop, MIRRORS, notices)
         try:

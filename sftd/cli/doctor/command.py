@@ -15,7 +15,9 @@ from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
     from sftd.domain.finding import Finding
+    from sftd.launcher.seam import Registered
     from sftd.settings import Settings
+    from sftd.store.database.engine import Store
 
 _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
@@ -45,7 +47,8 @@ def doctor_command(as_json: bool) -> None:
 
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli.doctor import host, services
-    from sftd.cli.doctor import slurm as doctor_slurm
+    from sftd.domain.spec.launchers import KINDS
+    from sftd.launcher.choosing import LAUNCHERS
     from sftd.projections.mirrors import MIRRORS
 
     yield from host.python()
@@ -67,10 +70,18 @@ def _examine(settings: Settings) -> Iterator[Finding]:
     for mirror in MIRRORS:
         yield from _guarded(mirror.name, partial(mirror.check, settings))
     yield from _guarded("daemon", lambda: services.daemon(settings, store))
-    yield from _guarded("Slurm", lambda: doctor_slurm.slurm(settings, store))
+    for name, registered in LAUNCHERS.items():
+        examine = partial(_launcher, registered, settings, store)
+        yield from _guarded(KINDS[name].shown, examine)
     yield from _guarded("leftovers", lambda: services.leftovers(settings, store))
     if store is not None:
         store.engine.dispose()
+
+
+def _launcher(registered: Registered, settings: Settings, store: Store | None) -> Iterable[Finding]:
+    from sftd.cli.doctor import services
+
+    return registered.doctor(services.daemon_devices(settings, store))
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

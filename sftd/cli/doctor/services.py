@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from sftd.cli.terminal import output
@@ -99,6 +99,24 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
             yield warning("daemon", said, fix + f"then, if they have, `sftd cancel {lease.run_id} --abandon`")
         elif holder is None:
             yield warning("daemon", said, "start a daemon: it takes the run over")
+
+
+def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int] | None:
+    """The devices and places of the daemon that runs in this home; None where none runs or none can be asked for."""
+    import msgspec
+
+    from sftd.daemon import lock
+    from sftd.launcher import processes
+    from sftd.store.queue import daemons
+
+    holder = lock.holder(settings.daemon_lock)
+    if holder is None or store is None:
+        return None
+    me = (processes.host_name(), holder)
+    with store.read() as connection:
+        rows = daemons.every(connection)
+    mine = [row.devices for row in rows if (row.host, row.pid) == me and row.stopped_at is None]
+    return msgspec.json.decode(mine[0], type=dict[str, int]) if mine else None
 
 
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:

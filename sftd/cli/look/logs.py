@@ -103,7 +103,7 @@ class _Progress:
     """The lines that the log has of a run, each once."""
 
     def __init__(self, store: Store, run_id: str, last: int | None) -> None:
-        """`last` begins with the last so many of an attempt."""
+        """`last`: begin with that number of the last lines of an attempt."""
         self._store = store
         self._run_id = run_id
         self._last = last

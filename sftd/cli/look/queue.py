@@ -47,8 +47,15 @@ def as_values(row: QueueRow) -> dict[str, Any]:
     import msgspec
 
     times = {name: output.iso(getattr(row, name)) for name in ("not_before", "starts_at")}
-    job = row.job.words() if row.job else ""
-    return {**msgspec.structs.asdict(row), **times, "job": job}
+    values = msgspec.structs.asdict(row) | times | {"job": _job(row)}
+    del values["launcher"]
+    return values
+
+
+def _job(row: QueueRow) -> str:
+    from sftd.domain.spec.launchers import kind_of
+
+    return kind_of(row.launcher).describe(row.job) if row.job else ""
 
 
 _COLUMNS = ("run", "status", "prio", "dev", "starts", "waits for")
@@ -88,10 +95,10 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
         left = f", {output.duration(row.seconds_left)} left" if row.seconds_left is not None else ""
         what = f"step {row.step} of {row.planned_steps}{left}"
         if row.job and row.status == "starting":
-            what = row.job.words()
+            what = _job(row)
         elif row.job and not row.job.just_runs:
             # Such as one that cannot be observed, or that cannot be cancelled now.
-            what = f"{row.job.words()}; {what}"
+            what = f"{_job(row)}; {what}"
         what = f"({what})"
         if not row.observed:
             what = "(its daemon is not observed)"

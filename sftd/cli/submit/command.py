@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "--print-script",
     "print_script",
     is_flag=True,
-    help="Check everything, print the job script that Slurm would get (launch.launcher: slurm), queue nothing.",
+    help="Check everything, print the job script that the resource manager would get, queue nothing.",
 )
 @click.option(
     "--after", multiple=True, metavar="RUN", help="Start once this run has succeeded; repeatable. See below."
@@ -73,7 +73,7 @@ def submit_command(
     """Queue the run that CONFIG (YAML; - is standard input) describes, with KEY=VALUE laid over it.
 
     Everything that can be found wrong is found now, before a device is held: keys, types, layout, model and data
-    files. A refused run leaves nothing behind. What is possible and hardly meant is a warning; with --strict it is refused.
+    files. A refused run leaves no trace. What is possible and hardly meant is a warning; with --strict it is refused.
 
     With --after the run is cancelled when the other one fails or is cancelled. With --grid either all runs are queued or,
     if one of them is refused, none.
@@ -233,24 +233,20 @@ def print_dry_run(spec: Spec, found: Preflight, warnings: list[Problem], *, as_j
 def _print_script(settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem]) -> None:
     """The script of the first attempt's job; the run's name and the lease's token are not known before it is queued."""
     from sftd.domain.errors import Problem, Refused
-    from sftd.launcher.slurm import script as slurm_script
-    from sftd.wire.attempt.directory import Order, RunDir
+    from sftd.domain.run.state import Run
+    from sftd.launcher.choosing import LAUNCHERS
+    from sftd.wire.attempt.directory import RunDir
+    from sftd.wire.attempt.orders import order_of
 
-    if spec.launch.launcher != "slurm":
-        what = "is local, and has no job script"
-        raise Refused(Problem("launch.launcher", what, "add launch.launcher=slurm"))
-    run_dir = RunDir(settings.home, "RUN")
-    directory = run_dir.attempt(1)
-    order = Order(
-        run_id="RUN",
-        attempt=1,
-        token="TOKEN",  # noqa: S106  a word in its place
-        spec=spec,
-        planned_steps=found.planned_steps,
-        checkpoint_dir=str(run_dir.checkpoint_dir(spec.checkpoint.save_dir)),
-    )
+    if (script := LAUNCHERS[spec.launch.launcher].script) is None:
+        able = " or ".join(f"launch.launcher={name}" for name, has in LAUNCHERS.items() if has.script)
+        raise Refused(
+            Problem("launch.launcher", f"is {spec.launch.launcher}, and has no job script", f"add {able}")
+        )
+    run = Run("RUN", spec=spec, planned_steps=found.planned_steps)
+    order = order_of(run, None, attempt=1, token="TOKEN")  # noqa: S106  a word in its place
     output.warn_all(warnings)
-    click.echo(slurm_script.script(order, directory, slurm_script.argv(spec, directory)), nl=False)
+    click.echo(script(order, RunDir(settings.home, run.run_id).attempt(1)), nl=False)
 
 
 def _wait(store: Store, run_id: str, quiet: bool) -> int:

@@ -10,6 +10,7 @@ from rich.text import Text
 from sftd.cli.terminal import output
 from sftd.cli.terminal.plot import Series, plot, sparkline
 from sftd.domain.compare.curves import thin, width_for
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _node(node: Node) -> Text:
                 line.append("■" * devices.used, "blue")
                 line.append("□" * devices.free, "dim")
                 line.append(" ")
-            name = {"gpus": "GPUs", "cpus": "CPUs", "slurm": "Slurm jobs"}.get(kind, kind)
+            name = {"gpus": "GPUs", "cpus": "CPUs"}.get(kind) or f"{kind_of(kind).shown} jobs"
             line.append(f"{devices.used} of {devices.total} {name} used")
     if node.state == "alive":
         line.append("  alive", "green")

@@ -1,4 +1,4 @@
-"""What tells runs apart: their configs, data, code and environments, and the step at which their curves part. Pure."""
+"""What differs between runs: their configs, data, code and environments, and the step at which their curves part. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAYOUT_KEYS = (
 )
 # What names a run, and says nothing of it.
 _NAMES = ("trainer.project_name", "trainer.experiment_name")
-# What of an environment is code, and what is told by the config already.
+# What of an environment is code, and what the config has already.
 _CODE = ("sftd",)
 _TOLD = ("layout", "dtype", "deterministic")
 _SCAN = 4096
@@ -36,8 +36,8 @@ COMPARED = ("samples", "tokens", "lr", "loss", "grad_norm")
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: with another value the same
-    steps come out, bit for bit or but for rounding. `untold` are the numbers of the runs whose logs do not say."""
+    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: another value gives the same
+    steps, bit for bit or to within rounding. `untold` are the numbers of the runs whose logs do not say."""
 
     group: Group
     key: str
@@ -101,7 +101,7 @@ def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
 
 
 def _first_other(first: Curves, other: Curves, name: str, begin: int, end: int) -> int | None:
-    """The first step at which a column differs. Bytes are compared: they tell -0.0 from 0.0, and a NaN is a NaN."""
+    """The first step at which a column differs. Bytes are compared: -0.0 is not 0.0, and a NaN is a NaN."""
     for start in range(begin, end + 1, _SCAN):
         stop = min(start + _SCAN - 1, end)
         a, b = (memoryview(c.values(name, start, stop)) for c in (first, other))  # type: ignore[arg-type]
@@ -140,8 +140,8 @@ def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any], l
     """(key, values, numbers of those that do not know it) of the keys whose values differ, in order. What only one of the
     logs knows is not known to differ."""
     for key in dict.fromkeys(key for known in facts for key in known):
-        told = [known[key] for known in facts if key in known]
-        if any(value != told[0] for value in told):
+        values = [known[key] for known in facts if key in known]
+        if any(value != values[0] for value in values):
             untold = [number for number, known in enumerate(facts) if key not in known]
             yield key, [known.get(key) for known in facts], untold
 

@@ -28,7 +28,7 @@ class AtStep(msgspec.Struct, frozen=True):
 
 
 class AtVersion(msgspec.Struct, frozen=True):
-    """When the stream had so many events."""
+    """When the stream had this number of events."""
 
     version: int
 

@@ -82,10 +82,13 @@ class Timeline:
         line = self.line
         return line[-1].last if line else self.from_step
 
+    @property
+    def _piece(self) -> OrderStart | None:
+        return self._order[-1] if self._order else None
+
     def _growing(self) -> Iterator[Stretch]:
         if self._next > self._first:
-            piece = self._order[-1] if self._order else None
-            yield Stretch(self.attempt, self._first, self._next - 1, self._place, piece, self._loaded)
+            yield Stretch(self.attempt, self._first, self._next - 1, self._place, self._piece, self._loaded)
 
     def add(self, event: e.Event) -> None:
         """Take in the next event."""
@@ -137,34 +140,26 @@ class Timeline:
         return cut(line, step)
 
     def place(self, step: int) -> int | None:
-        """The place of the timeline's step; of one that is superseded, that of its last record. None if it is in no log."""
-        for stretch in (*reversed(self.line), *reversed(self._past)):
-            if stretch.first <= step <= stretch.last:
-                return stretch.place + step - stretch.first
-        return None
+        """The place of the timeline's step; of one that is superseded, that of its last record. None if the log lacks it."""
+        return _find(step, (*reversed(self.line), *reversed(self._past)))
 
     def before(self, step: int) -> int | None:
         """The place of the last record of a step with the samples that the last attempt reads. None: they are new."""
-        piece = self._order[-1] if self._order else None
-        for s in reversed(self.recorded):
-            if s.first <= step <= s.last and s.piece == piece:
-                return s.place + step - s.first
-        return None
+        return _find(step, (s for s in reversed(self.recorded) if s.piece == self._piece))
 
     def to_redo(self) -> dict[int, int]:
         """Step → place of the record that the last attempt must reproduce, of the steps that it computes again."""
-        piece = self._order[-1] if self._order else None
-        found: dict[int, int] = {}
-        for s in self.recorded:
-            if s.attempt != self.attempt and s.piece == piece:
-                steps = range(max(s.first, self.from_step + 1), s.last + 1)
-                found |= {step: s.place + step - s.first for step in steps}
-        return found
+        again = (s for s in self.recorded if s.attempt != self.attempt and s.piece == self._piece)
+        return {step: place for step, place in places(again) if step > self.from_step}
 
 
-def places(line: Line) -> Iterator[tuple[int, int]]:
-    """(step, place) of each step of a line."""
-    for s in line:
+def _find(step: int, stretches: Iterable[Stretch]) -> int | None:
+    return next((s.place + step - s.first for s in stretches if s.first <= step <= s.last), None)
+
+
+def places(stretches: Iterable[Stretch]) -> Iterator[tuple[int, int]]:
+    """(step, place) of each step of some stretches."""
+    for s in stretches:
         yield from zip(
             range(s.first, s.last + 1), range(s.place, s.place + s.last - s.first + 1), strict=True
         )

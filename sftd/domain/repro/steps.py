@@ -86,7 +86,7 @@ def redone_steps(events: Iterable[e.Event]) -> Iterator[tuple[e.StepCompleted, e
 
 def is_same(a: object, b: object) -> bool:
     """Whether two numbers are the same, bit for bit."""
-    # A float's repr is exact; unlike ==, it tells -0.0 from 0.0 and takes one NaN for another.
+    # A float's repr is exact: unlike with ==, -0.0 is not 0.0, and a NaN equals a NaN.
     return repr(a) == repr(b)
 
 

@@ -1,127 +1,44 @@
-"""Rules of `launch`: which launcher starts several machines, and what a job script may hold."""
+"""Rules of `launch`: what the launcher itself supports, and which settings it uses."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterator
 
-from sftd.domain.errors import Problem, quote
+from sftd.domain.errors import Problem
 from sftd.domain.rules import Rules
-from sftd.domain.spec.sections import Slurm
-from sftd.domain.spec.slurm_gpus import asks_for_gpus
+from sftd.domain.spec.launchers import KINDS, kind_of
+from sftd.domain.spec.sections import Launch
 from sftd.domain.spec.spec import Spec
-
-# One word of a line of sbatch's options: nothing that ends it, begins a comment or opens a quotation.
-_WORD = re.compile(r"[^\s\"'\\#]+")
-# minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
-_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
-_OPTION = re.compile(r"-[^\x00-\x1f\x7f]+")
-# What the launcher decides by itself, by all their names, with the key that decides it.
-_OWNED = {
-    "--array": "", "-a": "",
-    "--chdir": "", "-D": "", "--workdir": "",
-    "--clusters": "", "-M": "", "--cluster": "",
-    "--error": "", "-e": "",
-    "--export": "launch.slurm.setup", "--export-file": "launch.slurm.setup",
-    "--input": "", "-i": "",
-    "--job-name": "", "-J": "",
-    "--nodes": "launch.nnodes", "-N": "launch.nnodes",
-    "--ntasks": "launch.nnodes", "-n": "launch.nnodes",
-    "--ntasks-per-node": "launch.nproc_per_node", "--tasks-per-node": "launch.nproc_per_node",
-    "--open-mode": "",
-    "--output": "", "-o": "",
-    "--requeue": "launch.max_restarts", "--no-requeue": "launch.max_restarts",
-    "--signal": "launch.slurm.stop_seconds",
-    "--wait": "", "-W": "",
-    "--wrap": "",
-}  # fmt: skip
 
 
 def several_machines(spec: Spec) -> Iterator[Problem]:
-    """The local launcher has one machine."""
-    if spec.launch.launcher == "local" and spec.launch.nnodes > 1:
-        what = f"{spec.launch.nnodes}: the local launcher starts ranks on the daemon's own machine only"
-        yield Problem("launch.nnodes", what, "set it to 1, or launch.launcher to slurm")
+    """A launcher that uses the devices of the daemon's host has one machine."""
+    kind = kind_of(spec.launch.launcher)
+    if kind.uses_host_devices and spec.launch.nnodes > 1:
+        what = f"{spec.launch.nnodes}: the {kind.name} launcher starts ranks on the daemon's own machine only"
+        able = " or ".join(other.name for other in KINDS.values() if not other.uses_host_devices)
+        yield Problem("launch.nnodes", what, f"set it to 1, or launch.launcher to {able}")
 
 
-def unusable_slurm_word(spec: Spec) -> Iterator[Problem]:
-    """What becomes one word of sbatch's options is one, and a time is a time."""
-    if spec.launch.launcher != "slurm":
-        return
-    for name in ("partition", "account", "qos", "time", "gres", "constraint", "exclude"):
-        # YAML's 90 is a number.
-        value = str(getattr(spec.launch.slurm, name))
-        where = f"launch.slurm.{name}"
-        if value and not _WORD.fullmatch(value):
-            what = f"{quote(value)} holds spaces, quotes, a backslash or #"
-            yield Problem(where, what, "write it as sbatch takes it, without those")
-        elif value and name == "time" and not _TIME.fullmatch(value):
-            what = f"{quote(value)} is not a time as Slurm writes it"
-            yield Problem(
-                where, what, "write minutes, hours:minutes:seconds or days-hours, such as 90 or 2-0"
-            )
+def unsupported_by_launcher(spec: Spec) -> Iterator[Problem]:
+    """The launcher can start it."""
+    yield from kind_of(spec.launch.launcher).supports(spec)
 
 
-def setup_with_nul(spec: Spec) -> Iterator[Problem]:
-    """The shell reads no NUL character."""
-    if spec.launch.launcher == "slurm" and "\0" in spec.launch.slurm.setup:
-        yield Problem("launch.slurm.setup", "holds a NUL character", "write plain shell lines")
+def settings_of_another_launcher(spec: Spec) -> Iterator[Problem]:
+    """A section of another launcher changes nothing."""
+    for name in KINDS.keys() - {spec.launch.launcher}:
+        if getattr(spec.launch, name, None) != getattr(Launch(), name, None):
+            what = f"is not used: launch.launcher is {spec.launch.launcher}"
+            yield Problem(f"launch.{name}", what, f"set launch.launcher to {name}")
 
 
-def unusable_slurm_option(spec: Spec) -> Iterator[Problem]:
-    """Each further option is one on one line, and none that the launcher sets."""
-    where = "launch.slurm.extra_args"
-    for option in spec.launch.slurm.extra_args if spec.launch.launcher == "slurm" else ():
-        try:
-            # sbatch reads a line as a shell does: further options may follow the first.
-            words = shlex.split(option)
-        except ValueError:
-            words = []
-        if not words or not _OPTION.fullmatch(option):
-            what = f"{quote(option)} is not an option on one line"
-            yield Problem(where, what, "write each as one text, such as --mem=0")
-        elif owned := next(filter(None, map(_owned, words)), None):
-            instead = _OWNED[owned]
-            fix = f"use {instead}" if instead else "leave it out"
-            yield Problem(where, f"{quote(option)}: sftd decides {owned} by itself", fix)
-
-
-def _owned(word: str) -> str | None:
-    """Which of the launcher's own options a word names."""
-    name = word.partition("=")[0]
-    if not name.startswith("--"):
-        # -N2 is -N 2.
-        return name[:2] if name[:2] in _OWNED else None
-    if name in _OWNED:
-        return name
-    # To sbatch, a beginning that only one option has is enough.
-    return next((owned for owned in _OWNED if owned.startswith(name) and name != "--"), None)
-
-
-def slurm_without_slurm(spec: Spec) -> Iterator[Problem]:
-    """Only jobs have Slurm's settings."""
-    if spec.launch.launcher == "local" and spec.launch.slurm != Slurm():
-        yield Problem("launch.slurm", "is not used: launch.launcher is local", "set launch.launcher to slurm")
-
-
-def job_without_gpus(spec: Spec) -> Iterator[Problem]:
-    """A job has the GPUs that it asks for."""
-    launch = spec.launch
-    if launch.launcher == "local" or asks_for_gpus(launch.slurm):
-        return
-    if launch.device == "auto":
-        what = "is auto, and launch.slurm asks for no GPU: the job trains on CPUs"
-        yield Problem("launch.device", what, "set it to cuda for a GPU a rank, or to cpu")
-    elif launch.device == "cuda" and launch.slurm.gres:
-        what = (
-            f"{quote(launch.slurm.gres)} names no GPU, and launch.device is cuda: the job finds GPUs only where Slurm gives "
-            "them without being asked"
-        )
-        yield Problem("launch.slurm.gres", what, f"add gpu:{spec.nproc_per_node} to it")
+def doubts_of_launcher(spec: Spec) -> Iterator[Problem]:
+    """What the launcher starts, but hardly as it was meant."""
+    yield from kind_of(spec.launch.launcher).rules.warnings(spec)
 
 
 LAUNCH = Rules(
-    refuse=(several_machines, unusable_slurm_word, setup_with_nul, unusable_slurm_option),
-    warn=(slurm_without_slurm, job_without_gpus),
+    refuse=(several_machines, unsupported_by_launcher),
+    warn=(settings_of_another_launcher, doubts_of_launcher),
 )

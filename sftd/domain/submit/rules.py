@@ -13,6 +13,7 @@ from sftd.domain.model.families import keys_read
 from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit.facts import RunFacts
 from sftd.domain.text.words import size
@@ -175,9 +176,9 @@ def validation_on_training_data(spec: Spec, facts: RunFacts) -> Iterator[Problem
 
 
 def devices_that_no_host_has(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
-    """The run would wait for another host, or share cores. Slurm's devices are not known here."""
+    """The run would wait for another host, or share cores. Devices of other machines are not known here."""
     hosts = facts.hosts
-    if spec.launch.launcher != "local" or not hosts:
+    if not kind_of(spec.launch.launcher).uses_host_devices or not hosts:
         return
     ranks, gpus, cpus = spec.nproc_per_node, max(h.gpus for h in hosts), max(h.cpus for h in hosts)
     known = hosts[0].name if len(hosts) == 1 else f"the {len(hosts)} known hosts"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 
 import msgspec
 
-from sftd.domain.run.failures import Interruption, Remains
+from sftd.domain.run.failures import Cause, Interruption, Remains
 from sftd.launcher.command import without_secrets
 from sftd.launcher.inventory import Need
 from sftd.launcher.processes import host_name
@@ -16,6 +17,7 @@ from sftd.launcher.seam import Attempt, Report
 from sftd.launcher.slurm import script as slurm_script
 from sftd.launcher.slurm.commands import ENDED, WAITING, Job
 from sftd.launcher.slurm.controller import Answer, Controller, Submission
+from sftd.settings import Settings
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, write_atomic
 from sftd.wire.attempt.remains import find_remains, find_stack
 
@@ -30,6 +32,8 @@ _SILENT_SECONDS = 60.0
 _CLEARING_SECONDS = 60.0
 # What srun, too, says of a controller that is away.
 _AWAY = "Unable to contact slurm controller"
+# The states of an ended job that name a cause.
+_CAUSES: dict[str, Cause] = {"NODE_FAIL": "lost", "OUT_OF_MEMORY": "out of memory"}
 # As seldom as a shared file system shows what is new.
 _STACKS_SECONDS = 20.0
 
@@ -121,7 +125,7 @@ class SlurmAttempt:
         return False
 
     def _say(self, never: bool, message: str) -> None:
-        """Tell in the attempt's output why there is no job."""
+        """Write into the attempt's output why there is no job."""
         kind = "Refused" if never else "Error"
         with open(self.directory.output_log, "a") as file:
             file.write(f"{kind}: sbatch did not take the job: {message}\n")
@@ -226,7 +230,7 @@ class SlurmAttempt:
         ]
 
     def remains(self) -> Remains:
-        """What the ended attempt left to tell why, and what Slurm said."""
+        """What the ended attempt left that says why, and what Slurm said."""
         remains = find_remains(self.directory)
         job, told = self._last, self.directory.told()
         word = _last_word(job)
@@ -241,7 +245,10 @@ class SlurmAttempt:
             interruption = None
         elif interruption is None and not self.directory.journal.exists() and _found_no_controller(remains):
             interruption = Interruption("requeued", "the job began while Slurm's controller was away")
-        return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
+        cause = _CAUSES.get(job.state) if job is not None and word else None
+        return msgspec.structs.replace(
+            remains, exit_code=code, interruption=interruption, last_word=word, last_cause=cause
+        )
 
 
 def _could_not_start(job: Job) -> bool:
@@ -287,6 +294,16 @@ class SlurmLauncher:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+
+    @classmethod
+    def of(cls, settings: Settings) -> SlurmLauncher:
+        """A launcher with a controller of its own, whose threads begin with the first attempt."""
+        return cls(Controller(settings.slurm_poll_seconds))
+
+    @staticmethod
+    def places(settings: Settings) -> int:
+        """Jobs at once; 0 where there is no sbatch."""
+        return settings.slurm_jobs if shutil.which("sbatch") is not None else 0
 
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]

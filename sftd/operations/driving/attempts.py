@@ -33,7 +33,6 @@ class Claimed(msgspec.Struct, frozen=True):
     lease: Lease
     run: Run
     start: e.AttemptClaimed
-    checkpoint_digest: str | None
     model: ModelRecord
 
 
@@ -49,7 +48,7 @@ def claim(
 ) -> Claimed | None:
     """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
 
-    A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so that a large run cannot
+    A run that must wait for devices keeps its turn: smaller ones after it do not overtake, so that a large run cannot
     starve.
     """
     with store.read() as connection:
@@ -63,21 +62,19 @@ def claim(
         if turn is None or not turn.fits:
             return None
         run = current(tx.connection, turn.entry.run_id)
-        checkpoint = run.restart_checkpoint
         start = decisions.claim(run, daemon, host)
         lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
         queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
         append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
-        digest = checkpoint.manifest_digest if checkpoint else None
-        return Claimed(lease, run, start, digest, read_record(tx.connection, run.run_id))
+        return Claimed(lease, run, start, read_record(tx.connection, run.run_id))
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
     """Record that the attempt's processes were started: once, although a caller whose database went away while it
     answered asks again."""
     with store.read() as connection:
-        told = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
-    if not any(r.attempt == lease.attempt for r in told):
+        known = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
+    if not any(r.attempt == lease.attempt for r in known):
         _append_leased(store, context, lease, event)
 
 
@@ -87,7 +84,7 @@ def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled
 
 
 def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
-    """Record what Slurm says of the attempt's job."""
+    """Record what the resource manager says of the attempt's job."""
     _append_leased(store, context, lease, event)
 
 

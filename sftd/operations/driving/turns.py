@@ -27,15 +27,15 @@ Fits = Callable[[Entry], bool | None]
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and so does all behind it."""
+    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and all later ones do too."""
 
     entry: Entry
     fits: bool
 
 
 def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
-    """The first run in order that nothing but devices can keep waiting here. Runs for this host and runs for Slurm do not
-    wait for each other."""
+    """The first run in order that nothing but devices can keep waiting here. The runs of one launcher do not wait for those
+    of another."""
     gate = Gate(limits, schedule.running(connection) if limits != NO_LIMITS else (), now)
     waits: Turn | None = None
     for entry in schedule.in_order(connection, now):

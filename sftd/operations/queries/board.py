@@ -28,7 +28,7 @@ from sftd.store.queries.resolve import resolve_id
 
 # Steps of which a board shows the losses, and over which it takes the speed.
 _RECENT, _SPEED = 240, 10
-# The first look goes back so many events of all runs, and the board of a run takes in so many at a time.
+# Events of all runs that the first look goes back, and events that the board of a run takes in at a time.
 _BACK, _PAGE = 20_000, 20_000
 _NOTICES, _NOTICES_OF_RUN = 60, 12
 _NODES_MICROS = 5_000_000
@@ -36,7 +36,7 @@ _NODES_MICROS = 5_000_000
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
     """A run that a daemon drives. `losses` are those of the last steps; speed and MFU are means over a few of them, None
-    where no step tells. `stepped_at` is when the last step ended."""
+    where no step has them. `stepped_at` is when the last step ended."""
 
     run: Run
     losses: list[float]
@@ -144,7 +144,7 @@ class _Watched:
         return found.st_dev, found.st_ino
 
     def forget(self) -> None:
-        """Begin anew: it is another database, or an earlier state of it."""
+        """Start over: it is another database, or an earlier state of it."""
 
     def check(self) -> None:
         """See that an SQLite file is the one that was opened: an open file can be read when it has long been deleted.
@@ -170,7 +170,7 @@ class Observer(_Watched):
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self._position = -1
         self._steps: dict[str, _Steps] = {}
         self._last: dict[str, Recorded] = {}
@@ -237,7 +237,7 @@ class RunObserver(_Watched):
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self._steps, self._history = _Steps(), History()
 
     def look(self) -> RunBoard:

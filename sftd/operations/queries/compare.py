@@ -1,4 +1,4 @@
-"""Runs side by side: what tells them apart, where their curves part, and what each has cost. Nothing here writes."""
+"""Runs side by side: how they differ, where their curves part, and what each has cost. Nothing here writes."""
 
 from __future__ import annotations
 

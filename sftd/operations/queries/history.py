@@ -25,7 +25,7 @@ from sftd.store.queue import leases as queue
 
 
 class Chapter(msgspec.Struct, frozen=True):
-    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which a fork went on.
+    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which it was forked.
     `last_step` is None for the run itself."""
 
     run_id: str
@@ -89,7 +89,7 @@ def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """What is trained again: the steps behind `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
+    """What is trained again: the steps after `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
     model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
     `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
     `model` is what the log knows of the model folder."""
@@ -112,7 +112,7 @@ class Comparison(msgspec.Struct, frozen=True):
 def plan(
     store: Store, prefix: str, from_step: int | None = None, to_step: int | None = None, *, host: str = ""
 ) -> Comparison:
-    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps behind it; without
+    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps after it; without
     `to_step`, up to its last step. `host` is the one whose devices are looked at.
 
     Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when there is nothing to compare or to begin with.
@@ -156,7 +156,7 @@ def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, e
     if from_step in usable:
         what = f"the checkpoint of step {from_step} is not on this host: {usable[from_step].path}"
     else:
-        what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps behind it up to {end}"
+        what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps after it up to {end}"
     raise Refused(Problem("--from-step", what, f"one of: {choices}"))
 
 

@@ -10,6 +10,7 @@ from sftd.domain.log.events import JobReported, Micros
 from sftd.domain.queue.demand import need
 from sftd.domain.queue.forecast import Host, Outlook, look_ahead
 from sftd.domain.queue.order import Entry, Limits
+from sftd.domain.spec.launchers import LOCAL, kind_of
 from sftd.operations.context import Context, current
 from sftd.operations.queries.placing import placed
 from sftd.store.database.engine import Store
@@ -21,7 +22,7 @@ from sftd.store.queue.daemons import DaemonRow
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
     `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
-    lately; `job` is what Slurm last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
+    lately; `job` is what the resource manager of `launcher` last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
 
     run_id: str
     status: str
@@ -33,6 +34,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     planned_steps: int
     seconds_left: float | None
     host: str | None = None
+    launcher: str = LOCAL.name
     observed: bool = True
     job: JobReported | None = None
     kind: str = ""
@@ -49,8 +51,8 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         running = schedule.running(connection)
         waiting = placed(connection, schedule.waiting(connection))
         rows = daemons.every(connection)
-        on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
-        jobs = {run_id: current(connection, run_id).job_report for run_id in on_slurm}
+        managed = [r.run_id for r in running if kind_of(r.demand.launcher).is_managed]
+        jobs = {run_id: current(connection, run_id).job_report for run_id in managed}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
     if told := [host.limits for host in alive if host.limits is not None]:
@@ -76,20 +78,12 @@ def living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[Daemo
 
 def host_of(row: DaemonRow) -> Host:
     """A daemon's host, with its devices."""
-    devices = msgspec.json.decode(row.devices, type=dict[str, int])
-    return Host(
-        row.daemon_id,
-        row.host,
-        devices.get("gpus", 0),
-        devices.get("cpus", 0),
-        devices.get("slurm", 0),
-        Limits.told(devices),
-    )
+    return Host.of(row.daemon_id, row.host, msgspec.json.decode(row.devices, type=dict[str, int]))
 
 
 def _devices(entry: Entry, hosts: list[Host]) -> int:
     """What the run takes on the first of these hosts that can ever take it."""
-    if entry.demand.launcher == "slurm":
+    if not kind_of(entry.demand.launcher).uses_host_devices:
         return entry.demand.world
     for host in hosts:
         wanted = need(entry.demand, host.gpus, host.cpus)
@@ -112,6 +106,7 @@ def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported
         seconds_left=None if entry.status == "stopping" else entry.seconds_left,
         host=host.name if host else None,
         observed=host in alive,
+        launcher=entry.demand.launcher,
         job=job,
     )
 

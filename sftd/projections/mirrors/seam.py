@@ -48,7 +48,7 @@ class Mirror(Protocol):
     """As logs, `sftd doctor` and the label `mirror` of the metrics show it."""
 
     def position(self, settings: Settings) -> str | None:
-        """The name under which the database keeps the position of this mirror and the claim on it: the same for the same
+        """The name under which the database keeps the position of this mirror and the lease on it: the same for the same
         place, without secrets. None where the mirror is off."""
         ...
 

@@ -10,19 +10,24 @@ its sender dies between the answer and the commit, or is so slow that its lease 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from sftd.domain import notices
+from sftd.domain.errors import LeaseLost
 from sftd.domain.log import events as e
 from sftd.domain.notices import Notice
 from sftd.projections.notices.channels import Channel, NotSent
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log import event_store, positions
+from sftd.store.queue import named_leases as leases
 
 log = logging.getLogger("sftd.notify")
 
@@ -56,6 +61,7 @@ class Notifier:
         # A letter a kind: the column is short.
         self._name = f"{channel.identity}:{''.join(sorted({kind[0] for kind in kinds}))}"
         self._now = now
+        self._token = str(uuid.uuid4())
         # By this host's own clock: when the lease is half over.
         self._renew_at = 0.0
         self._seen = 0
@@ -83,8 +89,7 @@ class Notifier:
         again."""
         if not self._anything_new():
             return 0
-        until = self._lease(None)
-        if until is None:
+        if not self._lease():
             return 0  # another daemon sends
         sent = 0
         try:
@@ -93,17 +98,15 @@ class Notifier:
                 for recorded in page:
                     if should_stop():
                         break
-                    if time.monotonic() > self._renew_at:
-                        if (renewed := self._lease(until)) is None:
-                            return sent
-                        until = renewed
+                    if time.monotonic() > self._renew_at and not self._renew():
+                        return sent
                     arrived = self._tell(recorded)
                     sent += arrived
                     # Many anomalies in a row give no notice; one write for all of them.
-                    if (arrived or recorded is page[-1]) and not self._move(until, recorded.position):
+                    if (arrived or recorded is page[-1]) and not self._move(recorded.position):
                         return sent
         finally:
-            self._release(until)
+            self._release()
         return sent
 
     def _anything_new(self) -> bool:
@@ -116,9 +119,9 @@ class Notifier:
             self._seen = min(self._seen, found[0].position - 1)
             return True
         self._seen = end
-        if end - written > _UNWRITTEN and (until := self._lease(None)) is not None:
-            self._move(until, end)
-            self._release(until)
+        if end - written > _UNWRITTEN and self._lease():
+            self._move(end)
+            self._release()
         return False
 
     def _tell(self, recorded: e.Recorded) -> bool:
@@ -170,21 +173,28 @@ class Notifier:
         known.version = recorded.version
         return known.counts[recorded.attempt, recorded.type, event.what]
 
-    def _lease(self, held: int | None) -> int | None:
-        """Take the lease, or prolong the one that ends at `held`. Returns when it ends; None when another has it."""
+    def _lease(self) -> bool:
+        """Take the lease. False when another daemon has it."""
+        owner = f"{socket.gethostname()[:40]}-{os.getpid()}"
+        self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            now = tx.now(self._now())
-            self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
-            return positions.lease_projection(tx, self._name, held, now, now + _LEASE_MICROS)
+            return leases.take(tx, self._name, self._token, owner, self._now(), _LEASE_MICROS)
 
-    def _release(self, until: int) -> None:
+    def _renew(self) -> bool:
+        self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            positions.release_projection(tx, self._name, until)
+            return leases.renew(tx, self._token, self._now(), _LEASE_MICROS)
 
-    def _move(self, until: int, position: int) -> bool:
+    def _release(self) -> None:
+        with self._store.write(appends=False) as tx:
+            leases.release(tx, self._name, self._token)
+
+    def _move(self, position: int) -> bool:
         """Move the position, if the lease is still ours."""
         with self._store.write(appends=False) as tx:
-            if not positions.holds_projection(tx, self._name, until):
+            try:
+                leases.check(tx, self._name, self._token)
+            except LeaseLost:
                 return False
             positions.set_projection_position(tx.connection, self._name, position)
         self._seen = max(self._seen, position)

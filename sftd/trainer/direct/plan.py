@@ -29,8 +29,9 @@ from sftd.trainer.runtime import process
 from sftd.trainer.runtime.console import print_text
 from sftd.wire import preflight
 from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, read_history
-from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
+from sftd.wire.attempt.directory import AttemptDir, ProcessFile
 from sftd.wire.attempt.journal import now_micros
+from sftd.wire.attempt.orders import order_of
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.preflight import Preflight
 from sftd.wire.spec import file as specfile
@@ -113,21 +114,14 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     _sweep(run, history)
     attempt = run.attempt(run.attempts() + 1)
     attempt.create(
-        Order(
-            run_id=state.run_id,
+        order_of(
+            msgspec.structs.replace(state, spec=spec, planned_steps=new.planned_steps),
+            checkpoint,
             attempt=run.attempts() + 1,
             token=uuid.uuid4().hex,
-            spec=spec,
-            planned_steps=new.planned_steps,
-            checkpoint_dir=str(run.checkpoint_dir),
-            checkpoint=checkpoint.path if checkpoint else None,
-            checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
-            train_digest=state.train_digest,
-            val_digest=state.val_digest,
-            model_files=record.files,
-            weights=record.weights,
-            model_root=str(run.path),
-            order_start=state.order_start,
+            checkpoint_dir=run.checkpoint_dir,
+            model=record,
+            model_root=run.path,
             losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
         )
     )

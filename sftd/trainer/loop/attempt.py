@@ -19,6 +19,7 @@ from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, Step
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.trainer import trainee as trainees
@@ -49,7 +50,8 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
-    if "SLURM_JOB_ID" in os.environ:
+    if not kind_of(order.spec.launch.launcher).uses_host_devices:
+        # No signal of the daemon reaches this process.
         process.watch_for_stack_requests(attempt.stacks_wanted_file)
     session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)

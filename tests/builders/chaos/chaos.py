@@ -69,7 +69,7 @@ class Chaos:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`database_url` is of an empty PostgreSQL database on this host, which is restarted; without one a SQLite file
-        serves, for one daemon. `runs` are in the queue at any time; `say` is told each fault."""
+        serves, for one daemon. `runs` are in the queue at any time; `say` gets each fault."""
         self._folder = folder
         self._model = model
         self._reference = reference
@@ -146,7 +146,7 @@ class Chaos:
         return found
 
     def run(self, count: int, kinds: list[str] | None = None, seconds: float = float("inf")) -> Tally:
-        """Inject so many faults, all kinds as often, in random order, but none after `seconds`; let the queue run empty, and
+        """Inject that number of faults, all kinds equally often, in random order, but none after `seconds`; let the queue run empty, and
         check everything."""
         known = self.faults()
         names = kinds or list(known)
@@ -205,7 +205,7 @@ class Chaos:
             self._steps(self._random.randint(1, STEPS // 2), 15)
 
     def _steps(self, steps: int, seconds: float) -> None:
-        """Wait until the journals have grown by about so many steps, at most so long."""
+        """Wait until the journals have grown by about that number of steps, or until the time is up."""
         target = self._written() + steps * _STEP_BYTES
         holds_within(seconds, lambda: self._written() >= target, every=POLL)
 
@@ -304,7 +304,7 @@ class Chaos:
             node.daemon.send_signal(signal.SIGCONT)
 
     def _all_hold(self) -> bool:
-        """Whether no lease has ended: those of whoever is not frozen are renewed every second."""
+        """Whether no lease has ended: a daemon that is not frozen renews its own every second."""
         with self._store.read() as connection:
             now = self._store.clock(connection, time.time_ns() // 1000)
             oldest = min((lease.expires_at for lease in queue.leases(connection)), default=0)

@@ -18,7 +18,7 @@ from tests.builders.process.homes import Home
 
 _LOST = (e.AttemptFailed, e.AttemptLost)
 _CHECKPOINT_FAILED = "checkpoint_failed"
-# Training is to go on through these: an attempt that also met another fault ended by that one.
+# Training must continue through these: an attempt that also met another fault ended by that one.
 _SPARE_TRAINING = (
     "fill the disk",
     "freeze a daemon past its lease",
@@ -42,7 +42,7 @@ class Touch:
 
 @dataclass
 class Tally:
-    """What was done, what came of it, and everything that must not be: an empty `wrong` is what all this is for."""
+    """Faults, their results, and every violation: `wrong` must stay empty."""
 
     touches: list[Touch] = field(default_factory=list)
     not_injected: dict[str, str] = field(default_factory=dict)

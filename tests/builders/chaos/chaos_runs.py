@@ -32,7 +32,7 @@ def make_reference(
     folder.mkdir(parents=True)
     home = Home(folder, model, warm)
     home.env["SFTD_CPU_SLOTS"] = "2"
-    # Whoever is slow for a moment is not disturbed.
+    # A daemon that is slow for a moment keeps its lease.
     runs = [home.submit(*RUN, "launch.hang_seconds=1800", *variant) for variant in VARIANTS[:variants]]
     home.drain()
     engine = open_engine(f"sqlite:///{folder}/home/sftd.db")

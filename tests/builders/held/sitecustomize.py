@@ -44,7 +44,7 @@ if folder := os.environ.get("HOLDS"):
         if line["type"] == kind and line["p"]["step"] >= int(step):
             with open(f"{hold}.held", "w") as file:
                 file.write(str(os.getpid()))
-            # Once: whoever lets it go on does not want it stopped at the next line.
+            # Once: after a resume it must not stop at the next line.
             if os.environ.pop("HOLD_AT", None) is None:
                 os.unlink(hold)
             os.kill(os.getpid(), signal.SIGSTOP)

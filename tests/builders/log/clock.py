@@ -8,7 +8,7 @@ CONTEXT = Context(actor="test")
 
 
 class Clock:
-    """A context whose time stands still until it is moved."""
+    """A context whose time changes only when a test moves it."""
 
     def __init__(self) -> None:
         self.time = 1_000_000_000

@@ -1,4 +1,4 @@
-"""Runs told to a database event by event: what commands that only read are tested with, without a daemon."""
+"""Runs written to a database event by event, without a daemon, for tests of commands that only read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def submitted(of: Spec, digest: str = "d" * 64) -> e.RunSubmitted:
 
 
 def claimed(from_step: int = 0, devices: int = 2, **environment: Any) -> list[e.Event]:
-    """An attempt begins, on so many devices."""
+    """An attempt begins on `devices` devices."""
     return [
         e.AttemptClaimed(daemon="d", host="h", from_step=from_step),
         e.AttemptLaunched(

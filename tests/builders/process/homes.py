@@ -155,12 +155,12 @@ class Home:
         return AttemptDir(self.path / "home" / "runs" / run_id / f"attempt-{number:04d}")
 
     def hold(self, run_id: str, step: int, number: int = 1) -> dict[int, psutil.Process]:
-        """Have an attempt do so many steps and stand still. Returns rank → process: they are let go, or killed."""
+        """Stop an attempt after a step. Returns rank → process: the test resumes or kills them."""
         self.hold_at(run_id, step, number)
         return self.held(run_id, number)
 
     def hold_at(self, run_id: str, step: int, number: int = 1) -> None:
-        """Have the ranks of an attempt stop behind a step that they have not come to yet; `held` waits for it."""
+        """Have the ranks of an attempt stop after a step that they have not reached yet; `held` waits for it."""
         self.holds.at(self.attempt(run_id, number).path, step)
 
     def held(self, run_id: str, number: int = 1) -> dict[int, psutil.Process]:

@@ -40,7 +40,9 @@ AIMS: dict[str, tuple[type[e.Event], float]] = {
 }
 _SAVES, _SECONDS = 1.3, 0.006
 _NAME = re.compile(r"step-\d{8}")
-Found = Literal["nothing", "a part", "all but its name", "a checkpoint not told of", "a half-deleted one"]
+Found = Literal[
+    "nothing", "a part", "all but its name", "a checkpoint without an event", "a half-deleted one"
+]
 
 
 @dataclass
@@ -94,7 +96,7 @@ class KillWhileSaving:
         }
         self._config.write_text(yaml.safe_dump(config))
         self.tally = Tally()
-        # The step from which the next attempt must go on.
+        # The step that the next attempt must continue from.
         self._expected: int | None = None
         ranks = self._start("undisturbed")
         assert ranks.wait() == [0], self._log("undisturbed").read_text()
@@ -105,7 +107,7 @@ class KillWhileSaving:
         self._save_seconds = saves[len(saves) // 2]
 
     def run(self, kills: int) -> Tally:
-        """Kill so many times, then let the last run end."""
+        """Kill that number of times, then let the last run end."""
         number = 0
         while self.tally.kills < kills or number:
             name = f"run-{self.tally.runs:03d}"
@@ -173,7 +175,7 @@ class KillWhileSaving:
                 self._blame(name, f"step {step.step}: {_exact(step)}, undisturbed {self._steps[step.step]}")
         resumed = [s.step for s in events if isinstance(s, e.TrainingResumed)]
         if resumed and resumed[0] != self._expected:
-            self._blame(name, f"went on from step {resumed[0]}, not {self._expected}")
+            self._blame(name, f"continued from step {resumed[0]}, not {self._expected}")
         self.tally.wrong += [f"{name}: {s.reason}" for s in events if isinstance(s, e.CheckpointRejected)]
 
     def _check(self, name: str, run: Run) -> None:
@@ -199,7 +201,7 @@ class KillWhileSaving:
 
     def _what_is_left(self, run: DirectRun) -> Found:
         state, _ = self._read(run.path.name)
-        told = {Path(c.path).name for c in state.checkpoints}
+        recorded = {Path(c.path).name for c in state.checkpoints}
         names = {p.name for p in run.checkpoint_dir.glob("step-*")}
         if any(name.endswith(".deleted") for name in names):
             return "a half-deleted one"
@@ -207,7 +209,7 @@ class KillWhileSaving:
             is_whole = (run.checkpoint_dir / partial[0] / manifests.NAME).exists()
             return "all but its name" if is_whole else "a part"
         deleted = {Path(p).name for p in _deleted(run)}
-        return "a checkpoint not told of" if names - told - deleted else "nothing"
+        return "a checkpoint without an event" if names - recorded - deleted else "nothing"
 
     def _read(self, name: str) -> tuple[Run, list[e.Event]]:
         run = DirectRun(self._folder / name)

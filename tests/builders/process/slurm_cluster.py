@@ -70,7 +70,7 @@ def why_not() -> str | None:
     if missing := [name for name in _COMMANDS if which(name) is None]:
         return f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge iproute2)"
     if not _FREEZER.is_dir():
-        return f"{_FREEZER} is not there, by which Slurm finds what a job leaves behind"
+        return f"{_FREEZER} is missing: Slurm needs it to find a job's leftover processes"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
 
@@ -169,7 +169,7 @@ class SlurmCluster:
         subprocess.run([program, *arguments], check=True, capture_output=True)
 
     def start_controller(self, *, clean: bool = False) -> None:
-        """Start slurmctld; it takes up where it was, unless `clean`."""
+        """Start slurmctld; it continues from its saved state, unless `clean`."""
         self._spawn("slurmctld", "-D", *(["-c", "-i"] if clean else []), "-f", str(self.conf))
         until(
             lambda: not self.run("scontrol", "ping", check=False).returncode, what="slurmctld did not start"
@@ -250,7 +250,7 @@ class SlurmCluster:
         return done.stdout.strip().strip("|")
 
     def limit(self, job: str, minutes_left: int) -> None:
-        """Have a running job's time end in so many minutes, or somewhat less: Slurm counts whole ones."""
+        """Set a running job's time limit to `minutes_left` from now, or somewhat less: Slurm counts whole minutes."""
         shown = self.run("scontrol", "show", "job", job).stdout
         hours, minutes, _ = shown.split("RunTime=")[1].split()[0].split(":")
         self.run(

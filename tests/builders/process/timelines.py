@@ -9,7 +9,7 @@ from tests.builders.process.homes import Home
 
 
 def numbers(event: dict[str, Any]) -> tuple[Any, ...]:
-    """What of a step must come out the same again."""
+    """What of a step must match when it is redone."""
     p = event["payload"]
     return tuple(p[name] for name in ("loss", "grad_norm", "lr", "tokens", "tokens_total", "samples_digest"))
 

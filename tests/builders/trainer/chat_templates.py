@@ -35,7 +35,7 @@ LLAMA3 = (
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# Tools in the system message, calls in tags behind the content, results of one round in one turn of the user.
+# Tools in the system message, calls in tags after the content, results of one round in one turn of the user.
 _QWEN_HEAD = (
     "{% set sys = messages[0].content if messages[0].role == 'system' else 'You help.' %}"
     "{{ '<|im_start|>system\n' + sys }}{% if tools %}{{ '\n\n# Tools\n<tools>' }}{% for t in tools %}"
@@ -61,7 +61,7 @@ QWEN25 = (
     "{% endgeneration %}{{ '\n' }}{% elif m.role == 'user' or not loop.first %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + _QWEN_TAIL
 )
-# Reasoning stays only behind the last question; the last answer always has a think block, if an empty one.
+# Reasoning stays only after the last question; the last answer always has a think block, if an empty one.
 QWEN3 = (
     _QWEN_HEAD + "{% set ns = namespace(asked=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
@@ -78,7 +78,7 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# No generation prompt; system message and tools stand before the last question, wherever that is.
+# No generation prompt; system message and tools come before the last question.
 MISTRAL = (
     "{% set sys = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"

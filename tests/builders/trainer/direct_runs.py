@@ -81,7 +81,7 @@ class Direct:
         )
 
     def held(self, name: str, process: subprocess.Popen[str]) -> psutil.Process:
-        """Wait until the first attempt of a run stands still where `holds` has said. Returns the rank that reports."""
+        """Wait until the first attempt of a run has stopped where `holds` says. Returns the rank that reports."""
         return self.holds.wait(self.run(name).attempt(1).path, lambda: process.poll() is not None)
 
     def train(self, ranks: int | None, *arguments: str, expect: int = 0) -> tuple[str, str]:

@@ -67,7 +67,7 @@ def make_model(folder: Path) -> None:
 
 
 def usable(rows: Iterable[Row], longest: int) -> list[tuple[int, Row]]:
-    """(number, row) of the rows of which some token behind the first is trained, cut on the right."""
+    """(number, row) of the rows of which some token after the first is trained, cut on the right."""
     cut = [(ids[:longest], labels[:longest]) for ids, labels in rows]
     return [(n, row) for n, row in enumerate(cut) if count(row)]
 

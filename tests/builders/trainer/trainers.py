@@ -167,7 +167,7 @@ class Trainer:
         return environment
 
     def held(self, attempt: AttemptDir, process: subprocess.Popen[bytes]) -> psutil.Process:
-        """Wait until an attempt stands still where `holds` has said. Returns the rank that reports."""
+        """Wait until an attempt is stopped where `holds` says. Returns the rank that reports."""
         return self.holds.wait(attempt.path, lambda: process.poll() is not None)
 
     def finish(self, attempt: AttemptDir, process: subprocess.Popen[bytes], *, expect: int | None = 0) -> Run:

@@ -241,7 +241,7 @@ def test_a_board_is_json(
     for part, command in (("nodes", "nodes"), ("waiting", "queue")):
         alone = json.loads(CliRunner().invoke(main, [command, "--json"], catch_exceptions=False).stdout)
         for found in (*board[part], *alone):
-            # Time goes on while both are asked.
+            # Time passes while both are asked.
             found.pop("unseen_seconds", None)
             assert isinstance(found.pop("starts_at", None), str | None)
         assert board[part] == [found for found in alone if part == "nodes" or found["kind"]]

@@ -99,7 +99,7 @@ def test_the_parents_steps_count_as_they_were_when_it_was_forked(log: Store) -> 
     append(
         log, "fork", [forked("parent", 2, "first"), submitted(spec()), *claimed(from_step=2), step(3, 5.0)]
     )
-    # Then the parent goes back, and its steps come out otherwise.
+    # Then the parent goes back, and its steps differ.
     append(log, "parent", [FAILED, *claimed(), *losses(3, by=7.0)], attempt=2)
     found = comparisons.compare(log, ["fork", "parent"], NOW)
     assert list(found.sides[0].curves.columns["loss"]) == [1.0, 0.5, 5.0]

@@ -1,4 +1,4 @@
-"""Whoever wrote a name, a message or a path: a terminal obeys none of it, whichever command prints it."""
+"""A terminal obeys no text of a name, a message or a path, whichever command prints it."""
 
 from __future__ import annotations
 

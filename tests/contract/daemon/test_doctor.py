@@ -1,4 +1,4 @@
-"""What `sftd doctor` says of databases, MLflow servers, daemons and what dead attempts left behind."""
+"""What `sftd doctor` says of databases, MLflow servers, daemons and the leftovers of dead attempts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_database_in_order(database_url: str, tmp_path: Path) -> None:
 
 
 def test_a_database_without_tables(empty_database_url: str, tmp_path: Path) -> None:
-    """SQLite is made by whoever needs it; a server's tables are a person's to make. Looking makes neither."""
+    """A SQLite file is created where it is needed; a person creates a server's tables. A look creates neither."""
     _, found = doctor_services.database(settings(tmp_path / "home", SFTD_DATABASE_URL=empty_database_url))
     one = only(found)
     if empty_database_url.startswith("sqlite"):

@@ -122,7 +122,7 @@ def give_up(log: Store, run_id: str) -> None:
 
 
 def unreadable(directory: AttemptDir) -> None:
-    """Make a file of the attempt one that can be neither read nor replaced, whoever asks."""
+    """Make a file of the attempt one that can be neither read nor replaced, by any user."""
     directory.lease_file.unlink()
     (directory.lease_file / "x").mkdir(parents=True)
 
@@ -162,7 +162,7 @@ def test_the_queue_goes_by_the_limits_of_the_daemons_and_not_by_those_of_this_sh
 def test_an_attempt_is_adopted_although_its_folder_takes_no_file(
     log: Store, daemon: Callable[[Launcher], Daemon]
 ) -> None:
-    """A full disk, for one: it must be watched, its end told, and its devices not given to another run."""
+    """A full disk, for one: it must be watched, its end recorded, and its devices not given to another run."""
     launcher = Launcher()
     first = daemon(launcher)
     run_id = submit(log)
@@ -202,7 +202,7 @@ def test_an_attempt_that_a_person_gave_up_is_killed_before_the_next_one_starts(
 def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
     log: Store, daemon: Callable[[Launcher], Daemon], tmp_path: Path
 ) -> None:
-    """Started here it would find its checkpoint damaged, and begin anew."""
+    """Started here it would find its checkpoint damaged, and start again."""
     run_id = submit(log)
     folder = tmp_path / "home-of-another-host" / "runs" / run_id / "checkpoints" / "step-00000001"
     with log.write(appends=False) as tx:
@@ -231,7 +231,7 @@ def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
     assert one._starter.nothing_left(), "a daemon that drains does not wait for another host"
     (row,) = waiting.list_queue(log, CONTEXT, one._starter._limits, LEASE)
     assert (row.kind, row.waits_for) == ("checkpoint", "a daemon on another-host, which has its checkpoint")
-    # Where the folder is shared, any host goes on.
+    # Where the folder is shared, any host continues.
     folder.mkdir(parents=True)
     one._starter._starts_here.clear()
     one.tick()

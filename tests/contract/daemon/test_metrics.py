@@ -1,4 +1,4 @@
-"""What the daemon tells Prometheus, read back by a strict reader, from a real database."""
+"""The daemon's metrics for Prometheus, read back by a strict reader, from a real database."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -26,7 +26,7 @@ from sftd.store.database.engine import Store
 from sftd.store.queue import daemons
 from sftd.store.queue.daemons import DaemonRow
 from sftd.store.queue.leases import Lease
-from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
+from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.preflight import Preflight
 from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 
@@ -77,13 +77,14 @@ def place(store: Store, tmp_path: Path) -> Place:
     return Place(store, tmp_path)
 
 
-def start(directory: AttemptDir, lease: Lease) -> None:
+def start(directory: AttemptDir, lease: Lease, launcher: Literal["local", "slurm"] = "local") -> None:
+    launch = msgspec.structs.replace(SPEC.launch, launcher=launcher)
     directory.create(
         Order(
             run_id=lease.run_id,
             attempt=1,
             token=lease.token,
-            spec=SPEC,
+            spec=msgspec.structs.replace(SPEC, launch=launch),
             planned_steps=3,
             checkpoint_dir="c",
         )
@@ -159,6 +160,18 @@ def test_a_container_whose_layer_has_another_device_number_waits_for_silence(pla
     os.close(directory.hold_alive() or -1)
     assert place.orphans().found == []
     assert place.orphans(NOW + 2 * SILENT).found == [lease]
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["its order", "its places"])
+def test_an_attempt_of_a_resource_manager_is_asked_about_from_anywhere(place: Place, readable: bool) -> None:
+    """No lock of this file system shows it, and nothing here needs to."""
+    lease, directory = place.driven_by(place.row("before", RESTARTED))
+    start(directory, lease, launcher="slurm")
+    assert place.orphans().found == [lease]
+    directory.write_process(ProcessFile(pid=0, create_time=0.0, host="host", devices=["slurm:3"]))
+    if not readable:
+        directory.order_file.write_text("{")
+    assert place.orphans().found == [lease]
 
 
 @pytest.mark.parametrize("started", [False, True])

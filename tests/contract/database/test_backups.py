@@ -114,7 +114,7 @@ os.kill(os.getpid(), 9)
 
 
 def crash(database: Path) -> None:
-    """Leave a write-ahead log behind, as a daemon that is killed does."""
+    """Leave a write-ahead log, as a killed daemon does."""
     done = subprocess.run([sys.executable, "-c", CRASH, str(database)], timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL
     assert database.with_name(database.name + "-wal").stat().st_size > 0

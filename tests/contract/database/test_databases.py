@@ -1,4 +1,4 @@
-"""`sftd db`: a copy is the same to the byte, and a database that does not tell one story is found out."""
+"""`sftd db`: a copy is the same to the byte, and an inconsistent database is detected."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_no_event_is_lost_to_a_reader_by_position_when_an_earlier_append_commits
 
 
 def test_position_order_is_commit_order_under_four_writers(store: Store) -> None:
-    """A reader that only ever goes on behind the highest position it saw misses nothing."""
+    """A reader that always continues after the highest position it saw misses nothing."""
     per_writer, writers = 25, 4
     done = threading.Event()
     seen: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""Taking a direct run's folder into the log: what it tells becomes the history that a daemon would have recorded."""
+"""Taking a direct run's folder into the log: its contents become the history that a daemon would have recorded."""
 
 from __future__ import annotations
 
@@ -128,9 +128,11 @@ def test_an_interrupted_run_is_cancelled_and_a_daemon_may_go_on(log: Store, fold
     runs.resume(log, CONTEXT, RUN, "ada")
     claimed = attempts.claim(log, CONTEXT, **claim)  # type: ignore[arg-type]
     assert claimed is not None
-    assert (claimed.lease.attempt, claimed.start.from_step, claimed.checkpoint_digest) == (2, 2, "m2")
+    start = claimed.run.restart_checkpoint
+    assert start is not None
+    assert (claimed.lease.attempt, claimed.start.from_step, start.manifest_digest) == (2, 2, "m2")
 
-    # The folder has nothing new: no reason to refuse. When it goes on, too, the two are different histories.
+    # The folder has nothing new: no reason to refuse. If it continues, too, the two are different histories.
     assert take_in(log, folder).new_events == 0
     folder.attempt(step(3), folder.published(3), resumed=2, exit_code=0)
     before = types(log)

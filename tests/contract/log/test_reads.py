@@ -1,4 +1,4 @@
-"""What boards, ledgers, copies, leases and claims ask of the database: at most so much, in order, and of the right run."""
+"""What boards, ledgers, copies and leases ask of the database: a bounded number of rows, in order, and of the right run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sftd.domain.run.goodput import Fold
 from sftd.store.database import copying
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
-from sftd.store.log import curves, event_store, goodput, positions
+from sftd.store.log import curves, event_store, goodput
 from sftd.store.queries import board
-from sftd.store.queue import claims
 from sftd.store.queue import leases as queue
+from sftd.store.queue import named_leases
 from tests.builders.log.histories import (
     FAILED,
     NOON,
@@ -94,30 +94,55 @@ def test_a_history_takes_in_as_much_as_it_is_asked_to(log: Store) -> None:
         assert event_store.branch_version(connection, forked("x", 3, digest)) is None
 
 
-def test_a_claim_is_one_daemons_until_it_expires_or_is_given_back(log: Store) -> None:
-    def hold(token: str, now: int) -> bool:
+def test_a_named_lease_is_one_daemons_until_it_expires_or_is_given_back(log: Store) -> None:
+    def take(token: str, now: int) -> bool:
         with log.write(appends=False) as tx:
-            return claims.hold(tx, "mirror", token, f"daemon {token}", now, 10**12)
+            return named_leases.take(tx, "mirror", token, f"daemon {token}", now, 10**12)
 
     def holder(name: str = "mirror") -> tuple[str, str] | None:
         with log.read() as connection:
-            return claims.holder(connection, name)
+            return named_leases.holder(connection, name)
 
     def release(token: str) -> None:
         with log.write(appends=False) as tx:
-            claims.release(tx, "mirror", token)
+            named_leases.release(tx, "mirror", token)
+
+    def check(token: str) -> None:
+        with log.write(appends=False) as tx:
+            named_leases.check(tx, "mirror", token)
 
     assert holder() is None
-    assert hold("one", 0)
-    assert hold("one", 5)
-    assert not hold("two", 5)
+    assert take("one", 0)
+    assert take("one", 5)
+    assert not take("two", 5)
     assert holder() == ("one", "daemon one")
     assert holder("another") is None
+    check("one")
+    with pytest.raises(LeaseLost, match="lease on mirror"):
+        check("two")
     release("two")
     assert holder() == ("one", "daemon one")
     release("one")
     assert holder() is None
-    assert hold("two", 5)
+    with pytest.raises(LeaseLost):
+        check("one")
+    assert take("two", 5)
+
+
+def test_a_lease_that_another_has_taken_is_not_renewed_even_if_that_one_expired(log: Store) -> None:
+    def renew(token: str) -> bool:
+        with log.write(appends=False) as tx:
+            return named_leases.renew(tx, token, 0, -1)
+
+    with log.write(appends=False) as tx:
+        assert named_leases.take(tx, "notices", "one", "d1", 0, -1), "expired as soon as it is taken"
+    assert renew("one"), "nobody else took it"
+    with log.write(appends=False) as tx:
+        assert named_leases.take(tx, "notices", "two", "d2", 0, -1)
+    assert not renew("one")
+    with log.write(appends=False) as tx:
+        assert named_leases.take(tx, "notices", "one", "d1", 0, 10**12)
+        assert not named_leases.take(tx, "notices", "two", "d2", 0, 10**12)
 
 
 def test_who_copies_is_told_of_each_table_with_its_rows(log: Store) -> None:
@@ -178,27 +203,6 @@ def test_events_of_some_types_are_read_between_their_places(log: Store) -> None:
         rows = list(event_store.raw_rows(connection, "a", 1, types))
         assert [row["version"] for row in rows] == [10]
         assert [row["version"] for row in event_store.raw_rows(connection, "a", 3, (), 2)] == [4, 5]
-
-
-def test_the_right_to_move_a_position_is_one_holders_until_it_ends(log: Store) -> None:
-    def lease(held: int | None, now: int, until: int) -> int | None:
-        with log.write(appends=False) as tx:
-            return positions.lease_projection(tx, "notices", held, now, until)
-
-    assert lease(None, 0, 100) == 100
-    assert lease(None, 99, 200) is None, "another has it"
-    assert lease(100, 50, 150) == 150, "prolonged"
-    assert lease(100, 50, 300) is None, "the right that ended at 100 is gone"
-    assert lease(None, 150, 160) == 160, "over at its end"
-    # Each right ends later than the one before, or it would not be known from it.
-    assert lease(160, 0, 10) == 161
-    with log.write(appends=False) as tx:
-        assert positions.holds_projection(tx, "notices", 161)
-        assert not positions.holds_projection(tx, "notices", 160)
-        positions.release_projection(tx, "notices", 160)
-        assert positions.holds_projection(tx, "notices", 161)
-        positions.release_projection(tx, "notices", 161)
-    assert lease(None, 0, 5) == 5
 
 
 def test_a_lease_is_its_holders_and_ends_with_its_place(log: Store) -> None:

@@ -80,7 +80,7 @@ def claimed(number: int) -> e.AttemptClaimed:
 
 @pytest.fixture
 def family(append: Append) -> None:
-    """A parent that saved step 4 and went on to 6, was resumed from 2 and did 3 and 4 anew; a fork from the first step 4
+    """A parent that saved step 4 and continued to 6, was resumed from 2 and did 3 and 4 again; a fork from the first step 4
     up to 6, and its fork from step 5."""
     append(PARENT, submitted(), claimed(0), step(1), step(2), published(2, "p2"), step(3), step(4, loss=4.0))
     append(PARENT, published(4, "p4"), step(5), step(6))
@@ -156,7 +156,7 @@ def test_what_is_compared_is_the_timeline_from_a_checkpoint_that_is_here(
     assert (chosen.from_step, chosen.to_step) == (5, 6)
     assert chosen.checkpoint is not None
     assert chosen.checkpoint.manifest_digest == "p5"
-    # A fork's steps begin behind its parent's checkpoint.
+    # A fork's steps begin after its parent's checkpoint.
     with pytest.raises(Refused, match="no checkpoint before step 6 is on this host"):
         replays.plan(log, CHILD)
     with pytest.raises(Refused) as refused:

@@ -13,7 +13,7 @@ from sftd.daemon.mirror_turn import MirrorTurn
 from sftd.launcher.processes import host_name
 from sftd.operations.context import Context
 from sftd.store.database.engine import Store
-from sftd.store.queue import claims, daemons
+from sftd.store.queue import daemons, named_leases
 from sftd.store.queue.daemons import DaemonRow
 from tests.builders.patience import never
 
@@ -76,10 +76,10 @@ def hosts(store: Store, clock: Clock) -> Daemons:
     return Daemons(store, clock)
 
 
-def test_one_mirrors_and_the_other_waits_until_its_claim_has_expired(hosts: Daemons, clock: Clock) -> None:
+def test_one_mirrors_and_the_other_waits_until_its_lease_has_expired(hosts: Daemons, clock: Clock) -> None:
     (first, one), (second, two) = hosts.start("first", host="a"), hosts.start("second", host="b")
     assert (first.sync(never), second.sync(never)) == (5, 0)
-    # The first mirrors for longer than a claim lasts: it is prolonged.
+    # The first mirrors for longer than a lease lasts: it is prolonged.
     for _ in range(4):
         clock.seconds += SECONDS / 2
         assert (first.sync(never), second.sync(never)) == (5, 0)
@@ -120,6 +120,6 @@ def test_one_of_this_host_that_was_killed_is_not_waited_for(hosts: Daemons) -> N
     assert alive.sync(never) == 5, "its process is gone: that is proof"
     assert later.sync(never) == 0, "that one lives"
     with hosts.store.read() as connection:
-        held = claims.holder(connection, "mlflow:x")
+        held = named_leases.holder(connection, "mlflow:x")
     assert held is not None
     assert held[1] == "alive"

@@ -28,6 +28,7 @@ from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import leases as queue
 from tests.builders.patience import PATIENCE
+from tests.builders.prometheus import parse
 
 SPEC = Spec(model=Model(partial_pretrain="m"), launch=Launch(threads_per_rank=1, max_restarts=0))
 
@@ -142,6 +143,8 @@ def test_each_mirror_has_its_own_outages_and_gets_every_event_once(
         away.is_up = False
         away.answers.set()
     assert away.lines() == []
+    lags = parse((tmp_path / "home" / "metrics.prom").read_text())["sftd_mirror_lag_events"]
+    assert {dict(labels)["mirror"] for labels in lags} == {"away", "well"}
     # The next daemon continues each where it was.
     away.is_up = True
     with Serving(store, tmp_path / "home", away, well):

@@ -238,7 +238,7 @@ def mlflow_template(first_sync: tuple[Path, subprocess.CompletedProcess[str]]) -
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
-    """A log in a new SQLite store; nothing may be left behind in the working directory."""
+    """A log in a new SQLite store; nothing may be left in the working directory."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     engine = open_engine(f"sqlite:///{tmp_path}/sftd.db")
@@ -350,7 +350,7 @@ def test_a_fresh_mirror_for_every_event_makes_the_same_run(
 def test_a_restart_between_a_step_and_its_redo_sends_nothing_twice(
     log: Log, server: Server, new_mirror: Callable[[], Feed]
 ) -> None:
-    """Right behind the last steps of an attempt, and behind its end."""
+    """Right after the last steps of an attempt, and after its end."""
     crash_and_redo(log, "whole")
     with log.store.read() as connection:
         stream = list(event_store.read_stream(connection, "whole"))
@@ -368,7 +368,7 @@ def test_a_restart_between_a_step_and_its_redo_sends_nothing_twice(
 
 
 def fork(log: Log, parent: str, step: int, run_id: str) -> None:
-    """A run that begins behind `step` of another."""
+    """A run that begins after `step` of another."""
     forked = e.RunForked(
         parent=parent,
         step=step,
@@ -477,7 +477,7 @@ def test_killed_between_the_points_and_the_cursor(
             mirror.sync(never)
     assert len(server.history("run-1")["loss"]) == 201
     assert int(server.run("run-1").data.tags["sftd.cursor"].removeprefix("2:")) < 200
-    # What is sent again comes with more behind it and redone steps: other pages than before.
+    # What is sent again is followed by more, and by redone steps: other pages than before.
     log.train("run-1", 2, range(190, 300))
     (mirror if same_mirror else new_mirror()).sync(never)
     history, in_log = server.history("run-1"), expected(log.store, "run-1")

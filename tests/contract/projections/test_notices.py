@@ -133,7 +133,7 @@ def test_notices_arrive_in_order_and_once_across_restarts(log: Log, hook: Hook) 
     log.add("one", submitted(SPEC), ODD, FAILED)
     log.add("two", submitted(SPEC))
     first = log.notifier(Webhook(hook.url))
-    first.begin()  # known already: it goes on where it stands
+    first.begin()  # known already: it continues where it is
     assert (first.sync(never), first.sync(never)) == (2, 0)
     log.add("two", e.RunSucceeded(steps=4, tokens=4000, final_checkpoint="c"))
     again = log.notifier(Webhook(hook.url))
@@ -267,7 +267,7 @@ def test_a_daemon_that_died_while_it_sent_is_followed_by_another(
     with pytest.raises(Died):
         dead.sync(never)
     assert other.sync(never) == 0
-    # What it has left behind is nothing that `sftd db check` takes for a place in the log.
+    # What it has left is nothing that `sftd db check` takes for a place in the log.
     assert not [p for p in check(log.store, lambda *_: None).problems if p.startswith("projection")]
     log.now += 61_000_000
     assert other.sync(never) == 1
@@ -293,6 +293,27 @@ def test_one_that_was_too_slow_does_not_move_the_position_of_its_successor(
     assert slow.sync(never) == 1
     assert [body["run_id"] for body in hook.bodies] == ["one", "one", "two"]
     assert log.notifier(Webhook(hook.url)).pending_count() == 0
+
+
+def test_a_sender_whose_lease_another_took_and_lost_stops(log: Log, hook: Hook) -> None:
+    slow, other = log.notifier(Webhook(hook.url)), log.notifier(Webhook(hook.url))
+    slow.begin()
+    log.add("one", submitted(SPEC), FAILED)
+    log.add("two", submitted(SPEC), CANCELLED)
+    asked = 0
+
+    def other_sends() -> bool:
+        """Between the first notice and the second, the lease expires."""
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            log.now += 61_000_000
+            assert other.sync(never) == 1
+            slow._renew_at = 0.0
+        return False
+
+    assert slow.sync(other_sends) == 1
+    assert [body["run_id"] for body in hook.bodies] == ["one", "two"]
 
 
 def test_a_command_is_told_on_its_input_and_by_variables(log: Log, tmp_path: Path) -> None:
@@ -356,7 +377,7 @@ def test_the_daemon_tells_even_while_the_webhook_fails_at_first(
         thread.wake()
         for _ in range(3):
             assert hook.arrived.acquire(timeout=PATIENCE)
-        # What is recorded last is told before the daemon ends.
+        # The last record is sent before the daemon ends.
         log.add("two", submitted(SPEC), CANCELLED)
         daemon.stop()
         running.join(PATIENCE)

@@ -114,7 +114,7 @@ class Host:
         until(lambda: find_run(self.store, run_id).status == status)
 
     def kill(self, run_id: str) -> None:
-        """As the kernel does it, behind the daemon's back."""
+        """As the kernel does it, unseen by the daemon."""
         os.killpg(self.launches(run_id)[-1].pid, signal.SIGKILL)
         self.until_it_is(run_id, "retrying")
 

@@ -37,7 +37,7 @@ FAILURE = Failure("killed", "boom")
 
 
 def skewed(by: int) -> Context:
-    """A host whose clock is wrong by so many µs."""
+    """A host whose clock is wrong by a number of µs."""
     return Context(actor="skewed", now=lambda: time.time_ns() // 1000 + by)
 
 

@@ -70,7 +70,7 @@ class Farm:
     ) -> None:
         self.log, self.name = log, name
         self.clock = clock or Clock()
-        self.inventory = Inventory(gpus, 8, slurm)
+        self.inventory = Inventory(gpus, 8, {"slurm": slurm})
         self.limits = Limits()
         self.driven: dict[str, Claimed] = {}
         row = DaemonRow(
@@ -314,7 +314,7 @@ def test_those_that_wait_for_a_failed_run_are_cancelled_with_the_reason(farm: Fa
     assert find_run(farm.log, c).stop_reason == f"waits for {b}, which was cancelled"
     with pytest.raises(Refused, match=f"{a} has failed"):
         farm.submit(1, after=(a,))
-    # Both are taken up again: the second still waits for the first.
+    # Both are released: the second still waits for the first.
     for run_id in (a, b):
         runs.resume(farm.log, farm.clock.context, run_id, "ada")
     assert farm.claim_all() == [a]

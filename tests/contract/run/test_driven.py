@@ -219,7 +219,7 @@ def test_an_order_says_what_the_log_says(make: Callable[..., Host]) -> None:
         checkpoint_digest="m1",
         weights={"model.safetensors": "w"},
         order_start=OrderStart(1, 2 * batch),
-        # Of the steps behind the checkpoint none counts.
+        # No step after the checkpoint counts.
         losses=[3.5],
     )
     assert second.directory.order() == expected
@@ -304,11 +304,11 @@ def test_a_living_daemon_renews_its_lease_and_its_row(make: Callable[..., Host])
         # Nobody knows how it ended.
         (Remains(None), e.AttemptLost(message="the attempt's processes are gone and left no exit code")),
         (
-            Remains(None, last_word="slurm: NODE_FAIL: job 7 on n1, exit code 0:0"),
+            Remains(None, last_word="slurm: NODE_FAIL: job 7 on n1, exit code 0:0", last_cause="lost"),
             e.AttemptLost(message="slurm: NODE_FAIL: job 7 on n1, exit code 0:0"),
         ),
         (
-            Remains(1, last_word="slurm: NODE_FAIL: job 7 on n1, exit code 0:0"),
+            Remains(1, last_word="slurm: NODE_FAIL: job 7 on n1, exit code 0:0", last_cause="lost"),
             e.AttemptLost(message="slurm: NODE_FAIL: job 7 on n1, exit code 0:0"),
         ),
         # A rank said what its torchrun could not.

@@ -157,7 +157,7 @@ class Story:
         return self
 
     def entries(self) -> list[Entry]:
-        """All that the log has of it, behind its submission."""
+        """All that the log has of it after its submission."""
         with self.log.read() as connection:
             recorded = list(event_store.read_stream(connection, self.run_id))
         assert [r.version for r in recorded] == list(range(1, len(recorded) + 1))
@@ -245,7 +245,7 @@ def _(s: Story) -> list[Entry]:
 
 @ending("redone steps that differ from the log", "succeeded")
 def _(s: Story) -> list[Entry]:
-    """The first behind the checkpoint, and the last that was recorded. Each anomaly follows its step."""
+    """The first after the checkpoint, and the last that was recorded. Each anomaly follows its step."""
     s.submit().claim().train(step(1), published(1), step(2), step(3)).end()
     s.later(BACKOFF).claim().train(step(2, loss=1.5), step(3, loss=2.5), published(3)).end(exit_code=0)
     second, third = (
@@ -361,7 +361,7 @@ def _(s: Story) -> list[Entry]:
 
 @ending("rolled back behind a loss that is no number", "retrying", "waits 15 s")
 def _(s: Story) -> list[Entry]:
-    """The samples of the steps behind the checkpoint, and of the one that failed, are left out."""
+    """The samples of the steps after the checkpoint, and of the one that failed, are left out."""
     s.submit(training=Training(on_non_finite="rollback")).claim()
     s.train(step(1), published(1), step(2)).end("not a number")
     batch = s.spec.data.train_batch_size

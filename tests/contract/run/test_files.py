@@ -446,7 +446,7 @@ def test_a_fork_that_comes_while_a_checkpoint_is_reduced_has_it_whole(
 
 
 def test_a_checkpoint_that_is_damaged_is_not_reduced(home: Home) -> None:
-    """Whoever looks at the damage finds the whole folder."""
+    """A person who looks at the damage finds the whole folder."""
     run = home.train()
     (Path(run.checkpoints[1].path) / "__0_0.distcp").write_bytes(b"w" * 99)
     assert reducing.reduce(home.log, home.clock.context, run.run_id) == []

@@ -81,7 +81,13 @@ def test_a_fork_and_its_pin_are_one_transaction(log: Store, clock: Clock, parent
     assert mine[0].event.changes == {"trainer.max_steps": [3, 6], "optimizer.lr": [1e-5, 0.5]}
     claimed = claim(log, clock)
     assert (claimed.run.run_id, claimed.start.from_step) == (name, 2)
-    assert (claimed.start.checkpoint, claimed.checkpoint_digest) == (mine[0].event.checkpoint, "m2")
+    start = claimed.run.restart_checkpoint
+    assert start is not None
+    assert (claimed.start.checkpoint, start.path, start.manifest_digest) == (
+        start.path,
+        mine[0].event.checkpoint,
+        "m2",
+    )
     before = log.schema_revision(), [row.run_id for row in reading.list_runs(log)]
     with pytest.raises(Refused):
         fork(log, clock, parent, 9)

@@ -152,7 +152,7 @@ def test_a_trainer_that_goes_on_writing_does_not_hold_up_the_daemon(
 def test_each_line_of_each_journal_is_in_the_log_once_whoever_reads_it(
     log: Store, clock: Clock, clean_environment: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A daemon takes in a part, the next one goes on behind it: lines that were torn then, and a second attempt's journal, whose
+    """A daemon takes in a part, the next one continues after it: lines that were torn then, and a second attempt's journal, whose
     numbers begin with 1 again."""
     first = claimed(log, clock)
     lease, run_id = first.lease, first.run.run_id

@@ -1,4 +1,4 @@
-"""`sftd plan` and the X-ray of `sftd submit`, as a user sees them. (test_end_to_end.py shows what came of a plan.)"""
+"""`sftd plan` and the X-ray of `sftd submit`, as a user sees them. (test_end_to_end.py compares a plan with its run.)"""
 
 from __future__ import annotations
 

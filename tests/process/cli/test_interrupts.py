@@ -1,4 +1,4 @@
-"""Ctrl-C: every command ends at once with 130, says what is left behind, and leaves no process and no traceback."""
+"""Ctrl-C: every command ends at once with 130, says what remains, and leaves no process and no traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.builders.claims import port_of_our_own
 from tests.builders.patience import PATIENCE
 from tests.builders.process.homes import Home
 
-# Has a program stand still where it would import torch, and say so by the end of a pipe: no time is waited for.
+# Stops a program where it would import torch; the end of a pipe reports it: no test waits for a time.
 HOLD = """
 import os, signal, sys
 class Still:
@@ -44,7 +44,7 @@ def trained(
 
 @pytest.fixture
 def still(tmp_path: Path) -> Path:
-    """Has tools and trainers stand still before they import torch. Returns a pipe that ends then."""
+    """Stops tools and trainers before they import torch. Returns a pipe that ends then."""
     folder = tmp_path / "still"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLD)

@@ -109,7 +109,7 @@ class Terminal:
 @pytest.fixture
 def start(env: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
-    # Whoever runs the tests in the background has it ignored, and programs inherit that; a terminal's do not.
+    # A test run in the background ignores it, and programs inherit that; those of a terminal do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(argv: list[str], **size: int) -> Terminal:
@@ -204,7 +204,7 @@ def test_a_board_that_is_stopped_gives_the_terminal_back(
     assert left.index("\x1b[?25h\x1b[?1049l") < left.index("Stopped")
     [board] = psutil.Process(shell.process.pid).children()
     assert board.status() == psutil.STATUS_STOPPED
-    # In the background it goes on, and writes nothing.
+    # In the background it continues, and writes nothing.
     shell.press("bg\n")
     shell.wait_for(lambda text: "&" in text and "ready> " in text)
     shell.press("fg\n")
@@ -213,7 +213,7 @@ def test_a_board_that_is_stopped_gives_the_terminal_back(
     assert "\x1b[?25l" in again
     assert shell.mode() == own
 
-    # Of SIGSTOP it is not told, and others have written since.
+    # It does not see SIGSTOP, and others have written since.
     board.send_signal(signal.SIGSTOP)
     shell.wait_for(lambda text: "Stopped" in text and "ready> " in text)
     shell.press("fg\n")

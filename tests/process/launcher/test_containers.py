@@ -73,7 +73,7 @@ def log_of(home: Home, number: int) -> str:
 
 
 def held(home: Home, run_id: str) -> dict[int, psutil.Process]:
-    """Wait until the attempt of a container stands still at the step where it is held. Its ranks, by the pids of this side."""
+    """Wait until the attempt of a container is stopped at the step where it is held. Returns its ranks, by the pids of this side."""
     attempt = home.attempt(run_id)
     until(lambda: home.holds.is_held(attempt.path))
     return {rank: psutil.Process(pid) for rank, pid in processes.ranks(attempt.order().token).items()}

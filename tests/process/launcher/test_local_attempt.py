@@ -69,7 +69,7 @@ def test_a_clock_that_was_set_does_not_make_it_dead(tmp_path: Path, order: Order
 def test_nothing_lives_on_when_the_start_fails_halfway(
     tmp_path: Path, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk behind the start: the caller is told that nothing was started, so nothing may have been."""
+    """A full disk after the start: the caller learns that nothing was started, so nothing may have been."""
 
     def full(self: AttemptDir, process: object) -> None:
         raise OSError(28, "No space left on device")
@@ -98,7 +98,7 @@ def test_an_exit_code_that_the_full_disk_did_not_take_is_told_by_the_process(
 
 
 def test_one_that_was_killed_has_no_exit_code(tmp_path: Path, order: Order) -> None:
-    """Whoever waits for the killed processes reaps the child, too, and Popen then says 0, which nobody has said."""
+    """A wait for the killed processes reaps the child, too, and Popen then reports 0, which no process returned."""
     attempt, _ = LocalAttempt.start(AttemptDir(tmp_path / "attempt"), order, NEED, [])
     while not processes.survivors(order.token):
         pass

@@ -12,8 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sftd import settings
-from sftd.cli.doctor import slurm as doctor_slurm
+from sftd.launcher.slurm import doctor as doctor_slurm
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.remains import find_remains
 from tests.builders.holds import let_go
@@ -63,16 +62,16 @@ def reported(state: str) -> Callable[[dict[str, Any]], bool]:
     return lambda event: event["type"] == "JobReported" and event["payload"]["state"] == state
 
 
-def wake_once_told(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
-    """Let ranks go on as soon as Slurm has told their job that its end is near."""
+def wake_once_signalled(attempt: AttemptDir, ranks: list[psutil.Process]) -> None:
+    """Resume ranks as soon as Slurm has signalled their job that its end is near."""
     until(lambda: attempt.told() == "USR1")
     let_go(ranks)
 
 
 @pytest.mark.timeout(1800)
 def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, slurm: SlurmCluster) -> None:
-    """Its controller away for a minute, requeued, told to end, cancelled from outside, its node lost, its time over: each ends
-    in the right state, no event is lost or doubled, and the steps come out as undisturbed."""
+    """Its controller away for a minute, requeued, signalled, cancelled from outside, its node lost, its time over: each ends
+    in the right state, no event is lost or doubled, and the steps equal those of an undisturbed run."""
     # On a node that nothing else happens to, stopped where they are until their time is over.
     killed, told = (
         home.submit(
@@ -87,10 +86,10 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     run_id = home.submit(*LONG, ON_SLURM, f"launch.slurm.extra_args=[--nodelist={NODES[0]}]")
     for number, step in enumerate((60, 110, 160, 200), 1):
         home.hold_at(run_id, step, number)
-    # Told half a minute from now, or later; Slurm looks every half minute only, and meanwhile there is enough to do.
+    # Signalled half a minute from now, or later: Slurm looks every half minute only.
     ranks = list(home.held(told).values())
     slurm.limit(job_of(home, told), math.ceil((time.monotonic() - began) / 60) + 2)
-    alarm = threading.Thread(target=wake_once_told, args=(home.attempt(told), ranks), daemon=True)
+    alarm = threading.Thread(target=wake_once_signalled, args=(home.attempt(told), ranks), daemon=True)
     alarm.start()
 
     # Slurm puts the job back into its queue, which --no-requeue forbids to all but those who insist.
@@ -108,13 +107,13 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     # What --signal sends ahead of the time limit and at a preemption: a checkpoint is saved first.
     ranks = list(home.held(run_id, 2).values())
     slurm.run("scancel", "--batch", "--signal=USR1", job_of(home, run_id, 2))
-    wake_once_told(home.attempt(run_id, 2), ranks)
+    wake_once_signalled(home.attempt(run_id, 2), ranks)
     event = home.follow(run_id, ended(2))
     last = [e["payload"]["step"] for e in home.events(run_id, "StepCompleted") if e["attempt"] == 2][-1]
     assert (event["type"], event["payload"]["step"]) == ("AttemptPreempted", last)
     assert last < STEPS
 
-    # A person cancels the job behind sftd's back, who does not insist: the run is paused.
+    # A person cancels the job with scancel: the run is paused.
     home.held(run_id, 3)
     job = job_of(home, run_id, 3)
     slurm.run("scancel", job)
@@ -141,7 +140,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     slurm.kill_node(NODES[0])
     slurm.start_node(NODES[0])
 
-    # Over their time: one told before, one killed outright.
+    # Over their time: one signalled before, one killed outright.
     alarm.join()
     event = home.follow(told, ended(1))
     assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)
@@ -209,7 +208,7 @@ def a_minute_without_a_controller(
     assert (
         "not observed (Slurm does not answer: Unable to contact slurm controller" in home.run("queue").stdout
     )
-    assert [f.state for f in doctor_slurm.slurm(settings.read(home.env), None)] == ["ok", "warning"]
+    assert [f.state for f in doctor_slurm.examine(None)] == ["ok", "warning"]
     assert (home.show(through)["step"], home.show(through)["attempt"]) == (STEPS, 1)
     assert home.show(waiting)["status"] == "stopping"
     until(lambda: time.monotonic() - gone > 60)
@@ -237,7 +236,7 @@ def test_the_same_config_runs_here_on_slurm_and_on_two_hosts(home: Home, slurm: 
 
 
 def test_doctor_looks_at_it(home: Home, slurm: SlurmCluster) -> None:
-    commands, controller, partitions = doctor_slurm.slurm(settings.read(home.env), None)
+    commands, controller, partitions = doctor_slurm.examine(None)
     assert [f.state for f in (commands, controller, partitions)] == ["ok"] * 3
     assert commands.said.startswith("slurm")
     assert "the controller answers" in controller.said

@@ -1,4 +1,4 @@
-"""A loss that spikes on bad data: the daemon goes back behind it and on without the samples that led there."""
+"""A loss that spikes on bad data: the daemon goes back before it and continues without the samples that led there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_spike_is_rolled_back_and_its_samples_left_out(home: Home) -> None:
     assert spike["payload"]["what"] == "loss_spike"
     assert spike["payload"]["step"] == 21
     (skipped,) = home.events(run_id, "SamplesSkipped")
-    # Back to the checkpoint of step 18, and on behind the 21 steps of four samples.
+    # Back to the checkpoint of step 18, then on after the 21 steps of four samples.
     assert (skipped["payload"]["step"], skipped["payload"]["sample"]) == (18, 84)
     assert home.events(run_id, "AttemptFailed")[0]["payload"]["cause"] == "loss spike"
     assert shown["attempt"] == 2

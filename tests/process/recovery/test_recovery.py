@@ -74,7 +74,7 @@ def test_training_survives_the_daemon(home: Home) -> None:
     torchrun = psutil.Process(process.pid)
     assert torchrun.is_running()
     let_go(held.values())
-    # It goes on without any daemon, to its end.
+    # It continues without any daemon, to its end.
     until(lambda: home.attempt(run_id).exit_code() == 0, "it does not end")
     psutil.wait_procs([torchrun], timeout=60)
 
@@ -156,7 +156,7 @@ def test_everything_is_killed_at_once_and_all_views_are_deleted(home: Home) -> N
     steps = [json.loads(payload) for run, name, payload in log if (run, name) == (run_id, "StepCompleted")]
     assert (listed[run_id]["step"], listed[run_id]["loss"]) == (steps[-1]["step"], steps[-1]["loss"])
     assert [listed[run]["status"] for run in (run_id, held)] == ["running", "held"]
-    # What was not ingested before the kill stands in the journal, and comes now.
+    # What was not ingested before the kill is in the journal, and is ingested now.
     home.drain()
     assert home.wait(run_id, "succeeded")["attempt"] == 2
     assert_log_holds_journals(home, run_id)

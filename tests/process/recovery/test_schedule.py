@@ -1,4 +1,4 @@
-"""A run that has to stop for another one, and for a person, and goes on. Real daemon, real torchrun, one device."""
+"""A run that has to stop for another one, and for a person, and continues. Real daemon, real torchrun, one device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_preempted_then_paused_then_killed_runs_leave_the_same_losses(home: Home
     assert (queue[last]["kind"], queue[last]["waits_for"]) == ("after", f"{low} (queued)")
     let_go(ranks.values())
 
-    # It goes on by itself once the other one has succeeded, and is paused by a person.
+    # It continues by itself once the other one has succeeded, and is paused by a person.
     ranks = home.held(low, 2)
     home.run("pause", low, "--reason", "lunch")
     until(home.attempt(low, 2).stop_requested, "the daemon does not ask the trainer to stop")

@@ -72,7 +72,7 @@ def test_submit_wait_and_the_mlflow_mirror(cold_home: Home) -> None:
     assert home.show(run_id)["status"] == "succeeded"
     # Of so small a model nearly all memory is the process's, of which a warm one has more.
     assert abs(home.show(run_id)["planned"]["compared"]["peak memory"]["error"]) < 0.35
-    # Another daemon of the same home is told so, and changes nothing.
+    # Another daemon of the same home gets an error, and changes nothing.
     assert "running already" in home.run("daemon", "--drain", check=1).stderr
     until(lambda: is_mirrored(home.path / "mlflow.db"), "MLflow does not hear of the run's end")
     home.run("daemon", "--stop")
@@ -126,7 +126,7 @@ def test_submit_wait_fails_when_the_run_does(home: Home) -> None:
 
 
 def test_on_postgresql(home: Home, postgres_url: str) -> None:
-    # The server trusts whoever comes over its socket; a password is taken along all the same.
+    # The server trusts every client of its socket; a password is passed on all the same.
     url = sa.make_url(postgres_url).set(password=SECRET).render_as_string(hide_password=False)
     assert SECRET in url
     home.env["SFTD_DATABASE_URL"] = url

@@ -1,4 +1,4 @@
-"""A run goes on longer and in another layout, and others fork from it: one story under a real daemon, seen from all sides."""
+"""A run continues longer and in another layout, and others fork from it: one story under a real daemon, seen from all sides."""
 
 from __future__ import annotations
 

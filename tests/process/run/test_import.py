@@ -10,7 +10,8 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from sftd.wire.attempt.direct_run import DirectRun
-from tests.builders.patience import PATIENCE
+from tests.builders.holds import is_pending
+from tests.builders.patience import PATIENCE, until
 from tests.builders.process.homes import Home
 from tests.builders.process.timelines import numbers
 
@@ -26,6 +27,8 @@ def train_until(home: Home, step: int, *overrides: str) -> DirectRun:
     with subprocess.Popen(argv, env=home.env, cwd=home.path, stdout=subprocess.DEVNULL) as process:
         rank = home.holds.wait(attempt.path, lambda: process.poll() is not None)
         process.send_signal(signal.SIGINT)
+        # A warm start passes the signal on in its own time.
+        until(lambda: is_pending(rank, signal.SIGINT), "the signal does not arrive")
         rank.resume()
         assert process.wait(timeout=PATIENCE) == 0
     return run

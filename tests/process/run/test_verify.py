@@ -112,7 +112,7 @@ def test_a_changed_row_is_found_at_the_step_that_saw_it(trained: tuple[Home, str
 
 
 def test_another_learning_rate_is_found(trained: tuple[Home, str]) -> None:
-    """Warm-up ends behind step 2, so no step has the log's learning rate; a trial is not recorded."""
+    """Warm-up ends after step 2, so no step has the log's learning rate; a trial is not recorded."""
     home, run_id = trained
     before = outcomes(home, run_id)
     done = home.run("verify", run_id, "--from-step", "10", "--with", "optimizer.lr=2e-3", check=1)

@@ -1,4 +1,4 @@
-"""What a checkpoint carries is what training goes on with: AdamW's state and the settings of a fork by hand-computed values,
+"""Training continues with what a checkpoint carries: AdamW's state and the settings of a fork by hand-computed values,
 random streams that were drawn from, saves while training changes the weights, and steps that are redone."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pair(trainer: Trainer, warm: WarmTrainer) -> Run:
 
 
 def resumed(run: Run, step: int) -> dict[str, Any]:
-    """What an order says of the checkpoint to go on from."""
+    """What an order says of the checkpoint to continue from."""
     event = next(e for e in run.events(CheckpointPublished) if e.step == step)
     return {"checkpoint": event.path, "checkpoint_digest": event.manifest_digest}
 
@@ -50,7 +50,7 @@ class AdamW:
     def step(
         self, number: int, rate: float, gradient: Tensor, weight: Tensor, first: Tensor, second: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, first and second moment behind step `number`."""
+        """Weight, first and second moment after step `number`."""
         beta1, beta2, eps, decay = self._settings
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient**2

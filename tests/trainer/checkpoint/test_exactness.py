@@ -64,7 +64,7 @@ class Exactness:
         kind: str = "StepCompleted",
         **overrides: Any,
     ) -> Run:
-        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed behind the journal's line of a `kind` of
+        """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed after the journal's line of a `kind` of
         a step."""
         ranks, sizes = LAYOUTS[layout]
         order = {}
@@ -83,7 +83,7 @@ class Exactness:
 
 
 def newest(run: Run, step: int | None) -> dict[str, Any]:
-    """What an order says of the checkpoint to go on from."""
+    """What an order says of the checkpoint to continue from."""
     found = [p for p in run.events(CheckpointPublished) if step is None or p.step == step]
     if not found:
         before = run.attempt.order()
@@ -112,7 +112,7 @@ def attempts(trainer: Trainer, warm: WarmTrainer) -> Exactness:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_anywhere_it_goes_on_bit_for_bit(attempts: Exactness, layout: str) -> None:
-    """At a random step, at an epoch's end, and where a checkpoint begins to be saved as training goes on."""
+    """At a random step, at an epoch's end, and where a checkpoint begins to be saved while training continues."""
     whole = attempts.whole(layout)
     numbers = random.Random(f"{SEED} {layout}")
     somewhere = numbers.randint(1, EPOCH_ENDS - 1)

@@ -19,6 +19,7 @@ from sftd.domain.log.events import (
     TrainingResumed,
     ValidationCompleted,
 )
+from tests.builders.holds import is_pending
 from tests.builders.patience import PATIENCE, until
 from tests.builders.trainer.checkpoint_files import Payload
 from tests.builders.trainer.resumes import exact, resume, weights_digests
@@ -92,13 +93,6 @@ def test_a_stop_waits_for_the_save_that_is_in_flight(trainer: Trainer, warm: War
     assert len(steps) < 60
     assert [c.step for c in run.events(CheckpointStarted)] == steps
     assert [c.step for c in run.events(CheckpointPublished)] == steps
-
-
-def is_pending(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a process that stands still will get this signal when it goes on."""
-    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    (pending,) = [line.split()[1] for line in status if line.startswith("ShdPnd:")]
-    return bool(int(pending, 16) >> number - 1 & 1)
 
 
 def test_sigterm_saves_a_checkpoint_at_the_step_boundary(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Saves that fail, and checkpoints that were damaged: an event and a sentence each, and training goes on where it can."""
+"""Saves that fail, and checkpoints that were damaged: an event and a sentence each, and training continues where it can."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_but_no_step(
     assert "CheckpointSaveFailed" in run.output
 
 
-# The disk goes away after the first save: a file stands where the folder of checkpoints was.
+# The disk goes away after the first save: a file is where the folder of checkpoints was.
 GOES_AWAY = """
 import os, shutil, sys
 

@@ -100,7 +100,7 @@ def test_files_dropped_rows_truncation_and_text(trainer: Trainer, files: list[st
 def test_steps_of_a_row_and_those_of_a_fork(trainer: Trainer, files: list[str]) -> None:
     spec = trainer.spec(data__train_files=files, data__train_batch_size=4, data__shuffle=True)
     whole = trainer.prepare("seen", spec, planned_steps=9)
-    # A fork at step 3 goes on with smaller batches where its parent stood.
+    # A fork at step 3 continues with smaller batches where its parent was.
     smaller = msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, train_batch_size=2))
     fork = trainer.prepare("seen-fork", smaller, planned_steps=9, order_start=OrderStart(3, 12))
     rows = {n: [r["row"] for r in seen["rows"]] for n, seen in steps(whole, 1, 2, 3, 4).items()}
@@ -113,7 +113,7 @@ def test_steps_of_a_row_and_those_of_a_fork(trainer: Trainer, files: list[str]) 
     found = ask(fork, "--row", str(row), "--after-step", "3", "--last-step", "5")["steps"]
     assert [s["step"] for s in found] == [n for n in after for seen in after[n] if seen == row]
     assert ask(whole, "--row", "1", "--last-step", "9")["steps"] == [], "dropped"
-    # A rollback behind step 2 left four samples out.
+    # A rollback to step 2 left four samples out.
     rolled = trainer.prepare("seen-rolled", spec, planned_steps=9, order_later=[OrderStart(2, 12)])
     assert [r["row"] for r in steps(rolled, 3)[3]["rows"]] == rows[4]
     with pytest.raises(ToolFailed, match="counted from 0") as failed:

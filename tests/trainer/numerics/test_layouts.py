@@ -58,7 +58,7 @@ ALL = [
     if (layout, rows) != ("dp3", "padded") and not (layout.startswith("cp2_") and recompute == "selective")
 ]
 KEPT = [(layout, rows) for layout, rows, recompute in ALL if recompute == "kept"]
-# Of the step's gradient: one rank and two, and micro-batches of so many samples.
+# Of the step's gradient: one rank and two, and micro-batches of that number of samples.
 GRADIENTS = [f"{rows}-{size}" for rows, size in product(ROWS, (1, 2, 4))]
 GRADIENT_LAYOUTS = ("dp1", "dp2")
 

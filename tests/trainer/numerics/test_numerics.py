@@ -62,7 +62,7 @@ def settings(lr: float, optimizer: dict[str, float] = OPTIMIZER) -> Settings:
 
 
 def make_rows(lengths: Sequence[int], seed: int) -> list[plain.Row]:
-    """Rows of such lengths; of length 0 are rows that cannot be used. Trained are the tokens behind a prompt."""
+    """Rows of such lengths; of length 0 are rows that cannot be used. The tokens after a prompt are trained."""
     rng = np.random.default_rng(seed)
     rows = []
     for number, length in enumerate(lengths):
@@ -251,7 +251,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "always_clipped": {"optimizer__clip_grad": 0.1, "data__val_files": []},
     "elsewhere": {"data__val_files": []},
 }
-# Where each step of the last begins to read: as in a fork, and then as behind samples that were left out.
+# Where each step of the last begins to read: as in a fork, and then as after samples that were left out.
 POSITIONS = [6, 10, 1]
 ELSEWHERE = {"order_start": OrderStart(step=0, sample=6), "order_later": [OrderStart(step=2, sample=1)]}
 

@@ -72,7 +72,7 @@ def test_wsd_stays_at_the_peak_and_falls_at_the_end() -> None:
     assert rates("wsd", 10, warmup_steps=2, decay_ratio=0.4, min_lr_ratio=0.5) == pytest.approx(
         [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25]
     )
-    # A decay that would begin within the warm-up begins behind it; none at all is a constant rate.
+    # A decay that would begin within the warm-up begins after it; none at all is a constant rate.
     assert rates("wsd", 4, warmup_steps=2, decay_ratio=1.0) == pytest.approx([1.0, 2.0, 2.0, 1.0])
     assert rates("wsd", 4, decay_ratio=0.0) == [2.0] * 4
 

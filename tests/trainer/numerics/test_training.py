@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_attempt_without_saving(trainer: Train
 
 
 def test_a_spike_that_is_skipped_leaves_the_weights_alone(trainer: Trainer) -> None:
-    """With such a factor every step is a spike as soon as there are enough losses to tell."""
+    """With such a factor every step is a spike as soon as there are enough losses to judge."""
     spec = trainer.spec(
         2,
         training__on_spike="skip",

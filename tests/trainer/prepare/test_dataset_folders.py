@@ -16,7 +16,7 @@ from sftd.trainer.tools.prepare.sources.chat_files import open_source, pieces, r
 from sftd.trainer.tools.prepare.sources.dataset_folder import expand
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
-# Each level doubles what the one below stands for.
+# Each level doubles the one below.
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(30))
 CONFIGS = "---\nlicense: mit\nconfigs:\n{}\n---\n# A data set\n"
 # The files of a folder; of `README.md=TEXT` the text is that of the file.

@@ -474,7 +474,7 @@ def test_the_card_says_what_was_done(models: dict[str, Path], tmp_path: Path) ->
     assert made["rows"] == table.num_rows == 3
     assert (made["tokens"], made["trained_tokens"]) == (len(labels), sum(label != -100 for label in labels))
     assert made["truncated"] == 1
-    # What is cut off is the end of the answer, its stop token, and the newline behind it.
+    # What is cut off is the end of the answer, its stop token, and the newline after it.
     assert made["cut_tokens"] == made["cut_trained_tokens"] + 1
     assert any(f"truncation has cut {made['cut_trained_tokens']} tokens" in text for text in card["warnings"])
     text = Path(done["card_text"]).read_text()

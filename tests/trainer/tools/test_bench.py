@@ -55,7 +55,7 @@ def bench(script: Callable[..., str]) -> Callable[..., tuple[str, list[dict[str,
 def test_sftd_and_its_peer_are_measured_and_compared_and_a_failure_is_told(
     bench: Callable[..., tuple[str, list[dict[str, Any]]]],
 ) -> None:
-    # Four samples a step, which micro-batches of three do not divide: refused, and the rest goes on.
+    # Four samples a step, which micro-batches of three do not divide: refused, and the rest is measured.
     arguments = ("--rows", "2,3", "--peer-rows", 2, "--contenders", "sftd,peer-fp32master", "--tokens", 256)
     output, rows = bench("speed", *arguments)
     assert [(row["contender"], row["rows"]) for row in rows] == [

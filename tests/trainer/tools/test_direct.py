@@ -1,4 +1,4 @@
-"""Training without a daemon: refused in words, told as it goes, gone on with bit for bit, and imported afterwards."""
+"""Training without a daemon: refused in words, reported step by step, resumed bit for bit, and imported afterwards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = {"max_steps": 30, "save_interval": 5, "val_before_train": False}
 def test_killed_in_the_middle_the_same_command_goes_on_bit_for_bit(
     tmp_path: Path, models: Path, data: Path, trainer: Trainer
 ) -> None:
-    """Two data-parallel ranks. What the crashed folder tells becomes one timeline in the event store."""
+    """Two data-parallel ranks. The crashed folder becomes one timeline in the event store."""
     undisturbed = trainer.run(
         "direct_undisturbed",
         2,

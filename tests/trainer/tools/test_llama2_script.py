@@ -119,7 +119,7 @@ def test_a_checkpoint_answers_as_it_did_in_training(
     """One rank, from a tensor-parallel checkpoint; 6 is the last, which is the default."""
     home, run_id = imported
     expected = samples(tp2, step)
-    assert expected != samples(tp2, 3 if step == 6 else 6), "the checkpoints cannot be told apart"
+    assert expected != samples(tp2, 3 if step == 6 else 6), "both checkpoints answer alike"
     arguments = ["--max-tokens", "8", "--device", "cpu", "--json", "--prompt", PROMPTS[0], "--prompt", "-"]
     arguments += ["--step", "3"] if step == 3 else []
     done = sftd(home, "generate", run_id, *arguments, stdin=f"{PROMPTS[1]}\n")

@@ -13,7 +13,7 @@ from tests.builders.patience import PATIENCE
 SCRIPT = ROOT / "scripts/find-python"
 GOOD = 'case "$2" in *version_info*) exit 0;; *) echo "$0";; esac'
 TOO_OLD = 'case "$2" in *version_info*) exit 1;; *) echo "$0";; esac'
-# What a pyenv shim does when the version that it stands for is not active.
+# What a pyenv shim does when its version is not active.
 SHIM = 'echo "pyenv: $0: command not found" >&2; exit 127'
 
 

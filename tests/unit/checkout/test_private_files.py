@@ -82,7 +82,7 @@ def test_the_folder_of_an_attempt(tmp_path: Path) -> None:
 
 
 def test_what_ranks_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their own files, too: a rank may write a cache or a core wherever it stands."""
+    """Their own files, too: a rank may write a cache or a core into its working directory."""
     script = "echo said; mkdir made; echo text > made/file"
     monkeypatch.setattr(local, "torchrun_argv", lambda *_: ["/bin/sh", "-c", script])
     attempt, _ = LocalAttempt.start(AttemptDir(tmp_path / "attempt"), order(tmp_path), Need("cpu", 1, 1), [])

@@ -1,4 +1,4 @@
-"""Whoever watches is told when the board is not what is so now."""
+"""The screen says when the board is not the present state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.builders.patience import PATIENCE
 
 
 class Looked:
-    """An observer that hangs, fails or answers when it is told to."""
+    """An observer that hangs, fails or answers on demand."""
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)
@@ -47,7 +47,7 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
 
     observer.answers += [DatabaseUnreachable("it is gone\nsecond line"), "board"]
     observer.go.release()
-    # The next look has begun: the one before is told.
+    # The next look has begun: the one before is shown.
     observer.asked.acquire()
     assert looking.complaint().startswith("cannot observe since ")
     assert looking.complaint().endswith(": it is gone")
@@ -55,7 +55,7 @@ def test_a_database_that_hangs_or_fails_is_said_to_and_forgiven(monkeypatch: pyt
     observer.go.release()
     observer.asked.acquire()
     assert (looking.board, looking.complaint()) == ("board", "")
-    # What nobody thought of, such as an event of a later sftd, does not leave a board that stands still in silence.
+    # What nobody thought of, such as an event of a later sftd, does not freeze the board in silence.
     observer.answers += [KeyError("NewEvent"), "board"]
     observer.go.release()
     assert observer.asked.acquire(timeout=PATIENCE), "it looks no more"

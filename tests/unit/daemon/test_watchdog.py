@@ -1,4 +1,4 @@
-"""A hung attempt is told from a slow one, and from a daemon that was asleep."""
+"""A hung attempt is distinguished from a slow one, and from a daemon that was asleep."""
 
 from __future__ import annotations
 

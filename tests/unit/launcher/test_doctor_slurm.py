@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sftd.cli.doctor import slurm as doctor_slurm
+from sftd.cli.doctor.services import daemon_devices
 from sftd.daemon.lock import DaemonLock
 from sftd.domain.finding import Finding
 from sftd.launcher import processes
 from sftd.launcher.slurm import commands as slurm_commands
+from sftd.launcher.slurm import doctor as doctor_slurm
 from sftd.settings import Settings, read
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.migrate import upgrade
@@ -65,7 +66,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def look(settings: Settings, store: Store | None = None) -> list[Finding]:
-    found = list(doctor_slurm.slurm(settings, store))
+    found = list(doctor_slurm.examine(daemon_devices(settings, store)))
     assert {finding.check for finding in found} == {"Slurm"}
     assert all(bool(finding.fix) == (finding.state != "ok") for finding in found)
     return found

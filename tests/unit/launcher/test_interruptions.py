@@ -9,7 +9,7 @@ import pytest
 
 from sftd.domain.log import events as e
 from sftd.domain.run.decisions import end_attempt
-from sftd.domain.run.failures import Failure, Interruption, Remains, classify
+from sftd.domain.run.failures import Cause, Failure, Interruption, Remains, classify
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.spec import Spec
 
@@ -68,15 +68,15 @@ def test_a_person_who_asked_first_is_heard_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "cause"),
+    ("word", "known", "cause"),
     [
-        ("slurm: NODE_FAIL: job 7 on n1, exit code 0:0", "lost"),
-        ("slurm: OUT_OF_MEMORY: job 7 on n1, exit code 0:125", "out of memory"),
-        ("slurm: FAILED: job 7 on n1, exit code 1:0", "killed"),
+        ("slurm: NODE_FAIL: job 7 on n1, exit code 0:0", "lost", "lost"),
+        ("slurm: OUT_OF_MEMORY: job 7 on n1, exit code 0:125", "out of memory", "out of memory"),
+        ("slurm: FAILED: job 7 on n1, exit code 1:0", None, "killed"),
     ],
 )
-def test_slurms_last_word_is_heard(word: str, cause: str) -> None:
-    failure = classify(Remains(exit_code=None, last_word=word))
+def test_slurms_last_word_is_heard(word: str, known: Cause | None, cause: str) -> None:
+    failure = classify(Remains(exit_code=None, last_word=word, last_cause=known))
     assert (failure.cause, failure.message) == (cause, word)
 
 

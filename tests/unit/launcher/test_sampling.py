@@ -112,7 +112,7 @@ def test_a_gpu_that_does_not_tell_its_memory_is_listed_and_the_plan_asks_for_it(
     [
         (None, ["0", "1", "2"]),
         ("2,0", ["2", "0"]),
-        # As CUDA has it: what stands behind one that is not there does not count.
+        # As CUDA has it: what follows one that is missing does not count.
         (" 1 , 7, 0", ["1"]),
         ("1,1", ["1"]),
         ("", []),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sftd.domain.run.failures import classify
 from sftd.domain.spec.parse import parse
 from sftd.launcher.choosing import ByName
 from sftd.launcher.inventory import Need
@@ -189,15 +190,19 @@ def test_an_exit_code_is_proof_where_slurm_is_silent(
     until(lambda: not attempt.is_alive())
 
 
+@pytest.mark.parametrize(
+    ("state", "cause"), [("NODE_FAIL", "lost"), ("OUT_OF_MEMORY", "out of memory"), ("FAILED", "killed")]
+)
 def test_sruns_zero_is_not_believed_against_slurms_word(
-    slurm: Slurm, start: Callable[..., SlurmAttempt]
+    slurm: Slurm, start: Callable[..., SlurmAttempt], state: str, cause: str
 ) -> None:
     attempt = submitted(start())
     attempt.directory.write_exit_code(0)
-    slurm.becomes("1", "NODE_FAIL")
+    slurm.becomes("1", state)
     until(lambda: not attempt.is_alive())
     remains = attempt.remains()
-    assert (remains.exit_code, "NODE_FAIL" in remains.last_word) == (None, True)
+    assert (remains.exit_code, state in remains.last_word) == (None, True)
+    assert classify(remains).cause == cause
 
 
 def test_a_job_that_began_while_the_controller_was_away_is_queued_again(
@@ -338,7 +343,7 @@ def test_a_kill_is_one_scancel_for_all_and_bars_what_comes_late(
 def test_a_scancel_that_failed_is_tried_until_it_works(
     slurm: Slurm, start: Callable[..., SlurmAttempt], failure: Any
 ) -> None:
-    """Though nobody asks again; and until then it is told why."""
+    """Though nobody asks again; and until then the reason is shown."""
     attempt = submitted(start())
     until(lambda: reports(attempt, "PENDING"))
     slurm.answers["scancel"] = failure

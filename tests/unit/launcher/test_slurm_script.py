@@ -14,7 +14,7 @@ import pytest
 from sftd.domain.errors import Refused
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.sections import Slurm
-from sftd.domain.spec.slurm_gpus import asks_for_gpus
+from sftd.domain.spec.slurm import asks_for_gpus
 from sftd.launcher.slurm import script as slurm_script
 from sftd.wire.spec.file import parse_overrides
 from tests.builders.paths import GOLDEN
@@ -241,7 +241,7 @@ def test_whatever_setup_sets_the_stop_and_the_exit_code_are_told(tmp_path: Path)
 
 def test_the_machines_are_told_where_to_meet(tmp_path: Path) -> None:
     job = Job(tmp_path / "j", "env > env", nnodes=2, nproc_per_node=1)
-    # The real one stands in the script: it finds the port.
+    # The real one is in the script: it finds the port.
     text = job.directory.script_file.read_text().replace(
         "port=$(bash", f"port=$({shlex.quote(sys.executable)}"
     )

@@ -126,14 +126,14 @@ def test_a_plot_fits_and_names_each_curve() -> None:
     for width in (20, 80, 140):
         lines = drawn([Series("A", bucketed(falling)), Series("B", bucketed(falling))], width)
         assert max(map(len, lines)) <= width
-        # The two are one line, and both letters stand on it.
+        # The two are one line, and both letters are on it.
         assert {"A", "B"} <= set("".join(lines))
     plain = "".join(drawn([Series("A", bucketed(falling))], plain=True))
     assert plain.isascii()
     spiked = drawn([Series("A", bucketed([*[2.0 - n / 99 for n in range(99)], 500.0, 1.0, 1.0]))], plain=True)
     assert "beyond the top" in spiked[-1]
     assert "".join(spiked).isascii()
-    # Two characters stand for the 27th run and those behind it.
+    # Two characters mark the 27th run and those after it.
     many = [Series(letter(n), bucketed([x + n / 9 for x in falling])) for n in range(30)]
     for width in (20, 80):
         assert max(map(len, drawn(many, width))) <= width
@@ -145,7 +145,7 @@ def test_one_spike_does_not_make_a_line_of_the_curve() -> None:
     assert scale.high < 3
     assert scale.highest == 500.0
     assert "up to 500" in drawn([Series("A", bucketed([*losses[:100], 500.0, *losses[100:]]))])[-1]
-    # A curve that falls far and goes on flat is no row of spikes.
+    # A curve that falls far and stays flat is no row of spikes.
     steep = [10 * math.exp(-n / 5) for n in range(200)]
     assert scale_of([bucketed(steep)]).high == 10.0
 

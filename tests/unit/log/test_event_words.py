@@ -61,7 +61,7 @@ SAID: list[tuple[e.Event, str]] = [
         "pid 9 on h, cuda:0, cuda:1",
     ),
     (
-        e.AttemptLaunched(pid=0, create_time=1.0, host="h", directory="/a", argv=[], devices=[]),
+        e.AttemptLaunched(pid=0, create_time=1.0, host="h", directory="/a", argv=[], devices=["slurm:3"]),
         "handed to Slurm on h",
     ),
     (e.AttemptAdopted(daemon="d2", host="h", pid=9), "pid 9, by d2"),

@@ -114,7 +114,7 @@ def test_a_step_is_the_last_attempts_with_what_belongs_to_it() -> None:
 
 
 def test_a_late_report_does_not_hide_what_came_later() -> None:
-    """A journal that is ingested late tells of steps that were before a request that the log already has."""
+    """A journal that is ingested late has steps that were before a request that the log already has."""
     log = Log().claim().train(2)
     early = log.recorded[-1].occurred_at
     log.add(e.StopRequested(by="ada"), step(3))

@@ -1,4 +1,4 @@
-"""The arithmetic behind MFU."""
+"""The arithmetic of MFU."""
 
 from __future__ import annotations
 

@@ -208,14 +208,14 @@ def test_deterministic_attention_holds_scores_where_the_mlp_was() -> None:
     tokens = 8192
     expected = 2 * (2 * 64 + 3 * 2048) * tokens + 2 * tokens**2 * 2 - 3 * 2 * 64 * tokens
     assert behind(tokens) == expected
-    # Packed, or where a group's scores are too many for a part, it is FlashAttention: what stands behind the last layer.
+    # Packed, or where a group's scores are too many for a part, it is FlashAttention: the peak is after the last layer.
     head = 2 * (2 * 2048) * tokens + 2 * (2 * 2048 + 64) * (tokens - 1)
     assert behind(tokens, RMPAD) == head
     assert behind(32768) == 2 * (2 * 2048) * 32768 + 2 * (2 * 2048 + 64) * 32767
 
 
-# Peaks of the process on two CPU cores in GB, by `python -m sftd.trainer` on the demo's config with these keys, so many
-# samples a step, and steps; the process's share was fitted to all but the last.
+# Peaks of the process on two CPU cores in GB, by `python -m sftd.trainer` on the demo's config with these keys, these numbers of
+# samples a step and of steps; the process's share was fitted to all but the last.
 ON_CPU: list[tuple[str, list[tuple[str, Any]], int, int, float]] = [
     ("the demo", [RMPAD, ("training.micro_batch_size_per_gpu", 8)], 8, 20, 4.875),
     ("larger", [RMPAD, ("training.micro_batch_tokens", 2048)], 32, 3, 7.042),
@@ -411,7 +411,7 @@ def test_devices_are_those_of_all_nodes_together() -> None:
     assert max(c.spec.world_size for c in found.fitting) == 6
 
 
-# ---- what came of it ----
+# ---- outcomes ----
 
 SPEC = spec_of(("training.micro_batch_size_per_gpu", 4), ("trainer.max_steps", 8))
 

@@ -279,7 +279,7 @@ BROKEN: dict[str, Given] = {
 
 
 def refusals() -> dict[str, Any]:
-    """Where each config is refused or doubted, and the facts that are told of it."""
+    """Where each config is refused or doubted, and the facts that are printed of it."""
     found = {}
     for name, given in BROKEN.items():
         try:

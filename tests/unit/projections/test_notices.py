@@ -133,7 +133,7 @@ def test_machines_that_slurm_took_back_made_room_for_no_run() -> None:
 def test_a_run_that_is_tried_again_is_not_said_to_go_on_where_it_failed() -> None:
     facts = e.RunFacts("p", "", "ada", 95, 200, None)
     crash = e.AttemptFailed(cause="killed", message="by SIGKILL", exit_code=1, retry_at=1)
-    # The next attempt goes on from a checkpoint, which is that of a step before.
+    # The next attempt continues from a checkpoint, which is that of a step before.
     assert crash.notice(facts) == "failed at step 95 of 200, and will be tried again: killed: by SIGKILL"
     lost = e.AttemptLost(message="the host is gone", retry_at=1)
     assert lost.notice(facts) == "was lost at step 95 of 200, and will be tried again: the host is gone"

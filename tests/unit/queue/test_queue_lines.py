@@ -19,7 +19,7 @@ def line(width: int = 200, **more: Any) -> str:
     fields = {"status": "running", "job": job("RUNNING"), **more}
     row = QueueRow(
         run_id="calm-fox-0001", priority=0, devices=2, user="u", project="p", step=60, planned_steps=90,
-        seconds_left=120.0, host="h", observed=True, **fields,
+        seconds_left=120.0, host="h", launcher="slurm", observed=True, **fields,
     )  # fmt: skip
     return list(queue._table([row], 0, width, colour=False))[-1]
 

@@ -1,4 +1,4 @@
-"""Whose turn it is, who makes room, and what people are told about it. Pure."""
+"""Whose turn it is, who makes room, and how it is explained. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def entry(run_id: str, ranks: int = 1, **other: Any) -> Entry:
 
 
 def running(run_id: str, ranks: int = 1, seconds: float | None = None, owner: str = "d1") -> Entry:
-    """A run with so many seconds left."""
+    """A run with a number of seconds left."""
     return entry(
         run_id,
         ranks,
@@ -171,7 +171,7 @@ def test_what_waits_for_a_stuck_run_is_stuck() -> None:
     assert stuck(waiting, lambda e: e.demand.ranks < 9) == {"b", "c", "large", "f"}
 
 
-# What people are told.
+# Explanations.
 
 
 def test_the_head_waits_for_devices_and_those_behind_it_for_its_turn() -> None:
@@ -277,12 +277,12 @@ def test_a_long_queue_is_gone_through_once(
         Entry(run_id=f"r{n}", priority=0, demand=Demand(), planned_steps=9 + n, seconds_per_step=1.0)
         for n in range(1000)
     ]
-    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, slurm_jobs)], Limits(user), 0)
+    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, {"slurm": slurm_jobs})], Limits(user), 0)
     assert sum(outlook.starts_at is not None for outlook in found.values()) > 50
     assert asked < 1000 + 100 * 10, "whoever cannot start for those before it is asked about once"
 
 
-# What is told of limits and hosts.
+# Explanations of limits and hosts.
 
 
 def test_limits_are_told_and_understood() -> None:
@@ -335,7 +335,7 @@ def test_slurms_jobs_are_counted_beside_the_hosts_devices() -> None:
     job = msgspec.structs.replace(
         entry("s"), demand=Demand(ranks=8, world=64, device="cuda", launcher="slurm")
     )
-    with_slurm = Host("d1", "h", 1, 8, slurm=1)
+    with_slurm = Host("d1", "h", 1, 8, {"slurm": 1})
     assert outlook([job], [], [host(4)])["s"].wait.kind == "too large"
     assert outlook([job], [], [with_slurm])["s"].wait.kind == "start"
     driven = msgspec.structs.replace(job, run_id="t", status="running", owner="d1")

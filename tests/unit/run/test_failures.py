@@ -311,7 +311,6 @@ SIGNS = {
     "not a number": ["NonFiniteLoss: step 3"],
     "loss spike": ["LossSpike: step 3"],
     "out of memory": [
-        "slurm: OUT_OF_MEMORY: job 7",
         "torch.OutOfMemoryError: no",
         "CUDA out of memory",
         "RuntimeError: CUDA error: out of memory",
@@ -321,7 +320,6 @@ SIGNS = {
         "numpy._core._exceptions._ArrayMemoryError: Unable to allocate",
         "OSError: [Errno 12] Cannot allocate memory",
     ],
-    "lost": ["slurm: NODE_FAIL: job 7 on n1"],
     "disk full": [
         "OSError: [Errno 28] No space left on device",
         "OSError: [Errno 122] Disk quota exceeded",

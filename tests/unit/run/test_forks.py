@@ -1,4 +1,4 @@
-"""A run that goes on with another spec, and one that begins with a checkpoint of another, told as histories."""
+"""Resumes with another spec, and forks, as histories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The goodput ledger: told as histories in seconds, and as a property of any history."""
+"""The goodput ledger: histories in seconds, and as a property of any history."""
 
 from __future__ import annotations
 

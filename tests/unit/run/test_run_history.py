@@ -1,4 +1,4 @@
-"""A run's state, the decisions taken on it and what retention keeps, told as histories: a `Log` holds a run's events as the
+"""A run's state, the decisions taken on it and what retention keeps, as histories: a `Log` holds a run's events as the
 database would."""
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def test_a_superseded_final_checkpoint_that_was_asked_for_is_success() -> None:
 
 
 def _rolled_back() -> Log:
-    """Went back from step 17 to 15, on behind the samples so far, and to the end with checkpoints every 5 steps."""
+    """Went back from step 17 to 15, continued after the samples so far, to the end with checkpoints every 5 steps."""
     log = Log(planned=20, data__train_batch_size=4, checkpoint__keep_last=9).claim().train(17, save_every=5)
     log.end().add(events.SamplesSkipped(step=15, sample=68, reason="r"))
     log.claim().add(*(step(number, samples_digest=f"skipped{number}") for number in range(16, 21)))
@@ -662,7 +662,7 @@ def test_what_always_holds(story: list[str]) -> None:
 
 
 def test_a_redone_checkpoint_is_progress() -> None:
-    """Going back and publishing anew is no crash loop, although the log has seen these steps before."""
+    """Going back and publishing again is no crash loop, although the log has seen these steps before."""
     log = Log(planned=20, launch__max_restarts=0).claim().train(20, save_every=5).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 5)).claim().train(10, save_every=5)
     assert log.run.attempt_progressed
@@ -698,7 +698,7 @@ def test_a_checkpoint_published_steps_later_is_of_the_step_that_it_was_begun_at(
     assert (found.tokens_total, found.val_loss) == (2 * TOKENS, 1.5)
 
 
-# Bit for bit, or but for rounding.
+# Bit for bit, or to within rounding.
 
 
 def loaded(device: str = "a", *, deterministic: bool = True) -> events.ModelLoaded:
@@ -737,7 +737,7 @@ def test_exactness_comes_back_once_the_other_steps_are_done_again() -> None:
     # Before it, it is not.
     go_back(log, 5)
     assert not attempt(log, 18, device="b")
-    # Step 19 was computed behind a step 10 that had come out otherwise.
+    # Step 19 was computed after a step 10 that differed.
     assert not attempt(log, 20, device="b")
     assert attempt(log, 21, device="b")
 

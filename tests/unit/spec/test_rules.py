@@ -14,6 +14,7 @@ from sftd.domain.model.files import ModelFile, ModelFiles
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.disk import storage
+from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import OrderStart, Spec
@@ -268,7 +269,7 @@ REFUSED: dict[str, list[Row]] = {
 }
 # Rule → runs that it warns of.
 WARNED: dict[str, list[Row]] = {
-    "slurm_without_slurm": [Row("launch.slurm", "is not used", {"launch.slurm.partition": "p"})],
+    "settings_of_another_launcher": [Row("launch.slurm", "is not used", {"launch.slurm.partition": "p"})],
     "job_without_gpus": [
         Row("launch.device", "asks for no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
         Row("launch.slurm.gres", "names no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"),
@@ -468,9 +469,11 @@ def names(*rules: tuple[Callable[..., Any], ...]) -> set[str]:
 
 
 def test_every_rule_has_a_row() -> None:
-    tables = (SPEC, MODEL, FACTS, FORK, PLANNED)
-    assert set(REFUSED) == names(*(table.refuse for table in tables))
-    assert set(WARNED) == names(*(table.warn for table in tables))
+    tables = (SPEC, MODEL, FACTS, FORK, PLANNED, *(kind.rules for kind in KINDS.values()))
+    # Two rules ask those of the launcher.
+    asking = {"unsupported_by_launcher", "doubts_of_launcher"}
+    assert set(REFUSED) == names(*(table.refuse for table in tables)) - asking
+    assert set(WARNED) == names(*(table.warn for table in tables)) - asking
 
 
 @pytest.mark.parametrize(

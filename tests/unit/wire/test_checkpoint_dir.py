@@ -1,4 +1,4 @@
-"""Deleting a checkpoint: never one that is being read, never half, and taken up again after a crash."""
+"""Deleting a checkpoint: never one that is being read, never half, and continued after a crash."""
 
 from __future__ import annotations
 

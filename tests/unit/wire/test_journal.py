@@ -203,7 +203,7 @@ def test_closing_ends_its_thread(path: Path) -> None:
 
 
 def test_an_event_id_is_the_uuid5_of_its_run_attempt_and_line() -> None:
-    """Logs and folders of direct runs hold such ids: they may never come out otherwise."""
+    """Logs and folders of direct runs hold such ids: they may never change."""
     namespace = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57")
     for run_id, attempt, line in (
         ("brave-otter-3f2a", 1, 1),

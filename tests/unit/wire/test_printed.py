@@ -142,7 +142,7 @@ def test_of_a_rank_that_prints_without_end_the_beginning_and_the_end_are_kept(tm
     assert seen == every, "whoever reads as it is printed has all of it"
     kept = list(behind.lines(to_the_end=True))
     gap = next(n for n, line in enumerate(kept) if line.startswith("["))
-    # A line that is cut by either edge stands there as far as it is kept.
+    # A line that is cut by either edge is there as far as it is kept.
     assert kept[: gap - 1] == every[: gap - 1]
     assert every[gap - 1].startswith(kept[gap - 1])
     assert 18 * gap > 1 << 20

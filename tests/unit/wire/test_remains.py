@@ -152,13 +152,15 @@ TRACE = [f"frame {n}" for n in range(6)]
             Remains(1, output_tail=["exitcode  : -11 (pid: 1)"]),
             Failure("killed", "a rank was killed by signal 11", ["exitcode  : -11 (pid: 1)"]),
         ),
-        # What whoever ran it said counts as well.
+        # The output of the launcher counts as well, and a lost node before a full disk.
         (
-            Remains(None, last_word="slurm: OUT_OF_MEMORY"),
+            Remains(None, last_word="slurm: OUT_OF_MEMORY", last_cause="out of memory"),
             Failure("out of memory", "slurm: OUT_OF_MEMORY", ["slurm: OUT_OF_MEMORY"]),
         ),
         (
-            Remains(None, last_word="slurm: NODE_FAIL"),
+            Remains(
+                None, output_tail=["No space left on device"], last_word="slurm: NODE_FAIL", last_cause="lost"
+            ),
             Failure("lost", "slurm: NODE_FAIL", ["slurm: NODE_FAIL"]),
         ),
     ],

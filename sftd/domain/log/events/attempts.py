@@ -7,6 +7,7 @@ from typing import ClassVar
 import msgspec
 
 from sftd.domain.log.events.base import Event, Micros, NoticeKind, RunFacts, Severity
+from sftd.domain.spec.launchers import holder_of
 from sftd.domain.text.words import first_line, memory
 
 
@@ -39,7 +40,7 @@ class AttemptLaunched(Event, frozen=True):
 
     def summary(self) -> str:
         if not self.pid:
-            return f"handed to Slurm on {self.host}"
+            return f"handed to {holder_of(self.devices).shown} on {self.host}"
         return f"pid {self.pid} on {self.host}, {', '.join(self.devices)}"
 
     def notice(self, run: RunFacts) -> str | None:
@@ -58,8 +59,8 @@ class AttemptAdopted(Event, frozen=True):
 
 
 class JobReported(Event, frozen=True):
-    """What Slurm says of an attempt's job, each time that it says something else. `state` and `reason` are in its words;
-    the state is `NOT OBSERVED` while its controller does not answer, and `NOT SUBMITTED` until it has taken the job."""
+    """What the resource manager says of an attempt's job, each time that this changes. `state` and `reason` are in its words;
+    the state is `NOT OBSERVED` while it does not answer, and `NOT SUBMITTED` until it has taken the job."""
 
     job: str
     state: str
@@ -70,11 +71,6 @@ class JobReported(Event, frozen=True):
     def just_runs(self) -> bool:
         """Whether there is nothing to say of the job beside that it runs."""
         return self.state == "RUNNING" and not self.reason
-
-    def words(self) -> str:
-        """The report as people read it beside a run."""
-        job = f"job {self.job} " if self.job else ""
-        return f"Slurm: {job}{self.state.lower()}" + (f" ({self.reason})" if self.reason else "")
 
     def summary(self) -> str:
         parts = (f"job {self.job}" if self.job else "", self.state, self.reason, self.nodes)
@@ -100,7 +96,7 @@ class AttemptPaused(Event, frozen=True):
 
 class AttemptPreempted(Event, frozen=True):
     """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
-    attempt continues. `by_run` is empty when Slurm took the machines back: `reason` says why."""
+    attempt continues. `by_run` is empty when the resource manager took the machines back: `reason` says why."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True

@@ -13,6 +13,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run.goodput import ACCOUNTS, Ledger
 from sftd.domain.run.state import Run, Status
 from sftd.domain.run.trajectory import changes
+from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.spec import Spec
 
 TAG_RUN = "sftd.run"
@@ -286,13 +287,14 @@ def run_name(run_id: str, event: e.RunSubmitted) -> str:
 
 
 def params(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). What is
-    for Slurm is there only for a run on Slurm."""
-    on_slurm = _section(spec, "launch").get("launcher") == "slurm"
+    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). A
+    launcher's section is there only for its own runs."""
+    own = _section(spec, "launch").get("launcher")
+    others = tuple(f"launch.{name}" for name in KINDS if name != own)
     return {
         _NOT_IN_KEY.sub("_", key)[:_KEY]: fit(text, _PARAM_VALUE)
         for key, text in _flat(spec, "")
-        if on_slurm or not key.startswith("launch.slurm")
+        if not key.startswith(others)
     }
 
 

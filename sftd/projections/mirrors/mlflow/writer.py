@@ -52,7 +52,7 @@ class _Mirrored:
 
 
 def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
-    """Name of the position of the mirror into these experiments, and of the claim on mirroring there. The URI may hold a
+    """Name of the position of the mirror into these experiments, and of the lease on mirroring there. The URI may hold a
     password, so its digest is used. A file of one host is not that of another, though both have the same name. Another
     form is copied from the first event on, so it has a position of its own."""
     if tracking_uri.startswith("sqlite:"):

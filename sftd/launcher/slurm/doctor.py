@@ -1,21 +1,15 @@
-"""What `sftd doctor` looks at where Slurm's commands are: what the daemon asks of them, by the same words."""
+"""What `sftd doctor` looks at where Slurm's commands are: what the daemon asks of them, in the same way."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
-
-import msgspec
 
 from sftd.domain.finding import Finding, broken, ok, warning
+from sftd.domain.spec.launchers import SLURM
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.commands import Partition, Unanswered
-from sftd.settings import Settings
-
-if TYPE_CHECKING:
-    from sftd.store.database.engine import Store
 
 _NEEDED = ("sbatch", "squeue", "scancel")
 # A person waits for the answer.
@@ -23,8 +17,9 @@ _SECONDS = 15.0
 _SHOWN_PARTITIONS = 6
 
 
-def slurm(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Slurm's commands, its controller, its partitions, and whether the daemon of this home found them too."""
+def examine(daemon: Mapping[str, int] | None) -> Iterator[Finding]:
+    """Slurm's commands, its controller, its partitions, and whether the running daemon, with these devices and places, found
+    them too."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if len(missing) == len(_NEEDED):
         yield ok("Slurm", "not used: its commands are not here")
@@ -41,7 +36,9 @@ def slurm(settings: Settings, store: Store | None) -> Iterator[Finding]:
         return
     yield ok("Slurm", f"{version}, {shutil.which('sbatch')}")
     yield from _controller()
-    yield from _daemon(settings, store)
+    if daemon is not None and SLURM.name not in daemon:
+        fix = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
+        yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", fix)
 
 
 def _run(argv: list[str], env: Mapping[str, str] | None, seconds: float) -> tuple[int, str, str]:
@@ -89,22 +86,3 @@ def _partitions(found: list[Partition]) -> Finding:
         fix = "`sinfo -R` says why nodes are down or drained; until one is back, jobs wait"
         return warning("Slurm", f"{said}: no node can start a job", fix)
     return ok("Slurm", said)
-
-
-def _daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    from sftd.daemon import lock
-    from sftd.launcher import processes
-    from sftd.store.queue import daemons
-
-    holder = lock.holder(settings.daemon_lock)
-    if holder is None or store is None:
-        return
-    with store.read() as connection:
-        mine = [
-            row
-            for row in daemons.every(connection)
-            if (row.host, row.pid) == (processes.host_name(), holder) and row.stopped_at is None
-        ]
-    if mine and "slurm" not in msgspec.json.decode(mine[0].devices, type=dict[str, int]):
-        fix = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
-        yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", fix)
