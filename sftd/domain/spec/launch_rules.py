@@ -27,7 +27,7 @@ def unsupported_by_launcher(spec: Spec) -> Iterator[Problem]:
 
 def settings_of_another_launcher(spec: Spec) -> Iterator[Problem]:
     """A section of another launcher changes nothing."""
-    for name in KINDS.keys() - {spec.launch.launcher}:
+    for name in sorted(KINDS.keys() - {spec.launch.launcher}):
         if getattr(spec.launch, name, None) != getattr(Launch(), name, None):
             what = f"is not used: launch.launcher is {spec.launch.launcher}"
             yield Problem(f"launch.{name}", what, f"set launch.launcher to {name}")

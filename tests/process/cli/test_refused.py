@@ -105,7 +105,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         ["scheduler.type=cosin"],
         "scheduler.type",
         "cosin",
-        "constant, linear, cosine",
+        "constant, cosine, linear",
     ),
     "betas of verl": (nothing, ["optim.betas=0.9"], "optim.betas", "cannot be used", "two numbers"),
     "resume mode of verl": (
