@@ -7,10 +7,10 @@ from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
+from sftd.cli.watch.board import _node
 
 from sftd.cli.doctor import command as doctor
 from sftd.cli.submit.command import _print_script
-from sftd.cli.watch.board import _node
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AttemptLaunched, JobReported
 from sftd.domain.queue.demand import Demand, Need, need
