@@ -123,9 +123,9 @@ def confirm(question: str) -> None:
 def resolve_run(store: Store, text: str) -> str:
     """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
     from sftd.cli.terminal import output
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_id, remark = naming.one(store, text)
+    run_id, remark = resolve.one(store, text)
     if remark:
         output.note(remark)
     return run_id
@@ -134,9 +134,9 @@ def resolve_run(store: Store, text: str) -> str:
 def resolve_runs(store: Store, texts: Iterable[str]) -> list[str]:
     """The ids of the runs that a reading command shows; a sweep means its runs."""
     from sftd.cli.terminal import output
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_ids, remarks = naming.several(store, texts)
+    run_ids, remarks = resolve.several(store, texts)
     for remark in remarks:
         output.note(remark)
     return run_ids
@@ -147,9 +147,9 @@ def change_each(store: Store, text: str, usable: Collection[str], change: Callab
     changed any more is only warned of."""
     from sftd.cli.terminal import output
     from sftd.domain.errors import Refused
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_ids = naming.several_to_change(store, text, usable)
+    run_ids = resolve.several_to_change(store, text, usable)
     for run_id in run_ids:
         try:
             change(run_id)

@@ -17,7 +17,7 @@ import sftd
 from sftd.domain.errors import SftdError
 from sftd.domain.log.events import Micros
 from sftd.launcher.inventory import Inventory
-from sftd.operations.queries import metrics as figures
+from sftd.operations.queries import metrics
 from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
@@ -80,7 +80,7 @@ class Metrics:
             self._failed = ""
 
     def _families(self, driven: Mapping[str, Driven], now: Micros) -> Iterator[tuple[str, str, list[Sample]]]:
-        found = figures.read(self._store, now, self._mirrors)
+        found = metrics.read(self._store, now, self._mirrors)
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]

@@ -17,8 +17,7 @@ from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database.engine import Store, Tx
-from sftd.store.queue import daemons
-from sftd.store.queue import named_leases as leases
+from sftd.store.queue import daemons, named_leases
 
 log = logging.getLogger("sftd.mirror")
 
@@ -88,17 +87,17 @@ class MirrorTurn:
         if self._mine:
             self._mine = False
             with self._store.write(appends=False) as tx:
-                leases.release(tx, self._name, self._token)
+                named_leases.release(tx, self._name, self._token)
 
     def _hold(self) -> bool:
         if time.monotonic() < self._ask_at:
             return self._mine
         with self._store.write(appends=False) as tx:
             mine, other = self._take(tx), None
-            if not mine and (held := leases.holder(tx.connection, self._name)) is not None:
+            if not mine and (held := named_leases.holder(tx.connection, self._name)) is not None:
                 token, other = held
                 if self._is_gone(tx, other):
-                    leases.release(tx, self._name, token)
+                    named_leases.release(tx, self._name, token)
                     mine = self._take(tx)
         if mine and not self._mine and self._feed is not None:
             # The daemon that had the turn before may have sent more than is remembered here.
@@ -112,7 +111,7 @@ class MirrorTurn:
 
     def _take(self, tx: Tx) -> bool:
         micros = int(self._seconds * 1_000_000)
-        return leases.take(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
+        return named_leases.take(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
 
     def _is_gone(self, tx: Tx, daemon_id: str) -> bool:
         """Whether it is proven that a daemon no longer runs: one of another host has its lease until that expires."""

@@ -12,8 +12,7 @@ from sftd.domain.log.events import Micros
 from sftd.launcher import processes
 from sftd.launcher.choosing import launcher_of
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import RunDir
@@ -32,7 +31,7 @@ def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_
     daemon on another host cannot be observed from here: its leases are left alone, expired or not."""
     with store.read() as connection:
         now = store.clock(connection, now)
-        held = [lease for lease in queue.leases(connection) if lease.token not in driven]
+        held = [lease for lease in leases.leases(connection) if lease.token not in driven]
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in held}
     orphans = Orphans([], [])
     for lease in held:

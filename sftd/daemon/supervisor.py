@@ -16,8 +16,7 @@ from sftd.domain.run.state import Run
 from sftd.domain.spec.sections import Launch
 from sftd.launcher.seam import Attempt
 from sftd.operations.context import Context
-from sftd.operations.driving import attempts, checkpoints
-from sftd.operations.driving import reduce as reducing
+from sftd.operations.driving import attempts, checkpoints, reduce
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
 from sftd.store.log import positions
@@ -312,7 +311,7 @@ def collect(store: Store, context: Context, run_id: str, lease: Lease | None = N
     if lease is not None:
         return
     try:
-        for reduced in reducing.reduce(store, context, run_id):
+        for reduced in reduce.reduce(store, context, run_id):
             of_run(run_id).info("kept the weights alone of the checkpoint of step %d", reduced.step)
     except OSError as error:
         # The run has succeeded all the same.

@@ -52,7 +52,7 @@ def compare_command(
       sftd compare brave calm --json | jq '.partings[0].bits.loss'
     """
     from sftd.domain.errors import Problem, Refused
-    from sftd.operations.queries import compare as comparisons
+    from sftd.operations.queries import compare
 
     settings = app.read_settings()
     store = app.open_store(settings)
@@ -62,7 +62,7 @@ def compare_command(
         raise Refused(Problem("RUN", f"{runs[0]} is only one run", fix))
     if page is not None:
         output.require_folder("--html", page)
-    found = comparisons.compare(
+    found = compare.compare(
         store, run_ids, app.context().now(), settings.device_price if price is None else price
     )
     if page is not None:

@@ -79,13 +79,12 @@ def verify_command(
 
     from sftd.domain.log.events import ReplayDiverged
     from sftd.launcher import processes
-    from sftd.operations.queries import history as replays
-    from sftd.operations.queries import model_files
+    from sftd.operations.queries import history, model_files
     from sftd.wire.attempt.orders import order_of
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    chosen = replays.plan(store, app.resolve_run(store, run), from_step, to_step, host=processes.host_name())
+    chosen = history.plan(store, app.resolve_run(store, run), from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
     run_id = chosen.run.run_id
     if not model_files.check(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
@@ -107,7 +106,7 @@ def verify_command(
     with _held(settings, store, taken, is_named=devices is not None) as holds:
         verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
-        replays.record(store, app.context(), chosen.run.run_id, verdict)
+        history.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
         fields = {"run_id": chosen.run.run_id, "outcome": type(verdict).__name__} | msgspec.to_builtins(
             verdict
@@ -196,12 +195,12 @@ def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool)
     `Refused` where a run started just before."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds, processes
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     gpus = [device for device in taken if device.startswith("cuda:")]
     with ExitStack() as stack:
         holds = stack.enter_context(device_holds.holding(settings.home, gpus)) if gpus else []
-        lost = set(gpus) & set(replays.held(store, processes.host_name())) if gpus and not is_named else set()
+        lost = set(gpus) & set(history.held(store, processes.host_name())) if gpus and not is_named else set()
         if lost:
             what = f"a run started on {min(lost)} just now"
             raise Refused(Problem("--devices", what, "try again, or name the GPUs"))

@@ -174,7 +174,7 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
 def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlook:
     """Upgrade and check the restored copy. Returns what it lacks of this host's runs. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
-    from sftd.operations.commands import restore as restoring
+    from sftd.operations.commands import restore
     from sftd.projections import verify, views
     from sftd.store.database import migrate
     from sftd.store.database.engine import Store, open_file
@@ -198,7 +198,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
             fix = "restore another backup, or this one with --force"
             raise Refused([*shown, Problem("FILE", f"{file} has {problems}", fix)])
         click.echo(f"{file}: {counted(found.runs, 'run')}, {counted(found.events, 'event')}, {problems}")
-        return restoring.outlook(store, settings.home)
+        return restore.outlook(store, settings.home)
 
 
 def _print(seen: Outlook, settings: Settings) -> None:

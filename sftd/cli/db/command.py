@@ -84,7 +84,7 @@ def copy_command(source: str, target: str, force: bool, as_json: bool) -> None:
       sftd daemon --stop
       sftd db copy ~/.sftd/sftd.db postgresql://me@dbhost/sftd
     """
-    from sftd.operations.commands import copy_database as databases
+    from sftd.operations.commands import copy_database
     from sftd.store.database.engine import Store, open_engine, shown_url
 
     source_url, target_url = _url(source), _url(target)
@@ -94,7 +94,7 @@ def copy_command(source: str, target: str, force: bool, as_json: bool) -> None:
         for store in (from_store, to_store):
             stack.callback(store.engine.dispose)
         with counter() as show:
-            digests = databases.copy(from_store, to_store, app.context(), show, force=force)
+            digests = copy_database.copy(from_store, to_store, app.context(), show, force=force)
     if as_json:
         click.echo(output.json_line(digests))
         return

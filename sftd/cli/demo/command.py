@@ -184,9 +184,9 @@ def _submit(store: Store, config: Path, home: Path) -> str:
     """Submit the config, as `sftd submit` does. Returns the run's id."""
     from sftd.operations.commands.submit import Wish, submit_all
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
-    spec, warnings = specfile.read(str(config), (), os.getcwd())
+    spec, warnings = spec_file.read(str(config), (), os.getcwd())
     found = preflight.inspect(spec, home=home)
     wish = Wish(spec, found, [*warnings, *found.warnings])
     return submit_all(store, app.context(), [wish], app.user_name())[0]
@@ -209,14 +209,14 @@ def _follow(out: Console, store: Store, run_id: str, steps: int, crash_at: int |
     from sftd.domain.errors import SftdError
     from sftd.domain.log import events as e
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
     history: list[Recorded] = []
     settings = app.read_settings()
     with LiveSteps(out, steps) as live:
         while True:
-            run = reading.find_run(store, run_id)
-            for r in reading.run_events(store, run_id, len(history)):
+            run = runs.find_run(store, run_id)
+            for r in runs.run_events(store, run_id, len(history)):
                 history.append(r)
                 live.show(r)
                 if crash_at is not None and isinstance(r.event, e.StepCompleted) and r.event.step >= crash_at:
@@ -255,9 +255,9 @@ def _report(
 ) -> int:
     """Losses, answers, redone steps, `sftd ls`, and where to look further. Returns the exit code."""
     from sftd.cli.terminal.run_table import runs_table
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
-    run = reading.find_run(store, run_id)
+    run = runs.find_run(store, run_id)
     if run.status != "succeeded":
         out.print(f"   [bold red]{run.status}[/]: {output.escape(f'{run.cause}: {run.message}')}")
         out.print(f"   sftd show {run_id}\n   sftd logs {run_id}")
@@ -271,7 +271,7 @@ def _report(
             out.print(text, soft_wrap=True)
     click.echo()
     for line in runs_table(
-        reading.list_runs(store, limit=5), app.context().now(), output.width(), colour=output.is_terminal()
+        runs.list_runs(store, limit=5), app.context().now(), output.width(), colour=output.is_terminal()
     ):
         click.echo(line)
     click.echo()

@@ -76,7 +76,7 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         return
     from sftd.daemon.registration import this_daemon, twins
     from sftd.store.queue import daemons
-    from sftd.store.queue import leases as queue
+    from sftd.store.queue import leases as lease_store
 
     me, now = this_daemon(settings, {}), time.time_ns() // 1000
     for twin in twins(store, me, now, settings.silent_micros):
@@ -85,7 +85,7 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         yield broken("daemon", what, fix)
     with store.read() as connection:
         now = store.clock(connection, now)
-        leases = queue.leases(connection)
+        leases = lease_store.leases(connection)
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
     for lease in leases:
         owner = owners[lease.owner]
@@ -124,7 +124,7 @@ def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int]
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     """Processes and half-written checkpoints of attempts that nobody drives, and scratch folders of killed commands."""
     from sftd.launcher import processes, rerun
-    from sftd.store.queue import leases as queue
+    from sftd.store.queue import leases as lease_store
 
     runs_dir = settings.home / "runs"
     killed = rerun.abandoned(settings.home)
@@ -136,7 +136,7 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     if store is None:
         return
     with store.read() as connection:
-        driven = {lease.run_id: lease.attempt for lease in queue.leases(connection)}
+        driven = {lease.run_id: lease.attempt for lease in lease_store.leases(connection)}
     stray: dict[str, list[int]] = {}
     for pid, place in processes.of_attempts(runs_dir).items():
         run_id, attempt = (*place.parts, "", "")[:2]

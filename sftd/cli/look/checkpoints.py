@@ -36,10 +36,10 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     import msgspec
 
     from sftd.operations.driving import checkpoints
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs as run_queries
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, app.resolve_run(store, run))
+    found = run_queries.find_run(store, app.resolve_run(store, run))
     rows = checkpoints.overview(store, found)
     if as_json:
         click.echo(
@@ -103,18 +103,18 @@ def gc_command(
       sftd gc brave-otter
       sftd gc --run brave-otter --all
     """
-    from sftd.operations.commands import gc as collecting
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.commands import gc
+    from sftd.operations.queries import resolve
 
     texts = (*prefixes, *runs)
     if everything and not texts:
         raise click.UsageError("--all needs the runs whose checkpoints to delete: give RUN.")
     settings = app.read_settings()
     store, context = app.open_store(settings), app.context()
-    run_ids = [run_id for text in texts for run_id in naming.several_to_change(store, text)]
+    run_ids = [run_id for text in texts for run_id in resolve.several_to_change(store, text)]
 
     def collect(*, dry_run: bool) -> list[Leftover]:
-        return collecting.leftovers(
+        return gc.leftovers(
             store, context, run_ids, dry_run=dry_run, home=settings.home, everything=everything
         )
 

@@ -44,14 +44,14 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
       sftd data brave-otter --step 812 --text
       sftd data brave-otter --row 4711
     """
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     if (step is None) == (row is None):
         raise click.UsageError("Give either --step or --row.")
     if text and step is None:
         raise click.UsageError("--text needs --step.")
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.resolve_run(store, run))
+    story = history.chapters(store, app.resolve_run(store, run))
     if step is not None:
         answer = _of_step(story, step, text=text)
     else:

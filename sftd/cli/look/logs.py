@@ -59,13 +59,13 @@ def logs_command(
     """
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
     from sftd.wire.attempt.directory import RunDir
     from sftd.wire.attempt.printed import Output
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found = reading.find_run(store, app.resolve_run(store, run))
+    found = runs.find_run(store, app.resolve_run(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
         what = f"{found.run_id} has made {counted(found.attempt, 'attempt')}"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))
@@ -79,7 +79,7 @@ def logs_command(
         output.when_interrupted(f"{found.run_id} continues.")
     while True:
         # Asked first: what an attempt wrote before it was over is then read by this round.
-        found = reading.find_run(store, found.run_id)
+        found = runs.find_run(store, found.run_id)
         is_over = found.status in ENDED or number < found.attempt
         if progress is not None:
             wrote = progress.print(number, found.planned_steps) or wrote
@@ -121,10 +121,10 @@ class _Progress:
         return bool(lines)
 
     def _new(self, attempt: int) -> Iterator[Recorded]:
-        from sftd.operations.queries import runs as reading
+        from sftd.operations.queries import runs
 
         while True:
-            events = reading.run_events(self._store, self._run_id, self._version, progress_types(), _PAGE)
+            events = runs.run_events(self._store, self._run_id, self._version, progress_types(), _PAGE)
             for recorded in events:
                 if (recorded.attempt or 0) > attempt:
                     return

@@ -61,7 +61,7 @@ def ls_command(
     """
     import msgspec
 
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
     from sftd.operations.queries.runs import Filter
 
     chosen = _columns(columns)
@@ -77,13 +77,13 @@ def ls_command(
         since=_since(since, now),
         removed=removed,
     )
-    rows = reading.list_runs(store, wanted, limit=limit if sort == "age" else None)
+    rows = runs.list_runs(store, wanted, limit=limit if sort == "age" else None)
     if sort != "age":
         rows = sorted(rows, key=SORTS[sort])[:limit]
     if as_json:
         # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
         click.echo(output.json_text(msgspec.json.encode([row_json(row) for row in rows])))
-    elif not rows and (count := reading.count_runs(store)):
+    elif not rows and (count := runs.count_runs(store)):
         click.echo(
             f"No runs with these filters; there {'are' if count > 1 else 'is'} {count:,} without them."
         )

@@ -28,13 +28,13 @@ def queue_command(as_json: bool) -> None:
       sftd queue --json | jq -r '.[] | select(.kind == "devices") | .run_id'
     """
     from sftd.domain.queue.order import Limits
-    from sftd.operations.queries import queue as waiting
+    from sftd.operations.queries import queue
 
     settings = app.read_settings()
     store = app.open_store(settings)
     context = app.context()
     limits = Limits(settings.user_limit, settings.project_limit)
-    rows = waiting.list_queue(store, context, limits, settings.silent_micros)
+    rows = queue.list_queue(store, context, limits, settings.silent_micros)
     if as_json:
         click.echo(output.json_line([queue_json(row) for row in rows]))
     elif not rows:

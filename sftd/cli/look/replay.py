@@ -42,14 +42,14 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
       sftd replay brave-otter --until -2h --json | jq .state.spec
     """
     from sftd.domain.log.history import parse_moment
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     context = app.context()
     moment = parse_moment(until, context.now()) if until is not None else None
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.resolve_run(store, run))
+    story = history.chapters(store, app.resolve_run(store, run))
     if moment is not None:
-        story = replays.until(story, moment)
+        story = history.until(story, moment)
     if as_json:
         click.echo(output.json_line(_as_json(story)))
     else:

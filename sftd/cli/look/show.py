@@ -56,29 +56,26 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
 
     from sftd.cli.plan.view import outcome_facts
     from sftd.domain.log.events import EVENT_TYPES
-    from sftd.operations.queries import board
-    from sftd.operations.queries import plan as planning
-    from sftd.operations.queries import resolve as naming
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import board, plan, resolve, runs
 
     store = app.open_store(app.read_settings())
-    if not as_config and naming.is_sweep(store, run):
-        rows = reading.list_runs(store, reading.Filter(sweep=run))
+    if not as_config and resolve.is_sweep(store, run):
+        rows = runs.list_runs(store, runs.Filter(sweep=run))
         _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
         return
-    found = reading.find_run(store, app.resolve_run(store, run))
+    found = runs.find_run(store, app.resolve_run(store, run))
     if as_config:
         from sftd.cli.submit.show_config import as_yaml
 
         click.echo(as_yaml(found))
         return
-    ledger = reading.goodput(store, found.run_id, app.context().now())
-    planned = planning.outcome(store, found, ledger)
+    ledger = runs.goodput(store, found.run_id, app.context().now())
+    planned = plan.outcome(store, found, ledger)
     if as_json:
         more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
         click.echo(output.json_line(state_json(found) | more))
         return
-    attempt_events = reading.run_events(
+    attempt_events = runs.run_events(
         store, found.run_id, types=tuple(name for name in EVENT_TYPES if name not in _LEFT_OUT)
     )
     out = output.console()

@@ -75,11 +75,11 @@ def rebuild_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
       sftd mlflow rebuild
       sftd mlflow rebuild brave-otter --prefix 'again/'
     """
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
     from sftd.projections.mirrors.mlflow import check as mlflow_check
 
     settings, store = _opened()
-    found = [run_id for run in runs for run_id in naming.several_to_change(store, run)]
+    found = [run_id for run in runs for run_id in resolve.several_to_change(store, run)]
     total = len(mlflow_check.versions(store, found))
     uri, artifacts = settings.mlflow_tracking_uri, settings.mlflow_artifacts
     _print_checked(mlflow_check.rebuild(store, uri, artifacts, prefix, found), total, as_json)
@@ -102,10 +102,10 @@ def register_command(run: str, name: str, step: int | None) -> None:
       sftd mlflow register brave-otter support
     """
     from sftd.operations.driving import checkpoints
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
     settings, store = _opened()
-    run_id = naming.one_to_change(store, run)
+    run_id = resolve.one_to_change(store, run)
     exports = [x for x in checkpoints.exports(store, run_id) if step in (None, x.step)]
     if not exports:
         what = f"{run_id} has no export" + (f" of step {step}" if step is not None else "")

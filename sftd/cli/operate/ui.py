@@ -140,13 +140,13 @@ def _is_ours(settings: Settings, port: int) -> bool:
 
 def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     """The part of the address that names MLflow's page; empty when MLflow has nothing of ours yet."""
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs as run_queries
     from sftd.projections.mirrors.mlflow import check as mlflow_check
     from sftd.projections.mirrors.mlflow.client import Tracking
 
     store = app.open_store(settings)
     found = app.resolve_runs(store, runs)
-    newest = [row.run_id for row in reading.list_runs(store, limit=1)]
+    newest = [row.run_id for row in run_queries.list_runs(store, limit=1)]
     wanted = found or newest
     if not wanted:
         return ""

@@ -53,9 +53,9 @@ def plan_command(
     from sftd.domain.plan.search import search
     from sftd.domain.submit.facts import RunFacts
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
     # The known hosts' devices do not matter for another machine.
     hosts = [] if devices or memory or device else known_hosts(app.read_settings())
     found = preflight.inspect(spec, known=RunFacts(hosts=hosts), has_room=False)

@@ -18,7 +18,7 @@ def known_hosts(settings: Settings) -> list[HostDevices]:
     from sftd.domain.submit.facts import HostDevices
     from sftd.launcher.inventory import visible_gpus
     from sftd.launcher.processes import host_name
-    from sftd.operations.queries import queue as waiting
+    from sftd.operations.queries import queue
     from sftd.wire.cores import usable_cores
 
     known: dict[str, HostDevices] = {}
@@ -28,6 +28,6 @@ def known_hosts(settings: Settings) -> list[HostDevices]:
         known[here] = HostDevices(here, len(visible_gpus()), settings.cpu_slots or usable_cores())
     with contextlib.suppress(SftdError):
         if store := app.open_existing_store(settings):
-            for host in waiting.living_hosts(store, app.context(), settings.silent_micros):
+            for host in queue.living_hosts(store, app.context(), settings.silent_micros):
                 known[host.name] = HostDevices(host.name, host.gpus, host.cpus)
     return list(known.values())

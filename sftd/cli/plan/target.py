@@ -74,11 +74,11 @@ def plan_facts(found: Preflight) -> Facts:
 def known_pace(shape: ModelShape, machine: Machine) -> float | None:
     """The pace of earlier runs; None where there is no log, or no such run."""
     from sftd.domain.errors import SftdError
-    from sftd.operations.queries import plan as planning
+    from sftd.operations.queries import plan
 
     try:
         store = app.open_existing_store(app.read_settings())
-        return planning.calibration(store, shape, machine) if store else None
+        return plan.calibration(store, shape, machine) if store else None
     except SftdError as error:
         output.note(f"The pace of earlier runs is not used: {error}")
         return None

@@ -63,16 +63,15 @@ def fork_command(
     from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Problem
     from sftd.domain.run import decisions, trajectory
-    from sftd.operations.commands import lifecycle as runs
-    from sftd.operations.queries import forks
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.commands import lifecycle
+    from sftd.operations.queries import forks, resolve
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    parent, point = forks.find(store, naming.one_to_change(store, run), from_step)
-    spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
+    parent, point = forks.find(store, resolve.one_to_change(store, run), from_step)
+    spec, warnings = spec_file.change(parent.spec, overrides, os.getcwd())
     hosts = known_hosts(settings)
     found = forks.inspect(store, parent, point, spec, settings.home, hosts=hosts, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
@@ -84,7 +83,7 @@ def fork_command(
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
         print_dry_run(spec, found, warnings, as_json=as_json)
         return
-    run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
+    run_id = lifecycle.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
     said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
     announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
 

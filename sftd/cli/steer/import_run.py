@@ -32,12 +32,12 @@ def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json
       torchrun --nproc-per-node=8 -m sftd.trainer run.yaml checkpoint.save_dir=out trainer.experiment_name=first
       sftd import out/first
     """
-    from sftd.operations.commands import import_run as imports
+    from sftd.operations.commands import import_run
 
     settings = app.read_settings()
     app.make_home(settings)
     store = app.open_store(settings)
-    done = imports.take_in(store, app.context(), directory, trust_remote_code=trust_remote_code)
+    done = import_run.take_in(store, app.context(), directory, trust_remote_code=trust_remote_code)
     run = done.run
     if not quiet:
         for path in done.missing:

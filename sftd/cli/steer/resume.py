@@ -41,21 +41,20 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     from sftd.domain.run.state import ENDED
     from sftd.domain.submit.facts import RunFacts
     from sftd.launcher.processes import host_name
-    from sftd.operations.commands import lifecycle as runs
-    from sftd.operations.queries import model_files
-    from sftd.operations.queries import resolve as naming
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.commands import lifecycle
+    from sftd.operations.queries import model_files, resolve
+    from sftd.operations.queries import runs as run_queries
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    run = naming.one_to_change(store, run, {"retrying", "paused", *ENDED})
+    run = resolve.one_to_change(store, run, {"retrying", "paused", *ENDED})
     new, instead = None, ""
-    now = reading.find_run(store, run)
+    now = run_queries.find_run(store, run)
     decisions.refuse_busy(now)
     if overrides:
-        spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
+        spec, warnings = spec_file.change(now.spec, overrides, os.getcwd())
         inspected = preflight.inspect(
             spec,
             lambda _: trajectory.beginning(now),
@@ -67,13 +66,13 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         new = preflight.proposal(spec, inspected)
         step = [] if from_step is None else ["--from-step", str(from_step)]
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
-    before = reading.find_run(store, run).restart_checkpoint
+    before = run_queries.find_run(store, run).restart_checkpoint
     host = host_name()
     pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
     record = model_files.recorded(store, now.run_id)
     if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
         output.note(model_files.unrecorded(now.run_id))
-    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
+    found = lifecycle.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint
     if from_step is None and before is not None and before != checkpoint:
         output.warn(f"the checkpoint of step {before.step} is gone from the disk: {before.path}")
@@ -102,16 +101,16 @@ def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
       sftd cancel sweep-3aea38
     """
     from sftd.domain.run.state import ACTIVE, HALTED, WAITING
-    from sftd.operations.commands import lifecycle as runs
+    from sftd.operations.commands import lifecycle
 
     store = app.open_store(app.read_settings())
 
     def end(run_id: str) -> None:
         if abandon:
-            ending = runs.abandon(store, app.context(), run_id, app.user_name())
+            ending = lifecycle.abandon(store, app.context(), run_id, app.user_name())
             _print_ending(ending, "is given up; check that none of its processes still run")
             return
-        ending = runs.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
+        ending = lifecycle.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
         if ending.run.status == "cancelled":
             _print_ending(ending, "is cancelled")
         elif ending.run.stop_now:

@@ -82,10 +82,10 @@ def print_dry_run(spec: Spec, found: Preflight, warnings: list[Problem], *, as_j
 
 def _wait(store: Store, run_id: str, quiet: bool) -> int:
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
     while True:
-        run = reading.find_run(store, run_id)
+        run = runs.find_run(store, run_id)
         if run.status in ENDED:
             if not quiet:
                 detail = f": {run.cause}: {run.message}" if run.cause else ""

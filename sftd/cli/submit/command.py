@@ -91,7 +91,7 @@ def submit_command(
     from sftd.domain.submit.facts import RunFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     if file is not None and config is not None:
         overrides = (config, *overrides)
@@ -101,12 +101,12 @@ def submit_command(
         raise click.UsageError("Give a CONFIG file.")
     settings = app.read_settings()
     if grid:
-        from sftd.cli.submit import grid as sweep
+        from sftd.cli.submit import grid as grids
 
         if print_script or wait:
             option = "--print-script" if print_script else "--wait"
             raise click.UsageError(f"{option} is for one run: it cannot be used with --grid.")
-        sweep.submit(
+        grids.submit(
             settings,
             config,
             overrides,
@@ -118,7 +118,7 @@ def submit_command(
             as_json=as_json,
         )
         return
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
     found = preflight.inspect(spec, known=RunFacts(hosts=known_hosts(settings)), home=settings.home)
     warnings = [*warnings, *found.warnings]
     if strict and warnings:

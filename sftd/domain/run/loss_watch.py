@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Literal
 
-from sftd.domain.log import timeline as timelines
+from sftd.domain.log import timeline as timeline_module
 from sftd.domain.log.events import AnomalyDetected, Event, StepCompleted, names
 from sftd.domain.log.timeline import Timeline, places
 
 # What `losses_before` reads.
-TYPES = (*timelines.TYPES, *names(AnomalyDetected))
+TYPES = (*timeline_module.TYPES, *names(AnomalyDetected))
 # How many losses the median is taken of, and how many there must be before anything counts as a spike.
 WINDOW = 64
 _LEAST = 16

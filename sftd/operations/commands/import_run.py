@@ -15,7 +15,7 @@ from sftd.operations.context import Context
 from sftd.store.database.engine import Store, Tx
 from sftd.store.log import event_store
 from sftd.store.log.runs import load_run
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from sftd.wire.attempt.direct_run import DirectRun, History, Submission, read_history
 from sftd.wire.checkpoint import manifest
 
@@ -61,8 +61,8 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
                 _append(tx, context, submission.run_id, len(known), new)
             if not known:
                 # It waits for nobody, but `sftd resume` may queue it.
-                queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
-                queue.leave(tx, submission.run_id)
+                leases.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
+                leases.leave(tx, submission.run_id)
     with store.read() as connection:
         # Not within the transaction, which would have everybody wait while a long history is folded.
         found = load_run(connection, submission.run_id)

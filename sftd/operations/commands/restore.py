@@ -12,8 +12,7 @@ from sftd.domain.run.state import Run
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log.runs import load_run
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.wire.attempt.directory import RunDir
 from sftd.wire.checkpoint.directory import is_checkpoint_of
 
@@ -39,7 +38,7 @@ def outlook(store: Store, home: Path) -> Outlook:
             load_run(connection, run_id)
             for run_id in connection.execute(sa.select(view_runs.c.run_id)).scalars()
         ]
-        owned = [(lease, daemons.find(connection, lease.owner)) for lease in queue.leases(connection)]
+        owned = [(lease, daemons.find(connection, lease.owner)) for lease in leases.leases(connection)]
     known = {run.run_id for run in runs}
     folders = sorted(path.name for path in (home / "runs").glob("*") if path.is_dir())
     return Outlook(

@@ -21,7 +21,7 @@ from sftd.operations.driving.turns import NO_LIMITS, Fits, next_turn
 from sftd.operations.queries.model_files import read_record
 from sftd.store.database.engine import Store, Tx
 from sftd.store.log import event_store, positions
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases as lease_store
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt import journal
 from sftd.wire.attempt.journal import Line
@@ -64,7 +64,7 @@ def claim(
         run = current(tx.connection, turn.entry.run_id)
         start = decisions.claim(run, daemon, host)
         lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
-        queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
+        lease_store.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
         append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
         return Claimed(lease, run, start, read_record(tx.connection, run.run_id))
 
@@ -95,7 +95,7 @@ def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, l
         lease = Lease(
             old.run_id, old.attempt, context.new_id(), event.daemon, tx.now(context.now()) + lease_micros
         )
-        if not queue.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
+        if not lease_store.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
             raise LeaseLost
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
         return lease
@@ -103,7 +103,7 @@ def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, l
 
 def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event) -> None:
     with store.write() as tx:
-        queue.check(tx, lease.run_id, lease.token)
+        lease_store.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
 
@@ -158,7 +158,7 @@ def record_all(store: Store, context: Context, batch: Sequence[Taken]) -> list[l
 
 def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
     lease, lines = taken.lease, taken.lines
-    queue.check(tx, lease.run_id, lease.token)
+    lease_store.check(tx, lease.run_id, lease.token)
     run = current(tx.connection, lease.run_id)
     cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
     new: list[e.NewEvent] = []
@@ -209,7 +209,7 @@ def finish(
 ) -> Run:
     """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
     with store.write() as tx:
-        queue.check(tx, lease.run_id, lease.token)
+        lease_store.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
         now = context.now()
         decided = decisions.end_attempt(
@@ -226,16 +226,16 @@ def finish(
         if run.status in ENDED:
             leave_queue(tx, context, run)
         elif run.status == "paused":
-            queue.leave(tx, run.run_id)
+            lease_store.leave(tx, run.run_id)
         else:
             # The back-off begins now, whatever this host's clock says.
             wait = max(0, run.retry_at - now) if run.retry_at else 0
-            queue.wait_again(tx, run.run_id, tx.now(now) + wait)
+            lease_store.wait_again(tx, run.run_id, tx.now(now) + wait)
         return run
 
 
 def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
     """Prolong leases. Returns those that were lost."""
     with store.write(appends=False) as tx:
-        held = queue.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
+        held = lease_store.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
     return [lease for lease in leases if lease.token not in held]

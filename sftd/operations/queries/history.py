@@ -21,7 +21,7 @@ from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.log.runs import is_taken, load_run
 from sftd.store.queries.resolve import resolve_id
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 
 
 class Chapter(msgspec.Struct, frozen=True):
@@ -167,7 +167,7 @@ def held(store: Store, host: str) -> list[str]:
 
 
 def _held(connection: sa.Connection, host: str) -> Iterator[str]:
-    for lease in queue.leases(connection):
+    for lease in leases.leases(connection):
         launches = event_store.read_stream(connection, lease.run_id, types=("AttemptLaunched",))
         for r in launches:
             if isinstance(r.event, e.AttemptLaunched) and r.attempt == lease.attempt and r.event.host == host:

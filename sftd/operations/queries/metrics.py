@@ -14,7 +14,7 @@ from sftd.domain.run.state import Status
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import events, queue, view_runs
 from sftd.store.log import event_store, positions
-from sftd.store.queue import order as schedule
+from sftd.store.queue import order
 from sftd.store.queue.leases import HELD, LEASED, WAITING
 
 
@@ -44,7 +44,7 @@ def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> Figures:
         # The queue goes by the clock that all share, events by that of the host which recorded them.
         shared = store.clock(connection, now)
         is_delayed = sa.and_(q.not_before > shared, q.not_before <= latest_wait(shared))
-        is_dependent = schedule.is_unmet(q.run_id)
+        is_dependent = order.is_unmet(q.run_id)
         is_ready = sa.and_(q.state == WAITING, ~is_delayed, ~is_dependent)
 
         def count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:

@@ -14,7 +14,7 @@ from sftd.operations.queries.queue import host_of
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases as lease_store
 from sftd.store.queue.daemons import DaemonRow
 
 # A daemon that was not seen need not be dead: its host may be cut off from the database while its runs train.
@@ -54,7 +54,7 @@ def list_nodes(store: Store, context: Context, silent_micros: int, *, everyone: 
     with store.read() as connection:
         now = store.clock(connection, context.now())
         rows = daemons.every(connection)
-        leases = queue.leases(connection)
+        leases = lease_store.leases(connection)
         attempts = {(lease.run_id, lease.attempt) for lease in leases}
         launched = event_store.read_types(
             connection, [lease.run_id for lease in leases], (AttemptLaunched.__name__,)

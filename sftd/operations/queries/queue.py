@@ -14,8 +14,7 @@ from sftd.domain.spec.launchers import LOCAL, kind_of
 from sftd.operations.context import Context, current
 from sftd.operations.queries.placing import placed
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import order as schedule
+from sftd.store.queue import daemons, order
 from sftd.store.queue.daemons import DaemonRow
 
 
@@ -48,8 +47,8 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
     `silent_micros` starts nothing. `limits` hold where no living daemon has told its own."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
-        running = schedule.running(connection)
-        waiting = placed(connection, schedule.waiting(connection))
+        running = order.running(connection)
+        waiting = placed(connection, order.waiting(connection))
         rows = daemons.every(connection)
         managed = [r.run_id for r in running if kind_of(r.demand.launcher).is_managed]
         jobs = {run_id: current(connection, run_id).job_report for run_id in managed}

@@ -27,7 +27,7 @@ from sftd.projections.notices.channels import Channel, NotSent
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log import event_store, positions
-from sftd.store.queue import named_leases as leases
+from sftd.store.queue import named_leases
 
 log = logging.getLogger("sftd.notify")
 
@@ -178,22 +178,22 @@ class Notifier:
         owner = f"{socket.gethostname()[:40]}-{os.getpid()}"
         self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            return leases.take(tx, self._name, self._token, owner, self._now(), _LEASE_MICROS)
+            return named_leases.take(tx, self._name, self._token, owner, self._now(), _LEASE_MICROS)
 
     def _renew(self) -> bool:
         self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            return leases.renew(tx, self._token, self._now(), _LEASE_MICROS)
+            return named_leases.renew(tx, self._token, self._now(), _LEASE_MICROS)
 
     def _release(self) -> None:
         with self._store.write(appends=False) as tx:
-            leases.release(tx, self._name, self._token)
+            named_leases.release(tx, self._name, self._token)
 
     def _move(self, position: int) -> bool:
         """Move the position, if the lease is still ours."""
         with self._store.write(appends=False) as tx:
             try:
-                leases.check(tx, self._name, self._token)
+                named_leases.check(tx, self._name, self._token)
             except LeaseLost:
                 return False
             positions.set_projection_position(tx.connection, self._name, position)

@@ -36,7 +36,7 @@ from sftd.trainer.direct.plan import plan
 from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop import attempt as loop
 from sftd.trainer.runtime import process
-from sftd.trainer.runtime import rendezvous as loopback
+from sftd.trainer.runtime import rendezvous as rendezvous_module
 from sftd.trainer.runtime.console import print_text
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.wire.attempt.direct_run import DirectRun, read_history, take
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(2)
     rank = int(os.environ["RANK"])
     # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
-    store = loopback.store(None) or next(rendezvous("env://"))[0]
+    store = rendezvous_module.store(None) or next(rendezvous("env://"))[0]
     # torchrun's store outlives a restart of the ranks.
     store = PrefixStore(f"sftd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set_timeout(_CHECKS)

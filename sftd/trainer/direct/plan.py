@@ -17,8 +17,7 @@ from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.log.events import CheckpointDeleted
 from sftd.domain.log.model_record import ModelRecord, record_of
 from sftd.domain.model.rules import changed_files
-from sftd.domain.run import decisions
-from sftd.domain.run import ids as names
+from sftd.domain.run import decisions, ids
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
@@ -34,7 +33,7 @@ from sftd.wire.attempt.journal import now_micros
 from sftd.wire.attempt.orders import order_of
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.preflight import Preflight
-from sftd.wire.spec import file as specfile
+from sftd.wire.spec import file as spec_file
 
 _DEFAULT_SAVE_DIR = "sftd-runs"
 _REFUSED = 2
@@ -69,7 +68,7 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
         config, *overrides = overrides
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
     if not spec.checkpoint.save_dir:
         folder = str(Path.cwd() / _DEFAULT_SAVE_DIR)
         checkpoint = msgspec.structs.replace(spec.checkpoint, save_dir=folder)
@@ -87,7 +86,7 @@ def _own_gpus(spec: Spec) -> int | None:
 
 
 def _run_name(spec: Spec) -> str:
-    return names.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
+    return ids.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
 
 
 def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]) -> AttemptDir | None:
@@ -96,7 +95,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     if submission is None:
         user = _user()
         event = preflight.submission(spec, found, warnings, user)
-        submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
+        submission = Submission.of(ids.run_id(os.urandom(4)), now_micros(), event)
         run.write_submission(submission)
     history = read_history(run, submission)
     state, new = history.run, preflight.proposal(spec, found)

@@ -16,7 +16,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.domain.submit.facts import NOTHING, RunFacts
 from sftd.wire.data import dataset
 from sftd.wire.preflight import Preflight, inspect
-from sftd.wire.spec import file as specfile
+from sftd.wire.spec import file as spec_file
 from sftd.wire.spec.yaml_text import load_value
 
 # A comma inside brackets or quotes does not separate values.
@@ -78,7 +78,7 @@ def points(
         what = f"has {count} combinations, more than {_MOST}"
         raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
     # Once for all points: standard input can be read once.
-    tree, beside = specfile.load_file(path) if path is not None else {}, specfile.beside_of(path)
+    tree, beside = spec_file.load_file(path) if path is not None else {}, spec_file.beside_of(path)
     already_read: dict[bytes, Any] = {}
 
     def remembered(*arguments: Any, **named: Any) -> Any:
@@ -94,7 +94,7 @@ def points(
         chosen = dict(zip(grid, combination, strict=True))
         try:
             arguments = [*overrides, *(f"{k}={v}" for k, v in chosen.items())]
-            spec, warnings = specfile.read_tree(tree, arguments, base, beside)
+            spec, warnings = spec_file.read_tree(tree, arguments, base, beside)
             spec = _named(spec, name, chosen)
             found = inspect(spec, read=remembered, known=known, home=home)
         except Refused as refused:

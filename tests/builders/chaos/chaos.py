@@ -24,7 +24,7 @@ from sftd.domain.run.state import ENDED
 from sftd.operations.queries.runs import list_runs
 from sftd.settings import full_database_url
 from sftd.store.database.engine import Store, open_engine
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from tests.builders.chaos import chaos_check
 from tests.builders.chaos.chaos_check import Reference, Tally, Touch
 from tests.builders.chaos.chaos_hosts import (
@@ -307,7 +307,7 @@ class Chaos:
         """Whether no lease has ended: a daemon that is not frozen renews its own every second."""
         with self._store.read() as connection:
             now = self._store.clock(connection, time.time_ns() // 1000)
-            oldest = min((lease.expires_at for lease in queue.leases(connection)), default=0)
+            oldest = min((lease.expires_at for lease in leases.leases(connection)), default=0)
         return oldest > now
 
     def _take_away(self) -> Touch | None:

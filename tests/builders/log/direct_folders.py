@@ -8,7 +8,7 @@ from typing import Any
 
 from sftd.domain.log import events as e
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands import import_run as imports
+from sftd.operations.commands import import_run
 from sftd.store.database.engine import Store
 from sftd.wire.attempt.direct_run import DirectRun, Submission
 from sftd.wire.attempt.directory import Order, ProcessFile
@@ -83,5 +83,5 @@ class Folder:
             directory.write_exit_code(exit_code)
 
 
-def take_in(log: Store, folder: Folder) -> imports.Imported:
-    return imports.take_in(log, CONTEXT, str(folder.run.path))
+def take_in(log: Store, folder: Folder) -> import_run.Imported:
+    return import_run.take_in(log, CONTEXT, str(folder.run.path))

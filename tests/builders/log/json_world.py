@@ -17,8 +17,7 @@ from sftd.domain.run.failures import Failure
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.sections import Data, Launch, Model, Trainer
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands import hold as halting
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import hold, lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
@@ -185,7 +184,7 @@ class World:
             self.spec(experiment_name="fork"), [("optimizer.lr", 5e-4), ("trainer.max_steps", 8)]
         )
         found = Preflight(SHAPE, msgspec.structs.replace(FACTS, digest="e" * 64), None, 8, [])
-        return runs.fork(self.store, self.context, self.base, 2, spec, found, [], "bob")
+        return lifecycle.fork(self.store, self.context, self.base, 2, spec, found, [], "bob")
 
     def _bad(self) -> str:
         """Fails with a cause that no second attempt helps."""
@@ -205,7 +204,7 @@ class World:
     def _held(self) -> str:
         run_id = self.submit(120, self.spec(experiment_name="held"), "bob")
         self.now = self.at(121)
-        halting.hold(self.store, self.context, run_id, "bob", "lunch")
+        hold.hold(self.store, self.context, run_id, "bob", "lunch")
         return run_id
 
     def _later(self) -> str:

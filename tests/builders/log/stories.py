@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from sftd.domain.errors import Refused
 from sftd.domain.log import events
-from sftd.domain.run import decisions, retention
+from sftd.domain.run import decisions, retention, stops
 from sftd.domain.run import state as run_state
-from sftd.domain.run import stops as halting
 from sftd.domain.run.state import ACTIVE, ENDED
 from tests.builders.log.run_log import Log, validated
 
@@ -41,13 +40,13 @@ def live(story: list[str]) -> Log:
             case "crash" if run.status in ACTIVE:
                 log.end()
             case "hold" if run.status in run_state.WAITING:
-                log.add(*halting.hold(run, "ada"))
+                log.add(*stops.hold(run, "ada"))
             case "release" if run.status == "held":
-                log.add(*halting.release(run, "ada"))
+                log.add(*stops.release(run, "ada"))
             case "pause" if run.status in ("starting", "running"):
-                log.add(*halting.pause(run, "ada"))
+                log.add(*stops.pause(run, "ada"))
             case "preempt":
-                log.add(*halting.preempt(run, "urgent", 9))
+                log.add(*stops.preempt(run, "urgent", 9))
             case "cancel" if run.status not in ENDED:
                 log.add(*decisions.request_stop(run, "ada"))
             case "resume":

@@ -16,7 +16,7 @@ from sftd.cli import main
 from sftd.domain.errors import Refused
 from sftd.domain.log import events as e
 from sftd.domain.spec.sections import Data, Trainer
-from sftd.operations.queries import compare as comparisons
+from sftd.operations.queries import compare
 from sftd.store.database.engine import Store
 from tests.builders.log.histories import (
     FAILED,
@@ -63,7 +63,7 @@ def tell(log: Store) -> None:
 
 def test_a_forks_curve_begins_with_its_parents_as_it_was_then(log: Store) -> None:
     tell(log)
-    found = comparisons.compare(log, ["parent", "fork"], NOW, price=3.0)
+    found = compare.compare(log, ["parent", "fork"], NOW, price=3.0)
     parent, fork = found.sides
     assert list(parent.curves.columns["loss"]) == [1 / n for n in range(1, 11)], (
         "step 7 is the second attempt's"
@@ -101,7 +101,7 @@ def test_the_parents_steps_count_as_they_were_when_it_was_forked(log: Store) -> 
     )
     # Then the parent goes back, and its steps differ.
     append(log, "parent", [FAILED, *claimed(), *losses(3, by=7.0)], attempt=2)
-    found = comparisons.compare(log, ["fork", "parent"], NOW)
+    found = compare.compare(log, ["fork", "parent"], NOW)
     assert list(found.sides[0].curves.columns["loss"]) == [1.0, 0.5, 5.0]
     assert list(found.sides[1].curves.columns["loss"]) == [7.0, 3.5, 7 / 3]
 
@@ -110,7 +110,7 @@ def test_a_run_that_went_back_has_the_loss_of_the_step_that_it_is_at(log: Store)
     append(log, "back", [submitted(spec()), *claimed(), *losses(3), published(3), *losses(3, 4), FAILED])
     append(log, "back", claimed(from_step=3), attempt=2)
     append(log, "slow", [submitted(spec()), *claimed(), step(1, seconds=9.0, mfu=0.1), step(2)])
-    back, slow = (side.figures for side in comparisons.compare(log, ["back", "slow"], NOW).sides)
+    back, slow = (side.figures for side in compare.compare(log, ["back", "slow"], NOW).sides)
     assert (back.step, back.loss, back.lowest_loss) == (3, 1 / 3, 1 / 3)
     # As long as the slow step took, the devices did so little.
     assert slow.mfu == pytest.approx((9 * 0.1 + 1 * 0.5) / 10)
@@ -119,7 +119,7 @@ def test_a_run_that_went_back_has_the_loss_of_the_step_that_it_is_at(log: Store)
 def test_a_parent_that_is_not_in_this_database_is_left_out(log: Store) -> None:
     append(log, "fork", [forked("elsewhere", 6), submitted(spec()), *claimed(from_step=6), *losses(2, 7)])
     append(log, "other", [submitted(spec()), *claimed(), *losses(8)])
-    found = comparisons.compare(log, ["fork", "other"], NOW)
+    found = compare.compare(log, ["fork", "other"], NOW)
     assert (found.sides[0].curves.first, found.sides[0].curves.last) == (7, 8)
     assert (found.partings[0].first, found.partings[0].steps, found.partings[0].bits) == (7, 2, {})
 
@@ -191,7 +191,7 @@ class Page(html.parser.HTMLParser):
 def page_of(log: Store, runs: list[str]) -> Page:
     from sftd.cli.compare.page import render
 
-    return Page(render(comparisons.compare(log, runs, NOW), 500))
+    return Page(render(compare.compare(log, runs, NOW), 500))
 
 
 def test_what_is_not_set_is_not_said_to_be_untold(
@@ -241,4 +241,4 @@ def test_a_page_of_runs_without_a_step_says_so(log: Store) -> None:
 def test_nothing_is_compared_with_itself(log: Store) -> None:
     tell(log)
     with pytest.raises(Refused, match="more than once"):
-        comparisons.compare(log, ["parent", "fork", "par"], NOW)
+        compare.compare(log, ["parent", "fork", "par"], NOW)

@@ -10,8 +10,7 @@ from click.testing import CliRunner, Result
 from sftd.cli import main
 from sftd.domain.errors import AmbiguousRun, Refused, RunNotFound
 from sftd.domain.log import events as e
-from sftd.operations.queries import resolve as naming
-from sftd.operations.queries import runs as reading
+from sftd.operations.queries import resolve, runs
 from sftd.operations.queries.runs import Filter
 from sftd.projections import verify, views
 from sftd.store.database.engine import Store
@@ -77,7 +76,7 @@ def sftd(*arguments: str) -> Result:
     ],
 )
 def test_a_reading_command_finds_the_newest_of_a_name(log: Store, text: str, run_id: str) -> None:
-    found, remark = naming.one(log, text)
+    found, remark = resolve.one(log, text)
     assert found == run_id
     assert bool(remark) == (text.rpartition("/")[2] in ("baseline", "geo"))
     shown = sftd("checkpoints", text)
@@ -88,9 +87,9 @@ def test_a_reading_command_finds_the_newest_of_a_name(log: Store, text: str, run
 @pytest.mark.parametrize("text", ["", "other/baseline", "base", "sweep", "sweep-", "BASELINE", "%"])
 def test_what_names_no_run_is_refused(log: Store, text: str) -> None:
     with pytest.raises(RunNotFound):
-        naming.one(log, text)
+        resolve.one(log, text)
     with pytest.raises(RunNotFound):
-        naming.several_to_change(log, text)
+        resolve.several_to_change(log, text)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +97,12 @@ def test_what_names_no_run_is_refused(log: Store, text: str) -> None:
     ["fork baseline", "gc baseline", "cancel geo", "mlflow register baseline m", "mlflow rebuild geo"],
 )
 def test_a_writing_command_refuses_a_name_of_several_runs(log: Store, command: str) -> None:
-    before = reading.list_runs(log)
+    before = runs.list_runs(log)
     done = sftd(*command.split())
     assert done.exit_code == 2
     assert "could be any of 2 runs" in done.stderr
     assert "fix: give the id of one run" in done.stderr
-    assert reading.list_runs(log) == before
+    assert runs.list_runs(log) == before
 
 
 def test_only_runs_that_the_command_can_change_count(log: Store) -> None:
@@ -111,17 +110,17 @@ def test_only_runs_that_the_command_can_change_count(log: Store) -> None:
     assert sftd("pause", "geo").stdout.startswith("eager-fox-0001 will checkpoint")
     assert sftd("cancel", "brave-otter").stdout.startswith("brave-otter-0002 is cancelled")
     with pytest.raises(AmbiguousRun, match=r"brave-otter-0002 \(cancelled\), brave-otter-0001 \(succeeded\)"):
-        naming.one_to_change(log, "brave-otter", {"running"})
+        resolve.one_to_change(log, "brave-otter", {"running"})
 
 
 def test_a_sweep_stands_for_its_runs(log: Store) -> None:
     members = [f"calm-heron-000{number}" for number in range(3)]
-    assert naming.several(log, ["geo", SWEEP])[0] == ["eager-fox-0002", *members]
-    assert naming.several(log, [members[1], SWEEP])[0] == [members[1], members[0], members[2]]
+    assert resolve.several(log, ["geo", SWEEP])[0] == ["eager-fox-0002", *members]
+    assert resolve.several(log, [members[1], SWEEP])[0] == [members[1], members[0], members[2]]
     with log.read() as connection:
         assert resolve_ids(connection, SWEEP) == members
     with pytest.raises(AmbiguousRun, match="is a sweep of 3 runs; this command takes one of them"):
-        naming.one(log, SWEEP)
+        resolve.one(log, SWEEP)
     compared = json.loads(sftd("compare", SWEEP, "--json").stdout)
     assert [side["run_id"] for side in compared["runs"]] == members
     assert sftd("lineage", SWEEP).stdout.count("calm-heron") == 3
@@ -133,11 +132,11 @@ def test_a_sweep_is_changed_where_it_can_be(log: Store, command: str) -> None:
         sftd("hold", SWEEP)
     done = sftd(command, SWEEP)
     assert (done.exit_code, done.stdout.count("calm-heron-0002")) == (0, done.stdout.count("calm-heron"))
-    rows = {row.run_id: row.status for row in reading.list_runs(log)}
+    rows = {row.run_id: row.status for row in runs.list_runs(log)}
     assert rows["calm-heron-0002"] == CHANGES[command]
     if command == "cancel":
         with pytest.raises(Refused, match="none of its 3 runs"):
-            naming.several_to_change(log, SWEEP, {"queued"})
+            resolve.several_to_change(log, SWEEP, {"queued"})
 
 
 def test_a_leaderboard_begins_with_the_best(log: Store) -> None:
@@ -215,26 +214,26 @@ def test_the_view_is_what_the_log_says(log: Store) -> None:
 @pytest.mark.parametrize("text", ["Übung", "Übung*", "*über?all", "ÜBUNG%"])
 def test_capitals_beyond_ascii_are_found_as_they_are_written(log: Store, text: str) -> None:
     append(log, "calm-newt-0001", [submitted(spec(name="Übung über_all"))])
-    found = reading.list_runs(log, Filter(patterns=(text,)))
+    found = runs.list_runs(log, Filter(patterns=(text,)))
     assert [row.run_id for row in found] == ([] if "%" in text else ["calm-newt-0001"])
 
 
 def test_bytes_that_are_no_text_name_nothing(log: Store) -> None:
     for wanted in (Filter(patterns=("a\udcff",)), Filter(name="\udcff"), Filter(project="\udcff*")):
-        assert reading.list_runs(log, wanted) == []
+        assert runs.list_runs(log, wanted) == []
 
 
 def test_filters_are_joined(log: Store) -> None:
     wanted = Filter(patterns=("baseline", "geo"), statuses=("succeeded",), project="default")
-    assert [row.run_id for row in reading.list_runs(log, wanted)] == ["brave-otter-0001"]
+    assert [row.run_id for row in runs.list_runs(log, wanted)] == ["brave-otter-0001"]
 
 
 def test_a_removed_run_is_in_nobodys_way(log: Store) -> None:
     append(log, "brave-otter-0001", [e.RunRemoved(by="me", freed_bytes=1)], at=NOON + 400 * SECOND)
-    assert naming.one(log, "brave-otter") == ("brave-otter-0002", "")
-    assert naming.one_to_change(log, "brave-otter") == "brave-otter-0002"
-    assert naming.one(log, "brave-otter-0001") == ("brave-otter-0001", "")
+    assert resolve.one(log, "brave-otter") == ("brave-otter-0002", "")
+    assert resolve.one_to_change(log, "brave-otter") == "brave-otter-0002"
+    assert resolve.one(log, "brave-otter-0001") == ("brave-otter-0001", "")
     append(log, "brave-otter-0002", [e.RunRemoved(by="me", freed_bytes=1)], at=NOON + 401 * SECOND)
     with pytest.raises(AmbiguousRun):
-        naming.one(log, "brave-otter")
-    assert naming.one(log, "brave-otter-0002") == ("brave-otter-0002", "")
+        resolve.one(log, "brave-otter")
+    assert resolve.one(log, "brave-otter-0002") == ("brave-otter-0002", "")

@@ -18,8 +18,7 @@ from sftd.cli.terminal import border, output
 from sftd.daemon.log import TextFormat
 from sftd.domain.log import events as e
 from sftd.domain.text.printable import escaped, harmless, printable
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 from tests.builders.log.direct_folders import Folder
 from tests.builders.log.histories import append, claimed, open_log, published, spec, step, submitted
 
@@ -70,8 +69,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> 
     append(store, "bad-run-5", [fork, first])
     with store.write() as tx:
         for number in range(1, 6):
-            queue.enqueue(tx, f"bad-run-{number}", 0, number)
-            schedule.set_demand(tx, f"bad-run-{number}", of)
+            leases.enqueue(tx, f"bad-run-{number}", 0, number)
+            order.set_demand(tx, f"bad-run-{number}", of)
     logs = home / "runs" / "bad-run-1" / "attempt-0001"
     logs.mkdir(parents=True)
     (logs / "output.log").write_text(EVIL * 2 + "\n")

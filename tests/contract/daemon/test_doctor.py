@@ -33,8 +33,7 @@ from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.projections.mirrors.mlflow.mirror import Mlflow
 from sftd.settings import Settings, read
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.builders import json_fields
@@ -181,8 +180,8 @@ def lease(store: Store, home: Path, host: str, seen_at: int) -> None:
     with store.write(appends=False) as tx:
         daemons.register(tx, row)
         tx.execute(sa.text("UPDATE daemons SET seen_at = :at"), {"at": seen_at})
-        queue.enqueue(tx, "run-a", 0, 0)
-        queue.lease(tx, "run-a", 2, "token", "old", 0)
+        leases.enqueue(tx, "run-a", 0, 0)
+        leases.lease(tx, "run-a", 2, "token", "old", 0)
 
 
 def test_a_daemon_that_is_gone_is_named(store: Store, tmp_path: Path) -> None:
@@ -208,8 +207,8 @@ def test_a_daemon_that_cannot_be_told_from_this_one_is_reported(store: Store, tm
     row = msgspec.structs.replace(row, boot_id="another", pid_namespace="1", home_id="1:1")
     with store.write(appends=False) as tx:
         daemons.register(tx, row)
-        queue.enqueue(tx, "run-a", 0, 0)
-        queue.lease(tx, "run-a", 2, "token", "twin", 0)
+        leases.enqueue(tx, "run-a", 0, 0)
+        leases.lease(tx, "run-a", 2, "token", "twin", 0)
     _, twin = doctor_services.daemon(mine, store)
     assert (twin.state, twin.said.split()[0]) == ("broken", "twin")
     assert "docker run --hostname" in twin.fix

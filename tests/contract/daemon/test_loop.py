@@ -23,20 +23,19 @@ from sftd.domain.spec.sections import Launch, Trainer
 from sftd.launcher import processes
 from sftd.launcher.command import TOKEN_VARIABLE
 from sftd.launcher.inventory import Inventory
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.operations.queries import nodes
-from sftd.operations.queries import queue as waiting
+from sftd.operations.queries import queue as queue_queries
 from sftd.operations.queries.runs import find_run
 from sftd.settings import read
 from sftd.store.database import backups
 from sftd.store.database.engine import Store
 from sftd.store.database.file import DatabaseExchanged
 from sftd.store.log import event_store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.attempt.journal import JournalWriter, Line
@@ -116,10 +115,10 @@ def submit(log: Store) -> str:
 def give_up(log: Store, run_id: str) -> None:
     """As a person does once the lease has ended."""
     with log.read() as connection:
-        token = next(lease.token for lease in queue.leases(connection) if lease.run_id == run_id)
+        token = next(lease.token for lease in leases.leases(connection) if lease.run_id == run_id)
     with log.write(appends=False) as tx:
-        queue.renew(tx, [token], 1)
-    runs.abandon(log, CONTEXT, run_id, "ada")
+        leases.renew(tx, [token], 1)
+    lifecycle.abandon(log, CONTEXT, run_id, "ada")
 
 
 def unreadable(directory: AttemptDir) -> None:
@@ -150,13 +149,13 @@ def test_the_queue_goes_by_the_limits_of_the_daemons_and_not_by_those_of_this_sh
     one = daemon(Launcher(), SFTD_LIMIT_USER="1")
     first, second = submit(log), submit(log)
     one.tick()
-    rows = {row.run_id: row for row in waiting.list_queue(log, CONTEXT, Limits(), LEASE)}
+    rows = {row.run_id: row for row in queue_queries.list_queue(log, CONTEXT, Limits(), LEASE)}
     assert (rows[first].status, rows[second].kind) == ("starting", "limit")
     (node,) = nodes.list_nodes(log, CONTEXT, LEASE)
     assert sorted(node.devices) == ["cpus", "gpus"]
     # Another one starts it.
     daemon(Launcher())
-    rows = {row.run_id: row for row in waiting.list_queue(log, CONTEXT, Limits(user=1), LEASE)}
+    rows = {row.run_id: row for row in queue_queries.list_queue(log, CONTEXT, Limits(user=1), LEASE)}
     assert rows[second].kind == "start"
 
 
@@ -191,7 +190,7 @@ def test_an_attempt_that_a_person_gave_up_is_killed_before_the_next_one_starts(
     # Its launch is recorded, and nothing more is to be written of it for now.
     one.tick()
     give_up(log, run_id)
-    runs.resume(log, CONTEXT, run_id, "ada")
+    lifecycle.resume(log, CONTEXT, run_id, "ada")
     one._renew_at = float("inf")
     one.tick()
     old, new = launcher.started
@@ -230,7 +229,7 @@ def test_a_run_whose_checkpoint_is_on_another_host_is_left_to_that_host(
     one.tick()
     assert launcher.started == []
     assert one._starter.nothing_left(), "a daemon that drains does not wait for another host"
-    (row,) = waiting.list_queue(log, CONTEXT, one._starter._limits, LEASE)
+    (row,) = queue_queries.list_queue(log, CONTEXT, one._starter._limits, LEASE)
     assert (row.kind, row.waits_for) == ("checkpoint", "a daemon on another-host, which has its checkpoint")
     # Where the folder is shared, any host continues.
     folder.mkdir(parents=True)
@@ -267,7 +266,7 @@ def test_what_lives_on_of_an_attempt_that_was_given_up_is_ended_before_the_next_
     token = launcher.started[0].directory.order().token
     assert [stray(token).pid] == processes.survivors(token)
     give_up(log, run_id)
-    runs.resume(log, CONTEXT, run_id, "ada")
+    lifecycle.resume(log, CONTEXT, run_id, "ada")
     daemon(launcher).tick()
     assert (len(launcher.started), processes.survivors(token)) == (2, [])
 
@@ -462,7 +461,7 @@ def test_an_attempt_gets_everything_that_the_log_knows(
     one._driven._look_at.clear()
     one.tick()
     with log.write(appends=False) as tx:
-        queue.wait_again(tx, run_id, 0)
+        leases.wait_again(tx, run_id, 0)
     one._driven._look_at.clear()
     one.tick()
     assert len(launcher.started) == 2

@@ -21,8 +21,7 @@ from sftd.settings import read
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.log.positions import set_projection_position
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 from sftd.wire.attempt.journal import backlog
 from tests.builders.log.histories import step, submitted
 from tests.builders.prometheus import parse
@@ -59,10 +58,10 @@ def filled(store: Store) -> Store:
     store.clock = lambda _connection, local: local
     with store.write() as tx:
         for n, run_id in enumerate(("ready", "delayed", "driven", "done")):
-            queue.enqueue(tx, run_id, 0, NOW - (100 + n) * SECOND)
-        queue.wait_again(tx, "delayed", NOW + SECOND)
-        queue.leave(tx, "done")
-        queue.lease(tx, "driven", 1, "token", "daemon", NOW)
+            leases.enqueue(tx, run_id, 0, NOW - (100 + n) * SECOND)
+        leases.wait_again(tx, "delayed", NOW + SECOND)
+        leases.leave(tx, "done")
+        leases.lease(tx, "driven", 1, "token", "daemon", NOW)
     claimed = e.AttemptClaimed(daemon="d", host="h", from_step=0)
     add(store, "ready", (900, submitted(SPEC)))
     add(store, "delayed", (900, submitted(SPEC)), (900, claimed))
@@ -139,11 +138,11 @@ def test_what_waits_for_a_run_or_a_person_is_not_ready(filled: Store, tmp_path: 
     """An alarm on how long a run has been ready would go off for each `--after`."""
     with filled.write() as tx:
         for run_id in ("later", "next", "kept"):
-            queue.enqueue(tx, run_id, 0, NOW - 900 * SECOND)
-        schedule.set_after(tx, "later", ["done", "driven"])
-        schedule.set_after(tx, "next", ["good"])
-        queue.hold(tx, "kept")
-        queue.hold(tx, "next")
+            leases.enqueue(tx, run_id, 0, NOW - 900 * SECOND)
+        order.set_after(tx, "later", ["done", "driven"])
+        order.set_after(tx, "next", ["good"])
+        leases.hold(tx, "kept")
+        leases.hold(tx, "next")
     add(
         filled, "good", (900, submitted(SPEC)), (901, e.RunSucceeded(steps=4, tokens=1, final_checkpoint="c"))
     )
@@ -152,7 +151,7 @@ def test_what_waits_for_a_run_or_a_person_is_not_ready(filled: Store, tmp_path: 
     assert states == {"ready": 1, "delayed": 1, "leased": 1, "dependent": 1, "held": 2}
     assert found["sftd_queue_oldest_wait_seconds"] == {(): 100}
     with filled.write() as tx:
-        queue.release(tx, "next")
+        leases.release(tx, "next")
     found = told(filled, tmp_path / "home", {})
     assert found["sftd_queue_oldest_wait_seconds"] == {(): 900}
 

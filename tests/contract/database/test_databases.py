@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.domain.errors import Refused, ViewDamaged
 from sftd.domain.log import events as e
-from sftd.operations.commands import copy_database as databases
+from sftd.operations.commands import copy_database
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts
 from sftd.projections import verify, views
@@ -22,8 +22,7 @@ from sftd.store.database.copying import CopyDiffers
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.tables import events, metadata
 from sftd.store.log import event_store, positions
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
 from tests.builders.log.attempts import lines
@@ -97,21 +96,21 @@ def contents(store: Store) -> dict[str, list[tuple[Any, ...]]]:
 
 def test_a_copy_is_the_same_on_either_kind_and_back_again(log: Store, other: Store, file: Store) -> None:
     before = contents(log)
-    digests = databases.copy(log, other, CONTEXT, quiet, force=True)
+    digests = copy_database.copy(log, other, CONTEXT, quiet, force=True)
     assert contents(other) == before
     assert {name: digest.rows for name, digest in digests.items()} == {
         n: len(rows) for n, rows in before.items()
     }
     assert len(before["events"]) == 9
-    assert databases.copy(other, file, CONTEXT, quiet, force=True) == digests
+    assert copy_database.copy(other, file, CONTEXT, quiet, force=True) == digests
     assert contents(file) == before
 
 
 def test_a_copy_goes_on_where_the_original_was(log: Store, other: Store) -> None:
-    databases.copy(log, other, CONTEXT, quiet, force=True)
+    copy_database.copy(log, other, CONTEXT, quiet, force=True)
     with other.read() as connection:
         last = event_store.last_position(connection)
-        (lease,) = queue.leases(connection)
+        (lease,) = leases.leases(connection)
     recorded = attempts.record(other, CONTEXT, lease, lines(*[step(n) for n in range(1, 8)]), 90, {})
     assert [r.position for r in recorded] == [last + 1], "six of seven lines were ingested before the copy"
     assert verify.check(other, quiet).problems == []
@@ -120,9 +119,9 @@ def test_a_copy_goes_on_where_the_original_was(log: Store, other: Store) -> None
 @pytest.mark.parametrize("filled", ["by the queue", "by another copy"])
 def test_a_target_in_use_is_refused(log: Store, file: Store, filled: str) -> None:
     with pytest.raises(Refused, match="daemons drive"):
-        databases.copy(log, file, CONTEXT, quiet)
+        copy_database.copy(log, file, CONTEXT, quiet)
     assert file.schema_revision() is None, "nothing was written"
-    databases.copy(log, file, CONTEXT, quiet, force=True)
+    copy_database.copy(log, file, CONTEXT, quiet, force=True)
     if filled == "by the queue":
         with file.write() as tx:
             for table in metadata.sorted_tables:
@@ -130,17 +129,17 @@ def test_a_target_in_use_is_refused(log: Store, file: Store, filled: str) -> Non
                     tx.execute(sa.delete(table))
     before = contents(file)
     with pytest.raises(Refused, match="is not empty"):
-        databases.copy(log, file, CONTEXT, quiet, force=True)
+        copy_database.copy(log, file, CONTEXT, quiet, force=True)
     assert contents(file) == before
 
 
 @pytest.mark.parametrize("which", ["FROM", "TO"])
 def test_tables_of_another_revision_are_refused(log: Store, file: Store, which: str) -> None:
-    databases.copy(log, file, CONTEXT, quiet, force=True)
+    copy_database.copy(log, file, CONTEXT, quiet, force=True)
     with (log if which == "FROM" else file).write() as tx:
         tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(Refused) as refused:
-        databases.copy(log, file, CONTEXT, quiet, force=True)
+        copy_database.copy(log, file, CONTEXT, quiet, force=True)
     (problem,) = refused.value.problems
     assert problem.where == which
     assert "revision 9999" in problem.what
@@ -156,7 +155,7 @@ def test_a_copy_that_does_not_read_back_is_taken_back(
 
     monkeypatch.setattr(copying, "insert_rows", lossy)
     with pytest.raises(CopyDiffers, match="events"):
-        databases.copy(log, file, CONTEXT, quiet, force=True)
+        copy_database.copy(log, file, CONTEXT, quiet, force=True)
     assert not any(contents(file).values())
 
 
@@ -221,11 +220,11 @@ def test_a_view_that_cannot_be_read_ends_in_a_sentence_and_is_rebuilt(
 ) -> None:
     table, _, column = view.partition(".")
     with log.read() as connection:
-        (run_id,) = [lease.run_id for lease in queue.leases(connection)]
+        (run_id,) = [lease.run_id for lease in leases.leases(connection)]
     with log.write(appends=False) as tx:
         tx.execute(sa.text(f"UPDATE {table} SET {column} = :spoilt"), {"spoilt": spoilt})
     with log.read() as connection:
-        (lease,) = queue.leases(connection)
+        (lease,) = leases.leases(connection)
     for command in (
         ["show", run_id],
         ["compare", run_id, run_id],

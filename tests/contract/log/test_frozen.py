@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from sftd.operations.commands import copy_database as databases
+from sftd.operations.commands import copy_database
 from sftd.operations.context import Context
 from sftd.store.database import engine as engine_module
 from sftd.store.database.engine import Store, open_engine
@@ -90,6 +90,6 @@ def test_a_copy_may_take_longer_than_a_frozen_writer(
             )
         )
     monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.1)
-    found = databases.copy(store, target, Context(actor="test"), progress)
+    found = copy_database.copy(store, target, Context(actor="test"), progress)
     target.engine.dispose()
     assert (found["events"].rows, found["projection_positions"].rows) == (1, 1)

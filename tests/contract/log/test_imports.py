@@ -9,10 +9,9 @@ import pytest
 
 from sftd.domain.errors import Refused, UnknownEvent
 from sftd.domain.log import events as e
-from sftd.operations.commands import import_run as imports
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import import_run, lifecycle
 from sftd.operations.driving import attempts
-from sftd.operations.queries import runs as reading
+from sftd.operations.queries import runs as run_queries
 from sftd.store.database.engine import Store
 from sftd.wire.attempt.direct_run import Submission, read_history
 from sftd.wire.checkpoint import manifest
@@ -30,7 +29,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def types(log: Store) -> list[str]:
-    return [r.type for r in reading.run_events(log, RUN)]
+    return [r.type for r in run_queries.run_events(log, RUN)]
 
 
 def test_a_finished_run_succeeds_by_the_completion_contract(log: Store, folder: Folder) -> None:
@@ -41,7 +40,7 @@ def test_a_finished_run_succeeds_by_the_completion_contract(log: Store, folder: 
     assert types(log) == [
         "RunSubmitted", "AttemptClaimed", "AttemptLaunched", *steps, "CheckpointPublished", "RunSucceeded",
     ]  # fmt: skip
-    found = reading.run_events(log, RUN)
+    found = run_queries.run_events(log, RUN)
     assert [r.occurred_at // SECOND for r in found] == [1, 10, 10, 11, 12, 13, 14, 14]
     assert found[2].event == e.AttemptLaunched(
         pid=4711,
@@ -64,12 +63,12 @@ def test_an_exit_code_of_0_is_not_enough(log: Store, folder: Folder) -> None:
 def test_the_second_time_nothing_is_new(log: Store, folder: Folder) -> None:
     folder.attempt(step(1), folder.published(1), step(2))
     first = take_in(log, folder)
-    before = reading.raw_events(log, RUN)
+    before = run_queries.raw_events(log, RUN)
     again = take_in(log, folder)
     assert first.new_events == len(before)
     assert again.new_events == 0
     assert again.run == first.run
-    assert reading.raw_events(log, RUN) == before
+    assert run_queries.raw_events(log, RUN) == before
 
 
 def crash_and_rerun(folder: Folder) -> None:
@@ -97,7 +96,9 @@ def test_what_grows_is_imported_as_if_at_once(log: Store, folder: Folder) -> Non
     folder.attempt(step(2), step(3), folder.published(3), resumed=1, exit_code=0)
     done = take_in(log, folder)
     assert (done.run.status, done.new_events) == ("succeeded", 8)
-    grown = [(r.event_id, r.event, r.attempt, r.actor, r.causation_id) for r in reading.run_events(log, RUN)]
+    grown = [
+        (r.event_id, r.event, r.attempt, r.actor, r.causation_id) for r in run_queries.run_events(log, RUN)
+    ]
     assert [r[0] for r in grown] == [n.event_id for n in read_history(folder.run, _sub(folder)).events]
     assert len({r[0] for r in grown}) == len(grown)
 
@@ -112,7 +113,7 @@ def test_a_redone_step_that_differs_is_an_anomaly(log: Store, folder: Folder) ->
     folder.attempt(step(1), folder.published(1), step(2, loss=1.0))
     folder.attempt(step(2, loss=1.5), step(3), folder.published(3), resumed=1, exit_code=0)
     assert take_in(log, folder).run.anomalies == 1
-    found = reading.run_events(log, RUN)
+    found = run_queries.run_events(log, RUN)
     at = [r.type for r in found].index("AnomalyDetected")
     assert found[at].causation_id == found[at - 1].event_id
     assert found[at].event.detail["loss"] == {"recorded": 1.0, "redone": 1.5}  # type: ignore[attr-defined]
@@ -125,7 +126,7 @@ def test_an_interrupted_run_is_cancelled_and_a_daemon_may_go_on(log: Store, fold
     # It waits for nobody by itself.
     claim = {"daemon": "d", "host": "h", "fits": lambda run: True, "lease_micros": LEASE}
     assert attempts.claim(log, CONTEXT, **claim) is None  # type: ignore[arg-type]
-    runs.resume(log, CONTEXT, RUN, "ada")
+    lifecycle.resume(log, CONTEXT, RUN, "ada")
     claimed = attempts.claim(log, CONTEXT, **claim)  # type: ignore[arg-type]
     assert claimed is not None
     start = claimed.run.restart_checkpoint
@@ -238,11 +239,11 @@ def test_what_is_no_run_is_refused_and_left_alone(log: Store, tmp_path: Path) ->
         if name == "empty":
             path.mkdir()
         with pytest.raises(Refused, match=r"it has no run\.json"):
-            imports.take_in(log, CONTEXT, str(path))
+            import_run.take_in(log, CONTEXT, str(path))
         assert not list(tmp_path.glob("*/*"))
     (tmp_path / "empty" / "run.json").write_text("{}")
     with pytest.raises(Refused, match="cannot be read"):
-        imports.take_in(log, CONTEXT, str(tmp_path / "empty"))
+        import_run.take_in(log, CONTEXT, str(tmp_path / "empty"))
 
 
 def test_checkpoints_that_are_gone_are_named(log: Store, folder: Folder) -> None:
@@ -265,7 +266,7 @@ def test_code_of_a_strangers_run_is_let_in_by_the_user_alone(log: Store, tmp_pat
     folder.attempt(step(1), step(2), step(3), folder.published(3), exit_code=0)
     with pytest.raises(Refused, match="--trust-remote-code"):
         take_in(log, folder)
-    done = imports.take_in(log, CONTEXT, str(folder.run.path), trust_remote_code=True)
+    done = import_run.take_in(log, CONTEXT, str(folder.run.path), trust_remote_code=True)
     assert done.run.spec.model.trust_remote_code
     # Said once: what is new needs no other word.
     assert take_in(log, folder).new_events == 0

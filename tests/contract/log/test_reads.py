@@ -16,8 +16,7 @@ from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log import curves, event_store, goodput
 from sftd.store.queries import board
-from sftd.store.queue import leases as queue
-from sftd.store.queue import named_leases
+from sftd.store.queue import leases, named_leases
 from tests.builders.log.histories import (
     FAILED,
     NOON,
@@ -208,33 +207,33 @@ def test_events_of_some_types_are_read_between_their_places(log: Store) -> None:
 def test_a_lease_is_its_holders_and_ends_with_its_place(log: Store) -> None:
     def each() -> list[tuple[str, int, str, str, int]]:
         with log.read() as connection:
-            return [(x.run_id, x.attempt, x.token, x.owner, x.expires_at) for x in queue.leases(connection)]
+            return [(x.run_id, x.attempt, x.token, x.owner, x.expires_at) for x in leases.leases(connection)]
 
     with log.write(appends=False) as tx:
         for run_id in ("a", "b"):
-            queue.enqueue(tx, run_id, 3, 5)
-            assert queue.lease(tx, run_id, 2, f"token {run_id}", "d", 50)
-            assert not queue.lease(tx, run_id, 2, "another", "d", 50)
-        assert queue.renew(tx, ["token a", "gone"], 60) == {"token a"}
-        assert queue.renew(tx, [], 70) == set()
+            leases.enqueue(tx, run_id, 3, 5)
+            assert leases.lease(tx, run_id, 2, f"token {run_id}", "d", 50)
+            assert not leases.lease(tx, run_id, 2, "another", "d", 50)
+        assert leases.renew(tx, ["token a", "gone"], 60) == {"token a"}
+        assert leases.renew(tx, [], 70) == set()
     assert each() == [("a", 2, "token a", "d", 60), ("b", 2, "token b", "d", 50)]
     with log.write(appends=False) as tx:
-        old = queue.leases(tx.connection)[1]
-        assert queue.take_over(tx, old, "new", "e", 80)
-        assert not queue.take_over(tx, old, "newer", "f", 90)
-        assert queue.expires_at(tx.connection, "b") == 80
-        queue.check(tx, "b", "new")
+        old = leases.leases(tx.connection)[1]
+        assert leases.take_over(tx, old, "new", "e", 80)
+        assert not leases.take_over(tx, old, "newer", "f", 90)
+        assert leases.expires_at(tx.connection, "b") == 80
+        leases.check(tx, "b", "new")
         with pytest.raises(LeaseLost, match=r"lease on b\b"):
-            queue.check(tx, "b", "token b")
-        queue.wait_again(tx, "a", 9, priority=7)
-        queue.hold(tx, "b")
-        queue.release(tx, "a")
+            leases.check(tx, "b", "token b")
+        leases.wait_again(tx, "a", 9, priority=7)
+        leases.hold(tx, "b")
+        leases.release(tx, "a")
     assert each() == [("b", 2, "new", "e", 80)]
     with log.write(appends=False) as tx:
-        queue.leave(tx, "b")
-        queue.hold(tx, "a")
-        assert not queue.lease(tx, "a", 3, "t", "d", 1), "held"
-        queue.release(tx, "a")
-        assert queue.lease(tx, "a", 3, "t", "d", 1)
-        assert not queue.lease(tx, "b", 3, "t", "d", 1), "not in the queue"
-        assert queue.expires_at(tx.connection, "b") is None
+        leases.leave(tx, "b")
+        leases.hold(tx, "a")
+        assert not leases.lease(tx, "a", 3, "t", "d", 1), "held"
+        leases.release(tx, "a")
+        assert leases.lease(tx, "a", 3, "t", "d", 1)
+        assert not leases.lease(tx, "b", 3, "t", "d", 1), "not in the queue"
+        assert leases.expires_at(tx.connection, "b") is None

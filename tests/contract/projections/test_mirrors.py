@@ -26,7 +26,7 @@ from sftd.projections.mirrors.seam import MirrorUnavailable
 from sftd.settings import Settings, read
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from tests.builders.patience import PATIENCE
 from tests.builders.prometheus import parse
 
@@ -103,7 +103,7 @@ def submit(store: Store, run_id: str) -> None:
         now = time.time_ns() // 1000
         new = e.NewEvent(event=submitted, event_id=str(uuid.uuid4()), occurred_at=now, actor="test")
         event_store.append(tx, run_id, 0, [new], now)
-        queue.enqueue(tx, run_id, 0, 0)
+        leases.enqueue(tx, run_id, 0, 0)
 
 
 class Serving:

@@ -20,7 +20,7 @@ from sftd.domain.spec.sections import Launch
 from sftd.launcher.inventory import Inventory, Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
@@ -171,7 +171,7 @@ def test_a_later_attempt_has_the_devices_that_are_free_then(host: Host) -> None:
     assert host.visible(second)[1] == "1,MIG-8a1b"
     host.kill(first)
     assert host.visible(host.submit(1))[1] == "3"
-    runs.resume(host.store, CONTEXT, first, "ada")
+    lifecycle.resume(host.store, CONTEXT, first, "ada")
     until(lambda: len(host.launches(first)) == 2)
     assert host.visible(first) == (["cuda:0"], "0", "1")
 

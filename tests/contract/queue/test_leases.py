@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
@@ -23,8 +23,8 @@ from sftd.operations.driving.turns import NO_LIMITS, anything_left
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import events
 from sftd.store.log import event_store
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases
+from sftd.store.queue import order as queue_order
 from sftd.store.queue.leases import Lease
 from sftd.wire.preflight import Preflight
 from tests.builders.log.attempts import lines
@@ -98,12 +98,12 @@ def test_every_write_under_a_lease_is_among_these() -> None:
 def test_a_daemon_that_wakes_up_writes_nothing_under_the_lease_that_it_lost(log: Store, write: str) -> None:
     lease = taken_over(log)
     with log.read() as connection:
-        before = event_store.last_position(connection), queue.leases(connection)
+        before = event_store.last_position(connection), leases.leases(connection)
     with pytest.raises(LeaseLost):
         WRITES[write](log, lease)
     assert attempts.renew(log, CONTEXT, [lease], LEASE) == [lease]
     with log.read() as connection:
-        assert (event_store.last_position(connection), queue.leases(connection)) == before
+        assert (event_store.last_position(connection), leases.leases(connection)) == before
 
 
 def test_a_launch_whose_answer_was_lost_is_recorded_once(log: Store) -> None:
@@ -142,7 +142,7 @@ def test_a_wrong_clock_neither_shortens_a_lease_nor_makes_it_longer(log: Store, 
     assert found is not None
     attempts.renew(log, context, [found.lease], LEASE)
     with log.read() as connection:
-        (lease,) = queue.leases(connection)
+        (lease,) = leases.leases(connection)
     expected = CONTEXT.now() + LEASE
     if log.engine.dialect.name == "sqlite":
         expected += hours * HOUR
@@ -160,7 +160,7 @@ def test_a_clock_that_is_fast_does_not_take_a_living_lease(log: Store) -> None:
         return
     assert anything_left(log, fast, lambda demand: True, NO_LIMITS)
     with pytest.raises(Refused, match="living daemon"):
-        runs.abandon(log, fast, found.run.run_id, "ada")
+        lifecycle.abandon(log, fast, found.run.run_id, "ada")
     assert claim(log, fast, "other") is None
     assert len(attempts.record(log, CONTEXT, found.lease, lines(step(1)), 10, {})) == 1
 
@@ -170,9 +170,9 @@ def test_a_lease_that_ran_out_is_given_up_by_a_host_whose_clock_is_slow(log: Sto
     found = claim(log)
     assert found is not None
     with log.write(appends=False) as tx:
-        queue.renew(tx, [found.lease.token], tx.now(CONTEXT.now()) - 1)
+        leases.renew(tx, [found.lease.token], tx.now(CONTEXT.now()) - 1)
     context = skewed(-HOUR) if log.engine.dialect.name == "postgresql" else CONTEXT
-    assert runs.abandon(log, context, found.run.run_id, "ada").run.status == "cancelled"
+    assert lifecycle.abandon(log, context, found.run.run_id, "ada").run.status == "cancelled"
 
 
 def test_what_a_fast_clock_queues_starts_at_once(log: Store) -> None:
@@ -185,9 +185,9 @@ def test_what_a_fast_clock_queues_starts_at_once(log: Store) -> None:
     attempts.finish(log, fast, found.lease, exit_code=1, failure=FAILURE, lost=False, backoff_seconds=60.0)
     assert claim(log) is None, "it backs off"
     with log.read() as connection:
-        assert schedule.waiting(connection)[0].not_before < CONTEXT.now() + HOUR // 2
-    runs.cancel(log, CONTEXT, run_id, "ada")
-    runs.resume(log, fast, run_id, "ada")
+        assert queue_order.waiting(connection)[0].not_before < CONTEXT.now() + HOUR // 2
+    lifecycle.cancel(log, CONTEXT, run_id, "ada")
+    lifecycle.resume(log, fast, run_id, "ada")
     assert claim(log) is not None
 
 
@@ -225,7 +225,7 @@ def test_many_submit_and_many_claim_and_each_run_starts_once_and_in_its_turn(log
     assert sorted(started) == sorted(wanted)
     with log.read() as connection:
         rows = connection.execute(sa.select(events.c.type, events.c.run_id).order_by(events.c.position)).all()
-        assert len({lease.token for lease in queue.leases(connection)}) == total
+        assert len({lease.token for lease in leases.leases(connection)}) == total
     order = {
         name: [row.run_id for row in rows if row.type == name] for name in ("RunSubmitted", "AttemptClaimed")
     }

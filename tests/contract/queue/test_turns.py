@@ -18,20 +18,19 @@ from sftd.domain.run.state import Run
 from sftd.domain.spec.sections import Data, Launch, Model, Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
-from sftd.operations.commands import hold as halting
-from sftd.operations.commands import lifecycle as runs
-from sftd.operations.commands import submit as submitting
+from sftd.operations.commands import hold, lifecycle
+from sftd.operations.commands import submit as submit_runs
 from sftd.operations.commands.submit import Wish
 from sftd.operations.driving import attempts, turns
 from sftd.operations.driving.attempts import Claimed
-from sftd.operations.queries import queue as waiting
+from sftd.operations.queries import queue as queue_queries
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import queue_demands
 from sftd.store.log import event_store
 from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases as lease_store
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.journal import Line
 from sftd.wire.preflight import Preflight
@@ -97,7 +96,7 @@ class Farm:
     ) -> str:
         self.clock.time += 1000
         wish = Wish(spec(ranks, priority, **spec_of), FOUND)  # type: ignore[arg-type]
-        return submitting.submit_all(self.log, self.clock.context, [wish], user, after=after)[0]
+        return submit_runs.submit_all(self.log, self.clock.context, [wish], user, after=after)[0]
 
     def claim(self) -> str | None:
         self.clock.time += 1
@@ -160,8 +159,8 @@ class Farm:
             self.log, self.clock.context, lambda e: self.inventory.fits(e.demand), self.limits
         )
 
-    def queue(self) -> dict[str, waiting.QueueRow]:
-        rows = waiting.list_queue(self.log, self.clock.context, self.limits, 10 * LEASE)
+    def queue(self) -> dict[str, queue_queries.QueueRow]:
+        rows = queue_queries.list_queue(self.log, self.clock.context, self.limits, 10 * LEASE)
         return {row.run_id: row for row in rows}
 
     def status(self, run_id: str) -> str:
@@ -255,17 +254,17 @@ def test_any_workload_starts_in_order_within_the_devices_and_nobody_starves(log:
 
 def test_a_held_run_keeps_its_place_and_others_go_ahead(farm: Farm) -> None:
     a, b, c = farm.submit(4), farm.submit(4), farm.submit(4)
-    assert halting.hold(farm.log, farm.clock.context, a, "ada").status == "held"
+    assert hold.hold(farm.log, farm.clock.context, a, "ada").status == "held"
     assert farm.claim_all() == [b]
     rows = farm.queue()
     assert (rows[a].status, rows[a].kind, rows[c].kind) == ("held", "held", "devices")
-    halting.release(farm.log, farm.clock.context, a, "ada")
+    hold.release(farm.log, farm.clock.context, a, "ada")
     farm.end(b)
     assert farm.claim_all() == [a]
     farm.end(a)
-    halting.hold(farm.log, farm.clock.context, c, "ada")
+    hold.hold(farm.log, farm.clock.context, c, "ada")
     assert not farm.anything_left(), "a daemon that drains does not wait for a person"
-    assert runs.cancel(farm.log, farm.clock.context, c, "ada").run.status == "cancelled"
+    assert lifecycle.cancel(farm.log, farm.clock.context, c, "ada").run.status == "cancelled"
     assert farm.queue() == {}
 
 
@@ -273,14 +272,14 @@ def test_a_paused_run_leaves_the_queue_until_it_is_resumed(farm: Farm) -> None:
     run_id = farm.submit(4)
     farm.claim()
     farm.train(run_id)
-    assert halting.pause(farm.log, farm.clock.context, run_id, "ada").status == "stopping"
+    assert hold.pause(farm.log, farm.clock.context, run_id, "ada").status == "stopping"
     assert dict(turns.stopping(farm.log, farm.name)) == {run_id: False}
     assert farm.end(run_id).status == "paused"
     assert farm.queue() == {}
     assert farm.claim() is None
-    runs.resume(farm.log, farm.clock.context, run_id, "ada")
+    lifecycle.resume(farm.log, farm.clock.context, run_id, "ada")
     assert farm.claim() == run_id
-    runs.cancel(farm.log, farm.clock.context, run_id, "ada", now=True)
+    lifecycle.cancel(farm.log, farm.clock.context, run_id, "ada", now=True)
     assert dict(turns.stopping(farm.log, farm.name)) == {run_id: True}
     assert farm.end(run_id, 137).status == "cancelled"
 
@@ -306,7 +305,7 @@ def test_those_that_wait_for_a_failed_run_are_cancelled_with_the_reason(farm: Fa
     a = farm.submit(1)
     b = farm.submit(1, after=(a,))
     c, d = farm.submit(1, after=(b,)), farm.submit(1)
-    halting.hold(farm.log, farm.clock.context, c, "ada")
+    hold.hold(farm.log, farm.clock.context, c, "ada")
     assert farm.claim_all() == [a, d]
     assert farm.end(a).status == "failed"
     assert [farm.status(r) for r in (b, c, d)] == ["cancelled", "cancelled", "starting"]
@@ -316,7 +315,7 @@ def test_those_that_wait_for_a_failed_run_are_cancelled_with_the_reason(farm: Fa
         farm.submit(1, after=(a,))
     # Both are released: the second still waits for the first.
     for run_id in (a, b):
-        runs.resume(farm.log, farm.clock.context, run_id, "ada")
+        lifecycle.resume(farm.log, farm.clock.context, run_id, "ada")
     assert farm.claim_all() == [a]
     farm.succeed(a)
     assert farm.claim_all() == [b]
@@ -326,7 +325,7 @@ def test_cancelling_a_waiting_run_cancels_those_behind_it(farm: Farm) -> None:
     a = farm.submit(1)
     b = farm.submit(1, after=(a,))
     c = farm.submit(1, after=(b,))
-    assert runs.cancel(farm.log, farm.clock.context, a, "ada").dependents == [b, c]
+    assert lifecycle.cancel(farm.log, farm.clock.context, a, "ada").dependents == [b, c]
     assert [farm.status(r) for r in (b, c)] == ["cancelled", "cancelled"]
     assert not farm.anything_left()
 
@@ -336,7 +335,7 @@ def test_whoever_cancels_a_run_that_trains_is_told_what_will_end_with_it(farm: F
     b = farm.submit(1, after=(a,))
     c = farm.submit(1, after=(a, b))
     assert farm.claim() == a
-    ending = runs.cancel(farm.log, farm.clock.context, a, "ada")
+    ending = lifecycle.cancel(farm.log, farm.clock.context, a, "ada")
     assert (ending.run.status, ending.dependents) == ("stopping", sorted([b, c]))
     assert farm.status(b) == "queued", "it may still succeed"
     farm.end(a)
@@ -350,24 +349,24 @@ def test_a_name_that_is_taken_is_drawn_again(farm: Farm) -> None:
         actor="test", now=context.now, random=lambda n: next(drawn) if n == 4 else os.urandom(n)
     )
     wishes = [Wish(spec(1), FOUND), Wish(spec(1), FOUND)]
-    assert len(set(submitting.submit_all(farm.log, twice, wishes, "ada"))) == 2
+    assert len(set(submit_runs.submit_all(farm.log, twice, wishes, "ada"))) == 2
 
 
 def test_what_waits_for_a_paused_or_held_run_does_not_keep_a_daemon_from_draining(farm: Farm) -> None:
     a = farm.submit(1)
     b = farm.submit(1, after=(a,))
     farm.submit(1, after=(b,))
-    halting.hold(farm.log, farm.clock.context, a, "ada")
+    hold.hold(farm.log, farm.clock.context, a, "ada")
     assert farm.claim() is None
     assert not farm.anything_left()
-    halting.release(farm.log, farm.clock.context, a, "ada")
+    hold.release(farm.log, farm.clock.context, a, "ada")
     assert farm.anything_left()
 
 
 def test_a_sweep_is_queued_whole_in_its_order_or_not_at_all(farm: Farm) -> None:
     wishes = [Wish(spec(1), FOUND, (), {"optimizer.lr": n}) for n in range(3)]
     context = farm.clock.context
-    ids = submitting.submit_all(farm.log, context, wishes, "ada", sweep="sweep-x")
+    ids = submit_runs.submit_all(farm.log, context, wishes, "ada", sweep="sweep-x")
     assert {find_run(farm.log, r).sweep for r in ids} == {"sweep-x"}
     farm.clock.time += 1000
     assert farm.claim_all() == ids
@@ -378,7 +377,7 @@ def test_a_sweep_is_queued_whole_in_its_order_or_not_at_all(farm: Farm) -> None:
         actor="test", now=context.now, random=lambda n: bytes(n) if n == 4 else os.urandom(n)
     )
     with pytest.raises(ConcurrencyConflict, match="is at version"):
-        submitting.submit_all(farm.log, same, wishes, "ada", sweep="sweep-y")
+        submit_runs.submit_all(farm.log, same, wishes, "ada", sweep="sweep-y")
     with farm.log.read() as connection:
         assert event_store.last_position(connection) == before
 
@@ -448,7 +447,7 @@ def test_a_host_without_its_checkpoint_is_no_room_for_a_run(farm: Farm) -> None:
     assert farm.end(urgent).status == "failed"
     low = farm.submit(4, preemptible=True)
     assert farm.claim() == low
-    runs.resume(farm.log, farm.clock.context, urgent, "ada")
+    lifecycle.resume(farm.log, farm.clock.context, urgent, "ada")
     assert (farm.queue()[urgent].kind, other.driven) == ("devices", {})
     assert farm.preempt() == [low]
 
@@ -462,7 +461,7 @@ def test_a_daemon_that_fell_silent_does_not_keep_others_from_making_room(farm: F
     assert farm.preempt() == []
     with farm.log.write(appends=False) as tx:
         # Its lease has ended: its host may be gone for good.
-        queue.renew(tx, [other.driven[low[1]].lease.token], 1)
+        lease_store.renew(tx, [other.driven[low[1]].lease.token], 1)
     assert farm.preempt() == [low[0]]
 
 
@@ -481,7 +480,7 @@ def test_runs_on_slurm_take_no_device_here_and_neither_waits_for_the_other(log: 
     assert farm.claim_all() == [first, second, here], "two jobs at once, and one GPU"
     waits = {
         row.run_id: (row.kind, row.waits_for)
-        for row in waiting.list_queue(log, farm.clock.context, Limits(), 10**9)
+        for row in queue_queries.list_queue(log, farm.clock.context, Limits(), 10**9)
         if row.kind
     }
     assert waits == {third: ("devices", "1 jobs on Slurm, 0 free"), too: ("devices", "1 GPUs, 0 free")}
@@ -499,5 +498,5 @@ def test_what_slurm_says_is_in_the_queue(log: Store) -> None:
     lease = farm.driven[run_id].lease
     said = e.JobReported(job="7", state="PENDING", reason="Resources")
     attempts.job_reported(log, farm.clock.context, lease, said)
-    (row,) = waiting.list_queue(log, farm.clock.context, Limits(), 10**9)
+    (row,) = queue_queries.list_queue(log, farm.clock.context, Limits(), 10**9)
     assert (row.job, row.devices) == (said, 8)

@@ -23,15 +23,14 @@ from sftd.domain.spec.sections import Launch, Scheduler, Training
 from sftd.domain.spec.spec import OrderStart
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Report
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.settings import read
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.log import event_store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
 from sftd.wire.attempt.journal import JournalWriter
 from sftd.wire.preflight import Preflight
@@ -225,14 +224,14 @@ def test_an_order_says_what_the_log_says(make: Callable[..., Host]) -> None:
     )
     assert second.directory.order() == expected
 
-    runs.cancel(host.store, CONTEXT, run_id, "ada")
+    lifecycle.cancel(host.store, CONTEXT, run_id, "ada")
     until(second.directory.stop_requested)
     second.end(Remains(0))
     host.until_it_is(run_id, "cancelled")
     longer = msgspec.structs.replace(
         expected.spec, trainer=msgspec.structs.replace(expected.spec.trainer, max_steps=7)
     )
-    runs.resume(host.store, CONTEXT, run_id, "ada", None, Proposal(longer, 7, "d", "v"))
+    lifecycle.resume(host.store, CONTEXT, run_id, "ada", None, Proposal(longer, 7, "d", "v"))
     third = host.attempt(3)
     expected = msgspec.structs.replace(
         expected, attempt=3, token=third.order.token, spec=longer, planned_steps=7
@@ -290,7 +289,7 @@ def test_a_living_daemon_renews_its_lease_and_its_row(make: Callable[..., Host])
     def lease_and_row() -> tuple[int, int]:
         with host.store.read() as connection:
             (row,) = daemons.every(connection)
-            return queue.expires_at(connection, run_id) or 0, row.seen_at
+            return leases.expires_at(connection, run_id) or 0, row.seen_at
 
     ends, _ = lease_and_row()
     for _ in range(2):

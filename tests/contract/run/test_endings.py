@@ -21,18 +21,15 @@ from sftd.domain.run.failures import Cause, Failure, Interruption
 from sftd.domain.run.state import ENDED
 from sftd.domain.spec.sections import Launch, Trainer, Training
 from sftd.domain.spec.spec import OrderStart, spec_digest
-from sftd.operations.commands import hold as halting
-from sftd.operations.commands import lifecycle as runs
-from sftd.operations.commands import remove as removing
-from sftd.operations.commands import submit as submitting
+from sftd.operations.commands import hold, lifecycle, remove
+from sftd.operations.commands import submit as submit_runs
 from sftd.operations.commands.submit import Wish
 from sftd.operations.driving import attempts, turns
 from sftd.operations.queries.runs import find_run
 from sftd.projections import views
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 from sftd.wire.attempt import journal
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import Line
@@ -83,7 +80,7 @@ class Story:
     def submit(self, after: tuple[str, ...] = (), training: Training | None = None, **launch: Any) -> Story:
         self.spec = msgspec.structs.replace(SPEC, launch=Launch(**launch), training=training or SPEC.training)
         wish = Wish(self.spec, FOUND)
-        (self.run_id,) = submitting.submit_all(self.log, self.clock.context, [wish], "ada", after=after)
+        (self.run_id,) = submit_runs.submit_all(self.log, self.clock.context, [wish], "ada", after=after)
         return self
 
     def another(self) -> Story:
@@ -167,9 +164,9 @@ class Story:
     def place(self) -> str:
         """Where it is in the queue, and until when it waits there."""
         with self.log.read() as connection:
-            if any(lease.run_id == self.run_id for lease in queue.leases(connection)):
+            if any(lease.run_id == self.run_id for lease in leases.leases(connection)):
                 return "driven"
-            found = [entry for entry in schedule.waiting(connection) if entry.run_id == self.run_id]
+            found = [entry for entry in order.waiting(connection) if entry.run_id == self.run_id]
         if not found:
             return "gone"
         wait = (found[0].not_before - self.clock.time) / SECOND
@@ -218,7 +215,7 @@ def _(s: Story) -> list[Entry]:
 @ending("succeeded although it was asked to stop and ended with an error", "succeeded")
 def _(s: Story) -> list[Entry]:
     s.submit().claim().train(step(1), step(2), step(3), published(3))
-    runs.cancel(s.log, s.clock.context, s.run_id, "ada")
+    lifecycle.cancel(s.log, s.clock.context, s.run_id, "ada")
     s.end(exit_code=1)
     return [
         *by_us(1, claimed()),
@@ -348,7 +345,7 @@ def _(s: Story) -> list[Entry]:
 @ending("resumed after it had failed: it has all its restarts again", "retrying", "waits 15 s")
 def _(s: Story) -> list[Entry]:
     s.submit(max_restarts=1).claim().end("crash").later(BACKOFF).claim().end("crash")
-    runs.resume(s.log, s.clock.context, s.run_id, "bob")
+    lifecycle.resume(s.log, s.clock.context, s.run_id, "bob")
     s.claim().end("crash")
     message = "2 attempts in a row without a new checkpoint; the last: crash: why crash"
     return [
@@ -415,7 +412,7 @@ def _(s: Story) -> list[Entry]:
     parent.submit().claim().train(step(1), published(1)).end(exit_code=0)
     s.spec = msgspec.structs.replace(SPEC, trainer=Trainer(max_steps=4))
     found = msgspec.structs.replace(FOUND, planned_steps=4)
-    s.run_id = runs.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
+    s.run_id = lifecycle.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
     rejected = e.CheckpointRejected(step=1, path="/c/1", reason="a file is short")
     s.claim().train(rejected).end("bad checkpoint")
     message = (
@@ -439,14 +436,14 @@ def _waiting(name: str, s: Story) -> list[Entry]:
     """Bring a run into a state without an attempt. Returns what the log says of that."""
     s.submit()
     if name == "held":
-        halting.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
+        hold.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
         return by_us(None, e.RunHeld(by="bob", reason="not today"))
     if name == "retrying":
         s.claim().end()
         return by_us(1, claimed(), failed("killed", 1_015_000_000))
     if name == "paused":
         s.claim().train(step(1), published(1))
-        halting.pause(s.log, s.clock.context, s.run_id, "bob", "lunch")
+        hold.pause(s.log, s.clock.context, s.run_id, "bob", "lunch")
         s.end(exit_code=0)
         return [
             *by_us(1, claimed()),
@@ -463,7 +460,7 @@ def _waiting(name: str, s: Story) -> list[Entry]:
 def _cancelled_while(name: str) -> Ending:
     def story(s: Story) -> list[Entry]:
         begun = _waiting(name, s)
-        runs.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data")
+        lifecycle.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data")
         attempt = 1 if name in ("retrying", "paused") else None
         stop = e.StopRequested(by="ada", reason="wrong data", then="cancelled", now=False)
         return [*begun, *by_us(attempt, stop, e.RunCancelled(by="ada"))]
@@ -480,7 +477,7 @@ def _(s: Story) -> list[Entry]:
     """The same request again is not recorded, a harder one is."""
     s.submit().claim().train(step(1))
     for now in (False, False, True, True, False):
-        runs.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data", now=now)
+        lifecycle.cancel(s.log, s.clock.context, s.run_id, "ada", "wrong data", now=now)
     soft, hard = (e.StopRequested(by="ada", reason="wrong data", now=now) for now in (False, True))
     return [*by_us(1, claimed()), *by_trainer(1, step(1)), *by_us(1, soft, hard)]
 
@@ -489,7 +486,7 @@ def _(s: Story) -> list[Entry]:
 def _(s: Story) -> list[Entry]:
     """The request decides, however the attempt ended."""
     s.submit().claim().train(step(1))
-    runs.cancel(s.log, s.clock.context, s.run_id, "ada")
+    lifecycle.cancel(s.log, s.clock.context, s.run_id, "ada")
     s.train(published(1)).end("crash", 1, Interruption("preempted", "Slurm preempted job 7"))
     return [
         *by_us(1, claimed()),
@@ -504,7 +501,7 @@ def _(s: Story) -> list[Entry]:
 def _(s: Story) -> list[Entry]:
     """The step is that of the checkpoint, not the last one."""
     s.submit().claim().train(step(1), published(1), step(2))
-    halting.pause(s.log, s.clock.context, s.run_id, "bob")
+    hold.pause(s.log, s.clock.context, s.run_id, "bob")
     s.end("hang", None)
     return [
         *by_us(1, claimed()),
@@ -516,7 +513,7 @@ def _(s: Story) -> list[Entry]:
 @ending("given up", "cancelled")
 def _(s: Story) -> list[Entry]:
     s.submit().claim().launch().train(step(1)).later(LEASE / SECOND + 1)
-    runs.abandon(s.log, s.clock.context, s.run_id, "ada")
+    lifecycle.abandon(s.log, s.clock.context, s.run_id, "ada")
     return [
         *by_us(1, claimed(), LAUNCHED),
         *by_trainer(1, step(1)),
@@ -527,11 +524,11 @@ def _(s: Story) -> list[Entry]:
 @ending("held, released and held again", "held", "held")
 def _(s: Story) -> list[Entry]:
     s.submit().claim().end()
-    halting.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
-    halting.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
-    halting.release(s.log, s.clock.context, s.run_id, "ada")
+    hold.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
+    hold.hold(s.log, s.clock.context, s.run_id, "bob", "not today")
+    hold.release(s.log, s.clock.context, s.run_id, "ada")
     assert s.place() == "waits 15 s"
-    halting.hold(s.log, s.clock.context, s.run_id, "bob")
+    hold.hold(s.log, s.clock.context, s.run_id, "bob")
     return [
         *by_us(1, claimed(), failed("killed", 1_015_000_000)),
         *by_us(None, e.RunHeld(by="bob", reason="not today"), e.RunReleased(by="ada"), e.RunHeld(by="bob")),
@@ -544,7 +541,7 @@ def _(s: Story) -> list[Entry]:
     first, second, held = s.another().submit(), s.another(), s.another()
     second.submit(after=(first.run_id,))
     held.submit(after=(first.run_id,))
-    halting.hold(s.log, s.clock.context, held.run_id, "bob")
+    hold.hold(s.log, s.clock.context, held.run_id, "bob")
     s.submit(after=(second.run_id,))
     first.claim().end("user error")
     assert find_run(s.log, first.run_id).status == "failed"
@@ -557,9 +554,9 @@ def _(s: Story) -> list[Entry]:
     assert (second.place(), held.place()) == ("gone", "gone")
     assert s.place() == "gone"
     # A person resumes it: it still waits for what has failed.
-    runs.resume(s.log, s.clock.context, second.run_id, "ada")
+    lifecycle.resume(s.log, s.clock.context, second.run_id, "ada")
     second.waits()
-    runs.cancel(s.log, s.clock.context, second.run_id, "ada")
+    lifecycle.cancel(s.log, s.clock.context, second.run_id, "ada")
     reason = f"waits for {second.run_id}, which was cancelled"
     return by_us(None, e.RunDeferred(after=[second.run_id]), e.StopRequested(by="sftd", reason=reason), end)
 
@@ -570,11 +567,11 @@ def _(s: Story) -> list[Entry]:
     parent.submit().claim().train(step(1), published(1)).end(exit_code=0)
     s.spec = msgspec.structs.replace(SPEC, trainer=Trainer(max_steps=4))
     found = msgspec.structs.replace(FOUND, planned_steps=4)
-    s.run_id = runs.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
+    s.run_id = lifecycle.fork(s.log, s.clock.context, parent.run_id, 1, s.spec, found, [], "ada")
     s.claim().train(step(2), published(2))
-    runs.cancel(s.log, s.clock.context, s.run_id, "ada")
+    lifecycle.cancel(s.log, s.clock.context, s.run_id, "ada")
     s.end(exit_code=0)
-    removing.remove(s.log, s.clock.context, s.home, s.run_id, "bob")
+    remove.remove(s.log, s.clock.context, s.home, s.run_id, "bob")
     unpinned = e.CheckpointUnpinned(step=1, fork=s.run_id)
     assert parent.entries()[-1] == (None, "test", unpinned)
     assert not find_run(s.log, parent.run_id).pins
@@ -595,9 +592,9 @@ def _(s: Story) -> list[Entry]:
 def _(s: Story) -> list[Entry]:
     s.submit(max_restarts=0).claim().train(step(1), published(1), step(2), published(2)).end("crash")
     other = msgspec.structs.replace(s.spec, launch=Launch(priority=7, preemptible=True, max_restarts=0))
-    runs.resume(s.log, s.clock.context, s.run_id, "bob", 1, Proposal(other, 3, "d", ""))
+    lifecycle.resume(s.log, s.clock.context, s.run_id, "bob", 1, Proposal(other, 3, "d", ""))
     with s.log.read() as connection:
-        (entry,) = [entry for entry in schedule.waiting(connection) if entry.run_id == s.run_id]
+        (entry,) = [entry for entry in order.waiting(connection) if entry.run_id == s.run_id]
     assert (entry.priority, entry.demand.preemptible) == (7, True), (
         "the queue goes by what the resume asks for"
     )
@@ -713,7 +710,7 @@ def test_the_log_says_how_every_run_ended(log: Store, tmp_path: Path, part: str)
         if place == "driven":
             story.end()
         elif run.status not in ENDED:
-            runs.cancel(log, story.clock.context, story.run_id, "test")
+            lifecycle.cancel(log, story.clock.context, story.run_id, "test")
 
 
 def test_what_is_recorded_of_a_journal_s_line(log: Store, tmp_path: Path) -> None:

@@ -14,14 +14,13 @@ from sftd.domain.run import decisions
 from sftd.domain.run.state import Run
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands import gc as collecting
-from sftd.operations.commands import lifecycle as runs
-from sftd.operations.commands import remove as removing
+from sftd.operations.commands import gc as gc_checkpoints
+from sftd.operations.commands import lifecycle
+from sftd.operations.commands import remove as remove_runs
 from sftd.operations.commands.submit import Wish, submit_all
-from sftd.operations.driving import attempts, checkpoints
-from sftd.operations.driving import reduce as reducing
+from sftd.operations.driving import attempts, checkpoints, reduce
 from sftd.operations.driving.attempts import Claimed
-from sftd.operations.queries import runs as reading
+from sftd.operations.queries import runs as run_queries
 from sftd.projections import verify, views
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
@@ -94,7 +93,7 @@ class Home:
         return end(self.log, self.clock, claimed, 0)
 
     def gc(self, *run_ids: str, dry_run: bool = False, everything: bool = False) -> list[tuple[int, str]]:
-        left = collecting.leftovers(
+        left = gc_checkpoints.leftovers(
             self.log,
             self.clock.context,
             run_ids,
@@ -109,7 +108,7 @@ class Home:
         return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
     def now(self, run: Run) -> Run:
-        return reading.find_run(self.log, run.run_id)
+        return run_queries.find_run(self.log, run.run_id)
 
 
 @pytest.fixture
@@ -127,18 +126,18 @@ def test_after_success_the_best_keeps_its_weights_and_the_final_one_stays_whole(
     best = home.now(run).checkpoints[0]
     assert (best.step, best.weights_only, best.val_loss) == (2, True, 1.0)
     assert manifest.verify(Path(best.path), best.manifest_digest).weights_only
-    (reduced,) = reading.run_events(home.log, run.run_id, types=("CheckpointReduced",))
+    (reduced,) = run_queries.run_events(home.log, run.run_id, types=("CheckpointReduced",))
     assert isinstance(reduced.event, e.CheckpointReduced)
     assert reduced.event.freed_bytes == 200
     rows = {row.step: row.status for row in checkpoints.overview(home.log, home.now(run))}
     assert rows == {1: "deleted", 2: "weights", 3: "published"}
     # The final one can be continued; nothing starts from the other.
     with pytest.raises(Refused, match="weights only"):
-        runs.resume(home.log, home.clock.context, run.run_id, "ada", 2)
+        lifecycle.resume(home.log, home.clock.context, run.run_id, "ada", 2)
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
     with pytest.raises(Refused, match="weights only"):
-        runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
-    assert runs.fork(home.log, home.clock.context, run.run_id, 3, spec, found(6), [], "ada")
+        lifecycle.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    assert lifecycle.fork(home.log, home.clock.context, run.run_id, 3, spec, found(6), [], "ada")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_all_or_nothing_stays_whole_on_request(home: Home, choice: str, left: li
     if choice == "weights":
         longer, _ = change(run.spec, [("trainer.max_steps", 6), ("scheduler.type", "constant")])
         with pytest.raises(Refused, match="weights only"):
-            runs.fork(home.log, home.clock.context, run.run_id, None, longer, found(6), [], "ada")
+            lifecycle.fork(home.log, home.clock.context, run.run_id, None, longer, found(6), [], "ada")
 
 
 def test_a_forks_parent_and_what_is_read_stay_whole(home: Home) -> None:
@@ -163,7 +162,7 @@ def test_a_forks_parent_and_what_is_read_stay_whole(home: Home) -> None:
     with checkpoint_dir.reading(Path(run.checkpoints[1].path)):
         assert home.gc()[-1] == (2, "left: it is being read")
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
-    runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    lifecycle.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
     assert home.gc(run.run_id) == []
     assert "step-00000002" in home.there(run)
 
@@ -171,7 +170,7 @@ def test_a_forks_parent_and_what_is_read_stay_whole(home: Home) -> None:
 def test_a_checkpoint_that_a_fork_starts_from_is_not_reduced_to_its_weights(home: Home) -> None:
     run = home.train(("checkpoint.after_success", "weights"))
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
-    runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    lifecycle.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
     home.gc()
     assert home.there(run) == ["step-00000002", "step-00000003.weights"]
 
@@ -206,7 +205,7 @@ def test_a_crash_while_reducing_leaves_the_checkpoint_that_the_log_names(
         target = "append_decided" if when == "made" else "checkpoint_dir.remove"
         killed.setattr(f"sftd.operations.driving.reduce.{target}", crash)
         with pytest.raises(Crash):
-            reducing.reduce(home.log, home.clock.context, run.run_id)
+            reduce.reduce(home.log, home.clock.context, run.run_id)
     named = home.now(run).checkpoints[1]
     assert named.weights_only == (when == "recorded")
     manifest.verify(Path(named.path), named.manifest_digest)
@@ -222,7 +221,7 @@ def test_a_gc_beside_a_reduction_loses_no_checkpoint(
     """Once before the weights are held, once after: the log names a folder that is whole either way."""
     run = home.train()
     name = "checkpoint_dir.reading" if when == "before" else "current"
-    held = checkpoint_dir.reading if when == "before" else reducing.current
+    held = checkpoint_dir.reading if when == "before" else reduce.current
 
     def swept(*arguments: object) -> object:
         checkpoints.sweep(home.log, run.run_id)
@@ -230,7 +229,7 @@ def test_a_gc_beside_a_reduction_loses_no_checkpoint(
 
     with monkeypatch.context() as beside:
         beside.setattr(f"sftd.operations.driving.reduce.{name}", swept)
-        done = reducing.reduce(home.log, home.clock.context, run.run_id)
+        done = reduce.reduce(home.log, home.clock.context, run.run_id)
     assert len(done) == (when == "after")
     best = home.now(run).checkpoints[1]
     assert manifest.verify(Path(best.path), best.manifest_digest).weights_only == (when == "after")
@@ -239,7 +238,7 @@ def test_a_gc_beside_a_reduction_loses_no_checkpoint(
 def test_steps_that_are_redone_replace_the_weights(home: Home) -> None:
     run = home.train()
     home.gc()
-    runs.resume(home.log, home.clock.context, run.run_id, "ada", 0)
+    lifecycle.resume(home.log, home.clock.context, run.run_id, "ada", 0)
     run = home.train(name=run.run_id)
     assert [(c.step, c.weights_only) for c in run.checkpoints] == [(1, False), (2, False), (3, False)]
     assert (2, "saved elsewhere since") in home.gc()
@@ -249,19 +248,19 @@ def test_steps_that_are_redone_replace_the_weights(home: Home) -> None:
 def test_a_removed_run_leaves_its_events_alone(home: Home, log: Store) -> None:
     kept, run = home.train(), home.train()
     (RunDir(home.path, run.run_id).path / "attempt-0001").mkdir()
-    size = {row.run_id: row.bytes for row in reading.list_runs(log)}
+    size = {row.run_id: row.bytes for row in run_queries.list_runs(log)}
     assert size[run.run_id] == run.checkpoint_bytes > 900
-    freed = removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
+    freed = remove_runs.remove(log, home.clock.context, home.path, run.run_id, "ada")
     assert freed == run.checkpoint_bytes
     assert not RunDir(home.path, run.run_id).path.exists()
-    assert [row.run_id for row in reading.list_runs(log)] == [kept.run_id]
-    (row,) = reading.list_runs(log, reading.Filter(removed=True))
+    assert [row.run_id for row in run_queries.list_runs(log)] == [kept.run_id]
+    (row,) = run_queries.list_runs(log, run_queries.Filter(removed=True))
     assert (row.run_id, row.status, row.bytes) == (run.run_id, "succeeded", 0)
-    types = [r.type for r in reading.run_events(log, run.run_id)]
+    types = [r.type for r in run_queries.run_events(log, run.run_id)]
     assert types[-4:] == ["CheckpointDeleted"] * 3 + ["RunRemoved"]
     for again in (
-        lambda: removing.belongings(log, home.path, run.run_id, by="ada"),
-        lambda: runs.resume(log, home.clock.context, run.run_id, "ada", 0),
+        lambda: remove_runs.belongings(log, home.path, run.run_id, by="ada"),
+        lambda: lifecycle.resume(log, home.clock.context, run.run_id, "ada", 0),
         lambda: checkpoints.find(log, run.run_id, None),
         lambda: decisions.fork_point(home.now(run), None),
     ):
@@ -278,24 +277,24 @@ def test_a_removal_is_refused_while_something_needs_the_run(home: Home, log: Sto
     run = home.train()
 
     def remove(run_id: str) -> int:
-        return removing.remove(log, home.clock.context, home.path, run_id, "ada")
+        return remove_runs.remove(log, home.clock.context, home.path, run_id, "ada")
 
     with checkpoint_dir.reading(Path(run.checkpoints[0].path)), pytest.raises(Refused, match="is being read"):
         remove(run.run_id)
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
-    name = runs.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    name = lifecycle.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
     with pytest.raises(Refused, match=f"is where {name} starts"):
         remove(run.run_id)
     with pytest.raises(Refused, match="sftd cancel"):
         remove(name)
     assert len(home.there(run)) == 3
-    runs.cancel(log, home.clock.context, name, "ada")
+    lifecycle.cancel(log, home.clock.context, name, "ada")
     remove(name)
     assert home.there(run) == ["step-00000001", "step-00000002", "step-00000003"], "they are the parent's"
     assert [c.forks for c in home.now(run).checkpoints] == [(), (), ()]
     with pytest.raises(Refused, match="was removed"):
         # The parent does not keep its start any more.
-        runs.fork(log, home.clock.context, name, 2, spec, found(6), [], "ada")
+        lifecycle.fork(log, home.clock.context, name, 2, spec, found(6), [], "ada")
     remove(run.run_id)
     assert not RunDir(home.path, run.run_id).path.exists()
 
@@ -303,14 +302,14 @@ def test_a_removal_is_refused_while_something_needs_the_run(home: Home, log: Sto
 def test_a_fork_that_rejected_its_start_does_not_keep_its_parent(home: Home, log: Store) -> None:
     run = home.train()
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
-    name = runs.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    name = lifecycle.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
     claimed = claim(log, home.clock)
     damaged = e.CheckpointRejected(step=2, path=run.checkpoints[1].path, reason="bit rot")
     line = Line(number=1, occurred_at=1, event=damaged)
     attempts.record(log, home.clock.context, claimed.lease, [line], 100, {})
     assert end(log, home.clock, claimed, 1).status == "failed"
-    removing.remove(log, home.clock.context, home.path, name, "ada")
-    removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
+    remove_runs.remove(log, home.clock.context, home.path, name, "ada")
+    remove_runs.remove(log, home.clock.context, home.path, run.run_id, "ada")
     assert not RunDir(home.path, run.run_id).path.exists()
 
 
@@ -320,7 +319,7 @@ def test_a_removal_that_a_crash_interrupted_is_finished(
     run = home.train()
     with monkeypatch.context() as killed:
         killed.setattr("sftd.operations.commands.remove._delete", lambda found: None)
-        removing.remove(log, home.clock.context, home.path, run.run_id, "ada")
+        remove_runs.remove(log, home.clock.context, home.path, run.run_id, "ada")
     assert len(home.there(run)) == 3
     home.gc()
     assert not RunDir(home.path, run.run_id).path.exists()
@@ -329,7 +328,7 @@ def test_a_removal_that_a_crash_interrupted_is_finished(
 def test_all_checkpoints_of_a_run_can_be_deleted_but_those_of_forks(home: Home, log: Store) -> None:
     run = home.train()
     spec, _ = change(run.spec, [("trainer.max_steps", 6)])
-    name = runs.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+    name = lifecycle.fork(log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
     with pytest.raises(Refused, match="is queued"):
         home.gc(name, everything=True)
     wanted = [(1, "not kept"), (3, "asked for")]
@@ -344,7 +343,7 @@ def test_a_resume_from_a_checkpoint_that_is_gone_is_refused_where_it_would_be(ho
     (Path(run.checkpoints[2].path) / manifest.NAME).unlink()
 
     def resume(step: int | None, host: str, proposal: preflight.Proposal | None = None) -> Run:
-        return runs.resume(log, home.clock.context, run.run_id, "ada", step, proposal, host=host)
+        return lifecycle.resume(log, home.clock.context, run.run_id, "ada", step, proposal, host=host)
 
     with pytest.raises(Refused, match=r"gone from the disk\n.*use one of 0, 1"):
         resume(2, "h")
@@ -361,7 +360,7 @@ def test_a_resume_from_a_checkpoint_that_is_gone_is_refused_where_it_would_be(ho
 def test_another_host_does_not_know_what_is_gone(home: Home, log: Store) -> None:
     run = home.train(("checkpoint.keep_last", 3))
     shutil.rmtree(run.checkpoints[1].path)
-    assert runs.resume(log, home.clock.context, run.run_id, "ada", 2, host="elsewhere").resume_from == 2
+    assert lifecycle.resume(log, home.clock.context, run.run_id, "ada", 2, host="elsewhere").resume_from == 2
 
 
 def test_views_of_before_have_sizes_after_an_upgrade(home: Home, log: Store) -> None:
@@ -435,12 +434,12 @@ def test_a_fork_that_comes_while_a_checkpoint_is_reduced_has_it_whole(
     held = checkpoint_dir.reading
 
     def forked(*arguments: Path) -> object:
-        runs.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
+        lifecycle.fork(home.log, home.clock.context, run.run_id, 2, spec, found(6), [], "ada")
         return held(*arguments)
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(checkpoint_dir, "reading", forked)
-        assert reducing.reduce(home.log, home.clock.context, run.run_id) == []
+        assert reduce.reduce(home.log, home.clock.context, run.run_id) == []
     best = home.now(run).checkpoints[1]
     assert not manifest.verify(Path(best.path), best.manifest_digest).weights_only
     assert "step-00000002.weights" not in home.there(run)
@@ -450,5 +449,5 @@ def test_a_checkpoint_that_is_damaged_is_not_reduced(home: Home) -> None:
     """A person who looks at the damage finds the whole folder."""
     run = home.train()
     (Path(run.checkpoints[1].path) / "__0_0.distcp").write_bytes(b"w" * 99)
-    assert reducing.reduce(home.log, home.clock.context, run.run_id) == []
+    assert reduce.reduce(home.log, home.clock.context, run.run_id) == []
     assert "step-00000002" in home.there(run)

@@ -15,13 +15,13 @@ from sftd.domain.errors import LeaseLost, Refused
 from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
 from sftd.launcher.local import LocalAttempt
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands import lifecycle
 from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.driving import attempts, checkpoints
 from sftd.operations.driving.attempts import Claimed
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
-from sftd.store.queue import order as schedule
+from sftd.store.queue import order
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import JournalWriter, event_id
@@ -92,12 +92,12 @@ def test_every_write_under_a_lost_lease_is_refused(log: Store, clock: Clock) -> 
 def test_a_run_is_given_up_only_when_its_daemon_is_silent(log: Store, clock: Clock) -> None:
     found = claimed(log, clock)
     with pytest.raises(Refused, match="living daemon"):
-        runs.abandon(log, clock.context, found.run.run_id, "ada")
+        lifecycle.abandon(log, clock.context, found.run.run_id, "ada")
     clock.time += LEASE + 1
-    assert runs.abandon(log, clock.context, found.run.run_id, "ada").run.status == "cancelled"
+    assert lifecycle.abandon(log, clock.context, found.run.run_id, "ada").run.status == "cancelled"
     with pytest.raises(LeaseLost):
         attempts.record(log, clock.context, found.lease, lines(step(1)), 10, {})
-    assert runs.resume(log, clock.context, found.run.run_id, "ada").status == "queued"
+    assert lifecycle.resume(log, clock.context, found.run.run_id, "ada").status == "queued"
 
 
 def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
@@ -106,7 +106,7 @@ def test_a_large_run_is_not_overtaken(log: Store, clock: Clock) -> None:
     clock.time += 1
     submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, FACTS, None, 3, []))], "ada")
     with log.read() as connection:
-        large, small = (entry.run_id for entry in schedule.waiting(connection))
+        large, small = (entry.run_id for entry in order.waiting(connection))
     assert first not in (large, small)
 
     def claim(busy: bool | None) -> Claimed | None:

@@ -11,8 +11,7 @@ from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.log import events as e
 from sftd.domain.plan.duration import Machine
 from sftd.domain.spec.spec import spec_digest
-from sftd.operations.queries import plan as planning
-from sftd.operations.queries import runs as reading
+from sftd.operations.queries import plan, runs
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from tests.builders.log.clock import Clock
@@ -86,8 +85,8 @@ def record(log: Store, run_id: str, at: int, seconds: float, *, device: str = "c
 
 def test_an_outcome_is_read_from_the_log(log: Store) -> None:
     record(log, "first", 10**15, 0.5)
-    run = reading.find_run(log, "first")
-    found = planning.outcome(log, run, reading.goodput(log, "first", 10**15))
+    run = runs.find_run(log, "first")
+    found = plan.outcome(log, run, runs.goodput(log, "first", 10**15))
     assert found is not None
     by_name = {one.name: one for one in found.compared}
     # The last step's, which is the highest so far.
@@ -98,14 +97,14 @@ def test_an_outcome_is_read_from_the_log(log: Store) -> None:
 
 
 def test_the_pace_is_that_of_earlier_runs_on_such_a_device(log: Store) -> None:
-    assert planning.calibration(log, SHAPE, HERE) is None
+    assert plan.calibration(log, SHAPE, HERE) is None
     record(log, "first", 10**15, 0.5)
     record(log, "second", 2 * 10**15, 0.5)
     record(log, "on-a-gpu", 3 * 10**15, 9.0, device="NVIDIA H100 80GB HBM3")
-    factor = planning.calibration(log, SHAPE, HERE)
+    factor = plan.calibration(log, SHAPE, HERE)
     assert factor is not None
-    run = reading.find_run(log, "second")
-    found = planning.outcome(log, run, reading.goodput(log, "second", 3 * 10**15))
+    run = runs.find_run(log, "second")
+    found = plan.outcome(log, run, runs.goodput(log, "second", 3 * 10**15))
     assert found is not None
     # Not the run itself, nor what came after: what could be known when it was submitted.
     assert found.plan.pace.calibration == pytest.approx(factor)
@@ -117,5 +116,5 @@ def test_a_run_that_never_started_has_no_outcome(log: Store, clock: Clock) -> No
     from sftd.wire.preflight import Preflight
 
     run_id = submit_all(log, clock.context, [Wish(SPEC, Preflight(SHAPE, DATA, None, 3, []))], "ada")[0]
-    run = reading.find_run(log, run_id)
-    assert planning.outcome(log, run, reading.goodput(log, run_id, clock.time)) is None
+    run = runs.find_run(log, run_id)
+    assert plan.outcome(log, run, runs.goodput(log, run_id, clock.time)) is None

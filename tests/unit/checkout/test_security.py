@@ -14,7 +14,7 @@ import yaml
 
 from sftd.domain.errors import JournalCorrupt, Refused
 from sftd.domain.log import events as e
-from sftd.domain.run import ids as names
+from sftd.domain.run import ids
 from sftd.domain.run.retention import deletable
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.parse import parse
@@ -51,7 +51,7 @@ def test_names_are_printable(key: str, name: str) -> None:
 )
 def test_a_name_for_people_becomes_one_plain_folder(name: str) -> None:
     parse(CONFIG, [("trainer.experiment_name", name)])
-    folder = names.folder_name(name)
+    folder = ids.folder_name(name)
     assert folder == Path(folder).name
     assert folder[0] not in ".-"
     assert len(folder.encode()) <= 200
@@ -70,14 +70,14 @@ def test_different_names_have_different_folders_and_plain_ones_their_own() -> No
         "é" * 150,
         "é" * 151,
     ]
-    assert len({names.folder_name(name) for name in given}) == len(given)
+    assert len({ids.folder_name(name) for name in given}) == len(given)
     # As runs of earlier versions have it.
-    assert names.folder_name("first try_2.@+-") == "first try_2.@+-"
+    assert ids.folder_name("first try_2.@+-") == "first try_2.@+-"
 
 
 @pytest.mark.parametrize("run_id", ["..", "../../etc", "a/b", "/etc", ".x", "", "a b", "a\n", "x" * 65])
 def test_a_run_id_from_elsewhere_is_asked_before_a_folder_is_named_by_it(tmp_path: Path, run_id: str) -> None:
-    assert not names.is_run_id(run_id)
+    assert not ids.is_run_id(run_id)
     run = DirectRun(tmp_path / "run")
     run.path.mkdir()
     event = e.RunSubmitted(
@@ -89,7 +89,7 @@ def test_a_run_id_from_elsewhere_is_asked_before_a_folder_is_named_by_it(tmp_pat
 
 
 def test_every_made_run_id_is_one() -> None:
-    assert all(names.is_run_id(names.run_id(bytes([n, 255 - n, n, n]))) for n in range(256))
+    assert all(ids.is_run_id(ids.run_id(bytes([n, 255 - n, n, n]))) for n in range(256))
 
 
 def published(path: str) -> journal.Line:

@@ -7,7 +7,6 @@ from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
-from sftd.cli.watch.board import _node
 
 from sftd.cli.doctor import command as doctor
 from sftd.cli.submit.command import _print_script

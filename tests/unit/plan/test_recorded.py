@@ -21,17 +21,15 @@ import sftd.store
 import sftd.wire
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Refused
-from sftd.domain.log import codec
+from sftd.domain.log import codec, history
 from sftd.domain.log import events as e
-from sftd.domain.log import history as replay
 from sftd.domain.log.timeline import logged_steps
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.notices import notice
-from sftd.domain.plan import plan as planning
+from sftd.domain.plan import plan
 from sftd.domain.plan.duration import Machine
-from sftd.domain.run import decisions, goodput, retention
-from sftd.domain.run import stops as halting
+from sftd.domain.run import decisions, goodput, retention, stops
 from sftd.domain.run.failures import Failure
 from sftd.domain.run.fold import evolve
 from sftd.domain.run.state import Run
@@ -132,12 +130,10 @@ PLANS: dict[str, tuple[Given, ModelShape, DataFacts, Machine]] = {
 def plans() -> dict[str, Any]:
     found = {}
     for name, (given, shape, data, machine) in PLANS.items():
-        known = planning.Facts(shape=shape, train=data, val=rows_of(700, rows=33), planned_steps=8)
-        found[name] = planning.make_plan(spec_of(*given), known, machine).as_json()
+        known = plan.Facts(shape=shape, train=data, val=rows_of(700, rows=33), planned_steps=8)
+        found[name] = plan.make_plan(spec_of(*given), known, machine).as_json()
         later = msgspec.structs.replace(known, first_step=5, val=None)
-        found[f"{name}, a fork"] = planning.make_plan(
-            spec_of(*given), later, machine, calibration=1.5
-        ).pace.total
+        found[f"{name}, a fork"] = plan.make_plan(spec_of(*given), later, machine, calibration=1.5).pace.total
     return found
 
 
@@ -325,7 +321,7 @@ def _story() -> Log:
     """A run with all that may happen to one: crashes, rollbacks, stops, pauses, forks, clean-ups, an end and another."""
     log = Log(planned=12, checkpoint__keep_last=2, checkpoint__keep_every=4, training__deterministic=True)
     log.add(e.RunDeferred(after=["calm-fox"]), e.SweepJoined(sweep="wide-elk", values={"optimizer.lr": 1e-5}))
-    log.add(*halting.hold(log.run, "ada", "data")).add(*halting.release(log.run, "bob")).claim()
+    log.add(*stops.hold(log.run, "ada", "data")).add(*stops.release(log.run, "bob")).claim()
     log.add(LAUNCHED, LOADED, BOUND, validated(0, 3.5)).train(5, save_every=2)
     log.add(validated(4, 2.5), e.AnomalyDetected(step=5, what="loss_spike", detail={"policy": "record"}))
     log.add(e.SampleGenerated(step=5, prompt="a", text="b", tokens=1, stopped=True), LOOK).end()
@@ -335,13 +331,13 @@ def _story() -> Log:
     )
     log.add(e.AnomalyDetected(step=6, what="checkpoint_failed", detail={"reason": "full"}))
     log.end(Failure("lost", "gone"), None, lost=True).claim().add(LAUNCHED, LOADED).train(7)
-    log.add(*halting.preempt(log.run, "calm-fox", 5)).save().end(exit_code=0)
+    log.add(*stops.preempt(log.run, "calm-fox", 5)).save().end(exit_code=0)
     log.add(e.JobReported(job="", state="SUBMITTED", reason="", nodes=""))
     log.add(e.JobReported(job="12", state="PENDING", reason="Priority", nodes="")).claim().add(
         LAUNCHED, LOADED
     )
     log.add(e.AttemptAdopted(daemon="other", host="h2", pid=3)).train(8).save().add(validated(8, 1.25))
-    log.add(*halting.pause(log.run, "ada", "lunch")).end(exit_code=0)
+    log.add(*stops.pause(log.run, "ada", "lunch")).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 4)).claim().add(LAUNCHED, LOADED).train(9)
     log.add(e.SamplesSkipped(step=4, sample=300, reason="loss spike")).end(Failure("bad checkpoint", "torn"))
     log.add(e.CheckpointRejected(step=8, path="/ck/step-8", reason="digest"))
@@ -429,8 +425,8 @@ def histories() -> dict[str, Any]:
                 ledger.add(one.occurred_at, one.event)
         found[f"{story}: time"] = ledger.ledger(recorded[-1].occurred_at + 5_000_000).as_json()
         found[f"{story}: milestones"] = [
-            msgspec.to_builtins(m) if isinstance(m, replay.Steps) else m.version
-            for m in replay.milestones(recorded)
+            msgspec.to_builtins(m) if isinstance(m, history.Steps) else m.version
+            for m in history.milestones(recorded)
         ]
         found[f"{story}: timeline"] = sorted(logged_steps(recorded))
     return found

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from sftd.domain.errors import Refused
 from sftd.domain.log import events
-from sftd.domain.repro import steps as redoing
-from sftd.domain.run import decisions, retention
+from sftd.domain.repro import steps as redo_steps
+from sftd.domain.run import decisions, retention, stops
 from sftd.domain.run import state as run_state
-from sftd.domain.run import stops as halting
 from sftd.domain.run.failures import NOT_RETRIED, Failure
 from sftd.domain.run.fold import evolve, fold
 from sftd.domain.run.state import ACTIVE, ENDED, Run
@@ -154,7 +153,7 @@ def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
         (step(5, loss=float("nan")), step(5, loss=float("nan"), seconds=9.0)),
         (step(6), step(6, seconds=9.0, tokens_padded=1, epoch=3)),
     ):
-        assert redoing.compare(was, now) == redoing.Redone(now.step, {}, is_exact=True)
+        assert redo_steps.compare(was, now) == redo_steps.Redone(now.step, {}, is_exact=True)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,7 @@ def test_redone_steps_that_come_out_the_same_are_no_anomaly() -> None:
     ],
 )
 def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[str, Any]) -> None:
-    anomaly = redoing.compare(step(5), step(5, **change)).anomaly
+    anomaly = redo_steps.compare(step(5), step(5, **change)).anomaly
     assert anomaly is not None
     ((name, value),) = change.items()
     assert anomaly.step == 5
@@ -182,7 +181,7 @@ def test_redone_steps_that_differ_are_an_anomaly_with_both_numbers(change: dict[
 
 def test_a_zero_that_changes_its_sign_is_a_difference() -> None:
     """Bit for bit means that -0.0 is not 0.0."""
-    assert redoing.compare(step(5, lr=0.0), step(5, lr=-0.0)).differs
+    assert redo_steps.compare(step(5, lr=0.0), step(5, lr=-0.0)).differs
 
 
 def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
@@ -273,7 +272,7 @@ def test_steps_are_compared_with_those_that_read_the_same_samples() -> None:
     log = _rolled_back()
 
     def compared() -> dict[int, str]:
-        found = redoing.steps_to_redo(r.event for r in log.recorded)
+        found = redo_steps.steps_to_redo(r.event for r in log.recorded)
         return {n: was.samples_digest for n, was in found.items()}
 
     log.add(*decisions.request_resume(log.run, "ada", 15)).claim()
@@ -414,7 +413,7 @@ def in_status(status: str) -> Log:
     if status == "queued":
         return log
     if status == "held":
-        return log.add(*halting.hold(log.run, "ada"))
+        return log.add(*stops.hold(log.run, "ada"))
     log.claim()
     if status == "starting":
         return log
@@ -425,7 +424,7 @@ def in_status(status: str) -> Log:
         case "stopping":
             log.add(events.StopRequested(by="ada"))
         case "paused":
-            log.add(*halting.pause(log.run, "ada")).end(exit_code=0)
+            log.add(*stops.pause(log.run, "ada")).end(exit_code=0)
         case "succeeded":
             log.train(10).save().end(exit_code=0)
         case "failed":
@@ -490,18 +489,18 @@ def test_hold_release_and_pause_in_every_status(status: str, deed: str) -> None:
         ("pause", "paused"): "paused",
     }
     if (deed, status) in becomes:
-        log.add(*getattr(halting, deed)(log.run, "bob"))
+        log.add(*getattr(stops, deed)(log.run, "bob"))
         assert log.run.status == becomes[deed, status]
         return
     with pytest.raises(Refused) as refused:
-        getattr(halting, deed)(log.run, "bob")
+        getattr(stops, deed)(log.run, "bob")
     assert refused.value.problems[0].fix
 
 
 def test_a_released_run_waits_out_its_back_off() -> None:
     log = in_status("retrying")
     retry_at = log.run.retry_at
-    log.add(*halting.hold(log.run, "ada"), *halting.release(in_status("held").run, "ada"))
+    log.add(*stops.hold(log.run, "ada"), *stops.release(in_status("held").run, "ada"))
     assert (log.run.status, log.run.retry_at) == ("retrying", retry_at)
 
 
@@ -513,7 +512,7 @@ def test_a_stopped_attempt_is_no_failure_however_it_ends(
     then: str, failure: Failure, exit_code: int | None, lost: bool
 ) -> None:
     log = Log(launch__max_restarts=0).claim().train(6, save_every=5)
-    stop = halting.pause(log.run, "ada") if then == "paused" else halting.preempt(log.run, "urgent", 5)
+    stop = stops.pause(log.run, "ada") if then == "paused" else stops.preempt(log.run, "urgent", 5)
     log.add(*stop).end(failure, exit_code, lost=lost)
     assert (log.run.status, log.run.fruitless_attempts, log.run.cause) == (then, 0, None)
     ended = log.recorded[-1].event
@@ -531,21 +530,21 @@ def test_a_stopped_attempt_is_no_failure_however_it_ends(
 def test_a_run_that_makes_room_again_and_again_never_is_a_crash_loop() -> None:
     log = Log(launch__max_restarts=1)
     for _ in range(5):
-        log.claim().train(3).add(*halting.preempt(log.run, "urgent", 5)).end(CRASH)
+        log.claim().train(3).add(*stops.preempt(log.run, "urgent", 5)).end(CRASH)
     assert (log.run.status, log.run.fruitless_attempts, log.run.preemptions) == ("queued", 0, 5)
 
 
 def test_the_harder_stop_wins() -> None:
     log = Log().claim().train(3)
-    log.add(*halting.preempt(log.run, "urgent", 5))
-    assert halting.preempt(log.run, "other", 9) == []
-    log.add(*halting.pause(log.run, "ada"))
+    log.add(*stops.preempt(log.run, "urgent", 5))
+    assert stops.preempt(log.run, "other", 9) == []
+    log.add(*stops.pause(log.run, "ada"))
     assert log.run.stop_then == "paused"
-    assert halting.pause(log.run, "ada") == []
+    assert stops.pause(log.run, "ada") == []
     log.add(*decisions.request_stop(log.run, "ada"))
     assert (log.run.stop_then, log.run.stop_now) == ("cancelled", False)
     with pytest.raises(Refused, match="is being cancelled"):
-        halting.pause(log.run, "ada")
+        stops.pause(log.run, "ada")
     log.add(*decisions.request_stop(log.run, "ada", now=True))
     assert log.run.stop_now
     assert decisions.request_stop(log.run, "ada") == decisions.request_stop(log.run, "ada", now=True) == []
@@ -681,11 +680,11 @@ def test_a_spec_of_a_newer_sftd_is_read_without_what_it_added() -> None:
 def test_without_determinism_rounding_is_no_anomaly_but_other_data_is() -> None:
     log = step(5, loss=2.0, grad_norm=1.0)
     near = step(5, loss=2.001, grad_norm=1.01)
-    assert redoing.compare(log, near).differs
-    assert not redoing.compare(log, near, is_exact=False).differs
-    far = redoing.compare(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
+    assert redo_steps.compare(log, near).differs
+    assert not redo_steps.compare(log, near, is_exact=False).differs
+    far = redo_steps.compare(log, step(5, loss=2.5, grad_norm=1.0), is_exact=False)
     assert set(far.differs) == {"loss"}
-    other = redoing.compare(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
+    other = redo_steps.compare(log, step(5, loss=2.0, grad_norm=1.0, samples_digest="x"), is_exact=False)
     assert set(other.differs) == {"samples_digest"}
 
 

@@ -23,7 +23,7 @@ from sftd.wire.attempt.directory import Order
 from sftd.wire.data import dataset
 from sftd.wire.model.folder import stop_ids
 from sftd.wire.model.same_files import shared
-from sftd.wire.spec import grid as sweep
+from sftd.wire.spec import grid as grids
 from tests.builders.plan.model_configs import DENSE
 
 ROWS = {
@@ -207,14 +207,14 @@ def test_files_are_the_same_by_their_contents(tmp_path: Path) -> None:
 # Sweeps.
 
 
-def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[sweep.GridPoint]:
+def points(folder: Path, *grid: str, overrides: tuple[str, ...] = ()) -> list[grids.GridPoint]:
     spec = spec_of(folder)
     config = folder / "config.yaml"
     config.write_text(
         json.dumps({"model": msgspec.to_builtins(spec.model), "data": msgspec.to_builtins(spec.data)})
     )
     given = ("trainer.epochs=3", *overrides)
-    return sweep.points(str(config), given, sweep.parse_grid(grid), str(folder), "s", folder)
+    return grids.points(str(config), given, grids.parse_grid(grid), str(folder), "s", folder)
 
 
 def test_each_combination_is_a_point_and_the_last_key_changes_fastest(folder: Path) -> None:
@@ -243,10 +243,10 @@ def test_a_sweep_is_refused_with_the_problems_of_all_points_each_once(folder: Pa
 
 def test_a_sweep_has_a_thousand_points_at_most(folder: Path) -> None:
     grid = {"model.megatron.seed": [str(n) for n in range(1001)]}
-    found = problems_of(lambda: sweep.points(None, (), grid, str(folder), "s", folder))
+    found = problems_of(lambda: grids.points(None, (), grid, str(folder), "s", folder))
     assert "1001 combinations" in found["--grid"]
     grid = {"model.megatron.seed": [str(n) for n in range(500)], "optimizer.lr": ["-1", "-2"]}
-    assert "--grid" not in problems_of(lambda: sweep.points(None, (), grid, str(folder), "s", folder))
+    assert "--grid" not in problems_of(lambda: grids.points(None, (), grid, str(folder), "s", folder))
 
 
 def test_a_home_that_cannot_hold_checkpoints_is_refused_before_it_must(folder: Path) -> None:
@@ -275,8 +275,8 @@ def test_each_point_of_a_sweep_must_have_room_for_its_checkpoints(folder: Path) 
     config = folder / "config.yaml"
     config.write_text(json.dumps({"model": {"partial_pretrain": str(folder / "model")}}))
     given = (f"data.train_files={folder}/t.parquet", "data.train_batch_size=2", "trainer.epochs=1")
-    grid = sweep.parse_grid(["model.megatron.seed=1,2"])
-    assert len(sweep.points(str(config), given, grid, str(folder), "s", folder)) == 2
+    grid = grids.parse_grid(["model.megatron.seed=1,2"])
+    assert len(grids.points(str(config), given, grid, str(folder), "s", folder)) == 2
     home = folder / "v.parquet"
-    found = problems_of(lambda: sweep.points(str(config), given, grid, str(folder), "s", home))
+    found = problems_of(lambda: grids.points(str(config), given, grid, str(folder), "s", home))
     assert "v.parquet/runs" in found["checkpoint.save_dir"]

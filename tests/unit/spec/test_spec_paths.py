@@ -11,7 +11,7 @@ import pytest
 from sftd.domain.errors import Refused
 from sftd.domain.spec.spec import Spec
 from sftd.wire.model.hub_cache import cached_model
-from sftd.wire.spec import file as specfile
+from sftd.wire.spec import file as spec_file
 from sftd.wire.spec.paths import model_folder, resolve
 
 TRAIN = "data.train_files"
@@ -117,7 +117,7 @@ def test_a_file_beside_the_config_is_named_and_not_taken(base: Path, tmp_path: P
     config = base / "sub" / "run.yaml"
     config.write_text("model: {path: m}\ndata: {train_files: c.parquet}\n")
     with pytest.raises(Refused, match="beside the config"):
-        specfile.read(str(config), [], str(base))
+        spec_file.read(str(config), [], str(base))
 
 
 def test_every_path_is_checked_at_once(base: Path) -> None:
@@ -194,6 +194,6 @@ def test_the_paths_of_an_earlier_spec_stay_as_they_are(base: Path) -> None:
     }
     spec = msgspec.convert(given, Spec)
     assert resolve(spec, str(base), None, {}, resolved=spec) == spec
-    changed, _ = specfile.change(spec, ["data.val_files=*.parquet"], str(base))
+    changed, _ = spec_file.change(spec, ["data.val_files=*.parquet"], str(base))
     assert changed.data.train_files == spec.data.train_files
     assert changed.data.val_files == [str(base / "a.parquet"), str(base / "b.parquet")]

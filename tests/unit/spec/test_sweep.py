@@ -7,7 +7,7 @@ import pytest
 from sftd.domain.errors import Refused
 from sftd.domain.spec.sections import Trainer
 from sftd.domain.spec.spec import Spec
-from sftd.wire.spec import grid as sweep
+from sftd.wire.spec import grid
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ from sftd.wire.spec import grid as sweep
     ],
 )
 def test_values_are_parted_at_commas_outside_brackets(option: str, values: list[str]) -> None:
-    assert sweep.parse_grid([option]) == {option.partition("=")[0]: values}
+    assert grid.parse_grid([option]) == {option.partition("=")[0]: values}
 
 
 def test_a_name_begins_with_what_is_different() -> None:
     spec = Spec(trainer=Trainer(experiment_name="llama sft"))
-    named = sweep._named(spec, "sweep-1", {"optimizer.lr": "1e-5", "model.megatron.seed": "2"})
+    named = grid._named(spec, "sweep-1", {"optimizer.lr": "1e-5", "model.megatron.seed": "2"})
     assert named.trainer.experiment_name == "lr 1e-5 seed 2 llama sft"
 
 
@@ -37,5 +37,5 @@ def test_a_name_begins_with_what_is_different() -> None:
 )
 def test_a_grid_that_says_nothing_or_twice_the_same_is_refused(options: list[str]) -> None:
     with pytest.raises(Refused) as refused:
-        sweep.parse_grid(options)
+        grid.parse_grid(options)
     assert refused.value.problems[0].fix
