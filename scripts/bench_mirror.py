@@ -189,7 +189,9 @@ def measure(folder: Path, uri: str, runs: int, steps: int) -> None:
     print(f"{watch.points} points in {seconds:.1f} s: {watch.points / seconds:.0f} a second", end=", ")
     print(f"{used:.1f} s of CPU in this process; memory grew by {growth:.0f} MiB after the first tenth")
     tracking = Tracking(uri, folder / "artifacts")
-    checked = [mlflow_check.check(store, tracking, "", *run) for run in mlflow_check.versions(store).items()]
+    checked = [
+        mlflow_check.compare_run(store, tracking, "", *run) for run in mlflow_check.versions(store).items()
+    ]
     assert all(run.is_equal for run in checked), checked
     print(f"read back: {sum(run.points for run in checked)} points, each as the log has it")
     engine.dispose()

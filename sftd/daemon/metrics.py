@@ -31,7 +31,7 @@ Labels = Mapping[str, str]
 Sample = tuple[Labels, float]
 
 
-class Driven(Protocol):
+class DrivenAttempt(Protocol):
     """An attempt that this daemon drives, as the metrics see it."""
 
     def backlog(self) -> tuple[int, Micros | None]:
@@ -61,13 +61,13 @@ class Metrics:
         self._due_at = 0.0
         self._failed = ""
 
-    def write_when_due(self, driven: Mapping[str, Driven], now: Micros) -> None:
+    def write_when_due(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> None:
         """Write the file unless that was done a moment ago. Raises only what the database does."""
         if time.monotonic() >= self._due_at:
             self.write(driven, now)
             self._due_at = time.monotonic() + _SECONDS
 
-    def write(self, driven: Mapping[str, Driven], now: Micros) -> None:
+    def write(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> None:
         """Write the file."""
         try:
             text = "".join(_family(*family) for family in self._families(driven, now))
@@ -79,7 +79,9 @@ class Metrics:
         else:
             self._failed = ""
 
-    def _families(self, driven: Mapping[str, Driven], now: Micros) -> Iterator[tuple[str, str, list[Sample]]]:
+    def _families(
+        self, driven: Mapping[str, DrivenAttempt], now: Micros
+    ) -> Iterator[tuple[str, str, list[Sample]]]:
         found = metrics.read(self._store, now, self._mirrors)
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
@@ -112,7 +114,7 @@ class Metrics:
             yield "sftd_mirror_lag_seconds", meaning, _by("mirror", seconds)
         yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
 
-    def _goodput(self, driven: Mapping[str, Driven], now: Micros) -> list[Sample]:
+    def _goodput(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> list[Sample]:
         with self._store.read() as connection:
             shares = [(run_id, read_ledger(connection, run_id, now).goodput) for run_id in driven]
         return [({"run_id": run_id}, share) for run_id, share in shares if share is not None]

@@ -40,7 +40,7 @@ def is_told(ordinal: int) -> bool:
     return str(ordinal).rstrip("0") == "1"
 
 
-def notice(recorded: e.Recorded, run: e.RunFacts, ordinal: int = 1) -> Notice | None:
+def notice(recorded: e.Recorded, run: e.NoticeFacts, ordinal: int = 1) -> Notice | None:
     """The notice of an event; None where none is sent. `ordinal` counts anomalies of a kind in an attempt."""
     kind = recorded.event.notice_kind
     if kind is None or (said := recorded.event.notice(run)) is None:

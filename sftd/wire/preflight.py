@@ -17,7 +17,7 @@ from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
-from sftd.domain.submit.facts import NOTHING, RunFacts, SaveFolder
+from sftd.domain.submit.facts import NOTHING, SaveFolder, SubmitFacts
 from sftd.domain.submit.judge import judge
 from sftd.wire.checkpoint import disk
 from sftd.wire.data import chat_template, dataset
@@ -43,7 +43,7 @@ def inspect(
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
     read: Callable[..., DataFacts] = dataset.inspect,
     *,
-    known: RunFacts = NOTHING,
+    known: SubmitFacts = NOTHING,
     home: Path | None = None,
     has_room: bool = True,
 ) -> Preflight:
@@ -71,8 +71,8 @@ def inspect(
 
 
 def _read(
-    spec: Spec, read: Callable[..., DataFacts], known: RunFacts, save_folder: SaveFolder | None
-) -> RunFacts:
+    spec: Spec, read: Callable[..., DataFacts], known: SubmitFacts, save_folder: SaveFolder | None
+) -> SubmitFacts:
     unreadable: list[Problem] = []
     path, shape, model_files, has_tokenizer = spec.model.partial_pretrain, None, None, None
     try:

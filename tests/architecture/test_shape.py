@@ -129,3 +129,13 @@ def test_what_tests_share_is_a_builder(path: Path) -> None:
     assert [m for m in imported if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", m)] == [], (
         "move it to tests/builders"
     )
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """One name, one meaning, all over the product."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name(path))
+    assert {n: where for n, where in found.items() if len(where) > 1} == {}

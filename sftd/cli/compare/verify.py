@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sftd.domain.repro.verifier import Comparing
     from sftd.domain.spec.spec import Spec
     from sftd.launcher.inventory import Need
-    from sftd.operations.queries.history import Comparison
+    from sftd.operations.queries.history import VerifyPlan
     from sftd.settings import Settings
     from sftd.store.database.engine import Store
     from sftd.wire.attempt.directory import Order
@@ -87,7 +87,7 @@ def verify_command(
     chosen = history.plan(store, app.resolve_run(store, run), from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
     run_id = chosen.run.run_id
-    if not model_files.check(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
+    if not model_files.check_unchanged(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
         output.note(model_files.unrecorded(run_id))
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
@@ -119,7 +119,7 @@ def verify_command(
 
 
 def _changed(
-    chosen: Comparison, changes: tuple[str, ...], device: str | None
+    chosen: VerifyPlan, changes: tuple[str, ...], device: str | None
 ) -> tuple[Spec, dict[str, list[Any]]]:
     """The spec to train with, and how it differs from the run's: key → [the log's, now's]."""
     import msgspec
@@ -152,7 +152,7 @@ def _changed(
     return spec, differs
 
 
-def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
+def _devices(settings: Settings, chosen: VerifyPlan, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
     """The devices to train on: as many threads as the run had; GPUs that no living attempt of this host holds."""
     import msgspec
 
@@ -207,7 +207,7 @@ def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool)
         yield holds
 
 
-def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:
+def _planned_steps(chosen: VerifyPlan, spec: Spec, differs: dict[str, list[Any]]) -> int:
     """The length of the run, which its learning rates depend on. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run import trajectory
@@ -225,7 +225,7 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
 
 def _compare(
     settings: Settings,
-    chosen: Comparison,
+    chosen: VerifyPlan,
     order: Order,
     extra: dict[str, list[Any]],
     need: Need,
@@ -290,7 +290,7 @@ def _compare(
 
 
 def _print(
-    chosen: Comparison, verdict: ReplayVerified | ReplayDiverged, comparing: Comparing, *, is_trial: bool
+    chosen: VerifyPlan, verdict: ReplayVerified | ReplayDiverged, comparing: Comparing, *, is_trial: bool
 ) -> None:
     from rich.table import Table
     from rich.text import Text

@@ -17,7 +17,7 @@ from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
 if TYPE_CHECKING:
-    from sftd.operations.commands.restore import Outlook
+    from sftd.operations.commands.restore import RestoreOutlook
 
 _SHOWN = 10
 
@@ -171,7 +171,7 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
         yield
 
 
-def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlook:
+def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> RestoreOutlook:
     """Upgrade and check the restored copy. Returns what it lacks of this host's runs. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.operations.commands import restore
@@ -191,7 +191,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
         migrate.upgrade(store.engine)
         app.catch_up_views(store)
         with counter() as show:
-            found = verify.check(store, lambda done, total: show("reading events", done, total))
+            found = verify.check_log(store, lambda done, total: show("reading events", done, total))
         problems = counted(len(found.problems), "problem")
         if found.problems and not force:
             shown = [Problem("FILE", problem) for problem in found.problems[:_SHOWN]]
@@ -201,7 +201,7 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
         return restore.outlook(store, settings.home)
 
 
-def _print(seen: Outlook, settings: Settings) -> None:
+def _print(seen: RestoreOutlook, settings: Settings) -> None:
     """Print what the restored log lacks, and what the next daemon does about it."""
     from sftd.launcher import processes
 

@@ -55,7 +55,7 @@ def check_command() -> None:
         store = Store(engine)
         store.check_schema()
         with counter() as show:
-            found = verify.check(store, lambda done, total: show("reading events", done, total))
+            found = verify.check_log(store, lambda done, total: show("reading events", done, total))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
         click.echo(problem)
     if (more := len(found.problems) - _SHOWN_PROBLEMS) > 0:

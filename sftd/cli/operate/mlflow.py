@@ -16,7 +16,7 @@ from sftd.domain.text.words import counted
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.projections.mirrors.mlflow.check import Checked
+    from sftd.projections.mirrors.mlflow.check import MirrorComparison
     from sftd.store.database.engine import Store
 
 
@@ -51,7 +51,7 @@ def check_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     settings, store = _opened()
     tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
     wanted = mlflow_check.versions(store, app.resolve_runs(store, runs))
-    checked = (mlflow_check.check(store, tracking, prefix, *run) for run in wanted.items())
+    checked = (mlflow_check.compare_run(store, tracking, prefix, *run) for run in wanted.items())
     _print_checked(checked, len(wanted), as_json)
 
 
@@ -120,7 +120,7 @@ def _opened() -> tuple[Settings, Store]:
     return settings, app.open_store(settings)
 
 
-def _print_checked(checked: Iterable[Checked], total: int, as_json: bool) -> None:
+def _print_checked(checked: Iterable[MirrorComparison], total: int, as_json: bool) -> None:
     """Print the result of each run, and exit with 1 if any differs."""
     import msgspec
 

@@ -51,14 +51,14 @@ def plan_command(
     """
     from sftd.domain.plan.plan import make_plan
     from sftd.domain.plan.search import search
-    from sftd.domain.submit.facts import RunFacts
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.wire import preflight
     from sftd.wire.spec import file as spec_file
 
     spec, warnings = spec_file.read(config, overrides, os.getcwd())
     # The known hosts' devices do not matter for another machine.
     hosts = [] if devices or memory or device else known_hosts(app.read_settings())
-    found = preflight.inspect(spec, known=RunFacts(hosts=hosts), has_room=False)
+    found = preflight.inspect(spec, known=SubmitFacts(hosts=hosts), has_room=False)
     target = Target.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
     facts = plan_facts(found)

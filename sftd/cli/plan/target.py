@@ -10,7 +10,7 @@ from sftd.cli.terminal import output
 if TYPE_CHECKING:
     from sftd.domain.model.shape import ModelShape
     from sftd.domain.plan.duration import Machine
-    from sftd.domain.plan.plan import Facts
+    from sftd.domain.plan.plan import PlanInputs
     from sftd.domain.spec.spec import Spec
     from sftd.wire.preflight import Preflight
 
@@ -64,11 +64,11 @@ class Target:
         return needed * (ranks if self.machine.device == "cpu" else 1) <= self.memory
 
 
-def plan_facts(found: Preflight) -> Facts:
+def plan_facts(found: Preflight) -> PlanInputs:
     """What a plan needs of a preflight."""
-    from sftd.domain.plan.plan import Facts
+    from sftd.domain.plan.plan import PlanInputs
 
-    return Facts(shape=found.shape, train=found.train, val=found.val, planned_steps=found.planned_steps)
+    return PlanInputs(shape=found.shape, train=found.train, val=found.val, planned_steps=found.planned_steps)
 
 
 def known_pace(shape: ModelShape, machine: Machine) -> float | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sftd.cli.plan.target import Target
     from sftd.domain.compare.plan_outcome import Outcome
-    from sftd.domain.plan.plan import Facts, Plan
+    from sftd.domain.plan.plan import Plan, PlanInputs
     from sftd.domain.plan.search import Choice, Search
     from sftd.domain.spec.spec import Spec
 
@@ -65,7 +65,7 @@ def recompute_text(spec: Spec) -> str:
     return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
 
 
-def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, target: Target) -> None:
+def print_plan(spec: Spec, facts: PlanInputs, plan: Plan, layouts: Search, target: Target) -> None:
     """The whole plan."""
     from sftd.domain.model.parameters import whole_model
 

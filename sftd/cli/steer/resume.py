@@ -39,7 +39,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     from sftd.cli.plan.known_hosts import known_hosts
     from sftd.domain.run import decisions, trajectory
     from sftd.domain.run.state import ENDED
-    from sftd.domain.submit.facts import RunFacts
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.launcher.processes import host_name
     from sftd.operations.commands import lifecycle
     from sftd.operations.queries import model_files, resolve
@@ -58,7 +58,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         inspected = preflight.inspect(
             spec,
             lambda _: trajectory.beginning(now),
-            known=RunFacts(hosts=known_hosts(settings)),
+            known=SubmitFacts(hosts=known_hosts(settings)),
             home=settings.home,
         )
         for warning in (*warnings, *inspected.warnings):
@@ -70,7 +70,7 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     host = host_name()
     pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
     record = model_files.recorded(store, now.run_id)
-    if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
+    if not model_files.check_unchanged(record, now.run_id, now.spec, pretrained=pretrained):
         output.note(model_files.unrecorded(now.run_id))
     found = lifecycle.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint

@@ -88,7 +88,7 @@ def submit_command(
     from sftd.cli.plan.known_hosts import known_hosts
     from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Refused
-    from sftd.domain.submit.facts import RunFacts
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire import preflight
     from sftd.wire.spec import file as spec_file
@@ -119,7 +119,7 @@ def submit_command(
         )
         return
     spec, warnings = spec_file.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, known=RunFacts(hosts=known_hosts(settings)), home=settings.home)
+    found = preflight.inspect(spec, known=SubmitFacts(hosts=known_hosts(settings)), home=settings.home)
     warnings = [*warnings, *found.warnings]
     if strict and warnings:
         raise Refused(warnings)

@@ -29,14 +29,14 @@ def submit(
     from sftd.cli.submit.answers import queued_json
     from sftd.domain.errors import Refused
     from sftd.domain.spec.spec import spec_digest
-    from sftd.domain.submit.facts import RunFacts
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire.spec import grid
 
     context = app.context()
     # Short: it begins the names of all its runs.
     name = f"sweep-{context.random(3).hex()}"
-    known = RunFacts(hosts=known_hosts(settings))
+    known = SubmitFacts(hosts=known_hosts(settings))
     points = grid.points(config, overrides, grid.parse_grid(options), os.getcwd(), name, settings.home, known)
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))

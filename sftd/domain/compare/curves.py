@@ -32,7 +32,7 @@ _COLUMNS = {
 _UNKNOWN = math.nan
 
 
-class Point(StepTime, frozen=True):
+class CurvePoint(StepTime, frozen=True):
     """Of a `StepCompleted`, all that curves need. These fields are in every schema version of it, or have defaults."""
 
     loss: float | str
@@ -101,7 +101,7 @@ class Curves:
         if isinstance(event, e.ValidationCompleted):
             self._validations.append((event.step, self.timeline.place(event.step), event.loss))
 
-    def add(self, point: Point) -> None:
+    def add(self, point: CurvePoint) -> None:
         """Take in the next step."""
         self.timeline.add_step(point.step)
         self._columns = None
@@ -208,7 +208,7 @@ def thin(curves: Curves, name: str, width: int) -> Iterator[Bucket]:
             yield Bucket(first, last, None, None, None, odd)
 
 
-class Turn(msgspec.Struct):
+class CurveTurn(msgspec.Struct):
     """An attempt's hold on devices. `ended_at` is None until it has ended, `devices` until it was launched."""
 
     began_at: e.Micros
@@ -216,27 +216,27 @@ class Turn(msgspec.Struct):
     ended_at: e.Micros | None = None
 
 
-class History:
+class RunCurves:
     """Folds a run's events of `TYPES`, in order, into its curves, its goodput ledger and its turns on devices. A fork continues
     the `curves` of its parent."""
 
     def __init__(self, curves: Curves | None = None) -> None:
         self.curves = curves if curves is not None else Curves()
         self.fold = Fold()
-        self.turns: list[Turn] = []
+        self.turns: list[CurveTurn] = []
         self.version = 0
 
-    def add(self, version: int, at: e.Micros, event: e.Event | Point) -> None:
+    def add(self, version: int, at: e.Micros, event: e.Event | CurvePoint) -> None:
         """Take in the next event."""
         self.version = version
         if not isinstance(event, e.AttemptLaunched):
             self.fold.add(at, event)
-        if isinstance(event, Point):
+        if isinstance(event, CurvePoint):
             self.curves.add(event)
             return
         self.curves.take(event)
         if isinstance(event, e.AttemptClaimed):
-            self.turns.append(Turn(at))
+            self.turns.append(CurveTurn(at))
         elif isinstance(event, e.AttemptLaunched):
             if self.turns and event.devices:
                 self.turns[-1].devices = len(event.devices)

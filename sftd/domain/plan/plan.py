@@ -16,7 +16,7 @@ from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class PlanInputs(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a run in addition to its spec. Steps up to `first_step` belong to a fork's parent."""
 
     shape: ModelShape
@@ -60,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def make_plan(spec: Spec, facts: Facts, machine: Machine, calibration: float | None = None) -> Plan:
+def make_plan(spec: Spec, facts: PlanInputs, machine: Machine, calibration: float | None = None) -> Plan:
     """The prediction for a run on a machine; `calibration` is that of earlier runs (see `Pace`)."""
     dtype = weights_dtype(spec, machine.device)
     work = workload(spec, facts.train, facts.planned_steps - facts.first_step, machine.device)

@@ -17,7 +17,7 @@ from sftd.domain.spec.launchers import LOCAL, kind_of
 _ROUNDS = 100
 
 
-class Host(msgspec.Struct, frozen=True):
+class HostCapacity(msgspec.Struct, frozen=True):
     """A living daemon's host: how many devices of each kind it has, and places by launcher. `limits` are those of the daemon,
     None for an older one, which did not report them."""
 
@@ -29,7 +29,7 @@ class Host(msgspec.Struct, frozen=True):
     limits: Limits | None = None
 
     @classmethod
-    def of(cls, daemon: str, name: str, described: Mapping[str, int]) -> Host:
+    def of(cls, daemon: str, name: str, described: Mapping[str, int]) -> HostCapacity:
         """A host as its daemon describes it: devices, places and limits in one mapping (`Inventory.describe`)."""
         places = {k: n for k, n in described.items() if k not in HOST_DEVICES and not k.endswith("_limit")}
         gpus, cpus = described.get("gpus", 0), described.get("cpus", 0)
@@ -50,7 +50,7 @@ class Outlook(msgspec.Struct, frozen=True):
 class _Room:
     """The devices of a host that are free, and the run for which they are reserved."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: HostCapacity) -> None:
         self.host = host
         self._free = Counter({kind: host.total(kind) for kind in ("cuda", "cpu", *host.places)})
         # By launcher: the runs of one do not wait for those of another.
@@ -83,7 +83,7 @@ class _Room:
 
 
 def look_ahead(
-    waiting: list[Entry], running: list[Entry], hosts: list[Host], limits: Limits, now: Micros
+    waiting: list[Entry], running: list[Entry], hosts: list[HostCapacity], limits: Limits, now: Micros
 ) -> dict[str, Outlook]:
     """For each waiting run, by id. `waiting` is in the order in which runs start.
 

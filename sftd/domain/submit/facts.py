@@ -49,7 +49,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     is_direct: bool
 
 
-class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
+class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     """None, or empty, is what was not read; rules have nothing to say of it. `unreadable` is why files could not be read.
 
     `train` and `val` are the data files. `trained_on` are the validation files whose contents are also a training file's,
@@ -75,4 +75,4 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     first_step: int = 0
 
 
-NOTHING = RunFacts()
+NOTHING = SubmitFacts()

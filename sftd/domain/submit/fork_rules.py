@@ -10,7 +10,7 @@ from sftd.domain.errors import Problem
 from sftd.domain.model.rules import changed_files
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import Parent, RunFacts
+from sftd.domain.submit.facts import Parent, SubmitFacts
 
 # What of a model's shape may change without its parameters being others.
 _FREE_SHAPE = frozenset(
@@ -18,21 +18,21 @@ _FREE_SHAPE = frozenset(
 )
 
 
-def _changed(spec: Spec, facts: RunFacts, parent: Parent, fix: str) -> list[Problem]:
+def _changed(spec: Spec, facts: SubmitFacts, parent: Parent, fix: str) -> list[Problem]:
     weights = parent.checkpoint is None
     return changed_files(
         parent.model_files, facts.model_files, spec, weights=weights, fix=fix, run=parent.run_id
     )
 
 
-def changed_model_folder(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def changed_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The model folder is as it was when the parent was submitted."""
     if (parent := facts.parent) and not parent.may_change_files:
         fix = "put the folder back as it was, or add --changed-model to use it as it is now"
         yield from _changed(spec, facts, parent, fix)
 
 
-def other_model_than_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def other_model_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The parameters of a checkpoint are those of the parent's model."""
     if (parent := facts.parent) and parent.checkpoint is not None and facts.shape is not None:
         now = msgspec.to_builtins(facts.shape)
@@ -43,7 +43,7 @@ def other_model_than_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem
                 yield Problem("model.partial_pretrain", what, fix)
 
 
-def other_dtype_than_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def other_dtype_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The state of a checkpoint has the precision that it was trained in."""
     wanted = spec.model.megatron.params_dtype
     if (parent := facts.parent) and parent.dtype and wanted not in ("auto", parent.dtype):
@@ -52,13 +52,13 @@ def other_dtype_than_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem
         yield Problem("model.megatron.params_dtype", what, fix)
 
 
-def accepted_model_folder(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def accepted_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The log has what changed in the model folder."""
     if (parent := facts.parent) and parent.may_change_files:
         yield from _changed(spec, facts, parent, "")
 
 
-def parent_without_daemon(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def parent_without_daemon(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A training command deletes the checkpoints that its own run does not keep."""
     if (parent := facts.parent) and parent.is_direct and parent.checkpoint is not None:
         what = "was trained without a daemon: its training command knows nothing of this fork"

@@ -9,7 +9,7 @@ import msgspec
 from sftd.domain.errors import Problem
 from sftd.domain.model.rules import MODEL
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
-from sftd.domain.submit.facts import RunFacts
+from sftd.domain.submit.facts import SubmitFacts
 from sftd.domain.submit.fork_rules import FORK
 from sftd.domain.submit.rules import FACTS, PLANNED
 
@@ -24,7 +24,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def judge(
     spec: Spec,
-    facts: RunFacts,
+    facts: SubmitFacts,
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
 ) -> Verdict:
     """Whether a run of this spec may be queued. The spec was parsed, and so fits in itself (`SPEC` in `domain/spec/rules.py`).

@@ -15,21 +15,21 @@ from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import RunFacts
+from sftd.domain.submit.facts import SubmitFacts
 from sftd.domain.text.words import size
 
 _TRAIN, _VAL = "data.train_files", "data.val_files"
 _SAVE_DIR = "checkpoint.save_dir"
 
 
-def _data(facts: RunFacts) -> Iterator[tuple[str, DataFacts]]:
+def _data(facts: SubmitFacts) -> Iterator[tuple[str, DataFacts]]:
     if facts.train is not None:
         yield _TRAIN, facts.train
     if facts.val is not None:
         yield _VAL, facts.val
 
 
-def fewer_gpus_than_ranks(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def fewer_gpus_than_ranks(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A run that starts here and now needs a GPU for each rank."""
     if facts.own_gpus is not None and facts.own_gpus < spec.nproc_per_node:
         what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {facts.own_gpus} here"
@@ -37,7 +37,7 @@ def fewer_gpus_than_ranks(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem("launch.device", what, fix)
 
 
-def override_that_is_not_read(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def override_that_is_not_read(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """An override of another key would change nothing."""
     known = keys_read()
     for key in spec.model.override_config:
@@ -51,7 +51,7 @@ def override_that_is_not_read(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
             yield Problem(f"model.override_config.{key}", "is not read by the trainer", fix)
 
 
-def save_folder_not_writable(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def save_folder_not_writable(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Found out now and not at the first save."""
     folder = facts.save_folder
     if folder is not None and folder.error:
@@ -61,7 +61,7 @@ def save_folder_not_writable(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem(_SAVE_DIR, f"{folder.path!r} cannot be written to: {folder.error}", fix)
 
 
-def prompts_without_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def prompts_without_tokenizer(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A prompt is read with the model's tokenizer."""
     if facts.has_tokenizer is False and spec.trainer.sample_prompts:
         what = f"{spec.model.partial_pretrain} holds no tokenizer to read them with"
@@ -69,7 +69,7 @@ def prompts_without_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem("trainer.sample_prompts", what, fix)
 
 
-def nothing_to_train(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def nothing_to_train(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Some row has a trained label that training sees."""
     for where, data in _data(facts):
         if data.usable == 0:
@@ -86,7 +86,7 @@ def _too_long(spec: Spec, data: DataFacts) -> str:
     return f"{data.truncated} of {data.rows} rows are longer than data.sequence_length {length}"
 
 
-def rows_not_to_truncate(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def rows_not_to_truncate(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """No row is cut where the spec forbids it."""
     for where, data in _data(facts):
         if data.truncated and spec.data.truncation == "error":
@@ -94,7 +94,7 @@ def rows_not_to_truncate(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
             yield Problem(where, _too_long(spec, data), fix)
 
 
-def maybe_unmounted(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def maybe_unmounted(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A disk that is not mounted looks so."""
     folder = facts.save_folder
     if folder is not None and folder.unmounted:
@@ -102,7 +102,7 @@ def maybe_unmounted(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem(_SAVE_DIR, what, "mount the disk first, if it should be on one")
 
 
-def no_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def no_tokenizer(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """An export has the tokenizer of the model folder."""
     if facts.has_tokenizer is False:
         folder = spec.model.partial_pretrain
@@ -110,14 +110,14 @@ def no_tokenizer(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem("model.partial_pretrain", what, "put the model's tokenizer there")
 
 
-def remarks_on_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def remarks_on_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """What was noticed while the files were read."""
     for where, data in _data(facts):
         for remark in data.remarks:
             yield Problem(where, remark)
 
 
-def dropped_rows(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def dropped_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A row without a trained label is not trained."""
     for where, data in _data(facts):
         if data.unusable:
@@ -128,7 +128,7 @@ def dropped_rows(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
             yield Problem(where, what)
 
 
-def answers_without_end(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def answers_without_end(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A model learns to stop from labels that end an answer."""
     for where, data in _data(facts):
         if data.stopping == 0 and data.usable:
@@ -137,14 +137,14 @@ def answers_without_end(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
             yield Problem(where, what, fix)
 
 
-def truncated_rows(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def truncated_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A long row is cut."""
     for where, data in _data(facts):
         if data.truncated:
             yield Problem(where, f"{_too_long(spec, data)} and are truncated ({spec.data.truncation})")
 
 
-def different_templates(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def different_templates(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Samples, answers and exports use one chat template."""
     if facts.rendered_differently is not None:
         first, other = facts.rendered_differently
@@ -153,7 +153,7 @@ def different_templates(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem(_TRAIN, what, fix)
 
 
-def batch_larger_than_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def batch_larger_than_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A step that has more samples than there are rows."""
     batch, rows = spec.data.train_batch_size, facts.train.usable if facts.train else 0
     if 0 < rows < batch:
@@ -163,7 +163,7 @@ def batch_larger_than_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
         yield Problem("data.train_batch_size", what, f"set it to {rows} or less")
 
 
-def validation_on_training_data(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def validation_on_training_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Validation on rows that are trained on."""
     fix = "validate on other rows: `sftd prepare --val-fraction F --val-out FILE` sets some apart"
     if facts.train and facts.val and facts.train.digest == facts.val.digest:
@@ -175,7 +175,7 @@ def validation_on_training_data(spec: Spec, facts: RunFacts) -> Iterator[Problem
         yield Problem(_VAL, f"holds files that are trained on: {several(facts.trained_on)}", fix)
 
 
-def devices_that_no_host_has(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def devices_that_no_host_has(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The run would wait for another host, or share cores. Devices of other machines are not known here."""
     hosts = facts.hosts
     if not kind_of(spec.launch.launcher).uses_host_devices or not hosts:
@@ -219,12 +219,12 @@ FACTS = Rules(
 )
 
 
-def warm_up_longer_than_run(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def warm_up_longer_than_run(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """See `domain/spec/rules.py`; here the data decided how many steps are planned."""
     yield from spec_rules.warm_up_longer_than_run(spec, facts.planned_steps)
 
 
-def _space(spec: Spec, facts: RunFacts) -> tuple[int, Storage, str] | None:
+def _space(spec: Spec, facts: SubmitFacts) -> tuple[int, Storage, str] | None:
     """The free bytes, what checkpoints need, and the free bytes in words; None where the free bytes are not known."""
     folder = facts.save_folder
     if folder is None or folder.free is None or facts.shape is None:
@@ -239,7 +239,7 @@ def _space(spec: Spec, facts: RunFacts) -> tuple[int, Storage, str] | None:
 _MORE_SPACE = "make room, or name a folder on another disk: checkpoint.save_dir"
 
 
-def no_space_for_one_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def no_space_for_one_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """One checkpoint fits on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
@@ -248,7 +248,7 @@ def no_space_for_one_checkpoint(spec: Spec, facts: RunFacts) -> Iterator[Problem
             yield Problem(_SAVE_DIR, what, _MORE_SPACE)
 
 
-def no_space_for_all_checkpoints(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def no_space_for_all_checkpoints(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The checkpoints that are there at one time fit on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
@@ -258,7 +258,7 @@ def no_space_for_all_checkpoints(spec: Spec, facts: RunFacts) -> Iterator[Proble
             yield Problem(_SAVE_DIR, what, fix)
 
 
-def saves_without_validation(spec: Spec, facts: RunFacts) -> Iterator[Problem]:
+def saves_without_validation(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Checkpoints that are never validated cannot be the best."""
     save, check = spec.trainer.save_interval, spec.trainer.val_check_interval
     if facts.val is None or not (spec.checkpoint.keep_best and save and check):

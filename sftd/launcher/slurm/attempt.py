@@ -15,7 +15,7 @@ from sftd.launcher.inventory import Need
 from sftd.launcher.processes import host_name
 from sftd.launcher.seam import Attempt, Report
 from sftd.launcher.slurm import script as slurm_script
-from sftd.launcher.slurm.commands import ENDED, WAITING, Job
+from sftd.launcher.slurm.commands import ENDED, WAITING, SlurmJob
 from sftd.launcher.slurm.controller import Answer, Controller, Submission
 from sftd.settings import Settings
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, write_atomic
@@ -69,7 +69,7 @@ class SlurmAttempt:
         self._exit_seen: float | None = None
         self._missed: set[float] = set()
         self._was_given_up = directory.is_fenced()
-        self._last: Job | None = None
+        self._last: SlurmJob | None = None
         self._has_ended = process is None
         if process is not None and process.job:
             controller.watch(process.job)
@@ -144,7 +144,7 @@ class SlurmAttempt:
             self._know(number)
         return bool(number)
 
-    def _is_others(self, job: Job) -> bool:
+    def _is_others(self, job: SlurmJob) -> bool:
         """Whether it only has this attempt's number: a controller that has lost its state counts its jobs from 1 again."""
         return job.folder not in ("", str(self.directory.path))
 
@@ -191,7 +191,7 @@ class SlurmAttempt:
             waits_for = self._submission.waits_for if self._submission is not None else self._refusal
             return Report("", "NOT SUBMITTED", waits_for, waits=True)
         answer = self._controller.answer
-        job = self._last or Job(self.process.job, "")
+        job = self._last or SlurmJob(self.process.job, "")
         # Who started while Slurm was silent has left a sign.
         waits = job.state in WAITING and not job.restarts
         waits = waits and not (answer.silent_since is not None and self.directory.started_dir.exists())
@@ -251,7 +251,7 @@ class SlurmAttempt:
         )
 
 
-def _could_not_start(job: Job) -> bool:
+def _could_not_start(job: SlurmJob) -> bool:
     """Whether Slurm holds it, as it does when a node's prolog fails: queued again at once, it would drain node after node."""
     return job.restarts > 0 and job.reason.replace("_", " ").startswith("launch fail")
 
@@ -261,7 +261,7 @@ def _found_no_controller(remains: Remains) -> bool:
     return any(line.startswith("srun: error: ") and _AWAY in line for line in remains.output_tail)
 
 
-def _last_word(job: Job | None) -> str:
+def _last_word(job: SlurmJob | None) -> str:
     if job is not None and _could_not_start(job):
         return f"slurm: job {job.job} was not started: {job.reason}"
     if job is None or job.state in ("COMPLETED", *WAITING) or job.state not in ENDED:
@@ -271,7 +271,7 @@ def _last_word(job: Job | None) -> str:
     return f"slurm: {job.state}: job {job.job}{where}, exit code {job.exit_code}{reason}"
 
 
-def _interruption(job: Job | None, told: str, exit_code: int | None) -> Interruption | None:
+def _interruption(job: SlurmJob | None, told: str, exit_code: int | None) -> Interruption | None:
     """Whether Slurm ended the attempt, or had it end, without a fault of its own."""
     if job is not None and job.restarts:
         if _could_not_start(job):

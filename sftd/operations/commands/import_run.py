@@ -16,7 +16,7 @@ from sftd.store.database.engine import Store, Tx
 from sftd.store.log import event_store
 from sftd.store.log.runs import load_run
 from sftd.store.queue import leases
-from sftd.wire.attempt.direct_run import DirectRun, History, Submission, read_history
+from sftd.wire.attempt.direct_run import DirectHistory, DirectRun, DirectSubmission, read_history
 from sftd.wire.checkpoint import manifest
 
 _EVENTS_PER_INSERT = 500
@@ -89,7 +89,7 @@ def _append(tx: Tx, context: Context, run_id: str, version: int, new: list[e.New
 
 
 def _refuse_another_history(
-    known: dict[str, str], history: History, new: list[e.NewEvent], submission: Submission
+    known: dict[str, str], history: DirectHistory, new: list[e.NewEvent], submission: DirectSubmission
 ) -> None:
     run_id = submission.run_id
     ids = [n.event_id for n in history.events]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import Curves, History
+from sftd.domain.compare.curves import Curves, RunCurves
 from sftd.domain.log.events import Micros, Recorded
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.goodput import Ledger
@@ -68,7 +68,7 @@ class RunBoard(msgspec.Struct, frozen=True):
     at: Micros
     line: RunLine
     row: QueueRow | None
-    history: History
+    history: RunCurves
     is_complete: bool
     ledger: Ledger | None
     notices: list[Recorded]
@@ -238,7 +238,7 @@ class RunObserver(_Watched):
 
     def forget(self) -> None:
         """Start over."""
-        self._steps, self._history = _Steps(), History()
+        self._steps, self._history = _Steps(), RunCurves()
 
     def look(self) -> RunBoard:
         """Look once. Raises what the database does when it does not answer."""

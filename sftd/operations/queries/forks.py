@@ -13,7 +13,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run import decisions, trajectory
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import HostDevices, Parent, RunFacts
+from sftd.domain.submit.facts import HostDevices, Parent, SubmitFacts
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log import event_store
@@ -68,7 +68,7 @@ def inspect(
     return preflight.inspect(
         spec,
         lambda digest: trajectory.forked_order(parent, step, spec, digest),
-        known=RunFacts(parent=known, hosts=hosts),
+        known=SubmitFacts(parent=known, hosts=hosts),
         home=home,
     )
 

@@ -88,7 +88,7 @@ def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
     return next(c for c in history if c.last_step is None or step <= c.last_step)
 
 
-class Comparison(msgspec.Struct, frozen=True):
+class VerifyPlan(msgspec.Struct, frozen=True):
     """What is trained again: the steps after `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
     model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
     `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
@@ -111,7 +111,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 def plan(
     store: Store, prefix: str, from_step: int | None = None, to_step: int | None = None, *, host: str = ""
-) -> Comparison:
+) -> VerifyPlan:
     """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps after it; without
     `to_step`, up to its last step. `host` is the one whose devices are looked at.
 
@@ -137,7 +137,7 @@ def plan(
     losses = losses_before((r.event for r in past), begin)
     then = fold(Run(run.run_id), past)
     model = record_of(r.event for r in recorded)
-    return Comparison(then, begin, end, usable.get(begin), log, losses, devices, model)
+    return VerifyPlan(then, begin, end, usable.get(begin), log, losses, devices, model)
 
 
 def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:

@@ -26,7 +26,7 @@ class Lag(msgspec.Struct, frozen=True):
     micros: int
 
 
-class Figures(msgspec.Struct, frozen=True):
+class LogFigures(msgspec.Struct, frozen=True):
     """`queue` counts runs by what they wait for: "ready", "dependent" (on a run that has not succeeded yet), "delayed" (until the
     time of their next attempt), "held", "leased".
     `runs` counts them by status. `mirrors` is by name."""
@@ -37,7 +37,7 @@ class Figures(msgspec.Struct, frozen=True):
     mirrors: dict[str, Lag]
 
 
-def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> Figures:
+def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> LogFigures:
     """The figures at `now`, this host's time. `mirrors` has the name of each mirror's position by the mirror's name."""
     with store.read() as connection:
         q = queue.c
@@ -65,7 +65,7 @@ def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> Figures:
         runs: dict[str, int] = dict.fromkeys(get_args(Status), 0)
         runs.update((status, number) for status, number in connection.execute(by_status))
         lags = {name: _lag(connection, position, now) for name, position in mirrors.items()}
-    return Figures(
+    return LogFigures(
         queue=dict(zip(("ready", "delayed", "dependent", "held", "leased"), row[:5], strict=True)),
         oldest_wait_micros=max(0, shared - row[5]) if row[5] is not None else 0,
         runs=runs,

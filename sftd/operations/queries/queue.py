@@ -8,7 +8,7 @@ import msgspec
 
 from sftd.domain.log.events import JobReported, Micros
 from sftd.domain.queue.demand import need
-from sftd.domain.queue.forecast import Host, Outlook, look_ahead
+from sftd.domain.queue.forecast import HostCapacity, Outlook, look_ahead
 from sftd.domain.queue.order import Entry, Limits
 from sftd.domain.spec.launchers import LOCAL, kind_of
 from sftd.operations.context import Context, current
@@ -63,7 +63,7 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
 
 
-def living_hosts(store: Store, context: Context, silent_micros: int) -> list[Host]:
+def living_hosts(store: Store, context: Context, silent_micros: int) -> list[HostCapacity]:
     """The hosts of all daemons that were seen within `silent_micros`."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
@@ -75,12 +75,12 @@ def living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[Daemo
     return [row for row in rows if row.stopped_at is None and row.seen_at > now - silent_micros]
 
 
-def host_of(row: DaemonRow) -> Host:
+def host_of(row: DaemonRow) -> HostCapacity:
     """A daemon's host, with its devices."""
-    return Host.of(row.daemon_id, row.host, msgspec.json.decode(row.devices, type=dict[str, int]))
+    return HostCapacity.of(row.daemon_id, row.host, msgspec.json.decode(row.devices, type=dict[str, int]))
 
 
-def _devices(entry: Entry, hosts: list[Host]) -> int:
+def _devices(entry: Entry, hosts: list[HostCapacity]) -> int:
     """What the run takes on the first of these hosts that can ever take it."""
     if not kind_of(entry.demand.launcher).uses_host_devices:
         return entry.demand.world
@@ -91,7 +91,9 @@ def _devices(entry: Entry, hosts: list[Host]) -> int:
     return entry.demand.world
 
 
-def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported | None) -> QueueRow:
+def _driven(
+    entry: Entry, host: HostCapacity | None, alive: list[HostCapacity], job: JobReported | None
+) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,
@@ -110,7 +112,7 @@ def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported
     )
 
 
-def _waiting(entry: Entry, outlook: Outlook, alive: list[Host]) -> QueueRow:
+def _waiting(entry: Entry, outlook: Outlook, alive: list[HostCapacity]) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,

@@ -151,7 +151,7 @@ class Notifier:
         query = sa.select(c.project, c.name, c.user, c.step, c.planned_steps, c.loss)
         with self._store.read() as connection:
             row = connection.execute(query.where(c.run_id == recorded.run_id)).first()
-        facts = e.RunFacts(*row) if row is not None else e.RunFacts("", "", "", 0, 0, None)
+        facts = e.NoticeFacts(*row) if row is not None else e.NoticeFacts("", "", "", 0, 0, None)
         return notices.notice(recorded, facts, ordinal)
 
     def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:

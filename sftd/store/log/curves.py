@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import TYPES, History, Point
+from sftd.domain.compare.curves import TYPES, CurvePoint, RunCurves
 from sftd.domain.log import codec
 from sftd.domain.log.events import StepCompleted
 from sftd.store.database.tables import events
 
 # Fields that every schema version of a step has; a test holds it.
-_point = msgspec.json.Decoder(Point)
+_point = msgspec.json.Decoder(CurvePoint)
 # Rows that the driver holds at once: a long run has a hundred megabytes of them.
 _PAGE = 5000
 
@@ -19,7 +19,7 @@ _PAGE = 5000
 def advance(
     connection: sa.Connection,
     run_id: str,
-    history: History,
+    history: RunCurves,
     until_version: int | None = None,
     limit: int | None = None,
 ) -> int:

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import Point
+from sftd.domain.compare.curves import CurvePoint
 from sftd.domain.log.events import Recorded, StepCompleted
 from sftd.domain.run.state import Run
 from sftd.store.database.tables import NO_STEP, events, view_runs
 from sftd.store.log.event_store import to_recorded
 from sftd.store.log.runs import decode_state
 
-_point = msgspec.json.Decoder(Point)
+_point = msgspec.json.Decoder(CurvePoint)
 
 
 def last_points(
     connection: sa.Connection, run_id: str, after_version: int, limit: int
-) -> list[tuple[int, int, Point]]:
+) -> list[tuple[int, int, CurvePoint]]:
     """The last steps after a version, at most `limit`, oldest first: (version, when it occurred, step)."""
     c = events.c
     query = (

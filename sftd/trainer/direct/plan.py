@@ -22,12 +22,12 @@ from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
-from sftd.domain.submit.facts import RunFacts
+from sftd.domain.submit.facts import SubmitFacts
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime.console import print_text
 from sftd.wire import preflight
-from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, read_history
+from sftd.wire.attempt.direct_run import DirectHistory, DirectRun, DirectSubmission, Hold, read_history
 from sftd.wire.attempt.directory import AttemptDir, ProcessFile
 from sftd.wire.attempt.journal import now_micros
 from sftd.wire.attempt.orders import order_of
@@ -48,7 +48,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        found = preflight.inspect(spec, known=RunFacts(own_gpus=_own_gpus(spec)))
+        found = preflight.inspect(spec, known=SubmitFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
@@ -95,7 +95,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     if submission is None:
         user = _user()
         event = preflight.submission(spec, found, warnings, user)
-        submission = Submission.of(ids.run_id(os.urandom(4)), now_micros(), event)
+        submission = DirectSubmission.of(ids.run_id(os.urandom(4)), now_micros(), event)
         run.write_submission(submission)
     history = read_history(run, submission)
     state, new = history.run, preflight.proposal(spec, found)
@@ -135,7 +135,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     return attempt
 
 
-def _sweep(run: DirectRun, history: History) -> None:
+def _sweep(run: DirectRun, history: DirectHistory) -> None:
     """Finish the deletions that a crash interrupted."""
     deleted = {n.event.path for n in history.events if isinstance(n.event, CheckpointDeleted)}
     gone = deleted - {c.path for c in history.run.checkpoints}

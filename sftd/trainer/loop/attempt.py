@@ -56,7 +56,7 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)
     try:
-        Attempt(attempt, order, session, reporter, started).run()
+        RankAttempt(attempt, order, session, reporter, started).run()
         reporter.flush()
         sessions.close()
     finally:
@@ -79,7 +79,7 @@ class _Sums:
     peak_memory: int
 
 
-class Attempt:
+class RankAttempt:
     """One attempt on one rank."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Attempt:
         self._reporter = reporter
         shape = self._read_shape()
         if order.last_step is None:
-            checkpoint_folder.check(Path(order.checkpoint_dir))
+            checkpoint_folder.check_folder(Path(order.checkpoint_dir))
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
         # Until the first step is recorded: no step may come of weights that the log does not know.

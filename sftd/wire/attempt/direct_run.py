@@ -45,7 +45,7 @@ from sftd.wire.attempt.remains import find_remains
 DAEMON = "direct"
 
 
-class Submission(msgspec.Struct, frozen=True, kw_only=True):
+class DirectSubmission(msgspec.Struct, frozen=True, kw_only=True):
     """run.json: the run's id, and its first event as schema version `v` wrote it."""
 
     run_id: str
@@ -54,7 +54,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     event: dict[str, Any]
 
     @classmethod
-    def of(cls, run_id: str, occurred_at: e.Micros, event: e.RunSubmitted) -> Submission:
+    def of(cls, run_id: str, occurred_at: e.Micros, event: e.RunSubmitted) -> DirectSubmission:
         """The contents of the file."""
         return cls(
             run_id=run_id, occurred_at=occurred_at, v=event.schema_version, event=msgspec.to_builtins(event)
@@ -76,10 +76,10 @@ class DirectRun:
         self.lock_file = self.path / "lock"
         self.checkpoint_dir = self.path / "checkpoints"
 
-    def submission(self) -> Submission | None:
+    def submission(self) -> DirectSubmission | None:
         """What was asked for, or None in a new folder. Raises `Refused` when the file cannot be read."""
         try:
-            found = msgspec.json.decode(self.submission_file.read_bytes(), type=Submission)
+            found = msgspec.json.decode(self.submission_file.read_bytes(), type=DirectSubmission)
             if not is_run_id(found.run_id):
                 # Folders are named by it.
                 raise msgspec.ValidationError(f"{found.run_id!r} is no id of a run")
@@ -91,7 +91,7 @@ class DirectRun:
                 Problem(str(self.submission_file), f"cannot be read: {error}", "put the file back as it was")
             ) from None
 
-    def write_submission(self, submission: Submission) -> None:
+    def write_submission(self, submission: DirectSubmission) -> None:
         """Begin the run."""
         write_atomic(self.submission_file, msgspec.json.format(msgspec.json.encode(submission), indent=2))
 
@@ -160,7 +160,7 @@ class Hold:
 
 
 @dataclass
-class History:
+class DirectHistory:
     """The events of a run in order, and the run that they fold to."""
 
     run: Run
@@ -192,11 +192,11 @@ def take(run: Run, event: e.Event, occurred_at: e.Micros, attempt: int | None) -
     return evolve(run, recorded)
 
 
-def read_history(run: DirectRun, submission: Submission, *, living: int | None = None) -> History:
+def read_history(run: DirectRun, submission: DirectSubmission, *, living: int | None = None) -> DirectHistory:
     """What happened in the folder. How an attempt ended is concluded from what it left, except for the one numbered
     `living`. Raises `Refused` when the folder cannot be read, `UnknownEvent` when a newer sftd wrote it."""
     submitted = submission.submitted()
-    history = History(Run(submission.run_id))
+    history = DirectHistory(Run(submission.run_id))
     history.add(
         e.NewEvent(
             event=submitted,
@@ -217,7 +217,7 @@ class _Attempt:
         self,
         directory: AttemptDir,
         number: int,
-        history: History,
+        history: DirectHistory,
         user: str,
     ) -> None:
         self._directory = directory

@@ -107,7 +107,7 @@ def unused(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in schema.names if name not in known))
 
 
-def check(
+def check_columns(
     columns: Mapping[str, Lists],
     starts: npt.NDArray[np.int64],
     real: npt.NDArray[np.bool_],

@@ -204,7 +204,7 @@ def _decode(batch: pa.RecordBatch, first: int, vocab_size: int) -> Slice:
     starts = np.concatenate(([0], np.cumsum(ids.lengths, dtype=np.int64)))
     _check_ids(ids.values, labels, vocab_size)
     real = np.ones(ids.values.size, np.bool_) if mask is None else _real(mask.values, starts, first)
-    data_columns.check(columns, starts, real, real & (labels != IGNORE_INDEX), first)
+    data_columns.check_columns(columns, starts, real, real & (labels != IGNORE_INDEX), first)
     if real.all():
         return Slice(first, starts, ids.values, labels)
     sums = np.concatenate(([0], np.cumsum(real)))

@@ -13,7 +13,7 @@ import msgspec
 from sftd.domain.errors import Problem, Refused, shorten
 from sftd.domain.spec.rules import LONGEST_NAME
 from sftd.domain.spec.spec import Spec
-from sftd.domain.submit.facts import NOTHING, RunFacts
+from sftd.domain.submit.facts import NOTHING, SubmitFacts
 from sftd.wire.data import dataset
 from sftd.wire.preflight import Preflight, inspect
 from sftd.wire.spec import file as spec_file
@@ -67,7 +67,7 @@ def points(
     base: str,
     name: str,
     home: Path,
-    known: RunFacts = NOTHING,
+    known: SubmitFacts = NOTHING,
 ) -> list[GridPoint]:
     """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
     `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""

@@ -10,7 +10,7 @@ from sftd.domain.log import events as e
 from sftd.domain.spec.spec import Spec
 from sftd.operations.commands import import_run
 from sftd.store.database.engine import Store
-from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.direct_run import DirectRun, DirectSubmission
 from sftd.wire.attempt.directory import Order, ProcessFile
 from sftd.wire.attempt.journal import JournalWriter
 from sftd.wire.preflight import Preflight, submission
@@ -29,7 +29,7 @@ class Folder:
         path.mkdir()
         self.spec = spec
         event = submission(spec, Preflight(SHAPE, FACTS, None, 3, []), [], "ada")
-        self.run.write_submission(Submission.of(RUN, SECOND, event))
+        self.run.write_submission(DirectSubmission.of(RUN, SECOND, event))
 
     def published(self, number: int) -> e.CheckpointPublished:
         path = self.run.checkpoint_dir / f"step-{number:08d}"

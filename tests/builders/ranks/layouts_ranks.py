@@ -16,7 +16,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from sftd.trainer.loop.attempt import Attempt  # noqa: E402
+from sftd.trainer.loop.attempt import RankAttempt  # noqa: E402
 from sftd.trainer.runtime import session as sessions  # noqa: E402
 from sftd.trainer.runtime.megatron_edges.training import adamw_of  # noqa: E402
 from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
@@ -60,7 +60,7 @@ def main(path: str) -> None:
     for attempt in map(AttemptDir, paths):
         order = attempt.order()
         reporter = Reporter(attempt, session.layout.reports)
-        training = Attempt(attempt, order, session, reporter, time.perf_counter())
+        training = RankAttempt(attempt, order, session, reporter, time.perf_counter())
         training.run()
         reporter.close()
         if attempt.path == AttemptDir(paths[0]).path:

@@ -14,7 +14,7 @@ from sftd.trainer.runtime import process
 
 process.prepare()
 
-from sftd.trainer.loop.attempt import Attempt  # noqa: E402
+from sftd.trainer.loop.attempt import RankAttempt  # noqa: E402
 from sftd.trainer.runtime import session as sessions  # noqa: E402
 from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
 from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
@@ -26,7 +26,7 @@ def main(path: str) -> None:
         order = attempt.order()
         session = sessions.start(order.spec)
         reporter = Reporter(attempt, session.layout.reports)
-        Attempt(attempt, order, session, reporter, time.perf_counter()).run()
+        RankAttempt(attempt, order, session, reporter, time.perf_counter()).run()
         reporter.close()
         sessions.close()
 

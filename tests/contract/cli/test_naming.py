@@ -202,12 +202,12 @@ def test_the_view_is_what_the_log_says(log: Store) -> None:
     before = view_rows(log.engine.url)
     views.rebuild(log)
     assert view_rows(log.engine.url) == before
-    assert verify.check(log, lambda done, total: None).problems[:1] == [
+    assert verify.check_log(log, lambda done, total: None).problems[:1] == [
         "brave-otter-0001: is in the log, but has no row in the queue: no daemon will ever take it"
     ]
     with log.write() as tx:
         tx.connection.exec_driver_sql("UPDATE view_variants SET sweep = 'x' WHERE sweep <> ''")
-    found = verify.check(log, lambda done, total: None).problems
+    found = verify.check_log(log, lambda done, total: None).problems
     assert [p for p in found if p.startswith("view_variants, calm-heron-0000: sweep differ")]
 
 

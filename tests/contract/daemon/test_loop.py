@@ -343,7 +343,7 @@ def test_a_daemon_stops_when_its_database_file_is_exchanged(
         one.run()
     assert not launcher.started[0].is_killed, "training continues"
     log.engine.dispose()
-    backups.check(file)
+    backups.check_integrity(file)
     with log.read() as connection:
         rows = daemons.every(connection)
     assert [row.stopped_at for row in rows] == [None]

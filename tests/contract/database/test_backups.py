@@ -220,8 +220,8 @@ def test_paths_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with backups.staged(file, home.database) as new:
         kept = backups.put(new, home.database)
     assert kept is not None
-    backups.check(kept)
-    backups.check(home.database)
+    backups.check_integrity(kept)
+    backups.check_integrity(home.database)
 
 
 def _execute(file: Path, statement: str) -> None:
@@ -360,7 +360,7 @@ def test_a_file_that_was_exchanged_is_noticed_before_sqlite_destroys_the_new_one
     with pytest.raises(DatabaseExchanged, match="replaced by another file"):
         watched.check()
     engine.dispose()
-    backups.check(file)
+    backups.check_integrity(file)
     assert len(list(tmp_path.glob("sftd.db.exchanged-*-wal"))) == 1
     with pytest.raises(DatabaseExchanged):
         watched.check()

@@ -113,7 +113,7 @@ def test_a_copy_goes_on_where_the_original_was(log: Store, other: Store) -> None
         (lease,) = leases.leases(connection)
     recorded = attempts.record(other, CONTEXT, lease, lines(*[step(n) for n in range(1, 8)]), 90, {})
     assert [r.position for r in recorded] == [last + 1], "six of seven lines were ingested before the copy"
-    assert verify.check(other, quiet).problems == []
+    assert verify.check_log(other, quiet).problems == []
 
 
 @pytest.mark.parametrize("filled", ["by the queue", "by another copy"])
@@ -160,7 +160,7 @@ def test_a_copy_that_does_not_read_back_is_taken_back(
 
 
 def test_a_whole_database_is_found_whole(log: Store) -> None:
-    checked = verify.check(log, quiet)
+    checked = verify.check_log(log, quiet)
     assert (checked.events, checked.runs, checked.problems) == (9, 2, [])
 
 
@@ -206,11 +206,11 @@ def test_what_is_wrong_is_said(log: Store, damage: str) -> None:
         run_id = tx.execute(sa.select(events.c.run_id).where(events.c.type == "AttemptClaimed")).scalar()
         # Said to the driver: a colon in a payload is no parameter.
         tx.connection.exec_driver_sql(statement.replace(":run", f"'{run_id}'"))
-    problems = verify.check(log, quiet).problems
+    problems = verify.check_log(log, quiet).problems
     assert any(said in problem for problem in problems), problems
     if "views rebuild" in problems[0]:
         views.rebuild(log)
-        assert not any("view" in problem for problem in verify.check(log, quiet).problems)
+        assert not any("view" in problem for problem in verify.check_log(log, quiet).problems)
 
 
 @pytest.mark.parametrize("spoilt", ["{", "[]", '{"edge":"x","run_id":1}', "\\ud800", ""])
@@ -239,10 +239,10 @@ def test_a_view_that_cannot_be_read_ends_in_a_sentence_and_is_rebuilt(
     assert "fix: `sftd views rebuild`" in said.stderr
     with pytest.raises(ViewDamaged):
         attempts.record(log, CONTEXT, lease, lines(*[step(n) for n in range(1, 8)]), 90, {})
-    assert any(table in problem for problem in verify.check(log, quiet).problems)
+    assert any(table in problem for problem in verify.check_log(log, quiet).problems)
     assert sftd("views", "rebuild", url=database_url).exit_code == 0
     assert sftd("show", run_id, url=database_url).exit_code == 0
-    assert verify.check(log, quiet).problems == []
+    assert verify.check_log(log, quiet).problems == []
 
 
 def test_an_event_that_cannot_be_read_ends_in_a_sentence(

@@ -97,10 +97,10 @@ def test_a_view_that_says_otherwise_is_found(store: Store) -> None:
     store.before_commit = (views.catch_up,)
     with store.write() as tx:
         event_store.append(tx, "run", 0, [new(event, n) for n, event in enumerate(HISTORY, 1)], 0)
-    before = verify.check(store, lambda *_: None).problems
+    before = verify.check_log(store, lambda *_: None).problems
     with store.write() as tx:
         fold = sa.func.replace(view_goodput.c.fold, '"attempts":2', '"attempts":3')
         tx.execute(sa.update(view_goodput).values(fold=fold))
-    found = [p for p in verify.check(store, lambda *_: None).problems if p not in before]
+    found = [p for p in verify.check_log(store, lambda *_: None).problems if p not in before]
     assert len(found) == 1
     assert found[0].startswith("view_goodput, run: fold differ")

@@ -13,7 +13,7 @@ from sftd.operations.commands import import_run, lifecycle
 from sftd.operations.driving import attempts
 from sftd.operations.queries import runs as run_queries
 from sftd.store.database.engine import Store
-from sftd.wire.attempt.direct_run import Submission, read_history
+from sftd.wire.attempt.direct_run import DirectSubmission, read_history
 from sftd.wire.checkpoint import manifest
 from tests.builders.log.clock import CONTEXT
 from tests.builders.log.direct_folders import RUN, Folder, take_in
@@ -103,7 +103,7 @@ def test_what_grows_is_imported_as_if_at_once(log: Store, folder: Folder) -> Non
     assert len({r[0] for r in grown}) == len(grown)
 
 
-def _sub(folder: Folder) -> Submission:
+def _sub(folder: Folder) -> DirectSubmission:
     found = folder.run.submission()
     assert found is not None
     return found

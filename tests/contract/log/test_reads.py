@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import History
+from sftd.domain.compare.curves import RunCurves
 from sftd.domain.errors import LeaseLost, ViewDamaged
 from sftd.domain.log.events import Recorded
 from sftd.domain.run.goodput import Fold
@@ -80,7 +80,7 @@ def test_states_are_those_of_the_runs_that_were_asked_for(log: Store) -> None:
 
 def test_a_history_takes_in_as_much_as_it_is_asked_to(log: Store) -> None:
     with log.read() as connection:
-        history = History()
+        history = RunCurves()
         assert curves.advance(connection, "a", history, until_version=7, limit=4) == 4
         assert curves.advance(connection, "a", history, until_version=7) > 0
         assert list(history.curves.columns["loss"]) == [1.0, 2.0, 3.0]

@@ -34,7 +34,7 @@ from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.mlflow import client as mlflow_client
 from sftd.projections.mirrors.mlflow import reading
 from sftd.projections.mirrors.mlflow import writer as mlflow_writer
-from sftd.projections.mirrors.mlflow.check import Checked, check, rebuild
+from sftd.projections.mirrors.mlflow.check import MirrorComparison, compare_run, rebuild
 from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
 from sftd.projections.mirrors.seam import MirrorUnavailable
 from sftd.settings import read as read_settings
@@ -733,9 +733,9 @@ def test_what_a_mirror_sends_after_another_took_its_turn_is_put_right(
 
     frozen.sync(lost)
     tracking = mlflow_client.Tracking(uri, None)
-    assert check(log.store, tracking, "", "run-1", 302).behind
+    assert compare_run(log.store, tracking, "", "run-1", 302).behind
     other.sync(never)
-    assert check(log.store, tracking, "", "run-1", 303).is_equal
+    assert compare_run(log.store, tracking, "", "run-1", 303).is_equal
 
 
 @dataclass
@@ -795,7 +795,7 @@ def test_a_long_inherited_curve_is_sent_by_one_daemon(
     history = server.history("child")
     assert [p[0] for p in history["loss"]] == list(range(1, 101))
     assert history["loss"] == server.history("root")["loss"]
-    assert check(store, mlflow_client.Tracking(uri, None), "", "child", 3).is_equal
+    assert compare_run(store, mlflow_client.Tracking(uri, None), "", "child", 3).is_equal
 
 
 def test_an_mlflow_that_is_away_is_named_without_its_password(log: Log, tmp_path: Path) -> None:
@@ -906,7 +906,7 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     log.train("child", 1, range(8, 10), loss=math.inf)
     log.add("child", sampled(3.0), answer(9, "Paris"), attempt=1)
 
-    def rebuilt() -> list[Checked]:
+    def rebuilt() -> list[MirrorComparison]:
         return list(rebuild(log.store, uri, artifacts, "rebuilt/", ()))
 
     # Killed after the first run, and called again; then there is nothing left to write.
@@ -931,7 +931,7 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
             .values(occurred_at=START)
         )
     log.add("child", step(10), attempt=1)
-    checked = check(log.store, tracking, "rebuilt/", "child", log.versions["child"])
+    checked = compare_run(log.store, tracking, "rebuilt/", "child", log.versions["child"])
     assert not checked.is_equal
     assert checked.behind == 1
     told = "\n".join(checked.differences)
@@ -939,7 +939,7 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     assert "val_loss: 1 point of the log not in MLflow, the first at step 7" in told
     assert "lr: 1 point in MLflow not in the log, the first at step 3" in told
     assert "loss:" not in told.replace("val_loss:", "")
-    lost = check(log.store, tracking, "nowhere/", "child", 1)
+    lost = compare_run(log.store, tracking, "nowhere/", "child", 1)
     assert lost.differences == ["there is no MLflow run of it"]
 
 
@@ -1073,7 +1073,7 @@ def test_a_mirror_of_an_older_form_is_written_again_without_loss_or_doubles(
     crash_and_redo(log, "run-1")
     uuid = as_it_was(log, server, "run-1")
     tracking = mlflow_client.Tracking(uri, None)
-    told = check(log.store, tracking, "", "run-1", log.versions["run-1"])
+    told = compare_run(log.store, tracking, "", "run-1", log.versions["run-1"])
     assert "an older sftd wrote it" in told.differences[0]
 
     def kill(*_: object) -> None:
@@ -1095,7 +1095,7 @@ def test_a_mirror_of_an_older_form_is_written_again_without_loss_or_doubles(
     assert not {"sftd.cause", "sftd.message"} & run.data.tags.keys()
     kept = run.data.tags["mine"], run.data.tags["mlflow.note.content"], run.info.run_name
     assert kept == ("kept", "a note of mine", "mine")
-    assert check(log.store, tracking, "", "run-1", log.versions["run-1"]).behind == 0
+    assert compare_run(log.store, tracking, "", "run-1", log.versions["run-1"]).behind == 0
     # New runs of a project that nobody named join those that are there.
     log.submit("run-2")
     new_mirror().sync(never)
@@ -1122,13 +1122,13 @@ def test_what_a_resume_changes_is_in_tags_and_checked(
         spec["checkpoint"] |= {"keep_last": steps}
         log.add("run-1", e.ResumeRequested(by="ada", spec=spec, spec_digest=digest))
         mirror.sync(never)
-        assert check(log.store, tracking, "", "run-1", log.versions["run-1"]).is_equal
+        assert compare_run(log.store, tracking, "", "run-1", log.versions["run-1"]).is_equal
         return dict(server.run("run-1").data.tags)
 
     tags = resumed(1, "e" * 64)
     assert (tags["sftd.changed.checkpoint.keep_last"], tags["sftd.spec_digest"]) == ("1", "e" * 64)
     assert server.run("run-1").data.params["checkpoint.keep_last"] == "2", "as submitted"
     server.client.set_tag(server.run("run-1").info.run_id, "sftd.changed.checkpoint.keep_last", "7")
-    told = check(log.store, tracking, "", "run-1", log.versions["run-1"]).differences
+    told = compare_run(log.store, tracking, "", "run-1", log.versions["run-1"]).differences
     assert told == ["tags: sftd.changed.checkpoint.keep_last"]
     assert "sftd.changed.checkpoint.keep_last" not in resumed(2, "d" * 64)

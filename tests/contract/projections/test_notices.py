@@ -29,7 +29,7 @@ from sftd.launcher.inventory import Inventory
 from sftd.projections import views
 from sftd.projections.notices.channels import Channel, Command, NotSent, Webhook
 from sftd.projections.notices.notifier import Notifier
-from sftd.projections.verify import check
+from sftd.projections.verify import check_log
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from tests.builders.log.histories import spec, submitted
@@ -268,7 +268,7 @@ def test_a_daemon_that_died_while_it_sent_is_followed_by_another(
         dead.sync(never)
     assert other.sync(never) == 0
     # What it has left is nothing that `sftd db check` takes for a place in the log.
-    assert not [p for p in check(log.store, lambda *_: None).problems if p.startswith("projection")]
+    assert not [p for p in check_log(log.store, lambda *_: None).problems if p.startswith("projection")]
     log.now += 61_000_000
     assert other.sync(never) == 1
     assert [body["id"] for body in hook.bodies] == [hook.bodies[0]["id"]] * 2

@@ -267,7 +267,7 @@ def test_a_removed_run_leaves_its_events_alone(home: Home, log: Store) -> None:
         with pytest.raises(Refused, match="was removed"):
             again()
     assert decisions.fork_point(home.now(run), 0) is None, "the pretrained model is still there"
-    assert verify.check(log, lambda *_: None).problems == []
+    assert verify.check_log(log, lambda *_: None).problems == []
     before = view_rows(log.engine.url)
     views.rebuild(log)
     assert view_rows(log.engine.url) == before
@@ -372,7 +372,7 @@ def test_views_of_before_have_sizes_after_an_upgrade(home: Home, log: Store) -> 
         state = sa.func.replace(state, '"after_success":"last",', "")
         tx.execute(sa.update(view_runs).values(state=state))
     assert home.now(run) == run
-    assert verify.check(log, lambda *_: None).problems == []
+    assert verify.check_log(log, lambda *_: None).problems == []
 
 
 def unkept(home: Home) -> tuple[Claimed, list[Path]]:

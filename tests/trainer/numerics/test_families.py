@@ -15,7 +15,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
 from sftd.domain.plan.duration import Machine
-from sftd.domain.plan.plan import Facts, make_plan
+from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
 from tests.builders.paths import RANKS
@@ -97,7 +97,7 @@ def test_the_family_is_accepted_and_planned(trainer: Trainer, toy: Path, tmp_pat
     spec = trainer.spec(model__partial_pretrain=str(toy), model__override_config={"ffn_dim": 48})
     seen = preflight.inspect(spec, home=tmp_path)
     assert (seen.shape.intermediate_size, seen.shape.unsupported) == (48, ())
-    facts = Facts(shape=seen.shape, train=seen.train, val=seen.val, planned_steps=seen.planned_steps)
+    facts = PlanInputs(shape=seen.shape, train=seen.train, val=seen.val, planned_steps=seen.planned_steps)
     plan = make_plan(spec, facts, Machine(device="cpu", name="cpu"))
     assert plan.memory[0].weights == 4 * whole_model(seen.shape)
 

@@ -18,7 +18,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.launcher import device_holds, local
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
-from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.direct_run import DirectRun, DirectSubmission
 from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
 from sftd.wire.attempt.journal import JournalWriter
 from tests.builders.patience import PATIENCE
@@ -109,6 +109,6 @@ def test_a_run_without_a_daemon(tmp_path: Path) -> None:
     submitted = e.RunSubmitted(
         spec={}, spec_digest="s", planned_steps=1, user="ada", data={}, model={}, sftd_version="0"
     )
-    run.write_submission(Submission.of("brave-otter-0000", 1, submitted))
+    run.write_submission(DirectSubmission.of("brave-otter-0000", 1, submitted))
     # The folder above is the user's own choice.
     assert modes(run.path) == {}

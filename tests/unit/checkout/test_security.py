@@ -24,7 +24,7 @@ from sftd.launcher.command import environment, torchrun_argv
 from sftd.operations.driving.checkpoints import unkept
 from sftd.store.database.engine import shown_url
 from sftd.wire.attempt import journal
-from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.direct_run import DirectRun, DirectSubmission
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.secrets import Secrets
 from sftd.wire.checkpoint.directory import is_checkpoint_of
@@ -83,7 +83,7 @@ def test_a_run_id_from_elsewhere_is_asked_before_a_folder_is_named_by_it(tmp_pat
     event = e.RunSubmitted(
         spec={}, spec_digest="s", planned_steps=1, user="ada", data={}, model={}, sftd_version="0"
     )
-    run.write_submission(Submission.of(run_id, 1, event))
+    run.write_submission(DirectSubmission.of(run_id, 1, event))
     with pytest.raises(Refused, match="no id of a run"):
         run.submission()
 

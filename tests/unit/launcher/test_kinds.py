@@ -14,7 +14,7 @@ from sftd.cli.watch.view import _node
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AttemptLaunched, JobReported
 from sftd.domain.queue.demand import Demand, Need, need
-from sftd.domain.queue.forecast import Host, look_ahead
+from sftd.domain.queue.forecast import HostCapacity, look_ahead
 from sftd.domain.queue.order import Entry, Limits, Wait
 from sftd.domain.spec.launchers import KINDS, holder_of, kind_of
 from sftd.domain.spec.rules import SPEC
@@ -63,11 +63,11 @@ def test_an_attempt_takes_one_place_and_no_device_of_the_host() -> None:
 
 def test_its_runs_wait_for_its_places_only() -> None:
     row = {"gpus": 1, "cpus": 2, "stub": 1, "user_limit": 0, "project_limit": 3}
-    host = Host.of("d1", "h", row)
+    host = HostCapacity.of("d1", "h", row)
     assert (host.places, host.limits) == ({"stub": 1}, Limits(None, 3))
     running = entry("r", status="running", owner="d1")
 
-    def waits(*waiting: Entry, on: Host = host, beside: tuple[Entry, ...] = (running,)) -> list[Wait]:
+    def waits(*waiting: Entry, on: HostCapacity = host, beside: tuple[Entry, ...] = (running,)) -> list[Wait]:
         found = look_ahead(list(waiting), list(beside), [on], Limits(), 0)
         return [found[e.run_id].wait for e in waiting]
 
@@ -76,14 +76,14 @@ def test_its_runs_wait_for_its_places_only() -> None:
     assert second == Wait("behind", "turn of a")
     assert local.kind == "start"
     assert waits(entry("a"), beside=())[0].kind == "start"
-    without = Host("d2", "h", 1, 2)
+    without = HostCapacity("d2", "h", 1, 2)
     assert waits(entry("a"), on=without) == [Wait("too large", "a daemon with Farm: none has it")]
 
 
 def test_a_launcher_of_a_newer_sftd_waits() -> None:
     """Its runs are in the database that this sftd shares."""
     newer = msgspec.structs.replace(entry("a"), demand=Demand(launcher="newer"))
-    host = Host("d1", "h", 1, 2)
+    host = HostCapacity("d1", "h", 1, 2)
     wait = look_ahead([newer], [], [host], Limits(), 0)["a"].wait
     assert wait == Wait("too large", "a daemon with newer: none has it")
     assert Inventory(1, 2).fits(newer.demand) is None

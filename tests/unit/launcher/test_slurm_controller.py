@@ -19,7 +19,7 @@ from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.attempt import SlurmAttempt, SlurmLauncher, job_environment
-from sftd.launcher.slurm.commands import Job, Refusal, Unanswered
+from sftd.launcher.slurm.commands import Refusal, SlurmJob, Unanswered
 from sftd.launcher.slurm.controller import Answer, Controller, Doomed
 from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.builders.patience import until
@@ -400,7 +400,7 @@ def test_a_job_that_has_its_number_by_now_is_not_cancelled_either(
 
 def test_an_answer_that_does_not_know_the_job_yet_does_not_save_it(slurm: Slurm) -> None:
     doomed = Doomed("/folder", since=10.0)
-    pending = Job("1", "PENDING", folder="/folder")
+    pending = SlurmJob("1", "PENDING", folder="/folder")
     assert not doomed.is_done(None, begun=9.0)
     assert not doomed.is_done(None, begun=9.0)
     assert not doomed.is_done(None, begun=11.0)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from sftd.cli.compare.words import letter
 from sftd.cli.terminal.plot import Series, plot, scale_of, sparkline
-from sftd.domain.compare.curves import Bucket, Curves, History, Point, thin, width_for
+from sftd.domain.compare.curves import Bucket, CurvePoint, Curves, RunCurves, thin, width_for
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
 from tests.builders.log.histories import FAILED, SECOND, SUCCEEDED, claimed, published, step
 
 
-def point(number: int, loss: float = 1.0, **changes: object) -> Point:
-    return msgspec.convert(msgspec.to_builtins(step(number, loss, **changes)) | {"loss": loss}, Point)
+def point(number: int, loss: float = 1.0, **changes: object) -> CurvePoint:
+    return msgspec.convert(msgspec.to_builtins(step(number, loss, **changes)) | {"loss": loss}, CurvePoint)
 
 
 def curves(losses: list[float], first: int = 1, **changes: object) -> Curves:
@@ -31,13 +31,13 @@ def curves(losses: list[float], first: int = 1, **changes: object) -> Curves:
 def test_every_schema_version_of_a_step_is_a_point() -> None:
     old = msgspec.to_builtins(step(3))
     del old["mfu"], old["peak_memory_bytes"]
-    assert msgspec.json.decode(msgspec.json.encode(old), type=Point).mfu is None
-    assert set(Point.__struct_fields__) <= set(e.StepCompleted.__struct_fields__)
+    assert msgspec.json.decode(msgspec.json.encode(old), type=CurvePoint).mfu is None
+    assert set(CurvePoint.__struct_fields__) <= set(e.StepCompleted.__struct_fields__)
 
 
 def test_a_later_attempt_draws_its_line_anew() -> None:
-    history = History()
-    events: list[e.Event | Point] = [
+    history = RunCurves()
+    events: list[e.Event | CurvePoint] = [
         *claimed(),
         *(point(n, n) for n in range(1, 6)),
         e.ValidationCompleted(step=2, loss=2.5, tokens=1, rows=1, seconds=1.0),

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from sftd.domain.compare.curves import Curves, History, Point
+from sftd.domain.compare.curves import CurvePoint, Curves, RunCurves
 from sftd.domain.compare.differences import COMPARED as COMPARED_CURVES
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
@@ -42,11 +42,11 @@ def loaded(**environment: str) -> e.ModelLoaded:
 
 
 def curves_of(recorded: list[e.Recorded]) -> Curves:
-    history = History()
+    history = RunCurves()
     for r in recorded:
-        event: e.Event | Point = r.event
+        event: e.Event | CurvePoint = r.event
         if isinstance(event, e.StepCompleted):
-            event = msgspec.convert(msgspec.to_builtins(event), Point)
+            event = msgspec.convert(msgspec.to_builtins(event), CurvePoint)
         history.add(r.version, r.occurred_at, event)
     return history.curves
 
@@ -94,7 +94,7 @@ def test_a_superseded_checkpoint_brings_its_steps_back() -> None:
 
 def test_validations_are_those_of_the_timelines_steps() -> None:
     curves = Curves()
-    point = msgspec.convert(msgspec.to_builtins(step(1)), Point)
+    point = msgspec.convert(msgspec.to_builtins(step(1)), CurvePoint)
     for number, loss in ((4, 1.0), (4, 2.0)):
         curves.take(e.AttemptClaimed(daemon="d", host="h", from_step=3 if loss > 1 else 0))
         for n in range(4 if loss > 1 else 1, number + 1):
@@ -164,7 +164,7 @@ def test_resume_verify_and_compare_allow_the_same_rounding(
     sides = []
     for one in (was, now):
         sides.append(Curves())
-        sides[-1].add(msgspec.convert(msgspec.to_builtins(one), Point))
+        sides[-1].add(msgspec.convert(msgspec.to_builtins(one), CurvePoint))
     assert (part(sides[0], sides[1], "b", {dtype}).beyond_rounding is not None) == is_apart
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain.compare.plan_outcome import History, calibration, outcome
+from sftd.domain.compare.plan_outcome import MeasuredRun, calibration, outcome
 from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
 from sftd.domain.log import events as e
 from sftd.domain.model import rules as model_rules
@@ -18,7 +18,7 @@ from sftd.domain.plan.batch import workload
 from sftd.domain.plan.disk import storage
 from sftd.domain.plan.duration import Machine, pace, step_seconds
 from sftd.domain.plan.memory import Footprint, footprints, fullest
-from sftd.domain.plan.plan import Facts, make_plan
+from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.domain.plan.search import search
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec import rules as spec_rules
@@ -46,8 +46,8 @@ GIB = 2**30
 replace = msgspec.structs.replace
 
 
-def facts(shape: ModelShape, data: DataFacts, steps: int = 8) -> Facts:
-    return Facts(shape=shape, train=data, val=None, planned_steps=steps)
+def facts(shape: ModelShape, data: DataFacts, steps: int = 8) -> PlanInputs:
+    return PlanInputs(shape=shape, train=data, val=None, planned_steps=steps)
 
 
 def peak(spec: Spec, shape: ModelShape, data: DataFacts, machine: Machine, steps: int = 8) -> Footprint:
@@ -483,7 +483,7 @@ def test_a_log_that_says_too_little_is_not_compared() -> None:
 def test_earlier_runs_correct_the_pace() -> None:
     work = workload(SPEC, rows_of(4096), 8, "cuda")
     formula, _ = step_seconds(SPEC, LLAMA_1B, work, H100)
-    slow = [History(ended(formula * n), submitted()) for n in (1.5, 2.0, 9.0)]
+    slow = [MeasuredRun(ended(formula * n), submitted()) for n in (1.5, 2.0, 9.0)]
     assert calibration(LLAMA_1B, H100, slow) == pytest.approx(2.0)
     # Another shape, or another device, says nothing.
     assert calibration(LLAMA_7B, H100, slow) is None

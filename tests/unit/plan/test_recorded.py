@@ -130,7 +130,7 @@ PLANS: dict[str, tuple[Given, ModelShape, DataFacts, Machine]] = {
 def plans() -> dict[str, Any]:
     found = {}
     for name, (given, shape, data, machine) in PLANS.items():
-        known = plan.Facts(shape=shape, train=data, val=rows_of(700, rows=33), planned_steps=8)
+        known = plan.PlanInputs(shape=shape, train=data, val=rows_of(700, rows=33), planned_steps=8)
         found[name] = plan.make_plan(spec_of(*given), known, machine).as_json()
         later = msgspec.structs.replace(known, first_step=5, val=None)
         found[f"{name}, a fork"] = plan.make_plan(spec_of(*given), later, machine, calibration=1.5).pace.total
@@ -411,7 +411,7 @@ def histories() -> dict[str, Any]:
         for one in recorded:
             old, run = msgspec.to_builtins(run), evolve(run, one)
             new = msgspec.to_builtins(run)
-            told = notice(one, e.RunFacts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
+            told = notice(one, e.NoticeFacts("p", "n", "ada", run.step, run.planned_steps, "2.0"), ordinal=10)
             found[f"{story} {one.version} {one.type}"] = {
                 "changed": {k: v for k, v in new.items() if k not in DULL and v != old[k]},
                 "kept": {step: len(reasons) for step, reasons in retention.why_kept(run).items()},

@@ -107,7 +107,7 @@ def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
     [point] = mapping.points(
         recorded(e.ValidationCompleted(step=3, loss=2, tokens=1, rows=1, seconds=1)), highest
     )
-    assert point == mapping.Point("val_loss", 2, 1_700_000_000_123, 3)
+    assert point == mapping.MetricPoint("val_loss", 2, 1_700_000_000_123, 3)
     assert highest == {"StepCompleted": 4, "ValidationCompleted": 3}
 
 

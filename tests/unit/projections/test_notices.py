@@ -26,7 +26,7 @@ TRIAL = notices.trial(0, "ada")
 
 def failed(message: str) -> notices.Notice:
     event = e.RunFailed(cause="crash", message=message)
-    made = notices.notice(recorded(event), e.RunFacts("p", "", "ada", 1, 2, None))
+    made = notices.notice(recorded(event), e.NoticeFacts("p", "", "ada", 1, 2, None))
     assert made is not None
     return made
 
@@ -68,7 +68,7 @@ SAID = {
 
 def test_every_event_with_a_notice_and_its_words() -> None:
     """All others give no notice. Neither does the last attempt of a failed run: the run has its own."""
-    facts = e.RunFacts("a project", "a name", "ada", 1234, 5000, "2.3456")
+    facts = e.NoticeFacts("a project", "a name", "ada", 1234, 5000, "2.3456")
     newest = {line["type"]: line for line in GOLDEN}
     assert newest.keys() == e.EVENT_TYPES.keys()
     for name, line in newest.items():
@@ -125,13 +125,13 @@ def test_last_words_that_no_variable_holds_are_told() -> None:
 
 def test_machines_that_slurm_took_back_made_room_for_no_run() -> None:
     event = e.AttemptPreempted(step=5, by_run="", reason="Slurm took its machines back")
-    assert event.notice(e.RunFacts("p", "", "ada", 5, 9, None)) == (
+    assert event.notice(e.NoticeFacts("p", "", "ada", 5, 9, None)) == (
         "was interrupted at step 5, and is queued again: Slurm took its machines back"
     )
 
 
 def test_a_run_that_is_tried_again_is_not_said_to_go_on_where_it_failed() -> None:
-    facts = e.RunFacts("p", "", "ada", 95, 200, None)
+    facts = e.NoticeFacts("p", "", "ada", 95, 200, None)
     crash = e.AttemptFailed(cause="killed", message="by SIGKILL", exit_code=1, retry_at=1)
     # The next attempt continues from a checkpoint, which is that of a step before.
     assert crash.notice(facts) == "failed at step 95 of 200, and will be tried again: killed: by SIGKILL"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftd.domain.queue.demand import Demand, Need, need
-from sftd.domain.queue.forecast import Host, look_ahead
+from sftd.domain.queue.forecast import HostCapacity, look_ahead
 from sftd.domain.queue.order import Entry, Gate, Limits, Wait, choose_victims, stuck
 from sftd.domain.spec.parse import parse
 
@@ -38,11 +38,13 @@ def running(run_id: str, ranks: int = 1, seconds: float | None = None, owner: st
     )
 
 
-def host(gpus: int = 4, daemon: str = "d1") -> Host:
-    return Host(daemon, f"host-of-{daemon}", gpus, 8)
+def host(gpus: int = 4, daemon: str = "d1") -> HostCapacity:
+    return HostCapacity(daemon, f"host-of-{daemon}", gpus, 8)
 
 
-def outlook(waiting: list[Entry], driven: list[Entry], hosts: list[Host], limits: Limits = NONE) -> Any:
+def outlook(
+    waiting: list[Entry], driven: list[Entry], hosts: list[HostCapacity], limits: Limits = NONE
+) -> Any:
     return look_ahead(waiting, driven, hosts, limits, 100 * SECOND)
 
 
@@ -277,7 +279,7 @@ def test_a_long_queue_is_gone_through_once(
         Entry(run_id=f"r{n}", priority=0, demand=Demand(), planned_steps=9 + n, seconds_per_step=1.0)
         for n in range(1000)
     ]
-    found = look_ahead(waiting, [], [Host("d", "node", 0, 4, {"slurm": slurm_jobs})], Limits(user), 0)
+    found = look_ahead(waiting, [], [HostCapacity("d", "node", 0, 4, {"slurm": slurm_jobs})], Limits(user), 0)
     assert sum(outlook.starts_at is not None for outlook in found.values()) > 50
     assert asked < 1000 + 100 * 10, "whoever cannot start for those before it is asked about once"
 
@@ -335,7 +337,7 @@ def test_slurms_jobs_are_counted_beside_the_hosts_devices() -> None:
     job = msgspec.structs.replace(
         entry("s"), demand=Demand(ranks=8, world=64, device="cuda", launcher="slurm")
     )
-    with_slurm = Host("d1", "h", 1, 8, {"slurm": 1})
+    with_slurm = HostCapacity("d1", "h", 1, 8, {"slurm": 1})
     assert outlook([job], [], [host(4)])["s"].wait.kind == "too large"
     assert outlook([job], [], [with_slurm])["s"].wait.kind == "start"
     driven = msgspec.structs.replace(job, run_id="t", status="running", owner="d1")

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain.compare.curves import Curves, Point
+from sftd.domain.compare.curves import CurvePoint, Curves
 from sftd.domain.compare.differences import part
 from sftd.domain.log import events as e
 from sftd.domain.repro.steps import compare
@@ -67,7 +67,7 @@ def test_a_step_that_the_log_does_not_have_is_compared_with_nothing() -> None:
 def curves(number: str, values: list[float], first: int = 1) -> Curves:
     found = Curves()
     for n, value in enumerate(values, first):
-        found.add(msgspec.convert(msgspec.to_builtins(step(n, **{number: value})), Point))
+        found.add(msgspec.convert(msgspec.to_builtins(step(n, **{number: value})), CurvePoint))
     return found
 
 

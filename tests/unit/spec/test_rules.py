@@ -18,7 +18,7 @@ from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import OrderStart, Spec
-from sftd.domain.submit.facts import HostDevices, Parent, RunFacts, SaveFolder
+from sftd.domain.submit.facts import HostDevices, Parent, SaveFolder, SubmitFacts
 from sftd.domain.submit.fork_rules import FORK
 from sftd.domain.submit.judge import judge
 from sftd.domain.submit.rules import FACTS, PLANNED
@@ -438,7 +438,7 @@ def judged(row: Row) -> tuple[list[Problem], list[Problem]]:
         spec, warnings = parse(CONFIG, row.keys.items())
     except Refused as refused:
         return refused.problems, []
-    verdict = judge(spec, RunFacts(**known | row.facts))
+    verdict = judge(spec, SubmitFacts(**known | row.facts))
     return verdict.problems, warnings + verdict.warnings
 
 
@@ -523,7 +523,7 @@ def test_all_that_is_wrong_is_found_at_once() -> None:
     unreadable = Problem("data.train_files", "no such file")
     verdict = judge(
         parse(CONFIG, [(PP, 3)])[0],
-        RunFacts(
+        SubmitFacts(
             unreadable=[unreadable],
             shape=msgspec.structs.replace(SHAPE, hidden_act="gelu"),
             save_folder=SaveFolder(path="/h", error="no"),
@@ -542,7 +542,7 @@ def test_a_fork_has_room_for_its_own_checkpoints() -> None:
     """What its parent has saved is on the disk already."""
     spec, _ = parse(CONFIG, [(SAVE, 1), ("checkpoint.keep_last", 9), (BATCH, 16)])
     needs = [storage(spec, SHAPE, 7, "float32", first).needed for first in (0, 5)]
-    facts = RunFacts(
+    facts = SubmitFacts(
         shape=SHAPE, train=data(), save_folder=SaveFolder(path="/h", above="/", free=needs[1]), val=None
     )
     assert needs[1] < needs[0]

@@ -21,7 +21,7 @@ from sftd.trainer.checkpoint.folder_swap import publish_folder
 from sftd.trainer.tools.prepare.row_file import RowFile
 from sftd.trainer.tools.prepare.tokenize_pieces import Row
 from sftd.wire.attempt import journal
-from sftd.wire.attempt.direct_run import DirectRun, Submission
+from sftd.wire.attempt.direct_run import DirectRun, DirectSubmission
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, make_durable, model_copy, write_atomic
 from sftd.wire.attempt.journal import JournalWriter
 from sftd.wire.checkpoint import manifest as manifests
@@ -39,11 +39,11 @@ def order(folder: Path) -> Order:
     return Order(run_id="run", attempt=1, token="t", spec=Spec(), checkpoint_dir=str(folder), planned_steps=1)
 
 
-def submission() -> Submission:
+def submission() -> DirectSubmission:
     asked = e.RunSubmitted(
         spec={}, spec_digest="s", planned_steps=1, user="ada", data={}, model={}, sftd_version="0"
     )
-    return Submission.of("run", 1, asked)
+    return DirectSubmission.of("run", 1, asked)
 
 
 FILES: dict[str, Callable[[AttemptDir], Path]] = {

@@ -16,8 +16,8 @@ from sftd.domain.log.events.attempts import SystemSampled as SystemSampled
 from sftd.domain.log.events.base import AfterStop as AfterStop
 from sftd.domain.log.events.base import Event as Event
 from sftd.domain.log.events.base import Micros as Micros
+from sftd.domain.log.events.base import NoticeFacts as NoticeFacts
 from sftd.domain.log.events.base import NoticeKind as NoticeKind
-from sftd.domain.log.events.base import RunFacts as RunFacts
 from sftd.domain.log.events.base import Severity as Severity
 from sftd.domain.log.events.checkpoints import CheckpointDeleted as CheckpointDeleted
 from sftd.domain.log.events.checkpoints import CheckpointPinned as CheckpointPinned

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import msgspec
 
-from sftd.domain.log.events.base import Event, Micros, NoticeKind, RunFacts, Severity
+from sftd.domain.log.events.base import Event, Micros, NoticeFacts, NoticeKind, Severity
 from sftd.domain.spec.launchers import holder_of
 from sftd.domain.text.words import first_line, memory
 
@@ -43,7 +43,7 @@ class AttemptLaunched(Event, frozen=True):
             return f"handed to {holder_of(self.devices).shown} on {self.host}"
         return f"pid {self.pid} on {self.host}, {', '.join(self.devices)}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"started on {self.host}"
 
 
@@ -90,7 +90,7 @@ class AttemptPaused(Event, frozen=True):
     def summary(self) -> str:
         return f"at step {self.step}, by {self.by}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"was paused by {self.by} at step {self.step:,}"
 
 
@@ -110,7 +110,7 @@ class AttemptPreempted(Event, frozen=True):
     def summary(self) -> str:
         return f"at step {self.step}, {self.reason or f'by {self.by_run}'}; queued again"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         if self.by_run:
             return f"made room for {self.by_run} at step {self.step:,}"
         return f"was interrupted at step {self.step:,}, and is queued again: {first_line(self.reason)}"
@@ -133,7 +133,7 @@ class AttemptFailed(Event, frozen=True):
     def summary(self) -> str:
         return f"{self.cause}: {self.message}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         if self.retry_at is None:
             return None
         return f"failed {run.where}, and will be tried again: {self.cause}: {first_line(self.message)}"
@@ -153,7 +153,7 @@ class AttemptLost(Event, frozen=True):
     def summary(self) -> str:
         return self.message
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         if self.retry_at is None:
             return None
         return f"was lost {run.where}, and will be tried again: {first_line(self.message)}"

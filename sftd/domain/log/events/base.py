@@ -18,7 +18,7 @@ Severity = Literal["detail", "news", "problem"]
 NoticeKind = Literal["ended", "failed", "anomaly", "started", "retrying", "paused"]
 
 
-class RunFacts(NamedTuple):
+class NoticeFacts(NamedTuple):
     """What a notice says of a run besides the event. `loss` is a number in full, as text."""
 
     project: str
@@ -53,7 +53,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         """One line that says what matters of it. Each type has its own; the words in it may be anybody's (see `printable`)."""
         raise NotImplementedError(type(self).__name__)
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         """What the notice says after the run's name; None where none is sent, because that of another event says it."""
         raise NotImplementedError(type(self).__name__)
 

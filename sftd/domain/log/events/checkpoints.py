@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sftd.domain.log.events.base import Event, NoticeKind, OfStep, RunFacts, Severity
+from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
 from sftd.domain.text.words import first_line, size
 
 
@@ -74,7 +74,7 @@ class CheckpointRejected(Event, frozen=True):
     def summary(self) -> str:
         return f"step {self.step}: {self.reason}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"anomaly: the checkpoint of step {self.step:,} was rejected: {first_line(self.reason)}"
 
 

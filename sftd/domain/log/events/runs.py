@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sftd.domain.log.events.base import AfterStop, Event, NoticeKind, RunFacts, Severity
+from sftd.domain.log.events.base import AfterStop, Event, NoticeFacts, NoticeKind, Severity
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.text.words import changes, counted, first_line, size
 
@@ -156,7 +156,7 @@ class RunSucceeded(Event, frozen=True):
     def summary(self) -> str:
         return f"{counted(self.steps, 'step')}, {counted(self.tokens, 'trained token')}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         last = f", loss {float(run.loss):.4g}" if run.loss is not None else ""
         return f"succeeded: {counted(self.steps, 'step')}, {counted(self.tokens, 'token')}{last}"
 
@@ -175,7 +175,7 @@ class RunFailed(Event, frozen=True):
     def summary(self) -> str:
         return f"{self.cause}: {self.message}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"failed {run.where}: {self.cause}: {first_line(self.message)}"
 
 
@@ -191,7 +191,7 @@ class RunCancelled(Event, frozen=True):
     def summary(self) -> str:
         return f"by {self.by}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"was cancelled by {self.by} {run.where}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from sftd.domain.log.events.base import Event, NoticeKind, OfStep, RunFacts, Severity
+from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
 from sftd.domain.text.words import counted, loss, memory, size
 
 
@@ -164,7 +164,7 @@ class AnomalyDetected(Event, frozen=True):
     def summary(self) -> str:
         return f"step {self.step}: " + "  ".join((self.what, *_details(self.detail)))
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"anomaly at step {self.step:,}: {self.what}"
 
 
@@ -215,7 +215,7 @@ class ReplayDiverged(Event, frozen=True):
         differs = f"; differs: {', '.join(self.environment)}" if self.environment else ""
         return f"step {self.step} came out otherwise ({', '.join(self.detail)}){differs}, by {self.by}"
 
-    def notice(self, run: RunFacts) -> str | None:
+    def notice(self, run: NoticeFacts) -> str | None:
         return f"anomaly: step {self.step:,}, trained again by {self.by}, differs from the log"
 
 

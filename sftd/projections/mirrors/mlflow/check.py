@@ -29,7 +29,7 @@ _FORMER = "an older sftd wrote it: a running daemon, or `sftd mlflow rebuild --p
 _Row = tuple[int, int, str]
 
 
-class Checked(msgspec.Struct, frozen=True):
+class MirrorComparison(msgspec.Struct, frozen=True):
     """The result of comparing a run. `points` are the log's, `behind` the events that MLflow does not have yet, and
     `differences` say what differs in those that it has."""
 
@@ -57,7 +57,7 @@ def versions(store: Store, run_ids: Iterable[str] = ()) -> dict[str, int]:
 
 def rebuild(
     store: Store, tracking_uri: str, artifacts_dir: Path | None, prefix: str, run_ids: Iterable[str]
-) -> Iterator[Checked]:
+) -> Iterator[MirrorComparison]:
     """Mirror runs from the log into the experiments of `prefix`, whatever is in others, and compare each with the log.
 
     May be ended at any time: called again, it continues where it was, and writes nothing that is there.
@@ -66,24 +66,26 @@ def rebuild(
     feed = Feed(store, writer, position_name(tracking_uri, prefix))
     for run_id, version in versions(store, run_ids).items():
         feed.copy_run(run_id, version, lambda: False)
-        yield check(store, Tracking(tracking_uri, artifacts_dir), prefix, run_id, version)
+        yield compare_run(store, Tracking(tracking_uri, artifacts_dir), prefix, run_id, version)
 
 
-def check(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> Checked:
+def compare_run(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> MirrorComparison:
     """Compare the MLflow run of a run with the log, which MLflow shall have at least up to `version`. Writes nothing."""
     recorded, event = _submission(store, run_id)
     names = mapping.experiment_names(event, prefix)
     if (experiment := tracking.find_experiment(names)) is None:
-        return Checked(run_id, names[-1], 0, version, [_MISSING])
+        return MirrorComparison(run_id, names[-1], 0, version, [_MISSING])
     for _ in range(_TRIES):
         if (there := tracking.find_run(experiment.id, run_id)) is None:
-            return Checked(run_id, experiment.name, 0, version, [_MISSING])
+            return MirrorComparison(run_id, experiment.name, 0, version, [_MISSING])
         if there.cursor < there.covered:
-            return Checked(run_id, experiment.name, 0, version - there.cursor, [_FORMER])
+            return MirrorComparison(run_id, experiment.name, 0, version - there.cursor, [_FORMER])
         wrong = ["it is deleted in MLflow"] if there.deleted else []
         wrong += _facts(store, tracking, there, recorded, event)
         points, differences = _points(store, tracking, there, run_id)
-        found = Checked(run_id, experiment.name, points, max(0, version - there.cursor), wrong + differences)
+        found = MirrorComparison(
+            run_id, experiment.name, points, max(0, version - there.cursor), wrong + differences
+        )
         # A run that is being mirrored may have moved on between two questions.
         if (
             found.is_equal

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from sftd.domain.text.credentials import without_credentials
-from sftd.projections.mirrors.mlflow.mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point, parse_cursor
+from sftd.projections.mirrors.mlflow.mapping import (
+    TAG_CURSOR,
+    TAG_RUN,
+    DatasetFacts,
+    MetricPoint,
+    parse_cursor,
+)
 from sftd.projections.mirrors.seam import MirrorUnavailable
 
 # 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
@@ -159,11 +165,11 @@ class Tracking:
             {(i.dataset.name, i.dataset.digest) for i in inputs},
         )
 
-    def points(self, uuid: str, key: str) -> list[Point]:
+    def points(self, uuid: str, key: str) -> list[MetricPoint]:
         """All points of a metric, those that are there twice as well."""
         with self._client() as client:
             found = client.get_metric_history(uuid, key)
-        return [Point(m.key, m.value, m.timestamp, m.step) for m in found]
+        return [MetricPoint(m.key, m.value, m.timestamp, m.step) for m in found]
 
     def create_run(
         self, experiment_id: str, name: str, start_time: int, tags: Mapping[str, str]
@@ -195,7 +201,7 @@ class Tracking:
             if inputs:
                 client.log_inputs(uuid, inputs)
 
-    def log(self, uuid: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
+    def log(self, uuid: str, points: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Write points and tags in one request. The store commits the points first, then all tags at once.
 
         A point that is there already, equal in key, value, time and step, is not written again.

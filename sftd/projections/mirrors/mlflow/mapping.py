@@ -64,7 +64,7 @@ _STATUS: dict[Status, str] = {
 }
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """One value of a metric. `timestamp` is milliseconds since the epoch."""
 
     key: str
@@ -88,7 +88,7 @@ def millis(micros: e.Micros) -> int:
     return micros // 1000
 
 
-def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
+def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     """The metrics of an event. `highest` holds the highest step seen so far by event type and is moved on.
 
     A step that a later attempt redoes gives nothing: a redone step equals the log, so its point is already there.
@@ -104,7 +104,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     highest[recorded.type] = event.step
     at = millis(recorded.occurred_at)
     if isinstance(event, e.ValidationCompleted):
-        return [Point("val_loss", event.loss, at, event.step)]
+        return [MetricPoint("val_loss", event.loss, at, event.step)]
     # `system/` is the only prefix whose section MLflow's page shows below the keys without one.
     values = {
         "loss": event.loss,
@@ -119,7 +119,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
         values["system/mfu"] = event.mfu
     if event.peak_memory_bytes is not None:
         values["system/peak_memory_gib"] = event.peak_memory_bytes / 2**30
-    return [Point(key, value, at, event.step) for key, value in values.items()]
+    return [MetricPoint(key, value, at, event.step) for key, value in values.items()]
 
 
 def most_points(event: e.Event) -> int:
@@ -131,7 +131,7 @@ def most_points(event: e.Event) -> int:
     return 1
 
 
-def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
+def _system_points(event: e.SystemSampled, at: int, number: int) -> list[MetricPoint]:
     """What MLflow itself would log, and under its names, so that its page of system metrics shows it. As there, `number`
     counts samples: a run's steps would go back with each attempt."""
     values: dict[str, float | None] = {
@@ -147,7 +147,9 @@ def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
             f"gpu_{gpu.index}_memory_usage_percentage": _percent(used, gpu.memory_total_bytes),
             f"gpu_{gpu.index}_power_usage_watts": gpu.power_watts,
         }
-    return [Point(f"system/{key}", value, at, number) for key, value in values.items() if value is not None]
+    return [
+        MetricPoint(f"system/{key}", value, at, number) for key, value in values.items() if value is not None
+    ]
 
 
 def _percent(part: int | None, whole: int | None) -> float | None:
@@ -163,7 +165,7 @@ def time_tags(ledger: Ledger) -> dict[str, str]:
     return {key: text for key, text in texts.items() if text}
 
 
-def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[Point]:
+def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[MetricPoint]:
     """The metrics of a parent's event that a fork shows as its own beginning. The fork validates `fork_step` itself."""
     last = fork_step - isinstance(recorded.event, e.ValidationCompleted)
     return [point for point in points(recorded, highest) if point.step <= last]

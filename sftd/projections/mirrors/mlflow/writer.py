@@ -156,7 +156,7 @@ class MlflowWriter:
         if run is None:
             with self._store.read() as connection:
                 run, mirrored.highest = reading.recover(connection, run_id, mirrored.cursor)
-        found: list[mapping.Point] = []
+        found: list[mapping.MetricPoint] = []
         own_tags: dict[str, str] = {}
         cursor, generated = upto, 0
         while ahead and (not found or len(found) + mapping.most_points(ahead[0].event) <= METRICS_PER_BATCH):
