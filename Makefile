@@ -30,7 +30,7 @@ wheel: install
 	@ls -t dist/*.whl | head -n 1
 
 test: $(TEST_STAMP)
-	@scripts/run-checks lint tests tests/process tests/trainer tests
+	@scripts/run-checks lint tests tests
 
 test-fast: $(TEST_STAMP)
 	@scripts/run-checks tests tests/architecture tests/unit

@@ -71,12 +71,12 @@ class Bench:
         import numpy as np
         import torch
 
+        from sftd.domain.data.rows import IGNORE_INDEX
         from sftd.domain.spec.parse import parse
         from sftd.trainer import trainee as trainees
         from sftd.trainer.data.batches import Batching
         from sftd.trainer.data.rows import Sample
         from sftd.trainer.runtime import session as sessions
-        from sftd.wire.data.rows import IGNORE_INDEX
         from sftd.wire.model.folder import read_shape
 
         self.ranks = int(os.environ["WORLD_SIZE"])

@@ -30,10 +30,11 @@ import psutil
 from sftd.domain.log import events as e
 from sftd.domain.spec.spec import Spec
 from sftd.projections import views
+from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.mlflow import check as mlflow_check
 from sftd.projections.mirrors.mlflow.client import NO_PHONE_HOME, Tracking
 from sftd.projections.mirrors.mlflow.mapping import points
-from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
 from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.schema import metadata
 from sftd.store.log import event_store
@@ -172,7 +173,7 @@ def measure(folder: Path, uri: str, runs: int, steps: int) -> None:
         f"a log of {runs} runs, {steps} steps each, {per_step} metrics a step: {time.perf_counter() - began:.0f} s"
     )
 
-    mirror = MlflowMirror(store, uri, folder / "artifacts")
+    mirror = Feed(store, MlflowWriter(store, uri, folder / "artifacts"), position_name(uri))
     watch = Watch(total)
     log = mirror._tracking.log
 
@@ -188,7 +189,9 @@ def measure(folder: Path, uri: str, runs: int, steps: int) -> None:
     print(f"{watch.points} points in {seconds:.1f} s: {watch.points / seconds:.0f} a second", end=", ")
     print(f"{used:.1f} s of CPU in this process; memory grew by {growth:.0f} MiB after the first tenth")
     tracking = Tracking(uri, folder / "artifacts")
-    checked = [mlflow_check.check(store, tracking, "", *run) for run in mlflow_check.versions(store).items()]
+    checked = [
+        mlflow_check.compare_run(store, tracking, "", *run) for run in mlflow_check.versions(store).items()
+    ]
     assert all(run.is_equal for run in checked), checked
     print(f"read back: {sum(run.points for run in checked)} points, each as the log has it")
     engine.dispose()

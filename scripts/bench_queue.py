@@ -30,7 +30,7 @@ import stub_run
 from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands import lifecycle as runs
+from sftd.operations.commands.submit import Wish, submit_all
 from sftd.operations.context import Context
 from sftd.operations.driving import attempts
 from sftd.projections import verify
@@ -80,7 +80,7 @@ def submit_at_once(url: str, clients: int, count: int) -> float:
         context = Context(actor=f"client-{number}")
         barrier.wait()
         for _ in range(number, count, clients):
-            runs.submit(store, context, spec, found, [], "bench")
+            submit_all(store, context, [Wish(spec, found)], "bench")
         store.engine.dispose()
 
     with ThreadPoolExecutor(clients) as pool:
@@ -135,7 +135,7 @@ def report(store: Store, count: int) -> bool:
     print(
         f"  claims             {(len(claims) - 1) / ((claims[-1] - claims[0]) / 1e6):.0f}/s, launches and endings among them"
     )
-    checked = verify.check(store, lambda *_: None)
+    checked = verify.check_log(store, lambda *_: None)
     print(f"  {len(at)} of {count} runs, each claimed, launched and ended once: {once and len(at) == count}")
     print(f"  the log and its views: {'OK' if not checked.problems else checked.problems[:3]}")
     return once and len(at) == count and not checked.problems

@@ -194,7 +194,7 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
 
     controller = Controller(settings.slurm_poll_seconds, run)
     launcher = ByName({"local": LocalAttempt, "slurm": SlurmLauncher(controller)})
-    daemon = Daemon(store, settings, Inventory(0, 2, given.runs), None, launcher)
+    daemon = Daemon(store, settings, Inventory(0, 2, {"slurm": given.runs}), launcher)
     cluster = multiprocessing.get_context("fork").Process(
         target=be_cluster, args=(folder, given.step_seconds), daemon=True
     )

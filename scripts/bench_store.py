@@ -42,7 +42,7 @@ from sftd.store.database.migrate import upgrade
 from sftd.store.database.tables import events, projection_positions, view_runs
 from sftd.store.database.tables import queue as queue_table
 from sftd.store.log import event_store, runs
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import Line
@@ -183,8 +183,8 @@ def fill(store: Store, count: int, total: int, longest: int) -> tuple[str, str]:
         run_id = f"template-{name}"
         with store.write() as tx:
             append_decided(tx, CONTEXT, run_id, 0, listed, 1)
-            queue.enqueue(tx, run_id, 0, 0)
-            queue.leave(tx, run_id)
+            leases.enqueue(tx, run_id, 0, 0)
+            leases.leave(tx, run_id)
         with store.read() as connection:
             rows = [tuple(row[c] for c in COLUMNS) for row in event_store.raw_rows(connection, run_id)]
             view = (
@@ -270,7 +270,7 @@ def claimed(store: Store, run_id: str, steps: int) -> Lease:
     """A run that this process drives."""
     with store.write() as tx:
         append_decided(tx, CONTEXT, run_id, 0, [*history(0, None)], None)
-        queue.enqueue(tx, run_id, 1000, 0)
+        leases.enqueue(tx, run_id, 1000, 0)
     found = attempts.claim(
         store, CONTEXT, daemon="bench", host="bench", fits=lambda run: True, lease_micros=LEASE_MICROS
     )

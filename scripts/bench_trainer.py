@@ -116,13 +116,13 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     import numpy as np
     import torch
 
+    from sftd.domain.data.rows import IGNORE_INDEX
     from sftd.domain.spec.learning_rate import learning_rate
     from sftd.domain.spec.parse import LEAVES, parse
     from sftd.trainer import trainee as trainees
     from sftd.trainer.data.batches import Batching
     from sftd.trainer.data.rows import Sample
     from sftd.trainer.runtime import session as sessions
-    from sftd.wire.data.rows import IGNORE_INDEX
     from sftd.wire.model.folder import read_shape
 
     overrides: list[tuple[str, Any]] = list(job.overrides)

@@ -1,4 +1,4 @@
-"""Disturb real runs under real daemons, fault after fault, and prove that nothing came of it (tests/process/chaos.py):
+"""Disturb real runs under real daemons, fault after fault, and prove that nothing came of it (tests/builders/chaos/chaos.py):
 
     python scripts/chaos.py [--faults 200] [--seed 5]
     scripts/with-postgres python scripts/chaos.py --daemons 2
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
-from tests.process.chaos import Chaos  # noqa: E402
-from tests.process.chaos_runs import make_reference  # noqa: E402
-from tests.process.conftest import write_tiny_model  # noqa: E402
+from tests.builders.chaos.chaos import Chaos  # noqa: E402
+from tests.builders.chaos.chaos_runs import make_reference  # noqa: E402
+from tests.builders.process.tiny_llama import write_tiny_model  # noqa: E402
 
 
 def main() -> int:

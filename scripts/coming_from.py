@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sftd.domain.spec.aliases import ALIASES, MIN_LR, targets
+from sftd.domain.spec.aliases import ALIASES
 from sftd.domain.spec.other_trainers import TABLE, TOOLS
 
 INTRODUCTION = """\
@@ -43,9 +43,9 @@ def markdown() -> str:
 
 def _rows(letter: str) -> Iterator[str]:
     if TOOLS[letter] == "verl":
-        for alias in (*ALIASES, MIN_LR):
-            if here := targets(alias):
-                yield f"| `{alias}` | {', '.join(f'`{key}`' for key in here)} | accepted as it is |"
+        for name, alias in ALIASES.items():
+            if alias.keys:
+                yield f"| `{name}` | {', '.join(f'`{key}`' for key in alias.keys)} | accepted as it is |"
     # What has one answer is one row.
     names: dict[tuple[str, str], list[str]] = {}
     for row in TABLE:

@@ -1,4 +1,4 @@
-"""Kill runs while they save and delete checkpoints, and look at what is left (tests/process/kill_while_saving.py says how):
+"""Kill runs while they save and delete checkpoints, and look at what is left (tests/builders/process/kill_while_saving.py says how):
 
     python scripts/kill_while_saving.py [--kills 200] [--seed 4]
 
@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from tests.process.kill_while_saving import KillWhileSaving, Tally  # noqa: E402
-from tests.warm import WarmTrainer  # noqa: E402
+from tests.builders.process.kill_while_saving import KillWhileSaving, Tally  # noqa: E402
+from tests.builders.warm_ranks import WarmTrainer  # noqa: E402
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path]:

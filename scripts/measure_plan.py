@@ -50,7 +50,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+    from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
+    from sftd.domain.data.rows import IGNORE_INDEX
     from sftd.domain.plan.batch import workload
     from sftd.domain.plan.duration import Machine, step_seconds
     from sftd.domain.plan.memory import footprints, fullest
@@ -61,7 +62,6 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from sftd.trainer.loop.meter import Meter
     from sftd.trainer.model import model as models
     from sftd.trainer.runtime import session as sessions
-    from sftd.wire.data.rows import IGNORE_INDEX
     from sftd.wire.model.folder import read_shape
 
     n, rows, device = arguments.sequence, arguments.samples, arguments.device

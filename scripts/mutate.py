@@ -41,7 +41,8 @@ TARGETS = ("sftd/domain", "sftd/wire", "sftd/store", *(f"sftd/trainer/{name}.py"
 TESTS = (
     "tests/unit",
     "tests/contract",
-    *(f"tests/trainer/test_{name}.py" for name in ("pure", "packing", "sequence_shards", "seen_rows")),
+    *(f"tests/trainer/data/test_{name}.py" for name in ("packing", "sequence_shards", "seen_rows")),
+    "tests/trainer/numerics/test_pure.py",
 )
 # They start a process for each test, or judge texts of the checkout.
 NOT_ASKED = ("test_docs", "test_find_python", "test_tools", "test_mlflow_mirror", "test_systemd", "test_lock")
@@ -373,7 +374,7 @@ def main() -> int:
 
 
 def _test_files(place: Path) -> list[str]:
-    files = sorted(place.glob("test_*.py")) if place.is_dir() else [place]
+    files = sorted(place.rglob("test_*.py")) if place.is_dir() else [place]
     return [str(f.relative_to(ROOT)) for f in files]
 
 

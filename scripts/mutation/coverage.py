@@ -27,7 +27,7 @@ SLOW_SECONDS = 4.0
 """A test that takes longer judges no mutant."""
 BUDGET_SECONDS = 20.0
 """How long the tests of a mutant take together, at most, without the mutation."""
-RECORDED = "tests/unit/test_recorded.py"
+RECORDED = "tests/unit/plan/test_recorded.py"
 FIRST = 30
 """Tests of the first attempt: those that run the fewest lines besides the changed ones."""
 

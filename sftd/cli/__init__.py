@@ -59,7 +59,7 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
         "rm": ("steer.rm", "Remove runs: delete their files and hide them."),
         "import": ("steer.import_run", "Import a run that was trained without a daemon."),
         "db": ("db.command", "Check a database, back it up, restore or copy it."),
-        "views": ("operate.init", "Rebuild or dump the views folded from the log."),
+        "views": ("operate.init", "Rebuild the views folded from the log."),
     },
     "Set up": {
         "doctor": ("doctor.command", "Diagnose this installation and suggest fixes."),
@@ -132,7 +132,7 @@ def _who_locks() -> str:
 
 
 def _is_completing() -> bool:
-    """Whether a shell asks what could come next (see `completion.py`)."""
+    """Whether a shell asks for completions (`look/completion.py`)."""
     return "_SFTD_COMPLETE" in os.environ
 
 
@@ -196,7 +196,7 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             from sftd.cli.terminal import output
 
-            # On a terminal behind its ^C.
+            # On a terminal after its ^C.
             output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
             # The shell's own number for a command that SIGINT ended.
             sys.exit(128 + signal.SIGINT)
@@ -249,6 +249,5 @@ def main() -> None:
 
 
 if _is_completing():
-    from sftd.cli.look.completion import complete_values
-
-    complete_values()
+    # It registers what click lacks.
+    importlib.import_module("sftd.cli.look.completion")

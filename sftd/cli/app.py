@@ -25,7 +25,7 @@ def read_settings() -> Settings:
 
 
 def user_name() -> str:
-    """Who asks."""
+    """Name of the user who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -48,8 +48,8 @@ def make_home(settings: Settings) -> None:
         raise HomeUnusable(f"{what}\n    fix: set SFTD_HOME to a folder in which you may write") from None
 
 
-def need_home(settings: Settings) -> None:
-    """See that `SFTD_HOME` is there: a command that only reads does not make it. Raises `HomeUnusable`."""
+def require_home(settings: Settings) -> None:
+    """Check that `SFTD_HOME` exists: a command that only reads does not make it. Raises `HomeUnusable`."""
     if not settings.home.exists():
         what = f"There is nothing at {settings.home}"
         if "SFTD_HOME" in os.environ:
@@ -73,7 +73,7 @@ def open_store(settings: Settings) -> Store:
 
     file = settings_module.sqlite_file(settings.database_url)
     if file is not None and file.parent == settings.home:
-        need_home(settings)
+        require_home(settings)
     engine = open_engine(settings.database_url)
     store = Store(engine, before_commit=(views.catch_up,))
     try:
@@ -82,7 +82,7 @@ def open_store(settings: Settings) -> Store:
 
             migrate.upgrade(engine)
         store.check_schema()
-        views_up_to_date(store)
+        catch_up_views(store)
     except BaseException:
         # A daemon that waits for its database asks again every second, for days if need be.
         engine.dispose()
@@ -100,8 +100,8 @@ def open_existing_store(settings: Settings) -> Store | None:
     return None if file is not None and not file.exists() else open_store(settings)
 
 
-def views_up_to_date(store: Store) -> None:
-    """Fold what the views lack: nothing, unless they were deleted."""
+def catch_up_views(store: Store) -> None:
+    """Fold the events that the views lack: none, unless the views were deleted."""
     from sftd.projections import views
     from sftd.store.log import event_store, positions
 
@@ -120,23 +120,23 @@ def confirm(question: str) -> None:
         raise SystemExit("Nothing was deleted.")
 
 
-def pick(store: Store, text: str) -> str:
+def resolve_run(store: Store, text: str) -> str:
     """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
     from sftd.cli.terminal import output
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_id, remark = naming.one(store, text)
+    run_id, remark = resolve.one(store, text)
     if remark:
         output.note(remark)
     return run_id
 
 
-def pick_all(store: Store, texts: Iterable[str]) -> list[str]:
-    """The ids of the runs that a reading command shows; a sweep stands for its runs."""
+def resolve_runs(store: Store, texts: Iterable[str]) -> list[str]:
+    """The ids of the runs that a reading command shows; a sweep means its runs."""
     from sftd.cli.terminal import output
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_ids, remarks = naming.several(store, texts)
+    run_ids, remarks = resolve.several(store, texts)
     for remark in remarks:
         output.note(remark)
     return run_ids
@@ -147,9 +147,9 @@ def change_each(store: Store, text: str, usable: Collection[str], change: Callab
     changed any more is only warned of."""
     from sftd.cli.terminal import output
     from sftd.domain.errors import Refused
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
-    run_ids = naming.several_to_change(store, text, usable)
+    run_ids = resolve.several_to_change(store, text, usable)
     for run_id in run_ids:
         try:
             change(run_id)
@@ -159,8 +159,10 @@ def change_each(store: Store, text: str, usable: Collection[str], change: Callab
             output.warn(str(refused))
 
 
-def lacks_daemon(settings: Settings) -> bool:
-    """Whether nobody drives the runs of this home. On a database server daemons of other homes may, so: False."""
+def note_missing_daemon(settings: Settings, consequence: str) -> None:
+    """Note that nobody drives the runs of this home. Not on a database server: daemons of other homes may."""
+    from sftd.cli.terminal import output
     from sftd.daemon import lock
 
-    return settings.database_url.startswith("sqlite") and lock.holder(settings.daemon_lock) is None
+    if settings.database_url.startswith("sqlite") and lock.holder(settings.daemon_lock) is None:
+        output.note(f"No daemon runs here, so {consequence}: `sftd daemon --detach` starts one.")

@@ -1,6 +1,6 @@
-"""What Prometheus may know, as a text file for node_exporter's textfile collector: the daemon opens no port.
+"""Metrics for Prometheus, as a text file for node_exporter's textfile collector: the daemon opens no port.
 
-Everything is told anew every few seconds from the database and from what this daemon drives. The log is the truth; this
+Everything is written again every few seconds from the database and from what this daemon drives. The log is the truth; this
 is for graphs and alarms.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,8 +17,8 @@ import sftd
 from sftd.domain.errors import SftdError
 from sftd.domain.log.events import Micros
 from sftd.launcher.inventory import Inventory
-from sftd.operations.queries import metrics as figures
-from sftd.projections.mirrors.mlflow.mirror import position_name
+from sftd.operations.queries import metrics
+from sftd.projections.mirrors.seam import Mirror
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
 from sftd.store.log.goodput import read_ledger
@@ -31,7 +31,7 @@ Labels = Mapping[str, str]
 Sample = tuple[Labels, float]
 
 
-class Driven(Protocol):
+class DrivenAttempt(Protocol):
     """An attempt that this daemon drives, as the metrics see it."""
 
     def backlog(self) -> tuple[int, Micros | None]:
@@ -40,28 +40,34 @@ class Driven(Protocol):
 
 
 class Metrics:
-    """Writes the file at most every ten seconds. A file that cannot be written is said once, and stops nothing."""
+    """Writes the file at most every ten seconds. A file that cannot be written is logged once, and stops nothing."""
 
     def __init__(
-        self, store: Store, settings: Settings, inventory: Inventory, daemon_id: str, *, mirrors: bool
+        self,
+        store: Store,
+        settings: Settings,
+        inventory: Inventory,
+        daemon_id: str,
+        mirrors: Iterable[Mirror] = (),
     ) -> None:
         self._store = store
         self._inventory = inventory
         self._daemon_id = daemon_id
-        self._mirror = position_name(settings.mlflow_tracking_uri) if mirrors else None
+        positions = {mirror.name: mirror.position(settings) for mirror in mirrors}
+        self._mirrors = {name: position for name, position in positions.items() if position is not None}
         self._path = settings.metrics_file
-        # Outside the home it is for node_exporter, who is another user; it holds counts and the ids of runs.
+        # Outside the home it is for node_exporter, which runs as another user; it holds counts and the ids of runs.
         self._mode = 0o600 if self._path.is_relative_to(settings.home) else 0o644
         self._due_at = 0.0
         self._failed = ""
 
-    def write_when_due(self, driven: Mapping[str, Driven], now: Micros) -> None:
+    def write_when_due(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> None:
         """Write the file unless that was done a moment ago. Raises only what the database does."""
         if time.monotonic() >= self._due_at:
             self.write(driven, now)
             self._due_at = time.monotonic() + _SECONDS
 
-    def write(self, driven: Mapping[str, Driven], now: Micros) -> None:
+    def write(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> None:
         """Write the file."""
         try:
             text = "".join(_family(*family) for family in self._families(driven, now))
@@ -73,72 +79,49 @@ class Metrics:
         else:
             self._failed = ""
 
-    def _families(self, driven: Mapping[str, Driven], now: Micros) -> Iterator[tuple[str, str, list[Sample]]]:
-        found = figures.read(self._store, now, self._mirror)
+    def _families(
+        self, driven: Mapping[str, DrivenAttempt], now: Micros
+    ) -> Iterator[tuple[str, str, list[Sample]]]:
+        found = metrics.read(self._store, now, self._mirrors)
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
-        yield (
-            "sftd_queue_runs",
-            "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven.",
-            [({"state": state}, count) for state, count in found.queue.items()],
-        )
-        yield (
-            "sftd_queue_oldest_wait_seconds",
-            "How long the run has waited that is ready for the longest time; 0 when none is.",
-            [({}, found.oldest_wait_micros / _MICROS)],
-        )
-        yield (
-            "sftd_runs",
-            "Runs by status.",
-            [({"status": status}, count) for status, count in found.runs.items()],
-        )
+        meaning = "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven."
+        yield "sftd_queue_runs", meaning, _by("state", found.queue)
+        meaning = "How long the run has waited that is ready for the longest time; 0 when none is."
+        yield "sftd_queue_oldest_wait_seconds", meaning, [({}, found.oldest_wait_micros / _MICROS)]
+        yield "sftd_runs", "Runs by status.", _by("status", found.runs)
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
-        if self._inventory.slurm:
-            kinds["slurm job"] = (self._inventory.slurm, "slurm")
-        yield (
-            "sftd_devices",
-            "Devices of this daemon.",
-            [({"kind": kind}, len(all_of)) for kind, (all_of, _) in kinds.items()],
-        )
-        yield (
-            "sftd_devices_used",
-            "Devices that attempts of this daemon hold.",
-            [
-                ({"kind": kind}, len(all_of) - len(self._inventory.free(device)))
-                for kind, (all_of, device) in kinds.items()
-            ],
-        )
+        kinds |= {f"{name} job": (places, name) for name, places in self._inventory.places.items() if places}
+        total = {kind: len(all_of) for kind, (all_of, _) in kinds.items()}
+        free = {kind: len(self._inventory.free(device)) for kind, (_, device) in kinds.items()}
+        yield "sftd_devices", "Devices of this daemon.", _by("kind", total)
+        used = {kind: total[kind] - free[kind] for kind in kinds}
+        yield "sftd_devices_used", "Devices that attempts of this daemon hold.", _by("kind", used)
         yield "sftd_attempts_driven", "Attempts that this daemon drives.", [({}, len(driven))]
         backlogs = [one.backlog() for one in driven.values()]
         oldest = min((first for _, first in backlogs if first is not None), default=now)
-        yield (
-            "sftd_ingest_lag_events",
-            "Events in the journals of driven attempts that are not in the log yet.",
-            [({}, sum(lines for lines, _ in backlogs))],
-        )
-        yield (
-            "sftd_ingest_lag_seconds",
-            "Age of the oldest of them; 0 when there is none.",
-            [({}, max(0, now - oldest) / _MICROS)],
-        )
-        if self._mirror is not None:
-            yield (
-                "sftd_mirror_lag_events",
-                "Events in the log that MLflow does not have yet.",
-                [({}, found.mirror_lag_events)],
-            )
-            yield (
-                "sftd_mirror_lag_seconds",
-                "How long the oldest of them has been in the log; 0 when there is none.",
-                [({}, found.mirror_lag_micros / _MICROS)],
-            )
+        meaning = "Events in the journals of driven attempts that are not in the log yet."
+        yield "sftd_ingest_lag_events", meaning, [({}, sum(lines for lines, _ in backlogs))]
+        meaning = "Age of the oldest of them; 0 when there is none."
+        yield "sftd_ingest_lag_seconds", meaning, [({}, max(0, now - oldest) / _MICROS)]
+        if found.mirrors:
+            lags = {name: lag.events for name, lag in found.mirrors.items()}
+            seconds = {name: lag.micros / _MICROS for name, lag in found.mirrors.items()}
+            meaning = "Events in the log that the mirror does not have yet."
+            yield "sftd_mirror_lag_events", meaning, _by("mirror", lags)
+            meaning = "How long the oldest of them has been in the log; 0 when there is none."
+            yield "sftd_mirror_lag_seconds", meaning, _by("mirror", seconds)
         yield "sftd_run_goodput_ratio", "Goodput of the driven runs so far.", self._goodput(driven, now)
 
-    def _goodput(self, driven: Mapping[str, Driven], now: Micros) -> list[Sample]:
+    def _goodput(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> list[Sample]:
         with self._store.read() as connection:
             shares = [(run_id, read_ledger(connection, run_id, now).goodput) for run_id in driven]
         return [({"run_id": run_id}, share) for run_id, share in shares if share is not None]
+
+
+def _by(label: str, values: Mapping[str, float]) -> list[Sample]:
+    return [({label: name}, value) for name, value in values.items()]
 
 
 def _family(name: str, meaning: str, samples: list[Sample]) -> str:
@@ -155,7 +138,7 @@ def _escaped(text: str) -> str:
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    """Whoever reads the file has the old or the new one whole. Not fsynced: after a power cut it is written anew."""
+    """A reader has the old or the new file whole. Not fsynced: after a power cut it is written again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:

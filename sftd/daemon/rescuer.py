@@ -1,5 +1,5 @@
-"""Finds attempts whose daemon is gone. Gone means proven, and the same holds for the attempt's processes: what cannot be
-observed from here may live. And ends what lives on here of attempts that nobody drives."""
+"""Finds attempts whose daemon is gone: proven gone, and so are the attempt's processes, for what cannot be observed from here
+may live. And ends processes here of attempts that nobody drives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import msgspec
 from sftd.domain.errors import SftdError
 from sftd.domain.log.events import Micros
 from sftd.launcher import processes
+from sftd.launcher.choosing import launcher_of
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt.directory import RunDir
@@ -31,7 +31,7 @@ def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_
     daemon on another host cannot be observed from here: its leases are left alone, expired or not."""
     with store.read() as connection:
         now = store.clock(connection, now)
-        held = [lease for lease in queue.leases(connection) if lease.token not in driven]
+        held = [lease for lease in leases.leases(connection) if lease.token not in driven]
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in held}
     orphans = Orphans([], [])
     for lease in held:
@@ -42,7 +42,7 @@ def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_
         if owner is None or (owner.host, owner.home) != (me.host, me.home):
             continue
         if me.identity.is_same(owner.identity):
-            if owner.stopped_at is not None or not processes.is_alive(owner.pid, owner.create_time):
+            if has_stopped(owner):
                 orphans.found.append(lease)
         elif _is_gone(me, owner, now, silent_micros) and _has_ended(me, owner, lease):
             orphans.found.append(lease)
@@ -51,8 +51,13 @@ def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_
     return orphans
 
 
+def has_stopped(daemon: DaemonRow) -> bool:
+    """Whether a daemon whose processes can be observed from here no longer runs."""
+    return daemon.stopped_at is not None or not processes.is_alive(daemon.pid, daemon.create_time)
+
+
 def not_observed(lease: Lease, owner: DaemonRow) -> SftdError:
-    """What a person has to know of a lease whose daemon can not be observed."""
+    """What a person has to know of a lease whose daemon cannot be observed."""
     return SftdError(
         f"attempt {lease.attempt} was started by {owner.daemon_id} in another container, on another machine or before a reboot, "
         "and nothing here proves that its processes have ended: it is left alone. If they have, "
@@ -75,20 +80,20 @@ def _has_ended(me: DaemonRow, owner: DaemonRow, lease: Lease) -> bool:
     directory = RunDir(me.home, lease.run_id).attempt(lease.attempt)
     rebooted = me.identity.rebooted_since(owner.identity)
     if not directory.path.exists():
-        # In this home nothing was started; in another one it may have been.
+        # Nothing was started in this home; in another one it may have been.
         return rebooted or me.identity.has_home_of(owner.identity)
     if directory.lease() != lease.token:
         # The folder of another home, which has this path there.
         return False
-    if directory.script_file.exists():
-        # Slurm is asked about its jobs from anywhere.
+    if launcher_of(directory).is_managed:
+        # Its resource manager reports on it to every host.
         return True
     held = directory.is_held_alive()
     return rebooted if held is None else not held
 
 
 def make_way(run: RunDir, number: int) -> list[int]:
-    """Before attempt `number` of a run begins: end the processes of those before it that live on here, and set aside a folder
+    """Before attempt `number` of a run begins: end the processes here of those before it, and set aside a folder
     that has its name already. Returns the pids that were ended. Raises `OSError` when one will not die.
 
     A person may have given an attempt up whose daemon was dead, so nobody has ended it; and a database that was restored from a

@@ -15,7 +15,7 @@ from sftd.store.database.engine import Store
 
 
 class Sampler:
-    """Writes a `SystemSampled` for each attempt every `seconds`. Another daemon that adopts an attempt goes on with it."""
+    """Writes a `SystemSampled` for each attempt every `seconds`. A daemon that adopts an attempt continues that."""
 
     def __init__(self, store: Store, context: Context, seconds: float) -> None:
         self._store = store

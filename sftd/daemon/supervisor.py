@@ -1,4 +1,4 @@
-"""Drives one attempt: ingests its journal, passes on a stop request, tells how it ended."""
+"""Drives one attempt: ingests its journal, passes on a stop request, records how it ended."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from sftd.domain.run.state import Run
 from sftd.domain.spec.sections import Launch
 from sftd.launcher.seam import Attempt
 from sftd.operations.context import Context
-from sftd.operations.driving import attempts, checkpoints
-from sftd.operations.driving import reduce as reducing
+from sftd.operations.driving import attempts, checkpoints, reduce
 from sftd.settings import Settings
 from sftd.store.database.engine import Store
 from sftd.store.log import positions
@@ -92,11 +91,11 @@ class Supervisor:
         while self._verdict is None and taken < _LINES_PER_TICK and not caught_up:
             try:
                 lines, offset = self._read(_LINES_PER_TRANSACTION)
-                # The trainer goes on writing. What comes now is for the next tick: read at once, each line would have a
+                # The trainer writes on. What comes now is for the next tick: read at once, each line would have a
                 # transaction of its own, and the other attempts would wait.
                 caught_up = len(lines) < _LINES_PER_TRANSACTION
             except (JournalCorrupt, UnknownEvent) as error:
-                # What stands before the bad line is lost to this read; take it in one by one.
+                # What is before the bad line is lost to this read; take it in one by one.
                 lines, offset = self._lines_before_corruption(error)
             if not lines:
                 break
@@ -292,7 +291,7 @@ def take_in(
     try:
         recorded = attempts.record_all(store, context, [look.taken for look in looks.values()])
     except (ValueError, SftdError):
-        # Of one of them; each by itself tells which, and what to do about it.
+        # Of one of them. Read one by one, it shows which, and what to do about it.
         return {}
     return {run_id: (look, new) for (run_id, look), new in zip(looks.items(), recorded, strict=True)}
 
@@ -312,7 +311,7 @@ def collect(store: Store, context: Context, run_id: str, lease: Lease | None = N
     if lease is not None:
         return
     try:
-        for reduced in reducing.reduce(store, context, run_id):
+        for reduced in reduce.reduce(store, context, run_id):
             of_run(run_id).info("kept the weights alone of the checkpoint of step %d", reduced.step)
     except OSError as error:
         # The run has succeeded all the same.

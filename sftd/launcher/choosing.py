@@ -1,12 +1,37 @@
-"""Each attempt to the launcher that its spec names."""
+"""The launchers that there are, and each attempt to the one that its spec names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sftd.domain.spec.launchers import LOCAL, SLURM, LauncherKind, holder_of, kind_of
 from sftd.launcher.inventory import Need
-from sftd.launcher.seam import Attempt, Launcher
+from sftd.launcher.local import LocalAttempt
+from sftd.launcher.seam import Attempt, Launcher, Registered
+from sftd.launcher.slurm import doctor as slurm_doctor
+from sftd.launcher.slurm import script as slurm_script
+from sftd.launcher.slurm.attempt import SlurmLauncher
 from sftd.wire.attempt.directory import AttemptDir, Order
+
+LAUNCHERS = {
+    LOCAL.name: Registered(make=lambda settings: LocalAttempt),
+    SLURM.name: Registered(
+        make=SlurmLauncher.of,
+        places=SlurmLauncher.places,
+        script=slurm_script.script,
+        doctor=slurm_doctor.examine,
+    ),
+}
+
+
+def launcher_of(directory: AttemptDir) -> LauncherKind:
+    """The launcher that an attempt's order names, or whose places the attempt holds. Where the folder has neither, nothing was
+    started. Raises `OSError`."""
+    try:
+        return kind_of(directory.order().spec.launch.launcher)
+    except (FileNotFoundError, ValueError):
+        process = directory.process()
+        return holder_of(process.devices if process is not None else ())
 
 
 class ByName:
@@ -22,12 +47,6 @@ class ByName:
         return self._launchers[order.spec.launch.launcher].start(directory, order, need, devices)
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
-        """Find an attempt where its order says it was started. Raises `OSError`: who asked the wrong one would be told that
-        a job that trains is dead."""
-        try:
-            name = directory.order().spec.launch.launcher
-        except (FileNotFoundError, ValueError):
-            process = directory.process()
-            # Without either nothing was started.
-            name = "slurm" if process is not None and not process.pid else "local"
-        return self._launchers[name].adopt(directory, fallback_token)
+        """Find an attempt where its order says it was started. Raises `OSError`: the wrong launcher would take a job that
+        trains for dead."""
+        return self._launchers[launcher_of(directory).name].adopt(directory, fallback_token)

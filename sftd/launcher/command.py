@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from sftd import settings
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt.directory import AttemptDir
 
 # Marks every process of an attempt, so that survivors can be found when the leader is gone.
 TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
-# The trainer talks to neither the database nor MLflow, and their URLs may hold passwords.
-_WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "PGPASSWORD", "SFTD_NOTIFY_")
+# The trainer talks to neither the database nor a mirror, and their URLs may hold passwords.
+_WITHHELD = (*settings.WITHHELD, "PGPASSWORD")
 # torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
 _WRITE_CODE = 'echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
 _SHELL = f'"$@"; code=$?; {_WRITE_CODE}'
@@ -82,7 +83,7 @@ def without_secrets(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def rank_variables(*, token: str, device: str) -> dict[str, str]:
-    """What every rank is told by its environment, whoever starts it."""
+    """What the environment of every rank says, whatever starts it."""
     return {
         TOKEN_VARIABLE: token,
         "SFTD_DEVICE": device,

@@ -1,4 +1,4 @@
-"""Devices of this host: GPUs where there are any, CPU cores otherwise, and places for jobs on Slurm. Never oversubscribed."""
+"""Devices of this host: GPUs where there are any, CPU cores otherwise, and places of other launchers. Never oversubscribed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _FIX = (
 
 @contextlib.contextmanager
 def nvml() -> Iterator[Any]:
-    """The module pynvml, ready to be asked; None where there is no NVIDIA driver. Raises `Refused` where there is one, but
-    NVML cannot be asked for its GPUs: taking that for a host without GPUs would train on CPUs without a word."""
+    """The module pynvml, initialised; None where there is no NVIDIA driver. Raises `Refused` where there is one, but NVML does
+    not list its GPUs: a daemon that takes that for a host without GPUs would silently train on CPUs."""
     import pynvml
 
     try:
@@ -66,7 +66,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
     found: list[str] = []
     for given in map(str.strip, said.split(",")):
         name = given if given.isdecimal() or given.startswith("MIG-") else _index_of(given, count)
-        # As CUDA does: nothing counts behind a name that is none.
+        # As CUDA does: nothing counts after a name that is none.
         if not name or (name.isdecimal() and int(name) >= count):
             break
         if name not in found:
@@ -108,16 +108,17 @@ class Inventory:
         self,
         gpus: int | Sequence[str],
         cpu_slots: int,
-        slurm_jobs: int = 0,
+        places: Mapping[str, int] | None = None,
         *,
         others: Callable[[], Iterable[str]] = tuple,
     ) -> None:
-        """`gpus`: how many, or which (see `visible_gpus`). `slurm_jobs`: jobs that there may be on Slurm at once; 0 where there
-        is no Slurm. `others` says which GPUs are held by whom this inventory does not know of (see `device_holds`)."""
+        """`gpus`: how many, or which (see `visible_gpus`). `places`: by launcher, attempts that it may have
+        at once, where they take no device of this host. `others` says which GPUs are held by processes that this inventory
+        does not know (see `device_holds`)."""
         self._others = others
         self.gpus = [f"cuda:{i}" for i in (range(gpus) if isinstance(gpus, int) else gpus)]
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
-        self.slurm = [f"slurm:{i}" for i in range(slurm_jobs)]
+        self.places = {name: [f"{name}:{i}" for i in range(n)] for name, n in (places or {}).items()}
         self._held: dict[str, list[str]] = {}
 
     def need(self, wanted: Spec | Demand) -> Need:
@@ -126,7 +127,7 @@ class Inventory:
         return need(demand, len(self.gpus), len(self.cpus))
 
     def _all(self, device: str) -> list[str]:
-        return {"cuda": self.gpus, "slurm": self.slurm}.get(device, self.cpus)
+        return {"cuda": self.gpus, "cpu": self.cpus, **self.places}.get(device, [])
 
     def free(self, device: str) -> list[str]:
         """Devices of a kind that nobody holds."""
@@ -162,6 +163,6 @@ class Inventory:
         self._held.pop(holder, None)
 
     def describe(self) -> dict[str, int]:
-        """How many devices of each kind there are."""
-        slurm = {"slurm": len(self.slurm)} if self.slurm else {}
-        return {"gpus": len(self.gpus), "cpus": len(self.cpus), **slurm}
+        """How many devices of each kind there are, and how many places of each launcher that has any."""
+        places = {name: len(all_of) for name, all_of in self.places.items() if all_of}
+        return {"gpus": len(self.gpus), "cpus": len(self.cpus), **places}

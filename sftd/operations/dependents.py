@@ -8,32 +8,31 @@ from sftd.domain.run import decisions
 from sftd.domain.run.state import Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store.database.engine import Tx
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 
 
 def all_dependents(connection: sa.Connection, run_id: str) -> list[str]:
     """The runs that wait for the success of this one, and those that wait for these."""
     found = [run_id]
     for one in found:
-        found += [other for other in schedule.dependents(connection, one) if other not in found]
+        found += [other for other in order.dependents(connection, one) if other not in found]
     return found[1:]
 
 
 def leave_queue(tx: Tx, context: Context, ended: Run) -> list[str]:
     """Take an ended run out of the queue. If it has not succeeded, the runs that wait for it are cancelled, and those that
     wait for these. Returns their ids."""
-    queue.leave(tx, ended.run_id)
+    leases.leave(tx, ended.run_id)
     cancelled: list[str] = []
     todo = [ended] if ended.status != "succeeded" else []
     while todo:
         gone = todo.pop()
-        for run_id in schedule.dependents(tx.connection, gone.run_id):
+        for run_id in order.dependents(tx.connection, gone.run_id):
             run = current(tx.connection, run_id)
             reason = f"waits for {gone.run_id}, which {gone.how_it_ended}"
             decided = decisions.request_stop(run, "sftd", reason)
             append_decided(tx, context, run_id, run.version, decided)
-            queue.leave(tx, run_id)
+            leases.leave(tx, run_id)
             cancelled.append(run_id)
             todo.append(current(tx.connection, run_id))
     return cancelled

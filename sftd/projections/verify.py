@@ -31,7 +31,7 @@ _BATCH = 5000
 _REBUILD = "`sftd views rebuild` fixes it"
 
 
-class Checked(msgspec.Struct, frozen=True):
+class LogCheck(msgspec.Struct, frozen=True):
     """What was looked at, and everything that is wrong with it."""
 
     events: int
@@ -39,7 +39,7 @@ class Checked(msgspec.Struct, frozen=True):
     problems: list[str]
 
 
-def check(store: Store, progress: Callable[[int, int], None]) -> Checked:
+def check_log(store: Store, progress: Callable[[int, int], None]) -> LogCheck:
     """Read the whole log of one snapshot: versions without a gap, payloads that decode, views equal to the fold.
     `progress` is told events done and events in all."""
     with store.read() as connection:
@@ -54,7 +54,7 @@ def check(store: Store, progress: Callable[[int, int], None]) -> Checked:
         if not problems:
             problems += _views(connection, log)
         problems += _queue(connection, log.runs)
-        return Checked(total, len(log.runs), problems)
+        return LogCheck(total, len(log.runs), problems)
 
 
 class _Log:

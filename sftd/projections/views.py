@@ -1,13 +1,13 @@
 """The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log,
-never behind it.
+never older than it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
-views anew. Both go through `_apply`, so that they cannot differ.
+views again. Both go through `_apply`, so that they cannot differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import batched, groupby
 from typing import Any
 
@@ -34,7 +34,7 @@ _AT_HAND = 10_000
 
 
 def catch_up(tx: Tx) -> int:
-    """Take in every event behind the views' position. Returns how many."""
+    """Fold every event after the views' position. Returns how many."""
     connection = tx.connection
     position = positions.projection_position(connection, NAME)
     taken = 0
@@ -55,20 +55,12 @@ def catch_up(tx: Tx) -> int:
 
 
 def rebuild(store: Store) -> int:
-    """Delete the views and fold them anew from the first event, in one transaction. Returns the events taken in."""
+    """Delete the views and fold them again from the first event, in one transaction. Returns the events taken in."""
     with store.write() as tx:
         for table in TABLES:
             tx.execute(sa.delete(table))
         positions.set_projection_position(tx.connection, NAME, 0)
         return catch_up(tx)
-
-
-def dump(connection: sa.Connection) -> Iterator[bytes]:
-    """Every row of the views as JSON lines in a fixed order: two databases with equal views give equal bytes."""
-    for table in TABLES:
-        for row in connection.execute(sa.select(table).order_by(*table.primary_key.columns)):
-            fields = {str(name): value for name, value in row._mapping.items()}
-            yield msgspec.json.encode({"table": str(table.name), **fields}, order="sorted") + b"\n"
 
 
 def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:

@@ -1,5 +1,5 @@
-"""The environment of the control plane, read once. A value comes from the environment, else from
-`SFTD_HOME/config.toml`, else it has the default written here."""
+"""The environment of the control plane, read once. A value comes from the environment, else from `SFTD_HOME/config.toml`, else
+it has the default written here."""
 
 from __future__ import annotations
 
@@ -7,52 +7,69 @@ import os
 import shlex
 import tomllib
 import urllib.parse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-# What a person can be told of; `domain/notices.py` says which events that is.
+import msgspec
+from msgspec import Meta
+
+# What a person can be notified of; `domain/notices.py` says which events that is.
 NOTIFY_KINDS = ("ended", "failed", "anomaly", "started", "retrying", "paused")
+# Beginnings of the variables that may hold secrets and that no trainer needs.
+WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "SFTD_NOTIFY_")
+
+# A description continues "'x' is not".
+Positive = Annotated[float, Meta(gt=0, lt=1e300, description="a number above 0")]
+Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
+Devices = Annotated[int, Meta(ge=1, description="a number of devices above 0")]
 
 
 class SettingsError(Exception):
     """A setting cannot be used."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
-    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs; None is all of them. Times are seconds. `log_format`: "text" or "json".
+    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs; None is all of them. Times are seconds.
     `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
     of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
-    unknown. `notify_command` and `notify_webhook` are told of what `notify_on` names; empty is none. `sample_seconds`:
-    how often an attempt's host is looked at. `slurm_jobs`: jobs that the daemon has on Slurm at once;
+    unknown. `notify_command` and `notify_webhook` get what `notify_on` names; empty is none. `sample_seconds`:
+    how often an attempt's host is sampled. `slurm_jobs`: jobs that the daemon has on Slurm at once;
     `slurm_poll_seconds`: how often it asks the controller about all of them."""
 
     home: Path
     database_url: str
     mlflow_tracking_uri: str
-    cpu_slots: int | None
-    backoff_seconds: float
-    lease_seconds: float
-    poll_seconds: float
-    log_format: str
     metrics_file: Path
-    user_limit: int | None = None
-    project_limit: int | None = None
-    device_price: float | None = None
-    # Both may hold secrets.
-    notify_command: str = field(default="", repr=False)
-    notify_webhook: str = field(default="", repr=False)
+    cpu_slots: Count | None = None
+    backoff_seconds: Positive = 15.0
+    lease_seconds: Positive = 30.0
+    poll_seconds: Positive = 0.25
+    log_format: Literal["text", "json"] = "text"
+    user_limit: Devices | None = None
+    project_limit: Devices | None = None
+    device_price: Positive | None = None
+    notify_command: str = ""
+    notify_webhook: str = ""
     notify_on: tuple[str, ...] = NOTIFY_KINDS[:3]
-    sample_seconds: float = 30.0
-    slurm_jobs: int = 100
-    slurm_poll_seconds: float = 10.0
+    sample_seconds: Positive = 30.0
+    slurm_jobs: Count = 100
+    slurm_poll_seconds: Positive = 10.0
+
+    def __repr__(self) -> str:
+        # Others may hold secrets.
+        return f"Settings(home={str(self.home)!r})"
+
+    @property
+    def lease_micros(self) -> int:
+        """How many µs a lease lasts unless it is renewed."""
+        return int(self.lease_seconds * 1_000_000)
 
     @property
     def silent_micros(self) -> int:
         """A daemon that has not renewed its row for this many µs is not observed. Daemons renew it three times in a lease."""
-        return int(2 * self.lease_seconds * 1_000_000)
+        return 2 * self.lease_micros
 
     @property
     def logs(self) -> Path:
@@ -104,153 +121,112 @@ def _absolute_sqlite(url: str) -> str:
     return sqlite_url(Path(os.path.abspath(file))) + mark + query
 
 
-def _command(text: str, where: str) -> str:
+def _command(text: str) -> str:
     try:
         argv = shlex.split(text)
     except ValueError as error:
-        raise SettingsError(f"{where}: {error}: it is split as a shell would, but run without one") from None
+        raise ValueError(f"{error}: it is split as a shell would, but run without one") from None
     return text if argv else ""
 
 
-def _webhook(url: str, where: str) -> str:
+def _webhook(given: str) -> str:
     """The URL, which no message quotes: it is a secret."""
+    url = given.strip()
     try:
         parsed = urllib.parse.urlsplit(url)
         usable = parsed.scheme in ("http", "https") and parsed.hostname and (parsed.port or True)
     except ValueError:
         usable = False
     if url and (not usable or any(not "!" <= letter <= "~" for letter in url)):
-        raise SettingsError(f"{where}: it is not a URL such as https://host/path")
+        raise ValueError("it is not a URL such as https://host/path")
     if url and "@" in parsed.netloc:
-        raise SettingsError(
-            f"{where}: a user and a password in the URL are not sent; put a token into its path"
-        )
+        raise ValueError("a user and a password in the URL are not sent; put a token into its path")
     return url
 
 
-def _kinds(value: object, where: str) -> tuple[str, ...]:
+def _kinds(value: object) -> list[str]:
     names = value if isinstance(value, list) else str(value).split(",")
-    kinds = tuple(str(name).strip() for name in names if str(name).strip())
+    kinds = [str(name).strip() for name in names if str(name).strip()]
     if unknown := [kind for kind in kinds if kind not in NOTIFY_KINDS]:
-        raise SettingsError(f"{where}: {unknown[0]!r} is none of {', '.join(NOTIFY_KINDS)}")
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(NOTIFY_KINDS)}")
     if not kinds:
-        raise SettingsError(f"{where}: it names nothing; name some of {', '.join(NOTIFY_KINDS)}")
+        raise ValueError(f"it names nothing; name some of {', '.join(NOTIFY_KINDS)}")
     return kinds
 
 
-# What may stand in config.toml; `limits` is a table.
-_LIMITS = ("user", "project")
-_KEYS = (
-    "database_url",
-    "mlflow_tracking_uri",
-    "cpu_slots",
-    "backoff_seconds",
-    "lease_seconds",
-    "poll_seconds",
-    "log_format",
-    "metrics_file",
-    "limits",
-    "device_price",
-    "notify_command",
-    "notify_webhook",
-    "notify_on",
-    "sample_seconds",
-    "slurm_jobs",
-    "slurm_poll_seconds",
-)
+# What is done to a value before its type is checked. A ValueError is the end of the message.
+_PREPARED: dict[str, Callable[[Any], object]] = {
+    "database_url": lambda url: full_database_url(str(url)),
+    "mlflow_tracking_uri": lambda url: _absolute_sqlite(str(url)),
+    "metrics_file": lambda file: Path(str(file)).expanduser().absolute(),
+    "notify_command": lambda text: _command(str(text)),
+    "notify_webhook": lambda url: _webhook(str(url)),
+    "notify_on": _kinds,
+}
+# (variable, key of config.toml) where they are not SFTD_ and the name, and the name.
+_NAMES = {
+    "mlflow_tracking_uri": ("MLFLOW_TRACKING_URI", "mlflow_tracking_uri"),
+    "user_limit": ("SFTD_LIMIT_USER", "limits.user"),
+    "project_limit": ("SFTD_LIMIT_PROJECT", "limits.project"),
+}
 
 
-def _refuse_unknown(stored: Mapping[str, object], file: Path) -> None:
-    """A misspelt limit would hold nobody back."""
-    limits = stored.get("limits")
-    parts: list[tuple[str, Mapping[str, object], tuple[str, ...]]] = [("", stored, _KEYS)]
-    if isinstance(limits, dict):
-        parts.append((" under [limits]", limits, _LIMITS))
-    for where, table, known in parts:
-        for key in table:
-            if key not in known:
-                import difflib
+def _stored(file: Path, known: list[str]) -> dict[str, object]:
+    """The keys of config.toml; those of a table with its name before them. A misspelt limit would limit nobody."""
+    if not file.is_file():
+        return {}
+    try:
+        stored = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: {error}") from None
+    limits = stored.pop("limits", {})
+    if not isinstance(limits, dict):
+        raise SettingsError(f"{file}: write `[limits]` and, below it, `user = N` or `project = N`")
+    stored |= {f"limits.{key}": value for key, value in limits.items()}
+    for key in stored:
+        if key not in known:
+            import difflib
 
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-                raise SettingsError(f"{file}: {key}{where} is no setting. {hint}")
+            near = difflib.get_close_matches(key, [*known, "limits"], n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+            raise SettingsError(f"{file}: {key} is no setting. {hint}")
+    return stored
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises `SettingsError` naming the setting that cannot be used."""
     home = Path(environ.get("SFTD_HOME") or "~/.sftd").expanduser().absolute()
     file = home / "config.toml"
-    stored: dict[str, object] = {}
-    if file.is_file():
+    fields = [field for field in msgspec.structs.fields(Settings) if field.name != "home"]
+    names = {f.name: _NAMES.get(f.name, (f"SFTD_{f.name.upper()}", f.name)) for f in fields}
+    stored = _stored(file, [key for _, key in names.values()])
+    defaults = {
+        "database_url": sqlite_url(home / "sftd.db"),
+        "mlflow_tracking_uri": sqlite_url(home / "mlflow.db"),
+        "metrics_file": home / "metrics.prom",
+    }
+    found: dict[str, Any] = {"home": home}
+    for field in fields:
+        variable, key = names[field.name]
+        given = (environ.get(variable), stored.get(key), defaults.get(field.name))
+        # Empty is not set, but an empty address turns the mirror off.
+        is_set = [v for v in given if v is not None and (v != "" or field.name == "mlflow_tracking_uri")]
+        if not is_set:
+            continue
+        where = f"{variable} (or `{key}` in {file})"
         try:
-            stored = tomllib.loads(file.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{file}: {error}") from None
+            prepared = _PREPARED.get(field.name, str)(is_set[0])
+            found[field.name] = msgspec.convert(prepared, field.type, strict=False)
+        except msgspec.ValidationError:
+            raise SettingsError(f"{where}: {str(is_set[0])!r} is {_wrong(field.type)}") from None
+        except ValueError as error:
+            raise SettingsError(f"{where}: {error}") from None
+    return Settings(**found)
 
-    _refuse_unknown(stored, file)
 
-    def value(name: str, default: str, variable: str | None = None) -> str:
-        assert name in _KEYS
-        return environ.get(variable or "SFTD_" + name.upper()) or str(stored.get(name, default))
-
-    def number(name: str, default: float) -> float:
-        text = value(name, str(default))
-        try:
-            parsed = float(text)
-        except ValueError:
-            parsed = -1.0
-        if not 0 < parsed < float("inf"):
-            raise SettingsError(
-                f"SFTD_{name.upper()} (or `{name}` in {file}): {text!r} is not a number above 0"
-            )
-        return parsed
-
-    log_format = value("log_format", "text")
-    if log_format not in ("text", "json"):
-        raise SettingsError(
-            f"SFTD_LOG_FORMAT (or `log_format` in {file}): {log_format!r} is neither text nor json"
-        )
-
-    def limit(name: str) -> int | None:
-        variable = f"SFTD_LIMIT_{name.upper()}"
-        table = stored.get("limits", {})
-        if not isinstance(table, dict):
-            raise SettingsError(f"{file}: write `[limits]` and, below it, `user = N` or `project = N`")
-        text = environ.get(variable) or str(table.get(name, ""))
-        if not text:
-            return None
-        if not text.isdecimal() or int(text) == 0:
-            what = f"{variable} (or `{name}` under [limits] in {file}): {text!r} is not a number of devices above 0"
-            raise SettingsError(what)
-        return int(text)
-
-    tracking = environ.get("MLFLOW_TRACKING_URI")
-    if tracking is None:
-        tracking = str(stored.get("mlflow_tracking_uri", sqlite_url(home / "mlflow.db")))
-    return Settings(
-        home=home,
-        database_url=full_database_url(value("database_url", sqlite_url(home / "sftd.db"))),
-        mlflow_tracking_uri=_absolute_sqlite(tracking),
-        cpu_slots=max(1, int(number("cpu_slots", 1))) if value("cpu_slots", "") else None,
-        backoff_seconds=number("backoff_seconds", 15.0),
-        lease_seconds=number("lease_seconds", 30.0),
-        poll_seconds=number("poll_seconds", 0.25),
-        log_format=log_format,
-        metrics_file=Path(value("metrics_file", str(home / "metrics.prom"))).expanduser().absolute(),
-        user_limit=limit("user"),
-        project_limit=limit("project"),
-        device_price=number("device_price", 1.0) if value("device_price", "") else None,
-        notify_command=_command(
-            value("notify_command", ""), f"SFTD_NOTIFY_COMMAND (or `notify_command` in {file})"
-        ),
-        notify_webhook=_webhook(
-            value("notify_webhook", "").strip(), f"SFTD_NOTIFY_WEBHOOK (or `notify_webhook` in {file})"
-        ),
-        notify_on=_kinds(
-            environ.get("SFTD_NOTIFY_ON") or stored.get("notify_on", list(NOTIFY_KINDS[:3])),
-            f"SFTD_NOTIFY_ON (or `notify_on` in {file})",
-        ),
-        sample_seconds=number("sample_seconds", 30.0),
-        slurm_jobs=int(number("slurm_jobs", 100)),
-        slurm_poll_seconds=number("slurm_poll_seconds", 10.0),
-    )
+def _wrong(kind: Any) -> str:
+    """What a value is that does not fit a field's type."""
+    for part in (kind, *get_args(kind)):
+        for meta in getattr(part, "__metadata__", ()):
+            return f"not {meta.description}"
+    return f"neither {' nor '.join(get_args(kind))}"

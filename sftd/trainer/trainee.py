@@ -17,7 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
+from sftd.domain.plan.sizes import CHECKPOINT_BYTES, weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, lora, weights
@@ -25,8 +26,6 @@ from sftd.trainer.model import model as models
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 
-# Bytes of a checkpoint per parameter: two FP32 moments and the weight in FP32, and in BF16 besides.
-_STATE_BYTES = {torch.float32: 12, torch.bfloat16: 14}
 LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
 
 
@@ -146,7 +145,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     parameters = _count_parameters(chunks, shape.vocab_size, session)
-    state_bytes = parameters * _STATE_BYTES[session.dtype]
+    state_bytes = parameters * CHECKPOINT_BYTES[weights_dtype(spec, session.device.type)]
     return Trainee(
         shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
     )

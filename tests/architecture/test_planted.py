@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.builders.paths import ROOT
 
 
 def test_every_planted_defect_applies_and_its_tests_exist() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.builders.paths import ROOT
+
 PACKAGE = sorted((ROOT / "sftd").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LONGEST = 400
 VAGUE = {"utils.py", "util.py", "helpers.py", "helper.py", "common.py", "misc.py"}
 
@@ -77,6 +79,24 @@ def test_nothing_is_left_over(path: Path) -> None:
     assert found == []
 
 
+# A launcher's own modules, its section and row, its settings, its entry in the registry, and an example for people.
+NAMES_SLURM = {
+    "domain/spec/slurm.py",
+    "domain/spec/sections.py",
+    "domain/spec/launchers.py",
+    "settings/__init__.py",
+    "launcher/choosing.py",
+    "cli/submit/command.py",
+}
+
+
+def test_no_launcher_is_named_where_all_are_meant() -> None:
+    """Another launcher adds files and rows; it edits no module that compares names."""
+    own = ROOT / "sftd/launcher/slurm"
+    naming = {str(p.relative_to(ROOT / "sftd")) for p in PACKAGE if "slurm" in p.read_text().lower()}
+    assert naming - NAMES_SLURM == {str(p.relative_to(ROOT / "sftd")) for p in own.glob("*.py")}
+
+
 def test_the_command_line_is_not_made_of_prints() -> None:
     """Only the trainer's own output and the CLI talk; a library that prints cannot be used in a daemon."""
     quiet = [p for p in PACKAGE if p.relative_to(ROOT / "sftd").parts[0] not in ("cli", "trainer")]
@@ -87,3 +107,35 @@ def test_the_command_line_is_not_made_of_prints() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert calls == []
+
+
+MOST = 16
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent for p in [*PACKAGE, *TESTS]}), ids=name)
+def test_a_folder_holds_few_modules(folder: Path) -> None:
+    assert len(list(folder.glob("*.py"))) <= MOST, "make rooms, each named for what it holds"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_what_tests_share_is_a_builder(path: Path) -> None:
+    """A module of tests can be read, moved and deleted by itself."""
+    imported = [
+        f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert [m for m in imported if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", m)] == [], (
+        "move it to tests/builders"
+    )
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """One name, one meaning, all over the product."""
+    found: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name(path))
+    assert {n: where for n, where in found.items() if len(where) > 1} == {}

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.conftest import Trainer, data, models
+from tests.builders.trainer.tiny_models import write_data, write_models
+from tests.builders.trainer.trainers import Trainer
 
-__all__ = ["data", "models"]
+
+@pytest.fixture(scope="session")
+def models(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Folder of the tiny models."""
+    return made_once("models", write_models)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.parquet and val.parquet."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

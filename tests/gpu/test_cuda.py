@@ -6,18 +6,19 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sftd.domain.log.events import CheckpointPublished, ModelLoaded
+from tests.builders.paths import RANKS
+from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sftd.wire.attempt.directory import AttemptDir
-    from tests.trainer.conftest import Run, Trainer
+    from tests.builders.trainer.trainers import Run, Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,9 +28,8 @@ pytestmark = [
     ),
 ]
 
-TOGETHER = Path(__file__).with_name("together_ranks.py")
-KERNELS = Path(__file__).parents[1] / "trainer/kernels_interpreted.py"
-MEGATRON = "model__megatron__"
+TOGETHER = RANKS / "together_ranks.py"
+KERNELS = RANKS / "kernels_interpreted.py"
 FP32: dict[str, Any] = {MEGATRON + "params_dtype": "float32"}
 PACKED: dict[str, Any] = {"training__use_rmpad": True}
 FOUR: dict[str, Any] = {"training__micro_batch_size_per_gpu": 4}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.builders.paths import ROOT
+
 pytestmark = pytest.mark.gpu
 
-SCRIPT = Path(__file__).parents[2] / "scripts/measure_plan.py"
+SCRIPT = ROOT / "scripts/measure_plan.py"
 # Each takes some 20 s: a process, and three steps.
 CONFIGS = {
     "padded": ["training.micro_batch_size_per_gpu=4"],

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm_python
-from tests.patience import PATIENCE
+from tests.builders import warm_python
+from tests.builders.patience import PATIENCE
 
 LANDED = Path(__file__).with_name("landed")
 RUN, FORK = "steady-plover-3615", "fine-osprey-b20b"
@@ -52,7 +52,6 @@ def sftd(home: Path, warm: str, *arguments: str, check: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_a_home_of_658ac74_opens_resumes_and_verifies(home: Path, warm_python: str) -> None:
     warm = warm_python
     assert "OK: 2 runs" in sftd(home, warm, "ls") + sftd(home, warm, "db", "check")

@@ -1,4 +1,4 @@
-"""The migrations make exactly the tables that the code uses, from any state, whoever else is at it."""
+"""The migrations make exactly the tables that the code uses, from any state, also when others migrate at the same time."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from sftd.store.database.engine import Store, open_engine
 from sftd.store.database.schema import metadata
 from sftd.store.database.tables import SCHEMA_REVISION
 from sftd.store.queue import daemons
-from tests.patience import PATIENCE
+from tests.builders.paths import ROOT
+from tests.builders.patience import PATIENCE
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = ScriptDirectory(str(ROOT / "migrations"))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 
@@ -48,7 +48,7 @@ def fresh_engine(tmp_path: Path, empty_engine: sa.Engine) -> Iterator[sa.Engine]
 
 
 def schema_of(engine: sa.Engine) -> list[Any]:
-    """The whole schema as the database tells it, without Alembic's own table."""
+    """The whole schema as the database describes it, without Alembic's own table."""
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             rows = connection.exec_driver_sql(
@@ -105,7 +105,7 @@ def test_every_revision_goes_up_down_and_up_again(empty_engine: sa.Engine) -> No
 
 
 def test_a_log_is_carried_through_every_revision(empty_engine: sa.Engine) -> None:
-    """Up and down again, with events in the tables: each row stays as it is, and positions go on behind the last."""
+    """Up and down again, with events in the tables: each row stays as it is, and positions continue after the last."""
     names = "event_id, run_id, version, type, schema_version, occurred_at, recorded_at, attempt, actor, causation_id, payload"
 
     def add(run_id: str, version: int, event_id: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sftd.cli import app
-from sftd.cli.compare.words import facts, letter, parting_lines, shown_values
+from sftd.cli.compare.words import figure_texts, letter, parting_lines, shown_values
 from sftd.cli.terminal import output
 from sftd.cli.terminal.plot import Series, colour, plot
 from sftd.cli.terminal.types import FiniteRange
@@ -33,17 +33,16 @@ _POINTS = 500
 @click.option(
     "--price",
     type=FiniteRange(min=0),
-    help="What a device costs an hour; else SFTD_DEVICE_PRICE says so.",
+    help="Price of a device per hour; SFTD_DEVICE_PRICE if not given.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print all of it, curves included, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything, curves included, as JSON.")
 def compare_command(
     runs: tuple[str, ...], is_log: bool, page: str | None, price: float | None, as_json: bool
 ) -> None:
-    """Hold runs against each other: what differs in them, the step at which their curves part, what came of them and what
-    it cost, with their losses in one plot.
+    """Compare runs: settings and results.
 
-    The first run is the one that the others are compared with. A fork's curve begins with its parent's. Runs may train
-    meanwhile. A sweep means all its runs.
+    Shows results and costs, the settings that differ, the step at which the curves part, and the losses in one plot. All runs
+    are compared with the first. A fork's curve begins with its parent's. Runs may train meanwhile. A sweep means all its runs.
 
     \b
     Example:
@@ -53,17 +52,17 @@ def compare_command(
       sftd compare brave calm --json | jq '.partings[0].bits.loss'
     """
     from sftd.domain.errors import Problem, Refused
-    from sftd.operations.queries import compare as comparisons
+    from sftd.operations.queries import compare
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    run_ids = app.pick_all(store, runs)
+    run_ids = app.resolve_runs(store, runs)
     if len(run_ids) < 2:
         fix = "name two runs or more, or a sweep"
-        raise Refused(Problem("RUN", f"{runs[0]} alone is compared with nothing", fix))
+        raise Refused(Problem("RUN", f"{runs[0]} is only one run", fix))
     if page is not None:
-        output.need_folder("--html", page)
-    found = comparisons.compare(
+        output.require_folder("--html", page)
+    found = compare.compare(
         store, run_ids, app.context().now(), settings.device_price if price is None else price
     )
     if page is not None:
@@ -142,17 +141,14 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
 
 
 def _facts_table(found: Compared, numbers: range) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", style="dim", no_wrap=True)
+    table = output.table("", dim=[""])
     for n in numbers:
         table.add_column(
             Text(f"{letter(n)} {found.sides[n].run.run_id}", f"bold {colour(n)}"), overflow="fold"
         )
-    columns = [facts(found.sides[n].figures) for n in numbers]
+    columns = [figure_texts(found.sides[n].figures) for n in numbers]
     for cells in zip(*columns, strict=True):
         name = cells[0][0]
         if any(value for _, value in cells):
@@ -162,12 +158,9 @@ def _facts_table(found: Compared, numbers: range) -> Table:
 
 
 def _differences_table(found: Compared) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", style="dim", no_wrap=True)
+    table = output.table("", dim=[""])
     table.add_column("", overflow="fold")
     for n in range(len(found.sides)):
         table.add_column(Text(letter(n), f"bold {colour(n)}"), overflow="fold")
@@ -175,6 +168,6 @@ def _differences_table(found: Compared) -> Table:
         style = "dim" if d.keeps_steps else ""
         table.add_row(d.group, Text(d.key, style), *(Text(v, style) for v in shown_values(d)))
     if any(d.keeps_steps for d in found.differences):
-        table.caption = "dim: leaves the steps as they are, bit for bit or except for rounding"
+        table.caption = "dim: leaves the steps as they are, bit for bit or to within rounding"
         table.caption_justify = "left"
     return table

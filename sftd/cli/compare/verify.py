@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import spinner
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sftd.domain.repro.verifier import Comparing
     from sftd.domain.spec.spec import Spec
     from sftd.launcher.inventory import Need
-    from sftd.operations.queries.history import Comparison
+    from sftd.operations.queries.history import VerifyPlan
     from sftd.settings import Settings
     from sftd.store.database.engine import Store
     from sftd.wire.attempt.directory import Order
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 @click.option(
     "--from-step",
     type=click.IntRange(min=0),
-    help="Begin at this published checkpoint; 0 is the pretrained model. The oldest checkpoint if not given.",
+    help="Start from this published checkpoint, 0 from the pretrained model; the oldest if not given.",
 )
 @click.option(
     "--to-step", type=click.IntRange(min=1), help="Last step to compare; the run's last if not given."
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="What to compute on; as the run did if not given."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to train on; the run's if not given."
 )
-@click.option("--devices", metavar="0,1,…", help="Which GPUs to use; free ones if not given.")
+@click.option("--devices", metavar="0,1,…", help="GPUs to use; free ones if not given.")
 @click.option(
     "--with",
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Try with another setting, and record nothing: would the steps have come out the same? Repeatable.",
+    help="Try another setting, and record nothing: do the steps still match? Repeatable.",
 )
-@click.option("--keep", is_flag=True, help="Leave the scratch folder, with journal and output.")
+@click.option("--keep", is_flag=True, help="Keep the scratch folder, with journal and output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def verify_command(
     run: str,
@@ -61,13 +61,13 @@ def verify_command(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Train recorded steps of RUN again, and compare each with the log.
+    """Train recorded steps of RUN again, and compare them with the log.
 
-    From a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient norm, learning
-    rate, trained tokens and the rows of every step must be those of the log: bit for bit, or except for rounding where
-    the run was not deterministic or its environment was another. It ends at the first step that differs, says
-    what differs besides, and records the outcome in the run's log. Neither the run nor its checkpoints are touched;
-    it may be running. Exit code 1: a step diverged, or could not be trained again (then nothing is recorded).
+    Training starts from a published checkpoint, in the run's own layout, with torchrun in a scratch folder. Loss, gradient
+    norm, learning rate, trained tokens and rows of every step must match the log: bit for bit, or to within rounding where the
+    run was not deterministic or its environment differs. The command stops at the first step that does not match, prints what
+    differs, and records the outcome in the run's log. The run and its checkpoints are not changed; RUN may be running. Exit
+    code 1: a step diverged, or could not be trained again (then nothing is recorded).
 
     \b
     Example:
@@ -75,30 +75,39 @@ def verify_command(
       sftd verify brave-otter --from-step 100 --to-step 120
       sftd verify brave-otter --with model.megatron.tensor_model_parallel_size=2
     """
+    import msgspec
+
     from sftd.domain.log.events import ReplayDiverged
     from sftd.launcher import processes
-    from sftd.operations.queries import history as replays
-    from sftd.operations.queries import model_files
+    from sftd.operations.queries import history, model_files
+    from sftd.wire.attempt.orders import order_of
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    chosen = replays.plan(store, app.pick(store, run), from_step, to_step, host=processes.host_name())
+    chosen = history.plan(store, app.resolve_run(store, run), from_step, to_step, host=processes.host_name())
     spec, extra = _changed(chosen, changes, device)
     run_id = chosen.run.run_id
-    if not model_files.check(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
+    if not model_files.check_unchanged(chosen.model, run_id, spec, pretrained=chosen.checkpoint is None):
         output.note(model_files.unrecorded(run_id))
     planned = _planned_steps(chosen, spec, extra)
     need, taken = _devices(settings, chosen, spec, devices)
     output.when_interrupted("Nothing was recorded.")
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        order = _order(chosen, spec, planned, str(settings.home))
-        with _held(settings, store, taken, is_named=devices is not None) as holds:
-            verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # They clean up as Ctrl-C does.
+        signal.signal(number, signal.default_int_handler)
+    order = order_of(
+        msgspec.structs.replace(chosen.run, spec=spec, planned_steps=planned),
+        chosen.checkpoint,
+        model=chosen.model,
+        model_root=settings.home,
+        losses=chosen.losses,
+        last_step=chosen.to_step,
+    )
+    with _held(settings, store, taken, is_named=devices is not None) as holds:
+        verdict, comparing = _compare(settings, chosen, order, extra, need, taken, holds, keep)
     if not changes:
-        replays.record(store, app.context(), chosen.run.run_id, verdict)
+        history.record(store, app.context(), chosen.run.run_id, verdict)
     if as_json:
-        import msgspec
-
         fields = {"run_id": chosen.run.run_id, "outcome": type(verdict).__name__} | msgspec.to_builtins(
             verdict
         )
@@ -110,7 +119,7 @@ def verify_command(
 
 
 def _changed(
-    chosen: Comparison, changes: tuple[str, ...], device: str | None
+    chosen: VerifyPlan, changes: tuple[str, ...], device: str | None
 ) -> tuple[Spec, dict[str, list[Any]]]:
     """The spec to train with, and how it differs from the run's: key → [the log's, now's]."""
     import msgspec
@@ -124,10 +133,10 @@ def _changed(
         spec, _ = change(own, parse_overrides(changes))
     differs = trajectory.changes(own, spec)
     replace = msgspec.structs.replace
-    # Trained again here, wherever the run was, and by as many ranks.
+    # On this host, wherever the run was, with the same number of ranks.
     here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)
     spec = replace(spec, launch=here)
-    was = chosen.log.environment(chosen.to_step)
+    was = chosen.log[chosen.to_step].environment
     if spec.launch.device == "auto" and was:
         device = device or ("cpu" if was.get("device") == "cpu" else "cuda")
     if device is not None:
@@ -143,8 +152,8 @@ def _changed(
     return spec, differs
 
 
-def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
-    """What to train on: as many threads as the run had, GPUs that no living attempt of this host holds."""
+def _devices(settings: Settings, chosen: VerifyPlan, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
+    """The devices to train on: as many threads as the run had; GPUs that no living attempt of this host holds."""
     import msgspec
 
     from sftd.domain.errors import Problem, Refused
@@ -155,7 +164,7 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     others = partial(device_holds.held, settings.home)
     inventory = Inventory(visible_gpus(), settings.cpu_slots or usable_cores(), others=others)
     need = inventory.need(spec)
-    threads = chosen.log.environment(chosen.to_step).get("OMP_NUM_THREADS")
+    threads = chosen.log[chosen.to_step].environment.get("OMP_NUM_THREADS")
     if threads and spec.launch.threads_per_rank is None:
         need = msgspec.structs.replace(need, threads=int(threads))
     if need.device == "cpu":
@@ -176,32 +185,30 @@ def _devices(settings: Settings, chosen: Comparison, spec: Spec, named: str | No
     if len(wanted) < need.count or len(set(wanted)) != len(wanted):
         what = f"the run's layout needs {counted(need.count, 'GPU')}, and {len(set(wanted))} are "
         what += "named" if named is not None else "free here"
-        raise Refused(
-            Problem("--devices", what, "name as many as it needs, as 0,1; or wait until they are free")
-        )
+        raise Refused(Problem("--devices", what, "name that many, such as 0,1, or wait until they are free"))
     return need, wanted[: need.count]
 
 
 @contextmanager
 def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[list[int]]:
-    """Keep a daemon from starting a run on these GPUs; who inherits the descriptors keeps it from that, too. Raises `Refused`
-    when it has done so just now."""
+    """Keep daemons from starting a run on these GPUs while the yielded descriptors are open, here or in a child. Raises
+    `Refused` where a run started just before."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds, processes
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     gpus = [device for device in taken if device.startswith("cuda:")]
     with ExitStack() as stack:
         holds = stack.enter_context(device_holds.holding(settings.home, gpus)) if gpus else []
-        lost = set(gpus) & set(replays.held(store, processes.host_name())) if gpus and not is_named else set()
+        lost = set(gpus) & set(history.held(store, processes.host_name())) if gpus and not is_named else set()
         if lost:
-            what = f"a run has just been started on {min(lost)}"
+            what = f"a run started on {min(lost)} just now"
             raise Refused(Problem("--devices", what, "try again, or name the GPUs"))
         yield holds
 
 
-def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]) -> int:
-    """How long the run would be, which decides its learning rates. Raises `Refused`."""
+def _planned_steps(chosen: VerifyPlan, spec: Spec, differs: dict[str, list[Any]]) -> int:
+    """The length of the run, which its learning rates depend on. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run import trajectory
     from sftd.domain.spec.on_resume import OnResume
@@ -210,37 +217,15 @@ def _planned_steps(chosen: Comparison, spec: Spec, differs: dict[str, list[Any]]
         return chosen.run.planned_steps
     planned = spec.trainer.max_steps
     if planned is None or planned < chosen.to_step:
-        what = "only a number of steps can be tried, not epochs" if planned is None else f"is {planned}"
-        fix = f"give trainer.max_steps, at least {chosen.to_step}, the last step that is compared"
+        what = "epochs cannot be tried, only a number of steps" if planned is None else f"is {planned}"
+        fix = f"set trainer.max_steps to at least {chosen.to_step}, the last step that is compared"
         raise Refused(Problem("--with", what, fix))
     return planned
 
 
-def _order(chosen: Comparison, spec: Spec, planned_steps: int, home: str) -> Order:
-    from sftd.wire.attempt.directory import Order
-
-    run, checkpoint = chosen.run, chosen.checkpoint
-    return Order(
-        run_id=run.run_id,
-        attempt=run.attempt,
-        token="",
-        spec=spec,
-        planned_steps=planned_steps,
-        checkpoint_dir="",
-        checkpoint=checkpoint.path if checkpoint else None,
-        checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
-        order_later=list(run.order),
-        losses=chosen.losses,
-        last_step=chosen.to_step,
-        model_files=chosen.model.files,
-        weights=chosen.model.weights,
-        model_root=home,
-    )
-
-
 def _compare(
     settings: Settings,
-    chosen: Comparison,
+    chosen: VerifyPlan,
     order: Order,
     extra: dict[str, list[Any]],
     need: Need,
@@ -261,8 +246,9 @@ def _compare(
         lock = stack.enter_context(ExitStack())
         if chosen.checkpoint is not None:
             lock.enter_context(reading(Path(chosen.checkpoint.path)))
-        show = stack.enter_context(_progress(run.run_id, chosen))
-        show(f"training again from {where} on {', '.join(devices)}")
+        show = stack.enter_context(spinner(f"{run.run_id}: starting"))
+        text = f"{run.run_id}: training again from {where} on {', '.join(devices)}"
+        show(text, text)
         scratch = stack.enter_context(rerun(order, need, devices, settings.home, inherited=holds, keep=keep))
         if keep:
             output.note(f"{run.run_id}: the scratch folder is {scratch.folder}")
@@ -286,7 +272,9 @@ def _compare(
                             environment=comparing.environment(event.step),
                             by=by,
                         ), comparing
-                    show(f"step {event.step} of {chosen.to_step}: {comparing.agreeing} agree")
+                    text = f"{run.run_id}: step {event.step} of {chosen.to_step}: {comparing.agreeing} agree"
+                    # A line in a file for each tenth.
+                    show(text, text if comparing.agreeing % max(1, chosen.count // 10) == 0 else "")
                     if event.step == chosen.to_step:
                         break
     if comparing is None or comparing.agreeing < chosen.count:
@@ -301,41 +289,8 @@ def _compare(
     return verified, comparing
 
 
-@contextmanager
-def _progress(run_id: str, chosen: Comparison) -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what it is at: live on a terminal, elsewhere a line for each tenth."""
-    shown = output.console(stderr=True)
-    every, count = max(1, chosen.count // 10), 0
-    with shown.status(output.escape(f"{run_id}: starting")) as status:
-
-        def show(text: str) -> None:
-            nonlocal count
-            if shown.is_terminal:
-                status.update(output.escape(f"{run_id}: {text}"))
-            elif count % every == 0:
-                output.note(f"{run_id}: {text}")
-            count += 1
-
-        yield show
-
-
-@contextmanager
-def _interrupted_by(*numbers: signal.Signals) -> Iterator[None]:
-    """Have signals end the block as Ctrl-C does, so that it cleans up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _print(
-    chosen: Comparison, verdict: ReplayVerified | ReplayDiverged, comparing: Comparing, *, is_trial: bool
+    chosen: VerifyPlan, verdict: ReplayVerified | ReplayDiverged, comparing: Comparing, *, is_trial: bool
 ) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -346,9 +301,9 @@ def _print(
     out = output.console()
     first = chosen.from_step + 1
     if isinstance(verdict, ReplayVerified):
-        how = "bit for bit" if verdict.is_exact else "except for rounding"
+        how = "bit for bit" if verdict.is_exact else "to within rounding"
         out.print(
-            f"[bold green]verified[/]: steps {first} to {verdict.to_step} came out as the log has them, {how} "
+            f"[bold green]verified[/]: steps {first} to {verdict.to_step} match the log {how} "
             "(loss, grad norm, lr, tokens, samples)",
             soft_wrap=True,
         )
@@ -369,9 +324,9 @@ def _print(
         name = "training data (sha256)" if key == "train_digest" else key
         out.print(Text(f"differs: {name}: log {_short(was)}, now {_short(now)}"), soft_wrap=True)
     if not verdict.environment and not isinstance(verdict, ReplayVerified):
-        out.print("Nothing that the log knows of the environment or the data differs.")
+        out.print("The environment and the data match the log.")
     if comparing.may_round:
-        out.print("Rounding was allowed for: not deterministic, or not in the same environment.", style="dim")
+        out.print("Rounding was allowed: not deterministic, or not the same environment.", style="dim")
     if is_trial:
         out.print("A trial with other settings: nothing was recorded.", style="dim")
 

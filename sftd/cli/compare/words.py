@@ -1,4 +1,4 @@
-"""What `sftd compare` says of runs, in words: on the terminal and on the page."""
+"""The texts of `sftd compare`, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def letter(number: int) -> str:
-    """What stands for the run with this number, from 0."""
+    """The letter of the run with this number, from 0."""
     return LETTERS[number % 26] + ("" if number < 26 else str(number // 26))
 
 
-def facts(figures: Figures) -> list[tuple[str, str]]:
-    """What a run came to, in words; the same names for every run."""
+def figure_texts(figures: Figures) -> list[tuple[str, str]]:
+    """The figures of a run as texts; the names are the same for every run."""
     f = figures
 
     def at(value: float | str | None, step: int | None) -> str:
@@ -56,7 +56,7 @@ def facts(figures: Figures) -> list[tuple[str, str]]:
 
 
 def parting_lines(parting: Parting, first: str, other: str) -> Iterator[str]:
-    """In words: where one run's curves leave the first one's."""
+    """Where the curves of a run part from those of the first one."""
     if not parting.steps:
         yield f"{first} and {other} have no step in common"
         return
@@ -88,13 +88,13 @@ def parting_lines(parting: Parting, first: str, other: str) -> Iterator[str]:
 
 
 def shown_values(difference: Difference) -> list[str]:
-    """What each run has, of a config or an environment."""
+    """The value in each run."""
     values = enumerate(difference.values)
-    return ["not told" if number in difference.untold else _shown(value) for number, value in values]
+    return ["not recorded" if number in difference.untold else _shown(value) for number, value in values]
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
-    # Whoever submitted the run wrote it, and may have written what does things to a terminal.
+    # A user wrote it, and may have written what a terminal obeys.
     return "not set" if value in (None, "") else output.printable(str(value))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,8 +19,7 @@ from sftd.cli import app
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.daemon.mirror_turn import Mirror
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import Worker
     from sftd.store.database.engine import Store
 
 _START_SECONDS = 60.0
@@ -37,7 +34,9 @@ _DATABASE_SECONDS = 1.0
 @click.option(
     "--stop", "stop_it", is_flag=True, help="Stop the running daemon; training continues without it."
 )
-@click.option("--status", "tell", is_flag=True, help="Say whether a daemon runs; exit with 1 if none does.")
+@click.option(
+    "--status", "status", is_flag=True, help="Print whether a daemon runs; exit with 1 if none does."
+)
 @click.option(
     "--print-systemd",
     "unit",
@@ -46,8 +45,8 @@ _DATABASE_SECONDS = 1.0
     type=click.Choice(["user", "system"]),
     help="Print a systemd unit for this home; `--print-systemd system` runs it at boot, as you.",
 )
-def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: str | None) -> None:
-    """Take runs from the queue, launch them with torchrun, record what happens, restart what fails.
+def daemon_command(detach: bool, drain: bool, stop_it: bool, status: bool, unit: str | None) -> None:
+    """Take runs from the queue and drive them: launch them with torchrun, record their events, restart what fails.
 
     It may be stopped or killed at any time: training continues, and the next daemon takes it over.
 
@@ -66,12 +65,12 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, tell: bool, unit: s
 
         click.echo(systemd.unit(settings, unit, app.user_name(), os.environ), nl=False)
         return
-    if tell or stop_it:
-        app.need_home(settings)
+    if status or stop_it:
+        app.require_home(settings)
     else:
         app.make_home(settings)
     holder = lock.holder(settings.daemon_lock)
-    if tell:
+    if status:
         click.echo(f"a daemon runs, pid {holder}" if holder else "no daemon runs")
         sys.exit(0 if holder else 1)
     if stop_it:
@@ -114,7 +113,7 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
                     "demo's does. `sftd daemon --stop` ends it now; its runs continue."
                 )
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
-    # Found out here, where a person reads it, and not in the background.
+    # An error here is printed; in the background it is only in the log.
     visible_gpus()
     _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
@@ -159,20 +158,18 @@ def _wait_until_alone(settings: Settings, store: Store) -> None:
 
 
 def run_daemon(settings: Settings, *, drain: bool) -> None:
-    """Be the daemon."""
+    """Run the daemon in this process until it is stopped; with `drain`, until the queue is empty."""
     from sftd.daemon import log
     from sftd.daemon.lock import DaemonLock
     from sftd.daemon.loop import Daemon
     from sftd.domain.errors import SftdError
     from sftd.launcher import device_holds
-    from sftd.launcher.choosing import ByName
+    from sftd.launcher.choosing import LAUNCHERS, ByName
     from sftd.launcher.inventory import Inventory, visible_gpus
-    from sftd.launcher.local import LocalAttempt
-    from sftd.launcher.slurm.attempt import SlurmLauncher
-    from sftd.launcher.slurm.controller import Controller
+    from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
-    # Whatever is made from here on, by MLflow too, is for no other eyes.
+    # Files made from here on, by MLflow too, are private.
     os.umask(0o077)
     log.set_up(settings.log_format)
     stop = threading.Event()
@@ -181,21 +178,19 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
-        # Whoever waits for the queue to be empty is told at once; a service is started before its database, too.
-        # A file needs no waiting for: what is wrong with it, a person has to fix.
+        # A service may start before its database server, and waits for it. A person who waits for `--drain` sees the error;
+        # so does the user of a file, which waiting does not fix.
         at_once = drain or settings.database_url.startswith("sqlite")
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
             return
-        has_slurm = shutil.which("sbatch") is not None
-        slurm_jobs = settings.slurm_jobs if has_slurm else 0
+        places = {name: registered.places(settings) for name, registered in LAUNCHERS.items()}
         others = partial(device_holds.held, settings.home)
         cores = settings.cpu_slots or usable_cores()
-        inventory = Inventory(gpus, cores, slurm_jobs, others=others)
-        slurm = SlurmLauncher(Controller(settings.slurm_poll_seconds))
-        launcher = ByName({"local": LocalAttempt, "slurm": slurm})
-        mirror, notices = _mirror(settings), _notices(settings, store)
-        daemon = Daemon(store, settings, inventory, mirror, launcher, stop=stop, notices=notices)
+        inventory = Inventory(gpus, cores, places, others=others)
+        launcher = ByName({name: registered.make(settings) for name, registered in LAUNCHERS.items()})
+        notices = _notices(settings, store)
+        daemon = Daemon(store, settings, inventory, launcher, stop, MIRRORS, notices)
         try:
             daemon.run(drain=drain)
         except SftdError as error:
@@ -232,23 +227,10 @@ def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | 
     return None
 
 
-def _notices(settings: Settings, store: Store) -> list[NoticeThread]:
+def _notices(settings: Settings, store: Store) -> list[Worker]:
     if not (settings.notify_command or settings.notify_webhook):
         return []
     from sftd.cli.operate.notify import notifiers
-    from sftd.daemon.notices import NoticeThread
+    from sftd.daemon.worker import of_channel
 
-    return [NoticeThread(notifier) for notifier in notifiers(settings, store)]
-
-
-def _mirror(settings: Settings) -> Callable[[], Mirror] | None:
-    if not settings.mlflow_tracking_uri:
-        return None
-
-    def make() -> Mirror:
-        from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
-
-        # A connection pool of its own: the mirror runs in a thread and may be slow.
-        return MlflowMirror(app.open_store(settings), settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-
-    return make
+    return [of_channel(notifier) for notifier in notifiers(settings, store)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 
+from sftd.domain.spec.launchers import KINDS
 from sftd.settings import Settings
 
 # What the daemon and the training that it starts need from the shell that asked, as far as it is set there.
@@ -16,7 +17,7 @@ _TAKEN = (
     "HF_HOME",
     "TMPDIR",
     "PYTHONPATH",
-    "SLURM_CONF",
+    *(name for kind in KINDS.values() for name in kind.variables),
 )
 _TAKEN_PREFIXES = ("SFTD_", "NCCL_", "MLFLOW_TRACKING_URI")
 # Set by sftd itself, for one process.
@@ -96,7 +97,7 @@ def _lines(settings: Settings, kind: str, user: str, environ: Mapping[str, str])
 
 
 def _is_secret(name: str, value: str) -> bool:
-    from sftd.projections.mirrors.mlflow.client import without_credentials
+    from sftd.domain.text.credentials import without_credentials
 
     return any(word in name for word in _SECRET) or without_credentials(value) != value
 

@@ -12,11 +12,12 @@ import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import counter
 from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
 if TYPE_CHECKING:
-    from sftd.operations.commands.restore import Outlook
+    from sftd.operations.commands.restore import RestoreOutlook
 
 _SHOWN = 10
 
@@ -26,8 +27,8 @@ _SHOWN = 10
 def backup_command(file: Path) -> None:
     """Write a backup of the database to the new file FILE. Daemons and commands may use the database meanwhile.
 
-    MLflow's database, where it is a SQLite file in SFTD_HOME, is written to FILE.mlflow. Both are one consistent moment
-    each, checked, on the disk when this command ends, and readable by you alone (mode 0600). Checkpoints are not in them.
+    MLflow's database, where it is a SQLite file in SFTD_HOME, is written to FILE.mlflow. Each is a consistent snapshot,
+    checked, synced to disk, and private (mode 0600). Checkpoints are not included.
     A PostgreSQL database is backed up with pg_dump: the command prints how.
 
     \b
@@ -60,7 +61,7 @@ def backup_command(file: Path) -> None:
 
 @click.command("restore")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Restore FILE although `sftd db check` finds problems in it.")
+@click.option("--force", is_flag=True, help="Restore FILE even if `sftd db check` finds problems in it.")
 def restore_command(file: Path, force: bool) -> None:
     """Put the backup FILE in the place of the database, and FILE.mlflow in the place of MLflow's where both exist.
 
@@ -170,10 +171,10 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
         yield
 
 
-def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlook:
-    """Upgrade and check the copy that shall be put in place. Returns what it does not know of this host. Raises `Refused`."""
+def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> RestoreOutlook:
+    """Upgrade and check the restored copy. Returns what it lacks of this host's runs. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
-    from sftd.operations.commands import restore as restoring
+    from sftd.operations.commands import restore
     from sftd.projections import verify, views
     from sftd.store.database import migrate
     from sftd.store.database.engine import Store, open_file
@@ -188,20 +189,20 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Outlo
                 )
             )
         migrate.upgrade(store.engine)
-        app.views_up_to_date(store)
-        with output.progress() as show:
-            found = verify.check(store, lambda done, total: show("reading events", done, total))
+        app.catch_up_views(store)
+        with counter() as show:
+            found = verify.check_log(store, lambda done, total: show("reading events", done, total))
         problems = counted(len(found.problems), "problem")
         if found.problems and not force:
             shown = [Problem("FILE", problem) for problem in found.problems[:_SHOWN]]
             fix = "restore another backup, or this one with --force"
             raise Refused([*shown, Problem("FILE", f"{file} has {problems}", fix)])
         click.echo(f"{file}: {counted(found.runs, 'run')}, {counted(found.events, 'event')}, {problems}")
-        return restoring.outlook(store, settings.home)
+        return restore.outlook(store, settings.home)
 
 
-def _print(seen: Outlook, settings: Settings) -> None:
-    """What the restored log does not know, and what the next daemon does about it."""
+def _print(seen: RestoreOutlook, settings: Settings) -> None:
+    """Print what the restored log lacks, and what the next daemon does about it."""
     from sftd.launcher import processes
 
     lines = [

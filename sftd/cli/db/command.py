@@ -12,6 +12,7 @@ from sftd import settings as settings_module
 from sftd.cli import app
 from sftd.cli.db.backup import backup_command, restore_command
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import counter
 from sftd.domain.text.words import counted
 
 _SHOWN_PROBLEMS = 20
@@ -32,10 +33,10 @@ db_command.add_command(restore_command)
 
 
 @db_command.command("check")
-def check() -> None:
-    """Read the whole log: no version is missing, every event can be read, and the views say what the log says.
+def check_command() -> None:
+    """Check the whole log: no version is missing, every event can be read, and the views match the log.
 
-    Prints OK, or what is wrong and exits with 1. Nothing is changed; daemons may continue.
+    Prints OK; or prints the problems and exits with 1. Nothing is changed; daemons may continue.
 
     \b
     Example:
@@ -50,11 +51,11 @@ def check() -> None:
     engine = open_engine(url)
     with ExitStack() as stack:
         stack.callback(engine.dispose)
-        # Not `app.open_store`: that would fold what the views lack, which is what is to be found out here.
+        # Not `app.open_store`, which brings the views up to date before they are checked.
         store = Store(engine)
         store.check_schema()
-        with output.progress() as show:
-            found = verify.check(store, lambda done, total: show("reading events", done, total))
+        with counter() as show:
+            found = verify.check_log(store, lambda done, total: show("reading events", done, total))
     for problem in found.problems[:_SHOWN_PROBLEMS]:
         click.echo(problem)
     if (more := len(found.problems) - _SHOWN_PROBLEMS) > 0:
@@ -68,20 +69,22 @@ def check() -> None:
 @db_command.command("copy")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
-@click.option("--force", is_flag=True, help="Although daemons drive runs: their later events are not copied.")
+@click.option(
+    "--force", is_flag=True, help="Copy although daemons drive runs; their later events are not copied."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print rows and digest of each table as JSON.")
-def copy(source: str, target: str, force: bool, as_json: bool) -> None:
+def copy_command(source: str, target: str, force: bool, as_json: bool) -> None:
     """Copy a database event for event, with the queue and all cursors, into an empty one, and prove both equal.
 
-    FROM and TO are database URLs or SQLite files. Everything is copied or nothing is. Tables are made in TO when it has
-    none. A password is best left to ~/.pgpass: others can see a command line.
+    FROM and TO are database URLs or SQLite files. The copy is complete or nothing is written. Tables are made in TO if it has
+    none. Keep passwords in ~/.pgpass: other users can read a command line.
 
     \b
     Example:
       sftd daemon --stop
       sftd db copy ~/.sftd/sftd.db postgresql://me@dbhost/sftd
     """
-    from sftd.operations.commands import copy_database as databases
+    from sftd.operations.commands import copy_database
     from sftd.store.database.engine import Store, open_engine, shown_url
 
     source_url, target_url = _url(source), _url(target)
@@ -90,8 +93,8 @@ def copy(source: str, target: str, force: bool, as_json: bool) -> None:
         from_store, to_store = Store(open_engine(source_url)), Store(open_engine(target_url))
         for store in (from_store, to_store):
             stack.callback(store.engine.dispose)
-        with output.progress() as show:
-            digests = databases.copy(from_store, to_store, app.context(), show, force=force)
+        with counter() as show:
+            digests = copy_database.copy(from_store, to_store, app.context(), show, force=force)
     if as_json:
         click.echo(output.json_line(digests))
         return
@@ -106,7 +109,7 @@ def _url(given: str) -> str:
 
 
 def _must_exist(where: str, url: str) -> None:
-    """Opening a SQLite file would make it."""
+    """Refuse a SQLite file that is missing: to open it would make it."""
     from sftd.domain.errors import Problem, Refused
 
     file = settings_module.sqlite_file(url)

@@ -1,9 +1,11 @@
-"""`sftd demo`: the main job from end to end on real input, told as it happens."""
+"""`sftd demo`: a whole run on real input, shown as it happens."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import click
 from sftd.cli import app
 from sftd.cli.demo.view import LiveSteps, answers, redone_lines, validation_line
 from sftd.cli.terminal import output
+from sftd.cli.terminal.progress import run_with_bar
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -50,84 +53,68 @@ def demo_command(model: str, crash: bool, steps: int) -> None:
       sftd demo --crash
     """
     from sftd.domain.errors import Problem, Refused
-    from sftd.launcher.tools import run_tool
 
     if crash and steps < _SAVE_INTERVAL + 4:
         raise Refused(
-            Problem("--steps", f"{steps} are too few for --crash", f"give at least {_SAVE_INTERVAL + 4}")
+            Problem("--steps", f"{steps} are too few for --crash", f"use at least {_SAVE_INTERVAL + 4}")
         )
     out = output.console()
     settings = app.read_settings()
     app.make_home(settings)
-    cache = cache_dir()
+    cache = _cache_dir()
 
     _headline(out, 1, "the model")
-    folder = model_folder(model, cache, run_tool)
+    # Made or fetched where it is not there yet.
+    folder = run_with_bar("model", "bytes", ["model", model, "--cache", str(cache)])["path"]
     out.print(f"   {folder}", style="dim", soft_wrap=True)
     _headline(out, 2, "the data: questions about this Python's standard library")
-    data = make_data(folder, cache, run_tool)
+    data = _make_data(folder, cache)
     out.print(f"   {data['summary']}")
-    show_row(out, data["train"], folder, run_tool)
+    _show_row(out, data["train"], folder)
     _headline(out, 3, "the run")
-    config = write_config(settings, folder, data, steps)
+    config = _write_config(settings, folder, data, steps)
     out.print(f"   {config}", style="dim", soft_wrap=True)
     store = app.open_store(settings)
-    run_id = submit(store, config, settings.home)
+    run_id = _submit(store, config, settings.home)
     out.print(f"   submitted as [bold]{run_id}[/]")
-    start_daemon(settings)
+    _start_daemon(settings)
     try:
-        history = follow(out, store, run_id, steps, crash_at=_SAVE_INTERVAL + 4 if crash else None)
+        history = _follow(out, store, run_id, steps, crash_at=_SAVE_INTERVAL + 4 if crash else None)
     except KeyboardInterrupt:
-        out.print(f"\n   Training goes on without this window: sftd events -f {run_id}, sftd cancel {run_id}")
+        out.print(
+            f"\n   Training continues without this window: sftd events -f {run_id}, sftd cancel {run_id}"
+        )
         raise SystemExit(130) from None
-    _headline(out, 4, "what came of it")
-    raise SystemExit(report(out, store, settings, run_id, history, data, crash))
+    _headline(out, 4, "the result")
+    raise SystemExit(_report(out, store, settings, run_id, history, data, crash))
 
 
 def _headline(out: Console, number: int, text: str) -> None:
     out.print(f"\n[bold cyan]{number}[/] [bold]{text}[/]")
 
 
-def cache_dir() -> Path:
+def _cache_dir() -> Path:
     """The user's cache of models and data: `$XDG_CACHE_HOME/sftd`, by default `~/.cache/sftd`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "sftd"
 
 
-def model_folder(model: str, cache: Path, run_tool: Any) -> str:
-    """Folder of the model, made or fetched when need be."""
-    from sftd.cli.submit.prepare import with_progress
-
-    done = with_progress("model", "bytes", ["model", model, "--cache", str(cache)], run_tool)
-    return str(done["path"])
-
-
-def make_data(folder: str, cache: Path, run_tool: Any) -> dict[str, Any]:
+def _make_data(folder: str, cache: Path) -> dict[str, Any]:
     """Chats from the standard library, tokenised for the model. Keys: train, val, summary, question, answer."""
     import msgspec
 
-    from sftd.cli.submit.prepare import summary, with_progress
+    from sftd.cli.submit.prepare import summary
 
     directory = cache / "demo" / Path(folder).name
     directory.mkdir(parents=True, exist_ok=True)
-    with_progress("questions", "rows", ["stdlib-chats", str(directory)], run_tool)
-    # The first rows of the split, a few of which are enough to see the loss fall.
+    run_with_bar("questions", "rows", ["stdlib-chats", str(directory)])
     lines = (directory / "val.jsonl").read_text().splitlines(keepends=True)
     (directory / "val-part.jsonl").write_text("".join(lines[:_VAL_ROWS]))
     done = {}
     for name, source in (("train", "train.jsonl"), ("val", "val-part.jsonl")):
         target = directory / f"{name}.parquet"
-        arguments = [
-            "tokenize",
-            str(directory / source),
-            "--model",
-            folder,
-            "--out",
-            str(target),
-            "--max-length",
-            "512",
-        ]
-        done[name] = with_progress("tokenising", "rows", arguments, run_tool)
+        options = ["--model", folder, "--out", str(target), "--max-length", "512"]
+        done[name] = run_with_bar("tokenising", "rows", ["tokenize", str(directory / source), *options])
     # Unseen in training, and its answer is short: easy to compare by eye.
     chats = [msgspec.json.decode(line)["messages"] for line in lines[:_VAL_ROWS]]
     question, answer = min(((c[0]["content"], c[1]["content"]) for c in chats), key=_plainness)
@@ -145,10 +132,12 @@ def _plainness(pair: tuple[str, str]) -> tuple[int, str]:
     return abs(len(pair[1].split()) - 9), pair[0]
 
 
-def show_row(out: Console, file: str, folder: str, run_tool: Any) -> None:
+def _show_row(out: Console, file: str, folder: str) -> None:
     """One row, with the trained tokens marked."""
     from rich.padding import Padding
     from rich.text import Text
+
+    from sftd.launcher.tools import run_tool
 
     row = run_tool("prepare", ["show", file, "--model", folder, "--row", "0"], lambda line: None)
     text = Text()
@@ -161,7 +150,7 @@ def show_row(out: Console, file: str, folder: str, run_tool: Any) -> None:
         out.print(f"      (trained: {trained!r})", markup=False)
 
 
-def write_config(settings: Settings, folder: str, data: dict[str, Any], steps: int) -> Path:
+def _write_config(settings: Settings, folder: str, data: dict[str, Any], steps: int) -> Path:
     """The run's config, as a file that the user can read, change and submit again."""
     import yaml
 
@@ -191,18 +180,19 @@ def write_config(settings: Settings, folder: str, data: dict[str, Any], steps: i
     return path
 
 
-def submit(store: Store, config: Path, home: Path) -> str:
-    """Submit the config, as `sftd submit` does."""
-    from sftd.operations.commands import lifecycle as runs
+def _submit(store: Store, config: Path, home: Path) -> str:
+    """Submit the config, as `sftd submit` does. Returns the run's id."""
+    from sftd.operations.commands.submit import Wish, submit_all
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
-    spec, warnings = specfile.read(str(config), (), os.getcwd())
+    spec, warnings = spec_file.read(str(config), (), os.getcwd())
     found = preflight.inspect(spec, home=home)
-    return runs.submit(store, app.context(), spec, found, [*warnings, *found.warnings], app.user_name())
+    wish = Wish(spec, found, [*warnings, *found.warnings])
+    return submit_all(store, app.context(), [wish], app.user_name())[0]
 
 
-def start_daemon(settings: Settings) -> None:
+def _start_daemon(settings: Settings) -> None:
     """Start a daemon that ends when the queue is empty, unless one runs already."""
     from sftd.cli.daemon.command import start_detached
     from sftd.daemon import lock
@@ -213,24 +203,24 @@ def start_daemon(settings: Settings) -> None:
         start_detached(settings, drain=True, quiet=True)
 
 
-def follow(out: Console, store: Store, run_id: str, steps: int, crash_at: int | None) -> list[Recorded]:
+def _follow(out: Console, store: Store, run_id: str, steps: int, crash_at: int | None) -> list[Recorded]:
     """Show progress until the run has ended, killing the ranks at `crash_at`. Returns the run's events."""
     from sftd.daemon.lock import holder
     from sftd.domain.errors import SftdError
     from sftd.domain.log import events as e
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
     history: list[Recorded] = []
     settings = app.read_settings()
     with LiveSteps(out, steps) as live:
         while True:
-            run = reading.find_run(store, run_id)
-            for r in reading.run_events(store, run_id, len(history)):
+            run = runs.find_run(store, run_id)
+            for r in runs.run_events(store, run_id, len(history)):
                 history.append(r)
                 live.show(r)
                 if crash_at is not None and isinstance(r.event, e.StepCompleted) and r.event.step >= crash_at:
-                    live.say(kill_ranks(history, r.event.step))
+                    live.say(_kill_ranks(history, r.event.step))
                     crash_at = None
             if run.status in ENDED and run.version <= len(history):
                 return history
@@ -241,7 +231,7 @@ def follow(out: Console, store: Store, run_id: str, steps: int, crash_at: int | 
             time.sleep(_POLL_SECONDS)
 
 
-def kill_ranks(history: list[Recorded], step: int) -> str:
+def _kill_ranks(history: list[Recorded], step: int) -> str:
     """SIGKILL the training ranks of the running attempt, as a power cut or the kernel's OOM killer would."""
     from sftd.domain.log import events as e
     from sftd.launcher import processes
@@ -254,7 +244,7 @@ def kill_ranks(history: list[Recorded], step: int) -> str:
     return f"kill -9 {' '.join(map(str, pids))}   (the training ranks, after step {step})"
 
 
-def report(
+def _report(
     out: Console,
     store: Store,
     settings: Settings,
@@ -265,40 +255,36 @@ def report(
 ) -> int:
     """Losses, answers, redone steps, `sftd ls`, and where to look further. Returns the exit code."""
     from sftd.cli.terminal.run_table import runs_table
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
-    run = reading.find_run(store, run_id)
+    run = runs.find_run(store, run_id)
     if run.status != "succeeded":
         out.print(f"   [bold red]{run.status}[/]: {output.escape(f'{run.cause}: {run.message}')}")
         out.print(f"   sftd show {run_id}\n   sftd logs {run_id}")
         return 1
     out.print(f"   {validation_line(history)}")
     out.print(answers(history, data["question"], data["answer"]))
-    equal = True
+    matches = True
     if crash:
-        lines, equal = redone_lines(history)
+        lines, matches = redone_lines(history)
         for text in lines:
             out.print(text, soft_wrap=True)
     click.echo()
     for line in runs_table(
-        reading.list_runs(store, limit=5), app.context().now(), output.width(), colour=output.is_terminal()
+        runs.list_runs(store, limit=5), app.context().now(), output.width(), colour=output.is_terminal()
     ):
         click.echo(line)
     click.echo()
-    home = "" if "SFTD_HOME" not in os.environ else f"export SFTD_HOME={settings.home}\n"
-    sftd = _command()
     out.print("[bold]Look further[/]")
-    commands = f"{home}{sftd} show {run_id}\n{sftd} events {run_id}\n{sftd} logs {run_id}\n{sftd} ui"
-    for line in commands.splitlines():
-        out.print(f"   {line}", soft_wrap=True)
-    return 0 if equal else 1
+    if "SFTD_HOME" in os.environ:
+        out.print(f"   export SFTD_HOME={settings.home}", soft_wrap=True)
+    for arguments in (f"show {run_id}", f"events {run_id}", f"logs {run_id}", "ui"):
+        out.print(f"   {_command()} {arguments}", soft_wrap=True)
+    return 0 if matches else 1
 
 
 def _command() -> str:
     """How the user calls sftd here: by name when it is on the PATH, else by its path."""
-    import shutil
-    import sys
-
     beside = Path(sys.executable).with_name("sftd")
     found = shutil.which("sftd")
     if found and Path(found).resolve() == beside.resolve():

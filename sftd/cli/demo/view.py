@@ -16,8 +16,19 @@ if TYPE_CHECKING:
     from sftd.domain.log.events import Recorded
 
 
+# What a run is at after an event.
+_NOW: dict[type[e.Event], str] = {
+    e.AttemptLaunched: "starting",
+    e.ModelLoaded: "validating",
+    e.CheckpointStarted: "saving",
+    e.CheckpointPublished: "training",
+    e.AttemptFailed: "restarting",
+    e.AttemptLost: "restarting",
+}
+
+
 class LiveSteps:
-    """A progress line that lives in a terminal, and plain lines elsewhere."""
+    """One line that moves on a terminal, a line for each step elsewhere."""
 
     def __init__(self, out: Console, steps: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -46,46 +57,32 @@ class LiveSteps:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Something that stays on the screen."""
+        """Print a line that stays."""
         style = "bold red" if text.startswith(("kill", "ANOMALY")) else None
         self._progress.console.print(f"   {text}", style=style, markup=False)
 
-    def _now(self, what: str, numbers: str = "") -> None:
-        self._progress.update(self._task, description=what, numbers=numbers)
-
     def show(self, recorded: Recorded) -> None:
         """Show one event."""
-        match recorded.event:
+        event = recorded.event
+        match event:
+            case e.StepCompleted():
+                self._show_step(event)
+                return
+            case e.SampleGenerated() | e.DataBound():
+                # The answers are shown at the end, the data before the start.
+                return
             case e.AttemptLaunched():
-                self.say(
-                    f"attempt {recorded.attempt}: torchrun has pid {recorded.event.pid}; loading Megatron-core"
-                )
-                self._now("starting")
-            case e.ModelLoaded() as loaded:
-                self.say(f"{loaded.parameters / 1e6:.0f} M parameters on {loaded.device}, {loaded.dtype}")
-                self._now("validating")
-            case e.TrainingResumed() as resumed:
-                self.say(f"resumed from the checkpoint of step {resumed.step}")
-                self._progress.update(self._task, completed=resumed.step)
-            case e.StepCompleted() as step:
-                self._show_step(step)
-            case e.ValidationCompleted() as validation:
-                self.say(f"validation at step {validation.step}: loss {output.loss(validation.loss)}")
-            case e.CheckpointStarted():
-                self._now("saving")
-            case e.CheckpointPublished() as saved:
-                self.say(
-                    f"checkpoint of step {saved.step}: {output.size(saved.bytes)} in {saved.seconds:.1f} s"
-                )
-                self._now("training")
-            case e.AttemptFailed() as failed:
-                self.say(f"attempt {recorded.attempt} failed: {failed.cause}: {failed.message}")
-                self._now("restarting")
-            case e.AttemptLost() as lost:
-                self.say(f"attempt {recorded.attempt} lost: {lost.message}")
-                self._now("restarting")
-            case e.AnomalyDetected() as anomaly:
-                self.say(f"ANOMALY at step {anomaly.step}: {anomaly.what}")
+                self.say(f"attempt {recorded.attempt}: {event.summary()}; loading Megatron-core")
+            case e.AttemptFailed():
+                self.say(f"attempt {recorded.attempt} failed: {event.summary()}")
+            case e.AttemptLost():
+                self.say(f"attempt {recorded.attempt} lost: {event.summary()}")
+            case e.TrainingResumed():
+                self._progress.update(self._task, completed=event.step)
+        if line := event.line(self._steps):
+            self.say(line)
+        if now := _NOW.get(type(event)):
+            self._progress.update(self._task, description=now, numbers="")
 
     def _show_step(self, step: e.StepCompleted) -> None:
         self._seconds = step.seconds if self._seconds is None else 0.7 * self._seconds + 0.3 * step.seconds
@@ -128,30 +125,23 @@ def answers(history: list[Recorded], question: str, reference: str) -> Table:
 
 
 def redone_lines(history: list[Recorded]) -> tuple[list[str], bool]:
-    """Steps that a later attempt did again, against the log. Returns lines to print and whether all are equal."""
-    from sftd.domain.repro.steps import COMPARED, compare_redone
+    """The redone steps beside the log's. Returns lines to print, and whether all match bit for bit."""
+    from sftd.domain.repro.steps import COMPARED, compare, redone_steps
 
-    first: dict[int, e.StepCompleted] = {}
-    lines = [f"   {'step':>4}  {'loss recorded':<20}  {'loss done again':<20}"]
-    all_equal = True
-    for r in history:
-        step = r.event
-        if not isinstance(step, e.StepCompleted):
-            continue
-        was = first.setdefault(step.step, step)
-        if was is step:
-            continue
-        equal = compare_redone(first, step) is None
-        all_equal = all_equal and equal
-        verdict = "[green]equal[/]" if equal else "[bold red]DIFFERS[/]"
-        lines.append(f"   {step.step:>4}  {was.loss!r:<20}  {step.loss!r:<20}  {verdict}")
+    lines = [f"   {'step':>4}  {'loss in the log':<20}  {'loss redone':<20}"]
+    all_match = True
+    for was, now in redone_steps(r.event for r in history):
+        matches = compare(was, now).is_exact
+        all_match = all_match and matches
+        verdict = "[green]equal[/]" if matches else "[bold red]DIFFERS[/]"
+        lines.append(f"   {now.step:>4}  {was.loss!r:<20}  {now.loss!r:<20}  {verdict}")
     count = len(lines) - 1
     if count == 0:
-        return ["   [bold red]no step was done again[/]"], False
+        return ["   [bold red]no step was redone[/]"], False
     names = ", ".join(name.removesuffix("_digest").replace("_", " ") for name in COMPARED)
     verdict = (
-        f"[bold green]{count} of {count} equal the log bit for bit[/]"
-        if all_equal
+        f"[bold green]{count} of {count} match the log bit for bit[/]"
+        if all_match
         else "[bold red]they differ[/]"
     )
-    return [*lines, f"   steps done again: {verdict} ({names})"], all_equal
+    return [*lines, f"   redone steps: {verdict} ({names})"], all_match

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -13,8 +14,10 @@ from sftd.cli.terminal import output
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
-    from sftd.cli.doctor.finding import Finding
+    from sftd.domain.finding import Finding
+    from sftd.launcher.seam import Registered
     from sftd.settings import Settings
+    from sftd.store.database.engine import Store
 
 _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
@@ -22,9 +25,9 @@ _STYLE = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def doctor_command(as_json: bool) -> None:
-    """Look at everything that training needs here, and say how to fix what is not well.
+    """Diagnose this installation and suggest fixes.
 
-    Makes SFTD_HOME where there is none, and changes nothing else. Exits with 1 when something is broken; a warning is no error.
+    Makes SFTD_HOME where there is none, and changes nothing else. Exits with 1 if something is broken; warnings do not count.
 
     \b
     Example:
@@ -44,7 +47,9 @@ def doctor_command(as_json: bool) -> None:
 
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli.doctor import host, services
-    from sftd.cli.doctor import slurm as doctor_slurm
+    from sftd.domain.spec.launchers import KINDS
+    from sftd.launcher.choosing import LAUNCHERS
+    from sftd.projections.mirrors import MIRRORS
 
     yield from host.python()
     count, gpus = host.gpus()
@@ -62,26 +67,35 @@ def _examine(settings: Settings) -> Iterator[Finding]:
         return found
 
     yield from _guarded("database", database)
-    yield from _guarded("MLflow", lambda: services.mlflow(settings))
+    for mirror in MIRRORS:
+        yield from _guarded(mirror.name, partial(mirror.check, settings))
     yield from _guarded("daemon", lambda: services.daemon(settings, store))
-    yield from _guarded("Slurm", lambda: doctor_slurm.slurm(settings, store))
+    for name, registered in LAUNCHERS.items():
+        examine = partial(_launcher, registered, settings, store)
+        yield from _guarded(KINDS[name].shown, examine)
     yield from _guarded("leftovers", lambda: services.leftovers(settings, store))
     if store is not None:
         store.engine.dispose()
 
 
+def _launcher(registered: Registered, settings: Settings, store: Store | None) -> Iterable[Finding]:
+    from sftd.cli.doctor import services
+
+    return registered.doctor(services.daemon_devices(settings, store))
+
+
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """A check that fails is itself something found: the others go on."""
+    """The findings of a check; an error in it is a finding, so that the other checks run."""
     import sqlalchemy as sa
 
-    from sftd.cli.doctor.finding import broken
     from sftd.domain.errors import SftdError
+    from sftd.domain.finding import broken
 
     try:
         yield from check()
     except (SftdError, OSError, ValueError, sa.exc.SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        yield broken(name, reason, _FIXES.get(name, "fix what it says, and ask again"))
+        yield broken(name, reason, _FIXES.get(name, "fix this, and run `sftd doctor` again"))
 
 
 _FIXES = {

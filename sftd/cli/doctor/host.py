@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftd.cli.doctor.finding import Finding, broken, ok, warning
 from sftd.cli.terminal import output
+from sftd.domain.finding import Finding, broken, ok, warning
 from sftd.settings import Settings, sqlite_file
 
 _OLDEST_PYTHON = (3, 12)

@@ -1,15 +1,14 @@
-"""What `sftd doctor` looks at besides the host: database, MLflow, the daemon, and what dead attempts left behind."""
+"""What `sftd doctor` looks at besides the host: the database, daemons, and remains of dead attempts."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from sftd.cli.doctor.finding import Finding, broken, ok, warning
 from sftd.cli.terminal import output
+from sftd.domain.finding import Finding, broken, ok, warning
 from sftd.domain.text.words import counted
 from sftd.settings import Settings, sqlite_file
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from sftd.store.database.engine import Store
 
 _SKEW_SECONDS = 2.0
-_ANSWER_SECONDS = 5.0
 
 
 def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
@@ -28,16 +26,18 @@ def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
     url = shown_url(settings.database_url)
     file = sqlite_file(settings.database_url)
     if file is not None and not file.exists():
-        return None, [ok("database", f"{url}: will be made by the first command that needs it")]
+        return None, [ok("database", f"{url}: the first command that needs it makes it")]
     store = Store(open_engine(settings.database_url))
     revision = store.schema_revision()
     if revision != SCHEMA_REVISION:
         store.engine.dispose()
         if file is not None and (revision is None or revision < SCHEMA_REVISION):
-            return None, [ok("database", f"{url}: will be upgraded by the next command that needs it")]
+            return None, [ok("database", f"{url}: the next command that needs it upgrades it")]
         what = f"tables of revision {revision}" if revision else "no tables"
         fix = "run `sftd init`" if revision is None or revision < SCHEMA_REVISION else "use the newer sftd"
-        return None, [broken("database", f"{url} has {what}, needed is {SCHEMA_REVISION}", fix)]
+        return None, [
+            broken("database", f"{url} has {what}; this sftd needs revision {SCHEMA_REVISION}", fix)
+        ]
     return store, [_skew(store, f"{url}, revision {revision}")]
 
 
@@ -60,78 +60,8 @@ def _skew(store: Store, text: str) -> Finding:
     return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
 
 
-def mlflow(settings: Settings) -> Iterator[Finding]:
-    """Whether runs can be mirrored."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from sftd.projections.mirrors.mlflow.client import is_remote, without_credentials
-
-    uri = settings.mlflow_tracking_uri
-    if not uri:
-        yield ok("MLflow", "the mirror is off (MLFLOW_TRACKING_URI is empty)")
-        return
-    try:
-        mine = version("mlflow")
-    except PackageNotFoundError:
-        yield broken(
-            "MLflow", "is not installed", "pip install mlflow, or set MLFLOW_TRACKING_URI= to turn it off"
-        )
-        return
-    shown = without_credentials(uri)
-    if is_remote(uri):
-        yield _server(uri, shown, mine)
-        return
-    if (file := sqlite_file(uri)) is not None and not file.exists():
-        yield ok("MLflow", f"{mine}, {shown}: will be made when a run is mirrored")
-        return
-    yield _tracking_store(uri, shown, mine)
-
-
-def _tracking_store(uri: str, shown: str, mine: str) -> Finding:
-    import sqlalchemy as sa
-
-    try:
-        engine = sa.create_engine(uri)
-        with engine.connect() as connection:
-            sa.inspect(connection).get_table_names()
-        engine.dispose()
-    except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
-        reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        return warning(
-            "MLflow", f"{shown} does not answer: {reason}", "runs continue; the mirror catches up later"
-        )
-    return ok("MLflow", f"{mine}, {shown}")
-
-
-def _server(uri: str, shown: str, mine: str) -> Finding:
-    import base64
-    import os
-    from http.client import HTTPException
-    from urllib.request import Request, urlopen
-
-    if not uri.startswith(("http://", "https://")):
-        fix = "write sqlite:///FILE or http://HOST:PORT"
-        return broken("MLflow", f"{shown} is neither a database nor a server", fix)
-    bare = re.sub(r"//[^/@\s]*@", "//", uri).rstrip("/")
-    request = Request(f"{bare}/version")  # noqa: S310  its scheme was just checked
-    if user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
-        request.add_header("Authorization", "Basic " + base64.b64encode(pair).decode())
-    try:
-        with urlopen(request, timeout=_ANSWER_SECONDS) as answer:  # noqa: S310
-            theirs = answer.read(100).decode(errors="replace").strip()
-    except (OSError, HTTPException, ValueError) as error:
-        reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
-        fix = "runs continue, and the mirror catches up later; check MLFLOW_TRACKING_URI and the server"
-        return warning("MLflow", f"{shown} does not answer: {reason}", fix)
-    if theirs.partition(".")[0] != mine.partition(".")[0]:
-        fix = "use the same major version on both sides"
-        return warning("MLflow", f"{shown} is version {theirs[:20]}, the client {mine}", fix)
-    return ok("MLflow", f"{shown}, version {theirs}, client {mine}")
-
-
 def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Whether a daemon drives this home, and whether others of this database have fallen silent."""
+    """Whether a daemon drives this home, and whether other daemons of this database are silent."""
     from sftd.daemon import lock
 
     holder = lock.holder(settings.daemon_lock)
@@ -146,7 +76,7 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         return
     from sftd.daemon.registration import this_daemon, twins
     from sftd.store.queue import daemons
-    from sftd.store.queue import leases as queue
+    from sftd.store.queue import leases as lease_store
 
     me, now = this_daemon(settings, {}), time.time_ns() // 1000
     for twin in twins(store, me, now, settings.silent_micros):
@@ -155,7 +85,7 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         yield broken("daemon", what, fix)
     with store.read() as connection:
         now = store.clock(connection, now)
-        leases = queue.leases(connection)
+        leases = lease_store.leases(connection)
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in leases}
     for lease in leases:
         owner = owners[lease.owner]
@@ -173,10 +103,28 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
             yield warning("daemon", said, "start a daemon: it takes the run over")
 
 
+def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int] | None:
+    """The devices and places of the daemon that runs in this home; None where none runs or none can be asked for."""
+    import msgspec
+
+    from sftd.daemon import lock
+    from sftd.launcher import processes
+    from sftd.store.queue import daemons
+
+    holder = lock.holder(settings.daemon_lock)
+    if holder is None or store is None:
+        return None
+    me = (processes.host_name(), holder)
+    with store.read() as connection:
+        rows = daemons.every(connection)
+    mine = [row.devices for row in rows if (row.host, row.pid) == me and row.stopped_at is None]
+    return msgspec.json.decode(mine[0], type=dict[str, int]) if mine else None
+
+
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Processes and half-written checkpoints of attempts that nobody drives, and what killed commands left."""
+    """Processes and half-written checkpoints of attempts that nobody drives, and scratch folders of killed commands."""
     from sftd.launcher import processes, rerun
-    from sftd.store.queue import leases as queue
+    from sftd.store.queue import leases as lease_store
 
     runs_dir = settings.home / "runs"
     killed = rerun.abandoned(settings.home)
@@ -188,7 +136,7 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     if store is None:
         return
     with store.read() as connection:
-        driven = {lease.run_id: lease.attempt for lease in queue.leases(connection)}
+        driven = {lease.run_id: lease.attempt for lease in lease_store.leases(connection)}
     stray: dict[str, list[int]] = {}
     for pid, place in processes.of_attempts(runs_dir).items():
         run_id, attempt = (*place.parts, "", "")[:2]

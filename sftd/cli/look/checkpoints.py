@@ -20,13 +20,13 @@ _STYLE = {"missing": "red", "rejected": "red", "superseded": "yellow", "pinned":
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def checkpoints_command(run: str, as_json: bool) -> None:
-    """List every checkpoint of RUN, those that are gone included: its size, layout and status, and why it is kept.
+    """List RUN's checkpoints, deleted ones too: size, layout, status, and why each is kept.
 
     \b
     published   whole, in the run's timeline     missing    its folder is not on this host
-    pinned      a fork starts from it            rejected   damaged when it was to be loaded
-    superseded  a later attempt began before it  deleted    nothing kept it (checkpoint.keep_*)
-    weights     its weights alone are kept (checkpoint.after_success): for export and answers
+    pinned      a fork starts from it            rejected   found damaged when loading
+    superseded  a later attempt began before it  deleted    no rule kept it (checkpoint.keep_*)
+    weights     only weights are kept (checkpoint.after_success): for export and answers
 
     \b
     Example:
@@ -36,10 +36,10 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     import msgspec
 
     from sftd.operations.driving import checkpoints
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs as run_queries
 
     store = app.open_store(app.read_settings())
-    found = reading.find_run(store, app.pick(store, run))
+    found = run_queries.find_run(store, app.resolve_run(store, run))
     rows = checkpoints.overview(store, found)
     if as_json:
         click.echo(
@@ -51,22 +51,16 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     if not rows:
         click.echo(f"{found.run_id} has published no checkpoint yet.")
         return
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "size", "val"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("layout", "status"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("kept because")
+    names = ("step", "size", "val", "layout", "status", "kept because")
+    table = output.table(*names, right=names[:3], fold=names[-1:])
     for row in rows:
         table.add_row(
             str(row.step),
             output.size(row.bytes),
             output.loss(row.val_loss),
-            _layout(row.layout),
+            output.layout(row.layout),
             Text(row.status, _STYLE.get(row.status, "green")),
             ", ".join(row.kept_because),
         )
@@ -74,11 +68,6 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     out.print(table)
     for folder in sorted({row.path.rpartition("/")[0] for row in rows if row.status != "deleted"}):
         out.print(f"in {output.escape(folder)}", style="dim", soft_wrap=True)
-
-
-def _layout(sizes: dict[str, int]) -> str:
-    shown = [f"{name.upper()}{size}" for name, size in sizes.items() if size > 1]
-    return " ".join(shown) if shown or not sizes else "1 rank"
 
 
 @click.command("gc")
@@ -101,12 +90,12 @@ def gc_command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Delete the checkpoints that no rule keeps any more, of all runs or of each RUN, and the training state of those of which
-    `checkpoint.after_success` keeps the weights alone.
+    """Delete checkpoints that no retention rule protects, of all runs or of each RUN; where `checkpoint.after_success` keeps
+    only weights, delete the training state.
 
-    A daemon does this for the runs that it drives. What is left for you: runs that a daemon did not see to their end,
-    deletions that a crash interrupted, checkpoints that somebody was reading. Runs that are being driven, checkpoints
-    that are being read and what lies on another host are left alone. `sftd rm` removes a run with all its files.
+    A daemon does this for the runs that it drives. This command is for the rest: runs whose daemon ended before them, deletions
+    that a crash interrupted, checkpoints that were being read. It skips runs that a daemon drives, checkpoints that are being
+    read, and other hosts' files. `sftd rm` removes a run with all its files.
 
     \b
     Example:
@@ -114,18 +103,18 @@ def gc_command(
       sftd gc brave-otter
       sftd gc --run brave-otter --all
     """
-    from sftd.operations.commands import gc as collecting
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.commands import gc
+    from sftd.operations.queries import resolve
 
     texts = (*prefixes, *runs)
     if everything and not texts:
-        raise click.UsageError("--all deletes the checkpoints of runs that you name: give RUN.")
+        raise click.UsageError("--all needs the runs whose checkpoints to delete: give RUN.")
     settings = app.read_settings()
     store, context = app.open_store(settings), app.context()
-    run_ids = [run_id for text in texts for run_id in naming.several_to_change(store, text)]
+    run_ids = [run_id for text in texts for run_id in resolve.several_to_change(store, text)]
 
     def collect(*, dry_run: bool) -> list[Leftover]:
-        return collecting.leftovers(
+        return gc.leftovers(
             store, context, run_ids, dry_run=dry_run, home=settings.home, everything=everything
         )
 

@@ -14,20 +14,19 @@ from click.shell_completion import (
 )
 from click.types import StringParamType
 
-# More do not help anybody to choose.
-_LIMIT = 200
+_MOST = 200
 _VARIABLE = "_SFTD_COMPLETE"
 
 
 class RunName(StringParamType):
-    """A run's id or the beginning of it. Only the shell makes use of it: which run is meant is decided by the command."""
+    """The type of an argument that names a run. It only completes: the command decides which run is meant."""
 
     name = "run"
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The newest runs that begin so; none when the database cannot be asked."""
+        """The newest runs whose ids begin so; none when the database does not answer."""
         from sftd import settings
         from sftd.store.queries.names import run_names
 
@@ -38,56 +37,49 @@ class RunName(StringParamType):
         given = {value for value in ctx.params.get(param.name or "", ()) or () if isinstance(value, str)}
         return [
             CompletionItem(run_id, help=status)
-            for run_id, status in run_names(url, incomplete, _LIMIT)
+            for run_id, status in run_names(url, incomplete, _MOST)
             if run_id not in given
         ]
 
 
 def complete_runs(command: click.Command) -> None:
-    """Have every argument of a command that names runs, and `--after`, complete them."""
+    """Complete ids in every argument of a command that names runs, and in `--after`."""
     for parameter in command.params:
         if parameter.name in ("run", "runs", "prefixes", "after"):
             parameter.type = RunName()
 
 
-class _Values(ShellComplete):
-    """Completes `--option=value` as `--option value`, which click alone does in no shell."""
+@add_completion_class
+class _Bash(BashComplete):
+    """bash splits `--option=value` into three words, of which click takes the second for the value."""
 
-    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
-        """What can come next. zsh and fish take `--option=value` for one word, and replace all of it."""
-        option, mark, value = incomplete.partition("=")
-        if not mark or not option.startswith("--"):
-            return super().get_completions(args, incomplete)
-        found = super().get_completions([*args, option], value)
-        for item in found:
-            item.value = f"{option}={item.value}" if item.type == "plain" else item.value
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """The words before the cursor, and the one at it."""
+        args, incomplete = super().get_completion_args()
+        return args[:-1] if args[-1:] == ["="] else args, incomplete
+
+
+class _WholeWord(ShellComplete):
+    """To zsh and fish `--option=value` is one word, all of which a completion replaces; click answers with the value."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        """The candidates for a word."""
+        found = super().get_completions(args, incomplete)
+        option, mark, _ = incomplete.partition("=")
+        if mark and option.startswith("--"):
+            for item in found:
+                item.value = f"{option}={item.value}" if item.type == "plain" else item.value
         return found
 
 
-class _Bash(_Values, BashComplete):
-    """For bash, `--option=value` is three words, of which it replaces the last."""
-
-    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
-        """What can come next."""
-        if incomplete == "=":
-            incomplete = ""
-        elif args[-1:] == ["="]:
-            args = args[:-1]
-        return super().get_completions(args, incomplete)
-
-
-class _Zsh(_Values, ZshComplete):
+@add_completion_class
+class _Zsh(_WholeWord, ZshComplete):
     pass
 
 
-class _Fish(_Values, FishComplete):
+@add_completion_class
+class _Fish(_WholeWord, FishComplete):
     pass
-
-
-def complete_values() -> None:
-    """Have click use these."""
-    for shell in (_Bash, _Zsh, _Fish):
-        add_completion_class(shell)
 
 
 @click.command("completion")
@@ -95,7 +87,7 @@ def complete_values() -> None:
 def completion_command(shell: str) -> None:
     """Print the script that completes commands, options and the names of runs in SHELL.
 
-    bash: put `eval "$(sftd completion bash)"` into ~/.bashrc. zsh: the same with zsh into ~/.zshrc, behind compinit. fish:
+    bash: put `eval "$(sftd completion bash)"` into ~/.bashrc. zsh: the same with zsh into ~/.zshrc, after compinit. fish:
     write the script to ~/.config/fish/completions/sftd.fish.
 
     \b

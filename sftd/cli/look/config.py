@@ -30,7 +30,7 @@ def config_command(word: str, markdown: bool, as_json: bool) -> None:
     if remark:
         output.note(remark)
     if not rows and not remark:
-        raise click.UsageError(f"No key is called so. {_meant(word)}")
+        raise click.UsageError(f"There is no key {word!r}. {_meant(word)}")
     if as_json:
         click.echo(output.json_line(rows))
     elif markdown:
@@ -45,8 +45,8 @@ def config_command(word: str, markdown: bool, as_json: bool) -> None:
 
 
 def find(word: str) -> tuple[list[dict[str, Any]], str]:
-    """The keys that a word is about, and what is to be said of a name that they have elsewhere."""
-    from sftd.domain.spec.aliases import ALIASES, MIN_LR, targets
+    """The keys that match a word, and a remark where it is another trainer's name."""
+    from sftd.domain.spec.aliases import ALIASES
     from sftd.domain.spec.other_trainers import TABLE, TOOLS, known
 
     rows = keys()
@@ -57,7 +57,7 @@ def find(word: str) -> tuple[list[dict[str, Any]], str]:
         meaning = f"here it is {row.answer}" if row.here else f"it has no counterpart here: {row.note}"
         return [r for r in rows if r["key"] == row.here], f"{row.name} is a name of {tools}; {meaning}"
     text = word.lower()
-    also = {target for alias in (*ALIASES, MIN_LR) if text in alias for target in targets(alias)}
+    also = {target for name, alias in ALIASES.items() if text in name for target in alias.keys}
     also |= {row.here for row in TABLE if text in row.name}
     return [
         row
@@ -123,7 +123,7 @@ def _shown(default: Any) -> str:
 
 def reference() -> str:
     """The configuration reference in Markdown."""
-    from sftd.domain.spec.aliases import ALIASES, MIN_LR
+    from sftd.domain.spec.aliases import ALIASES
 
     lines = [
         "# Configuration reference",
@@ -168,21 +168,21 @@ def reference() -> str:
         "",
     ]
     lines += ["| name | here |", "|---|---|"]
-    for alias in [*ALIASES, MIN_LR]:
+    for alias in ALIASES:
         lines.append(f"| `{alias}` | {_alias_target(alias)} |")
     return "\n".join(lines) + "\n"
 
 
 def _alias_target(alias: str) -> str:
-    from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, targets
+    from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias
 
-    here = ", ".join(f"`{target}`" for target in targets(alias))
+    here = ", ".join(f"`{target}`" for target in ALIASES[alias].keys)
     if alias == MIN_LR:
         return f"{here} (divided by the peak)"
     if here:
         return here
     try:
-        ALIASES[alias]("auto")
+        ALIASES[alias].translate("auto")
     except UnusableAlias:
         return "refused, with what to do instead"
     return "accepted; it is what sftd always does"

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from sftd.domain.run.state import Run
     from sftd.operations.queries.history import Chapter
 
-_TOOL = "seen_rows"
 # Characters of a row's text, and of one part of it.
 _TEXT, _PART = 80, 36
 
 
 @click.command("data")
 @click.argument("run")
-@click.option("--step", type=click.IntRange(min=1), help="Which rows did this step see?")
-@click.option("--row", type=click.IntRange(min=0), help="Which steps saw this row (from 0, over all files)?")
+@click.option("--step", type=click.IntRange(min=1), help="Show the rows that this step saw.")
+@click.option(
+    "--row", type=click.IntRange(min=0), help="Show the steps that saw this row (from 0, over all files)."
+)
 @click.option(
     "--text", is_flag=True, help="With --step: show each row as text, what is trained between « and »."
 )
@@ -33,10 +34,9 @@ _TEXT, _PART = 80, 36
 def data_command(run: str, step: int | None, row: int | None, text: bool, as_json: bool) -> None:
     """Show which rows of the training data a step of RUN saw, or which steps saw a row.
 
-    Computed from the data files and the seed, and checked against the log: the digest of the rows and the number of
-    trained tokens of every attempt that did the step, and the digest of the files as they were submitted. Exit code 1
-    when they are not what the log has. Steps before a fork's first are its parent's; of a row, those of parents with the
-    same files.
+    The rows are computed from the data files and the seed, and checked against the log: their digest and their trained tokens
+    in every attempt that did the step, and the digest of the files at the submit. Exit code 1 if they do not match. Steps
+    before a fork's first are its parent's; --row includes parents with the same files.
 
     \b
     Example:
@@ -44,14 +44,14 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
       sftd data brave-otter --step 812 --text
       sftd data brave-otter --row 4711
     """
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     if (step is None) == (row is None):
         raise click.UsageError("Give either --step or --row.")
     if text and step is None:
         raise click.UsageError("--text needs --step.")
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.pick(store, run))
+    story = history.chapters(store, app.resolve_run(store, run))
     if step is not None:
         answer = _of_step(story, step, text=text)
     else:
@@ -68,8 +68,8 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
 
 
 def _ask(run: Run, *arguments: str) -> dict[str, Any]:
-    from sftd.cli.tools import order_file
-    from sftd.launcher.tools import run_tool
+    from sftd.cli.order_file import order_file
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()
@@ -77,14 +77,14 @@ def _ask(run: Run, *arguments: str) -> dict[str, Any]:
     text = "--text" in arguments
     model = model_files.source(app.open_store(settings), settings.home, run) if text else ""
     with order_file(run, None, model) as order:
-        found = output.with_stages(run.run_id, _TOOL, [order, *arguments], run_tool)
+        found = run_with_stages(run.run_id, "seen_rows", [order, *arguments])
     return {name: value for name, value in found.items() if name != "event"}
 
 
 def _changed_files(run: Run, found: dict[str, Any]) -> list[str]:
     if run.train_digest in ("", found["train_digest"]):
         return []
-    return ["the data files are not those that were submitted: the rows are those that are there now"]
+    return ["the data files changed since the submit: these are the current rows"]
 
 
 def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
@@ -164,8 +164,6 @@ def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
 
 
 def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     out = output.console()
@@ -176,12 +174,8 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
         f"{answer['tokens']} trained tokens",
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("row", "length", "trained"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("place", overflow="fold", style="dim")
-    if text:
-        table.add_column("text", overflow="fold")
+    names = ("row", "length", "trained", "place", *(["text"] if text else []))
+    table = output.table(*names, right=names[:3], dim=["place"], fold=["place", "text"])
     for row in rows:
         place = f"{row['file']}:{row['row_in_file']}"
         cells: list[Any] = [str(row["row"]), str(row["length"]), str(row["trained"]), Text(place)]
@@ -189,7 +183,7 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
     out.print(table)
     digest = answer["samples_digest"][:16]
     if not any(attempt["is_shown"] for attempt in answer["attempts"]):
-        out.print("The log does not have this step yet: these are the rows that it is going to see.")
+        out.print("The log does not have this step yet: these are the rows that it will see.")
     for attempt in answer["attempts"]:
         if attempt["agrees"] and attempt["is_shown"]:
             out.print(f"digest {digest} is the log's (attempt {attempt['attempt']}, v{attempt['version']})")

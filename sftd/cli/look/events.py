@@ -36,7 +36,7 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
         if name not in EVENT_TYPES:
             raise Refused(Problem("--type", f"no event is called {name}", "one of " + ", ".join(EVENT_TYPES)))
     store = app.open_store(app.read_settings())
-    run_id = app.pick(store, run)
+    run_id = app.resolve_run(store, run)
     version = 0
     if follow:
         output.when_interrupted(f"{run_id} continues.")
@@ -51,23 +51,23 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
 
 def _has_ended(store: Any, run_id: str) -> bool:
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
-    return reading.find_run(store, run_id).status in ENDED
+    return runs.find_run(store, run_id).status in ENDED
 
 
 def _print_events(store: Any, run_id: str, version: int, types: tuple[str, ...], as_json: bool) -> int:
     """Print what comes after `version`, a page at a time: no reader holds the database while a person reads."""
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
 
     while True:
         if as_json:
-            rows = reading.raw_events(store, run_id, version, types, _PAGE)
+            rows = runs.raw_events(store, run_id, version, types, _PAGE)
             for row in rows:
                 click.echo(_json_event(row))
             read, last = len(rows), rows[-1]["version"] if rows else version
         else:
-            events = reading.run_events(store, run_id, version, types, _PAGE)
+            events = runs.run_events(store, run_id, version, types, _PAGE)
             for r in events:
                 attempt = f"#{r.attempt}" if r.attempt else ""
                 click.echo(

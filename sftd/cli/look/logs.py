@@ -13,7 +13,7 @@ import click
 from sftd.cli import app
 from sftd.cli.terminal import output
 from sftd.cli.terminal.plot import COLOURS
-from sftd.domain.log.progress_lines import TYPES, describe
+from sftd.domain.log.events import progress_types
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ def logs_command(
 ) -> None:
     """Print a run's progress, a line for each step, validation and checkpoint, and what torchrun and its ranks wrote.
 
-    Every line comes once, with its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out
-    with --rank. A rank's lines are in the order in which it wrote them; the others as they are found. What ranks wrote is
-    here only on their host.
+    Every line has its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out with --rank. The
+    lines of a rank are in order; between ranks there is none. What ranks wrote is only on their host.
 
     \b
     Example:
@@ -60,13 +59,13 @@ def logs_command(
     """
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
     from sftd.wire.attempt.directory import RunDir
     from sftd.wire.attempt.printed import Output
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found = reading.find_run(store, app.pick(store, run))
+    found = runs.find_run(store, app.resolve_run(store, run))
     if attempt is not None and attempt > max(1, found.attempt):
         what = f"{found.run_id} has made {counted(found.attempt, 'attempt')}"
         raise Refused(Problem("--attempt", what, "leave it out to read all"))
@@ -80,7 +79,7 @@ def logs_command(
         output.when_interrupted(f"{found.run_id} continues.")
     while True:
         # Asked first: what an attempt wrote before it was over is then read by this round.
-        found = reading.find_run(store, found.run_id)
+        found = runs.find_run(store, found.run_id)
         is_over = found.status in ENDED or number < found.attempt
         if progress is not None:
             wrote = progress.print(number, found.planned_steps) or wrote
@@ -100,21 +99,21 @@ def logs_command(
 
 
 class _Progress:
-    """The lines that the log has of a run, each once."""
+    """The progress lines of a run, each once."""
 
     def __init__(self, store: Store, run_id: str, last: int | None) -> None:
-        """`last` begins with the last so many of an attempt."""
+        """`last` is the number of lines to begin with, of the attempt."""
         self._store = store
         self._run_id = run_id
         self._last = last
         self._version = 0
 
     def print(self, attempt: int, planned_steps: int) -> bool:
-        """Print what is new of an attempt, and pass over what earlier ones have. Returns whether there was anything."""
+        """Print the new lines of an attempt, and skip those of earlier ones. Returns whether there were any."""
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
-            said = describe(recorded.event, planned_steps) if recorded.attempt == attempt else None
+            said = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
             if said is not None:
                 lines.append(f"{_prefix(attempt, None)} {output.printable(said)}")
         for line in lines:
@@ -122,10 +121,10 @@ class _Progress:
         return bool(lines)
 
     def _new(self, attempt: int) -> Iterator[Recorded]:
-        from sftd.operations.queries import runs as reading
+        from sftd.operations.queries import runs
 
         while True:
-            events = reading.run_events(self._store, self._run_id, self._version, TYPES, _PAGE)
+            events = runs.run_events(self._store, self._run_id, self._version, progress_types(), _PAGE)
             for recorded in events:
                 if (recorded.attempt or 0) > attempt:
                     return
@@ -149,6 +148,6 @@ def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
 
 
 def _harmless(line: str, *, colour: bool) -> str:
-    """What a rank wrote without what does things to a terminal, but for its colours, which end with the line."""
+    """A rank's line without what a terminal obeys, colours excepted; they end with the line."""
     shown = _OBEYED.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
     return f"{shown}\x1b[0m" if "\x1b" in shown else shown

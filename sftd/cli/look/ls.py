@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
 from sftd.cli.terminal.run_table import COLUMNS, SORTS, STATUSES, row_json, runs_table
-
-if TYPE_CHECKING:
-    pass
 
 # Seconds.
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -52,8 +47,8 @@ def ls_command(
     removed: bool,
     as_json: bool,
 ) -> None:
-    """List runs, newest first. With PATTERN, those whose id begins so, whose name contains it, or whose sweep it is; with
-    `*` and `?` it must match all of an id, a name or a sweep.
+    """List runs, newest first. PATTERN is the beginning of an id, a part of a name, or a sweep; with `*` and `?` it must match
+    a whole id, name or sweep.
 
     A narrow terminal leaves out columns and wraps names.
 
@@ -66,7 +61,7 @@ def ls_command(
     """
     import msgspec
 
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs
     from sftd.operations.queries.runs import Filter
 
     chosen = _columns(columns)
@@ -82,13 +77,13 @@ def ls_command(
         since=_since(since, now),
         removed=removed,
     )
-    rows = reading.list_runs(store, wanted, limit=limit if sort == "age" else None)
+    rows = runs.list_runs(store, wanted, limit=limit if sort == "age" else None)
     if sort != "age":
         rows = sorted(rows, key=SORTS[sort])[:limit]
     if as_json:
         # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
         click.echo(output.json_text(msgspec.json.encode([row_json(row) for row in rows])))
-    elif not rows and (count := reading.count_runs(store)):
+    elif not rows and (count := runs.count_runs(store)):
         click.echo(
             f"No runs with these filters; there {'are' if count > 1 else 'is'} {count:,} without them."
         )
@@ -98,8 +93,8 @@ def ls_command(
         # In one piece: ten thousand calls of echo take a tenth of a second.
         table = runs_table(rows, now, output.width(), colour=output.is_terminal(), columns=chosen)
         click.echo("\n".join(table))
-        if any(row.ended_at is None for row in rows) and app.lacks_daemon(settings):
-            output.note("No daemon runs here, so this may be out of date: `sftd daemon --detach` starts one.")
+        if any(row.ended_at is None for row in rows):
+            app.note_missing_daemon(settings, "this may be out of date")
 
 
 def _columns(text: str | None) -> tuple[str, ...]:

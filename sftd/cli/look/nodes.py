@@ -16,13 +16,13 @@ _STYLE = {"alive": "green", "not observed": "yellow", "stopped": "dim"}
 
 
 @click.command("nodes")
-@click.option("-a", "--all", "everyone", is_flag=True, help="Every daemon that ever started.")
+@click.option("-a", "--all", "everyone", is_flag=True, help="List every daemon that ever started.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def nodes_command(everyone: bool, as_json: bool) -> None:
     """List the daemons that share this database: their devices, what they drive, when they were last seen.
 
-    "Not observed" is not dead: a host that is cut off from the database continues to train. Only a daemon's own host can
-    prove that it is gone.
+    "Not observed" does not mean dead: a host that is cut off from the database continues to train. Only a daemon's own host
+    can prove that it is gone.
 
     \b
     Example:
@@ -35,14 +35,14 @@ def nodes_command(everyone: bool, as_json: bool) -> None:
     store = app.open_store(settings)
     found = nodes.list_nodes(store, app.context(), settings.silent_micros, everyone=everyone)
     if as_json:
-        click.echo(output.json_line([as_values(node) for node in found]))
+        click.echo(output.json_line([node_json(node) for node in found]))
     elif not found:
         click.echo("No daemon has used this database yet. `sftd daemon --detach` starts one.")
     else:
         _print(found)
 
 
-def as_values(node: Node) -> dict[str, Any]:
+def node_json(node: Node) -> dict[str, Any]:
     """A daemon for scripts."""
     import msgspec
 
@@ -56,19 +56,9 @@ def as_values(node: Node) -> dict[str, Any]:
 
 
 def _print(found: list[Node]) -> None:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, fold in (
-        ("host", True),
-        ("state", False),
-        ("used", False),
-        ("daemon", True),
-        ("drives", False),
-    ):
-        table.add_column(name, overflow="fold", no_wrap=not fold)
+    table = output.table("host", "state", "used", "daemon", "drives", fold=["host", "daemon"])
     for node in found:
         devices = [f"{d.used}/{d.total} {kind}" for kind, d in node.devices.items() if d.total]
         table.add_row(

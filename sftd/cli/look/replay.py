@@ -26,15 +26,14 @@ _LISTED = 4
 @click.option(
     "--until",
     metavar="STEP|TIME|VERSION",
-    help="Stop at a step (300), a version of the stream (v120), a time (2026-01-31T09:30), or so long ago (-2h).",
+    help="Stop at a step (300), a version (v120), a time (2026-01-31T09:30), or some time ago (-2h).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the milestones and the whole state as JSON.")
 def replay_command(run: str, until: str | None, as_json: bool) -> None:
     """Play the log of RUN: its milestones in order, then its state, config and checkpoints at that moment.
 
-    Nothing is computed or changed. Steps are one line as long as one attempt did them one after another; `again` are
-    those that an earlier attempt had done. A fork's history begins with its parents', up to the step of the fork. A time
-    without a zone is local. `sftd events` has every single event.
+    Nothing is computed or changed. Consecutive steps of an attempt are one line; `again` marks redone steps. A fork's history
+    begins with its parents', up to the step of the fork. A time without a zone is local. `sftd events` has every event.
 
     \b
     Example:
@@ -43,14 +42,14 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
       sftd replay brave-otter --until -2h --json | jq .state.spec
     """
     from sftd.domain.log.history import parse_moment
-    from sftd.operations.queries import history as replays
+    from sftd.operations.queries import history
 
     context = app.context()
     moment = parse_moment(until, context.now()) if until is not None else None
     store = app.open_store(app.read_settings())
-    story = replays.chapters(store, app.pick(store, run))
+    story = history.chapters(store, app.resolve_run(store, run))
     if moment is not None:
-        story = replays.until(story, moment)
+        story = history.until(story, moment)
     if as_json:
         click.echo(output.json_line(_as_json(story)))
     else:
@@ -60,7 +59,7 @@ def replay_command(run: str, until: str | None, as_json: bool) -> None:
 def _as_json(story: list[Chapter]) -> dict[str, Any]:
     import msgspec
 
-    from sftd.cli.run_state import state_json
+    from sftd.cli.terminal.run_details import state_json
     from sftd.domain.log.history import Steps, milestones
 
     def line(chapter: Chapter, item: Recorded | Steps) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _as_json(story: list[Chapter]) -> dict[str, Any]:
 
 
 def _print(story: list[Chapter]) -> None:
-    from sftd.cli.run_state import print_state
+    from sftd.cli.terminal.run_details import print_state
 
     out = output.console()
     for chapter in story:
@@ -104,7 +103,7 @@ def _print(story: list[Chapter]) -> None:
 
 
 def _changes(chapter: Chapter) -> Iterator[str]:
-    """How the config came to be what it was then, where it was not always so."""
+    """The changes of the config up to then."""
     from sftd.domain.log import events as e
 
     for r in chapter.recorded:
@@ -114,17 +113,11 @@ def _changes(chapter: Chapter) -> Iterator[str]:
 
 
 def _table(chapter: Chapter) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.history import Steps, milestones
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("time", no_wrap=True, style="dim")
-    table.add_column("try", justify="right", no_wrap=True)
-    table.add_column("what", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = output.table("time", "try", "what", "", right=["try"], dim=["time"], fold=[""])
     for item in milestones(chapter.recorded):
         if isinstance(item, Steps):
             style = "bold red" if item.anomalies else "yellow" if item.redone else ""

@@ -8,48 +8,25 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.run_state import history_table, print_state, state_json, time_facts
 from sftd.cli.terminal import output
+from sftd.cli.terminal.run_details import history_table, print_state, state_json, time_facts
 from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
 
 if TYPE_CHECKING:
     from sftd.operations.queries.runs import RunRow
 
-# What `show` lists: everything but the steps and what belongs to them.
-HISTORY_TYPES = (
-    "RunForked",
-    "RunSubmitted",
-    "CheckpointPinned",
-    "CheckpointUnpinned",
-    "CheckpointReduced",
-    "AttemptClaimed",
-    "AttemptLaunched",
-    "AttemptAdopted",
-    "JobReported",
-    "ModelLoaded",
-    "TrainingResumed",
-    "AnomalyDetected",
-    "SamplesSkipped",
-    "CheckpointRejected",
-    "RunDeferred",
-    "SweepJoined",
-    "RunHeld",
-    "RunReleased",
-    "StopRequested",
-    "ResumeRequested",
-    "AttemptPaused",
-    "AttemptPreempted",
-    "AttemptFailed",
-    "AttemptLost",
-    "RunSucceeded",
-    "RunFailed",
-    "RunCancelled",
-    "RunRemoved",
-    "ModelExported",
-    "ModelRegistered",
-    "ReplayVerified",
-    "ReplayDiverged",
-)
+# Steps and what belongs to them: `sftd replay` shows these.
+_LEFT_OUT = {
+    "StepCompleted",
+    "ValidationCompleted",
+    "SampleGenerated",
+    "SystemSampled",
+    "DataBound",
+    "WeightsDigested",
+    "CheckpointStarted",
+    "CheckpointPublished",
+    "CheckpointDeleted",
+}
 
 
 @click.command("show")
@@ -78,32 +55,28 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
     """
 
     from sftd.cli.plan.view import outcome_facts
-    from sftd.operations.queries import board
-    from sftd.operations.queries import plan as planning
-    from sftd.operations.queries import resolve as naming
-    from sftd.operations.queries import runs as reading
+    from sftd.domain.log.events import EVENT_TYPES
+    from sftd.operations.queries import board, plan, resolve, runs
 
     store = app.open_store(app.read_settings())
-    if not as_config and naming.is_sweep(store, run):
-        rows = reading.list_runs(store, reading.Filter(sweep=run))
+    if not as_config and resolve.is_sweep(store, run):
+        rows = runs.list_runs(store, runs.Filter(sweep=run))
         _show_sweep(run, sorted(rows, key=SORTS["val"]), as_json)
         return
-    found = reading.find_run(store, app.pick(store, run))
+    found = runs.find_run(store, app.resolve_run(store, run))
     if as_config:
         from sftd.cli.submit.show_config import as_yaml
 
         click.echo(as_yaml(found))
         return
-    ledger = reading.goodput(store, found.run_id, app.context().now())
-    planned = planning.outcome(store, found, ledger)
+    ledger = runs.goodput(store, found.run_id, app.context().now())
+    planned = plan.outcome(store, found, ledger)
     if as_json:
         more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
         click.echo(output.json_line(state_json(found) | more))
         return
-    attempt_events = reading.run_events(
-        store,
-        found.run_id,
-        types=HISTORY_TYPES,
+    attempt_events = runs.run_events(
+        store, found.run_id, types=tuple(name for name in EVENT_TYPES if name not in _LEFT_OUT)
     )
     out = output.console()
     speed = board.tokens_per_second(store, found.run_id)

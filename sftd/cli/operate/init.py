@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from sftd.cli import app
-from sftd.cli.terminal import output
 from sftd.domain.text.words import counted
 
 
@@ -34,16 +33,16 @@ def init_command() -> None:
 
 @click.group("views")
 def views_command() -> None:
-    """The views that `ls` and `show` read are folded from the log, and can be thrown away.
+    """Rebuild the views folded from the log, which `ls` and `show` read.
 
     \b
     Example:
-      sftd views dump > before; sftd views rebuild; sftd views dump | cmp - before
+      sftd views rebuild
     """
 
 
 @views_command.command("rebuild")
-def rebuild() -> None:
+def rebuild_command() -> None:
     """Delete the views and fold them again from the first event.
 
     \b
@@ -54,18 +53,3 @@ def rebuild() -> None:
 
     count = views.rebuild(app.open_store(app.read_settings()))
     click.echo(f"rebuilt from {counted(count, 'event')}")
-
-
-@views_command.command("dump")
-def dump() -> None:
-    """Print every row of the views as JSON lines in a fixed order.
-
-    \b
-    Example:
-      sftd views dump | sha256sum
-    """
-    from sftd.projections import views
-
-    with app.open_store(app.read_settings()).read() as connection:
-        for line in views.dump(connection):
-            click.echo(output.json_text(line), nl=False)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.registry import Registry, need_mlflow
+from sftd.cli.model_registry import Registry, require_mlflow
 from sftd.cli.terminal import output
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.text.words import counted
 from sftd.settings import Settings
 
 if TYPE_CHECKING:
-    from sftd.projections.mirrors.mlflow.check import Checked
+    from sftd.projections.mirrors.mlflow.check import MirrorComparison
     from sftd.store.database.engine import Store
 
 
@@ -33,12 +33,12 @@ def mlflow_command() -> None:
 
 @mlflow_command.command("check")
 @click.argument("runs", metavar="[RUN]...", nargs=-1)
-@click.option("--prefix", default="", help="Look into the experiments with this prefix.")
+@click.option("--prefix", default="", help="Check the experiments with this prefix.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
-def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
+def check_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     """Compare MLflow with the log: every point of every metric, status, times, parameters, data sets and tags.
 
-    Without RUN, all runs. Returns 1 if anything differs, or is not there yet.
+    Without RUN, all runs. Exits with 1 if anything differs, or is not there yet.
 
     \b
     Example:
@@ -50,9 +50,9 @@ def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
 
     settings, store = _opened()
     tracking = Tracking(settings.mlflow_tracking_uri, settings.mlflow_artifacts)
-    wanted = mlflow_check.versions(store, app.pick_all(store, runs))
-    checked = (mlflow_check.check(store, tracking, prefix, *run) for run in wanted.items())
-    _tell(checked, len(wanted), as_json)
+    wanted = mlflow_check.versions(store, app.resolve_runs(store, runs))
+    checked = (mlflow_check.compare_run(store, tracking, prefix, *run) for run in wanted.items())
+    _print_checked(checked, len(wanted), as_json)
 
 
 @mlflow_command.command("rebuild")
@@ -64,25 +64,25 @@ def check(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     help='What goes before the name of each experiment; "" fills the mirror\'s own.',
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
-def rebuild(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
+def rebuild_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     """Rebuild MLflow's runs from the log, in experiments of their own, and compare each with the log.
 
-    Without RUN, all runs. What is there already is not written again, so it may be ended at any time and called again.
-    Returns 1 if anything differs in the end.
+    Without RUN, all runs. Existing points are not written again, so the command may be interrupted and repeated. Exits with 1
+    if anything differs at the end.
 
     \b
     Example:
       sftd mlflow rebuild
       sftd mlflow rebuild brave-otter --prefix 'again/'
     """
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
     from sftd.projections.mirrors.mlflow import check as mlflow_check
 
     settings, store = _opened()
-    found = [run_id for run in runs for run_id in naming.several_to_change(store, run)]
+    found = [run_id for run in runs for run_id in resolve.several_to_change(store, run)]
     total = len(mlflow_check.versions(store, found))
     uri, artifacts = settings.mlflow_tracking_uri, settings.mlflow_artifacts
-    _tell(mlflow_check.rebuild(store, uri, artifacts, prefix, found), total, as_json)
+    _print_checked(mlflow_check.rebuild(store, uri, artifacts, prefix, found), total, as_json)
 
 
 @mlflow_command.command("register")
@@ -91,7 +91,7 @@ def rebuild(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
 @click.option(
     "--step", type=click.IntRange(min=1), help="The export of this step; the last export if not given."
 )
-def register(run: str, name: str, step: int | None) -> None:
+def register_command(run: str, name: str, step: int | None) -> None:
     """Make a model that `sftd export` has written a version of the model NAME in MLflow's registry.
 
     The exported folder is compared with its digest in the log, and copied to the artifacts of the MLflow run.
@@ -102,10 +102,10 @@ def register(run: str, name: str, step: int | None) -> None:
       sftd mlflow register brave-otter support
     """
     from sftd.operations.driving import checkpoints
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
     settings, store = _opened()
-    run_id = naming.one_to_change(store, run)
+    run_id = resolve.one_to_change(store, run)
     exports = [x for x in checkpoints.exports(store, run_id) if step in (None, x.step)]
     if not exports:
         what = f"{run_id} has no export" + (f" of step {step}" if step is not None else "")
@@ -116,12 +116,12 @@ def register(run: str, name: str, step: int | None) -> None:
 
 def _opened() -> tuple[Settings, Store]:
     settings = app.read_settings()
-    need_mlflow(settings)
+    require_mlflow(settings)
     return settings, app.open_store(settings)
 
 
-def _tell(checked: Iterable[Checked], total: int, as_json: bool) -> None:
-    """Print what came of each run, and end with 1 if any differs."""
+def _print_checked(checked: Iterable[MirrorComparison], total: int, as_json: bool) -> None:
+    """Print the result of each run, and exit with 1 if any differs."""
     import msgspec
 
     points = equal = 0

@@ -32,7 +32,7 @@ def notify_command(test: bool, as_json: bool) -> None:
       SFTD_NOTIFY_WEBHOOK=https://hooks.example.com/services/T0/B0/x sftd notify --test
     """
     settings = app.read_settings()
-    app.need_home(settings)
+    app.require_home(settings)
     is_set = settings.notify_command or settings.notify_webhook
     found = notifiers(settings, app.open_store(settings)) if is_set else []
     rows = [_row(settings, notifier, test=test) for notifier in found]

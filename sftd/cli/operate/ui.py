@@ -37,20 +37,20 @@ _START_SECONDS = 120.0
 def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     """Serve MLflow on the runs of this home, on 127.0.0.1 only. Ctrl-C ends it.
 
-    Print the address of the experiment of the newest run; with one RUN that of its page, with several that of their
-    curves side by side. Where one runs already (another `sftd ui`, or a server that MLFLOW_TRACKING_URI names), only print
-    the address. What MLflow itself prints goes to SFTD_HOME/logs/ui.log.
+    Prints the address of the newest run's experiment; with one RUN that of its page, with several that of their curves side by
+    side. Where a server runs already (another `sftd ui`, or the one that MLFLOW_TRACKING_URI names), only prints the address.
+    MLflow's own output is in SFTD_HOME/logs/ui.log.
 
     \b
     Example:
       sftd ui --port 5001
       sftd ui brave-otter calm-heron --open
     """
-    from sftd.projections.mirrors.mlflow.client import without_credentials
+    from sftd.domain.text.credentials import without_credentials
     from sftd.projections.mirrors.mlflow.server import ui_command as server_command
 
     settings = app.read_settings()
-    app.need_home(settings)
+    app.require_home(settings)
     command = server_command(settings.mlflow_tracking_uri, settings.mlflow_artifacts, port)
     if command is None:
         address = without_credentials(settings.mlflow_tracking_uri)
@@ -140,13 +140,13 @@ def _is_ours(settings: Settings, port: int) -> bool:
 
 def _page(settings: Settings, runs: tuple[str, ...]) -> str:
     """The part of the address that names MLflow's page; empty when MLflow has nothing of ours yet."""
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.queries import runs as run_queries
     from sftd.projections.mirrors.mlflow import check as mlflow_check
     from sftd.projections.mirrors.mlflow.client import Tracking
 
     store = app.open_store(settings)
-    found = app.pick_all(store, runs)
-    newest = [row.run_id for row in reading.list_runs(store, limit=1)]
+    found = app.resolve_runs(store, runs)
+    newest = [row.run_id for row in run_queries.list_runs(store, limit=1)]
     wanted = found or newest
     if not wanted:
         return ""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
 from sftd.cli import app
-from sftd.cli.plan.host import Host, facts_of, known_pace
-from sftd.cli.plan.hosts import known_hosts
+from sftd.cli.plan.known_hosts import known_hosts
+from sftd.cli.plan.target import Target, known_pace, plan_facts
 from sftd.cli.plan.view import print_plan
 from sftd.cli.terminal import output
 from sftd.cli.terminal.types import FiniteRange
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("plan")
@@ -24,12 +20,14 @@ if TYPE_CHECKING:
 @click.option(
     "--devices",
     type=click.IntRange(1, 1024),
-    help="Number of devices, of all nodes together; else those of this host.",
+    help="Number of devices on all nodes together; this host's if not given.",
 )
 @click.option(
     "--memory", type=FiniteRange(min=0.1, max=1e6), metavar="GIB", help="Memory of each device, in GiB."
 )
-@click.option("--device", metavar="NAME", help="Which device: `H100`, `A100`, …, or `cpu`; else this host's.")
+@click.option(
+    "--device", metavar="NAME", help="Device: `H100`, `A100`, …, or `cpu`; this host's if not given."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan, and the layouts found, as JSON.")
 def plan_command(
     config: str,
@@ -39,11 +37,11 @@ def plan_command(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Say what the run of CONFIG will take, before it is submitted: memory of each rank, time, disk, and the best layout.
+    """Estimate memory of each rank, time and disk of the run of CONFIG, and find the best layout.
 
-    Everything is checked as by `sftd submit`, and nothing is written. Memory is arithmetic over what the trainer
-    allocates. Time goes by the pace of earlier runs of this model in the log, else by measured rates. For a
-    machine that is not this one, say which: --devices, --memory, --device. docs/plan.md has the formulas.
+    Everything is checked as by `sftd submit`, and nothing is written. Memory is computed from what the trainer allocates. Time
+    is estimated from the pace of earlier runs of this model in the log, else from measured rates. To plan for another machine,
+    use --devices, --memory and --device. docs/plan.md has the formulas.
 
     \b
     Example:
@@ -51,24 +49,23 @@ def plan_command(
       sftd plan run.yaml --devices 8 --memory 80 --device H100
       sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
     """
-    from sftd.domain.plan import warnings as doubts
     from sftd.domain.plan.plan import make_plan
     from sftd.domain.plan.search import search
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, has_room=False)
-    host = Host.find(spec, devices, memory, device)
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
+    # The known hosts' devices do not matter for another machine.
+    hosts = [] if devices or memory or device else known_hosts(app.read_settings())
+    found = preflight.inspect(spec, known=SubmitFacts(hosts=hosts), has_room=False)
+    target = Target.find(spec, devices, memory, device)
     warnings = [*warnings, *found.warnings]
-    if not (devices or memory or device):
-        # For a machine that is not this one, these devices say nothing.
-        warnings += doubts.devices(spec, known_hosts(app.read_settings()))
-    facts = facts_of(found)
-    calibration = known_pace(found.shape, host.machine)
-    plan = make_plan(spec, facts, host.machine, calibration)
+    facts = plan_facts(found)
+    calibration = known_pace(found.shape, target.machine)
+    plan = make_plan(spec, facts, target.machine, calibration)
     layouts = search(
-        spec, facts, host.machine, devices=host.devices, memory=host.memory, calibration=calibration
+        spec, facts, target.machine, devices=target.devices, memory=target.memory, calibration=calibration
     )
     if as_json:
         best = layouts.best
@@ -76,9 +73,9 @@ def plan_command(
             output.json_line(
                 {
                     **plan.as_json(),
-                    "devices": host.devices,
-                    "memory_bytes": host.memory,
-                    "fits": host.fits(plan.needed, spec.world_size),
+                    "devices": target.devices,
+                    "memory_bytes": target.memory,
+                    "fits": target.fits(plan.needed, spec.world_size),
                     "best": {"set": best.changes, **best.plan.as_json()} if best else None,
                     "layouts_tried": layouts.tried,
                     "layouts_fit": layouts.fit,
@@ -88,4 +85,4 @@ def plan_command(
         )
         return
     output.warn_all(warnings)
-    print_plan(spec, facts, plan, layouts, host)
+    print_plan(spec, facts, plan, layouts, target)

@@ -1,4 +1,4 @@
-"""A plan as a person wants to read it."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from sftd.cli.plan.host import Host
+    from sftd.cli.plan.target import Target
     from sftd.domain.compare.plan_outcome import Outcome
-    from sftd.domain.plan.plan import Facts, Plan
+    from sftd.domain.plan.plan import Plan, PlanInputs
     from sftd.domain.plan.search import Choice, Search
     from sftd.domain.spec.spec import Spec
 
@@ -44,22 +44,13 @@ def summary(plan: Plan) -> str:
 
 
 def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
-    """What was planned beside what happened, for `sftd show`: a line a quantity."""
+    """Planned and actual values for `sftd show`, a line for each."""
     for number, one in enumerate(outcome.compared if outcome else ()):
         show: Callable[[float], str] = output.duration if one.name == "whole run" else seconds
         if one.unit == "bytes":
             show = output.memory if one.name == "peak memory" else lambda value: output.size(int(value))
         error = "" if one.error is None else f", was {show(one.actual or 0)}: {one.error:+.1%}"
         yield ("planned" if number == 0 else " ", f"{one.name} {show(one.planned)}{error}")
-
-
-def layout_text(spec: Spec) -> str:
-    """`TP2 PP1 DP4`."""
-    return " ".join(
-        f"{name}{size}"
-        for name, size in spec.parallel_sizes.items()
-        if size > 1 or name in ("TP", "PP", "DP")
-    )
 
 
 def batch_text(spec: Spec) -> str:
@@ -74,7 +65,7 @@ def recompute_text(spec: Spec) -> str:
     return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
 
 
-def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host) -> None:
+def print_plan(spec: Spec, facts: PlanInputs, plan: Plan, layouts: Search, target: Target) -> None:
     """The whole plan."""
     from sftd.domain.model.parameters import whole_model
 
@@ -83,17 +74,17 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
     where = f"{machine.cores} CPU cores" if machine.device == "cpu" else f"{spec.world_size} × {machine.name}"
     out.print(
         f"[bold]{output.escape(facts.shape.architecture)}[/], {whole_model(facts.shape) / 1e6:,.1f} M parameters, "
-        f"{layout_text(spec)}, {plan.dtype}, on {output.escape(where)}",
+        f"{output.layout(spec.parallel_sizes)}, {plan.dtype}, on {output.escape(where)}",
         soft_wrap=True,
     )
     out.print(_memory_table(spec, plan))
-    fits = host.fits(plan.needed, spec.world_size)
+    fits = target.fits(plan.needed, spec.world_size)
     ranks = f" for each of {spec.world_size} ranks" if spec.world_size > 1 and machine.device == "cpu" else ""
     said = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
     owner = "the host" if machine.device == "cpu" else "each device"
     spare = "" if machine.device == "cpu" else ", with what CUDA and fragmentation take"
     out.print(
-        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(host.memory)}: {said}",
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {said}",
         soft_wrap=True,
     )
     if plan.host_copy:
@@ -105,19 +96,14 @@ def print_plan(spec: Spec, facts: Facts, plan: Plan, layouts: Search, host: Host
     for name, value in _other_facts(plan):
         out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
     out.print()
-    _print_layouts(spec, layouts, host)
+    _print_layouts(spec, layouts, target)
 
 
 def _memory_table(spec: Spec, plan: Plan) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    several = len(plan.memory) > 1
-    table.add_column("memory of a rank", no_wrap=True)
-    for stage in plan.memory:
-        table.add_column(f"stage {stage.stage}" if several else "", justify="right", no_wrap=True)
-    table.add_column("of what", overflow="fold", style="dim")
+    stages = [f"stage {stage.stage}" if len(plan.memory) > 1 else "" for stage in plan.memory]
+    table = output.table(
+        "memory of a rank", *stages, "of what", right=stages, dim=["of what"], fold=["of what"]
+    )
     work, is_cpu = plan.work, plan.machine.device == "cpu"
     tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
     rows: list[tuple[str, str, str]] = [
@@ -134,7 +120,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
     ]
     for title, name, what in rows:
         table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)
-    peak = "the process at its largest" if is_cpu else "of tensors: what the events call peak memory"
+    peak = "the process at its largest" if is_cpu else "of tensors: peak memory in the events"
     table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
     return table
 
@@ -164,13 +150,10 @@ def _other_facts(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
-    from rich import box
-    from rich.table import Table
-
+def _print_layouts(spec: Spec, layouts: Search, target: Target) -> None:
     out = output.console()
-    devices = "the CPU" if host.machine.device == "cpu" else f"{host.devices} × {host.machine.name}"
-    where = f"{output.escape(devices)} of {output.memory(host.memory)}"
+    devices = "the CPU" if target.machine.device == "cpu" else f"{target.devices} × {target.machine.name}"
+    where = f"{output.escape(devices)} of {output.memory(target.memory)}"
     if layouts.best is None:
         out.print(f"[bold red]No layout fits[/] {where}: {layouts.tried} were tried.", soft_wrap=True)
         if layouts.smallest is not None:
@@ -181,11 +164,7 @@ def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
             )
         return
     best = layouts.best
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layout", "micro-batch", "recompute"):
-        table.add_column(name, no_wrap=True)
-    for name in ("step", "needs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = output.table("layout", "micro-batch", "recompute", "step", "needs", right=["step", "needs"])
     for choice in layouts.fitting[:_LAYOUTS]:
         table.add_row(*_layout_row(choice), style="bold" if choice is best else "")
     out.print(
@@ -194,16 +173,16 @@ def _print_layouts(spec: Spec, layouts: Search, host: Host) -> None:
     )
     out.print(table)
     if best.changes:
-        out.print(f"  {_reason(best, spec)}. To have it, set:", soft_wrap=True)
+        out.print(f"  {_reason(best, spec)}. To use it, set:", soft_wrap=True)
         out.print(f"  [bold]{_setting(best.changes)}[/]", soft_wrap=True)
     else:
-        out.print("  The config has the best of them already.")
+        out.print("  The config already has the best of them.")
 
 
 def _layout_row(choice: Choice) -> tuple[str, ...]:
     spec, plan = choice.spec, choice.plan
     return (
-        layout_text(spec),
+        output.layout(spec.parallel_sizes),
         batch_text(spec),
         recompute_text(spec),
         seconds(plan.pace.step),

@@ -36,21 +36,21 @@ def export_command(
       sftd export brave-otter ./my-model --merge
       sftd export brave-otter ./my-model --register support
     """
-    from sftd.cli.registry import Registry
-    from sftd.cli.tools import order_file
+    from sftd.cli.model_registry import Registry
+    from sftd.cli.order_file import order_file
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.log.events import ModelExported
-    from sftd.launcher.tools import run_tool
     from sftd.operations.driving import checkpoints
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
+    found, checkpoint = checkpoints.find(store, app.resolve_run(store, run), step)
     path = os.path.abspath(directory)
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
-    output.need_folder("DIR", path)
+    output.require_folder("DIR", path)
     # What would be refused is refused before the work.
     model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
@@ -59,7 +59,7 @@ def export_command(
     with order_file(found, checkpoint, model, template) as order:
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         arguments += ["--merge"] if merge else []
-        done = output.with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments, run_tool)
+        done = run_with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments)
     exported = ModelExported(
         step=checkpoint.step, path=path, bytes=done["bytes"], digest=done["digest"], dtype=done["dtype"]
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--changed-model",
     is_flag=True,
-    help="Use the model folder as it is now, although it changed since RUN was submitted.",
+    help="Use the current model folder although it changed since RUN was submitted.",
 )
 @click.option(
     "-q", "--quiet", is_flag=True, help="Print the new run's id alone on stdout; warnings go to stderr."
@@ -50,29 +50,30 @@ def fork_command(
 ) -> None:
     """Queue a new run that starts from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
 
-    Steps count from RUN's first: trainer.max_steps includes those that RUN has done, and the learning rate continues as
-    the new config has it at that step. With the same data in the same order it continues with the sample
-    after RUN's last one, else it begins with the first. The checkpoint is kept for as long as the log is.
+    Steps count from RUN's first: trainer.max_steps includes RUN's steps, and the learning rate is the new config's at that
+    step. With the same data in the same order, the fork continues with the sample after RUN's last one, else with the first
+    sample. The checkpoint is kept as long as the log.
 
     \b
     Example:
       sftd fork brave-otter optimizer.lr=5e-6
       sftd fork brave-otter --from-step 100 trainer.max_steps=400 trainer.experiment_name=longer
     """
-    from sftd.cli.submit.command import announce, print_dry_run
+    from sftd.cli.plan.known_hosts import known_hosts
+    from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Problem
     from sftd.domain.run import decisions, trajectory
-    from sftd.operations.commands import lifecycle as runs
-    from sftd.operations.queries import forks
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.commands import lifecycle
+    from sftd.operations.queries import forks, resolve
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    parent, point = forks.find(store, naming.one_to_change(store, run), from_step)
-    spec, warnings = specfile.change(parent.spec, overrides, os.getcwd())
-    found = forks.inspect(store, parent, point, spec, settings.home, changed_model=changed_model)
+    parent, point = forks.find(store, resolve.one_to_change(store, run), from_step)
+    spec, warnings = spec_file.change(parent.spec, overrides, os.getcwd())
+    hosts = known_hosts(settings)
+    found = forks.inspect(store, parent, point, spec, settings.home, hosts=hosts, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
     if not trajectory.changes(parent.spec, spec) and not changed_model:
         warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))
@@ -82,7 +83,7 @@ def fork_command(
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
         print_dry_run(spec, found, warnings, as_json=as_json)
         return
-    run_id = runs.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
+    run_id = lifecycle.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
     said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
     announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
 
@@ -91,7 +92,7 @@ def fork_command(
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print each tree as a line of nested JSON.")
 def lineage_command(run: str, as_json: bool) -> None:
-    """Draw the tree of forks that RUN belongs to, from the oldest ancestor on; of a sweep, the tree of each of its runs.
+    """Draw the tree of forks that RUN belongs to, from its oldest ancestor; for a sweep, the tree of each run.
 
     \b
     Example:
@@ -102,7 +103,7 @@ def lineage_command(run: str, as_json: bool) -> None:
     store = app.open_store(app.read_settings())
     # Runs of a sweep may be in one tree.
     trees: dict[str, tuple[str, Member]] = {}
-    for run_id in app.pick_all(store, [run]):
+    for run_id in app.resolve_runs(store, [run]):
         _, root = forks.lineage(store, run_id)
         trees.setdefault(root.run_id, (run_id, root))
     for run_id, root in trees.values():

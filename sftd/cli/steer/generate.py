@@ -49,14 +49,14 @@ def generate_command(
     """
     import msgspec
 
-    from sftd.cli.tools import order_file
-    from sftd.launcher.tools import run_tool
+    from sftd.cli.order_file import order_file
+    from sftd.cli.terminal.progress import run_with_stages
     from sftd.operations.driving import checkpoints
     from sftd.operations.queries import model_files
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    found, checkpoint = checkpoints.find(store, app.pick(store, run), step)
+    found, checkpoint = checkpoints.find(store, app.resolve_run(store, run), step)
     if list(prompts).count("-") > 1:
         raise click.UsageError("Only one --prompt can be read from stdin.")
     texts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in prompts]
@@ -69,7 +69,7 @@ def generate_command(
         arguments = [order, checkpoint.path, "--digest", checkpoint.manifest_digest]
         arguments += ["--device", device, "--max-tokens", str(max_tokens)]
         title = f"{found.run_id}, step {checkpoint.step}"
-        done = output.with_stages(title, "answer", arguments, run_tool, msgspec.json.encode(texts))
+        done = run_with_stages(title, "answer", arguments, msgspec.json.encode(texts))
     answers = done["answers"]
     if as_json:
         click.echo(output.json_line(answers))

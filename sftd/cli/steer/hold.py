@@ -12,7 +12,7 @@ from sftd.cli.terminal import output
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
 def hold_command(run: str, reason: str) -> None:
-    """Keep a waiting RUN, or all waiting runs of a sweep, from starting until `sftd release`. Runs behind it go ahead.
+    """Keep a waiting RUN, or all waiting runs of a sweep, from starting until `sftd release`. Runs after it may start before it.
 
     \b
     Example:
@@ -20,12 +20,12 @@ def hold_command(run: str, reason: str) -> None:
       sftd hold sweep-3aea38
     """
     from sftd.domain.run.state import WAITING
-    from sftd.operations.commands import hold as halting
+    from sftd.operations.commands import hold as hold_runs
 
     store = app.open_store(app.read_settings())
 
     def hold(run_id: str) -> None:
-        halting.hold(store, app.context(), run_id, app.user_name(), reason)
+        hold_runs.hold(store, app.context(), run_id, app.user_name(), reason)
         output.console().print(f"[bold]{run_id}[/] is held; `sftd release {run_id}` lets it start")
 
     app.change_each(store, run, WAITING, hold)
@@ -41,12 +41,12 @@ def release_command(run: str) -> None:
       sftd release brave-otter
       sftd release sweep-3aea38
     """
-    from sftd.operations.commands import hold as halting
+    from sftd.operations.commands import hold as hold_runs
 
     store = app.open_store(app.read_settings())
 
     def release(run_id: str) -> None:
-        halting.release(store, app.context(), run_id, app.user_name())
+        hold_runs.release(store, app.context(), run_id, app.user_name())
         output.console().print(f"[bold]{run_id}[/] waits for its turn; `sftd queue` shows what for")
 
     app.change_each(store, run, {"held"}, release)
@@ -65,12 +65,12 @@ def pause_command(run: str, reason: str) -> None:
       sftd pause sweep-3aea38
     """
     from sftd.domain.run.state import ACTIVE
-    from sftd.operations.commands import hold as halting
+    from sftd.operations.commands import hold as hold_runs
 
     store = app.open_store(app.read_settings())
 
     def pause(run_id: str) -> None:
-        found = halting.pause(store, app.context(), run_id, app.user_name(), reason)
+        found = hold_runs.pause(store, app.context(), run_id, app.user_name(), reason)
         done = "is paused" if found.status == "paused" else "will checkpoint at its next step and pause"
         output.console().print(f"[bold]{run_id}[/] {done}")
 

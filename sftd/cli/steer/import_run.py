@@ -16,28 +16,28 @@ from sftd.domain.text.words import counted
     is_flag=True,
     help="Allow the run's model.trust_remote_code: commands may run Python code in its model folder.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout, and no warnings.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the run's id, and no warnings.")
 @click.option("--json", "as_json", is_flag=True, help="Print id, status and number of new events as JSON.")
 def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json: bool) -> None:
-    """Take the run in DIR, which was trained without a daemon, into the event store.
+    """Import the run in DIR, which was trained without a daemon.
 
-    DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Importing
-    again adds what is new; a run that is being trained is refused until it has ended. Nothing in DIR is changed, and
-    its checkpoints stay where they are. Only if `sftd resume` continues the run, a daemon deletes those of them
-    that `checkpoint.keep_last`, `keep_best` and `keep_every` do not keep, as the training command itself does. A run that
-    was trained with `model.trust_remote_code` is refused unless you allow it here: the folder may be somebody else's.
+    DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Import it again to
+    add what is new; a run that still trains is refused. Nothing in DIR is changed, and its checkpoints stay where they are.
+    Only if `sftd resume` continues the run, a daemon deletes the checkpoints that `checkpoint.keep_last`, `keep_best` and
+    `keep_every` do not keep, as the training command does. A run that was trained with `model.trust_remote_code` is refused
+    unless you allow it here: the folder may be somebody else's.
 
     \b
     Example:
       torchrun --nproc-per-node=8 -m sftd.trainer run.yaml checkpoint.save_dir=out trainer.experiment_name=first
       sftd import out/first
     """
-    from sftd.operations.commands import import_run as imports
+    from sftd.operations.commands import import_run
 
     settings = app.read_settings()
     app.make_home(settings)
     store = app.open_store(settings)
-    done = imports.take_in(store, app.context(), directory, trust_remote_code=trust_remote_code)
+    done = import_run.take_in(store, app.context(), directory, trust_remote_code=trust_remote_code)
     run = done.run
     if not quiet:
         for path in done.missing:

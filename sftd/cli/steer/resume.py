@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
     """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
 
-    It stays the same run: steps that are computed again must match the log, and are compared. So only such
-    keys may change as leave its steps alone: the layout, micro-batches, what is saved and kept, `launch.*`, and
-    `trainer.max_steps` where the learning rates of the steps so far do not depend on it. For any other there is
-    `sftd fork`.
+    It stays the same run: redone steps are compared with the log and must match. So only keys that leave its steps as they are
+    may change: the layout, micro-batches, what is saved and kept, `launch.*`, and `trainer.max_steps` where the learning rates
+    so far do not depend on it. To change any other key, use `sftd fork`.
 
     \b
     Example:
@@ -37,37 +36,43 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
       sftd resume brave-otter --from-step 100
       sftd resume brave-otter model.megatron.tensor_model_parallel_size=2
     """
+    from sftd.cli.plan.known_hosts import known_hosts
     from sftd.domain.run import decisions, trajectory
     from sftd.domain.run.state import ENDED
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.launcher.processes import host_name
-    from sftd.operations.commands import lifecycle as runs
-    from sftd.operations.queries import model_files
-    from sftd.operations.queries import resolve as naming
-    from sftd.operations.queries import runs as reading
+    from sftd.operations.commands import lifecycle
+    from sftd.operations.queries import model_files, resolve
+    from sftd.operations.queries import runs as run_queries
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     settings = app.read_settings()
     store = app.open_store(settings)
-    run = naming.one_to_change(store, run, {"retrying", "paused", *ENDED})
+    run = resolve.one_to_change(store, run, {"retrying", "paused", *ENDED})
     new, instead = None, ""
-    now = reading.find_run(store, run)
+    now = run_queries.find_run(store, run)
     decisions.refuse_busy(now)
     if overrides:
-        spec, warnings = specfile.change(now.spec, overrides, os.getcwd())
-        inspected = preflight.inspect(spec, lambda _: trajectory.beginning(now), home=settings.home)
+        spec, warnings = spec_file.change(now.spec, overrides, os.getcwd())
+        inspected = preflight.inspect(
+            spec,
+            lambda _: trajectory.beginning(now),
+            known=SubmitFacts(hosts=known_hosts(settings)),
+            home=settings.home,
+        )
         for warning in (*warnings, *inspected.warnings):
             output.warn(str(warning))
         new = preflight.proposal(spec, inspected)
         step = [] if from_step is None else ["--from-step", str(from_step)]
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
-    before = reading.find_run(store, run).restart_checkpoint
+    before = run_queries.find_run(store, run).restart_checkpoint
     host = host_name()
     pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
     record = model_files.recorded(store, now.run_id)
-    if not model_files.check(record, now.run_id, now.spec, pretrained=pretrained):
+    if not model_files.check_unchanged(record, now.run_id, now.spec, pretrained=pretrained):
         output.note(model_files.unrecorded(now.run_id))
-    found = runs.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
+    found = lifecycle.resume(store, app.context(), run, app.user_name(), from_step, new, instead, host=host)
     checkpoint = found.restart_checkpoint
     if from_step is None and before is not None and before != checkpoint:
         output.warn(f"the checkpoint of step {before.step} is gone from the disk: {before.path}")
@@ -81,7 +86,9 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.argument("run")
 @click.option("--reason", default="", help="Why, for the log.")
 @click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
-@click.option("--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, unseen.")
+@click.option(
+    "--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, without a check."
+)
 def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     """End RUN, or all runs of a sweep: at the next step boundary, after a checkpoint. `sftd resume` continues a run. Runs that
     wait for its success (`sftd submit --after`) are cancelled with it, and named.
@@ -94,16 +101,16 @@ def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
       sftd cancel sweep-3aea38
     """
     from sftd.domain.run.state import ACTIVE, HALTED, WAITING
-    from sftd.operations.commands import lifecycle as runs
+    from sftd.operations.commands import lifecycle
 
     store = app.open_store(app.read_settings())
 
     def end(run_id: str) -> None:
         if abandon:
-            ending = runs.abandon(store, app.context(), run_id, app.user_name())
-            _print_ending(ending, "is given up; make sure that nothing of it still runs")
+            ending = lifecycle.abandon(store, app.context(), run_id, app.user_name())
+            _print_ending(ending, "is given up; check that none of its processes still run")
             return
-        ending = runs.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
+        ending = lifecycle.cancel(store, app.context(), run_id, app.user_name(), reason, now=now)
         if ending.run.status == "cancelled":
             _print_ending(ending, "is cancelled")
         elif ending.run.stop_now:

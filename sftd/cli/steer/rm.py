@@ -26,16 +26,16 @@ def rm_command(runs: tuple[str, ...], yes: bool) -> None:
       sftd gc --run brave-otter --all       its checkpoints alone
     """
     from sftd.domain.run.state import ENDED
-    from sftd.operations.commands import remove as removing
+    from sftd.operations.commands import remove
     from sftd.operations.driving import checkpoints
-    from sftd.operations.queries import resolve as naming
+    from sftd.operations.queries import resolve
 
     settings = app.read_settings()
     store, context, user = app.open_store(settings), app.context(), app.user_name()
     run_ids = dict.fromkeys(
-        run_id for text in runs for run_id in naming.several_to_change(store, text, ENDED)
+        run_id for text in runs for run_id in resolve.several_to_change(store, text, ENDED)
     )
-    found = [removing.belongings(store, settings.home, run_id, by=user) for run_id in run_ids]
+    found = [remove.belongings(store, settings.home, run_id, by=user) for run_id in run_ids]
     if not yes:
         for each in found:
             run = each.run
@@ -49,7 +49,7 @@ def rm_command(runs: tuple[str, ...], yes: bool) -> None:
         app.confirm(f"Remove {counted(len(found), 'run')} and delete {total}?")
     for each in found:
         elsewhere = [c.path for c in each.run.checkpoints if not c.is_parents and checkpoints.is_missing(c)]
-        freed = removing.remove(store, context, settings.home, each.run.run_id, user)
+        freed = remove.remove(store, context, settings.home, each.run.run_id, user)
         click.echo(f"{each.run.run_id} is removed: {output.size(freed)} freed")
         for path in elsewhere:
             output.warn(f"{output.printable(path)} was not on this host: delete it where it is")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
 from typing import TYPE_CHECKING
 
 import click
@@ -17,14 +15,13 @@ if TYPE_CHECKING:
     from sftd.domain.errors import Problem
     from sftd.domain.spec.spec import Spec
     from sftd.settings import Settings
-    from sftd.store.database.engine import Store
     from sftd.wire.preflight import Preflight
 
 
 @click.command("submit")
 @click.argument("config", required=False, type=click.Path(allow_dash=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="The config, as an option.")
+@click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="CONFIG, as an option.")
 @click.option(
     "-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout; warnings go to stderr."
 )
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     "--print-script",
     "print_script",
     is_flag=True,
-    help="Check everything, print the job script that Slurm would get (launch.launcher: slurm), queue nothing.",
+    help="Check everything, print the job script that the resource manager would get, queue nothing.",
 )
 @click.option(
     "--after", multiple=True, metavar="RUN", help="Start once this run has succeeded; repeatable. See below."
@@ -54,7 +51,7 @@ if TYPE_CHECKING:
 @click.option(
     "--xray/--no-xray",
     default=None,
-    help="Show which tokens are trained, and what it will take; on a terminal it does.",
+    help="Show which tokens are trained, and what the run costs; the default on a terminal.",
 )
 def submit_command(
     config: str | None,
@@ -72,8 +69,8 @@ def submit_command(
 ) -> None:
     """Queue the run that CONFIG (YAML; - is standard input) describes, with KEY=VALUE laid over it.
 
-    Everything that can be found wrong is found now, before a device is held: keys, types, layout, model and data
-    files. A refused run leaves nothing behind. What is possible and hardly meant is a warning; with --strict it is refused.
+    Keys, types, layout, model and data files are checked now, before a device is held. A refused run leaves no trace. What is
+    possible but probably a mistake is a warning; --strict refuses it.
 
     With --after the run is cancelled when the other one fails or is cancelled. With --grid either all runs are queued or,
     if one of them is refused, none.
@@ -88,12 +85,13 @@ def submit_command(
       sftd submit run.yaml launch.launcher=slurm --print-script
       id=$(sftd submit run.yaml -q) && sftd logs -f "$id"
     """
-    from sftd.cli.plan.hosts import known_hosts
+    from sftd.cli.plan.known_hosts import known_hosts
+    from sftd.cli.submit.answers import announce, print_dry_run
     from sftd.domain.errors import Refused
-    from sftd.domain.plan import warnings as doubts
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
     from sftd.wire import preflight
-    from sftd.wire.spec import file as specfile
+    from sftd.wire.spec import file as spec_file
 
     if file is not None and config is not None:
         overrides = (config, *overrides)
@@ -103,15 +101,12 @@ def submit_command(
         raise click.UsageError("Give a CONFIG file.")
     settings = app.read_settings()
     if grid:
-        from sftd.cli.submit import grid as sweep
+        from sftd.cli.submit import grid as grids
 
-        if print_script:
-            raise click.UsageError(
-                "--print-script shows the script of one run: it cannot be used with --grid."
-            )
-        if wait:
-            raise click.UsageError("--wait waits for one run: it cannot be used with --grid.")
-        sweep.submit(
+        if print_script or wait:
+            option = "--print-script" if print_script else "--wait"
+            raise click.UsageError(f"{option} is for one run: it cannot be used with --grid.")
+        grids.submit(
             settings,
             config,
             overrides,
@@ -123,9 +118,9 @@ def submit_command(
             as_json=as_json,
         )
         return
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
-    found = preflight.inspect(spec, home=settings.home)
-    warnings = [*warnings, *found.warnings, *doubts.devices(spec, known_hosts(settings))]
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
+    found = preflight.inspect(spec, known=SubmitFacts(hosts=known_hosts(settings)), home=settings.home)
+    warnings = [*warnings, *found.warnings]
     if strict and warnings:
         raise Refused(warnings)
     if after and (dry_run or print_script):
@@ -133,7 +128,7 @@ def submit_command(
     if dry_run:
         print_dry_run(spec, found, warnings, as_json=as_json)
         if xray and not quiet:
-            look_inside(spec, found, stderr=True)
+            _preview(spec, found, stderr=True)
         return
     if print_script:
         _print_script(settings, spec, found, warnings)
@@ -141,57 +136,15 @@ def submit_command(
     app.make_home(settings)
     store = app.open_store(settings)
     if not (quiet or as_json) and (output.is_terminal() if xray is None else xray):
-        look_inside(spec, found)
+        _preview(spec, found)
     (run_id,) = submit_all(store, app.context(), [Wish(spec, found, warnings)], app.user_name(), after=after)
-    said = f"is queued: {counted(found.planned_steps, 'step')} over {counted(found.train.usable, 'row')}"
-    announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
+    text = f"is queued: {counted(found.planned_steps, 'step')} over {counted(found.train.usable, 'row')}"
+    announce(settings, store, run_id, spec, found, warnings, text, quiet=quiet, as_json=as_json, wait=wait)
 
 
-def announce(
-    settings: Settings,
-    store: Store,
-    run_id: str,
-    spec: Spec,
-    found: Preflight,
-    warnings: list[Problem],
-    said: str,
-    *,
-    quiet: bool,
-    as_json: bool,
-    wait: bool,
-) -> None:
-    """Tell that a run was queued, in the form that was asked for, and wait for its end if that was."""
-    output.when_interrupted(f"{run_id} continues: `sftd logs -f {run_id}`, `sftd cancel {run_id}`.")
-    if not as_json:
-        output.warn_all(warnings)
-    if quiet:
-        click.echo(run_id)
-    elif as_json:
-        from sftd.domain.spec.spec import spec_digest
-
-        click.echo(
-            output.json_line(
-                {
-                    "run_id": run_id,
-                    "spec_digest": spec_digest(spec),
-                    "planned_steps": found.planned_steps,
-                    "warnings": [str(w) for w in warnings],
-                }
-            )
-        )
-    else:
-        out = output.console()
-        out.print(f"[bold]{run_id}[/] {said}", soft_wrap=True)
-        out.print(f"Follow it with [bold]sftd events -f {run_id}[/]")
-    if app.lacks_daemon(settings):
-        output.note("No daemon runs here, so it waits: `sftd daemon --detach` starts one.")
-    if wait:
-        sys.exit(_wait(store, run_id, quiet or as_json))
-
-
-def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
-    """Show which tokens are trained, and in a line what the run will take on this host."""
-    from sftd.cli.plan import host as plan_host
+def _preview(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
+    """Show which tokens are trained, and in one line what the run costs on this host."""
+    from sftd.cli.plan.target import Target, known_pace, plan_facts
     from sftd.cli.plan.view import summary
     from sftd.cli.submit import xray
     from sftd.domain.errors import Refused
@@ -199,69 +152,31 @@ def look_inside(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
 
     out = output.console(stderr=stderr)
     try:
-        host = plan_host.Host.find(spec)
+        target = Target.find(spec)
     except Refused:
-        host = None
-    xray.show(spec, found, out, "cuda" if host is None else host.machine.device)
-    if host is None:
+        xray.show(spec, found, out, "cuda")
         return
-    made = make_plan(
-        spec, plan_host.facts_of(found), host.machine, plan_host.known_pace(found.shape, host.machine)
-    )
-    out.print(f"  {summary(made)}", soft_wrap=True)
-    if not host.fits(made.needed, spec.world_size):
-        output.warn(f"that is more than the {output.memory(host.memory)} there are: see `sftd plan`")
-
-
-def print_dry_run(spec: Spec, found: Preflight, warnings: list[Problem], *, as_json: bool) -> None:
-    """What would be queued, and on stderr what it is warned of: for people on a terminal, else the resolved spec as JSON."""
-    from sftd.domain.run.trajectory import changes
-    from sftd.domain.spec.spec import Spec, canonical_json, spec_digest
-
-    output.warn_all(warnings)
-    if as_json or not output.is_terminal():
-        click.echo(output.json_text(canonical_json(spec)))
-        return
-    click.echo(
-        f"Every check passes: {found.planned_steps} steps, spec {spec_digest(spec)[:12]}. Nothing was queued.\n"
-    )
-    click.echo("Settings that are not the defaults (--json prints all of them):")
-    for key, (_, value) in changes(Spec(), spec).items():
-        click.echo(f"  {key}: {output.printable(value if isinstance(value, str) else output.compact(value))}")
+    xray.show(spec, found, out, target.machine.device)
+    plan = make_plan(spec, plan_facts(found), target.machine, known_pace(found.shape, target.machine))
+    out.print(f"  {summary(plan)}", soft_wrap=True)
+    if not target.fits(plan.needed, spec.world_size):
+        output.warn(f"that is more than the {output.memory(target.memory)} there are: see `sftd plan`")
 
 
 def _print_script(settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem]) -> None:
-    """The script of the first attempt's job; the run's name and the lease's token are not known before it is queued."""
+    """Print the script of the first attempt's job; RUN and TOKEN stand for what is known once the run is queued."""
     from sftd.domain.errors import Problem, Refused
-    from sftd.launcher.slurm import script as slurm_script
-    from sftd.wire.attempt.directory import Order, RunDir
+    from sftd.domain.run.state import Run
+    from sftd.launcher.choosing import LAUNCHERS
+    from sftd.wire.attempt.directory import RunDir
+    from sftd.wire.attempt.orders import order_of
 
-    if spec.launch.launcher != "slurm":
-        what = "is local, and has no job script"
-        raise Refused(Problem("launch.launcher", what, "add launch.launcher=slurm"))
-    run_dir = RunDir(settings.home, "RUN")
-    directory = run_dir.attempt(1)
-    order = Order(
-        run_id="RUN",
-        attempt=1,
-        token="TOKEN",  # noqa: S106  a word in its place
-        spec=spec,
-        planned_steps=found.planned_steps,
-        checkpoint_dir=str(run_dir.checkpoint_dir(spec.checkpoint.save_dir)),
-    )
+    if (script := LAUNCHERS[spec.launch.launcher].script) is None:
+        able = " or ".join(f"launch.launcher={name}" for name, has in LAUNCHERS.items() if has.script)
+        raise Refused(
+            Problem("launch.launcher", f"is {spec.launch.launcher}, and has no job script", f"add {able}")
+        )
+    run = Run("RUN", spec=spec, planned_steps=found.planned_steps)
+    order = order_of(run, None, attempt=1, token="TOKEN")  # noqa: S106  a word in its place
     output.warn_all(warnings)
-    click.echo(slurm_script.script(order, directory, slurm_script.argv(spec, directory)), nl=False)
-
-
-def _wait(store: Store, run_id: str, quiet: bool) -> int:
-    from sftd.domain.run.state import ENDED
-    from sftd.operations.queries import runs as reading
-
-    while True:
-        run = reading.find_run(store, run_id)
-        if run.status in ENDED:
-            if not quiet:
-                detail = f": {run.cause}: {run.message}" if run.cause else ""
-                output.console().print(f"[bold]{run_id}[/] {run.how_it_ended}{output.escape(detail)}")
-            return 0 if run.status == "succeeded" else 1
-        time.sleep(0.5)
+    click.echo(script(order, RunDir(settings.home, run.run_id).attempt(1)), nl=False)

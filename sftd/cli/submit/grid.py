@@ -25,24 +25,20 @@ def submit(
     as_json: bool,
 ) -> None:
     """Queue every point of a grid, or none, and print their ids."""
-    import msgspec
-
-    from sftd.cli.plan.hosts import known_hosts
+    from sftd.cli.plan.known_hosts import known_hosts
+    from sftd.cli.submit.answers import queued_json
     from sftd.domain.errors import Refused
-    from sftd.domain.plan import warnings as doubts
     from sftd.domain.spec.spec import spec_digest
+    from sftd.domain.submit.facts import SubmitFacts
     from sftd.operations.commands.submit import Wish, check_after, submit_all
-    from sftd.wire.spec import grid as sweep
+    from sftd.wire.spec import grid
 
     context = app.context()
     # Short: it begins the names of all its runs.
     name = f"sweep-{context.random(3).hex()}"
-    points = sweep.points(config, overrides, sweep.parse_grid(options), os.getcwd(), name, settings.home)
+    known = SubmitFacts(hosts=known_hosts(settings))
+    points = grid.points(config, overrides, grid.parse_grid(options), os.getcwd(), name, settings.home, known)
     texts = [", ".join(f"{key}={value}" for key, value in point.values.items()) for point in points]
-    hosts = known_hosts(settings)
-    points = [
-        msgspec.structs.replace(p, warnings=[*p.warnings, *doubts.devices(p.spec, hosts)]) for p in points
-    ]
     warnings = list(dict.fromkeys(w for point in points for w in point.warnings))
     if strict and warnings:
         raise Refused(warnings)
@@ -59,13 +55,10 @@ def submit(
     if as_json:
         rows = [
             {
-                "run_id": run_id,
+                **queued_json(run_id, point.spec, point.found, point.warnings),
                 "sweep": name,
                 "name": point.spec.trainer.experiment_name,
                 "values": point.values,
-                "spec_digest": spec_digest(point.spec),
-                "planned_steps": point.found.planned_steps,
-                "warnings": [str(w) for w in point.warnings],
             }
             for run_id, point in zip(run_ids, points, strict=True)
         ]
@@ -81,5 +74,5 @@ def submit(
             click.echo(run_id if quiet else f"{run_id}  {text}")
         if not quiet:
             output.note(f"{len(points)} runs are queued as {name}; `sftd show {name}` ranks them.")
-    if not dry_run and app.lacks_daemon(settings):
-        output.note("No daemon runs here, so they wait: `sftd daemon --detach` starts one.")
+    if not dry_run:
+        app.note_missing_daemon(settings, "they wait")

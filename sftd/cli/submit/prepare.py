@@ -65,7 +65,7 @@ _PASSED = (
 @click.option(
     "--val-rows", type=click.IntRange(min=1), help="Number of rows for validation, instead of a share."
 )
-@click.option("--val-split", help="Or a split that the data set folder has.")
+@click.option("--val-split", help="Split of the data set folder to use for validation, instead of a share.")
 @click.option(
     "--val-out",
     type=click.Path(),
@@ -114,28 +114,27 @@ def prepare_command(
     """Turn chats into tokenised Parquet: `input_ids`, `attention_mask`, `labels`.
 
     SOURCES are files (.jsonl, .json, .csv, also with .gz; .parquet) or Hugging Face data set folders, with messages,
-    conversations, prompt and completion, or instruction and output. The model's chat template is applied. Trained are the assistant's
-    answers and their stop token; everything else is masked with -100. A card beside the file says what was done.
+    conversations, prompt and completion, or instruction and output. The model's chat template is applied. The assistant's answers and
+    their stop tokens are trained; everything else is masked with -100. A card beside the file records what was done.
 
     \b
     Example:
       sftd prepare chats.jsonl -m ./SmolLM2 -o train.parquet --val-fraction 0.05 --val-out val.parquet
       sftd prepare ./my-dataset -m ./Qwen3-8B -o train.parquet --rewritten split --max-length 4096
     """
-    from sftd.launcher.tools import run_tool
+    from sftd.cli.terminal.progress import run_with_bar
+    from sftd.wire.spec.paths import model_folder
 
     ways = [options["val_fraction"], options["val_rows"], options["val_split"]]
     if options["val_out"] is not None and not any(way is not None for way in ways):
         raise click.UsageError("--val-out needs one of --val-fraction, --val-rows and --val-split.")
     if options["chat_template"] is not None and options["template"] is not None:
-        raise click.UsageError("--chat-template and --template exclude each other.")
+        raise click.UsageError("Use either --chat-template or --template.")
     if (options["prompt_key"] is None) != (options["response_key"] is None):
-        raise click.UsageError("--prompt-key and --response-key are given together.")
-    output.need_folder("--out", out)
+        raise click.UsageError("--prompt-key and --response-key need each other.")
+    output.require_folder("--out", out)
     if options["val_out"] is not None:
-        output.need_folder("--val-out", options["val_out"])
-    from sftd.wire.spec.paths import model_folder
-
+        output.require_folder("--val-out", options["val_out"])
     folder = model_folder("--model", model, os.getcwd())
     arguments = [*sources, "--model", folder, "--out", out]
     for name in _PASSED:
@@ -148,7 +147,7 @@ def prepare_command(
     if trust_remote_code:
         arguments.append("--trust-remote-code")
     output.when_interrupted("Nothing was written.")
-    done = with_progress("tokenising", "rows", ["tokenize", *arguments], run_tool)
+    done = run_with_bar("tokenising", "rows", ["tokenize", *arguments])
     if as_json:
         click.echo(output.json_line(done))
         return
@@ -172,33 +171,3 @@ def summary(done: dict[str, Any]) -> str:
     if done.get("rejected"):
         text += f"; {done['rejected']:,} rejected"
     return text
-
-
-def with_progress(what: str, unit: str, arguments: list[str], run_tool: Any) -> dict[str, Any]:
-    """Run a `prepare` tool with a progress bar on stderr."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-    )
-    console = output.console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None, count="")
-
-        def show(line: dict[str, Any]) -> None:
-            if line.get("event") == "progress":
-                done, total = line.get(unit), line.get("total")
-                stage = line.get("stage")
-                progress.update(
-                    task,
-                    description=f"{what}: {stage}" if stage else what,
-                    total=total,
-                    completed=done or 0,
-                    count="" if done is None else f"{done:,}",
-                )
-
-        done: dict[str, Any] = run_tool("prepare", arguments, show)
-        return done

@@ -11,7 +11,7 @@ from sftd.domain.spec.spec import Spec
 
 
 def as_yaml(run: Run) -> str:
-    """What differs from the defaults, and behind it, as a comment, the defaults."""
+    """The settings that differ from the defaults, then the defaults as a comment."""
     spec, defaults = msgspec.to_builtins(run.spec), msgspec.to_builtins(Spec())
     set_here, left = _parted(spec, defaults)
     lines = [f"# {run.run_id}, spec {run.spec_digest[:16]}. What differs from the defaults:", _dump(set_here)]

@@ -1,4 +1,4 @@
-"""The border between what sftd prints and a terminal: every text that a command writes crosses it, whoever wrote the words."""
+"""What a terminal obeys, colours excepted, is removed from everything that a command prints: others write names and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stream:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Have stdout and stderr pass the border."""
+    """Wrap stdout and stderr while the block runs."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
@@ -47,8 +47,8 @@ def console(*, stderr: bool, width: int | None) -> Console:
     # Past the border: the console is clean by itself, and moves the cursor. Named here, because rich puts a proxy of its own
     # around sys.stdout while a spinner or a board is shown.
     stream = sys.stderr if stderr else sys.stdout
-    while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
-        stream = behind
+    while (inner := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = inner
 
     class Clean(Console):
         def render(

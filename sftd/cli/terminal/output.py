@@ -6,8 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from sftd.domain.text.words import size as size
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from sftd.domain.log.events import Event
@@ -60,8 +60,8 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
-    """Print names and values in two columns. A value with a word that is longer than its column, such as a path, is left
-    for the screen to wrap: what was broken cannot be copied."""
+    """Print names and values in two columns. The terminal wraps a value with a word longer than its column, such as a path: a
+    path that sftd breaks cannot be copied."""
     from rich.table import Table
     from rich.text import Text
 
@@ -75,6 +75,31 @@ def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
         line.add_column(overflow="fold")
         line.add_row(name, value)
         out.print(line)
+
+
+def table(*names: str, right: Iterable[str] = (), dim: Iterable[str] = (), fold: Iterable[str] = ()) -> Table:
+    """An empty table with these columns. Those in `fold` give way on a narrow screen; no other is ever broken."""
+    from rich import box
+    from rich.table import Column, Table
+
+    columns = [
+        Column(
+            name,
+            justify="right" if name in right else "left",
+            style="dim" if name in dim else "",
+            no_wrap=name not in fold,
+            overflow="fold" if name in fold else "ellipsis",
+        )
+        for name in names
+    ]
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def layout(sizes: Mapping[str, int]) -> str:
+    """`TP2 DP4`: the sizes of a layout above 1; `1 rank` where there is none, nothing for an unknown layout."""
+    return " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "1 rank" * bool(
+        sizes
+    )
 
 
 def status_text(status: str) -> Text:
@@ -129,7 +154,7 @@ def age(micros: int) -> str:
 
 
 def number(text: str | None) -> float | str | None:
-    """A number of a view, which stands there as text. One that is not finite stays a text: JSON has no other way."""
+    """A number of a view, where it is a text. One that is not finite stays a text: JSON has no such numbers."""
     return float(text) if text is not None and text[-1].isdigit() else text
 
 
@@ -139,24 +164,24 @@ def compact(value: Any) -> str:
 
 
 def summary(event: Event) -> str:
-    """An event's summary; it does nothing to a terminal, whatever words it quotes."""
+    """An event's summary, without what a terminal obeys."""
     return printable(event.summary())
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON that does nothing to a terminal; a number that is not finite by its name."""
+    """A value as one line of JSON, without what a terminal obeys; a number that is not finite is its name."""
     from sftd.domain.log.codec import finite
 
     return json_text(msgspec.json.encode(finite(value)))
 
 
 def json_text(encoded: bytes) -> str:
-    """JSON that does nothing to a terminal, with the same values."""
+    """JSON with the same values, in which what a terminal obeys is escaped."""
     return escaped(encoded.decode())
 
 
 def print_error(error: SftdError) -> None:
-    """An error as a person wants to read it, on stderr."""
+    """Print an error on stderr."""
     out = console(stderr=True)
     if isinstance(error, Refused):
         count = len(error.problems)
@@ -172,18 +197,18 @@ def print_error(error: SftdError) -> None:
         out.print(f"[bold red]sftd[/]: {escape(str(error))}", soft_wrap=True)
 
 
-def need_folder(where: str, path: str) -> None:
-    """See, before the work, that what is to be written to `path` has a folder to be in. Raises `Refused`."""
+def require_folder(where: str, path: str) -> None:
+    """Check before the work that the folder of `path` exists and is writable. Raises `Refused`."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise Refused(Problem(where, f"{folder} {what}", f"make it: mkdir -p {shlex.quote(folder)}"))
     if not os.access(folder, os.W_OK):
-        raise Refused(Problem(where, f"{folder} is not writable", "give a folder in which you may write"))
+        raise Refused(Problem(where, f"{folder} is not writable", "name a folder in which you may write"))
 
 
 def escape(text: str) -> str:
-    """A text for a rich console that must not be read as markup."""
+    """A text in which a rich console finds no markup."""
     from rich import markup
 
     return markup.escape(text)
@@ -195,7 +220,7 @@ def warn(text: str) -> None:
 
 
 def warn_all(warnings: Iterable[Problem]) -> None:
-    """Warnings on stderr, also of commands that print an id alone: a script's user reads them."""
+    """Warnings on stderr, also where stdout is an id alone: they do not disturb a script."""
     for warning in warnings:
         warn(str(warning))
 
@@ -206,7 +231,7 @@ def note(text: str) -> None:
 
 
 def when_interrupted(text: str) -> None:
-    """Say in a sentence what Ctrl-C leaves behind from now on. The command's group prints it then."""
+    """Set the sentence that the command's group prints after Ctrl-C: what remains then."""
     if (command := click.get_current_context(silent=True)) is not None:
         command.meta[INTERRUPTION] = text
 
@@ -229,43 +254,3 @@ def styled(column: str, text: str) -> str:
 def is_terminal() -> bool:
     """Whether a person watches stdout."""
     return sys.stdout.isatty()
-
-
-def with_stages(
-    title: str, module: str, arguments: list[str], run_tool: Any, request: bytes | None = None
-) -> dict[str, Any]:
-    """Run a tool, and tell on stderr what it is at: a spinner on a terminal, a line per stage elsewhere."""
-    shown = console(stderr=True)
-    with shown.status(escape(f"{title}: starting")) as status:
-        last = ""
-
-        def show(line: dict[str, Any]) -> None:
-            nonlocal last
-            stage = str(line.get("stage", ""))
-            if line.get("event") != "progress" or stage == last:
-                return
-            last = stage
-            if shown.is_terminal:
-                status.update(escape(f"{title}: {stage}"))
-            else:
-                note(f"{title}: {stage}")
-
-        done: dict[str, Any] = run_tool(module, arguments, show, request)
-        return done
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show progress on stderr: one line that moves on a terminal, a line for each part elsewhere."""
-    shown = console(stderr=True)
-    said: set[str] = set()
-    with shown.status("opening") as status:
-
-        def show(what: str, done: int, total: int) -> None:
-            if shown.is_terminal:
-                status.update(f"{what}: {done:,} of {total:,}")
-            elif what not in said:
-                said.add(what)
-                note(f"{what}: {total:,}")
-
-        yield show

@@ -1,4 +1,4 @@
-"""Curves on a terminal: lines of braille dots, each with its letter on it, so that colour is not needed to tell them apart."""
+"""Curves on a terminal: lines of braille dots. Letters on them distinguish the curves without colour."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BARS = "▁▂▃▄▅▆▇█"
 # A cell is 2 dots wide and 4 high; these are their bits, by column and row.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-# A maximum that stands out by so many times of what is usual is drawn, the noise below it is not.
+# A maximum this many times the usual distance from the mean is drawn; the noise below it is not.
 _SPIKE = 4.0
-# A spike within so much of the curve's height above it is shown to scale.
+# A spike within this share of the curve's height above it is shown to scale.
 _BEYOND = 0.5
 # Columns from a letter to the next of the same curve.
 _LETTER_EVERY = 12
@@ -57,7 +57,7 @@ def number(value: float) -> str:
 def plot(
     series: Sequence[Series], width: int, height: int, *, log: bool = False, plain: bool = False
 ) -> Iterator[Text]:
-    """Lines of text: the curves over their steps. `plain` writes letters alone, for terminals that know no braille."""
+    """Lines of text: the curves over their steps. `plain` writes letters alone, for terminals without braille."""
     from rich.text import Text
 
     shown = [b for s in series for b in s.buckets if b.mean is not None]
@@ -98,7 +98,7 @@ def _style(cell: tuple[str, int | None]) -> str:
 
 
 class Scale(msgspec.Struct, frozen=True):
-    """From where to where a plot reaches, what stands out in each of its curves, and how high the highest of that is."""
+    """The range of a plot, the spikes of each of its curves, and the value of the highest spike."""
 
     low: float
     high: float
@@ -107,11 +107,11 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 def scale_of(curves: Iterable[Sequence[Bucket]]) -> Scale:
-    """The scale of a plot of curves, of which one has a finite point at least. One spike must not make a line of a curve:
-    it goes beyond the top."""
+    """The scale of a plot of curves with at least one finite point. A spike goes beyond the top, where a scale with room for
+    it would flatten the curve."""
     given = list(curves)
     tall = [_tall(buckets) for buckets in given]
-    # Where much stands out, that is the curve: one that fell far and went on flat.
+    # Many of them are the curve itself, one that fell far and then stayed flat.
     few = [
         found for found, buckets in zip(tall, given, strict=True) if len(found) <= max(2, len(buckets) // 50)
     ]
@@ -129,7 +129,7 @@ def scale_of(curves: Iterable[Sequence[Bucket]]) -> Scale:
 
 
 def _tall(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Buckets whose highest value stands out: from their mean, or from the buckets beside them."""
+    """Buckets with a spike: far above their own mean, or above the buckets beside them."""
     finite = [b for b in buckets if b.mean is not None]
     means = [b.mean or 0.0 for b in finite]
     above = [(b.high or 0.0) - (b.mean or 0.0) for b in finite]
@@ -138,14 +138,14 @@ def _tall(buckets: Sequence[Bucket]) -> list[Bucket]:
     found = []
     for n, b in enumerate(finite):
         beside = (*means[max(0, n - 2) : n], *means[n + 1 : n + 3])
-        stands = bool(beside) and 0 < n < len(finite) - 1 and means[n] - max(beside) > _SPIKE * between > 0
-        if stands or above[n] > _SPIKE * inside > 0:
+        is_spike = bool(beside) and 0 < n < len(finite) - 1 and means[n] - max(beside) > _SPIKE * between > 0
+        if is_spike or above[n] > _SPIKE * inside > 0:
             found.append(b)
     return found
 
 
 class _Canvas:
-    """Cells of dots, each of whom belongs to the curve that was drawn there last."""
+    """Cells of dots; each belongs to the curve that was drawn there last."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class _Canvas:
         self._owner[y // 4][x // 2] = owner
 
     def draw(self, series: Series, tall: Sequence[Bucket], number: int, count: int) -> None:
-        """Draw a curve: a line through the means, and what stands out of it."""
+        """Draw a curve: a line through the means, and its spikes."""
         before: tuple[int, int] | None = None
         path: dict[int, int] = {}
         for b in series.buckets:
@@ -199,7 +199,7 @@ class _Canvas:
                     self._letters[0, x // 2] = "▲", number
         if not series.letter or not path:
             return
-        # The letters of several curves that are one line stand beside each other.
+        # Where curves coincide, their letters are side by side.
         every = max(_LETTER_EVERY, 3 * count)
         columns = [x for x in sorted(path) if x % every == (3 * number + 1) % every]
         for x in columns or [max(path)]:

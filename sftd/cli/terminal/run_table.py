@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,23 +14,12 @@ from sftd.cli.terminal import output
 if TYPE_CHECKING:
     from sftd.operations.queries.runs import RunRow
 
-STATUSES = (
-    "queued",
-    "retrying",
-    "held",
-    "starting",
-    "running",
-    "stopping",
-    "paused",
-    "succeeded",
-    "failed",
-    "cancelled",
-)
+STATUSES = tuple(output.STATUS_STYLE)
 _DEFAULT_PROJECT = "default"
 
 
 def _name(row: RunRow) -> str:
-    """The name that a person gave. A sweep's own name comes after the values that tell its runs apart."""
+    """The name that a person gave. In a sweep the values that distinguish its runs come first."""
     project = "" if row.project == _DEFAULT_PROJECT else f"{row.project}/"
     if row.sweep and row.name.startswith(row.sweep):
         return f"{row.name[len(row.sweep) :].strip() or values(row)} · {project}{row.sweep}"
@@ -113,12 +102,11 @@ def runs_table(
     if not columns:
         _leave_out(names, cells, widths, width)
     wrapped = _narrow(names, widths, width)
-    template = "  ".join(f"{{:{'>' if name in _RIGHT else '<'}{widths[name]}}}" for name in names)
-    head = template.format(*names).rstrip()
-    yield click.style(head, dim=True) if colour else head
+    head, formatted = line_format({name: widths[name] for name in names}, _RIGHT, colour=colour)
+    yield head
     for row, cell in zip(rows, zip(*(cells[name] for name in names), strict=True), strict=True):
         for line in _wrap(names, cell, widths) if wrapped else (cell,):
-            yield _styled(names, widths, line) if colour else template.format(*line).rstrip()
+            yield formatted(line)
         if row.message and row.status in ("failed", "retrying") and not columns:
             text = output.printable(row.message)
             text = f"  {text}" if len(text) <= width - 2 else f"  {text[: width - 3]}…"
@@ -167,12 +155,23 @@ def _wrap(names: Sequence[str], cell: Sequence[str], widths: dict[str, int]) -> 
         yield tuple(part[number] if number < len(part) else "" for part in parts)
 
 
-def _styled(names: Sequence[str], widths: dict[str, int], line: Sequence[str]) -> str:
-    padded = (
-        output.styled(name, text.rjust(widths[name]) if name in _RIGHT else text.ljust(widths[name]))
-        for name, text in zip(names, line, strict=True)
-    )
-    return "  ".join(padded).rstrip()
+def line_format(
+    widths: Mapping[str, int], right: Collection[str], *, colour: bool
+) -> tuple[str, Callable[[Sequence[str]], str]]:
+    """The head of a plain table, and a function that formats a row. `widths` has the columns in their order."""
+    template = "  ".join(f"{{:{'>' if name in right else '<'}{width}}}" for name, width in widths.items())
+    head = template.format(*widths).rstrip()
+    if not colour:
+        return head, lambda cells: template.format(*cells).rstrip()
+
+    def coloured(cells: Sequence[str]) -> str:
+        padded = (
+            output.styled(name, cell.rjust(width) if name in right else cell.ljust(width))
+            for (name, width), cell in zip(widths.items(), cells, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return click.style(head, dim=True), coloured
 
 
 def row_json(row: RunRow) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import click
 
 
 class FiniteRange(click.FloatRange):
-    """A number of a range. `nan` lies outside of every range, but compares as if it did not."""
+    """A finite number in a range; click alone accepts `nan` in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number; one that is none, or has no end, is refused as click refuses what it cannot read."""
+        """The number. `nan` and infinities fail like text that is no number."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value} is not a number that can be counted with.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number

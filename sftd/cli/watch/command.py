@@ -11,7 +11,7 @@ import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
-from sftd.cli.terminal.screen import Terminal
+from sftd.cli.terminal.screen import FullScreen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
     from sftd.operations.queries.board import Board, Observer, RunBoard, RunObserver
 
-# Twice a second at most; a database that is slow to answer is asked less often.
+# At most twice a second; a slow database is asked less often.
 _SECONDS, _REST = 0.5, 4.0
-# An answer that is older is not what is so now.
+# An older answer is out of date.
 _STALE_SECONDS = 5.0
 
 
 @click.command("watch")
 @click.argument("run", required=False)
-@click.option("--once", is_flag=True, help="Print the board once and end, as where nobody watches.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the board shows, once, as JSON.")
+@click.option("--once", is_flag=True, help="Print the screen once, in full.")
+@click.option("--json", "as_json", is_flag=True, help="Print the contents once, as JSON.")
 def watch_command(run: str | None, once: bool, as_json: bool) -> None:
-    """A live board: the devices, the runs that train with progress, loss and speed, those that wait and what for, failures
-    and what happened last. With RUN, that run in detail, with its loss curve.
+    """Watch the queue, the devices and the runs, or one run, live.
 
-    `q` or Ctrl-C ends it; training does not notice. Where the output is no terminal, the board is printed once. A database
-    that goes away is said to be, and asked again until it is back.
+    Shows devices; running runs with progress, loss and speed; waiting runs and what they wait for; failures; the latest events.
+    With RUN, that run in detail, with its loss curve. `q` or Ctrl-C ends the screen; training continues. Where the output is no
+    terminal, the screen is printed once. While the database does not answer, a red line says since when.
 
     \b
     Example:
@@ -53,7 +53,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     if run is None:
         observer = Observer(store, app.context(), limits, silent)
     else:
-        observer = RunObserver(store, app.context(), limits, silent, app.pick(store, run))
+        observer = RunObserver(store, app.context(), limits, silent, app.resolve_run(store, run))
     out = output.console()
     if as_json:
         click.echo(output.json_line(_json(_complete(observer))))
@@ -65,7 +65,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
 
 
 def _complete(observer: Observer | RunObserver) -> Board | RunBoard:
-    """A look at which nothing is missing: the curve of a long run is read in several."""
+    """A complete look: the curve of a long run takes several."""
     board = observer.look()
     while not getattr(board, "is_complete", True):
         board = observer.look()
@@ -73,7 +73,7 @@ def _complete(observer: Observer | RunObserver) -> Board | RunBoard:
 
 
 def _lines(board: Board | RunBoard, width: int, height: int | None) -> list[Text]:
-    from sftd.cli.watch.board import board_lines, run_lines
+    from sftd.cli.watch.view import board_lines, run_lines
     from sftd.operations.queries.board import Board
 
     return board_lines(board, width, height) if isinstance(board, Board) else run_lines(board, width, height)
@@ -109,15 +109,15 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
         return common | line(board.line) | {"goodput": goodput, "events": [event(r) for r in board.notices]}
     return common | {
         "runs": [line(found) for found in board.runs],
-        "waiting": [queue.as_values(row) for row in board.queue if row.kind],
-        "nodes": [nodes.as_values(node) for node in board.nodes],
+        "waiting": [queue.queue_json(row) for row in board.queue if row.kind],
+        "nodes": [nodes.node_json(node) for node in board.nodes],
         "failures": [event(r) for r in board.failures],
         "events": [event(r) for r in board.notices],
     }
 
 
-class _Looking(threading.Thread):
-    """Looks again and again, beside whoever shows it: a database that does not answer must not stop the keys."""
+class _ObserverThread(threading.Thread):
+    """Reads the database in a loop, beside the thread that shows it: keys must work while the database does not answer."""
 
     def __init__(self, observer: Observer | RunObserver) -> None:
         super().__init__(name="observer", daemon=True)
@@ -125,12 +125,12 @@ class _Looking(threading.Thread):
         self._end = threading.Event()
         self.board: Board | RunBoard | None = None
         self.seen_at = time.time()
-        # When the look that is going on began; None between two.
+        # When the current look began; None between two.
         self.began_at: float | None = None
         self.error = ""
 
     def run(self) -> None:
-        """Look until it is ended."""
+        """Look until `stop`."""
         import sqlalchemy as sa
 
         from sftd.domain.errors import SftdError
@@ -142,7 +142,7 @@ class _Looking(threading.Thread):
             except (sa.exc.SQLAlchemyError, SftdError, OSError) as error:
                 self.error = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             except Exception as error:  # noqa: BLE001
-                # An event of a later sftd, or our own fault: without an eye, the board would stand still and not say why.
+                # An event of a later sftd, or a defect here: if this thread ended, the screen would freeze without a reason.
                 self.error = f"{type(error).__name__}: {error}".partition("\n")[0]
             else:
                 self.board, self.seen_at, self.error = board, time.time(), ""
@@ -151,16 +151,16 @@ class _Looking(threading.Thread):
             self._end.wait(rest if self.error or not self._is_reading() else 0.0)
 
     def _is_reading(self) -> bool:
-        """Whether a long curve is not read to its end yet."""
+        """Whether a part of a long curve is still unread."""
         return not getattr(self.board, "is_complete", True)
 
     def stop(self) -> None:
-        """End; a look that hangs is left to itself."""
+        """End the thread, without waiting for a look that hangs."""
         self._end.set()
         self.join(timeout=1.0)
 
     def complaint(self) -> str:
-        """That the board is not what is so now, and since when; empty when it is."""
+        """Why and since when the screen is out of date; empty when it is not."""
         began = self.began_at
         is_silent = began is not None and time.monotonic() - began > _STALE_SECONDS
         if not self.error and not is_silent:
@@ -172,12 +172,12 @@ class _Looking(threading.Thread):
 def _watch(observer: Observer | RunObserver, out: Console) -> None:
     from rich.text import Text
 
-    looking = _Looking(observer)
+    looking = _ObserverThread(observer)
     looking.start()
-    with contextlib.suppress(KeyboardInterrupt), Terminal(out) as terminal:
-        while not terminal.quits(_SECONDS if looking.board is not None else 0.05):
-            # In the background it is somebody else's, and nobody looks.
-            if not terminal.take():
+    with contextlib.suppress(KeyboardInterrupt), FullScreen(out) as screen:
+        while not screen.quits(_SECONDS if looking.board is not None else 0.05):
+            # In the background the terminal is another job's.
+            if not screen.take():
                 continue
             board, complaint = looking.board, looking.complaint()
             width, height = out.size
@@ -186,7 +186,7 @@ def _watch(observer: Observer | RunObserver, out: Console) -> None:
                 # It takes the place of the last line, so that nothing moves.
                 lines = lines[: height - 1]
                 lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
-            terminal.screen.show(lines, (width, height))
+            screen.show(lines)
     looking.stop()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from sftd.domain.log import events as e
+from sftd.domain.log.timeline import Line, Timeline
 from sftd.domain.run import goodput
 from sftd.domain.run.goodput import Fold, StepTime
 
@@ -31,7 +32,7 @@ _COLUMNS = {
 _UNKNOWN = math.nan
 
 
-class Point(StepTime, frozen=True):
+class CurvePoint(StepTime, frozen=True):
     """Of a `StepCompleted`, all that curves need. These fields are in every schema version of it, or have defaults."""
 
     loss: float | str
@@ -45,27 +46,65 @@ class Point(StepTime, frozen=True):
 
 
 class Curves:
-    """The steps of a timeline without a gap, from `first` on, and its validations."""
+    """The steps of a timeline from `first` to `last`, and its validations. Takes a run's events of `TYPES`, in order."""
 
     def __init__(self) -> None:
-        self.first = 1
-        self.columns: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
-        self._appends = [column.append for column in self.columns.values()]
-        self._next = 1
-        self.validations: dict[int, float] = {}
+        self.timeline = Timeline()
+        # Of every step that the log has, redone ones included; `columns` are the timeline's.
+        self._recorded: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
+        self._appends = [column.append for column in self._recorded.values()]
+        self._columns: dict[str, array[Any]] | None = None
+        # Step, place of the step that was validated (None for a model that the log has no step of), loss.
+        self._validations: list[tuple[int, int | None, float]] = []
 
     def __len__(self) -> int:
-        return len(self.columns["loss"])
+        return self.last - self.first + 1
+
+    @property
+    def first(self) -> int:
+        """The first step."""
+        line = self.timeline.line
+        return line[0].first if line else 1
 
     @property
     def last(self) -> int:
-        """The last step; the one before the first where there is none."""
-        return self.first + len(self) - 1
+        """The last step; 0 where there is none."""
+        line = self.timeline.line
+        return line[-1].last if line else 0
 
-    def add(self, point: Point) -> None:
-        """Take in the next step, or one again."""
-        if point.step != self._next:
-            self._make_room(point.step)
+    @property
+    def columns(self) -> dict[str, array[Any]]:
+        """Column → the numbers of the steps `first` to `last`. For a step that the log lost they are NaN (0 for integers)."""
+        if self._columns is None:
+            line = self.timeline.line
+            is_whole = (
+                len(line) == 1 and line[0].place == 0 and self.last == self.timeline.count + self.first - 1
+            )
+            self._columns = (
+                self._recorded
+                if is_whole
+                else {name: _joined(column, line) for name, column in self._recorded.items()}
+            )
+        return self._columns
+
+    @property
+    def validations(self) -> dict[int, float]:
+        """Step → loss, of the timeline's validations."""
+        known, place = self._validations, self.timeline.place
+        at = {step: place(step) for step in {step for step, _, _ in known} if step <= self.timeline.last}
+        return {step: loss for step, found, loss in known if step in at and at[step] == found}
+
+    def take(self, event: e.Event) -> None:
+        """Take in an event that is not a step."""
+        self.timeline.add(event)
+        self._columns = None
+        if isinstance(event, e.ValidationCompleted):
+            self._validations.append((event.step, self.timeline.place(event.step), event.loss))
+
+    def add(self, point: CurvePoint) -> None:
+        """Take in the next step."""
+        self.timeline.add_step(point.step)
+        self._columns = None
         values = (
             float(point.loss),
             float(point.grad_norm),
@@ -79,28 +118,15 @@ class Curves:
         )
         for append, value in zip(self._appends, values, strict=True):
             append(value)
-        self._next += 1
 
-    def _make_room(self, step: int) -> None:
-        """Have `step` be the next."""
-        if not len(self):
-            self.first = step
-        elif step < self._next:
-            self.rewind(step - 1)
-        # A step that is not in the log (an import that lost lines) leaves a hole, not a shift.
-        for column in self.columns.values():
-            for _ in range(self.first + len(column), step):
-                column.append(_UNKNOWN if column.typecode == "d" else 0)
-        self._next = step
-
-    def rewind(self, step: int) -> None:
-        """The timeline goes back to behind `step`."""
-        keep = max(0, step - self.first + 1)
-        for column in self.columns.values():
-            del column[keep:]
-        self._next = self.first + len(self)
-        for later in [s for s in self.validations if s > step]:
-            del self.validations[later]
+    def tail(self, count: int) -> Curves:
+        """The last steps alone."""
+        found, first = Curves(), max(self.first, self.last - count + 1)
+        for name, column in found._recorded.items():
+            column.extend(self.values(name, first, self.last))
+        for step in range(first, self.last + 1):
+            found.timeline.add_step(step)
+        return found
 
     def at(self, name: str, step: int) -> float:
         """A number of a step."""
@@ -116,9 +142,11 @@ class Curves:
         return math.fsum(found) / len(found) if found else None
 
     def mean_over_time(self, name: str, first: int, last: int) -> float | None:
-        """The same, each step counted for as long as it took."""
+        """The same, each step counted for as long as it took; None where no step has both."""
         pairs = zip(self.values(name, first, last), self.values("seconds", first, last), strict=True)
-        return mean_over_time(pairs)
+        known = [(rate, seconds) for rate, seconds in pairs if math.isfinite(rate) and seconds > 0]
+        total = math.fsum(seconds for _, seconds in known)
+        return math.fsum(rate * seconds for rate, seconds in known) / total if known else None
 
     def lowest(self, name: str) -> tuple[int, float] | None:
         """(step, value) of the lowest finite number."""
@@ -127,11 +155,14 @@ class Curves:
         return None if least is None else (self.first + column.index(least), least)
 
 
-def mean_over_time(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """The mean of a rate, from (rate, seconds); None where no step tells both."""
-    known = [(rate, seconds) for rate, seconds in pairs if math.isfinite(rate) and seconds > 0]
-    total = math.fsum(seconds for _, seconds in known)
-    return math.fsum(rate * seconds for rate, seconds in known) / total if known else None
+def _joined(column: array[Any], line: Line) -> array[Any]:
+    """The numbers of a line's steps, without a shift where the log has a gap."""
+    lost: array[Any] = array(column.typecode, [_UNKNOWN if column.typecode == "d" else 0])
+    found: array[Any] = array(column.typecode)
+    for s in line:
+        found.extend(lost * (s.first - line[0].first - len(found)))
+        found.extend(column[s.place : s.place + s.last - s.first + 1])
+    return found
 
 
 def _bits(digest: str) -> int:
@@ -177,36 +208,35 @@ def thin(curves: Curves, name: str, width: int) -> Iterator[Bucket]:
             yield Bucket(first, last, None, None, None, odd)
 
 
-class Turn(msgspec.Struct):
-    """An attempt's hold on devices. `ended_at` is None while it goes on, `devices` until it was launched."""
+class CurveTurn(msgspec.Struct):
+    """An attempt's hold on devices. `ended_at` is None until it has ended, `devices` until it was launched."""
 
     began_at: e.Micros
     devices: int | None = None
     ended_at: e.Micros | None = None
 
 
-class History:
-    """Folds a run's events of `TYPES`, in order, into its curves, its goodput ledger and its turns on devices. A fork's
-    `curves` are those of its parent up to where it left, to be gone on with."""
+class RunCurves:
+    """Folds a run's events of `TYPES`, in order, into its curves, its goodput ledger and its turns on devices. A fork continues
+    the `curves` of its parent."""
 
     def __init__(self, curves: Curves | None = None) -> None:
         self.curves = curves if curves is not None else Curves()
         self.fold = Fold()
-        self.turns: list[Turn] = []
+        self.turns: list[CurveTurn] = []
         self.version = 0
 
-    def add(self, version: int, at: e.Micros, event: e.Event | Point) -> None:
+    def add(self, version: int, at: e.Micros, event: e.Event | CurvePoint) -> None:
         """Take in the next event."""
         self.version = version
         if not isinstance(event, e.AttemptLaunched):
             self.fold.add(at, event)
-        if isinstance(event, Point):
+        if isinstance(event, CurvePoint):
             self.curves.add(event)
-        elif isinstance(event, e.ValidationCompleted):
-            self.curves.validations[event.step] = event.loss
-        elif isinstance(event, e.AttemptClaimed):
-            self.curves.rewind(event.from_step)
-            self.turns.append(Turn(at))
+            return
+        self.curves.take(event)
+        if isinstance(event, e.AttemptClaimed):
+            self.turns.append(CurveTurn(at))
         elif isinstance(event, e.AttemptLaunched):
             if self.turns and event.devices:
                 self.turns[-1].devices = len(event.devices)
@@ -214,7 +244,7 @@ class History:
             self.turns[-1].ended_at = at
 
     def device_seconds(self, now: e.Micros, world: int) -> float:
-        """Devices × the time for which attempts held them, up to `now`; `world` is how many where no launch tells."""
+        """Devices × the time for which attempts held them, up to `now`; `world` is their number where no launch has it."""
         return math.fsum(
             (turn.devices or world) * max(0, (turn.ended_at or now) - turn.began_at) / 1e6
             for turn in self.turns

@@ -1,4 +1,4 @@
-"""What tells runs apart: their configs, data, code and environments, and the step at which their curves part. Pure."""
+"""What differs between runs: their configs, data, code and environments, and the step at which their curves part. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from sftd.domain.compare.curves import Curves
 from sftd.domain.log.events import RunSubmitted
 from sftd.domain.repro.environment import decides_numbers
-from sftd.domain.repro.steps import rounds_to
+from sftd.domain.repro.steps import is_apart, rounds_to
 from sftd.domain.run.state import Run
 from sftd.domain.run.trajectory import flatten, is_derived, keeps_steps
 
@@ -27,7 +27,7 @@ _LAYOUT_KEYS = (
 )
 # What names a run, and says nothing of it.
 _NAMES = ("trainer.project_name", "trainer.experiment_name")
-# What of an environment is code, and what is told by the config already.
+# What of an environment is code, and what the config has already.
 _CODE = ("sftd",)
 _TOLD = ("layout", "dtype", "deterministic")
 _SCAN = 4096
@@ -36,8 +36,8 @@ COMPARED = ("samples", "tokens", "lr", "loss", "grad_norm")
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: with another value the same
-    steps come out, bit for bit or but for rounding. `untold` are the numbers of the runs whose logs do not say."""
+    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: another value gives the same
+    steps, bit for bit or to within rounding. `untold` are the numbers of the runs whose logs do not say."""
 
     group: Group
     key: str
@@ -91,7 +91,7 @@ def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
                 (
                     bits[number] + n
                     for n, pair in enumerate(zip(a, b, strict=True))
-                    if _apart(*pair, tolerance)
+                    if is_apart(*pair, tolerance)
                 ),
                 None,
             )
@@ -100,15 +100,8 @@ def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
     return Parting(name, begin, end, bits, rounding)
 
 
-def _apart(a: float, b: float, tolerance: float) -> bool:
-    """As `math.isclose` has it; two numbers that are not finite are not apart when they are the same one."""
-    if a - a != 0.0 or b - b != 0.0:
-        return repr(a) != repr(b)
-    return abs(a - b) > tolerance * max(abs(a), abs(b))
-
-
 def _first_other(first: Curves, other: Curves, name: str, begin: int, end: int) -> int | None:
-    """The first step at which a column differs. Bytes are compared: they tell -0.0 from 0.0, and a NaN is a NaN."""
+    """The first step at which a column differs. Bytes are compared: -0.0 is not 0.0, and a NaN is a NaN."""
     for start in range(begin, end + 1, _SCAN):
         stop = min(start + _SCAN - 1, end)
         a, b = (memoryview(c.values(name, start, stop)) for c in (first, other))  # type: ignore[arg-type]
@@ -147,8 +140,8 @@ def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any], l
     """(key, values, numbers of those that do not know it) of the keys whose values differ, in order. What only one of the
     logs knows is not known to differ."""
     for key in dict.fromkeys(key for known in facts for key in known):
-        told = [known[key] for known in facts if key in known]
-        if any(value != told[0] for value in told):
+        values = [known[key] for known in facts if key in known]
+        if any(value != values[0] for value in values):
             untold = [number for number, known in enumerate(facts) if key not in known]
             yield key, [known.get(key) for known in facts], untold
 

@@ -1,4 +1,4 @@
-"""What was planned beside what happened. The plan is made anew from what the log has of the run: docs/plan.md says why."""
+"""A plan next to the outcome. The plan is made again from the run's log (docs/plan.md explains why)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.duration import Machine, step_seconds
-from sftd.domain.plan.plan import Facts, Plan, make_plan
+from sftd.domain.plan.plan import Plan, PlanInputs, make_plan
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.run.state import ENDED, Run
 
 
-class Compared(msgspec.Struct, frozen=True, kw_only=True):
+class PlannedAndMeasured(msgspec.Struct, frozen=True, kw_only=True):
     """One quantity, in bytes or seconds. `actual` is None where the log does not say it yet."""
 
     name: str
@@ -34,7 +36,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The plan of a run, and how it came out."""
 
     plan: Plan
-    compared: list[Compared]
+    compared: list[PlannedAndMeasured]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -45,20 +47,20 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         return {"compared": compared, "plan": self.plan.as_json()}
 
 
-class History(msgspec.Struct, frozen=True):
+class MeasuredRun(msgspec.Struct, frozen=True):
     """What the log has of a run that was trained: its state and its first event."""
 
     run: Run
     submitted: e.RunSubmitted
 
 
-def facts(run: Run, submitted: e.RunSubmitted) -> Facts | None:
+def facts(run: Run, submitted: e.RunSubmitted) -> PlanInputs | None:
     """What submit found in the files of the run; None where an older version wrote too little of it."""
     try:
         shape = msgspec.convert({k: v for k, v in submitted.model.items() if k != "path"}, ModelShape)
         train = msgspec.convert(submitted.data["train"], DataFacts)
         val = submitted.data.get("val")
-        return Facts(
+        return PlanInputs(
             shape=shape,
             train=train,
             val=msgspec.convert(val, DataFacts) if val else None,
@@ -79,7 +81,7 @@ def machine(run: Run) -> Machine | None:
     return Machine(device="cpu" if name == "cpu" else "cuda", name=name, cores=cores)
 
 
-def calibration(shape: ModelShape, here: Machine, earlier: list[History]) -> float | None:
+def calibration(shape: ModelShape, here: Machine, earlier: list[MeasuredRun]) -> float | None:
     """How many times longer than the formula says the steps of earlier runs of this shape on such a device took: the
     median. None without any."""
     found = []
@@ -88,7 +90,11 @@ def calibration(shape: ModelShape, here: Machine, earlier: list[History]) -> flo
         known, there = facts(run, history.submitted), machine(run)
         if known is None or there is None or run.seconds_per_step is None:
             continue
-        if known.shape != shape or there.name != here.name or there.dtype(run.spec) != (run.dtype or ""):
+        if (
+            known.shape != shape
+            or there.name != here.name
+            or weights_dtype(run.spec, there.device) != (run.dtype or "")
+        ):
             continue
         work = workload(run.spec, known.train, run.planned_steps - run.first_step, there.device)
         found.append(run.seconds_per_step / step_seconds(run.spec, shape, work, there)[0])
@@ -100,7 +106,7 @@ def outcome(
     submitted: e.RunSubmitted,
     last_step: e.StepCompleted | None,
     held_seconds: float,
-    earlier: list[History],
+    earlier: list[MeasuredRun],
 ) -> Outcome | None:
     """The comparison, once an attempt has loaded its model. `held_seconds`: since its devices were taken, `earlier`: the
     runs that the plan could know of."""
@@ -116,21 +122,23 @@ def outcome(
     return Outcome(
         plan=plan,
         compared=[
-            Compared(
+            PlannedAndMeasured(
                 name="peak memory",
                 unit="bytes",
                 planned=plan.fullest.total,
                 actual=last_step.peak_memory_bytes if last_step else None,
             ),
-            Compared(name="step", unit="seconds", planned=plan.pace.step, actual=run.seconds_per_step),
-            Compared(name="whole run", unit="seconds", planned=plan.pace.total, actual=total),
-            Compared(
+            PlannedAndMeasured(
+                name="step", unit="seconds", planned=plan.pace.step, actual=run.seconds_per_step
+            ),
+            PlannedAndMeasured(name="whole run", unit="seconds", planned=plan.pace.total, actual=total),
+            PlannedAndMeasured(
                 name="checkpoint",
                 unit="bytes",
                 planned=plan.storage.checkpoint,
                 actual=own[-1].bytes if own else None,
             ),
-            Compared(
+            PlannedAndMeasured(
                 name="checkpoints kept",
                 unit="bytes",
                 planned=plan.storage.at_end,

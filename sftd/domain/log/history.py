@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
 
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, quote
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
+from sftd.domain.log.timeline import Timeline
 
 WHERE = "--until"
 _FORMS = "write step:300, v120, 2026-01-31T09:30 or -2h"
@@ -28,7 +28,7 @@ class AtStep(msgspec.Struct, frozen=True):
 
 
 class AtVersion(msgspec.Struct, frozen=True):
-    """When the stream had so many events."""
+    """When the stream had this number of events."""
 
     version: int
 
@@ -78,7 +78,7 @@ def _refused(text: str, what: str, fix: str) -> Refused:
 def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:
     """The events of a stream that had happened by a moment. Folding them gives the run's state then. Raises `Refused`.
 
-    A step that several attempts did is the last one's; what belongs to it and follows at once (its validation, its
+    Of a step that several attempts did, the timeline's counts; what belongs to it and follows at once (its validation, its
     checkpoint) has happened too. Of two events whose order in the log is not that of their times, the times decide.
     """
     match moment:
@@ -94,25 +94,24 @@ def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:
 
 
 def _end_of_step(recorded: Sequence[e.Recorded], step: int) -> int:
-    places = {r.event.step: place for place, r in enumerate(recorded) if isinstance(r.event, e.StepCompleted)}
-    first = min(places, default=0)
-    if not places and step == _first_step(recorded):
+    timeline = Timeline(r.event for r in recorded)
+    steps = [n for n, r in enumerate(recorded) if isinstance(r.event, e.StepCompleted)]
+    known = timeline.recorded
+    first, last = min((s.first for s in known), default=0), max((s.last for s in known), default=0)
+    if not known and step == timeline.from_step:
         return len(recorded)
-    if places and step == first - 1:
-        # Before the first step of the attempt that began last from there.
-        return places[first]
-    if step not in places:
-        have = f"the log has the steps {first} to {max(places)}" if places else "the log has no step yet"
+    # The state after the step before the first is that before the first.
+    is_start = step == first - 1
+    place = timeline.place(first if is_start else step)
+    if place is None:
+        have = f"the log has the steps {first} to {last}" if known else "the log has no step yet"
         raise Refused(Problem(WHERE, f"step {step} is not in the log", have))
-    end = places[step] + 1
+    if is_start:
+        return steps[place]
+    end = steps[place] + 1
     while end < len(recorded) and _belongs(recorded[end].event, step):
         end += 1
     return end
-
-
-def _first_step(recorded: Sequence[e.Recorded]) -> int:
-    forked = recorded[0].event if recorded else None
-    return forked.step if isinstance(forked, e.RunForked) else 0
 
 
 def _belongs(event: e.Event, step: int) -> bool:
@@ -127,7 +126,7 @@ def _belongs(event: e.Event, step: int) -> bool:
 
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps that one attempt did one after another, with what came of them. `redone`: an attempt before had done them.
+    """Steps that one attempt did one after another, with their results. `redone`: the log had them with the same samples.
     `versions` and `times` are those of the first and the last step."""
 
     attempt: int | None
@@ -152,15 +151,15 @@ _FORKS = (e.CheckpointPinned, e.CheckpointUnpinned)
 def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
     """What changed, in order: events that are no steps, and the steps between them."""
     steps: Steps | None = None
-    done: set[int] = set()
+    timeline = Timeline()
     replace = msgspec.structs.replace
     for r in recorded:
         event = r.event
+        redone = isinstance(event, e.StepCompleted) and timeline.before(event.step) is not None
+        timeline.add(event)
         if isinstance(event, _WITHIN) or (event.severity == "detail" and not isinstance(event, _FORKS)):
             continue
         if isinstance(event, e.StepCompleted):
-            redone = event.step in done
-            done.add(event.step)
             if steps is not None and (steps.last + 1, steps.attempt, steps.redone) == (
                 event.step,
                 r.attempt,
@@ -188,9 +187,6 @@ def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
             if steps is not None:
                 yield steps
             steps = None
-            if isinstance(event, e.SamplesSkipped):
-                # With other samples they are not the same steps again.
-                done = {step for step in done if step <= event.step}
             yield r
     if steps is not None:
         yield steps
@@ -208,35 +204,3 @@ def _begin(r: e.Recorded, event: e.StepCompleted, *, redone: bool) -> Steps:
         versions=(r.version, r.version),
         times=(r.occurred_at, r.occurred_at),
     )
-
-
-class Timeline(msgspec.Struct, frozen=True):
-    """The steps of a run's effective history by number, each with its place in the stream, and what each attempt
-    computed in."""
-
-    steps: dict[int, e.StepCompleted]
-    versions: dict[int, int]
-    attempts: dict[int, int]
-    loaded: dict[int, e.ModelLoaded]
-
-    def environment(self, step: int) -> dict[str, Any]:
-        """What decided the numbers of a step; empty when that is not known."""
-        loaded = self.loaded.get(self.attempts[step])
-        return loaded.environment if loaded else {}
-
-
-def timeline(recorded: Sequence[e.Recorded]) -> Timeline:
-    """Steps that a later attempt went behind are gone; of those that it did again, its own count."""
-    found = Timeline({}, {}, {}, {})
-    for r in recorded:
-        event, attempt = r.event, r.attempt or 0
-        if isinstance(event, e.StepCompleted):
-            found.steps[event.step] = event
-            found.versions[event.step] = r.version
-            found.attempts[event.step] = attempt
-        elif isinstance(event, e.ModelLoaded):
-            found.loaded[attempt] = event
-        elif isinstance(event, e.AttemptClaimed):
-            for step in [s for s in found.steps if s > event.from_step]:
-                del found.steps[step]
-    return found

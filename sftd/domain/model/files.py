@@ -19,7 +19,7 @@ _LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 class ModelFile(msgspec.Struct, frozen=True):
     """Size and digest of a file. `sha256` covers the whole file; of a weight file its size, its safetensors header and a
-    sample of its tensors (see `model_digest.sampled_digest`), because a submit cannot wait until all of it is read."""
+    sample of its tensors (see `wire/model/digest.py`), because a submit cannot wait until all of it is read."""
 
     bytes: int
     sha256: str

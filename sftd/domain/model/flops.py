@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 
 # Dense BF16 (and FP16) peak in FLOP/s, from NVIDIA's data sheets without sparsity, by words of the device's name; the
 # first whose words are all there.
@@ -30,11 +30,9 @@ def matmul_parameters(shape: ModelShape) -> int:
     heads = shape.num_attention_heads * shape.head_dim
     groups = shape.num_key_value_heads * shape.head_dim
     attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
-    experts = getattr(shape, "num_experts", None) or 0
-    if experts:
-        width = getattr(shape, "moe_intermediate_size", None) or shape.intermediate_size
-        active = getattr(shape, "num_experts_per_tok", None) or 1
-        feed_forward = active * 3 * shape.hidden_size * width + experts * shape.hidden_size
+    if shape.num_experts:
+        active = shape.num_experts_per_tok * 3 * shape.moe_intermediate_size
+        feed_forward = active * shape.hidden_size + shape.num_experts * shape.hidden_size
     else:
         feed_forward = 3 * shape.hidden_size * shape.intermediate_size
     return shape.num_hidden_layers * (attention + feed_forward) + shape.vocab_size * shape.hidden_size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 
 
@@ -26,10 +27,9 @@ def whole_model(shape: ModelShape) -> int:
     return held(one, shape, 0).total
 
 
-def expert_tensor_parallel(spec: Spec) -> int:
-    """Ranks that split each expert: with expert parallelism a rank holds experts whole."""
-    m = spec.model.megatron
-    return 1 if m.expert_model_parallel_size > 1 else m.tensor_model_parallel_size
+def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
 def held(spec: Spec, shape: ModelShape, stage: int) -> Held:
@@ -38,7 +38,7 @@ def held(spec: Spec, shape: ModelShape, stage: int) -> Held:
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     layers = shape.num_hidden_layers // pp
     dense, experts = _layer(spec, shape)
-    rows = -(-shape.vocab_size // tp)
+    rows = padded_vocabulary(shape.vocab_size, tp) // tp
     outside = 0
     if stage == 0:
         outside += rows * shape.hidden_size
@@ -59,8 +59,9 @@ def _layer(spec: Spec, shape: ModelShape) -> tuple[int, int]:
         dense += qkv // tp
     if shape.qk_norm:
         dense += 2 * d
+    dense += FAMILIES[shape.architecture].added(shape, tp)
     if not shape.num_experts:
         return dense + 3 * h * shape.intermediate_size // tp, 0
     here = shape.num_experts // spec.model.megatron.expert_model_parallel_size
-    expert = 3 * h * shape.moe_intermediate_size // expert_tensor_parallel(spec)
+    expert = 3 * h * shape.moe_intermediate_size // spec.model.megatron.expert_tensor_parallel_size
     return dense + shape.num_experts * h, here * expert

@@ -9,18 +9,17 @@ from statistics import NormalDist
 
 import msgspec
 
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
+from sftd.domain.plan.sizes import length_multiple
 from sftd.domain.spec.spec import Spec
 
-# Lengths on a GPU are rounded up to it (`trainer/data/batches.py`).
-GPU_TILE = 64
 _DRAWS = 400
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens are those of a whole micro-batch, which the CP ranks share, and of a whole step of all ranks.
 
-    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of so many steps, all its tokens with padding
+    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of `planned_steps`: all its tokens with padding
     and those whose logits are computed. `micro_batches`: one rank's in a step. `real`, `computed`: a step's tokens
     without and with padding; `squares`: Σ n² of the segments that attention computes.
     """
@@ -48,7 +47,7 @@ def workload(spec: Spec, facts: DataFacts, planned_steps: int, device: str) -> W
     real = batch * mean
     lay = _packed if spec.training.use_rmpad else _padded
     largest, dense_tokens, count, computed, squares = lay(
-        spec, facts, planned_steps, _length_multiple(spec, device), mean, square, float(longest)
+        spec, facts, planned_steps, length_multiple(spec, device), mean, square, float(longest)
     )
     return Workload(
         largest=largest,
@@ -60,13 +59,6 @@ def workload(spec: Spec, facts: DataFacts, planned_steps: int, device: str) -> W
         trained=share * real,
         rows=batch,
     )
-
-
-def _length_multiple(spec: Spec, device: str) -> int:
-    m = spec.model.megatron
-    cp = m.context_parallel_size
-    share = math.lcm(2 if cp > 1 else 1, m.tensor_model_parallel_size if m.sequence_parallel else 1)
-    return cp * (math.lcm(share, GPU_TILE) if device == "cuda" else share)
 
 
 def _round_up(value: float, multiple: int) -> int:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.parameters import whole_model
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import save_steps
+from sftd.domain.plan.sizes import CHECKPOINT_BYTES, SAVE_HEADROOM
+from sftd.domain.spec.retention import kept_by_rules
 from sftd.domain.spec.spec import Spec
 
-# Bytes of a checkpoint per parameter: two FP32 moments and the weight in FP32, and in BF16 besides
-# (`trainer/trainee.py`).
-_STATE_BYTES = {"float32": 12, "bfloat16": 14}
 _WIDTH = {"float32": 4, "bfloat16": 2}
-# Free space that a save asks for, as a share of its size (`trainer/checkpoint/checkpoints.py`).
-_HEADROOM = 1.1
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes, and how many checkpoints. `kept` are there at the end; `most` at once, the one being written included, when
-    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. Of `reduced`
-    of the kept ones only the weights are left at the end, which take as much as an export."""
+    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. At the end
+    `reduced` of the kept ones hold only the weights, which take as much as an export."""
 
     checkpoint: int
     saved: int
@@ -37,7 +34,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def one_save(self) -> int:
         """Free space that a save asks for."""
-        return int(_HEADROOM * self.checkpoint)
+        return int(SAVE_HEADROOM * self.checkpoint)
 
     @property
     def needed(self) -> int:
@@ -46,27 +43,24 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
-    """Of a run of so many steps; those up to `first_step` are a fork's parent's, and so are their checkpoints."""
+    """Of a run of `planned_steps`. Steps up to `first_step`, and their checkpoints, belong to a fork's parent."""
     parameters = whole_model(shape)
-    size = parameters * _STATE_BYTES[dtype]
+    size = parameters * CHECKPOINT_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)
-    most = kept = marked = stays = 0
-    policy = spec.checkpoint
-    # The best may be any others than those that stay anyway.
-    best = policy.keep_best if spec.data.val_files else 0
-    for number in range(1, len(steps) + 1):
-        # Before this one's retention: all that stayed, and itself.
-        most = max(most, kept + 1)
-        # One leaves the last ones; counted as it does, for a run may save ten thousand times.
-        if number > policy.keep_last and policy.keep_every:
-            marked += steps[number - 1 - policy.keep_last] % policy.keep_every == 0
-        stays = min(number, policy.keep_last) + marked
-        kept = stays + min(best, number - stays)
+
+    def count(saved: list[int]) -> tuple[int, int]:
+        """How many stay besides the best, and with them: those may be any others."""
+        stays = sum(map(bool, kept_by_rules(spec.checkpoint, saved, [], planned_steps).values()))
+        best = spec.checkpoint.keep_best if spec.data.val_files else 0
+        return stays, stays + min(best, len(saved) - stays)
+
+    stays, kept = count(steps)
     return Storage(
         checkpoint=size,
         saved=len(steps),
         kept=kept,
-        reduced={"all": 0, "last": kept - stays, "weights": kept}[policy.after_success],
-        most=most,
+        reduced={"all": 0, "last": kept - stays, "weights": kept}[spec.checkpoint.after_success],
+        # Before the retention that follows the last save: never fewer stay than after an earlier one.
+        most=count(steps[:-1])[1] + 1,
         export=parameters * _WIDTH[dtype],
     )

@@ -6,16 +6,18 @@ import math
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.parameters import held
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
 # Share of the BF16 peak that the trainer's arithmetic reaches, without what is counted on its own below: the 1B and 7B
 # shapes of docs/benchmarks.md on H100 and H200.
 _SHARE = 0.553
-# Other devices and dtypes reach what nobody has measured.
+# Other devices and dtypes are not measured.
 _MEASURED = ("H100", "H200")
 # Host and kernel starts of a layer in a micro-batch, in seconds: 2, 4 and 8 rows of the 1B shape.
 _LAYER_SECONDS = 0.28e-3
@@ -62,11 +64,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     cores: int = 1
 
-    def dtype(self, spec: Spec) -> str:
-        """Of the weights, by torch's name."""
-        chosen = spec.model.megatron.params_dtype
-        return chosen if chosen != "auto" else "bfloat16" if self.device == "cuda" else "float32"
-
 
 def pace(
     spec: Spec,
@@ -87,14 +84,14 @@ def pace(
     steps = max(0, planned_steps - first_step)
     saves = len(save_steps(spec, planned_steps, first_step))
     saving = saves * checkpoint_bytes / _DISK_BYTES[machine.device]
-    peak = peak_flops(machine.name, machine.dtype(spec))
+    peak = peak_flops(machine.name, weights_dtype(spec, machine.device))
     useful = training_flops(shape, round(work.real), work.squares)
     return Pace(
         step=seconds,
         steps=steps,
         training=steps * seconds,
         validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
-        # What is written while training goes on delays it little, but for the last, which the end waits for.
+        # A save during training delays it little, except the last one, which the end of the run waits for.
         saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
         starting=_START_SECONDS[machine.device],
         basis=basis,
@@ -118,8 +115,8 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
         return flops / (cores * _CORE_FLOPS) + parameters * copies * _CPU_PARAMETER_SECONDS, "assumed"
     peak = peak_flops(machine.name, "bfloat16")
     is_measured = peak is not None and any(name in machine.name for name in _MEASURED)
-    dtype = machine.dtype(spec)
-    # FP32 products run in TF32 or less: nobody has measured them here.
+    dtype = weights_dtype(spec, machine.device)
+    # FP32 products run in TF32 or less: not measured here.
     rate = _SHARE * (peak or 989e12) * (1.0 if dtype == "bfloat16" else 0.1)
     seconds = flops / (rate * spec.world_size)
     if shape.qk_norm:
@@ -141,7 +138,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
 
 
 def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:
-    """After which steps a checkpoint is saved, of those behind `first_step`."""
+    """After which steps a checkpoint is saved, of those after `first_step`."""
     every = spec.trainer.save_interval
     found = [] if not every else list(range((first_step // every + 1) * every, planned_steps, every))
     return [*found, planned_steps]

@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.checks import ModelShape
-from sftd.domain.model.parameters import expert_tensor_parallel, held
+from sftd.domain.model.parameters import held, padded_vocabulary
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
+from sftd.domain.plan.sizes import CHECKPOINT_BYTES, CUBLAS_BYTES, SCORES_BYTES, logits_chunks
 from sftd.domain.spec.spec import Spec
 
-# Bytes of the logits that the loss holds at a time, and what its chunks are multiples of (`trainer/model/loss.py`).
-LOGITS_BYTES = 2 << 30
-LOGITS_MULTIPLE = 128
-# Bytes of the scores' gradient that deterministic attention holds at a time (`trainer/model/kernels/exact_attention.py`).
-SCORES_BYTES = 2 << 30
-# CUBLAS_WORKSPACE_CONFIG=:4096:8 (`trainer/runtime/process.py`).
-CUBLAS_BYTES = 8 * 4096 * 1024
-# A process on a CPU with torch and Megatron imported; and what its C library holds back of freed activations, a share of
+# A process on a CPU with torch and Megatron imported; and what its C library keeps of freed activations, a share of
 # them up to a limit. Measured and fitted, not derived: docs/plan.md.
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
-# What a GPU needs besides the tensors, so that a rank fits: the CUDA context, kernels, and, with several ranks, the buffers of
+# What a GPU needs in addition to the tensors: the CUDA context, kernels, and, with several ranks, the buffers of
 # some twenty NCCL groups that are made at the start: 2.0 and 8.8 GiB on an H100; and what the allocator reserves and does
 # not use, up to 3.7 %. Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
@@ -62,7 +56,7 @@ def fullest(found: list[Footprint]) -> Footprint:
 
 
 def needed(footprint: Footprint, device: str, ranks: int) -> int:
-    """Bytes that a device must have for it, of a run of so many ranks."""
+    """Bytes that a device must have for it, of a run of `ranks` ranks."""
     if device == "cpu":
         return footprint.total
     outside = GPU_OUTSIDE_BYTES if ranks > 1 else GPU_OUTSIDE_ALONE_BYTES
@@ -81,11 +75,10 @@ def _of_stage(
     pp = m.pipeline_model_parallel_size
     mine = held(spec, shape, stage)
     width = 2 if dtype == "bfloat16" else 4
-    # Two FP32 moments, and a master copy where the weights are not FP32 themselves.
-    state = 12 if width == 2 else 8
+    state = CHECKPOINT_BYTES[dtype] - width
     dense_ranks = spec.data_parallel_size * m.context_parallel_size
     expert_ranks = max(
-        1, spec.world_size // (pp * m.expert_model_parallel_size * expert_tensor_parallel(spec))
+        1, spec.world_size // (pp * m.expert_model_parallel_size * m.expert_tensor_parallel_size)
     )
     layer = _Layer(spec, shape, device, width)
     kept, recomputed = layer.bytes_per_token()
@@ -130,7 +123,7 @@ def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int)
 def _loss_bytes(
     spec: Spec, shape: ModelShape, work: Workload, tokens: float, device: str, width: int
 ) -> float:
-    """Behind the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
+    """After the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
     m = spec.model.megatron
     h, tp = shape.hidden_size, m.tensor_model_parallel_size
     shared = tp if m.sequence_parallel else 1
@@ -140,8 +133,8 @@ def _loss_bytes(
     if shared > 1:
         around += width * h * tokens
     around += 2 * width * h * trained
-    row_bytes = -(-shape.vocab_size // tp) * width
-    rows, _chunks = logits_chunk(trained, row_bytes)
+    row_bytes = padded_vocabulary(shape.vocab_size, tp) // tp * width
+    rows: int = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
     # One chunk at a time; a CPU takes a copy to exponentiate.
     copies = 2 if device == "cpu" else 1
     return around + copies * rows * row_bytes
@@ -157,14 +150,6 @@ def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> f
     heads = rows * max(1, shape.num_key_value_heads // m.tensor_model_parallel_size)
     # A part is of whole groups; what would be larger goes another way.
     return 0.0 if group > SCORES_BYTES else min(heads * group, SCORES_BYTES)
-
-
-def logits_chunk(rows: int, row_bytes: int) -> tuple[int, int]:
-    """(rows of a chunk of the logits, how many chunks), as `trainer/model/loss.py` cuts them."""
-    most = max(LOGITS_MULTIPLE, LOGITS_BYTES // row_bytes // LOGITS_MULTIPLE * LOGITS_MULTIPLE)
-    chunks = -(-rows // most)
-    each = -(-rows // chunks // LOGITS_MULTIPLE) * LOGITS_MULTIPLE
-    return min(each, rows), -(-rows // each)
 
 
 class _Layer:
@@ -211,7 +196,7 @@ class _Layer:
         k = e * s.num_key_value_heads * s.head_dim / self._tp
         statistics = 4 * s.num_attention_heads / self._tp
         if self._cp > 1:
-            # Keys and values of all ranks' tokens, and the two chunks' outputs besides what is made of them.
+            # Keys and values of all ranks' tokens, the two chunks' outputs, and what is made of them.
             return q + 2 * k * self._cp + 2 * q + statistics + (q + 2 * k if self._keeps_qkv() else 0)
         kept = q + 2 * k + q + statistics
         if self._keeps_qkv():
@@ -234,7 +219,7 @@ class _Layer:
         if not s.num_experts:
             # Gate and up, and what they make; on a CPU silu(gate) too.
             return (4 if self._is_cpu else 3) * e * s.intermediate_size / self._tp
-        split = expert_tensor_parallel(self._spec)
+        split = self._spec.model.megatron.expert_tensor_parallel_size
         # Of each expert that a token goes to: the token there and back, gate and up, silu(gate), their product, that with
         # the expert's weight twice, and indices.
         f = s.moe_intermediate_size / split
@@ -245,7 +230,8 @@ class _Layer:
         s, e = self._shape, self._width
         f = s.intermediate_size / self._tp
         if s.num_experts:
-            f = s.num_experts_per_tok * s.moe_intermediate_size / expert_tensor_parallel(self._spec)
+            f = s.num_experts_per_tok * s.moe_intermediate_size
+            f /= self._spec.model.megatron.expert_tensor_parallel_size
         h = s.hidden_size
         gathered = h if self._shared > 1 else 0
         return e * max(3 * f + 2 * h / self._shared, 2 * f + h + gathered + 2 * h / self._shared)

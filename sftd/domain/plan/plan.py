@@ -6,16 +6,18 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.model.checks import DataFacts, ModelShape
+from sftd.domain.data.facts import DataFacts
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload, workload
 from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.plan.duration import Machine, Pace, pace
 from sftd.domain.plan.memory import Footprint, footprints, fullest, host_copy_bytes, needed
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a run besides its spec. Steps up to `first_step` are a fork's parent's."""
+class PlanInputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a run in addition to its spec. Steps up to `first_step` belong to a fork's parent."""
 
     shape: ModelShape
     train: DataFacts
@@ -58,9 +60,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def make_plan(spec: Spec, facts: Facts, machine: Machine, calibration: float | None = None) -> Plan:
+def make_plan(spec: Spec, facts: PlanInputs, machine: Machine, calibration: float | None = None) -> Plan:
     """The prediction for a run on a machine; `calibration` is that of earlier runs (see `Pace`)."""
-    dtype = machine.dtype(spec)
+    dtype = weights_dtype(spec, machine.device)
     work = workload(spec, facts.train, facts.planned_steps - facts.first_step, machine.device)
     disk = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)
     return Plan(

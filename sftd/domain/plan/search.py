@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from sftd.domain.model.checks import check_model
+from sftd.domain.model.rules import MODEL
 from sftd.domain.plan.duration import Machine
-from sftd.domain.plan.plan import Facts, Plan, make_plan
-from sftd.domain.spec.check import check
+from sftd.domain.plan.plan import Plan, PlanInputs, make_plan
+from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import Spec
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -41,7 +41,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
 def search(
     spec: Spec,
-    facts: Facts,
+    facts: PlanInputs,
     machine: Machine,
     *,
     devices: int,
@@ -52,7 +52,7 @@ def search(
     of all the nodes of the spec together."""
     found: list[Choice] = []
     for other in _candidates(spec, facts, devices, machine):
-        if check(other)[0] or check_model(other, facts.shape)[0]:
+        if SPEC.problems(other) or MODEL.problems(other, facts.shape):
             continue
         found.append(
             Choice(
@@ -78,7 +78,7 @@ def search(
     )
 
 
-def _with_reason(choice: Choice, facts: Facts, machine: Machine, memory: int) -> Choice:
+def _with_reason(choice: Choice, facts: PlanInputs, machine: Machine, memory: int) -> Choice:
     spec = choice.spec
     if not spec.model.enable_gradient_checkpointing:
         return choice
@@ -128,13 +128,13 @@ def _fits(choice: Choice, machine: Machine, memory: int) -> bool:
     return choice.plan.needed * ranks <= memory
 
 
-def _candidates(spec: Spec, facts: Facts, devices: int, machine: Machine) -> Iterator[Spec]:
+def _candidates(spec: Spec, facts: PlanInputs, devices: int, machine: Machine) -> Iterator[Spec]:
     for shared in _shared(spec, facts, devices):
         for batched in _batched(shared, facts):
             yield from _recomputed(batched)
 
 
-def _shared(spec: Spec, facts: Facts, devices: int) -> Iterator[Spec]:
+def _shared(spec: Spec, facts: PlanInputs, devices: int) -> Iterator[Spec]:
     replace = msgspec.structs.replace
     powers = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= devices]
     layers, experts = facts.shape.num_hidden_layers, facts.shape.num_experts
@@ -166,7 +166,7 @@ def _shared(spec: Spec, facts: Facts, devices: int) -> Iterator[Spec]:
                             )
 
 
-def _batched(spec: Spec, facts: Facts) -> Iterator[Spec]:
+def _batched(spec: Spec, facts: PlanInputs) -> Iterator[Spec]:
     replace, training = msgspec.structs.replace, spec.training
     most = max(1, spec.data.train_batch_size // spec.data_parallel_size)
     if not training.use_rmpad:

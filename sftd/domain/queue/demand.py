@@ -1,10 +1,14 @@
-"""What a run asks a host for, and what that comes to on a host with so many devices."""
+"""What a run asks a host for, and how many of the host's devices that is."""
 
 from __future__ import annotations
 
 import msgspec
 
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
+
+# The devices of a host: what a daemon calls them where it counts them, and the kind that each one's name begins with.
+HOST_DEVICES = {"gpus": "cuda", "cpus": "cpu"}
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -32,8 +36,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What an attempt takes on a host: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank. A run on Slurm
-    takes no device of the host, but one of the jobs that its daemon may have there at once: the kind `slurm`."""
+    """What an attempt takes on a host: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank. A launcher that
+    does not use the host's devices gives each attempt one of its places: the kind is the launcher's name."""
 
     device: str
     count: int
@@ -43,8 +47,8 @@ class Need(msgspec.Struct, frozen=True):
 def need(demand: Demand, gpus: int, cpus: int) -> Need:
     """What a run takes on a host with these devices. Without `launch.threads_per_rank` the ranks of a CPU run share all
     cores."""
-    if demand.launcher == "slurm":
-        return Need("slurm", 1, demand.threads or 1)
+    if not kind_of(demand.launcher).uses_host_devices:
+        return Need(demand.launcher, 1, demand.threads or 1)
     device = demand.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"

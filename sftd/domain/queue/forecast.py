@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
 from sftd.domain.log.events import Micros
-from sftd.domain.queue.demand import need
+from sftd.domain.queue.demand import HOST_DEVICES, need
 from sftd.domain.queue.order import Entry, Gate, Limits, Wait
+from sftd.domain.spec.launchers import LOCAL, kind_of
 
 # Later starts are guesses on guesses.
 _ROUNDS = 100
-# Kinds of devices, as people call them.
-_NAMES = {"cuda": "GPUs", "cpu": "CPUs", "slurm": "jobs on Slurm"}
 
 
-class Host(msgspec.Struct, frozen=True):
-    """A living daemon's host: how many devices of each kind it has, and jobs on Slurm at once. `limits` are those of the daemon,
-    None where it has not told them."""
+class HostCapacity(msgspec.Struct, frozen=True):
+    """A living daemon's host: how many devices of each kind it has, and places by launcher. `limits` are those of the daemon,
+    None for an older one, which did not report them."""
 
     daemon: str
     name: str
     gpus: int
     cpus: int
-    slurm: int = 0
+    places: Mapping[str, int] = {}
     limits: Limits | None = None
+
+    @classmethod
+    def of(cls, daemon: str, name: str, described: Mapping[str, int]) -> HostCapacity:
+        """A host as its daemon describes it: devices, places and limits in one mapping (`Inventory.describe`)."""
+        places = {k: n for k, n in described.items() if k not in HOST_DEVICES and not k.endswith("_limit")}
+        gpus, cpus = described.get("gpus", 0), described.get("cpus", 0)
+        return cls(daemon, name, gpus, cpus, places, Limits.told(described))
 
     def total(self, kind: str) -> int:
         """How many devices of a kind there are."""
-        return {"cuda": self.gpus, "slurm": self.slurm}.get(kind, self.cpus)
+        return {"cuda": self.gpus, "cpu": self.cpus}.get(kind, self.places.get(kind, 0))
 
 
 class Outlook(msgspec.Struct, frozen=True):
@@ -43,16 +50,16 @@ class Outlook(msgspec.Struct, frozen=True):
 class _Room:
     """The devices of a host that are free, and the run for which they are reserved."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: HostCapacity) -> None:
         self.host = host
-        self._free = {kind: host.total(kind) for kind in _NAMES}
-        # By launcher: runs for the host and runs for Slurm do not wait for each other.
+        self._free = Counter({kind: host.total(kind) for kind in ("cuda", "cpu", *host.places)})
+        # By launcher: the runs of one do not wait for those of another.
         self.reserved_for: dict[str, str] = {}
 
     @property
     def launchers(self) -> set[str]:
         """Who starts runs here."""
-        return {"local", "slurm"} if self.host.slurm else {"local"}
+        return {LOCAL.name, *(name for name, places in self.host.places.items() if places)}
 
     def has(self, entry: Entry) -> bool | None:
         """Whether the run fits now; None when it never does."""
@@ -69,13 +76,14 @@ class _Room:
         self._free[wanted.device] += sign * wanted.count
 
     def lack(self, entry: Entry) -> tuple[int, str, int]:
-        """How many devices the run needs, of which kind, and how many are free."""
+        """How many devices the run needs, how people call them, and how many are free."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
-        return wanted.count, _NAMES[wanted.device], max(0, self._free[wanted.device])
+        name = {"cuda": "GPUs", "cpu": "CPUs"}.get(wanted.device) or f"jobs on {kind_of(wanted.device).shown}"
+        return wanted.count, name, max(0, self._free[wanted.device])
 
 
 def look_ahead(
-    waiting: list[Entry], running: list[Entry], hosts: list[Host], limits: Limits, now: Micros
+    waiting: list[Entry], running: list[Entry], hosts: list[HostCapacity], limits: Limits, now: Micros
 ) -> dict[str, Outlook]:
     """For each waiting run, by id. `waiting` is in the order in which runs start.
 
@@ -119,7 +127,7 @@ def look_ahead(
                 found[entry.run_id] = Outlook(found[entry.run_id].wait, gate.now)
                 _push(ends, entry, room, gate.now)
             elif wait.kind == "devices":
-                # What is free is reserved, for whoever would start these.
+                # What is free is reserved, for each launcher that would start these.
                 if all(r.reserved_for.keys() >= r.launchers & launchers for r in rooms):
                     break
             elif wait.kind == "limit" and gate.is_closed(scopes):
@@ -173,8 +181,8 @@ def _find_room(entry: Entry, rooms: list[_Room]) -> tuple[Wait, _Room | None]:
     able = [room for room in rooms if room.has(entry) is not None]
     if not able:
         most = max(room.lack(entry)[0] for room in rooms)
-        if launcher == "slurm":
-            return Wait("too large", "a daemon with Slurm: none has it"), None
+        if not kind_of(launcher).uses_host_devices:
+            return Wait("too large", f"a daemon with {kind_of(launcher).shown}: none has it"), None
         return Wait("too large", f"no daemon has {most} {rooms[0].lack(entry)[1]}"), None
     unreserved = [room for room in able if launcher not in room.reserved_for]
     for room in unreserved:

@@ -1,13 +1,12 @@
-"""Re-execution is a check: a step that is done again must come out as the log already has it."""
+"""Re-execution is a check: a step that is computed again must match the log."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from sftd.domain.log import events as e
-from sftd.domain.spec.spec import OrderStart
+from sftd.domain.log.timeline import Timeline
 
 REDONE_DIFFERS = "redone step differs from the log"
 # The numbers of a step that a redo must reproduce bit for bit.
@@ -25,62 +24,74 @@ def rounds_to(dtype: str) -> dict[str, float]:
     return _ROUNDING_FP32 if dtype == "float32" else _ROUNDING
 
 
-def compare_redone(
-    recorded: Mapping[int, e.StepCompleted],
-    redone: e.StepCompleted,
-    *,
-    is_exact: bool = True,
-    dtype: str = "",
-) -> e.AnomalyDetected | None:
-    """A redone step must come out as the log has it. Compared bit for bit; two NaNs are equal.
+class Redone(NamedTuple):
+    """A step that was computed again, beside the log's.
 
-    Unless `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; what was trained may
-    not.
+    `differs`: the numbers that differ by more than they may, name → `recorded` and `redone`. `is_exact`: all match bit for bit.
     """
-    was = recorded.get(redone.step)
-    if was is None:
-        return None
-    differs = differences(was, redone, is_exact=is_exact, dtype=dtype)
-    return e.AnomalyDetected(step=redone.step, what=REDONE_DIFFERS, detail=differs) if differs else None
+
+    step: int
+    differs: dict[str, dict[str, Any]]
+    is_exact: bool
+
+    @property
+    def anomaly(self) -> e.AnomalyDetected | None:
+        """The event that records a difference."""
+        if not self.differs:
+            return None
+        return e.AnomalyDetected(step=self.step, what=REDONE_DIFFERS, detail=self.differs)
 
 
-def comparable(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
-    """Step → what a redo of it must reproduce, of events in order: the last that was recorded where the same samples were
-    read as the last attempt reads."""
-    found: dict[tuple[int, OrderStart | None], e.StepCompleted] = {}
-    order: tuple[OrderStart, ...] = ()
-    # As `evolve` has it.
-    saved: dict[int, tuple[OrderStart, ...]] = {}
+def compare(
+    was: e.StepCompleted, redone: e.StepCompleted, *, is_exact: bool = True, dtype: str = ""
+) -> Redone:
+    """Compare a step with the log's, bit for bit; two NaNs are equal.
 
-    def piece(step: int) -> OrderStart | None:
-        return next((o for o in reversed(order) if o.step < step), None)
-
-    for event in events:
-        match event:
-            case e.StepCompleted(step=step):
-                found[step, piece(step)] = event
-            case e.CheckpointPublished(step=step):
-                saved[step] = order
-            case e.SamplesSkipped(step=step, sample=sample):
-                order = saved[step] = (*(o for o in order if o.step < step), OrderStart(step, sample))
-            case e.AttemptClaimed(from_step=step):
-                order = saved.get(step, tuple(o for o in order if o.step <= step))
-    return {step: was for (step, read), was in found.items() if read == piece(step)}
-
-
-def differences(
-    was: e.StepCompleted, redone: e.StepCompleted, *, is_exact: bool, dtype: str = ""
-) -> dict[str, dict[str, Any]]:
-    """The numbers of a step that came out otherwise: name → `recorded` and `redone`. See `compare_redone`."""
-    near = rounds_to(dtype)
+    Unless `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; rows, tokens and
+    learning rate may not.
+    """
     pairs = {name: (getattr(was, name), getattr(redone, name)) for name in COMPARED}
-    return {
+    other = {name: pair for name, pair in pairs.items() if not is_same(*pair)}
+    near = {} if is_exact else rounds_to(dtype)
+    differs = {
         name: {"recorded": a, "redone": b}
-        for name, (a, b) in pairs.items()
-        if not _same(a, b) and (is_exact or name not in near or not math.isclose(a, b, rel_tol=near[name]))
+        for name, (a, b) in other.items()
+        if name not in near or is_apart(a, b, near[name])
     }
+    return Redone(redone.step, differs, not other)
 
 
-def _same(a: object, b: object) -> bool:
-    # A float's repr is exact; unlike ==, it tells -0.0 from 0.0 and takes one NaN for another.
+def steps_to_redo(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
+    """Step → what the last attempt must reproduce, of a run's events in order: the last record of the step with the samples
+    that this attempt reads. Of the events, `timeline.TYPES` matter."""
+    timeline, steps = Timeline(), []
+    for event in events:
+        timeline.add(event)
+        if isinstance(event, e.StepCompleted):
+            steps.append(event)
+    return {step: steps[place] for step, place in timeline.to_redo().items()}
+
+
+def redone_steps(events: Iterable[e.Event]) -> Iterator[tuple[e.StepCompleted, e.StepCompleted]]:
+    """(record, step that had to reproduce it) for each redone step of a run's events."""
+    timeline, steps = Timeline(), list[e.StepCompleted]()
+    for event in events:
+        if isinstance(event, e.StepCompleted):
+            place = timeline.before(event.step)
+            if place is not None:
+                yield steps[place], event
+            steps.append(event)
+        timeline.add(event)
+
+
+def is_same(a: object, b: object) -> bool:
+    """Whether two numbers are the same, bit for bit."""
+    # A float's repr is exact: unlike with ==, -0.0 is not 0.0, and a NaN equals a NaN.
     return repr(a) == repr(b)
+
+
+def is_apart(a: float, b: float, tolerance: float) -> bool:
+    """Whether two numbers differ by more than a relative tolerance. Numbers that are not finite must be the same."""
+    if a - a != 0.0 or b - b != 0.0:
+        return not is_same(a, b)
+    return abs(a - b) > tolerance * max(abs(a), abs(b))

@@ -1,25 +1,28 @@
-"""Steps that are trained again, held against the log one after the other."""
+"""Steps that `sftd verify` trains again, compared with the log one after the other."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from sftd.domain.log import events as e
-from sftd.domain.log.history import Timeline
+from sftd.domain.log.timeline import LoggedStep
 from sftd.domain.repro.environment import environment_differences, gives_same_numbers
-from sftd.domain.repro.steps import differences
+from sftd.domain.repro.steps import compare
 
 
 class Comparing:
-    """Compares step after step with the log's: bit for bit, but for rounding from the first step on that was recorded
-    without determinism or in another environment, which those behind it build on.
+    """Compares step after step with the log's: bit for bit, and to within rounding from the first step on that was recorded
+    without determinism or in another environment, which the steps after it build on.
 
-    `now` is the environment in which they are trained again, `extra` maps what else differs (the data files, settings)
-    to [the log's, now's].
+    `log` is the run's timeline (see `logged_steps`), `now` the environment in which it is trained again, `extra` maps what
+    else differs (the data files, settings) to [the log's, now's].
     """
 
-    def __init__(self, log: Timeline, now: e.ModelLoaded, extra: dict[str, list[Any]]) -> None:
+    def __init__(
+        self, log: Mapping[int, LoggedStep], now: e.ModelLoaded, extra: dict[str, list[Any]]
+    ) -> None:
         self._log = log
         self._now = now
         self._extra = extra
@@ -30,26 +33,21 @@ class Comparing:
 
     def environment(self, step: int) -> dict[str, list[Any]]:
         """What differs between the attempt that recorded a step and now."""
-        return environment_differences(self._log.environment(step), self._now.environment) | self._extra
+        return environment_differences(self._log[step].environment, self._now.environment) | self._extra
 
     def add(self, redone: e.StepCompleted) -> dict[str, dict[str, Any]]:
-        """Take in the step that comes next. Returns what came out otherwise; empty when it agrees."""
-        was = self._log.steps[redone.step]
-        environment = self._log.environment(redone.step)
+        """Compare the next step. Returns the numbers that differ; empty when it agrees."""
+        was, _version, environment = self._log[redone.step]
         self.may_round = (
             self.may_round
             or not environment.get("deterministic", True)
             or not gives_same_numbers(environment, self._now.environment)
         )
-        found = differences(was, redone, is_exact=True)
-        if found and self.may_round:
-            self.is_exact = False
-            found = differences(
-                was, redone, is_exact=False, dtype=str(self._now.environment.get("dtype", ""))
-            )
-        if not found:
-            self.agreeing += 1
-        return found
+        dtype = str(self._now.environment.get("dtype", ""))
+        found = compare(was, redone, is_exact=not self.may_round, dtype=dtype)
+        self.is_exact = self.is_exact and (found.is_exact or not self.may_round)
+        self.agreeing += not found.differs
+        return found.differs
 
 
 def by_how_much(recorded: object, redone: object) -> str:

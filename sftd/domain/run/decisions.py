@@ -8,8 +8,7 @@ import msgspec
 from sftd.domain.errors import Problem, Refused, quote
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import MAX_BACKOFF_SECONDS
-from sftd.domain.run import stops as halting
-from sftd.domain.run import trajectory
+from sftd.domain.run import stops, trajectory
 from sftd.domain.run.failures import NOT_RETRIED, Failure, Interruption
 from sftd.domain.run.state import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
 from sftd.domain.spec.on_resume import OnResume
@@ -321,9 +320,9 @@ def end_attempt(
     if missing is None:
         return [_success(run)]
     if run.stop_by is not None:
-        return [halting.stopped(run, run.stop_by)]
+        return [stops.stopped(run, run.stop_by)]
     if interruption is not None:
-        interrupted = halting.interrupted(run, interruption)
+        interrupted = stops.interrupted(run, interruption)
         if interrupted is not None:
             return [interrupted]
         failure, lost = Failure("time limit", interruption.message, failure.evidence), False

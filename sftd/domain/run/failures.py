@@ -35,21 +35,23 @@ class RankError(msgspec.Struct, frozen=True):
 
 
 class Interruption(msgspec.Struct, frozen=True):
-    """Slurm ended an attempt that had done nothing wrong. `cancelled`: a person cancelled its job behind sftd's back."""
+    """The resource manager ended an attempt that had done nothing wrong. `cancelled`: a person cancelled its job, and not
+    with sftd."""
 
     kind: Literal["time limit", "preempted", "requeued", "cancelled"]
     message: str
 
 
 class Remains(msgspec.Struct, frozen=True):
-    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without being able to say. `last_word` is a
-    line of whoever ran it, for people and as evidence."""
+    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without writing one. `last_word` is a line
+    of its launcher, for people and as evidence; `last_cause` is the cause that this line proves, if any."""
 
     exit_code: int | None
     rank_errors: list[RankError] = []
     output_tail: list[str] = []
     interruption: Interruption | None = None
     last_word: str = ""
+    last_cause: Cause | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -63,8 +65,8 @@ class Failure(msgspec.Struct, frozen=True):
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 # In order: the first that matches decides. A rank that dies of its own fault breaks its peers' connections, so
 # communication comes after every other pattern.
-_PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
-    # By its class, not a "Connection Refused" in somebody's words: this is never tried again.
+_PATTERNS: tuple[tuple[Cause, re.Pattern[str] | None], ...] = (
+    # By its class, not by "Connection Refused" in a message: this is never tried again.
     ("user error", re.compile(r"\b(?:UserError|DataError)\b|(?:^|: |\.)Refused:")),
     ("bad checkpoint", re.compile(r"\bCheckpointInvalid\b")),
     ("not a number", re.compile(r"\bNonFiniteLoss\b")),
@@ -72,11 +74,12 @@ _PATTERNS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (
         "out of memory",
         re.compile(
-            r"slurm: OUT_OF_MEMORY|OutOfMemoryError|CUDA out of memory|(?i:cuda error:? '?out of memory)|CUBLAS_STATUS_ALLOC_FAILED"
+            r"OutOfMemoryError|CUDA out of memory|(?i:cuda error:? '?out of memory)|CUBLAS_STATUS_ALLOC_FAILED"
             r"|DefaultCPUAllocator: can't allocate|MemoryError\b|Cannot allocate memory"
         ),
     ),
-    ("lost", re.compile(r"\bslurm: NODE_FAIL\b")),
+    # Only a launcher knows.
+    ("lost", None),
     ("disk full", _DISK_FULL),
 )
 _COMMUNICATION = re.compile(
@@ -100,7 +103,10 @@ def classify(remains: Remains) -> Failure:
     texts = [f"rank {e.rank}: {e.exception}" for e in remains.rank_errors] + remains.output_tail
     texts += [remains.last_word] if remains.last_word else []
     for cause, pattern in _PATTERNS:
-        if found := [t for t in texts if pattern.search(t)]:
+        found = [t for t in texts if pattern is not None and pattern.search(t)]
+        if cause == remains.last_cause:
+            found.append(remains.last_word)
+        if found:
             return Failure(cause, _clean(found[0]), _evidence(found, remains))
     # A rank's own exception explains its peers' broken connections and aborts, never the other way round.
     own = [t for t in texts[: len(remains.rank_errors)] if not _COMMUNICATION.search(t)]
@@ -120,7 +126,7 @@ def classify(remains: Remains) -> Failure:
     if remains.exit_code > 128 or remains.exit_code < 0:
         number = remains.exit_code - 128 if remains.exit_code > 128 else -remains.exit_code
         return Failure("killed", f"torchrun was killed by signal {number}", remains.output_tail[-3:])
-    # That a child failed is how torchrun sums up what the rank itself has said before.
+    # torchrun's ChildFailedError only sums up the rank's own error before it.
     errors = [t for t in remains.output_tail if _ERROR_LINE.search(t) and "ChildFailedError" not in t]
     if errors:
         return Failure("crash", _clean(errors[-1]), _evidence(errors[-3:], remains))
@@ -128,7 +134,7 @@ def classify(remains: Remains) -> Failure:
 
 
 def _clean(line: str) -> str:
-    """One line that can do nothing to a terminal, such as that of somebody who reads the daemon's log."""
+    """One line without control characters, safe for the terminal of a reader of the daemon's log."""
     return " ".join("".join(c if c.isprintable() else " " for c in line).split())[:300]
 
 

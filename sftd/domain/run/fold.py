@@ -11,6 +11,7 @@ import msgspec
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
+from sftd.domain.log.timeline import order_after_skip
 from sftd.domain.run import exactness
 from sftd.domain.run.fold_files import FILES
 from sftd.domain.run.fold_stops import HALTS, NO_STOP
@@ -86,8 +87,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.ModelLoaded)
 def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
-    is_exact, loose = exactness.at_load(run, event)
-    return _set(run, is_exact=is_exact, loose_until=loose, began_at=run.step, environment=event.environment)
+    return exactness.at_load(run, event)
 
 
 def _spec(written: dict[str, Any]) -> Spec:
@@ -174,7 +174,7 @@ def _rewind(run: Run, step: int) -> Run:
         best_validation=min(
             (v for v in kept if isinstance(v.loss, float)), key=lambda v: (v.loss, v.step), default=None
         ),
-        # A superseded one that was asked for is of the timeline again: an attempt that dies goes on from it, too.
+        # A superseded one that was asked for is in the timeline again: if the attempt dies, the next one starts there, too.
         checkpoints=tuple(
             _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
         ),
@@ -220,7 +220,7 @@ def _(event: e.ValidationCompleted, run: Run, recorded: e.Recorded) -> Run:
         first_validation=run.first_validation or v,
         last_validation=v,
         best_validation=v if better else best,
-        # Whoever asks for a stop has the checkpoint saved first.
+        # A stop saves the checkpoint before the validation.
         checkpoints=tuple(
             _set(c, val_loss=v.loss)
             if c.step == v.step and not (c.superseded or c.is_parents) and c.val_loss is None
@@ -276,7 +276,7 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
         rejected_pins=run.rejected_pins | pins,
-        # The next attempt starts from another one: there are only so many, so it is no crash loop.
+        # The next attempt starts from another one, and their number is finite: no crash loop.
         attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
     )
 
@@ -288,11 +288,11 @@ def _(event: e.AnomalyDetected, run: Run, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.SamplesSkipped)
 def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
-    order = (*(o for o in run.order if o.step < event.step), OrderStart(event.step, event.sample))
+    order = order_after_skip(run.order, event)
     return _set(
         run,
         order=order,
-        # Whoever goes on from there leaves them out, too.
+        # An attempt that begins there leaves them out, too.
         checkpoints=tuple(_set(c, order=order) if c.step == event.step else c for c in run.checkpoints),
     )
 

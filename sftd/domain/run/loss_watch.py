@@ -8,8 +8,12 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Literal
 
-from sftd.domain.log.events import AnomalyDetected, Event, StepCompleted
+from sftd.domain.log import timeline as timeline_module
+from sftd.domain.log.events import AnomalyDetected, Event, StepCompleted, names
+from sftd.domain.log.timeline import Timeline, places
 
+# What `losses_before` reads.
+TYPES = (*timeline_module.TYPES, *names(AnomalyDetected))
 # How many losses the median is taken of, and how many there must be before anything counts as a spike.
 WINDOW = 64
 _LEAST = 16
@@ -44,13 +48,15 @@ class LossWatch:
 
 
 def losses_before(events: Iterable[Event], step: int) -> list[float]:
-    """The losses with which a `LossWatch` goes on behind `step`, of a run's events in order: the timeline's last that were
-    learnt from."""
-    timeline: dict[int, float] = {}
+    """The losses with which a `LossWatch` continues after the checkpoint of `step`: the last that led to it and that the model
+    learnt from. Of a run's events in order, those of `TYPES` matter."""
+    timeline, losses = Timeline(), list[float]()
     for event in events:
+        timeline.add(event)
         if isinstance(event, StepCompleted):
-            timeline[event.step] = event.loss
-        elif isinstance(event, AnomalyDetected) and event.detail.get("policy") == "skip":
-            timeline.pop(event.step, None)
-    finite = [timeline[n] for n in sorted(timeline) if n <= step and math.isfinite(timeline[n])]
-    return finite[-WINDOW:]
+            losses.append(event.loss)
+        elif isinstance(event, AnomalyDetected) and event.detail.get("policy") == "skip" and losses:
+            # The event follows its step.
+            losses[-1] = math.nan
+    before = (losses[place] for _, place in places(timeline.leading_to(step)))
+    return [loss for loss in before if math.isfinite(loss)][-WINDOW:]

@@ -5,22 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.retention import kept_by_rules
 
 
 def why_kept(run: Run) -> dict[int, list[str]]:
     """Step → reasons why its checkpoint stays. A checkpoint without a reason may be deleted."""
-    policy = run.spec.checkpoint
-    timeline = sorted((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step)
+    timeline = sorted(c.step for c in run.checkpoints if not c.superseded)
     reasons: dict[int, list[str]] = {c.step: [] for c in run.checkpoints}
-    for c in timeline[-policy.keep_last :]:
-        reasons[c.step].append("last" if c is timeline[-1] else f"last {policy.keep_last}")
-    for rank, step in enumerate(_best(run)[: policy.keep_best]):
-        reasons[step].append("best" if rank == 0 else f"best {policy.keep_best}")
-    for c in timeline:
-        if policy.keep_every and c.step % policy.keep_every == 0:
-            reasons[c.step].append(f"every {policy.keep_every}")
-        if c.step == run.planned_steps:
-            reasons[c.step].append("final")
+    reasons |= kept_by_rules(run.spec.checkpoint, timeline, _best(run), run.planned_steps)
     if verified := [c for c in run.checkpoints if c.verified]:
         reasons[max(verified, key=lambda c: c.version).step].append("last verified")
     for c in run.checkpoints:
@@ -29,7 +21,7 @@ def why_kept(run: Run) -> dict[int, list[str]]:
         reasons[c.step] += [f"fork {name} starts from it" for name in c.forks]
     if run.status != "succeeded":
         # Until the new history has come as far, the old one's checkpoints are the only ones of their steps; and an
-        # attempt may be about to write such a step's folder anew.
+        # attempt may be about to write such a step's folder again.
         for c in run.checkpoints:
             if c.superseded:
                 reasons[c.step].append("superseded, until the run succeeds")
@@ -40,7 +32,7 @@ def why_kept(run: Run) -> dict[int, list[str]]:
 
 def reducible(run: Run) -> list[CheckpointInfo]:
     """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: with `last` those that
-    are kept for nothing but being the best, with `weights` all. Never one that a fork starts from, nor another run's."""
+    only `keep_best` keeps, with `weights` all. Never one that a fork starts from, nor another run's."""
     policy = run.spec.checkpoint
     if run.status != "succeeded" or policy.after_success == "all":
         return []

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from sftd.domain.log import events as e
+from sftd.domain.log.timeline import order_up_to
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 Status = Literal[
@@ -30,7 +31,7 @@ ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 class CheckpointInfo(msgspec.Struct, frozen=True):
     """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
-    which a later attempt went on. `is_parents`: it is another run's, from which this one was forked. `forks` start from it.
+    which a later attempt continued. `is_parents`: it is another run's, from which this one was forked. `forks` start from it.
     `order` is the run's as of this checkpoint (see `Run.order`), None where an older sftd did not record it. Training cannot
     continue from one with `weights_only`."""
 
@@ -61,8 +62,8 @@ class ForkPoint(msgspec.Struct, frozen=True):
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """The last time that steps behind `from_step` up to `to_step` were trained again elsewhere. `diverged_at` is the first
-    that came out otherwise, None when none did."""
+    """The last time that steps after `from_step` up to `to_step` were trained again elsewhere. `diverged_at` is the first
+    that differs, None when all match."""
 
     from_step: int
     to_step: int
@@ -109,7 +110,7 @@ class Run(msgspec.Struct, frozen=True):
     updated_at: e.Micros = 0
     attempt: int = 0
     daemon: str | None = None
-    # What Slurm last said of the attempt's job.
+    # What the resource manager last said of the attempt's job.
     job_report: e.JobReported | None = None
     retry_at: e.Micros | None = None
     # The stop that was asked for: by whom and why, what follows it, and whether the attempt is killed for it.
@@ -122,12 +123,12 @@ class Run(msgspec.Struct, frozen=True):
     after: tuple[str, ...] = ()
     sweep: str = ""
     resume_from: int | None = None
-    # Whether a step that this attempt computes again comes out bit for bit: what the log has of it was computed
+    # Whether a step that this attempt computes again must match bit for bit: what the log has of it was computed
     # deterministically, and in the same environment (versions, device, layout).
     is_exact: bool = True
     # Up to this step the log may have steps of another environment than the last attempt's; None: it never changed.
     loose_until: int | None = None
-    # The step behind which the last attempt began to compute as it does.
+    # The step after which the last attempt began.
     began_at: int = 0
     environment: dict[str, Any] = {}
     # The timeline: what later attempts have not superseded.
@@ -188,7 +189,7 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def order_start(self) -> OrderStart:
-        """The piece of the order of samples that the steps of the next attempt read: it may go back behind a piece that
+        """The piece of the order of samples that the steps of the next attempt read: it may go back to before a piece that
         began later, when it was asked to, or when a checkpoint was rejected."""
         start = self.restart_checkpoint
         order = self.order_behind(start.step if start else 0)
@@ -197,8 +198,7 @@ class Run(msgspec.Struct, frozen=True):
     def order_behind(self, step: int) -> tuple[OrderStart, ...]:
         """What `order` is once the timeline has gone back to the checkpoint of `step` (0 is the pretrained model)."""
         saved = next((c.order for c in self.checkpoints if c.step == step), None)
-        # The first piece may be a fork's, at the very step where it begins.
-        return tuple(o for o in self.order if o.step <= step) if saved is None else saved
+        return order_up_to(self.order, step) if saved is None else saved
 
     def sample_position(self, step: int) -> int:
         """Position in the order of samples of the first sample of 0-based `step` of the timeline."""

@@ -1,4 +1,4 @@
-"""Decisions that keep a run from going on without ending it: hold, release, pause, preempt; and what a stop comes to."""
+"""Decisions that stop a run without ending it: hold, release, pause, preempt; and how a stopped attempt leaves its run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def preempt(run: Run, by_run: str, priority: int) -> list[e.Event]:
 
 
 def stopped(run: Run, by: str) -> e.Event:
-    """What a stopped attempt makes of its run, however it ended."""
+    """The event of a stopped attempt, however it ended."""
     start = run.restart_checkpoint
     step = start.step if start else 0
     match run.stop_then:
@@ -62,8 +62,8 @@ def stopped(run: Run, by: str) -> e.Event:
 
 
 def interrupted(run: Run, interruption: Interruption) -> e.Event | None:
-    """What it makes of a run that Slurm ended its attempt. None when that is a failure all the same: a time limit within
-    which nothing is achieved would be met again and again."""
+    """The event of an attempt that its resource manager ended. None when that is a failure all the same: the next attempt
+    would meet a time limit again within which this one made no progress."""
     start = run.restart_checkpoint
     step = start.step if start else 0
     if interruption.kind == "cancelled":

@@ -6,35 +6,39 @@ Names that sftd knows and does not accept are in `other_trainers`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class UnusableAlias(Exception):
-    """An alias was used with a value that has no equal here; the text says what to write instead."""
+    """An alias was used with a value that has no equal here; the text is what to write instead."""
 
 
 class UnusedAlias(Exception):
-    """An alias was used with a value that is left aside; the text says what sftd does."""
+    """An alias was used with a value that is left aside; the text is what sftd does."""
 
 
-def _same(target: str) -> Callable[[Any], dict[str, Any]]:
-    # verl's stock configs name keys that they do not set: null is to leave the key out.
-    return lambda value: {} if value is None else {target: value}
+class Alias(NamedTuple):
+    """The `keys` that an alias sets; none where it sets nothing, or is only refused with what to do instead. `translate` gives the
+    values of those keys for a value of the alias; it raises `UnusableAlias` and `UnusedAlias`."""
+
+    keys: tuple[str, ...]
+    translate: Callable[[Any], dict[str, Any]]
 
 
-def _same_or_null(target: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda value: {target: value}
+def _same(key: str, *, null: bool = False) -> Alias:
+    # verl's stock configs name keys that they do not set: null leaves the key out, unless it is a value of it.
+    return Alias((key,), lambda value: {} if value is None and not null else {key: value})
+
+
+def _never(key: str, never: int | None) -> Alias:
+    # verl writes -1 for "never", or for "not this key".
+    return Alias((key,), lambda value: {key: never if value in (-1, None) else value})
 
 
 def _betas(value: Any) -> dict[str, Any]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise UnusableAlias("write two numbers, as [0.9, 0.95]")
     return {"optimizer.adam_beta1": value[0], "optimizer.adam_beta2": value[1]}
-
-
-def _interval(target: str) -> Callable[[Any], dict[str, Any]]:
-    # verl writes -1 for "never".
-    return lambda value: {target: 0 if value in (-1, None) else value}
 
 
 def _keep_last(value: Any) -> dict[str, Any]:
@@ -57,11 +61,6 @@ def _messages_key(value: Any) -> dict[str, Any]:
     raise UnusableAlias("sftd trains on tokenised Parquet; run `sftd prepare --messages-key KEY …` first")
 
 
-def _warmup_steps(value: Any) -> dict[str, Any]:
-    # verl writes -1 for "use the ratio".
-    return {"scheduler.warmup_steps": None if value in (-1, None) else value}
-
-
 # In verl's stock config: a folder of its own for each run, which is sftd's default.
 _STOCK_FOLDER = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
 
@@ -71,7 +70,9 @@ def _local_dir(value: Any) -> dict[str, Any]:
 
 
 _MEGATRON = "model.megatron."
-ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
+# An absolute floor becomes a ratio once the peak is known: it is no key, but `parse` makes one of it.
+MIN_LR = "optim.min_lr"
+ALIASES: dict[str, Alias] = {
     "model.path": _same("model.partial_pretrain"),
     "model.use_remove_padding": _same("training.use_rmpad"),
     "use_remove_padding": _same("training.use_rmpad"),
@@ -87,15 +88,15 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
             "sequence_parallel",
         )
     },
-    "engine.virtual_pipeline_model_parallel_size": _same_or_null(
-        _MEGATRON + "virtual_pipeline_model_parallel_size"
+    "engine.virtual_pipeline_model_parallel_size": _same(
+        _MEGATRON + "virtual_pipeline_model_parallel_size", null=True
     ),
     "ulysses_sequence_parallel_size": _same(_MEGATRON + "context_parallel_size"),
     "optim.lr": _same("optimizer.lr"),
-    "optim.betas": _betas,
+    "optim.betas": Alias(("optimizer.adam_beta1", "optimizer.adam_beta2"), _betas),
     "optim.weight_decay": _same("optimizer.weight_decay"),
     "optim.clip_grad": _same("optimizer.clip_grad"),
-    "optim.lr_warmup_steps": _warmup_steps,
+    "optim.lr_warmup_steps": _never("scheduler.warmup_steps", None),
     "optim.lr_warmup_steps_ratio": _same("scheduler.warmup_ratio"),
     "optim.lr_decay_style": _same("scheduler.type"),
     "optim.lr_scheduler": _same("scheduler.type"),
@@ -103,30 +104,17 @@ ALIASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "optim.min_lr_ratio": _same("scheduler.min_lr_ratio"),
     "data.micro_batch_size_per_gpu": _same("training.micro_batch_size_per_gpu"),
     "data.max_length": _same("data.sequence_length"),
-    "data.messages_key": _messages_key,
+    "data.messages_key": Alias((), _messages_key),
     "trainer.total_epochs": _same("trainer.epochs"),
     "trainer.total_training_steps": _same("trainer.max_steps"),
-    "trainer.save_freq": _interval("trainer.save_interval"),
-    "trainer.test_freq": _interval("trainer.val_check_interval"),
-    "trainer.max_ckpt_to_keep": _keep_last,
-    "trainer.resume_mode": _resume_mode,
+    "trainer.save_freq": _never("trainer.save_interval", 0),
+    "trainer.test_freq": _never("trainer.val_check_interval", 0),
+    "trainer.max_ckpt_to_keep": Alias(("checkpoint.keep_last",), _keep_last),
+    "trainer.resume_mode": Alias((), _resume_mode),
     "trainer.seed": _same(_MEGATRON + "seed"),
     "trainer.nnodes": _same("launch.nnodes"),
-    "trainer.n_gpus_per_node": _same_or_null("launch.nproc_per_node"),
+    "trainer.n_gpus_per_node": _same("launch.nproc_per_node", null=True),
     "trainer.device": _same("launch.device"),
-    "trainer.default_local_dir": _local_dir,
+    "trainer.default_local_dir": Alias(("checkpoint.save_dir",), _local_dir),
+    MIN_LR: Alias(("scheduler.min_lr_ratio",), lambda value: {} if value is None else {MIN_LR: value}),
 }
-# An absolute floor can only be turned into a ratio once the peak is known.
-MIN_LR = "optim.min_lr"
-
-
-def targets(alias: str) -> list[str]:
-    """The keys of sftd that an alias sets; none where it sets nothing, or is only refused with what to do instead."""
-    if alias == MIN_LR:
-        return ["scheduler.min_lr_ratio"]
-    for probe in (1, [0, 0], "auto"):
-        try:
-            return list(ALIASES[alias](probe))
-        except UnusableAlias:
-            continue
-    return []

@@ -1,7 +1,7 @@
 """Well-known config names of axolotl, LLaMA-Factory, TRL and verl: the one table of what each is here.
 
-`docs/coming-from.md` is generated from it, and refusals of unknown keys are answered from it. Names that sftd accepts as they are
-stand in `spec_aliases`.
+`docs/coming-from.md` is generated from it, and refusals of unknown keys quote it. Names that sftd accepts as they are
+are in `aliases`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from sftd.domain.errors import Problem, shorten
 
-# By the letter that stands for a tool in the table.
+# By the letter of a tool in the table.
 TOOLS = {"a": "axolotl", "l": "LLaMA-Factory", "t": "TRL", "v": "verl"}
 
 
@@ -32,7 +32,7 @@ class Known(msgspec.Struct, frozen=True):
     harmless: bool = False
 
     def is_neutral(self, value: Any) -> bool:
-        """Whether this value may be left out without a word."""
+        """Whether this value is left out without a warning."""
         return value is None or (not self.here and not value) or value in self.neutral
 
     @property
@@ -257,7 +257,7 @@ TABLE: tuple[Known, ...] = (
     Known("a", "debug", note="see `sftd logs`", harmless=True),
     Known("alt", "seed", "model.megatron.seed"),
     Known("t", "data_seed", "model.megatron.seed", "one seed for everything"),
-    # verl, without the names that are accepted (see `spec_aliases`)
+    # verl, without the names that are accepted (see `aliases`)
     Known("v", "data.micro_batch_size", "training.micro_batch_size_per_gpu"),
     Known("v", "data.prompt_key", note=_PREPARE, harmless=True),
     Known("v", "data.response_key", note=_PREPARE, harmless=True),
@@ -311,7 +311,7 @@ TABLE: tuple[Known, ...] = (
 
 BY_NAME: dict[str, Known] = {row.name: row for row in TABLE}
 
-# Where a config has this many names of a tool, it is that tool's: fewer are slips of the pen.
+# A config with this many names of a tool is that tool's; fewer are slips.
 _ENOUGH = 4
 DOCUMENT = "docs/coming-from.md"
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import msgspec
+from msgspec import inspect
 
 from sftd.domain.errors import Problem, Refused, quote, shorten
-from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias, targets
-from sftd.domain.spec.check import check
+from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias
 from sftd.domain.spec.other_trainers import BY_NAME, known, refusal
+from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.sections import Section
 from sftd.domain.spec.spec import Spec
 
@@ -39,6 +39,7 @@ LEAVES: dict[str, Any] = {path: annotation for path, annotation, _ in leaves()}
 SECTIONS = {path.rsplit(".", n)[0] for path in LEAVES for n in range(1, path.count(".") + 1)}
 
 
+_MIN_LR_RATIO = "scheduler.min_lr_ratio"
 # What has keys under it, ours or such as are known under another name.
 _ABOVE = SECTIONS | {
     name.rsplit(".", n)[0] for name in (*ALIASES, *BY_NAME) for n in range(1, name.count(".") + 1)
@@ -53,7 +54,7 @@ def _nearest(path: str) -> str:
     """The key or accepted alias that is spelled almost like this one; empty where there is none."""
     if len(path) > _LONGEST_KEY:
         return ""
-    aliases = [alias for alias in (*ALIASES, MIN_LR) if targets(alias)]
+    aliases = [name for name, alias in ALIASES.items() if alias.keys]
     if by_path := difflib.get_close_matches(path, [*LEAVES, *aliases], n=1, cutoff=0.85):
         return by_path[0]
     tails = {key.rpartition(".")[2]: key for key in (*reversed(aliases), *reversed(LEAVES))}
@@ -83,7 +84,7 @@ def _flatten(
         path = f"{prefix}{key}"
         row = BY_NAME.get(path)
         is_mapping = isinstance(value, Mapping)
-        if path in LEAVES or path in ALIASES or path == MIN_LR:
+        if path in LEAVES or path in ALIASES:
             yield path, value
         elif is_mapping and (path in _ABOVE or row is None) and path.count(".") < _DEEPEST:
             yield from _flatten(value, path + ".", problems, warnings)
@@ -102,17 +103,13 @@ def _flatten(
 
 def _canonical(
     entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem], warnings: list[Problem]
-) -> tuple[dict[str, Any], Any]:
-    """Translate aliases. Returns the canonical leaves and `optim.min_lr` when it was given."""
+) -> dict[str, Any]:
+    """Translate aliases: canonical leaves, and `MIN_LR` where it was given."""
     out: dict[str, Any] = {}
     spelled: dict[str, str] = {}
-    min_lr = None
     for path, value in entries:
-        if path == MIN_LR:
-            min_lr = value
-            continue
         try:
-            translated = {path: value} if path in LEAVES else ALIASES[path](value)
+            translated = {path: value} if path in LEAVES else ALIASES[path].translate(value)
         except UnusableAlias as error:
             problems.append(Problem(path, f"{quote(value)} cannot be used here", str(error)))
             continue
@@ -131,56 +128,47 @@ def _canonical(
                 )
             out[target] = target_value
             spelled[target] = path
-    return out, min_lr
+    return out
 
 
-def _accepts_list(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    if origin is list:
-        return True
-    return any(_accepts_list(arg) for arg in get_args(annotation)[:1]) if origin is not dict else False
-
-
-def _expected(annotation: Any) -> str:
-    base = annotation
-    while get_origin(base) is not None and hasattr(base, "__metadata__"):
-        base = base.__origin__
-    origin = get_origin(base)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_expected(arg) for arg in get_args(base))
-    if base is type(None):
-        return "null"
-    if origin is list:
-        return "a list of texts"
-    if origin is dict:
-        return "a mapping"
-    if args := get_args(base):
-        return "one of " + ", ".join(map(str, args))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
-        base, str(base)
-    )
-
-
+_WORDS = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.BoolType: "true or false",
+    inspect.StrType: "a text",
+    inspect.ListType: "a list of texts",
+    inspect.DictType: "a mapping",
+    inspect.NoneType: "null",
+}
 _YAML_1_1_BOOLEANS = frozenset({"yes", "no", "on", "off", "y", "n"})
 
 
-def _expects_bool(annotation: Any) -> bool:
-    return annotation is bool or any(
-        _expects_bool(arg) for arg in get_args(annotation) if arg is not annotation
-    )
+def _kinds(path: str) -> list[inspect.Type]:
+    """The types of which a key takes values."""
+    found = inspect.type_info(LEAVES[path])
+    while isinstance(found, inspect.Metadata):
+        found = found.type
+    kinds = found.types if isinstance(found, inspect.UnionType) else (found,)
+    return [kind.type if isinstance(kind, inspect.Metadata) else kind for kind in kinds]
 
 
 def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
-    annotation = LEAVES[path]
-    if isinstance(value, str) and _accepts_list(annotation):
+    if isinstance(value, str) and any(isinstance(kind, inspect.ListType) for kind in _kinds(path)):
         value = [value]
     try:
-        converted = msgspec.convert(value, annotation)
+        converted = msgspec.convert(value, LEAVES[path])
     except msgspec.ValidationError as error:
         reason = shorten(re.sub(r" - at `.*`$", "", str(error)))
-        is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS and _expects_bool(annotation)
-        hint = "; yes, no, on and off are texts, as in YAML 1.2" if is_word else ""
-        problems.append(Problem(path, f"{quote(value)}: {reason}", f"give {_expected(annotation)}{hint}"))
+        fix = "give " + " or ".join(
+            "one of " + ", ".join(map(str, kind.values))
+            if isinstance(kind, inspect.LiteralType)
+            else _WORDS[type(kind)]
+            for kind in _kinds(path)
+        )
+        is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS
+        if is_word and any(isinstance(kind, inspect.BoolType) for kind in _kinds(path)):
+            fix += "; yes, no, on and off are texts, as in YAML 1.2"
+        problems.append(Problem(path, f"{quote(value)}: {reason}", fix))
         return None
     if isinstance(converted, float) and not math.isfinite(converted):
         problems.append(Problem(path, f"{quote(value)} is not a finite number", "give a finite number"))
@@ -201,48 +189,37 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> tuple[Spec, list[Problem]]:
     """Make a resolved spec of a nested mapping and `(dotted key, value)` overrides, of which the later wins.
 
-    Returns the spec and its warnings. Raises `Refused` with every problem found; the checks here need neither
-    the model nor the data (see `layout.check_model`).
+    Returns the spec and its warnings. Raises `Refused` with every problem found, also by the rules of a spec alone; those that need
+    facts are judged at submit (`domain/submit/judge.py`).
     """
     problems = refusal(config, _ABOVE)
     if problems:
         raise Refused(problems)
     left_out: list[Problem] = []
-    from_file, min_lr = _canonical(_flatten(config, "", problems, left_out), "file", problems, left_out)
-    override_entries: list[tuple[str, Any]] = []
+    from_file = _canonical(_flatten(config, "", problems, left_out), "file", problems, left_out)
+    entries: list[tuple[str, Any]] = []
     for key, value in overrides:
         # Hydra users write +key=value for a key that the file does not have.
-        tree = _nested({key.removeprefix("+"): value})
-        override_entries.extend(_flatten(tree, "", problems, left_out))
-    from_overrides, min_lr_override = _canonical(override_entries, "overrides", problems, left_out)
+        entries.extend(_flatten(_nested({key.removeprefix("+"): value}), "", problems, left_out))
+    from_overrides = _canonical(entries, "overrides", problems, left_out)
     flat = from_file | from_overrides
-    if min_lr_override is not None:
-        min_lr = min_lr_override
-    if min_lr is not None:
-        lr = flat.get("optimizer.lr", Spec().optimizer.lr)
-        if (
-            all(isinstance(v, int | float) and not isinstance(v, bool) for v in (lr, min_lr))
-            and 0 <= min_lr <= lr > 0
-        ):
-            if min_lr_override is not None and "scheduler.min_lr_ratio" not in from_overrides:
-                flat.pop("scheduler.min_lr_ratio", None)
-            flat.setdefault("scheduler.min_lr_ratio", min_lr / lr)
+    if MIN_LR in from_overrides and _MIN_LR_RATIO not in from_overrides:
+        flat.pop(_MIN_LR_RATIO, None)
+    if MIN_LR in flat:
+        lr, min_lr = flat.get("optimizer.lr", Spec().optimizer.lr), flat.pop(MIN_LR)
+        are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (lr, min_lr))
+        if are_numbers and 0 <= min_lr <= lr > 0:
+            flat.setdefault(_MIN_LR_RATIO, min_lr / lr)
         else:
-            problems.append(
-                Problem(
-                    MIN_LR,
-                    f"{quote(min_lr)} is not between 0 and optimizer.lr ({quote(lr)})",
-                    "give a smaller number",
-                )
-            )
+            what = f"{quote(min_lr)} is not between 0 and optimizer.lr ({quote(lr)})"
+            problems.append(Problem(MIN_LR, what, "give a smaller number"))
     values = {path: _convert(path, value, problems) for path, value in flat.items()}
     if problems:
         raise Refused(problems)
     spec = msgspec.convert(_nested(values), Spec)
-    problems, warnings = check(spec)
-    if problems:
+    if problems := SPEC.problems(spec):
         raise Refused(problems)
-    return _resolve(spec), left_out + warnings
+    return _resolve(spec), left_out + SPEC.warnings(spec)
 
 
 def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:

@@ -197,7 +197,7 @@ class Training(Section, frozen=True):
         Literal["stop", "skip", "rollback"],
         Meta(
             description="when the loss or the gradient norm is not a number: end the run, leave that step's update out, or go "
-            "back to the last checkpoint and on behind the samples since"
+            "back to the last checkpoint, then on after the samples since"
         ),
         FREE,
     ] = "stop"

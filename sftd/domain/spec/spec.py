@@ -1,6 +1,6 @@
 """The spec: the frozen, validated, fully resolved config of a run. Its digest names it.
 
-`spec_sections` holds its sections; `spec_parse` makes a spec from what a user wrote, `layout` checks what must fit together.
+`sections` holds its sections, `parse` makes a spec from what a user wrote, `rules` checks what must fit together.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sftd.domain.spec.sections import (
 
 
 class OrderStart(msgspec.Struct, frozen=True):
-    """Where in the endless order of samples a run reads: 0-based step `step` begins at position `sample`. Both are 0 but in
-    a fork, which may go on where its parent stood with batches of another size, or begin with other data."""
+    """Where in the endless order of samples a run reads: 0-based step `step` begins at position `sample`. Both are 0 except
+    in a fork, which may continue after its parent's last sample with batches of another size, or begin with other data."""
 
     step: int = 0
     sample: int = 0
@@ -40,7 +40,7 @@ FROM_THE_BEGINNING = OrderStart()
 
 class Spec(Section, frozen=True):
     """A whole run. Resolved: `launch.nproc_per_node`, `training.gradient_accumulation_steps` and `trainer.epochs`
-    or `trainer.max_steps` are filled in by `spec_parse.resolve`."""
+    or `trainer.max_steps` are filled in by `parse`."""
 
     model: Model = Model()
     data: Data = Data()

@@ -47,3 +47,9 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def first_line(text: str, longest: int = 300) -> str:
+    """The first line of a message, at most `longest` characters of it."""
+    first = text.strip().partition("\n")[0]
+    return first if len(first) <= longest else f"{first[:longest]}…"

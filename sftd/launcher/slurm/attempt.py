@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 
 import msgspec
 
-from sftd.domain.run.failures import Interruption, Remains
+from sftd.domain.run.failures import Cause, Interruption, Remains
 from sftd.launcher.command import without_secrets
 from sftd.launcher.inventory import Need
 from sftd.launcher.processes import host_name
 from sftd.launcher.seam import Attempt, Report
 from sftd.launcher.slurm import script as slurm_script
-from sftd.launcher.slurm.commands import ENDED, WAITING, Job
+from sftd.launcher.slurm.commands import ENDED, WAITING, SlurmJob
 from sftd.launcher.slurm.controller import Answer, Controller, Submission
+from sftd.settings import Settings
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, write_atomic
 from sftd.wire.attempt.remains import find_remains, find_stack
 
@@ -30,6 +32,8 @@ _SILENT_SECONDS = 60.0
 _CLEARING_SECONDS = 60.0
 # What srun, too, says of a controller that is away.
 _AWAY = "Unable to contact slurm controller"
+# The states of an ended job that name a cause.
+_CAUSES: dict[str, Cause] = {"NODE_FAIL": "lost", "OUT_OF_MEMORY": "out of memory"}
 # As seldom as a shared file system shows what is new.
 _STACKS_SECONDS = 20.0
 
@@ -65,7 +69,7 @@ class SlurmAttempt:
         self._exit_seen: float | None = None
         self._missed: set[float] = set()
         self._was_given_up = directory.is_fenced()
-        self._last: Job | None = None
+        self._last: SlurmJob | None = None
         self._has_ended = process is None
         if process is not None and process.job:
             controller.watch(process.job)
@@ -121,7 +125,7 @@ class SlurmAttempt:
         return False
 
     def _say(self, never: bool, message: str) -> None:
-        """Tell in the attempt's output why there is no job."""
+        """Write into the attempt's output why there is no job."""
         kind = "Refused" if never else "Error"
         with open(self.directory.output_log, "a") as file:
             file.write(f"{kind}: sbatch did not take the job: {message}\n")
@@ -140,7 +144,7 @@ class SlurmAttempt:
             self._know(number)
         return bool(number)
 
-    def _is_others(self, job: Job) -> bool:
+    def _is_others(self, job: SlurmJob) -> bool:
         """Whether it only has this attempt's number: a controller that has lost its state counts its jobs from 1 again."""
         return job.folder not in ("", str(self.directory.path))
 
@@ -187,7 +191,7 @@ class SlurmAttempt:
             waits_for = self._submission.waits_for if self._submission is not None else self._refusal
             return Report("", "NOT SUBMITTED", waits_for, waits=True)
         answer = self._controller.answer
-        job = self._last or Job(self.process.job, "")
+        job = self._last or SlurmJob(self.process.job, "")
         # Who started while Slurm was silent has left a sign.
         waits = job.state in WAITING and not job.restarts
         waits = waits and not (answer.silent_since is not None and self.directory.started_dir.exists())
@@ -226,7 +230,7 @@ class SlurmAttempt:
         ]
 
     def remains(self) -> Remains:
-        """What the ended attempt left to tell why, and what Slurm said."""
+        """What the ended attempt left that says why, and what Slurm said."""
         remains = find_remains(self.directory)
         job, told = self._last, self.directory.told()
         word = _last_word(job)
@@ -241,10 +245,13 @@ class SlurmAttempt:
             interruption = None
         elif interruption is None and not self.directory.journal.exists() and _found_no_controller(remains):
             interruption = Interruption("requeued", "the job began while Slurm's controller was away")
-        return msgspec.structs.replace(remains, exit_code=code, interruption=interruption, last_word=word)
+        cause = _CAUSES.get(job.state) if job is not None and word else None
+        return msgspec.structs.replace(
+            remains, exit_code=code, interruption=interruption, last_word=word, last_cause=cause
+        )
 
 
-def _could_not_start(job: Job) -> bool:
+def _could_not_start(job: SlurmJob) -> bool:
     """Whether Slurm holds it, as it does when a node's prolog fails: queued again at once, it would drain node after node."""
     return job.restarts > 0 and job.reason.replace("_", " ").startswith("launch fail")
 
@@ -254,7 +261,7 @@ def _found_no_controller(remains: Remains) -> bool:
     return any(line.startswith("srun: error: ") and _AWAY in line for line in remains.output_tail)
 
 
-def _last_word(job: Job | None) -> str:
+def _last_word(job: SlurmJob | None) -> str:
     if job is not None and _could_not_start(job):
         return f"slurm: job {job.job} was not started: {job.reason}"
     if job is None or job.state in ("COMPLETED", *WAITING) or job.state not in ENDED:
@@ -264,7 +271,7 @@ def _last_word(job: Job | None) -> str:
     return f"slurm: {job.state}: job {job.job}{where}, exit code {job.exit_code}{reason}"
 
 
-def _interruption(job: Job | None, told: str, exit_code: int | None) -> Interruption | None:
+def _interruption(job: SlurmJob | None, told: str, exit_code: int | None) -> Interruption | None:
     """Whether Slurm ended the attempt, or had it end, without a fault of its own."""
     if job is not None and job.restarts:
         if _could_not_start(job):
@@ -287,6 +294,16 @@ class SlurmLauncher:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+
+    @classmethod
+    def of(cls, settings: Settings) -> SlurmLauncher:
+        """A launcher with a controller of its own, whose threads begin with the first attempt."""
+        return cls(Controller(settings.slurm_poll_seconds))
+
+    @staticmethod
+    def places(settings: Settings) -> int:
+        """Jobs at once; 0 where there is no sbatch."""
+        return settings.slurm_jobs if shutil.which("sbatch") is not None else 0
 
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]

@@ -45,7 +45,7 @@ _NOISE = re.compile(
 )
 
 
-class Job(msgspec.Struct, frozen=True):
+class SlurmJob(msgspec.Struct, frozen=True):
     """A job as Slurm tells of it. `state` is COMPLETING while processes may be left of one that has ended;
     `folder` is the one in which it runs: the attempt's, by which it is found again."""
 
@@ -94,7 +94,7 @@ def run_command(argv: list[str], env: Mapping[str, str] | None, seconds: float) 
     return done.returncode, done.stdout, done.stderr
 
 
-def own_jobs(run: Run) -> dict[str, Job]:
+def own_jobs(run: Run) -> dict[str, SlurmJob]:
     """All jobs of this user that the controller still knows, by number, in one call. Raises `Unanswered`."""
     # What is left out here is taken for gone: without --all that is what runs in hidden partitions.
     fields = ",".join(f"{name}:|" for name in _FIELDS)
@@ -104,7 +104,7 @@ def own_jobs(run: Run) -> dict[str, Job]:
     found = {}
     for line in answer.splitlines():
         number, state, restarts, nodes, exit_code, reason, folder = line.removesuffix("|").split("|", 6)
-        found[number] = Job(
+        found[number] = SlurmJob(
             number,
             state,
             int(restarts or 0),
@@ -121,7 +121,7 @@ def _as_written(status: str) -> str:
     return f"{int(status) >> 8}:{int(status) & 127}" if status.isdigit() else status
 
 
-def accounted(run: Run, numbers: Iterable[str]) -> dict[str, Job]:
+def accounted(run: Run, numbers: Iterable[str]) -> dict[str, SlurmJob]:
     """What the accounting says of jobs that the controller has forgotten, in one call. Raises `Unanswered`."""
     fields = "JobIDRaw,State,NodeList,ExitCode"
     argv = ["sacct", "--noheader", "--allocations", "--parsable2", f"--format={fields}"]
@@ -130,7 +130,7 @@ def accounted(run: Run, numbers: Iterable[str]) -> dict[str, Job]:
     for line in answer.splitlines():
         number, state, nodes, exit_code = line.split("|")
         # "CANCELLED by 1000"
-        found[number] = Job(number, state.split()[0], 0, state, nodes, exit_code)
+        found[number] = SlurmJob(number, state.split()[0], 0, state, nodes, exit_code)
     return found
 
 

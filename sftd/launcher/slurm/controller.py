@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from sftd.launcher.slurm import commands as slurm_commands
-from sftd.launcher.slurm.commands import Job, Refusal, Run, Unanswered
+from sftd.launcher.slurm.commands import Refusal, Run, SlurmJob, Unanswered
 
 log = logging.getLogger("sftd.daemon")
 
@@ -29,13 +29,13 @@ class Answer:
     """What the controller said: its jobs as of a moment between `begun` and `ended` (seconds of `time.monotonic`).
     `silent_since` is when it ceased to answer, and `error` how; None while it answers."""
 
-    jobs: Mapping[str, Job] = field(default_factory=dict)
+    jobs: Mapping[str, SlurmJob] = field(default_factory=dict)
     begun: float = float("-inf")
     ended: float = float("-inf")
     silent_since: float | None = None
     error: str = ""
 
-    def of_folder(self, folder: str) -> Job | None:
+    def of_folder(self, folder: str) -> SlurmJob | None:
         """The job that runs in this folder."""
         return next((job for job in self.jobs.values() if job.folder == folder), None)
 
@@ -76,7 +76,7 @@ class Doomed:
             return False
         return bool(self.error) or now - self.tried > _CANCEL_AGAIN_SECONDS
 
-    def is_done(self, job: Job | None, begun: float) -> bool:
+    def is_done(self, job: SlurmJob | None, begun: float) -> bool:
         """Whether no job is left to cancel, by what an answer that was asked for at `begun` says of it."""
         if job is not None:
             self.missed = 0
@@ -238,7 +238,7 @@ class Controller:
                 if not doomed.is_done(jobs.get(number), begun)
             }
 
-    def _account(self, numbers: list[str]) -> dict[str, Job]:
+    def _account(self, numbers: list[str]) -> dict[str, SlurmJob]:
         """What the accounting knows of jobs that the controller has forgotten; many clusters have none."""
         if not self._has_accounting:
             return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from sftd.domain.spec.slurm_gpus import asks_for_gpus
+from sftd.domain.spec.slurm import asks_for_gpus
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.command import (
     ONE_HOST,
@@ -36,8 +36,8 @@ def argv(spec: Spec, directory: AttemptDir) -> list[str]:
     return (torchrun_argv if spec.launch.nnodes == 1 else torchrun_argv_of_node)(spec, directory)
 
 
-def script(order: Order, directory: AttemptDir, torchrun: list[str]) -> str:
-    """The job's script, which runs `torchrun` on each machine."""
+def script(order: Order, directory: AttemptDir, torchrun: list[str] | None = None) -> str:
+    """The job's script, which runs `torchrun` (by default that of `argv`) on each machine."""
     spec = order.spec
     kind = device(spec)
     variables = rank_variables(token=order.token, device=kind)
@@ -79,7 +79,7 @@ def script(order: Order, directory: AttemptDir, torchrun: list[str]) -> str:
         lines += ["", "# launch.slurm.setup", spec.launch.slurm.setup.rstrip()]
         # With -e a signal, which interrupts `wait`, would end the script, and the ranks with it.
         lines += ["", "set +eu", f"cd {shlex.quote(str(directory.path))} || exit {REFUSED}"]
-    lines += ["", *_start(spec, torchrun)]
+    lines += ["", *_start(spec, torchrun or argv(spec, directory))]
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,7 @@ from sftd.store.database import copying, migrate
 from sftd.store.database.copying import Progress, TableDigest
 from sftd.store.database.engine import Store, shown_url
 from sftd.store.database.tables import SCHEMA_REVISION
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 
 
 def copy(
@@ -19,7 +19,7 @@ def copy(
     _refuse_other_tables("FROM", source)
     with source.read() as connection:
         now = source.clock(connection, context.now())
-        live = [lease.run_id for lease in queue.leases(connection) if lease.expires_at > now]
+        live = [lease.run_id for lease in leases.leases(connection) if lease.expires_at > now]
         if live and not force:
             what = f"daemons drive {', '.join(live[:3])}{' and others' if len(live) > 3 else ''}"
             fix = (

@@ -9,10 +9,9 @@ import msgspec
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.run.state import ACTIVE, Run
-from sftd.operations.commands import remove as removing
+from sftd.operations.commands import remove
 from sftd.operations.context import Context
-from sftd.operations.driving import checkpoints
-from sftd.operations.driving import reduce as reducing
+from sftd.operations.driving import checkpoints, reduce
 from sftd.operations.queries.runs import Filter, find_run, list_runs
 from sftd.store.database.engine import Store
 from sftd.wire.checkpoint import directory as checkpoint_dir
@@ -52,22 +51,22 @@ def leftovers(
     for run in _ended(store, prefixes):
         if everything:
             # All of them are asked before anything is deleted.
-            removing.unneeded(run)
+            remove.unneeded(run)
     for run in _ended(store, prefixes):
         with store.read() as connection:
             before = checkpoints.collectable(connection, run)
-        reducible = {} if everything else {c.path: (c.step, freed) for c, freed in reducing.candidates(run)}
+        reducible = {} if everything else {c.path: (c.step, freed) for c, freed in reduce.candidates(run)}
         if everything:
-            before += [c for c in removing.unneeded(run) if c.path not in {b.path for b in before}]
+            before += [c for c in remove.unneeded(run) if c.path not in {b.path for b in before}]
         if dry_run:
             gone = {path for path in (*(c.path for c in before), *reducible) if _is_unread(path)}
         else:
             checkpoints.sweep(store, run.run_id)
             gone = {c.path for c in checkpoints.collect(store, context, run.run_id)}
             if everything:
-                gone |= {c.path for c in removing.empty(store, context, run.run_id)}
+                gone |= {c.path for c in remove.empty(store, context, run.run_id)}
             else:
-                gone |= {c.former_path for c in reducing.reduce(store, context, run.run_id)}
+                gone |= {c.former_path for c in reduce.reduce(store, context, run.run_id)}
         rows = [(c.step, c.path, c.bytes, _WHAT.get(c.reason, c.reason)) for c in before]
         rows += [(step, path, freed, "weights kept") for path, (step, freed) in reducible.items()]
         found += [
@@ -83,7 +82,7 @@ def leftovers(
         ]
     if not dry_run:
         for row in list_runs(store, Filter(removed=True)):
-            removing.finish(home, find_run(store, row.run_id))
+            remove.finish(home, find_run(store, row.run_id))
     return found
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from sftd.domain.run import stops as halting
+from sftd.domain.run import stops
 from sftd.domain.run.state import Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store.database.engine import Store
 from sftd.store.queries.resolve import resolve_id
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 
 
 def hold(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
     """Keep a waiting run from starting until it is released."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        append_decided(tx, context, run.run_id, run.version, halting.hold(run, by, reason))
-        queue.hold(tx, run.run_id)
+        append_decided(tx, context, run.run_id, run.version, stops.hold(run, by, reason))
+        leases.hold(tx, run.run_id)
         return current(tx.connection, run.run_id)
 
 
@@ -23,8 +23,8 @@ def release(store: Store, context: Context, prefix: str, by: str) -> Run:
     """Let a held run wait for its turn again, in its old place."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        append_decided(tx, context, run.run_id, run.version, halting.release(run, by))
-        queue.release(tx, run.run_id)
+        append_decided(tx, context, run.run_id, run.version, stops.release(run, by))
+        leases.release(tx, run.run_id)
         return current(tx.connection, run.run_id)
 
 
@@ -32,5 +32,5 @@ def pause(store: Store, context: Context, prefix: str, by: str, reason: str = ""
     """Ask a run that is being trained to stop with a checkpoint, until it is resumed."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        append_decided(tx, context, run.run_id, run.version, halting.pause(run, by, reason), run.attempt)
+        append_decided(tx, context, run.run_id, run.version, stops.pause(run, by, reason), run.attempt)
         return current(tx.connection, run.run_id)

@@ -15,8 +15,8 @@ from sftd.operations.context import Context
 from sftd.store.database.engine import Store, Tx
 from sftd.store.log import event_store
 from sftd.store.log.runs import load_run
-from sftd.store.queue import leases as queue
-from sftd.wire.attempt.direct_run import DirectRun, History, Submission, read_history
+from sftd.store.queue import leases
+from sftd.wire.attempt.direct_run import DirectHistory, DirectRun, DirectSubmission, read_history
 from sftd.wire.checkpoint import manifest
 
 _EVENTS_PER_INSERT = 500
@@ -61,8 +61,8 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
                 _append(tx, context, submission.run_id, len(known), new)
             if not known:
                 # It waits for nobody, but `sftd resume` may queue it.
-                queue.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
-                queue.leave(tx, submission.run_id)
+                leases.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
+                leases.leave(tx, submission.run_id)
     with store.read() as connection:
         # Not within the transaction, which would have everybody wait while a long history is folded.
         found = load_run(connection, submission.run_id)
@@ -89,7 +89,7 @@ def _append(tx: Tx, context: Context, run_id: str, version: int, new: list[e.New
 
 
 def _refuse_another_history(
-    known: dict[str, str], history: History, new: list[e.NewEvent], submission: Submission
+    known: dict[str, str], history: DirectHistory, new: list[e.NewEvent], submission: DirectSubmission
 ) -> None:
     run_id = submission.run_id
     ids = [n.event_id for n in history.events]

@@ -1,4 +1,4 @@
-"""What people do with runs: submit, fork, cancel, resume."""
+"""What people do with runs: fork, cancel, resume."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from sftd.domain.run import decisions
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.state import ENDED, Run
 from sftd.domain.spec.spec import Spec
-from sftd.operations.commands.submit import Wish, new_run_id, submit_all
+from sftd.operations.commands.submit import new_run_id
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.dependents import all_dependents, leave_queue
 from sftd.operations.driving import checkpoints
 from sftd.store.database.engine import Store
 from sftd.store.queries.resolve import resolve_id
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
-
-
-def submit(
-    store: Store, context: Context, spec: Spec, found: Preflight, warnings: list[Problem], user: str
-) -> str:
-    """Record a run and queue it. Returns its id."""
-    return submit_all(store, context, [Wish(spec, found, warnings)], user)[0]
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -55,7 +47,7 @@ def abandon(store: Store, context: Context, prefix: str, by: str) -> Ending:
     """Cancel a run whose daemon is gone for good (another host name, a moved home): its lease must have expired."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
-        expires_at = queue.expires_at(tx.connection, run.run_id)
+        expires_at = leases.expires_at(tx.connection, run.run_id)
         if expires_at is not None and expires_at > tx.now(context.now()):
             what = f"is driven by the living daemon {run.daemon}"
             raise Refused(
@@ -91,8 +83,8 @@ def resume(
             decided = decisions.request_resume(run, by, instead_of, new, instead)
         append_decided(tx, context, run.run_id, run.version, decided)
         run = current(tx.connection, run.run_id)
-        queue.wait_again(tx, run.run_id, tx.now(context.now()), priority=run.spec.launch.priority)
-        schedule.set_demand(tx, run.run_id, run.spec)
+        leases.wait_again(tx, run.run_id, tx.now(context.now()), priority=run.spec.launch.priority)
+        order.set_demand(tx, run.run_id, run.spec)
         return run
 
 
@@ -117,6 +109,6 @@ def fork(
         if forked.checkpoint is not None:
             pin = CheckpointPinned(step=forked.step, fork=run_id)
             append_decided(tx, context, parent_id, parent.version, [pin])
-        queue.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
-        schedule.set_demand(tx, run_id, spec)
+        leases.enqueue(tx, run_id, spec.launch.priority, tx.now(context.now()))
+        order.set_demand(tx, run_id, spec)
     return run_id

@@ -12,8 +12,7 @@ from sftd.domain.run.state import Run
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log.runs import load_run
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import daemons, leases
 from sftd.wire.attempt.directory import RunDir
 from sftd.wire.checkpoint.directory import is_checkpoint_of
 
@@ -21,7 +20,7 @@ _STEP = re.compile(r"step-(\d+)")
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 
 
-class Outlook(msgspec.Struct, frozen=True):
+class RestoreOutlook(msgspec.Struct, frozen=True):
     """`newer`: checkpoints on this host that the log does not have, as (run, step, path). `unknown`: runs that have a folder
     here and are not in the log. `later`: attempts that have a folder here and are not in the log, as (run, attempt).
     `driven`: leases, as (run, attempt, host of their daemon)."""
@@ -32,17 +31,17 @@ class Outlook(msgspec.Struct, frozen=True):
     driven: list[tuple[str, int, str]]
 
 
-def outlook(store: Store, home: Path) -> Outlook:
+def outlook(store: Store, home: Path) -> RestoreOutlook:
     """Compare the log with the folders of this host."""
     with store.read() as connection:
         runs = [
             load_run(connection, run_id)
             for run_id in connection.execute(sa.select(view_runs.c.run_id)).scalars()
         ]
-        owned = [(lease, daemons.find(connection, lease.owner)) for lease in queue.leases(connection)]
+        owned = [(lease, daemons.find(connection, lease.owner)) for lease in leases.leases(connection)]
     known = {run.run_id for run in runs}
     folders = sorted(path.name for path in (home / "runs").glob("*") if path.is_dir())
-    return Outlook(
+    return RestoreOutlook(
         newer=[found for run in runs for found in _newer(run, home)],
         unknown=[name for name in folders if name not in known],
         later=[found for run in runs for found in _later(run, home)],

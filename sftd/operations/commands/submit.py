@@ -10,15 +10,14 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events as e
-from sftd.domain.run import ids as names
+from sftd.domain.run import ids
 from sftd.domain.run.state import ENDED
 from sftd.domain.spec.spec import Spec
 from sftd.operations.context import Context, append_decided, current
 from sftd.store.database.engine import Store, Tx
 from sftd.store.log.runs import is_taken
 from sftd.store.queries.resolve import resolve_ids
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import leases, order
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
 
@@ -58,18 +57,18 @@ def submit_all(
                 first.append(e.RunDeferred(after=others))
             append_decided(tx, context, run_id, 0, first)
             # A sweep starts in the order in which it was written.
-            queue.enqueue(tx, run_id, wish.spec.launch.priority, now + number)
-            schedule.set_demand(tx, run_id, wish.spec)
-            schedule.set_after(tx, run_id, others)
+            leases.enqueue(tx, run_id, wish.spec.launch.priority, now + number)
+            order.set_demand(tx, run_id, wish.spec)
+            order.set_after(tx, run_id, others)
             run_ids.append(run_id)
     return run_ids
 
 
 def new_run_id(tx: Tx, context: Context) -> str:
     """An id that no run has."""
-    drawn = (names.run_id(context.random(4)) for _ in range(_DRAWS))
+    drawn = (ids.run_id(context.random(4)) for _ in range(_DRAWS))
     return next(
-        (run_id for run_id in drawn if not is_taken(tx.connection, run_id)), names.run_id(context.random(4))
+        (run_id for run_id in drawn if not is_taken(tx.connection, run_id)), ids.run_id(context.random(4))
     )
 
 

@@ -8,9 +8,10 @@ import msgspec
 
 from sftd.domain.errors import LeaseLost
 from sftd.domain.log import events as e
+from sftd.domain.log import timeline
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.queue.order import Limits
-from sftd.domain.repro import steps as redoing
+from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions, exactness, loss_watch
 from sftd.domain.run.failures import Failure, Interruption
 from sftd.domain.run.state import ENDED, Run
@@ -20,7 +21,7 @@ from sftd.operations.driving.turns import NO_LIMITS, Fits, next_turn
 from sftd.operations.queries.model_files import read_record
 from sftd.store.database.engine import Store, Tx
 from sftd.store.log import event_store, positions
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases as lease_store
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt import journal
 from sftd.wire.attempt.journal import Line
@@ -32,7 +33,6 @@ class Claimed(msgspec.Struct, frozen=True):
     lease: Lease
     run: Run
     start: e.AttemptClaimed
-    checkpoint_digest: str | None
     model: ModelRecord
 
 
@@ -48,7 +48,7 @@ def claim(
 ) -> Claimed | None:
     """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
 
-    A run that must wait for devices keeps its turn: smaller ones behind it do not overtake, so that a large run cannot
+    A run that must wait for devices keeps its turn: smaller ones after it do not overtake, so that a large run cannot
     starve.
     """
     with store.read() as connection:
@@ -62,21 +62,19 @@ def claim(
         if turn is None or not turn.fits:
             return None
         run = current(tx.connection, turn.entry.run_id)
-        checkpoint = run.restart_checkpoint
         start = decisions.claim(run, daemon, host)
         lease = Lease(run.run_id, run.attempt + 1, context.new_id(), daemon, now + lease_micros)
-        queue.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
+        lease_store.lease(tx, run.run_id, lease.attempt, lease.token, daemon, lease.expires_at)
         append_decided(tx, context, run.run_id, run.version, [start], lease.attempt)
-        digest = checkpoint.manifest_digest if checkpoint else None
-        return Claimed(lease, run, start, digest, read_record(tx.connection, run.run_id))
+        return Claimed(lease, run, start, read_record(tx.connection, run.run_id))
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
     """Record that the attempt's processes were started: once, although a caller whose database went away while it
     answered asks again."""
     with store.read() as connection:
-        told = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
-    if not any(r.attempt == lease.attempt for r in told):
+        known = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
+    if not any(r.attempt == lease.attempt for r in known):
         _append_leased(store, context, lease, event)
 
 
@@ -86,7 +84,7 @@ def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled
 
 
 def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
-    """Record what Slurm says of the attempt's job."""
+    """Record what the resource manager says of the attempt's job."""
     _append_leased(store, context, lease, event)
 
 
@@ -97,7 +95,7 @@ def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, l
         lease = Lease(
             old.run_id, old.attempt, context.new_id(), event.daemon, tx.now(context.now()) + lease_micros
         )
-        if not queue.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
+        if not lease_store.take_over(tx, old, lease.token, lease.owner, lease.expires_at):
             raise LeaseLost
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
         return lease
@@ -105,34 +103,24 @@ def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, l
 
 def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event) -> None:
     with store.write() as tx:
-        queue.check(tx, lease.run_id, lease.token)
+        lease_store.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
         append_decided(tx, context, lease.run_id, run.version, [event], lease.attempt)
 
 
 def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
-    """The steps that earlier attempts recorded behind the one from which this attempt starts, by number: what it does
-    again must equal them."""
+    """What the attempt must reproduce, by step."""
     if lease.attempt == 1:
         return {}
-    start = 0
-    before: list[e.Event] = []
-    types = ("AttemptClaimed", "StepCompleted", "SamplesSkipped", "CheckpointPublished")
     with store.read() as connection:
-        for r in event_store.read_stream(connection, lease.run_id, types=types):
-            if isinstance(r.event, e.AttemptClaimed):
-                start = r.event.from_step
-                before.append(r.event)
-            elif r.attempt != lease.attempt:
-                before.append(r.event)
-    return {step: event for step, event in redoing.comparable(before).items() if step > start}
+        recorded = event_store.read_stream(connection, lease.run_id, types=timeline.TYPES)
+        return steps_to_redo(r.event for r in recorded)
 
 
 def losses_before(store: Store, run_id: str, step: int) -> list[float]:
-    """The losses with which the trainer's watch for spikes goes on behind `step`."""
-    types = ("StepCompleted", "AnomalyDetected")
+    """The losses with which the trainer's watch for spikes continues after the checkpoint of `step`."""
     with store.read() as connection:
-        recorded = event_store.read_stream(connection, run_id, types=types)
+        recorded = event_store.read_stream(connection, run_id, types=loss_watch.TYPES)
         return loss_watch.losses_before((r.event for r in recorded), step)
 
 
@@ -170,11 +158,10 @@ def record_all(store: Store, context: Context, batch: Sequence[Taken]) -> list[l
 
 def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
     lease, lines = taken.lease, taken.lines
-    queue.check(tx, lease.run_id, lease.token)
+    lease_store.check(tx, lease.run_id, lease.token)
     run = current(tx.connection, lease.run_id)
     cursor, _ = positions.journal_cursor(tx.connection, lease.run_id, lease.attempt)
     new: list[e.NewEvent] = []
-    is_exact, environment = run.is_exact, run.environment
     for line in lines:
         if line.number <= cursor:
             continue
@@ -187,13 +174,9 @@ def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
         )
         new.append(item)
         if isinstance(line.event, e.ModelLoaded):
-            is_exact, _loose = exactness.at_load(run, line.event)
-            environment = line.event.environment
-        if isinstance(line.event, e.StepCompleted) and (
-            anomaly := redoing.compare_redone(
-                taken.before, line.event, is_exact=is_exact, dtype=environment.get("dtype", "")
-            )
-        ):
+            run = exactness.at_load(run, line.event)
+        redone = exactness.compare_with_log(taken.before, run, line.event)
+        if redone is not None and (anomaly := redone.anomaly):
             new.append(
                 msgspec.structs.replace(
                     item,
@@ -226,7 +209,7 @@ def finish(
 ) -> Run:
     """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
     with store.write() as tx:
-        queue.check(tx, lease.run_id, lease.token)
+        lease_store.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
         now = context.now()
         decided = decisions.end_attempt(
@@ -243,16 +226,16 @@ def finish(
         if run.status in ENDED:
             leave_queue(tx, context, run)
         elif run.status == "paused":
-            queue.leave(tx, run.run_id)
+            lease_store.leave(tx, run.run_id)
         else:
             # The back-off begins now, whatever this host's clock says.
             wait = max(0, run.retry_at - now) if run.retry_at else 0
-            queue.wait_again(tx, run.run_id, tx.now(now) + wait)
+            lease_store.wait_again(tx, run.run_id, tx.now(now) + wait)
         return run
 
 
 def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
     """Prolong leases. Returns those that were lost."""
     with store.write(appends=False) as tx:
-        held = queue.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
+        held = lease_store.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
     return [lease for lease in leases if lease.token not in held]

@@ -19,7 +19,7 @@ from sftd.store.database.engine import Store
 from sftd.store.log.event_store import read_stream
 from sftd.store.log.runs import load_run
 from sftd.store.queries.resolve import resolve_id
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from sftd.store.queue.leases import Lease
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.checkpoint.directory import WEIGHTS, is_checkpoint_of
@@ -230,8 +230,8 @@ def collect(
             return []
         with store.write() as tx:
             if lease is not None:
-                queue.check(tx, run_id, lease.token)
-            elif queue.expires_at(tx.connection, run_id) is not None:
+                leases.check(tx, run_id, lease.token)
+            elif leases.expires_at(tx.connection, run_id) is not None:
                 # Another attempt has begun meanwhile: its daemon decides.
                 return []
             run = current(tx.connection, run_id)

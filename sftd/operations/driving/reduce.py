@@ -10,7 +10,7 @@ from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.operations.context import Context, append_decided, current
 from sftd.store.database.engine import Store
 from sftd.store.log.runs import load_run
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.checkpoint import reduction as checkpoint_reduction
 from sftd.wire.checkpoint.directory import is_checkpoint_of
@@ -50,7 +50,7 @@ def reduce(store: Store, context: Context, run_id: str) -> list[e.CheckpointRedu
                 # A resume or a fork may have come meanwhile, or such a sweep.
                 is_wanted = (
                     c in reducible(now)
-                    and queue.expires_at(tx.connection, run_id) is None
+                    and leases.expires_at(tx.connection, run_id) is None
                     and Path(made.path).is_dir()
                 )
                 if is_wanted:

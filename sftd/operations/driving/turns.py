@@ -11,14 +11,12 @@ from sftd.domain.log.events import Micros
 from sftd.domain.queue.demand import Demand, Need
 from sftd.domain.queue.forecast import look_ahead
 from sftd.domain.queue.order import Entry, Gate, Limits, choose_victims, stuck
-from sftd.domain.run import stops as halting
+from sftd.domain.run import stops
 from sftd.operations.context import Context, append_decided, current
 from sftd.operations.queries.placing import placed
 from sftd.operations.queries.queue import host_of, living
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
-from sftd.store.queue import order as schedule
+from sftd.store.queue import daemons, leases, order
 
 NO_LIMITS = Limits()
 # Whether a run's devices are free now (True), are in use (False), or it can never start here (None): they are more than the
@@ -27,18 +25,18 @@ Fits = Callable[[Entry], bool | None]
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and so does all behind it."""
+    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and all later ones do too."""
 
     entry: Entry
     fits: bool
 
 
 def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
-    """The first run in order that nothing but devices can keep waiting here. Runs for this host and runs for Slurm do not
-    wait for each other."""
-    gate = Gate(limits, schedule.running(connection) if limits != NO_LIMITS else (), now)
+    """The first run in order that nothing but devices can keep waiting here. The runs of one launcher do not wait for those
+    of another."""
+    gate = Gate(limits, order.running(connection) if limits != NO_LIMITS else (), now)
     waits: Turn | None = None
-    for entry in schedule.in_order(connection, now):
+    for entry in order.in_order(connection, now):
         if waits is not None and entry.demand.launcher == waits.entry.demand.launcher:
             continue
         if gate.why_not(entry) is None and (fit := fits(entry)) is not None:
@@ -69,7 +67,7 @@ def preempt(
     """
 
     def plan(connection: sa.Connection) -> tuple[Entry, list[Entry]] | None:
-        mine = schedule.running(connection, daemon)
+        mine = order.running(connection, daemon)
         if not any(e.demand.preemptible for e in mine):
             return None
         now = store.clock(connection, context.now())
@@ -103,7 +101,7 @@ def preempt(
         head, victims = found
         for victim in victims:
             run = current(tx.connection, victim.run_id)
-            decided = halting.preempt(run, head.run_id, head.priority)
+            decided = stops.preempt(run, head.run_id, head.priority)
             append_decided(tx, context, run.run_id, run.version, decided, run.attempt)
         return [victim.run_id for victim in victims]
 
@@ -112,8 +110,8 @@ def _others_make_room(connection: sa.Connection, head: Entry, daemon: str, now: 
     """Whether another daemon has runs make room for `head` already. One that has fallen silent may never do it."""
     return any(
         current(connection, e.run_id).preempted_by == head.run_id
-        and (queue.expires_at(connection, e.run_id) or 0) > now
-        for e in schedule.running(connection)
+        and (leases.expires_at(connection, e.run_id) or 0) > now
+        for e in order.running(connection)
         if e.owner != daemon and e.status == "stopping"
     )
 
@@ -127,25 +125,22 @@ def _others_have_room(
     # Free devices are no room where its checkpoint is not.
     head = placed(connection, [head])[0]
     return (
-        look_ahead([head], schedule.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind
-        == "start"
+        look_ahead([head], order.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind == "start"
     )
 
 
 def stopping(store: Store, daemon: str) -> Mapping[str, bool]:
     """The runs of this daemon that were asked to stop, and whether they are to be killed for it."""
     with store.read() as connection:
-        return {
-            run_id: current(connection, run_id).stop_now for run_id in schedule.stopping(connection, daemon)
-        }
+        return {run_id: current(connection, run_id).stop_now for run_id in order.stopping(connection, daemon)}
 
 
 def anything_left(store: Store, context: Context, fits: Fits, limits: Limits) -> bool:
     """Whether some daemon drives a run, or a run waits that will start here without a person."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
-        if any(lease.expires_at > now for lease in queue.leases(connection)):
+        if any(lease.expires_at > now for lease in leases.leases(connection)):
             return True
-        waiting = [e for e in schedule.waiting(connection) if not e.is_held]
+        waiting = [e for e in order.waiting(connection) if not e.is_held]
     gate = Gate(limits, (), now)
     return len(stuck(waiting, lambda e: gate.can_ever_pass(e) and fits(e) is not None)) < len(waiting)

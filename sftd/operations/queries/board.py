@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import History, Point, mean_over_time
+from sftd.domain.compare.curves import Curves, RunCurves
 from sftd.domain.log.events import Micros, Recorded
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.goodput import Ledger
@@ -27,7 +28,7 @@ from sftd.store.queries.resolve import resolve_id
 
 # Steps of which a board shows the losses, and over which it takes the speed.
 _RECENT, _SPEED = 240, 10
-# The first look goes back so many events of all runs, and the board of a run takes in so many at a time.
+# Events of all runs that the first look goes back, and events that the board of a run takes in at a time.
 _BACK, _PAGE = 20_000, 20_000
 _NOTICES, _NOTICES_OF_RUN = 60, 12
 _NODES_MICROS = 5_000_000
@@ -35,7 +36,7 @@ _NODES_MICROS = 5_000_000
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
     """A run that a daemon drives. `losses` are those of the last steps; speed and MFU are means over a few of them, None
-    where no step tells. `stepped_at` is when the last step ended."""
+    where no step has them. `stepped_at` is when the last step ended."""
 
     run: Run
     losses: list[float]
@@ -67,7 +68,7 @@ class RunBoard(msgspec.Struct, frozen=True):
     at: Micros
     line: RunLine
     row: QueueRow | None
-    history: History
+    history: RunCurves
     is_complete: bool
     ledger: Ledger | None
     notices: list[Recorded]
@@ -78,37 +79,36 @@ class _Steps:
 
     def __init__(self) -> None:
         self.version = 0
-        self._points: deque[Point] = deque(maxlen=_RECENT)
+        self._curves = Curves()
         self._at: Micros | None = None
 
     def catch_up(self, connection: sa.Connection, run_id: str) -> None:
-        """Take in what came since."""
+        """Take in the steps since the last time."""
         for version, at, point in board_store.last_points(connection, run_id, self.version, _RECENT):
-            # An attempt that goes on from a checkpoint draws its line anew.
-            while self._points and self._points[-1].step >= point.step:
-                self._points.pop()
-            self._points.append(point)
+            self._curves.add(point)
             self.version, self._at = version, at
+        if self._curves.timeline.count > 8 * _RECENT:
+            self._curves = self._curves.tail(_RECENT)
+
+    def _values(self, name: str, count: int = _SPEED) -> Sequence[float]:
+        return self._curves.values(name, self._curves.last - count + 1, self._curves.last)
 
     def tokens_per_second(self) -> float | None:
         """The speed of the last few."""
-        recent = list(self._points)[-_SPEED:]
-        seconds = math.fsum(float(p.seconds) for p in recent)
-        return sum(p.tokens_real for p in recent) / seconds if seconds > 0 else None
+        seconds = math.fsum(self._values("seconds"))
+        return sum(self._values("tokens_real")) / seconds if seconds > 0 else None
 
     def line(self, run: Run, row: QueueRow | None, last: Recorded | None) -> RunLine:
-        """What they say of the run."""
-        recent = list(self._points)[-_SPEED:]
-        known = [(p.mfu, float(p.seconds)) for p in recent if p.mfu is not None]
+        """The run with these steps."""
         left = None
         if run.status in ACTIVE and run.seconds_per_step is not None:
             left = max(0, run.planned_steps - run.step) * run.seconds_per_step
         return RunLine(
             run=run,
-            losses=[float(p.loss) for p in self._points],
+            losses=list(self._values("loss", _RECENT)),
             tokens_per_second=self.tokens_per_second(),
-            mfu=mean_over_time(known),
-            memory=max((p.peak_memory_bytes for p in recent if p.peak_memory_bytes), default=None),
+            mfu=self._curves.mean_over_time("mfu", self._curves.last - _SPEED + 1, self._curves.last),
+            memory=int(max(self._values("memory"), default=0)) or None,
             seconds_left=left,
             stepped_at=self._at,
             last=last,
@@ -144,7 +144,7 @@ class _Watched:
         return found.st_dev, found.st_ino
 
     def forget(self) -> None:
-        """Begin anew: it is another database, or an earlier state of it."""
+        """Start over: it is another database, or an earlier state of it."""
 
     def check(self) -> None:
         """See that an SQLite file is the one that was opened: an open file can be read when it has long been deleted.
@@ -170,7 +170,7 @@ class Observer(_Watched):
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self._position = -1
         self._steps: dict[str, _Steps] = {}
         self._last: dict[str, Recorded] = {}
@@ -237,8 +237,8 @@ class RunObserver(_Watched):
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
-        self._steps, self._history = _Steps(), History()
+        """Start over."""
+        self._steps, self._history = _Steps(), RunCurves()
 
     def look(self) -> RunBoard:
         """Look once. Raises what the database does when it does not answer."""

@@ -1,4 +1,4 @@
-"""Runs side by side: what tells them apart, where their curves part, and what each has cost. Nothing here writes."""
+"""Runs side by side: how they differ, where their curves part, and what each has cost. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import Curves, History
+from sftd.domain.compare.curves import Curves, RunCurves
 from sftd.domain.compare.differences import Difference, Parting, differences, part
 from sftd.domain.errors import Problem, Refused, RunNotFound
 from sftd.domain.log import events as e
@@ -98,7 +98,7 @@ def compare(store: Store, prefixes: Sequence[str], now: Micros, price: float | N
 
 
 def _side(connection: sa.Connection, run: Run, now: Micros, price: float | None) -> Side:
-    history = History(_inherited(connection, run))
+    history = RunCurves(_inherited(connection, run))
     curve_store.advance(connection, run.run_id, history, until_version=run.version)
     ledger = history.fold.ledger(now)
     return Side(run, history.curves, ledger, _figures(run, history, ledger, now, price))
@@ -114,11 +114,10 @@ def _inherited(connection: sa.Connection, run: Run) -> Curves:
         parent = load_run(connection, forked.parent)
     except RunNotFound:
         return Curves()
-    history = History(_inherited(connection, parent))
-    # What became of the parent's steps behind the checkpoint is another story.
-    until = curve_store.published_at_version(connection, parent.run_id, forked.manifest_digest or "")
+    history = RunCurves(_inherited(connection, parent))
+    until = event_store.branch_version(connection, forked)
     curve_store.advance(connection, parent.run_id, history, until_version=until)
-    history.curves.rewind(forked.step)
+    history.curves.take(forked)
     return history.curves
 
 
@@ -128,7 +127,7 @@ def _submitted(connection: sa.Connection, run_id: str) -> e.RunSubmitted | None:
     return event if isinstance(event, e.RunSubmitted) else None
 
 
-def _figures(run: Run, history: History, ledger: Ledger, now: Micros, price: float | None) -> Figures:
+def _figures(run: Run, history: RunCurves, ledger: Ledger, now: Micros, price: float | None) -> Figures:
     curves = history.curves
     own = run.first_step + 1
     seconds = math.fsum(curves.values("seconds", own, curves.last))

@@ -10,8 +10,9 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events as e
-from sftd.domain.log.history import AtStep, AtTime, AtVersion, Moment, Timeline, timeline, up_to
+from sftd.domain.log.history import AtStep, AtTime, AtVersion, Moment, up_to
 from sftd.domain.log.model_record import ModelRecord, record_of
+from sftd.domain.log.timeline import LoggedStep, logged_steps
 from sftd.domain.run.fold import fold
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import ENDED, CheckpointInfo, Run
@@ -20,11 +21,11 @@ from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.log.runs import is_taken, load_run
 from sftd.store.queries.resolve import resolve_id
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases
 
 
 class Chapter(msgspec.Struct, frozen=True):
-    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which a fork went on.
+    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which it was forked.
     `last_step` is None for the run itself."""
 
     run_id: str
@@ -48,22 +49,15 @@ def chapters(store: Store, prefix: str) -> list[Chapter]:
             if not is_taken(connection, fork.parent):
                 break
             recorded = list(event_store.read_stream(connection, fork.parent))
-            found.insert(0, Chapter(fork.parent, _until_fork(recorded, fork), fork.step))
+            version = event_store.branch_version(connection, fork)
+            end = AtStep(fork.step) if version is None else AtVersion(version)
+            found.insert(0, Chapter(fork.parent, up_to(recorded, end), fork.step))
     return found
 
 
 def _fork(chapter: Chapter) -> e.RunForked | None:
     first = chapter.recorded[0].event
     return first if isinstance(first, e.RunForked) else None
-
-
-def _until_fork(recorded: list[e.Recorded], fork: e.RunForked) -> list[e.Recorded]:
-    """A parent's events up to the publication of the checkpoint, before it was perhaps redone or went on."""
-    for end in range(len(recorded), 0, -1):
-        event = recorded[end - 1].event
-        if isinstance(event, e.CheckpointPublished) and event.manifest_digest == fork.manifest_digest:
-            return recorded[:end]
-    return up_to(recorded, AtStep(fork.step))
 
 
 def until(history: Sequence[Chapter], moment: Moment) -> list[Chapter]:
@@ -94,8 +88,8 @@ def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
     return next(c for c in history if c.last_step is None or step <= c.last_step)
 
 
-class Comparison(msgspec.Struct, frozen=True):
-    """What is trained again: the steps behind `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
+class VerifyPlan(msgspec.Struct, frozen=True):
+    """What is trained again: the steps after `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
     model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
     `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
     `model` is what the log knows of the model folder."""
@@ -104,7 +98,7 @@ class Comparison(msgspec.Struct, frozen=True):
     from_step: int
     to_step: int
     checkpoint: CheckpointInfo | None
-    log: Timeline
+    log: dict[int, LoggedStep]
     losses: list[float]
     held: list[str]
     model: ModelRecord
@@ -117,8 +111,8 @@ class Comparison(msgspec.Struct, frozen=True):
 
 def plan(
     store: Store, prefix: str, from_step: int | None = None, to_step: int | None = None, *, host: str = ""
-) -> Comparison:
-    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps behind it; without
+) -> VerifyPlan:
+    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps after it; without
     `to_step`, up to its last step. `host` is the one whose devices are looked at.
 
     Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when there is nothing to compare or to begin with.
@@ -127,23 +121,23 @@ def plan(
         run = load_run(connection, resolve_id(connection, prefix))
         recorded = list(event_store.read_stream(connection, run.run_id))
         devices = list(_held(connection, host))
-    log = timeline(recorded)
-    if not log.steps:
+    log = logged_steps(recorded)
+    if not log:
         fix = "resume it first" if run.status in ENDED else "wait until it has"
         raise Refused(Problem(run.run_id, f"is {run.status} and has recorded no step", fix))
-    last = max(log.steps)
-    if to_step is not None and to_step not in log.steps:
+    last = max(log)
+    if to_step is not None and to_step not in log:
         what = f"step {to_step} is not in the timeline"
-        fix = f"its own steps are {min(log.steps)} to {last}"
+        fix = f"its own steps are {min(log)} to {last}"
         raise Refused(Problem("--to-step", what, fix))
     end = last if to_step is None else to_step
     usable = {c.step: c for c in run.checkpoints if not (c.superseded or c.weights_only) and c.step < end}
     begin = _begin(run, usable, from_step, end)
-    past = recorded[: log.versions[end]]
+    past = recorded[: log[end].version]
     losses = losses_before((r.event for r in past), begin)
     then = fold(Run(run.run_id), past)
     model = record_of(r.event for r in recorded)
-    return Comparison(then, begin, end, usable.get(begin), log, losses, devices, model)
+    return VerifyPlan(then, begin, end, usable.get(begin), log, losses, devices, model)
 
 
 def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:
@@ -162,7 +156,7 @@ def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, e
     if from_step in usable:
         what = f"the checkpoint of step {from_step} is not on this host: {usable[from_step].path}"
     else:
-        what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps behind it up to {end}"
+        what = f"{run.run_id} has no checkpoint of step {from_step} in its timeline with steps after it up to {end}"
     raise Refused(Problem("--from-step", what, f"one of: {choices}"))
 
 
@@ -173,7 +167,7 @@ def held(store: Store, host: str) -> list[str]:
 
 
 def _held(connection: sa.Connection, host: str) -> Iterator[str]:
-    for lease in queue.leases(connection):
+    for lease in leases.leases(connection):
         launches = event_store.read_stream(connection, lease.run_id, types=("AttemptLaunched",))
         for r in launches:
             if isinstance(r.event, e.AttemptLaunched) and r.attempt == lease.attempt and r.event.host == host:

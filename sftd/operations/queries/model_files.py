@@ -27,7 +27,7 @@ def read_record(connection: sa.Connection, run_id: str) -> ModelRecord:
     return record_of(r.event for r in event_store.read_stream(connection, run_id, types=TYPES))
 
 
-def check(record: ModelRecord, run_id: str, spec: Spec, *, pretrained: bool) -> bool:
+def check_unchanged(record: ModelRecord, run_id: str, spec: Spec, *, pretrained: bool) -> bool:
     """Compare the model folder of a run with its record, before another attempt is asked for. `pretrained`: it starts from
     the weights in the folder. A folder that is not on this host is left to the attempt.
 

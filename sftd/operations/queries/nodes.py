@@ -8,21 +8,21 @@ from typing import Literal
 import msgspec
 
 from sftd.domain.log.events import AttemptLaunched, Micros
+from sftd.domain.queue.demand import HOST_DEVICES
 from sftd.operations.context import Context
+from sftd.operations.queries.queue import host_of
 from sftd.store.database.engine import Store
 from sftd.store.log import event_store
 from sftd.store.queue import daemons
-from sftd.store.queue import leases as queue
+from sftd.store.queue import leases as lease_store
 from sftd.store.queue.daemons import DaemonRow
 
 # A daemon that was not seen need not be dead: its host may be cut off from the database while its runs train.
 NodeState = Literal["alive", "not observed", "stopped"]
-# How the inventory counts devices, and how it names one.
-_KINDS = {"gpus": "cuda", "cpus": "cpu", "slurm": "slurm"}
 
 
 class Devices(msgspec.Struct, frozen=True):
-    """Devices of one kind."""
+    """Devices of one kind, or places of one launcher."""
 
     total: int
     used: int
@@ -54,7 +54,7 @@ def list_nodes(store: Store, context: Context, silent_micros: int, *, everyone: 
     with store.read() as connection:
         now = store.clock(connection, context.now())
         rows = daemons.every(connection)
-        leases = queue.leases(connection)
+        leases = lease_store.leases(connection)
         attempts = {(lease.run_id, lease.attempt) for lease in leases}
         launched = event_store.read_types(
             connection, [lease.run_id for lease in leases], (AttemptLaunched.__name__,)
@@ -81,14 +81,15 @@ def list_nodes(store: Store, context: Context, silent_micros: int, *, everyone: 
 def _node(row: DaemonRow, runs: list[str], held: list[str], now: Micros, silent_micros: int) -> Node:
     silent = now - row.seen_at > silent_micros
     used = Counter(device.partition(":")[0] for device in held)
-    counts: dict[str, int] = msgspec.json.decode(row.devices)
+    host = host_of(row)
+    counts = {"gpus": host.gpus, "cpus": host.cpus, **host.places}
     return Node(
         host=row.host,
         daemon=row.daemon_id,
         state="stopped" if row.stopped_at is not None else "not observed" if silent else "alive",
         pid=row.pid,
         home=row.home,
-        devices={kind: Devices(n, used[_KINDS[kind]]) for kind, n in counts.items() if kind in _KINDS},
+        devices={kind: Devices(n, used[HOST_DEVICES.get(kind, kind)]) for kind, n in counts.items()},
         runs=runs,
         started_at=row.started_at,
         seen_at=row.seen_at,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from sftd.domain.compare import plan_outcome
-from sftd.domain.compare.plan_outcome import History, Outcome
+from sftd.domain.compare.plan_outcome import MeasuredRun, Outcome
 from sftd.domain.log.events import Micros, RunSubmitted, StepCompleted
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run.goodput import Ledger
 from sftd.domain.run.state import Run
@@ -42,7 +42,7 @@ def outcome(store: Store, run: Run, ledger: Ledger) -> Outcome | None:
         )
 
 
-def _earlier(connection: sa.Connection, before: Micros | None) -> list[History]:
+def _earlier(connection: sa.Connection, before: Micros | None) -> list[MeasuredRun]:
     v = view_runs.c
     query = sa.select(v.run_id).where(v.seconds_per_step.is_not(None), v.step >= _STEPS)
     if before is not None:
@@ -53,7 +53,7 @@ def _earlier(connection: sa.Connection, before: Micros | None) -> list[History]:
     for (run_id,) in connection.execute(query.order_by(v.submitted_at.desc()).limit(_RUNS)):
         submitted = _submitted(connection, run_id)
         if submitted is not None:
-            found.append(History(load_run(connection, run_id), submitted))
+            found.append(MeasuredRun(load_run(connection, run_id), submitted))
     return found
 
 

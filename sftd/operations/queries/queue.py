@@ -8,20 +8,20 @@ import msgspec
 
 from sftd.domain.log.events import JobReported, Micros
 from sftd.domain.queue.demand import need
-from sftd.domain.queue.forecast import Host, Outlook, look_ahead
+from sftd.domain.queue.forecast import HostCapacity, Outlook, look_ahead
 from sftd.domain.queue.order import Entry, Limits
+from sftd.domain.spec.launchers import LOCAL, kind_of
 from sftd.operations.context import Context, current
 from sftd.operations.queries.placing import placed
 from sftd.store.database.engine import Store
-from sftd.store.queue import daemons
-from sftd.store.queue import order as schedule
+from sftd.store.queue import daemons, order
 from sftd.store.queue.daemons import DaemonRow
 
 
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
     `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
-    lately; `job` is what Slurm last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
+    lately; `job` is what the resource manager of `launcher` last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
 
     run_id: str
     status: str
@@ -33,6 +33,7 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
     planned_steps: int
     seconds_left: float | None
     host: str | None = None
+    launcher: str = LOCAL.name
     observed: bool = True
     job: JobReported | None = None
     kind: str = ""
@@ -46,11 +47,11 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
     `silent_micros` starts nothing. `limits` hold where no living daemon has told its own."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
-        running = schedule.running(connection)
-        waiting = placed(connection, schedule.waiting(connection))
+        running = order.running(connection)
+        waiting = placed(connection, order.waiting(connection))
         rows = daemons.every(connection)
-        on_slurm = [r.run_id for r in running if r.demand.launcher == "slurm"]
-        jobs = {run_id: current(connection, run_id).job_report for run_id in on_slurm}
+        managed = [r.run_id for r in running if kind_of(r.demand.launcher).is_managed]
+        jobs = {run_id: current(connection, run_id).job_report for run_id in managed}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
     if told := [host.limits for host in alive if host.limits is not None]:
@@ -62,7 +63,7 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
     return driven + [_waiting(entry, outlooks[entry.run_id], alive) for entry in waiting]
 
 
-def living_hosts(store: Store, context: Context, silent_micros: int) -> list[Host]:
+def living_hosts(store: Store, context: Context, silent_micros: int) -> list[HostCapacity]:
     """The hosts of all daemons that were seen within `silent_micros`."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
@@ -74,22 +75,14 @@ def living(rows: list[DaemonRow], now: Micros, silent_micros: int) -> list[Daemo
     return [row for row in rows if row.stopped_at is None and row.seen_at > now - silent_micros]
 
 
-def host_of(row: DaemonRow) -> Host:
+def host_of(row: DaemonRow) -> HostCapacity:
     """A daemon's host, with its devices."""
-    devices = msgspec.json.decode(row.devices, type=dict[str, int])
-    return Host(
-        row.daemon_id,
-        row.host,
-        devices.get("gpus", 0),
-        devices.get("cpus", 0),
-        devices.get("slurm", 0),
-        Limits.told(devices),
-    )
+    return HostCapacity.of(row.daemon_id, row.host, msgspec.json.decode(row.devices, type=dict[str, int]))
 
 
-def _devices(entry: Entry, hosts: list[Host]) -> int:
+def _devices(entry: Entry, hosts: list[HostCapacity]) -> int:
     """What the run takes on the first of these hosts that can ever take it."""
-    if entry.demand.launcher == "slurm":
+    if not kind_of(entry.demand.launcher).uses_host_devices:
         return entry.demand.world
     for host in hosts:
         wanted = need(entry.demand, host.gpus, host.cpus)
@@ -98,7 +91,9 @@ def _devices(entry: Entry, hosts: list[Host]) -> int:
     return entry.demand.world
 
 
-def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported | None) -> QueueRow:
+def _driven(
+    entry: Entry, host: HostCapacity | None, alive: list[HostCapacity], job: JobReported | None
+) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,
@@ -112,11 +107,12 @@ def _driven(entry: Entry, host: Host | None, alive: list[Host], job: JobReported
         seconds_left=None if entry.status == "stopping" else entry.seconds_left,
         host=host.name if host else None,
         observed=host in alive,
+        launcher=entry.demand.launcher,
         job=job,
     )
 
 
-def _waiting(entry: Entry, outlook: Outlook, alive: list[Host]) -> QueueRow:
+def _waiting(entry: Entry, outlook: Outlook, alive: list[HostCapacity]) -> QueueRow:
     return QueueRow(
         run_id=entry.run_id,
         status=entry.status,

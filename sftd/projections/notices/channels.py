@@ -21,18 +21,19 @@ from typing import Any, Protocol
 import msgspec
 
 import sftd
+from sftd.domain.errors import SftdError
 from sftd.domain.notices import Notice
 
 COMMAND_SECONDS, WEBHOOK_SECONDS = 20.0, 10.0
 # The receiver understands the request and does not want this notice: sending it again would change nothing.
 _REFUSED = (400, 413, 422)
-# Much is read, so that an argument in it is whole and can be hidden, and little is told.
+# Much is read, so that an argument in it is whole and can be hidden, and little is shown.
 _READ_BYTES, _SHOWN = 1 << 16, 300
 # A part of an argument that may be secret.
 _WORD = re.compile(r"[^\s'\"=<>|;&()]{6,}")
 
 
-class NotSent(Exception):
+class NotSent(SftdError):
     """A notice did not arrive. `is_final`: it never will, and the next one may."""
 
     def __init__(self, message: str, *, is_final: bool = False) -> None:
@@ -52,7 +53,7 @@ class Channel(Protocol):
 
 
 def channels(command: str, webhook: str, folder: Path) -> list[Channel]:
-    """The channels that are set; a command runs in `folder`, whoever tells it."""
+    """The channels that are set; a command runs in `folder`, whatever starts it."""
     found: list[Channel] = []
     if command:
         found.append(Command(shlex.split(command), folder=folder))
@@ -62,7 +63,7 @@ def channels(command: str, webhook: str, folder: Path) -> list[Channel]:
 
 
 def _identity(kind: str, parts: Sequence[str]) -> str:
-    """The settings may hold a secret, so a digest stands in for them."""
+    """The settings may hold a secret, so a digest is used for them."""
     return f"notify:{kind}:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
@@ -82,7 +83,7 @@ class Command:
     def send(self, notice: Notice) -> None:
         """Run it. It has arrived when the exit code is 0."""
         env = {**os.environ, **_variables(notice)}
-        # Files, not pipes: a command that reads nothing, or leaves children behind, holds nobody up.
+        # Files, not pipes: a command that reads nothing, or leaves children, delays nothing.
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
             stdin.write(msgspec.json.encode(notice) + b"\n")
             stdin.seek(0)
@@ -113,7 +114,7 @@ class Command:
                 raise NotSent(f"exit code {code}" + (f": {said}" if said else ""))
 
     def _hidden(self, text: str) -> str:
-        """What the command says, less its own arguments: wget tells its URL, a shell the line that it cannot read."""
+        """What the command says, less its own arguments: wget prints its URL, a shell the line that it cannot read."""
         words = {word for argument in self._argv[1:] for word in _WORD.findall(argument)}
         for word in sorted(words, key=len, reverse=True):
             text = text.replace(word, "…")
@@ -173,8 +174,8 @@ class Webhook:
                 return NotSent(f"the answer is {error.code} {error.reason}", is_final=error.code in _REFUSED)
         except urllib.error.URLError as error:
             reason = error.reason
-            told = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
-            return NotSent(f"it does not answer: {told}")
+            why = (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
+            return NotSent(f"it does not answer: {why}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             # The messages of the last two may quote the URL.
             return NotSent(f"it does not answer: {type(error).__name__}")

@@ -1,28 +1,33 @@
 """Sends notices from the log: each at least once, in order, from one daemon at a time.
 
-How far a channel has been told stands in the database, per channel and kinds: the position of the last event that has
-arrived there. (It says nothing of other kinds, so whoever sends those to the same place has another.) It begins at the
-end of the log when the channel is first used for these kinds. Whoever sends holds the channel's lease; it moves the
-position after each notice, in a transaction that asks whether the lease is still held. So a notice comes twice only when
+The database has a position per channel and kinds: that of the last event that has arrived there. (It says nothing of other
+kinds, so a daemon that sends those to the same place has another.) It begins at the end of the log when the channel is first
+used for these kinds. The daemon that sends holds the channel's lease; it moves the position after each notice, in a
+transaction that asks whether the lease is still held. So a notice comes twice only when
 its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from sftd.domain import notices
+from sftd.domain.errors import LeaseLost
 from sftd.domain.log import events as e
-from sftd.domain.notices import Facts, Notice
+from sftd.domain.notices import Notice
 from sftd.projections.notices.channels import Channel, NotSent
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import view_runs
 from sftd.store.log import event_store, positions
+from sftd.store.queue import named_leases
 
 log = logging.getLogger("sftd.notify")
 
@@ -45,7 +50,7 @@ class _Counted:
 
 
 class Notifier:
-    """Tells one channel of some kinds of events. Not for several threads."""
+    """Sends some kinds of events to one channel. Not for several threads."""
 
     def __init__(
         self, store: Store, channel: Channel, kinds: tuple[str, ...], now: Callable[[], e.Micros]
@@ -56,24 +61,25 @@ class Notifier:
         # A letter a kind: the column is short.
         self._name = f"{channel.identity}:{''.join(sorted({kind[0] for kind in kinds}))}"
         self._now = now
+        self._token = str(uuid.uuid4())
         # By this host's own clock: when the lease is half over.
         self._renew_at = 0.0
         self._seen = 0
         self._counted: dict[str, _Counted] = {}
 
     def begin(self) -> None:
-        """From now on there is something to tell. Does nothing when the channel is known already."""
+        """Send what is recorded from now on. Does nothing when the channel is known already."""
         with self._store.write(appends=False) as tx:
             positions.begin_projection(tx.connection, self._name, event_store.last_position(tx.connection))
 
     def pending_count(self) -> int | None:
-        """How many events are still to be told of, at most `PAGE`; None when no daemon has used the channel yet."""
+        """How many events are still to be sent, at most `PAGE`; None when no daemon has used the channel yet."""
         with self._store.read() as connection:
             begun = positions.has_begun(connection, self._name)
         return len(self._pending()) if begun else None
 
     def _pending(self) -> list[e.Recorded]:
-        """The next events to tell of, in order, from the position that is written down."""
+        """The next events to send, in order, from the position that is written down."""
         with self._store.read() as connection:
             position = positions.projection_position(connection, self._name)
             return event_store.read_types_after(connection, position, self._types, PAGE)
@@ -83,8 +89,7 @@ class Notifier:
         again."""
         if not self._anything_new():
             return 0
-        until = self._lease(None)
-        if until is None:
+        if not self._lease():
             return 0  # another daemon sends
         sent = 0
         try:
@@ -93,32 +98,30 @@ class Notifier:
                 for recorded in page:
                     if should_stop():
                         break
-                    if time.monotonic() > self._renew_at:
-                        if (renewed := self._lease(until)) is None:
-                            return sent
-                        until = renewed
+                    if time.monotonic() > self._renew_at and not self._renew():
+                        return sent
                     arrived = self._tell(recorded)
                     sent += arrived
-                    # Many anomalies in a row are not told; one write for all of them.
-                    if (arrived or recorded is page[-1]) and not self._move(until, recorded.position):
+                    # Many anomalies in a row give no notice; one write for all of them.
+                    if (arrived or recorded is page[-1]) and not self._move(recorded.position):
                         return sent
         finally:
-            self._release(until)
+            self._release()
         return sent
 
     def _anything_new(self) -> bool:
         with self._store.read() as connection:
             written = positions.projection_position(connection, self._name)
             end = event_store.last_position(connection)
-            behind = max(written, self._seen)
-            found = event_store.read_types_after(connection, behind, self._types, 1) if end > behind else []
+            since = max(written, self._seen)
+            found = event_store.read_types_after(connection, since, self._types, 1) if end > since else []
         if found:
             self._seen = min(self._seen, found[0].position - 1)
             return True
         self._seen = end
-        if end - written > _UNWRITTEN and (until := self._lease(None)) is not None:
-            self._move(until, end)
-            self._release(until)
+        if end - written > _UNWRITTEN and self._lease():
+            self._move(end)
+            self._release()
         return False
 
     def _tell(self, recorded: e.Recorded) -> bool:
@@ -148,7 +151,7 @@ class Notifier:
         query = sa.select(c.project, c.name, c.user, c.step, c.planned_steps, c.loss)
         with self._store.read() as connection:
             row = connection.execute(query.where(c.run_id == recorded.run_id)).first()
-        facts = Facts(*row) if row is not None else Facts("", "", "", 0, 0, None)
+        facts = e.NoticeFacts(*row) if row is not None else e.NoticeFacts("", "", "", 0, 0, None)
         return notices.notice(recorded, facts, ordinal)
 
     def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:
@@ -170,21 +173,28 @@ class Notifier:
         known.version = recorded.version
         return known.counts[recorded.attempt, recorded.type, event.what]
 
-    def _lease(self, held: int | None) -> int | None:
-        """Take the lease, or prolong the one that ends at `held`. Returns when it ends; None when another has it."""
+    def _lease(self) -> bool:
+        """Take the lease. False when another daemon has it."""
+        owner = f"{socket.gethostname()[:40]}-{os.getpid()}"
+        self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            now = tx.now(self._now())
-            self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
-            return positions.lease_projection(tx, self._name, held, now, now + _LEASE_MICROS)
+            return named_leases.take(tx, self._name, self._token, owner, self._now(), _LEASE_MICROS)
 
-    def _release(self, until: int) -> None:
+    def _renew(self) -> bool:
+        self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
-            positions.release_projection(tx, self._name, until)
+            return named_leases.renew(tx, self._token, self._now(), _LEASE_MICROS)
 
-    def _move(self, until: int, position: int) -> bool:
+    def _release(self) -> None:
+        with self._store.write(appends=False) as tx:
+            named_leases.release(tx, self._name, self._token)
+
+    def _move(self, position: int) -> bool:
         """Move the position, if the lease is still ours."""
         with self._store.write(appends=False) as tx:
-            if not positions.holds_projection(tx, self._name, until):
+            try:
+                named_leases.check(tx, self._name, self._token)
+            except LeaseLost:
                 return False
             positions.set_projection_position(tx.connection, self._name, position)
         self._seen = max(self._seen, position)

@@ -40,7 +40,7 @@ def write(source: Path, target: Path) -> int:
                 connection.execute("VACUUM INTO ?", (str(partial),))
         except sqlite3.Error as error:
             raise BackupFailed(f"{source}: {error}") from None
-        check(partial)
+        check_integrity(partial)
         _fsync(partial)
         # Not a rename, which would replace a file that was made meanwhile.
         os.link(partial, target)
@@ -48,7 +48,7 @@ def write(source: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-def check(file: Path) -> None:
+def check_integrity(file: Path) -> None:
     """Raises `BackupFailed` when SQLite finds damage in a file."""
     try:
         with closing(_connect(file)) as connection:
@@ -67,7 +67,7 @@ def staged(backup: Path, database: Path) -> Iterator[Path]:
         shutil.copyfile(backup, partial)
         if (log := _beside(backup, "-wal")).exists():
             shutil.copyfile(log, _beside(partial, "-wal"))
-        check(partial)
+        check_integrity(partial)
         yield partial
 
 

@@ -18,12 +18,11 @@ _WRITE = "sftd_write"
 # Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
-# A process that is frozen in the middle of a write holds the append lock, or rows of the queue: after so long the server
-# ends its session, which undoes the transaction, and the others go on. (Nothing but a person ends it on SQLite, nor one that
-# is frozen in the middle of a COPY, which for the server is no idleness.) Whoever only reads holds up nobody, and may think
-# for as long as it likes between two statements.
+# A process that is frozen in the middle of a write holds the append lock, or rows of the queue: after this time the
+# server ends its session, which undoes the transaction, and the others continue. (Only a person ends it on SQLite, or in the
+# middle of a COPY, which the server does not count as idle.) A reader blocks nobody, so it has no such limit.
 IDLE_SECONDS = 30.0
-# libpq waits for ever where a host is gone without a word.
+# Without these libpq waits for ever for a host that vanished.
 _PATIENCE = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
 # (connection, this host's time) → the time by which the queue and leases are judged.
 Clock = Callable[[sa.Connection, Micros], Micros]
@@ -121,8 +120,8 @@ def insert(engine_or_connection: sa.Engine | sa.Connection, table: sa.Table) -> 
 def insert_rows(
     connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]
 ) -> None:
-    """Insert rows whose values stand in the order of `columns`, by the quickest way of each driver: two to three times as
-    fast as an INSERT by SQLAlchemy. A run's steps are many, and so are the rows of a database that is copied."""
+    """Insert rows, each with its values in the order of `columns`, in the quickest way of each driver: two to three times as
+    fast as an INSERT by SQLAlchemy. A run has many steps, and a copy of a database many rows."""
     names = ", ".join(f'"{name}"' for name in columns)
     if connection.dialect.name != "postgresql":
         marks = ", ".join("?" * len(columns))
@@ -136,7 +135,7 @@ def insert_rows(
             for row in rows:
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
-        # As SQLAlchemy tells the errors of its own statements.
+        # As SQLAlchemy raises the errors of its own statements.
         raise sa.exc.DBAPIError.instance(
             statement, None, error, connection.dialect.loaded_dbapi.Error
         ) from error
@@ -172,8 +171,8 @@ class Tx:
 
 
 class Store:
-    """A database. `before_commit` functions run inside each transaction that appended events, such as the views
-    that must never lag behind the log. `clock` is replaced in tests."""
+    """A database. `before_commit` functions run inside each transaction that appended events, such as the views,
+    which always match the log. `clock` is replaced in tests."""
 
     def __init__(
         self,
@@ -195,7 +194,7 @@ class Store:
     @contextmanager
     def write(self, *, appends: bool = True, may_idle: bool = False) -> Iterator[Tx]:
         """A write transaction. `appends` False is for rows beside the log, such as lease renewals. `may_idle` is for a
-        database that nobody shares yet: the server then waits for ever for the next statement."""
+        database that no other process uses yet: then the server waits for ever for the next statement."""
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
             if self.engine.dialect.name == "postgresql":
                 idle = "0" if may_idle else f"{round(IDLE_SECONDS * 1000)}ms"

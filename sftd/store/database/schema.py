@@ -1,6 +1,6 @@
-"""The whole schema, for whoever makes or compares tables: those of `tables`, and what only one dialect knows of them.
+"""The whole schema, to make or compare tables: `tables`, and what only one dialect has.
 
-It stands apart because a table that names a dialect imports it, and that takes `sftd ls` the twentieth part of its time.
+It is a module of its own because naming a dialect imports it, which is a twentieth of the time of `sftd ls`.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ __all__ = ["metadata"]
 sa.Index(
     "ix_events_history", events.c.run_id, events.c.version, postgresql_where=NO_STEP, sqlite_where=NO_STEP
 )
-# A deleted position must never be given out again: readers continue behind the highest they saw.
+# A deleted position must never be given out again: readers continue after the highest one that they saw.
 events.dialect_options["sqlite"]["autoincrement"] = True

@@ -1,6 +1,6 @@
 """Every table. Times are whole microseconds since the Unix epoch (UTC).
 
-`events` is the truth. `queue`, `daemons` and `claims` are operational rows: who may do what now. `journal_cursors` and
+`events` is the truth. `queue`, `daemons` and `claims` are operational rows: which daemon may do what now. `journal_cursors` and
 `projection_positions` say how far was read. `view_*` can be deleted and rebuilt from events.
 """
 
@@ -44,7 +44,7 @@ events = sa.Table(
     sa.UniqueConstraint("run_id", "version"),
     # Not over all runs: ids are random, and an index over all of them makes appending to a large log slow.
     sa.UniqueConstraint("run_id", "event_id"),
-    # What names a dialect stands in `schema`.
+    # `schema` has the indexes that name a dialect.
 )
 
 queue = sa.Table(
@@ -97,7 +97,7 @@ daemons = sa.Table(
     sa.Column("home_id", sa.String(64), nullable=False, server_default=""),
 )
 
-# Jobs that only one daemon does at a time, such as mirroring to MLflow.
+# Leases on what only one daemon does at a time, such as mirroring to MLflow (`store.queue.named_leases`).
 claims = sa.Table(
     "claims",
     metadata,

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from sftd.domain.errors import ConcurrencyConflict
 from sftd.domain.log import codec
-from sftd.domain.log.events import Micros, NewEvent, Recorded, StepCompleted
+from sftd.domain.log.events import CheckpointPublished, Micros, NewEvent, Recorded, RunForked, StepCompleted
 from sftd.store.database.engine import Tx, insert_rows
 from sftd.store.database.tables import NO_STEP, events, view_runs
 
@@ -120,6 +120,17 @@ def read_stream(
         yield to_recorded(row)
 
 
+def branch_version(connection: sa.Connection, fork: RunForked) -> int | None:
+    """The version of the parent's stream at which a fork branches: the last publication of its checkpoint. What the parent did
+    with later steps is not the fork's. None for a fork of the pretrained model, and where the log has no such checkpoint."""
+    query = of_run(fork.parent, 0, (CheckpointPublished.__name__,), None).order_by(None)
+    for row in connection.execute(query.order_by(events.c.version.desc())):
+        event = to_recorded(row).event
+        if isinstance(event, CheckpointPublished) and event.manifest_digest == fork.manifest_digest:
+            return int(row.version)
+    return None
+
+
 def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded | None:
     """The last event of a type of a run. Quick for a type that is near the end of its stream."""
     c = events.c
@@ -184,6 +195,6 @@ def raw_rows(
     types: Sequence[str] = (),
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the events table of one run as they stand there, for people and scripts."""
+    """The rows of one run in the events table, undecoded, for people and scripts."""
     for row in connection.execute(of_run(run_id, after_version, types, limit)):
         yield {str(name): value for name, value in row._mapping.items()}

@@ -55,7 +55,7 @@ def _decode(run_id: str, fold: str) -> Fold:
 def advance(
     connection: sa.Connection, run_id: str, fold: Fold, after_version: int, until_version: int | None = None
 ) -> int:
-    """Have `fold` take in the events of a run behind `after_version`. Returns the version up to which it did."""
+    """Add the events of a run after `after_version` to `fold`. Returns the version of the last one."""
     c = events.c
     query = (
         sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)
@@ -64,8 +64,8 @@ def advance(
     )
     if until_version is not None:
         query = query.where(c.version <= until_version)
-    # A batch at a time: a run of before this view may have millions of steps, and whoever writes must not keep the
-    # server waiting for as long as they take to decode (`engine.IDLE_SECONDS`).
+    # A batch at a time: a run older than this view may have millions of steps, and a writer must not keep the server
+    # waiting for as long as they take to decode (`engine.IDLE_SECONDS`).
     query = query.execution_options(yield_per=_BATCH)
     for version, name, schema_version, occurred_at, payload in connection.execute(query):
         if name == StepCompleted.__name__:

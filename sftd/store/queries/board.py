@@ -1,5 +1,5 @@
-"""What a live board asks again and again. Nothing here costs more the longer the log is: rows are found by key, by their
-place at the end of a stream, or behind the position that was seen last."""
+"""What a live board reads at each refresh. No query slows down as the log grows: rows are found by key, at the end of a
+stream, or after the last position that was read."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.compare.curves import Point
+from sftd.domain.compare.curves import CurvePoint
 from sftd.domain.log.events import Recorded, StepCompleted
 from sftd.domain.run.state import Run
 from sftd.store.database.tables import NO_STEP, events, view_runs
 from sftd.store.log.event_store import to_recorded
 from sftd.store.log.runs import decode_state
 
-_point = msgspec.json.Decoder(Point)
+_point = msgspec.json.Decoder(CurvePoint)
 
 
 def last_points(
     connection: sa.Connection, run_id: str, after_version: int, limit: int
-) -> list[tuple[int, int, Point]]:
-    """The last steps behind a version, at most so many, oldest first: (version, when it occurred, step)."""
+) -> list[tuple[int, int, CurvePoint]]:
+    """The last steps after a version, at most `limit`, oldest first: (version, when it occurred, step)."""
     c = events.c
     query = (
         sa.select(c.version, c.occurred_at, c.payload, c.type)

@@ -1,1 +1,1 @@
-"""The queue, leases, claims and daemons."""
+"""The queue, leases and daemons."""

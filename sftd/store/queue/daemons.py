@@ -14,7 +14,7 @@ from sftd.store.database.tables import daemons
 class DaemonRow(msgspec.Struct, frozen=True):
     """A daemon. `devices` is JSON: how many it has of each kind, and beside them its limits (`user_limit`, `project_limit`; 0 is
     none); `stopped_at` is set when it stopped by itself. Times are those of the database's clock,
-    so that daemons on several hosts can be told apart by them."""
+    so that those of several hosts can be compared."""
 
     daemon_id: str
     host: str

@@ -1,16 +1,19 @@
-"""Who waits, and who may drive what now. A lease is an expiring right with a token; every write under it checks the token."""
+"""Which runs wait, and which daemon may drive which run: the lease on a run, which no other daemon takes over unless the run's
+attempt is proven to have no daemon, expired or not."""
 
 from __future__ import annotations
 
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.errors import LeaseLost
 from sftd.domain.log.events import Micros
 from sftd.store.database.engine import Tx
 from sftd.store.database.tables import queue
+from sftd.store.queue.lease_table import LeaseTable
 
 WAITING, HELD, LEASED, IDLE = "waiting", "held", "leased", "idle"
+_LEASES = LeaseTable(queue.c.run_id, queue.c.state == LEASED)
+check, renew = _LEASES.check, _LEASES.renew
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -60,45 +63,14 @@ def release(tx: Tx, run_id: str) -> None:
 
 def lease(tx: Tx, run_id: str, attempt: int, token: str, owner: str, expires_at: Micros) -> bool:
     """Lease a waiting run. False when it no longer waits."""
-    statement = (
-        sa.update(queue)
-        .where(queue.c.run_id == run_id, queue.c.state == WAITING)
-        .values(state=LEASED, attempt=attempt, token=token, owner=owner, expires_at=expires_at)
-        .returning(queue.c.run_id)
-    )
-    return tx.execute(statement).first() is not None
-
-
-def check(tx: Tx, run_id: str, token: str) -> None:
-    """Raises `LeaseLost` unless `token` holds the lease. Holds it until the end of the transaction."""
-    query = sa.select(queue.c.run_id).where(
-        queue.c.run_id == run_id, queue.c.state == LEASED, queue.c.token == token
-    )
-    if tx.execute(query.with_for_update()).first() is None:
-        raise LeaseLost(f"The lease on {run_id} is no longer ours: another daemon took it over.")
-
-
-def renew(tx: Tx, tokens: list[str], expires_at: Micros) -> set[str]:
-    """Prolong leases. Returns the tokens that still hold one."""
-    if not tokens:
-        return set()
-    statement = (
-        sa.update(queue)
-        .where(queue.c.state == LEASED, queue.c.token.in_(tokens))
-        .values(expires_at=expires_at)
-    )
-    return set(tx.execute(statement.returning(queue.c.token)).scalars())
+    waits = queue.c.state == WAITING
+    return _LEASES.take(tx, run_id, token, owner, expires_at, where=waits, state=LEASED, attempt=attempt)
 
 
 def take_over(tx: Tx, old: Lease, token: str, owner: str, expires_at: Micros) -> bool:
     """Replace a lease by one of our own. False when it has changed hands meanwhile."""
-    statement = (
-        sa.update(queue)
-        .where(queue.c.run_id == old.run_id, queue.c.state == LEASED, queue.c.token == old.token)
-        .values(token=token, owner=owner, expires_at=expires_at)
-        .returning(queue.c.run_id)
-    )
-    return tx.execute(statement).first() is not None
+    unchanged = sa.and_(_LEASES.is_leased, queue.c.token == old.token)
+    return _LEASES.take(tx, old.run_id, token, owner, expires_at, where=unchanged)
 
 
 def expires_at(connection: sa.Connection, run_id: str) -> Micros | None:

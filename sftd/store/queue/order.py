@@ -119,7 +119,7 @@ def _unmet(connection: sa.Connection, run_ids: list[str]) -> dict[str, dict[str,
 
 
 def in_order(connection: sa.Connection, now: Micros) -> Iterator[Entry]:
-    """Waiting runs whose time has come, in the order in which they start. Read a page at a time."""
+    """Waiting runs that may start now, in the order in which they start. Read a page at a time."""
     c = queue.c
     limit = _FIRST_PAGE
     due = (c.state == WAITING, sa.or_(c.not_before <= now, c.not_before > latest_wait(now)))
@@ -129,14 +129,14 @@ def in_order(connection: sa.Connection, now: Micros) -> Iterator[Entry]:
         if len(page) < limit:
             return
         last, limit = page[-1], min(_LARGEST_PAGE, 10 * limit)
-        behind = sa.or_(
+        after_last = sa.or_(
             c.priority < last.priority,
             sa.and_(
                 c.priority == last.priority,
                 sa.tuple_(c.enqueued_at, c.run_id) > sa.tuple_(last.enqueued_at, last.run_id),
             ),
         )
-        page = _read(connection, *due, behind, limit=limit, with_after=True)
+        page = _read(connection, *due, after_last, limit=limit, with_after=True)
 
 
 def waiting(connection: sa.Connection) -> list[Entry]:

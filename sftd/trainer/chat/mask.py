@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.trainer.chat.render import ChatRenderer, RenderedChat, Rewritten
 from sftd.trainer.chat.round_trip import RoundTrip
 from sftd.trainer.chat.template import BoundTemplate, Message, Span, marks_answers
-from sftd.wire.data.rows import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log.events import AnomalyDetected, CheckpointPublished, CheckpointStarted
+from sftd.domain.plan.sizes import SAVE_HEADROOM
 from sftd.domain.run.failures import is_disk_full
 from sftd.domain.spec.spec import spec_digest
 from sftd.trainer.checkpoint import folder as checkpoint_folder
@@ -35,12 +36,12 @@ from sftd.trainer.checkpoint.writer import (
     FilePlan,
     HostCopy,
     ShareWriter,
-    install_writer,
     is_state_file,
+    plan_files,
     writers,
 )
 from sftd.trainer.errors import CheckpointSaveFailed, UserError
-from sftd.trainer.runtime import megatron_edges
+from sftd.trainer.runtime.megatron_edges.saving import keep_rank_zero_in_step, plan_saves_with
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.trainer.runtime.session import Session, gather
 from sftd.trainer.trainee import Trainee
@@ -51,8 +52,6 @@ from sftd.wire.checkpoint.manifest import FileEntry, Manifest
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
-# Free space that must be there before a checkpoint is begun, as a share of its expected size.
-_HEADROOM = 1.1
 # Failed saves in a row after which an attempt ends.
 _MOST_FAILURES = 2
 # How long a save waits for those who read the checkpoint that it replaces.
@@ -110,7 +109,7 @@ class Checkpoints:
         self._pending: _Pending | None = None
         # Saves in a row that failed for another reason than a full disk.
         self._failed = 0
-        install_writer()
+        plan_saves_with(plan_files)
         # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
         gc.freeze()
         atexit.register(gc.unfreeze)
@@ -251,7 +250,7 @@ class Checkpoints:
         for left in self._folder.glob("step-*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         make_durable(partial)
-        need = int(_HEADROOM * self._trainee.state_bytes)
+        need = int(SAVE_HEADROOM * self._trainee.state_bytes)
         if (free := shutil.disk_usage(partial).free) < need:
             raise OSError(
                 f"No space left on device: {partial} has {free} bytes free, a checkpoint needs {need}"
@@ -284,7 +283,7 @@ class Checkpoints:
 
     @staticmethod
     def _finalize(pending: _Pending) -> None:
-        with megatron_edges.keep_rank_zero_in_step():
+        with keep_rank_zero_in_step():
             for finalize in pending.finalize:
                 finalize()
 

@@ -16,7 +16,7 @@ from sftd.wire.attempt.directory import make_durable
 from sftd.wire.checkpoint import disk
 
 
-def check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Find out before the first step whether checkpoints can be written. Called by every rank; one of each node writes.
 
     Raises `UserError` when they cannot, and `CheckpointSaveFailed` when the disk is full.

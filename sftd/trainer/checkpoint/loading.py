@@ -17,7 +17,7 @@ from sftd.trainer.checkpoint import reading as checkpoint_reading
 from sftd.trainer.checkpoint.state import restore, sharded_state
 from sftd.trainer.errors import UserError
 from sftd.trainer.optimizer import optimizer as optimizers
-from sftd.trainer.runtime import megatron_edges
+from sftd.trainer.runtime.megatron_edges.training import separate_adamw_steps
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.trainer.runtime.session import Session, gather
 from sftd.trainer.trainee import Trainee
@@ -82,7 +82,7 @@ def _restore(
         restore(chunk, state[f"model{i}"])
     optimizers.take_peak(spec, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
-    megatron_edges.separate_adamw_steps(optimizer)
+    separate_adamw_steps(optimizer)
     optimizers.configure(spec, optimizer, session)
     if with_rng:
         torch.set_rng_state(state["rng"]["cpu"])

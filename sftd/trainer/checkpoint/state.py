@@ -9,7 +9,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 
-from sftd.trainer.runtime.megatron_edges import allocate_adamw_state
+from sftd.trainer.runtime.megatron_edges.training import allocate_adamw_state
 from sftd.trainer.runtime.session import Session
 from sftd.trainer.trainee import Trainee
 

@@ -16,23 +16,18 @@ from typing import Any
 
 import psutil
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-    FileSystemWriterAsync,
-    _item_size,
-    _split_by_size_and_type,
-)
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import (
-    DEFAULT_SUFFIX,
-    SerializationFormat,
-    _StorageWriterTransforms,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.serialization import set_crc32_options
 
 from sftd.trainer.checkpoint.state import STATE_KEYS
+from sftd.trainer.runtime.megatron_edges.saving import (
+    WriterTransforms,
+    item_size,
+    split_by_size_and_type,
+    write_item,
+)
 from sftd.wire.checkpoint.manifest import FileEntry
 from sftd.wire.cores import usable_cores
 
@@ -80,11 +75,11 @@ def plan_files(plan: SavePlan, planner: SavePlanner, prefix: str, files: int) ->
 
 
 def _tensor_bytes(item: WriteItem) -> int:
-    return 0 if item.type == WriteItemType.BYTE_IO else _item_size(item)
+    return 0 if item.type == WriteItemType.BYTE_IO else item_size(item)
 
 
 def _files(items: list[WriteItem], planner: SavePlanner, prefix: str, files: int) -> list[FilePlan]:
-    buckets = [bucket for bucket in _split_by_size_and_type(files, items) if bucket]
+    buckets = [bucket for bucket in split_by_size_and_type(files, items) if bucket]
     return [
         FilePlan(
             name=f"{prefix}{number}{DEFAULT_SUFFIX}",
@@ -101,35 +96,6 @@ def _files(items: list[WriteItem], planner: SavePlanner, prefix: str, files: int
 def _resolve(planner: SavePlanner, item: WriteItem) -> Any:
     data = planner.resolve_data(item)
     return data.detach() if isinstance(data, Tensor) else data
-
-
-def install_writer() -> None:
-    """Have Megatron plan a save into `FilePlan`s, which its callers find in the request's arguments.
-
-    Its own writer (filesystem_async.py) clones what shares memory, moves everything to the host at once, writes the
-    files one after the other, and spawns a Manager process to collect the results of its own threads.
-    """
-
-    def prepare(self: Any, plan: SavePlan, planner: SavePlanner) -> None:
-        self.write_buckets = plan_files(plan, planner, plan.storage_data.prefix, self.thread_count)
-        self.results_queue = _Results()
-
-    FileSystemWriterAsync.prepare_write_data = prepare
-    # Of each tensor, by torch.save, while it holds the interpreter; the manifest has the sha256 of the whole file.
-    set_crc32_options(False)
-
-
-class _Results:
-    """What Megatron's `retrieve_write_results` takes for a queue."""
-
-    def __init__(self) -> None:
-        self._results: dict[int, list[WriteResult]] = {}
-
-    def put(self, results: dict[int, list[WriteResult]]) -> None:
-        self._results = results
-
-    def get_nowait(self) -> dict[int, list[WriteResult]]:
-        return self._results
 
 
 class HostCopy:
@@ -253,8 +219,8 @@ class ShareWriter:
             hashing = _HashingFile(raw, self._cancelled)
             with io.BufferedWriter(hashing, buffer_size=1 << 20) as stream:
                 results = [
-                    _write_item(
-                        _StorageWriterTransforms(),
+                    write_item(
+                        WriterTransforms(),
                         stream,
                         _alone(data) if isinstance(data, Tensor) else data,
                         item,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sftd.domain.data.rows import IGNORE_INDEX
+from sftd.domain.plan.sizes import length_multiple
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.packing import Planner
 from sftd.trainer.data.rows import Ints, Rows, Sample
@@ -17,12 +18,9 @@ from sftd.trainer.data.sequence_layout import SequenceLayout, make_chunks
 from sftd.trainer.data.sequence_shards import spans
 from sftd.trainer.data.upload import upload
 from sftd.trainer.runtime.session import Layout, Session
-from sftd.wire.data.rows import IGNORE_INDEX
 
 # A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
 EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))
-# Lengths on a GPU are rounded up to it: whole tiles for the matrix products, and fewer shapes to allocate memory for.
-_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Batching:
             tokens=spec.micro_batch_tokens,
             packed=spec.training.use_rmpad,
             one_length=layout.pp > 1,
-            multiple=_length_multiple(spec, session),
+            multiple=length_multiple(spec, session.device.type),
             # The interleaved schedule takes multiples of PP.
             unit=layout.dp * (layout.pp if layout.vpp > 1 else 1),
         )
@@ -147,11 +145,3 @@ class Batching:
             trained=places.size,
             real=int(is_real[:, mine].sum()),
         )
-
-
-def _length_multiple(spec: Spec, session: Session) -> int:
-    layout = session.layout
-    # Context parallelism gives a rank two chunks of a sequence, sequence parallelism each tensor-parallel rank its part
-    # of those.
-    share = math.lcm(2 if layout.cp > 1 else 1, layout.tp if spec.model.megatron.sequence_parallel else 1)
-    return layout.cp * (math.lcm(share, _TILE) if session.device.type == "cuda" else share)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sftd.domain.data.rows import IGNORE_INDEX, targets
 from sftd.trainer.errors import DataError, DataNotDecoded
 from sftd.wire.data.columns import UnusableFile
-from sftd.wire.data.rows import IGNORE_INDEX, DataFile, Slice
+from sftd.wire.data.rows import DataFile, Slice
 
 Ints = npt.NDArray[np.int64]
 # In a spool: int32 [tokens, 2], a token's id and its label side by side; int64 [rows, 4], see `Rows`; two counts.
@@ -56,8 +57,8 @@ class Rows:
         start, length = int(self._starts[row]), int(self.lengths[row])
         pairs = self._tokens[start : start + length].astype(np.int64)
         labels = np.full(length, IGNORE_INDEX, np.int64)
-        # A label in the file is at its own token; the token before predicts it.
-        labels[:-1] = pairs[1:, 1]
+        following = targets(pairs[:, 1])
+        labels[: following.size] = following
         return Sample(np.ascontiguousarray(pairs[:, 0]), labels)
 
 

@@ -27,16 +27,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log import events as e
-from sftd.domain.log.progress_lines import describe
-from sftd.domain.repro import steps as redoing
+from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions
+from sftd.domain.run.exactness import compare_with_log
 from sftd.domain.run.retention import deletable
 from sftd.domain.run.state import Run
 from sftd.trainer.direct.plan import plan
 from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop import attempt as loop
 from sftd.trainer.runtime import process
-from sftd.trainer.runtime import rendezvous as loopback
+from sftd.trainer.runtime import rendezvous as rendezvous_module
 from sftd.trainer.runtime.console import print_text
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.wire.attempt.direct_run import DirectRun, read_history, take
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(2)
     rank = int(os.environ["RANK"])
     # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
-    store = loopback.store(None) or next(rendezvous("env://"))[0]
+    store = rendezvous_module.store(None) or next(rendezvous("env://"))[0]
     # torchrun's store outlives a restart of the ranks.
     store = PrefixStore(f"sftd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set_timeout(_CHECKS)
@@ -152,7 +152,7 @@ class _Seen:
     """What the reporting rank knows of the run so far, and the steps that it must reproduce."""
 
     run: Run
-    redone: dict[int, e.StepCompleted]
+    log: dict[int, e.StepCompleted]
 
 
 class DirectReporter(Reporter):
@@ -166,9 +166,7 @@ class DirectReporter(Reporter):
         self._seen = None
         if is_reporter:
             history = read_history(run, submission, living=self._number)
-            start = history.run.step
-            before = redoing.comparable(n.event for n in history.events)
-            self._seen = _Seen(history.run, {n: was for n, was in before.items() if n > start})
+            self._seen = _Seen(history.run, steps_to_redo(n.event for n in history.events))
 
     def emit(self, event: e.Event) -> None:
         """Append an event to the journal, and show it."""
@@ -176,21 +174,18 @@ class DirectReporter(Reporter):
         if self._seen is None:
             return
         seen = self._seen
-        self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.redone)
+        self._seen = _Seen(take(seen.run, event, now_micros(), self._number), seen.log)
         self._show(event)
-        if isinstance(event, e.StepCompleted) and (
-            anomaly := redoing.compare_redone(
-                seen.redone, event, is_exact=seen.run.is_exact, dtype=seen.run.dtype
-            )
-        ):
-            # Not journalled: readers of the history compare the steps again.
+        redone = compare_with_log(seen.log, seen.run, event)
+        if redone is not None and (anomaly := redone.anomaly):
+            # Not journalled: a reader of the history compares the steps again.
             self._show(anomaly)
         if isinstance(event, e.CheckpointPublished):
             self._collect()
 
     def _show(self, event: e.Event) -> None:
         assert self._seen is not None
-        if line := describe(event, self._seen.run.planned_steps):
+        if line := event.line(self._seen.run.planned_steps):
             print_text(f"{line}\n")
 
     def _collect(self) -> None:

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run without a daemon starts: whether it may, and from where its next attempt continues."""
+"""What rank 0 decides before a run without a daemon starts: whether it may start, and from which checkpoint its next attempt continues."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ import psutil
 from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.log.events import CheckpointDeleted
 from sftd.domain.log.model_record import ModelRecord, record_of
-from sftd.domain.run import decisions
-from sftd.domain.run import ids as names
+from sftd.domain.model.rules import changed_files
+from sftd.domain.run import decisions, ids
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
 from sftd.domain.spec.spec import Spec, spec_digest
+from sftd.domain.submit.facts import SubmitFacts
 from sftd.domain.text.words import counted
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime.console import print_text
 from sftd.wire import preflight
-from sftd.wire.attempt.direct_run import DirectRun, History, Hold, Submission, read_history
-from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
+from sftd.wire.attempt.direct_run import DirectHistory, DirectRun, DirectSubmission, Hold, read_history
+from sftd.wire.attempt.directory import AttemptDir, ProcessFile
 from sftd.wire.attempt.journal import now_micros
+from sftd.wire.attempt.orders import order_of
 from sftd.wire.checkpoint import directory as checkpoint_dir
-from sftd.wire.model import digest as model_digest
 from sftd.wire.preflight import Preflight
-from sftd.wire.spec import file as specfile
+from sftd.wire.spec import file as spec_file
 
 _DEFAULT_SAVE_DIR = "sftd-runs"
 _REFUSED = 2
@@ -47,8 +48,7 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        _check_devices(spec)
-        found = preflight.inspect(spec)
+        found = preflight.inspect(spec, known=SubmitFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
@@ -68,7 +68,7 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
         config, *overrides = overrides
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     overrides += [f"launch.nproc_per_node={local}", f"launch.nnodes={world // local}"]
-    spec, warnings = specfile.read(config, overrides, os.getcwd())
+    spec, warnings = spec_file.read(config, overrides, os.getcwd())
     if not spec.checkpoint.save_dir:
         folder = str(Path.cwd() / _DEFAULT_SAVE_DIR)
         checkpoint = msgspec.structs.replace(spec.checkpoint, save_dir=folder)
@@ -76,20 +76,17 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
     return spec, warnings
 
 
-def _check_devices(spec: Spec) -> None:
-    """Raises `Refused` when there are fewer GPUs than ranks here."""
+def _own_gpus(spec: Spec) -> int | None:
+    """The GPUs of this host; None for a run on CPUs."""
     if process.device_kind(spec) == "cpu":
-        return
+        return None
     import torch
 
-    if (gpus := torch.cuda.device_count()) < spec.nproc_per_node:
-        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {gpus} here"
-        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
-        raise Refused(Problem("launch.device", what, fix))
+    return torch.cuda.device_count()
 
 
 def _run_name(spec: Spec) -> str:
-    return names.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
+    return ids.folder_name(spec.trainer.experiment_name) or f"run-{spec_digest(spec)[:12]}"
 
 
 def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]) -> AttemptDir | None:
@@ -98,7 +95,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     if submission is None:
         user = _user()
         event = preflight.submission(spec, found, warnings, user)
-        submission = Submission.of(names.run_id(os.urandom(4)), now_micros(), event)
+        submission = DirectSubmission.of(ids.run_id(os.urandom(4)), now_micros(), event)
         run.write_submission(submission)
     history = read_history(run, submission)
     state, new = history.run, preflight.proposal(spec, found)
@@ -116,21 +113,14 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     _sweep(run, history)
     attempt = run.attempt(run.attempts() + 1)
     attempt.create(
-        Order(
-            run_id=state.run_id,
+        order_of(
+            msgspec.structs.replace(state, spec=spec, planned_steps=new.planned_steps),
+            checkpoint,
             attempt=run.attempts() + 1,
             token=uuid.uuid4().hex,
-            spec=spec,
-            planned_steps=new.planned_steps,
-            checkpoint_dir=str(run.checkpoint_dir),
-            checkpoint=checkpoint.path if checkpoint else None,
-            checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
-            train_digest=state.train_digest,
-            val_digest=state.val_digest,
-            model_files=record.files,
-            weights=record.weights,
-            model_root=str(run.path),
-            order_start=state.order_start,
+            checkpoint_dir=run.checkpoint_dir,
+            model=record,
+            model_root=run.path,
             losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
         )
     )
@@ -145,7 +135,7 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     return attempt
 
 
-def _sweep(run: DirectRun, history: History) -> None:
+def _sweep(run: DirectRun, history: DirectHistory) -> None:
     """Finish the deletions that a crash interrupted."""
     deleted = {n.event.path for n in history.events if isinstance(n.event, CheckpointDeleted)}
     gone = deleted - {c.path for c in history.run.checkpoints}
@@ -201,11 +191,9 @@ def _refuse_another_model(
     run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
 ) -> None:
     """A model folder that changed makes other steps, too. Raises `Refused`."""
-    if record.files is None or found.model_files is None:
-        return
-    if problems := model_digest.changes(record.files, found.model_files, spec, weights=pretrained):
-        fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
-        raise Refused(model_digest.with_fix(problems, fix))
+    fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
+    if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
+        raise Refused(problems)
 
 
 def _tell_error(error: Exception) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from sftd.domain.errors import Refused
 from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, StepCompleted, TrainingResumed
-from sftd.domain.model.checks import ModelShape, check_model
+from sftd.domain.model.rules import MODEL
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
+from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.trainer import trainee as trainees
@@ -48,12 +50,13 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
     process.leave_stack_on_request(attempt.stack_file(int(os.environ["RANK"])))
-    if "SLURM_JOB_ID" in os.environ:
+    if not kind_of(order.spec.launch.launcher).uses_host_devices:
+        # No signal of the daemon reaches this process.
         process.watch_for_stack_requests(attempt.stacks_wanted_file)
     session = sessions.start(order.spec, attempt.port_file)
     reporter = make_reporter(attempt, session.layout.reports)
     try:
-        Attempt(attempt, order, session, reporter, started).run()
+        RankAttempt(attempt, order, session, reporter, started).run()
         reporter.flush()
         sessions.close()
     finally:
@@ -76,7 +79,7 @@ class _Sums:
     peak_memory: int
 
 
-class Attempt:
+class RankAttempt:
     """One attempt on one rank."""
 
     def __init__(
@@ -89,7 +92,7 @@ class Attempt:
         self._reporter = reporter
         shape = self._read_shape()
         if order.last_step is None:
-            checkpoint_folder.check(Path(order.checkpoint_dir))
+            checkpoint_folder.check_folder(Path(order.checkpoint_dir))
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
         # Until the first step is recorded: no step may come of weights that the log does not know.
@@ -158,8 +161,7 @@ class Attempt:
         try:
             shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
             # Submit has checked this too, unless the folder changed or the trainer is used directly.
-            problems, _ = check_model(self._spec, shape)
-            if problems:
+            if problems := MODEL.problems(self._spec, shape):
                 raise Refused(problems)
         except Refused as refused:
             raise UserError(str(refused)) from refused

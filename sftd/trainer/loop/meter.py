@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from sftd.domain.model.checks import ModelShape
 from sftd.domain.model.flops import peak_flops, training_flops
+from sftd.domain.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from sftd.trainer.runtime.session import Session

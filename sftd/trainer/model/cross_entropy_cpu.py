@@ -22,7 +22,7 @@ def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def gradient_(logits: Tensor, index: Tensor, log_total: Tensor, weight: Tensor, width: int) -> None:
-    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 behind column `width`."""
+    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 from column `width` on."""
     share = (logits[:, :width].float() - log_total[:, None]).exp_()
     mine = (index >= 0).nonzero().squeeze(1)
     share[mine, index[mine]] -= 1.0

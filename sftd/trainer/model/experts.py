@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 
 
@@ -50,7 +50,7 @@ def mark(model: torch.nn.Module) -> None:
 
 
 def is_counted(parameter: torch.nn.Parameter, copy: int) -> bool:
-    """Whether this rank's copy of a parameter, the `copy`-th from 0 (data and context parallelism), stands for them all.
+    """Whether this rank's copy of a parameter, the `copy`-th from 0 (data and context parallelism), represents all of them.
 
     Megatron marks a parameter that is reduced over the expert-data-parallel group by `allreduce` = False.
     """

@@ -1,15 +1,22 @@
-"""A decoder layer: Megatron's parallel matrix products with fused operations between them."""
+"""A decoder layer: Megatron's parallel matrix products with fused operations between them.
+
+A family whose layers differ overrides the methods of `DecoderLayer`, or gives Megatron's spec other modules.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from sftd.domain.model.shape import ModelShape
 from sftd.trainer.model import ops
+from sftd.trainer.model.attention import CausalAttention
+from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.recompute import computed_again
 
 
@@ -35,19 +42,27 @@ class DecoderLayer(TransformerLayer):
         residual, normed = ops.add_rms_norm(hidden_states, None, norm.weight, norm.eps)
         with self._recomputing(normed, norm, residual):
             qkv, _bias = self.self_attention.linear_qkv(normed)
-        attended = self._attend(qkv, rotary_pos_emb, packed_seq_params)
-        attended, _bias = self.self_attention.linear_proj(attended)
+        attended = self.project(self.attend(qkv, rotary_pos_emb, packed_seq_params))
         norm = self.pre_mlp_layernorm
         residual, normed = ops.add_rms_norm(residual, attended, norm.weight, norm.eps)
+        return residual + self.feed_forward(normed, residual), None
+
+    def project(self, attended: Tensor) -> Tensor:
+        """What attention adds to the residual stream: [s, b, heads · d] → [s, b, h]."""
+        out, _bias = self.self_attention.linear_proj(attended)
+        return cast(Tensor, out)
+
+    def feed_forward(self, normed: Tensor, residual: Tensor) -> Tensor:
+        """What the MLP or the experts add to the residual stream, of which `normed` is the norm: [s, b, h]."""
         if self.is_moe_layer:
             out, _bias = self.mlp(normed)
-            return residual + out, None
-        with self._recomputing(normed, norm, residual):
+            return cast(Tensor, out)
+        with self._recomputing(normed, self.pre_mlp_layernorm, residual):
             gate_up, _bias = self.mlp.linear_fc1(normed)
         activated = ops.swiglu(gate_up)
         with self._recomputing(activated, ops.swiglu, gate_up):
             out, _bias = self.mlp.linear_fc2(activated)
-        return residual + out, None
+        return cast(Tensor, out)
 
     def _recomputing(
         self, tensor: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor
@@ -55,7 +70,8 @@ class DecoderLayer(TransformerLayer):
         # What model.transformer_config sets for selective recomputation.
         return computed_again(tensor, function, argument) if self.recompute_input_layernorm else nullcontext()
 
-    def _attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
+    def attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
+        """Megatron's qkv [s, b, …] → [s, b, heads · d]."""
         attention = self.self_attention
         groups, head_dim = (
             attention.num_query_groups_per_partition,
@@ -68,3 +84,18 @@ class DecoderLayer(TransformerLayer):
             q = ops.rotate(attention.q_layernorm(q), angles)
             k = ops.rotate(attention.k_layernorm(k), angles)
         return attention.core_attention(q, k, v, None, packed_seq_params=layout)
+
+
+def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer) -> Any:
+    """Megatron's spec of a layer that is a `module`."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+    )
+    spec.module = module
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

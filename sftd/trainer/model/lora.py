@@ -29,10 +29,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.sections import Lora, Model
 from sftd.trainer.model import weights
-from sftd.trainer.model.weights import Folder, Rule
+from sftd.trainer.model.families.rules import Rule
+from sftd.trainer.model.weights import Folder
 from sftd.trainer.runtime.session import Layout
 
 # PEFT's file of weights, and what it puts before the model's own names.

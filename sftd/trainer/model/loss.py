@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split across the tensor-parallel ranks, with and without the logits at hand."""
+"""Cross-entropy over a vocabulary that is split across the tensor-parallel ranks, with and without all logits in memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from sftd.domain.data.rows import IGNORE_INDEX
+from sftd.domain.plan.sizes import logits_chunks
 from sftd.trainer.model import cross_entropy_cpu
 from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumulated
-from sftd.wire.data.rows import IGNORE_INDEX
-
-# Bytes of the logits that `linear_cross_entropy` holds at a time.
-_CHUNK_BYTES = 2 << 30
-_CHUNK_MULTIPLE = 128
 
 
 def _losses(
@@ -74,7 +71,7 @@ def vocab_parallel_cross_entropy(
     """Per-token cross-entropy `log Σ exp(logits) − logits[label]` in nats, in FP32 (Shoeybi et al. 2019, §3).
 
     logits: [..., vocabulary / TP], this rank's share, any float dtype. labels: int64 [...], the same on every
-    tensor-parallel rank. `vocab_size` is the real vocabulary where the logits have padding rows behind it.
+    tensor-parallel rank. `vocab_size` is the real vocabulary where padding columns follow it in the logits.
     Returns FP32 [...]: 0 where the label is `ignore_index`. Differentiable in `logits`.
     """
     return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, labels, ignore_index, vocab_size))
@@ -92,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_is_shared: bool,
         wants_gradients: bool,
     ) -> Tensor:
-        # A parameter needs a gradient under no_grad too, as far as this function is told.
+        # ctx.needs_input_grad is true for a parameter under no_grad too.
         wants_hidden, wants_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
         scale = 1.0 / divisor if wants_hidden or wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -100,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = None
         if wants_weight and getattr(weight, "main_grad", None) is None:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
+        for rows in logits_chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
             # One buffer: the logits, and then their gradient.
             logits = hidden[rows] @ weight.t()
             loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
@@ -143,7 +140,7 @@ def linear_cross_entropy(
     rows at a time: logits, loss, the logits' gradient in their place, and both products with it. So the gradients are
     complete when forward ends. Where Megatron keeps a `main_grad` for the weight, its gradient goes straight there in
     FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use in the same graph
-    that tells Megatron when its gradient is complete (a tied embedding on the same rank).
+    that shows Megatron when its gradient is complete (a tied embedding on the same rank).
 
     The gradient of `hidden` is this rank's part of the sum over the tensor-parallel ranks.
     """
@@ -153,11 +150,3 @@ def linear_cross_entropy(
             hidden, weight, labels, divisor, vocab_size, weight_is_shared, torch.is_grad_enabled()
         ),
     )
-
-
-def _chunks(rows: int, row_bytes: int) -> list[slice]:
-    most = max(_CHUNK_MULTIPLE, _CHUNK_BYTES // row_bytes // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE)
-    count = -(-rows // most)
-    # Equal chunks: a small last one would run at a fraction of the speed.
-    each = -(-rows // max(count, 1) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]

@@ -1,7 +1,7 @@
-"""The model behind one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
+"""The model, with one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
 
 megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
-family to it. If that changes, this is the only module (with its tables in weights.py) that has to.
+family to it. If that changes, this module, `layer` and the tables of `families` change, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -21,19 +20,22 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.parameters import padded_vocabulary
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
-from sftd.trainer.model import experts, gradients
-from sftd.trainer.model.attention import CausalAttention
+from sftd.trainer.model import experts
 from sftd.trainer.model.embedding import embed
-from sftd.trainer.model.layer import DecoderLayer
+from sftd.trainer.model.families.seam import family_of
+from sftd.trainer.model.gradients import accumulate_weight_gradient
 from sftd.trainer.model.loss import linear_cross_entropy
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.rope import RotaryEmbedding
+from sftd.trainer.runtime.megatron_edges.training import accumulate_weight_gradients
 from sftd.trainer.runtime.session import Session
 
 
@@ -50,7 +52,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
     elif spec.model.enable_gradient_checkpointing:
         # What DecoderLayer goes by.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
-    gradients.install()
+    accumulate_weight_gradients(accumulate_weight_gradient)
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -96,21 +98,18 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
     )
 
 
-def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel
-
-
 def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
     """This rank's model chunks (one, or one per virtual stage), with unset weights, on its device."""
-    layout = session.layout
+    layout, family = session.layout, family_of(shape)
     chunks = []
     for chunk in range(layout.vpp):
         stage = chunk if layout.vpp > 1 else None
-        layers = get_num_layers_to_build(config, vp_stage=stage, pp_rank=layout.pp_rank)
+        first = get_transformer_layer_offset(config, stage, layout.pp_rank)
+        count = get_num_layers_to_build(config, vp_stage=stage, pp_rank=layout.pp_rank)
+        layers = [family.layer_spec(shape, number) for number in range(first, first + count)]
         model = GPTModel(
             config,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec(shape)] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
             vocab_size=padded_vocabulary(shape.vocab_size, layout.tp),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -125,20 +124,6 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         experts.mark(model)
         chunks.append(model.to(session.device))
     return chunks
-
-
-def _layer_spec(shape: ModelShape) -> Any:
-    spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
-    )
-    spec.module = DecoderLayer
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = CausalAttention
-    if shape.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
 
 
 def distribute(
@@ -200,7 +185,7 @@ def _sum_of_losses(
     context: tuple[int, float, Tensor, bool],
     **_: object,
 ) -> Tensor:
-    """GPTModel's hook behind the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
+    """GPTModel's hook after the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
     vocab_size, divisor, places, has_embedding = context
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)

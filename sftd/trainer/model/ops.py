@@ -1,4 +1,4 @@
-"""What stands between a layer's matrix products: PyTorch's own operations, and on a GPU the kernels in `kernels/`.
+"""The operations between a layer's matrix products: PyTorch's own operations, and on a GPU the kernels in `kernels/`.
 
 Both compute the same; on a GPU with FP32 sums whatever the dtype.
 """

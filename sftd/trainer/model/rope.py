@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.sequence_layout import SequenceLayout
 
 
@@ -21,7 +21,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     frequency = 1.0 / (shape.rope_theta**exponent)
     scaling = shape.rope_scaling
-    if not scaling or scaling.get("rope_type", scaling.get("type")) == "default":
+    if scaling is None or shape.rope_type == "default":
         return frequency
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context = float(scaling["original_max_position_embeddings"])

@@ -1,19 +1,14 @@
 """Hugging Face safetensors ⇄ Megatron's parameters: one table for both ways.
 
 Loading, a rank reads only the slices that it holds; exporting, the whole parameters of a layer become its tensors.
-
-A new dense family whose tensors have Llama's names is its name in `layout.ARCHITECTURES`, besides what
-`wire.model_folder.read_shape` has to conclude from that name (a QKV bias, a QK norm). Each parameter that Llama does
-not have is one more `Rule` in `layer_rules`. A family with experts names its tensors in `_EXPERTS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -21,111 +16,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
+from sftd.trainer.model.families.rules import Cut, Rule
+from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
-
-
-@dataclass(frozen=True)
-class Join:
-    """How tensors of the folder become one parameter, and the way back. `join` takes each tensor, or of each this rank's
-    share; `split` takes the whole parameter."""
-
-    join: Callable[[list[Tensor], ModelShape], Tensor]
-    split: Callable[[Tensor, ModelShape], list[Tensor]]
-
-
-def _interleave_groups(parts: list[Tensor], shape: ModelShape) -> Tensor:
-    """q, k, v rows → for each query group its queries, its key and its value, as Megatron's linear_qkv has them."""
-    rest = parts[0].shape[1:]
-    groups = parts[1].shape[0] // shape.head_dim
-    return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
-
-
-def _separate_groups(whole: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The way back of `_interleave_groups`, for all groups."""
-    rest, queries = whole.shape[1:], shape.num_attention_heads // shape.num_key_value_heads
-    groups = whole.reshape(shape.num_key_value_heads, (queries + 2) * shape.head_dim, *rest)
-    sizes = [queries * shape.head_dim, shape.head_dim, shape.head_dim]
-    return [part.reshape(-1, *rest) for part in groups.split(sizes, dim=1)]
-
-
-_ONE = Join(lambda parts, shape: parts[0], lambda whole, shape: [whole])
-_STACKED = Join(lambda parts, shape: torch.cat(parts), lambda whole, shape: list(whole.chunk(2)))
-_GROUPED = Join(_interleave_groups, _separate_groups)
-_Cut = Literal["whole", "rows", "columns", "vocabulary"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One parameter: `target` is its name in Megatron, `sources` the tensors in the folder that make it.
-
-    `cut` is what tensor-parallel ranks share of each source: nothing, its rows, its columns, or its rows padded to the
-    vocabulary that they share evenly.
-    """
-
-    target: str
-    sources: tuple[str, ...]
-    cut: _Cut = "whole"
-    how: Join = _ONE
-
-    def below(self, target: str, source: str) -> Rule:
-        """The rule with prefixes put before its names."""
-        return replace(self, target=target + self.target, sources=tuple(source + s for s in self.sources))
-
-
-# fmt: off
-_LAYER = (
-    Rule("input_layernorm.weight", ("input_layernorm.weight",)),
-    Rule("self_attention.linear_qkv.weight", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), "rows", _GROUPED),
-    Rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "columns"),
-    Rule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
-)
-_QKV_BIAS = (
-    Rule("self_attention.linear_qkv.bias", ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), "rows", _GROUPED),
-)
-_QK_NORM = (
-    Rule("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
-    Rule("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
-)
-_MLP = (
-    Rule("linear_fc1.weight", ("gate_proj.weight", "up_proj.weight"), "rows", _STACKED),
-    Rule("linear_fc2.weight", ("down_proj.weight",), "columns"),
-)
-_MIXTRAL_EXPERT = (
-    Rule("linear_fc1.weight", ("w1.weight", "w3.weight"), "rows", _STACKED),
-    Rule("linear_fc2.weight", ("w2.weight",), "columns"),
-)
-_ROUTER = Rule("mlp.router.weight", ("gate.weight",))
-# Architecture → where a layer has its router and experts, and what an expert consists of.
-_EXPERTS: dict[str, tuple[str, tuple[Rule, ...]]] = {
-    "MixtralForCausalLM": ("block_sparse_moe.", _MIXTRAL_EXPERT),
-    "Qwen3MoeForCausalLM": ("mlp.", _MLP),
-}
-_EMBEDDING = Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
-_FINAL_NORM = Rule("decoder.final_layernorm.weight", ("model.norm.weight",))
-_OUTPUT = Rule("output_layer.weight", ("lm_head.weight",), "vocabulary")
-# fmt: on
-
-
-def layer_rules(shape: ModelShape, experts: range) -> list[Rule]:
-    """Every parameter of a decoder layer that holds these of the model's experts; if not all, it holds them whole."""
-    rules = [*_LAYER]
-    if shape.attention_bias:
-        rules += _QKV_BIAS
-    if shape.qk_norm:
-        rules += _QK_NORM
-    if not shape.num_experts:
-        return rules + [rule.below("mlp.", "mlp.") for rule in _MLP]
-    where, expert_rules = _EXPERTS[shape.architecture]
-    if len(experts) < shape.num_experts:
-        expert_rules = tuple(replace(rule, cut="whole") for rule in expert_rules)
-    rules.append(_ROUTER.below("", where))
-    for local, number in enumerate(experts):
-        names = f"mlp.experts.local_experts.{local}.", f"{where}experts.{number}."
-        rules += [rule.below(*names) for rule in expert_rules]
-    return rules
 
 
 def model_rules(
@@ -136,14 +32,17 @@ def model_rules(
     `is_first`: it holds the embedding. `output`: "own" if it ends in an output layer with weights of its own, "shared"
     if the output layer takes those of the embedding in the same chunk, None if it is not the last.
     """
+    family = family_of(shape)
     if is_first:
-        yield [_EMBEDDING]
+        yield [Rule("embedding.word_embeddings.weight", (family.embedding,), "vocabulary")]
     for local, number in enumerate(layers):
-        names = f"decoder.layers.{local}.", f"model.layers.{number}."
-        yield [rule.below(*names) for rule in layer_rules(shape, experts)]
+        names = f"decoder.layers.{local}.", f"{family.layers}.{number}."
+        yield [rule.below(*names) for rule in family.layer_rules(shape, number, experts)]
     if output:
-        head = replace(_OUTPUT, sources=_EMBEDDING.sources) if shape.tie_word_embeddings else _OUTPUT
-        yield [_FINAL_NORM, head] if output == "own" else [_FINAL_NORM]
+        norm = Rule("decoder.final_layernorm.weight", (family.final_norm,))
+        source = family.embedding if shape.tie_word_embeddings else family.output
+        head = Rule("output_layer.weight", (source,), "vocabulary")
+        yield [norm, head] if output == "own" else [norm]
 
 
 @torch.no_grad()
@@ -194,10 +93,11 @@ def fill(
 
 
 def _refuse_unknown(folder: Folder, shape: ModelShape, layers: range) -> None:
-    known = {source for rule in layer_rules(shape, range(shape.num_experts)) for source in rule.sources}
-    known.add("self_attn.rotary_emb.inv_freq")
+    family = family_of(shape)
     for number in layers:
-        prefix = f"model.layers.{number}."
+        rules = family.layer_rules(shape, number, range(shape.num_experts))
+        known = {*family.unread, *(source for rule in rules for source in rule.sources)}
+        prefix = f"{family.layers}.{number}."
         names = {name.removeprefix(prefix) for name in folder.names if name.startswith(prefix)}
         if unknown := names - known:
             raise UserError(
@@ -206,7 +106,7 @@ def _refuse_unknown(folder: Folder, shape: ModelShape, layers: range) -> None:
 
 
 def _read(
-    folder: Folder, name: str, cut: _Cut, padded_vocabulary: int, shape: ModelShape, layout: Layout
+    folder: Folder, name: str, cut: Cut, padded_vocabulary: int, shape: ModelShape, layout: Layout
 ) -> Tensor:
     """This rank's share of a tensor."""
     if cut == "vocabulary":
@@ -267,5 +167,5 @@ class Folder:
         return int(self._files[name].get_slice(name).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, without those behind its last."""
+        """Rows [start, stop) of a matrix, without those after its last."""
         return self._files[name].get_slice(name)[start:stop]

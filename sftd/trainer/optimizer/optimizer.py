@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.optimizer.state import install_optimizer_state
-from sftd.trainer.runtime.megatron_edges import adamw_of, fuse_adamw, parts_of, use_torch_adamw
+from sftd.trainer.runtime.megatron_edges.training import adamw_of, fuse_adamw, parts_of, use_torch_adamw
 from sftd.trainer.runtime.session import Session
 
 

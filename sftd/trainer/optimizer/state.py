@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from sftd.trainer.optimizer.rectangles import rectangles
-from sftd.trainer.runtime.megatron_edges import parts_of
+from sftd.trainer.runtime.megatron_edges.saving import optimizer_tensors, store_share
+from sftd.trainer.runtime.megatron_edges.training import parts_of
 
 State = dict[int, dict[str, list[ShardedTensor]]]
 
@@ -36,29 +38,17 @@ def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
             continue
         moments = tuple(part.optimizer_state_keys)
         keys = moments if part.config.params_dtype == torch.float32 else ("param", *moments)
-
-        def param_state(
-            model: dict[str, Any],
-            is_loading: bool = False,
-            metadata: dict[str, Any] | None = None,
-            part: DistributedOptimizer = part,
-            keys: tuple[str, ...] = keys,
-        ) -> State:
-            return _own_share(part, model, keys)
-
-        part.sharded_param_state_fully_reshardable = param_state
-        # What was loaded lies where it belongs: the rectangles share memory with the optimizer's tensors.
-        part.load_parameter_state_from_fully_reshardable = lambda _: None
+        store_share(part, partial(_own_share, part, keys))
 
 
-def _own_share(part: DistributedOptimizer, model: dict[str, Any], keys: tuple[str, ...]) -> State:
+def _own_share(part: DistributedOptimizer, keys: tuple[str, ...], model: dict[str, Any]) -> State:
     places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model)[0])}
     state: State = {}
     for ranges in part.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
             for parameter, share in bucket["param_map"].items():
                 start, end = share["param"].start, share["param"].end
-                tensors = part._get_main_param_and_optimizer_states(parameter)
+                tensors = optimizer_tensors(part, parameter)
                 shards = _whole(places[parameter])
                 state[len(state)] = {
                     key: [

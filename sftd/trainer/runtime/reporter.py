@@ -17,8 +17,8 @@ class Reporter:
         self._journal = JournalWriter(attempt.journal) if is_reporter else None
 
     def check_fence(self) -> None:
-        """Raises `GivenUp` once this attempt is no longer the run's: a machine that Slurm gave up may have lived on. For any
-        rank, before it writes what others read."""
+        """Raises `GivenUp` once this attempt is no longer the run's: a machine that the resource manager gave up may still run. For
+        any rank, before it writes what others read."""
         if self._attempt.is_fenced():
             raise GivenUp(f"{self._attempt.path} was given up: another attempt may train this run")
 

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 import sftd
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.errors import UserError
 from sftd.trainer.runtime import rendezvous
+from sftd.trainer.runtime.megatron_edges.training import be_deterministic
 from sftd.trainer.runtime.process import device_kind
 
 # Variables that change the kernels, or the order of sums, that this environment's versions would use.
@@ -108,17 +110,14 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         dist.init_process_group("nccl", device_id=device if several else None, **world)
     else:
-        from sftd.trainer.runtime import device_mode, megatron_edges
+        from sftd.trainer.runtime.megatron_edges import no_accelerator
 
-        device_mode.install()
-        megatron_edges.install_for_cpu()
+        no_accelerator.install()
         if threads := os.environ.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo", **world)
     chosen = spec.training.deterministic
-    torch.use_deterministic_algorithms(device.type == "cpu" if chosen is None else chosen)
-    # Deterministic mode would also fill every torch.empty; nothing here reads uninitialised memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    be_deterministic(device.type == "cpu" if chosen is None else chosen)
     megatron = spec.model.megatron
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=megatron.tensor_model_parallel_size,
@@ -146,9 +145,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
     seed = megatron.seed + 100 * layout.pp_rank
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    name = megatron.params_dtype
-    is_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
-    return Session(device, torch.bfloat16 if is_bf16 else torch.float32, layout)
+    return Session(device, getattr(torch, weights_dtype(spec, device.type)), layout)
 
 
 def gather(value: Any) -> list[Any]:
@@ -181,7 +178,7 @@ def _device(spec: Spec) -> torch.device:
 
 
 def environment(session: Session) -> dict[str, Any]:
-    """What decides the numbers of a run besides its spec: versions, device, threads, layout."""
+    """What decides the numbers of a run in addition to its spec: versions, device, threads, layout."""
     is_cuda = session.device.type == "cuda"
     return {
         "python": platform.python_version(),

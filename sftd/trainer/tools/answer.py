@@ -47,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: argparse.Namespace, prompts: list[str], events: Any) -> None:
-    from sftd.trainer.runtime import process
+    from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
+    from sftd.trainer.runtime.process import set_cuda_defaults
 
     # Before Megatron is imported, which warns.
-    process.quiet_third_parties()
-    process.set_cuda_defaults()
+    quiet_third_parties()
+    set_cuda_defaults()
     from sftd.trainer.loop.generate import Generator
     from sftd.trainer.runtime import session as sessions
     from sftd.trainer.tools.load_model import one_rank, one_rank_spec, read_model

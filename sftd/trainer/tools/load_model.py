@@ -13,7 +13,7 @@ import msgspec
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.sections import Megatron
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint import reading as checkpoint_reading

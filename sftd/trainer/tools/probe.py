@@ -14,7 +14,7 @@ def probe() -> dict[str, Any]:
     """Versions, devices, and whether NCCL can add a number up on each of them."""
     from importlib.metadata import version
 
-    from sftd.trainer.runtime.process import quiet_third_parties
+    from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 
     quiet_third_parties()
     import megatron.core.parallel_state  # noqa: F401  imported to see that it can be

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from sftd.domain.data.rows import is_trained
 from sftd.domain.spec.sections import Data
 from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.data.rows import Ints, Rows, write_spool
@@ -24,7 +25,7 @@ from sftd.trainer.errors import UserError
 from sftd.trainer.tools.protocol import EventWriter, claim_stdout
 from sftd.wire.attempt.directory import Order, read_order
 from sftd.wire.data.dataset import files_digest
-from sftd.wire.data.rows import IGNORE_INDEX, read_row
+from sftd.wire.data.rows import read_row
 
 _USER_ERROR = 2
 # Whether the ids are in the vocabulary was checked when the run was submitted, and needs the model.
@@ -134,26 +135,21 @@ def _decode(order: Order, seen: list[dict[str, Any]], events: EventWriter) -> No
     model = order.spec.model
     tokenizer = load_tokenizer(Path(model.partial_pretrain), trust_remote_code=model.trust_remote_code)
     for row in seen:
-        ids, is_trained = _read(order.spec.data, row["file"], row["row_in_file"])
+        ids, marks = _read(order.spec.data, row["file"], row["row_in_file"])
         row["segments"] = [
             {
-                "text": tokenizer.decode([int(i) for i, _ in run], skip_special_tokens=False),
-                "trained": trained,
+                "text": tokenizer.decode([i for i, _ in run], skip_special_tokens=False),
+                "trained": key,
             }
-            for trained, run in itertools.groupby(
-                zip(ids, is_trained, strict=True), key=lambda pair: bool(pair[1])
-            )
+            for key, run in itertools.groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1])
         ]
 
 
-def _read(data: Data, path: str, number: int) -> tuple[Ints, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """A row's ids as they are trained, without padding and after truncation, and which of them are predicted."""
+def _read(data: Data, path: str, number: int) -> tuple[list[int], list[bool]]:
+    """A row's ids without padding and after truncation, and which of them are trained."""
     row = read_row(path, number)
     (begin,), (end,) = row.kept(data.sequence_length, data.truncation)
-    is_trained = row.labels[begin:end] != IGNORE_INDEX
-    # Nothing predicts the first token that is kept.
-    is_trained[:1] = False
-    return row.ids[begin:end].astype(np.int64), is_trained
+    return row.ids[begin:end].tolist(), is_trained(row.labels[begin:end].tolist())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The folder of a run that was made directly, without a daemon, and the history that it tells.
+"""The folder of a run that was made directly, without a daemon, and the history that it holds.
 
 <run>/run.json         the submission: what was asked for, and what was found in the files
       attempt-0001/    as under the daemon (see `attempt_dir`); `exit` and `stop` are written by the trainer itself
       checkpoints/     step-00000012/ …
       lock             held by every process of a living attempt
 
-`read_history` turns it into the events that a daemon would have recorded: the trainer goes on from them, and
+`read_history` turns it into the events that a daemon would have recorded: the trainer continues from them, and
 `sftd import` takes them into the event store. Each event's id is a function of the folder's contents, and a folder
 only ever grows, so an earlier history is a beginning of a later one.
 """
@@ -23,8 +23,9 @@ import msgspec
 from sftd.domain.errors import JournalCorrupt, Problem, Refused
 from sftd.domain.log import codec
 from sftd.domain.log import events as e
-from sftd.domain.repro import steps as redoing
+from sftd.domain.repro.steps import steps_to_redo
 from sftd.domain.run import decisions, trajectory
+from sftd.domain.run.exactness import compare_with_log
 from sftd.domain.run.failures import Failure, classify
 from sftd.domain.run.fold import evolve
 from sftd.domain.run.ids import is_run_id
@@ -44,7 +45,7 @@ from sftd.wire.attempt.remains import find_remains
 DAEMON = "direct"
 
 
-class Submission(msgspec.Struct, frozen=True, kw_only=True):
+class DirectSubmission(msgspec.Struct, frozen=True, kw_only=True):
     """run.json: the run's id, and its first event as schema version `v` wrote it."""
 
     run_id: str
@@ -53,8 +54,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     event: dict[str, Any]
 
     @classmethod
-    def of(cls, run_id: str, occurred_at: e.Micros, event: e.RunSubmitted) -> Submission:
-        """As it stands in the file."""
+    def of(cls, run_id: str, occurred_at: e.Micros, event: e.RunSubmitted) -> DirectSubmission:
+        """The contents of the file."""
         return cls(
             run_id=run_id, occurred_at=occurred_at, v=event.schema_version, event=msgspec.to_builtins(event)
         )
@@ -75,10 +76,10 @@ class DirectRun:
         self.lock_file = self.path / "lock"
         self.checkpoint_dir = self.path / "checkpoints"
 
-    def submission(self) -> Submission | None:
+    def submission(self) -> DirectSubmission | None:
         """What was asked for, or None in a new folder. Raises `Refused` when the file cannot be read."""
         try:
-            found = msgspec.json.decode(self.submission_file.read_bytes(), type=Submission)
+            found = msgspec.json.decode(self.submission_file.read_bytes(), type=DirectSubmission)
             if not is_run_id(found.run_id):
                 # Folders are named by it.
                 raise msgspec.ValidationError(f"{found.run_id!r} is no id of a run")
@@ -90,7 +91,7 @@ class DirectRun:
                 Problem(str(self.submission_file), f"cannot be read: {error}", "put the file back as it was")
             ) from None
 
-    def write_submission(self, submission: Submission) -> None:
+    def write_submission(self, submission: DirectSubmission) -> None:
         """Begin the run."""
         write_atomic(self.submission_file, msgspec.json.format(msgspec.json.encode(submission), indent=2))
 
@@ -159,7 +160,7 @@ class Hold:
 
 
 @dataclass
-class History:
+class DirectHistory:
     """The events of a run in order, and the run that they fold to."""
 
     run: Run
@@ -191,11 +192,11 @@ def take(run: Run, event: e.Event, occurred_at: e.Micros, attempt: int | None) -
     return evolve(run, recorded)
 
 
-def read_history(run: DirectRun, submission: Submission, *, living: int | None = None) -> History:
+def read_history(run: DirectRun, submission: DirectSubmission, *, living: int | None = None) -> DirectHistory:
     """What happened in the folder. How an attempt ended is concluded from what it left, except for the one numbered
     `living`. Raises `Refused` when the folder cannot be read, `UnknownEvent` when a newer sftd wrote it."""
     submitted = submission.submitted()
-    history = History(Run(submission.run_id))
+    history = DirectHistory(Run(submission.run_id))
     history.add(
         e.NewEvent(
             event=submitted,
@@ -216,7 +217,7 @@ class _Attempt:
         self,
         directory: AttemptDir,
         number: int,
-        history: History,
+        history: DirectHistory,
         user: str,
     ) -> None:
         self._directory = directory
@@ -240,12 +241,11 @@ class _Attempt:
             self._add(resumed, "resumed", at, attempt=None)
         elif self._number > 1:
             self._add(e.ResumeRequested(by=self._user), "resumed", at, attempt=None)
-        start = _from_step(run, order)
         self._add(
             e.AttemptClaimed(
                 daemon=DAEMON,
                 host=process.host if process else "",
-                from_step=start,
+                from_step=_from_step(run, order),
                 checkpoint=order.checkpoint,
             ),
             "claimed",
@@ -253,7 +253,7 @@ class _Attempt:
         )
         if process is not None:
             self._add(self._launched(process), "launched", at)
-        failure = self._read_journal(start)
+        failure = self._read_journal()
         if ended:
             self._end(failure)
 
@@ -274,17 +274,16 @@ class _Attempt:
             devices=process.devices,
         )
 
-    def _read_journal(self, start: int) -> Failure | None:
+    def _read_journal(self) -> Failure | None:
         """Take in the journal's lines. Returns what is wrong with the first that cannot be read, if there is one."""
-        before = redoing.comparable(n.event for n in self._history.events)
-        redone = {step: event for step, event in before.items() if step > start}
+        log = steps_to_redo(n.event for n in self._history.events)
         number, offset, limit = 0, 0, 1000
         while True:
             try:
                 lines, offset = journal.read(self._directory.journal, offset, number + 1, limit)
             except JournalCorrupt as error:
                 if limit > 1:
-                    # What stands before the bad line is lost to this read; take it in one by one.
+                    # This read has lost the lines before the bad one: read them one by one.
                     limit = 1
                     continue
                 what = f"the journal cannot be read: {error}"
@@ -294,9 +293,9 @@ class _Attempt:
                 return None
             number = lines[-1].number
             for line in lines:
-                self._take_line(line, redone)
+                self._take_line(line, log)
 
-    def _take_line(self, line: journal.Line, redone: dict[int, e.StepCompleted]) -> None:
+    def _take_line(self, line: journal.Line, log: dict[int, e.StepCompleted]) -> None:
         line_id = journal.event_id(self._history.run.run_id, self._number, line.number)
         self._history.add(
             e.NewEvent(
@@ -307,10 +306,9 @@ class _Attempt:
                 attempt=self._number,
             )
         )
-        if isinstance(line.event, e.StepCompleted):
-            run = self._history.run
-            if anomaly := redoing.compare_redone(redone, line.event, is_exact=run.is_exact, dtype=run.dtype):
-                self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
+        redone = compare_with_log(log, self._history.run, line.event)
+        if redone is not None and (anomaly := redone.anomaly):
+            self._add(anomaly, f"{line.number}/anomaly", line.occurred_at, causation_id=line_id)
 
     def _end(self, unreadable: Failure | None) -> None:
         remains = find_remains(self._directory)

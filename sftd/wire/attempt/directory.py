@@ -15,11 +15,11 @@
           port           where on the loopback device the ranks meet
           alive          locked by torchrun for as long as it lives, which also shows where its pid does not
 
-Of an attempt that Slurm runs there are also:
+Of an attempt that a resource manager runs there are also:
           job.sh         the job's script
           started/       made by the one job that may run the attempt; `job` in it names that job
-          told           why Slurm had the job end: the signal that it sent
-          fence          present once the daemon has given the attempt up: whoever still runs it may write nothing more
+          told           why the resource manager had the job end: the signal that it sent
+          fence          present once the daemon has given the attempt up: ranks that still run may write nothing more
           stacks/wanted  present when the ranks shall write down where they are
 """
 
@@ -79,8 +79,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
     """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not.
-    `devices` are those it was given. A run made directly, without a daemon that records the launch, tells more:
-    `argv`, and `started_at`, when the attempt began. Of one that Slurm runs `job` is the job's number, empty until it is
+    `devices` are those it was given. A run made directly, without a daemon that records the launch, has more:
+    `argv`, and `started_at`, when the attempt began. Of one that a resource manager runs `job` is the job's number, empty until it is
     known; `pid` is 0, and `create_time` when it was handed over."""
 
     pid: int
@@ -274,7 +274,7 @@ class AttemptDir:
         return _read_line(self.started_job_file)
 
     def told(self) -> str:
-        """The signal by which Slurm announced the job's end, empty when it did not."""
+        """The signal by which the resource manager announced the job's end, empty when it did not."""
         return _read_line(self.told_file)
 
     def fence(self) -> None:

@@ -106,7 +106,7 @@ class JournalWriter:
 def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) -> tuple[list[Line], int]:
     """Read up to `limit` lines from byte `offset`, of which the first has number `first_number`.
 
-    Returns the lines and the offset behind them. A missing file is an empty journal. Raises `JournalCorrupt` for
+    Returns the lines and the offset after them. A missing file is an empty journal. Raises `JournalCorrupt` for
     a complete line that is no event, `UnknownEvent` for one that a newer sftd wrote.
     """
     lines: list[Line] = []
@@ -124,8 +124,7 @@ def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) 
 
 
 def check_paths(lines: list[Line], checkpoint_dir: str) -> None:
-    """Raises `JournalCorrupt` for a checkpoint that does not lie in the folder that the attempt was given: what the log
-    says of paths is read, and in time deleted."""
+    """Raises `JournalCorrupt` for a checkpoint outside of the attempt's folder: the paths in the log are read, and later deleted."""
     for line in lines:
         event = line.event
         if isinstance(event, CheckpointPublished) and os.path.dirname(event.path) != checkpoint_dir:
@@ -135,8 +134,7 @@ def check_paths(lines: list[Line], checkpoint_dir: str) -> None:
 
 
 def backlog(path: Path, offset: int) -> tuple[int, Micros | None]:
-    """How many lines are complete behind byte `offset`, of which the first MiB is looked at, and when the first of them
-    occurred."""
+    """The number of complete lines after byte `offset`, in the first MiB of them, and when the first of them occurred."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)

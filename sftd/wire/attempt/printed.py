@@ -20,7 +20,7 @@ class Follower:
     """Gives each line of a file once, in order, however often it is asked; a line that is not finished is kept back."""
 
     def __init__(self, path: Path, last: int | None = None) -> None:
-        """`last` begins with so many of the lines that are there."""
+        """`last`: the number of existing lines to begin with; None is all."""
         self._path = path
         self._offset = 0 if last is None else _offset_of_last(path, last)
         self._rest = b""
@@ -56,11 +56,11 @@ class Follower:
 
 
 def _seek_data(descriptor: int, offset: int) -> int:
-    """Go to the first byte that is kept, at or behind `offset`. Returns where that is."""
+    """Go to the first byte that is kept, at or after `offset`. Returns its offset."""
     try:
         return os.lseek(descriptor, offset, os.SEEK_DATA)
     except OSError:
-        # Nothing is behind it.
+        # Nothing follows it.
         return os.lseek(descriptor, offset, os.SEEK_SET)
 
 
@@ -111,8 +111,8 @@ class Output:
     def __init__(
         self, directory: AttemptDir, ranks: frozenset[int] = frozenset(), last: int | None = None
     ) -> None:
-        """`ranks` are those that are wanted, torchrun not among them; none is everything. `last` begins with so many lines
-        of each."""
+        """`ranks` are the wanted ones, without torchrun; none is everything. `last`: the number of existing lines of each to
+        begin with."""
         self._directory = directory
         self._ranks = ranks
         self._followers: dict[Path, Follower] = {}

@@ -1,4 +1,4 @@
-"""What an ended attempt left in its folder to tell why: exit code, the ranks' error files, the end of its output."""
+"""What an ended attempt left in its folder that explains its end: exit code, the ranks' error files, the end of its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FRAME = re.compile(r'\s*File "([^"]*)", line (\d+) in (\S+)')
 
 def find_remains(directory: AttemptDir, environ: Mapping[str, str] = os.environ) -> Remains:
     """Everything in the folder that says why the attempt ended, without the secrets of the ranks' environment: it goes into
-    the log, and from there to MLflow. `environ` stands for theirs where an older sftd did not keep it."""
+    the log, and from there to MLflow. `environ` replaces theirs where an older sftd did not keep it."""
     secrets = Secrets.read(directory.secrets_file) or Secrets.of(environ)
     return Remains(
         exit_code=directory.exit_code(),
@@ -64,7 +64,7 @@ def _last_lines(path: Path) -> list[str]:
             file.seek(max(0, size - _TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
     except OSError:
-        # Whatever a rank made of it: it must not keep its daemon from going on.
+        # A rank may have made anything of it: the daemon continues.
         return []
 
 
@@ -88,7 +88,7 @@ def _rank_errors(directory: AttemptDir) -> list[RankError]:
                 text, stack, when = _writable(message), [], 0
             errors.append((when, RankError(rank=int(path.parent.name), exception=text, traceback=stack[-5:])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            # Whatever a rank left there: an attempt that ended must not keep its daemon from going on.
+            # A rank may have left anything there: the daemon continues.
             continue
     # The rank that failed first is the cause; the others usually only lost their peer.
     return [error for _, error in sorted(errors, key=lambda item: (item[0], item[1].rank))]

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 _NAMES = ("PASSWORD", "PASSWD", "TOKEN", "SECRET", "KEY", "CREDENTIAL")
-# Shorter values are words that stand anywhere.
+# Shorter values are words that occur anywhere.
 _SHORTEST = 8
 # The file may be a stranger's.
 _MOST = 1000
@@ -39,7 +39,7 @@ class Secrets(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Secrets:
         """The values of variables whose names say that they are secret, the longest first. One that is not text, whose bytes are
-        lone surrogates here, is left out: it stands in no text."""
+        lone surrogates here, is left out: no text holds it."""
         salt = os.urandom(16).hex()
         values = {
             value

@@ -1,8 +1,8 @@
-"""The folders of a run's checkpoints, seen by whoever reads or deletes them: who reads one holds it, who deletes asks.
+"""The folders of a run's checkpoints: a process that reads one holds its lock, one that deletes it asks for the lock.
 
     <checkpoint_dir>/step-00000012/           published; `manifest.json` is what a reader locks
-    <checkpoint_dir>/step-00000012.deleted/   nobody's any more; what an interrupted deletion left, for `sweep`
-    <checkpoint_dir>/step-00000012.replaced/  the like of an interrupted replacement, where folders cannot be exchanged
+    <checkpoint_dir>/step-00000012.deleted/   what an interrupted deletion left, for `sweep`
+    <checkpoint_dir>/step-00000012.replaced/  what an interrupted replacement left, where folders cannot be exchanged
 
 The lock is an flock on the manifest: it ends with the process that holds it, however that ends.
 """
@@ -25,7 +25,7 @@ import msgspec
 from sftd.wire.attempt.directory import fsync_dir
 
 MANIFEST = "manifest.json"
-# See `checkpoint_reduction`.
+# See `reduction`.
 WEIGHTS = ".weights"
 _DELETED = ".deleted"
 # See `folder_swap.publish_folder` of the trainer.
@@ -33,7 +33,7 @@ _REPLACED = ".replaced"
 _LOOK_SECONDS = 0.05
 # Of a checkpoint of a hundred thousand files.
 _MANIFEST_BYTES = 64 << 20
-# What flock answers where the file system cannot lock: nobody is protected there, and nobody is kept from working.
+# What flock answers where the file system cannot lock: work continues there without protection.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -46,7 +46,7 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 def manifest_bytes(folder: Path) -> bytes:
-    """The manifest of a checkpoint folder as it stands there. Raises `OSError`, also for a link, a device, a pipe (which would
+    """The bytes of a checkpoint folder's manifest. Raises `OSError`, also for a link, a device, a pipe (which would
     keep its reader waiting) and for a file that is too large for a manifest."""
     fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
@@ -106,8 +106,8 @@ def unread(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def once_unread(path: Path, seconds: float) -> Iterator[None]:
-    """Keep readers from the checkpoint in `path` until the block ends, once those are through who read it now: whoever
-    comes meanwhile reads what then has that name. Raises `OSError` when somebody reads it for `seconds` more."""
+    """Wait for the readers of the checkpoint in `path`, then keep others from it until the block ends: they read what has
+    that name afterwards. Raises `OSError` when it is still being read after `seconds`."""
     until = time.monotonic() + seconds
     while True:
         with unread(path) as free:
@@ -153,8 +153,8 @@ def saved(path: Path) -> Saved:
 def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
     """Finish the deletions and replacements of a run's folder of checkpoints that a crash or a reader interrupted.
 
-    `deleted` are the folders whose deletion the log tells. Only while no attempt of the run lives: an attempt may
-    have published one of these names again without the log knowing of it yet.
+    `deleted` are the folders whose deletion is in the log. Call it only while no attempt of the run lives: an attempt may
+    have published one of these names again, and the log does not have that yet.
     """
     for left in directory.glob(f"step-*{WEIGHTS}.partial"):
         shutil.rmtree(left, ignore_errors=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def probe(folder: Path) -> None:
-    """Write, sync and remove a small file in `folder`, or where it would be made. No folder is made for it: whoever else is about
-    to make it would find it gone again. Raises `OSError`."""
+    """Write, sync and remove a small file in `folder`, or where it would be made. No folder is made for it: another
+    process that makes the same folder would find it gone. Raises `OSError`."""
     fd, name = tempfile.mkstemp(prefix=".sftd-probe-", dir=nearest(folder))
     try:
         with open(fd, "wb") as file:
@@ -22,7 +22,7 @@ def probe(folder: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the nearest above it that exists, be it a link to nowhere. Raises `OSError`."""
+    """`path`, or the nearest folder above it that exists; a dangling link exists. Raises `OSError`."""
     for part in (path, *path.parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             part.lstat()

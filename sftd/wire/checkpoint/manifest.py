@@ -55,7 +55,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """As it stands in the file."""
+    """The contents of the file."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
 
 

@@ -43,8 +43,8 @@ def saving(path: Path, digest: str) -> int:
 
 
 def reduce(path: Path, digest: str) -> Reduced | None:
-    """Make the folder of the weights of a checkpoint that nobody else changes, in the place of one that an interrupted call left.
-    None when there is nothing to gain (see `saving`), or when somebody reads that one. Raises `OSError`."""
+    """Make the folder of a checkpoint's weights; it replaces what an interrupted call left. No other process may change the
+    checkpoint. None when there is nothing to gain (see `saving`), or when a process reads the folder that was left. Raises `OSError`."""
     freed = saving(path, digest)
     if not freed:
         return None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
-from sftd.domain.errors import Problem
 
 # The key of the Parquet's metadata that `sftd prepare` writes, and the largest value that is read.
 METADATA_KEY, _LARGEST = b"sftd", 4 << 20
@@ -23,23 +22,11 @@ def of_files(paths: Sequence[str]) -> ChatTemplate | None:
     return next((found.chat_template for path in paths if (found := _read(path)).chat_template), None)
 
 
-def warnings(where: str, paths: Sequence[str]) -> list[Problem]:
-    """What to say of files that were rendered in different ways. `where` is the spec's key that named them."""
-    first = None
-    for path in paths:
-        found = _read(path)
-        if found.chat_template is None:
-            continue
-        if first is not None and found != first[1]:
-            return [
-                Problem(
-                    where,
-                    f"{first[0]} and {path} were rendered with different chat templates, dates or template arguments",
-                    "prepare all files in one way; sample prompts, answers and exports use the template of the first file",
-                )
-            ]
-        first = first or (path, found)
-    return []
+def different(paths: Sequence[str]) -> tuple[str, str] | None:
+    """The first file and another one that were rendered in different ways; None where all are alike. The files are
+    Parquet."""
+    known = [(path, found) for path in paths if (found := _read(path)).chat_template is not None]
+    return next(((known[0][0], path) for path, found in known if found != known[0][1]), None)
 
 
 def _read(path: str) -> _Metadata:

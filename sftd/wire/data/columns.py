@@ -107,7 +107,7 @@ def unused(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in schema.names if name not in known))
 
 
-def check(
+def check_columns(
     columns: Mapping[str, Lists],
     starts: npt.NDArray[np.int64],
     real: npt.NDArray[np.bool_],
@@ -129,7 +129,7 @@ def check(
         elif name in _BOUNDS:
             row = _first(column.lengths > 2)
         elif not np.array_equal(column.lengths, np.diff(starts)):
-            # One value a row: a weight counts, anything else has nothing to tell apart in it.
+            # One value a row: a weight counts; nothing else distinguishes parts of the row.
             row = _first(column.values != 1) if name in _WEIGHTS and _single(column) else None
             if not _single(column):
                 raise UnusableFile(f"column {name!r} has lists of other lengths than input_ids", _fix(name))

@@ -1,4 +1,4 @@
-"""What is in the data files of a run, found at submit (see `data_rows` for what a row is)."""
+"""What is in the data files of a run, found at submit (see `rows` for what a row is)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.rows import IGNORE_INDEX, is_trained
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.checks import LENGTH_QUANTILES, DataFacts
 from sftd.wire.data.columns import UnusableFile
-from sftd.wire.data.rows import IGNORE_INDEX, DataFile, Slice
+from sftd.wire.data.rows import DataFile, Slice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,14 +63,13 @@ def inspect(
                 for part in file.slices(vocab_size):
                     found = _facts(part, sequence_length, truncation, stop_ids)
                     is_unusable = found.trained == 0
-                    seen = np.minimum(part.lengths, sequence_length)[~is_unusable]
-                    of_length += np.bincount(seen, minlength=sequence_length + 1)
+                    of_length += np.bincount(found.seen[~is_unusable], minlength=sequence_length + 1)
                     if len(unusable_rows) < _FIRST_ROWS:
                         unusable_rows += (rows + np.flatnonzero(is_unusable)).tolist()
                     tokens += int(part.lengths.sum())
                     trained += int(found.trained.sum())
                     longest = max(longest, int(part.lengths.max(initial=0)))
-                    truncated += int((part.lengths > sequence_length).sum())
+                    truncated += int((found.seen < part.lengths).sum())
                     unusable += int(is_unusable.sum())
                     stopping += found.stopping
                     rows += int(part.lengths.size)
@@ -128,24 +128,21 @@ def first_rows(
     path: str, count: int, sequence_length: int, truncation: str
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Of the first `count` rows of a file that was inspected: the ids that training sees, and which of them are
-    predicted."""
-    import numpy as np
-
+    trained."""
     with DataFile(path) as file:
         for rows in file.slices(2**31):
             for begin, end in zip(*rows.kept(sequence_length, truncation), strict=True):
                 if not count:
                     return
                 count -= 1
-                # Nothing predicts the first token that is kept.
-                predicted = (rows.labels[begin:end] != IGNORE_INDEX) & (np.arange(end - begin) > 0)
-                yield rows.ids[begin:end].tolist(), predicted.tolist()
+                yield rows.ids[begin:end].tolist(), is_trained(rows.labels[begin:end].tolist())
 
 
 class _Facts(NamedTuple):
-    """Of a few rows: each one's trained labels within reach (int64 [rows]), and how many rows train a token that ends an
-    answer."""
+    """Of a few rows: the tokens that training sees of each and those of them that are trained (int64 [rows] each), and how many
+    rows train a token that ends an answer."""
 
+    seen: npt.NDArray[np.int64]
     trained: npt.NDArray[np.int64]
     stopping: int
 
@@ -154,8 +151,8 @@ def _facts(rows: Slice, sequence_length: int, truncation: str, stop_ids: Sequenc
     import numpy as np
 
     begins, ends = rows.kept(sequence_length, truncation)
-    trained = rows.count(rows.labels != IGNORE_INDEX, begins, ends)
+    seen, trained = ends - begins, rows.count(rows.labels != IGNORE_INDEX, begins, ends)
     if not stop_ids:
-        return _Facts(trained, 0)
+        return _Facts(seen, trained, 0)
     stops = rows.count(np.isin(rows.labels, stop_ids), begins, ends)
-    return _Facts(trained, int(np.count_nonzero(stops)))
+    return _Facts(seen, trained, int(np.count_nonzero(stops)))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftd.domain.data import rows as data_rows
+from sftd.domain.data.rows import IGNORE_INDEX
 from sftd.wire.data import columns as data_columns
 from sftd.wire.data.columns import LABELS, Lists, UnusableFile
 
@@ -23,11 +25,10 @@ if TYPE_CHECKING:
 
     Ints = npt.NDArray[np.int64]
 
-IGNORE_INDEX = -100
 _IDS, _MASK = "input_ids", "attention_mask"
 # Rows and tokens that are decoded at a time. Both bound the memory: a Parquet file of 15 KB can hold 10^8 tokens.
 _SLICE_ROWS, _SLICE_TOKENS = 4096, 1 << 20
-# The share of the trained labels that may differ from the token they stand at; more of them are a mistake.
+# The share of the trained labels that may differ from the token at their position; more are a mistake.
 _STRAY = 0.01
 
 
@@ -51,19 +52,14 @@ class Slice:
 
     def kept(self, limit: int, truncation: str) -> tuple[Ints, Ints]:
         """The tokens of each row that training sees: from which to which (int64 [rows] each, places in `ids`)."""
-        import numpy as np
-
-        if truncation == "left":
-            return np.maximum(self.starts[:-1], self.starts[1:] - limit), self.starts[1:]
-        return self.starts[:-1], np.minimum(self.starts[1:], self.starts[:-1] + limit)
+        return data_rows.kept(self.starts[:-1], self.starts[1:], limit, truncation)
 
     def count(self, flags: npt.NDArray[np.bool_], begins: Ints, ends: Ints) -> Ints:
         """How many of the `flags` (bool [tokens]) are set on what is predicted of each row (int64 [rows])."""
         import numpy as np
 
         places = np.flatnonzero(flags)
-        # Nothing predicts the first token that is kept.
-        begins = np.minimum(begins + 1, ends)
+        begins, ends = data_rows.predicted(begins, ends)
         return np.asarray(np.searchsorted(places, ends) - np.searchsorted(places, begins))
 
 
@@ -208,7 +204,7 @@ def _decode(batch: pa.RecordBatch, first: int, vocab_size: int) -> Slice:
     starts = np.concatenate(([0], np.cumsum(ids.lengths, dtype=np.int64)))
     _check_ids(ids.values, labels, vocab_size)
     real = np.ones(ids.values.size, np.bool_) if mask is None else _real(mask.values, starts, first)
-    data_columns.check(columns, starts, real, real & (labels != IGNORE_INDEX), first)
+    data_columns.check_columns(columns, starts, real, real & (labels != IGNORE_INDEX), first)
     if real.all():
         return Slice(first, starts, ids.values, labels)
     sums = np.concatenate(([0], np.cumsum(real)))
@@ -240,7 +236,7 @@ def _real(mask: npt.NDArray[Any], starts: Ints, first: int) -> npt.NDArray[np.bo
     if (late := np.flatnonzero(real[1:] & ~real[:-1] & ~begins[1:-1])).size:
         row = first + int(np.searchsorted(starts, late[0], side="right")) - 1
         raise UnusableFile(
-            f"row {row}: {_MASK} has a 0 before a 1: padding may only stand on the right",
+            f"row {row}: {_MASK} has a 0 before a 1: padding may only be on the right",
             "leave padding out: sftd pads by itself",
         )
     return real

@@ -20,13 +20,14 @@ import msgspec
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log.model_record import ModelRecord
-from sftd.domain.model.files import ModelFile, ModelFiles, differences
+from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.model.rules import changed_files
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt.directory import fsync_dir, make_private
 
 INDEX = "model.safetensors.index.json"
 _WHERE = "model.partial_pretrain"
-# What a run and its export need of a model folder besides the weights.
+# What a run and its export need of a model folder in addition to the weights.
 _KEPT = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *(
@@ -51,7 +52,7 @@ _SAMPLED_TENSORS = 512
 
 
 def kept_files(folder: Path) -> dict[str, Path]:
-    """Name → path of the files that a run and its export need besides the weights; links are followed."""
+    """Name → path of the files that a run and its export need in addition to the weights; links are followed."""
     found = {path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): path for path in sorted(found)}
 
@@ -140,19 +141,6 @@ def _samples(header: bytes) -> list[tuple[int, int]]:
         return []
 
 
-def changes(
-    was: ModelFiles, now: ModelFiles, spec: Spec, *, weights: bool, run: str = "the run"
-) -> list[Problem]:
-    """A problem for each file of the folder of `spec` that is not as recorded when `run` was submitted. `weights`: the
-    weight files count."""
-    folder = Path(spec.model.partial_pretrain)
-    found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)
-    return [
-        Problem(_WHERE, f"{folder / name} changed since {run} was submitted: {detail}")
-        for name, detail in found.items()
-    ]
-
-
 def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) -> None:
     """Compare the folder of `spec` with the record of its run; a run without one is not compared.
 
@@ -160,14 +148,9 @@ def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) 
     """
     if record.files is None:
         return
-    problems = changes(record.files, describe(spec.model.partial_pretrain), spec, weights=weights)
-    if problems:
-        raise Refused(with_fix(problems, fix))
-
-
-def with_fix(problems: list[Problem], fix: str) -> list[Problem]:
-    """The problems, the last of which says how to fix all of them."""
-    return [*problems[:-1], msgspec.structs.replace(problems[-1], fix=fix)]
+    now = describe(spec.model.partial_pretrain)
+    if problems := changed_files(record.files, now, spec, weights=weights, fix=fix):
+        raise Refused(problems)
 
 
 def fork_fix(run_id: str, *, pretrained: bool) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.checks import ModelShape, check_architecture
+from sftd.domain.model.families import FAMILIES, ROPE_KEYS
+from sftd.domain.model.rules import check_architecture
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.text.words import counted
 from sftd.wire.model.digest import INDEX, read_header, weight_files
 
@@ -36,71 +37,15 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
     return config | override
 
 
-# What `read_shape` reads: to override anything else would change nothing.
-_KEYS = (
-    "architectures hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings "
-    "attention_bias mlp_bias hidden_act sliding_window use_sliding_window num_experts num_local_experts "
-    "num_experts_per_tok moe_intermediate_size norm_topk_prob mlp_only_layers decoder_sparse_step "
-    "shared_expert_intermediate_size router_jitter_noise"
-).split()
-
-
-def _refuse_unknown(override: dict[str, Any]) -> None:
-    problems = []
-    for key in override:
-        if key not in _KEYS:
-            nearest = difflib.get_close_matches(key, _KEYS, n=1)
-            fix = (
-                f"did you mean `{nearest[0]}`?"
-                if nearest
-                else "leave it out; these are read: " + ", ".join(_KEYS)
-            )
-            problems.append(Problem(f"model.override_config.{key}", "is not read by the trainer", fix))
-    if problems:
-        raise Refused(problems)
-
-
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
-    _refuse_unknown(override)
     config = read_config(folder, override)
-    # Before anything else: what another architecture's config.json lacks is not what is wrong.
+    # First of all: another architecture's config.json lacks keys, and that is not what is wrong.
     architecture = _architecture(config)
     if problem := check_architecture(architecture):
         raise Refused(problem)
     try:
-        # transformers 5 writes RoPE settings as one mapping, 4 as two keys.
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-        if "rope_parameters" not in override:
-            # What the user says wins over either spelling in the file.
-            if "rope_scaling" in override:
-                rope = dict(override["rope_scaling"] or {})
-            theta = override.get("rope_theta", rope.pop("rope_theta", theta))
-        scaling = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
-        heads = int(config["num_attention_heads"])
-        return ModelShape(
-            architecture=architecture,
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(theta),
-            rope_scaling=scaling,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=architecture == "Qwen2ForCausalLM" or bool(config.get("attention_bias", False)),
-            qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-            hidden_act=str(config.get("hidden_act", "silu")),
-            sliding_window=_sliding_window(config),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            **_experts(config, architecture),
-        )
+        return FAMILIES[architecture].shape(config, override)
     except KeyError as error:
         raise Refused(
             Problem(
@@ -118,54 +63,13 @@ def _architecture(config: dict[str, Any]) -> str:
     return str(named[0]) if isinstance(named, list) and named else ""
 
 
-def _experts(config: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """The fields of `ModelShape` that a mixture of experts has besides; what a config.json leaves out is as
-    transformers has it by default. Raises `KeyError`."""
-    if architecture == "MixtralForCausalLM":
-        count, units, chosen, is_normalised = (
-            config["num_local_experts"],
-            config["intermediate_size"],
-            2,
-            True,
-        )
-    elif architecture == "Qwen3MoeForCausalLM":
-        # Published configs say num_experts, those that transformers 5 writes num_local_experts.
-        count = config.get("num_experts") or config["num_local_experts"]
-        units, chosen, is_normalised = config["moe_intermediate_size"], 8, config.get("norm_topk_prob", False)
-    else:
-        return {}
-    unsupported = {
-        "dense layers between its MoE layers (mlp_only_layers, decoder_sparse_step)": (
-            config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
-        ),
-        "shared experts (shared_expert_intermediate_size)": config.get("shared_expert_intermediate_size"),
-        "router noise (router_jitter_noise)": config.get("router_jitter_noise"),
-    }
-    return {
-        "num_experts": int(count),
-        "num_experts_per_tok": int(config.get("num_experts_per_tok", chosen)),
-        "moe_intermediate_size": int(units),
-        "norm_topk_prob": bool(is_normalised),
-        "unsupported": tuple(what for what, is_asked in unsupported.items() if is_asked),
-    }
-
-
-def _sliding_window(config: dict[str, Any]) -> int | None:
-    # Qwen names a window that it does not use unless use_sliding_window says so; Mistral has no such key.
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    return None if window is None else int(window)
-
-
-_ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
-
-
 def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for weights of `dtype` ("bfloat16", …) that were trained from `folder` with `override`.
 
     `read_shape` finds the same shape in it as in `folder` with `override`. Raises `Refused`.
     """
     config = read_config(folder, override)
-    if _ROPE_KEYS & override.keys():
+    if not override.keys().isdisjoint(ROPE_KEYS):
         # In both spellings, each of which says all of it: transformers 4 reads the two keys, 5 the one mapping.
         shape = read_shape(folder, override)
         scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
@@ -227,15 +131,3 @@ def stop_ids(folder: str) -> tuple[int, ...]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a file that a tokenizer is read from."""
     return any(any(folder.glob(name)) for name in _TOKENIZER)
-
-
-def check_tokenizer(folder: str, *, is_needed: bool) -> list[Problem]:
-    """Warnings where the folder holds no tokenizer. Raises `Refused` instead where one `is_needed`: the run answers prompts."""
-    if has_tokenizer(Path(folder)):
-        return []
-    if is_needed:
-        what = f"{folder} holds no tokenizer to read them with"
-        fix = "put the model's tokenizer there, or leave the prompts out"
-        raise Refused(Problem("trainer.sample_prompts", what, fix))
-    what = f"{folder} holds no tokenizer: the run trains, but an export of it lacks one too and cannot be used at once"
-    return [Problem(_WHERE, what, "put the model's tokenizer there")]

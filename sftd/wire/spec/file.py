@@ -64,7 +64,7 @@ def read_tree(
     tree: Mapping[str, Any], arguments: Iterable[str], base: str, beside: str | None
 ) -> tuple[Spec, list[Problem]]:
     """Make a resolved spec of what a file holds and of overrides. Its paths are absolute, relative ones are taken from `base`;
-    `beside` is the file's folder (see `spec_paths`). Returns the spec and its warnings. Raises `Refused`."""
+    `beside` is the file's folder (see `paths`). Returns the spec and its warnings. Raises `Refused`."""
     spec, warnings = parse(tree, parse_overrides(arguments))
     return resolve(spec, base, beside), warnings
 

@@ -1,4 +1,4 @@
-"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them checked."""
+"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them judged."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, shorten
-from sftd.domain.spec.check import LONGEST_NAME
+from sftd.domain.spec.rules import LONGEST_NAME
 from sftd.domain.spec.spec import Spec
+from sftd.domain.submit.facts import NOTHING, SubmitFacts
 from sftd.wire.data import dataset
 from sftd.wire.preflight import Preflight, inspect
-from sftd.wire.spec import file as specfile
+from sftd.wire.spec import file as spec_file
 from sftd.wire.spec.yaml_text import load_value
 
-# A comma inside brackets or quotes parts nothing.
+# A comma inside brackets or quotes does not separate values.
 _VALUE = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[^,])+""")
 _MOST = 1000
 
 
-class Point(msgspec.Struct, frozen=True):
+class GridPoint(msgspec.Struct, frozen=True):
     """One combination of a sweep's values, as a spec that was checked."""
 
     values: dict[str, Any]
@@ -60,10 +61,16 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
 
 
 def points(
-    path: str | None, overrides: Sequence[str], grid: dict[str, list[str]], base: str, name: str, home: Path
-) -> list[Point]:
-    """Every combination of the grid over the config, in order, the last key changing fastest. `name` begins the name of
-    each; what is different follows. Raises `Refused` with the problems of all points, each told once."""
+    path: str | None,
+    overrides: Sequence[str],
+    grid: dict[str, list[str]],
+    base: str,
+    name: str,
+    home: Path,
+    known: SubmitFacts = NOTHING,
+) -> list[GridPoint]:
+    """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
+    `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
     count = 1
     for values in grid.values():
         count *= len(values)
@@ -71,30 +78,30 @@ def points(
         what = f"has {count} combinations, more than {_MOST}"
         raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
     # Once for all points: standard input can be read once.
-    tree, beside = specfile.load_file(path) if path is not None else {}, specfile.beside_of(path)
-    known: dict[bytes, Any] = {}
+    tree, beside = spec_file.load_file(path) if path is not None else {}, spec_file.beside_of(path)
+    already_read: dict[bytes, Any] = {}
 
     def remembered(*arguments: Any, **named: Any) -> Any:
         # Reading large files once is enough.
         key = msgspec.json.encode([arguments, named])
-        if key not in known:
-            known[key] = dataset.inspect(*arguments, **named)
-        return known[key]
+        if key not in already_read:
+            already_read[key] = dataset.inspect(*arguments, **named)
+        return already_read[key]
 
-    made: list[Point] = []
+    made: list[GridPoint] = []
     problems: list[Problem] = []
     for combination in itertools.product(*grid.values()):
         chosen = dict(zip(grid, combination, strict=True))
         try:
             arguments = [*overrides, *(f"{k}={v}" for k, v in chosen.items())]
-            spec, warnings = specfile.read_tree(tree, arguments, base, beside)
+            spec, warnings = spec_file.read_tree(tree, arguments, base, beside)
             spec = _named(spec, name, chosen)
-            found = inspect(spec, read=remembered, home=home)
+            found = inspect(spec, read=remembered, known=known, home=home)
         except Refused as refused:
             problems += [p for p in refused.problems if p not in problems]
             continue
         meant = {key: load_value(value, key) for key, value in chosen.items()}
-        made.append(Point(meant, spec, found, [*warnings, *found.warnings]))
+        made.append(GridPoint(meant, spec, found, [*warnings, *found.warnings]))
     if problems:
         raise Refused(problems)
     return made

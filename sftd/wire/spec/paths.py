@@ -1,4 +1,4 @@
-"""The paths of a spec: what users write becomes absolute paths of this host, or is refused with what is wrong with it."""
+"""The paths of a spec: what users write becomes absolute paths of this host, or is refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def resolve(
     """The spec with absolute paths; relative ones start at `base`. A `~` and environment variables are expanded, patterns and
     folders of data become their files in the order of their names, a model's hub id becomes its folder in the local cache.
 
-    `beside` is the folder of the config, where a file may lie that is meant. Paths of `resolved`, an earlier spec, stay as they
-    are. Raises `Refused` with every path that cannot be meant; whether files exist is for those to say who read them.
+    `beside` is the folder of the config: a file that is only there is named in the refusal. Paths of `resolved`, an earlier
+    spec, stay as they are. Raises `Refused` with every unusable path. Whether files exist is checked when they are read.
     """
     paths = _Paths(base, beside, environ, _all_paths(resolved) if resolved else frozenset())
     replace = msgspec.structs.replace
@@ -88,7 +88,7 @@ class _Paths:
         self._environ = environ
 
     def path(self, where: str, text: str) -> str:
-        """One absolute path. What exists under the very name that is written is meant, whatever characters are in it."""
+        """One absolute path. A name that exists as it is written is taken as it is, whatever characters are in it."""
         literal = self._absolute(text)
         if text in self._resolved or os.path.exists(literal):
             return literal
@@ -160,8 +160,8 @@ class _Paths:
         return [os.path.join(folder, name) for name in names]
 
     def _look_beside(self, where: str, text: str) -> bool:
-        """Whether what is written lies in the config's folder alone, which is then refused: another file of that name may come to
-        lie in the base."""
+        """Whether the path exists in the config's folder alone. It is then refused: a file of that name may appear in the base
+        later."""
         if self._beside is None or os.path.isabs(os.path.expanduser(text)):
             return False
         there = os.path.join(self._beside, text)

@@ -104,7 +104,7 @@ Loader.yaml_implicit_resolvers = {
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-# As PyYAML's, but for 4:30:00, which it reads in base 60, and 0x_, which has no digit.
+# As PyYAML's, except for 4:30:00, which it reads in base 60, and 0x_, which has no digit.
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
     re.compile(r"^[-+]?(?:0b_*[01][01_]*|0x_*[0-9a-fA-F][0-9a-fA-F_]*|0[0-7_]*|[1-9][0-9_]*)$"),

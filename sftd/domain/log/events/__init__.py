@@ -16,6 +16,8 @@ from sftd.domain.log.events.attempts import SystemSampled as SystemSampled
 from sftd.domain.log.events.base import AfterStop as AfterStop
 from sftd.domain.log.events.base import Event as Event
 from sftd.domain.log.events.base import Micros as Micros
+from sftd.domain.log.events.base import NoticeFacts as NoticeFacts
+from sftd.domain.log.events.base import NoticeKind as NoticeKind
 from sftd.domain.log.events.base import Severity as Severity
 from sftd.domain.log.events.checkpoints import CheckpointDeleted as CheckpointDeleted
 from sftd.domain.log.events.checkpoints import CheckpointPinned as CheckpointPinned
@@ -58,6 +60,11 @@ EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subc
 def types_where(attribute: str) -> tuple[type[Event], ...]:
     """The types of which a flag such as `is_lifecycle` is set."""
     return tuple(cls for cls in EVENT_TYPES.values() if getattr(cls, attribute))
+
+
+def progress_types() -> tuple[str, ...]:
+    """The types that are a part of a run's progress, as the log names them."""
+    return names(*(cls for cls in EVENT_TYPES.values() if cls.progress is not None))
 
 
 def names(*types: type[Event]) -> tuple[str, ...]:

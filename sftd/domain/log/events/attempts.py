@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import msgspec
 
-from sftd.domain.log.events.base import Event, Micros, Severity
-from sftd.domain.text.words import memory
+from sftd.domain.log.events.base import Event, Micros, NoticeFacts, NoticeKind, Severity
+from sftd.domain.spec.launchers import holder_of
+from sftd.domain.text.words import first_line, memory
 
 
 class AttemptClaimed(Event, frozen=True):
@@ -28,6 +29,8 @@ class AttemptClaimed(Event, frozen=True):
 class AttemptLaunched(Event, frozen=True):
     """torchrun was started. `pid` and `create_time` (seconds since the epoch) together identify the process."""
 
+    notice_kind: ClassVar[NoticeKind | None] = "started"
+
     pid: int
     create_time: float
     host: str
@@ -37,8 +40,11 @@ class AttemptLaunched(Event, frozen=True):
 
     def summary(self) -> str:
         if not self.pid:
-            return f"handed to Slurm on {self.host}"
+            return f"handed to {holder_of(self.devices).shown} on {self.host}"
         return f"pid {self.pid} on {self.host}, {', '.join(self.devices)}"
+
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"started on {self.host}"
 
 
 class AttemptAdopted(Event, frozen=True):
@@ -53,8 +59,8 @@ class AttemptAdopted(Event, frozen=True):
 
 
 class JobReported(Event, frozen=True):
-    """What Slurm says of an attempt's job, each time that it says something else. `state` and `reason` are in its words;
-    the state is `NOT OBSERVED` while its controller does not answer, and `NOT SUBMITTED` until it has taken the job."""
+    """What the resource manager says of an attempt's job, each time that this changes. `state` and `reason` are in its words;
+    the state is `NOT OBSERVED` while it does not answer, and `NOT SUBMITTED` until it has taken the job."""
 
     job: str
     state: str
@@ -66,11 +72,6 @@ class JobReported(Event, frozen=True):
         """Whether there is nothing to say of the job beside that it runs."""
         return self.state == "RUNNING" and not self.reason
 
-    def words(self) -> str:
-        """The report as people read it beside a run."""
-        job = f"job {self.job} " if self.job else ""
-        return f"Slurm: {job}{self.state.lower()}" + (f" ({self.reason})" if self.reason else "")
-
     def summary(self) -> str:
         parts = (f"job {self.job}" if self.job else "", self.state, self.reason, self.nodes)
         return "  ".join(part for part in parts if part)
@@ -81,6 +82,7 @@ class AttemptPaused(Event, frozen=True):
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "paused"
 
     step: int
     by: str
@@ -88,14 +90,18 @@ class AttemptPaused(Event, frozen=True):
     def summary(self) -> str:
         return f"at step {self.step}, by {self.by}"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"was paused by {self.by} at step {self.step:,}"
+
 
 class AttemptPreempted(Event, frozen=True):
     """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
-    attempt continues. `by_run` is empty when Slurm took the machines back: `reason` says why."""
+    attempt continues. `by_run` is empty when the resource manager took the machines back: `reason` says why."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "paused"
 
     step: int
     by_run: str
@@ -104,6 +110,11 @@ class AttemptPreempted(Event, frozen=True):
     def summary(self) -> str:
         return f"at step {self.step}, {self.reason or f'by {self.by_run}'}; queued again"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        if self.by_run:
+            return f"made room for {self.by_run} at step {self.step:,}"
+        return f"was interrupted at step {self.step:,}, and is queued again: {first_line(self.reason)}"
+
 
 class AttemptFailed(Event, frozen=True):
     """An attempt ended before its run did. `evidence` are the lines that prove the cause."""
@@ -111,6 +122,7 @@ class AttemptFailed(Event, frozen=True):
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "retrying"
 
     cause: str
     message: str
@@ -121,6 +133,11 @@ class AttemptFailed(Event, frozen=True):
     def summary(self) -> str:
         return f"{self.cause}: {self.message}"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        if self.retry_at is None:
+            return None
+        return f"failed {run.where}, and will be tried again: {self.cause}: {first_line(self.message)}"
+
 
 class AttemptLost(Event, frozen=True):
     """An attempt's process is gone without a word (killed with its supervisor, host restarted)."""
@@ -128,6 +145,7 @@ class AttemptLost(Event, frozen=True):
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "retrying"
 
     message: str
     retry_at: Micros | None = None
@@ -135,9 +153,14 @@ class AttemptLost(Event, frozen=True):
     def summary(self) -> str:
         return self.message
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        if self.retry_at is None:
+            return None
+        return f"was lost {run.where}, and will be tried again: {first_line(self.message)}"
+
 
 class GpuSample(msgspec.Struct, frozen=True):
-    """One GPU at a moment, by NVML's index. What its driver does not tell is None."""
+    """One GPU at a moment, by NVML's index. What its driver does not report is None."""
 
     index: int
     utilization_percent: float | None

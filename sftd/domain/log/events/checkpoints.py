@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sftd.domain.log.events.base import Event, Severity
-from sftd.domain.text.words import size
+from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
+from sftd.domain.text.words import first_line, size
 
 
 class CheckpointPinned(Event, frozen=True):
@@ -43,9 +43,10 @@ class CheckpointStarted(Event, frozen=True):
         return f"step {self.step}"
 
 
-class CheckpointPublished(Event, frozen=True):
+class CheckpointPublished(OfStep, Event, frozen=True):
     """A checkpoint is complete on the disk under its final name. `manifest_digest` is the sha256 of its manifest."""
 
+    progress: ClassVar[str] = "checkpoint saved: "
     is_lifecycle: ClassVar[bool] = True
 
     step: int
@@ -54,15 +55,17 @@ class CheckpointPublished(Event, frozen=True):
     manifest_digest: str
     seconds: float
 
-    def summary(self) -> str:
-        return f"step {self.step}  {size(self.bytes)} in {self.seconds:.1f} s"
+    def details(self) -> str:
+        return f"{size(self.bytes)} in {self.seconds:.1f} s"
 
 
 class CheckpointRejected(Event, frozen=True):
     """A checkpoint did not verify and will not be used."""
 
+    progress: ClassVar[str | None] = "rejected checkpoint of "
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     step: int
     path: str
@@ -71,10 +74,14 @@ class CheckpointRejected(Event, frozen=True):
     def summary(self) -> str:
         return f"step {self.step}: {self.reason}"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"anomaly: the checkpoint of step {self.step:,} was rejected: {first_line(self.reason)}"
 
-class CheckpointDeleted(Event, frozen=True):
-    """Retention took a checkpoint away."""
 
+class CheckpointDeleted(OfStep, Event, frozen=True):
+    """Retention deleted a checkpoint."""
+
+    progress: ClassVar[str] = "checkpoint deleted: "
     severity: ClassVar[Severity] = "detail"
     is_lifecycle: ClassVar[bool] = True
 
@@ -83,8 +90,8 @@ class CheckpointDeleted(Event, frozen=True):
     bytes: int
     reason: str
 
-    def summary(self) -> str:
-        return f"step {self.step}  {size(self.bytes)} ({self.reason})"
+    def details(self) -> str:
+        return f"{size(self.bytes)} ({self.reason})"
 
 
 class CheckpointReduced(Event, frozen=True):

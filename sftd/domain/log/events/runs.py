@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sftd.domain.log.events.base import AfterStop, Event, Severity
+from sftd.domain.log.events.base import AfterStop, Event, NoticeFacts, NoticeKind, Severity
 from sftd.domain.model.files import ModelFiles
-from sftd.domain.text.words import changes, counted, size
+from sftd.domain.text.words import changes, counted, first_line, size
 
 
 class RunSubmitted(Event, frozen=True):
@@ -101,7 +101,7 @@ class RunReleased(Event, frozen=True):
 
 
 class StopRequested(Event, frozen=True):
-    """The run shall not go on: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
+    """The run must stop: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
     devices. `then` is what follows; `now` kills the attempt, else it saves a checkpoint at the next step boundary."""
 
     schema_version: ClassVar[int] = 2
@@ -147,6 +147,7 @@ class RunSucceeded(Event, frozen=True):
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "ended"
 
     steps: int
     tokens: int
@@ -155,6 +156,10 @@ class RunSucceeded(Event, frozen=True):
     def summary(self) -> str:
         return f"{counted(self.steps, 'step')}, {counted(self.tokens, 'trained token')}"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        last = f", loss {float(run.loss):.4g}" if run.loss is not None else ""
+        return f"succeeded: {counted(self.steps, 'step')}, {counted(self.tokens, 'token')}{last}"
+
 
 class RunFailed(Event, frozen=True):
     """The run ended without success, and sftd will not try again by itself."""
@@ -162,6 +167,7 @@ class RunFailed(Event, frozen=True):
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "failed"
 
     cause: str
     message: str
@@ -169,17 +175,24 @@ class RunFailed(Event, frozen=True):
     def summary(self) -> str:
         return f"{self.cause}: {self.message}"
 
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"failed {run.where}: {self.cause}: {first_line(self.message)}"
+
 
 class RunCancelled(Event, frozen=True):
     """The run ended because it was asked to."""
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
+    notice_kind: ClassVar[NoticeKind | None] = "ended"
 
     by: str
 
     def summary(self) -> str:
         return f"by {self.by}"
+
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"was cancelled by {self.by} {run.where}"
 
 
 class RunRemoved(Event, frozen=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from sftd.domain.log.events.base import Event, Severity
+from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
 from sftd.domain.text.words import counted, loss, memory, size
 
 
 class ModelLoaded(Event, frozen=True):
     """Every rank holds its weights. `environment` is what decides the numbers: versions, device, threads, layout."""
+
+    progress: ClassVar[str | None] = "model: "
 
     architecture: str
     parameters: int
@@ -21,7 +23,7 @@ class ModelLoaded(Event, frozen=True):
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether this attempt's steps come out bit for bit when they are computed again."""
+        """Whether this attempt's steps are the same bit for bit when they are computed again."""
         return bool(self.environment.get("deterministic", True))
 
     def summary(self) -> str:
@@ -47,6 +49,7 @@ class WeightsDigested(Event, frozen=True):
 class DataBound(Event, frozen=True):
     """The data files are open and the order of samples is fixed. Digests are sha256 over the files."""
 
+    progress: ClassVar[str | None] = "data: "
     severity: ClassVar[Severity] = "detail"
 
     train_rows: int
@@ -59,13 +62,15 @@ class DataBound(Event, frozen=True):
     planned_steps: int
 
     def summary(self) -> str:
-        lost = f", {self.truncated_rows} truncated, {self.dropped_rows} dropped"
-        return f"{counted(self.train_rows, 'row')}, {self.val_rows} for validation{lost}"
+        cut = f", {self.truncated_rows} truncated" if self.truncated_rows else ""
+        dropped = f", {self.dropped_rows} dropped" if self.dropped_rows else ""
+        return f"{counted(self.train_rows, 'row')}, {self.val_rows:,} for validation{cut}{dropped}"
 
 
 class TrainingResumed(Event, frozen=True):
     """The attempt continues from the checkpoint of `step`; steps after it in earlier attempts are redone."""
 
+    progress: ClassVar[str | None] = "resumed "
     severity: ClassVar[Severity] = "detail"
     is_lifecycle: ClassVar[bool] = True
 
@@ -77,7 +82,7 @@ class TrainingResumed(Event, frozen=True):
         return f"from step {self.step}"
 
 
-class StepCompleted(Event, frozen=True):
+class StepCompleted(OfStep, Event, frozen=True):
     """One optimizer step. `loss` is the mean over the trained tokens of the global batch, `grad_norm` is before clipping.
 
     `tokens` are trained (label is not -100), `tokens_real` not padding, `tokens_padded` all that was computed.
@@ -88,6 +93,7 @@ class StepCompleted(Event, frozen=True):
     """
 
     schema_version: ClassVar[int] = 2
+    progress: ClassVar[str] = ""
 
     step: int
     epoch: int
@@ -104,17 +110,19 @@ class StepCompleted(Event, frozen=True):
     mfu: float | None = None
     peak_memory_bytes: int | None = None
 
-    def summary(self) -> str:
+    def details(self) -> str:
+        # Short: the line in `sftd logs`, with its attempt before it, fits 80 columns on most runs.
         return (
-            f"step {self.step}  loss {loss(self.loss)}  grad norm {self.grad_norm:.3f}  "
-            f"lr {self.lr:.2e}  {counted(self.tokens_real, 'token')}  {self.seconds:.2f} s"
-            + (f"  MFU {self.mfu:.1%}" if self.mfu is not None else "")
-            + (f"  {memory(self.peak_memory_bytes)}" if self.peak_memory_bytes else "")
+            f"loss {loss(self.loss)}  grad {self.grad_norm:.3f}  lr {self.lr:.2e}"
+            + (f"  {self.tokens_real / self.seconds:,.0f} tok/s" if self.seconds > 0 else "")
+            + (f"  MFU {self.mfu:.1%}  {memory(self.peak_memory_bytes or 0)}" if self.mfu is not None else "")
         )
 
 
-class ValidationCompleted(Event, frozen=True):
+class ValidationCompleted(OfStep, Event, frozen=True):
     """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens."""
+
+    progress: ClassVar[str] = "validation "
 
     step: int
     loss: float
@@ -122,13 +130,14 @@ class ValidationCompleted(Event, frozen=True):
     rows: int
     seconds: float
 
-    def summary(self) -> str:
-        return f"step {self.step}  loss {loss(self.loss)} over {counted(self.tokens, 'token')}"
+    def details(self) -> str:
+        return f"loss {loss(self.loss)} over {counted(self.tokens, 'token')}"
 
 
-class SampleGenerated(Event, frozen=True):
+class SampleGenerated(OfStep, Event, frozen=True):
     """A fixed prompt was answered greedily with the model of `step`."""
 
+    progress: ClassVar[str] = ""
     severity: ClassVar[Severity] = "detail"
 
     step: int
@@ -137,14 +146,16 @@ class SampleGenerated(Event, frozen=True):
     tokens: int
     stopped: bool
 
-    def summary(self) -> str:
-        return f"step {self.step}  {self.prompt!r} → {self.text!r}"
+    def details(self) -> str:
+        return f"{self.prompt!r} → {self.text!r}"
 
 
 class AnomalyDetected(Event, frozen=True):
     """Something that must not be: a redone step that differs from the log, a loss that is not a number."""
 
+    progress: ClassVar[str | None] = "ANOMALY at "
     severity: ClassVar[Severity] = "problem"
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     step: int
     what: str
@@ -152,6 +163,9 @@ class AnomalyDetected(Event, frozen=True):
 
     def summary(self) -> str:
         return f"step {self.step}: " + "  ".join((self.what, *_details(self.detail)))
+
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"anomaly at step {self.step:,}: {self.what}"
 
 
 class SamplesSkipped(Event, frozen=True):
@@ -167,7 +181,7 @@ class SamplesSkipped(Event, frozen=True):
 
 
 class ReplayVerified(Event, frozen=True):
-    """Steps behind `from_step` up to `to_step` were trained again elsewhere and came out as the log has them: bit for bit,
+    """Steps after `from_step` up to `to_step` were trained again elsewhere and match the log: bit for bit,
     or to within rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
 
     from_step: int
@@ -184,10 +198,11 @@ class ReplayVerified(Event, frozen=True):
 
 
 class ReplayDiverged(Event, frozen=True):
-    """Steps behind `from_step` were trained again elsewhere, and `step` is the first that came out otherwise. `detail` is
+    """Steps after `from_step` were trained again elsewhere, and `step` is the first that differs from the log. `detail` is
     that of `AnomalyDetected`, `environment` maps what differs to [the log's, the verifier's]."""
 
     severity: ClassVar[Severity] = "problem"
+    notice_kind: ClassVar[NoticeKind | None] = "anomaly"
 
     from_step: int
     to_step: int
@@ -199,6 +214,9 @@ class ReplayDiverged(Event, frozen=True):
     def summary(self) -> str:
         differs = f"; differs: {', '.join(self.environment)}" if self.environment else ""
         return f"step {self.step} came out otherwise ({', '.join(self.detail)}){differs}, by {self.by}"
+
+    def notice(self, run: NoticeFacts) -> str | None:
+        return f"anomaly: step {self.step:,}, trained again by {self.by}, differs from the log"
 
 
 def _details(detail: dict[str, Any]) -> Iterator[str]:

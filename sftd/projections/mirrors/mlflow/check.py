@@ -14,9 +14,10 @@ import sqlalchemy as sa
 from sftd.domain.log import events as e
 from sftd.domain.run.fold import evolve
 from sftd.domain.text.words import counted
+from sftd.projections.mirrors.feed import Feed
 from sftd.projections.mirrors.mlflow import mapping, reading
 from sftd.projections.mirrors.mlflow.client import RemoteRun, Tracking
-from sftd.projections.mirrors.mlflow.mirror import MlflowMirror
+from sftd.projections.mirrors.mlflow.writer import MlflowWriter, position_name
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import events
 from sftd.store.log.event_store import read_stream
@@ -28,9 +29,9 @@ _FORMER = "an older sftd wrote it: a running daemon, or `sftd mlflow rebuild --p
 _Row = tuple[int, int, str]
 
 
-class Checked(msgspec.Struct, frozen=True):
-    """What came of comparing a run. `points` are the log's, `behind` the events that MLflow does not have yet, and
-    `differences` say what is otherwise in those that it has."""
+class MirrorComparison(msgspec.Struct, frozen=True):
+    """The result of comparing a run. `points` are the log's, `behind` the events that MLflow does not have yet, and
+    `differences` say what differs in those that it has."""
 
     run_id: str
     experiment: str
@@ -56,32 +57,35 @@ def versions(store: Store, run_ids: Iterable[str] = ()) -> dict[str, int]:
 
 def rebuild(
     store: Store, tracking_uri: str, artifacts_dir: Path | None, prefix: str, run_ids: Iterable[str]
-) -> Iterator[Checked]:
+) -> Iterator[MirrorComparison]:
     """Mirror runs from the log into the experiments of `prefix`, whatever is in others, and compare each with the log.
 
-    May be ended at any time: called again, it goes on where it was, and writes nothing that is there.
+    May be ended at any time: called again, it continues where it was, and writes nothing that is there.
     """
-    mirror = MlflowMirror(store, tracking_uri, artifacts_dir, experiment_prefix=prefix)
+    writer = MlflowWriter(store, tracking_uri, artifacts_dir, experiment_prefix=prefix)
+    feed = Feed(store, writer, position_name(tracking_uri, prefix))
     for run_id, version in versions(store, run_ids).items():
-        mirror.mirror_run(run_id, version, lambda: False)
-        yield check(store, Tracking(tracking_uri, artifacts_dir), prefix, run_id, version)
+        feed.copy_run(run_id, version, lambda: False)
+        yield compare_run(store, Tracking(tracking_uri, artifacts_dir), prefix, run_id, version)
 
 
-def check(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> Checked:
+def compare_run(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> MirrorComparison:
     """Compare the MLflow run of a run with the log, which MLflow shall have at least up to `version`. Writes nothing."""
     recorded, event = _submission(store, run_id)
     names = mapping.experiment_names(event, prefix)
     if (experiment := tracking.find_experiment(names)) is None:
-        return Checked(run_id, names[-1], 0, version, [_MISSING])
+        return MirrorComparison(run_id, names[-1], 0, version, [_MISSING])
     for _ in range(_TRIES):
         if (there := tracking.find_run(experiment.id, run_id)) is None:
-            return Checked(run_id, experiment.name, 0, version, [_MISSING])
+            return MirrorComparison(run_id, experiment.name, 0, version, [_MISSING])
         if there.cursor < there.covered:
-            return Checked(run_id, experiment.name, 0, version - there.cursor, [_FORMER])
-        told = ["it is deleted in MLflow"] if there.deleted else []
-        told += _facts(store, tracking, there, recorded, event)
+            return MirrorComparison(run_id, experiment.name, 0, version - there.cursor, [_FORMER])
+        wrong = ["it is deleted in MLflow"] if there.deleted else []
+        wrong += _facts(store, tracking, there, recorded, event)
         points, differences = _points(store, tracking, there, run_id)
-        found = Checked(run_id, experiment.name, points, max(0, version - there.cursor), told + differences)
+        found = MirrorComparison(
+            run_id, experiment.name, points, max(0, version - there.cursor), wrong + differences
+        )
         # A run that is being mirrored may have moved on between two questions.
         if (
             found.is_equal
@@ -98,11 +102,11 @@ def _points(store: Store, tracking: Tracking, there: RemoteRun, run_id: str) -> 
     for point in reading.history(store, run_id, there.cursor):
         key = sys.intern(point.key)
         expected.setdefault(key, []).append((point.step, point.timestamp, _text(point.value)))
-    told: list[str] = []
+    wrong: list[str] = []
     for key, rows in expected.items():
         found = sorted((p.step, p.timestamp, _text(p.value)) for p in tracking.points(there.uuid, key))
-        told += _differences(key, sorted(rows), found)
-    return sum(map(len, expected.values())), told
+        wrong += _differences(key, sorted(rows), found)
+    return sum(map(len, expected.values())), wrong
 
 
 class Place(NamedTuple):

@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from sftd.domain.errors import SftdError
-from sftd.projections.mirrors.mlflow.mapping import TAG_CURSOR, TAG_RUN, DatasetFacts, Point, parse_cursor
+from sftd.domain.text.credentials import without_credentials
+from sftd.projections.mirrors.mlflow.mapping import (
+    TAG_CURSOR,
+    TAG_RUN,
+    DatasetFacts,
+    MetricPoint,
+    parse_cursor,
+)
+from sftd.projections.mirrors.seam import MirrorUnavailable
 
 # 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
 METRICS_PER_BATCH = 960
@@ -37,14 +44,6 @@ _QUIET_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-# A password may hold a slash or an @ that nobody has quoted: it ends at the last @ of the word then.
-_CREDENTIALS = re.compile(r"//(?:[^/@:\s]*:\S*@|[^/@\s]*@)")
-# libpq takes secrets as parameters, too.
-_SECRET_PARAMETER = re.compile(r"([?&]\w*pass\w*=)[^&\s]*", re.IGNORECASE)
-
-
-class MirrorUnavailable(SftdError):
-    """MLflow does not take anything now. Nothing is lost: call again later."""
 
 
 class RemoteRun(NamedTuple):
@@ -61,7 +60,7 @@ class RemoteRun(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What MLflow tells of a run. Datasets are (name, digest)."""
+    """What MLflow has of a run. Datasets are (name, digest)."""
 
     status: str
     start_time: int
@@ -80,7 +79,7 @@ class RemoteExperiment(NamedTuple):
 
 
 def is_remote(tracking_uri: str) -> bool:
-    """Whether a server stands between us and the store."""
+    """Whether a server is between us and the store."""
     return not tracking_uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
@@ -166,11 +165,11 @@ class Tracking:
             {(i.dataset.name, i.dataset.digest) for i in inputs},
         )
 
-    def points(self, uuid: str, key: str) -> list[Point]:
+    def points(self, uuid: str, key: str) -> list[MetricPoint]:
         """All points of a metric, those that are there twice as well."""
         with self._client() as client:
             found = client.get_metric_history(uuid, key)
-        return [Point(m.key, m.value, m.timestamp, m.step) for m in found]
+        return [MetricPoint(m.key, m.value, m.timestamp, m.step) for m in found]
 
     def create_run(
         self, experiment_id: str, name: str, start_time: int, tags: Mapping[str, str]
@@ -202,7 +201,7 @@ class Tracking:
             if inputs:
                 client.log_inputs(uuid, inputs)
 
-    def log(self, uuid: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
+    def log(self, uuid: str, points: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Write points and tags in one request. The store commits the points first, then all tags at once.
 
         A point that is there already, equal in key, value, time and step, is not written again.
@@ -291,7 +290,7 @@ def _quoted(text: str) -> str:
 
 
 def _write_ahead(engine: sa.Engine) -> None:
-    # Else whoever looks at a page keeps the mirror waiting, and each commit takes three syncs. The file remembers it.
+    # Else a person who looks at a page keeps the mirror waiting, and each commit takes three syncs. The file remembers it.
     with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
@@ -337,17 +336,12 @@ def _remote(run: Any) -> RemoteRun:
 
 def _trouble(error: Exception) -> str:
     """What went wrong with a call, in a sentence whose subject is MLflow."""
-    # Of a server that is away, requests and urllib3 tell three times as much, with the address twice.
+    # Of a server that is away, requests and urllib3 say three times as much, with the address twice.
     if (away := re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))) and "Max retries exceeded" in str(
         error
     ):
         return f"does not answer: {away[1]}"
     return f"does not do what is asked of it: {_shown(str(error))}"
-
-
-def without_credentials(text: str) -> str:
-    """A text whose URLs name no user and no password."""
-    return _SECRET_PARAMETER.sub(r"\1***", _CREDENTIALS.sub("//", text))
 
 
 def _shown(text: str) -> str:

@@ -13,6 +13,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run.goodput import ACCOUNTS, Ledger
 from sftd.domain.run.state import Run, Status
 from sftd.domain.run.trajectory import changes
+from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.spec import Spec
 
 TAG_RUN = "sftd.run"
@@ -63,7 +64,7 @@ _STATUS: dict[Status, str] = {
 }
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """One value of a metric. `timestamp` is milliseconds since the epoch."""
 
     key: str
@@ -87,7 +88,7 @@ def millis(micros: e.Micros) -> int:
     return micros // 1000
 
 
-def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
+def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     """The metrics of an event. `highest` holds the highest step seen so far by event type and is moved on.
 
     A step that a later attempt redoes gives nothing: a redone step equals the log, so its point is already there.
@@ -103,7 +104,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
     highest[recorded.type] = event.step
     at = millis(recorded.occurred_at)
     if isinstance(event, e.ValidationCompleted):
-        return [Point("val_loss", event.loss, at, event.step)]
+        return [MetricPoint("val_loss", event.loss, at, event.step)]
     # `system/` is the only prefix whose section MLflow's page shows below the keys without one.
     values = {
         "loss": event.loss,
@@ -118,7 +119,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[Point]:
         values["system/mfu"] = event.mfu
     if event.peak_memory_bytes is not None:
         values["system/peak_memory_gib"] = event.peak_memory_bytes / 2**30
-    return [Point(key, value, at, event.step) for key, value in values.items()]
+    return [MetricPoint(key, value, at, event.step) for key, value in values.items()]
 
 
 def most_points(event: e.Event) -> int:
@@ -130,7 +131,7 @@ def most_points(event: e.Event) -> int:
     return 1
 
 
-def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
+def _system_points(event: e.SystemSampled, at: int, number: int) -> list[MetricPoint]:
     """What MLflow itself would log, and under its names, so that its page of system metrics shows it. As there, `number`
     counts samples: a run's steps would go back with each attempt."""
     values: dict[str, float | None] = {
@@ -146,7 +147,9 @@ def _system_points(event: e.SystemSampled, at: int, number: int) -> list[Point]:
             f"gpu_{gpu.index}_memory_usage_percentage": _percent(used, gpu.memory_total_bytes),
             f"gpu_{gpu.index}_power_usage_watts": gpu.power_watts,
         }
-    return [Point(f"system/{key}", value, at, number) for key, value in values.items() if value is not None]
+    return [
+        MetricPoint(f"system/{key}", value, at, number) for key, value in values.items() if value is not None
+    ]
 
 
 def _percent(part: int | None, whole: int | None) -> float | None:
@@ -162,7 +165,7 @@ def time_tags(ledger: Ledger) -> dict[str, str]:
     return {key: text for key, text in texts.items() if text}
 
 
-def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[Point]:
+def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[MetricPoint]:
     """The metrics of a parent's event that a fork shows as its own beginning. The fork validates `fork_step` itself."""
     last = fork_step - isinstance(recorded.event, e.ValidationCompleted)
     return [point for point in points(recorded, highest) if point.step <= last]
@@ -286,13 +289,14 @@ def run_name(run_id: str, event: e.RunSubmitted) -> str:
 
 
 def params(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). What is
-    for Slurm is there only for a run on Slurm."""
-    on_slurm = _section(spec, "launch").get("launcher") == "slurm"
+    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). A
+    launcher's section is there only for its own runs."""
+    own = _section(spec, "launch").get("launcher")
+    others = tuple(f"launch.{name}" for name in KINDS if name != own)
     return {
         _NOT_IN_KEY.sub("_", key)[:_KEY]: fit(text, _PARAM_VALUE)
         for key, text in _flat(spec, "")
-        if on_slurm or not key.startswith("launch.slurm")
+        if not key.startswith(others)
     }
 
 

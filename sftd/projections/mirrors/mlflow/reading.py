@@ -64,7 +64,7 @@ def samples(connection: sa.Connection, run_id: str, version: int) -> list[e.Samp
     return [r.event for r in upto if isinstance(r.event, e.SampleGenerated)]
 
 
-def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterator[mapping.Point]:
+def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterator[mapping.MetricPoint]:
     """The parent's curve, and its ancestors', up to the fork: the points of their own MLflow runs.
 
     As the log had them when the fork was made, so that they are the same whenever they are sent.
@@ -77,7 +77,7 @@ def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterat
             yield from mapping.inherited(r, highest, forked.step)
 
 
-def history(store: Store, run_id: str, version: int) -> Iterator[mapping.Point]:
+def history(store: Store, run_id: str, version: int) -> Iterator[mapping.MetricPoint]:
     """All points that the MLflow run of a run has once it is mirrored up to `version`."""
     highest = dict[str, int]()
     for r in _stream(store, run_id, 0, version, MIRRORED):

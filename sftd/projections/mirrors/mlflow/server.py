@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sftd.projections.mirrors.mlflow.app import MARK_PATH
 from sftd.projections.mirrors.mlflow.client import NO_PHONE_HOME, is_remote
-from sftd.projections.mirrors.mlflow.mirror import position_name
+from sftd.projections.mirrors.mlflow.writer import position_name
 
 __all__ = ["MARK_PATH", "mark", "ui_command"]
 

@@ -62,7 +62,7 @@ def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def gradient_(logits: Tensor, index: Tensor, log_total: Tensor, weight: Tensor, width: int) -> None:
-    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 behind column `width`."""
+    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 from column `width` on."""
     cross_entropy_gradient[(logits.shape[0],)](
         logits,
         index,

@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Bytes of the scores' gradient that backward holds at a time.
-SCORES_BYTES = 2 << 30
+from sftd.domain.plan.sizes import SCORES_BYTES
+
 # To which cuDNN rounds the lengths of that.
 _TILE = 64
 # By what `_key` says of the tensors: whether PyTorch's cuDNN attention takes them; cuDNN's compiled backward, or None where

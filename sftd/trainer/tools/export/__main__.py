@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # All of it is done on the CPU; a GPU's memory may be taken by a training.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from sftd.trainer.runtime.process import quiet_third_parties
+    from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 
     quiet_third_parties()
     from sftd.domain.errors import CheckpointInvalid, Refused

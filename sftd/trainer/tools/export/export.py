@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
-from sftd.domain.model.checks import ModelShape
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.sections import Lora
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file

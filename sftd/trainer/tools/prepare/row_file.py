@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sftd.domain.data.rows import IGNORE_INDEX, targets
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.tools.prepare.tokenize_pieces import Row
 from sftd.wire.attempt.directory import fsync_dir
 from sftd.wire.data.chat_template import METADATA_KEY
-from sftd.wire.data.rows import IGNORE_INDEX
 
 _COLUMNS = pa.schema(
     [
@@ -46,8 +46,7 @@ class RowFile:
         length = len(row.input_ids)
         self.rows += 1
         self.tokens += length
-        # Nothing predicts the first one.
-        self.trained_tokens += int((row.labels[1:] != IGNORE_INDEX).sum())
+        self.trained_tokens += int((targets(row.labels) != IGNORE_INDEX).sum())
         self.longest = max(self.longest, length)
         self.truncated += row.cut > 0
         self.cut_tokens += row.cut

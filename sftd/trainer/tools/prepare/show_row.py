@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sftd.domain.data.rows import is_trained
 from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.chat.tokenizer import load_tokenizer, tokenizer_digest
 from sftd.wire.data.chat_template import METADATA_KEY
 from sftd.wire.data.columns import UnusableFile
-from sftd.wire.data.rows import IGNORE_INDEX, read_row
+from sftd.wire.data.rows import read_row
 
 
 def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -45,18 +46,16 @@ def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = Fal
         found = read_row(str(path), row)
     except UnusableFile as error:
         raise PrepareError(f"{path}: {error.what}.") from error
-    ids, labels = found.ids.tolist(), found.labels.tolist()
+    ids, marks = found.ids.tolist(), is_trained(found.labels.tolist())
     segments = []
-    for trained, run in itertools.groupby(
-        zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX
-    ):
+    for key, run in itertools.groupby(zip(ids, marks, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode(
             [id_ for id_, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        segments.append({"text": text, "trained": trained})
+        segments.append({"text": text, "trained": key})
     return {
         "row": row,
         "segments": segments,
         "tokens": len(ids),
-        "trained": len(labels) - labels.count(IGNORE_INDEX),
+        "trained": sum(marks),
     }

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
+from sftd.domain.data.rows import IGNORE_INDEX, is_trained, kept, targets
 from sftd.trainer.chat.errors import ChatError, PrepareError
 from sftd.trainer.chat.mask import ChatMasker, MaskedChat
 from sftd.trainer.chat.render import RenderedChat, Rewritten
@@ -19,7 +20,6 @@ from sftd.trainer.chat.shapes import RowKeys
 from sftd.trainer.chat.template import check_template
 from sftd.trainer.chat.tokenizer import load_tokenizer, stop_token_ids
 from sftd.trainer.tools.prepare.sources.chat_files import Piece, rows_of
-from sftd.wire.data.rows import IGNORE_INDEX
 
 Truncation = Literal["right", "left", "error", "drop"]
 # Different sets of template variables, given by rows, that are kept ready.
@@ -211,15 +211,14 @@ def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
     ids = np.asarray(whole.input_ids, np.int32)
     labels = np.asarray(whole.labels, np.int32)
     left = labels[kept]
-    # The first of a row is never predicted.
-    trained, still = (int((part[1:] != IGNORE_INDEX).sum()) for part in (labels, left))
+    trained, still = (int((targets(part) != IGNORE_INDEX).sum()) for part in (labels, left))
     return Row(ids[kept], left, key, len(labels) - len(left), trained - still)
 
 
 def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
     """The part of a chat that becomes a row, or why there is none."""
     limit, length = options.max_length, len(chat.input_ids)
-    kept = slice(None)
+    part = slice(None)
     if limit is not None and length > limit:
         if options.truncation == "error":
             raise PrepareError(
@@ -228,8 +227,5 @@ def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
             )
         if options.truncation == "drop":
             return "longer than the greatest length"
-        kept = slice(limit) if options.truncation == "right" else slice(-limit, None)
-    # The first token of a row is never predicted, so its label trains nothing.
-    if all(label == IGNORE_INDEX for label in chat.labels[kept][1:]):
-        return "no trained token is left"
-    return kept
+        part = slice(*kept(0, length, limit, options.truncation))
+    return part if any(is_trained(chat.labels[part])) else "no trained token is left"

@@ -1,0 +1,183 @@
+"""The model families that the trainer knows, as data: how a config.json becomes a `ModelShape`, and what is refused.
+
+The weights and layers of a family are in `trainer/model/families`, in the module that has the name of its `model_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftd.domain.model.shape import ModelShape
+
+_REQUIRED: Any = object()
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True)
+class Key:
+    """How a field of `ModelShape` is read: the first of the keys `names` (else the field's own name) that has a value,
+    as `kind`; without one the `default`, which may be a function of config.json. A key `switch` that is false makes it
+    None."""
+
+    kind: Callable[[Any], Any]
+    names: tuple[str, ...] = ()
+    default: Any = _REQUIRED
+    switch: str = ""
+
+    def read(self, name: str, config: Mapping[str, Any]) -> Any:
+        """The value of the field `name`. Raises `KeyError` when it is missing, and what `kind` raises."""
+        if self.switch and not config.get(self.switch, True):
+            return None
+        names = self.names or (name,)
+        value = next((config[key] for key in names if config.get(key) is not None), self.default)
+        if value is _REQUIRED:
+            raise KeyError(names[0])
+        if callable(value):
+            value = value(config)
+        return None if value is None else self.kind(value)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A key of config.json that asks for `what` (by default its name), which is not trained, unless it is absent or has one
+    of the `neutral` values."""
+
+    key: str
+    what: str = ""
+    neutral: tuple[Any, ...] = (None, False, 0, [])
+
+    def is_asked(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json asks for it."""
+        return self.key in config and config[self.key] not in self.neutral
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.key})" if self.what else self.key
+
+
+# What Llama's config.json has, and most that came after it.
+_FIELDS: dict[str, Any] = {
+    "hidden_size": Key(int),
+    "intermediate_size": Key(int),
+    "num_hidden_layers": Key(int),
+    "num_attention_heads": Key(int),
+    "num_key_value_heads": Key(int, default=lambda config: config["num_attention_heads"]),
+    "head_dim": Key(
+        int, default=lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
+    ),
+    "vocab_size": Key(int),
+    "max_position_embeddings": Key(int, default=2048),
+    "rms_norm_eps": Key(float, default=1e-6),
+    "tie_word_embeddings": Key(bool, default=False),
+    "hidden_act": Key(str, default="silu"),
+    # Qwen's config.json has a window that is used only if use_sliding_window says so; Mistral's has no such key.
+    "sliding_window": Key(int, default=None, switch="use_sliding_window"),
+    "attention_bias": False,
+    "qk_norm": False,
+}
+_MLP_BIAS, _ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
+_OTHER_EXPERTS = (
+    Untrained("mlp_only_layers", "dense layers between its MoE layers"),
+    Untrained("decoder_sparse_step", "dense layers between its MoE layers", neutral=(1,)),
+    Untrained("shared_expert_intermediate_size", "shared experts"),
+    Untrained("router_jitter_noise", "router noise"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models of one `architecture`, as config.json names it, and `model_type`.
+
+    `fields`: where its shape differs from Llama's: field → `Key`, or a constant.
+    `refused`: what its config.json may ask for and is not trained. `activations`, `rope_types`: those that the trainer
+    computes. `added(shape, tp)`: parameters that each of `tp` tensor-parallel ranks holds of a layer in addition to
+    Llama's and those that the shape names.
+    """
+
+    architecture: str
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    refused: tuple[Untrained, ...] = (_MLP_BIAS, _ATTENTION_BIAS)
+    activations: tuple[str, ...] = ("silu",)
+    rope_types: tuple[str, ...] = ("default", "llama3")
+    added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
+
+    def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
+        """The shape of a model whose config.json, with `override` laid over it, is `config`. Raises `KeyError`, `TypeError`,
+        `ValueError`, `AttributeError` or `ArithmeticError`."""
+        theta, scaling = _rope(config, override)
+        fields = {
+            name: how.read(name, config) if isinstance(how, Key) else how
+            for name, how in (_FIELDS | dict(self.fields)).items()
+        }
+        return ModelShape(
+            architecture=self.architecture,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            unsupported=tuple(str(option) for option in self.refused if option.is_asked(config)),
+            **fields,
+        )
+
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family(architecture="LlamaForCausalLM", model_type="llama"),
+        Family(architecture="MistralForCausalLM", model_type="mistral"),
+        Family(
+            architecture="Qwen2ForCausalLM",
+            model_type="qwen2",
+            fields={"attention_bias": True},
+            refused=(_MLP_BIAS,),
+        ),
+        Family(architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True}),
+        Family(
+            architecture="MixtralForCausalLM",
+            model_type="mixtral",
+            fields={
+                "num_experts": Key(int, ("num_local_experts",)),
+                "num_experts_per_tok": Key(int, default=2),
+                "moe_intermediate_size": Key(int, ("intermediate_size",)),
+            },
+            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
+        ),
+        Family(
+            architecture="Qwen3MoeForCausalLM",
+            model_type="qwen3_moe",
+            fields={
+                "qk_norm": True,
+                # Published configs have num_experts, those that transformers 5 writes num_local_experts.
+                "num_experts": Key(int, ("num_experts", "num_local_experts")),
+                "num_experts_per_tok": Key(int, default=8),
+                "moe_intermediate_size": Key(int),
+                "norm_topk_prob": Key(bool, default=False),
+            },
+            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
+        ),
+    )
+}
+
+
+def keys_read() -> list[str]:
+    """The keys of config.json that some family reads: to override another one would change nothing."""
+    names = ["architectures", *ROPE_KEYS]
+    for family in FAMILIES.values():
+        for name, how in (_FIELDS | dict(family.fields)).items():
+            if isinstance(how, Key):
+                names += [*(how.names or (name,)), *([how.switch] if how.switch else [])]
+        names += [option.key for option in family.refused]
+    return list(dict.fromkeys(names))
+
+
+def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(theta, the scaling or None). transformers 5 writes RoPE settings as one mapping, 4 as two keys; an override wins
+    over either spelling in the file."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    if "rope_parameters" not in override:
+        if "rope_scaling" in override:
+            rope = dict(override["rope_scaling"] or {})
+        theta = override.get("rope_theta", rope.pop("rope_theta", theta))
+    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return float(theta), rope if is_scaled else None

@@ -1,0 +1,172 @@
+"""Rules of a model under a spec: what the trainer computes, and whether the model can be laid out as the spec says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from sftd.domain.errors import Problem, quote, shorten
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.files import ModelFiles, differences
+from sftd.domain.model.shape import ModelShape
+from sftd.domain.rules import Rules
+from sftd.domain.spec.spec import Spec
+
+_MODEL = "model.partial_pretrain"
+_LENGTH = "data.sequence_length"
+_MEGATRON = "model.megatron."
+_EP = _MEGATRON + "expert_model_parallel_size"
+
+
+def check_architecture(name: str) -> Problem | None:
+    """Whether models of this architecture, as config.json names it, are trained; empty is none named. Without it there is no
+    shape that the other rules could look at."""
+    if name in FAMILIES:
+        return None
+    what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
+    return Problem(_MODEL, what, "supported: " + ", ".join(FAMILIES))
+
+
+def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """What config.json asks for and the trainer does not compute."""
+    for part in shape.unsupported:
+        what = f"config.json has {part}, which {shape.architecture} is not trained with here"
+        yield Problem(_MODEL, what, "use a model without it")
+
+
+def expert_parallel_without_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Only experts are shared by expert parallelism."""
+    ep = spec.model.megatron.expert_model_parallel_size
+    if ep > 1 and not shape.num_experts:
+        yield Problem(_EP, f"{ep}, but {shape.architecture} has no experts to share", "set it to 1")
+
+
+def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The router has a choice to learn: of a single expert whose weight is normalised to 1 it would learn nothing."""
+    least = 2 if shape.norm_topk_prob else 1
+    if shape.num_experts and not least <= shape.num_experts_per_tok <= shape.num_experts:
+        what = f"config.json gives a token {shape.num_experts_per_tok} of {shape.num_experts} experts"
+        fix = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
+        yield Problem(_MODEL, what, fix)
+
+
+def experts_not_divided(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Each rank holds as many experts as any other."""
+    ep, experts = spec.model.megatron.expert_model_parallel_size, shape.num_experts
+    if experts % ep:
+        sizes = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        yield Problem(_EP, f"{ep} does not divide the model's {experts} experts", f"use one of {sizes}")
+
+
+def experts_of_a_whole_sequence(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Tensor-parallel ranks send each token to its experts once."""
+    m = spec.model.megatron
+    if shape.num_experts and m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
+        what = (
+            "is off, but experts are trained only with each tensor-parallel rank holding its own part of the sequence: "
+            "otherwise all of them would send the same tokens to the experts"
+        )
+        fix = "turn it on, or set model.megatron.tensor_model_parallel_size to 1"
+        yield Problem(_MEGATRON + "sequence_parallel", what, fix)
+
+
+def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The trainer computes some activations of a family's feed-forward layers."""
+    known = FAMILIES[shape.architecture].activations
+    if shape.hidden_act not in known:
+        what = f"config.json has hidden_act {quote(shape.hidden_act)}"
+        yield Problem(_MODEL, what, f"use a model with {' or '.join(known)} layers")
+
+
+def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The trainer attends to the whole sequence."""
+    length, window = spec.data.sequence_length, shape.sliding_window
+    if window is not None and length > window:
+        what = f"{length} is more than the {window} tokens of the model's sliding window"
+        yield Problem(_LENGTH, what, f"set it to {window} or less")
+
+
+def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The trainer computes some RoPE scalings."""
+    known = FAMILIES[shape.architecture].rope_types
+    if shape.rope_type not in known:
+        what = f"RoPE scaling {quote(shape.rope_type)} is not known"
+        yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
+
+
+def _ffn_units(shape: ModelShape) -> int:
+    return shape.moe_intermediate_size if shape.num_experts else shape.intermediate_size
+
+
+def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Tensor-parallel ranks hold equal parts of each layer."""
+    tp = spec.model.megatron.tensor_model_parallel_size
+    numbers = {
+        "attention heads": shape.num_attention_heads,
+        "key-value heads": shape.num_key_value_heads,
+        "FFN units": _ffn_units(shape),
+    }
+    sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
+    if spec.model.megatron.expert_model_parallel_size > 1:
+        # Then a rank holds experts whole.
+        del numbers["FFN units"]
+    for part, number in numbers.items():
+        if number % tp:
+            what = f"{tp} does not divide the model's {number} {part}"
+            yield Problem(_MEGATRON + "tensor_model_parallel_size", what, f"use one of {sizes}")
+
+
+def layers_not_divided_by_pp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Each stage of the pipeline has as many layers as any other."""
+    m, layers = spec.model.megatron, shape.num_hidden_layers
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    if layers % (pp * vpp):
+        key = "virtual_pipeline_model_parallel_size" if vpp > 1 else "pipeline_model_parallel_size"
+        what = f"PP {pp} × VPP {vpp} = {pp * vpp} does not divide the model's {layers} layers"
+        yield Problem(_MEGATRON + key, what, "use sizes whose product divides the layers")
+
+
+def longer_than_pretrained(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Positions that the model has not seen."""
+    length, positions = spec.data.sequence_length, shape.max_position_embeddings
+    if length > positions:
+        yield Problem(_LENGTH, f"{length} is more than the {positions} positions the model was trained on")
+
+
+MODEL = Rules(
+    refuse=(
+        unsupported_parts,
+        expert_parallel_without_experts,
+        experts_of_a_token,
+        experts_not_divided,
+        experts_of_a_whole_sequence,
+        other_activation,
+        longer_than_window,
+        other_rope,
+        layers_not_divided_by_tp,
+        layers_not_divided_by_pp,
+    ),
+    warn=(longer_than_pretrained,),
+)
+
+
+def changed_files(
+    was: ModelFiles | None,
+    now: ModelFiles | None,
+    spec: Spec,
+    *,
+    weights: bool,
+    fix: str,
+    run: str = "the run",
+) -> list[Problem]:
+    """A problem for each file of the model folder of `spec` that is not as recorded when `run` was submitted; the last one has
+    `fix`. None is a folder without a record, which is not compared. `weights`: the weight files count."""
+    if was is None or now is None:
+        return []
+    found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)
+    problems = [
+        Problem(_MODEL, f"{spec.model.partial_pretrain}/{name} changed since {run} was submitted: {detail}")
+        for name, detail in found.items()
+    ]
+    return [*problems[:-1], *(msgspec.structs.replace(last, fix=fix) for last in problems[-1:])]

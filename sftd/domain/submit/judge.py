@@ -1,0 +1,44 @@
+"""The judge of a run that is not queued yet: every check of submit, fork, resume, plan and a run without a daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from sftd.domain.errors import Problem
+from sftd.domain.model.rules import MODEL
+from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
+from sftd.domain.submit.facts import SubmitFacts
+from sftd.domain.submit.fork_rules import FORK
+from sftd.domain.submit.rules import FACTS, PLANNED
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """A run with `problems` is refused. `warnings` are of one without; `planned_steps` is None where facts are missing."""
+
+    problems: list[Problem]
+    warnings: list[Problem] = []
+    planned_steps: int | None = None
+
+
+def judge(
+    spec: Spec,
+    facts: SubmitFacts,
+    start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
+) -> Verdict:
+    """Whether a run of this spec may be queued. The spec was parsed, and so fits in itself (`SPEC` in `domain/spec/rules.py`).
+    `start` gives, for the digest of the training data, where the run begins to read it."""
+    problems = [*facts.unreadable, *FACTS.problems(spec, facts), *FORK.problems(spec, facts)]
+    warnings = FACTS.warnings(spec, facts) + FORK.warnings(spec, facts)
+    if facts.shape is not None:
+        problems += MODEL.problems(spec, facts.shape)
+        warnings += MODEL.warnings(spec, facts.shape)
+    if problems or facts.shape is None or facts.train is None:
+        return Verdict(problems)
+    beginning = start(facts.train.digest)
+    planned = spec.planned_steps(facts.train.usable, beginning)
+    facts = msgspec.structs.replace(facts, planned_steps=planned, first_step=beginning.step)
+    if problems := PLANNED.problems(spec, facts):
+        return Verdict(problems)
+    return Verdict([], warnings + PLANNED.warnings(spec, facts), planned)

@@ -1,0 +1,38 @@
+"""What the trainer knows of a model family: the table of its weights, and where its layers differ from Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.shape import ModelShape
+from sftd.trainer.model.families.rules import Rule
+from sftd.trainer.model.layer import decoder_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedFamily:
+    """A module of `families` has one, named FAMILY.
+
+    `layer_rules(shape, layer, experts)`: every parameter of decoder layer number `layer` that holds these of the model's
+    experts, by its names below the layer in Megatron and below `layers` and the number in the folder. `unread`: tensors of
+    a layer in the folder that are not parameters. `layer_spec(shape, layer)`: Megatron's spec of that layer.
+    `embedding`, `final_norm` and `output` are names in the folder.
+    """
+
+    layer_rules: Callable[[ModelShape, int, range], list[Rule]]
+    layer_spec: Callable[[ModelShape, int], Any] = lambda shape, layer: decoder_layer(shape)
+    layers: str = "model.layers"
+    unread: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    output: str = "lm_head.weight"
+
+
+def family_of(shape: ModelShape) -> TrainedFamily:
+    """The family of a model."""
+    module = import_module(f"sftd.trainer.model.families.{FAMILIES[shape.architecture].model_type}")
+    return cast(TrainedFamily, module.FAMILY)

@@ -1,0 +1,101 @@
+"""Checkpoints: who plans the files, what the optimizer stores, and errors that must not leave a rank waiting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import set_crc32_options
+
+from sftd.trainer.errors import CheckpointSaveFailed
+
+# How Megatron and torch size, share out and write the items of a plan.
+item_size = filesystem_async._item_size
+split_by_size_and_type = filesystem_async._split_by_size_and_type
+write_item = filesystem._write_item
+WriterTransforms = filesystem._StorageWriterTransforms
+
+
+@contextlib.contextmanager
+def keep_rank_zero_in_step() -> Iterator[None]:
+    """Hold back what rank 0 raises at the end of a save until every rank is through; then raise `CheckpointSaveFailed`.
+
+    state_dict_saver.py:243 (`.metadata`) and serialization.py:449 (`metadata.json`) write on rank 0 alone, between
+    collectives: an error there leaves the others in a broadcast or barrier that rank 0 never joins.
+    """
+    held: list[Exception] = []
+
+    def guard(write: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  raised again below
+                held.append(error)
+
+        return call
+
+    writer = filesystem_async.FileSystemWriterAsync
+    finish, save_config = writer.finish, serialization.save_config
+    writer.finish, serialization.save_config = guard(finish), guard(save_config)
+    try:
+        yield
+    finally:
+        writer.finish, serialization.save_config = finish, save_config
+    if held:
+        raise CheckpointSaveFailed(f"{type(held[0]).__name__}: {held[0]}") from held[0]
+
+
+def plan_saves_with(plan_files: Callable[[SavePlan, SavePlanner, str, int], list[Any]]) -> None:
+    """Have Megatron plan a save with `plan_files(plan, planner, prefix, files)`, whose result its callers find in the
+    request's arguments.
+
+    Its own writer (filesystem_async.py) clones what shares memory, moves everything to the host at once, writes the
+    files one after the other, and spawns a Manager process to collect the results of its own threads.
+    """
+
+    def prepare(self: Any, plan: SavePlan, planner: SavePlanner) -> None:
+        self.write_buckets = plan_files(plan, planner, plan.storage_data.prefix, self.thread_count)
+        self.results_queue = _Results()
+
+    filesystem_async.FileSystemWriterAsync.prepare_write_data = prepare
+    # Of each tensor, by torch.save, while it holds the interpreter; the manifest has the sha256 of the whole file.
+    set_crc32_options(False)
+
+
+class _Results:
+    """What Megatron's `retrieve_write_results` takes for a queue."""
+
+    def __init__(self) -> None:
+        self._results: dict[int, list[WriteResult]] = {}
+
+    def put(self, results: dict[int, list[WriteResult]]) -> None:
+        self._results = results
+
+    def get_nowait(self) -> dict[int, list[WriteResult]]:
+        return self._results
+
+
+def store_share(part: DistributedOptimizer, share: Callable[[dict[str, Any]], Any]) -> None:
+    """Have a part of the optimizer store and load `share(model's state)` in the place of what distrib_optimizer.py:1223 and
+    :1690 gather in the host memory of every rank."""
+
+    def param_state(model: dict[str, Any], *_: object, **__: object) -> Any:
+        return share(model)
+
+    part.sharded_param_state_fully_reshardable = param_state
+    # What was loaded is in its place already: what `share` names shares memory with the optimizer's tensors.
+    part.load_parameter_state_from_fully_reshardable = lambda _: None
+
+
+def optimizer_tensors(part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """This rank's share of the master copy (`param`) and of each moment of a parameter."""
+    tensors: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
+    return tensors

@@ -1,0 +1,56 @@
+"""An attempt's order, made of what the log says of its run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.log.model_record import ModelRecord
+from sftd.domain.run.state import CheckpointInfo, Run
+from sftd.domain.spec.spec import FROM_THE_BEGINNING
+from sftd.wire.attempt.directory import Order
+
+_NO_RECORD = ModelRecord()
+
+
+def order_of(
+    run: Run,
+    checkpoint: CheckpointInfo | None,
+    *,
+    attempt: int | None = None,
+    token: str = "",
+    checkpoint_dir: str | os.PathLike[str] = "",
+    model: ModelRecord = _NO_RECORD,
+    model_root: str | os.PathLike[str] = "",
+    losses: Sequence[float] = (),
+    last_step: int | None = None,
+    template: ChatTemplate | None = None,
+) -> Order:
+    """What is to be done from `checkpoint` on; None is the pretrained model.
+
+    With `attempt` it is the order of the run's next attempt: new steps, on the data as submitted. Without, it is about steps
+    that the log has, for `sftd verify` and for tools: the data may have changed since. The other arguments are those of
+    `Order`.
+    """
+    is_next = attempt is not None
+    return Order(
+        run_id=run.run_id,
+        attempt=run.attempt if attempt is None else attempt,
+        token=token,
+        spec=run.spec,
+        planned_steps=run.planned_steps,
+        checkpoint_dir=str(checkpoint_dir),
+        checkpoint=checkpoint.path if checkpoint else None,
+        checkpoint_digest=checkpoint.manifest_digest if checkpoint else None,
+        train_digest=run.train_digest if is_next else "",
+        val_digest=run.val_digest if is_next else "",
+        model_files=model.files,
+        weights=model.weights,
+        model_root=str(model_root),
+        order_start=run.order_start if is_next else FROM_THE_BEGINNING,
+        order_later=[] if is_next else list(run.order),
+        losses=list(losses),
+        last_step=last_step,
+        template=template,
+    )

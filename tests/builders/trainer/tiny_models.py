@@ -1,0 +1,145 @@
+"""Tiny random models of each family with data for them, and the folder of a real one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+VOCAB = 250
+TRAIN_ROWS = 37
+PROMPT = "abc"
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+    "eos_token_id": 0,
+    "bos_token_id": 1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# Name → (transformers model, config, what its config gets besides the sizes).
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
+    "llama3_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "rope_parameters": _LLAMA3},
+    ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
+    # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
+    "llama2": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "vocab_size": VOCAB + 1},
+    ),
+    "qwen2_untied": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.1},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.1,
+        },
+    ),
+    # Weights of the taken experts that do not sum to one.
+    "qwen3_moe_plain": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": False,
+            "initializer_range": 0.1,
+        },
+    ),
+}
+
+
+def write_models(folder: Path) -> None:
+    """Write the tiny models into a folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+        from tokenizers import Tokenizer, decoders, pre_tokenizers
+        from tokenizers.models import WordLevel
+
+        words = {"<eos>": 0, "<bos>": 1, "<unk>": 2} | {chr(33 + i): 3 + i for i in range(VOCAB - 3)}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+        )
+        fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
+        for name, (model, config, extra) in MODELS.items():
+            torch.manual_seed(7)
+            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
+            with torch.no_grad():
+                # Norms start at one and biases at zero, which would hide a wrong mapping.
+                for parameter in network.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+            network.save_pretrained(folder / name)
+            fast.save_pretrained(folder / name)
+
+
+def write_rows(path: Path, rows: int, seed: int, row_group_size: int = 10) -> None:
+    """Random rows of 6 to 60 tokens, each with a prompt that is not trained."""
+    rng = np.random.default_rng(seed)
+    ids, labels = [], []
+    for _ in range(rows):
+        tokens = rng.integers(3, VOCAB, int(rng.integers(6, 61)))
+        trained = tokens.copy()
+        trained[: int(rng.integers(1, tokens.size - 1))] = -100
+        ids.append(tokens.tolist())
+        labels.append(trained.tolist())
+    table = pa.table({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels})
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+def write_data(folder: Path) -> Path:
+    """Write train.parquet and val.parquet, whose 11 rows no batch size divides. Returns the folder."""
+    write_rows(folder / "train.parquet", TRAIN_ROWS, seed=1)
+    write_rows(folder / "val.parquet", 11, seed=2)
+    return folder
+
+
+def real_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct; skips the test where it is not."""
+    default = Path.home() / ".cache/sftd/models/SmolLM2-135M-Instruct"
+    folder = Path(os.environ.get("SFTD_TEST_MODEL", default))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model in {folder}: `make demo` fetches it, SFTD_TEST_MODEL names another folder")
+    return folder

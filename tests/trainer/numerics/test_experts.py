@@ -1,0 +1,109 @@
+"""Mixture of experts: the steps against transformers, in every layout, and resumed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sftd.domain.log.events import ModelLoaded, SampleGenerated
+from sftd.domain.model.parameters import whole_model
+from sftd.wire.model.folder import read_shape
+from tests.builders.trainer.experts import EP2, overrides_of
+from tests.builders.trainer.resumes import exact, resume, weights_digests
+from tests.builders.trainer.trainers import MEGATRON
+from tests.builders.trainer.transformers_loop import reference
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
+
+TP2 = {MEGATRON + "tensor_model_parallel_size": 2, MEGATRON + "sequence_parallel": True}
+# Packing and recomputation are mixed in; with four ranks two hold the same experts.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, EP2),
+    "ep2_of_tp2_dp2_packed": (
+        4,
+        EP2 | TP2 | {"training__use_rmpad": True, "training__micro_batch_size_per_gpu": 2},
+    ),
+    "ep2_packed_recompute": (
+        2,
+        EP2 | {"training__use_rmpad": True, "model__enable_gradient_checkpointing": True},
+    ),
+    "ep2_of_cp2_packed": (
+        2,
+        EP2 | {MEGATRON + "context_parallel_size": 2, "training__use_rmpad": True},
+    ),
+    "tp2": (2, TP2 | {"model__enable_gradient_checkpointing": True}),
+    "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(trainer: Trainer, models: Path) -> Run:
+    return trainer.run("experts", 1, **overrides_of(models))
+
+
+@pytest.fixture(scope="module")
+def ep2(trainer: Trainer, models: Path) -> Run:
+    return trainer.run("experts_ep2", 2, **overrides_of(models, **EP2))
+
+
+def test_one_rank_equals_a_plain_pytorch_loop(one_rank: Run) -> None:
+    losses, norms = reference(one_rank, 5)
+    steps = list(one_rank.steps().values())[:5]
+    assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
+    assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_changes_nothing_but_rounding(
+    trainer: Trainer, models: Path, one_rank: Run, name: str
+) -> None:
+    ranks, overrides = LAYOUTS[name]
+    run = trainer.run(f"experts_{name}", ranks, **overrides_of(models, **overrides))
+    for step, expected in one_rank.steps().items():
+        found = run.steps()[step]
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for step, validation in one_rank.validations().items():
+        assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
+    assert run.events(ModelLoaded)[0].parameters == one_rank.events(ModelLoaded)[0].parameters
+    assert run.events(ModelLoaded)[0].parameters == whole_model(read_shape(str(models / "qwen3_moe"), {}))
+    texts = [(s.step, s.text) for s in one_rank.events(SampleGenerated)]
+    assert [(s.step, s.text) for s in run.events(SampleGenerated)] == texts
+
+
+def test_expert_parallel_ranks_go_on_bit_for_bit(
+    trainer: Trainer, warm: WarmTrainer, models: Path, ep2: Run
+) -> None:
+    resumed = resume(
+        trainer,
+        warm,
+        "experts_ep2-2",
+        ep2,
+        3,
+        2,
+        **overrides_of(models, **EP2),
+    )
+    assert exact(resumed) == {step: numbers for step, numbers in exact(ep2).items() if step > 3}
+    assert weights_digests(resumed, 6) == weights_digests(ep2, 6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_another_number_of_expert_parallel_ranks_goes_on_within_rounding(
+    trainer: Trainer, models: Path, one_rank: Run, ep2: Run, ranks: int
+) -> None:
+    first, layout = (one_rank, EP2) if ranks == 2 else (ep2, {})
+    attempt = trainer.prepare(
+        f"experts_to_{ranks}",
+        trainer.spec(ranks, **overrides_of(models, **layout)),
+        checkpoint=str(first.checkpoint(3)),
+    )
+    run = trainer.finish(attempt, trainer.start(attempt))
+    assert set(run.steps()) == {4, 5, 6}
+    for step, event in run.steps().items():
+        assert event.loss == pytest.approx(one_rank.steps()[step].loss, rel=1e-5)
+        assert event.grad_norm == pytest.approx(one_rank.steps()[step].grad_norm, rel=1e-5)
