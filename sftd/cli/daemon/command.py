@@ -97,6 +97,16 @@ def _stop(settings: Settings, holder: int | None) -> None:
     click.echo(f"stopped the daemon (pid {holder})")
 
 
+def resolved(settings: Settings) -> dict[str, str]:
+    """Variables that give a process in another folder the same settings: a relative path would mean another file there."""
+    return {
+        "SFTD_HOME": str(settings.home),
+        "SFTD_DATABASE_URL": settings.database_url,
+        "SFTD_METRICS_FILE": str(settings.metrics_file),
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+    }
+
+
 def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = False) -> int:
     """Start a daemon in the background and wait until it holds the lock. Returns its pid."""
     from sftd.daemon import lock
@@ -119,13 +129,7 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     log = settings.logs / "daemon.log"
     argv = [sys.executable, "-P", "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
-    # Resolved: the daemon runs in another folder, where a relative path means another file.
-    env = os.environ | {
-        "SFTD_DAEMON_LOG": str(log),
-        "SFTD_HOME": str(settings.home),
-        "SFTD_DATABASE_URL": settings.database_url,
-        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
-    }
+    env = os.environ | resolved(settings) | {"SFTD_DAEMON_LOG": str(log)}
     with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
         child = subprocess.Popen(
             argv,
