@@ -161,7 +161,7 @@ def test_template_arguments_mean_what_they_say(model: Path, tmp_path: Path) -> N
         # Only the beginning of one that it has, and a field of a message.
         ("add_gen", "has no variable 'add_gen'"),
         ("content", "has no variable 'content'"),
-        ("add_generation_prompt", "'add_generation_prompt' is what prepare itself gives"),
+        ("add_generation_prompt", "sets the template's variable 'add_generation_prompt' itself"),
     ):
         with pytest.raises(PrepareError, match=said):
             run([tmp_path / "c.jsonl"], model, tmp_path / "t.parquet", template_args={name: False})

@@ -1,4 +1,4 @@
-"""A data set's card as a page to read."""
+"""A data set's card as Markdown."""
 
 from collections.abc import Iterator
 from typing import Any
