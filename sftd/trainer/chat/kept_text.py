@@ -21,7 +21,7 @@ def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> 
         return _has(squeezed, part) or (isinstance(part, str) and _straddles(head, squeezed, _squeeze(part)))
 
     if not is_there(message.get("content")):
-        return "a part of the content"
+        return "part of the content"
     if not all(is_there(message.get(field)) for field in REASONING):
         return "the reasoning"
     for call in message.get("tool_calls") or ():

@@ -170,12 +170,12 @@ class ChatRenderer:
         if (turn := lost if lost is not None else self._first_unseen(messages, tools)) is not None:
             raise ChatError(
                 f"the chat template leaves out or changes message {turn + 1} ({messages[turn]['role']}), so the model "
-                "would not see it as it is. Remove it, or use a model folder whose chat template knows such messages"
+                "would not see the original. Remove it, or use a model folder whose chat template supports such messages"
             )
         if (name := first_lost_tool(tools, located.text)) is not None:
             raise ChatError(
                 f"the chat template does not show the model the tool {name!r}. Remove the tools from the row, or use a "
-                "model folder whose chat template knows tools"
+                "model folder whose chat template supports tools"
             )
         return located
 
@@ -185,8 +185,8 @@ class ChatRenderer:
         doubtful = {turn: f"{_PLACEHOLDER}{turn}." for turn in doubtful_messages(messages)}
         if not doubtful:
             return None
-        stand_ins = [m | {"content": doubtful.get(turn, m.get("content"))} for turn, m in enumerate(messages)]
-        shown = self._try_render(stand_ins, tools)
+        replaced = [m | {"content": doubtful.get(turn, m.get("content"))} for turn, m in enumerate(messages)]
+        shown = self._try_render(replaced, tools)
         if shown is None:
             return None  # the template rejects the replaced content
         return next((turn for turn, words in doubtful.items() if words not in shown), None)
@@ -293,10 +293,10 @@ class ChatRenderer:
         calls = message.pop("tool_calls", None)
         if in_call and calls:
             last = {**calls[-1], "function": {**calls[-1]["function"], "name": _PLACEHOLDER}}
-            stand_in = {**messages[turn], "tool_calls": [*calls[:-1], last]}
+            replaced = {**messages[turn], "tool_calls": [*calls[:-1], last]}
         else:
-            stand_in = {**message, "content": _PLACEHOLDER}
-        parts = self._whole([*messages[:turn], stand_in, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
+            replaced = {**message, "content": _PLACEHOLDER}
+        parts = self._whole([*messages[:turn], replaced, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
         if len(parts) != 2:
             raise ChatError(
                 f"the chat template writes the assistant's message {turn + 1} {len(parts) - 1} times, not "
@@ -316,8 +316,8 @@ class ChatRenderer:
         if len(blocks) != len(answers):
             if len(turns) != len(answers):
                 raise ChatError(
-                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so it is unknown which of "
-                    "them has the weight 0. Leave out the weights, or use another chat template"
+                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so those with the weight 0 cannot "
+                    "be identified. Leave out the weights, or use another chat template"
                 )
             return _Located(text, dict(enumerate(blocks)), set(), set())
         spans = {turn: span for turn, span in zip(answers, blocks, strict=True) if turn in turns}

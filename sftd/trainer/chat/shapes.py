@@ -86,13 +86,13 @@ def require_shape(fields: Sequence[str], keys: RowKeys, row: dict[str, Any] | No
         raise ChatError(f"there is no field {missing[0]!r} (or it is null); {has}. Correct the name")
     if {"chosen", "rejected"} <= set(fields):
         raise ChatError(
-            f"this is preference data ({shown}), which is for DPO and the like. To train on the chosen answers, use "
+            f"this is preference data ({shown}), for methods such as DPO. To train on the chosen answers, use "
             f"{_chosen(fields, row)}"
         )
     pair = next((pair for pair in _OTHER_PAIRS if set(pair) <= set(fields)), None)
     if pair is None and "text" in fields:
         raise ChatError(
-            "this is text without roles (the field text), as for pretraining, which sftd does not do. Write chats: "
+            "this is text without roles (the field text), as for pretraining, which sftd does not support. Write chats: "
             + ACCEPTED
         )
     example = (

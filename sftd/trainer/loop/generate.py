@@ -62,7 +62,7 @@ class Generator:
         except Exception as error:  # a chat template is a program and can raise anything
             raise UserError(f"the prompt {prompt!r} cannot be rendered: {error}") from error
         if not ids or max(ids) >= vocab_size:
-            raise UserError(f"the prompt {prompt!r} makes no tokens that the model knows")
+            raise UserError(f"the prompt {prompt!r} has no tokens, or tokens outside the model's vocabulary")
         return ids
 
     def _answer(self, step: int, trainee: Trainee, prompt: str, ids: list[int]) -> SampleGenerated:

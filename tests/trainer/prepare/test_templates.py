@@ -206,7 +206,7 @@ def test_the_form_of_arguments_does_not_change_a_chats_place_in_a_split() -> Non
 def test_an_error_that_both_forms_have_is_the_first() -> None:
     template = unmarked(QWEN25).replace("c.function.arguments | tojson", "'{}'")
     masker = ChatMasker(byte_level_tokenizer("qwen2.5", template))
-    with pytest.raises(ChatError, match=r"leaves the tool calls of the assistant's message 2 out"):
+    with pytest.raises(ChatError, match=r"leaves out the tool calls of the assistant's message 2"):
         masker.rows(conversation(call_row(GIVEN), None).messages)
 
 

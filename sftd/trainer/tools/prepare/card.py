@@ -212,26 +212,26 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         )
     if counts.as_shown:
         warnings.append(
-            f"{counted(counts.as_shown, 'answer')} trained as the chat template shows it to later turns, without what the "
-            "model writes before it (such as an empty think block); --rewritten split trains each as the model writes it"
+            f"{counted(counts.as_shown, 'answer')} trained as the chat template shows it to later turns, without the model's "
+            "output before it (such as an empty think block); --rewritten split trains each as the model writes it"
         )
     if counts.rewritten:
         warnings.append(
             f"{counted(counts.rewritten, 'answer')} not trained, because the chat template rewrites it when other turns follow; "
-            "--rewritten split trains each in a row of its own"
+            "--rewritten split trains each in a separate row"
         )
     if cut := sum(file.cut_trained_tokens for file in files):
         rows = sum(file.truncated for file in files)
         warnings.append(f"truncation has cut {counted(cut, 'token')} of answers off {counted(rows, 'row')}")
     if counts.special:
         warnings.append(
-            f"{counted(counts.special, 'chat')} with text in messages, tool calls or tools that the tokenizer takes for "
-            "special tokens of its own (such as a stop token), so the model would read it as the chat's structure"
+            f"{counted(counts.special, 'chat')} with text in messages, tool calls or tools that the tokenizer reads as "
+            "special tokens (such as a stop token), so the model would read it as the chat's structure"
         )
     if counts.unknown:
         warnings.append(
             f"{counted(counts.unknown, 'row')} with characters that the tokenizer's vocabulary lacks, so the model does not "
-            "read them"
+            "see them"
         )
     if duplicates := counts.duplicates():
         warnings.append(
@@ -247,7 +247,7 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         warnings.append(f"{counted(marked, 'row')} marked as not trained: left out")
     if counts.leaked:
         warnings.append(
-            f"{counted(counts.leaked, 'training row')} with a chat that is in the validation split as well"
+            f"{counted(counts.leaked, 'training row')} with a chat that is also in the validation split"
         )
     context, longest = _context_length(model), max(file.longest for file in files)
     if context is not None and longest > context:

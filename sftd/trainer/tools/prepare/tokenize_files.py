@@ -176,7 +176,7 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
     given = sum(way is not None for way in ways)
     if given > 1:
         raise PrepareError(
-            "A validation split is chosen by its fraction, by its rows or by the data set's own split; give one of them."
+            "The validation split has more than one option: give a fraction, a number of rows, or a split of the data set."
         )
     if given == 0 and options.val_out is not None:
         raise PrepareError(
@@ -185,18 +185,16 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
     if given == 1 and options.val_out is None:
         options = replace(options, val_out=out.with_name(f"{out.stem}.val{out.suffix}"))
     if (options.prompt_key is None) != (options.response_key is None):
-        raise PrepareError("The prompt's field and the response's are named together, or neither.")
+        raise PrepareError("Name both the prompt's and the response's field, or neither.")
     if options.prompt_key is not None and options.messages_key is not None:
-        raise PrepareError(
-            "A chat is in the field of its messages, or in those of prompt and response. Name one."
-        )
+        raise PrepareError("Name either the field of the messages, or the fields of prompt and response.")
     if options.val_fraction is not None and not 0.0 < options.val_fraction < 1.0:
-        raise PrepareError(f"The validation fraction is {options.val_fraction}; it must lie between 0 and 1.")
+        raise PrepareError(f"The validation fraction is {options.val_fraction}; it must be between 0 and 1.")
     if options.val_rows is not None and options.val_rows < 1:
         raise PrepareError(f"The validation rows are {options.val_rows}; there must be at least 1.")
     if options.val_split is not None and not any(path.is_dir() for path in sources):
         raise PrepareError(
-            "A validation split by name is one of a data set folder, and none of the sources is a folder."
+            "A named validation split needs a data set folder, but none of the sources is a folder."
         )
     if options.workers is not None and options.workers < 1:
         raise PrepareError(f"{options.workers} workers are too few; there must be at least 1.")
@@ -223,10 +221,9 @@ def _refuse_empty(file: RowFile, job: _Job) -> None:
     options, counts = job.options, job.counts
     if file.path == options.val_out:
         if options.val_fraction is None:
-            raise PrepareError("There is nothing to validate on: no chat of the validation split is left.")
+            raise PrepareError("The validation split is empty: none of its chats is usable.")
         raise PrepareError(
-            f"No chat fell into the validation fraction of {options.val_fraction}. Make it greater, or give "
-            "more chats."
+            f"No chat fell into the validation fraction of {options.val_fraction}. Increase it, or give more chats."
         )
     reason = "the sources hold no chats"
     if job.val is not None and job.val.rows and not job.held_out:

@@ -196,7 +196,7 @@ def _columns(path: Path, names: Sequence[str], keys: RowKeys) -> list[str]:
     read = [name for name in names if keys.reads(name)]
     for name in read:
         if (times := read.count(name)) > 1:
-            raise PrepareError(f"{path} has the column {name!r} {times} times. Leave one of them in it.")
+            raise PrepareError(f"{path} has the column {name!r} {times} times. Keep one of them.")
     return read
 
 

@@ -130,7 +130,7 @@ def _refuse_incomplete(folder: Path, files: Sequence[Path]) -> None:
         where = f"{folder}: of the {total} files {(parent / prefix).relative_to(folder).as_posix()}-…-of-{total:05d}"
         if len(set(found)) < len(found):
             twice = _list(sorted({f"{n:05d}" for n in found if found.count(n) > 1}))
-            raise PrepareError(f"{where}, there twice: {twice}. Remove the copies.")
+            raise PrepareError(f"{where}, duplicated: {twice}. Remove the copies.")
         # Shards are numbered from 0; a few tools start at 1.
         first = 1 if total in found and 0 not in found else 0
         if missing := sorted(set(range(first, first + total)) - set(found)):

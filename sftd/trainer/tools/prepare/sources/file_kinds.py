@@ -56,7 +56,7 @@ def require_kind(path: Path) -> FileKind:
             f"{path} is not a chat file: its name must end in one of {READ}, or it is a folder of such files."
         )
     if kind.unreadable:
-        raise PrepareError(f"{path} cannot be read as it is: {kind.unreadable}.")
+        raise PrepareError(f"{path} cannot be read directly: {kind.unreadable}.")
     return kind
 
 
