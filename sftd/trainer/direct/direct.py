@@ -194,7 +194,7 @@ class DirectReporter(Reporter):
         assert self._seen is not None
         run = self._seen.run
         if decisions.shortfall(run) is None:
-            # Nothing is left to redo, so the old history's checkpoints are no longer protected.
+            # The run is complete, so retention no longer protects its superseded checkpoints.
             run = msgspec.structs.replace(run, status="succeeded")
         for c in deletable(run):
             if not is_checkpoint_of(c.path, run.run_id):

@@ -74,7 +74,7 @@ def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -
                 value = rule.how.join(pieces, shape)
                 if parameter.shape != value.shape:
                     raise UserError(
-                        f"{path}: {rule.target} is {list(value.shape)}, but config.json asks for {list(parameter.shape)}"
+                        f"{path}: {rule.target} is {list(value.shape)}, but config.json specifies {list(parameter.shape)}"
                     )
                 parameter.copy_(value)
             assert not own, f"no weight mapping for {sorted(own)}"

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sftd.trainer.tools.seen_rows", description="Rows and steps."
     )
     parser.add_argument("order", type=Path, help="an attempt's order.json")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
-    asked.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
+    question.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
     parser.add_argument("--after-step", type=int, default=0, help="with --row: steps after this one")
     parser.add_argument("--last-step", type=int, default=0, help="with --row: steps up to this one")
     parser.add_argument("--text", action="store_true", help="with --at: decode the rows of the first")

@@ -190,7 +190,7 @@ def _load_tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":
     tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name
     )
-    # transformers ignores the pre-tokeniser in the file ("smollm") and uses GPT-2's, which splits several blanks before a
+    # transformers ignores the pre-tokeniser in the file ("smollm") and uses GPT-2's, which treats several blanks before a
     # digit differently from the model's training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
