@@ -50,7 +50,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     With `last_step`, the attempt trains recorded steps again for comparison, up to that step, without validations or
     checkpoints; the data may have changed. `order_later` are the pieces of the sample order that begin at later steps.
-    `template` is the chat template of the training data, for exports and answers; training itself does not need it."""
+    `template` is the chat template of the training data, for exports and answers; an attempt reads it from the data."""
 
     run_id: str
     attempt: int
