@@ -114,7 +114,7 @@ class Command:
                 raise NotSent(f"exit code {code}" + (f": {shown}" if shown else ""))
 
     def _hidden(self, text: str) -> str:
-        """The command's output without its own arguments. wget prints its URL, for example, and a shell the line with an error."""
+        """The command's output without its own arguments. For example, wget prints its URL."""
         words = {word for argument in self._argv[1:] for word in _WORD.findall(argument)}
         for word in sorted(words, key=len, reverse=True):
             text = text.replace(word, "…")

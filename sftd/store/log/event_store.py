@@ -32,7 +32,7 @@ def append(
     )
     if found != expected_version:
         raise ConcurrencyConflict(
-            f"{run_id} is at version {found}, not {expected_version}: it has changed meanwhile"
+            f"{run_id} is at version {found}, not {expected_version}: another process has changed it"
         )
     rows = []
     for version, item in enumerate(new, expected_version + 1):

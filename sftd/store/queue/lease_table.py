@@ -51,4 +51,4 @@ class LeaseTable:
         """Raises `LeaseLost` unless `token` holds the lease. Locks the row until the end of the transaction."""
         query = sa.select(self._key).where(self._key == key, self.is_leased, self._columns.token == token)
         if tx.execute(query.with_for_update()).first() is None:
-            raise LeaseLost(f"The lease on {key} is no longer ours: another daemon took it over.")
+            raise LeaseLost(f"This daemon lost the lease on {key}: another daemon took it over.")
