@@ -198,7 +198,7 @@ def wait_for_torchrun(home: Home, verifying: subprocess.Popen[str]) -> int:
         (["--devices", "0"], "the steps are trained on CPUs"),
         (["--with", "optimizer.l=1"], "optimizer.l"),
         (["--with", "trainer.max_steps=9"], "at least 12"),
-        (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "not epochs"),
+        (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "epochs cannot be tried"),
     ],
 )
 def test_what_cannot_be_is_refused(trained: tuple[Home, str], options: list[str], said: str) -> None:
