@@ -36,7 +36,7 @@ def doctor_command(as_json: bool) -> None:
     """
     settings = app.read_settings()
     app.make_home(settings)
-    with output.console(stderr=True).status("looking"):
+    with output.console(stderr=True).status("checking"):
         found = list(_examine(settings))
     if as_json:
         click.echo(output.json_line(found))
@@ -99,7 +99,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
 
 
 _FIXES = {
-    "database": "check SFTD_DATABASE_URL, and that the server runs and lets you in",
+    "database": "check SFTD_DATABASE_URL, and that the server runs and accepts your login",
     "disk": "SFTD_HOME must be a folder that you can write to",
 }
 
