@@ -65,8 +65,8 @@ def backup_command(file: Path) -> None:
 def restore_command(file: Path, force: bool) -> None:
     """Replace the database by the backup FILE, and MLflow's database by FILE.mlflow where both exist.
 
-    Stop the daemon first, and let attempts end: the command refuses while a daemon, an attempt or any other process has
-    the database open. It checks FILE before it changes anything (SQLite's own check, then that of `sftd db check`), and
+    Stop the daemon first, and let attempts end: the command refuses while a daemon or an attempt of this home runs, or
+    another process has the database open. It checks FILE before it changes anything (SQLite's own check, then that of `sftd db check`), and
     upgrades the tables of an older sftd in the restored copy; FILE itself does not change. The replaced database is kept
     beside the new one. Afterwards it lists runs, attempts and checkpoints of this host that the restored log lacks.
 
