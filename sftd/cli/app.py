@@ -105,8 +105,10 @@ def catch_up_views(store: Store) -> None:
     from sftd.store.log import event_store, positions
 
     with store.read() as connection:
-        behind = positions.projection_position(connection, views.NAME) < event_store.last_position(connection)
-    if behind:
+        lacks_events = positions.projection_position(connection, views.NAME) < event_store.last_position(
+            connection
+        )
+    if is_missing:
         with store.write() as tx:
             views.catch_up(tx)
 

@@ -113,10 +113,10 @@ def _print(found: list[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in found:
-        said = Text(finding.said)
+        text = Text(finding.said)
         if finding.fix:
-            said.append(f"\nfix: {finding.fix}", "dim")
-        table.add_row(Text(finding.state, _STYLE[finding.state]), finding.check, said)
+            text.append(f"\nfix: {finding.fix}", "dim")
+        table.add_row(Text(finding.state, _STYLE[finding.state]), finding.check, text)
     out = output.console()
     out.print(table)
     counts = {state: sum(f.state == state for f in found) for state in _STYLE}

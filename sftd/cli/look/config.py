@@ -138,7 +138,7 @@ def reference() -> str:
         "A path that exists is used as it is, even if it looks like a pattern. The model may be a hub id (`org/name`) that is in the local Hugging",
         "Face cache (`HF_HUB_CACHE`, `HF_HOME`).",
         "",
-        "The column `resume` says what a new value does to the steps that a run already has. `free`: they stay the same, at most to",
+        "The column `resume` shows how a new value affects the steps that a run already has. `free`: they stay the same, at most to",
         "within rounding, so a resume may change the key. `length`: they stay the same as long as their learning rates do. `fixed`:",
         "they would differ, so only a fork may change the key.",
         "",

@@ -113,9 +113,9 @@ class _Progress:
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
-            said = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
-            if said is not None:
-                lines.append(f"{_prefix(attempt, None)} {output.printable(said)}")
+            text = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
+            if text is not None:
+                lines.append(f"{_prefix(attempt, None)} {output.printable(text)}")
         for line in lines:
             click.echo(line)
         return bool(lines)

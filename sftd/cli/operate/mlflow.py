@@ -138,7 +138,7 @@ def _print_checked(checked: Iterable[MirrorComparison], total: int, as_json: boo
             continue
         click.echo(f"{found.run_id}: in {found.experiment}, not equal to the log", err=True)
         if found.behind:
-            click.echo(f"  {counted(found.behind, 'event')} not there yet: a daemon mirrors them", err=True)
+            click.echo(f"  {counted(found.behind, 'event')} not mirrored yet: a daemon does it", err=True)
         for difference in found.differences:
             click.echo(f"  {difference}", err=True)
     if not as_json and total:
