@@ -105,10 +105,9 @@ def catch_up_views(store: Store) -> None:
     from sftd.store.log import event_store, positions
 
     with store.read() as connection:
-        lacks_events = positions.projection_position(connection, views.NAME) < event_store.last_position(
-            connection
-        )
-    if is_missing:
+        position = positions.projection_position(connection, views.NAME)
+        lacks_events = position < event_store.last_position(connection)
+    if lacks_events:
         with store.write() as tx:
             views.catch_up(tx)
 
