@@ -1016,7 +1016,7 @@ def test_the_commands_find_the_runs_and_their_pages(
         [registered] = event_store.read_stream(connection, "root", types=("ModelRegistered",))
     assert (registered.event.name, registered.event.model_version) == ("support", "1")
     (folder / "config.json").write_text("{ }")
-    assert "is not what was exported" in sftd("mlflow", "register", "root", "support").stderr
+    assert "differs from the export" in sftd("mlflow", "register", "root", "support").stderr
     store.engine.dispose()
 
 

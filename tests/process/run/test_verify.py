@@ -221,7 +221,7 @@ def test_rows_and_steps_find_each_other(trained: tuple[Home, str]) -> None:
     assert [row["length"] for row in seen["rows"]] == [lengths[i] for i in order[8:12]]
     row = seen["rows"][0]["row"]
     assert (
-        f"digest {log['samples_digest'][:16]} is the log's (attempt 1"
+        f"digest {log['samples_digest'][:16]} matches the log (attempt 1"
         in home.run("data", run_id, "--step", "3").stdout
     )
     back = json.loads(home.run("data", run_id, "--row", str(row), "--json").stdout)
