@@ -160,7 +160,7 @@ REFUSED: dict[str, list[Row]] = {
             fix="without it",
         )
     ],
-    "expert_parallel_without_experts": [Row(EP, "no experts to share", {EP: 2})],
+    "expert_parallel_without_experts": [Row(EP, "no experts to shard", {EP: 2})],
     "experts_of_a_token": [
         Row("model.partial_pretrain", "a token 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
         Row("model.partial_pretrain", "a token 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
@@ -176,7 +176,7 @@ REFUSED: dict[str, list[Row]] = {
         Row(LENGTH, "the 2047 tokens", shape={"sliding_window": 2047}, fix="set it to 2047 or less")
     ],
     "other_rope": [
-        Row("model.partial_pretrain", "'yarn' is not known", shape={"rope_scaling": {"type": "yarn"}})
+        Row("model.partial_pretrain", "'yarn' is not supported", shape={"rope_scaling": {"type": "yarn"}})
     ],
     "layers_not_divided_by_tp": [
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
