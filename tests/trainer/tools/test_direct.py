@@ -207,7 +207,7 @@ def test_another_spec_or_other_data_are_another_run(
     write_rows(tmp_path / "data" / "train.parquet", 37, seed=99)
     _, code, said = plan(capsys, direct.config)
     assert code == 2
-    assert f"data.train_files: the files hold other data than when {name} began" in said
+    assert f"data.train_files: the contents of the files changed since {name} began" in said
     assert direct.run("named").attempts() == 2
 
     other, code, _ = plan(capsys, direct.config, "trainer.experiment_name=other")
