@@ -55,8 +55,8 @@ def test_bash_takes_it() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("partition", "a b", "holds spaces"),
-        ("account", "x\n#SBATCH --uid=0", "holds spaces"),
+        ("partition", "a b", "contains spaces"),
+        ("account", "x\n#SBATCH --uid=0", "contains spaces"),
         ("qos", 'a"', "quotes"),
         ("time", "soon", "not a time"),
         ("extra_args", ["mem=0"], "not an option"),

@@ -116,10 +116,10 @@ REFUSED: dict[str, list[Row]] = {
         Row("launch.nnodes", "the daemon's own machine", {"launch.nnodes": 2}, fix="launch.launcher to slurm")
     ],
     "unusable_slurm_word": [
-        Row("launch.slurm.partition", "holds spaces", SLURM | {"launch.slurm.partition": "a b"}),
+        Row("launch.slurm.partition", "contains spaces", SLURM | {"launch.slurm.partition": "a b"}),
         Row("launch.slurm.time", "not a time", SLURM | {"launch.slurm.time": "1:0:0:0"}, fix="90 or 2-0"),
     ],
-    "setup_with_nul": [Row("launch.slurm.setup", "holds a NUL", SLURM | {"launch.slurm.setup": "\0"})],
+    "setup_with_nul": [Row("launch.slurm.setup", "contains a NUL", SLURM | {"launch.slurm.setup": "\0"})],
     "unusable_slurm_option": [
         Row("launch.slurm.extra_args", "not an option", SLURM | {"launch.slurm.extra_args": ["mem"]}),
         Row(
@@ -271,8 +271,8 @@ REFUSED: dict[str, list[Row]] = {
 WARNED: dict[str, list[Row]] = {
     "settings_of_another_launcher": [Row("launch.slurm", "is not used", {"launch.slurm.partition": "p"})],
     "job_without_gpus": [
-        Row("launch.device", "asks for no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
-        Row("launch.slurm.gres", "names no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"),
+        Row("launch.device", "requests no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
+        Row("launch.slurm.gres", "requests no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"),
     ],
     "micro_batch_size_and_tokens": [Row(SIZE, "2 is not used", {PACKED: True, TOKENS: 4096, SIZE: 2})],
     "tokens_without_packing": [Row(TOKENS, "4096 is not used", {TOKENS: 4096})],
