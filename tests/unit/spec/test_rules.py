@@ -272,7 +272,9 @@ WARNED: dict[str, list[Row]] = {
     "settings_of_another_launcher": [Row("launch.slurm", "is not used", {"launch.slurm.partition": "p"})],
     "job_without_gpus": [
         Row("launch.device", "requests no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
-        Row("launch.slurm.gres", "requests no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"),
+        Row(
+            "launch.slurm.gres", "requests no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"
+        ),
     ],
     "micro_batch_size_and_tokens": [Row(SIZE, "2 is not used", {PACKED: True, TOKENS: 4096, SIZE: 2})],
     "tokens_without_packing": [Row(TOKENS, "4096 is not used", {TOKENS: 4096})],
