@@ -226,7 +226,7 @@ def code_of_the_model(spec: Spec) -> Iterator[Problem]:
 def no_validation(spec: Spec) -> Iterator[Problem]:
     """Without validation there is no best checkpoint."""
     if not spec.data.val_files:
-        what = "is empty: there is no validation, and checkpoint.keep_best has no effect"
+        what = "is empty: there is no validation, and keep_best has no effect"
         yield Problem("data.val_files", what)
 
 

@@ -121,7 +121,7 @@ def test_other_data_is_another_run_wherever_the_files_lie() -> None:
         msgspec.structs.replace(new, train_digest="other"),
         "fork",
     )
-    assert "hold other data" in problem.what
+    assert "contents of the files changed" in problem.what
     decisions.request_resume(log.run, "bob", None, new)
 
 
