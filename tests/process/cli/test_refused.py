@@ -203,7 +203,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         nothing,
         ["trainer.project_name=../../etc"],
         "trainer.project_name",
-        "holds a slash",
+        "contains a slash",
         "trainer.experiment_name",
     ),
     "no data": (nothing, ["data.train_files=[]"], "data.train_files", "is empty", "sftd prepare"),
