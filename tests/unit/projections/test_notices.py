@@ -43,7 +43,7 @@ SAID = {
     "AnomalyDetected": ("anomaly", "anomaly at step 21: redone step differs from the log"),
     "ReplayDiverged": (
         "anomaly",
-        "anomaly: step 27, trained again by ada, differs from the log",
+        "anomaly: step 27, recomputed by ada, differs from the log",
     ),
     "CheckpointRejected": (
         "anomaly",
