@@ -47,7 +47,7 @@ def table(tallies: dict[str, Tally]) -> Iterable[str]:
     for aim in sorted({a for t in each for a in t.aims}):
         yield row(f"… of which after the beginning of {aim}", (t.aims[aim] for t in each))
     for found in sorted({f for t in each for f in t.found}):
-        yield row(f"a kill left behind: {found}", (t.found[found] for t in each))
+        yield row(f"a kill left: {found}", (t.found[found] for t in each))
     yield row("runs that ended", (t.runs for t in each))
     yield row("steps compared with the undisturbed run", (t.steps for t in each))
     yield row("checkpoints verified after kills", (t.verified for t in each))

@@ -194,7 +194,7 @@ def test_one_start_of_one_job_trains(tmp_path: Path) -> None:
         told
     )
     again = job.start(8)
-    assert "not, or no longer, of job 8" in again.communicate(timeout=PATIENCE)[0]
+    assert "job 8 may not run this attempt" in again.communicate(timeout=PATIENCE)[0]
     assert again.returncode == slurm_script.REFUSED
     assert job.directory.started_job() == "7"
 
