@@ -1,4 +1,4 @@
-"""Where Alembic finds the database: the connection that `sftd.store.database.migrate` hands over, else `SFTD_DATABASE_URL`."""
+"""Connect Alembic to the database: the connection from `sftd.store.database.migrate`, else `SFTD_DATABASE_URL`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sftd.store.database.schema import metadata
 
 
 def _compared(connection: sa.Connection) -> Any:
-    """What autogenerate may compare: all but an index by expressions on SQLite, which does not tell them."""
+    """The filter of autogenerate. SQLite does not report expressions of an index, so that index is not compared there."""
     if connection.dialect.name != "sqlite":
         return None
     return lambda _object, name, kind, _reflected, _other: (kind, name) != ("index", "ix_queue_order")
 
 
 def _migrate(connection: sa.Connection) -> None:
-    # SQLite changes a column by copying its table, which Alembic does in batch mode.
+    # SQLite can change a column only by copying the table, which Alembic does in batch mode.
     batch = connection.dialect.name == "sqlite"
     context.configure(
         connection=connection,
@@ -28,7 +28,7 @@ def _migrate(connection: sa.Connection) -> None:
         render_as_batch=batch,
         include_object=_compared(connection),
     )
-    # The caller's transaction is used: all revisions are applied, or none is.
+    # Uses the caller's transaction, so that all revisions are applied or none.
     context.run_migrations()
 
 

@@ -1,16 +1,16 @@
-"""What checkpoints cost: saving while training waits and while it goes on, loading, and deterministic steps.
+"""Measure checkpoints: synchronous and asynchronous saves, loading, and the cost of deterministic steps.
 
     python scripts/bench_checkpoint.py [--shape llama3.2-1b] [--device cuda] [--folder DIR]
     python scripts/bench_checkpoint.py --shape smollm2-135m --device cpu
     torchrun --nproc-per-node=2 scripts/bench_checkpoint.py --shape smollm2-135m --device cpu
 
-Random weights and tokens, the trainer's own functions, everything in one run, so that the ratios compare like with like:
-  sync save       from the beginning until the checkpoint is published; training waits all the time
-  async, blocking what training waits for when a save begins (planning, copying to host memory) and is published
-  async, stall    that, and what the steps take longer while the save is written
+Random weights and tokens, the trainer's own functions, and one process for all, so that the ratios are comparable:
+  sync save       from the start to the publication; training waits all the time
+  async, blocking the time that training waits at the start (planning, copying to host memory) and at the publication
+  async, stall    the same, plus the slowdown of the steps while the save is written
   load            verifying every file's sha256, and reading
-  host memory     by how much the peak of this process's resident memory lies above what training takes, per rank
-Saving is done twice each; the first asynchronous save also takes and page-locks the memory of the copy.
+  host memory     the peak of this process's resident memory above that of training, per rank
+Each save is measured twice; the first asynchronous save also allocates and page-locks the memory of the copy.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Memory:
     """Resident memory of this process, in bytes."""
 
     def __init__(self) -> None:
-        # Forgets the highest value so far.
+        # Resets the peak.
         Path("/proc/self/clear_refs").write_text("5")
         self._before = _status("VmRSS")
 
     def grown(self) -> int:
-        """How far the peak lies above what there was at the start."""
+        """Peak since the start, minus the value at the start."""
         return _status("VmHWM") - self._before
 
 
@@ -105,12 +105,12 @@ class Bench:
                     parameter.fill_(1.0)
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
-        # The FP32 master copy was taken of what was there before.
+        # The FP32 master copy is of the old weights.
         self.trainee.optimizer.reload_model_params()
         tokens = np.random.default_rng(1).integers(3, shape.vocab_size, (samples, length))
 
         class Rows:
-            """Samples in the place of the trainer's: every token but the last is trained to predict the next."""
+            """Samples instead of the trainer's rows: every token but the last predicts the next."""
 
             lengths = np.full(samples, length)
 
@@ -126,20 +126,20 @@ class Bench:
 
         bench = self
 
-        class Told:
-            """In the place of the journal."""
+        class Reporter:
+            """Collects events instead of writing a journal."""
 
             def emit(self, event: Any) -> None:
                 bench.events.append(event)
 
             def flush(self) -> None:
-                """Nothing is kept."""
+                pass
 
             def check_fence(self) -> None:
-                """Nobody gives this up."""
+                pass
 
-        self._told: Any = Told()
-        self.checkpoints = Checkpoints(self._order(None), self.session, self.trainee, self._told)
+        self._reporter: Any = Reporter()
+        self.checkpoints = Checkpoints(self._order(None), self.session, self.trainee, self._reporter)
 
     def _order(self, checkpoint: str | None) -> Any:
         from sftd.wire.attempt.directory import Order
@@ -148,7 +148,7 @@ class Bench:
         return Order(run_id="bench", attempt=1, token="", checkpoint=checkpoint, **fields)
 
     def step(self) -> tuple[float, bool]:
-        """One optimizer step: its seconds, and whether every rank has written its share of the save in flight."""
+        """Run one optimizer step. Returns its seconds, and whether every rank has written its share of the current save."""
         import torch
         import torch.distributed as dist
 
@@ -161,11 +161,11 @@ class Bench:
         return time.perf_counter() - started, is_written
 
     def save(self, *, is_async: bool, plain: float) -> dict[str, float]:
-        """Save once and delete it again."""
+        """Save once. Returns the measurements."""
         from sftd.domain.log.events import AnomalyDetected
         from sftd.trainer.checkpoint.checkpoints import Progress
 
-        # Another step than that of the last checkpoint.
+        # The step must differ from that of the last checkpoint.
         self.step()
         progress = Progress(self._step, 0, 1.0, 1.0)
         memory, started = Memory(), time.perf_counter()
@@ -192,12 +192,12 @@ class Bench:
         return found | {"memory": memory.grown()}
 
     def load(self) -> tuple[float, int]:
-        """Load the newest checkpoint: seconds, and how far the memory grew."""
+        """Load the newest checkpoint. Returns seconds, and the growth of the memory in bytes."""
         from sftd.trainer.checkpoint import loading as checkpoint_loading
 
         order = self._order(str(max(self._folder.glob("step-*"))))
         memory, started = Memory(), time.perf_counter()
-        checkpoint_loading.load(order, self.session, self.trainee, self._told)
+        checkpoint_loading.load(order, self.session, self.trainee, self._reporter)
         return time.perf_counter() - started, memory.grown()
 
     def keep_newest(self) -> None:
@@ -221,7 +221,7 @@ def median_step(bench: Bench, steps: int) -> float:
 
 
 def deterministic_cost(bench: Bench, steps: int) -> float:
-    """How much longer a deterministic step takes, as a share: blocks of both in turn, in this process."""
+    """Relative slowdown of deterministic steps, from alternating blocks in this process."""
     import torch
 
     was = torch.are_deterministic_algorithms_enabled()
@@ -235,7 +235,7 @@ def deterministic_cost(bench: Bench, steps: int) -> float:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything, on this rank."""
+    """Run all measurements on this rank."""
     bench = Bench(arguments, folder)
     bench.step()
     plain = median_step(bench, arguments.steps)
@@ -270,7 +270,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def report(r: dict[str, Any]) -> None:
-    """The figures and their ratios."""
+    """Print the measurements and their ratios."""
     sync, (first, later) = r["sync"][-1]["seconds"], r["async"]
     gb = r["bytes"] / 1e9
     rows: list[tuple[str, str]] = [
@@ -300,13 +300,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SIZES, default="llama3.2-1b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
-        "--folder", type=Path, help="where to save, such as the disk that matters; else a temporary one"
+        "--folder",
+        type=Path,
+        help="folder for checkpoints, on the disk to measure (default: a temporary one)",
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each timed block")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="spec key")
     arguments = parser.parse_args()
     base = arguments.folder or Path(tempfile.gettempdir())
-    # The same on every rank of one torchrun.
+    # All ranks of one torchrun need the same name.
     folder = base / f"sftd-bench-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     try:
         result = measure(arguments, folder)

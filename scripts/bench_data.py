@@ -1,7 +1,7 @@
-"""Random access to samples, from Parquet row groups and from the decoded rows: `python scripts/bench_data.py [ROWS]`.
+"""Compare random access to samples in Parquet row groups and in decoded rows: `python scripts/bench_data.py [ROWS]`.
 
-Row groups have 60,000 rows, lengths are log-normal (median 350, cut at 4096). Run it on a quiet machine; needs about
-20 KB of disk a row.
+Row groups have 60,000 rows. Lengths are log-normal (median 350, cut at 4096). Needs a quiet machine, and about 20 KB of disk
+per row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOCABULARY = 128_256
 
 
 def write(path: Path, rows: int) -> None:
-    """A file of random rows whose first half is not trained."""
+    """Write random rows. The first half of each row is not trained."""
     rng = np.random.default_rng(0)
     writer = None
     for start in range(0, rows, ROW_GROUP):
@@ -53,10 +53,10 @@ def milliseconds(read: Callable[[int], object], rows: np.ndarray) -> float:
 
 
 def main(rows: int) -> None:
-    """Print both, in one run."""
+    """Measure both and print."""
     with tempfile.TemporaryDirectory() as name:
         path, spool = Path(name) / "rows.parquet", Path(name) / "spool"
-        # In a process of its own, for its memory would hide that of reading.
+        # In a separate process: its peak memory would hide that of reading.
         writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, rows))
         writer.start()
         writer.join()

@@ -1,14 +1,14 @@
-"""The LLaMA-2-7B example on the GPUs of this machine: speed of its layouts, checkpoints, and a resume in another layout.
+"""Benchmark the LLaMA-2-7B example on this machine's GPUs: speed of layouts, checkpoints, and a resume in another layout.
 
     python scripts/bench_llama2_7b.py --ranks 8 --folder DIR [--steps 8] [--cases NAME,…]
     python scripts/bench_llama2_7b.py --ranks 8 --folder DIR --shape tiny-deep --device cpu
 
-Each case is `scripts/run_llama2_7b_megatron.sh` as a person calls it, with random weights of the model's shape and random
-tokens, every sequence full: global batch 64, distributed optimizer, gradient checkpointing, packed. What is printed stands
-in the runs' own events: tokens/s and MFU of the median step (the first two left out), the most memory that a rank's tensors
-took, and seconds and GB/s of saving. `resume` goes on with the first case's checkpoint in another layout; its load is the
-time until the ranks have it, and its steps are compared with a rank's own: that they are finite and go on falling is for
-the reader. DIR needs room for the weights (13.5 GB) and one checkpoint of each case that saves (about 95 GB).
+Each case runs `scripts/run_llama2_7b_megatron.sh` with random weights of the model's shape and full sequences of random
+tokens: global batch 64, distributed optimizer, gradient checkpointing, packed. The numbers are from the runs' events:
+tokens/s and MFU of the median step (without the first two), the largest tensor memory of a rank, and seconds and GB/s of a
+save. `resume-tp2` resumes the first case's checkpoint in another layout and measures the load. The losses are only printed:
+check that they are finite and continue to fall. DIR needs 13.5 GB for the weights, and about 95 GB for the checkpoint of
+each case.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from sftd.wire.attempt import journal  # noqa: E402
 from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
 
 _WARMUP = 2
-# Steps that a resumed run makes beyond those of the run before it.
+# Additional steps of a resumed run.
 _MORE = 4
 _GIB = 2**30
 
 
 class Case(NamedTuple):
-    """One launch. `goes_on` names the case whose run it resumes."""
+    """One launch. `resumes` names the case whose run it resumes."""
 
     name: str
     layout: dict[str, int]
     sequence: int
-    goes_on: str = ""
+    resumes: str = ""
 
     def keys(self, ranks: int) -> list[str]:
-        """The layout as `key=value`; what the ranks leave over is data parallel."""
+        """The layout as `key=value`. The remaining factor of the ranks is data parallel."""
         sizes = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 0} | self.layout
         if ranks % (sizes["tensor"] * sizes["pipeline"]):
             sys.exit(f"{self.name}: {ranks} ranks do not divide by {self.layout}")
@@ -57,11 +57,11 @@ class Case(NamedTuple):
 
 
 def cases(sequence: int) -> list[Case]:
-    """The issue's: TP4 × PP2, then TP2 × PP2 × VPP2 × DP2, each with two lengths, and TP4 × PP2 → TP2 × DP4."""
+    """TP4 × PP2 and TP2 × PP2 × VPP2 × DP2, each with two lengths, and a resume of TP4 × PP2 as TP2 × DP4."""
     tp4pp2, interleaved = {"tensor": 4, "pipeline": 2}, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
     return [
         Case("tp4-pp2", tp4pp2, sequence),
-        Case("resume-tp2", {"tensor": 2}, sequence, goes_on="tp4-pp2"),
+        Case("resume-tp2", {"tensor": 2}, sequence, resumes="tp4-pp2"),
         Case("tp2-pp2-vpp2", interleaved, sequence),
         Case("tp4-pp2-long", tp4pp2, 2 * sequence),
         Case("tp2-pp2-vpp2-long", interleaved, 2 * sequence),
@@ -69,7 +69,7 @@ def cases(sequence: int) -> list[Case]:
 
 
 def write_inputs(folder: Path, shape: str, sequence: int) -> dict[str, str]:
-    """Random weights, and rows of `sequence` and twice as many tokens. Returns the environment that names them."""
+    """Write random weights, and rows of `sequence` and twice as many tokens. Returns the environment that names the model."""
     model = folder / "model"
     if not (model / "config.json").exists():
         run_tool("write_random_model.py", shape, str(model))
@@ -92,16 +92,16 @@ def run_tool(script: str, *arguments: str) -> None:
 
 
 def launch(case: Case, options: argparse.Namespace, environment: dict[str, str]) -> AttemptDir | None:
-    """Run it to its end. Returns the attempt's folder, or None when it failed, which is told."""
-    folder, run = options.folder / "runs", case.goes_on or case.name
-    steps = options.steps + (_MORE if case.goes_on else 0)
+    """Run a case to its end. Returns the attempt's folder, or None after a failure, which is printed."""
+    folder, run = options.folder / "runs", case.resumes or case.name
+    steps = options.steps + (_MORE if case.resumes else 0)
     argv = [
         str(ROOT / "scripts" / "run_llama2_7b_megatron.sh"),
         str(options.ranks),
         str(folder),
         f"trainer.experiment_name={run}",
         f"trainer.max_steps={steps}",
-        # So that a resume with more steps is the same run.
+        # With another schedule, a resume with more steps would change the learning rates.
         "scheduler.type=constant",
         "scheduler.warmup_ratio=0",
         "data.train_batch_size=64",
@@ -127,11 +127,11 @@ def launch(case: Case, options: argparse.Namespace, environment: dict[str, str])
             f"{case.name}: exit code {code}; the end of {log}:", *log.read_text().splitlines()[-25:], sep="\n"
         )
         return None
-    return AttemptDir(folder / run / f"attempt-{2 if case.goes_on else 1:04d}")
+    return AttemptDir(folder / run / f"attempt-{2 if case.resumes else 1:04d}")
 
 
 def report(case: Case, attempt: AttemptDir, ranks: int) -> dict[str, object]:
-    """What the attempt's journal says of it."""
+    """The measurements in the attempt's journal."""
     lines, _ = journal.read(attempt.journal, limit=10**6)
     steps = [line.event for line in lines if isinstance(line.event, e.StepCompleted)]
     timed = steps[_WARMUP:] or steps
@@ -154,15 +154,15 @@ def report(case: Case, attempt: AttemptDir, ranks: int) -> dict[str, object]:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Every case that was asked for, as soon as it is done. What a case saved goes when no later one needs it."""
+    """Yield the result of every requested case. Deletes the files of a run after the last case that needs them."""
     environment = write_inputs(options.folder, options.shape, options.sequence)
     wanted = [c for c in cases(options.sequence) if not options.cases or c.name in options.cases]
     for number, case in enumerate(wanted):
         attempt = launch(case, options, environment)
         if attempt is not None:
             yield report(case, attempt, options.ranks)
-        run = case.goes_on or case.name
-        if all(later.goes_on != run for later in wanted[number + 1 :]):
+        run = case.resumes or case.name
+        if all(later.resumes != run for later in wanted[number + 1 :]):
             shutil.rmtree(options.folder / "runs" / run, ignore_errors=True)
 
 
@@ -173,7 +173,7 @@ def main() -> int:
     )
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--folder", type=Path, required=True, help="for weights, data, runs and logs")
-    parser.add_argument("--shape", default="llama2-7b", help="as write_random_model.py names it")
+    parser.add_argument("--shape", default="llama2-7b", help="a shape of write_random_model.py")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--sequence", type=int, help="tokens of a sequence; the long cases have twice as many"

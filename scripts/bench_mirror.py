@@ -1,11 +1,11 @@
-"""How fast the mirror fills MLflow from a long log, and how much memory it takes.
+"""Measure the speed and memory of the MLflow mirror with a long log.
 
     python scripts/bench_mirror.py                    # a million points into MLflow's SQLite
     python scripts/bench_mirror.py --server           # the same through an MLflow server of one worker
     python scripts/bench_mirror.py --points 200000 --runs 20
 
-Real events, a real log and a real MLflow; afterwards every point is read back and compared with the log. For comparison,
-the same machine and minute: a bare `MlflowClient.log_batch` of 1000 metrics in a loop, on a store as MLflow makes it.
+Real events, a real log and a real MLflow. Afterwards every point is read back and compared with the log. The baseline is a
+loop of bare `MlflowClient.log_batch` calls with 1000 metrics, on a new store, in the same run.
 """
 
 from __future__ import annotations
@@ -91,11 +91,10 @@ def write_log(store: Store, runs: int, steps: int) -> None:
 
 
 class Watch:
-    """Called between two requests: how far, how fast, how large."""
+    """The mirror's `should_stop`: prints progress, speed and memory between two requests."""
 
     def __init__(self, total: int) -> None:
         self._process = psutil.Process()
-        self._tracking_calls = 0
         self.points = 0
         self._next = self._every = total // 10
         self._began = self._last = time.perf_counter()
@@ -114,7 +113,7 @@ class Watch:
 
 
 def bare(folder: Path, count: int) -> float:
-    """Metrics a second of MLflow's own client alone, in a process with Python's own settings."""
+    """Metrics per second of MLflow's client alone, in a process with Python's default settings."""
     code = f"""
 import os, time
 os.environ.update({NO_PHONE_HOME!r} | {{"MLFLOW_LOGGING_LEVEL": "WARNING"}})
@@ -160,7 +159,7 @@ def server(uri: str, artifacts: Path) -> Iterator[str]:
 
 
 def measure(folder: Path, uri: str, runs: int, steps: int) -> None:
-    # As the `sftd` command sets it. MLflow makes ten objects a metric, and no garbage that needs looking for.
+    # As in the `sftd` command. MLflow creates ten objects per metric, but no cycles.
     gc.set_threshold(100_000)
     engine = open_engine(f"sqlite:///{folder}/sftd.db")
     metadata.create_all(engine)
@@ -216,18 +215,18 @@ def main() -> None:
     parser.add_argument(
         "--bare", type=int, default=100_000, help="points for the bare client; 0 leaves it out"
     )
-    asked = parser.parse_args()
-    steps = asked.points // 8 // asked.runs
+    arguments = parser.parse_args()
+    steps = arguments.points // 8 // arguments.runs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if asked.bare:
-            print(f"bare log_batch(1000): {bare(folder, asked.bare):.0f} metrics a second")
+        if arguments.bare:
+            print(f"bare log_batch(1000): {bare(folder, arguments.bare):.0f} metrics a second")
         uri = f"sqlite:///{folder}/mlflow.db"
-        if not asked.server:
-            measure(folder, uri, asked.runs, steps)
+        if not arguments.server:
+            measure(folder, uri, arguments.runs, steps)
             return
         with server(uri, folder / "artifacts") as address:
-            measure(folder, address, asked.runs, steps)
+            measure(folder, address, arguments.runs, steps)
 
 
 if __name__ == "__main__":

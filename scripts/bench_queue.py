@@ -1,12 +1,11 @@
-"""Many clients submit at once against several daemons, whose trainer is a stub: does each run start exactly once, how
-soon, and how many claims a second are there?
+"""Submit from many clients at once to several daemons with a stub trainer. Checks that each run starts exactly once, and measures
+the delay and the claims per second.
 
     python scripts/bench_queue.py                                    SQLite, in a temporary folder that is deleted
     scripts/with-postgres .venv/bin/python scripts/bench_queue.py    PostgreSQL, throw-away
 
-The daemons are real, each a process with a home and slots of its own; so are the database, the leases and the journals.
-Only torchrun is not: `sed` puts a finished journal in place. SFTD_DATABASE_URL, when it is set, must name a database
-without tables.
+The daemons (each a process with its own home and slots), the database, the leases and the journals are real. Instead of
+torchrun, `sed` writes a finished journal. SFTD_DATABASE_URL, if set, must name a database without tables.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
 import stub_run
+from msgspec.structs import replace
 
 from sftd import settings as settings_module
 from sftd.cli import app
@@ -40,12 +39,12 @@ from sftd.store.database.tables import events, view_runs
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import JournalWriter
 
-# Where the journal says the folder of the run's checkpoints.
+# Placeholder in the journal for the folder of the run's checkpoints.
 FOLDER = "CHECKPOINTS"
 
 
 def write_journal(path: Path) -> None:
-    """What a trainer that is done with its one step has written."""
+    """Write the journal of a trainer that has done its only step."""
     writer = JournalWriter(path)
     writer.append(stub_run.step(1))
     writer.append(stub_run.checkpoint(1, FOLDER))
@@ -53,7 +52,7 @@ def write_journal(path: Path) -> None:
 
 
 def be_daemon(home: str, journal: str, slots: int) -> None:
-    """Drive runs until SIGTERM, with `sed` for a trainer."""
+    """Drive runs until SIGTERM, with `sed` as the trainer."""
     from sftd.daemon.loop import Daemon
     from sftd.launcher import local
     from sftd.launcher.inventory import Inventory
@@ -63,6 +62,7 @@ def be_daemon(home: str, journal: str, slots: int) -> None:
         return ["/bin/sed", "-n", "-e", there, "-e", f"w {directory.journal}", journal]
 
     local.torchrun_argv = argv
+    Path(home).mkdir()
     settings = replace(settings_module.read(), home=Path(home))
     daemon = Daemon(app.open_store(settings), settings, Inventory(0, slots))
     signal.signal(signal.SIGTERM, lambda *_: daemon.stop())
@@ -71,7 +71,7 @@ def be_daemon(home: str, journal: str, slots: int) -> None:
 
 
 def submit_at_once(url: str, clients: int, count: int) -> float:
-    """Each client with a connection of its own. Returns the seconds that it took."""
+    """Submit from `clients` threads, each with its own connection. Returns the seconds."""
     barrier = threading.Barrier(clients + 1)
     spec, found = stub_run.spec(1), stub_run.preflight(1)
 
@@ -93,7 +93,7 @@ def submit_at_once(url: str, clients: int, count: int) -> float:
 
 
 def wait_until_ended(store: Store, count: int, limit: float) -> None:
-    """Until so many runs have succeeded."""
+    """Wait until `count` runs have succeeded."""
     deadline = time.monotonic() + limit
     done = sa.select(sa.func.count()).select_from(view_runs).where(view_runs.c.status == "succeeded")
     while True:
@@ -107,12 +107,12 @@ def wait_until_ended(store: Store, count: int, limit: float) -> None:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which such a share lies."""
+    """The value below which this share of the values lies."""
     return sorted(values)[int(share * (len(values) - 1))]
 
 
 def report(store: Store, count: int) -> bool:
-    """What the log says of it. Returns whether all is well."""
+    """Print the results from the log. Returns whether each run ran exactly once and the log is sound."""
     with store.read() as connection:
         query = sa.select(events.c.run_id, events.c.type, events.c.recorded_at).order_by(events.c.position)
         rows = connection.execute(query).all()
@@ -142,7 +142,7 @@ def report(store: Store, count: int) -> bool:
 
 
 def claims_alone(url: str, count: int, daemons: int) -> None:
-    """What the queue does when nothing is launched."""
+    """Measure claims without launches."""
     submit_at_once(url, daemons, count)
     barrier = threading.Barrier(daemons)
 
@@ -176,15 +176,15 @@ def claims_alone(url: str, count: int, daemons: int) -> None:
 
 
 def main() -> None:
-    """Start daemons, submit, wait, look."""
+    """Start daemons, submit, wait, report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--daemons", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=8, help="runs at once of each daemon")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds until it is given up")
+    parser.add_argument("--slots", type=int, default=8, help="concurrent runs of each daemon")
+    parser.add_argument("--limit", type=float, default=900.0, help="timeout in seconds")
     parser.add_argument("--daemon", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.daemon:

@@ -1,12 +1,12 @@
-"""What a daemon does with a thousand runs on Slurm at once: how long a tick takes, how often it asks the controller, how
-far the log lags behind the journals, and what it costs in CPU and on the disk.
+"""Measure a daemon with a thousand concurrent runs on Slurm: time of a tick, calls to the controller, lag between journals and
+log, CPU and disk.
 
     python scripts/bench_slurm.py                                    SQLite, in a temporary folder that is deleted
     scripts/with-postgres .venv/bin/python scripts/bench_slurm.py    PostgreSQL, throw-away
 
-The daemon, its database, its launcher and the job scripts are real. Not real are the cluster and the ranks: `sbatch`,
-`squeue` and `scancel` are stubs that take as long as a busy controller, and one process writes all the journals.
-SFTD_DATABASE_URL, when it is set, must name a database without tables.
+The daemon, its database, its launcher and the job scripts are real. The cluster and the ranks are stubs: `sbatch`, `squeue`
+and `scancel` take as long as with a busy controller, and one process writes all journals. SFTD_DATABASE_URL, if set, must
+name a database without tables.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import sqlalchemy as sa
 import stub_run
+from msgspec.structs import replace
 
 from sftd import settings as settings_module
 from sftd.cli import app
@@ -43,7 +43,7 @@ from sftd.store.database.tables import events, view_runs
 from sftd.wire.attempt.directory import AttemptDir
 from sftd.wire.attempt.journal import JournalWriter
 
-# A job's number is its line in the file `jobs`; the stub cluster writes what squeue shows.
+# A job's number is its line in the file `jobs`. The stub cluster writes the output of squeue.
 SBATCH = """#!/bin/sh
 sleep {latency}
 for script; do :; done
@@ -57,7 +57,7 @@ SCANCEL = "#!/bin/sh\nsleep {latency}\n"
 
 
 def write_stubs(folder: Path, latency: float, sbatch: float) -> None:
-    """The commands, first on the PATH."""
+    """Write the stub commands and put them first on the PATH."""
     (folder / "bin").mkdir()
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL)):
         file = folder / "bin" / name
@@ -69,7 +69,7 @@ def write_stubs(folder: Path, latency: float, sbatch: float) -> None:
 
 
 class StubRun:
-    """A job's ranks: a journal that grows."""
+    """A stub of a job's ranks: writes its journal."""
 
     def __init__(self, folder: str) -> None:
         self.directory = AttemptDir(folder)
@@ -79,7 +79,7 @@ class StubRun:
         self.is_over = False
 
     def step(self) -> None:
-        """One step; behind the last a checkpoint, and the end."""
+        """Write one step; after the last one, a checkpoint and the exit code."""
         self._step += 1
         self._journal.append(stub_run.step(self._step))
         if self._step == self._order.planned_steps:
@@ -103,7 +103,7 @@ def be_cluster(folder: Path, seconds_per_step: float) -> None:
         ]
         (folder / "squeue.new").write_text("".join(lines))
         (folder / "squeue.new").rename(folder / "squeue")
-        # Spread evenly over the time of a step, as runs that know nothing of each other are.
+        # Independent runs report at different times, so spread them evenly over the time of a step.
         while done < (time.monotonic() - began) / seconds_per_step * max(1, len(runs)) and runs:
             run = runs[done % len(runs)]
             if not run.is_over:
@@ -113,7 +113,7 @@ def be_cluster(folder: Path, seconds_per_step: float) -> None:
 
 
 class Watch:
-    """What happened between two moments."""
+    """The measurements since `begin`."""
 
     def __init__(self, store: Store, controller: Controller, calls: Counter[str]) -> None:
         self._store, self._controller, self._calls = store, controller, calls
@@ -124,14 +124,14 @@ class Watch:
             return int(connection.execute(sa.select(sa.func.max(events.c.position))).scalar() or 0)
 
     def begin(self) -> None:
-        """From here on."""
+        """Start to measure."""
         self.ticks: list[float] = []
         self.tick_cpu: list[float] = []
         self._at, self._cpu, self._before = time.monotonic(), time.process_time(), self._events()
         self._calls_before = Counter(self._calls)
 
-    def tell(self, name: str, lag: list[int] | None = None) -> None:
-        """Print what there was."""
+    def report(self, name: str, lag: list[int] | None = None) -> None:
+        """Print the measurements."""
         seconds = time.monotonic() - self._at
         ticks = sorted(self.ticks)
         calls = self._calls - self._calls_before
@@ -160,9 +160,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--waiting", type=int, default=200, help="more runs than there may be jobs at once")
+    parser.add_argument("--waiting", type=int, default=200, help="additional runs that wait in the queue")
     parser.add_argument("--step-seconds", type=float, default=5.0, help="time of a step of each run")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to watch them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the measurement")
     parser.add_argument("--latency", type=float, default=0.3, help="seconds that squeue takes")
     parser.add_argument("--sbatch", type=float, default=0.03, help="seconds that sbatch takes")
     given = parser.parse_args()
@@ -221,7 +221,7 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
             with store.read() as connection:
                 if connection.execute(running).scalar_one() == given.runs:
                     break
-        watch.tell("all start")
+        watch.report("all start")
         watch.begin()
         size = _database_bytes(store, folder)
         count = watch._events()
@@ -230,9 +230,11 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
         while time.monotonic() < until:
             tick()
             lag.append(
-                sum(s.backlog()[0] for s in daemon._supervisors.values()) if len(watch.ticks) % 10 == 0 else 0
+                sum(s.backlog()[0] for s in daemon._driven.supervisors.values())
+                if len(watch.ticks) % 10 == 0
+                else 0
             )
-        watch.tell("all run", [n for n in lag if n])
+        watch.report("all run", [n for n in lag if n])
         grown = _database_bytes(store, folder) - size
         print(f"  database      {grown / max(1, watch._events() - count):.0f} bytes an event")
         print(f"  memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB at most")

@@ -1,11 +1,11 @@
-"""How fast the database side is, on a database as large as asked for: reading commands from process start, appending,
-the lag from journal to database, and what emitting a step costs the trainer.
+"""Measure the database side on a database of a chosen size: reading commands from process start, appends, the lag from journal
+to database, and the trainer's cost to emit a step.
 
     python scripts/bench_store.py                                    SQLite, in a temporary folder that is deleted
     scripts/with-postgres .venv/bin/python scripts/bench_store.py    PostgreSQL, throw-away
 
-`--runs 100 --events 20000` is quick; the sizes of docs/benchmarks.md are the defaults. SFTD_DATABASE_URL, when it is
-set, must name a database without tables.
+The defaults are the sizes of docs/benchmarks.md; `--runs 100 --events 20000` is quick. SFTD_DATABASE_URL, if set, must name a
+database without tables.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def history(steps: int, ending: e.Event | None) -> list[e.Event]:
 
 
 class Fast:
-    """Rows into the tables by the quickest ordinary way of each driver: the database is only being set up."""
+    """Bulk inserts by the fastest way of each driver, to set up the database."""
 
     def __init__(self, store: Store) -> None:
         self._raw: Any = store.engine.raw_connection()
@@ -143,7 +143,7 @@ class Fast:
             cursor.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)  # noqa: S608
 
     def done(self) -> None:
-        """Commit, and do what the server's autovacuum would do within the minute."""
+        """Commit, and do the work of the server's autovacuum now."""
         self._raw.commit()
         if self._postgres:
             self._raw.driver_connection.autocommit = True
@@ -152,12 +152,12 @@ class Fast:
         else:
             self._raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._raw.close()
-        # What was written is on the disk before anything is measured.
+        # Write-back must not disturb the measurements.
         os.sync()
 
 
 def event_ids(count: int) -> Iterator[str]:
-    """Random ids, as those of journal lines are."""
+    """Random ids, like those of journal lines."""
     text = os.urandom(16 * count).hex()
     for at in range(0, 32 * count, 32):
         h = text[at : at + 32]
@@ -165,9 +165,9 @@ def event_ids(count: int) -> Iterator[str]:
 
 
 def fill(store: Store, count: int, total: int, longest: int) -> tuple[str, str]:
-    """Write `count` runs with `total` events, of which one run has `longest` steps. Returns an ordinary run and the longest.
+    """Write `count` runs with `total` events; one run has `longest` steps. Returns the ids of an ordinary run and the longest.
 
-    One run of each kind goes through the real append and its views; the others are its rows under other ids.
+    One run of each kind is appended in the normal way, with its views. The others are copies of its rows with other ids.
     """
     steps = max(SAVES, (total - longest) // count)
     succeeded = e.RunSucceeded(steps=steps, tokens=0, final_checkpoint="c")
@@ -215,7 +215,7 @@ def fill(store: Store, count: int, total: int, longest: int) -> tuple[str, str]:
         )
     fast.insert("view_runs", [c.name for c in view_runs.columns], iter(views))
     fast.insert("queue", [c.name for c in queue_table.columns], iter(queued))
-    # As `submit` writes them down.
+    # As `submit` writes them.
     demand = Demand.of(templates["queued"][2].spec)
     encoded = msgspec.json.encode(demand).decode()
     fast.insert(
@@ -230,7 +230,7 @@ def fill(store: Store, count: int, total: int, longest: int) -> tuple[str, str]:
 
 def seconds(argv: list[str]) -> tuple[float, float]:
     """(wall, CPU) seconds of one run of a command."""
-    # As it is installed: with compiled modules.
+    # An installed sftd has compiled modules.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
@@ -241,7 +241,7 @@ def seconds(argv: list[str]) -> tuple[float, float]:
 
 
 def reading(ordinary: str, longest: str) -> None:
-    """The commands that people wait for, in turn, so that all meet the same machine."""
+    """Measure the reading commands, interleaved so that a load of the machine affects all."""
     sftd = str(Path(sys.executable).with_name("sftd"))
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
@@ -267,7 +267,7 @@ def reading(ordinary: str, longest: str) -> None:
 
 
 def claimed(store: Store, run_id: str, steps: int) -> Lease:
-    """A run that this process drives."""
+    """Submit and claim a run."""
     with store.write() as tx:
         append_decided(tx, CONTEXT, run_id, 0, [*history(0, None)], None)
         leases.enqueue(tx, run_id, 1000, 0)
@@ -280,7 +280,7 @@ def claimed(store: Store, run_id: str, steps: int) -> Lease:
 
 
 def appending(store: Store, count: int, batch: int) -> None:
-    """Journal lines as a daemon records them, and what the store alone does of it."""
+    """Measure appends: journal lines as a daemon records them, and the event store alone."""
     lease = claimed(store, "append-recorded", count)
     lines = [Line(number=n, occurred_at=n, event=step(n)) for n in range(1, count + 1)]
     started = time.perf_counter()
@@ -303,7 +303,7 @@ def appending(store: Store, count: int, batch: int) -> None:
 
 
 def emit(path: str, rate: float, duration: float) -> None:
-    """Be a trainer that reports `rate` steps a second."""
+    """Act as a trainer that reports `rate` steps per second."""
     from sftd.wire.attempt.journal import JournalWriter
 
     writer = JournalWriter(Path(path))
@@ -316,7 +316,7 @@ def emit(path: str, rate: float, duration: float) -> None:
 
 
 def lag(store: Store, folder: Path, rate: float, duration: float) -> None:
-    """From the trainer's append to the commit, through the daemon's own supervisor and its polling."""
+    """Measure the time from the trainer's append to the commit, with the daemon's supervisor and its polling."""
     settings = settings_module.read()
     directory = AttemptDir(folder)
     lease = claimed(store, "lag", int(rate * duration))
@@ -352,7 +352,7 @@ def lag(store: Store, folder: Path, rate: float, duration: float) -> None:
 
 
 def emitting(folder: Path, count: int) -> None:
-    """What a step's event costs the trainer's loop, with the fsync thread at work."""
+    """Measure the cost of a step's event in the trainer's loop, with the fsync thread active."""
     from sftd.trainer.runtime.reporter import Reporter
 
     reporter = Reporter(AttemptDir(folder), is_reporter=True)
@@ -379,13 +379,13 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--events", type=int, default=10_000_000)
-    parser.add_argument("--longest", type=int, default=200_000, help="steps of the one long run among them")
+    parser.add_argument("--longest", type=int, default=200_000, help="steps of the longest run")
     parser.add_argument("--append", type=int, default=100_000, help="events to append")
     parser.add_argument(
-        "--batch", type=int, default=2000, help="events a transaction; a daemon takes 2000 lines"
+        "--batch", type=int, default=2000, help="events per transaction (a daemon's maximum: 2000)"
     )
-    parser.add_argument("--rate", type=float, default=1000.0, help="events a second of the lag")
-    parser.add_argument("--seconds", type=float, default=15.0, help="how long the lag is measured")
+    parser.add_argument("--rate", type=float, default=1000.0, help="events per second for the lag")
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration of the lag measurement")
     parser.add_argument("--emit", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.emit:

@@ -1,4 +1,4 @@
-"""Training speed of sftd on one device, beside transformers (with Liger's kernels on a GPU):
+"""Compare the training speed of sftd on one device with transformers (with Liger's kernels on a GPU):
 
     python scripts/bench_trainer.py speed [--rows 4,8] [--contenders sftd,peer-bf16,peer-fp32master]
     python scripts/bench_trainer.py lengths [--rows 4,8,16] [--median 350] [--sigma 1.0]
@@ -7,17 +7,17 @@
 
 `speed`: full sequences of one length. Contenders:
   sftd                the trainer's own functions: FP32 master weights and gradients in Megatron's distributed optimizer
-  sftd-deterministic  the same with `training.deterministic` (only where the spec has that key)
+  sftd-deterministic  the same with `training.deterministic`
   peer-bf16           transformers' Llama + Liger, weights, gradients and AdamW in BF16
-  peer-fp32master     transformers' Llama + Liger, FP32 weights under autocast to BF16: what sftd keeps, like for like
-`lengths`: the samples of a log-normal length mix, padded to the longest of each micro-batch, and packed; by sftd alone.
+  peer-fp32master     transformers' Llama + Liger, FP32 weights under autocast to BF16: the same precision as sftd
+`lengths`: samples of log-normal lengths, padded to the longest of each micro-batch, and packed; sftd only.
 
-Every row of the table is a process of its own, started one after the other: same tokens a step, warm-up and timed steps.
-Tokens are drawn by Zipf's law from a fixed seed, and weights are random, so no file is needed but this repository.
-Printed are real tokens/s (over the whole timed block and of the median step), MFU (model FLOPs by `sftd.domain.model.flops`,
-which states the formula, over the device's BF16 peak; padding and recomputation count as nothing), peak GiB that torch
-allocated, the share of the computed tokens that are no padding, and the mean loss of the first and the last step. Each
-row is printed as a line of JSON too.
+Each row of the table is measured in its own process, one after the other, with the same number of tokens per step, warm-up
+steps and timed steps. Tokens follow Zipf's law with a fixed seed, and weights are random, so no other files are needed.
+Columns: real tokens/s (of the whole timed block, and of the median step), MFU (model FLOPs by the formula of
+`sftd.domain.model.flops` over the device's BF16 peak, without padding and recomputation), peak GiB allocated by torch, the
+share of real tokens among the computed ones, and the mean loss of the first and the last step. Each row is also printed as a
+line of JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Works in a checkout in which nothing is installed, and measures this checkout where something is.
+# Measures this checkout, whether or not sftd is installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from write_random_data import Zipf, draw_lengths  # noqa: E402
@@ -64,8 +64,8 @@ MARK = "BENCH-RESULT "
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures. `rows` are samples of a micro-batch; `law` is how lengths are drawn (see
-    write_random_data.py); `budget` is the tokens of a packed micro-batch, 0 when padded."""
+    """The measurement of one process. `rows` is the number of samples per micro-batch, `law` the distribution of lengths (see
+    write_random_data.py), `budget` the tokens of a packed micro-batch (0 for padding)."""
 
     contender: str
     shape: str
@@ -90,7 +90,7 @@ class Job:
 
 
 def draw_samples(job: Job) -> list[list[Any]]:
-    """Token ids of every sample of every step: a list of int64 [n] for each."""
+    """Token ids of each sample of each step: one list of int64 [n] per step."""
     import numpy as np
 
     rng = np.random.default_rng(1)
@@ -103,13 +103,12 @@ def draw_samples(job: Job) -> list[list[Any]]:
     return found
 
 
-# One optimizer step over samples, and the samples of the next step or None: → (mean loss of the trained tokens, tokens
-# that were computed, with padding).
+# (samples, samples of the next step or None) → (mean loss of the trained tokens, computed tokens with padding).
 Step = Callable[[list[Any], list[Any] | None], tuple[float, int]]
 
 
 def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
-    """A step by the trainer's own functions, and the name of the dtype it computes in."""
+    """A step by the trainer's own functions, and the name of its compute dtype."""
     from sftd.trainer.runtime import process
 
     process.prepare()
@@ -157,7 +156,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
                     parameter.fill_(1.0)
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
-    # The FP32 master copy was taken of what was there before.
+    # The FP32 master copy is of the old weights.
     trainee.optimizer.reload_model_params()
     batching = Batching.of(spec, session)
     done = 0
@@ -165,7 +164,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     prepared: list[Any] | None = None
 
     class InMemory:
-        """Samples in the place of `Rows`: every token but a sample's last is trained to predict the next."""
+        """Samples instead of `Rows`: every token but a sample's last predicts the next."""
 
         def __init__(self, samples: list[Any]) -> None:
             self._samples = samples
@@ -186,7 +185,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
             trained=sum(b.trained for b in batches),
             learning_rate=learning_rate(done, spec, job.warmup + job.steps),
         )
-        # As the trainer's loop does: the next step's micro-batches are made while the GPU computes.
+        # As in the trainer's loop: prepare the next step's micro-batches while the GPU computes.
         prepared = None if upcoming is None else prepare(upcoming)
         done += 1
         return float(loss), sum(b.tokens.numel() for b in batches)
@@ -242,7 +241,7 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Run the contender and say how fast it was."""
+    """Run the contender and return its measurements. Raises `RuntimeError` if the loss does not fall."""
     import torch
 
     from sftd.domain.model.flops import peak_flops, training_flops
@@ -295,7 +294,7 @@ def measure(job: Job) -> dict[str, Any]:
         "device": device_name,
     }
     if not (math.isfinite(losses[-1]) and losses[-1] < losses[0]):
-        raise RuntimeError(f"the loss went from {losses[0]} to {losses[-1]}: this is no training")
+        raise RuntimeError(f"the loss went from {losses[0]} to {losses[-1]}: it must fall")
     if job.profile:
         found["profile"] = profile(
             lambda: [step(*pair) for pair in pairwise([*steps[-PROFILED_STEPS:], None])], is_cuda, wait
@@ -305,7 +304,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 # ---- where the time goes ----
 
-# The first pattern that is found in a kernel's name puts it into its group.
+# The first pattern that matches a kernel's name decides its group.
 GROUPS: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|sdpa|attention|attn"),
     ("matmul", r"gemm|nvjet|cutlass|xmma|cublas|matmul|wgmma|splitk|addmm|aten::(mm|bmm)$"),
@@ -327,21 +326,21 @@ def own_kernels() -> set[str]:
 
 
 def group_of(kernel: str, own: set[str]) -> str:
-    """Which group a kernel's time belongs to."""
+    """The group of a kernel."""
     if kernel in own:
         return "own kernels"
     return next((group for group, pattern in GROUPS if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def profile(work: Callable[[], object], is_cuda: bool, wait: Callable[[], None]) -> dict[str, Any]:
-    """Kernels of `work` by time (milliseconds), their groups, and the share of the time in which the GPU did nothing.
-    On a CPU: operators by their own time, and no idle share."""
+    """Kernels of `work` by time (milliseconds), their groups, and the GPU's idle share. On a CPU: operators by their own time,
+    without an idle share."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     wait()
     started = time.perf_counter()
-    # Only the GPU's own records: recording the operators too slows the host down, and the GPU would idle for it.
+    # Only the GPU's records: recording operators slows the host down, and the GPU would wait for it.
     with record(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as recorded:
         work()
         wait()
@@ -386,7 +385,7 @@ def kernels(recorded: Any, is_cuda: bool) -> Iterator[tuple[str, float, float]]:
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of what the spans cover together."""
+    """Length of the union of the spans."""
     covered, reached = 0.0, -math.inf
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))
@@ -395,15 +394,15 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def child(text: str) -> None:
-    """Entry of a contender's process: the job as JSON in, the result as a marked line out."""
+    """Entry point of a contender's process. `text` is the job as JSON; prints the result as a marked line."""
     found = measure(Job(**json.loads(text)))
     print(MARK + json.dumps(found), flush=True)
-    # What was measured is out; the libraries' farewells are of no interest.
+    # Skips the libraries' exit handlers and their messages.
     sys.stdout.flush()
     os._exit(0)
 
 
-# ---- in the process that was called ----
+# ---- in the main process ----
 
 
 def run(job: Job, timeout: float) -> dict[str, Any]:
@@ -432,7 +431,7 @@ def run(job: Job, timeout: float) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
+    """An unused TCP port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -455,7 +454,7 @@ def describe_environment(device: str) -> str:
 
 
 def print_row(found: dict[str, Any]) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     head = f"{found['contender']:22} {found['rows']:4}"
     if "failure" in found:
         print(f"{head}   {found['failure'][:90]}", flush=True)
@@ -468,7 +467,7 @@ def print_row(found: dict[str, Any]) -> None:
 
 
 def print_profile(found: dict[str, Any]) -> None:
-    """What `--profile` found out about one row."""
+    """Print the profile of one row."""
     p = found["profile"]
     idle = "" if p["idle_share"] is None else f", GPU idle {p['idle_share']:.1%} of the time"
     print(f"\n{found['contender']}, {found['rows']} rows: {p['steps']} steps in {p['wall_ms']:.0f} ms{idle}")
@@ -482,7 +481,7 @@ def print_profile(found: dict[str, Any]) -> None:
 
 
 def print_ratios(found: list[dict[str, Any]]) -> None:
-    """sftd against each peer: at equal rows, and each at its best."""
+    """Print the ratios of sftd to each peer, at equal rows and at the best rows of each."""
     good = [f for f in found if "failure" not in f]
     for ours in (c for c in SFTD if any(f["contender"] == c for f in good)):
         for peer in (p for p in PEERS if any(f["contender"] == p for f in good)):
@@ -494,7 +493,7 @@ def print_ratios(found: list[dict[str, Any]]) -> None:
 
 
 def print_packing_ratio(found: list[dict[str, Any]]) -> None:
-    """Packed against the best of the padded ones."""
+    """Print the ratios of packed to padded micro-batches."""
     good = [f for f in found if "failure" not in f]
     padded = [f for f in good if "packed" not in f["contender"]]
     for packed in (f for f in good if "packed" in f["contender"]):
@@ -507,7 +506,7 @@ def print_packing_ratio(found: list[dict[str, Any]]) -> None:
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """What is to be measured, in order: contenders take turns at each number of rows."""
+    """The measurements in order: all contenders for each number of rows."""
     sequence, tokens, median, budget = SIZES[arguments.shape]
     sequence, tokens = arguments.sequence or sequence, arguments.tokens or tokens
     base: dict[str, Any] = {
@@ -534,7 +533,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     mixed = base | {"law": law, "samples": arguments.samples, "contender": "sftd"}
     for rows in arguments.rows or [4, 8, 16]:
         yield Job(rows=rows, budget=0, **mixed)
-    # The rows of a packed micro-batch count only where the spec has no token budget.
+    # A packed micro-batch has its token budget instead of a number of rows.
     yield Job(rows=min(32, arguments.samples), budget=arguments.budget or budget, **mixed)
 
 
@@ -544,7 +543,7 @@ def numbers(text: str) -> list[int]:
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """key=value → (key, value), the value as JSON where it is JSON."""
+    """key=value → (key, value). The value is decoded if it is JSON."""
     key, _, value = text.partition("=")
     with contextlib.suppress(ValueError):
         return key, json.loads(value)
@@ -552,7 +551,7 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -567,7 +566,7 @@ def parse_arguments() -> argparse.Namespace:
         part.add_argument("--warmup", type=int, default=3, help="steps that are not timed")
         part.add_argument("--steps", type=int, default=8, help="timed steps")
         part.add_argument("--timeout", type=float, default=180.0, help="seconds for each process")
-        part.add_argument("--profile", action="store_true", help="of sftd: which kernels take the time")
+        part.add_argument("--profile", action="store_true", help="profile the kernels of sftd")
         part.add_argument(
             "--set",
             type=assignment,
@@ -576,13 +575,13 @@ def parse_arguments() -> argparse.Namespace:
             metavar="KEY=VALUE",
             help="spec key for sftd",
         )
-        part.add_argument("--json", type=Path, help="file that the JSON lines are written to as well")
+        part.add_argument("--json", type=Path, help="also write the JSON lines to this file")
         if mode == "speed":
             part.add_argument(
                 "--contenders", type=lambda text: text.split(","), help=", ".join((*SFTD, *PEERS))
             )
             part.add_argument("--peer-rows", type=numbers, help="as --rows, for the peers")
-            part.add_argument("--deterministic", action="store_true", help="adds sftd-deterministic")
+            part.add_argument("--deterministic", action="store_true", help="add sftd-deterministic")
         else:
             part.add_argument("--samples", type=int, default=128, help="samples of an optimizer step")
             part.add_argument("--median", type=int, help="median length in tokens")
@@ -595,7 +594,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure everything that was asked for. Returns 1 when nothing could be measured."""
+    """Measure and print. Returns 1 if every measurement failed."""
     if len(sys.argv) == 3 and sys.argv[1] == "_child":
         child(sys.argv[2])
     arguments = parse_arguments()

@@ -1,10 +1,10 @@
-"""Disturb real runs under real daemons, fault after fault, and prove that nothing came of it (tests/builders/chaos/chaos.py):
+"""Inject faults into real runs under real daemons and check that the results do not change (tests/builders/chaos/chaos.py):
 
     python scripts/chaos.py [--faults 200] [--seed 5]
     scripts/with-postgres python scripts/chaos.py --daemons 2
 
-On the PostgreSQL server of SFTD_DATABASE_URL when that is set, which is restarted and must hold no tables yet; else on a
-SQLite file of one daemon. Prints each fault and a table, and exits with 1 when anything was wrong.
+Uses the PostgreSQL server of SFTD_DATABASE_URL if set (it is restarted, and must have no tables), else a SQLite file with one
+daemon. Prints each fault and a table. Exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from tests.builders.process.tiny_llama import write_tiny_model  # noqa: E402
 
 
 def main() -> int:
-    """Run it. Returns 1 when anything was wrong."""
+    """Run it. Returns 1 if a check failed."""
     url = os.environ.get("SFTD_DATABASE_URL")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="inject none after so long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after this time")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3, help="runs in the queue at any time")
-    parser.add_argument("--daemons", type=int, default=2 if url else 1, help="with a home each")
-    parser.add_argument("--keep", type=Path, help="work in this new folder and leave it behind")
+    parser.add_argument(
+        "--daemons", type=int, default=2 if url else 1, help="number of daemons, each with a home"
+    )
+    parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
     arguments = parser.parse_args()
     if arguments.daemons > 1 and not url:
         parser.error("a SQLite file is for one daemon; use scripts/with-postgres")
-    # So that nothing is left running, mounted or lying about then, either.
+    # So that SIGTERM, too, cleans up processes, mounts and files.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sftd-chaos-") as temporary:

@@ -1,4 +1,4 @@
-"""Print the command reference in Markdown, from the commands themselves:
+"""Print the command reference in Markdown, from the commands' help:
 
 python scripts/cli_reference.py > docs/cli.md
 """
@@ -13,7 +13,7 @@ from sftd.cli import main as sftd
 
 
 def markdown() -> str:
-    """The whole reference. Wrapped at 100 columns, wherever it is made."""
+    """The whole reference, wrapped at 100 columns on any terminal."""
     return "\n".join(
         (
             "# Command reference",

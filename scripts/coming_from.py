@@ -46,7 +46,7 @@ def _rows(letter: str) -> Iterator[str]:
         for name, alias in ALIASES.items():
             if alias.keys:
                 yield f"| `{name}` | {', '.join(f'`{key}`' for key in alias.keys)} | accepted as it is |"
-    # What has one answer is one row.
+    # Names with the same answer share a row.
     names: dict[tuple[str, str], list[str]] = {}
     for row in TABLE:
         if letter in row.tools:

@@ -1,8 +1,8 @@
-"""Kill runs while they save and delete checkpoints, and look at what is left (tests/builders/process/kill_while_saving.py says how):
+"""Kill runs while they save and delete checkpoints, and check the result (see tests/builders/process/kill_while_saving.py):
 
     python scripts/kill_while_saving.py [--kills 200] [--seed 4]
 
-Half of the kills are of runs that save asynchronously. Prints a table, and exits with 1 when anything was wrong.
+Half of the killed runs save asynchronously. Prints a table. Exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.builders.warm_ranks import WarmTrainer  # noqa: E402
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path]:
-    """A tiny random model and rows for it."""
+    """Write a tiny random model and its data. Returns both folders."""
     model, data = folder / "model", folder / "data"
     scripts = ROOT / "scripts"
     for argv in (
@@ -47,15 +47,15 @@ def table(tallies: dict[str, Tally]) -> Iterable[str]:
     for aim in sorted({a for t in each for a in t.aims}):
         yield row(f"… of which after the beginning of {aim}", (t.aims[aim] for t in each))
     for found in sorted({f for t in each for f in t.found}):
-        yield row(f"a kill left behind: {found}", (t.found[found] for t in each))
-    yield row("runs that came to their end", (t.runs for t in each))
+        yield row(f"a kill left: {found}", (t.found[found] for t in each))
+    yield row("runs that ended", (t.runs for t in each))
     yield row("steps compared with the undisturbed run", (t.steps for t in each))
     yield row("checkpoints verified after kills", (t.verified for t in each))
     yield row("**wrong**", (len(t.wrong) for t in each))
 
 
 def main() -> int:
-    """Run all trials. Returns 1 when anything was wrong."""
+    """Run all trials. Returns 1 if a check failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

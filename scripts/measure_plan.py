@@ -1,12 +1,12 @@
-"""What a plan says of memory beside what a device has in use, part by part, on one GPU (or a CPU):
+"""Compare a plan's memory with the memory in use, part by part, on one GPU (or a CPU):
 
     python scripts/measure_plan.py [--shape llama3.2-1b] [--sequence 4096] [--samples 16] [--steps 3] [KEY=VALUE...]
     python scripts/measure_plan.py --shape tiny --sequence 64 --device cpu training.micro_batch_size_per_gpu=4
 
 Random weights and samples of one length; every token but the last is trained. KEY=VALUE are keys of the spec, such as
-model.enable_gradient_checkpointing=true. Printed after each stage: tensors in use (`torch.cuda.memory_allocated`; on a CPU
-the process's resident bytes), and at the end the peak beside the plan, what the allocator has reserved, and what
-nvidia-smi says is used. The last line is JSON. Numbers are GiB.
+model.enable_gradient_checkpointing=true. Prints the memory in use after each stage (`torch.cuda.memory_allocated`; on a CPU
+the process's resident bytes). At the end it prints the peak, the plan, the allocator's reserved memory and the use by
+nvidia-smi. The last line is JSON. Numbers are GiB.
 """
 
 from __future__ import annotations

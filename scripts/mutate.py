@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Change the code in small ways and report which changes no fast test notices.
+"""Make small changes in the code and report those that no fast test detects.
 
     scripts/mutate.py [PATH…] [--sample N | --all] [--jobs N] [--survivors] [--results FOLDER]
 
-Mutants are those of mutmut's operators (see mutation/mutants.py); TARGETS says where, TESTS who judges. Verdicts are kept
-in FOLDER ($TMPDIR/sftd-mutation): an interrupted run continues where it was, and only what changed is judged again.
-Survivors that no test can tell from the original are explained in tests/mutation/accepted.toml.
+Mutants come from mutmut's operators (see mutation/mutants.py), for the modules in TARGETS and the tests in TESTS. Verdicts are
+kept in FOLDER ($TMPDIR/sftd-mutation): an interrupted run continues, and only changed modules and tests are judged again.
+tests/mutation/accepted.toml explains survivors that no test can distinguish from the original.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ except ImportError as missing:
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTED = ROOT / "tests/mutation/accepted.toml"
-# Of the trainer: what decides without ranks and without a model.
+# The trainer's modules that need neither ranks nor a model.
 PURE_TRAINER = "data/rows data/packing data/sample_order data/sequence_shards optimizer/rectangles checkpoint/folder_swap".split()
 TARGETS = ("sftd/domain", "sftd/wire", "sftd/store", *(f"sftd/trainer/{name}.py" for name in PURE_TRAINER))
 TESTS = (
@@ -44,7 +44,7 @@ TESTS = (
     *(f"tests/trainer/data/test_{name}.py" for name in ("packing", "sequence_shards", "seen_rows")),
     "tests/trainer/numerics/test_pure.py",
 )
-# They start a process for each test, or judge texts of the checkout.
+# They start a process per test, or check texts of the checkout.
 NOT_ASKED = ("test_docs", "test_find_python", "test_tools", "test_mlflow_mirror", "test_systemd", "test_lock")
 SECONDS = 60.0
 SEED = "sftd"
@@ -64,7 +64,7 @@ def _paths(names: Sequence[str]) -> list[str]:
 
 
 class Kept:
-    """What is kept in the results folder."""
+    """The results folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,24 +72,24 @@ class Kept:
         (folder / "mutants").mkdir(exist_ok=True)
 
     def lines(self, test: str) -> Path:
-        """Measured lines of a test file, as it is now; of sftd/ they are those of when it was measured."""
+        """File of the measured lines of a test file's current text. The text of sftd/ may have changed since."""
         helpers = [p.read_text() for p in sorted((ROOT / "tests").glob("*.py"))]
         return self.folder / f"lines/{_digest(test, (ROOT / test).read_text(), *helpers)}.json"
 
     def mutants(self, path: str, size: int | None) -> Path:
-        """Mutants of a module, as it is now."""
+        """File of the mutants of a module's current text."""
         made_by = Path(mutants.__file__).read_text()
         return self.folder / f"mutants/{_digest(path, (ROOT / path).read_text(), str(size), made_by)}.json"
 
     def add(self, verdict: dict[str, Any]) -> None:
-        """Append a verdict; several processes may do so at once."""
+        """Append a verdict. Safe for concurrent processes."""
         line = json.dumps(verdict).encode() + b"\n"
         file = os.open(self.folder / "verdicts.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(file, line)
         os.close(file)
 
     def verdicts(self) -> dict[tuple[str, str, str], dict[str, Any]]:
-        """Return the last verdict of each mutant of each text of a module."""
+        """Return the last verdict by module, mutant and text of the module."""
         path = self.folder / "verdicts.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return {(v["path"], v["id"], v["text"]): v for v in map(json.loads, lines)}
@@ -102,7 +102,7 @@ def _write(path: Path, value: object) -> None:
 
 
 def make_mutants(kept: Kept, paths: Sequence[str], size: int | None, jobs: int) -> None:
-    """Write the mutants of modules that are not known yet."""
+    """Write the mutants of modules that have none yet."""
     missing = [p for p in paths if not kept.mutants(p, size).exists()]
 
     def work(index: int) -> None:
@@ -125,7 +125,7 @@ def _read_mutants(kept: Kept, paths: Sequence[str], size: int | None) -> list[mu
 
 
 def in_process(work: Callable[[], None]) -> None:
-    """Call it in a fork, so that what it imports is not imported here."""
+    """Call `work` in a fork, to keep its imports out of this process."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -144,7 +144,7 @@ def in_process(work: Callable[[], None]) -> None:
 
 
 def warm_up(kept: Kept, tests: Sequence[str], paths: Sequence[str]) -> None:
-    """Import the tests and the modules into this process; keep what ran meanwhile, and what was imported."""
+    """Import the tests and the modules into this process. Record the lines that ran, and the imported modules."""
     lines = coverage.Lines(ROOT)
     lines.start()
     output = os.dup(1)
@@ -169,7 +169,7 @@ def warm_up(kept: Kept, tests: Sequence[str], paths: Sequence[str]) -> None:
 
 
 def measure(kept: Kept, tests: Sequence[str], jobs: int) -> None:
-    """Measure the test files that were not yet measured, in forks of this process."""
+    """Measure the remaining test files, in forks of this process."""
     missing = [t for t in tests if not kept.lines(t).exists()]
 
     def work(index: int) -> None:
@@ -177,7 +177,7 @@ def measure(kept: Kept, tests: Sequence[str], jobs: int) -> None:
         try:
             found = forks.in_fork(lambda folder: coverage.measure(test, ROOT, folder), 300)
         except (TimeoutError, RuntimeError) as error:
-            print(f"{test} is not asked: {error!r}", flush=True)
+            print(f"{test} is left out: {error!r}", flush=True)
             found = {}
         _write(kept.lines(test), found)
 
@@ -185,10 +185,10 @@ def measure(kept: Kept, tests: Sequence[str], jobs: int) -> None:
 
 
 def read_coverage(kept: Kept, tests: Sequence[str]) -> coverage.Coverage:
-    """Return what was measured."""
+    """Return the measurements."""
     every: dict[str, Any] = {}
     for test in tests:
-        # One that was edited since this run began is measured by the next.
+        # A file that was edited during this run is measured by the next.
         if kept.lines(test).exists():
             every |= json.loads(kept.lines(test).read_text())
     early = json.loads((kept.folder / "early.json").read_text())["lines"]
@@ -197,7 +197,7 @@ def read_coverage(kept: Kept, tests: Sequence[str]) -> coverage.Coverage:
 
 
 def judge(mutant: mutants.Mutant, tests: Sequence[str], *, warm: bool) -> dict[str, Any]:
-    """Return the verdict on a mutant: who kills it, if anyone does."""
+    """Return the verdict on a mutant, with the test that kills it, if any."""
     module = forks.module_name(mutant.path)
 
     def work(folder: str) -> str:
@@ -216,7 +216,7 @@ def judge(mutant: mutants.Mutant, tests: Sequence[str], *, warm: bool) -> dict[s
     except TimeoutError:
         return {"verdict": "timeout", "by": ""}
     except RuntimeError as error:
-        # A crash of the interpreter is noticed; what pytest itself raises decides nothing.
+        # A crash of the interpreter counts as killed. An error of pytest itself proves nothing.
         died = "died" in str(error)
         return {"verdict": "killed" if died else "error", "by": str(error)[:200]}
     if by == "cold":
@@ -225,7 +225,7 @@ def judge(mutant: mutants.Mutant, tests: Sequence[str], *, warm: bool) -> dict[s
 
 
 def run(kept: Kept, every: Sequence[mutants.Mutant], tests: Sequence[str], jobs: int, *, warm: bool) -> None:
-    """Judge those mutants of which no verdict is kept, in forks of this process."""
+    """Judge the mutants without a valid verdict, in forks of this process."""
     covered = read_coverage(kept, tests)
     known = kept.verdicts()
     texts = {path: _digest((ROOT / path).read_text()) for path in {m.path for m in every}}
@@ -272,7 +272,7 @@ def run(kept: Kept, every: Sequence[mutants.Mutant], tests: Sequence[str], jobs:
 
 
 def accepted() -> dict[tuple[str, str, str], str]:
-    """Return the explanations of tests/mutation/accepted.toml by place and texts."""
+    """Return the explanations of tests/mutation/accepted.toml, by place and texts."""
     entries = tomllib.loads(ACCEPTED.read_text()).get("mutant", []) if ACCEPTED.exists() else []
     return {(e["place"], e["before"], e["after"]): e["why"] for e in entries}
 
@@ -305,7 +305,7 @@ def report(kept: Kept, paths: Sequence[str], size: int | None, *, survivors: boo
         print(_row(name, count))
     open_ones = sum(c["open"] + c["cold"] + c["error"] for c in counts.values())
     print(
-        f"\n{sum(c['wording'] for c in counts.values())} strings are wording and left alone; {open_ones} mutants are not judged yet."
+        f"\n{sum(c['wording'] for c in counts.values())} strings are wording and skipped; {open_ones} mutants are not judged yet."
     )
     return all(_rate(count) >= 0.9 for count in packages.values()) and not open_ones
 
@@ -337,7 +337,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="judge N mutants at once")
     parser.add_argument("--survivors", action="store_true", help="list the survivors with their differences")
     parser.add_argument(
-        "--tests", action="append", metavar="PATH", help="ask these tests only; may be given again"
+        "--tests", action="append", metavar="PATH", help="run these tests only; may be repeated"
     )
     parser.add_argument("--only-report", action="store_true", help="judge nothing")
     parser.add_argument(
@@ -345,7 +345,7 @@ def main() -> int:
     )
     chosen = parser.parse_args()
     os.chdir(ROOT)
-    # As in CI: what hypothesis draws is the same in every run.
+    # As in CI: hypothesis draws the same examples in every run.
     os.environ |= {"CI": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.path.insert(0, str(ROOT))
     paths = _paths([str(Path(p)) for p in chosen.paths] or TARGETS)

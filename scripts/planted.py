@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Plant defects, one at a time, in a copy of the checkout and report which of them the tests catch.
+"""Plant defects, one at a time, in a copy of the checkout and report those that the tests catch.
 
     scripts/planted.py [ID…] [--jobs N] [--results FILE] [--table] [--check]
 
-A defect is an entry of a file in tests/planted/: a text that occurs once in sftd/, what replaces it, and the tests that
-are expected to fail. It names no file, so that it survives a move of the code. Results are kept in FILE
-($TMPDIR/sftd-planted.json) by the digest of the entry and of its test files: an interrupted run continues where it was.
+A defect is an entry of a file in tests/planted/: a text that occurs once in sftd/, its replacement, and the tests that must
+fail. It names no source file, so code can move. Results are kept in FILE ($TMPDIR/sftd-planted.json) by the digest of the
+entry, its source file and its test files: an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests/planted"
 COPIED = ("sftd", "tests", "migrations", "scripts", "docs", "alembic.ini", "pyproject.toml", "README.md")
-"""What the tests read; not the environment, which all copies share."""
+"""The files that the tests read. All copies share the environment."""
 LIMIT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
 class Defect:
-    """One change that a user would suffer from in silence."""
+    """One change that breaks sftd without an error message."""
 
     id: str
     area: str
@@ -58,7 +58,7 @@ class Defect:
         path.write_text(path.read_text().replace(self.find, self.replace))
 
     def problems(self) -> list[str]:
-        """Return why the entry is stale: its text, its syntax, its tests."""
+        """Return the reasons why the entry is stale: its text, its syntax, its tests."""
         try:
             path = self.file()
             ast.parse(path.read_text().replace(self.find, self.replace))
@@ -67,10 +67,10 @@ class Defect:
         return [f"{self.id}: {test} does not exist" for test in self.tests if not _exists(test)]
 
     def digest(self) -> str:
-        """Return what a result depends on: the entry, and the text of its test files."""
+        """Return the digest of a result's inputs: the entry, its source file and its test files."""
         texts = [(ROOT / test.partition("::")[0]).read_text() for test in self.tests]
-        said = json.dumps([self.find, self.replace, self.tests, self.file().read_text(), *texts])
-        return hashlib.sha256(said.encode()).hexdigest()
+        inputs = json.dumps([self.find, self.replace, self.tests, self.file().read_text(), *texts])
+        return hashlib.sha256(inputs.encode()).hexdigest()
 
 
 @cache
@@ -84,7 +84,7 @@ def _functions(path: Path) -> set[str]:
 
 
 def defects() -> list[Defect]:
-    """Return the defects of all files of tests/planted/, in their order. The name of a file is the area of its defects."""
+    """Return the defects of all files of tests/planted/, in order. A file's name is the area of its defects."""
     return [
         Defect(area=path.stem, **{**entry, "tests": tuple(entry["tests"])})
         for path in sorted(FOLDER.glob("*.toml"))
@@ -101,7 +101,7 @@ def _exists(test: str) -> bool:
 
 
 def _run(tests: Sequence[str], defect: Defect | None) -> str:
-    """Return "caught by NAME", "survived", or "error: …" for tests of a copy of the checkout that has the defect."""
+    """Run tests in a copy of the checkout with the defect. Returns "caught by NAME", "survived", or "error: …"."""
     with tempfile.TemporaryDirectory(prefix="sftd-planted-") as folder:
         root = Path(folder)
         for name in COPIED:

@@ -3,16 +3,16 @@
 #
 #   scripts/run_llama2_7b_megatron.sh NPROC SAVE_DIR [key=value...]
 #
-# NPROC is the number of GPUs (ranks); the run goes to SAVE_DIR/llama2-7b. The same command again goes on from the last
-# checkpoint. What is trained comes from the environment or, as every other key, from key=value:
+# NPROC is the number of GPUs (ranks). The run's folder is SAVE_DIR/llama2-7b. The same command again resumes from the last
+# checkpoint. Model and data come from the environment or, like every other key, from key=value:
 #
 #   MODEL        model.partial_pretrain   folder of meta-llama/Llama-2-7b-hf
-#   TRAIN_FILES  data.train_files         Parquet files, separated by commas; `sftd prepare` makes them
-#   VAL_FILES    data.val_files           the same for validation; may be left out
+#   TRAIN_FILES  data.train_files         Parquet files, separated by commas; `sftd prepare` writes them
+#   VAL_FILES    data.val_files           the same for validation; optional
 #
-# Without layout keys, 8 ranks train TP2 x PP2 x VPP2 x DP2, 4 TP2 x PP2 x VPP2, 2 TP2 (each with sequence parallelism),
-# and any other number copies of the whole model. With any *_model_parallel_size given, those not given are 1. Everything else is in the YAML beside
-# this script.
+# Without layout keys, 8 ranks train TP2 x PP2 x VPP2 x DP2, 4 ranks TP2 x PP2 x VPP2, 2 ranks TP2 (each with sequence
+# parallelism), and other numbers train data parallel. If any *_model_parallel_size is given, the others are 1. All other
+# settings are in the YAML file beside this script.
 set -euo pipefail
 
 usage() {
@@ -42,7 +42,7 @@ given() {
     return 1
 }
 
-# A text, and a list of texts out of a,b,c, as YAML reads them whatever is in them.
+# Quote a text, and a list a,b,c of texts, for YAML.
 text() {
     printf "'%s'" "${1//\'/\'\'}"
 }

@@ -1,5 +1,4 @@
-"""A run that nobody trains, for the benchmarks of the daemon: what submit would have found of its model and its data, and
-what its ranks would write."""
+"""A stub run for the benchmarks of the daemon: its spec, the result of its preflight, and the events of its ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from sftd.wire.preflight import Preflight
 
 
 def spec(steps: int, launcher: str = "local") -> Spec:
-    """Of one rank on one CPU core."""
+    """A spec with one rank on one CPU core."""
     return Spec(
         model=Model(partial_pretrain="model"),
         data=Data(train_files=["data"]),
@@ -27,7 +26,7 @@ def spec(steps: int, launcher: str = "local") -> Spec:
 
 
 def preflight(steps: int) -> Preflight:
-    """The smallest model there is, and one row."""
+    """The preflight of the smallest model and one row."""
     shape = ModelShape(
         architecture="LlamaForCausalLM",
         hidden_size=1,
@@ -52,7 +51,7 @@ def preflight(steps: int) -> Preflight:
 
 
 def step(number: int) -> e.StepCompleted:
-    """A step as its ranks report it."""
+    """A step as the ranks report it."""
     return e.StepCompleted(
         step=number,
         epoch=0,
@@ -70,7 +69,7 @@ def step(number: int) -> e.StepCompleted:
 
 
 def checkpoint(number: int, folder: str) -> e.CheckpointPublished:
-    """The checkpoint behind a step."""
+    """The checkpoint after a step."""
     return e.CheckpointPublished(
         step=number, path=f"{folder}/step-{number}", bytes=1, manifest_digest="d", seconds=0.1
     )

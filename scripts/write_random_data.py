@@ -1,9 +1,9 @@
-"""Training data of random tokens, as Parquet in the trainer's schema:
+"""Write training data of random tokens, as Parquet in the trainer's schema:
 
     python scripts/write_random_data.py DIR --rows 1000 --vocab 128256 --length fixed:2048|lognormal:350:4096 [--seed 0]
 
-DIR/train.parquet gets the rows, DIR/val.parquet a twentieth as many (at least one). Tokens follow Zipf's law, as words
-of a text do, so that a model can learn something from them: how frequent each is.
+DIR/train.parquet gets the rows, DIR/val.parquet a twentieth of that number (at least one). Tokens follow Zipf's law, like words
+of a text, so a model can learn their frequencies.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Zipf:
 
 
 def draw_lengths(rng: np.random.Generator, law: str, count: int) -> Ints:
-    """`count` lengths in tokens by `fixed:N` or `lognormal:MEDIAN:LONGEST[:SIGMA]`, of which longer ones are cut to
-    LONGEST. SIGMA is that of the logarithm, 1.0 when not given. Raises `ValueError`."""
+    """`count` lengths in tokens by `fixed:N` or `lognormal:MEDIAN:LONGEST[:SIGMA]`. Longer ones are cut to LONGEST. SIGMA is that
+    of the logarithm (default: 1.0). Raises `ValueError`."""
     kind, *numbers = law.split(":")
     if kind == "fixed" and len(numbers) == 1:
         return np.full(count, int(numbers[0]), np.int64)
@@ -50,7 +50,7 @@ def draw_lengths(rng: np.random.Generator, law: str, count: int) -> Ints:
 
 
 def write(path: Path, rows: int, vocabulary: int, law: str, rng: np.random.Generator) -> int:
-    """One file of `rows` rows, a row group at a time. Returns its tokens."""
+    """Write one file of `rows` rows, one row group at a time. Returns the number of tokens."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,9 +1,9 @@
-"""A Hugging Face folder of random weights, in the shape of a real model:
+"""Write a Hugging Face folder of random weights in the shape of a real model:
 
     python scripts/write_random_model.py llama2-7b|llama3.2-1b|smollm2-135m|tiny|tiny-deep DIR [--dtype bfloat16] [--seed 0]
 
-For benchmarks where the weights' values do not matter and nothing can be downloaded. Matrices are normal(0, 0.02), norms
-are one; a GPU makes them where there is one. There is no tokenizer: training needs none without sample prompts.
+For benchmarks without downloads, where the values of the weights do not matter. Matrices are normal(0, 0.02), norms are one.
+Uses a GPU if there is one. There is no tokenizer: training without sample prompts needs none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LLAMA = {
     "mlp_bias": False,
     "initializer_range": 0.02,
 }
-# What config.json says. A key that is missing has the default of transformers' LlamaConfig.
+# The contents of config.json. Missing keys have the defaults of transformers' LlamaConfig.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": _LLAMA
     | {
@@ -143,12 +143,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 SHARD_BYTES = 2 << 30
-# Shards in memory at a time are as many: 13.5 GB are written at the speed of the disk with few.
+# Also the number of shards in memory. Few are enough for the speed of a disk.
 _THREADS = 4
 
 
 def write_config(shape: str, folder: Path, dtype: str = "bfloat16") -> None:
-    """config.json of a shape of `SHAPES` into a folder that exists."""
+    """Write config.json for a shape of `SHAPES` into an existing folder."""
     config = SHAPES[shape] | {"torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -175,7 +175,7 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_weights(shape: str, folder: Path, dtype: str, seed: int) -> int:
-    """The shards and their index. Returns the bytes of all weights."""
+    """Write the shards and their index. Returns the bytes of all weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -196,7 +196,7 @@ def write_weights(shape: str, folder: Path, dtype: str, seed: int) -> int:
 
     def write(number: int) -> tuple[str, list[str], int]:
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        # A generator of its own: what a shard holds does not hang on which thread was faster.
+        # One generator per shard, so that the result does not depend on the threads' order.
         generator = torch.Generator(device).manual_seed(seed * len(shards) + number)
         content = {}
         for name, dimensions in shards[number]:

@@ -10,7 +10,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# SQLite gives ids by itself only to a column that is exactly INTEGER.
+# SQLite generates ids only for a column whose type is exactly INTEGER.
 _POSITION = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
@@ -116,7 +116,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the tables, and with them everything that is recorded."""
+    """Drop the tables with all their data."""
     for table in (
         "view_checkpoints",
         "view_runs",

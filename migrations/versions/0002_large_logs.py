@@ -1,11 +1,11 @@
-"""What a log of ten million events needs.
+"""Prepare for logs of ten million events.
 
-- An event's id is unique within its run, not over all runs. Ids are random, so an index over all of them is touched all
-  over at each append, and appending to a large log took three times as long; within a run it stays in one place. Nothing
-  is given up: the id of a journal line is made from its run, and versions already keep streams apart.
-- An index of the events that are not steps, so that a run's history and checkpoints are found among a million steps.
+- An event's id is unique within its run, not over all runs. Ids are random, so appends to an index over all of them touch
+  random pages, and appending to a large log took three times as long. Within a run the entries are close together. This loses
+  no safety: the id of a journal line depends on its run, and versions already order each stream.
+- An index of the events that are not steps finds a run's history and checkpoints among a million steps.
 
-On SQLite the log is copied once: about a minute for five million events.
+On SQLite this copies the log once: about a minute for five million events.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-# SQLite gives ids by itself only to a column that is exactly INTEGER.
+# SQLite generates ids only for a column whose type is exactly INTEGER.
 _POSITION = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _OF_RUN = ("uq_events_run_id_event_id", ["run_id", "event_id"])
 _OF_ALL = ("uq_events_event_id", ["event_id"])
@@ -29,7 +29,7 @@ _COLUMNS = (
 
 
 def upgrade() -> None:
-    """Ids unique within a run; the index of what is no step."""
+    """Make ids unique within a run; add the index of events that are not steps."""
     _make_unique(_OF_RUN, instead_of=_OF_ALL)
     no_step = sa.text("type <> 'StepCompleted'")
     op.create_index(
@@ -38,7 +38,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Revert the change."""
     op.drop_index("ix_events_history", "events")
     _make_unique(_OF_ALL, instead_of=_OF_RUN)
 

@@ -1,4 +1,4 @@
-"""What the scheduler needs to know of runs in the queue: how many devices they want, and which runs they wait for."""
+"""Add the scheduler's data of queued runs: the devices that they need, and the runs that they wait for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Two tables beside the queue; a run without a row in the first is looked up in its log."""
+    """Add two tables. The scheduler reads the log of a run that has no row in the first."""
     op.create_table(
         "queue_demands",
         sa.Column("run_id", sa.String(64), nullable=False),
@@ -29,6 +29,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Revert the change."""
     op.drop_table("queue_after")
     op.drop_table("queue_demands")

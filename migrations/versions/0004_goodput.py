@@ -1,4 +1,4 @@
-"""The goodput of runs as a view, so that `sftd show` of a run of a million steps need not read them."""
+"""Add a view of the goodput of runs, so that `sftd show` need not read a million steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Empty: a run gets its row with its next event, and is folded from its log until then."""
+    """Add an empty table. A run gets its row with its next event; until then it is folded from its log."""
     op.create_table(
         "view_goodput",
         sa.Column("run_id", sa.String(64), nullable=False),
@@ -23,5 +23,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Revert the change."""
     op.drop_table("view_goodput")

@@ -1,4 +1,4 @@
-"""Jobs that only one of several daemons does, such as mirroring to MLflow."""
+"""Add leases on tasks that one daemon at a time does, such as mirroring to MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Who does a job now, and until when."""
+    """Add the table of leases."""
     op.create_table(
         "claims",
         sa.Column("name", sa.String(64), nullable=False),
@@ -24,5 +24,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Revert the change."""
     op.drop_table("claims")

@@ -1,4 +1,4 @@
-"""What each run's checkpoints take on the disk, and which runs were removed."""
+"""Add the size of each run's checkpoints on disk, and the time when a run's files were removed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Filled from the view of checkpoints: those that a fork has from its parent are the parent's."""
+    """Fill the table from the view of checkpoints, without checkpoints that belong to a fork's parent."""
     op.create_table(
         "view_files",
         sa.Column("run_id", sa.String(64), nullable=False),
@@ -27,5 +27,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """As it was."""
+    """Revert the change."""
     op.drop_table("view_files")

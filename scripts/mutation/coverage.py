@@ -1,4 +1,4 @@
-"""Which tests run which lines, and how long they take: measured once for each test file."""
+"""The lines and the time of each test, measured once per test file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOOL = sys.monitoring.COVERAGE_ID
 SLOW_SECONDS = 4.0
 """A test that takes longer judges no mutant."""
 BUDGET_SECONDS = 20.0
-"""How long the tests of a mutant take together, at most, without the mutation."""
+"""Maximum total time of a mutant's tests, measured without the mutation."""
 RECORDED = "tests/unit/plan/test_recorded.py"
 FIRST = 30
 """Tests of the first attempt: those that run the fewest lines besides the changed ones."""
@@ -34,7 +34,7 @@ FIRST = 30
 
 @cache
 def functions(path: Path) -> list[tuple[str, int, int]]:
-    """Return name, first and last line of each function of a file that is in no other; those of one name are numbered."""
+    """Return name, first and last line of each function of a file that is not nested in another. Equal names are numbered."""
     found: list[tuple[str, int, int]] = []
     names: Counter[str] = Counter()
 
@@ -68,13 +68,13 @@ class Lines:
         sys.monitoring.set_events(TOOL, sys.monitoring.events.LINE)
 
     def _line(self, code: CodeType, line: int) -> object:
-        # A class's or a module's body runs once, whatever imports it first.
+        # The body of a class or module runs once, in whichever test imports it first: it is left out.
         if code.co_filename.startswith(self._prefix) and code.co_flags & inspect.CO_OPTIMIZED:
             self.seen[code.co_filename[self._cut :]].add(line)
         return sys.monitoring.DISABLE
 
     def take(self) -> dict[str, list[int]]:
-        """Return what ran since the last call: path and function → lines, counted from the function's first."""
+        """Return the lines that ran since the last call: path and function → lines relative to the function's first."""
         taken: dict[str, list[int]] = {}
         for path, lines in self.seen.items():
             for place, first, last in functions(self._root / path):
@@ -115,12 +115,12 @@ class Recorder:
 
 
 def _cpu_seconds() -> float:
-    """Return this process's and its dead children's: what a busy machine does not change."""
+    """Return the CPU time of this process and its dead children, which the machine's load does not change."""
     return sum(os.times()[:4])
 
 
 def measure(test_file: str, root: Path, folder: str) -> dict[str, Any]:
-    """Return seconds and lines of each test of a file that passes. Called in a fork."""
+    """Return seconds and lines of each passing test of a file. Called in a fork."""
     lines = Lines(root)
     lines.start()
     recorder = Recorder(lines)
@@ -130,7 +130,7 @@ def measure(test_file: str, root: Path, folder: str) -> dict[str, Any]:
 
 @dataclass
 class Coverage:
-    """tests: seconds and lines of each. early: lines that run when tests are collected."""
+    """tests: seconds and lines of each test. early: lines that run when tests are collected."""
 
     tests: dict[str, Any]
     early: dict[str, list[int]]
@@ -152,7 +152,7 @@ class Coverage:
         self._early = set(self._today(self.early))
 
     def _today(self, measured: dict[str, list[int]]) -> Iterator[tuple[str, int]]:
-        """Yield path and line, as the files are now."""
+        """Yield path and line in the current files."""
         for key, lines in measured.items():
             path, _, place = key.partition("::")
             first = self._firsts(path).get(place)
@@ -166,14 +166,15 @@ class Coverage:
         return self._known[path]
 
     def is_warm(self, mutant: Mutant) -> bool:
-        """Whether exchanging a function's code is enough: it is no function that runs when the tests are collected."""
+        """Whether exchanging a function's code is enough, because it does not run when the tests are collected."""
         return mutant.inside and not any((mutant.path, n) in self._early for n in _span(mutant))
 
     def tests_of(self, mutant: Mutant) -> list[str]:
-        """Return the tests that run the changed lines, or else what uses the changed name: first those that run little else."""
+        """Return the tests that run the changed lines or, for a change outside of functions, the uses of the changed name. Tests
+        that run few other lines come first."""
         found = self._of_lines(mutant.path, _span(mutant))
         if not mutant.inside:
-            # What classes and tables hold is recorded there, though no function of theirs runs.
+            # RECORDED pins the contents of classes and tables, although none of their functions runs.
             near = set(found) | {test for test in self._size if test.startswith(RECORDED)}
             for name in mutant.names:
                 for path, lines in _uses(self.root, name).items():
@@ -189,7 +190,7 @@ class Coverage:
 
     def _ordered(self, tests: Collection[str]) -> list[str]:
         def cost(test: str) -> tuple[bool, float, str]:
-            # A test of a database migrates one first.
+            # Tests of a database are slow: they migrate one first.
             return (
                 test.startswith("tests/contract"),
                 self._size[test] * (0.05 + self.tests[test]["seconds"]),
@@ -208,7 +209,7 @@ class Coverage:
         return chosen
 
     def digest(self, tests: Sequence[str]) -> str:
-        """Return what a survival depends on: the tests and their files."""
+        """Return the digest of the inputs of a survival: the tests and their files."""
         said = json.dumps([[t, self.digests[t.partition("::")[0]]] for t in sorted(tests)])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 

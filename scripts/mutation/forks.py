@@ -1,8 +1,7 @@
-"""Runs tests in forks of a process that has imported what they need: a verdict takes a fraction of a second.
+"""Run tests in forks of a process that has done their imports: a verdict takes a fraction of a second.
 
-A change in a function's body is made in a fork of a process that has collected the tests: the function gets its new
-code. Any other change takes effect only when the module is imported, so its fork comes from a process that has imported
-third-party packages alone.
+For a change in a function's body, the process has collected the tests, and its fork exchanges the function's code. Other
+changes take effect at the import of the module, so the process has imported only third-party packages.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MEMORY = 6 * 2**30
 
 
 class Chosen:
-    """Plugin: runs the chosen tests in their order and no others, and keeps the name of the first that fails."""
+    """Plugin: runs only the chosen tests, in their order, and keeps the name of the first failure."""
 
     def __init__(self, tests: Sequence[str]) -> None:
         self._rank = {test: number for number, test in enumerate(tests)}
@@ -58,7 +57,7 @@ class Chosen:
 
 
 def run_tests(tests: Sequence[str], folder: str) -> str:
-    """Return the first of the tests that fails, "" if none does. Raises ValueError if pytest ran none of them."""
+    """Return the first test that fails, "" if none does. Raises ValueError if pytest ran no test."""
     chosen = Chosen(tests)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
     code = pytest.main(["-x", *OPTIONS, f"--basetemp={folder}/t", *files], plugins=[chosen])
@@ -68,7 +67,7 @@ def run_tests(tests: Sequence[str], folder: str) -> str:
 
 
 def exchange(module: str, function: Sequence[str], path: str, source: str) -> bool:
-    """Give a function of an imported module the code that it has in `source`; False if that is not possible."""
+    """Give a function of an imported module its code in `source`. Returns False if that is not possible."""
     owner: Any = sys.modules[module]
     code = compile(source, path, "exec", dont_inherit=True)
     for name in function[:-1]:
@@ -83,7 +82,7 @@ def exchange(module: str, function: Sequence[str], path: str, source: str) -> bo
     found = inspect.unwrap(getattr(found, "__func__", found)) if found is not None else None
     if not isinstance(found, FunctionType) or found.__module__ != module:
         return False
-    # Of several functions with one name, as those that are registered as `_`, only the last would be found.
+    # Functions with the same name (`_` for registered ones) cannot be distinguished.
     old = found.__code__
     same = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == old.co_name == function[-1]]
     if len(same) != 1 or same[0].co_freevars != old.co_freevars:
@@ -102,7 +101,7 @@ class _Source(importlib.machinery.SourceFileLoader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Imports one module from a text."""
+    """Imports one module from a given source text."""
 
     def __init__(self, module: str, path: str, source: str) -> None:
         self._module, self._path, self._source = module, path, source
@@ -120,8 +119,8 @@ class Finder(importlib.abc.MetaPathFinder):
 def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
     """Return what `work(folder)` returns in a fork (JSON). Raises TimeoutError; RuntimeError if the fork dies.
 
-    `seconds` are of CPU time, so that a busy machine decides nothing; three times as many may pass for one that waits.
-    Output goes nowhere, processes that the fork leaves running are killed, and the folder is deleted.
+    `seconds` is a limit of CPU time, independent of the machine's load; the limit of wall time is three times as long. Output
+    is discarded, remaining processes of the fork are killed, and the folder is deleted.
     """
     folder = tempfile.mkdtemp(prefix="sftd-mutate-")
     reading, writing = os.pipe()
@@ -139,7 +138,7 @@ def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
     os.close(writing)
     status = 0
     try:
-        said = _read(reading, time.monotonic() + 3 * seconds)
+        reply = _read(reading, time.monotonic() + 3 * seconds)
     finally:
         os.close(reading)
         with contextlib.suppress(ProcessLookupError):
@@ -148,11 +147,11 @@ def in_fork(work: Callable[[str], Any], seconds: float) -> Any:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         shutil.rmtree(folder, ignore_errors=True)
-    if not said and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+    if not reply and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
         raise TimeoutError
-    if not said:
+    if not reply:
         raise RuntimeError("the process died")
-    answer = json.loads(said)
+    answer = json.loads(reply)
     if "raised" in answer:
         raise RuntimeError(answer["raised"])
     return answer["returned"]
@@ -185,7 +184,7 @@ def _read(file: int, deadline: float) -> bytes:
 
 
 def spread(number: int, jobs: int, work: Callable[[int], None]) -> None:
-    """Call `work(0)`, `work(1)` … `work(number - 1)` from `jobs` forks, each call once."""
+    """Call `work(0)` … `work(number - 1)`, each once, in `jobs` forks."""
     reading, writing = os.pipe()
     workers = []
     for _ in range(jobs):
@@ -218,14 +217,14 @@ def _indices(file: int) -> Iterator[int]:
 
 
 def import_all(names: Sequence[str]) -> None:
-    """Import what can be imported of the named modules."""
+    """Import the named modules. Ignores errors."""
     for name in names:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
 def never_shrink() -> None:
-    """Have hypothesis stop at the first example that fails: the smallest one says no more here, and takes minutes."""
+    """Make hypothesis stop at the first failing example: shrinking it takes minutes and does not change the verdict."""
     load = hypothesis.settings.load_profile
 
     def load_without(name: str) -> None:
@@ -234,7 +233,7 @@ def never_shrink() -> None:
         hypothesis.settings.register_profile("unshrunk", hypothesis.settings.get_profile(name), phases=phases)
         load("unshrunk")
 
-    # Its metaclass refuses to have it set in the usual way.
+    # The metaclass refuses a normal assignment.
     type.__setattr__(hypothesis.settings, "load_profile", staticmethod(load_without))
 
 

@@ -1,7 +1,7 @@
-"""Mutants of a source file: what mutmut's operators make of each node, wherever it is.
+"""Mutants of a source file: mutmut's operators, applied to every node.
 
-mutmut's own runner changes only the bodies of undecorated functions. Half of sftd's facts are elsewhere: defaults of
-Structs, tables, properties. Hence the operators are mutmut's and the walk is ours.
+mutmut's own runner changes only the bodies of undecorated functions. Half of sftd's facts are elsewhere: defaults of Structs,
+tables, properties. So this module uses mutmut's operators with its own walk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
 _SKIPPED = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.Assert, cst.TypeAlias)
-"""Nothing here changes what a user sees: types, and assertions that narrow them."""
+"""Types, and assertions that narrow them, do not change behaviour."""
 _STRICT = re.compile(r",\s*(?:strict=\w+)?\s*(?=\)$)")
 _LEFT_ALONE = {"cast", "TypeVar", "NewType", "isinstance", "len"}
 
@@ -29,10 +29,10 @@ _LEFT_ALONE = {"cast", "TypeVar", "NewType", "isinstance", "len"}
 class Mutant:
     """One change of one file.
 
-    id: made of the enclosing definition and of the texts, not of lines. place: qualified name of the definition.
-    lines: those of the statement that is changed, counted from 1. inside: the change is in the body of a top-level function or
-    of a method, so that the function's code can be exchanged in a living process. names: what a statement outside of
-    functions defines. before, after: the changed lines.
+    id: a digest of the enclosing definition and the texts, independent of line numbers. place: qualified name of the
+    definition. lines: first and last line of the changed statement, from 1. inside: the change is in the body of a top-level
+    function or a method, so the function's code can be exchanged in a running process. names: the names that a statement
+    outside of functions defines. before, after: the changed lines.
     """
 
     id: str
@@ -113,7 +113,7 @@ class _Walk(cst.CSTVisitor):
         if "FunctionDef" not in kinds:
             return ()
         outermost = kinds.index("FunctionDef")
-        # Decorators and defaults belong to the definition, too, but not to its body.
+        # Decorators and defaults are not in the body.
         if self._open <= outermost:
             return ()
         return tuple(name for _, name in self._place[: outermost + 1])
@@ -133,7 +133,7 @@ class _Walk(cst.CSTVisitor):
                     self._add(operator.__name__, node, new)
 
     def _is_guard(self, node: cst.CSTNode, new: cst.CSTNode) -> bool:
-        """Whether only zip's `strict` is changed, which guards an invariant and decides nothing."""
+        """Whether only zip's `strict` changes, which checks an invariant."""
         if not (isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "zip"):
             return False
         old, changed = (_STRICT.sub("", self.module.code_for_node(n)) for n in (node, new))
@@ -180,12 +180,12 @@ def _is_typing(node: cst.CSTNode) -> bool:
 
 
 def _is_wording(node: cst.BaseString) -> bool:
-    """Text for people: words with blanks between them. Facts come into it by an f-string's expressions, which are mutated."""
+    """Whether a string is text for users: it has blanks. Expressions of f-strings are mutated."""
     return isinstance(node, cst.SimpleString) and " " in node.value.strip("\"' ")
 
 
 def find(path: Path) -> tuple[list[_Found], cst.Module, int]:
-    """Return the changes that are possible in a file, its module, and how many strings are wording and left alone."""
+    """Return the possible changes of a file, its module, and the number of strings that are wording and skipped."""
     wrapper = MetadataWrapper(cst.parse_module(path.read_text()), unsafe_skip_copy=True)
     walk = _Walk(wrapper.module)
     wrapper.visit(walk)
@@ -237,6 +237,6 @@ def _difference(old: str, new: str) -> tuple[str, str]:
 
 
 def sample(found: Sequence[_Found], size: int | None, seed: str) -> list[_Found]:
-    """Return `size` of them (None: all): those whose keys have the smallest digests, which few edits of a file change."""
+    """Return the `size` changes (None: all) with the smallest digests of their keys, so that an edit keeps most of a sample."""
     ordered = sorted(found, key=lambda f: hashlib.sha256((seed + f.key).encode()).hexdigest())
     return ordered[:size]

@@ -27,14 +27,14 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
         "ls": ("look.ls", "List runs."),
         "show": ("look.show", "Show one run: status, progress, checkpoints, attempts."),
         "watch": ("watch.command", "Watch the queue, the devices and the runs, or one run, live."),
-        "queue": ("look.queue", "List what runs and what waits, in order, and what for."),
+        "queue": ("look.queue", "List running and waiting runs, in order, and what each waits for."),
         "events": ("look.events", "Print a run's events."),
-        "logs": ("look.logs", "Print what a run's ranks wrote."),
+        "logs": ("look.logs", "Print the output of a run's ranks."),
         "checkpoints": ("look.checkpoints", "List a run's checkpoints and why each is kept."),
         "compare": ("compare.command", "Compare runs: settings and results."),
         "lineage": ("steer.fork", "Draw the tree of forks that a run belongs to."),
         "data": ("look.data", "Show which rows of the data a step saw."),
-        "replay": ("look.replay", "Play a run's log: its state at any moment."),
+        "replay": ("look.replay", "Replay a run's log: its state at any moment."),
         "verify": ("compare.verify", "Train recorded steps again and compare them with the log."),
     },
     "Continue": {
@@ -43,7 +43,7 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
         "pause": ("steer.hold", "Stop a run with a checkpoint, to continue it later."),
         "cancel": ("steer.resume", "End a run, with a checkpoint."),
         "hold": ("steer.hold", "Keep a waiting run from starting."),
-        "release": ("steer.hold", "Let a held run wait for its turn again."),
+        "release": ("steer.hold", "Return a held run to the queue."),
     },
     "Use the model": {
         "generate": ("steer.generate", "Answer prompts from a checkpoint."),
@@ -66,7 +66,7 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
         "init": ("operate.init", "Create or upgrade the database."),
         "completion": (
             "look.completion",
-            "Print the script that completes commands and names of runs in a shell.",
+            "Print a script that completes commands and run names in a shell.",
         ),
     },
 }
@@ -77,10 +77,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _LS_SHOW = "`sftd ls` lists runs, `sftd show RUN` shows one, `sftd queue` shows what waits."
 _SUBMIT = "`sftd submit CONFIG` queues a run, `sftd daemon --detach` starts the daemon that trains it."
 _REMOVE = "`sftd rm RUN` removes a run and its files, `sftd gc` deletes checkpoints that no rule keeps, `sftd cancel RUN` ends a run."
-_NAMES = "A run keeps its name, trainer.experiment_name; `sftd fork RUN trainer.experiment_name=NAME` starts one of another name."
-# A misspelt command is this near to the right one; another word is further away.
+_NAMES = "A run keeps its name, trainer.experiment_name; `sftd fork RUN trainer.experiment_name=NAME` starts one with another name."
+# Similarity from which an unknown word counts as a misspelt command.
 _NEAR = 0.75
-# What people try, and what does it here. Without this the nearest command by letters could do something else.
+# Words that users of other tools try → the command here. The most similar name could do something else.
 HINTS: dict[str, str] = {
     "stop": "`sftd pause RUN` stops a run so that it can continue, `sftd cancel RUN` ends it; `sftd daemon --stop` ends the daemon.",
     "kill": "`sftd cancel RUN --now` kills a run; without --now it saves a checkpoint first.",
@@ -105,8 +105,8 @@ HINTS: dict[str, str] = {
     "rename": _NAMES,
     "name": _NAMES,
     "tag": _NAMES,
-    "log": "`sftd logs RUN` prints what a run's ranks wrote, `sftd events RUN` its events.",
-    "tail": "`sftd logs -f RUN` follows what a run's ranks write.",
+    "log": "`sftd logs RUN` prints the output of a run's ranks, `sftd events RUN` its events.",
+    "tail": "`sftd logs -f RUN` follows the output of a run's ranks.",
     "diff": "`sftd compare RUN RUN` shows what differs.",
     "sweep": "`sftd submit CONFIG --grid KEY=VALUE,VALUE` queues a sweep, `sftd show SWEEP` ranks its runs.",
     "tokenize": "`sftd prepare` turns chats into tokenised Parquet.",
@@ -118,8 +118,8 @@ HINTS: dict[str, str] = {
 _RESTORE = ". Stop the daemon and put a backup in its place: `sftd db restore FILE`"
 
 
-def _who_locks() -> str:
-    """Of a SQLite file that stays locked: the daemon, if it is stopped in the middle of a transaction."""
+def _lock_hint() -> str:
+    """A hint for a SQLite file that stays locked: a signal stopped the daemon in the middle of a transaction."""
     import psutil
 
     from sftd.cli import app
@@ -132,7 +132,7 @@ def _who_locks() -> str:
 
 
 def _is_completing() -> bool:
-    """Whether a shell asks for completions (`look/completion.py`)."""
+    """Whether a shell requests completions (`look/completion.py`)."""
     return "_SFTD_COMPLETE" in os.environ
 
 
@@ -177,7 +177,7 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # As wide in every section, so that the texts are in one column.
+        # The same width in every section aligns the texts.
         column = max(map(len, COMMANDS))
         for task, commands in _TASKS.items():
             with formatter.section(task):
@@ -187,8 +187,8 @@ class _Group(click.Group):
         from sftd.domain.errors import SftdError
         from sftd.settings import SettingsError
 
-        # Importing SQLAlchemy makes many objects and no garbage: looking for it takes a fifth of `sftd ls`. So it does
-        # once more at the end, when all of it is given back with the process.
+        # Importing SQLAlchemy creates many objects and no garbage, and collection takes a fifth of `sftd ls`. The freeze
+        # skips the collection at exit, when the process frees everything anyway.
         gc.set_threshold(200_000)
         atexit.register(gc.freeze)
         try:
@@ -196,9 +196,9 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             from sftd.cli.terminal import output
 
-            # On a terminal after its ^C.
+            # On a new line: the terminal shows ^C.
             output.note(f"\ninterrupted. {ctx.meta.get(output.INTERRUPTION, '')}".rstrip())
-            # The shell's own number for a command that SIGINT ended.
+            # The exit code that shells use after SIGINT.
             sys.exit(128 + signal.SIGINT)
         except SftdError as error:
             from sftd.cli.terminal.output import print_error
@@ -214,19 +214,19 @@ class _Group(click.Group):
             click.echo(f"sftd: {error}", err=True)
             sys.exit(1)
         except msgspec.MsgspecError as error:
-            # What else is decoded is checked where it is read.
+            # All other decoders handle their errors where they read.
             click.echo(
                 f"sftd: a row of the database cannot be read: {error}. `sftd db check` names it", err=True
             )
             sys.exit(1)
         except Exception as error:
-            # Asked this way round, SQLAlchemy is not imported for it.
+            # Looked up, not imported: if it is not loaded, the error is not its.
             alchemy = sys.modules.get("sqlalchemy")
             if alchemy is None or not isinstance(error, alchemy.exc.DBAPIError):
                 raise
-            said = str(error.orig).strip().splitlines()[0]
-            hint = _who_locks() if "locked" in said else _RESTORE if "malformed" in said else ""
-            click.echo(f"sftd: the database: {said}{hint}", err=True)
+            reason = str(error.orig).strip().splitlines()[0]
+            hint = _lock_hint() if "locked" in reason else _RESTORE if "malformed" in reason else ""
+            click.echo(f"sftd: the database: {reason}{hint}", err=True)
             sys.exit(1)
 
 
@@ -249,5 +249,5 @@ def main() -> None:
 
 
 if _is_completing():
-    # It registers what click lacks.
+    # Registers completion classes that replace click's.
     importlib.import_module("sftd.cli.look.completion")

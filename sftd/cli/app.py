@@ -33,7 +33,7 @@ def user_name() -> str:
 
 
 def context() -> Context:
-    """Context of an operation asked for at the command line."""
+    """The context of an operation from the command line."""
     from sftd.operations.context import Context
 
     return Context(actor=f"cli:{user_name()}")
@@ -62,8 +62,8 @@ def require_home(settings: Settings) -> None:
 
 
 def open_store(settings: Settings) -> Store:
-    """Open the database. An embedded SQLite database is made and upgraded on the way; a server's tables are only ever
-    changed by `sftd init`. A home that does not exist is not made: `make_home` is for commands that write.
+    """Open the database. Creates or upgrades an embedded SQLite database; only `sftd init` changes a server's tables.
+    Does not create a missing home: commands that write call `make_home`.
 
     Raises `DatabaseNotReady`, `DatabaseUnreachable` or `HomeUnusable`.
     """
@@ -84,44 +84,44 @@ def open_store(settings: Settings) -> Store:
         store.check_schema()
         catch_up_views(store)
     except BaseException:
-        # A daemon that waits for its database asks again every second, for days if need be.
+        # A daemon that waits for its database calls this every second, for days if necessary.
         engine.dispose()
         raise
     if (command := click.get_current_context(silent=True)) is not None:
-        # Not left to the garbage collector: it would warn of connections that nobody closed.
+        # The garbage collector would warn of unclosed connections.
         command.find_root().call_on_close(engine.dispose)
     return store
 
 
 def open_existing_store(settings: Settings) -> Store | None:
-    """The database for a command that only asks it for more than it needs to know: None where there is none yet. Raises as
-    `open_store`."""
+    """The database for a command that also works without one: None if there is none yet. Raises as `open_store`."""
     file = settings_module.sqlite_file(settings.database_url)
     return None if file is not None and not file.exists() else open_store(settings)
 
 
 def catch_up_views(store: Store) -> None:
-    """Fold the events that the views lack: none, unless the views were deleted."""
+    """Fold events that the views lack. There are none unless the views were deleted."""
     from sftd.projections import views
     from sftd.store.log import event_store, positions
 
     with store.read() as connection:
-        behind = positions.projection_position(connection, views.NAME) < event_store.last_position(connection)
-    if behind:
+        position = positions.projection_position(connection, views.NAME)
+        lacks_events = position < event_store.last_position(connection)
+    if lacks_events:
         with store.write() as tx:
             views.catch_up(tx)
 
 
 def confirm(question: str) -> None:
-    """Ask before something is deleted; a no ends the command. Raises `UsageError` where nobody can be asked."""
+    """Ask before a deletion; the answer no ends the command. Raises `UsageError` if stdin is not a terminal."""
     if not sys.stdin.isatty():
-        raise click.UsageError("Nobody can be asked here: give --yes to delete without asking.")
+        raise click.UsageError("Cannot ask: stdin is not a terminal. Give --yes to delete without asking.")
     if not click.confirm(question, err=True):
         raise SystemExit("Nothing was deleted.")
 
 
 def resolve_run(store: Store, text: str) -> str:
-    """The id of the run that a reading command shows; a remark goes to stderr where the newest of several is taken."""
+    """The id of the run that a reading command shows. A remark on stderr reports a choice among several runs."""
     from sftd.cli.terminal import output
     from sftd.operations.queries import resolve
 
@@ -143,8 +143,8 @@ def resolve_runs(store: Store, texts: Iterable[str]) -> list[str]:
 
 
 def change_each(store: Store, text: str, usable: Collection[str], change: Callable[[str], None]) -> None:
-    """Change the run that `text` means, or each run of a sweep whose status is in `usable`. A run of a sweep that cannot be
-    changed any more is only warned of."""
+    """Change the run that `text` means, or each run of a sweep whose status is in `usable`. Warns of a sweep's run that
+    can no longer change, and continues."""
     from sftd.cli.terminal import output
     from sftd.domain.errors import Refused
     from sftd.operations.queries import resolve
@@ -160,7 +160,7 @@ def change_each(store: Store, text: str, usable: Collection[str], change: Callab
 
 
 def note_missing_daemon(settings: Settings, consequence: str) -> None:
-    """Note that nobody drives the runs of this home. Not on a database server: daemons of other homes may."""
+    """Print a note if no daemon drives the runs of this home. On a database server, daemons of other homes may."""
     from sftd.cli.terminal import output
     from sftd.daemon import lock
 

@@ -36,13 +36,13 @@ class Registry:
         self._uuid = place.run.uuid
 
     def register(self, exported: ModelExported) -> str:
-        """Copy an export into the registry, and record that. Returns the version there."""
+        """Copy an export into the registry, and record the registration. Returns the model version."""
         from sftd.domain.log.events import ModelRegistered
         from sftd.operations.driving import checkpoints
 
         folder = Path(exported.path)
         if not folder.is_dir() or _digest(folder) != exported.digest:
-            what = "is not what was exported" if folder.is_dir() else "is not there"
+            what = "differs from the export" if folder.is_dir() else "does not exist"
             raise Refused(Problem(str(folder), what, f"export it again: sftd export {self._run_id} DIR"))
         tags = {
             "sftd.run": self._run_id,
@@ -63,7 +63,7 @@ class Registry:
 
 
 def _digest(folder: Path) -> str:
-    """As the export wrote it: the sha256 of what `sha256sum` prints for the files in the order of their names."""
+    """The export's digest: the sha256 of the output of `sha256sum` for all files, sorted by name."""
     lines = []
     for name in sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()):
         with open(folder / name, "rb") as file:
@@ -75,5 +75,9 @@ def require_mlflow(settings: Settings) -> None:
     """Raises `Refused` where the mirror is off."""
     if not settings.mlflow_tracking_uri:
         raise Refused(
-            Problem("MLFLOW_TRACKING_URI", "it is empty: the mirror is off", "name an MLflow, or unset it")
+            Problem(
+                "MLFLOW_TRACKING_URI",
+                "it is empty: the mirror is off",
+                "set it to an MLflow server or database, or unset it",
+            )
         )

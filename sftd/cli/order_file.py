@@ -1,4 +1,4 @@
-"""What a tool process needs to know of a run: an order, as the trainer reads it."""
+"""The description of a run for a tool process: an order, in the trainer's format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def order_file(
     run: Run, checkpoint: CheckpointInfo | None, model: str = "", template: ChatTemplate | None = None
 ) -> Iterator[str]:
-    """Path of an order.json made from the log: the attempt's own folder may be on another host, or gone. `model` is where
-    the tool reads config and tokenizer, the run's model folder if not given; `template` the chat template of the run's
-    data."""
+    """The path of a temporary order.json, built from the log: the attempt's own folder may be deleted or on another host.
+    The tool reads config and tokenizer from `model`, by default the run's model folder. `template` is the chat template
+    of the run's data."""
     import msgspec
 
     from sftd.wire.attempt.directory import AttemptDir

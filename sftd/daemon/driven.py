@@ -1,4 +1,4 @@
-"""The attempts that a daemon drives: looks at each in turn, and lets go of those whose lease another daemon has."""
+"""The attempts that a daemon drives. Supervises each in turn, and drops those whose lease is lost."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sftd.operations.driving import attempts, turns
 from sftd.store.database.engine import Store
 from sftd.store.queue.leases import Lease
 
-# With hundreds of attempts each is looked at less often: a look opens a file, perhaps over a network.
+# Limits the load of hundreds of attempts: each look opens a file, perhaps over a network.
 _LOOKS_PER_SECOND = 400
-# A tick that has looked for so long leaves the others to the next.
+# After this time, a tick leaves the other attempts to the next tick.
 _LOOK_SECONDS = 0.25
 
 
 class Driven:
-    """`supervisors` are those of the driven attempts, by run. `inventory` gets back the devices of an attempt that ends."""
+    """`supervisors` has those of the driven attempts, by run. An attempt that ends releases its devices in `inventory`."""
 
     def __init__(self, store: Store, context: Context, inventory: Inventory, daemon_id: str) -> None:
         self.supervisors: dict[str, Supervisor] = {}
@@ -32,17 +32,17 @@ class Driven:
         self._reported: dict[str, str] = {}
 
     def renew(self, lease_micros: int) -> None:
-        """Renew all leases; let go of the attempts whose lease is lost."""
+        """Renew all leases. Drop the attempts whose lease is lost."""
         leases = [supervisor.lease for supervisor in self.supervisors.values()]
         for lost in attempts.renew(self._store, self._context, leases, lease_micros):
             self.forget(lost)
 
     def tick(self) -> bool:
-        """Look at the attempts that are due. Returns whether one ended, or some were left to the next tick."""
+        """Supervise the attempts that are due. Returns whether one ended, or some are left to the next tick."""
         stopping = turns.stopping(self._store, self._daemon_id) if self.supervisors else {}
         busy = False
         now, pause = time.monotonic(), len(self.supervisors) / _LOOKS_PER_SECOND
-        # Those that have waited longest come first.
+        # The longest waiting first.
         order = sorted(self.supervisors, key=lambda run_id: self._look_at.get(run_id, 0.0))
         due = [run_id for run_id in order if self._look_at.get(run_id, 0.0) <= now or run_id in stopping]
         supervisors = [self.supervisors[run_id] for run_id in due]
@@ -62,31 +62,31 @@ class Driven:
             except LeaseLost:
                 self.forget(supervisor.lease)
             except (OSError, ValueError, SftdError) as error:
-                # One run's broken folder must not end the supervision of the others.
+                # A broken folder of one run must not end the supervision of the others.
                 self.report_once(run_id, error)
         return busy
 
     def report_once(self, run_id: str, error: Exception) -> None:
-        """Log an error of a run, unless it is the one before."""
+        """Log an error of a run, unless it is the same as the last one."""
         if self._reported.get(run_id) != str(error):
             self._reported[run_id] = str(error)
             of_run(run_id).error("%s; trying again", error)
 
     def forget(self, lease: Lease) -> None:
-        """Let go of an attempt whose lease is lost."""
+        """Drop an attempt whose lease is lost."""
         of_run(lease.run_id, lease.attempt).warning("the lease is no longer ours")
         supervisor = self.supervisors.pop(lease.run_id, None)
         self._look_at.pop(lease.run_id, None)
         if supervisor is not None and self._is_given_up(supervisor):
-            # Nobody else will end these processes, and the run may start again.
+            # No other daemon ends these processes, and the run may start again.
             supervisor.attempt.kill()
         self._inventory.release(lease.run_id)
 
     def _is_given_up(self, supervisor: Supervisor) -> bool:
-        """Whether a lost attempt was given up by a person rather than taken over by another daemon."""
+        """Whether a user abandoned the lost attempt, rather than another daemon taking it over."""
         try:
             return supervisor.attempt.directory.lease() in (supervisor.lease.token, None)
         except OSError as error:
-            # Another daemon of this home could not have read it either.
+            # Another daemon of this home cannot read the file either, so it has not adopted the attempt.
             self.report_once(supervisor.lease.run_id, error)
             return True

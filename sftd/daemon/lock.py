@@ -1,4 +1,4 @@
-"""One daemon per home: the daemon holds `daemon.lock` for as long as it lives, whatever ends it."""
+"""One daemon per home: a living daemon holds a lock on `daemon.lock`, which the kernel releases however the daemon ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import TracebackType
 
 from sftd.domain.errors import SftdError
 
-# Longer than any probe holds the lock, or a starting daemon needs to write its pid.
+# Longer than a probe holds the lock, and longer than a starting daemon needs to write its pid.
 _PROBE_SECONDS = 1.0
 
 
@@ -19,7 +19,7 @@ class AlreadyRunning(SftdError):
 
 
 class DaemonLock:
-    """Holds the lock while entered. The file says the holder's pid, for people and for `sftd daemon --stop`."""
+    """Holds the lock while entered. The file contains the holder's pid, for users and for `sftd daemon --stop`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,7 +28,7 @@ class DaemonLock:
     def __enter__(self) -> DaemonLock:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        # `holder` takes a shared lock for an instant: that is nobody's daemon.
+        # `holder` takes a shared lock for an instant, so one failure does not prove that a daemon runs.
         deadline = time.monotonic() + _PROBE_SECONDS
         while True:
             try:
@@ -56,7 +56,7 @@ class DaemonLock:
 
 
 def holder(path: Path) -> int | None:
-    """Pid of the daemon that holds the lock, or None when nobody does."""
+    """Pid of the daemon that holds the lock; None if there is none. Raises `SftdError` if the lock file has no pid."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -65,16 +65,16 @@ def holder(path: Path) -> int | None:
     try:
         while True:
             try:
-                # Shared: two who ask at once must not take each other for the daemon.
+                # Shared: two concurrent probes must not take each other for the daemon.
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
             except BlockingIOError:
                 text = os.pread(fd, 32, 0).decode().strip()
             if text.isdigit() and int(text) >= 1:
                 return int(text)
-            # A daemon that starts or ends this very moment.
+            # The daemon is starting or ending.
             if time.monotonic() > deadline:
-                raise SftdError(f"{path} is locked, but does not say by whom")
+                raise SftdError(f"{path} is locked, but contains no pid")
             time.sleep(0.02)
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""The daemon's own log: whom a line is about, how it is written, and how much of it is kept."""
+"""The daemon's own log: the run of each line, the formats, and the rotation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _daemon = logging.getLogger("sftd.daemon")
 
 
 class _RunLog(logging.LoggerAdapter[logging.Logger]):
-    """Adds whom a line is about, for either format to write in its own way."""
+    """Adds the run and attempt of a line to its record, for both formats."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         return msg, {**kwargs, "extra": self.extra}
@@ -35,7 +35,7 @@ def of_run(run_id: str, attempt: int | None = None) -> logging.LoggerAdapter[log
 
 
 class TextFormat(logging.Formatter):
-    """For people: `2026-01-31 12:00:00,000 INFO    brave-otter-3f2a: attempt 1 started`."""
+    """For users: `2026-01-31 12:00:00,000 INFO    brave-otter-3f2a: attempt 1 started`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(about)s%(message)s")
@@ -46,7 +46,7 @@ class TextFormat(logging.Formatter):
         return harmless(super().format(record)).replace("\x1b", " ")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
-        """As given, but a path or a rank's words can neither act on a terminal nor look like a line of their own."""
+        """Escape the message: a path or the output of a rank must not control a terminal or imitate another log line."""
         if not record.message.isprintable():
             record.message = "".join(map(_visible, record.message))
         return super().formatMessage(record)
@@ -59,7 +59,7 @@ def _visible(letter: str) -> str:
 
 
 class JsonFormat(logging.Formatter):
-    """For machines: one object a line, always with the same keys; an error's traceback is in `exception`."""
+    """For programs: one JSON object per line, always with the same keys. A traceback is in `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(
@@ -76,8 +76,8 @@ class JsonFormat(logging.Formatter):
 
 
 class Outage:
-    """Says that something does not answer: once for each reason and then every hour, not at every try, or a night of it would
-    rotate everything else out of the log. And says when it answers again."""
+    """Logs an outage once per reason and then every hour, and its end. A line per retry would rotate everything else out of
+    the log in one night."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
@@ -85,23 +85,23 @@ class Outage:
         self._said: dict[str, float] = {}
 
     def failed(self, reason: str) -> None:
-        """It did not answer."""
+        """A call failed for `reason`."""
         now = self._clock()
         if now - self._said.get(reason, -_REMIND_SECONDS) >= _REMIND_SECONDS:
             self._said[reason] = now
             _daemon.warning("%s: %s; trying again", self._name, reason)
 
     def answered(self) -> None:
-        """It did."""
+        """A call succeeded."""
         if self._said:
             self._said.clear()
             _daemon.info("%s answers again", self._name)
 
 
 class PrivateFile(logging.handlers.RotatingFileHandler):
-    """A file of at most `size` bytes beside at most `kept` older ones, all of mode 0600.
+    """A log file of at most `size` bytes and at most `kept` older ones, all of mode 0600.
 
-    With `takes_output` what this process writes to stdout and stderr goes along: into the new file after a rotation.
+    With `takes_output`, the stdout and stderr of this process go to the current file too.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class PrivateFile(logging.handlers.RotatingFileHandler):
 
 
 def set_up(form: str) -> None:
-    """Log as `form` says ("text", "json"), to the file in SFTD_DAEMON_LOG, which `--detach` sets, else to stderr."""
+    """Log in the format `form` ("text" or "json") to the file SFTD_DAEMON_LOG, which `--detach` sets, else to stderr."""
     path = os.environ.get("SFTD_DAEMON_LOG")
     handler = PrivateFile(Path(path), takes_output=True) if path else logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormat() if form == "json" else TextFormat())

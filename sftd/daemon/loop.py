@@ -1,4 +1,4 @@
-"""The daemon: one `tick` after another."""
+"""The daemon's main loop."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from sftd.store.database.file import DatabaseExchanged
 
 log = logging.getLogger("sftd.daemon")
 
-# How long the workers may take for what is left when the daemon ends, with an empty queue or before that.
+# Time for the workers to send the rest when the daemon ends: after a drain, or otherwise.
 _DRAIN_SECONDS, _LAST_SECONDS = 120.0, 10.0
-# Down, restarting, read-only for a while, or locked: all of it passes.
+# Down, restarting, read-only for a while, or locked: all of these are temporary.
 DATABASE_ERRORS = (sa.exc.OperationalError, sa.exc.InternalError, sa.exc.InterfaceError)
 
 
 class Daemon:
     """Claims runs for the devices of this host and drives their attempts.
 
-    `mirrors` and `notices` are fed from the log, each in a thread of its own. The daemon may be killed at any moment: what it
-    knows is in the database and in the attempt directories, and the next daemon of this home continues from there. `stop`
-    ends it after the present tick.
+    `mirrors` and `notices` are fed from the log, each in its own thread. The daemon may be killed at any moment: its state is
+    in the database and the attempt directories, and the next daemon of this home continues from there. Setting `stop` ends
+    the daemon after the current tick.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Daemon:
         self._renew_at = 0.0
 
     def stop(self) -> None:
-        """End after the present tick, leaving training alive. Safe in a signal handler."""
+        """End after the current tick. Training continues. Safe in a signal handler."""
         self._stop.set()
 
     def run(self, *, drain: bool = False) -> None:
-        """Tick until stopped; with `drain`, until no run waits and none is driven."""
+        """Tick until stopped; with `drain`, until no run waits and none is driven. Raises `DatabaseExchanged` and `NotAlone`."""
         registered = drained = exchanged = False
         try:
             while not self._stop.is_set():
@@ -98,7 +98,7 @@ class Daemon:
                         self._metrics.write({}, self._context.now())
                         break
                 except DATABASE_ERRORS as error:
-                    # Training continues; its journal waits.
+                    # Training continues. Its journals are ingested later.
                     self._database.failed(str(error.orig).strip())
                     busy = False
                 else:
@@ -114,7 +114,7 @@ class Daemon:
         log.info("daemon stopped; %d attempts continue without it", len(self._driven.supervisors))
 
     def _end(self, patience: float, *, may_write: bool) -> None:
-        """Stop the workers; without `may_write` nothing more is read from the database or written to it."""
+        """Stop the workers. Without `may_write`, leave the database alone."""
         if may_write:
             for worker in self._workers:
                 worker.end()
@@ -136,7 +136,7 @@ class Daemon:
             log.warning("the database: %s", str(error.orig).strip())
 
     def tick(self) -> bool:
-        """Do once what there is to do. Returns whether there was anything. Raises `DatabaseExchanged`."""
+        """Do one round of work. Returns whether a run started or ended. Raises `DatabaseExchanged`."""
         if self._file is not None:
             self._file.check()
         if time.monotonic() >= self._renew_at:

@@ -1,7 +1,6 @@
 """Metrics for Prometheus, as a text file for node_exporter's textfile collector: the daemon opens no port.
 
-Everything is written again every few seconds from the database and from what this daemon drives. The log is the truth; this
-is for graphs and alarms.
+The file is rewritten every few seconds from the database and the driven attempts.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class DrivenAttempt(Protocol):
     """An attempt that this daemon drives, as the metrics see it."""
 
     def backlog(self) -> tuple[int, Micros | None]:
-        """Lines of its journal that are not in the log yet, and when the first of them occurred."""
+        """Number of journal lines that are not in the log yet, and the time of the first."""
         ...
 
 
 class Metrics:
-    """Writes the file at most every ten seconds. A file that cannot be written is logged once, and stops nothing."""
+    """Writes the file at most every ten seconds. An error of the file is logged once; the daemon continues."""
 
     def __init__(
         self,
@@ -56,13 +55,13 @@ class Metrics:
         positions = {mirror.name: mirror.position(settings) for mirror in mirrors}
         self._mirrors = {name: position for name, position in positions.items() if position is not None}
         self._path = settings.metrics_file
-        # Outside the home it is for node_exporter, which runs as another user; it holds counts and the ids of runs.
+        # Outside the home the file is for node_exporter, which runs as another user. It has no secrets.
         self._mode = 0o600 if self._path.is_relative_to(settings.home) else 0o644
         self._due_at = 0.0
         self._failed = ""
 
     def write_when_due(self, driven: Mapping[str, DrivenAttempt], now: Micros) -> None:
-        """Write the file unless that was done a moment ago. Raises only what the database does."""
+        """Write the file if that is due. Raises only the database driver's errors."""
         if time.monotonic() >= self._due_at:
             self.write(driven, now)
             self._due_at = time.monotonic() + _SECONDS
@@ -86,9 +85,9 @@ class Metrics:
         info = {"daemon_id": self._daemon_id, "version": sftd.__version__}
         yield "sftd_daemon_info", "The daemon that wrote this.", [(info, 1)]
         yield "sftd_daemon_last_tick_timestamp_seconds", "When this was written.", [({}, now / _MICROS)]
-        meaning = "Runs by what they wait for: ready devices, delayed a time, dependent a run, held a person; leased is driven."
+        meaning = "Runs in the queue: ready for devices, delayed until a time, dependent on a run, held by a user, leased by a daemon."
         yield "sftd_queue_runs", meaning, _by("state", found.queue)
-        meaning = "How long the run has waited that is ready for the longest time; 0 when none is."
+        meaning = "Waiting time of the run that has been ready for longest; 0 when none is ready."
         yield "sftd_queue_oldest_wait_seconds", meaning, [({}, found.oldest_wait_micros / _MICROS)]
         yield "sftd_runs", "Runs by status.", _by("status", found.runs)
         kinds = {"gpu": (self._inventory.gpus, "cuda"), "cpu": (self._inventory.cpus, "cpu")}
@@ -125,7 +124,7 @@ def _by(label: str, values: Mapping[str, float]) -> list[Sample]:
 
 
 def _family(name: str, meaning: str, samples: list[Sample]) -> str:
-    """One metric in Prometheus' text format; every one is a gauge."""
+    """One metric in Prometheus' text format. All metrics are gauges."""
     lines = [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
     for labels, value in samples:
         inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
@@ -138,7 +137,7 @@ def _escaped(text: str) -> str:
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
-    """A reader has the old or the new file whole. Not fsynced: after a power cut it is written again."""
+    """Replace the file atomically. No fsync: the next daemon writes it again after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:

@@ -1,6 +1,6 @@
 """Of the daemons that share a database, one feeds a mirror; another takes over when it is gone.
 
-Correctness does not depend on it: what two daemons send is the same, byte for byte. It spares the tracker the double work.
+This only avoids double work for the tracker: two daemons send the same bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sftd.store.queue import daemons, named_leases
 
 log = logging.getLogger("sftd.mirror")
 
-# Longer than the longest wait for an answer of a tracker: between two requests the lease is prolonged.
+# Longer than a tracker's longest response time: the lease is renewed between two requests.
 LEASE_SECONDS = 90.0
 
 
 def of_mirrors(
     mirrors: Sequence[Mirror], settings: Settings, store: Store, context: Context, daemon_id: str
 ) -> Iterator[Worker]:
-    """The workers that feed the mirrors which are on."""
+    """The workers that feed the enabled mirrors."""
     for mirror in mirrors:
         if (position := mirror.position(settings)) is None:
             continue
@@ -75,7 +75,7 @@ class MirrorTurn:
         self._ask_at = 0.0
 
     def sync(self, should_stop: Callable[[], bool]) -> int:
-        """Copy what is new if it is this daemon's turn. Returns the number of events copied: 0 also when it is not."""
+        """Copy new events if this daemon holds the lease. Returns the number of copied events."""
         if not self._hold():
             return 0
         if self._feed is None:
@@ -83,7 +83,7 @@ class MirrorTurn:
         return self._feed.sync(lambda: should_stop() or not self._hold())
 
     def close(self) -> None:
-        """Let another daemon take over at once."""
+        """Release the lease, so that another daemon takes over at once."""
         if self._mine:
             self._mine = False
             with self._store.write(appends=False) as tx:
@@ -100,10 +100,10 @@ class MirrorTurn:
                     named_leases.release(tx, self._name, token)
                     mine = self._take(tx)
         if mine and not self._mine and self._feed is not None:
-            # The daemon that had the turn before may have sent more than is remembered here.
+            # The previous holder may have sent more than this feed has cached.
             self._feed.forget()
         if not mine and other != self._reported:
-            log.info("daemon %s feeds %s; this one takes over when that is gone", other, self._title)
+            log.info("daemon %s feeds %s; this daemon takes over when that one is gone", other, self._title)
         self._reported = None if mine else other
         self._mine = mine
         self._ask_at = time.monotonic() + self._seconds / 3
@@ -114,7 +114,7 @@ class MirrorTurn:
         return named_leases.take(tx, self._name, self._token, self._daemon_id, self._context.now(), micros)
 
     def _is_gone(self, tx: Tx, daemon_id: str) -> bool:
-        """Whether it is proven that a daemon no longer runs: one of another host has its lease until that expires."""
+        """Whether a daemon provably no longer runs. That of another host cannot be observed: its lease must expire."""
         row = daemons.find(tx.connection, daemon_id)
         if row is None or row.host != processes.host_name():
             return False

@@ -1,4 +1,4 @@
-"""A daemon's row in the database, and other daemons that have its host name and the path of its home."""
+"""A daemon's row in the database, and the detection of other daemons with the same host name and home path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("sftd.daemon")
 
 
 class NotAlone(SftdError):
-    """Another daemon has this host name and the path of this home."""
+    """Another living daemon has this host name and home path."""
 
 
 def this_daemon(settings: Settings, devices: dict[str, int]) -> DaemonRow:
@@ -43,8 +43,8 @@ def this_daemon(settings: Settings, devices: dict[str, int]) -> DaemonRow:
 
 
 def twins(store: Store, me: DaemonRow, now: Micros, silent: int) -> list[DaemonRow]:
-    """Daemons with this one's host name and home path that run in another boot or container, and have renewed their row within
-    `silent` µs. Who holds the lock of this home has none in it."""
+    """Daemons with the host name and home path of `me` that run in another boot or container, and have renewed their row within
+    `silent` µs. `me` holds the lock of its home, so daemons of the very same home are not among them."""
     with store.read() as connection:
         found = daemons.namesakes(connection, me.host, me.home, store.clock(connection, now) - silent)
     return [
@@ -56,7 +56,7 @@ def twins(store: Store, me: DaemonRow, now: Micros, silent: int) -> list[DaemonR
 
 
 class Registration:
-    """The row of one daemon, which holds the lock of its home."""
+    """The row of a daemon that holds the lock of its home."""
 
     def __init__(self, store: Store, context: Context, settings: Settings, row: DaemonRow) -> None:
         self.row = row
@@ -66,19 +66,19 @@ class Registration:
         self._seen: dict[str, Micros] = {}
 
     def is_free(self) -> bool:
-        """Whether no other daemon has this host name and home path: False while one was seen a moment ago and need not live any
-        more, so ask again. Raises `NotAlone` once it has renewed its row."""
+        """Whether no other daemon has this host name and home path. False while one was seen a moment ago but may be dead: call
+        again. Raises `NotAlone` once that one has renewed its row."""
         found = twins(self._store, self.row, self._context.now(), self._silent)
         for twin in found:
             if twin.daemon_id not in self._seen:
-                what = "daemon %s of this host name and home path was seen a moment ago, in another container, on another machine, "
+                what = "daemon %s with this host name and home path was seen a moment ago, in another container, on another machine, "
                 what += "or before a reboot; waiting at most %.0f s to see whether it still runs"
                 log.warning(what, twin.daemon_id, self._silent / 1e6)
             if self._seen.setdefault(twin.daemon_id, twin.seen_at) != twin.seen_at:
                 raise NotAlone(
                     f"daemon {twin.daemon_id} (pid {twin.pid} there) has the same host name {twin.host} and the same home path "
                     f"{twin.home}, and runs in another container or on another machine: each would take the other's runs for "
-                    "its own. Give each a host name of its own (`docker run --hostname NAME`) or another SFTD_HOME"
+                    "its own. Give each its own host name (`docker run --hostname NAME`) or its own SFTD_HOME"
                 )
         return not found
 
@@ -90,11 +90,11 @@ class Registration:
             daemons.register(tx, self.row)
 
     def seen(self) -> None:
-        """The daemon is alive."""
+        """Record that the daemon is alive."""
         with self._store.write(appends=False) as tx:
             daemons.seen(tx, self.row.daemon_id, self._context.now())
 
     def stopped(self) -> None:
-        """The daemon stops by itself."""
+        """Record that the daemon stops."""
         with self._store.write(appends=False) as tx:
             daemons.stopped(tx, self.row.daemon_id, self._context.now())

@@ -1,5 +1,5 @@
-"""Finds attempts whose daemon is gone: proven gone, and so are the attempt's processes, for what cannot be observed from here
-may live. And ends processes here of attempts that nobody drives."""
+"""Find attempts whose daemon is gone, and end the processes of attempts that no daemon drives. An attempt is rescued only with
+proof: a daemon or process that cannot be observed from here may be alive."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from sftd.wire.attempt.directory import RunDir
 
 
 class Orphans(msgspec.Struct, frozen=True):
-    """`found`: leases of daemons that no longer run. `unobserved`: leases of daemons with this host name and home path that ran
-    in another boot or container, of which nothing is proven."""
+    """`found`: leases of daemons that no longer run. `unobserved`: leases of daemons with this host name and home path in another
+    boot or container, which may be alive."""
 
     found: list[Lease]
     unobserved: list[tuple[Lease, DaemonRow]]
 
 
 def orphaned(store: Store, me: DaemonRow, driven: set[str], now: Micros, silent_micros: int) -> Orphans:
-    """Leases of daemons of this host and home that no longer run, as the daemon `me` sees it, which holds the home's lock. A
-    daemon on another host cannot be observed from here: its leases are left alone, expired or not."""
+    """Leases of daemons of this host and home that no longer run. The daemon `me` holds the home's lock. Leases of daemons on
+    other hosts are left alone, expired or not: those daemons cannot be observed from here."""
     with store.read() as connection:
         now = store.clock(connection, now)
         held = [lease for lease in leases.leases(connection) if lease.token not in driven]
         owners = {lease.owner: daemons.find(connection, lease.owner) for lease in held}
     orphans = Orphans([], [])
     for lease in held:
-        if lease.owner == me.daemon_id:  # claimed, but an error came before it was supervised
+        if lease.owner == me.daemon_id:  # claimed, but an error prevented its supervision
             orphans.found.append(lease)
             continue
         owner = owners[lease.owner]
@@ -57,17 +57,17 @@ def has_stopped(daemon: DaemonRow) -> bool:
 
 
 def not_observed(lease: Lease, owner: DaemonRow) -> SftdError:
-    """What a person has to know of a lease whose daemon cannot be observed."""
+    """The message for a lease whose daemon cannot be observed."""
     return SftdError(
         f"attempt {lease.attempt} was started by {owner.daemon_id} in another container, on another machine or before a reboot, "
-        "and nothing here proves that its processes have ended: it is left alone. If they have, "
+        "and nothing here proves that its processes have ended: it is left alone. If they have ended, run "
         f"`sftd cancel {lease.run_id} --abandon`, then `sftd resume {lease.run_id}`"
     )
 
 
 def _is_gone(me: DaemonRow, owner: DaemonRow, now: Micros, silent_micros: int) -> bool:
-    """Whether a daemon of another boot or container has ended: it said so, or this daemon holds the lock of the very same home,
-    or it is silent."""
+    """Whether a daemon of another boot or container has ended: it recorded its end, or `me` holds the lock of the very same
+    home, or it is silent."""
     return (
         owner.stopped_at is not None
         or me.identity.has_home_of(owner.identity)
@@ -76,28 +76,28 @@ def _is_gone(me: DaemonRow, owner: DaemonRow, now: Micros, silent_micros: int) -
 
 
 def _has_ended(me: DaemonRow, owner: DaemonRow, lease: Lease) -> bool:
-    """Whether it is proven that no process of the attempt lives, although its pids mean nothing here."""
+    """Whether provably no process of the attempt is alive. Its pids are of another boot or container, so they prove nothing."""
     directory = RunDir(me.home, lease.run_id).attempt(lease.attempt)
     rebooted = me.identity.rebooted_since(owner.identity)
     if not directory.path.exists():
-        # Nothing was started in this home; in another one it may have been.
+        # Nothing was started in this home, but perhaps in another home with the same path.
         return rebooted or me.identity.has_home_of(owner.identity)
     if directory.lease() != lease.token:
-        # The folder of another home, which has this path there.
+        # The owner's home is another folder with the same path.
         return False
     if launcher_of(directory).is_managed:
-        # Its resource manager reports on it to every host.
+        # The resource manager reports the job's state on every host.
         return True
     held = directory.is_held_alive()
     return rebooted if held is None else not held
 
 
 def make_way(run: RunDir, number: int) -> list[int]:
-    """Before attempt `number` of a run begins: end the processes here of those before it, and set aside a folder
-    that has its name already. Returns the pids that were ended. Raises `OSError` when one will not die.
+    """Before attempt `number` of a run begins, end the processes of earlier attempts on this host, and set aside a folder
+    with the new attempt's name. Returns the pids that were ended. Raises `OSError` if one does not die.
 
-    A person may have given an attempt up whose daemon was dead, so nobody has ended it; and a database that was restored from a
-    backup does not know of the attempts since then.
+    Such processes exist if a user abandoned an attempt whose daemon was dead, or if the database was restored from a backup
+    without the latest attempts.
     """
     tokens = set()
     for earlier in range(1, number + 1):

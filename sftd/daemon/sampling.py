@@ -1,4 +1,4 @@
-"""Samples what the hosts of living attempts are doing, from outside: a step waits for nothing."""
+"""Sample the hosts of living attempts from outside the training process, so that no step waits for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sftd.store.database.engine import Store
 
 
 class Sampler:
-    """Writes a `SystemSampled` for each attempt every `seconds`. A daemon that adopts an attempt continues that."""
+    """Records a `SystemSampled` for each attempt every `seconds`."""
 
     def __init__(self, store: Store, context: Context, seconds: float) -> None:
         self._store = store
@@ -25,14 +25,14 @@ class Sampler:
         self._due_at = time.monotonic() + seconds
 
     def sample_when_due(self, supervisors: Iterable[Supervisor]) -> None:
-        """Sample unless that was done a moment ago. Raises only what the database does."""
+        """Sample if that is due. Raises only the database driver's errors."""
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + self._seconds
         sample = self._watch.look()
         for supervisor in supervisors:
             process = supervisor.attempt.process
-            # What runs elsewhere (a batch system's nodes) cannot be seen from here.
+            # Attempts on other hosts (a batch system's nodes) cannot be sampled from here.
             if (
                 process is None
                 or not process.pid
@@ -43,4 +43,4 @@ class Sampler:
             try:
                 attempts.sampled(self._store, self._context, supervisor.lease, sample(process.devices))
             except LeaseLost:
-                continue  # the next renewal notices, and forgets the attempt
+                continue  # the next renewal drops the attempt

@@ -1,4 +1,4 @@
-"""What a daemon begins to drive: runs whose turn it is on this host, and attempts whose daemon is gone."""
+"""Start runs whose turn it is on this host, and adopt attempts whose daemon is gone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.attempt.directory import RunDir
 from sftd.wire.attempt.orders import order_of
 
-# A tick starts this many runs at most: leases are renewed between ticks.
+# Maximum number of starts per tick: leases are renewed between ticks.
 _STARTS_PER_TICK = 20
-# The place of a run's checkpoint seldom changes, and the disk that is asked may be slow.
+# How long to cache whether a checkpoint is here: it seldom changes, and the disk may be slow.
 _PLACE_SECONDS = 5.0
 
 
 class Starter:
-    """Starts and adopts attempts for the daemon `me`, and hands them to `driven`."""
+    """Starts and adopts attempts for the daemon `me`, and adds them to `driven`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Starter:
         self._starts_here: dict[str, tuple[float, bool]] = {}
 
     def tick(self) -> bool:
-        """Start the runs whose turn it is. Returns whether there was one."""
+        """Start the runs whose turn it is. Returns whether one was started."""
         busy = False
         for _ in range(_STARTS_PER_TICK):
             if (claimed := self._claim()) is None:
@@ -89,7 +89,7 @@ class Starter:
                 if directory.path.is_dir():
                     directory.write_lease(mine.token)
             except OSError as error:
-                # A full disk, mostly: all the more the attempt must be watched, and its end recorded.
+                # Usually a full disk. The attempt must be supervised all the same.
                 self._driven.report_once(lease.run_id, error)
             self._inventory.restore(lease.run_id, attempt.process.devices if attempt.process else [])
             self._driven.supervisors[lease.run_id] = Supervisor(
@@ -99,7 +99,7 @@ class Starter:
             of_run(lease.run_id, lease.attempt).info("adopted attempt %d, which %s", lease.attempt, state)
 
     def nothing_left(self) -> bool:
-        """Whether no daemon drives a run, and only runs wait that can never start here."""
+        """Whether no daemon drives a run, and no waiting run can ever start here."""
         return not turns.anything_left(self._store, self._context, self._fits, self._limits)
 
     def _fits(self, entry: Entry) -> bool | None:
@@ -110,13 +110,13 @@ class Starter:
             self._too_large.add(entry.run_id)
             need = self._inventory.need(entry.demand)
             of_run(entry.run_id).warning(
-                "needs %d %s devices, more than there are here; it waits", need.count, need.device
+                "needs %d %s devices, more than this host has; it waits", need.count, need.device
             )
         return fit
 
     def _has_start(self, run_id: str) -> bool:
-        """Whether the run can continue here. A run whose checkpoint is on another host would find it missing, reject it, and
-        start over. On the host that trained it last it starts even so, for there the folder is gone for good."""
+        """Whether the run can continue here. With its checkpoint on another host, the run would reject the checkpoint as missing
+        and start over. On the host that trained it last, a missing folder is gone for good, so it starts there."""
         asked_at, has = self._starts_here.get(run_id, (-_PLACE_SECONDS, False))
         if time.monotonic() - asked_at < _PLACE_SECONDS:
             return has
@@ -124,7 +124,7 @@ class Starter:
             start = placing.start_of(connection, run_id)
         has = start is None or start.host in ("", self._me.host) or os.path.isdir(start.path)
         if not has and start is not None and run_id not in self._starts_here:
-            what = "its checkpoint of step %d is on %s and not here; it waits for a daemon there"
+            what = "its checkpoint of step %d is on %s, not on this host; it waits for a daemon there"
             of_run(run_id).warning(what, start.step, start.host)
         self._starts_here[run_id] = (time.monotonic(), has)
         return has
@@ -141,7 +141,7 @@ class Starter:
         )
 
     def _preempt(self) -> None:
-        """Have runs of lower priority make room for the run whose turn it is."""
+        """Preempt runs of lower priority for the run whose turn it is."""
         if not any(supervisor.is_preemptible for supervisor in self._driven.supervisors.values()):
             return
         for run_id in turns.preempt(
@@ -154,14 +154,14 @@ class Starter:
             limits=self._limits,
             silent_micros=self._settings.silent_micros,
         ):
-            of_run(run_id).info("makes room for a run of higher priority")
+            of_run(run_id).info("preempted by a run of higher priority")
 
     def _launch(self, claimed: Claimed) -> None:
         lease, run = claimed.lease, claimed.run
-        # Its next attempt starts from elsewhere.
+        # The next attempt starts from another checkpoint.
         self._starts_here.pop(run.run_id, None)
         if (before := self._driven.supervisors.get(run.run_id)) is not None:
-            # A person gave it up and resumed it before this daemon saw that its lease had ended.
+            # A user abandoned and resumed the run before this daemon noticed the end of its lease.
             self._driven.forget(before.lease)
         run_dir = RunDir(self._settings.home, run.run_id)
         directory = run_dir.attempt(lease.attempt)
@@ -178,7 +178,7 @@ class Starter:
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:
             if ended := make_way(run_dir, lease.attempt):
-                of_run(run.run_id).warning("ended processes %s of an attempt that nobody drives", ended)
+                of_run(run.run_id).warning("ended processes %s of an attempt that no daemon drives", ended)
             attempt, argv = self._launcher.start(directory, order, need, devices)
         except OSError as error:
             self._inventory.release(run.run_id)
@@ -205,7 +205,7 @@ class Starter:
             argv=argv,
             devices=devices,
         )
-        # Written at its first tick. Should the database fail right here, the lease is found undriven, and adopted.
+        # The first tick records the launch. If this fails, `adopt` finds the lease without a supervisor.
         self._driven.supervisors[run.run_id] = Supervisor(
             self._store, self._context, self._settings, lease, attempt, launched
         )

@@ -1,4 +1,4 @@
-"""Drives one attempt: ingests its journal, passes on a stop request, records how it ended."""
+"""Drives one attempt: ingests its journal, forwards stop requests, records its end."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from sftd.store.log import positions
 from sftd.store.queue.leases import Lease
 from sftd.wire.attempt import journal
 
-# A commit waits for the disk, whatever is in it.
+# Large enough that the commit's wait for the disk does not dominate.
 _LINES_PER_TRANSACTION = 2000
-# Whoever else writes waits for the end of a transaction.
+# Other writers wait for the end of a transaction.
 _LOOKS_PER_TRANSACTION = 100
-# A long backlog is taken in over several ticks, so that leases are renewed between them.
+# A long backlog is ingested over several ticks, so that leases are renewed between them.
 _LINES_PER_TICK = 5 * _LINES_PER_TRANSACTION
-# A stop ends at a step boundary after a checkpoint; one that takes longer than this is no longer waited for.
+# An attempt that has not stopped after this time is killed. A stop needs the rest of a step and a checkpoint.
 _STOP_SECONDS = 600.0
 
 
 class Look(msgspec.Struct, frozen=True):
-    """What an attempt's journal has beyond the log, and whether the attempt lived before it was read."""
+    """The journal lines of an attempt that are not in the log yet, and whether the attempt was alive before they were read."""
 
     alive: bool
     taken: attempts.Taken
 
 
 class Supervisor:
-    """One attempt under one lease. All methods raise `LeaseLost` once the lease is another's."""
+    """One attempt under one lease. All methods raise `LeaseLost` once the lease is lost."""
 
     def __init__(
         self,
@@ -62,25 +62,25 @@ class Supervisor:
         self._log = of_run(lease.run_id, lease.attempt)
         self._before: dict[int, e.StepCompleted] | None = None
         self._stopping_since: float | None = None
-        # Why the attempt is ended although its processes live.
+        # Why this daemon ends the attempt.
         self._verdict: Failure | None = None
         self._launch = _launch(attempt)
         self._watchdog = Watchdog(self._launch)
         self._asked_for_stacks: float | None = None
         self._reported: e.JobReported | None = None
         self._stuck: list[int] = []
-        # Until the database takes it, a disk that was full may have room again.
+        # Read at once: a full disk may have room again when the end is recorded.
         self._first_remains: Remains | None = None
         with store.read() as connection:
             self._line, self._offset = positions.journal_cursor(connection, lease.run_id, lease.attempt)
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the log knows of the attempt's launch."""
+        """Whether the log has the attempt's launch."""
         return self._launched is None
 
     def ingest(self) -> int:
-        """Take in what the journal has. Returns the number of lines."""
+        """Ingest new lines of the journal. Returns their number."""
         if self._launched is not None:
             attempts.launched(self._store, self._context, self.lease, self._launched)
             self._launched = None
@@ -91,11 +91,11 @@ class Supervisor:
         while self._verdict is None and taken < _LINES_PER_TICK and not caught_up:
             try:
                 lines, offset = self._read(_LINES_PER_TRANSACTION)
-                # The trainer writes on. What comes now is for the next tick: read at once, each line would have a
-                # transaction of its own, and the other attempts would wait.
+                # Lines written since then are for the next tick: otherwise each would get its own transaction, and the
+                # other attempts would wait.
                 caught_up = len(lines) < _LINES_PER_TRANSACTION
             except (JournalCorrupt, UnknownEvent) as error:
-                # What is before the bad line is lost to this read; take it in one by one.
+                # A read with a bad line returns nothing. Ingest the lines before it one by one.
                 lines, offset = self._lines_before_corruption(error)
             if not lines:
                 break
@@ -107,23 +107,23 @@ class Supervisor:
         return taken
 
     def look(self) -> Look | None:
-        """What there is to take in now, without taking it in: the daemon records it together with what other attempts have,
-        and hands it to `tick`. None when there is more to do than that."""
+        """Read new lines without recording them. The daemon records those of many attempts together, and passes the result to
+        `tick`. None if `tick` must ingest by itself."""
         if self._launched is not None or self._before is None or self._verdict is not None:
             return None
         try:
-            # Asked before the journal is read, as in `tick`.
+            # Checked before the journal is read, as in `tick`.
             alive = self._is_alive()
             lines, offset = self._read(_LINES_PER_TRANSACTION)
         except (OSError, ValueError, SftdError):
-            # `tick` meets it again, and says so.
+            # `tick` gets the same error and reports it.
             return None
         if len(lines) == _LINES_PER_TRANSACTION:
             return None
         return Look(alive, attempts.Taken(self.lease, lines, offset, self._before))
 
     def _took(self, lines: list[journal.Line], offset: int, recorded: list[e.Recorded]) -> bool:
-        """Lines are in the log. Returns whether a checkpoint is among them."""
+        """Note that lines are in the log. Returns whether one publishes a checkpoint."""
         self._line, self._offset = lines[-1].number, offset
         self._watchdog.progressed(
             [line.event.seconds for line in lines if isinstance(line.event, e.StepCompleted)]
@@ -152,21 +152,21 @@ class Supervisor:
             return [], self._offset
 
     def backlog(self) -> tuple[int, e.Micros | None]:
-        """How many lines of the journal are not in the log yet, and when the first of them occurred."""
+        """Number of journal lines that are not in the log yet, and the time of the first."""
         return journal.backlog(self.attempt.directory.journal, self._offset)
 
     @property
     def is_preemptible(self) -> bool:
-        """Whether a run of higher priority may take its place."""
+        """Whether a run of higher priority may preempt it."""
         return self._launch.preemptible
 
     def request_stop(self, *, now: bool = False) -> None:
-        """Ask the trainer to checkpoint and end; kill it when it does not, or when it is to end `now`."""
+        """Request a checkpoint and an end from the trainer. Kill it if it does not stop in time, or at once with `now`."""
         report = self.attempt.report()
         if now or (report is not None and report.waits):
             if self._stopping_since is None:
                 self._stopping_since = time.monotonic()
-                self._log.info("killing attempt %d, as asked", self.lease.attempt)
+                self._log.info("killing attempt %d as requested", self.lease.attempt)
             self.attempt.kill()
             return
         since = time.monotonic()
@@ -175,7 +175,7 @@ class Supervisor:
             try:
                 self.attempt.directory.request_stop()
             except OSError as error:
-                self._log.error("cannot ask for a stop (%s); killing the attempt", error)
+                self._log.error("cannot request a stop (%s); killing the attempt", error)
                 self.attempt.kill()
             else:
                 self._log.info("asked attempt %d to stop", self.lease.attempt)
@@ -184,24 +184,24 @@ class Supervisor:
             self.attempt.kill()
 
     def _is_alive(self) -> bool:
-        """Whether the attempt lives; what it left is noted at once when it does not."""
+        """Whether the attempt is alive. If not, keeps its remains as they are now."""
         alive = self.attempt.is_alive()
         if not alive and self._first_remains is None:
             self._first_remains = self.attempt.remains()
         return alive
 
     def tick(self, look: Look | None = None, recorded: list[e.Recorded] | None = None) -> Run | None:
-        """Ingest, unless what `look` found is `recorded` already, and when the attempt's processes are gone, finish it. Returns
-        the run then, None while it lives."""
+        """Ingest new lines, unless those of `look` are `recorded` already. Finish the attempt if its processes are gone. Returns
+        the run then, None while the attempt lives."""
         if look is not None and recorded is not None:
             alive, lines = look.alive, look.taken.lines
             if lines and self._took(lines, look.taken.byte_offset, recorded):
                 collect(self._store, self._context, self.lease.run_id, self.lease)
         else:
-            # Asked before the last ingest: what is written between the two is then read by it or by the next tick.
+            # Checked before the last ingest, which so reads everything that the attempt wrote.
             alive = self._is_alive()
             self.ingest()
-        self._tell_report()
+        self._record_report()
         if alive and self._verdict is None:
             self._watch()
         if self._verdict is not None:
@@ -209,8 +209,8 @@ class Supervisor:
             alive = False
         return None if alive else self._finish()
 
-    def _tell_report(self) -> None:
-        """Record what the resource manager says, when it is something else than before."""
+    def _record_report(self) -> None:
+        """Record the resource manager's report if it has changed."""
         report = self.attempt.report()
         if report is None or not report.state:
             return
@@ -220,17 +220,17 @@ class Supervisor:
             self._reported = event
 
     def _watch(self) -> None:
-        """End an attempt that hangs, once its ranks had the time to write their stacks."""
+        """End an attempt that hangs, after its ranks had time to write their stacks."""
         report = self.attempt.report()
         if report is not None and not report.trains:
-            # It waits for machines, or nobody knows: silence says nothing.
+            # The job waits for machines, or its state is unknown: silence is normal.
             self._watchdog.progressed([])
             return
         silent = self._watchdog.silent_too_long()
         if silent is None:
             return
         if self._asked_for_stacks is None:
-            self._log.warning("nothing recorded for %.0f s; asking for the stacks", silent)
+            self._log.warning("nothing recorded for %.0f s; requesting stacks", silent)
             self.attempt.ask_for_stacks()
             self._asked_for_stacks = time.monotonic()
         elif time.monotonic() - self._asked_for_stacks > self.attempt.stacks_seconds:
@@ -244,12 +244,12 @@ class Supervisor:
         # Ranks may outlive a killed torchrun; two attempts must never write at once.
         if stuck := self.attempt.kill():
             if stuck != self._stuck:
-                self._log.error("processes %s live on; waiting for them", stuck)
+                self._log.error("processes %s do not die; waiting for them", stuck)
                 self._stuck = stuck
             return None
         if self.ingest() >= _LINES_PER_TICK:
             return None
-        # No attempt lives, and until the lease ends none can begin.
+        # No attempt is alive, and none can begin while this lease is held.
         checkpoints.sweep(self._store, self.lease.run_id)
         remains = self.attempt.remains()
         if self._first_remains is not None and classify(self._first_remains).cause == "disk full":
@@ -280,8 +280,8 @@ class Supervisor:
 def take_in(
     store: Store, context: Context, supervisors: Sequence[Supervisor], until: float
 ) -> dict[str, tuple[Look, list[e.Recorded]]]:
-    """Record what the journals of these have, as many as there is time for (`until` by `time.monotonic`), in one transaction.
-    Returns by run what each is to be handed at its `tick`."""
+    """Record new journal lines of as many supervisors as possible until `until` (`time.monotonic`), in one transaction. Returns
+    the arguments of each supervisor's `tick`, by run."""
     looks: dict[str, Look] = {}
     for supervisor in supervisors:
         if time.monotonic() > until or len(looks) == _LOOKS_PER_TRANSACTION:
@@ -291,7 +291,7 @@ def take_in(
     try:
         recorded = attempts.record_all(store, context, [look.taken for look in looks.values()])
     except (ValueError, SftdError):
-        # Of one of them. Read one by one, it shows which, and what to do about it.
+        # One attempt's error. Without this result, each tick ingests by itself and handles its own error.
         return {}
     return {run_id: (look, new) for (run_id, look), new in zip(looks.items(), recorded, strict=True)}
 
@@ -305,14 +305,14 @@ def _launch(attempt: Attempt) -> Launch:
 
 
 def collect(store: Store, context: Context, run_id: str, lease: Lease | None = None) -> None:
-    """Delete the checkpoints that nothing keeps, and after the run's success the training state of others."""
+    """Delete unprotected checkpoints. After the run's success (without `lease`), also reduce others to their weights."""
     for deleted in checkpoints.collect(store, context, run_id, lease):
         of_run(run_id).info("deleted the checkpoint of step %d (%s)", deleted.step, deleted.reason)
     if lease is not None:
         return
     try:
         for reduced in reduce.reduce(store, context, run_id):
-            of_run(run_id).info("kept the weights alone of the checkpoint of step %d", reduced.step)
+            of_run(run_id).info("reduced the checkpoint of step %d to its weights", reduced.step)
     except OSError as error:
-        # The run has succeeded all the same.
-        of_run(run_id).warning("checkpoints stay whole (`sftd gc` tries again): %s", error)
+        # This does not change the run's success.
+        of_run(run_id).warning("checkpoints are not reduced to weights (`sftd gc` tries again): %s", error)

@@ -1,4 +1,4 @@
-"""Tells a hung attempt from a slow one, by the time that passes without a line in its journal."""
+"""Distinguishes a hung attempt from a slow one by the time without a new line in its journal."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 from sftd.domain.spec.sections import Launch
 
-# A daemon that was itself stopped must not take the time that it missed for the attempt's.
+# If the daemon itself was suspended, the missed time must not count as the attempt's silence.
 _LONGEST_GAP_SECONDS = 10.0
-# Importing, connecting and loading take their time before the first step.
+# Minimum limit before the first step: imports, rendezvous and loading are slow.
 _START_SECONDS = 900.0
 _STEPS = 100
 
 
 class Watchdog:
-    """Watches one attempt. Time counts only while it is observed."""
+    """Watches one attempt. Only observed time counts."""
 
     def __init__(self, launch: Launch, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns seconds."""
@@ -34,7 +34,7 @@ class Watchdog:
 
     @property
     def limit(self) -> float | None:
-        """Seconds of silence that are a hang: see `launch.hang_seconds`. None when the watchdog is off."""
+        """Seconds of silence that count as a hang (see `launch.hang_seconds`). None if the watchdog is off."""
         if not self._launch.hang_seconds:
             return None
         if self.median_step is None:
@@ -42,13 +42,13 @@ class Watchdog:
         return max(float(self._launch.hang_seconds), self._launch.hang_factor * self.median_step)
 
     def progressed(self, step_seconds: list[float]) -> None:
-        """The journal has new lines; `step_seconds` are the durations of the steps among them."""
+        """Note new lines in the journal. `step_seconds` are the durations of the steps among them."""
         self._steps.extend(step_seconds)
         self._silent = 0.0
         self._looked = self._clock()
 
     def silent_too_long(self) -> float | None:
-        """Seconds of silence if they are more than the limit, else None. To be asked at every tick."""
+        """Seconds of silence if they exceed the limit, else None. Call it at every tick."""
         now = self._clock()
         self._silent += min(now - self._looked, _LONGEST_GAP_SECONDS)
         self._looked = now

@@ -1,5 +1,5 @@
-"""Threads beside the tick loop, one for each mirror and each channel of notices. A tracker or channel that is down, slow or
-broken never touches supervision, nor the others."""
+"""Threads beside the tick loop, one for each mirror and each notice channel. A tracker or channel that is down, slow or broken
+does not affect supervision or other workers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sftd.domain.errors import SftdError
 from sftd.projections.notices.notifier import Notifier
 
 _JOIN_SECONDS = 5.0
-# What is away for days is not worth a line every few seconds.
+# Limits the log lines of a long outage.
 _REMIND_SECONDS = 3600.0
 
 
 def _nothing() -> None:
-    """Neither at the start nor at the end."""
+    pass
 
 
 class Worker:
-    """Calls `sync` until stopped, and waits longer after each failure in a row: `first_backoff` seconds, then twice that, at
-    most `last_backoff`.
+    """Calls `sync` until stopped. After consecutive failures it waits `first_backoff` seconds, then doubles the wait up to
+    `last_backoff`.
 
-    `begin` runs in the caller's thread before the first `sync`, `close` in the worker's after the last. `sync` returns 0 when
-    nothing was new; it is called again when woken, and every `idle_seconds`, because commands and other daemons wake nobody
-    here. A worker that `is_patient` retries to the last when the daemon ends; another one tries once more.
+    `begin` runs in the caller's thread before the first `sync`, `close` in the worker's thread after the last. `sync` returns 0
+    if nothing is new. It is called again after `wake`, and every `idle_seconds`, because commands and other daemons cannot
+    wake this worker. When the daemon ends, a worker that `is_patient` retries until `stop`; others try once more.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Worker:
         self._idle_seconds = idle_seconds
         self._is_patient = is_patient
         self._wake = threading.Event()
-        # Nothing is left to do, or the last try has failed: `_has_all` says which.
+        # Set when nothing is left to do (`_has_all`), or when the last try has failed.
         self._settled = threading.Event()
         self._has_all = False
         self._ending = threading.Event()
@@ -62,27 +62,27 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread, unless it was started."""
+        """Start the thread if it has not been started."""
         if self._thread.ident is None:
             self._begin()
             self._thread.start()
 
     def wake(self) -> None:
-        """There may be something new."""
+        """Make the worker call `sync` soon."""
         self._settled.clear()
         self._wake.set()
 
     def end(self) -> None:
-        """Do what is left now, however long ago the last failure was; `stop` waits for that."""
+        """Send the rest now, without waiting for the back-off. `stop` waits for it."""
         self.wake()
         self._ending.set()
 
     def stop(self, patience: float) -> None:
-        """End the thread. After `end`, wait at most `patience` seconds for what is left; the next daemon does the rest."""
+        """End the thread. After `end`, wait at most `patience` seconds for the rest; the next daemon sends what remains."""
         if self._thread.ident is None:
             return
         if self._ending.is_set() and not (self._settled.wait(patience) and self._has_all):
-            self._log.warning("%s: not everything has arrived; the next daemon continues there", self.name)
+            self._log.warning("%s: not everything was sent; the next daemon sends the rest", self.name)
         self._stop.set()
         self._ending.set()
         self._wake.set()
@@ -105,7 +105,7 @@ class Worker:
                 if is_last and not self._is_patient:
                     self._settled.set()
                     break
-                # The end of the daemon cuts one wait short, and not those after it.
+                # `end` cuts the current wait short, but not later ones.
                 (self._stop if is_last else self._ending).wait(backoff)
                 backoff = min(2 * backoff, self._last_backoff)
                 continue
@@ -124,7 +124,7 @@ class Worker:
 
 
 def _shown(error: Exception) -> str:
-    """The error without secrets: SQLAlchemy's message quotes the statement, and a library's may quote a URL."""
+    """The error without secrets: SQLAlchemy's message quotes the statement, and a library's message may quote a URL."""
     if isinstance(error, SftdError | ImportError):
         return str(error)
     if (origin := getattr(error, "orig", None)) is not None:
@@ -134,7 +134,7 @@ def _shown(error: Exception) -> str:
 
 
 def of_channel(notifier: Notifier, first_backoff: float = 1.0) -> Worker:
-    """The worker that sends notices to one channel. What is recorded after its start is sent."""
+    """The worker that sends notices to one channel, for events recorded after its start."""
     return Worker(
         notifier.channel.shown,
         notifier.sync,

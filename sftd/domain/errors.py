@@ -1,4 +1,4 @@
-"""Errors that a user or a caller can meet. A class's docstring is its message when none is given."""
+"""Errors that reach a user or a caller. The docstring of a class is its default message."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _REPR = reprlib.Repr(
 
 
 def quote(value: object) -> str:
-    """A user's value for a message, as Python writes it: at most 200 characters, in bounded time."""
+    """The repr of a user's value for a message: at most 200 characters, in bounded time."""
     return shorten(_REPR.repr(value))
 
 
 def shorten(text: str, longest: int = _LONGEST) -> str:
-    """A user's text for a message without quotes around it: at most `longest` characters."""
+    """A user's text for a message, without quotes: at most `longest` characters."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def several(texts: Sequence[str], most: int = 3) -> str:
-    """The first of some texts for a message, and how many more there are."""
+    """The first `most` texts for a message, and the number of remaining ones."""
     more = len(texts) - most
     return ", ".join(map(shorten, texts[:most])) + (f" and {more} more" if more > 0 else "")
 
@@ -39,7 +39,7 @@ class SftdError(Exception):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One thing that is wrong with a request: where it stands, what is wrong, how to fix it."""
+    """One problem with a request: where it is, what is wrong, how to fix it."""
 
     where: str
     what: str
@@ -80,11 +80,11 @@ class LeaseLost(SftdError):
 
 
 class ConcurrencyConflict(SftdError):
-    """Another writer appended to this stream first; read it again and decide anew."""
+    """Another writer appended to this stream first; read it again and repeat the decision."""
 
 
 class UnknownEvent(SftdError):
-    """The log holds an event type or schema version that this sftd does not know: it was written by a newer one."""
+    """The log holds an event type or schema version that this sftd does not support: a newer sftd wrote it."""
 
 
 class ViewDamaged(SftdError):
@@ -101,7 +101,7 @@ class JournalCorrupt(SftdError):
 
 
 class CheckpointInvalid(SftdError):
-    """The checkpoint is not whole, or not the one that was published."""
+    """The checkpoint is incomplete, or is not the one that was published."""
 
 
 class DatabaseNotReady(SftdError):

@@ -1,4 +1,4 @@
-"""What `sftd doctor` finds: a name, a state, a sentence, and how to fix it."""
+"""Findings of `sftd doctor`: check, state, message, and fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "broken"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """The result of one check, with a fix unless it is ok."""
+    """The result of one check, with a fix unless the state is ok."""
 
     check: str
     state: State
@@ -19,15 +19,15 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def ok(check: str, said: str) -> Finding:
-    """All is well."""
+    """A finding without a problem."""
     return Finding(check, "ok", said)
 
 
 def warning(check: str, said: str, fix: str) -> Finding:
-    """It works, but not as well as it should."""
+    """A problem that degrades runs or the daemon."""
     return Finding(check, "warning", said, fix)
 
 
 def broken(check: str, said: str, fix: str) -> Finding:
-    """Runs fail, or nothing works, until this is fixed."""
+    """A problem that makes runs or all of sftd fail until it is fixed."""
     return Finding(check, "broken", said, fix)

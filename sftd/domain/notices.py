@@ -1,4 +1,4 @@
-"""What people are notified of: which events, and what a notice has. Its words are the event's (`Event.notice`). Pure."""
+"""Notices for users: which events cause one, and its fields. The text is from `Event.notice`. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS: tuple[e.NoticeKind, ...] = get_args(e.NoticeKind)
 
 
 class Notice(msgspec.Struct, frozen=True):
-    """What is sent. `id` is the event's: a receiver that gets a notice twice knows it by that. `text` says all of it in a line."""
+    """A notice as sent. `id` is the event's id, so that a receiver can drop duplicates. `text` is the notice in one line."""
 
     id: str
     kind: str
@@ -31,17 +31,17 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 def event_types(kinds: tuple[str, ...]) -> list[str]:
-    """Names of the event types of some kinds."""
+    """Names of the event types of these kinds."""
     return [name for name, cls in e.EVENT_TYPES.items() if cls.notice_kind in kinds]
 
 
 def is_told(ordinal: int) -> bool:
-    """Whether a notice is sent of anomaly number `ordinal` of its kind in an attempt: the 1st, 10th, 100th, …"""
+    """Whether anomaly number `ordinal` of its kind in an attempt causes a notice: the 1st, 10th, 100th, …"""
     return str(ordinal).rstrip("0") == "1"
 
 
 def notice(recorded: e.Recorded, run: e.NoticeFacts, ordinal: int = 1) -> Notice | None:
-    """The notice of an event; None where none is sent. `ordinal` counts anomalies of a kind in an attempt."""
+    """The notice of an event; None if the event causes none. `ordinal` counts anomalies of a kind in an attempt."""
     kind = recorded.event.notice_kind
     if kind is None or (said := recorded.event.notice(run)) is None:
         return None
@@ -60,13 +60,13 @@ def notice(recorded: e.Recorded, run: e.NoticeFacts, ordinal: int = 1) -> Notice
         step=run.step,
         planned_steps=run.planned_steps,
         at=datetime.fromtimestamp(recorded.occurred_at / 1_000_000, UTC).isoformat(timespec="seconds"),
-        # No environment variable holds the NUL of a dying rank's last words.
+        # The text is passed in an environment variable, which cannot hold a NUL from a rank's output.
         text=printable(f"sftd: {who} {said}"),
     )
 
 
 def trial(at: e.Micros, user: str) -> Notice:
-    """A notice of no event, to test whether notices arrive."""
+    """A notice without an event, to test delivery."""
     when = datetime.fromtimestamp(at / 1_000_000, UTC).isoformat(timespec="seconds")
     text = f"sftd: this is a test, sent by {user}. Notifications arrive."
     return Notice(f"test-{at}", "test", "", "", "", "", user, None, 0, 0, when, text)

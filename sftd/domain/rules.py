@@ -1,4 +1,4 @@
-"""What a rule at submit is: a small pure function of a spec and of facts that yields what is wrong with them."""
+"""Rules at submit. A rule is a small pure function of a spec and facts that yields their problems."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sftd.domain.errors import Problem
 
 @dataclass(frozen=True)
 class Rules[**Facts]:
-    """The rules that need the same facts. A run is refused for what `refuse` yields. What `warn` yields is possible, but hardly
-    meant; these rules may assume that nothing is refused."""
+    """Rules that need the same facts. sftd refuses a run for the problems that `refuse` yields. Those of `warn` are allowed but
+    probably unintended; these rules may assume that nothing is refused."""
 
     refuse: tuple[Callable[Facts, Iterable[Problem]], ...]
     warn: tuple[Callable[Facts, Iterable[Problem]], ...] = ()
 
     def problems(self, *args: Facts.args, **kwargs: Facts.kwargs) -> list[Problem]:
-        """Why the run is refused."""
+        """The reasons to refuse the run."""
         return [problem for rule in self.refuse for problem in rule(*args, **kwargs)]
 
     def warnings(self, *args: Facts.args, **kwargs: Facts.kwargs) -> list[Problem]:
-        """What the user should know of a run that is not refused."""
+        """The warnings for a run that is not refused."""
         return [problem for rule in self.warn for problem in rule(*args, **kwargs)]

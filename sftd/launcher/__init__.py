@@ -1,1 +1,1 @@
-"""Starting attempts: spec → torchrun's command and environment, processes and their identity, device inventory."""
+"""Start attempts: torchrun's command and environment, processes and their identity, device inventory."""

@@ -1,4 +1,4 @@
-"""The launchers that there are, and each attempt to the one that its spec names."""
+"""The registered launchers, and the choice of one for each attempt."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LAUNCHERS = {
 
 
 def launcher_of(directory: AttemptDir) -> LauncherKind:
-    """The launcher that an attempt's order names, or whose places the attempt holds. Where the folder has neither, nothing was
-    started. Raises `OSError`."""
+    """The launcher that an attempt's order names, or else the one whose places the attempt holds. With neither in the folder,
+    nothing was started. Raises `OSError`."""
     try:
         return kind_of(directory.order().spec.launch.launcher)
     except (FileNotFoundError, ValueError):
@@ -35,7 +35,7 @@ def launcher_of(directory: AttemptDir) -> LauncherKind:
 
 
 class ByName:
-    """Several launchers as one, by `launch.launcher`."""
+    """A launcher that forwards each attempt to the one that `launch.launcher` names."""
 
     def __init__(self, launchers: Mapping[str, Launcher]) -> None:
         self._launchers = launchers
@@ -43,10 +43,10 @@ class ByName:
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
     ) -> tuple[Attempt, list[str]]:
-        """Start an attempt where its spec says."""
+        """Start an attempt with the launcher of its spec."""
         return self._launchers[order.spec.launch.launcher].start(directory, order, need, devices)
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
-        """Find an attempt where its order says it was started. Raises `OSError`: the wrong launcher would take a job that
-        trains for dead."""
+        """Find an attempt with the launcher that started it. Raises `OSError` if that is unknown: another launcher would take a
+        living job for dead."""
         return self._launchers[launcher_of(directory).name].adopt(directory, fallback_token)

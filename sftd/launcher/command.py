@@ -9,15 +9,15 @@ from sftd import settings
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt.directory import AttemptDir
 
-# Marks every process of an attempt, so that survivors can be found when the leader is gone.
+# Marks every process of an attempt, so that survivors are found after the leader is gone.
 TOKEN_VARIABLE = "SFTD_ATTEMPT_TOKEN"  # noqa: S105  a name, not a token
-# The trainer talks to neither the database nor a mirror, and their URLs may hold passwords.
+# The trainer uses neither the database nor a mirror, and their URLs may hold passwords.
 _WITHHELD = (*settings.WITHHELD, "PGPASSWORD")
-# torchrun cannot say its exit code to a daemon that is not its parent, so a shell writes it down.
+# A daemon that adopted torchrun is not its parent and cannot wait for it, so a shell writes the exit code to a file.
 _WRITE_CODE = 'echo "$code" > "$0.partial" && mv "$0.partial" "$0"; exit "$code"'
 _SHELL = f'"$@"; code=$?; {_WRITE_CODE}'
-# Standard input is a pipe whose other end is its owner's alone: it ends with the owner, however that ends, SIGKILL included.
-# The ranks end with torchrun.
+# Standard input is a pipe whose other end only the owner has: it closes when the owner ends, SIGKILL included. The ranks end
+# with torchrun.
 _TIED_SHELL = (
     'exec 3<&0 </dev/null; "$@" 3<&- & run=$!; { read -r _ <&3; kill -9 "$run"; } & watch=$!; '
     f'wait "$run"; code=$?; kill "$watch"; {_WRITE_CODE}'
@@ -31,7 +31,7 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
         "-P",
         "-m",
         "torch.distributed.run",
-        # As --standalone, but with a file in place of a port that would be open to the network.
+        # Like --standalone, but with a file instead of a port that is open to the network.
         "--rdzv-backend=c10d",
         "--rdzv-conf=store_type=file",
         f"--rdzv-endpoint={directory.rendezvous_file}",
@@ -50,8 +50,8 @@ def torchrun_argv(spec: Spec, directory: AttemptDir) -> list[str]:
 
 
 def torchrun_argv_of_node(spec: Spec, directory: AttemptDir) -> list[str]:
-    """The torchrun command of each of several machines. Where they meet comes by torchrun's variables (PET_…), for only the
-    job knows its first machine."""
+    """The torchrun command of each of several machines. The job's script sets the rendezvous in torchrun's variables (PET_…):
+    the first machine is known only there."""
     return [
         sys.executable,
         "-P",
@@ -72,42 +72,41 @@ def torchrun_argv_of_node(spec: Spec, directory: AttemptDir) -> list[str]:
 
 
 def wrapped_argv(argv: list[str], directory: AttemptDir, *, tied: bool = False) -> list[str]:
-    """`argv` under a shell that leaves its exit code in the attempt's exit file. With `tied` it is killed when the shell's
-    standard input ends."""
+    """`argv` under a shell that writes its exit code to the attempt's exit file. With `tied`, the shell kills it when standard
+    input closes."""
     return ["/bin/sh", "-c", _TIED_SHELL if tied else _SHELL, str(directory.exit_file), *argv]
 
 
 def without_secrets(base: Mapping[str, str]) -> dict[str, str]:
-    """The daemon's own environment, less what the trainer must not know."""
+    """`base` without the variables that may hold secrets."""
     return {name: value for name, value in base.items() if not name.startswith(_WITHHELD)}
 
 
 def rank_variables(*, token: str, device: str) -> dict[str, str]:
-    """What the environment of every rank says, whatever starts it."""
+    """Variables of every rank, for all launchers."""
     return {
         TOKEN_VARIABLE: token,
         "SFTD_DEVICE": device,
-        # No module is taken from the folder that a rank happens to start in.
+        # Ranks must not import modules from their working folder.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
-# torchrun opens no port for the ranks of one host: they meet by themselves (see sftd/trainer/runtime/rendezvous.py).
+# torchrun opens no port for the ranks of one host: they have their own rendezvous (sftd/trainer/runtime/rendezvous.py).
 ONE_HOST = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-# They talk over shared memory and NVLink; what NCCL and gloo listen on is for finding each other.
+# They communicate over shared memory and NVLink; NCCL and gloo need an interface only for their bootstrap.
 ONE_HOST_DEFAULTS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def environment(
     base: Mapping[str, str], *, token: str, device: str, threads: int, devices: list[str]
 ) -> dict[str, str]:
-    """Environment of an attempt on this host: the daemon's own, less what the trainer must not know, plus what it is to
-    use."""
+    """Environment of an attempt on this host: `base` without secrets, plus the attempt's variables."""
     env = ONE_HOST_DEFAULTS | without_secrets(base) | rank_variables(token=token, device=device) | ONE_HOST
     env["OMP_NUM_THREADS"] = str(threads)
-    # NVML, which the devices are numbered by, counts in this order; CUDA by itself puts the fastest first.
+    # Devices have NVML's numbers, which are in this order. CUDA's default order is fastest first.
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if device == "cuda":
         env["CUDA_VISIBLE_DEVICES"] = ",".join(d.removeprefix("cuda:") for d in devices)

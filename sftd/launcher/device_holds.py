@@ -1,8 +1,7 @@
-"""GPUs of this host that a command computes on beside the daemon: a lock file for each, whose lock ends with
-the command and what it has started.
+"""GPUs of this host that a command uses beside the daemon: one lock file per GPU. The lock ends with the command and its child
+processes.
 
-A daemon knows what its own attempts hold. What `sftd verify` takes has no lease and no attempt, but a daemon must not start a
-run there.
+`sftd verify` has no lease, so the daemon needs these locks to leave its GPUs alone.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _FOLDER = "devices"
 
 
 def held(home: Path) -> set[str]:
-    """The devices that some process holds."""
+    """The devices that a process holds."""
     try:
         names = os.listdir(home / _FOLDER)
     except FileNotFoundError:
@@ -30,8 +29,8 @@ def held(home: Path) -> set[str]:
 
 @contextlib.contextmanager
 def holding(home: Path, devices: Iterable[str]) -> Iterator[list[int]]:
-    """Hold devices until the block ends, and until all processes have ended that inherited the descriptors that it gives.
-    Several may hold the same device: who names one has their way."""
+    """Hold devices until the block ends and all processes that inherit the yielded descriptors have ended. Several commands may
+    hold the same device: users can name one explicitly."""
     make_private(home / _FOLDER)
     held_by: list[int] = []
     with contextlib.ExitStack() as stack:

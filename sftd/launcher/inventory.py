@@ -1,4 +1,4 @@
-"""Devices of this host: GPUs where there are any, CPU cores otherwise, and places of other launchers. Never oversubscribed."""
+"""Devices of this host (GPUs if it has any, else CPU cores) and places of other launchers. Never oversubscribed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["Inventory", "Need", "gpu_count", "gpus", "nvml", "visible_gpus"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _FIX = (
-    "make `nvidia-smi` work here (load the driver, or give the container its GPUs); to train on CPU cores all the same, "
+    "make `nvidia-smi` work here (load the driver, or give the container its GPUs); to train on CPU cores instead, "
     "set CUDA_VISIBLE_DEVICES to nothing: `CUDA_VISIBLE_DEVICES= sftd daemon`"
 )
 
 
 @contextlib.contextmanager
 def nvml() -> Iterator[Any]:
-    """The module pynvml, initialised; None where there is no NVIDIA driver. Raises `Refused` where there is one, but NVML does
-    not list its GPUs: a daemon that takes that for a host without GPUs would silently train on CPUs."""
+    """The initialised module pynvml; None without an NVIDIA driver. Raises `Refused` if there is a driver but NVML does not list
+    its GPUs: the daemon would otherwise train on CPUs without notice."""
     import pynvml
 
     try:
@@ -49,24 +49,24 @@ def _silent(error: Exception) -> str:
 
 def gpu_count() -> int:
     """GPUs that NVML lists; 0 without a driver. Raises `Refused` as `nvml` does."""
-    with nvml() as asked:
-        return int(asked.nvmlDeviceGetCount()) if asked is not None else 0
+    with nvml() as library:
+        return int(library.nvmlDeviceGetCount()) if library is not None else 0
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that runs may be given, as CUDA_VISIBLE_DEVICES names them: all that NVML lists, or of these the ones that the
-    variable leaves to this process, in its order. A part of a GPU (MIG) is known by its own name only. Raises `Refused` as
-    `nvml` does, unless the variable leaves no GPU."""
-    said = environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None and said.strip() in ("", "-1"):
+    """The GPUs that runs may use, in the notation of CUDA_VISIBLE_DEVICES: all that NVML lists, or those that the variable
+    names, in its order. A part of a GPU (MIG) keeps its own name. Raises `Refused` as `nvml` does, unless the variable is
+    empty."""
+    value = environ.get("CUDA_VISIBLE_DEVICES")
+    if value is not None and value.strip() in ("", "-1"):
         return []
     count = gpu_count()
-    if said is None or not count:
+    if value is None or not count:
         return [str(index) for index in range(count)]
     found: list[str] = []
-    for given in map(str.strip, said.split(",")):
+    for given in map(str.strip, value.split(",")):
         name = given if given.isdecimal() or given.startswith("MIG-") else _index_of(given, count)
-        # As CUDA does: nothing counts after a name that is none.
+        # CUDA ignores everything after the first invalid name.
         if not name or (name.isdecimal() and int(name) >= count):
             break
         if name not in found:
@@ -75,34 +75,34 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _index_of(uuid: str, count: int) -> str:
-    """Number of the one GPU whose UUID begins so; empty when there is none."""
+    """Number of the one GPU whose UUID begins with `uuid`; empty if there is not exactly one."""
     if not uuid.startswith("GPU-"):
         return ""
-    with nvml() as asked:
-        uuids = [str(asked.nvmlDeviceGetUUID(asked.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+    with nvml() as library:
+        uuids = [str(library.nvmlDeviceGetUUID(library.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
     found = [index for index, name in enumerate(uuids) if name.startswith(uuid)]
     return str(found[0]) if len(found) == 1 else ""
 
 
 def gpus() -> list[tuple[str, int]]:
-    """Name and bytes of memory of each GPU that NVML lists; none without a driver. 0 bytes where the driver does not say:
-    of a GPU that shares the host's memory, or a slice of one. Raises `Refused` as `nvml` does."""
-    with nvml() as asked:
-        if asked is None:
+    """Name and bytes of memory of each GPU that NVML lists; none without a driver. 0 bytes if the driver does not report them
+    (a GPU that shares the host's memory, a slice of a GPU). Raises `Refused` as `nvml` does."""
+    with nvml() as library:
+        if library is None:
             return []
 
         def memory(handle: Any) -> int:
             try:
-                return int(asked.nvmlDeviceGetMemoryInfo(handle).total)
-            except asked.NVMLError:
+                return int(library.nvmlDeviceGetMemoryInfo(handle).total)
+            except library.NVMLError:
                 return 0
 
-        handles = [asked.nvmlDeviceGetHandleByIndex(i) for i in range(asked.nvmlDeviceGetCount())]
-        return [(str(asked.nvmlDeviceGetName(h)), memory(h)) for h in handles]
+        handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+        return [(str(library.nvmlDeviceGetName(h)), memory(h)) for h in handles]
 
 
 class Inventory:
-    """Which devices there are and which attempt holds which."""
+    """The devices, and the attempt that holds each."""
 
     def __init__(
         self,
@@ -112,9 +112,9 @@ class Inventory:
         *,
         others: Callable[[], Iterable[str]] = tuple,
     ) -> None:
-        """`gpus`: how many, or which (see `visible_gpus`). `places`: by launcher, attempts that it may have
-        at once, where they take no device of this host. `others` says which GPUs are held by processes that this inventory
-        does not know (see `device_holds`)."""
+        """`gpus`: number, or names (see `visible_gpus`). `places`: maximum number of concurrent attempts, by launcher, for
+        launchers that use no device of this host. `others` returns the GPUs that other processes hold (see
+        `device_holds`)."""
         self._others = others
         self.gpus = [f"cuda:{i}" for i in (range(gpus) if isinstance(gpus, int) else gpus)]
         self.cpus = [f"cpu:{i}" for i in range(cpu_slots)]
@@ -122,7 +122,7 @@ class Inventory:
         self._held: dict[str, list[str]] = {}
 
     def need(self, wanted: Spec | Demand) -> Need:
-        """What a run takes here."""
+        """The devices that a run needs on this host."""
         demand = wanted if isinstance(wanted, Demand) else Demand.of(wanted)
         return need(demand, len(self.gpus), len(self.cpus))
 
@@ -130,7 +130,7 @@ class Inventory:
         return {"cuda": self.gpus, "cpu": self.cpus, **self.places}.get(device, [])
 
     def free(self, device: str) -> list[str]:
-        """Devices of a kind that nobody holds."""
+        """Free devices of a kind."""
         others = set(self._others()) if device == "cuda" else ()
         return [d for d in self._unheld(device) if d not in others]
 
@@ -139,30 +139,30 @@ class Inventory:
         return [d for d in self._all(device) if d not in held]
 
     def fits(self, wanted: Spec | Demand) -> bool | None:
-        """True: free now. False: in use now. None: more than this host has."""
+        """Whether enough devices are free now. None if the run needs more than this host has."""
         mine = self.need(wanted)
         if mine.count > len(self._all(mine.device)):
             return None
         return mine.count <= len(self.free(mine.device))
 
     def take(self, holder: str, spec: Spec) -> tuple[Need, list[str]]:
-        """Hand the devices of a run that fits to `holder`."""
+        """Assign devices to `holder`, for a run that fits."""
         mine = self.need(spec)
-        # Another may have come between asking and taking: the run that was claimed has its devices all the same.
+        # Another process may have taken a GPU since `fits`. The run is claimed, so it gets that GPU too.
         free = self.free(mine.device)
         devices = [*free, *(d for d in self._unheld(mine.device) if d not in free)][: mine.count]
         self._held[holder] = devices
         return mine, devices
 
     def restore(self, holder: str, devices: list[str]) -> None:
-        """An adopted attempt holds these devices already."""
+        """Note the devices that an adopted attempt holds already."""
         self._held[holder] = devices
 
     def release(self, holder: str) -> None:
-        """Take the devices of `holder` back."""
+        """Free the devices of `holder`."""
         self._held.pop(holder, None)
 
     def describe(self) -> dict[str, int]:
-        """How many devices of each kind there are, and how many places of each launcher that has any."""
+        """Number of devices of each kind, and of places of each launcher that has any."""
         places = {name: len(all_of) for name, all_of in self.places.items() if all_of}
         return {"gpus": len(self.gpus), "cpus": len(self.cpus), **places}

@@ -1,4 +1,4 @@
-"""Attempts on this host: torchrun in its own process session, so that training survives the daemon."""
+"""Attempts on this host: torchrun runs in its own session, so training survives the daemon."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FULL_BYTES = 64 * 1024
 
 
 class LocalAttempt:
-    """An attempt's processes on this host, started by this daemon or adopted from one before."""
+    """An attempt's processes on this host, started by this daemon or adopted from an earlier one."""
 
     stacks_seconds = 2.0
 
@@ -46,8 +46,8 @@ class LocalAttempt:
         inherited: Sequence[int] = (),
     ) -> tuple[LocalAttempt, list[str]]:
         """Write the order and start torchrun. Returns the attempt and torchrun's argv. Training survives this process, unless
-        `lifeline` is given, the end of a pipe to read from: then it is killed once nobody has the other end any more. torchrun
-        has the descriptors `inherited`, and so their locks, for as long as it lives."""
+        `lifeline`, the read end of a pipe, is given: then it is killed when the write end is closed. torchrun inherits the
+        descriptors `inherited` and their locks. Raises `OSError`, and then nothing runs."""
         directory.create(order)
         argv = torchrun_argv(order.spec, directory)
         env = environment(
@@ -76,14 +76,14 @@ class LocalAttempt:
             attempt.process = msgspec.structs.replace(processes.identify(child.pid), devices=devices)
             directory.write_process(attempt.process)
         except BaseException:
-            # The caller takes an error for "nothing was started".
+            # An error means that nothing runs.
             attempt.kill()
             raise
         return attempt, argv
 
     @classmethod
     def adopt(cls, directory: AttemptDir, fallback_token: str) -> LocalAttempt:
-        """Find an attempt that an earlier daemon of this host claimed, whatever is left of it."""
+        """Find an attempt that an earlier daemon of this host claimed, dead or alive."""
         try:
             token = directory.order().token
         except (OSError, ValueError):
@@ -94,18 +94,18 @@ class LocalAttempt:
     def is_alive(self) -> bool:
         """Whether the attempt's leading process runs."""
         if self._child is not None:
-            # Reaps the child, which would otherwise stay a zombie for as long as this daemon lives.
+            # Reaps the child, which would otherwise stay a zombie until this daemon ends.
             return self._child.poll() is None
-        # The create time is counted from the wall clock, which may have been set since; the token is not.
+        # The create time depends on the wall clock, which may have been set since. The token does not.
         return self.process is not None and (
             processes.is_alive(self.process.pid, self.process.create_time)
             or self.process.pid in processes.survivors(self._token)
         )
 
     def kill(self) -> list[int]:
-        """SIGKILL every process of the attempt, the leader's orphans included. Returns pids that would not die."""
+        """SIGKILL every process of the attempt, orphans included. Returns the pids that do not die."""
         stuck: list[int] = []
-        # A process may fork while the list is made, so look again until nothing is found.
+        # A process may fork while the list is made, so repeat until none is found.
         for _ in range(5):
             pids = processes.survivors(self._token)
             if not pids:
@@ -117,18 +117,18 @@ class LocalAttempt:
         return stuck
 
     def report(self) -> None:
-        """Nobody but the daemon manages this host."""
+        """None: this host has no resource manager."""
 
     def ask_for_stacks(self) -> None:
-        """Have every rank write down where it is: `stacks` reads that a moment later."""
+        """Make every rank write its stack, for `stacks` to read."""
         for rank, pid in processes.ranks(self._token).items():
-            # A rank that has not come so far would be ended by the signal.
+            # A rank without this file has no signal handler yet: the signal would end it.
             if self.directory.stack_file(rank).exists():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR1)
 
     def stacks(self) -> list[str]:
-        """A line for each rank: where it is, innermost first, or why it does not say."""
+        """One line per rank: its stack, innermost frame first, or why there is none."""
         lines = []
         for rank, pid in sorted(processes.ranks(self._token).items()):
             if processes.is_stopped(pid):
@@ -138,23 +138,23 @@ class LocalAttempt:
         return lines
 
     def remains(self) -> Remains:
-        """What the ended attempt left to tell why."""
+        """What the ended attempt left as evidence of the cause."""
         found = find_remains(self.directory)
         if found.exit_code is None and (code := self._child_code()) > 0:
-            # The shell has said it, but a full disk did not take it.
+            # The shell could not write its exit file to a full disk.
             found = msgspec.structs.replace(found, exit_code=code)
         if found.exit_code != 0 and not found.rank_errors and (full := self._full_disk()):
             found = msgspec.structs.replace(found, last_word=full)
         return found
 
     def _child_code(self) -> int:
-        """What the shell round torchrun ended with: below 0 if by a signal, and 0 also if nobody knows, for that is what Popen says
-        of a child that somebody else has reaped."""
+        """Exit code of the shell around torchrun, negative for a signal. 0 also if unknown: Popen returns 0 for a child that
+        another call has reaped."""
         code = self._child.poll() if self._child is not None else None
         return code or 0
 
     def _full_disk(self) -> str:
-        """That the disk is full: who fails on it can write down nothing of it. Empty when it is not, or cannot be asked."""
+        """A message if the disk is full, else "". A process that fails on a full disk cannot write its error."""
         try:
             disk = os.statvfs(self.directory.path)
         except OSError:

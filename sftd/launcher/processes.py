@@ -1,4 +1,4 @@
-"""Processes and their identity: pid and create time together; a pid alone may be another's by now."""
+"""Processes and their identity: pid and create time together, because pids are reused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def host_name() -> str:
 
 
 def identity(home: Path) -> Identity:
-    """Where this process runs, and what its home is. Empty on other systems than Linux."""
+    """The boot, pid namespace and home folder of this process. Empty on systems other than Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -40,7 +40,7 @@ def identify(pid: int) -> ProcessFile:
 
 
 def is_alive(pid: int, create_time: float) -> bool:
-    """Whether the process that had this pid and create time still runs. A zombie does not."""
+    """Whether the process with this pid and create time still runs. A zombie does not."""
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - create_time) < _SAME_SECONDS and _runs(process)
@@ -49,7 +49,7 @@ def is_alive(pid: int, create_time: float) -> bool:
 
 
 def survivors(*tokens: str) -> list[int]:
-    """Pids of all processes of the attempts that were launched with these tokens."""
+    """Pids of all processes of the attempts with these tokens."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -59,7 +59,7 @@ def survivors(*tokens: str) -> list[int]:
 
 
 def of_attempts(folder: Path) -> dict[int, Path]:
-    """Pid → working folder, relative to `folder`, of every process of an attempt that works below it."""
+    """Pid → working folder, relative to `folder`, of every attempt's process that works below it."""
     found, folder = {}, folder.resolve()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError, ValueError):
@@ -69,7 +69,7 @@ def of_attempts(folder: Path) -> dict[int, Path]:
 
 
 def using(file: Path) -> dict[int, str]:
-    """Pid → command of every other process of ours that has a file open."""
+    """Pid → command of every other process of this user that has a file open."""
     found, name = {}, str(file.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -79,7 +79,7 @@ def using(file: Path) -> dict[int, str]:
 
 
 def kill(pids: list[int], timeout: float = 10.0) -> list[int]:
-    """SIGKILL processes and wait until they are gone. Returns those that are not (uninterruptible sleep)."""
+    """SIGKILL processes and wait at most `timeout` seconds. Returns those that live (uninterruptible sleep)."""
     processes = []
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +98,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def ranks(token: str) -> dict[int, int]:
-    """Rank → pid of an attempt's training processes: what torchrun started, without what they have started."""
+    """Rank → pid of an attempt's training processes: the children of torchrun, without their own children."""
     found = {}
     for pid in survivors(token):
         with contextlib.suppress(psutil.Error, OSError):
@@ -112,7 +112,7 @@ def ranks(token: str) -> dict[int, int]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process was frozen by SIGSTOP."""
+    """Whether a process is stopped by SIGSTOP."""
     with contextlib.suppress(psutil.Error):
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     return False

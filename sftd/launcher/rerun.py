@@ -1,4 +1,4 @@
-"""Recorded steps, trained again in a folder of their own: the same torchrun, another journal, nothing that stays."""
+"""Train recorded steps again in a scratch folder: the same torchrun command, with a journal of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RerunFailed(SftdError):
 
 
 def scratch_folder(home: Path) -> Path:
-    """Where the scratch folders of a home are."""
+    """The parent of a home's scratch folders."""
     return home / "verify"
 
 
@@ -46,9 +46,9 @@ def rerun(
     inherited: Sequence[int] = (),
     keep: bool = False,
 ) -> Iterator[Rerun]:
-    """Start what `order` says in a new scratch folder of `home`; `order.last_step` says where it ends. At the end of the block,
-    however it comes, its processes are gone, and so is the folder unless `keep`. When this process is killed, its processes are
-    killed with it, and `sweep` removes the folder. torchrun has the descriptors `inherited` while it lives."""
+    """Train up to `order.last_step` in a new scratch folder of `home`. When the block ends, with or without an error, the
+    processes are gone, and so is the folder unless `keep`. If this process is killed, its training processes are killed too,
+    and `sweep` removes the folder. torchrun inherits the descriptors `inherited`."""
     parent = scratch_folder(home)
     make_private(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{order.run_id}-", dir=parent))
@@ -78,12 +78,12 @@ def rerun(
 
 
 def abandoned(home: Path) -> list[Path]:
-    """Scratch folders whose command was killed. One that a person asked to keep is not among them."""
+    """Scratch folders whose command was killed, without those that a user chose to keep."""
     return [path.parent for path in sorted(scratch_folder(home).glob(f"*/{_LOCK}")) if not _is_locked(path)]
 
 
 def sweep(home: Path) -> list[Path]:
-    """End what lives on of commands that were killed, and remove their scratch folders. Returns the folders."""
+    """End the processes of killed commands, and remove their scratch folders. Returns the folders."""
     folders = abandoned(home)
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
@@ -100,11 +100,11 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Keep a folder from being swept for as long as this process lives."""
+    """Protect a folder from `sweep` while this process lives."""
     new = folder / f".{_LOCK}"
     with open(new, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        # Found under its name only when it is locked.
+        # Lock before renaming: `sweep` must never see the lock file unlocked.
         new.rename(folder / _LOCK)
         yield
 
@@ -114,7 +114,7 @@ def _is_locked(path: Path) -> bool:
         with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError):
-        # Not there: its command has removed it just now.
+        # A missing file: its command has just removed the folder.
         return True
     return False
 
@@ -127,14 +127,14 @@ class Rerun:
 
     @property
     def folder(self) -> Path:
-        """Where it happens."""
+        """The attempt's folder."""
         return self._attempt.directory.path
 
     def events(self) -> Iterator[Event]:
-        """What the trainer tells, as it comes. Raises `RerunFailed` when it ends with anything but success."""
+        """The trainer's events as they are written. Raises `RerunFailed` if the trainer fails."""
         offset, number = 0, 1
         while True:
-            # Asked first: what is written before the end is then read by this round.
+            # Checked before the read, so that the last read sees everything that was written.
             alive = self._attempt.is_alive()
             lines, offset = journal.read(self._attempt.directory.journal, offset, number)
             number += len(lines)
@@ -147,7 +147,7 @@ class Rerun:
         remains = self._attempt.remains()
         if remains.exit_code != 0:
             failure = classify(remains)
-            # What the message says in full would only be said again, once for each rank and line of the traceback.
+            # The message is complete for these causes. The evidence only repeats it for each rank.
             is_plain = failure.cause in ("user error", "bad checkpoint")
             raise RerunFailed(
                 f"The steps could not be trained again: {failure.cause}: {failure.message}"

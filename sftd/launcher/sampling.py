@@ -1,4 +1,4 @@
-"""What this host is doing: CPU and memory by psutil, GPUs by NVML where there are any."""
+"""Samples of this host: CPU and memory by psutil, GPUs by NVML."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sftd.launcher.processes import host_name
 
 
 class HostWatch:
-    """Looks at this host now and then. CPU time is counted from one look to the next, so the first only begins to count."""
+    """Samples this host. The CPU load is the mean since the previous sample."""
 
     def __init__(self) -> None:
         self._before = _cpu_seconds()
 
     def look(self) -> Callable[[Sequence[str]], SystemSampled]:
-        """Look once; the answer gives the sample of an attempt by the names of its devices."""
+        """Sample once. Returns a function from the names of an attempt's devices to the attempt's sample."""
         now = _cpu_seconds()
         busy, all_of_it = now[0] - self._before[0], now[1] - self._before[1]
         self._before = now
@@ -54,27 +54,27 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def _gpus(indexes: Sequence[int]) -> dict[int, GpuSample]:
-    """What NVML reports of GPUs; nothing where it cannot be asked: that stops no training."""
+    """NVML's samples of GPUs. Leaves out those with errors: these must not stop training."""
     found = {}
-    with contextlib.suppress(Refused), nvml() as asked:
-        for index in indexes if asked is not None else ():
-            with contextlib.suppress(asked.NVMLError):
-                found[index] = _gpu(asked, index)
+    with contextlib.suppress(Refused), nvml() as library:
+        for index in indexes if library is not None else ():
+            with contextlib.suppress(library.NVMLError):
+                found[index] = _gpu(library, index)
     return found
 
 
-def _gpu(nvml: Any, index: int) -> GpuSample:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+def _gpu(library: Any, index: int) -> GpuSample:
+    handle = library.nvmlDeviceGetHandleByIndex(index)
 
-    def told(ask: Callable[[Any], Any]) -> Any:
-        # Some drivers do not know one thing or the other: MIG has no utilisation, a laptop no power.
+    def query(ask: Callable[[Any], Any]) -> Any:
+        # Some drivers lack a value: MIG has no utilisation, a laptop no power.
         try:
             return ask(handle)
-        except nvml.NVMLError:
+        except library.NVMLError:
             return None
 
-    memory, rates = told(nvml.nvmlDeviceGetMemoryInfo), told(nvml.nvmlDeviceGetUtilizationRates)
-    power = told(nvml.nvmlDeviceGetPowerUsage)
+    memory, rates = query(library.nvmlDeviceGetMemoryInfo), query(library.nvmlDeviceGetUtilizationRates)
+    power = query(library.nvmlDeviceGetPowerUsage)
     return GpuSample(
         index=index,
         utilization_percent=float(rates.gpu) if rates is not None else None,

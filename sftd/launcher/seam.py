@@ -1,8 +1,7 @@
-"""What sftd needs of a launcher, and nothing more: `local` starts attempts on this host. What the queue and the words for
-people need is a row of data (`LauncherKind`); the classes here start attempts. A launcher is registered in `choosing` and must
-pass `tests/process/launcher/test_launchers.py`.
+"""The interface of a launcher, which starts attempts. Its data for the queue and for messages is a `LauncherKind`. A launcher is
+registered in `choosing` and must pass `tests/process/launcher/test_launchers.py`.
 
-Everything else passes through the attempt's folder, which both sides see: the order, the journal, the request to stop,
+The daemon and the trainer exchange everything else through the attempt's folder: the order, the journal, the stop request,
 torchrun's exit code and `output.log`.
 """
 
@@ -21,8 +20,8 @@ from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the resource manager says of an attempt, in its words; `state` is empty until it has been asked. `trains`: the
-    ranks have machines; `waits`: it has not started yet. Neither while it cannot be asked."""
+    """The resource manager's report on an attempt, in its own words. `state` is empty until the first answer. `trains`: the
+    ranks have machines. `waits`: the job has not started yet. Both may be false while the manager does not answer."""
 
     job: str
     state: str
@@ -33,35 +32,35 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Attempt(Protocol):
-    """The processes of an attempt, started by this daemon or by one before it. No method waits for another machine."""
+    """The processes of an attempt, started by this daemon or by an earlier one. No method waits for another machine."""
 
     directory: AttemptDir
     process: ProcessFile | None
-    # How long the ranks may take to write their stacks once they are asked.
+    # Time for the ranks to write their stacks after `ask_for_stacks`.
     stacks_seconds: float
 
     def is_alive(self) -> bool:
-        """Whether the attempt's leading process runs. False only with proof."""
+        """Whether the attempt's leading process runs. False only with proof that it does not."""
 
     def kill(self) -> list[int]:
-        """End every process of the attempt, the leader's orphans included. Returns pids (or job numbers) that still live: ask
-        again then."""
+        """End every process of the attempt, orphans included. Returns pids (or job numbers) that still live; if there are any,
+        call again."""
 
     def report(self) -> Report | None:
-        """What the resource manager says of it; None where nobody but the daemon manages."""
+        """The resource manager's report; None without a resource manager."""
 
     def ask_for_stacks(self) -> None:
-        """Have every rank write down where it is."""
+        """Make every rank write its stack."""
 
     def stacks(self) -> list[str]:
-        """A line for each rank: where it is, or why it does not say."""
+        """One line per rank: its stack, or why there is none."""
 
     def remains(self) -> Remains:
-        """What the ended attempt left that says why."""
+        """What the ended attempt left as evidence of the cause."""
 
 
 class Launcher(Protocol):
-    """Starts attempts, and finds those again that an earlier daemon started."""
+    """Starts attempts, and finds those that an earlier daemon started."""
 
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
@@ -70,15 +69,15 @@ class Launcher(Protocol):
         runs."""
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
-        """Find an attempt that an earlier daemon claimed, whatever is left of it. `fallback_token` is the lease's, for one
-        that has no order."""
+        """Find an attempt that an earlier daemon claimed, dead or alive. `fallback_token` is the lease's token, for an attempt
+        without an order."""
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True):
-    """What `choosing` knows of a launcher. `make` makes it, and starts nothing. `places`: attempts that a daemon here has at
-    once, 0 where it can start none; unused for a launcher that uses the host's devices. `script`: what would be handed to the
-    resource manager. `doctor` examines this host for `sftd doctor`, given the devices and places that the running daemon of this
-    home has, None where none runs."""
+    """A launcher's entry in `choosing`. `make` creates the launcher and starts nothing. `places`: maximum number of concurrent
+    attempts of a daemon on this host, 0 if it can start none; unused by a launcher that uses the host's devices. `script`: the
+    text for the resource manager. `doctor` examines this host for `sftd doctor`, given the devices and places of the running
+    daemon of this home (None if none runs)."""
 
     make: Callable[[Settings], Launcher]
     places: Callable[[Settings], int] = lambda settings: 0

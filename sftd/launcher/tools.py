@@ -1,4 +1,4 @@
-"""Work that needs transformers, done in a process of its own that reports JSON lines: `python -m sftd.trainer.…`."""
+"""Run work that needs transformers in a separate process that reports JSON lines: `python -m sftd.trainer.tools.…`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _argv(module: str, arguments: list[str]) -> list[str]:
 def run_tool(
     module: str, arguments: list[str], on_progress: Progress, request: bytes | None = None
 ) -> dict[str, Any]:
-    """Run `python -m sftd.trainer.<module> ARGUMENTS…`, with `request` as its standard input, which it must read before
-    it reports anything. Each JSON line it prints goes to `on_progress`; the last one is returned. Raises `ToolFailed` with
-    what it wrote to stderr: exit code 2 is a refusal, anything else a failure. Whatever else ends this function, Ctrl-C
-    included, ends the tool first."""
+    """Run `python -m sftd.trainer.tools.<module> ARGUMENTS…` with `request` as standard input, which the tool must read before
+    it reports anything. Passes each JSON line of the tool to `on_progress` and returns the last one. Raises `ToolFailed` with
+    the tool's stderr: exit code 2 is a refusal, others are failures. Any other exception, Ctrl-C included, ends the tool
+    first."""
     last: dict[str, Any] = {}
     stdin = subprocess.DEVNULL if request is None else subprocess.PIPE
-    # A tool is one process, whatever an earlier job left in the shell. A model's folder may have it run code, which must not
-    # find our passwords.
+    # The shell may have rank variables of an earlier job, but a tool is one process. Code of a model folder must not see
+    # passwords.
     env = {name: value for name, value in without_secrets(os.environ).items() if name not in _RANK}
     with subprocess.Popen(
         _argv(module, arguments),
@@ -60,7 +60,7 @@ def run_tool(
         drain.start()
         try:
             if process.stdin is not None:
-                # A tool that died before it read this says why on stderr.
+                # The stderr of a tool that died before reading has the reason.
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write((request or b"").decode())
                     process.stdin.close()
@@ -84,8 +84,8 @@ def run_tool(
 
 
 def _end(process: subprocess.Popen[str], error: BaseException) -> None:
-    """End a tool that nobody waits for any more. Ctrl-C lets it clean up; a second one does not."""
-    # Ctrl-C in a terminal reaches the tool by itself as well, a signal to this process alone does not: it takes the first.
+    """End a tool after an error here. It may clean up; a second Ctrl-C kills it."""
+    # Ctrl-C in a terminal reaches the tool too, but a signal to this process alone does not. The tool handles only the first.
     process.send_signal(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     try:
         process.wait()

@@ -1,1 +1,1 @@
-"""What can be done with runs: one function, one transaction. And what can be read of them."""
+"""Operations on runs: commands, each one function and one transaction, and read-only queries."""

@@ -1,4 +1,4 @@
-"""Who does an operation, and when: what is passed in to the pure decisions."""
+"""The actor, the clock and the randomness of an operation. The pure decisions get them as arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Context:
 def append_decided(
     tx: Tx, context: Context, run_id: str, version: int, decided: list[Event], attempt: int | None = None
 ) -> list[Recorded]:
-    """Append events that a decision on the run at `version` gave."""
+    """Append the events that a decision on the run at `version` returned."""
     now = context.now()
     new = [
         NewEvent(
@@ -53,5 +53,5 @@ def append_decided(
 
 
 def current(connection: sa.Connection, run_id: str) -> Run:
-    """The run as the log has it, inside a transaction."""
+    """The run's state, folded from the log inside a transaction."""
     return load_run(connection, run_id)

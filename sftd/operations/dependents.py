@@ -1,4 +1,4 @@
-"""An ended run leaves the queue, and so do the runs that waited for its success in vain."""
+"""Remove an ended run from the queue, and cancel the runs that wait for its success if it did not succeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sftd.store.queue import leases, order
 
 
 def all_dependents(connection: sa.Connection, run_id: str) -> list[str]:
-    """The runs that wait for the success of this one, and those that wait for these."""
+    """The runs that wait for the success of this one, directly or indirectly."""
     found = [run_id]
     for one in found:
         found += [other for other in order.dependents(connection, one) if other not in found]
@@ -20,8 +20,8 @@ def all_dependents(connection: sa.Connection, run_id: str) -> list[str]:
 
 
 def leave_queue(tx: Tx, context: Context, ended: Run) -> list[str]:
-    """Take an ended run out of the queue. If it has not succeeded, the runs that wait for it are cancelled, and those that
-    wait for these. Returns their ids."""
+    """Remove an ended run from the queue. If it did not succeed, cancel its direct and indirect dependents. Returns their
+    ids."""
     leases.leave(tx, ended.run_id)
     cancelled: list[str] = []
     todo = [ended] if ended.status != "succeeded" else []

@@ -1,1 +1,1 @@
-"""Views folded from events: they can be deleted and rebuilt, and say the same."""
+"""Projections of the log: SQL views, mirrors in trackers, notices."""

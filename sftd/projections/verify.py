@@ -1,4 +1,4 @@
-"""Whether a database tells one story: the log is whole, and the views say what it says. Nothing here writes."""
+"""Check the consistency of a database: the log is complete, and the views and the queue match it. Writes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REBUILD = "`sftd views rebuild` fixes it"
 
 
 class LogCheck(msgspec.Struct, frozen=True):
-    """What was looked at, and everything that is wrong with it."""
+    """The number of events and runs checked, and all problems found."""
 
     events: int
     runs: int
@@ -40,8 +40,8 @@ class LogCheck(msgspec.Struct, frozen=True):
 
 
 def check_log(store: Store, progress: Callable[[int, int], None]) -> LogCheck:
-    """Read the whole log of one snapshot: versions without a gap, payloads that decode, views equal to the fold.
-    `progress` is told events done and events in all."""
+    """Check the whole log in one snapshot: versions have no gap, payloads decode, views equal the fold. Calls
+    `progress(events done, total)`."""
     with store.read() as connection:
         log = _Log()
         total = connection.execute(sa.select(sa.func.count()).select_from(events)).scalar_one()
@@ -58,7 +58,7 @@ def check_log(store: Store, progress: Callable[[int, int], None]) -> LogCheck:
 
 
 class _Log:
-    """Folds every run, in memory."""
+    """Folds every run in memory and collects problems."""
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
@@ -107,7 +107,7 @@ def _views(connection: sa.Connection, log: _Log) -> Iterator[str]:
     )
     files = {(run_id,): row for run_id, run in runs.items() for row in views.files_rows(run)}
     yield from _differences(connection, view_files, files)
-    # A run from before there was this view has no row until its next event.
+    # A run that is older than this view has no row until its next event.
     at_hand = set(connection.execute(sa.select(view_goodput.c.run_id)).scalars())
     ledgers = {
         (run_id,): views.goodput_row(run, log.ledgers[run_id])
@@ -126,15 +126,15 @@ def _differences(
         where = f"{table.name}, {' '.join(str(part) for part in key)}"
         wanted = expected.pop(key, None)
         if wanted is None:
-            yield f"{where}: the log has nothing of it; {_REBUILD}"
+            yield f"{where}: is not in the log; {_REBUILD}"
         elif wrong := [name for name in wanted if _plain(name, row[name]) != wanted[name]]:
-            yield f"{where}: {', '.join(wrong)} differ from what the log says; {_REBUILD}"
+            yield f"{where}: {', '.join(wrong)} differ from the log; {_REBUILD}"
     for key in expected:
         yield f"{table.name}, {' '.join(str(part) for part in key)}: is missing; {_REBUILD}"
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value as this sftd writes it: an older one stored states without the fields that were added since."""
+    """A value as this sftd writes it. An older sftd stored states without fields that were added later."""
     if name != "state":
         return value
     try:
@@ -146,6 +146,6 @@ def _plain(name: str, value: Any) -> Any:
 def _queue(connection: sa.Connection, runs: dict[str, Run]) -> Iterator[str]:
     queued = set(connection.execute(sa.select(queue.c.run_id)).scalars())
     for run_id in sorted(runs.keys() - queued):
-        yield f"{run_id}: is in the log, but has no row in the queue: no daemon will ever take it"
+        yield f"{run_id}: is in the log, but has no row in the queue: no daemon will ever start it"
     for run_id in sorted(queued - runs.keys()):
-        yield f"{run_id}: has a row in the queue, but nothing in the log"
+        yield f"{run_id}: has a row in the queue, but is not in the log"

@@ -1,8 +1,8 @@
-"""The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`: pure functions of the log,
-never older than it.
+"""The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`. They are pure functions of
+the log and always up to date with it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
-views again. Both go through `_apply`, so that they cannot differ.
+views again. Both use `_apply`, so their results cannot differ.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from sftd.store.log.runs import decode_state, encode_state
 NAME = "views"
 TABLES = (view_runs, view_variants, view_checkpoints, view_files, view_goodput)
 _BATCH = 1000
-# More than a daemon ever takes in at once.
-_AT_HAND = 10_000
+# More events than a daemon ever appends at once.
+_PART = 10_000
 
 
 def catch_up(tx: Tx) -> int:
-    """Fold every event after the views' position. Returns how many."""
+    """Fold every event after the views' position. Returns the number of events."""
     connection = tx.connection
     position = positions.projection_position(connection, NAME)
     taken = 0
     if tx.appended and not event_store.any_between(connection, position, tx.appended[0].position):
-        # What is at hand need not be read again. In parts: an import may bring millions of steps, and the server must hear
-        # from us while they are folded (`engine.IDLE_SECONDS`).
-        for part in batched(tx.appended, _AT_HAND):
+        # Use the appended events instead of reading them again. In parts: an import may append millions of steps, and folding
+        # them all at once would exceed the server's idle limit (`engine.IDLE_SECONDS`).
+        for part in batched(tx.appended, _PART):
             _apply(connection, part)
         position = tx.appended[-1].position
         positions.set_projection_position(connection, NAME, position)
@@ -55,7 +55,7 @@ def catch_up(tx: Tx) -> int:
 
 
 def rebuild(store: Store) -> int:
-    """Delete the views and fold them again from the first event, in one transaction. Returns the events taken in."""
+    """Delete the views and fold them again from the first event, in one transaction. Returns the number of events."""
     with store.write() as tx:
         for table in TABLES:
             tx.execute(sa.delete(table))
@@ -81,7 +81,7 @@ def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
 
 
 def _write(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of those with their keys, in as few statements as the driver has for many."""
+    """Insert rows, or replace those with the same keys, in as few statements as the driver allows."""
     statement = insert(connection, table)
     values = {c.name: statement.excluded[c.name] for c in table.columns if not c.primary_key}
     statement = statement.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=values)
@@ -98,7 +98,7 @@ def _text(value: float | str | None) -> str | None:
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """The row of `view_runs` that a run has."""
+    """The row of `view_runs` for a run."""
     return {
         "run_id": run.run_id,
         "version": run.version,
@@ -127,7 +127,7 @@ def _files(run: Run) -> tuple[int, int | None]:
 
 
 def files_rows(run: Run) -> list[dict[str, Any]]:
-    """The row of `view_files` that a run has; none while it has no checkpoint of its own."""
+    """The row of `view_files` for a run; none while it has no own checkpoint."""
     size, removed_at = _files(run)
     has_row = size or removed_at is not None
     return [{"run_id": run.run_id, "bytes": size, "removed_at": removed_at}] if has_row else []
@@ -153,7 +153,7 @@ def variant_row(recorded: Recorded) -> dict[str, Any] | None:
 
 
 def goodput_row(run: Run, ledger: goodput.Fold) -> dict[str, Any]:
-    """The row of `view_goodput` that a run has."""
+    """The row of `view_goodput` for a run."""
     return {
         "run_id": run.run_id,
         "version": run.version,
@@ -171,14 +171,14 @@ def _write_goodput(connection: sa.Connection, runs: dict[str, Run], new: dict[st
                 if r.type in goodput.TYPES:
                     ledger.add(r.occurred_at, r.event)
         else:
-            # From before there was this view.
+            # The run is older than this view: fold the missing events from the log.
             goodput_store.advance(connection, run_id, ledger, version, run.version)
         rows.append(goodput_row(run, ledger))
     _write(connection, view_goodput, rows)
 
 
 def checkpoint_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of `view_checkpoints` that a run has."""
+    """The rows of `view_checkpoints` for a run."""
     return [
         {
             "run_id": run.run_id,

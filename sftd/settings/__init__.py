@@ -1,5 +1,5 @@
-"""The environment of the control plane, read once. A value comes from the environment, else from `SFTD_HOME/config.toml`, else
-it has the default written here."""
+"""Settings of the control plane, read once. Each value is from the environment, else from `SFTD_HOME/config.toml`, else the
+default below."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-# What a person can be notified of; `domain/notices.py` says which events that is.
+# The kinds of notices; `domain/notices.py` maps them to events.
 NOTIFY_KINDS = ("ended", "failed", "anomaly", "started", "retrying", "paused")
-# Beginnings of the variables that may hold secrets and that no trainer needs.
+# Prefixes of variables that may hold secrets and that trainers do not need.
 WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "SFTD_NOTIFY_")
 
-# A description continues "'x' is not".
+# A description completes the message "'x' is not …".
 Positive = Annotated[float, Meta(gt=0, lt=1e300, description="a number above 0")]
 Count = Annotated[int, Meta(ge=1, description="a whole number above 0")]
 Devices = Annotated[int, Meta(ge=1, description="a number of devices above 0")]
@@ -30,13 +30,13 @@ class SettingsError(Exception):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """`home`: all state. `database_url`: SQLAlchemy's form. `mlflow_tracking_uri`: MLflow's form; empty turns the mirror
-    off. `cpu_slots`: CPU cores that runs may use on a host without GPUs; None is all of them. Times are seconds.
-    `metrics_file`: what the daemon writes for Prometheus. `user_limit`, `project_limit`: devices that the runs
-    of one user or project may have at once; None is no limit. `device_price`: what a device costs an hour, None
-    unknown. `notify_command` and `notify_webhook` get what `notify_on` names; empty is none. `sample_seconds`:
-    how often an attempt's host is sampled. `slurm_jobs`: jobs that the daemon has on Slurm at once;
-    `slurm_poll_seconds`: how often it asks the controller about all of them."""
+    """Settings. Times are in seconds. `home`: folder of all state. `database_url`: in SQLAlchemy's form.
+    `mlflow_tracking_uri`: in MLflow's form; empty turns the mirror off. `metrics_file`: the daemon's file for Prometheus.
+    `cpu_slots`: CPU cores for runs on a host without GPUs; None is all. `user_limit`, `project_limit`: maximum devices of a
+    user's or project's runs at a time; None is no limit. `device_price`: price per device and hour; None is unknown.
+    `notify_command`, `notify_webhook`: receivers of the notices in `notify_on`; empty is none. `sample_seconds`: interval
+    between samples of an attempt's host. `slurm_jobs`: maximum Slurm jobs of the daemon at a time. `slurm_poll_seconds`:
+    interval between queries of the Slurm controller for all jobs."""
 
     home: Path
     database_url: str
@@ -58,17 +58,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slurm_poll_seconds: Positive = 10.0
 
     def __repr__(self) -> str:
-        # Others may hold secrets.
+        # The other fields may hold secrets.
         return f"Settings(home={str(self.home)!r})"
 
     @property
     def lease_micros(self) -> int:
-        """How many µs a lease lasts unless it is renewed."""
+        """Duration of a lease in µs, unless it is renewed."""
         return int(self.lease_seconds * 1_000_000)
 
     @property
     def silent_micros(self) -> int:
-        """A daemon that has not renewed its row for this many µs is not observed. Daemons renew it three times in a lease."""
+        """Duration in µs without a renewal after which a daemon counts as silent. Daemons renew three times per lease."""
         return 2 * self.lease_micros
 
     @property
@@ -78,18 +78,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def daemon_lock(self) -> Path:
-        """File that the running daemon of this home holds locked."""
+        """Lock file of the daemon that runs in this home."""
         return self.home / "daemon.lock"
 
     @property
     def mlflow_artifacts(self) -> Path:
-        """Folder of MLflow's artifacts when its store is the embedded one."""
+        """Folder of MLflow's artifacts if the embedded store is used."""
         return self.home / "mlartifacts"
 
 
 def full_database_url(url: str) -> str:
-    """A database URL as SQLAlchemy needs it: with its driver, and with an absolute path of a file."""
-    # People and hosting services write the scheme without a driver; SQLAlchemy's default one is not installed.
+    """A database URL for SQLAlchemy: with a driver, and with an absolute path for SQLite."""
+    # Users and hosting services omit the driver, but SQLAlchemy's default driver is not installed.
     for scheme in ("postgresql://", "postgres://"):
         if url.startswith(scheme):
             return "postgresql+psycopg://" + url[len(scheme) :]
@@ -97,14 +97,14 @@ def full_database_url(url: str) -> str:
 
 
 def sqlite_url(file: Path) -> str:
-    """SQLAlchemy's URL of a SQLite file, whatever characters its path holds."""
-    # Only what means something in a URL is quoted: MLflow's mirror is known by this text, which must not change.
+    """SQLAlchemy's URL of a SQLite file with any characters in its path."""
+    # Only characters with a meaning in URLs are quoted. This text identifies MLflow's mirror, so it must not change.
     quoted = "".join(urllib.parse.quote(c) if c in "%?#" else c for c in str(file))
     return f"sqlite:///{quoted}"
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file that a SQLite URL names; None for another database, and for one in memory."""
+    """The file of a SQLite URL; None for other databases and for one in memory."""
     scheme, _, rest = url.partition(":///")
     path = urllib.parse.unquote(rest.partition("?")[0])
     if scheme.partition("+")[0] != "sqlite" or not path or path.startswith(":"):
@@ -113,7 +113,7 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def _absolute_sqlite(url: str) -> str:
-    """The daemon runs in another folder than the command that started it, so a relative file is made absolute."""
+    """The URL with an absolute path, because the daemon runs in another folder than the command that started it."""
     file = sqlite_file(url)
     if file is None or file.is_absolute():
         return url
@@ -125,12 +125,12 @@ def _command(text: str) -> str:
     try:
         argv = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"{error}: it is split as a shell would, but run without one") from None
+        raise ValueError(f"{error}: it is split as in a shell, but run without one") from None
     return text if argv else ""
 
 
 def _webhook(given: str) -> str:
-    """The URL, which no message quotes: it is a secret."""
+    """The checked URL. It is a secret, so no message may quote it."""
     url = given.strip()
     try:
         parsed = urllib.parse.urlsplit(url)
@@ -140,7 +140,7 @@ def _webhook(given: str) -> str:
     if url and (not usable or any(not "!" <= letter <= "~" for letter in url)):
         raise ValueError("it is not a URL such as https://host/path")
     if url and "@" in parsed.netloc:
-        raise ValueError("a user and a password in the URL are not sent; put a token into its path")
+        raise ValueError("a user and a password in the URL are not sent; use a token in its path")
     return url
 
 
@@ -148,13 +148,13 @@ def _kinds(value: object) -> list[str]:
     names = value if isinstance(value, list) else str(value).split(",")
     kinds = [str(name).strip() for name in names if str(name).strip()]
     if unknown := [kind for kind in kinds if kind not in NOTIFY_KINDS]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(NOTIFY_KINDS)}")
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(NOTIFY_KINDS)}")
     if not kinds:
-        raise ValueError(f"it names nothing; name some of {', '.join(NOTIFY_KINDS)}")
+        raise ValueError(f"it is empty; use one or more of {', '.join(NOTIFY_KINDS)}")
     return kinds
 
 
-# What is done to a value before its type is checked. A ValueError is the end of the message.
+# Conversion of a value before its type is checked. The text of a ValueError ends the error message.
 _PREPARED: dict[str, Callable[[Any], object]] = {
     "database_url": lambda url: full_database_url(str(url)),
     "mlflow_tracking_uri": lambda url: _absolute_sqlite(str(url)),
@@ -163,7 +163,7 @@ _PREPARED: dict[str, Callable[[Any], object]] = {
     "notify_webhook": lambda url: _webhook(str(url)),
     "notify_on": _kinds,
 }
-# (variable, key of config.toml) where they are not SFTD_ and the name, and the name.
+# (variable, key of config.toml) of settings that do not follow the default (SFTD_NAME, name).
 _NAMES = {
     "mlflow_tracking_uri": ("MLFLOW_TRACKING_URI", "mlflow_tracking_uri"),
     "user_limit": ("SFTD_LIMIT_USER", "limits.user"),
@@ -172,7 +172,8 @@ _NAMES = {
 
 
 def _stored(file: Path, known: list[str]) -> dict[str, object]:
-    """The keys of config.toml; those of a table with its name before them. A misspelt limit would limit nobody."""
+    """Key → value of config.toml; keys of `[limits]` get the prefix `limits.`. An unknown key is an error, because a misspelt
+    limit would have no effect. Raises `SettingsError`."""
     if not file.is_file():
         return {}
     try:
@@ -188,13 +189,13 @@ def _stored(file: Path, known: list[str]) -> dict[str, object]:
             import difflib
 
             near = difflib.get_close_matches(key, [*known, "limits"], n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
-            raise SettingsError(f"{file}: {key} is no setting. {hint}")
+            hint = f"Did you mean {near[0]}?" if near else f"The settings are {', '.join(known)}."
+            raise SettingsError(f"{file}: {key} is not a setting. {hint}")
     return stored
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings. Raises `SettingsError` naming the setting that cannot be used."""
+    """Read the settings. Raises `SettingsError`, which names the invalid setting."""
     home = Path(environ.get("SFTD_HOME") or "~/.sftd").expanduser().absolute()
     file = home / "config.toml"
     fields = [field for field in msgspec.structs.fields(Settings) if field.name != "home"]
@@ -209,7 +210,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     for field in fields:
         variable, key = names[field.name]
         given = (environ.get(variable), stored.get(key), defaults.get(field.name))
-        # Empty is not set, but an empty address turns the mirror off.
+        # An empty value is not set, except that an empty mlflow_tracking_uri turns the mirror off.
         is_set = [v for v in given if v is not None and (v != "" or field.name == "mlflow_tracking_uri")]
         if not is_set:
             continue
@@ -225,7 +226,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def _wrong(kind: Any) -> str:
-    """What a value is that does not fit a field's type."""
+    """The error text for a value that does not fit a field's type."""
     for part in (kind, *get_args(kind)):
         for meta in getattr(part, "__metadata__", ()):
             return f"not {meta.description}"

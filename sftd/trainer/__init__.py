@@ -1,1 +1,1 @@
-"""The training process: torch and Megatron-core behind `python -m sftd.trainer ATTEMPT_DIR`, one process per rank."""
+"""The training process on torch and Megatron-core: `python -m sftd.trainer ATTEMPT_DIR`, one process per rank."""

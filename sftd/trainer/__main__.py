@@ -1,7 +1,7 @@
 """`python -m sftd.trainer ATTEMPT_DIR`: one rank of an attempt that a daemon ordered, started by torchrun.
-`python -m sftd.trainer [CONFIG] [KEY=VALUE]...`: one rank of a run that a person starts without a daemon.
+`python -m sftd.trainer [CONFIG] [KEY=VALUE]...`: one rank of a run without a daemon.
 
-Kept this small, and guarded, because Python's spawned helper processes import the main module again.
+Small and guarded, because Python's spawned helper processes import the main module again.
 """
 
 import os
@@ -17,7 +17,7 @@ def _leave(_number: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    # The imports take seconds; `direct` handles signals by itself afterwards.
+    # The imports take seconds. `direct` installs its own handlers afterwards.
     signal.signal(signal.SIGINT, _leave)
 
     from torch.distributed.elastic.multiprocessing.errors import record

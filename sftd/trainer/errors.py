@@ -1,18 +1,18 @@
-"""Why a trainer ends early. The daemon classifies a failure by the class name in torchelastic's error file."""
+"""Errors that end a trainer. The daemon classifies a failure by the class name in torchelastic's error file."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What the user gave cannot be trained: bad data, an unsupported model, a layout that does not fit."""
+    """The user's input cannot be trained: bad data, an unsupported model, a layout that does not fit."""
 
 
 class DataError(UserError):
-    """The data files hold something that cannot be trained on."""
+    """A data file has unusable contents."""
 
 
 class DataNotDecoded(Exception):
-    """The decoded rows could not be written: the disk is full, say."""
+    """The decoded rows could not be written, for example because the disk is full."""
 
 
 class NonFiniteLoss(Exception):
@@ -20,12 +20,12 @@ class NonFiniteLoss(Exception):
 
 
 class LossSpike(Exception):
-    """The loss is far above those of the steps before."""
+    """The loss is far above the losses of the previous steps."""
 
 
 class GivenUp(Exception):
-    """The daemon has given this attempt up, and another may train the run by now: nothing more may be written."""
+    """The daemon gave this attempt up. It must write nothing more: another attempt may train the run by now."""
 
 
 class CheckpointSaveFailed(Exception):
-    """A checkpoint could not be written; the next attempt may be able to."""
+    """A checkpoint could not be written. The next attempt may succeed."""

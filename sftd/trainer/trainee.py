@@ -1,4 +1,4 @@
-"""What is being trained on this rank: model chunks, their data-parallel wrappers, the optimizer, and one step of them."""
+"""The model and optimizer of this rank, and one training step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model and its optimizer on this rank. `parameters` and `state_bytes` are those of the whole model."""
+    """The model and its optimizer on this rank. `parameters` and `state_bytes` count the whole model."""
 
     shape: ModelShape
     config: TransformerConfig
@@ -52,10 +52,10 @@ class Trainee:
         length: int,
         forward_only: bool,
     ) -> list[Any]:
-        """Put micro-batches through the pipeline schedule.
+        """Run micro-batches through the pipeline schedule.
 
-        `forward(batch, model)` → (output, loss function), see Megatron's schedules. Returns what the loss functions
-        returned last, on the last stage; nothing on the others.
+        `forward(batch, model)` → (output, loss function), see Megatron's schedules. Returns the last values of the loss
+        functions' tuples on the last stage, an empty list on the others.
         """
 
         def step(iterator: Iterator[Any], model: Any) -> Any:
@@ -75,10 +75,10 @@ class Trainee:
         return list(found)
 
     def losses(self, batches: Sequence[MicroBatch], *, divisor: float, forward_only: bool) -> Tensor:
-        """Σ loss over the trained tokens of this rank's micro-batches ÷ `divisor`, FP64 scalar on the device, which is
-        not waited for; its gradient is accumulated unless `forward_only`.
+        """Σ loss over the trained tokens of this rank's micro-batches ÷ `divisor`: FP64 scalar on the device, 0 on ranks
+        that do not compute the loss.
 
-        0 on ranks that do not compute the loss.
+        Accumulates its gradient unless `forward_only`. Does not wait for the device.
         """
 
         def forward(batch: MicroBatch, model: Any) -> tuple[Tensor, LossFunction]:
@@ -101,37 +101,38 @@ class Trainee:
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches of a global batch with `trained` trained tokens.
 
-        Returns (this rank's part of the loss per trained token, the gradient's norm before clipping), FP64 scalars on
-        the device, which is not waited for. The gradient is that of Σ loss ÷ Σ trained tokens of the global batch,
-        whatever the micro-batches or the layout. With `accept`, the weights are updated only if it says yes to the two.
+        Returns (this rank's part of the loss per trained token, the gradient norm before clipping): FP64 scalars on the
+        device. Does not wait for the device unless `accept` does. The gradient is that of Σ loss ÷ Σ trained tokens of
+        the global batch, for any micro-batches and layout. With `accept`, the weights are updated only if
+        `accept(loss, norm)` is true.
         """
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        asks = None if accept is None else partial(accept, loss)
-        return loss, optimizers.update(self.optimizer, self.clip_grad, asks)
+        accept_norm = None if accept is None else partial(accept, loss)
+        return loss, optimizers.update(self.optimizer, self.clip_grad, accept_norm)
 
     def train(self, mode: bool) -> None:
-        """Training or evaluation mode."""
+        """Set training or evaluation mode."""
         for module in self.model:
             module.train(mode)
 
 
 def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Megatron's number of tokens: not used, see `_finalize`.
+    # The zero is Megatron's token count, which `_finalize` ignores.
     return output, torch.zeros((), dtype=torch.int, device=device), output.detach()
 
 
 def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -> None:
-    # The loss is divided already. Megatron would read and write all gradients once more to divide them.
+    # The loss is already divided. With the token count, Megatron would divide all gradients in another pass.
     finalize_model_grads(model, None, **options)
 
 
 def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:
-    """Build the model and the optimizer. Weights come from the model folder if `pretrained`; otherwise they are unset,
-    for a checkpoint to fill, except those that adapters (LoRA) leave frozen. Raises `UserError`."""
+    """Build the model and the optimizer. Loads the weights of the model folder if `pretrained`; otherwise those that are
+    trained are unset until a checkpoint is loaded. Raises `UserError`."""
     config = models.transformer_config(spec, shape, session)
     chunks = models.build(config, shape, session)
     if pretrained or spec.model.lora.rank:
@@ -152,7 +153,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
 
 
 def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GPTModel]) -> Trainee:
-    """Loaded chunks that only answer: without gradients and optimizer, so `step` fails."""
+    """A trainee for generation only, from loaded chunks. It has no gradients or optimizer, so `step` fails."""
     config = models.transformer_config(spec, shape, session)
     model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -179,5 +180,5 @@ def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session)
 
 
 def _padding_rows(rows: int, vocab_size: int, tp_rank: int) -> int:
-    """Of this rank's `rows` of a weight that the vocabulary is split over, those of no token."""
+    """Number of padding rows among this rank's `rows` of a vocabulary-parallel weight."""
     return rows - min(rows, max(0, vocab_size - tp_rank * rows))

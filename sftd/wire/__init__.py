@@ -1,1 +1,1 @@
-"""The contract between the daemon and the trainer: files of an attempt, journal, specs and data as both read them."""
+"""The contract between the daemon and the trainer: the files of an attempt, the journal, specs and data."""

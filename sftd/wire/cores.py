@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: its affinity and its container's quota, whichever is less."""
+"""The number of CPU cores that this process may use: the smaller of its affinity and its container's quota."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Whole cores, at least 1. `root` holds `proc` and `sys`."""
+    """Whole cores, at least 1. `root` is the folder of `proc` and `sys`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(int, _quotas(root))]))
 
 
 def _quotas(root: Path) -> list[float]:
-    """CPU quotas, in cores, of this process's control group and of those above it."""
+    """CPU quotas, in cores, of this process's control group and its ancestors."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -24,7 +24,7 @@ def _quotas(root: Path) -> list[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        # A container that has a namespace of its own sees its group as the root of the mount.
+        # In a cgroup namespace, the container's group is the root of the mount.
         folder = mount / group.lstrip("/")
         for each in (folder, *folder.parents):
             found += _quota(each)
@@ -34,7 +34,7 @@ def _quotas(root: Path) -> list[float]:
 
 
 def _quota(group: Path) -> list[float]:
-    """One group's quota: version 2 writes `QUOTA PERIOD`, version 1 a file for each, both in µs. Empty without a limit."""
+    """One group's quota in cores; empty without a limit. cgroup v2 has `QUOTA PERIOD` in one file, v1 two files, all in µs."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

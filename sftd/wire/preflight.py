@@ -1,4 +1,4 @@
-"""What submit reads of a run's files before a device is held. Whether the run may be queued is for `domain/submit/judge.py`."""
+"""Read a run's files at submit, before it holds a device. `domain/submit/judge.py` decides whether the run may be queued."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sftd.wire.model.same_files import shared
 
 
 class Preflight(msgspec.Struct, frozen=True):
-    """What submit found in the files of a run that is not refused."""
+    """Facts about the files of an accepted run."""
 
     shape: ModelShape
     train: DataFacts
@@ -47,11 +47,11 @@ def inspect(
     home: Path | None = None,
     has_room: bool = True,
 ) -> Preflight:
-    """Read the files that the spec names, and judge the run with what is `known` without them. Raises `Refused` with every
-    problem found; what is known is judged before a file is read.
+    """Read the files of the spec and judge the run. `known` are facts from outside the files; they are judged before any file
+    is read. Raises `Refused` with every problem found.
 
-    `start`: see `judge`. `read` reads the data files. `home` is the daemon's, where checkpoints go without
-    `checkpoint.save_dir`. Without `has_room` free space is not compared with what they need.
+    `start`: see `judge`. `read` reads the data files. `home` is the daemon's home, where checkpoints are written without
+    `checkpoint.save_dir`. `has_room` False skips the check of free space.
     """
     if problems := judge(spec, known).problems:
         raise Refused(problems)
@@ -88,7 +88,7 @@ def _read(
             return read(
                 where,
                 files,
-                # Without a readable model the ids cannot be checked; that is a problem already.
+                # Ids cannot be checked without a readable model, which is already reported.
                 vocab_size=shape.vocab_size if shape else 2**31,
                 sequence_length=spec.data.sequence_length,
                 truncation=spec.data.truncation,
@@ -116,7 +116,7 @@ def _read(
 
 
 def _save_folder(spec: Spec, home: Path | None, *, has_room: bool) -> SaveFolder | None:
-    """Whether checkpoints can be written, found out by writing; None where no folder is known."""
+    """Test by writing whether checkpoints can be written; None if no folder is known."""
     named = spec.checkpoint.save_dir
     root = Path(named) if named else home
     if root is None:
@@ -133,12 +133,12 @@ def _save_folder(spec: Spec, home: Path | None, *, has_room: bool) -> SaveFolder
 
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
-    """What a decision on another spec of a run needs to know of it."""
+    """The facts that a decision on another spec of a run needs."""
     return Proposal(spec, found.planned_steps, found.train.digest, found.val.digest if found.val else "")
 
 
 def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str) -> RunSubmitted:
-    """The event that begins a run: what was asked for, and what was found in its files."""
+    """The event that begins a run: its spec, and the facts about its files."""
     return RunSubmitted(
         spec=msgspec.to_builtins(spec),
         spec_digest=spec_digest(spec),

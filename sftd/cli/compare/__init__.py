@@ -1,1 +1,1 @@
-"""`sftd compare` and `sftd verify`: two runs, or a run and itself."""
+"""`sftd compare` and `sftd verify`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sftd.operations.queries.compare import Compared
 
-# Columns that a run needs in the table; more runs than fit get a table each time the width is full.
+# Width of a run's column. Runs that do not fit get another table.
 _COLUMN = 24
 _HEIGHT = 16
 # Points of a curve in JSON and on a page.
@@ -113,12 +113,12 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
     from sftd.domain.compare.curves import thin, width_for
 
     width = output.width()
-    for start in range(0, len(found.sides), max(2, (width - 18) // _COLUMN)):
-        numbers = range(start, min(start + max(2, (width - 18) // _COLUMN), len(found.sides)))
-        out.print(_facts_table(found, numbers))
+    fitting = max(2, (width - 18) // _COLUMN)
+    for start in range(0, len(found.sides), fitting):
+        out.print(_facts_table(found, range(start, min(start + fitting, len(found.sides)))))
         out.print()
     out.print(Text("What differs", "bold"))
-    out.print(_differences_table(found) if found.differences else "  nothing that the logs know of")
+    out.print(_differences_table(found) if found.differences else "  nothing that the logs record")
     out.print()
     out.print(Text("Where the curves part", "bold"))
     for number, parting in enumerate(found.partings, 1):
@@ -126,7 +126,7 @@ def _print(found: Compared, out: Console, is_log: bool) -> None:
             out.print(f"  {line}", markup=False)
     out.print()
     out.print(Text("Loss over steps", "bold"))
-    # Two points a column: as many as there are dots.
+    # Two points a column: a braille cell is two dots wide.
     steps = width_for([side.curves for side in found.sides], 2 * max(10, width - 10))
     series = [Series(letter(n), list(thin(side.curves, "loss", steps))) for n, side in enumerate(found.sides)]
     plain = "utf" not in (out.encoding or "").lower()

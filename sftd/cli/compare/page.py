@@ -1,4 +1,4 @@
-"""The page that `sftd compare --html` writes: one file with everything in it, which asks the network for nothing."""
+"""The page that `sftd compare --html` writes: one self-contained file that loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sftd.domain.compare.curves import Bucket, thin, width_for
 if TYPE_CHECKING:
     from sftd.operations.queries.compare import Compared, Side
 
-# Of the plots, in pixels.
+# Geometry of the plots in pixels.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 300, 62, 26, 16, 28
 _CHARTS = {
     "loss": "Training loss",
@@ -26,7 +26,7 @@ _CHARTS = {
 
 
 def render(found: Compared, points: int, *, is_log: bool = False) -> str:
-    """The page, with at most `points` points in a curve. `is_log` is for the training loss."""
+    """The page, with at most `points` points in a curve. `is_log` applies to the training loss."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -68,7 +68,7 @@ def _range(curves: list[list[Bucket]]) -> tuple[int, int]:
 
 
 def _hover(curves: list[list[Bucket]]) -> dict[str, Any]:
-    """What the pointer shows of a plot."""
+    """The data that the pointer shows in a plot."""
     first, last = _range(curves)
     rows = [[(b.first, b.last, b.mean, b.low, b.high, b.odd) for b in curve] for curve in curves]
     return {"first": first, "last": last, "curves": rows}
@@ -104,7 +104,7 @@ def _chart(name: str, curves: list[list[Bucket]], *, is_log: bool) -> dict[str, 
         return round(_HEIGHT - _BOTTOM - min(max(share, -0.1), 1.1) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
     values = [math.exp(tick) if is_log else tick for tick in _ticks(low, high)]
-    # The first and the last step are worth more than a round number beside them.
+    # No round number close to the labels of the first and the last step.
     steps = [round(t) for t in _ticks(first, last) if x(first) + 40 < x(t) < x(last) - 50]
     ends = [[b for b in curve if b.mean is not None][-1:] for curve in curves]
     return {
@@ -122,7 +122,7 @@ def _chart(name: str, curves: list[list[Bucket]], *, is_log: bool) -> dict[str, 
 def _stretches(
     curve: list[Bucket], x: Callable[[float], float], y: Callable[[float | None], float], *, is_dotted: bool
 ) -> Iterator[dict[str, Any]]:
-    """The parts of a curve: where no number is finite, it has a gap."""
+    """The parts of a curve between its gaps, where no number is finite."""
     for is_finite, group in groupby(curve, key=lambda b: b.mean is not None):
         if not is_finite:
             continue

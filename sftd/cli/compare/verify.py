@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Try another setting, and record nothing: do the steps still match? Repeatable.",
+    help="Try another setting, and record nothing; repeatable.",
 )
 @click.option("--keep", is_flag=True, help="Keep the scratch folder, with journal and output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -93,7 +93,7 @@ def verify_command(
     need, taken = _devices(settings, chosen, spec, devices)
     output.when_interrupted("Nothing was recorded.")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # They clean up as Ctrl-C does.
+        # Clean up as after Ctrl-C.
         signal.signal(number, signal.default_int_handler)
     order = order_of(
         msgspec.structs.replace(chosen.run, spec=spec, planned_steps=planned),
@@ -121,7 +121,7 @@ def verify_command(
 def _changed(
     chosen: VerifyPlan, changes: tuple[str, ...], device: str | None
 ) -> tuple[Spec, dict[str, list[Any]]]:
-    """The spec to train with, and how it differs from the run's: key → [the log's, now's]."""
+    """The spec to train with, and its differences from the run's: key → [recorded, now]."""
     import msgspec
 
     from sftd.domain.run import trajectory
@@ -133,14 +133,14 @@ def _changed(
         spec, _ = change(own, parse_overrides(changes))
     differs = trajectory.changes(own, spec)
     replace = msgspec.structs.replace
-    # On this host, wherever the run was, with the same number of ranks.
+    # All ranks on this host, wherever the run trained.
     here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)
     spec = replace(spec, launch=here)
     was = chosen.log[chosen.to_step].environment
     if spec.launch.device == "auto" and was:
         device = device or ("cpu" if was.get("device") == "cpu" else "cuda")
     if device is not None:
-        # The weights' dtype must not follow the device: a checkpoint is in the run's.
+        # `auto` would follow the device; the checkpoint has the run's dtype.
         megatron = spec.model.megatron
         if was.get("dtype") and megatron.params_dtype == "auto":
             megatron = replace(megatron, params_dtype=was["dtype"])
@@ -153,7 +153,7 @@ def _changed(
 
 
 def _devices(settings: Settings, chosen: VerifyPlan, spec: Spec, named: str | None) -> tuple[Need, list[str]]:
-    """The devices to train on: as many threads as the run had; GPUs that no living attempt of this host holds."""
+    """What to train on: the run's number of threads, and GPUs that no living attempt of this host holds."""
     import msgspec
 
     from sftd.domain.errors import Problem, Refused
@@ -172,7 +172,7 @@ def _devices(settings: Settings, chosen: VerifyPlan, spec: Spec, named: str | No
             raise Refused(
                 Problem("--devices", "names GPUs, but the steps are trained on CPUs", "leave it out")
             )
-        # Cores can be shared with whatever runs.
+        # Other runs can share the cores.
         return need, inventory.cpus[: need.count]
     if named is not None:
         wanted = [f"cuda:{name.strip()}" for name in named.split(",")]
@@ -192,7 +192,7 @@ def _devices(settings: Settings, chosen: VerifyPlan, spec: Spec, named: str | No
 @contextmanager
 def _held(settings: Settings, store: Store, taken: list[str], *, is_named: bool) -> Iterator[list[int]]:
     """Keep daemons from starting a run on these GPUs while the yielded descriptors are open, here or in a child. Raises
-    `Refused` where a run started just before."""
+    `Refused` if a run has just started on one."""
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import device_holds, processes
     from sftd.operations.queries import history
@@ -242,7 +242,7 @@ def _compare(
     where = f"step {chosen.from_step}" if chosen.checkpoint else "the pretrained model"
     comparing: Comparing | None = None
     with ExitStack() as stack:
-        # Kept from deletion until it is loaded.
+        # Keeps the checkpoint from deletion until it is loaded.
         lock = stack.enter_context(ExitStack())
         if chosen.checkpoint is not None:
             lock.enter_context(reading(Path(chosen.checkpoint.path)))
@@ -273,7 +273,7 @@ def _compare(
                             by=by,
                         ), comparing
                     text = f"{run.run_id}: step {event.step} of {chosen.to_step}: {comparing.agreeing} agree"
-                    # A line in a file for each tenth.
+                    # Without a terminal, a line for each tenth of the steps.
                     show(text, text if comparing.agreeing % max(1, chosen.count // 10) == 0 else "")
                     if event.step == chosen.to_step:
                         break
@@ -326,7 +326,9 @@ def _print(
     if not verdict.environment and not isinstance(verdict, ReplayVerified):
         out.print("The environment and the data match the log.")
     if comparing.may_round:
-        out.print("Rounding was allowed: not deterministic, or not the same environment.", style="dim")
+        out.print(
+            "Rounding was allowed: the run is not deterministic, or the environment differs.", style="dim"
+        )
     if is_trial:
         out.print("A trial with other settings: nothing was recorded.", style="dim")
 

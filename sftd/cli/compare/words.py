@@ -96,5 +96,5 @@ def shown_values(difference: Difference) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "none"
-    # A user wrote it, and may have written what a terminal obeys.
+    # A user's text may contain control characters.
     return "not set" if value in (None, "") else output.printable(str(value))

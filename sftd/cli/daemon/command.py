@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 60.0
-# Between two looks whether the database answers.
+# Between two attempts to open the database.
 _DATABASE_SECONDS = 1.0
 
 
@@ -46,7 +46,7 @@ _DATABASE_SECONDS = 1.0
     help="Print a systemd unit for this home; `--print-systemd system` runs it at boot, as you.",
 )
 def daemon_command(detach: bool, drain: bool, stop_it: bool, status: bool, unit: str | None) -> None:
-    """Take runs from the queue and drive them: launch them with torchrun, record their events, restart what fails.
+    """Take runs from the queue and drive them: launch them with torchrun, record their events, restart those that fail.
 
     It may be stopped or killed at any time: training continues, and the next daemon takes it over.
 
@@ -54,7 +54,7 @@ def daemon_command(detach: bool, drain: bool, stop_it: bool, status: bool, unit:
     Example:
       sftd daemon                  in the foreground
       sftd daemon --detach         in the background
-      sftd daemon --drain          until nothing is left to do
+      sftd daemon --drain          until the queue is empty
       sftd daemon --print-systemd > ~/.config/systemd/user/sftd.service
     """
     from sftd.daemon import lock
@@ -97,6 +97,16 @@ def _stop(settings: Settings, holder: int | None) -> None:
     click.echo(f"stopped the daemon (pid {holder})")
 
 
+def resolved(settings: Settings) -> dict[str, str]:
+    """Variables that give a process in another folder the same settings: a relative path would mean another file there."""
+    return {
+        "SFTD_HOME": str(settings.home),
+        "SFTD_DATABASE_URL": settings.database_url,
+        "SFTD_METRICS_FILE": str(settings.metrics_file),
+        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
+    }
+
+
 def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = False) -> int:
     """Start a daemon in the background and wait until it holds the lock. Returns its pid."""
     from sftd.daemon import lock
@@ -113,19 +123,13 @@ def start_detached(settings: Settings, *, drain: bool = False, quiet: bool = Fal
                     "demo's does. `sftd daemon --stop` ends it now; its runs continue."
                 )
         raise lock.AlreadyRunning(f"A daemon of this home is running already (pid {pid}).")
-    # An error here is printed; in the background it is only in the log.
+    # Check here, where the error is printed; in the background it is only in the log.
     visible_gpus()
     _wait_until_alone(settings, app.open_store(settings))
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     log = settings.logs / "daemon.log"
     argv = [sys.executable, "-P", "-m", "sftd", "daemon", *(["--drain"] if drain else [])]
-    # Resolved: the daemon runs in another folder, where a relative path means another file.
-    env = os.environ | {
-        "SFTD_DAEMON_LOG": str(log),
-        "SFTD_HOME": str(settings.home),
-        "SFTD_DATABASE_URL": settings.database_url,
-        "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri,
-    }
+    env = os.environ | resolved(settings) | {"SFTD_DAEMON_LOG": str(log)}
     with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
         child = subprocess.Popen(
             argv,
@@ -169,17 +173,17 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     from sftd.projections.mirrors import MIRRORS
     from sftd.wire.cores import usable_cores
 
-    # Files made from here on, by MLflow too, are private.
+    # New files are private, those of MLflow too.
     os.umask(0o077)
     log.set_up(settings.log_format)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    # Before anything is taken over: a daemon that sees no GPUs would train on CPUs.
+    # Fail before taking over runs: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
-        # A service may start before its database server, and waits for it. A person who waits for `--drain` sees the error;
-        # so does the user of a file, which waiting does not fix.
+        # A service may start before its database server, and waits for it. With `--drain` a user waits and needs the error;
+        # with SQLite waiting does not help.
         at_once = drain or settings.database_url.startswith("sqlite")
         store = app.open_store(settings) if at_once else _open_when_it_answers(settings, stop)
         if store is None:
@@ -198,31 +202,31 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
             sys.exit(1)
         except Exception as error:
             if "malformed" in str(error):
-                say = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
-                logging.getLogger("sftd.daemon").critical(say, error)
+                text = "the database is damaged (%s); the daemon ends, training continues. Use `sftd db restore FILE`"
+                logging.getLogger("sftd.daemon").critical(text, error)
                 sys.exit(1)
-            # In the log and in its format, where readers of the log find it; training continues.
+            # The traceback goes to the log, in the log's format. Training continues.
             logging.getLogger("sftd.daemon").critical("the daemon ends on an error", exc_info=True)
             sys.exit(1)
 
 
 def _open_when_it_answers(settings: Settings, stop: threading.Event) -> Store | None:
-    """The store, once its database answers; None when asked to stop before that. Raises `DatabaseNotReady`."""
+    """The store, once its database answers; None if `stop` is set before that. Raises `DatabaseNotReady`."""
     from sftd.daemon.loop import DATABASE_ERRORS
     from sftd.store.database.engine import DatabaseUnreachable, open_engine
 
-    # What waiting does not fix is reported at once, such as text that is not a URL.
+    # Waiting does not fix an invalid URL: raise at once.
     open_engine(settings.database_url).dispose()
-    said = ""
+    reported = ""
     while not stop.is_set():
         try:
             return app.open_store(settings)
         except (DatabaseUnreachable, *DATABASE_ERRORS) as error:
-            # It may also go away between two questions.
+            # The connection may also break between two queries.
             text = str(getattr(error, "orig", error)).strip()
-            if text != said:
-                said = text
-                logging.getLogger("sftd.daemon").warning("%s; trying again", said)
+            if text != reported:
+                reported = text
+                logging.getLogger("sftd.daemon").warning("%s; trying again", text)
         stop.wait(_DATABASE_SECONDS)
     return None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from sftd.domain.spec.launchers import KINDS
 from sftd.settings import Settings
 
-# What the daemon and the training that it starts need from the shell that asked, as far as it is set there.
+# Variables that the daemon and its training need from the shell, if they are set there.
 _TAKEN = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -25,8 +25,8 @@ _NOT_TAKEN = ("SFTD_HOME", "SFTD_DAEMON_LOG", "SFTD_ATTEMPT_TOKEN", "SFTD_DEVICE
 _SECRET = ("PASSWORD", "TOKEN", "SECRET", "KEY", "WEBHOOK", "NOTIFY_COMMAND")
 
 _SERVICE = """\
-# Training survives a stop, a restart and an upgrade of the daemon: only the daemon itself is ended, and the kernel's
-# OOM killer taking a rank does not end it either.
+# Training survives a stop, a restart and an upgrade of the daemon: systemd ends only the daemon itself. If the OOM
+# killer ends a rank, the daemon continues.
 KillMode=process
 OOMPolicy=continue
 TimeoutStopSec=60
@@ -36,8 +36,8 @@ UMask=0077
 LimitNOFILE=65536
 TasksMax=infinity
 """
-# Left out, because training inherits it all: PrivateDevices and ProtectClock (they hide GPUs), MemoryDenyWriteExecute
-# (Triton compiles), PrivateTmp (its folder would go with the daemon, under the feet of the ranks).
+# Training inherits all of this. Left out: PrivateDevices and ProtectClock (they hide GPUs), MemoryDenyWriteExecute
+# (Triton compiles code), PrivateTmp (a stop of the daemon would delete the folder that ranks use).
 _SYSTEM = """\
 LimitMEMLOCK=infinity
 # CUDA cannot make its device files by itself under NoNewPrivileges.
@@ -64,7 +64,7 @@ def _lines(settings: Settings, kind: str, user: str, environ: Mapping[str, str])
     control = "sudo systemctl" if is_system else "systemctl --user"
     yield f"# {where}, then: {control} daemon-reload && {control} enable --now sftd"
     if not is_system:
-        yield "# To have it run while you are logged out: loginctl enable-linger"
+        yield "# To keep it running after you log out: loginctl enable-linger"
     yield "[Unit]"
     yield "Description=sftd training daemon"
     if is_system:
@@ -83,10 +83,10 @@ def _lines(settings: Settings, kind: str, user: str, environ: Mapping[str, str])
         if name in _NOT_TAKEN or not (name in _TAKEN or name.startswith(_TAKEN_PREFIXES)):
             continue
         if _is_secret(name, value):
-            yield f"# {name} is set here, but holds a secret: write it into {secrets}"
+            yield f"# {name} is set here, but contains a secret: write it into {secrets}"
         else:
             yield f"Environment={_quoted(f'{name}={value}')}"
-    yield "# For what nobody else may read (mode 0600, NAME=VALUE lines): the URL of a database with its password."
+    yield "# For secrets (mode 0600, NAME=VALUE lines), such as the URL of a database with its password."
     yield f"EnvironmentFile=-{_escaped(str(secrets))}"
     yield from _SERVICE.splitlines()
     if is_system:
@@ -103,11 +103,11 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _escaped(text: str) -> str:
-    # Specifiers such as %h are replaced everywhere.
+    # systemd replaces specifiers such as %h everywhere.
     return text.replace("%", "%%")
 
 
 def _quoted(text: str, *, dollars: bool = False) -> str:
     text = _escaped(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    # In a command, and only there, $NAME is replaced.
+    # systemd replaces $NAME only in a command.
     return f'"{text.replace("$", "$$") if dollars else text}"'

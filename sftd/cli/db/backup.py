@@ -42,7 +42,7 @@ def backup_command(file: Path) -> None:
     database = sqlite_file(settings.database_url)
     if database is None:
         command = ["pg_dump", "--format=custom", f"--file={file}", backups.client_url(settings.database_url)]
-        raise _not_sqlite("a backup of PostgreSQL is its own tools' work", command)
+        raise _not_sqlite("a PostgreSQL database is backed up with PostgreSQL's own tools", command)
     _must_exist("SFTD_DATABASE_URL", database)
     pairs = [(database, file)]
     if (mlflow := _mlflow_file(settings)) is not None and mlflow.exists():
@@ -63,12 +63,12 @@ def backup_command(file: Path) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Restore FILE even if `sftd db check` finds problems in it.")
 def restore_command(file: Path, force: bool) -> None:
-    """Put the backup FILE in the place of the database, and FILE.mlflow in the place of MLflow's where both exist.
+    """Replace the database by the backup FILE, and MLflow's database by FILE.mlflow where both exist.
 
-    Stop the daemon first, and let attempts end: the command refuses beside a daemon, a process of an attempt, or any
-    other process that has the database open. It checks FILE before it changes anything (SQLite's own check, then that of
-    `sftd db check`), and upgrades the tables of an older sftd in the restored copy; FILE itself stays as it is. The replaced
-    database is kept beside the new one. Afterwards it lists what this host has and the restored log has not.
+    Stop the daemon first, and let attempts end: the command refuses while a daemon or an attempt of this home runs, or
+    another process has the database open. It checks FILE before it changes anything (SQLite's own check, then that of `sftd db check`), and
+    upgrades the tables of an older sftd in the restored copy; FILE itself does not change. The replaced database is kept
+    beside the new one. Afterwards it lists runs, attempts and checkpoints of this host that the restored log lacks.
 
     \b
     Example:
@@ -91,7 +91,7 @@ def restore_command(file: Path, force: bool) -> None:
             f"--dbname={target}",
             str(file),
         ]
-        raise _not_sqlite("a restore of PostgreSQL is its own tools' work", command)
+        raise _not_sqlite("a PostgreSQL database is restored with PostgreSQL's own tools", command)
     _must_exist("FILE", file)
     if database.exists() and file.samefile(database):
         raise Refused(Problem("FILE", f"{file} is the database itself", "name a backup"))
@@ -105,9 +105,9 @@ def restore_command(file: Path, force: bool) -> None:
         new_mlflow = None
         if mlflow is not None and mlflow_backup.exists():
             new_mlflow = stack.enter_context(backups.staged(mlflow_backup, mlflow))
-        _say_put(file, database, backups.put(new, database))
+        _print_put(file, database, backups.put(new, database))
         if mlflow is not None and new_mlflow is not None:
-            _say_put(mlflow_backup, mlflow, backups.put(new_mlflow, mlflow))
+            _print_put(mlflow_backup, mlflow, backups.put(new_mlflow, mlflow))
     _print(seen, settings)
     if mlflow is not None and new_mlflow is None and mlflow.exists():
         output.note(
@@ -115,7 +115,7 @@ def restore_command(file: Path, force: bool) -> None:
         )
 
 
-def _say_put(backup: Path, database: Path, kept: Path | None) -> None:
+def _print_put(backup: Path, database: Path, kept: Path | None) -> None:
     click.echo(
         f"restored {database} from {backup}" + (f"\nthe replaced database is kept as {kept}" if kept else "")
     )
@@ -135,7 +135,7 @@ def _must_exist(where: str, file: Path) -> None:
 
 
 def _mlflow_file(settings: Settings) -> Path | None:
-    """MLflow's database where it belongs to this home; elsewhere others may share it."""
+    """MLflow's database file if it is in this home; other homes may share one elsewhere."""
     file = sqlite_file(settings.mlflow_tracking_uri)
     return file if file is not None and file.is_relative_to(settings.home) else None
 
@@ -146,8 +146,8 @@ def _mlflow_backup(file: Path) -> Path:
 
 @contextmanager
 def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
-    """Keep daemons of this home from starting until the block ends. Raises `Refused` while anything uses these files, or
-    trains in this home."""
+    """Keep daemons of this home from starting until the block ends. Raises `Refused` if a process uses these files or trains
+    in this home."""
     from sftd.daemon.lock import AlreadyRunning, DaemonLock
     from sftd.domain.errors import Problem, Refused
     from sftd.launcher import processes
@@ -172,7 +172,7 @@ def _alone(settings: Settings, files: list[Path]) -> Iterator[None]:
 
 
 def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> RestoreOutlook:
-    """Upgrade and check the restored copy. Returns what it lacks of this host's runs. Raises `Refused`."""
+    """Upgrade and check the restored copy. Returns this host's runs and checkpoints that it lacks. Raises `Refused`."""
     from sftd.domain.errors import Problem, Refused
     from sftd.operations.commands import restore
     from sftd.projections import verify, views
@@ -202,18 +202,16 @@ def _examine(new: Path, file: Path, settings: Settings, *, force: bool) -> Resto
 
 
 def _print(seen: RestoreOutlook, settings: Settings) -> None:
-    """Print what the restored log lacks, and what the next daemon does about it."""
+    """Print runs, attempts and checkpoints that the restored log lacks, and how the next daemon treats them."""
     from sftd.launcher import processes
 
     lines = [
         f"{run_id}: its checkpoint of step {step} is newer than the restored log and is not used: {path}"
         for run_id, step, path in seen.newer
     ]
+    lines += [f"{run_id}: has a folder here, but the restored log lacks the run" for run_id in seen.unknown]
     lines += [
-        f"{run_id}: has a folder here, and the restored log does not have the run" for run_id in seen.unknown
-    ]
-    lines += [
-        f"{run_id}: the restored log does not have attempt {attempt}; the next daemon sets its folder aside when it starts one"
+        f"{run_id}: the restored log lacks attempt {attempt}; the next daemon sets its folder aside when it starts one"
         for run_id, attempt in seen.later
     ]
     here = processes.host_name()

@@ -74,7 +74,7 @@ def check_command() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print rows and digest of each table as JSON.")
 def copy_command(source: str, target: str, force: bool, as_json: bool) -> None:
-    """Copy a database event for event, with the queue and all cursors, into an empty one, and prove both equal.
+    """Copy a database event for event, with the queue and all cursors, into an empty one, and verify that both are equal.
 
     FROM and TO are database URLs or SQLite files. The copy is complete or nothing is written. Tables are made in TO if it has
     none. Keep passwords in ~/.pgpass: other users can read a command line.
@@ -109,7 +109,7 @@ def _url(given: str) -> str:
 
 
 def _must_exist(where: str, url: str) -> None:
-    """Refuse a SQLite file that is missing: to open it would make it."""
+    """Raise `Refused` if a SQLite file is missing: opening it would create it."""
     from sftd.domain.errors import Problem, Refused
 
     file = settings_module.sqlite_file(url)

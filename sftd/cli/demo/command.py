@@ -64,7 +64,7 @@ def demo_command(model: str, crash: bool, steps: int) -> None:
     cache = _cache_dir()
 
     _headline(out, 1, "the model")
-    # Made or fetched where it is not there yet.
+    # Downloads or builds the model if it is missing.
     folder = run_with_bar("model", "bytes", ["model", model, "--cache", str(cache)])["path"]
     out.print(f"   {folder}", style="dim", soft_wrap=True)
     _headline(out, 2, "the data: questions about this Python's standard library")
@@ -115,7 +115,7 @@ def _make_data(folder: str, cache: Path) -> dict[str, Any]:
         target = directory / f"{name}.parquet"
         options = ["--model", folder, "--out", str(target), "--max-length", "512"]
         done[name] = run_with_bar("tokenising", "rows", ["tokenize", str(directory / source), *options])
-    # Unseen in training, and its answer is short: easy to compare by eye.
+    # A question that training does not see, with a short answer that is easy to compare by eye.
     chats = [msgspec.json.decode(line)["messages"] for line in lines[:_VAL_ROWS]]
     question, answer = min(((c[0]["content"], c[1]["content"]) for c in chats), key=_plainness)
     return {
@@ -128,12 +128,12 @@ def _make_data(folder: str, cache: Path) -> dict[str, Any]:
 
 
 def _plainness(pair: tuple[str, str]) -> tuple[int, str]:
-    # About as long as a usual summary, so that it neither is trivial nor has to be cut.
+    # Prefer an answer of typical length: neither trivial nor truncated.
     return abs(len(pair[1].split()) - 9), pair[0]
 
 
 def _show_row(out: Console, file: str, folder: str) -> None:
-    """One row, with the trained tokens marked."""
+    """Print one row with its trained tokens marked."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -198,7 +198,7 @@ def _start_daemon(settings: Settings) -> None:
     from sftd.daemon import lock
 
     if lock.holder(settings.daemon_lock) is None:
-        # A person watches: a crash is retried at once rather than after the usual 15 s.
+        # The user watches: retry a crash after 1 s instead of 15 s.
         os.environ.setdefault("SFTD_BACKOFF_SECONDS", "1")
         start_detached(settings, drain=True, quiet=True)
 
@@ -253,7 +253,7 @@ def _report(
     data: dict[str, Any],
     crash: bool,
 ) -> int:
-    """Losses, answers, redone steps, `sftd ls`, and where to look further. Returns the exit code."""
+    """Print losses, answers, redone steps, `sftd ls` and further commands. Returns the exit code."""
     from sftd.cli.terminal.run_table import runs_table
     from sftd.operations.queries import runs
 
@@ -284,7 +284,7 @@ def _report(
 
 
 def _command() -> str:
-    """How the user calls sftd here: by name when it is on the PATH, else by its path."""
+    """The command that starts this sftd: its name if it is on the PATH, else its path."""
     beside = Path(sys.executable).with_name("sftd")
     found = shutil.which("sftd")
     if found and Path(found).resolve() == beside.resolve():

@@ -1,4 +1,4 @@
-"""What the demo shows: steps as they happen, answers, losses, redone steps."""
+"""The demo's output: steps as they happen, answers, losses, redone steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sftd.domain.log.events import Recorded
 
 
-# What a run is at after an event.
+# What a run does after an event.
 _NOW: dict[type[e.Event], str] = {
     e.AttemptLaunched: "starting",
     e.ModelLoaded: "validating",
@@ -28,7 +28,7 @@ _NOW: dict[type[e.Event], str] = {
 
 
 class LiveSteps:
-    """One line that moves on a terminal, a line for each step elsewhere."""
+    """A progress bar on a terminal, a line for each step elsewhere."""
 
     def __init__(self, out: Console, steps: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -105,7 +105,7 @@ def validation_line(history: list[Recorded]) -> str:
 
 
 def answers(history: list[Recorded], question: str, reference: str) -> Table:
-    """The model's greedy answers before and after, beside the docstring's own words."""
+    """The model's greedy answers before and after training, and the docstring."""
     from rich.table import Table
     from rich.text import Text
 

@@ -36,7 +36,7 @@ def doctor_command(as_json: bool) -> None:
     """
     settings = app.read_settings()
     app.make_home(settings)
-    with output.console(stderr=True).status("looking"):
+    with output.console(stderr=True).status("checking"):
         found = list(_examine(settings))
     if as_json:
         click.echo(output.json_line(found))
@@ -99,7 +99,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Find
 
 
 _FIXES = {
-    "database": "check SFTD_DATABASE_URL, and that the server runs and lets you in",
+    "database": "check SFTD_DATABASE_URL, and that the server runs and accepts your login",
     "disk": "SFTD_HOME must be a folder that you can write to",
 }
 
@@ -113,10 +113,10 @@ def _print(found: list[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in found:
-        said = Text(finding.said)
+        text = Text(finding.said)
         if finding.fix:
-            said.append(f"\nfix: {finding.fix}", "dim")
-        table.add_row(Text(finding.state, _STYLE[finding.state]), finding.check, said)
+            text.append(f"\nfix: {finding.fix}", "dim")
+        table.add_row(Text(finding.state, _STYLE[finding.state]), finding.check, text)
     out = output.console()
     out.print(table)
     counts = {state: sum(f.state == state for f in found) for state in _STYLE}

@@ -1,4 +1,4 @@
-"""What `sftd doctor` looks at on this host: Python, torch, devices, disk, limits, ports, clock."""
+"""The checks of `sftd doctor` on this host: Python, torch, devices, disk, limits, ports, clock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SLOW_BYTES_PER_SECOND = 50e6
 _FILES = 4096
 _SHARED = "/dev/shm"  # noqa: S108  what NCCL and torch use
 _SHARED_BYTES = _GIB
-# Locks and SQLite's write-ahead log need one host's own memory.
+# SQLite's locks and write-ahead log need memory that only one host has: not safe on these file systems.
 _REMOTE = (
     "nfs",
     "nfs4",
@@ -55,8 +55,8 @@ def python() -> Iterator[Finding]:
 
 
 def trainer(nvml: int | None) -> Iterator[Finding]:
-    """torch, Megatron-core, the GPUs and NCCL, as a training process sees them; `nvml` is how many GPUs NVML lists that
-    CUDA_VISIBLE_DEVICES does not hide."""
+    """torch, Megatron-core, the GPUs and NCCL, as a training process sees them. `nvml` is the number of GPUs that NVML lists
+    and CUDA_VISIBLE_DEVICES does not hide; None if unknown."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "sftd.trainer.tools.probe"],
@@ -80,25 +80,25 @@ def trainer(nvml: int | None) -> Iterator[Finding]:
     cuda = f"CUDA {found['cuda']}" if found["cuda"] else "without CUDA"
     yield ok("torch", f"{found['torch']} ({cuda}), Megatron-core {found['megatron_core']}")
     if nvml is not None and nvml != found["gpus"]:
-        fix = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must name GPUs that are there"
+        fix = "install a torch that is built for the driver's CUDA; CUDA_VISIBLE_DEVICES must name existing GPUs"
         yield broken("NCCL", f"torch sees {found['gpus']} of {nvml} GPUs", fix)
     elif found["nccl_error"]:
-        fix = "NCCL_DEBUG=INFO python -m sftd.trainer.tools.probe says more; often /dev/shm or the driver"
+        fix = "run `NCCL_DEBUG=INFO python -m sftd.trainer.tools.probe` for details; often /dev/shm or the driver is the cause"
         yield broken("NCCL", f"{found['nccl']}: {found['nccl_error']}", fix)
     elif found["gpus"]:
         yield ok("NCCL", f"{found['nccl']}, sums over {found['gpus']} GPUs")
 
 
 def gpus() -> tuple[int | None, list[Finding]]:
-    """How many GPUs NVML lists that runs may be given (None when it cannot be asked), and what it says of them all."""
+    """The number of GPUs that runs may use (None if NVML is not available), and the findings about all GPUs."""
     from sftd.domain.errors import Refused
     from sftd.launcher.inventory import nvml
     from sftd.wire.cores import usable_cores
 
     try:
-        with nvml() as asked:
-            if asked is not None:
-                return _gpus(asked)
+        with nvml() as library:
+            if library is not None:
+                return _gpus(library)
     except Refused as refused:
         return None, [broken(p.where, p.what, p.fix) for p in refused.problems]
     return None, [ok("devices", f"no GPU: runs train on CPU cores ({usable_cores()} here)")]
@@ -118,9 +118,9 @@ def _gpus(pynvml: Any) -> tuple[int, list[Finding]]:
         users = [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
         foreign = [pid for pid in users if not _is_ours(pid)]
         if foreign:
-            fix = "sftd gives this GPU to runs all the same: end those processes, or leave it out of the daemon's CUDA_VISIBLE_DEVICES"
+            fix = "sftd still gives this GPU to runs: end those processes, or leave it out of the daemon's CUDA_VISIBLE_DEVICES"
             pids = ", ".join(map(str, foreign))
-            found.append(warning("devices", f"GPU {index} is used by others (pids {pids})", fix))
+            found.append(warning("devices", f"GPU {index} is used by other processes (pids {pids})", fix))
     driver = _text(pynvml.nvmlSystemGetDriverVersion())
     listed = ", ".join(f"{n} × {name}" for name, n in names.items()) or "no GPU"
     may = len(inventory.visible_gpus())
@@ -138,24 +138,26 @@ def _is_ours(pid: int) -> bool:
     try:
         return f"\0{TOKEN_VARIABLE}=".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        # Another user's, or one of a container that cannot be seen from here.
+        # A process of another user, or of a container that hides it.
         return False
 
 
 def disk(settings: Settings) -> Iterator[Finding]:
-    """SFTD_HOME: whose it is, on what file system, how much is free, how fast it takes a file."""
+    """SFTD_HOME: permissions, file system, free space, write speed."""
     home = settings.home
     mode = home.stat().st_mode & 0o777
     if mode & 0o077:
         yield warning(
-            "home", f"{home} has mode {mode:04o}: others can look in", f"chmod 700 {shlex.quote(str(home))}"
+            "home",
+            f"{home} has mode {mode:04o}: other users can read it",
+            f"chmod 700 {shlex.quote(str(home))}",
         )
     else:
         yield ok("home", f"{home}, mode {mode:04o}")
     for name, file in _sqlite_files(settings):
         if (kind := _file_system(file)) in _REMOTE:
             fix = "name a file on a local disk, or a server: PostgreSQL (SFTD_DATABASE_URL), MLflow's (MLFLOW_TRACKING_URI)"
-            yield broken("disk", f"{name} ({file}): SQLite cannot be trusted on {kind}", fix)
+            yield broken("disk", f"{name} ({file}): SQLite is not safe on {kind}", fix)
     free = shutil.disk_usage(home).free
     fix = "lower checkpoint.keep_last, or give checkpoint.save_dir another disk: a checkpoint takes 12 to 16 bytes a parameter"
     if free < _NONE_BYTES:
@@ -168,7 +170,7 @@ def disk(settings: Settings) -> Iterator[Finding]:
         yield warning("disk", text, fix)
     elif speed < _SLOW_BYTES_PER_SECOND:
         yield warning(
-            "disk", text, "checkpoints will hold up training: use a faster disk for checkpoint.save_dir"
+            "disk", text, "checkpoints will delay training: use a faster disk for checkpoint.save_dir"
         )
     else:
         yield ok("disk", text)
@@ -184,7 +186,7 @@ def _sqlite_files(settings: Settings) -> Iterator[tuple[str, Path]]:
 
 
 def _file_system(file: Path) -> str:
-    """The kind of file system on which a file lies, or will lie."""
+    """The type of the file system that holds, or will hold, a file."""
     import psutil
 
     mounts = [m for m in psutil.disk_partitions(all=True) if file.is_relative_to(m.mountpoint)]
@@ -226,7 +228,7 @@ def limits() -> Iterator[Finding]:
 
 
 def ports() -> Iterator[Finding]:
-    """The ranks of a run meet on this host's loopback, on a port that is free."""
+    """Whether ranks can meet on a free port of this host's loopback device."""
     try:
         addresses = {entry[4][0] for entry in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -235,15 +237,14 @@ def ports() -> Iterator[Finding]:
         yield broken("ports", f"no port on localhost: {error}", "check /etc/hosts and the loopback device")
         return
     if outside := sorted(str(a) for a in addresses if a != "::1" and not str(a).startswith("127.")):
-        fix = "have /etc/hosts say `127.0.0.1 localhost`"
-        yield broken("ports", f"localhost is {', '.join(outside)}: ranks would meet in the open", fix)
+        fix = "write `127.0.0.1 localhost` into /etc/hosts"
+        yield broken("ports", f"localhost is {', '.join(outside)}: ranks would listen on the network", fix)
         return
-    text = f"free on localhost (such as {port}); sftd opens none to the network"
-    yield ok("ports", text)
+    yield ok("ports", f"free on localhost (such as {port}); sftd opens none to the network")
 
 
 def clock() -> Iterator[Finding]:
-    """Whether this host's clock is kept right."""
+    """Whether NTP synchronises this host's clock."""
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `sftd doctor` looks at besides the host: the database, daemons, and remains of dead attempts."""
+"""The checks of `sftd doctor` besides the host: the database, daemons, and remains of dead attempts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SKEW_SECONDS = 2.0
 
 
 def database(settings: Settings) -> tuple[Store | None, list[Finding]]:
-    """The store when it can be used, and what was found of it. Makes and changes nothing."""
+    """The store if it is usable, and the findings. Creates and changes nothing."""
     from sftd.store.database.engine import Store, open_engine, shown_url
     from sftd.store.database.tables import SCHEMA_REVISION
 
     url = shown_url(settings.database_url)
     file = sqlite_file(settings.database_url)
     if file is not None and not file.exists():
-        return None, [ok("database", f"{url}: the first command that needs it makes it")]
+        return None, [ok("database", f"{url}: the first command that needs it creates it")]
     store = Store(open_engine(settings.database_url))
     revision = store.schema_revision()
     if revision != SCHEMA_REVISION:
@@ -55,8 +55,8 @@ def _skew(store: Store, text: str) -> Finding:
     skew = theirs - (before + after) / 2
     text += f", answers in {(after - before) * 1000:.1f} ms"
     if abs(skew) > _SKEW_SECONDS:
-        fix = "synchronise both clocks (NTP): the queue goes by the server's clock, events are dated by this host's"
-        return warning("database", f"{text}; its clock is {skew:+.1f} s off ours", fix)
+        fix = "synchronise both clocks (NTP): the queue uses the server's clock, events have this host's time"
+        return warning("database", f"{text}; its clock is {skew:+.1f} s off this host's", fix)
     return ok("database", f"{text}, clocks {abs(skew) * 1000:.0f} ms apart")
 
 
@@ -81,7 +81,7 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
     me, now = this_daemon(settings, {}), time.time_ns() // 1000
     for twin in twins(store, me, now, settings.silent_micros):
         what = f"{twin.daemon_id} has this host's name and the path of this home, and runs in another container or on another machine"
-        fix = "give each a host name of its own (`docker run --hostname NAME`), or another path for SFTD_HOME"
+        fix = "give each its own host name (`docker run --hostname NAME`), or another path for SFTD_HOME"
         yield broken("daemon", what, fix)
     with store.read() as connection:
         now = store.clock(connection, now)
@@ -91,20 +91,20 @@ def daemon(settings: Settings, store: Store | None) -> Iterator[Finding]:
         owner = owners[lease.owner]
         if owner is None or (silent := now - owner.seen_at) <= settings.silent_micros:
             continue
-        said = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent / 1e6)}"
+        what = f"{lease.run_id} is driven by {lease.owner}, silent for {output.duration(silent / 1e6)}"
         if owner.host != me.host:
             fix = f"start its daemon again on {owner.host}; if that host is gone, `sftd cancel {lease.run_id} --abandon`"
-            yield warning("daemon", said, fix)
+            yield warning("daemon", what, fix)
         elif not me.identity.is_same(owner.identity):
-            said += ", which ran in another container, on another machine or before a reboot"
-            fix = "a daemon here takes it over if its processes are proven to have ended, and says so in its log if not; "
-            yield warning("daemon", said, fix + f"then, if they have, `sftd cancel {lease.run_id} --abandon`")
+            what += ", which ran in another container, on another machine or before a reboot"
+            fix = "a daemon here takes it over if it can prove that the processes have ended, else it logs why not; "
+            yield warning("daemon", what, fix + f"then, if they have, `sftd cancel {lease.run_id} --abandon`")
         elif holder is None:
-            yield warning("daemon", said, "start a daemon: it takes the run over")
+            yield warning("daemon", what, "start a daemon: it takes the run over")
 
 
 def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int] | None:
-    """The devices and places of the daemon that runs in this home; None where none runs or none can be asked for."""
+    """The devices and places of the daemon that runs in this home; None if none runs or the database is not usable."""
     import msgspec
 
     from sftd.daemon import lock
@@ -122,7 +122,7 @@ def daemon_devices(settings: Settings, store: Store | None) -> Mapping[str, int]
 
 
 def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
-    """Processes and half-written checkpoints of attempts that nobody drives, and scratch folders of killed commands."""
+    """Processes and half-written checkpoints of attempts that no daemon drives, and scratch folders of killed commands."""
     from sftd.launcher import processes, rerun
     from sftd.store.queue import leases as lease_store
 
@@ -149,7 +149,7 @@ def leftovers(settings: Settings, store: Store | None) -> Iterator[Finding]:
     partial = [p for p in runs_dir.glob("*/checkpoints/*.partial") if p.parts[-3] not in driven]
     if partial:
         size = sum(f.stat().st_size for folder in partial for f in folder.rglob("*") if f.is_file())
-        what = f"{counted(len(partial), 'half-written checkpoint')} of runs that nobody drives, {output.size(size)}"
+        what = f"{counted(len(partial), 'half-written checkpoint')} of runs that no daemon drives, {output.size(size)}"
         fix = shlex.join(["rm", "-r", *map(str, partial[:3])]) + (" …" if len(partial) > 3 else "")
         yield warning("leftovers", what, fix)
     if not stray and not partial and not killed:

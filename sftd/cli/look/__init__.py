@@ -1,1 +1,1 @@
-"""Commands that only read. None imports another."""
+"""Commands that show runs, and `sftd gc`. None imports another."""

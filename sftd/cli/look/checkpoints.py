@@ -23,9 +23,9 @@ def checkpoints_command(run: str, as_json: bool) -> None:
     """List RUN's checkpoints, deleted ones too: size, layout, status, and why each is kept.
 
     \b
-    published   whole, in the run's timeline     missing    its folder is not on this host
-    pinned      a fork starts from it            rejected   found damaged when loading
-    superseded  a later attempt began before it  deleted    no rule kept it (checkpoint.keep_*)
+    published   complete, in the run's timeline  missing    its folder is not on this host
+    pinned      a fork starts from it             rejected   found damaged when loading
+    superseded  a later attempt began before it   deleted    no rule kept it (checkpoint.keep_*)
     weights     only weights are kept (checkpoint.after_success): for export and answers
 
     \b
@@ -72,12 +72,12 @@ def checkpoints_command(run: str, as_json: bool) -> None:
 
 @click.command("gc")
 @click.argument("prefixes", metavar="[RUN]...", nargs=-1)
-@click.option("--run", "runs", metavar="RUN", multiple=True, help="A run, as an argument is; repeatable.")
+@click.option("--run", "runs", metavar="RUN", multiple=True, help="Same as an argument RUN; repeatable.")
 @click.option(
     "--all",
     "everything",
     is_flag=True,
-    help="Delete every checkpoint of each RUN, kept ones too; RUN has ended. Those that a fork starts from stay.",
+    help="Delete every checkpoint of each RUN, kept ones too; RUN must have ended. Checkpoints that a fork starts from stay.",
 )
 @click.option("--dry-run", is_flag=True, help="List what would be deleted; delete nothing.")
 @click.option("-y", "--yes", is_flag=True, help="With --all: delete without asking.")
@@ -108,7 +108,7 @@ def gc_command(
 
     texts = (*prefixes, *runs)
     if everything and not texts:
-        raise click.UsageError("--all needs the runs whose checkpoints to delete: give RUN.")
+        raise click.UsageError("--all needs at least one RUN.")
     settings = app.read_settings()
     store, context = app.open_store(settings), app.context()
     run_ids = [run_id for text in texts for run_id in resolve.several_to_change(store, text)]

@@ -1,4 +1,4 @@
-"""`sftd completion`, and how names of runs complete."""
+"""`sftd completion`, and the completion of run names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunName(StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The newest runs whose ids begin so; none when the database does not answer."""
+        """The newest runs whose ids begin with `incomplete`; none if the database does not answer."""
         from sftd import settings
         from sftd.store.queries.names import run_names
 
@@ -51,7 +51,7 @@ def complete_runs(command: click.Command) -> None:
 
 @add_completion_class
 class _Bash(BashComplete):
-    """bash splits `--option=value` into three words, of which click takes the second for the value."""
+    """bash splits `--option=value` into three words. click takes the second, `=`, for the value."""
 
     def get_completion_args(self) -> tuple[list[str], str]:
         """The words before the cursor, and the one at it."""
@@ -60,7 +60,7 @@ class _Bash(BashComplete):
 
 
 class _WholeWord(ShellComplete):
-    """To zsh and fish `--option=value` is one word, all of which a completion replaces; click answers with the value."""
+    """zsh and fish replace the whole word `--option=value`; click completes the value alone."""
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
         """The candidates for a word."""
@@ -85,7 +85,7 @@ class _Fish(_WholeWord, FishComplete):
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print the script that completes commands, options and the names of runs in SHELL.
+    """Print a script that completes commands, options and run names in SHELL.
 
     bash: put `eval "$(sftd completion bash)"` into ~/.bashrc. zsh: the same with zsh into ~/.zshrc, after compinit. fish:
     write the script to ~/.config/fish/completions/sftd.fish.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sftd.domain.run.state import Run
     from sftd.operations.queries.history import Chapter
 
-# Characters of a row's text, and of one part of it.
+# Characters shown of a row's text, and of one segment.
 _TEXT, _PART = 80, 36
 
 
@@ -28,14 +28,14 @@ _TEXT, _PART = 80, 36
     "--row", type=click.IntRange(min=0), help="Show the steps that saw this row (from 0, over all files)."
 )
 @click.option(
-    "--text", is_flag=True, help="With --step: show each row as text, what is trained between « and »."
+    "--text", is_flag=True, help="With --step: show each row as text, trained parts between « and »."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 def data_command(run: str, step: int | None, row: int | None, text: bool, as_json: bool) -> None:
     """Show which rows of the training data a step of RUN saw, or which steps saw a row.
 
-    The rows are computed from the data files and the seed, and checked against the log: their digest and their trained tokens
-    in every attempt that did the step, and the digest of the files at the submit. Exit code 1 if they do not match. Steps
+    The rows are computed from the data files and the seed, and checked against the log: their digest and trained tokens in
+    every attempt that trained the step, and the digest of the files at submission. Exit code 1 if they do not match. Steps
     before a fork's first are its parent's; --row includes parents with the same files.
 
     \b
@@ -67,7 +67,7 @@ def data_command(run: str, step: int | None, row: int | None, text: bool, as_jso
         sys.exit(1)
 
 
-def _ask(run: Run, *arguments: str) -> dict[str, Any]:
+def _seen_rows(run: Run, *arguments: str) -> dict[str, Any]:
     from sftd.cli.order_file import order_file
     from sftd.cli.terminal.progress import run_with_stages
     from sftd.operations.queries import model_files
@@ -99,16 +99,14 @@ def _of_step(story: list[Chapter], step: int, *, text: bool) -> dict[str, Any]:
             Problem("--step", f"{run.run_id} has {counted(run.planned_steps, 'step')}", "give one of them")
         )
     if step <= run.first_step:
-        what = (
-            f"step {step} is of {run.fork.parent if run.fork else 'a parent'}, which is not in this database"
-        )
+        what = f"step {step} belongs to {run.fork.parent if run.fork else 'a parent'}, which is not in this database"
         raise Refused(Problem("--step", what, f"the run's own steps begin at {run.first_step + 1}"))
-    # Where each attempt read: a rollback leaves samples out, so a step that is done again may see others.
+    # Positions by event version: a rollback skips samples, so a redone step may see other rows.
     recorded = [r for r in chapter.recorded if isinstance(r.event, StepCompleted) and r.event.step == step]
     positions = {r.version: chapter.run(r.version).sample_position(step - 1) for r in recorded}
     now = run.sample_position(step - 1)
-    asked = dict.fromkeys([now, *positions.values()])
-    found = _ask(run, "--at", *map(str, asked), *(["--text"] if text else []))
+    wanted = dict.fromkeys([now, *positions.values()])
+    found = _seen_rows(run, "--at", *map(str, wanted), *(["--text"] if text else []))
     seen = {one["position"]: one for one in found.pop("seen")}
     attempts, problems = [], _changed_files(run, found)
     for r in recorded:
@@ -144,11 +142,13 @@ def _of_row(story: list[Chapter], row: int) -> dict[str, Any]:
     for chapter in story:
         run = chapter.run()
         if run.train_digest != own:
-            # The row of that number is another one there.
+            # There, this number means another row.
             others.append(run.run_id)
             continue
         last = run.planned_steps if chapter.last_step is None else chapter.last_step
-        found = _ask(run, "--row", str(row), "--after-step", str(run.first_step), "--last-step", str(last))
+        found = _seen_rows(
+            run, "--row", str(row), "--after-step", str(run.first_step), "--last-step", str(last)
+        )
         recorded = {r.event.step for r in chapter.recorded if isinstance(r.event, StepCompleted)}
         steps += [
             {"run_id": run.run_id, **step, "recorded": step["step"] in recorded} for step in found["steps"]
@@ -183,17 +183,19 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
     out.print(table)
     digest = answer["samples_digest"][:16]
     if not any(attempt["is_shown"] for attempt in answer["attempts"]):
-        out.print("The log does not have this step yet: these are the rows that it will see.")
+        out.print("The log does not have this step yet. It will see these rows.")
     for attempt in answer["attempts"]:
         if attempt["agrees"] and attempt["is_shown"]:
-            out.print(f"digest {digest} is the log's (attempt {attempt['attempt']}, v{attempt['version']})")
+            out.print(
+                f"digest {digest} matches the log (attempt {attempt['attempt']}, v{attempt['version']})"
+            )
         elif attempt["agrees"]:
-            out.print(f"attempt {attempt['attempt']} saw others, which were left out afterwards")
+            out.print(f"attempt {attempt['attempt']} saw other rows, which a rollback skipped")
     _print_problems(answer["problems"])
 
 
 def _marked(segments: list[dict[str, Any]]) -> Any:
-    """The beginning of a row as text, what is trained in « »; each part is shortened, so that both kinds are seen."""
+    """The beginning of a row as text, trained parts in « ». Each part is shortened, so that both kinds are visible."""
     from rich.text import Text
 
     shown = Text()
@@ -226,9 +228,11 @@ def _print_steps(answer: dict[str, Any]) -> None:
 def _steps(answer: dict[str, Any]) -> Iterator[str]:
     for step in answer["steps"]:
         owner = f" of {step['run_id']}" if step["run_id"] != answer["run_id"] else ""
-        yield f"step {step['step']}{owner}, epoch {step['epoch']}" + ("" if step["recorded"] else ", to come")
+        yield f"step {step['step']}{owner}, epoch {step['epoch']}" + (
+            "" if step["recorded"] else ", not trained yet"
+        )
 
 
 def _print_problems(problems: list[str]) -> None:
     for problem in problems:
-        output.console().print(f"[bold red]not as in the log[/]: {output.escape(problem)}", soft_wrap=True)
+        output.console().print(f"[bold red]differs from the log[/]: {output.escape(problem)}", soft_wrap=True)

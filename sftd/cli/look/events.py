@@ -41,7 +41,7 @@ def events_command(run: str, follow: bool, types: tuple[str, ...], as_json: bool
     if follow:
         output.when_interrupted(f"{run_id} continues.")
     while True:
-        # Asked first: an event that comes after the end of the run is then read by this round.
+        # Checked before reading: if the run has ended, this round reads its last events.
         ended = _has_ended(store, run_id)
         version = _print_events(store, run_id, version, types, as_json)
         if not follow or ended:
@@ -57,7 +57,8 @@ def _has_ended(store: Any, run_id: str) -> bool:
 
 
 def _print_events(store: Any, run_id: str, version: int, types: tuple[str, ...], as_json: bool) -> int:
-    """Print what comes after `version`, a page at a time: no reader holds the database while a person reads."""
+    """Print the events after `version`, a page at a time, so that no read transaction is open while a pager waits. Returns
+    the last version."""
     from sftd.operations.queries import runs
 
     while True:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _PAGE = 1000
 _POLL_SECONDS = 0.3
-# Sequences that a terminal obeys: colours, all others, and single characters that are no text.
+# Colours; all control sequences and control characters.
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
-_OBEYED = re.compile(
+_CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?|[\x00-\x08\x0a-\x1f\x7f-\x9f]"
 )
 
@@ -46,10 +46,10 @@ _OBEYED = re.compile(
 def logs_command(
     run: str, follow: bool, attempt: int | None, ranks: tuple[int, ...], tail: int | None
 ) -> None:
-    """Print a run's progress, a line for each step, validation and checkpoint, and what torchrun and its ranks wrote.
+    """Print a run's progress, a line for each step, validation and checkpoint, and the output of torchrun and its ranks.
 
     Every line has its attempt and, if a rank wrote it, its rank. Progress is read from the log, and left out with --rank. The
-    lines of a rank are in order; between ranks there is none. What ranks wrote is only on their host.
+    lines of one rank are in order; those of different ranks are not. The output of ranks is only on their host.
 
     \b
     Example:
@@ -78,7 +78,7 @@ def logs_command(
     if follow:
         output.when_interrupted(f"{found.run_id} continues.")
     while True:
-        # Asked first: what an attempt wrote before it was over is then read by this round.
+        # Checked before reading: if the attempt is over, this round reads all that it wrote.
         found = runs.find_run(store, found.run_id)
         is_over = found.status in ENDED or number < found.attempt
         if progress is not None:
@@ -102,7 +102,7 @@ class _Progress:
     """The progress lines of a run, each once."""
 
     def __init__(self, store: Store, run_id: str, last: int | None) -> None:
-        """`last` is the number of lines to begin with, of the attempt."""
+        """`last` is the number of lines that the first call of `print` shows; None shows all."""
         self._store = store
         self._run_id = run_id
         self._last = last
@@ -113,9 +113,9 @@ class _Progress:
         lines: deque[str] = deque(maxlen=self._last)
         self._last = None
         for recorded in self._new(attempt):
-            said = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
-            if said is not None:
-                lines.append(f"{_prefix(attempt, None)} {output.printable(said)}")
+            text = recorded.event.line(planned_steps) if recorded.attempt == attempt else None
+            if text is not None:
+                lines.append(f"{_prefix(attempt, None)} {output.printable(text)}")
         for line in lines:
             click.echo(line)
         return bool(lines)
@@ -148,6 +148,6 @@ def _print(printed: Output, attempt: int, *, to_the_end: bool) -> None:
 
 
 def _harmless(line: str, *, colour: bool) -> str:
-    """A rank's line without what a terminal obeys, colours excepted; they end with the line."""
-    shown = _OBEYED.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
+    """A rank's line without control sequences, except colours, which are reset at its end."""
+    shown = _CONTROL.sub(lambda found: found[0] if colour and _COLOUR.fullmatch(found[0]) else "", line)
     return f"{shown}\x1b[0m" if "\x1b" in shown else shown

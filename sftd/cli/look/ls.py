@@ -81,7 +81,7 @@ def ls_command(
     if sort != "age":
         rows = sorted(rows, key=SORTS[sort])[:limit]
     if as_json:
-        # Not `json_line`, which looks for numbers that are not finite: here they are texts already.
+        # Faster than `json_line`: numbers that are not finite are texts here already.
         click.echo(output.json_text(msgspec.json.encode([row_json(row) for row in rows])))
     elif not rows and (count := runs.count_runs(store)):
         click.echo(
@@ -90,7 +90,7 @@ def ls_command(
     elif not rows:
         click.echo("No runs. `sftd submit CONFIG` queues one; `sftd demo` shows all of it.")
     else:
-        # In one piece: ten thousand calls of echo take a tenth of a second.
+        # One call: ten thousand take a tenth of a second.
         table = runs_table(rows, now, output.width(), colour=output.is_terminal(), columns=chosen)
         click.echo("\n".join(table))
         if any(row.ended_at is None for row in rows):
@@ -106,7 +106,7 @@ def _columns(text: str | None) -> tuple[str, ...]:
 
 
 def _since(text: str | None, now: int) -> int | None:
-    """A time, or how long ago, as µs since the epoch."""
+    """A time or an age → µs since the epoch."""
     from datetime import datetime
 
     if text is None:
@@ -117,7 +117,5 @@ def _since(text: str | None, now: int) -> int | None:
     try:
         return round(datetime.fromisoformat(text).astimezone().timestamp() * 1_000_000)
     except (ValueError, OverflowError):
-        what = (
-            f"{text!r} is neither a time such as 2026-01-31T09:30 nor how long ago, such as 30m, 2h, 3d or 1w"
-        )
+        what = f"{text!r} is neither a time such as 2026-01-31T09:30 nor an age such as 30m, 2h, 3d or 1w"
         raise click.BadParameter(what, param_hint="--since") from None

@@ -19,7 +19,7 @@ _STYLE = {"alive": "green", "not observed": "yellow", "stopped": "dim"}
 @click.option("-a", "--all", "everyone", is_flag=True, help="List every daemon that ever started.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def nodes_command(everyone: bool, as_json: bool) -> None:
-    """List the daemons that share this database: their devices, what they drive, when they were last seen.
+    """List the daemons that share this database: their devices and runs, and when each was last seen.
 
     "Not observed" does not mean dead: a host that is cut off from the database continues to train. Only a daemon's own host
     can prove that it is gone.
@@ -74,5 +74,5 @@ def _print(found: list[Node]) -> None:
 def _state(node: Node) -> str:
     if node.state == "alive":
         return f"alive, seen\n{output.duration(node.unseen_seconds)} ago"
-    said = "stopped" if node.state == "stopped" else "not observed since"
-    return f"{said}\n{output.clock(node.seen_at)}"
+    label = "stopped" if node.state == "stopped" else "not observed since"
+    return f"{label}\n{output.clock(node.seen_at)}"

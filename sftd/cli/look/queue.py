@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.command("queue")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def queue_command(as_json: bool) -> None:
-    """List running runs, and waiting runs in the order in which they start, with what each waits for.
+    """List running runs, then waiting runs in start order, and what each waits for.
 
-    Starts are estimated from the pace of the runs before; before their first step, a start is unknown.
+    Start times are estimated from the pace of the runs ahead. Until these have trained a step, a start is unknown.
 
     \b
     Example:
@@ -44,7 +44,7 @@ def queue_command(as_json: bool) -> None:
 
 
 def queue_json(row: QueueRow) -> dict[str, Any]:
-    """A line for scripts."""
+    """A row of the queue as JSON values."""
     import msgspec
 
     times = {name: output.iso(getattr(row, name)) for name in ("not_before", "starts_at")}
@@ -64,7 +64,7 @@ _RIGHT = frozenset({"prio", "dev", "starts"})
 
 
 def _table(found: list[QueueRow], now: int, width: int, *, colour: bool) -> Iterator[str]:
-    """Runs as lines of at most `width` columns; on a narrow screen the last column gives way."""
+    """Runs as lines of at most `width` columns; a narrow screen truncates the last column."""
     rows = [_cells(row, now) for row in found]
     widths = {name: max(len(name), *(len(row[n]) for row in rows)) for n, name in enumerate(_COLUMNS[:-1])}
     last = max(9, width - sum(size + 2 for size in widths.values()))
@@ -89,7 +89,7 @@ def _cells(row: QueueRow, now: int) -> tuple[str, ...]:
         if row.job and row.status == "starting":
             what = _job(row)
         elif row.job and not row.job.just_runs:
-            # Such as one that cannot be observed, or that cannot be cancelled now.
+            # Such as a job that cannot be observed, or cannot be cancelled now.
             what = f"{_job(row)}; {what}"
         what = f"({what})"
         if not row.observed:

@@ -30,7 +30,7 @@ _LISTED = 4
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the milestones and the whole state as JSON.")
 def replay_command(run: str, until: str | None, as_json: bool) -> None:
-    """Play the log of RUN: its milestones in order, then its state, config and checkpoints at that moment.
+    """Replay the log of RUN: its milestones in order, then its state, config and checkpoints at that moment.
 
     Nothing is computed or changed. Consecutive steps of an attempt are one line; `again` marks redone steps. A fork's history
     begins with its parents', up to the step of the fork. A time without a zone is local. `sftd events` has every event.
@@ -103,7 +103,7 @@ def _print(story: list[Chapter]) -> None:
 
 
 def _changes(chapter: Chapter) -> Iterator[str]:
-    """The changes of the config up to then."""
+    """The changes of the config so far."""
     from sftd.domain.log import events as e
 
     for r in chapter.recorded:

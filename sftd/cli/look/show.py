@@ -15,7 +15,7 @@ from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
 if TYPE_CHECKING:
     from sftd.operations.queries.runs import RunRow
 
-# Steps and what belongs to them: `sftd replay` shows these.
+# Events of steps: `sftd replay` shows these.
 _LEFT_OUT = {
     "StepCompleted",
     "ValidationCompleted",
@@ -32,7 +32,7 @@ _LEFT_OUT = {
 @click.command("show")
 @click.argument("run", metavar="RUN|SWEEP")
 @click.option(
-    "--config", "as_config", is_flag=True, help="Print its config as YAML, which may be submitted again."
+    "--config", "as_config", is_flag=True, help="Print the run's config as YAML, ready to be submitted again."
 )
 @click.option(
     "--json",
@@ -86,7 +86,7 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
 
 
 def _show_sweep(sweep: str, rows: list[RunRow], as_json: bool) -> None:
-    """A leaderboard."""
+    """Print the runs of a sweep as a leaderboard."""
     if as_json:
         click.echo(output.json_line([row_json(row) for row in rows]))
         return

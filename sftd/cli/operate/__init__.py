@@ -1,1 +1,1 @@
-"""Commands for who runs sftd: database, MLflow, notices, completion."""
+"""Commands for operators: database, MLflow, notices."""

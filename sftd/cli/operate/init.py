@@ -12,7 +12,7 @@ from sftd.domain.text.words import counted
 def init_command() -> None:
     """Create or upgrade the database at SFTD_DATABASE_URL, and SFTD_HOME.
 
-    Safe to run again. An embedded SQLite database is also made by any other command that needs it.
+    Safe to run again. Any other command that needs an embedded SQLite database creates it, too.
 
     \b
     Example:

@@ -38,7 +38,7 @@ def mlflow_command() -> None:
 def check_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     """Compare MLflow with the log: every point of every metric, status, times, parameters, data sets and tags.
 
-    Without RUN, all runs. Exits with 1 if anything differs, or is not there yet.
+    Without RUN, all runs. Exits with 1 if anything differs or is missing.
 
     \b
     Example:
@@ -61,7 +61,7 @@ def check_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     "--prefix",
     default="rebuilt/",
     show_default=True,
-    help='What goes before the name of each experiment; "" fills the mirror\'s own.',
+    help="Prefix of each experiment's name; \"\" fills the mirror's own experiments.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
 def rebuild_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
@@ -92,7 +92,7 @@ def rebuild_command(runs: tuple[str, ...], prefix: str, as_json: bool) -> None:
     "--step", type=click.IntRange(min=1), help="The export of this step; the last export if not given."
 )
 def register_command(run: str, name: str, step: int | None) -> None:
-    """Make a model that `sftd export` has written a version of the model NAME in MLflow's registry.
+    """Register an export of RUN as a version of the model NAME in MLflow's registry.
 
     The exported folder is compared with its digest in the log, and copied to the artifacts of the MLflow run.
 
@@ -138,7 +138,7 @@ def _print_checked(checked: Iterable[MirrorComparison], total: int, as_json: boo
             continue
         click.echo(f"{found.run_id}: in {found.experiment}, not equal to the log", err=True)
         if found.behind:
-            click.echo(f"  {counted(found.behind, 'event')} not there yet: a daemon mirrors them", err=True)
+            click.echo(f"  {counted(found.behind, 'event')} not mirrored yet: a daemon does it", err=True)
         for difference in found.differences:
             click.echo(f"  {difference}", err=True)
     if not as_json and total:

@@ -58,7 +58,7 @@ def _counted(pending: object) -> str:
 
 
 def notifiers(settings: Settings, store: Store) -> list[Notifier]:
-    """One for each channel that is set."""
+    """One notifier for each configured channel."""
     from sftd.projections.notices.channels import channels
     from sftd.projections.notices.notifier import Notifier
 

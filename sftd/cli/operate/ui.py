@@ -37,9 +37,9 @@ _START_SECONDS = 120.0
 def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
     """Serve MLflow on the runs of this home, on 127.0.0.1 only. Ctrl-C ends it.
 
-    Prints the address of the newest run's experiment; with one RUN that of its page, with several that of their curves side by
-    side. Where a server runs already (another `sftd ui`, or the one that MLFLOW_TRACKING_URI names), only prints the address.
-    MLflow's own output is in SFTD_HOME/logs/ui.log.
+    Prints the address of the newest run's experiment; with one RUN the address of its page, with several RUNs the address of
+    their curves side by side. If a server runs already (another `sftd ui`, or the server that MLFLOW_TRACKING_URI names), the
+    command only prints the address. MLflow writes its output to SFTD_HOME/logs/ui.log.
 
     \b
     Example:
@@ -78,7 +78,7 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
                 _show(f"MLflow on {base}{page} (Ctrl-C ends it)", open_browser)
             code = server.wait()
         except KeyboardInterrupt:
-            # By Ctrl-C in a terminal it is ending already.
+            # After Ctrl-C in a terminal the server is ending already.
             server.terminate()
             server.wait()
             code = 0
@@ -88,14 +88,14 @@ def ui_command(runs: tuple[str, ...], port: int, open_browser: bool) -> None:
 
 
 def _show(text: str, open_browser: bool) -> None:
-    """Print a sentence with the address of a page, and open that in a browser if asked to."""
+    """Print a sentence with an address; open the address in a browser if `open_browser`."""
     click.echo(text)
     if open_browser:
         webbrowser.open(next(word for word in text.split() if "://" in word))
 
 
 def _start(settings: Settings, argv: list[str], env: dict[str, str]) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start the server. Returns it, and the file that has what it prints."""
+    """Start the server. Returns its process and its log file."""
     settings.logs.mkdir(mode=0o700, exist_ok=True)
     path = settings.logs / "ui.log"
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
@@ -103,9 +103,9 @@ def _start(settings: Settings, argv: list[str], env: dict[str, str]) -> tuple[su
 
 
 def _is_taken(port: int) -> bool:
-    """Whether the server would end, after many seconds, because somebody else has its port."""
+    """Whether another process has the port: the server would fail, but only after many seconds."""
     with socket.socket() as probe:
-        # As the server does: what remains of closed connections is in nobody's way.
+        # As the server does: connections in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -119,7 +119,7 @@ def _is_up(server: subprocess.Popen[bytes], port: int) -> bool:
     while server.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                # Something else may have had the port all along; then our server is about to end.
+                # Another program may have answered; then our server is about to end.
                 if answer.status == 200:
                     return server.poll() is None
         except OSError:
@@ -139,7 +139,7 @@ def _is_ours(settings: Settings, port: int) -> bool:
 
 
 def _page(settings: Settings, runs: tuple[str, ...]) -> str:
-    """The part of the address that names MLflow's page; empty when MLflow has nothing of ours yet."""
+    """The page's part of the address; empty if MLflow has none of these runs yet."""
     from sftd.operations.queries import runs as run_queries
     from sftd.projections.mirrors.mlflow import check as mlflow_check
     from sftd.projections.mirrors.mlflow.client import Tracking
@@ -175,6 +175,6 @@ def _page(settings: Settings, runs: tuple[str, ...]) -> str:
 
 
 def _address(page: str, query: dict[str, str] | None = None) -> str:
-    # Without the last key MLflow's pages open in the view for traces and prompts.
+    # Without workflowType MLflow opens the view for traces and prompts.
     keys = (query or {}) | {"workflowType": "machine_learning"}
     return f"#/{page}?{urllib.parse.urlencode(keys, quote_via=urllib.parse.quote)}"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def known_hosts(settings: Settings) -> list[HostDevices]:
-    """The devices of each of these hosts, as far as they can be asked: a submit does not need to know."""
+    """The devices of each of these hosts. A host that cannot be read is left out: a submit does not depend on it."""
     from sftd.domain.errors import SftdError
     from sftd.domain.submit.facts import HostDevices
     from sftd.launcher.inventory import visible_gpus
@@ -22,7 +22,7 @@ def known_hosts(settings: Settings) -> list[HostDevices]:
     from sftd.wire.cores import usable_cores
 
     known: dict[str, HostDevices] = {}
-    # A host whose GPUs cannot be counted says nothing here: `sftd doctor` and the daemon say what is wrong with it.
+    # `sftd doctor` and the daemon report GPUs that cannot be counted.
     with contextlib.suppress(SftdError):
         here = host_name()
         known[here] = HostDevices(here, len(visible_gpus()), settings.cpu_slots or usable_cores())

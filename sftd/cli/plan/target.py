@@ -18,7 +18,7 @@ _GIB = 2**30
 
 
 class Target:
-    """The devices that a plan is for: how many, of how many bytes each (on CPUs: of the host)."""
+    """The devices that a plan is for: their number, and the memory of each in bytes (on CPUs: the host's)."""
 
     def __init__(self, machine: Machine, devices: int, memory: int, *, is_here: bool) -> None:
         self.machine = machine
@@ -42,7 +42,7 @@ class Target:
         here = gpus()
         wanted = name or ("cpu" if spec.launch.device == "cpu" else "")
         if not wanted and not here and (spec.launch.device == "cuda" or devices or gib):
-            # On another host, on GPUs that are not named.
+            # GPUs of another host, of unknown type.
             wanted = "H100"
         if wanted.lower() == "cpu" or not (wanted or here):
             memory = int(gib * _GIB) if gib else int(psutil.virtual_memory().total)
@@ -65,7 +65,7 @@ class Target:
 
 
 def plan_facts(found: Preflight) -> PlanInputs:
-    """What a plan needs of a preflight."""
+    """The inputs of a plan, from a preflight."""
     from sftd.domain.plan.plan import PlanInputs
 
     return PlanInputs(shape=found.shape, train=found.train, val=found.val, planned_steps=found.planned_steps)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sftd.domain.plan.search import Choice, Search
     from sftd.domain.spec.spec import Spec
 
-# Layouts that are listed.
+# Maximum number of layouts to list.
 _LAYOUTS = 5
 _BASIS = {
     "log": "from the pace of earlier runs of this model here",
     "measured": "from rates measured on such a GPU",
-    "assumed": "a guess: this device was not measured; after a first run the log knows its pace",
+    "assumed": "a guess: this device was not measured; after a first run the log has its pace",
 }
 
 
@@ -54,14 +54,14 @@ def outcome_facts(outcome: Outcome | None) -> Iterator[tuple[str, str]]:
 
 
 def batch_text(spec: Spec) -> str:
-    """What a micro-batch is."""
+    """The size of a micro-batch."""
     if spec.training.use_rmpad:
         return counted(spec.micro_batch_tokens, "token")
     return counted(spec.training.micro_batch_size_per_gpu, "row")
 
 
 def recompute_text(spec: Spec) -> str:
-    """What is computed again."""
+    """The layers that are recomputed."""
     return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
 
 
@@ -80,11 +80,11 @@ def print_plan(spec: Spec, facts: PlanInputs, plan: Plan, layouts: Search, targe
     out.print(_memory_table(spec, plan))
     fits = target.fits(plan.needed, spec.world_size)
     ranks = f" for each of {spec.world_size} ranks" if spec.world_size > 1 and machine.device == "cpu" else ""
-    said = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
+    verdict = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
     owner = "the host" if machine.device == "cpu" else "each device"
-    spare = "" if machine.device == "cpu" else ", with what CUDA and fragmentation take"
+    spare = "" if machine.device == "cpu" else ", with the overhead of CUDA and fragmentation"
     out.print(
-        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {said}",
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {verdict}",
         soft_wrap=True,
     )
     if plan.host_copy:
@@ -120,7 +120,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
     ]
     for title, name, what in rows:
         table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)
-    peak = "the process at its largest" if is_cpu else "of tensors: peak memory in the events"
+    peak = "the process at its peak" if is_cpu else "of tensors: peak memory in the events"
     table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
     return table
 
@@ -191,14 +191,14 @@ def _layout_row(choice: Choice) -> tuple[str, ...]:
 
 
 def _reason(best: Choice, spec: Spec) -> str:
-    why = ["the shortest step that fits"]
+    why = ["The shortest step that fits"]
     m = best.spec.model.megatron
     shares = m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
     if shares == 1 and best.spec.world_size > 1:
         why.append("the model fits a single device, so all others take a share of the data")
     if best.without_recompute is not None:
         why.append(f"without recomputation it would need {output.memory(best.without_recompute)}")
-    return "; ".join(why)[0].upper() + "; ".join(why)[1:]
+    return "; ".join(why)
 
 
 def _setting(changes: dict[str, Any]) -> str:

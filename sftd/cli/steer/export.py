@@ -49,9 +49,9 @@ def export_command(
     found, checkpoint = checkpoints.find(store, app.resolve_run(store, run), step)
     path = os.path.abspath(directory)
     if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
-        raise Refused(Problem("DIR", f"{path} is there already", "give a folder that is new or empty"))
+        raise Refused(Problem("DIR", f"{path} exists already", "give a folder that is new or empty"))
     output.require_folder("DIR", path)
-    # What would be refused is refused before the work.
+    # These may refuse, so they come before the work.
     model = model_files.source(store, settings.home, found)
     registry = Registry(settings, store, found.run_id, name) if name is not None else None
     template = checkpoints.chat_template(store, found.run_id)

@@ -48,7 +48,7 @@ def fork_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Queue a new run that starts from a checkpoint of RUN, with KEY=VALUE laid over RUN's config.
+    """Queue a new run that starts from a checkpoint of RUN, with KEY=VALUE applied to RUN's config.
 
     Steps count from RUN's first: trainer.max_steps includes RUN's steps, and the learning rate is the new config's at that
     step. With the same data in the same order, the fork continues with the sample after RUN's last one, else with the first
@@ -76,16 +76,16 @@ def fork_command(
     found = forks.inspect(store, parent, point, spec, settings.home, hosts=hosts, changed_model=changed_model)
     warnings = [*warnings, *found.warnings]
     if not trajectory.changes(parent.spec, spec) and not changed_model:
-        warnings.append(Problem("KEY=VALUE", f"nothing is changed: it will repeat {parent.run_id}"))
+        warnings.append(Problem("KEY=VALUE", f"no setting changes: the fork will repeat {parent.run_id}"))
     step = point.step if point else 0
     if dry_run:
-        # What would be refused is; nothing comes of it.
+        # Raises `Refused` as a real fork would, and writes nothing.
         decisions.fork(parent, app.user_name(), step, preflight.proposal(spec, found))
         print_dry_run(spec, found, warnings, as_json=as_json)
         return
     run_id = lifecycle.fork(store, app.context(), parent.run_id, step, spec, found, warnings, app.user_name())
-    said = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
-    announce(settings, store, run_id, spec, found, warnings, said, quiet=quiet, as_json=as_json, wait=wait)
+    text = f"is queued: from step {step} of {parent.run_id} to step {found.planned_steps}"
+    announce(settings, store, run_id, spec, found, warnings, text, quiet=quiet, as_json=as_json, wait=wait)
 
 
 @click.command("lineage")
@@ -101,7 +101,7 @@ def lineage_command(run: str, as_json: bool) -> None:
     from sftd.operations.queries import forks
 
     store = app.open_store(app.read_settings())
-    # Runs of a sweep may be in one tree.
+    # Runs of a sweep may share a tree.
     trees: dict[str, tuple[str, Member]] = {}
     for run_id in app.resolve_runs(store, [run]):
         _, root = forks.lineage(store, run_id)

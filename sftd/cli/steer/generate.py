@@ -22,17 +22,21 @@ from sftd.domain.text.words import counted
     "prompts",
     multiple=True,
     required=True,
-    help="What to answer; repeatable; - reads stdin.",
+    help="Prompt to answer; repeatable; - reads stdin.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer."
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Maximum length of an answer.",
 )
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="What to compute on; auto is a GPU where there is one.",
+    help="Device to compute on; auto uses a GPU if there is one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of answers.")
 def generate_command(

@@ -34,7 +34,7 @@ def hold_command(run: str, reason: str) -> None:
 @click.command("release")
 @click.argument("run")
 def release_command(run: str) -> None:
-    """Let a held RUN, or all held runs of a sweep, wait for their turn again, in their old place.
+    """Return a held RUN, or all held runs of a sweep, to their old place in the queue.
 
     \b
     Example:
@@ -47,7 +47,7 @@ def release_command(run: str) -> None:
 
     def release(run_id: str) -> None:
         hold_runs.release(store, app.context(), run_id, app.user_name())
-        output.console().print(f"[bold]{run_id}[/] waits for its turn; `sftd queue` shows what for")
+        output.console().print(f"[bold]{run_id}[/] waits for its turn; `sftd queue` shows the reason")
 
     app.change_each(store, run, {"held"}, release)
 

@@ -21,11 +21,11 @@ from sftd.domain.text.words import counted
 def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json: bool) -> None:
     """Import the run in DIR, which was trained without a daemon.
 
-    DIR is the folder that `python -m sftd.trainer` names at its end. Afterwards it is a run like any other. Import it again to
-    add what is new; a run that still trains is refused. Nothing in DIR is changed, and its checkpoints stay where they are.
-    Only if `sftd resume` continues the run, a daemon deletes the checkpoints that `checkpoint.keep_last`, `keep_best` and
+    DIR is the folder that `python -m sftd.trainer` prints at its end. Afterwards the run is like any other. Import DIR again
+    to add new events; a run that still trains is refused. The import changes nothing in DIR, and checkpoints stay where they
+    are. If `sftd resume` continues the run, a daemon deletes checkpoints that `checkpoint.keep_last`, `keep_best` and
     `keep_every` do not keep, as the training command does. A run that was trained with `model.trust_remote_code` is refused
-    unless you allow it here: the folder may be somebody else's.
+    unless you allow it here: the folder may come from another user.
 
     \b
     Example:
@@ -41,7 +41,7 @@ def import_command(directory: str, trust_remote_code: bool, quiet: bool, as_json
     run = done.run
     if not quiet:
         for path in done.missing:
-            output.warn(f"the checkpoint {path} is not there: it can be neither resumed from nor exported")
+            output.warn(f"the checkpoint {path} is missing: it can be neither resumed from nor exported")
         for path, reason in done.damaged.items():
             output.warn(f"the checkpoint {path} is damaged and will not be used: {reason}")
     if as_json:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     help="Continue from this step's checkpoint; 0 starts from the beginning.",
 )
 def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) -> None:
-    """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE laid over its config.
+    """Queue another attempt of RUN, from its last published checkpoint, with KEY=VALUE applied to its config.
 
-    It stays the same run: redone steps are compared with the log and must match. So only keys that leave its steps as they are
-    may change: the layout, micro-batches, what is saved and kept, `launch.*`, and `trainer.max_steps` where the learning rates
-    so far do not depend on it. To change any other key, use `sftd fork`.
+    The run stays the same: redone steps are compared with the log and must match. So only keys that do not change its steps
+    may change: layout, micro-batches, saving and retention, `launch.*`, and `trainer.max_steps` where the learning rates so
+    far do not depend on it. To change any other key, use `sftd fork`.
 
     \b
     Example:
@@ -87,11 +87,13 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
 @click.option("--reason", default="", help="Why, for the log.")
 @click.option("--now", is_flag=True, help="Kill it, without a checkpoint.")
 @click.option(
-    "--abandon", is_flag=True, help="Give up an attempt whose daemon is gone for good, without a check."
+    "--abandon",
+    is_flag=True,
+    help="Give up an attempt whose daemon will not return; its processes are not checked.",
 )
 def cancel_command(run: str, reason: str, now: bool, abandon: bool) -> None:
     """End RUN, or all runs of a sweep: at the next step boundary, after a checkpoint. `sftd resume` continues a run. Runs that
-    wait for its success (`sftd submit --after`) are cancelled with it, and named.
+    wait for its success (`sftd submit --after`) are cancelled with it, and listed.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What `sftd submit` and `sftd fork` print of a run that they queue, or would queue."""
+"""The output of `sftd submit` and `sftd fork` about a run that they queue, or would queue."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def announce(
     as_json: bool,
     wait: bool,
 ) -> None:
-    """Print that a run is queued, in the form that was asked for; with `wait` wait for its end, and exit."""
+    """Print that a run is queued, in the requested form. With `wait`, wait for its end and exit."""
     output.when_interrupted(f"{run_id} continues: `sftd logs -f {run_id}`, `sftd cancel {run_id}`.")
     if not as_json:
         output.warn_all(warnings)
@@ -52,7 +52,7 @@ def announce(
 def queued_json(
     run_id: str | None, spec: Spec, found: Preflight, warnings: list[Problem]
 ) -> dict[str, object]:
-    """A queued run for scripts; no id in a dry run."""
+    """A queued run as JSON values; the id is None in a dry run."""
     from sftd.domain.spec.spec import spec_digest
 
     return {

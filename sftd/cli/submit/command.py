@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @click.command("submit")
 @click.argument("config", required=False, type=click.Path(allow_dash=True))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="CONFIG, as an option.")
+@click.option("-f", "--file", "file", type=click.Path(allow_dash=True), help="CONFIG as an option.")
 @click.option(
     "-q", "--quiet", is_flag=True, help="Print the run's id alone on stdout; warnings go to stderr."
 )
-@click.option("--strict", is_flag=True, help="Refuse the run where there would be a warning.")
+@click.option("--strict", is_flag=True, help="Refuse the run instead of warning.")
 @click.option("--wait", is_flag=True, help="Wait for the run to end; exit with 0 only if it succeeded.")
 @click.option(
     "--dry-run",
@@ -67,10 +67,10 @@ def submit_command(
     as_json: bool,
     xray: bool | None,
 ) -> None:
-    """Queue the run that CONFIG (YAML; - is standard input) describes, with KEY=VALUE laid over it.
+    """Queue the run that CONFIG (YAML; - is standard input) describes, with KEY=VALUE applied to it.
 
-    Keys, types, layout, model and data files are checked now, before a device is held. A refused run leaves no trace. What is
-    possible but probably a mistake is a warning; --strict refuses it.
+    Keys, types, layout, model and data files are checked now, before a device is held. A refused run leaves no trace. A
+    probable mistake is a warning; --strict refuses it.
 
     With --after the run is cancelled when the other one fails or is cancelled. With --grid either all runs are queued or,
     if one of them is refused, none.
@@ -160,11 +160,11 @@ def _preview(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
     plan = make_plan(spec, plan_facts(found), target.machine, known_pace(found.shape, target.machine))
     out.print(f"  {summary(plan)}", soft_wrap=True)
     if not target.fits(plan.needed, spec.world_size):
-        output.warn(f"that is more than the {output.memory(target.memory)} there are: see `sftd plan`")
+        output.warn(f"that is more than the available {output.memory(target.memory)}: see `sftd plan`")
 
 
 def _print_script(settings: Settings, spec: Spec, found: Preflight, warnings: list[Problem]) -> None:
-    """Print the script of the first attempt's job; RUN and TOKEN stand for what is known once the run is queued."""
+    """Print the script of the first attempt's job; RUN and TOKEN are placeholders until the run is queued."""
     from sftd.domain.errors import Problem, Refused
     from sftd.domain.run.state import Run
     from sftd.launcher.choosing import LAUNCHERS
@@ -177,6 +177,6 @@ def _print_script(settings: Settings, spec: Spec, found: Preflight, warnings: li
             Problem("launch.launcher", f"is {spec.launch.launcher}, and has no job script", f"add {able}")
         )
     run = Run("RUN", spec=spec, planned_steps=found.planned_steps)
-    order = order_of(run, None, attempt=1, token="TOKEN")  # noqa: S106  a word in its place
+    order = order_of(run, None, attempt=1, token="TOKEN")  # noqa: S106  a placeholder
     output.warn_all(warnings)
     click.echo(script(order, RunDir(settings.home, run.run_id).attempt(1)), nl=False)

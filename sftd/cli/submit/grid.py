@@ -34,7 +34,7 @@ def submit(
     from sftd.wire.spec import grid
 
     context = app.context()
-    # Short: it begins the names of all its runs.
+    # Short, because the names of all its runs begin with it.
     name = f"sweep-{context.random(3).hex()}"
     known = SubmitFacts(hosts=known_hosts(settings))
     points = grid.points(config, overrides, grid.parse_grid(options), os.getcwd(), name, settings.home, known)

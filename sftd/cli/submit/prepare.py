@@ -11,7 +11,7 @@ from sftd.cli.terminal import output
 from sftd.cli.terminal.types import FiniteRange
 from sftd.domain.text.words import counted
 
-# Options that the tool knows by the same name.
+# Options that the tool has under the same name.
 _PASSED = (
     "max_length",
     "truncation",
@@ -49,7 +49,7 @@ _PASSED = (
     type=click.Choice(["right", "left", "error", "drop"]),
     default="right",
     show_default=True,
-    help="What happens to a longer row.",
+    help="Treatment of longer rows.",
 )
 @click.option(
     "--messages-key", help="Field or column that holds the chat, when it has none of the usual names."
@@ -76,7 +76,7 @@ _PASSED = (
     type=click.Choice(["refuse", "mask", "split"]),
     default="refuse",
     show_default=True,
-    help="Answers that the template rewrites when turns follow: refuse the row, do not train them, or train each in a row of its own.",
+    help="Treatment of answers that the template rewrites when turns follow: refuse the row, mask them, or train each in its own row.",
 )
 @click.option("--skip-bad-rows", is_flag=True, help="Leave out and count rows that cannot be used.")
 @click.option(
@@ -94,13 +94,13 @@ _PASSED = (
 @click.option(
     "--date",
     metavar="YYYY-MM-DD",
-    help="Date that a chat template gets as the current one; 2024-07-26 when not given.",
+    help="Current date for the chat template; 2024-07-26 when not given.",
 )
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Processes; by default one a core for large files."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Allow the tokenizer's own code to run.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def prepare_command(
     sources: tuple[str, ...],
     model: str,
@@ -115,7 +115,7 @@ def prepare_command(
 
     SOURCES are files (.jsonl, .json, .csv, also with .gz; .parquet) or Hugging Face data set folders, with messages,
     conversations, prompt and completion, or instruction and output. The model's chat template is applied. The assistant's answers and
-    their stop tokens are trained; everything else is masked with -100. A card beside the file records what was done.
+    their stop tokens are trained; everything else is masked with -100. A card beside the file records options and counts.
 
     \b
     Example:
@@ -131,7 +131,7 @@ def prepare_command(
     if options["chat_template"] is not None and options["template"] is not None:
         raise click.UsageError("Use either --chat-template or --template.")
     if (options["prompt_key"] is None) != (options["response_key"] is None):
-        raise click.UsageError("--prompt-key and --response-key need each other.")
+        raise click.UsageError("Use --prompt-key and --response-key together.")
     output.require_folder("--out", out)
     if options["val_out"] is not None:
         output.require_folder("--val-out", options["val_out"])
@@ -161,7 +161,7 @@ def prepare_command(
 
 
 def summary(done: dict[str, Any]) -> str:
-    """What `tokenize` did, in one line."""
+    """The result of `tokenize` in one line."""
     share = done["trained_tokens"] / max(1, done["tokens"])
     text = f"{counted(done['rows'], 'row')}, {counted(done['tokens'], 'token')}, of which {share:.0%} are trained"
     if done.get("truncated"):

@@ -20,7 +20,7 @@ def as_yaml(run: Run) -> str:
 
 
 def _parted(spec: dict[str, Any], defaults: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(values that are not the default, values that are), both in sections."""
+    """(values that differ from the default, values that do not), both in sections."""
     other: dict[str, Any] = {}
     same: dict[str, Any] = {}
     for key, value in spec.items():

@@ -1,4 +1,4 @@
-"""The mask X-ray of `sftd submit`: which tokens of a few rows are trained, and the shares of all of them."""
+"""The mask X-ray of `sftd submit`: the trained tokens of a few rows, and the shares over all rows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from sftd.wire.preflight import Preflight
 
 _ROWS = 3
-# Characters of a part of a row: of its beginning and its end, the rest is left out.
+# Characters shown of a part of a row: its beginning and its end.
 _HEAD, _TAIL = 110, 50
-# Without a tokenizer, ids.
+# Ids shown of a part without a tokenizer.
 _IDS = 12
 
 
 def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
-    """Print it. `device` is `cuda` or `cpu`: on it depends to which lengths rows are padded."""
+    """Print the X-ray. `device` is `cuda` or `cpu`; it decides the padded lengths."""
     from rich.padding import Padding
 
     path = spec.data.train_files[0]
@@ -47,7 +47,7 @@ def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
 
 
 def _rows(spec: Spec, path: str) -> Iterator[list[tuple[list[int], bool]]]:
-    """The first rows as training sees them: runs of ids that are alike in being trained."""
+    """The first rows as training sees them. A row is a list of (consecutive ids, whether they are trained)."""
     from sftd.wire.data.dataset import first_rows
 
     for ids, predicted in first_rows(path, _ROWS, spec.data.sequence_length, spec.data.truncation):

@@ -1,1 +1,1 @@
-"""How things look on a terminal, and what may reach it."""
+"""Terminal output: formats, tables, plots, and the filter for control characters."""

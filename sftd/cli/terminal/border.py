@@ -1,4 +1,4 @@
-"""What a terminal obeys, colours excepted, is removed from everything that a command prints: others write names and errors."""
+"""Removes control characters, except colours, from all output of a command: names and errors may come from other users."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """A text stream that passes on nothing that a terminal obeys, colours excepted."""
+    """A text stream that removes control characters, except colours."""
 
     def __init__(self, stream: IO[str]) -> None:
-        # Rich's own proxies have their stream under this name, too.
+        # rich's own proxies use this name, too.
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
@@ -40,12 +40,13 @@ def guarded() -> Iterator[None]:
 
 
 def console(*, stderr: bool, width: int | None) -> Console:
-    """A rich console of this width (None: the terminal's) that prints nothing of a text but what can be seen; its own styles and cursor movements remain."""
+    """A rich console of this width (None: the terminal's) that removes control characters from texts. Its own styles and
+    cursor movements remain."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-    # Past the border: the console is clean by itself, and moves the cursor. Named here, because rich puts a proxy of its own
-    # around sys.stdout while a spinner or a board is shown.
+    # Bypass `Stream`: the console removes control characters itself, and must move the cursor. Unwrap proxies, because rich
+    # puts its own around sys.stdout while it shows a spinner or a live screen.
     stream = sys.stderr if stderr else sys.stdout
     while (inner := getattr(stream, "rich_proxied_file", None)) is not None:
         stream = inner

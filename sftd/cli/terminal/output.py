@@ -1,4 +1,4 @@
-"""How things look: times, durations, numbers, errors, JSON."""
+"""Formats of times, durations, numbers and JSON; printing of errors, warnings and notes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _NO_EDGE = 10_000
 INTERRUPTION = "sftd.interruption"
-# Without a zone: it is in UTC, and is written ten thousand times by `ls --json`.
+# UTC, without a zone for speed: `ls --json` formats ten thousand times.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 STATUS_STYLE = {
     "queued": "cyan",
@@ -47,21 +47,21 @@ STATUS_STYLE = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console for people."""
+    """A console for output that people read."""
     from sftd.cli.terminal import border
 
     stream = sys.stderr if stderr else sys.stdout
     if "utf" not in (stream.encoding or "utf").lower() and hasattr(stream, "reconfigure"):
-        # Where the locale has no bars and arrows, question marks are better than no answer.
+        # If the locale lacks bars and arrows, print question marks instead of failing.
         stream.reconfigure(errors="replace")
-    # A pipe has no edge: a line that is broken there cannot be searched for.
+    # Do not wrap lines in a pipe: they could not be searched.
     has_width = stream.isatty() or "COLUMNS" in os.environ
     return border.console(stderr=stderr, width=None if has_width else _NO_EDGE)
 
 
 def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
-    """Print names and values in two columns. The terminal wraps a value with a word longer than its column, such as a path: a
-    path that sftd breaks cannot be copied."""
+    """Print names and values in two columns. A value with a word longer than its column, such as a path, is left for the
+    terminal to wrap, so that it can be copied."""
     from rich.table import Table
     from rich.text import Text
 
@@ -78,7 +78,7 @@ def print_facts(out: Console, facts: list[tuple[str, Text]]) -> None:
 
 
 def table(*names: str, right: Iterable[str] = (), dim: Iterable[str] = (), fold: Iterable[str] = ()) -> Table:
-    """An empty table with these columns. Those in `fold` give way on a narrow screen; no other is ever broken."""
+    """An empty table with these columns. On a narrow screen those in `fold` wrap, and no other."""
     from rich import box
     from rich.table import Column, Table
 
@@ -96,7 +96,7 @@ def table(*names: str, right: Iterable[str] = (), dim: Iterable[str] = (), fold:
 
 
 def layout(sizes: Mapping[str, int]) -> str:
-    """`TP2 DP4`: the sizes of a layout above 1; `1 rank` where there is none, nothing for an unknown layout."""
+    """`TP2 DP4`: the sizes of a layout above 1; `1 rank` if there is none, empty for an unknown layout."""
     return " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "1 rank" * bool(
         sizes
     )
@@ -122,7 +122,7 @@ def clock(micros: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`. A span below 0 is between two times of a clock that was set back: `?`."""
+    """Seconds → `45s`, `3m20s`, `2h05m`, `4d03h`. `?` for a negative span: the clock was set back."""
     if seconds is None:
         return ""
     if seconds < -0.5:
@@ -141,7 +141,7 @@ def duration(seconds: float | None) -> str:
 
 
 def age(micros: int) -> str:
-    """µs → the largest unit alone: `45s`, `12m`, `3h`, `4d`, `7w`. A time to come is `0s`."""
+    """µs → the largest unit alone: `45s`, `12m`, `3h`, `4d`, `7w`. A time in the future is `0s`."""
     seconds = max(0, micros) // 1_000_000
     if seconds < 60:
         return f"{seconds}s"
@@ -154,7 +154,7 @@ def age(micros: int) -> str:
 
 
 def number(text: str | None) -> float | str | None:
-    """A number of a view, where it is a text. One that is not finite stays a text: JSON has no such numbers."""
+    """A number that a view stores as text. One that is not finite stays text: JSON has no such numbers."""
     return float(text) if text is not None and text[-1].isdigit() else text
 
 
@@ -164,19 +164,19 @@ def compact(value: Any) -> str:
 
 
 def summary(event: Event) -> str:
-    """An event's summary, without what a terminal obeys."""
+    """An event's summary, without control characters."""
     return printable(event.summary())
 
 
 def json_line(value: Any) -> str:
-    """A value as one line of JSON, without what a terminal obeys; a number that is not finite is its name."""
+    """A value as one line of JSON, without control characters; a number that is not finite becomes its name."""
     from sftd.domain.log.codec import finite
 
     return json_text(msgspec.json.encode(finite(value)))
 
 
 def json_text(encoded: bytes) -> str:
-    """JSON with the same values, in which what a terminal obeys is escaped."""
+    """JSON with control characters escaped; its values do not change."""
     return escaped(encoded.decode())
 
 
@@ -198,7 +198,7 @@ def print_error(error: SftdError) -> None:
 
 
 def require_folder(where: str, path: str) -> None:
-    """Check before the work that the folder of `path` exists and is writable. Raises `Refused`."""
+    """Check that the folder of `path` exists and is writable. Raises `Refused`."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
@@ -208,36 +208,36 @@ def require_folder(where: str, path: str) -> None:
 
 
 def escape(text: str) -> str:
-    """A text in which a rich console finds no markup."""
+    """A text with rich's markup escaped."""
     from rich import markup
 
     return markup.escape(text)
 
 
 def warn(text: str) -> None:
-    """A warning on stderr."""
+    """Print a warning on stderr."""
     console(stderr=True).print(f"[yellow]warning[/]: {escape(text)}", soft_wrap=True)
 
 
 def warn_all(warnings: Iterable[Problem]) -> None:
-    """Warnings on stderr, also where stdout is an id alone: they do not disturb a script."""
+    """Print warnings on stderr, where they do not disturb scripts."""
     for warning in warnings:
         warn(str(warning))
 
 
 def note(text: str) -> None:
-    """A remark for people on stderr, so that stdout stays for scripts."""
+    """Print a remark on stderr: stdout is for scripts."""
     click.echo(text, err=True)
 
 
 def when_interrupted(text: str) -> None:
-    """Set the sentence that the command's group prints after Ctrl-C: what remains then."""
+    """Set the sentence that the command's group prints after Ctrl-C."""
     if (command := click.get_current_context(silent=True)) is not None:
         command.meta[INTERRUPTION] = text
 
 
 def width() -> int:
-    """Columns of the terminal; COLUMNS wins, and what is no terminal has 120."""
+    """Columns of the terminal. COLUMNS takes precedence; without a terminal 120."""
     return shutil.get_terminal_size((120, 24)).columns
 
 
@@ -252,5 +252,5 @@ def styled(column: str, text: str) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether a person watches stdout."""
+    """Whether stdout is a terminal."""
     return sys.stdout.isatty()

@@ -20,11 +20,11 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _BARS = "▁▂▃▄▅▆▇█"
 # A cell is 2 dots wide and 4 high; these are their bits, by column and row.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-# A maximum this many times the usual distance from the mean is drawn; the noise below it is not.
+# A maximum at this multiple of the median distance from the mean is a spike, and drawn; noise below it is not.
 _SPIKE = 4.0
-# A spike within this share of the curve's height above it is shown to scale.
+# A spike is drawn to scale if it exceeds the curve by at most this share of its height.
 _BEYOND = 0.5
-# Columns from a letter to the next of the same curve.
+# Columns between two letters of the same curve.
 _LETTER_EVERY = 12
 
 
@@ -57,7 +57,7 @@ def number(value: float) -> str:
 def plot(
     series: Sequence[Series], width: int, height: int, *, log: bool = False, plain: bool = False
 ) -> Iterator[Text]:
-    """Lines of text: the curves over their steps. `plain` writes letters alone, for terminals without braille."""
+    """Lines of text: the curves over their steps. `plain` uses letters alone, for terminals without braille."""
     from rich.text import Text
 
     shown = [b for s in series for b in s.buckets if b.mean is not None]
@@ -107,11 +107,11 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 def scale_of(curves: Iterable[Sequence[Bucket]]) -> Scale:
-    """The scale of a plot of curves with at least one finite point. A spike goes beyond the top, where a scale with room for
-    it would flatten the curve."""
+    """The scale of a plot of curves with at least one finite point. A spike is cut at the top if a scale with room for it
+    would flatten the curve."""
     given = list(curves)
     tall = [_tall(buckets) for buckets in given]
-    # Many of them are the curve itself, one that fell far and then stayed flat.
+    # Many spikes are the curve itself, which fell far and then stayed flat.
     few = [
         found for found, buckets in zip(tall, given, strict=True) if len(found) <= max(2, len(buckets) // 50)
     ]
@@ -203,12 +203,12 @@ class _Canvas:
         every = max(_LETTER_EVERY, 3 * count)
         columns = [x for x in sorted(path) if x % every == (3 * number + 1) % every]
         for x in columns or [max(path)]:
-            # That of the 27th curve is two characters, each in a cell of its own.
+            # From the 27th curve, a letter has two characters, one in a cell.
             for n, character in enumerate(series.letter[: self.width - x]):
                 self._letters[path[x], x + n] = character, number
 
     def cells(self, row: int, plain: bool) -> Iterator[tuple[str, int | None]]:
-        """The cells of a row, each with the curve that it belongs to."""
+        """The cells of a row, each with the number of its curve."""
         for x in range(self.width):
             if (row, x) in self._letters:
                 text, writer = self._letters[row, x]

@@ -1,4 +1,4 @@
-"""What a long command is doing, on stderr: one line that moves on a terminal, a line for each stage elsewhere."""
+"""Progress of a long command on stderr: one live line on a terminal, a line for each stage elsewhere."""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ def run_with_stages(
 
 
 def run_with_bar(title: str, unit: str, arguments: list[str]) -> dict[str, Any]:
-    """Run the tool `prepare` with a bar that counts `unit`; nothing is shown elsewhere than on a terminal. Returns its last
-    line."""
+    """Run the tool `prepare` with a bar that counts `unit`, shown only on a terminal. Returns its last line."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from sftd.launcher.tools import run_tool

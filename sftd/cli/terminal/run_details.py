@@ -1,4 +1,4 @@
-"""A run as people read it: its facts, its checkpoints, its history."""
+"""A run in detail: its facts, its checkpoints, its history."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ANOMALIES = 3
 
 
 def state_json(run: Run) -> dict[str, Any]:
-    """A run's whole state for scripts."""
+    """A run's whole state as JSON values."""
     import msgspec
 
     state: dict[str, Any] = msgspec.to_builtins(run)
@@ -74,8 +74,8 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
     status = output.status_text(run.status)
     if run.cause:
         status.append(f"  {run.cause}: {output.printable(run.message or '')}", "default")
-    elif said := [text for text in (run.stop_reason, _job(run) if run.daemon else "") if text]:
-        status.append(f"  {output.printable('; '.join(said))}", "default")
+    elif notes := [text for text in (run.stop_reason, _job(run) if run.daemon else "") if text]:
+        status.append(f"  {output.printable('; '.join(notes))}", "default")
     submitted = next((r.event for r in history if isinstance(r.event, RunSubmitted)), None)
     left = (run.planned_steps - run.step) * (run.seconds_per_step or 0) if run.status == "running" else None
     validation = [
@@ -163,7 +163,7 @@ def _last_replay(run: Run) -> Text | str:
 
 
 def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
-    """Where a run's time went, and its goodput."""
+    """A run's time by account, and its goodput."""
     from sftd.domain.run.goodput import ACCOUNTS
 
     def took(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Runs as a table: its columns, their order, and how it fits a narrow screen."""
+"""Runs as a table: columns, sort orders, and the fit to a narrow screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULT_PROJECT = "default"
 
 
 def _name(row: RunRow) -> str:
-    """The name that a person gave. In a sweep the values that distinguish its runs come first."""
+    """The name that a user gave. In a sweep the values that distinguish its runs come first."""
     project = "" if row.project == _DEFAULT_PROJECT else f"{row.project}/"
     if row.sweep and row.name.startswith(row.sweep):
         return f"{row.name[len(row.sweep) :].strip() or values(row)} · {project}{row.sweep}"
@@ -28,7 +28,7 @@ def _name(row: RunRow) -> str:
 
 
 def values(row: RunRow) -> str:
-    """What sets the run apart from the rest of its sweep, or from its parent: `lr 0.001, seed 2`."""
+    """The values that distinguish the run in its sweep, or from its parent: `lr 0.001, seed 2`."""
 
     def shown(value: Any) -> str:
         return value.rpartition("/")[2] if isinstance(value, str) else output.compact(value)
@@ -43,7 +43,7 @@ def _took(row: RunRow) -> str:
     return "" if seconds is None else output.duration(seconds)
 
 
-# Name → what a row shows in it, at a time (µs since the epoch).
+# Column → text of a row's cell at a time (µs since the epoch).
 _CELLS: dict[str, Callable[[RunRow, int], str]] = {
     "name": lambda row, now: _name(row),
     "run": lambda row, now: row.run_id,
@@ -65,9 +65,9 @@ _CELLS: dict[str, Callable[[RunRow, int], str]] = {
 COLUMNS = tuple(_CELLS)
 _USUAL = ("name", "run", "status", "step", "loss", "val", "age", "took", "try", "size")
 _RIGHT = frozenset({"step", "loss", "val", "age", "took", "try", "size"})
-# What a narrow screen leaves out, in this order, if names would be wrapped at fewer characters than this.
+# Columns that a narrow screen drops, in this order, if names would wrap at fewer characters than this.
 _DROPPED = {"size": 36, "try": 36, "loss": 28, "took": 24, "step": 14}
-# These wrap, down to this width; they are somebody's words, and are never cut.
+# Users write these texts: they wrap, down to this width, and are never cut.
 _WRAPPED, _NARROWEST = ("name", "values", "project", "sweep", "message"), 10
 
 
@@ -92,7 +92,7 @@ SORTS: dict[str, Callable[[RunRow], Any]] = {
 def runs_table(
     rows: Sequence[RunRow], now: int, width: int, *, colour: bool, columns: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Runs as lines of at most `width` columns, in the `columns` asked for, else in those that fit.
+    """Runs as lines of at most `width` columns, in the given `columns`, else in those that fit.
 
     Formatted by hand: a rich table of a thousand rows takes a second.
     """
@@ -116,7 +116,7 @@ def runs_table(
 def _column(name: str, rows: Sequence[RunRow], now: int) -> list[str]:
     cell = _CELLS[name]
     texts = [cell(row, now) for row in rows]
-    # Asked of all at once: ten thousand runs have nothing odd in most of their columns.
+    # One test for all rows is fast, and most columns pass it.
     return texts if "".join(texts).isprintable() else [output.printable(text) for text in texts]
 
 
@@ -125,7 +125,7 @@ def _total(names: Sequence[str], widths: dict[str, int]) -> int:
 
 
 def _leave_out(names: list[str], cells: dict[str, list[str]], widths: dict[str, int], width: int) -> None:
-    """Leave out columns without a word in them, then those that matter least while a name would be wrapped."""
+    """Drop empty columns, then those that matter least while a name would wrap."""
     for name in ("name", "loss", "val", "took", "try", "size"):
         if not any(cells[name]):
             names.remove(name)
@@ -136,7 +136,7 @@ def _leave_out(names: list[str], cells: dict[str, list[str]], widths: dict[str, 
 
 
 def _narrow(names: Sequence[str], widths: dict[str, int], width: int) -> bool:
-    """Take from the widest column of words what a line is too long. Returns whether anything has to wrap."""
+    """Narrow the widest text columns until a line fits. Returns whether anything has to wrap."""
     before = dict(widths)
     while (too_wide := _total(names, widths) - width) > 0:
         widest = max((name for name in names if name in _WRAPPED), key=widths.__getitem__, default=None)
@@ -175,7 +175,7 @@ def line_format(
 
 
 def row_json(row: RunRow) -> dict[str, Any]:
-    """A run for scripts."""
+    """A run as JSON values."""
     import msgspec
 
     return msgspec.structs.asdict(row) | {

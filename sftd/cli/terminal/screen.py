@@ -1,4 +1,4 @@
-"""The terminal while a live screen is shown. rich's Live paints; jobs, signals and keys, which it leaves to programs, are here."""
+"""The terminal during a live screen. rich's Live paints; this module handles job control, signals and keys."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP)
 class FullScreen:
     """A terminal with an alternate screen, no cursor, and keys that are read one by one without echo.
 
-    A context; `take` takes the terminal. A key, an error, SIGTERM or SIGHUP restores it; so does Ctrl-Z, until the job is in
-    the foreground again. Handlers of signals only wake `quits`: nothing is written in the middle of something else.
+    A context manager; `take` acquires the terminal. Its exit restores the terminal, also after an error, SIGTERM or SIGHUP;
+    Ctrl-Z restores it until the job is in the foreground again. Handlers of job signals only wake `quits`, so that they do
+    not write in the middle of other output.
     """
 
     def __init__(self, out: Console) -> None:
         from rich.live import Live
 
         self._out = out
-        # Without its thread, which would paint while the job is in the background.
+        # Without Live's thread, which would paint while the job is in the background.
         self._live = Live(
             console=out, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -61,7 +62,7 @@ class FullScreen:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS)
 
     def _handle(self, number: int, handler: Any) -> None:
-        # What is ignored from the start (`nohup`, a shell without jobs) stays ignored.
+        # A signal that is ignored from the start (`nohup`, a shell without job control) stays ignored.
         if (before := signal.getsignal(number)) is not signal.SIG_IGN:
             self._handlers[number] = before
             signal.signal(number, handler)
@@ -75,23 +76,23 @@ class FullScreen:
             import termios
             import tty
 
-            # The first state: after a SIGSTOP the keys may still be read as here.
+            # Keep the first state: after a SIGSTOP the terminal may still be in cbreak mode.
             self._before = self._before or termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd)
-        # After a SIGSTOP it was never stopped, and others may have written since.
+        # After a SIGSTOP, Live was not stopped, and other programs may have written.
         self._live.stop()
         self._live.start()
         return True
 
     def show(self, lines: Sequence[Text]) -> None:
-        """Paint these lines from the top; what is left of the screen is blank."""
+        """Paint these lines from the top; the rest of the screen is blank."""
         from rich.console import Group
 
         self._live.update(Group(*lines), refresh=True)
 
     def _give_back(self) -> None:
-        """Restore the terminal. One that is gone needs nothing any more."""
-        # In the background the terminal is another job's already, and a job that sets it there is stopped.
+        """Restore the terminal, unless it is gone."""
+        # In the background the terminal belongs to another job, and the kernel stops a job that sets it.
         was_ours, self._is_ours = self._is_ours and self._is_in_front(), False
         if not was_ours:
             return
@@ -107,7 +108,7 @@ class FullScreen:
         try:
             return os.tcgetpgrp(self._out.file.fileno()) == os.getpgrp()
         except OSError:
-            # It is nobody's controlling terminal: there are no jobs.
+            # Not a controlling terminal: there is no job control.
             return True
 
     def quits(self, seconds: float) -> bool:
@@ -115,7 +116,7 @@ class FullScreen:
         keys = [self._fd] if self._fd is not None and self._is_ours else []
         ready, _, _ = select.select([self._woken, *keys], [], [], seconds)
         if self._woken in ready:
-            self._heed(os.read(self._woken, 256))
+            self._handle_woken(os.read(self._woken, 256))
         if self._fd is None or self._fd not in ready or not self._is_ours:
             return False
         try:
@@ -124,17 +125,17 @@ class FullScreen:
             return True
         return not pressed or any(key in b"qQ\x04" for key in pressed)
 
-    def _heed(self, numbers: bytes) -> None:
+    def _handle_woken(self, numbers: bytes) -> None:
         if signal.SIGCONT in numbers and signal.SIGTSTP not in numbers:
-            # After a SIGSTOP, which no handler sees: others may have had the terminal since.
+            # After a SIGSTOP, which cannot be handled: another job may have used the terminal.
             self._is_ours = False
         if signal.SIGTSTP in numbers:
             self._give_back()
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTSTP)
-            # Here SIGCONT continues it.
+            # SIGCONT continues here.
             signal.signal(signal.SIGTSTP, _wake_only)
-            # That SIGCONT is known.
+            # Discard the wake-up of that SIGCONT.
             with contextlib.suppress(BlockingIOError):
                 os.read(self._woken, 256)
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from sftd.operations.queries.board import Board, Observer, RunBoard, RunObserver
 
-# At most twice a second; a slow database is asked less often.
+# Pause between two reads: at least these seconds, and this multiple of the read's own time.
 _SECONDS, _REST = 0.5, 4.0
-# An older answer is out of date.
+# After a read has taken this long, the screen is out of date.
 _STALE_SECONDS = 5.0
 
 
@@ -33,8 +33,8 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
     """Watch the queue, the devices and the runs, or one run, live.
 
     Shows devices; running runs with progress, loss and speed; waiting runs and what they wait for; failures; the latest events.
-    With RUN, that run in detail, with its loss curve. `q` or Ctrl-C ends the screen; training continues. Where the output is no
-    terminal, the screen is printed once. While the database does not answer, a red line says since when.
+    With RUN, that run in detail, with its loss curve. `q` or Ctrl-C ends the screen; training continues. Without a
+    terminal, the screen is printed once. While the database does not answer, a red line shows since when.
 
     \b
     Example:
@@ -65,7 +65,7 @@ def watch_command(run: str | None, once: bool, as_json: bool) -> None:
 
 
 def _complete(observer: Observer | RunObserver) -> Board | RunBoard:
-    """A complete look: the curve of a long run takes several."""
+    """A complete board: a long curve takes several reads."""
     board = observer.look()
     while not getattr(board, "is_complete", True):
         board = observer.look()
@@ -117,7 +117,7 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
 
 
 class _ObserverThread(threading.Thread):
-    """Reads the database in a loop, beside the thread that shows it: keys must work while the database does not answer."""
+    """Reads the database in a loop, in its own thread: keys must work while the database does not answer."""
 
     def __init__(self, observer: Observer | RunObserver) -> None:
         super().__init__(name="observer", daemon=True)
@@ -125,12 +125,12 @@ class _ObserverThread(threading.Thread):
         self._end = threading.Event()
         self.board: Board | RunBoard | None = None
         self.seen_at = time.time()
-        # When the current look began; None between two.
+        # Start of the current read (monotonic seconds); None between two reads.
         self.began_at: float | None = None
         self.error = ""
 
     def run(self) -> None:
-        """Look until `stop`."""
+        """Read until `stop`."""
         import sqlalchemy as sa
 
         from sftd.domain.errors import SftdError
@@ -142,7 +142,7 @@ class _ObserverThread(threading.Thread):
             except (sa.exc.SQLAlchemyError, SftdError, OSError) as error:
                 self.error = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             except Exception as error:  # noqa: BLE001
-                # An event of a later sftd, or a defect here: if this thread ended, the screen would freeze without a reason.
+                # An event of a later sftd, or a defect here: without this thread the screen would freeze without a reason.
                 self.error = f"{type(error).__name__}: {error}".partition("\n")[0]
             else:
                 self.board, self.seen_at, self.error = board, time.time(), ""
@@ -155,7 +155,7 @@ class _ObserverThread(threading.Thread):
         return not getattr(self.board, "is_complete", True)
 
     def stop(self) -> None:
-        """End the thread, without waiting for a look that hangs."""
+        """End the thread, without waiting for a read that hangs."""
         self._end.set()
         self.join(timeout=1.0)
 
@@ -172,22 +172,22 @@ class _ObserverThread(threading.Thread):
 def _watch(observer: Observer | RunObserver, out: Console) -> None:
     from rich.text import Text
 
-    looking = _ObserverThread(observer)
-    looking.start()
+    thread = _ObserverThread(observer)
+    thread.start()
     with contextlib.suppress(KeyboardInterrupt), FullScreen(out) as screen:
-        while not screen.quits(_SECONDS if looking.board is not None else 0.05):
-            # In the background the terminal is another job's.
+        while not screen.quits(_SECONDS if thread.board is not None else 0.05):
+            # In the background the terminal belongs to another job.
             if not screen.take():
                 continue
-            board, complaint = looking.board, looking.complaint()
+            board, complaint = thread.board, thread.complaint()
             width, height = out.size
-            lines = [Text("looking …", "dim")] if board is None else _lines(board, width, height)
+            lines = [Text("reading …", "dim")] if board is None else _lines(board, width, height)
             if complaint:
-                # It takes the place of the last line, so that nothing moves.
+                # It replaces the last line, so that nothing moves.
                 lines = lines[: height - 1]
                 lines += [Text()] * (height - 1 - len(lines)) + [_warning(complaint, width)]
             screen.show(lines)
-    looking.stop()
+    thread.stop()
 
 
 def _warning(text: str, width: int) -> Text:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from sftd.operations.queries.nodes import Node
     from sftd.operations.queries.queue import QueueRow
 
-# More devices are shown as a number alone.
+# More devices are shown only as a number.
 _MOST_BOXES = 32
 # A printed screen shows all runs, and this many events.
 _EVENTS = 10
 
 
 def board_lines(board: Board, width: int, height: int | None) -> list[Text]:
-    """The queue, the devices and the running runs, in at most `height` lines; everything where it is None."""
+    """The queue, the devices and the running runs, in at most `height` lines; all of it if None."""
     lines = [
         _title(board, width, watched=height is not None),
         *(_node(node) for node in _shown(board.nodes)),
@@ -108,8 +108,8 @@ def _title(board: Board, width: int, *, watched: bool) -> Text:
         "waiting": sum(1 for kind in kinds if kind and kind != "held"),
         "held": kinds.count("held"),
     }
-    said = " · ".join(f"{n} {what}" for what, n in counts.items() if n or what != "held")
-    line = Text.assemble(("sftd", "bold"), f"  {said}")
+    summary = " · ".join(f"{n} {what}" for what, n in counts.items() if n or what != "held")
+    line = Text.assemble(("sftd", "bold"), f"  {summary}")
     _right(line, _clock(board.at, watched=watched), width)
     return line
 
@@ -142,12 +142,12 @@ def _node(node: Node) -> Text:
 def _running(board: Board, width: int, room: int) -> list[Text]:
     if not board.runs:
         return [Text("nothing runs", "dim"), Text()]
-    # Fewer lines a run when there are many.
+    # Fewer lines per run when there are many.
     each = next((n for n in (4, 3, 2) if n * len(board.runs) <= room), 1)
     lines: list[Text] = []
     for number, line in enumerate(board.runs):
         if len(lines) + each > max(room, each) and number:
-            lines.append(Text(f"… {len(board.runs) - number} more run", "dim"))
+            lines.append(Text(f"… {len(board.runs) - number} more running", "dim"))
             break
         lines.append(_progress(line, width, name=True))
         if each >= 2:
@@ -239,7 +239,7 @@ def _waiting(row: QueueRow, now: Micros) -> Text:
 
 def _waiting_section(rows: Sequence[QueueRow], now: Micros, room: int) -> list[Text]:
     shown = rows if len(rows) + 2 <= room else rows[: max(1, room - 3)]
-    # Only what is shown: thousands may wait, and a line costs more than all else.
+    # Format only the rows shown: thousands may wait, and formatting costs the most.
     lines = [_waiting(row, now) for row in shown]
     more = [Text(f"… {len(rows) - len(shown)} more", "dim")] if len(shown) < len(rows) else []
     return [Text("waiting", "bold"), *lines, *more, Text()]

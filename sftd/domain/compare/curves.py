@@ -1,5 +1,5 @@
-"""A run's curves: of each step of the timeline the numbers that are plotted and compared, as columns (200,000 steps are a
-dozen megabytes), and what the same pass over the log says of time and devices. Pure."""
+"""A run's curves: the plotted and compared numbers of each timeline step, as columns (200,000 steps take about 12 MB).
+The same pass over the log collects time and device use. Pure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sftd.domain.log.timeline import Line, Timeline
 from sftd.domain.run import goodput
 from sftd.domain.run.goodput import Fold, StepTime
 
-# What a history is folded from; the other types say nothing of it.
+# The event types that `RunCurves` reads.
 TYPES = (*goodput.TYPES, e.AttemptLaunched.__name__)
-# Column → its type code. `samples` are the first 64 bits of the digest: which rows a step saw.
+# Column → its array type code. `samples` holds the first 64 bits of the digest of the rows that a step saw.
 _COLUMNS = {
     "loss": "d",
     "grad_norm": "d",
@@ -33,7 +33,7 @@ _UNKNOWN = math.nan
 
 
 class CurvePoint(StepTime, frozen=True):
-    """Of a `StepCompleted`, all that curves need. These fields are in every schema version of it, or have defaults."""
+    """The fields of `StepCompleted` that curves need. Every schema version has them, or they have defaults."""
 
     loss: float | str
     grad_norm: float | str
@@ -50,11 +50,11 @@ class Curves:
 
     def __init__(self) -> None:
         self.timeline = Timeline()
-        # Of every step that the log has, redone ones included; `columns` are the timeline's.
+        # Every step in the log, redone ones included; `columns` holds only the timeline's steps.
         self._recorded: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
         self._appends = [column.append for column in self._recorded.values()]
         self._columns: dict[str, array[Any]] | None = None
-        # Step, place of the step that was validated (None for a model that the log has no step of), loss.
+        # (step, place of the validated step or None if the log does not have that step, loss)
         self._validations: list[tuple[int, int | None, float]] = []
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Curves:
 
     @property
     def columns(self) -> dict[str, array[Any]]:
-        """Column → the numbers of the steps `first` to `last`. For a step that the log lost they are NaN (0 for integers)."""
+        """Column → values of the steps `first` to `last`. A step missing from the log has NaN (0 in integer columns)."""
         if self._columns is None:
             line = self.timeline.line
             is_whole = (
@@ -89,7 +89,7 @@ class Curves:
 
     @property
     def validations(self) -> dict[int, float]:
-        """Step → loss, of the timeline's validations."""
+        """Step → loss of the timeline's validations."""
         known, place = self._validations, self.timeline.place
         at = {step: place(step) for step in {step for step, _, _ in known} if step <= self.timeline.last}
         return {step: loss for step, found, loss in known if step in at and at[step] == found}
@@ -120,7 +120,7 @@ class Curves:
             append(value)
 
     def tail(self, count: int) -> Curves:
-        """The last steps alone."""
+        """Curves of the last `count` steps only."""
         found, first = Curves(), max(self.first, self.last - count + 1)
         for name, column in found._recorded.items():
             column.extend(self.values(name, first, self.last))
@@ -129,34 +129,34 @@ class Curves:
         return found
 
     def at(self, name: str, step: int) -> float:
-        """A number of a step."""
+        """The value of column `name` at `step`."""
         return float(self.columns[name][step - self.first])
 
     def values(self, name: str, first: int, last: int) -> Sequence[float]:
-        """A column's numbers from step `first` to step `last`, as far as there are any."""
+        """A column's values from step `first` to step `last`, limited to the steps that exist."""
         return self.columns[name][max(0, first - self.first) : max(0, last - self.first + 1)]
 
     def mean(self, name: str, first: int, last: int) -> float | None:
-        """The mean of the finite numbers in a stretch of steps."""
+        """The mean of the finite values from step `first` to step `last`; None if there are none."""
         found = [v for v in self.values(name, first, last) if math.isfinite(v)]
         return math.fsum(found) / len(found) if found else None
 
     def mean_over_time(self, name: str, first: int, last: int) -> float | None:
-        """The same, each step counted for as long as it took; None where no step has both."""
+        """The mean weighted by the duration of each step; None if no step has both a finite value and a duration."""
         pairs = zip(self.values(name, first, last), self.values("seconds", first, last), strict=True)
         known = [(rate, seconds) for rate, seconds in pairs if math.isfinite(rate) and seconds > 0]
         total = math.fsum(seconds for _, seconds in known)
         return math.fsum(rate * seconds for rate, seconds in known) / total if known else None
 
     def lowest(self, name: str) -> tuple[int, float] | None:
-        """(step, value) of the lowest finite number."""
+        """(step, value) of the lowest finite value; None if there are none."""
         column = self.columns[name]
         least = min((v for v in column if math.isfinite(v)), default=None)
         return None if least is None else (self.first + column.index(least), least)
 
 
 def _joined(column: array[Any], line: Line) -> array[Any]:
-    """The numbers of a line's steps, without a shift where the log has a gap."""
+    """The values of a line's steps. A gap in the log is filled, so that later steps keep their index."""
     lost: array[Any] = array(column.typecode, [_UNKNOWN if column.typecode == "d" else 0])
     found: array[Any] = array(column.typecode)
     for s in line:
@@ -169,13 +169,13 @@ def _bits(digest: str) -> int:
     try:
         return int(digest[:16], 16)
     except ValueError:
-        # Not the hexadecimal digits of a sha256.
+        # The digest is not hexadecimal.
         return int.from_bytes(digest.encode()[:8])
 
 
 class Bucket(msgspec.Struct, frozen=True):
-    """Neighbouring steps as one point of a plot. Extremes are kept, so that a spike of one step is still seen; None where
-    none of the numbers is finite. `odd` counts those that are not."""
+    """Consecutive steps as one point of a plot. `low` and `high` keep a spike of a single step visible. `mean`, `low` and
+    `high` are None if no value is finite. `odd` counts the values that are not finite."""
 
     first: int
     last: int
@@ -186,15 +186,15 @@ class Bucket(msgspec.Struct, frozen=True):
 
 
 def width_for(curves: Iterable[Curves], count: int) -> int:
-    """Steps in a bucket, so that `count` buckets hold what is between the first and the last step of all curves (one more
-    where the first is not a bucket's)."""
+    """Steps per bucket so that `count` buckets cover all steps of all curves (`count` + 1 if the first step is not the
+    first of its bucket)."""
     known = [one for one in curves if len(one)]
     span = max(one.last for one in known) - min(one.first for one in known) + 1 if known else 0
     return max(1, -(-span // count))
 
 
 def thin(curves: Curves, name: str, width: int) -> Iterator[Bucket]:
-    """A column in buckets of `width` steps. They begin at step 1, so that those of several runs lie side by side."""
+    """A column in buckets of `width` steps. Buckets are counted from step 1, so that those of several runs align."""
     if not len(curves):
         return
     for start in range((curves.first - 1) // width * width + 1, curves.last + 1, width):
@@ -209,7 +209,7 @@ def thin(curves: Curves, name: str, width: int) -> Iterator[Bucket]:
 
 
 class CurveTurn(msgspec.Struct):
-    """An attempt's hold on devices. `ended_at` is None until it has ended, `devices` until it was launched."""
+    """The time for which an attempt holds devices. `devices` is None until launch, `ended_at` until the attempt ends."""
 
     began_at: e.Micros
     devices: int | None = None
@@ -217,8 +217,8 @@ class CurveTurn(msgspec.Struct):
 
 
 class RunCurves:
-    """Folds a run's events of `TYPES`, in order, into its curves, its goodput ledger and its turns on devices. A fork continues
-    the `curves` of its parent."""
+    """Folds a run's events of `TYPES`, in order, into its curves, goodput ledger and device turns. A fork continues the
+    `curves` of its parent."""
 
     def __init__(self, curves: Curves | None = None) -> None:
         self.curves = curves if curves is not None else Curves()
@@ -244,7 +244,7 @@ class RunCurves:
             self.turns[-1].ended_at = at
 
     def device_seconds(self, now: e.Micros, world: int) -> float:
-        """Devices × the time for which attempts held them, up to `now`; `world` is their number where no launch has it."""
+        """Device-seconds of all attempts up to `now`. `world` is the number of devices of an attempt without a launch event."""
         return math.fsum(
             (turn.devices or world) * max(0, (turn.ended_at or now) - turn.began_at) / 1e6
             for turn in self.turns

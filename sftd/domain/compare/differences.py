@@ -1,4 +1,4 @@
-"""What differs between runs: their configs, data, code and environments, and the step at which their curves part. Pure."""
+"""Differences between runs: config, data, code and environment, and the step at which their curves diverge. Pure."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ _LAYOUT_KEYS = (
     "launch.nnodes",
     "launch.nproc_per_node",
 )
-# What names a run, and says nothing of it.
+# These keys name a run and do not affect it.
 _NAMES = ("trainer.project_name", "trainer.experiment_name")
-# What of an environment is code, and what the config has already.
+# Parts of an environment that are code.
 _CODE = ("sftd",)
-_TOLD = ("layout", "dtype", "deterministic")
+# Parts of an environment that the config already shows.
+_IN_CONFIG = ("layout", "dtype", "deterministic")
 _SCAN = 4096
-# The numbers of a step in the order in which one leads to the next.
+# The numbers of a step, in causal order.
 COMPARED = ("samples", "tokens", "lr", "loss", "grad_norm")
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """A key whose values are not the same in all runs; None where it is not set. `keeps_steps`: another value gives the same
-    steps, bit for bit or to within rounding. `untold` are the numbers of the runs whose logs do not say."""
+    """A key whose value differs between runs. A value is None if the key is not set. `keeps_steps`: another value gives the
+    same steps, bit for bit or to within rounding. `untold` holds the indices of the runs whose logs do not have the key."""
 
     group: Group
     key: str
@@ -47,9 +48,9 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Parting(msgspec.Struct, frozen=True):
-    """Where the curves of `other` leave those of the first run, over the steps `first` to `last` that both have (none when
-    `last` is before `first`). `bits` maps each number to the first step at which it is another one, `rounding` loss and
-    gradient norm to the first at which they are apart by more than rounding."""
+    """Where the curves of `other` diverge from those of the first run, over the common steps `first` to `last` (none if
+    `last` < `first`). `bits` maps each number to the first step at which its bits differ. `rounding` maps loss and gradient
+    norm to the first step at which they differ by more than rounding."""
 
     other: str
     first: int
@@ -59,22 +60,22 @@ class Parting(msgspec.Struct, frozen=True):
 
     @property
     def steps(self) -> int:
-        """How many steps both have."""
+        """Number of common steps."""
         return max(0, self.last - self.first + 1)
 
     @property
     def at(self) -> int | None:
-        """The first step at which the curves (loss or gradient norm) are not the same bit for bit."""
+        """The first step at which loss or gradient norm differs in any bit."""
         return min((self.bits[name] for name in ("loss", "grad_norm") if name in self.bits), default=None)
 
     @property
     def beyond_rounding(self) -> int | None:
-        """The first step at which they are apart by more than rounding."""
+        """The first step at which loss or gradient norm differs by more than rounding."""
         return min(self.rounding.values(), default=None)
 
 
 def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
-    """Where the run called `name` leaves the first one. `dtypes` are those that the two computed in."""
+    """Where the run `name` diverges from the first one. `dtypes` are the compute dtypes of the two runs."""
     begin, end = max(first.first, other.first), min(first.last, other.last)
     if not (len(first) and len(other)):
         end = begin - 1
@@ -101,7 +102,7 @@ def part(first: Curves, other: Curves, name: str, dtypes: set[str]) -> Parting:
 
 
 def _first_other(first: Curves, other: Curves, name: str, begin: int, end: int) -> int | None:
-    """The first step at which a column differs. Bytes are compared: -0.0 is not 0.0, and a NaN is a NaN."""
+    """The first step at which a column differs. Compares bytes: -0.0 differs from 0.0, and NaN equals NaN."""
     for start in range(begin, end + 1, _SCAN):
         stop = min(start + _SCAN - 1, end)
         a, b = (memoryview(c.values(name, start, stop)) for c in (first, other))  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ def _first_other(first: Curves, other: Curves, name: str, begin: int, end: int) 
 
 
 def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -> list[Difference]:
-    """Whatever is not the same in all runs: what decides the steps first."""
+    """Everything that differs between the runs. Differences that affect the steps come first."""
     configs = [flatten(run.spec) for run in runs]
     found = [
         Difference(
@@ -129,7 +130,7 @@ def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -
     versions = [{"sftd (submitted by)": s.sftd_version} if s else {} for s in submitted]
     found += [Difference("code", key, values, untold=untold) for key, values, untold in _unlike(versions)]
     for key, values, untold in _unlike(_environments(runs)):
-        if key.split(".")[0] not in _TOLD:
+        if key.split(".")[0] not in _IN_CONFIG:
             group: Group = "code" if key in _CODE else "environment"
             found.append(Difference(group, key, values, not decides_numbers(key), untold))
     order = ("config", "data", "code", "environment", "layout")
@@ -137,8 +138,8 @@ def differences(runs: Sequence[Run], submitted: Sequence[RunSubmitted | None]) -
 
 
 def _unlike(facts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Any], list[int]]]:
-    """(key, values, numbers of those that do not know it) of the keys whose values differ, in order. What only one of the
-    logs knows is not known to differ."""
+    """(key, values, indices of the runs without the key) for each key whose values differ, in order. A key that only one log
+    has is left out."""
     for key in dict.fromkeys(key for known in facts for key in known):
         values = [known[key] for known in facts if key in known]
         if any(value != values[0] for value in values):
@@ -158,7 +159,7 @@ def _model(submitted: RunSubmitted | None) -> dict[str, Any]:
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What the last attempt of each computed in. A variable that it does not list was not set."""
+    """The environment of each run's last attempt, flattened. A variable that it does not list was not set."""
     parts: dict[str, dict[str, None]] = {}
     for run in runs:
         for key, value in run.environment.items():

@@ -1,4 +1,4 @@
-"""A plan next to the outcome. The plan is made again from the run's log (docs/plan.md explains why)."""
+"""A run's plan compared with its results. The plan is recomputed from the run's log (docs/plan.md explains why)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sftd.domain.run.state import ENDED, Run
 
 
 class PlannedAndMeasured(msgspec.Struct, frozen=True, kw_only=True):
-    """One quantity, in bytes or seconds. `actual` is None where the log does not say it yet."""
+    """One quantity, in bytes or seconds. `actual` is None if the log does not have it yet."""
 
     name: str
     unit: str
@@ -33,13 +33,13 @@ class PlannedAndMeasured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The plan of a run, and how it came out."""
+    """The plan of a run, and planned next to measured quantities."""
 
     plan: Plan
     compared: list[PlannedAndMeasured]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """As plain values for JSON."""
         compared = {
             c.name: {"unit": c.unit, "planned": c.planned, "actual": c.actual, "error": c.error}
             for c in self.compared
@@ -48,14 +48,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeasuredRun(msgspec.Struct, frozen=True):
-    """What the log has of a run that was trained: its state and its first event."""
+    """State and submission of a run that was trained."""
 
     run: Run
     submitted: e.RunSubmitted
 
 
 def facts(run: Run, submitted: e.RunSubmitted) -> PlanInputs | None:
-    """What submit found in the files of the run; None where an older version wrote too little of it."""
+    """The file facts that submit recorded for the run; None if an older sftd recorded too few."""
     try:
         shape = msgspec.convert({k: v for k, v in submitted.model.items() if k != "path"}, ModelShape)
         train = msgspec.convert(submitted.data["train"], DataFacts)
@@ -72,7 +72,7 @@ def facts(run: Run, submitted: e.RunSubmitted) -> PlanInputs | None:
 
 
 def machine(run: Run) -> Machine | None:
-    """Where the last attempt computed; None before the first, and where an older version did not say it."""
+    """The machine of the last attempt; None before the first attempt, and if an older sftd did not record it."""
     name = run.environment.get("device")
     if not isinstance(name, str):
         return None
@@ -82,8 +82,8 @@ def machine(run: Run) -> Machine | None:
 
 
 def calibration(shape: ModelShape, here: Machine, earlier: list[MeasuredRun]) -> float | None:
-    """How many times longer than the formula says the steps of earlier runs of this shape on such a device took: the
-    median. None without any."""
+    """Median ratio of measured to planned step time, over earlier runs with this shape, device and dtype. None without such
+    runs."""
     found = []
     for history in earlier:
         run = history.run
@@ -108,8 +108,8 @@ def outcome(
     held_seconds: float,
     earlier: list[MeasuredRun],
 ) -> Outcome | None:
-    """The comparison, once an attempt has loaded its model. `held_seconds`: since its devices were taken, `earlier`: the
-    runs that the plan could know of."""
+    """The comparison, or None until an attempt has loaded its model. `held_seconds`: time for which the run held devices.
+    `earlier`: the runs that were available to the plan."""
     known, where = facts(run, submitted), machine(run)
     if known is None or where is None:
         return None

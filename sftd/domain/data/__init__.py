@@ -1,1 +1,1 @@
-"""What the domain knows of training data."""
+"""Training data: facts, rows and chat templates."""

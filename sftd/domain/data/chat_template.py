@@ -1,4 +1,4 @@
-"""Which chat template the training data was rendered with, and with what: samples, answers and exports use the same."""
+"""The chat template, date and arguments that rendered the training data. Samples, answers and exports use the same."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 
 import msgspec
 
-# What `strftime_now` gives where no date was chosen: the date that Llama 3's template writes where it has no clock. A
-# constant, so that the same chats give the same tokens on every day.
+# The default date of `strftime_now`, which is also the fallback of Llama 3's template. It is constant, so that the same
+# chats give the same tokens on every day.
 DEFAULT_DATE = "2024-07-26"
 
 
 class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
-    """The choice that a text depends on beside the model folder and the messages.
+    """The rendering options besides the model folder and the messages.
 
-    `text` is a template given instead of the model folder's. Otherwise `name` selects one of the folder's named
-    templates; without a name transformers' rule holds: `tool_use` for chats with tools where there is one, else `default`.
-    `date` (YYYY-MM-DD) is what a template that asks for the current date gets. `arguments` are further variables of the
-    template.
+    `text` is a template that replaces the model folder's. Otherwise `name` selects one of the folder's named templates;
+    without a name transformers' rule applies: `tool_use` for chats with tools if it exists, else `default`. `date`
+    (YYYY-MM-DD) is the current date for the template. `arguments` are further template variables.
     """
 
     text: str | None = None
@@ -27,5 +26,5 @@ class ChatTemplate(msgspec.Struct, frozen=True, kw_only=True):
     arguments: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a date that is not one."""
+        """Raises ValueError if `date` is not a date."""
         dt.date.fromisoformat(self.date)

@@ -1,20 +1,20 @@
-"""What is known of data files: how many rows, how long, how many of them are trained."""
+"""Facts about data files: number of rows, their lengths, and how many are trained."""
 
 from __future__ import annotations
 
 import msgspec
 
-# Where `DataFacts.lengths` are taken: finer at the long end, which decides about padding.
+# The quantiles of `DataFacts.lengths`: finer at the long end, which decides the padding.
 LENGTH_QUANTILES = (*(i / 32 for i in range(32)), *(1 - 2**-k for k in range(6, 13)), 1.0)
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found in data files. `truncated` rows are longer than the sequence length; `unusable` rows have no
-    trained label within it, and `unusable_rows` numbers the first of them, from 0 over all files. Lengths are tokens.
+    """Facts about data files. Lengths are in tokens. `truncated` rows are longer than the sequence length. `unusable` rows
+    have no trained label within it; `unusable_rows` are the indices of the first few, counted from 0 over all files.
 
-    Of the rows that training sees, as it sees them: `seen_tokens` with Σ n² = `seen_squares`, `lengths` at
-    `LENGTH_QUANTILES`, and the `stopping` ones, in which a token is trained that ends an answer (None where that token is not
-    known). `remarks` are what a person should know of the files, a sentence each. Logs of older versions lack these.
+    The other fields cover rows after truncation, without unusable ones. `seen_tokens` is Σ n and `seen_squares` is Σ n² over
+    row lengths n. `lengths` are their `LENGTH_QUANTILES`. `stopping` counts rows that train an end-of-answer token (None if
+    that token is unknown). `remarks` are notes for the user, one sentence each. Older logs lack these fields.
     """
 
     files: list[str]

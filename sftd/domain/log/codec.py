@@ -1,7 +1,7 @@
 """Events to JSON and back, bit for bit, across schema versions.
 
-JSON has no NaN or infinity, and a diverging run's loss is one of them: non-finite floats are written as the texts
-"NaN", "Infinity" and "-Infinity" (which PostgreSQL and Python's `float` both read).
+JSON has no NaN or infinity, but the loss of a diverging run needs them. Non-finite floats are written as the strings
+"NaN", "Infinity" and "-Infinity", which PostgreSQL and Python's `float` both parse.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
 def json_float(value: float) -> float | str:
-    """A float as JSON can hold it: itself, or its name when it is not finite. `float()` reads both back."""
+    """A float for JSON: unchanged if finite, else its name. `float()` parses both."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def finite(value: Any) -> Any:
-    """A value of plain types, with `json_float` for each float in it."""
+    """A value of plain types with `json_float` applied to each float in it."""
     if isinstance(value, float):
         return json_float(value)
     if isinstance(value, dict):
@@ -65,7 +65,7 @@ def encode(event: Event) -> tuple[str, int, str]:
     """Event → (type name, schema version, payload JSON)."""
     cls = type(event)
     payload = _encoder.encode(event)
-    # msgspec writes a float that is not finite as null: only where there is a null can there be one.
+    # msgspec writes a non-finite float as null, so a payload without null has none.
     if b"null" in payload:
         payload = _encoder.encode(finite(msgspec.to_builtins(event)))
     return cls.__name__, cls.schema_version, payload.decode()
@@ -76,13 +76,13 @@ def decode(type_name: str, schema_version: int, payload: str | bytes) -> Event:
     cls = EVENT_TYPES.get(type_name)
     if cls is None or schema_version > cls.schema_version:
         raise UnknownEvent(
-            f"The log holds {type_name} v{schema_version}, which this sftd does not know: it was written by a newer one."
+            f"The log holds {type_name} v{schema_version}, which this sftd does not support: a newer sftd wrote it."
         )
     if schema_version == cls.schema_version:
         try:
             return _decoder_of(cls).decode(payload)
         except msgspec.ValidationError:
-            pass  # a float that is not finite, by its name; or what is really wrong, and will be told below
+            pass  # Either a non-finite float stored by name, or a real error, which is raised below.
     data = _decoder.decode(payload)
     for version in range(schema_version, cls.schema_version):
         data = UPCASTS[type_name, version](data)

@@ -1,4 +1,4 @@
-"""Playing a log: which moment is meant, what had happened by then, and the milestones on the way."""
+"""A run's history: parse a moment, select the events up to it, and list the milestones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sftd.domain.log.timeline import Timeline
 WHERE = "--until"
 _FORMS = "write step:300, v120, 2026-01-31T09:30 or -2h"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-# No more digits than any step, version or age has: Python converts no number of thousands.
+# Digits are limited because Python refuses to convert numbers with thousands of digits.
 _AGO = re.compile(r"-(?:\d{1,9}[smhdw]){1,9}")
 _PART = re.compile(r"(\d+)([smhdw])")
 
 
 class AtStep(msgspec.Struct, frozen=True):
-    """When the timeline's attempt had completed a step; 0 is before the first."""
+    """The completion of a step of the timeline; 0 is the state before the first step."""
 
     step: int
 
 
 class AtVersion(msgspec.Struct, frozen=True):
-    """When the stream had this number of events."""
+    """The moment at which the stream had this number of events."""
 
     version: int
 
@@ -43,8 +43,8 @@ Moment = AtStep | AtVersion | AtTime
 
 
 def parse_moment(text: str, now: e.Micros) -> Moment:
-    """What a person means by `300`, `step:300`, `v120`, an ISO time (local unless it says otherwise) or `-2h`, `-1h30m`
-    before `now`. Raises `Refused` for what could mean more than one thing."""
+    """Parse `300`, `step:300`, `v120`, an ISO time (local without an offset), or `-2h` or `-1h30m` (before `now`). Raises
+    `Refused` for ambiguous or unknown forms."""
     if match := re.fullmatch(r"(?:step:)?(\d{1,18})", text):
         return AtStep(int(match[1]))
     if match := re.fullmatch(r"v(?:ersion:)?(\d{1,18})", text):
@@ -58,17 +58,19 @@ def parse_moment(text: str, now: e.Micros) -> Moment:
         )
     if re.fullmatch(r"(?:\d+[smhdw])+", text):
         raise _refused(
-            text, "could be that long ago or that long after the start", f"write -{text} for that long ago"
+            text, "could count back from now or from the start", f"write -{text} to count back from now"
         )
     if re.fullmatch(r"\d\d?:\d\d(?::\d\d)?", text):
-        raise _refused(text, "names no day", f"write the day too, as 2026-01-31T{text.zfill(5)}")
+        raise _refused(text, "has no date", f"add the date, as in 2026-01-31T{text.zfill(5)}")
     if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
-        raise _refused(text, "could be the day's beginning or its end", f"write {text}T00:00 or {text}T23:59")
+        raise _refused(
+            text, "could be the start or the end of the day", f"write {text}T00:00 or {text}T23:59"
+        )
     try:
         when = datetime.fromisoformat(text)
         return AtTime(round(when.astimezone().timestamp() * 1_000_000))
     except (ValueError, OverflowError):
-        raise _refused(text, "is neither a step, nor a version, nor a time", _FORMS) from None
+        raise _refused(text, "is not a step, a version or a time", _FORMS) from None
 
 
 def _refused(text: str, what: str, fix: str) -> Refused:
@@ -76,10 +78,10 @@ def _refused(text: str, what: str, fix: str) -> Refused:
 
 
 def up_to(recorded: Sequence[e.Recorded], moment: Moment) -> list[e.Recorded]:
-    """The events of a stream that had happened by a moment. Folding them gives the run's state then. Raises `Refused`.
+    """The events of a stream up to a moment. Folding them gives the run's state at that moment. Raises `Refused`.
 
-    Of a step that several attempts did, the timeline's counts; what belongs to it and follows at once (its validation, its
-    checkpoint) has happened too. Of two events whose order in the log is not that of their times, the times decide.
+    If several attempts computed a step, the timeline's record of it counts. The events of the step that follow it directly
+    (its validation, its checkpoint) are included. For a time, `occurred_at` decides, not the order in the log.
     """
     match moment:
         case AtVersion(version):
@@ -100,7 +102,7 @@ def _end_of_step(recorded: Sequence[e.Recorded], step: int) -> int:
     first, last = min((s.first for s in known), default=0), max((s.last for s in known), default=0)
     if not known and step == timeline.from_step:
         return len(recorded)
-    # The state after the step before the first is that before the first.
+    # The state after step `first - 1` is the state before the first step.
     is_start = step == first - 1
     place = timeline.place(first if is_start else step)
     if place is None:
@@ -126,7 +128,7 @@ def _belongs(event: e.Event, step: int) -> bool:
 
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps that one attempt did one after another, with their results. `redone`: the log had them with the same samples.
+    """Consecutive steps of one attempt, with their results. `redone`: the log already had these steps with the same samples.
     `versions` and `times` are those of the first and the last step."""
 
     attempt: int | None
@@ -142,14 +144,14 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
     anomalies: tuple[tuple[int, str], ...] = ()
 
 
-# `Steps` names the attempt and its environment.
+# `Steps` covers these events of an attempt.
 _WITHIN = (e.AttemptLaunched, e.AttemptAdopted, e.ModelLoaded)
-# A fork is a milestone of its parent.
+# These are details, but a fork is a milestone of its parent.
 _FORKS = (e.CheckpointPinned, e.CheckpointUnpinned)
 
 
 def milestones(recorded: Sequence[e.Recorded]) -> Iterator[e.Recorded | Steps]:
-    """What changed, in order: events that are no steps, and the steps between them."""
+    """Milestones in order: single events, and the steps between them as `Steps`."""
     steps: Steps | None = None
     timeline = Timeline()
     replace = msgspec.structs.replace

@@ -1,4 +1,4 @@
-"""What the log knows of a run's model folder."""
+"""The log's record of a run's model folder."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import msgspec
 from sftd.domain.log.events import Event, RunSubmitted, WeightsDigested
 from sftd.domain.model.files import ModelFiles
 
-# The events that say it.
+# The event types that `record_of` reads.
 TYPES = (RunSubmitted.__name__, WeightsDigested.__name__)
 
 
 class ModelRecord(msgspec.Struct, frozen=True):
-    """`files` is what submit found, None for a run that an older sftd submitted. `weights` maps weight files to the digests
-    of all their bytes, as the first attempt that loaded them found them; empty until then."""
+    """`files` is what submit recorded, None if an older sftd submitted the run. `weights` maps weight files to digests of all
+    their bytes, from the first attempt that loaded them; empty until then."""
 
     files: ModelFiles | None = None
     weights: dict[str, str] = {}
 
 
 def record_of(events: Iterable[Event]) -> ModelRecord:
-    """The record that the events of a run make; types that are not in `TYPES` say nothing."""
+    """The record of a run from its events. Types that are not in `TYPES` are ignored."""
     files: ModelFiles | None = None
     weights: dict[str, str] = {}
     for event in events:

@@ -1,8 +1,8 @@
 """The timeline of a run: which attempt's step N is the run's step N, and which steps were computed again.
 
 An attempt begins at a checkpoint and computes the steps after it again. The timeline holds the steps that led to the state
-of the last attempt: its own, and before them those that led to its checkpoint. An attempt from a superseded checkpoint
-therefore brings that checkpoint's steps back. The state of a run (`domain/run/fold.py`) is the same rule in scalars.
+of the last attempt: the steps that led to its checkpoint, then its own. An attempt from a superseded checkpoint therefore
+brings that checkpoint's steps back. The state of a run (`domain/run/fold.py`) applies the same rule to scalars.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from sftd.domain.log import events as e
 from sftd.domain.spec.spec import OrderStart
 
 Order = tuple[OrderStart, ...]
-# The types that make a timeline.
+# The event types that `Timeline` needs.
 TYPES = e.names(e.RunForked, e.AttemptClaimed, e.StepCompleted, e.CheckpointPublished, e.SamplesSkipped)
 
 
 class Stretch(NamedTuple):
-    """Consecutive steps `first` to `last` of one attempt. `place` numbers all steps that the log has of the run, redone ones
-    included, from 0: it is that of `first`. `piece` is the part of the order of samples that the steps read, None for the
-    first one. `loaded` is what the attempt computed in, None where the log does not have it."""
+    """Consecutive steps `first` to `last` of one attempt. A place is the 0-based index of a step among all steps of the run in
+    the log, redone ones included; `place` is that of `first`. `piece` is the part of the sample order that the steps read,
+    None for the first part. `loaded` describes the attempt's environment, None if the log does not have it."""
 
     attempt: int
     first: int
@@ -40,24 +40,24 @@ def cut(line: Line, step: int) -> Line:
 
 
 def order_up_to(order: Order, step: int) -> Order:
-    """The pieces of an order of samples that begin at a step or before it."""
-    # The first piece may be a fork's, at the very step where it begins.
+    """The pieces of a sample order that begin at or before `step`."""
+    # Not only before it: a fork's first piece begins at its fork step.
     return tuple(piece for piece in order if piece.step <= step)
 
 
 def order_after_skip(order: Order, skipped: e.SamplesSkipped) -> Order:
-    """The order of samples once some are left out."""
+    """The sample order after the skip."""
     return (*(o for o in order if o.step < skipped.step), OrderStart(skipped.step, skipped.sample))
 
 
 class Timeline:
-    """Takes a run's events in order. Types that are not in `TYPES`, except `ModelLoaded`, change nothing."""
+    """Takes a run's events in order. Types other than `TYPES` and `ModelLoaded` are ignored."""
 
     def __init__(self, events: Iterable[e.Event] = ()) -> None:
         # Attempts and steps in the log, and the step after which the last attempt began.
         self.attempt = self.count = self.from_step = 0
         self._line: Line = ()
-        # The stretch that grows: its first step, the step that would continue it, and its place.
+        # The open stretch: its first step, the step that would continue it, and its place.
         self._first = self._next = self._place = 0
         self._past: list[Stretch] = []
         self._order: Order = ()
@@ -73,12 +73,12 @@ class Timeline:
 
     @property
     def recorded(self) -> list[Stretch]:
-        """All steps that the log has, in its order."""
+        """All steps of the run, in the order of the log."""
         return [*self._past, *self._growing()]
 
     @property
     def last(self) -> int:
-        """The timeline's last step; the one after which the last attempt began while there is none."""
+        """The timeline's last step; without steps, the step after which the last attempt began."""
         line = self.line
         return line[-1].last if line else self.from_step
 
@@ -102,7 +102,7 @@ class Timeline:
                 self.attempt += 1
                 self._loaded = None
             case e.RunForked(step=step):
-                # What was taken in before are the parent's events up to the checkpoint.
+                # The events before this one are the parent's, up to the checkpoint.
                 self._go_back(step)
                 self._saved = {}
             case e.SamplesSkipped(step=step):
@@ -115,7 +115,7 @@ class Timeline:
                 self._loaded = event
 
     def add_step(self, step: int) -> None:
-        """Take in the next step that the log has."""
+        """Take in the next step of the log."""
         if step != self._next or self._first == self._next:
             self._end_stretch()
             self._line = cut(self._line, step - 1)
@@ -135,20 +135,20 @@ class Timeline:
         self._first = self._next = 0
 
     def leading_to(self, step: int) -> Line:
-        """The steps that led to the checkpoint of a step, up to it; the timeline's where there is no such checkpoint."""
+        """The steps that led to the checkpoint of `step`; without such a checkpoint, the timeline's steps up to `step`."""
         line = self._saved[step][0] if step in self._saved else self.line
         return cut(line, step)
 
     def place(self, step: int) -> int | None:
-        """The place of the timeline's step; of one that is superseded, that of its last record. None if the log lacks it."""
+        """The place of a step of the timeline; of a superseded step, the place of its last record. None if the log lacks it."""
         return _find(step, (*reversed(self.line), *reversed(self._past)))
 
     def before(self, step: int) -> int | None:
-        """The place of the last record of a step with the samples that the last attempt reads. None: they are new."""
+        """The place of the last record of `step` with the samples that the last attempt reads. None if the step is new."""
         return _find(step, (s for s in reversed(self.recorded) if s.piece == self._piece))
 
     def to_redo(self) -> dict[int, int]:
-        """Step → place of the record that the last attempt must reproduce, of the steps that it computes again."""
+        """Recomputed step → place of the record that the last attempt must reproduce."""
         again = (s for s in self.recorded if s.attempt != self.attempt and s.piece == self._piece)
         return {step: place for step, place in places(again) if step > self.from_step}
 
@@ -166,8 +166,8 @@ def places(stretches: Iterable[Stretch]) -> Iterator[tuple[int, int]]:
 
 
 class LoggedStep(NamedTuple):
-    """A step of a timeline: its event, the version at which it is in the stream, and the environment that decided its numbers
-    (empty where the log does not have it)."""
+    """A step of a timeline: its event, its version in the stream, and the environment that computed it (empty if the log does
+    not have it)."""
 
     event: e.StepCompleted
     version: int

@@ -1,6 +1,6 @@
-"""The model families that the trainer knows, as data: how a config.json becomes a `ModelShape`, and what is refused.
+"""The supported model families as data: how a config.json becomes a `ModelShape`, and which options are refused.
 
-The weights and layers of a family are in `trainer/model/families`, in the module that has the name of its `model_type`.
+The weights and layers of a family are in `trainer/model/families`, in the module named as its `model_type`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 @dataclass(frozen=True)
 class Key:
-    """How a field of `ModelShape` is read: the first of the keys `names` (else the field's own name) that has a value,
-    as `kind`; without one the `default`, which may be a function of config.json. A key `switch` that is false makes it
-    None."""
+    """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
+    value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
+    field is None."""
 
     kind: Callable[[Any], Any]
     names: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Key:
     switch: str = ""
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
-        """The value of the field `name`. Raises `KeyError` when it is missing, and what `kind` raises."""
+        """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
         if self.switch and not config.get(self.switch, True):
             return None
         names = self.names or (name,)
@@ -41,22 +41,22 @@ class Key:
 
 @dataclass(frozen=True)
 class Untrained:
-    """A key of config.json that asks for `what` (by default its name), which is not trained, unless it is absent or has one
-    of the `neutral` values."""
+    """A key of config.json that requests the unsupported feature `what` (default: the key), unless it is absent or has one of
+    the `neutral` values."""
 
     key: str
     what: str = ""
     neutral: tuple[Any, ...] = (None, False, 0, [])
 
     def is_asked(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json asks for it."""
+        """Whether a config.json requests the feature."""
         return self.key in config and config[self.key] not in self.neutral
 
     def __str__(self) -> str:
         return f"{self.what} ({self.key})" if self.what else self.key
 
 
-# What Llama's config.json has, and most that came after it.
+# The fields of Llama's config.json, which most later families share.
 _FIELDS: dict[str, Any] = {
     "hidden_size": Key(int),
     "intermediate_size": Key(int),
@@ -71,7 +71,7 @@ _FIELDS: dict[str, Any] = {
     "rms_norm_eps": Key(float, default=1e-6),
     "tie_word_embeddings": Key(bool, default=False),
     "hidden_act": Key(str, default="silu"),
-    # Qwen's config.json has a window that is used only if use_sliding_window says so; Mistral's has no such key.
+    # Qwen uses the window of its config.json only if use_sliding_window is true; Mistral has no such key.
     "sliding_window": Key(int, default=None, switch="use_sliding_window"),
     "attention_bias": False,
     "qk_norm": False,
@@ -87,12 +87,11 @@ _OTHER_EXPERTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one `architecture`, as config.json names it, and `model_type`.
+    """Models of one `architecture` and `model_type`, as config.json names them.
 
-    `fields`: where its shape differs from Llama's: field → `Key`, or a constant.
-    `refused`: what its config.json may ask for and is not trained. `activations`, `rope_types`: those that the trainer
-    computes. `added(shape, tp)`: parameters that each of `tp` tensor-parallel ranks holds of a layer in addition to
-    Llama's and those that the shape names.
+    `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
+    config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
+    tensor-parallel rank besides those of Llama and of the shape's options.
     """
 
     architecture: str
@@ -104,7 +103,7 @@ class Family:
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
-        """The shape of a model whose config.json, with `override` laid over it, is `config`. Raises `KeyError`, `TypeError`,
+        """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
         `ValueError`, `AttributeError` or `ArithmeticError`."""
         theta, scaling = _rope(config, override)
         fields = {
@@ -147,7 +146,7 @@ FAMILIES: dict[str, Family] = {
             model_type="qwen3_moe",
             fields={
                 "qk_norm": True,
-                # Published configs have num_experts, those that transformers 5 writes num_local_experts.
+                # Published configs have num_experts; configs written by transformers 5 have num_local_experts.
                 "num_experts": Key(int, ("num_experts", "num_local_experts")),
                 "num_experts_per_tok": Key(int, default=8),
                 "moe_intermediate_size": Key(int),
@@ -160,7 +159,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def keys_read() -> list[str]:
-    """The keys of config.json that some family reads: to override another one would change nothing."""
+    """The keys of config.json that at least one family reads. An override of any other key would have no effect."""
     names = ["architectures", *ROPE_KEYS]
     for family in FAMILIES.values():
         for name, how in (_FIELDS | dict(family.fields)).items():
@@ -171,8 +170,8 @@ def keys_read() -> list[str]:
 
 
 def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, the scaling or None). transformers 5 writes RoPE settings as one mapping, 4 as two keys; an override wins
-    over either spelling in the file."""
+    """(theta, scaling or None). transformers 5 writes RoPE settings as one mapping, transformers 4 as two keys. An override
+    takes precedence over both forms."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     if "rope_parameters" not in override:

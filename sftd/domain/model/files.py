@@ -1,4 +1,4 @@
-"""What the log records of a model folder, and how a folder differs from its record. Pure."""
+"""The log's record of a model folder, and differences between a folder and its record. Pure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import msgspec
 
 from sftd.domain.errors import shorten
 
-# A difference lists this many keys of a config, and this many characters of a value.
+# A difference lists at most this number of config keys, and characters of a value.
 _KEYS = 6
 _VALUE = 60
-# What a licence asks to be passed on: it is kept for exports, but does not affect a run.
+# Licence files: exports copy them, but they do not affect a run.
 _LICENCES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """Size and digest of a file. `sha256` covers the whole file; of a weight file its size, its safetensors header and a
-    sample of its tensors (see `wire/model/digest.py`), because a submit cannot wait until all of it is read."""
+    """Size and digest of a file. `sha256` covers the whole file. For a weight file it covers its size, its safetensors header
+    and a sample of its tensors (see `wire/model/digest.py`), because reading all of it would delay submit too long."""
 
     bytes: int
     sha256: str
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
-    """A model folder. `files` are config, tokenizer, chat templates, the model's own code, the index of the weights and
-    licences, `weights` the safetensors files, by name. `contents` holds config.json and generation_config.json, parsed,
-    so that a change can be named key by key; one that is too large for the log is left out."""
+    """A model folder, by file name. `files` are config, tokenizer, chat templates, the model's own code, the index of the
+    weights and licences; `weights` are the safetensors files. `contents` holds the parsed config.json and
+    generation_config.json, so that changes can be listed by key; a file that is too large for the log is left out."""
 
     files: dict[str, ModelFile]
     weights: dict[str, ModelFile]
@@ -36,12 +36,12 @@ class ModelFiles(msgspec.Struct, frozen=True):
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) over everything but the weights: names a copy of these files."""
+        """sha256 (hex) over all files except the weights."""
         return _digest(self.files)
 
     @property
     def weights_digest(self) -> str:
-        """sha256 (hex) over what is recorded of the weight files."""
+        """sha256 (hex) over the digests of the weight files."""
         return _digest(self.weights)
 
 
@@ -51,14 +51,14 @@ def _digest(files: dict[str, ModelFile]) -> str:
 
 
 def differences(was: ModelFiles, now: ModelFiles, *, weights: bool, code: bool) -> dict[str, str]:
-    """File → how it differs from the record, in words; empty when the folder is as recorded.
+    """File → description of its difference from the record; empty if the folder matches the record.
 
-    `weights`: compare the weight files too; a run that starts from a checkpoint does not read them. `code`: the model's
-    own *.py files are executed, so they count.
+    `weights`: compare the weight files too, which a run from a checkpoint does not read. `code`: compare the model's *.py
+    files, because the run executes them.
     """
     found: dict[str, str] = {}
     for name in sorted(was.files.keys() | now.files.keys()):
-        # The index only says which file holds which tensor.
+        # The index matters only for reading the weights.
         is_read = weights if name.endswith(".safetensors.index.json") else code or not name.endswith(".py")
         if not is_read or name.startswith(_LICENCES):
             continue
@@ -68,7 +68,7 @@ def differences(was: ModelFiles, now: ModelFiles, *, weights: bool, code: bool) 
         if before is None or after is None:
             found[name] = "was not there" if before is None else "is gone"
         elif name in was.contents and name in now.contents:
-            # The same keys with the same values, written in another way, are the same config.
+            # A config with the same keys and values but another formatting is unchanged.
             if keys := list(_changed_keys(was.contents[name], now.contents[name])):
                 more = f"; {len(keys) - _KEYS} more keys" if len(keys) > _KEYS else ""
                 found[name] = "; ".join(keys[:_KEYS]) + more

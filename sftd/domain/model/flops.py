@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step takes, and how many a device could do: what MFU is made of."""
+"""Floating-point operations of a training step and peak rate of a device: the terms of MFU. Also device memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from sftd.domain.model.shape import ModelShape
 
-# Dense BF16 (and FP16) peak in FLOP/s, from NVIDIA's data sheets without sparsity, by words of the device's name; the
-# first whose words are all there.
+# Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
+# the device's name applies.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -22,10 +22,10 @@ _HALF = ("bfloat16", "float16")
 
 
 def matmul_parameters(shape: ModelShape) -> int:
-    """Parameters that a token is multiplied with: the projections of all layers and the output layer.
+    """Parameters in matrix products per token: the projections of all layers and the output layer.
 
-    A tied embedding counts once, as the output layer; looking a token up multiplies nothing. Of the experts of an MoE
-    layer those count that a token is sent to, and the router.
+    A tied embedding counts once, as the output layer; an embedding lookup is no product. An MoE layer counts its router
+    and the experts that a token is routed to.
     """
     heads = shape.num_attention_heads * shape.head_dim
     groups = shape.num_key_value_heads * shape.head_dim
@@ -42,17 +42,17 @@ def training_flops(shape: ModelShape, tokens: int, squared_lengths: float) -> fl
     """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
 
     6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
-    operations a parameter and token forward and twice that backward (Kaplan et al. 2020). The second is QKᵀ and PV,
-    2 · n² · heads · head_dim each in forward, halved because attention is causal, and three times that with the
-    backward pass. Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
+    operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
+    2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
+    Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
     """
     attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     return 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
 
 
 def peak_flops(device_name: str, dtype: object) -> float | None:
-    """Peak FLOP/s of dense matrix products in `dtype` (a torch dtype or its name) on a device, as
-    `torch.cuda.get_device_name` calls it; None for other devices and for other dtypes than BF16 and FP16."""
+    """Peak FLOP/s of dense matrix products in `dtype` (a torch dtype or its name) on the device that
+    `torch.cuda.get_device_name` names; None for unknown devices and for dtypes other than BF16 and FP16."""
     if str(dtype).removeprefix("torch.") not in _HALF:
         return None
     words = set(re.split(r"[\s-]+", device_name.upper()))
@@ -62,11 +62,11 @@ def peak_flops(device_name: str, dtype: object) -> float | None:
     return None
 
 
-# What CUDA calls the total memory of a device, in GiB, by words of its name.
+# Total memory of a device as CUDA reports it, in GiB, by words of its name.
 _GIB = (("B200", 179.0), ("H200", 139.8), ("H100 NVL", 93.1), ("H100", 79.1), ("A100", 79.1), ("L40S", 44.4))
 
 
 def device_bytes(device_name: str) -> int:
-    """Memory of a device by its name; 0 where that is not known."""
+    """Memory of a device in bytes, by its name; 0 if unknown."""
     words = set(re.split(r"[\s-]+", device_name.upper()))
     return next((int(size * 2**30) for name, size in _GIB if set(name.split()) <= words), 0)

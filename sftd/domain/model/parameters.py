@@ -1,4 +1,4 @@
-"""How many parameters a rank holds, in any layout: what the trainer's tensors come to (tests/trainer compares them)."""
+"""The number of parameters that a rank holds, in any layout (tests/trainer compares it with the trainer's tensors)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from sftd.domain.spec.spec import Spec
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Parameters of one rank: `experts` are those of MoE layers, which other ranks share than the `dense` rest."""
+    """Parameters of one rank: `experts` of MoE layers, and the `dense` rest, which is sharded over other ranks."""
 
     dense: int
     experts: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.dense + self.experts
 
 
 def whole_model(shape: ModelShape) -> int:
-    """Parameters of the model in one piece."""
-    one = Spec()
-    return held(one, shape, 0).total
+    """Parameters of the unsharded model."""
+    return held(Spec(), shape, 0).total
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that the tensor-parallel ranks share it evenly."""
+    """Rows of the embedding: the vocabulary size rounded up to a multiple of `tensor_parallel`."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel
 
 
 def held(spec: Spec, shape: ModelShape, stage: int) -> Held:
-    """What each rank of pipeline stage `stage` (from 0) holds."""
+    """Parameters of each rank of pipeline stage `stage` (from 0)."""
     m = spec.model.megatron
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     layers = shape.num_hidden_layers // pp
@@ -44,7 +43,7 @@ def held(spec: Spec, shape: ModelShape, stage: int) -> Held:
         outside += rows * shape.hidden_size
     if stage == pp - 1:
         outside += shape.hidden_size
-        # A tied output layer on another stage than the embedding has a copy of it.
+        # A tied output layer on a stage without the embedding holds a copy of it.
         if not shape.tie_word_embeddings or pp > 1:
             outside += rows * shape.hidden_size
     return Held(layers * dense + outside, layers * experts)

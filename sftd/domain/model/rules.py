@@ -1,4 +1,4 @@
-"""Rules of a model under a spec: what the trainer computes, and whether the model can be laid out as the spec says."""
+"""Rules for a model under a spec: the trainer must support it, and its sizes must fit the spec's layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ _EP = _MEGATRON + "expert_model_parallel_size"
 
 
 def check_architecture(name: str) -> Problem | None:
-    """Whether models of this architecture, as config.json names it, are trained; empty is none named. Without it there is no
-    shape that the other rules could look at."""
+    """Check that an architecture of config.json (empty if it names none) is supported. The other rules need its shape."""
     if name in FAMILIES:
         return None
     what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
@@ -29,30 +28,30 @@ def check_architecture(name: str) -> Problem | None:
 
 
 def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """What config.json asks for and the trainer does not compute."""
+    """The trainer does not compute everything that config.json can request."""
     for part in shape.unsupported:
-        what = f"config.json has {part}, which {shape.architecture} is not trained with here"
+        what = f"config.json has {part}, which sftd does not support for {shape.architecture}"
         yield Problem(_MODEL, what, "use a model without it")
 
 
 def expert_parallel_without_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Only experts are shared by expert parallelism."""
+    """Expert parallelism shards only experts."""
     ep = spec.model.megatron.expert_model_parallel_size
     if ep > 1 and not shape.num_experts:
-        yield Problem(_EP, f"{ep}, but {shape.architecture} has no experts to share", "set it to 1")
+        yield Problem(_EP, f"{ep}, but {shape.architecture} has no experts to shard", "set it to 1")
 
 
 def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The router has a choice to learn: of a single expert whose weight is normalised to 1 it would learn nothing."""
+    """The router needs a choice: with a single expert, whose weight is normalised to 1, it gets no gradient."""
     least = 2 if shape.norm_topk_prob else 1
     if shape.num_experts and not least <= shape.num_experts_per_tok <= shape.num_experts:
-        what = f"config.json gives a token {shape.num_experts_per_tok} of {shape.num_experts} experts"
+        what = f"config.json routes a token to {shape.num_experts_per_tok} of {shape.num_experts} experts"
         fix = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
         yield Problem(_MODEL, what, fix)
 
 
 def experts_not_divided(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Each rank holds as many experts as any other."""
+    """Each rank holds the same number of experts."""
     ep, experts = spec.model.megatron.expert_model_parallel_size, shape.num_experts
     if experts % ep:
         sizes = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
@@ -64,15 +63,15 @@ def experts_of_a_whole_sequence(spec: Spec, shape: ModelShape) -> Iterator[Probl
     m = spec.model.megatron
     if shape.num_experts and m.tensor_model_parallel_size > 1 and not m.sequence_parallel:
         what = (
-            "is off, but experts are trained only with each tensor-parallel rank holding its own part of the sequence: "
-            "otherwise all of them would send the same tokens to the experts"
+            "is off, but experts need it with tensor parallelism: "
+            "otherwise each tensor-parallel rank would send the same tokens to the experts"
         )
         fix = "turn it on, or set model.megatron.tensor_model_parallel_size to 1"
         yield Problem(_MEGATRON + "sequence_parallel", what, fix)
 
 
 def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer computes some activations of a family's feed-forward layers."""
+    """The trainer supports only some activations of a family's feed-forward layers."""
     known = FAMILIES[shape.architecture].activations
     if shape.hidden_act not in known:
         what = f"config.json has hidden_act {quote(shape.hidden_act)}"
@@ -88,10 +87,10 @@ def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 
 
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer computes some RoPE scalings."""
+    """The trainer supports only some RoPE scalings."""
     known = FAMILIES[shape.architecture].rope_types
     if shape.rope_type not in known:
-        what = f"RoPE scaling {quote(shape.rope_type)} is not known"
+        what = f"RoPE scaling {quote(shape.rope_type)} is not supported"
         yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
 
 
@@ -109,7 +108,7 @@ def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
     }
     sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
     if spec.model.megatron.expert_model_parallel_size > 1:
-        # Then a rank holds experts whole.
+        # Expert parallelism does not split an expert.
         del numbers["FFN units"]
     for part, number in numbers.items():
         if number % tp:
@@ -118,7 +117,7 @@ def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
 
 
 def layers_not_divided_by_pp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Each stage of the pipeline has as many layers as any other."""
+    """Each pipeline stage has the same number of layers."""
     m, layers = spec.model.megatron, shape.num_hidden_layers
     pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
     if layers % (pp * vpp):
@@ -128,7 +127,7 @@ def layers_not_divided_by_pp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
 
 
 def longer_than_pretrained(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Positions that the model has not seen."""
+    """The model was not pretrained on later positions."""
     length, positions = spec.data.sequence_length, shape.max_position_embeddings
     if length > positions:
         yield Problem(_LENGTH, f"{length} is more than the {positions} positions the model was trained on")
@@ -160,8 +159,8 @@ def changed_files(
     fix: str,
     run: str = "the run",
 ) -> list[Problem]:
-    """A problem for each file of the model folder of `spec` that is not as recorded when `run` was submitted; the last one has
-    `fix`. None is a folder without a record, which is not compared. `weights`: the weight files count."""
+    """A problem for each file in the model folder of `spec` that changed since `run` was submitted. Only the last one has
+    `fix`. Without a record (None) nothing is compared. `weights`: compare the weight files too."""
     if was is None or now is None:
         return []
     found = differences(was, now, weights=weights, code=spec.model.trust_remote_code)

@@ -1,4 +1,4 @@
-"""The shape of a model, as its config.json gives it."""
+"""The shape of a model, read from its config.json."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import msgspec
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model's config.json says of its shape. `attention_bias` is on the QKV projections; `sliding_window` is how
-    many tokens back attention looks, None for all.
+    """The shape of a model. `attention_bias` is that of the QKV projections. `sliding_window` is the attention span in
+    tokens, None if unlimited.
 
-    A mixture of experts (MoE) has `num_experts` in every layer, each of `moe_intermediate_size` units, of which a token
-    takes `num_experts_per_tok`, weighted by their softmax over all experts, or, with `norm_topk_prob`, over the taken
-    ones. `unsupported` names what config.json asks for that the trainer does not compute."""
+    In a mixture of experts (MoE) every layer has `num_experts` experts of `moe_intermediate_size` units. A token is routed
+    to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones with
+    `norm_topk_prob`. `unsupported` lists features of config.json that the trainer does not support."""
 
     architecture: str
     hidden_size: int
@@ -32,7 +32,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     hidden_act: str = "silu"
     sliding_window: int | None = None
-    # No family has it, but every log does.
+    # No family uses it, but every log contains it.
     mlp_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -42,6 +42,6 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rope_type(self) -> str:
-        """Name of the RoPE scaling, `default` without one."""
+        """Type of RoPE scaling; `default` if there is none."""
         scaling = self.rope_scaling or {}
         return str(scaling.get("rope_type", scaling.get("type", "default")))

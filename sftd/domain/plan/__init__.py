@@ -1,1 +1,1 @@
-"""What a run costs before it is submitted: memory, time, disk."""
+"""Predicted memory, time and disk use of a run."""

@@ -1,4 +1,4 @@
-"""What the data makes of a step: how many tokens the largest micro-batch has, and how many a step computes."""
+"""The workload of a step for given data: tokens of the largest micro-batch, and tokens computed per step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DRAWS = 400
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens are those of a whole micro-batch, which the CP ranks share, and of a whole step of all ranks.
+    """Counts in tokens, per whole micro-batch (over all CP ranks) or per whole step (over all ranks).
 
-    `largest`, `largest_trained`: of the micro-batch that needs the most memory, in a run of `planned_steps`: all its tokens with padding
-    and those whose logits are computed. `micro_batches`: one rank's in a step. `real`, `computed`: a step's tokens
-    without and with padding; `squares`: Σ n² of the segments that attention computes.
+    `largest`, `largest_trained`: tokens of the largest micro-batch of the run, with padding, and those with logits.
+    `micro_batches`: number per rank and step. Per step: `real` and `computed` tokens (without and with padding), `trained`
+    tokens, `squares` (Σ n² over the segments of attention), and `rows`.
     """
 
     largest: int
@@ -35,7 +35,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def workload(spec: Spec, facts: DataFacts, planned_steps: int, device: str) -> Workload:
-    """Of the training data. Logs of older versions do not hold how its lengths vary: they are taken not to."""
+    """The workload for the training data. Older logs lack the distribution of lengths; all rows are then taken as equal."""
     batch = spec.data.train_batch_size
     longest = min(facts.longest or spec.data.sequence_length, spec.data.sequence_length)
     rows = max(1, facts.usable)
@@ -92,30 +92,31 @@ def _cut(
     *,
     is_pipeline: bool,
 ) -> tuple[float, float, float]:
-    """(the largest micro-batch of a run, a step's micro-batches, its tokens with padding). Of the thousands of layouts that
-    a search plans, most cut a step alike."""
+    """(tokens of the largest micro-batch of a run, micro-batches per step, tokens per step with padding). Cached, because
+    most of the thousands of layouts in a search cut a step in the same way."""
     varies = square > mean * mean * (1 + 1e-9)
-    # A micro-batch ends where a sample does: on average it lacks half a sample, the long ones more often.
+    # A micro-batch holds whole samples, so half a sample of room is unused on average. The sample that
+    # does not fit is more often a long one.
     lost = 0.5 * square / mean if varies else 0.0
     room = max(longest, budget - lost)
     spread = math.sqrt(max(0.0, square - mean * mean) * batch)
     bell = NormalDist()
     cuts = []
-    # A step's tokens are a sum of many lengths: steps at evenly spaced quantiles of it.
+    # The tokens of a step are a sum of many lengths, so nearly normal: take evenly spaced quantiles.
     for i in range(_DRAWS if varies else 1):
         drawn = batch * mean + spread * bell.inv_cdf((i + 0.5) / _DRAWS) if varies else batch * mean
         tokens = min(max(drawn, 1.0), batch * longest)
         pieces = max(1, math.ceil(math.ceil(tokens / room - 1e-9) / unit)) * unit
-        # The largest of the evened-out micro-batches is above their mean by a part of a sample.
+        # The largest of the balanced micro-batches exceeds their mean by part of a sample.
         largest = min(budget, max(tokens / pieces + (lost / 2 if pieces > 1 else 0.0), 1.0))
         cuts.append((largest, pieces, tokens))
     cuts.sort()
     fullest = cuts[min(len(cuts) - 1, int(len(cuts) * steps / (steps + 1)))][0]
     computed = 0.0
     for largest, pieces, tokens in cuts:
-        # In a pipeline all micro-batches of a step have the length of the longest.
+        # In a pipeline all micro-batches of a step are padded to the longest.
         each = largest if is_pipeline else tokens / pieces
-        # A drawn number of tokens is no whole one, and to be rounded up to one is no padding.
+        # With a multiple of 1 there is no padding; the drawn number of tokens is fractional and must not be rounded up.
         computed += pieces * (each if multiple == 1 else _round_up(each, multiple)) / len(cuts)
     return fullest, sum(pieces for _, pieces, _ in cuts) / len(cuts), computed
 
@@ -125,7 +126,7 @@ def _padded(
 ) -> tuple[int, float, int, float, float]:
     size, batch = spec.training.micro_batch_size_per_gpu, spec.data.train_batch_size
     dp = spec.data_parallel_size
-    # In a pipeline the longest row of a step is that of all its micro-batches.
+    # In a pipeline all micro-batches are padded to the longest row of the step.
     among = batch if spec.model.megatron.pipeline_model_parallel_size > 1 else size
     length = _round_up(_expected_longest(facts.lengths, among) or longest, multiple)
     count = max(1, batch // (size * dp))
@@ -136,7 +137,7 @@ def _padded(
 
 
 def _expected_longest(lengths: tuple[int, ...], among: int) -> float | None:
-    """Mean of the longest of `among` rows drawn at random; None where the lengths are not known."""
+    """Expected maximum length of `among` rows drawn at random; None if the lengths are unknown."""
     if len(lengths) != len(LENGTH_QUANTILES):
         return None
     total = 0.0

@@ -1,4 +1,4 @@
-"""The disk that a run takes: checkpoints as its rules keep them, and an export."""
+"""Disk use of a run: checkpoints under its retention rules, and an export."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _WIDTH = {"float32": 4, "bfloat16": 2}
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes, and how many checkpoints. `kept` are there at the end; `most` at once, the one being written included, when
-    each new checkpoint is the best so far or none is: whatever needs more. `needed` is the free space for that. At the end
-    `reduced` of the kept ones hold only the weights, which take as much as an export."""
+    """Sizes in bytes and numbers of checkpoints. `saved` are written in total and `kept` remain at the end. `most` exist at
+    the same time in the worst case, including the one being written. `reduced` of the kept ones hold only the weights at the
+    end; each takes the space of an export. `checkpoint` and `export` are the bytes of one."""
 
     checkpoint: int
     saved: int
@@ -28,28 +28,28 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def at_end(self) -> int:
-        """Of the checkpoints that stay."""
+        """Bytes of the checkpoints that remain at the end."""
         return (self.kept - self.reduced) * self.checkpoint + self.reduced * self.export
 
     @property
     def one_save(self) -> int:
-        """Free space that a save asks for."""
+        """Free bytes that a save requires."""
         return int(SAVE_HEADROOM * self.checkpoint)
 
     @property
     def needed(self) -> int:
-        """Free space so that no save fails."""
+        """Free bytes that the whole run requires, so that no save fails."""
         return (self.most - 1) * self.checkpoint + self.one_save
 
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
-    """Of a run of `planned_steps`. Steps up to `first_step`, and their checkpoints, belong to a fork's parent."""
+    """Disk use of a run of `planned_steps`. Steps up to `first_step` and their checkpoints belong to a fork's parent."""
     parameters = whole_model(shape)
     size = parameters * CHECKPOINT_BYTES[dtype]
     steps = save_steps(spec, planned_steps, first_step)
 
     def count(saved: list[int]) -> tuple[int, int]:
-        """How many stay besides the best, and with them: those may be any others."""
+        """(number kept by rules other than `keep_best`, number kept in total if the best are other checkpoints)."""
         stays = sum(map(bool, kept_by_rules(spec.checkpoint, saved, [], planned_steps).values()))
         best = spec.checkpoint.keep_best if spec.data.val_files else 0
         return stays, stays + min(best, len(saved) - stays)
@@ -60,7 +60,7 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
         saved=len(steps),
         kept=kept,
         reduced={"all": 0, "last": kept - stays, "weights": kept}[spec.checkpoint.after_success],
-        # Before the retention that follows the last save: never fewer stay than after an earlier one.
+        # The peak is at the last save, before retention runs: the number kept never decreases with more saves.
         most=count(steps[:-1])[1] + 1,
         export=parameters * _WIDTH[dtype],
     )

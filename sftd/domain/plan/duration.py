@@ -1,4 +1,4 @@
-"""How long a step and a run take: arithmetic over measured rates, or the pace of earlier runs. docs/plan.md has the sources."""
+"""Duration of a step and of a run, from measured rates or from the pace of earlier runs. docs/plan.md has the sources."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.spec.spec import Spec
 
-# Share of the BF16 peak that the trainer's arithmetic reaches, without what is counted on its own below: the 1B and 7B
+# Share of the BF16 peak that the trainer's arithmetic reaches, without the separate terms below. Fitted to the 1B and 7B
 # shapes of docs/benchmarks.md on H100 and H200.
 _SHARE = 0.553
-# Other devices and dtypes are not measured.
+# Rates for other devices and dtypes are assumed.
 _MEASURED = ("H100", "H200")
-# Host and kernel starts of a layer in a micro-batch, in seconds: 2, 4 and 8 rows of the 1B shape.
+# Host time and kernel launches of a layer per micro-batch, in seconds. Fitted to 2, 4 and 8 rows of the 1B shape.
 _LAYER_SECONDS = 0.28e-3
-# For an element of a token's queries and keys, where they are normed: these operations are not fused.
+# Seconds per element of normalised queries and keys: these operations are not fused.
 _QK_NORM_SECONDS = 67e-12
-# Factors: deterministic kernels; layers whole or in part computed again; each doubling of TP.
+# Factors for deterministic kernels, full or selective recomputation, and each doubling of TP.
 _DETERMINISTIC = 1.05
 _RECOMPUTED = {"full": 4 / 3, "selective": 1.12}
 _TENSOR_PARALLEL = 1.07
-# Bytes a second between GPUs of a host, for gradients and weights: assumed.
+# Bytes per second between GPUs of a host, for gradients and weights. Assumed.
 _LINK_BYTES = 300e9
-# A CPU core's FP32 arithmetic, and what AdamW and gloo's copies take for a parameter: two cores, the demo.
+# FP32 FLOP/s of a CPU core, and seconds per parameter for AdamW and gloo's copies. Measured with the demo on two cores.
 _CORE_FLOPS = 75e9
 _CPU_PARAMETER_SECONDS = 10e-9
-# Until the first step, and a checkpoint's bytes a second: one disk, one H100.
+# Seconds before the first step, and checkpoint bytes per second. Measured on one disk and one H100.
 _START_SECONDS = {"cpu": 25.0, "cuda": 45.0}
 _DISK_BYTES = {"cpu": 0.55e9, "cuda": 1.15e9}
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds. `basis` says where the rate is from: "measured" (docs/benchmarks.md), "assumed", or "log" (earlier runs,
-    whose steps took `calibration` times what the formula says)."""
+    """Durations in seconds. `basis` is the source of the rate: "measured" (docs/benchmarks.md), "assumed", or "log" (earlier
+    runs, whose steps took `calibration` times the formula's prediction)."""
 
     step: float
     steps: int
@@ -53,12 +53,12 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> float:
-        """The whole run, without waiting in the queue."""
+        """Duration of the whole run, without time in the queue."""
         return self.training + self.validating + self.saving + self.starting
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Where it runs: `device` is `cuda` or `cpu`, `name` what torch calls the device, `cores` the host's."""
+    """The machine of a run: `device` is `cuda` or `cpu`, `name` is torch's device name, `cores` are those of the host."""
 
     device: str
     name: str
@@ -77,7 +77,7 @@ def pace(
     checkpoint_bytes: int,
     calibration: float | None = None,
 ) -> Pace:
-    """The run's. `calibration` is that of earlier runs, None without any."""
+    """The pace of a run. `calibration` is from earlier runs, None without any."""
     seconds, basis = step_seconds(spec, shape, work, machine)
     if calibration is not None:
         seconds, basis = seconds * calibration, "log"
@@ -91,7 +91,7 @@ def pace(
         steps=steps,
         training=steps * seconds,
         validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
-        # A save during training delays it little, except the last one, which the end of the run waits for.
+        # An asynchronous save hardly delays training, but the run waits for its last save.
         saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
         starting=_START_SECONDS[machine.device],
         basis=basis,
@@ -101,13 +101,13 @@ def pace(
 
 
 def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine) -> tuple[float, str]:
-    """(seconds of an optimizer step by the formula, "measured" or "assumed")."""
+    """(seconds of an optimizer step by the formula, basis: "measured" or "assumed")."""
     m = spec.model.megatron
     flops = training_flops(shape, round(work.computed), work.squares)
     if spec.model.enable_gradient_checkpointing:
         flops *= _RECOMPUTED[spec.model.recompute]
     if machine.device == "cpu":
-        # The ranks share the cores, and all of them update and copy what they hold.
+        # The ranks share the cores, and each rank updates and copies its own parameters.
         threads = spec.launch.threads_per_rank
         cores = min(machine.cores, threads * spec.world_size) if threads else machine.cores
         parameters = sum(held(spec, shape, stage).total for stage in range(m.pipeline_model_parallel_size))
@@ -116,7 +116,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     peak = peak_flops(machine.name, "bfloat16")
     is_measured = peak is not None and any(name in machine.name for name in _MEASURED)
     dtype = weights_dtype(spec, machine.device)
-    # FP32 products run in TF32 or less: not measured here.
+    # Assumed: FP32 products run at a tenth of the BF16 rate.
     rate = _SHARE * (peak or 989e12) * (1.0 if dtype == "bfloat16" else 0.1)
     seconds = flops / (rate * spec.world_size)
     if shape.qk_norm:
@@ -132,13 +132,13 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     seconds *= 1 + (pp - 1) / (work.micro_batches * vpp)
     ranks = spec.data_parallel_size * m.context_parallel_size
     most = max(held(spec, shape, stage).total for stage in range(pp))
-    # FP32 gradients are reduced, BF16 weights gathered.
+    # Reduction of FP32 gradients (4 bytes) and gathering of BF16 weights (2 bytes).
     seconds += 6 * most * (ranks - 1) / ranks / _LINK_BYTES
     return seconds, "measured" if is_measured and dtype == "bfloat16" else "assumed"
 
 
 def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:
-    """After which steps a checkpoint is saved, of those after `first_step`."""
+    """The steps after `first_step` at which a checkpoint is saved."""
     every = spec.trainer.save_interval
     found = [] if not every else list(range((first_step // every + 1) * every, planned_steps, every))
     return [*found, planned_steps]
@@ -155,5 +155,5 @@ def _validations(spec: Spec, planned_steps: int, first_step: int) -> int:
 def _validation_seconds(work: Workload, val: DataFacts | None, step: float) -> float:
     if val is None:
         return 0.0
-    # Forward alone is a third of a step's arithmetic.
+    # A forward pass is a third of a step's arithmetic.
     return step / 3 * (val.seen_tokens or val.tokens) / max(work.real, 1.0)

@@ -1,6 +1,6 @@
-"""The memory of a rank at its fullest, from what the trainer allocates. docs/plan.md derives each term.
+"""Peak memory of a rank, from the trainer's allocations. docs/plan.md derives each term.
 
-On a GPU these are the bytes of tensors, as `torch.cuda.max_memory_allocated` counts them; on a CPU those of the process.
+On a GPU the bytes of tensors count, as in `torch.cuda.max_memory_allocated`; on a CPU those of the process.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import CHECKPOINT_BYTES, CUBLAS_BYTES, SCORES_BYTES, logits_chunks
 from sftd.domain.spec.spec import Spec
 
-# A process on a CPU with torch and Megatron imported; and what its C library keeps of freed activations, a share of
-# them up to a limit. Measured and fitted, not derived: docs/plan.md.
+# A CPU process with torch and Megatron imported, and the freed activations that the C library keeps: a share of them, up
+# to a limit. Measured and fitted, not derived: docs/plan.md.
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
-# What a GPU needs in addition to the tensors: the CUDA context, kernels, and, with several ranks, the buffers of
-# some twenty NCCL groups that are made at the start: 2.0 and 8.8 GiB on an H100; and what the allocator reserves and does
-# not use, up to 3.7 %. Measured: docs/plan.md.
+# GPU memory besides tensors: the CUDA context, kernels and, with several ranks, buffers of about twenty NCCL groups (2.0
+# and 8.8 GiB on an H100), and memory that the allocator reserves but does not use (up to 3.7 %). Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
 GPU_OUTSIDE_ALONE_BYTES = 9 << 28
 GPU_CUT_SHARE = 0.04
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one rank of pipeline stage `stage` at its peak. `activations` are kept for backward, `loss` is the logits
-    and what surrounds them or, where that is more, what the backward of a layer needs."""
+    """Peak bytes of one rank of pipeline stage `stage`. `activations` are kept for backward. `loss` is the larger of the
+    logits with their surrounding tensors, and the temporary memory of a layer's backward."""
 
     stage: int
     weights: int
@@ -40,23 +39,23 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        """All of it: the prediction of `peak_memory_bytes`."""
+        """Total bytes: the prediction of `peak_memory_bytes`."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.workspace
 
 
 def footprints(spec: Spec, shape: ModelShape, work: Workload, *, device: str, dtype: str) -> list[Footprint]:
-    """Of each pipeline stage. `device` is `cuda` or `cpu`, `dtype` `bfloat16` or `float32`."""
+    """The footprint of each pipeline stage. `device` is `cuda` or `cpu`, `dtype` `bfloat16` or `float32`."""
     stages = spec.model.megatron.pipeline_model_parallel_size
     return [_of_stage(spec, shape, work, stage, device, dtype) for stage in range(stages)]
 
 
 def fullest(found: list[Footprint]) -> Footprint:
-    """The one that decides whether it fits."""
+    """The largest footprint."""
     return max(found, key=lambda f: f.total)
 
 
 def needed(footprint: Footprint, device: str, ranks: int) -> int:
-    """Bytes that a device must have for it, of a run of `ranks` ranks."""
+    """Device bytes (host bytes on a CPU) that a rank requires, in a run of `ranks` ranks."""
     if device == "cpu":
         return footprint.total
     outside = GPU_OUTSIDE_BYTES if ranks > 1 else GPU_OUTSIDE_ALONE_BYTES
@@ -64,7 +63,7 @@ def needed(footprint: Footprint, device: str, ranks: int) -> int:
 
 
 def host_copy_bytes(spec: Spec, checkpoint_bytes: int) -> int:
-    """Host memory of all ranks for the copy that an asynchronous save writes from."""
+    """Host bytes of all ranks for the copy from which an asynchronous save writes."""
     return checkpoint_bytes if spec.checkpoint.async_save else 0
 
 
@@ -86,17 +85,17 @@ def _of_stage(
     layers_in_flight = _layers_in_flight(spec, shape, work, stage)
     activations = layers_in_flight * kept * tokens
     if pp > 1:
-        # What one stage sends to the next stays with both until backward.
+        # Both stages keep the tensor that one sends to the next until backward.
         shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
         per_chunk = shape.num_hidden_layers // (pp * (m.virtual_pipeline_model_parallel_size or 1))
         activations += layers_in_flight / per_chunk * width * shape.hidden_size * tokens / shared
     head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
-    # The layer's feed-forward part is through, and let go, when its attention's scores are held.
+    # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
     backward = recomputed * tokens + max(0.0, scores - layer.feed_forward() * tokens)
     workspace = CUBLAS_BYTES
     if device == "cpu":
-        # gloo copies the gradients that it reduces, when the activations are freed but still with the C library.
+        # gloo copies the gradients that it reduces. By then the activations are freed, but the C library keeps a part.
         held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
         workspace = PROCESS_BYTES + int(held_back) + 4 * mine.total
     return Footprint(
@@ -111,7 +110,7 @@ def _of_stage(
 
 
 def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int) -> int:
-    """Layers times micro-batches whose activations a rank of the stage holds at once: 1F1B, or interleaved."""
+    """Layers × micro-batches whose activations a rank of the stage holds at the same time: 1F1B, or interleaved."""
     m = spec.model.megatron
     pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
     if vpp == 1:
@@ -123,7 +122,7 @@ def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int)
 def _loss_bytes(
     spec: Spec, shape: ModelShape, work: Workload, tokens: float, device: str, width: int
 ) -> float:
-    """After the last layer: the final norm, the hidden states of trained positions with their gradient, the logits."""
+    """Bytes after the last layer: final norm, hidden states of trained positions with their gradient, and logits."""
     m = spec.model.megatron
     h, tp = shape.hidden_size, m.tensor_model_parallel_size
     shared = tp if m.sequence_parallel else 1
@@ -135,20 +134,20 @@ def _loss_bytes(
     around += 2 * width * h * trained
     row_bytes = padded_vocabulary(shape.vocab_size, tp) // tp * width
     rows: int = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
-    # One chunk at a time; a CPU takes a copy to exponentiate.
+    # One chunk at a time; on a CPU exp needs a copy.
     copies = 2 if device == "cpu" else 1
     return around + copies * rows * row_bytes
 
 
 def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> float:
-    """What deterministic attention holds of the scores' gradient: of padded rows, in half precision."""
+    """Bytes of the scores' gradient in deterministic attention, which applies to padded rows in half precision."""
     m = spec.model.megatron
     if not spec.training.deterministic or spec.training.use_rmpad or width != 2:
         return 0.0
     rows = spec.training.micro_batch_size_per_gpu
     group = shape.num_attention_heads / shape.num_key_value_heads * (work.largest / rows) ** 2 * width
     heads = rows * max(1, shape.num_key_value_heads // m.tensor_model_parallel_size)
-    # A part is of whole groups; what would be larger goes another way.
+    # A chunk holds whole groups. A group above the limit takes another code path.
     return 0.0 if group > SCORES_BYTES else min(heads * group, SCORES_BYTES)
 
 
@@ -178,16 +177,14 @@ class _Layer:
         if not self._shape.num_experts:
             ffn = self._width * self._shape.intermediate_size / self._tp
         else:
-            # The experts' own norm and activation are Megatron's, which keeps them.
+            # Megatron's expert layers keep their own norm and activation.
             spared = hidden
         return whole - spared - ffn, grads + max(hidden, ffn)
 
     def _residual(self) -> float:
-        # The stream before attention and before the MLP, and both norms' outputs, which the products keep.
-        parts = 4
-        if self._is_cpu:
-            # Both norms keep the normalised input too.
-            parts += 2
+        # The residual stream before attention and before the MLP, and the outputs of both norms, kept by the products.
+        # On a CPU both norms keep their normalised input too.
+        parts = 6 if self._is_cpu else 4
         return parts * self._width * self._shape.hidden_size / self._shared + (0 if self._is_cpu else 8)
 
     def _attention(self) -> float:
@@ -196,17 +193,17 @@ class _Layer:
         k = e * s.num_key_value_heads * s.head_dim / self._tp
         statistics = 4 * s.num_attention_heads / self._tp
         if self._cp > 1:
-            # Keys and values of all ranks' tokens, the two chunks' outputs, and what is made of them.
+            # Keys and values of all ranks' tokens, the outputs of the two chunks, and the combined output.
             return q + 2 * k * self._cp + 2 * q + statistics + (q + 2 * k if self._keeps_qkv() else 0)
         kept = q + 2 * k + q + statistics
         if self._keeps_qkv():
             # The value is a part of the fused QKV, which is kept whole.
             kept += q + k
         if s.qk_norm:
-            # What goes into their norms; on a CPU what they normalise it to as well, and the key's input is a part of qkv.
+            # The inputs of both norms. On a CPU their normalised outputs too, but the key's input is part of QKV.
             kept += (2 * q + k if self._is_cpu else q + k) + statistics
         if self._is_cpu and self._spec.training.use_rmpad:
-            # Segments' outputs, and what is made of them.
+            # The outputs of the segments, and their concatenation.
             kept += q
         return kept
 
@@ -214,14 +211,14 @@ class _Layer:
         return self._is_cpu or self._shape.qk_norm
 
     def feed_forward(self) -> float:
-        """Of these, what the MLP keeps."""
+        """Bytes per token that the MLP keeps until backward."""
         s, e = self._shape, self._width
         if not s.num_experts:
-            # Gate and up, and what they make; on a CPU silu(gate) too.
+            # Gate, up and their product; on a CPU silu(gate) too.
             return (4 if self._is_cpu else 3) * e * s.intermediate_size / self._tp
         split = self._spec.model.megatron.expert_tensor_parallel_size
-        # Of each expert that a token goes to: the token there and back, gate and up, silu(gate), their product, that with
-        # the expert's weight twice, and indices.
+        # Per expert of a token: the token on both ways, gate, up, silu(gate), their product, the product scaled by the
+        # expert's weight twice, and indices.
         f = s.moe_intermediate_size / split
         sent = s.num_experts_per_tok * (e * (2 * s.hidden_size + 6 * f) + 40)
         return sent / self._shared

@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: memory of each rank, time, disk. Pure arithmetic over its facts."""
+"""The plan of a run: predicted memory of each rank, time and disk. Pure arithmetic over its facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sftd.domain.spec.spec import Spec
 
 
 class PlanInputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a run in addition to its spec. Steps up to `first_step` belong to a fork's parent."""
+    """Facts of a run besides its spec. Steps up to `first_step` belong to a fork's parent."""
 
     shape: ModelShape
     train: DataFacts
@@ -27,7 +27,7 @@ class PlanInputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """The prediction. `memory` has each pipeline stage; `host_copy` is the host's, of all ranks."""
+    """The prediction. `memory` has one entry per pipeline stage; `host_copy` is in bytes of host memory, over all ranks."""
 
     machine: Machine
     ranks: int
@@ -40,16 +40,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fullest(self) -> Footprint:
-        """The stage whose ranks need the most."""
+        """The stage whose ranks need the most memory."""
         return fullest(self.memory)
 
     @property
     def needed(self) -> int:
-        """Bytes that each device, or on CPUs the host for each rank, must have."""
+        """Required bytes of each device; on CPUs, of the host per rank."""
         return needed(self.fullest, self.machine.device, self.ranks)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the sums."""
+        """As plain values for JSON, with the totals."""
         found: dict[str, Any] = msgspec.to_builtins(self)
         for stage, values in zip(self.memory, found["memory"], strict=True):
             values["total"] = stage.total
@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_plan(spec: Spec, facts: PlanInputs, machine: Machine, calibration: float | None = None) -> Plan:
-    """The prediction for a run on a machine; `calibration` is that of earlier runs (see `Pace`)."""
+    """The plan of a run on a machine; `calibration` is from earlier runs (see `Pace`)."""
     dtype = weights_dtype(spec, machine.device)
     work = workload(spec, facts.train, facts.planned_steps - facts.first_step, machine.device)
     disk = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)

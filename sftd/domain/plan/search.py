@@ -1,4 +1,4 @@
-"""The best layout for the devices at hand: every valid one is planned, and the fastest that fits is taken."""
+"""Search of the best layout for given devices: plan every valid layout and choose the fastest that fits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import Spec
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-# Faster by less than this is not worth a change of the config: rates are not known better.
+# A smaller speed-up is within the error of the rates and does not justify a change of the config.
 _CLOSE = 1.03
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout. `changes` are the keys of the spec to set for it; `without_recompute` is what each device would need
-    without recomputation, None where it has none or that would fit too."""
+    """A layout. `changes` are the keys of the spec to set for it. `without_recompute` is the bytes that each device would need
+    without recomputation; None if the layout does not recompute, or would also fit without it."""
 
     plan: Plan
     spec: Spec
@@ -29,8 +29,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """`best` is the fastest that fits, None when none does; `fitting` the fitting ones by speed, at most one for each way
-    of sharing the model; `smallest` needs the least memory of all; `tried` and `fit` count."""
+    """`best` is the fastest layout that fits, None if none fits. `fitting` are those that fit, by speed, one per combination of
+    parallel sizes. `smallest` needs the least memory. `tried` and `fit` are numbers of layouts."""
 
     best: Choice | None
     fitting: list[Choice]
@@ -48,8 +48,8 @@ def search(
     memory: int,
     calibration: float | None = None,
 ) -> Search:
-    """Over TP, PP, VPP, CP, EP, DP, micro-batches and recomputation, on up to `devices` devices of `memory` bytes: those
-    of all the nodes of the spec together."""
+    """Search TP, PP, VPP, CP, EP, DP, micro-batches and recomputation. `devices` is the maximum number of devices over all
+    nodes of the spec, each with `memory` bytes (on CPUs: of the host)."""
     found: list[Choice] = []
     for other in _candidates(spec, facts, devices, machine):
         if SPEC.problems(other) or MODEL.problems(other, facts.shape):
@@ -91,7 +91,7 @@ def _with_reason(choice: Choice, facts: PlanInputs, machine: Machine, memory: in
 
 
 def changes(spec: Spec, other: Spec) -> dict[str, Any]:
-    """The keys by which `other` differs from `spec`, of those that a layout sets."""
+    """Layout keys whose values differ between the specs → their values in `other`."""
     found = {}
     for section, name in _KEYS:
         mine, theirs = (_at(s, section, name) for s in (spec, other))
@@ -174,7 +174,7 @@ def _batched(spec: Spec, facts: PlanInputs) -> Iterator[Spec]:
             yield replace(spec, training=replace(training, micro_batch_size_per_gpu=size))
         return
     length = spec.data.sequence_length
-    # A micro-batch never has more than the samples of a step.
+    # A micro-batch has at most the samples of a step.
     top = most * min(facts.train.longest or length, length)
     yield spec
     for tokens in (n * length for n in _MICRO_BATCHES):

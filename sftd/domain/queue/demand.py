@@ -1,4 +1,4 @@
-"""What a run asks a host for, and how many of the host's devices that is."""
+"""The resources that a run requires, and the number of a host's devices that it takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import msgspec
 from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 
-# The devices of a host: what a daemon calls them where it counts them, and the kind that each one's name begins with.
+# Name of the device count in a daemon's inventory → device kind, which is the prefix of each device's name.
 HOST_DEVICES = {"gpus": "cuda", "cpus": "cpu"}
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the scheduler needs to know of a spec. `ranks` are those of one machine, `world` all of them; all start or none
-    does. `preemptible`: a waiting run of higher priority may take its place."""
+    """The part of a spec that the scheduler needs. `ranks` is per machine, `world` the total; either all ranks start or none.
+    `preemptible`: a waiting run of higher priority may take its place."""
 
     ranks: int = 1
     world: int = 1
@@ -36,8 +36,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What an attempt takes on a host: `count` devices of a kind; `threads` is OMP_NUM_THREADS of each rank. A launcher that
-    does not use the host's devices gives each attempt one of its places: the kind is the launcher's name."""
+    """The devices that an attempt takes on a host: `count` of kind `device`. `threads` is OMP_NUM_THREADS of each rank. A
+    launcher that does not use the host's devices gives each attempt one place, whose kind is the launcher's name."""
 
     device: str
     count: int
@@ -45,7 +45,7 @@ class Need(msgspec.Struct, frozen=True):
 
 
 def need(demand: Demand, gpus: int, cpus: int) -> Need:
-    """What a run takes on a host with these devices. Without `launch.threads_per_rank` the ranks of a CPU run share all
+    """The need of a run on a host with these devices. Without `launch.threads_per_rank` the ranks of a CPU run share all
     cores."""
     if not kind_of(demand.launcher).uses_host_devices:
         return Need(demand.launcher, 1, demand.threads or 1)
@@ -55,5 +55,5 @@ def need(demand: Demand, gpus: int, cpus: int) -> Need:
     if device == "cuda":
         return Need("cuda", demand.ranks, demand.threads or max(1, cpus // max(1, gpus)))
     threads = demand.threads or max(1, cpus // demand.ranks)
-    # More ranks than cores is slow but works, as GPUs do not: it takes the whole machine.
+    # More ranks than cores are slow but work, in contrast to GPUs. Such a run takes the whole machine.
     return Need("cpu", min(cpus, demand.ranks * threads), threads)

@@ -1,4 +1,4 @@
-"""What each waiting run waits for on these hosts, and when it will start as far as that can be known."""
+"""Forecast for waiting runs: the reason for the wait, and the expected start time if it is known."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sftd.domain.queue.demand import HOST_DEVICES, need
 from sftd.domain.queue.order import Entry, Gate, Limits, Wait
 from sftd.domain.spec.launchers import LOCAL, kind_of
 
-# Later starts are guesses on guesses.
+# The limit on simulated ends of runs: later starts are too uncertain.
 _ROUNDS = 100
 
 
 class HostCapacity(msgspec.Struct, frozen=True):
-    """A living daemon's host: how many devices of each kind it has, and places by launcher. `limits` are those of the daemon,
-    None for an older one, which did not report them."""
+    """The host of a running daemon: number of devices by kind, and of places by launcher. `limits` are the daemon's, None if
+    an older daemon does not report them."""
 
     daemon: str
     name: str
@@ -30,39 +30,39 @@ class HostCapacity(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, daemon: str, name: str, described: Mapping[str, int]) -> HostCapacity:
-        """A host as its daemon describes it: devices, places and limits in one mapping (`Inventory.describe`)."""
+        """A host from its daemon's mapping of devices, places and limits (`Inventory.describe`)."""
         places = {k: n for k, n in described.items() if k not in HOST_DEVICES and not k.endswith("_limit")}
         gpus, cpus = described.get("gpus", 0), described.get("cpus", 0)
         return cls(daemon, name, gpus, cpus, places, Limits.told(described))
 
     def total(self, kind: str) -> int:
-        """How many devices of a kind there are."""
+        """Number of devices of a kind."""
         return {"cuda": self.gpus, "cpu": self.cpus}.get(kind, self.places.get(kind, 0))
 
 
 class Outlook(msgspec.Struct, frozen=True):
-    """What a run waits for, and when it is expected to start; None is unknown."""
+    """What a run waits for, and its expected start; None if unknown."""
 
     wait: Wait
     starts_at: Micros | None = None
 
 
 class _Room:
-    """The devices of a host that are free, and the run for which they are reserved."""
+    """The free devices of a host, and the runs for which they are reserved."""
 
     def __init__(self, host: HostCapacity) -> None:
         self.host = host
         self._free = Counter({kind: host.total(kind) for kind in ("cuda", "cpu", *host.places)})
-        # By launcher: the runs of one do not wait for those of another.
+        # Launcher → run id. Runs of different launchers do not wait for each other.
         self.reserved_for: dict[str, str] = {}
 
     @property
     def launchers(self) -> set[str]:
-        """Who starts runs here."""
+        """Names of the launchers of this host."""
         return {LOCAL.name, *(name for name, places in self.host.places.items() if places)}
 
     def has(self, entry: Entry) -> bool | None:
-        """Whether the run fits now; None when it never does."""
+        """Whether the run fits now; None if it never fits."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
         return (
             None
@@ -71,12 +71,12 @@ class _Room:
         )
 
     def count(self, entry: Entry, sign: int) -> None:
-        """The run takes its devices (-1) or gives them back (1)."""
+        """Take (`sign` -1) or release (1) the devices of a run."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
         self._free[wanted.device] += sign * wanted.count
 
     def lack(self, entry: Entry) -> tuple[int, str, int]:
-        """How many devices the run needs, how people call them, and how many are free."""
+        """(number of devices that the run needs, display name of their kind, number of free ones)."""
         wanted = need(entry.demand, self.host.gpus, self.host.cpus)
         name = {"cuda": "GPUs", "cpu": "CPUs"}.get(wanted.device) or f"jobs on {kind_of(wanted.device).shown}"
         return wanted.count, name, max(0, self._free[wanted.device])
@@ -85,9 +85,9 @@ class _Room:
 def look_ahead(
     waiting: list[Entry], running: list[Entry], hosts: list[HostCapacity], limits: Limits, now: Micros
 ) -> dict[str, Outlook]:
-    """For each waiting run, by id. `waiting` is in the order in which runs start.
+    """Run id → outlook, for each waiting run. `waiting` is in start order.
 
-    A start is known when the runs before it end at a known time: those that have made a step do, at their pace so far.
+    A start time is known if the ends of the runs before it are known. The end of a run is known once it has made a step.
     """
     rooms = [_Room(host) for host in hosts]
     by_daemon = {room.host.daemon: room for room in rooms}
@@ -127,7 +127,7 @@ def look_ahead(
                 found[entry.run_id] = Outlook(found[entry.run_id].wait, gate.now)
                 _push(ends, entry, room, gate.now)
             elif wait.kind == "devices":
-                # What is free is reserved, for each launcher that would start these.
+                # Stop when all rooms are reserved for every launcher of the remaining runs.
                 if all(r.reserved_for.keys() >= r.launchers & launchers for r in rooms):
                     break
             elif wait.kind == "limit" and gate.is_closed(scopes):
@@ -139,8 +139,7 @@ def look_ahead(
 def _push(
     ends: list[tuple[Micros, str, Entry, _Room | None]], entry: Entry, room: _Room | None, now: Micros
 ) -> None:
-    """The run has begun: note when it will give its devices back, if that can be known. One that was asked to stop does at
-    its next step."""
+    """Record when a started run will release its devices, if that is known. A stopping run does so at its next step."""
     left = entry.seconds_per_step if entry.status == "stopping" else entry.seconds_left
     if left is not None:
         heapq.heappush(ends, (now + int(left * 1_000_000), entry.run_id, entry, room))
@@ -155,7 +154,7 @@ def _once_succeeded(entry: Entry, run_id: str) -> Entry:
 def _go_through(
     waiting: list[Entry], gate: Gate, rooms: list[_Room]
 ) -> Iterator[tuple[Entry, Wait, _Room | None]]:
-    """Each waiting run in order, with what it waits for; one that starts takes its devices, in the room that is named."""
+    """(run, wait, room in which it starts or None) for each waiting run in order. A run that starts takes its devices."""
     gate.forget_turns()
     for room in rooms:
         room.reserved_for = {}

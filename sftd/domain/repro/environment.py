@@ -1,23 +1,23 @@
-"""The environment in which an attempt computes (`ModelLoaded.environment`), and which of its parts decide numbers.
+"""The environment of an attempt (`ModelLoaded.environment`), and which of its parts affect the numbers.
 
-One rule for a resume, `sftd verify` and `sftd compare`.
+Resume, `sftd verify` and `sftd compare` share this rule.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# What an environment records that leaves the numbers of a step alone. The number of threads is a part of its own.
+# Parts that do not affect the numbers of a step. OMP_NUM_THREADS is here because the number of threads is a separate part.
 _INDIFFERENT = ("python", "transformers", "OMP_NUM_THREADS")
 
 
 def environment_differences(log: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Key → [the log's, now's], of what differs. A part that only one of the two records is not known to differ."""
+    """Differing key → [the log's value, the current value]. A key that only one of the two has is left out."""
     found: dict[str, list[Any]] = {}
     for key in log.keys() & now.keys():
         a, b = log[key], now[key]
         if isinstance(a, dict) and isinstance(b, dict):
-            # A variable that is not set, or a size that an older sftd did not know.
+            # A missing part is an unset variable, or a size that an older sftd did not record.
             inner = {part: [a.get(part), b.get(part)] for part in a.keys() | b.keys()}
             found |= {f"{key}.{part}": pair for part, pair in inner.items() if pair[0] != pair[1]}
         elif a != b:
@@ -26,7 +26,7 @@ def environment_differences(log: dict[str, Any], now: dict[str, Any]) -> dict[st
 
 
 def decides_numbers(key: str) -> bool:
-    """Whether a difference in this part of the environment may change a step's numbers."""
+    """Whether a difference in this part of the environment can change a step's numbers."""
     return key not in _INDIFFERENT
 
 

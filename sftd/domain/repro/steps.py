@@ -1,4 +1,4 @@
-"""Re-execution is a check: a step that is computed again must match the log."""
+"""Comparison of recomputed steps with the log, which they must match."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ REDONE_DIFFERS = "redone step differs from the log"
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "samples_digest")
 
 
-# How far a redone step may be off where the device's kernels are not deterministic or the layout is another (BF16: a few
-# units in the third digit).
+# Relative tolerances for a redone step if kernels are not deterministic or the layout differs (BF16: a few units in the
+# third digit).
 _ROUNDING = {"loss": 0.02, "grad_norm": 0.2}
 _ROUNDING_FP32 = {"loss": 1e-4, "grad_norm": 1e-3}
 
 
 def rounds_to(dtype: str) -> dict[str, float]:
-    """Number of a step → the relative difference that rounding in `dtype` may make."""
+    """Number of a step → relative difference that rounding in `dtype` can cause."""
     return _ROUNDING_FP32 if dtype == "float32" else _ROUNDING
 
 
 class Redone(NamedTuple):
-    """A step that was computed again, beside the log's.
+    """The result of comparing a recomputed step with the log.
 
-    `differs`: the numbers that differ by more than they may, name → `recorded` and `redone`. `is_exact`: all match bit for bit.
+    `differs` maps the names of numbers outside their tolerance to `recorded` and `redone`. `is_exact`: all numbers match bit
+    for bit.
     """
 
     step: int
@@ -36,7 +37,7 @@ class Redone(NamedTuple):
 
     @property
     def anomaly(self) -> e.AnomalyDetected | None:
-        """The event that records a difference."""
+        """The event that records the difference; None if there is none."""
         if not self.differs:
             return None
         return e.AnomalyDetected(step=self.step, what=REDONE_DIFFERS, detail=self.differs)
@@ -45,9 +46,9 @@ class Redone(NamedTuple):
 def compare(
     was: e.StepCompleted, redone: e.StepCompleted, *, is_exact: bool = True, dtype: str = ""
 ) -> Redone:
-    """Compare a step with the log's, bit for bit; two NaNs are equal.
+    """Compare a step with the log's, bit for bit; NaN equals NaN.
 
-    Unless `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; rows, tokens and
+    Without `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; rows, tokens and
     learning rate may not.
     """
     pairs = {name: (getattr(was, name), getattr(redone, name)) for name in COMPARED}
@@ -62,8 +63,8 @@ def compare(
 
 
 def steps_to_redo(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
-    """Step → what the last attempt must reproduce, of a run's events in order: the last record of the step with the samples
-    that this attempt reads. Of the events, `timeline.TYPES` matter."""
+    """Step → record that the last attempt must reproduce: the last one with the samples that this attempt reads. `events` are
+    those of a run, in order; only `timeline.TYPES` matter."""
     timeline, steps = Timeline(), []
     for event in events:
         timeline.add(event)
@@ -73,7 +74,7 @@ def steps_to_redo(events: Iterable[e.Event]) -> dict[int, e.StepCompleted]:
 
 
 def redone_steps(events: Iterable[e.Event]) -> Iterator[tuple[e.StepCompleted, e.StepCompleted]]:
-    """(record, step that had to reproduce it) for each redone step of a run's events."""
+    """(record, step that must reproduce it) for each redone step of a run's events."""
     timeline, steps = Timeline(), list[e.StepCompleted]()
     for event in events:
         if isinstance(event, e.StepCompleted):
@@ -86,12 +87,12 @@ def redone_steps(events: Iterable[e.Event]) -> Iterator[tuple[e.StepCompleted, e
 
 def is_same(a: object, b: object) -> bool:
     """Whether two numbers are the same, bit for bit."""
-    # A float's repr is exact: unlike with ==, -0.0 is not 0.0, and a NaN equals a NaN.
+    # A float's repr is exact. In contrast to ==, -0.0 differs from 0.0 and NaN equals NaN.
     return repr(a) == repr(b)
 
 
 def is_apart(a: float, b: float, tolerance: float) -> bool:
-    """Whether two numbers differ by more than a relative tolerance. Numbers that are not finite must be the same."""
+    """Whether two numbers differ by more than a relative tolerance. Non-finite numbers must be the same."""
     if a - a != 0.0 or b - b != 0.0:
         return not is_same(a, b)
     return abs(a - b) > tolerance * max(abs(a), abs(b))

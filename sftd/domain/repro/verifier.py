@@ -1,4 +1,4 @@
-"""Steps that `sftd verify` trains again, compared with the log one after the other."""
+"""Comparison of the steps that `sftd verify` recomputes with the log."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sftd.domain.repro.steps import compare
 
 
 class Comparing:
-    """Compares step after step with the log's: bit for bit, and to within rounding from the first step on that was recorded
-    without determinism or in another environment, which the steps after it build on.
+    """Compares steps with the log bit for bit. From the first step that was recorded without determinism or in another
+    environment, it compares to within rounding, because later steps depend on that one.
 
-    `log` is the run's timeline (see `logged_steps`), `now` the environment in which it is trained again, `extra` maps what
-    else differs (the data files, settings) to [the log's, now's].
+    `log` is the run's timeline (see `logged_steps`), `now` describes the current environment, and `extra` maps other
+    differences (data files, settings) to [the log's, the current one].
     """
 
     def __init__(
@@ -28,15 +28,15 @@ class Comparing:
         self._extra = extra
         self.agreeing = 0
         self.is_exact = True
-        # Whether differences as small as rounding are no divergence.
+        # Whether differences within rounding are accepted.
         self.may_round = not now.is_deterministic
 
     def environment(self, step: int) -> dict[str, list[Any]]:
-        """What differs between the attempt that recorded a step and now."""
+        """Differences between the environment that recorded a step and the current one."""
         return environment_differences(self._log[step].environment, self._now.environment) | self._extra
 
     def add(self, redone: e.StepCompleted) -> dict[str, dict[str, Any]]:
-        """Compare the next step. Returns the numbers that differ; empty when it agrees."""
+        """Compare the next step. Returns the numbers that differ; empty if the step matches."""
         was, _version, environment = self._log[redone.step]
         self.may_round = (
             self.may_round
@@ -51,7 +51,7 @@ class Comparing:
 
 
 def by_how_much(recorded: object, redone: object) -> str:
-    """How far a number is off, in words; empty where that says nothing."""
+    """The relative difference of a number in percent; empty if it is undefined."""
     if not isinstance(recorded, int | float) or not isinstance(redone, int | float):
         return ""
     if not (math.isfinite(recorded) and math.isfinite(redone)) or recorded == 0:

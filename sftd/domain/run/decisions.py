@@ -1,5 +1,5 @@
-"""Commands become events here, and nowhere else. Each function takes the run as the log has it and returns the events
-to append, or raises `Refused`. Nothing is written by deciding."""
+"""Decisions: the only place where commands become events. Each function takes the run's state and returns the events to
+append, or raises `Refused`. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MICROS = 1_000_000
 
 
 class Proposal(msgspec.Struct, frozen=True):
-    """A spec that a person wants a run to go on with, or to be forked with, and what was found in its data files."""
+    """The new spec for a resume or a fork, with the digests of its data files."""
 
     spec: Spec
     planned_steps: int
@@ -27,14 +27,14 @@ class Proposal(msgspec.Struct, frozen=True):
 
 
 def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
-    """Wait before the next attempt: doubles with each attempt without progress, at most ten minutes."""
+    """Seconds before the next attempt: doubles with each attempt without progress, up to ten minutes."""
     return min(MAX_BACKOFF_SECONDS, base_seconds * 2.0 ** max(0, fruitless_attempts - 1))
 
 
 def request_stop(run: Run, by: str, reason: str = "", *, now: bool = False) -> list[e.Event]:
-    """Cancel: a run without an attempt ends at once, an active one when its attempt has ended, which `now` kills."""
+    """Cancel: an active run ends after its attempt, which `now` kills; any other run ends at once."""
     if run.status in ENDED:
-        raise Refused(Problem(run.run_id, f"{run.how_it_ended} already", "nothing is left to cancel"))
+        raise Refused(Problem(run.run_id, f"{run.how_it_ended} already", "there is nothing to cancel"))
     stop = e.StopRequested(by=by, reason=reason, now=now)
     if run.status not in ACTIVE:
         return [stop, e.RunCancelled(by=by)]
@@ -43,11 +43,11 @@ def request_stop(run: Run, by: str, reason: str = "", *, now: bool = False) -> l
 
 
 def abandon(run: Run, by: str) -> list[e.Event]:
-    """Give up an attempt that no daemon can observe any more, on a person's word, and end the run."""
+    """End a run whose attempt no daemon can observe any more, on a user's request."""
     if run.status not in ACTIVE:
         raise Refused(
             Problem(
-                run.run_id, f"is {run.status}: no attempt is driven", "use `sftd cancel` or `sftd resume`"
+                run.run_id, f"is {run.status}: it has no active attempt", "use `sftd cancel` or `sftd resume`"
             )
         )
     return [e.AttemptLost(message=f"given up by {by}"), e.RunCancelled(by=by)]
@@ -70,23 +70,23 @@ def refuse_busy(run: Run) -> None:
 def request_resume(
     run: Run, by: str, from_step: int | None, new: Proposal | None = None, instead: str = ""
 ) -> list[e.Event]:
-    """Another attempt of the same run, from its last published checkpoint or from `from_step` (0 is the pretrained model).
+    """Request another attempt, from the last published checkpoint or from `from_step` (0 is the pretrained model).
 
-    `new` changes the spec, as far as the steps so far come out the same; `instead` is the command that forks the run
-    with these changes.
+    `new` may change the spec only if the existing steps stay the same. `instead` is the command that forks the run with
+    these changes.
     """
     refuse_busy(run)
     refuse_removed(run)
     planned = new.planned_steps if new else run.planned_steps
     if new and (problems := other_run(run, new)):
-        problems[-1] = msgspec.structs.replace(problems[-1], fix=f"another trajectory is a fork: {instead}")
+        problems[-1] = msgspec.structs.replace(problems[-1], fix=f"fork the run instead: {instead}")
         raise Refused(problems)
     if from_step is None and run.status == "succeeded" and planned == run.planned_steps:
         fix = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
-        raise Refused(Problem(run.run_id, "has succeeded: no step is left", fix))
+        raise Refused(Problem(run.run_id, "has succeeded: no steps are left", fix))
     start = _resume_start(run, from_step)
     if planned < start:
-        what = f"{planned} steps are fewer than the {start} after which it continues"
+        what = f"{planned} steps are fewer than the {start} from which the run continues"
         raise Refused(Problem("trainer.max_steps", what, f"go back with --from-step ({_steps(run)})"))
     changes = trajectory.changes(run.spec, new.spec) if new else {}
     if not new or not changes:
@@ -104,7 +104,7 @@ def request_resume(
 
 
 def refuse_removed(run: Run) -> None:
-    """Raises `Refused` for a run whose checkpoints a person removed."""
+    """Raises `Refused` if a user removed the run's checkpoints."""
     if run.removed_at is not None:
         again = f"train it again as another run: `sftd fork {run.run_id} --from-step 0`"
         raise Refused(
@@ -113,8 +113,8 @@ def refuse_removed(run: Run) -> None:
 
 
 def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) -> int | None:
-    """The step to resume from, given those whose checkpoints are gone: the one that was asked for, or instead of the newest
-    (`from_step` None) the newest that is left; 0 is the pretrained model. Raises `Refused` when there is none."""
+    """The step to resume from if the checkpoints of the `missing` steps are gone: `from_step`, or without one the newest that
+    is left. 0 is the pretrained model. Raises `Refused` if there is none."""
     left = [c.step for c in run.checkpoints if c.step not in missing and not (c.superseded or c.weights_only)]
     if from_step in missing and from_step is not None:
         what = f"the checkpoint of step {from_step} of {run.run_id} is gone from the disk"
@@ -130,8 +130,7 @@ def without_missing(run: Run, from_step: int | None, missing: frozenset[int]) ->
 
 
 def other_run(run: Run, new: Proposal) -> list[Problem]:
-    """Why `run` cannot go on with a changed spec: its steps so far would have come out otherwise. How to fix that depends
-    on who asks."""
+    """The changes of a spec that would have changed the existing steps of `run`. The caller adds the fix."""
     changes = trajectory.changes(run.spec, new.spec)
     guilty = trajectory.other_trajectory(
         run.spec,
@@ -147,17 +146,17 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
     }
     problems = []
     for key in guilty:
-        # Files are what they hold, wherever they lie now.
+        # Data files are compared by content, not by path.
         if key not in changes or key in digests:
             continue
         was, now = changes[key]
         what = f"is {quote(now)}, but {run.run_id} has {quote(was)}"
         if trajectory.on_resume(key) is OnResume.LENGTH:
-            what += f", and its {run.highest_step} steps so far had learning rates for {run.planned_steps}"
+            what += f", and its {run.highest_step} steps used learning rates for {run.planned_steps} steps"
         problems.append(Problem(key, what))
     if not problems:
         problems += [
-            Problem(key, f"the files hold other data than when {run.run_id} began")
+            Problem(key, f"the contents of the files changed since {run.run_id} began")
             for key, (was, now) in digests.items()
             if was != now
         ]
@@ -165,7 +164,7 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
 
 
 def _resume_start(run: Run, from_step: int | None) -> int:
-    """The step behind which a resumed run goes on. Raises `Refused`."""
+    """The step after which a resumed run continues. Raises `Refused`."""
     if from_step is None:
         newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
         if newest is None and run.first_step:
@@ -183,7 +182,7 @@ def _resume_start(run: Run, from_step: int | None) -> int:
     pinned = [(name, c.step) for c in run.checkpoints if c.step > from_step for name in c.forks]
     if pinned:
         name, step = pinned[0]
-        what = f"would write step {step} again, from which {name} was forked"
+        what = f"would overwrite step {step}, the fork point of {name}"
         raise Refused(Problem("--from-step", what, f"sftd fork {run.run_id} --from-step {from_step}"))
     return from_step
 
@@ -210,11 +209,11 @@ def _steps(run: Run) -> str:
 
 
 def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
-    """The checkpoint of `step` in the timeline from which a fork would start, the newest without `step`. None is the
-    pretrained model, which is step 0. Raises `Refused`."""
+    """The checkpoint of the timeline from which a fork starts: that of `step`, or the newest if `step` is None. Returns None
+    for step 0, the pretrained model. Raises `Refused`."""
     if step != 0 or parent.first_step:
         refuse_removed(parent)
-    # Those behind which a queued attempt will go back are about to be superseded: it may write their folders anew.
+    # A queued attempt that goes back supersedes the later checkpoints and may overwrite their folders.
     back = parent.resume_from if parent.status in WAITING else None
     timeline = [c for c in parent.checkpoints if not c.superseded and (back is None or c.step <= back)]
     whole = [c.step for c in timeline if not c.weights_only]
@@ -232,7 +231,7 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
     if found is None:
         superseded = any(c.step == step for c in parent.checkpoints)
         what = f"the checkpoint of step {step} of {parent.run_id} " + (
-            "is superseded: a later attempt continued from an earlier step" if superseded else "is not there"
+            "is superseded: a later attempt continued from an earlier step" if superseded else "is missing"
         )
         raise Refused(Problem("--from-step", what, f"use one of {have}"))
     if found.weights_only:
@@ -241,7 +240,7 @@ def fork_point(parent: Run, step: int | None) -> CheckpointInfo | None:
 
 
 def remove(run: Run, by: str, freed_bytes: int) -> list[e.Event]:
-    """Remove the files of a run that has ended, and hide it. Raises `Refused` when it is needed, or removed already."""
+    """Remove the files of an ended run, and hide it. Raises `Refused` if it is active, removed or needed by a fork."""
     if run.removed_at is not None:
         raise Refused(Problem(run.run_id, "was removed already", "`sftd ls --removed` lists such runs"))
     if run.status not in ENDED:
@@ -258,12 +257,12 @@ def remove(run: Run, by: str, freed_bytes: int) -> list[e.Event]:
 
 
 def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
-    """Begin another run behind `step` of `parent`, with another spec. Steps count from the parent's first. Raises
+    """Start another run after `step` of `parent`, with another spec. Steps count from the parent's first step. Raises
     `Refused`."""
     point = fork_point(parent, step)
     start = point.step if point else 0
     if new.planned_steps <= start:
-        what = f"{new.planned_steps} steps in all, but the fork begins after step {start} of {parent.run_id}"
+        what = f"{new.planned_steps} steps, but the fork begins after step {start} of {parent.run_id}"
         fix = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
         raise Refused(Problem("trainer.max_steps", what, fix))
     return e.RunForked(
@@ -280,7 +279,7 @@ def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
 
 
 def claim(run: Run, daemon: str, host: str) -> e.AttemptClaimed:
-    """Start the next attempt from where the log says."""
+    """Claim the next attempt, from the run's restart checkpoint."""
     checkpoint = run.restart_checkpoint
     return e.AttemptClaimed(
         daemon=daemon,
@@ -291,7 +290,7 @@ def claim(run: Run, daemon: str, host: str) -> e.AttemptClaimed:
 
 
 def shortfall(run: Run) -> str | None:
-    """What is missing for success: planned steps, counted tokens, final checkpoint. None when nothing is."""
+    """What is missing for success: planned steps, counted tokens or the final checkpoint. None if nothing is missing."""
     if run.step != run.planned_steps:
         return f"{run.step} of {run.planned_steps} planned steps are in the log"
     if run.tokens_counted != run.tokens_reported:
@@ -311,10 +310,10 @@ def end_attempt(
     backoff_base: float,
     interruption: Interruption | None = None,
 ) -> list[e.Event]:
-    """An attempt's processes are gone: the run has succeeded, was cancelled, tries again later, or has failed.
+    """End an attempt whose processes are gone: the run succeeds, is cancelled, is retried, or fails.
 
-    The log decides success, not the exit code. `failure` says why the attempt ended if it did not do its work, and
-    `interruption` that it was not its fault.
+    The log decides success, not the exit code. `failure` is the cause if the attempt did not finish its work.
+    `interruption` is set if the resource manager ended the attempt.
     """
     missing = shortfall(run)
     if missing is None:
@@ -332,7 +331,7 @@ def end_attempt(
     skipped = _skipped(run, failure)
     verdict: e.Event | None
     if run.first_step and run.restart_checkpoint is None:
-        # Never from the pretrained model: that would be another run.
+        # A fork cannot restart from the pretrained model: that would be another run.
         verdict = e.RunFailed(cause=failure.cause, message=f"{_no_start(run).what}: {failure.message}")
     elif failure.cause in NOT_RETRIED and not skipped:
         verdict = e.RunFailed(cause=failure.cause, message=failure.message)
@@ -351,9 +350,9 @@ def end_attempt(
 def end_direct_attempt(
     run: Run, *, exit_code: int | None, failure: Failure, lost: bool, stopped_by: str | None
 ) -> list[e.Event]:
-    """An attempt that a person started without a daemon is over: nobody tries again, unless the person does.
+    """End an attempt that a user started without a daemon. There is no automatic retry.
 
-    The log decides success, as in `end_attempt`. `stopped_by` is who had it end at a step boundary.
+    The log decides success, as in `end_attempt`. `stopped_by` is the user who stopped it at a step boundary.
     """
     missing = shortfall(run)
     if missing is None:
@@ -368,7 +367,7 @@ def end_direct_attempt(
 
 
 def _skipped(run: Run, failure: Failure) -> list[e.Event]:
-    """With the policy `rollback`: what the next attempt leaves out, so that it does not come to the same end."""
+    """With the policy `rollback`: the samples that the next attempt skips, so that it does not fail in the same way."""
     policies = {"not a number": run.spec.training.on_non_finite, "loss spike": run.spec.training.on_spike}
     if policies.get(failure.cause) != "rollback":
         return []

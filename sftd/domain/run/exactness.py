@@ -1,9 +1,8 @@
-"""Whether a step that is computed again must match the log bit for bit: `Run.is_exact`, how it returns after a change, and the
-comparison under it.
+"""Whether a recomputed step must match the log bit for bit (`Run.is_exact`), and the comparison.
 
-The log's steps up to `Run.loose_until` may be of another environment than the last attempt's, or build on such. An attempt
-that begins before that compares to within rounding; once it has computed all of them again, only those before it began
-are left.
+The log's steps up to `Run.loose_until` may come from another environment than the last attempt's, or depend on such steps.
+An attempt that begins before `loose_until` compares to within rounding. Once it has recomputed all of these steps,
+`loose_until` moves back to the step where the attempt began.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from sftd.domain.run.state import Run
 
 
 def compare_with_log(log: Mapping[int, e.StepCompleted], run: Run, event: e.Event) -> Redone | None:
-    """Compare a step that the run's last attempt computed again. `log` is what it must reproduce (see `steps_to_redo`), `run`
-    the state since the attempt's `ModelLoaded`. None for a step that the log does not have, and for any other event."""
+    """Compare a step that the run's last attempt recomputed. `log` holds the records that it must reproduce (see
+    `steps_to_redo`), `run` is the state after the attempt's `ModelLoaded`. None for a new step or another event."""
     was = log.get(event.step) if isinstance(event, e.StepCompleted) else None
     if was is None or not isinstance(event, e.StepCompleted):
         return None
@@ -28,13 +27,13 @@ def compare_with_log(log: Mapping[int, e.StepCompleted], run: Run, event: e.Even
 
 
 def at_load(run: Run, loaded: e.ModelLoaded) -> Run:
-    """The run once an attempt has loaded its model."""
+    """The run after an attempt has loaded its model."""
     loose = run.loose_until
-    # A state of before there was `loose_until` says only that some attempt was another.
+    # A state from before `loose_until` existed has only `is_exact`: false means that some environment differed.
     has_changed = not gives_same_numbers(run.environment, loaded.environment) or (
         loose is None and not run.is_exact
     )
-    # What follows builds on other numbers than the log's.
+    # The new steps depend on other numbers than the log's.
     if has_changed or (loose is not None and run.step < loose):
         loose = run.highest_step
     return msgspec.structs.replace(
@@ -47,13 +46,13 @@ def at_load(run: Run, loaded: e.ModelLoaded) -> Run:
 
 
 def at_claim(run: Run, from_step: int) -> int | None:
-    """`loose_until` once an attempt is to begin from a checkpoint of `from_step`."""
+    """`loose_until` after the claim of an attempt from the checkpoint of `from_step`."""
     is_superseded = any(c.superseded for c in run.checkpoints if c.step == from_step)
-    # Where the environment has changed, it may not be the state on which the log's later steps build.
+    # If the environment has changed, the log's later steps may not depend on this checkpoint.
     return run.highest_step if is_superseded and run.loose_until is not None else run.loose_until
 
 
 def at_step(run: Run, step: int) -> int | None:
-    """`loose_until` once `step` is done."""
+    """`loose_until` after `step`."""
     loose = run.loose_until
     return run.began_at if loose is not None and run.began_at < loose <= step else loose

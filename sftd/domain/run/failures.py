@@ -1,4 +1,4 @@
-"""Why an attempt ended, from what it left behind: exit code, the ranks' error files, the end of its output."""
+"""The cause of an attempt's end, from its exit code, the ranks' error files, and the end of its output."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Cause = Literal[
     "lost",
     "time limit",
 ]
-# Trying again would fail in the same way: the trainer is deterministic.
+# A retry would fail in the same way, because the trainer is deterministic.
 NOT_RETRIED: frozenset[str] = frozenset({"user error", "not a number", "loss spike"})
 
 
 class RankError(msgspec.Struct, frozen=True):
-    """What torchelastic's error file of a rank says: the exception as `Class: text`, and the last traceback lines."""
+    """The content of a rank's torchelastic error file: the exception as `Class: text`, and the last traceback lines."""
 
     rank: int
     exception: str
@@ -35,16 +35,15 @@ class RankError(msgspec.Struct, frozen=True):
 
 
 class Interruption(msgspec.Struct, frozen=True):
-    """The resource manager ended an attempt that had done nothing wrong. `cancelled`: a person cancelled its job, and not
-    with sftd."""
+    """The resource manager ended an attempt that had not failed. `cancelled`: a user cancelled its job outside sftd."""
 
     kind: Literal["time limit", "preempted", "requeued", "cancelled"]
     message: str
 
 
 class Remains(msgspec.Struct, frozen=True):
-    """What an ended attempt left. `exit_code` is torchrun's, None when it ended without writing one. `last_word` is a line
-    of its launcher, for people and as evidence; `last_cause` is the cause that this line proves, if any."""
+    """The evidence that an ended attempt left. `exit_code` is torchrun's, None if it wrote none. `last_word` is a message from
+    its launcher; `last_cause` is the cause that this message proves, if any."""
 
     exit_code: int | None
     rank_errors: list[RankError] = []
@@ -55,7 +54,7 @@ class Remains(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A cause, one line for people, and the lines that prove it."""
+    """A cause, a message of one line, and the lines that prove it."""
 
     cause: Cause
     message: str
@@ -63,10 +62,10 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
-# In order: the first that matches decides. A rank that dies of its own fault breaks its peers' connections, so
-# communication comes after every other pattern.
+# The first match decides. A rank that fails also breaks its peers' connections, so communication comes after every other
+# pattern.
 _PATTERNS: tuple[tuple[Cause, re.Pattern[str] | None], ...] = (
-    # By its class, not by "Connection Refused" in a message: this is never tried again.
+    # Matched by class name, because this cause is never retried: a message may contain "Connection Refused".
     ("user error", re.compile(r"\b(?:UserError|DataError)\b|(?:^|: |\.)Refused:")),
     ("bad checkpoint", re.compile(r"\bCheckpointInvalid\b")),
     ("not a number", re.compile(r"\bNonFiniteLoss\b")),
@@ -78,7 +77,7 @@ _PATTERNS: tuple[tuple[Cause, re.Pattern[str] | None], ...] = (
             r"|DefaultCPUAllocator: can't allocate|MemoryError\b|Cannot allocate memory"
         ),
     ),
-    # Only a launcher knows.
+    # Only a launcher reports this cause.
     ("lost", None),
     ("disk full", _DISK_FULL),
 )
@@ -94,7 +93,7 @@ _ERROR_LINE = re.compile(
 
 
 def is_disk_full(text: str) -> bool:
-    """Whether an error says that a disk is full, which may change while a run waits."""
+    """Whether an error reports a full disk, which may change while a run waits."""
     return _DISK_FULL.search(text) is not None
 
 
@@ -134,7 +133,7 @@ def classify(remains: Remains) -> Failure:
 
 
 def _clean(line: str) -> str:
-    """One line without control characters, safe for the terminal of a reader of the daemon's log."""
+    """The line without control characters, so that it is safe in a terminal: at most 300 characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in line).split())[:300]
 
 

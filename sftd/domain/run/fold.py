@@ -1,4 +1,4 @@
-"""The fold: what each event makes of a run."""
+"""The fold: the effect of each event on the state of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fold(run: Run, recorded: list[e.Recorded]) -> Run:
 
 
 def evolve(run: Run, recorded: e.Recorded) -> Run:
-    """The run after one more event. Never fails on an event that a newer decision would not have made."""
+    """The run after one more event. Accepts events that today's decisions would refuse."""
     run = _apply(recorded.event, run, recorded)
     return msgspec.structs.replace(run, version=recorded.version, updated_at=recorded.occurred_at)
 
@@ -91,7 +91,7 @@ def _(event: e.ModelLoaded, run: Run, recorded: e.Recorded) -> Run:
 
 
 def _spec(written: dict[str, Any]) -> Spec:
-    """The spec of a submission, without keys that a newer sftd added. Raises `UnknownEvent` if it cannot be read."""
+    """The spec of an event, without keys that a newer sftd added. Raises `UnknownEvent` if it cannot be read."""
     try:
         return msgspec.convert(_known(written, Spec), Spec)
     except msgspec.ValidationError as error:
@@ -119,7 +119,7 @@ def _digest(data: dict[str, Any], part: str) -> str:
 @_apply.register(e.AttemptClaimed)
 def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
     return _set(
-        # An attempt that dies before it resumes must not lose the step that was asked for: the claim decides.
+        # The rewind is part of the claim, so that an attempt that dies before it resumes keeps the requested step.
         _rewind(run, event.from_step),
         loose_until=exactness.at_claim(run, event.from_step),
         status="starting",
@@ -153,7 +153,7 @@ def _(event: e.TrainingResumed, run: Run, recorded: e.Recorded) -> Run:
 
 
 def _rewind(run: Run, step: int) -> Run:
-    """The timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
+    """The run after its timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
     start = run.fork.tokens_total if run.fork and run.fork.step == step else 0
     tokens = next((c.tokens_total for c in run.checkpoints if c.step == step), start)
     kept = [v for v in (run.first_validation, run.last_validation) if v is not None and v.step <= step]
@@ -163,7 +163,7 @@ def _rewind(run: Run, step: int) -> Run:
     return _set(
         run,
         step=step,
-        # Those of a step that the timeline does not have any more say nothing of the one that it is at.
+        # The values of a step that the timeline no longer has do not apply to `step`.
         loss=run.loss if step >= run.step else None,
         lr=run.lr if step >= run.step else None,
         order=run.order_behind(step),
@@ -174,7 +174,7 @@ def _rewind(run: Run, step: int) -> Run:
         best_validation=min(
             (v for v in kept if isinstance(v.loss, float)), key=lambda v: (v.loss, v.step), default=None
         ),
-        # A superseded one that was asked for is in the timeline again: if the attempt dies, the next one starts there, too.
+        # A superseded checkpoint that the user chose is in the timeline again, so a retry also starts there.
         checkpoints=tuple(
             _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
         ),
@@ -203,7 +203,8 @@ def _(event: e.StepCompleted, run: Run, recorded: e.Recorded) -> Run:
 
 
 def _pace(run: Run, seconds: float) -> float:
-    """Seconds of a step, smoothed. The first of an attempt loads kernels and fills caches: it counts while it is the only one."""
+    """Smoothed seconds per step. The first step of an attempt loads kernels and fills caches, so it counts only until another
+    step is known."""
     known, since_load = run.seconds_per_step, run.step - run.began_at
     if known is None or (run.attempt == 1 and since_load == 1):
         return seconds
@@ -276,7 +277,7 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
         rejected_pins=run.rejected_pins | pins,
-        # The next attempt starts from another one, and their number is finite: no crash loop.
+        # Counts as progress: the next attempt starts from another checkpoint, and there is a finite number of them.
         attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
     )
 
@@ -292,7 +293,7 @@ def _(event: e.SamplesSkipped, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         order=order,
-        # An attempt that begins there leaves them out, too.
+        # An attempt that begins at this checkpoint skips the samples too.
         checkpoints=tuple(_set(c, order=order) if c.step == event.step else c for c in run.checkpoints),
     )
 
@@ -332,7 +333,7 @@ def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
 def _attempt_ended(run: Run, cause: str, message: str, retry_at: e.Micros | None) -> Run:
     return _set(
         run,
-        # The event that follows a failure without retry_at says how the run ended.
+        # Without retry_at, the next event ends the run.
         status="retrying",
         retry_at=retry_at,
         daemon=None,

@@ -1,4 +1,4 @@
-"""The fold's part on files: what is kept of a run's checkpoints, for whom, and what was deleted."""
+"""The fold for events of files: pinned, reduced and deleted checkpoints, and removed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fold's part on stopping and waiting: what these events make of a run."""
+"""The fold for events of stopping and waiting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run.state import ACTIVE, Run, Status
 
 _set = msgspec.structs.replace
-# A run that nobody asks to stop.
+# The fields of a run without a stop request.
 NO_STOP: dict[str, Any] = {
     "stop_by": None,
     "stop_reason": "",
@@ -50,7 +50,7 @@ def _released(event: e.RunReleased, run: Run, recorded: e.Recorded) -> Run:
 
 
 def _interrupted(run: Run, status: Status) -> Run:
-    """An attempt was stopped on purpose: no failure, and no step towards a crash loop."""
+    """The run after an intended stop of its attempt, which does not count towards a crash loop."""
     fruitless = 0 if run.attempt_progressed else run.fruitless_attempts
     return _set(run, status=status, daemon=None, fruitless_attempts=fruitless, **NO_STOP)
 

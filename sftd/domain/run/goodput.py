@@ -1,24 +1,23 @@
-"""The goodput ledger: where a run's time went, folded from its events. Pure, and exact: the parts of a ledger add up to
-the time between submission and end to the microsecond, whatever the clocks did.
+"""The goodput ledger: a run's time by account, folded from its events. Pure and exact: the accounts add up to the time
+between submission and end to the microsecond, even if clocks changed.
 
-The events cut a run's time into pieces, and each piece has one account:
+The events cut a run's time into pieces, and each piece belongs to one account:
 
-queued        waits for devices: from the submission, or from a person's resume, to the claim of an attempt
+queued        waits for devices: from the submission, or a user's resume, to the claim of an attempt
 starting      from the claim of the first attempt to its first step, less the validation before it
-productive    `seconds` of the steps that no earlier attempt has done
-replayed      `seconds` of steps, validations and checkpoints that an earlier attempt has done already
+productive    `seconds` of steps that no earlier attempt has done
+replayed      `seconds` of steps, validations and checkpoints that an earlier attempt has already done
 validating    `seconds` of validations
-checkpointing from `CheckpointStarted` until it is published or has failed, as far as no step ran meanwhile: what saving
-              held up
-restarting    what a restart costs beyond its replay: from the last step, validation or checkpoint of an attempt that
-              failed to its end, from there to the claim of the next attempt (back-off and waiting for devices), and from
-              the claim of any later attempt to its first new step, less what it replays
-idle          waits for a person: from the end of a run to its resume
-other         in an attempt, and none of these: between steps, answers to sample prompts, the end of the processes; while
-              a step is being computed, the time since the step before it
+checkpointing from `CheckpointStarted` to publication or failure, except while a step runs: the delay from saving
+restarting    the cost of a restart beyond its replay: from the last step, validation or checkpoint of a failed attempt to
+              its end, from there to the claim of the next attempt (back-off and waiting for devices), and from the claim
+              of a later attempt to its first new step, less its replay
+idle          waits for a user: from the end of a run to its resume
+other         the rest of an attempt: between steps, answers to sample prompts, the end of the processes; while a step is
+              being computed, the time since the previous step
 
-A step's time is the `seconds` before its event; should the events lie closer together than that, the first to claim a
-time has it. Times never run backwards here: an event that says it is older than the one before counts as simultaneous.
+A step's time is the `seconds` before its event. If these times overlap, the first event gets the common part. Time never
+runs backwards: an event that is older than the one before it counts as simultaneous.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ Account = Literal[
     "other",
 ]
 ACCOUNTS: tuple[Account, ...] = get_args(Account)
-# Types that say where time went; the others lie within what these cut.
+# The event types that cut the time.
 TYPES = e.names(
     e.RunSubmitted,
     e.AttemptClaimed,
@@ -58,7 +57,7 @@ _MICROS = 1_000_000
 
 
 class StepTime(msgspec.Struct, frozen=True):
-    """Of a `StepCompleted`, all that the ledger needs: a long run has a million of them."""
+    """The fields of `StepCompleted` that the ledger needs. Small, because a long run has a million steps."""
 
     step: int
     seconds: float | str
@@ -73,17 +72,17 @@ class Ledger(msgspec.Struct, frozen=True):
 
     @property
     def wall_seconds(self) -> float:
-        """All of it."""
+        """Seconds from the submission to `until`."""
         return (self.until - self.began_at) / _MICROS
 
     @property
     def held_seconds(self) -> float:
-        """Time in which the run held devices or was on its way back to them: all but queued and idle."""
+        """Seconds in all accounts except queued and idle: the run held devices or was restarting."""
         return (self.until - self.began_at - self.micros["queued"] - self.micros["idle"]) / _MICROS
 
     @property
     def goodput(self) -> float | None:
-        """The productive share of `held_seconds`; None before there is any."""
+        """The productive share of `held_seconds`; None while that is 0."""
         return self.seconds("productive") / self.held_seconds if self.held_seconds > 0 else None
 
     def seconds(self, account: Account) -> float:
@@ -91,7 +90,7 @@ class Ledger(msgspec.Struct, frozen=True):
         return self.micros[account] / _MICROS
 
     def as_json(self) -> dict[str, float | None]:
-        """For scripts: seconds by account, `wall` and `goodput`."""
+        """Seconds by account, `wall` and `goodput`, for JSON."""
         return {
             "goodput": self.goodput,
             "wall": self.wall_seconds,
@@ -100,12 +99,11 @@ class Ledger(msgspec.Struct, frozen=True):
 
 
 class Fold(msgspec.Struct, kw_only=True):
-    """Takes a run's events of `TYPES` one by one, in order; `ledger` says what they come to. It can be written down and
-    go on from there."""
+    """Folds a run's events of `TYPES`, in order, into a ledger. A fold can be stored and continued later."""
 
     micros: dict[Account, int] = msgspec.field(default_factory=lambda: dict.fromkeys(ACCOUNTS, 0))
     began: e.Micros | None = None
-    # Everything before the edge has its account; what no claim covers behind it belongs to the phase.
+    # Time before the edge is booked. Time after it belongs to a claim, or else to the phase.
     edge: e.Micros = 0
     latest: e.Micros = 0
     phase: Account = "queued"
@@ -129,7 +127,7 @@ class Fold(msgspec.Struct, kw_only=True):
                 is_new = event.step > self.validated
                 self.validated = max(self.validated, event.step)
                 account: Account = "validating" if is_new else "replayed"
-                # Not booked at once, nor is a checkpoint: a step that ran meanwhile comes first, and its event later.
+                # Validations and checkpoints are booked later: a concurrent step has precedence, and its event follows.
                 self.claims.append((account, at - _micros(event.seconds), at))
             case e.CheckpointStarted():
                 is_new = event.step > self.published
@@ -143,7 +141,7 @@ class Fold(msgspec.Struct, kw_only=True):
                 self._turn(at, "restarting" if self.attempts else "starting")
                 self.attempts += 1
             case e.AttemptFailed() | e.AttemptLost():
-                # The tail of an attempt that failed: a step that never ended, a hang, the unwinding.
+                # The tail of a failed attempt: an unfinished step, a hang, or the shutdown.
                 if self.phase == "other":
                     self.phase = "restarting"
                 self._turn(at, "restarting")
@@ -159,7 +157,7 @@ class Fold(msgspec.Struct, kw_only=True):
                 self.ended = False
 
     def ledger(self, now: e.Micros) -> Ledger:
-        """The ledger up to the end of the run, or up to `now` while it has none. The fold may go on afterwards."""
+        """The ledger up to the end of the run, or up to `now` if it has not ended. The fold can continue afterwards."""
         micros, edge, claims = dict(self.micros), self.edge, list(self.claims)
         if not self.ended:
             self._close(max(now, self.edge))
@@ -183,13 +181,13 @@ class Fold(msgspec.Struct, kw_only=True):
             self.saving = None
 
     def _turn(self, at: e.Micros, phase: Account) -> None:
-        """The attempt or the wait that went on until now is over."""
+        """End the current phase and begin another."""
         self._close(at)
         self.phase = phase
         self.saving = None
 
     def _close(self, until: e.Micros) -> None:
-        """Give all time up to `until` its account."""
+        """Book all time up to `until`."""
         still = [(*self.saving, until)] if self.saving is not None else []
         for account, since, at in (*self.claims, *still):
             begin, end = max(since, self.edge), min(at, until)

@@ -1,4 +1,4 @@
-"""Run ids: short, readable, sayable. `brave-otter-3f2a`."""
+"""Run ids: short, readable and pronounceable, such as `brave-otter-3f2a`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _SECOND = (
 ).split()
 
 
-# What a folder may be called by: one path segment, not hidden, no `..`.
+# A safe folder name: one path segment, not hidden, not `..`.
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def is_run_id(text: str) -> bool:
-    """Whether a text may be the id of a run: folders are named by it, so one that came from elsewhere is asked first."""
+    """Whether a text is a valid run id. Folders have run ids as names, so an untrusted id must be checked first."""
     return _SAFE.fullmatch(text) is not None
 
 
@@ -56,17 +56,17 @@ def run_id(random: bytes) -> str:
     return f"{_FIRST[a % len(_FIRST)]}-{_SECOND[b % len(_SECOND)]}-{c:02x}{d:02x}"
 
 
-# A folder of that many bytes leaves room for what is put after it.
+# The maximum bytes of a folder name, which leaves room for suffixes.
 _FOLDER_BYTES = 200
 _PLAIN = re.compile(r"[\w.@+ -]")
 
 
 def folder_name(name: str) -> str:
-    """A name for people as the name of a folder: letters, digits, spaces and `_.@+-` as they are, others as `%XX`. Different names
-    have different folders."""
+    """A display name as a folder name: letters, digits, spaces and `_.@+-` are kept, others become `%XX`. Different names give
+    different folders."""
     text = "".join(c if _PLAIN.fullmatch(c) else "".join(f"%{b:02X}" for b in c.encode()) for c in name)
     if text[:1] in (".", "-"):
-        # Neither hidden, nor an option of a command.
+        # The folder must not be hidden, or look like an option of a command.
         text = f"%{ord(text[0]):02X}{text[1:]}"
     if len(text.encode()) <= _FOLDER_BYTES:
         return text

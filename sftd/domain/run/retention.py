@@ -1,4 +1,4 @@
-"""Which checkpoints stay, decided from the log's timeline."""
+"""Retention: which checkpoints stay, from the state of the run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def why_kept(run: Run) -> dict[int, list[str]]:
             reasons[c.step].append("the parent's: not this run's to delete")
         reasons[c.step] += [f"fork {name} starts from it" for name in c.forks]
     if run.status != "succeeded":
-        # Until the new history has come as far, the old one's checkpoints are the only ones of their steps; and an
-        # attempt may be about to write such a step's folder again.
+        # Until the new timeline reaches their steps, these are the only checkpoints of the steps. Also, an attempt may be
+        # about to overwrite such a folder.
         for c in run.checkpoints:
             if c.superseded:
                 reasons[c.step].append("superseded, until the run succeeds")
@@ -31,8 +31,8 @@ def why_kept(run: Run) -> dict[int, list[str]]:
 
 
 def reducible(run: Run) -> list[CheckpointInfo]:
-    """Checkpoints of a run that has succeeded of which `checkpoint.after_success` keeps the weights alone: with `last` those that
-    only `keep_best` keeps, with `weights` all. Never one that a fork starts from, nor another run's."""
+    """Checkpoints of a succeeded run that `checkpoint.after_success` reduces to their weights: with `last` those that only
+    `keep_best` keeps, with `weights` all. Excludes fork points and the parent's checkpoint."""
     policy = run.spec.checkpoint
     if run.status != "succeeded" or policy.after_success == "all":
         return []
@@ -58,7 +58,7 @@ def _best(run: Run) -> list[int]:
 
 
 def deletable(run: Run) -> list[CheckpointInfo]:
-    """Checkpoints that nothing keeps. Empty until a starting attempt has read the one that it starts from."""
+    """Checkpoints that no rule keeps. Empty while an attempt starts, because it may still read its checkpoint."""
     if run.status == "starting":
         return []
     reasons = why_kept(run)

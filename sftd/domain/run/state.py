@@ -1,4 +1,4 @@
-"""The state of a run, as `evolve` folds it from events. The fold is the only way to make one."""
+"""The state of a run. Only `evolve` creates states, from events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 Status = Literal[
     "queued",  # waits for its turn                           → starting, held, cancelled
     "retrying",  # waits until retry_at after a failure        → starting, held, cancelled
-    "held",  # a person keeps it from starting                → queued, retrying, cancelled
+    "held",  # a user keeps it from starting                  → queued, retrying, cancelled
     "starting",  # claimed or launched, no step yet            → running, retrying, failed
     "running",  # steps are being recorded                     → stopping, succeeded, retrying, failed
     "stopping",  # a stop was requested, the attempt is ending → cancelled, paused, queued (preempted), succeeded
@@ -24,16 +24,16 @@ Status = Literal[
 ]
 ACTIVE: frozenset[Status] = frozenset({"starting", "running", "stopping"})
 WAITING: frozenset[Status] = frozenset({"queued", "retrying"})
-# Nothing happens until a person says so.
+# The run waits for a user's command.
 HALTED: frozenset[Status] = frozenset({"held", "paused"})
 ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True):
-    """A published checkpoint. `version` is its event's place in the stream; a superseded one lies after a step from
-    which a later attempt continued. `is_parents`: it is another run's, from which this one was forked. `forks` start from it.
-    `order` is the run's as of this checkpoint (see `Run.order`), None where an older sftd did not record it. Training cannot
-    continue from one with `weights_only`."""
+    """A published checkpoint. `version` is the stream version of its event. `superseded`: a later attempt continued from an
+    earlier step. `is_parents`: it belongs to the parent of this fork. `forks` are the runs that start from it. `order` is
+    `Run.order` at this checkpoint, None if an older sftd did not record it. `weights_only`: training cannot continue from
+    it."""
 
     step: int
     path: str
@@ -52,8 +52,8 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
 
 
 class ForkPoint(msgspec.Struct, frozen=True):
-    """Where a fork left its parent, and the position in the order of samples from which it reads (None in a state that an
-    older sftd stored). At step 0 it starts from the parent's pretrained model."""
+    """Where a fork starts: the parent's step (0 is the pretrained model), and the position in the sample order from which the
+    fork reads (None in the state of an older sftd)."""
 
     parent: str
     step: int
@@ -62,8 +62,8 @@ class ForkPoint(msgspec.Struct, frozen=True):
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """The last time that steps after `from_step` up to `to_step` were trained again elsewhere. `diverged_at` is the first
-    that differs, None when all match."""
+    """The last verification of steps after `from_step` up to `to_step`. `diverged_at` is the first step that differs, None if
+    all match."""
 
     from_step: int
     to_step: int
@@ -72,14 +72,14 @@ class Replay(msgspec.Struct, frozen=True):
 
 
 class Validation(msgspec.Struct, frozen=True):
-    """A validation. A loss that is not finite is kept as its name (see `codec.json_float`)."""
+    """A validation. A non-finite loss is stored as its name (see `codec.json_float`)."""
 
     step: int
     loss: float | str
 
 
 class Saving(msgspec.Struct, frozen=True):
-    """A checkpoint that was begun, and what was known of its step then."""
+    """A checkpoint in progress, with the values of its step."""
 
     step: int
     tokens_total: int
@@ -87,7 +87,7 @@ class Saving(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What the log says of a run up to `version`. Only what a decision or a summary needs; steps stay in the log."""
+    """The state of a run at `version`. Holds only values that decisions and summaries need; steps stay in the log."""
 
     run_id: str
     version: int = 0
@@ -95,43 +95,43 @@ class Run(msgspec.Struct, frozen=True):
     spec: Spec = Spec()
     spec_digest: str = ""
     user: str = ""
-    # sha256 of the data as submitted: a changed file is another run.
+    # sha256 of the data files as submitted.
     train_digest: str = ""
     val_digest: str = ""
     planned_steps: int = 0
     fork: ForkPoint | None = None
-    # Where in the order of samples the timeline's steps read: each piece from its step on. Without one, from 0.
+    # Positions of the timeline's steps in the sample order: each piece applies from its step. Empty: from 0.
     order: tuple[OrderStart, ...] = ()
     submitted_at: e.Micros = 0
     started_at: e.Micros | None = None
     ended_at: e.Micros | None = None
-    # When a person removed its files, after it had ended.
+    # When a user removed the run's files.
     removed_at: e.Micros | None = None
     updated_at: e.Micros = 0
     attempt: int = 0
     daemon: str | None = None
-    # What the resource manager last said of the attempt's job.
+    # The resource manager's last report on the attempt's job.
     job_report: e.JobReported | None = None
     retry_at: e.Micros | None = None
-    # The stop that was asked for: by whom and why, what follows it, and whether the attempt is killed for it.
+    # The requested stop: user, reason, following state, and whether to kill the attempt.
     stop_by: str | None = None
     stop_reason: str = ""
     stop_then: e.AfterStop = "cancelled"
     stop_now: bool = False
     preempted_by: str | None = None
-    # It does not start before these have succeeded.
+    # The run does not start before these runs have succeeded.
     after: tuple[str, ...] = ()
     sweep: str = ""
     resume_from: int | None = None
-    # Whether a step that this attempt computes again must match bit for bit: what the log has of it was computed
-    # deterministically, and in the same environment (versions, device, layout).
+    # Whether recomputed steps must match bit for bit: the log's steps were computed deterministically, in the same
+    # environment (versions, device, layout).
     is_exact: bool = True
-    # Up to this step the log may have steps of another environment than the last attempt's; None: it never changed.
+    # Up to this step the log may have steps from another environment; None: it never changed.
     loose_until: int | None = None
     # The step after which the last attempt began.
     began_at: int = 0
     environment: dict[str, Any] = {}
-    # The timeline: what later attempts have not superseded.
+    # The timeline, without superseded steps.
     step: int = 0
     loss: float | str | None = None
     lr: float | None = None
@@ -143,10 +143,10 @@ class Run(msgspec.Struct, frozen=True):
     last_validation: Validation | None = None
     best_validation: Validation | None = None
     checkpoints: tuple[CheckpointInfo, ...] = ()
-    # Step → forks that start from its checkpoint, which this run could not load: they may, and it may be published again.
+    # Step → forks of a rejected checkpoint. The forks may still load it, and it may be published again.
     rejected_pins: dict[int, tuple[str, ...]] = {}
     last_replay: Replay | None = None
-    # What a checkpoint being written will hold: training may be steps further when it is published.
+    # Values of the checkpoint being written: training may be further along when it is published.
     saving: Saving | None = None
     # Over all attempts.
     highest_step: int = 0
@@ -161,7 +161,8 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def restart_checkpoint(self) -> CheckpointInfo | None:
-        """Where the next attempt starts: the asked-for checkpoint or the newest of the timeline; None is the pretrained model."""
+        """The checkpoint from which the next attempt starts: the requested one or the timeline's newest; None is the
+        pretrained model."""
         if self.resume_from is not None:
             return next((c for c in self.checkpoints if c.step == self.resume_from), None)
         whole = (c for c in self.checkpoints if not (c.superseded or c.weights_only))
@@ -169,43 +170,43 @@ class Run(msgspec.Struct, frozen=True):
 
     @property
     def pins(self) -> dict[int, tuple[str, ...]]:
-        """Step → the forks that start from its checkpoint, damaged ones included."""
+        """Step → forks that start from its checkpoint, rejected checkpoints included."""
         return {c.step: c.forks for c in self.checkpoints if c.forks} | self.rejected_pins
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What the run's own checkpoints take, as the log has it."""
+        """Total bytes of the run's own checkpoints, according to the log."""
         return sum(c.bytes for c in self.checkpoints if not c.is_parents)
 
     @property
     def how_it_ended(self) -> str:
-        """Of a run that has ended, in words: `was cancelled`, `has failed`."""
+        """The end of an ended run in words: `was cancelled`, `has failed`."""
         return f"{'was' if self.status == 'cancelled' else 'has'} {self.status}"
 
     @property
     def dtype(self) -> str:
-        """What the last attempt computed in, by torch's name; empty before the first."""
+        """Dtype of the last attempt, by its torch name; empty before the first."""
         return str(self.environment.get("dtype", ""))
 
     @property
     def order_start(self) -> OrderStart:
-        """The piece of the order of samples that the steps of the next attempt read: it may go back to before a piece that
-        began later, when it was asked to, or when a checkpoint was rejected."""
+        """The piece of the sample order that the next attempt reads. It is not always the last: a resume from an earlier step,
+        or a rejected checkpoint, can go back to before a piece."""
         start = self.restart_checkpoint
         order = self.order_behind(start.step if start else 0)
         return order[-1] if order else FROM_THE_BEGINNING
 
     def order_behind(self, step: int) -> tuple[OrderStart, ...]:
-        """What `order` is once the timeline has gone back to the checkpoint of `step` (0 is the pretrained model)."""
+        """`order` after the timeline goes back to the checkpoint of `step` (0 is the pretrained model)."""
         saved = next((c.order for c in self.checkpoints if c.step == step), None)
         return order_up_to(self.order, step) if saved is None else saved
 
     def sample_position(self, step: int) -> int:
-        """Position in the order of samples of the first sample of 0-based `step` of the timeline."""
+        """Position of the first sample of the timeline's 0-based `step` in the sample order."""
         piece = next((o for o in reversed(self.order) if o.step <= step), FROM_THE_BEGINNING)
         return piece.position(step, self.spec.data.train_batch_size)
 
     @property
     def first_step(self) -> int:
-        """The step after which the run's own steps begin: where it was forked, else 0."""
+        """The step after which the run's own steps begin: the fork point, else 0."""
         return self.fork.step if self.fork else 0

@@ -1,4 +1,4 @@
-"""Decisions that stop a run without ending it: hold, release, pause, preempt; and how a stopped attempt leaves its run."""
+"""Decisions that stop a run without ending it: hold, release, pause, preempt; and the events of stopped attempts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sftd.domain.run.state import ACTIVE, ENDED, WAITING, Run
 
 
 def hold(run: Run, by: str, reason: str = "") -> list[e.Event]:
-    """A waiting run is not started until it is released."""
+    """Keep a waiting run from starting until it is released."""
     if run.status == "held":
         return []
     if run.status in ACTIVE:
@@ -20,7 +20,7 @@ def hold(run: Run, by: str, reason: str = "") -> list[e.Event]:
 
 
 def release(run: Run, by: str) -> list[e.Event]:
-    """A held run waits for its turn again, in its old place."""
+    """Let a held run wait for its turn again, in its old place."""
     if run.status != "held":
         fix = f"use `sftd resume {run.run_id}`" if run.status == "paused" else "only a held run is released"
         raise Refused(_problem(run, fix))
@@ -28,7 +28,7 @@ def release(run: Run, by: str) -> list[e.Event]:
 
 
 def pause(run: Run, by: str, reason: str = "") -> list[e.Event]:
-    """An active run stops at its next step boundary, with a checkpoint, until it is resumed."""
+    """Stop an active run at its next step boundary, with a checkpoint, until it is resumed."""
     if run.status == "paused" or (run.status == "stopping" and run.stop_then == "paused"):
         return []
     if run.status in WAITING:
@@ -42,7 +42,7 @@ def pause(run: Run, by: str, reason: str = "") -> list[e.Event]:
 
 
 def preempt(run: Run, by_run: str, priority: int) -> list[e.Event]:
-    """A running run makes room for `by_run`, and waits in its old place. Nothing when it stops already."""
+    """Stop a run to make room for `by_run`; it then waits in its old place. No event if it is already stopping."""
     if run.status not in ACTIVE or run.status == "stopping":
         return []
     reason = f"makes room for {by_run}, which has priority {priority}"
@@ -50,7 +50,7 @@ def preempt(run: Run, by_run: str, priority: int) -> list[e.Event]:
 
 
 def stopped(run: Run, by: str) -> e.Event:
-    """The event of a stopped attempt, however it ended."""
+    """The event that ends a stopped attempt."""
     start = run.restart_checkpoint
     step = start.step if start else 0
     match run.stop_then:
@@ -62,8 +62,8 @@ def stopped(run: Run, by: str) -> e.Event:
 
 
 def interrupted(run: Run, interruption: Interruption) -> e.Event | None:
-    """The event of an attempt that its resource manager ended. None when that is a failure all the same: the next attempt
-    would meet a time limit again within which this one made no progress."""
+    """The event of an attempt that its resource manager ended. None if it counts as a failure: without progress within the
+    time limit, the next attempt would hit the limit too."""
     start = run.restart_checkpoint
     step = start.step if start else 0
     if interruption.kind == "cancelled":

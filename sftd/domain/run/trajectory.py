@@ -1,5 +1,5 @@
-"""Which settings decide the numbers of a run. Changing any other goes on with the same trajectory (a resume); changing one
-of these begins another (a fork)."""
+"""Which settings affect the numbers of a run. A change of any other setting keeps the trajectory (a resume); a change of
+one of these starts another trajectory (a fork)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from sftd.domain.spec.on_resume import OnResume
 from sftd.domain.spec.parse import LEAVES
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
-# What decides, beside the contents of the data files, which rows there are, and in which order.
+# The keys that determine, with the contents of the data files, the rows and their order.
 _ORDER = (
     "data.sequence_length",
     "data.truncation",
     "data.shuffle",
     "model.megatron.seed",
 )
-
-
-# What other keys decide, so that naming them says enough.
+# Keys whose values follow from other keys, so that a list of changes omits them.
 _DERIVED = ("training.gradient_accumulation_steps",)
 
 
@@ -43,7 +41,7 @@ def flatten(spec: Spec) -> dict[str, Any]:
 
 
 def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
-    """Dotted key → [old value, new value], of those that differ."""
+    """Dotted key → [old value, new value] for each key that differs."""
     before, after = flatten(old), flatten(new)
     return {
         key: [before[key], value]
@@ -53,12 +51,12 @@ def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
 
 
 def is_derived(key: str) -> bool:
-    """Whether other keys decide this one's value."""
+    """Whether the value of this key follows from other keys."""
     return key in _DERIVED
 
 
 def on_resume(key: str) -> OnResume:
-    """What another value of this key makes of the steps that a run has: what its field says, `fixed` by default."""
+    """The effect of a new value of this key on a run's existing steps: the mark of its field, or `fixed`."""
     marks = [meta.extra["on_resume"] for meta in getattr(LEAVES[key], "__metadata__", ()) if meta.extra]
     return marks[0] if marks else OnResume.FIXED
 
@@ -71,9 +69,8 @@ def keeps_steps(key: str) -> bool:
 def other_trajectory(
     old: Spec, new: Spec, *, steps: int, old_planned: int, new_planned: int, anomalies: int = 0
 ) -> list[str]:
-    """Why the first `steps` steps would not have come out as they did, had `new` been the spec from the beginning:
-    the keys that decide otherwise. Empty when nothing does, so that a resume may go on with `new`. `anomalies` were
-    recorded in these steps."""
+    """The keys of `new` that would have changed the first `steps` steps. Empty if a resume may continue with `new`.
+    `anomalies` is the number of anomalies in these steps."""
     guilty = [key for key in changes(old, new) if on_resume(key) is OnResume.FIXED]
     guilty += _skips_others(old, new, steps, anomalies)
     if old_planned != new_planned and any(
@@ -87,8 +84,8 @@ def other_trajectory(
 
 
 def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]:
-    """Keys by which other steps would have been left out of learning. A step that ended an attempt was the last of its
-    timeline, so it may be skipped from now on."""
+    """Keys whose new values would have skipped other steps. A change from `stop` or `rollback` to `skip` is allowed, because a
+    step that ended an attempt is the last of its timeline."""
     was, now = old.training, new.training
     guilty = []
     if anomalies and was.on_non_finite == "skip" != now.on_non_finite:
@@ -103,23 +100,23 @@ def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]
 
 
 def same_order(old: Spec, new: Spec) -> bool:
-    """Whether both read the same samples in the same order, given the same data."""
+    """Whether both specs read the same samples in the same order from the same data."""
     return not any(key in _ORDER for key in changes(old, new))
 
 
 def forked_order(parent: Run, step: int, spec: Spec, train_digest: str) -> OrderStart:
-    """Where a fork of `parent` behind `step` begins to read: where the parent stood, if it has the parent's order of
-    samples, else at the beginning of its own."""
+    """Where a fork of `parent` after `step` begins to read: at the parent's position if it has the same data and sample order,
+    else at 0."""
     if train_digest != parent.train_digest or not same_order(parent.spec, spec):
         return OrderStart(step, 0)
     return OrderStart(step, parent.sample_position(step))
 
 
 def beginning(run: Run) -> OrderStart:
-    """Where the run's own steps began to read: what its planned steps were counted from."""
+    """Where the run's own steps began to read. The planned steps are counted from here."""
     if run.fork is None:
         return FROM_THE_BEGINNING
     if run.fork.sample is None:
         return run.order[0] if run.order else FROM_THE_BEGINNING
-    # Not the first piece of its order: that goes when the samples right behind the fork are left out.
+    # The first piece of `order` is not used: a skip directly after the fork replaces it.
     return OrderStart(run.fork.step, run.fork.sample)

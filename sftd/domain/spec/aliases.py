@@ -1,6 +1,6 @@
-"""Names of other trainers that sftd accepts for its own keys, because they mean the same: most are verl's.
+"""Key names of other trainers that sftd accepts as aliases, because they have the same meaning. Most are from verl.
 
-Names that sftd knows and does not accept are in `other_trainers`.
+Names that sftd recognises but does not accept are in `other_trainers`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from typing import Any, NamedTuple
 
 
 class UnusableAlias(Exception):
-    """An alias was used with a value that has no equal here; the text is what to write instead."""
+    """The value of an alias has no equivalent in sftd. The message is the fix."""
 
 
 class UnusedAlias(Exception):
-    """An alias was used with a value that is left aside; the text is what sftd does."""
+    """The value of an alias is ignored. The message describes what sftd does instead."""
 
 
 class Alias(NamedTuple):
-    """The `keys` that an alias sets; none where it sets nothing, or is only refused with what to do instead. `translate` gives the
-    values of those keys for a value of the alias; it raises `UnusableAlias` and `UnusedAlias`."""
+    """The `keys` that an alias sets; empty if it sets nothing or is always refused. `translate` returns the values of these keys
+    for a value of the alias; it raises `UnusableAlias` and `UnusedAlias`."""
 
     keys: tuple[str, ...]
     translate: Callable[[Any], dict[str, Any]]
 
 
 def _same(key: str, *, null: bool = False) -> Alias:
-    # verl's stock configs name keys that they do not set: null leaves the key out, unless it is a value of it.
+    # verl's stock configs list unset keys as null, so null omits the key unless it is one of its values.
     return Alias((key,), lambda value: {} if value is None and not null else {key: value})
 
 
 def _never(key: str, never: int | None) -> Alias:
-    # verl writes -1 for "never", or for "not this key".
+    # verl writes -1 for "never" or "not set".
     return Alias((key,), lambda value: {key: never if value in (-1, None) else value})
 
 
@@ -61,7 +61,7 @@ def _messages_key(value: Any) -> dict[str, Any]:
     raise UnusableAlias("sftd trains on tokenised Parquet; run `sftd prepare --messages-key KEY …` first")
 
 
-# In verl's stock config: a folder of its own for each run, which is sftd's default.
+# The value in verl's stock config: one folder per run, which is sftd's default.
 _STOCK_FOLDER = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
 
 
@@ -70,7 +70,7 @@ def _local_dir(value: Any) -> dict[str, Any]:
 
 
 _MEGATRON = "model.megatron."
-# An absolute floor becomes a ratio once the peak is known: it is no key, but `parse` makes one of it.
+# Not a key of the spec: `parse` divides this absolute floor by the peak to get scheduler.min_lr_ratio.
 MIN_LR = "optim.min_lr"
 ALIASES: dict[str, Alias] = {
     "model.path": _same("model.partial_pretrain"),

@@ -1,4 +1,4 @@
-"""Rules of `launch`: what the launcher itself supports, and which settings it uses."""
+"""Rules of `launch`: settings that the launcher must support, and settings that it ignores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sftd.domain.spec.spec import Spec
 
 
 def several_machines(spec: Spec) -> Iterator[Problem]:
-    """A launcher that uses the devices of the daemon's host has one machine."""
+    """A launcher that uses the devices of the daemon's host has only one machine."""
     kind = kind_of(spec.launch.launcher)
     if kind.uses_host_devices and spec.launch.nnodes > 1:
         what = f"{spec.launch.nnodes}: the {kind.name} launcher starts ranks on the daemon's own machine only"
@@ -21,12 +21,12 @@ def several_machines(spec: Spec) -> Iterator[Problem]:
 
 
 def unsupported_by_launcher(spec: Spec) -> Iterator[Problem]:
-    """The launcher can start it."""
+    """The launcher must be able to start the run."""
     yield from kind_of(spec.launch.launcher).supports(spec)
 
 
 def settings_of_another_launcher(spec: Spec) -> Iterator[Problem]:
-    """A section of another launcher changes nothing."""
+    """A section of another launcher has no effect."""
     for name in sorted(KINDS.keys() - {spec.launch.launcher}):
         if getattr(spec.launch, name, None) != getattr(Launch(), name, None):
             what = f"is not used: launch.launcher is {spec.launch.launcher}"
@@ -34,7 +34,7 @@ def settings_of_another_launcher(spec: Spec) -> Iterator[Problem]:
 
 
 def doubts_of_launcher(spec: Spec) -> Iterator[Problem]:
-    """What the launcher starts, but hardly as it was meant."""
+    """The launcher can start the run, but a setting is probably unintended."""
     yield from kind_of(spec.launch.launcher).rules.warnings(spec)
 
 

@@ -11,7 +11,7 @@ from sftd.domain.spec.spec import Spec
 def learning_rate(step: int, spec: Spec, planned_steps: int) -> float:
     """Learning rate of 0-based `step` out of `planned_steps`.
 
-    Linear warm-up over W steps: peak · (step + 1) / W, so that the first step already learns. Then, with
+    Linear warm-up over W steps: peak · (step + 1) / W, so that the first step has a rate above 0. Then, with
     t = (step − W) / (planned_steps − W) and the floor f = peak · min_lr_ratio:
     constant: peak; linear: f + (peak − f) · (1 − t); cosine: f + (peak − f) · (1 + cos πt) / 2; wsd (warm-up, stable,
     decay): peak until the last D = decay_ratio · planned_steps steps, over which it falls as linear does.

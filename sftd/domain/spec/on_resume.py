@@ -1,4 +1,4 @@
-"""What a resume may change: a property of each key of the spec, kept in the metadata of its field."""
+"""Whether a resume may change a key of the spec. The mark is in the metadata of the key's field."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from msgspec import Meta
 
 
 class OnResume(StrEnum):
-    """What another value of a key makes of the steps that a run has. A key that names none is `fixed`."""
+    """The effect of a new value of a key on the existing steps of a run. A key without a mark is `fixed`."""
 
     FIXED = "fixed"
-    """Another trajectory: a resume refuses it, a fork may have it."""
+    """Another trajectory: a resume refuses the change, a fork accepts it."""
     LENGTH = "length"
     """The same steps as long as their learning rates stay the same."""
     FREE = "free"
-    """The same steps: bit for bit, or to within rounding where it changes what is summed in which order."""
+    """The same steps: bit for bit, or to within rounding if the order of summation changes."""
 
 
 FREE, LENGTH = (Meta(extra={"on_resume": mark}) for mark in (OnResume.FREE, OnResume.LENGTH))

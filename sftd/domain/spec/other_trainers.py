@@ -1,7 +1,7 @@
-"""Well-known config names of axolotl, LLaMA-Factory, TRL and verl: the one table of what each is here.
+"""Common config names of axolotl, LLaMA-Factory, TRL and verl, and their counterparts in sftd.
 
-`docs/coming-from.md` is generated from it, and refusals of unknown keys quote it. Names that sftd accepts as they are
-are in `aliases`.
+`docs/coming-from.md` is generated from this table, and refusals of unknown keys quote it. Names that sftd accepts are in
+`aliases`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import msgspec
 
 from sftd.domain.errors import Problem, shorten
 
-# By the letter of a tool in the table.
+# Letter in the table → tool.
 TOOLS = {"a": "axolotl", "l": "LLaMA-Factory", "t": "TRL", "v": "verl"}
 
 
 class Known(msgspec.Struct, frozen=True):
-    """A config name of other trainers: the letters of the `tools` that have it, and the key that it is `here`, or "" where sftd has no
-    counterpart. `note` says how the value differs, or why there is none.
+    """A config name of other trainers. `tools` are the letters of the tools that have it. `here` is the key in sftd, "" if there
+    is none. `note` describes how the value differs, or why there is no counterpart.
 
-    `neutral` values ask for nothing that sftd does not do anyway, as null does for every name and anything false for a name
-    without a counterpart. A `harmless` name may have any value: it is left aside with a warning."""
+    `neutral` values match what sftd does anyway, so the name is ignored silently. Null is always neutral, and so is any false
+    value without a counterpart. A `harmless` name may have any value and is ignored with a warning."""
 
     tools: str
     name: str
@@ -32,12 +32,12 @@ class Known(msgspec.Struct, frozen=True):
     harmless: bool = False
 
     def is_neutral(self, value: Any) -> bool:
-        """Whether this value is left out without a warning."""
+        """Whether this value is ignored without a warning."""
         return value is None or (not self.here and not value) or value in self.neutral
 
     @property
     def answer(self) -> str:
-        """What to write instead, or why there is nothing."""
+        """The counterpart with its note, or the reason why there is none."""
         if not self.here:
             return self.note
         return f"`{self.here}`" + (f": {self.note}" if self.note else "")
@@ -311,19 +311,19 @@ TABLE: tuple[Known, ...] = (
 
 BY_NAME: dict[str, Known] = {row.name: row for row in TABLE}
 
-# A config with this many names of a tool is that tool's; fewer are slips.
+# With this number of a tool's names, a config is taken as that tool's. Fewer are taken as slips.
 _ENOUGH = 4
 DOCUMENT = "docs/coming-from.md"
 
 
 def known(path: str) -> Known | None:
-    """The row of a dotted path, or of its last part: people put other trainers' names into sftd's sections."""
+    """The row of a dotted path, or of its last part, because users put other trainers' names into sftd's sections."""
     return BY_NAME.get(path) or BY_NAME.get(path.rpartition(".")[2])
 
 
 def whose(config: Mapping[Any, Any]) -> str:
     """The tools that a config may be written for, judged by its top-level names, such as "TRL" or "LLaMA-Factory or TRL". Empty
-    where it is sftd's or nobody's."""
+    for sftd's own configs, and if no tool matches."""
     counts = {
         tool: sum(letter in row.tools for name in config if (row := BY_NAME.get(name)))
         for letter, tool in TOOLS.items()
@@ -335,8 +335,8 @@ def whose(config: Mapping[Any, Any]) -> str:
 
 
 def refusal(config: Mapping[Any, Any], sections: Container[str]) -> list[Problem]:
-    """What to write instead of each name of a config that is written for another tool: a line for each name with a counterpart,
-    and one for each reason why names have none. Empty for other configs. `sections` are sftd's own."""
+    """The problems of a config that is written for another tool: one for each name with a counterpart, and one for each reason
+    why names have none. Empty for other configs. `sections` are sftd's own."""
     tool = whose(config)
     if not tool:
         return []

@@ -1,4 +1,4 @@
-"""From what a user wrote (nested mapping + overrides) to a resolved `Spec`, or to every problem with it at once."""
+"""Parse a user's config (nested mapping and overrides) into a resolved `Spec`, or collect all of its problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _struct_type(annotation: Any) -> type[Section] | None:
 
 
 def leaves(cls: type[Section] = Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key of the spec as (dotted path, annotated type, default), in the order of the structs."""
+    """(dotted path, annotated type, default) of every key of the spec, in the order of the structs."""
     hints = get_type_hints(cls, include_extras=True)
     for field in msgspec.structs.fields(cls):
         path = prefix + field.name
@@ -40,18 +40,18 @@ SECTIONS = {path.rsplit(".", n)[0] for path in LEAVES for n in range(1, path.cou
 
 
 _MIN_LR_RATIO = "scheduler.min_lr_ratio"
-# What has keys under it, ours or such as are known under another name.
+# Paths with keys below them, including those of aliases and other trainers.
 _ABOVE = SECTIONS | {
     name.rsplit(".", n)[0] for name in (*ALIASES, *BY_NAME) for n in range(1, name.count(".") + 1)
 }
 
 
-# To compare longer texts takes long, and none is nearly a key.
+# Longer texts are not compared with the keys: it is slow, and none is close to a key.
 _LONGEST_KEY = 100
 
 
 def _nearest(path: str) -> str:
-    """The key or accepted alias that is spelled almost like this one; empty where there is none."""
+    """The key or alias with the most similar spelling; empty if none is close."""
     if len(path) > _LONGEST_KEY:
         return ""
     aliases = [name for name, alias in ALIASES.items() if alias.keys]
@@ -104,7 +104,7 @@ def _flatten(
 def _canonical(
     entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem], warnings: list[Problem]
 ) -> dict[str, Any]:
-    """Translate aliases: canonical leaves, and `MIN_LR` where it was given."""
+    """Translate aliases. Returns key → value; the keys are leaves of the spec, or `MIN_LR`."""
     out: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for path, value in entries:
@@ -144,7 +144,7 @@ _YAML_1_1_BOOLEANS = frozenset({"yes", "no", "on", "off", "y", "n"})
 
 
 def _kinds(path: str) -> list[inspect.Type]:
-    """The types of which a key takes values."""
+    """The types of a key's values."""
     found = inspect.type_info(LEAVES[path])
     while isinstance(found, inspect.Metadata):
         found = found.type
@@ -187,10 +187,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> tuple[Spec, list[Problem]]:
-    """Make a resolved spec of a nested mapping and `(dotted key, value)` overrides, of which the later wins.
+    """Make a resolved spec from a nested mapping and `(dotted key, value)` overrides. A later override wins.
 
-    Returns the spec and its warnings. Raises `Refused` with every problem found, also by the rules of a spec alone; those that need
-    facts are judged at submit (`domain/submit/judge.py`).
+    Returns the spec and its warnings. Raises `Refused` with all problems, including those of `SPEC`. Rules that need facts
+    are applied at submit (`domain/submit/judge.py`).
     """
     problems = refusal(config, _ABOVE)
     if problems:
@@ -223,7 +223,7 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
 
 
 def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list[Problem]]:
-    """A resolved spec with `(dotted key, value)` overrides laid over it: what `_resolve` filled in follows them.
+    """Apply `(dotted key, value)` overrides to a resolved spec. Values that `_resolve` filled in are computed again.
 
     Returns the new spec and its warnings. Raises `Refused`.
     """
@@ -231,7 +231,7 @@ def change(spec: Spec, overrides: Iterable[tuple[str, Any]]) -> tuple[Spec, list
     config["training"]["gradient_accumulation_steps"] = None
     free = msgspec.structs.replace(spec, launch=msgspec.structs.replace(spec.launch, nproc_per_node=None))
     if free.nproc_per_node == spec.launch.nproc_per_node:
-        # As many ranks as the layout needs: as many as the new one needs.
+        # The number of ranks is the default of the old layout, so use the default of the new one.
         config["launch"]["nproc_per_node"] = None
     given = list(overrides)
     if any(key.removeprefix("+") in ("trainer.epochs", "trainer.total_epochs") for key, _ in given):

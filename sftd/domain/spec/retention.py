@@ -1,4 +1,4 @@
-"""Which checkpoints the rules of `checkpoint` keep: for the retention of a run, and for the disk that a plan counts."""
+"""The checkpoints that the rules of `checkpoint` keep. Retention and the disk plan of a run share this rule."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sftd.domain.spec.sections import Checkpoint
 def kept_by_rules(
     policy: Checkpoint, steps: Sequence[int], best: Sequence[int], planned_steps: int
 ) -> dict[int, list[str]]:
-    """Step → rules that keep its checkpoint, of those saved after `steps` (ascending). `best`: those of them with a validation
-    loss, the lowest first."""
+    """Step → rules that keep its checkpoint. `steps` are the steps with checkpoints, ascending; `best` are those of them with a
+    validation loss, lowest loss first."""
     reasons: dict[int, list[str]] = {step: [] for step in steps}
     for step in steps[-policy.keep_last :]:
         reasons[step].append("last" if step == steps[-1] else f"last {policy.keep_last}")

@@ -1,4 +1,4 @@
-"""Rules of a spec alone, whatever the model and the data are. Those of `launch` are in `launch_rules`."""
+"""Rules of a spec that need neither model nor data. Those of `launch` are in `launch_rules`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sftd.domain.spec import launch_rules
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
 
-# What the views' columns hold.
+# The limit of the views' columns.
 LONGEST_NAME = 200
-# Full fine-tuning of such models takes 1e-6 to 1e-4; small ones that are trained from nothing take up to 1e-3.
+# Full fine-tuning typically uses 1e-6 to 1e-4; small models trained from scratch use up to 1e-3.
 _LEAST_LR, _MOST_LR = 1e-8, 1e-2
 _MEGATRON = "model.megatron."
 _VPP = _MEGATRON + "virtual_pipeline_model_parallel_size"
@@ -33,7 +33,7 @@ def no_train_files(spec: Spec) -> Iterator[Problem]:
 
 
 def unusable_name(spec: Spec) -> Iterator[Problem]:
-    """Names are for people and never paths. A run is shown as project/name, so a project has no slash."""
+    """Names must be printable. A run is displayed as project/name, so a project must not contain a slash."""
     project = "trainer.project_name"
     for where, name in (
         (project, spec.trainer.project_name),
@@ -41,26 +41,26 @@ def unusable_name(spec: Spec) -> Iterator[Problem]:
     ):
         fix = f"use printable characters, {LONGEST_NAME} at most"
         if odd := next((c for c in name if not c.isprintable()), None):
-            yield Problem(where, f"{quote(name)} holds the character U+{ord(odd):04X}", fix)
+            yield Problem(where, f"{quote(name)} contains the character U+{ord(odd):04X}", fix)
         elif not name.strip():
             yield Problem(where, f"{quote(name)} is empty", fix)
         elif len(name) > LONGEST_NAME:
             yield Problem(where, f"{quote(name)} has {len(name)} characters", fix)
         elif "/" in name and where == project:
             fix = "put the part after it into trainer.experiment_name"
-            yield Problem(where, f"{quote(name)} holds a slash", fix)
+            yield Problem(where, f"{quote(name)} contains a slash", fix)
 
 
 def save_dir_with_nul(spec: Spec) -> Iterator[Problem]:
-    """No folder's name holds a NUL character."""
+    """A path cannot contain a NUL character."""
     folder = spec.checkpoint.save_dir
     if "\0" in folder:
         fix = "give a folder that you may write to"
-        yield Problem("checkpoint.save_dir", f"{quote(folder)} holds a NUL character", fix)
+        yield Problem("checkpoint.save_dir", f"{quote(folder)} contains a NUL character", fix)
 
 
 def virtual_pipeline_alone(spec: Spec) -> Iterator[Problem]:
-    """Virtual stages interleave the stages of a pipeline."""
+    """Virtual stages need a pipeline to interleave."""
     m = spec.model.megatron
     if (m.virtual_pipeline_model_parallel_size or 1) > 1 and m.pipeline_model_parallel_size < 2:
         what = "virtual pipelines need a pipeline of at least 2 ranks"
@@ -69,16 +69,16 @@ def virtual_pipeline_alone(spec: Spec) -> Iterator[Problem]:
 
 
 def sequence_parallel_alone(spec: Spec) -> Iterator[Problem]:
-    """The ranks of tensor parallelism share the sequence."""
+    """Sequence parallelism splits the sequence over the tensor-parallel ranks."""
     m = spec.model.megatron
     if m.sequence_parallel and m.tensor_model_parallel_size < 2:
-        what = "is on, but there is one tensor-parallel rank to share the sequence with"
+        what = "is on, but there is only one tensor-parallel rank"
         fix = "set model.megatron.tensor_model_parallel_size to 2 or more, or turn it off"
         yield Problem(_MEGATRON + "sequence_parallel", what, fix)
 
 
 def ranks_of_no_whole_copy(spec: Spec) -> Iterator[Problem]:
-    """The ranks make a whole number of copies of the model."""
+    """The ranks must hold a whole number of model copies."""
     m, mp = spec.model.megatron, spec.model_parallel_size
     if spec.world_size % mp:
         what = (
@@ -90,7 +90,7 @@ def ranks_of_no_whole_copy(spec: Spec) -> Iterator[Problem]:
 
 
 def experts_not_shared_evenly(spec: Spec) -> Iterator[Problem]:
-    """The ranks of a pipeline stage share the experts."""
+    """The ranks of a pipeline stage must share the experts evenly."""
     pp, ep = spec.model.megatron.pipeline_model_parallel_size, spec.model.megatron.expert_model_parallel_size
     stage = spec.world_size // pp
     if stage % ep and not spec.world_size % spec.model_parallel_size:
@@ -103,12 +103,12 @@ def experts_not_shared_evenly(spec: Spec) -> Iterator[Problem]:
 
 
 def _has_layout(spec: Spec) -> bool:
-    """Whether the ranks fit the layout: else no batch fits them."""
+    """Whether the ranks fit the layout. Otherwise the rules on batches do not apply."""
     return not any((*ranks_of_no_whole_copy(spec), *experts_not_shared_evenly(spec)))
 
 
 def packed_micro_batch_too_short(spec: Spec) -> Iterator[Problem]:
-    """A packed micro-batch holds the longest sample."""
+    """A packed micro-batch must have room for the longest sample."""
     length = spec.data.sequence_length
     if spec.training.use_rmpad and spec.micro_batch_tokens < length:
         what = (
@@ -119,7 +119,7 @@ def packed_micro_batch_too_short(spec: Spec) -> Iterator[Problem]:
 
 
 def rank_without_sample(spec: Spec) -> Iterator[Problem]:
-    """Packed, any batch that gives each rank a sample is possible."""
+    """With packing, every data-parallel rank needs at least one sample per step."""
     batch, ranks = spec.data.train_batch_size, spec.data_parallel_size
     if spec.training.use_rmpad and batch < ranks and _has_layout(spec):
         what = f"{batch} is less than the {ranks} data-parallel ranks"
@@ -132,7 +132,7 @@ def _has_uneven_batch(spec: Spec) -> bool:
 
 
 def uneven_batch(spec: Spec) -> Iterator[Problem]:
-    """Padded, a step is a whole number of micro-batches on each rank."""
+    """Without packing, a step must be a whole number of micro-batches on each rank."""
     micro, dp = spec.training.micro_batch_size_per_gpu, spec.data_parallel_size
     batch, step = spec.data.train_batch_size, micro * dp
     if not spec.training.use_rmpad and _has_layout(spec) and _has_uneven_batch(spec):
@@ -145,7 +145,7 @@ def uneven_batch(spec: Spec) -> Iterator[Problem]:
 
 
 def uneven_interleaving(spec: Spec) -> Iterator[Problem]:
-    """The interleaved schedule takes micro-batches in groups of PP; packed, empty ones fill a group up."""
+    """The interleaved schedule needs groups of PP micro-batches. With packing, empty ones fill up a group."""
     m, count = spec.model.megatron, spec.num_microbatches
     pp = m.pipeline_model_parallel_size
     is_padded = not spec.training.use_rmpad and _has_layout(spec) and not _has_uneven_batch(spec)
@@ -155,7 +155,7 @@ def uneven_interleaving(spec: Spec) -> Iterator[Problem]:
 
 
 def warm_up_longer_than_run(spec: Spec, planned_steps: int | None = None) -> Iterator[Problem]:
-    """The learning rate reaches its peak. Without `trainer.max_steps` only the data says how many steps are planned."""
+    """The learning rate must reach its peak. Without `trainer.max_steps` the number of steps depends on the data."""
     steps = spec.trainer.max_steps if planned_steps is None else planned_steps
     if steps is not None and spec.warmup_steps(steps) > steps:
         what = f"{spec.scheduler.warmup_steps} is more than the {steps} steps of the run"
@@ -163,17 +163,17 @@ def warm_up_longer_than_run(spec: Spec, planned_steps: int | None = None) -> Ite
 
 
 def unusual_learning_rate(spec: Spec) -> Iterator[Problem]:
-    """A peak that destroys a pretrained model, or leaves it as it is."""
-    lr, usual = spec.optimizer.lr, "full fine-tuning usually takes 1e-6 to 1e-4"
+    """A very high peak destroys a pretrained model; a very low one has no effect."""
+    lr, usual = spec.optimizer.lr, "full fine-tuning usually uses 1e-6 to 1e-4"
     if lr > _MOST_LR:
-        what = f"{lr:g} is far above what pretrained models take: the loss will most likely diverge"
+        what = f"{lr:g} is far above the usual range for pretrained models: the loss will probably diverge"
         yield Problem("optimizer.lr", what, usual)
     elif lr < _LEAST_LR:
         yield Problem("optimizer.lr", f"{lr:g} is so small that the weights hardly change", usual)
 
 
 def epochs_and_max_steps(spec: Spec) -> Iterator[Problem]:
-    """Of two lengths one decides."""
+    """Only one of the two lengths is used."""
     t = spec.trainer
     if t.max_steps is not None and t.epochs is not None:
         yield Problem("trainer.epochs", f"{t.epochs} is not used: trainer.max_steps={t.max_steps} decides")
@@ -182,19 +182,19 @@ def epochs_and_max_steps(spec: Spec) -> Iterator[Problem]:
 def floor_without_decay(spec: Spec) -> Iterator[Problem]:
     """A constant learning rate has no floor."""
     if spec.scheduler.type == "constant" and spec.scheduler.min_lr_ratio:
-        what = "is not used: scheduler.type constant has no decay to end"
+        what = "is not used: scheduler.type is constant, which has no decay"
         yield Problem("scheduler.min_lr_ratio", what)
 
 
 def decay_ratio_without_wsd(spec: Spec) -> Iterator[Problem]:
-    """Only one schedule has a decay of its own length."""
+    """Only wsd has a decay of configurable length."""
     if spec.scheduler.type != "wsd" and spec.scheduler.decay_ratio != Scheduler().decay_ratio:
         what = f"is not used: scheduler.type is {spec.scheduler.type}, and only wsd has it"
         yield Problem("scheduler.decay_ratio", what)
 
 
 def warm_up_twice(spec: Spec) -> Iterator[Problem]:
-    """Of two warm-ups one decides."""
+    """Only one of the two warm-up lengths is used."""
     s = spec.scheduler
     if s.warmup_steps is not None and s.warmup_ratio:
         what = f"is not used: scheduler.warmup_steps={s.warmup_steps} decides"
@@ -202,7 +202,7 @@ def warm_up_twice(spec: Spec) -> Iterator[Problem]:
 
 
 def recompute_turned_off(spec: Spec) -> Iterator[Problem]:
-    """How activations are computed again matters only where they are."""
+    """The kind of recomputation matters only if recomputation is on."""
     model = spec.model
     if model.recompute != "full" and not model.enable_gradient_checkpointing:
         what = f"{model.recompute} is not used: model.enable_gradient_checkpointing is off"
@@ -210,28 +210,28 @@ def recompute_turned_off(spec: Spec) -> Iterator[Problem]:
 
 
 def optimizer_not_sharded(spec: Spec) -> Iterator[Problem]:
-    """The optimizer is sharded whatever the key says."""
+    """The optimizer is always sharded."""
     if not spec.model.megatron.use_distributed_optimizer:
-        what = "false is not used: sftd always shards the optimizer, with the same numbers and less memory"
+        what = "false is not used: sftd always shards the optimizer, which needs less memory for the same numbers"
         yield Problem(_MEGATRON + "use_distributed_optimizer", what)
 
 
 def code_of_the_model(spec: Spec) -> Iterator[Problem]:
-    """Warnings are in the run's first event: the log has who allowed whose code, and when."""
+    """The run's first event contains the warnings, so the log records who allowed the code, and when."""
     if spec.model.trust_remote_code:
         what = "is on: Python code in the model folder runs with your rights"
         yield Problem("model.trust_remote_code", what)
 
 
 def no_validation(spec: Spec) -> Iterator[Problem]:
-    """Without validation no checkpoint is the best."""
+    """Without validation there is no best checkpoint."""
     if not spec.data.val_files:
-        what = "is empty: nothing will be validated, and keep_best has nothing to go by"
+        what = "is empty: there is no validation, and keep_best has no effect"
         yield Problem("data.val_files", what)
 
 
 def micro_batch_size_and_tokens(spec: Spec) -> Iterator[Problem]:
-    """Packed, of two sizes of a micro-batch one decides."""
+    """With packing, only one of the two micro-batch sizes is used."""
     t = spec.training
     if t.use_rmpad and t.micro_batch_tokens is not None and t.micro_batch_size_per_gpu > 1:
         what = f"{t.micro_batch_size_per_gpu} is not used: training.micro_batch_tokens={t.micro_batch_tokens} decides"
@@ -239,7 +239,7 @@ def micro_batch_size_and_tokens(spec: Spec) -> Iterator[Problem]:
 
 
 def tokens_without_packing(spec: Spec) -> Iterator[Problem]:
-    """Padded, a micro-batch is a number of samples."""
+    """Without packing, the size of a micro-batch is a number of samples."""
     t = spec.training
     if not t.use_rmpad and t.micro_batch_tokens is not None:
         what = f"{t.micro_batch_tokens} is not used without training.use_rmpad"
@@ -247,7 +247,7 @@ def tokens_without_packing(spec: Spec) -> Iterator[Problem]:
 
 
 def micro_batch_never_filled(spec: Spec) -> Iterator[Problem]:
-    """A packed micro-batch has room for more samples than a rank has in a step."""
+    """A packed micro-batch should not have room for more samples than a rank has in a step."""
     room = spec.micro_batch_tokens // spec.data.sequence_length
     share = -(-spec.data.train_batch_size // spec.data_parallel_size)
     if spec.training.use_rmpad and room > share:
@@ -259,13 +259,13 @@ def micro_batch_never_filled(spec: Spec) -> Iterator[Problem]:
 
 
 def accumulation_that_does_not_decide(spec: Spec) -> Iterator[Problem]:
-    """Batch, micro-batch and ranks decide how many micro-batches a step has."""
+    """Batch, micro-batch and ranks determine the number of micro-batches per step."""
     given, count = spec.training.gradient_accumulation_steps, spec.num_microbatches
     if given is None or given == count:
         return
     batch, dp = spec.data.train_batch_size, spec.data_parallel_size
     decides = (
-        f"packed into micro-batches of {spec.micro_batch_tokens} tokens the {batch} samples of a step make {count} or fewer "
+        f"the {batch} samples of a step, packed into micro-batches of {spec.micro_batch_tokens} tokens, make at most {count} "
         f"on each of {dp} data-parallel ranks"
         if spec.training.use_rmpad
         else f"data.train_batch_size {batch} ÷ (micro-batch {spec.training.micro_batch_size_per_gpu} × data-parallel {dp}) "
@@ -273,7 +273,7 @@ def accumulation_that_does_not_decide(spec: Spec) -> Iterator[Problem]:
     )
     yield Problem(
         "training.gradient_accumulation_steps",
-        f"says {given}, but {decides}",
+        f"is {given}, but {decides}",
         f"set it to {count} or leave it out",
     )
 

@@ -12,12 +12,12 @@ from msgspec import Meta
 
 from sftd.domain.spec.on_resume import FREE, LENGTH
 
-# JSON's numbers, and the database's, are exact up to 2^53.
+# Numbers in JSON are exact up to 2^53.
 Size = Annotated[int, Meta(ge=1, le=2**53)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
-# 1 is excluded: an Adam moment with beta 1 never moves.
+# 1 is excluded, because an Adam moment with beta 1 never changes.
 Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
@@ -26,7 +26,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Megatron(Section, frozen=True):
-    """`model.megatron`: how Megatron-core lays the model out over the ranks."""
+    """`model.megatron`: layout of the model over the ranks by Megatron-core."""
 
     tensor_model_parallel_size: Annotated[
         Size,
@@ -48,7 +48,7 @@ class Megatron(Section, frozen=True):
     context_parallel_size: Annotated[Size, Meta(description="ranks that share each sequence (CP)"), FREE] = 1
     expert_model_parallel_size: Annotated[
         Size,
-        Meta(description="ranks that share the experts of an MoE layer (EP); any ranks of a pipeline stage"),
+        Meta(description="ranks of a pipeline stage that share the experts of an MoE layer (EP)"),
         FREE,
     ] = 1
     sequence_parallel: Annotated[
@@ -69,7 +69,7 @@ class Megatron(Section, frozen=True):
 
     @property
     def expert_tensor_parallel_size(self) -> int:
-        """Ranks that split each expert."""
+        """Number of ranks over which each expert is split."""
         return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
 
@@ -105,14 +105,12 @@ class Lora(Section, frozen=True):
 
 
 class Model(Section, frozen=True):
-    """`model`: what is trained."""
+    """`model`: the model to train."""
 
     name: Annotated[Literal["megatron-sft"], Meta(description="kind of training")] = "megatron-sft"
     partial_pretrain: Annotated[
         str,
-        Meta(
-            description="Hugging Face folder of the model to start from, or its hub id where it is in the local cache"
-        ),
+        Meta(description="Hugging Face folder of the model to start from, or a hub id in the local cache"),
     ] = ""
     enable_gradient_checkpointing: Annotated[
         bool,
@@ -122,8 +120,8 @@ class Model(Section, frozen=True):
     recompute: Annotated[
         Literal["full", "selective"],
         Meta(
-            description="what gradient checkpointing recomputes: whole layers, or the norms and activations alone "
-            "(a third of the memory for a few percent of the time)"
+            description="what gradient checkpointing recomputes: whole layers (full), or only norms and activations (selective: "
+            "a third of the memory for a few percent of the time)"
         ),
         FREE,
     ] = "full"
@@ -138,28 +136,28 @@ class Model(Section, frozen=True):
 
 
 class Data(Section, frozen=True):
-    """`data`: what it is trained on. Parquet with `input_ids`, `attention_mask`, `labels` (see `sftd prepare`)."""
+    """`data`: training and validation data. Parquet with `input_ids`, `attention_mask`, `labels` (see `sftd prepare`)."""
 
     train_files: Annotated[
         list[str],
-        Meta(description="Parquet files to train on; patterns and folders become their files at submit"),
+        Meta(description="Parquet files to train on; patterns and folders are expanded at submit"),
     ] = msgspec.field(default_factory=list)
     val_files: Annotated[list[str], Meta(description="Parquet files to validate on, as train_files")] = (
         msgspec.field(default_factory=list)
     )
     train_batch_size: Annotated[
-        Size, Meta(description="samples of one optimizer step over all GPUs: the global or effective batch")
+        Size, Meta(description="samples per optimizer step over all GPUs: the global or effective batch")
     ] = 64
     sequence_length: Annotated[
         Size, Meta(description="longest sequence in tokens; longer rows are truncated")
     ] = 2048
     truncation: Annotated[
         Literal["right", "left", "error"],
-        Meta(description="which end of a row longer than sequence_length is cut, or refuse it"),
+        Meta(description="end at which rows longer than sequence_length are cut; error refuses them"),
     ] = "right"
-    shuffle: Annotated[bool, Meta(description="new order each epoch, a function of (seed, epoch) alone")] = (
-        True
-    )
+    shuffle: Annotated[
+        bool, Meta(description="new order in each epoch, a function of (seed, epoch) only")
+    ] = True
 
 
 class Training(Section, frozen=True):
@@ -167,54 +165,54 @@ class Training(Section, frozen=True):
 
     micro_batch_size_per_gpu: Annotated[
         Size,
-        Meta(description="samples in one forward and backward on one rank, without use_rmpad"),
+        Meta(description="samples per forward and backward pass on one rank, without use_rmpad"),
         FREE,
     ] = 1
     gradient_accumulation_steps: Annotated[
         Size | None,
         Meta(
-            description="micro-batches per step on one rank (with use_rmpad the most that there can be); the other keys "
-            "decide, this is only compared with them"
+            description="micro-batches per step on one rank (with use_rmpad the maximum); the other keys determine it, and a given "
+            "value is only checked"
         ),
         FREE,
     ] = None
     use_rmpad: Annotated[
         bool,
         Meta(
-            description="packing: the samples of a step are laid end to end without padding, and never see each other"
+            description="packing: concatenate the samples of a step without padding; samples do not attend to each other"
         ),
         FREE,
     ] = False
     deterministic: Annotated[
         bool | None,
         Meta(
-            description="the same numbers bit for bit whenever a step is computed again; when not set, on for CPUs "
-            "and off for GPUs, where it costs speed"
+            description="reproduce the same numbers bit for bit when a step is recomputed; when not set, on for CPUs "
+            "and off for GPUs, where it is slower"
         ),
         FREE,
     ] = None
     on_non_finite: Annotated[
         Literal["stop", "skip", "rollback"],
         Meta(
-            description="when the loss or the gradient norm is not a number: end the run, leave that step's update out, or go "
-            "back to the last checkpoint, then on after the samples since"
+            description="when the loss or the gradient norm is not finite: end the run (stop), skip the step's update (skip), or "
+            "return to the last checkpoint and skip the samples since (rollback)"
         ),
         FREE,
     ] = "stop"
     on_spike: Annotated[
         Literal["record", "stop", "skip", "rollback"],
-        Meta(description="when the loss spikes (see spike_factor): only record it, or as on_non_finite"),
+        Meta(description="when the loss spikes (see spike_factor): only record it, or act as on_non_finite"),
         FREE,
     ] = "record"
     spike_factor: Annotated[
         NonNegative,
-        Meta(description="a loss above this many times the median of the last 64 is a spike; 0 is never"),
+        Meta(description="a loss above this multiple of the median of the last 64 is a spike; 0 is off"),
         FREE,
     ] = 3.0
     micro_batch_tokens: Annotated[
         Size | None,
         Meta(
-            description="with use_rmpad: tokens of a micro-batch (which the CP ranks share), at most; "
+            description="with use_rmpad: maximum tokens of a micro-batch (over its CP ranks); "
             "micro_batch_size_per_gpu × data.sequence_length when not set"
         ),
         FREE,
@@ -237,26 +235,26 @@ class Optimizer(Section, frozen=True):
 
 
 class Scheduler(Section, frozen=True):
-    """`scheduler`: the learning rate over the steps."""
+    """`scheduler`: the learning rate schedule."""
 
     type: Annotated[
         Literal["constant", "linear", "cosine", "wsd"],
         Meta(description="shape of the decay after warm-up; wsd is constant, then linear over decay_ratio"),
     ] = "cosine"
     warmup_steps: Annotated[
-        Count | None, Meta(description="steps of linear warm-up; wins over warmup_ratio")
+        Count | None, Meta(description="steps of linear warm-up; overrides warmup_ratio")
     ] = None
     warmup_ratio: Annotated[Fraction, Meta(description="warm-up as a share of all steps")] = 0.0
     min_lr_ratio: Annotated[Fraction, Meta(description="lowest learning rate as a share of the peak")] = 0.0
     decay_ratio: Annotated[
-        Fraction, Meta(description="with type wsd: the decay at the end as a share of all steps")
+        Fraction, Meta(description="with type wsd: length of the final decay as a share of all steps")
     ] = 0.1
 
 
 class Trainer(Section, frozen=True):
-    """`trainer`: how long, and what is done on the way."""
+    """`trainer`: length of the run, validation, saving and names."""
 
-    max_steps: Annotated[Size | None, Meta(description="optimizer steps; wins over epochs"), LENGTH] = None
+    max_steps: Annotated[Size | None, Meta(description="optimizer steps; overrides epochs"), LENGTH] = None
     epochs: Annotated[
         Size | None,
         Meta(description="passes over the training data; 1 when max_steps is not set either"),
@@ -264,52 +262,51 @@ class Trainer(Section, frozen=True):
     ] = None
     val_check_interval: Annotated[
         Count,
-        Meta(description="steps between validations; 0 is only at start and end"),
+        Meta(description="steps between validations; 0 validates only at start and end"),
         FREE,
     ] = 0
     val_before_train: Annotated[bool, Meta(description="validate the untrained model as step 0"), FREE] = True
     save_interval: Annotated[
-        Count, Meta(description="steps between checkpoints; 0 is only at the end"), FREE
+        Count, Meta(description="steps between checkpoints; 0 saves only at the end"), FREE
     ] = 100
     project_name: Annotated[str, Meta(description="groups runs; the MLflow experiment")] = "default"
     experiment_name: Annotated[
-        str, Meta(description="a name for people: any printable text; need not be unique")
+        str, Meta(description="display name: any printable text; need not be unique")
     ] = ""
     sample_prompts: Annotated[
         list[str],
         Meta(
-            description="user messages answered greedily at each validation and recorded as SampleGenerated"
+            description="user messages to answer with greedy decoding at each validation, recorded as SampleGenerated"
         ),
         FREE,
     ] = msgspec.field(default_factory=list)
-    sample_max_tokens: Annotated[Size, Meta(description="longest sample answer in tokens"), FREE] = 64
+    sample_max_tokens: Annotated[Size, Meta(description="maximum tokens of a sample answer"), FREE] = 64
 
 
 class Checkpoint(Section, frozen=True):
-    """`checkpoint`: what is kept. The newest published checkpoint is always kept."""
+    """`checkpoint`: retention and saving. The newest published checkpoint is always kept."""
 
-    keep_last: Annotated[Size, Meta(description="newest checkpoints to keep"), FREE] = 2
+    keep_last: Annotated[Size, Meta(description="number of newest checkpoints to keep"), FREE] = 2
     keep_best: Annotated[
-        Count, Meta(description="checkpoints with the lowest validation loss to keep"), FREE
+        Count, Meta(description="number of checkpoints with the lowest validation loss to keep"), FREE
     ] = 1
     keep_every: Annotated[
         Count,
-        Meta(description="keep each checkpoint whose step is a multiple of this; 0 is off"),
+        Meta(description="keep each checkpoint whose step is a multiple of this; 0 turns this off"),
         FREE,
     ] = 0
     after_success: Annotated[
         Literal["weights", "last", "all"],
         Meta(
-            description="what stays whole once the run has succeeded: last keeps the final checkpoint whole, so that the run can be "
-            "continued, and of those kept only as the best the weights alone; weights keeps the weights of each alone; all keeps "
-            "each whole"
+            description="what to keep of the checkpoints after success: last keeps the final one whole, so that the run can continue, "
+            "and only the weights of those kept only as the best; weights keeps only the weights of each; all keeps each whole"
         ),
         FREE,
     ] = "last"
     async_save: Annotated[
         bool,
         Meta(
-            description="write checkpoints while training continues, from a copy in host memory; where that does not fit, "
+            description="write checkpoints while training continues, from a copy in host memory; if the copy does not fit, "
             "training waits"
         ),
         FREE,
@@ -322,31 +319,29 @@ class Checkpoint(Section, frozen=True):
 
 
 class Slurm(Section, frozen=True):
-    """`launch.slurm`: what the job asks Slurm for; used with `launch.launcher: slurm` only."""
+    """`launch.slurm`: options of the Slurm job; used only with `launch.launcher: slurm`."""
 
     partition: Annotated[str, Meta(description="partition; empty is the cluster's default"), FREE] = ""
-    account: Annotated[
-        str, Meta(description="account that is charged; empty is the user's default"), FREE
-    ] = ""
+    account: Annotated[str, Meta(description="account to charge; empty is the user's default"), FREE] = ""
     qos: Annotated[str, Meta(description="quality of service; empty is the default"), FREE] = ""
     time: Annotated[
         str | int,
         Meta(
-            description="time limit of each job, in Slurm's form (90, 4:00:00, 2-0); empty is the partition's. A run that needs "
-            "longer continues in further jobs"
+            description="time limit of each job, in Slurm's format (90, 4:00:00, 2-0); empty is the partition's. A longer run "
+            "continues in further jobs"
         ),
         FREE,
     ] = ""
     gres: Annotated[
         str,
         Meta(
-            description="generic resources of each node, such as gpu:8; when empty, a GPU a rank where launch.device is cuda; "
-            "none asks for nothing where nodes come with all their GPUs"
+            description="generic resources of each node, such as gpu:8; when empty, one GPU per rank if launch.device is cuda; "
+            "none requests nothing, for clusters that allocate whole nodes"
         ),
         FREE,
     ] = ""
-    constraint: Annotated[str, Meta(description="features that the nodes must have"), FREE] = ""
-    exclude: Annotated[str, Meta(description="nodes that are not used, such as n[3,7-9]"), FREE] = ""
+    constraint: Annotated[str, Meta(description="required features of the nodes"), FREE] = ""
+    exclude: Annotated[str, Meta(description="nodes to exclude, such as n[3,7-9]"), FREE] = ""
     extra_args: Annotated[
         list[str],
         Meta(description="further options of sbatch, each with its value, such as --mem=0"),
@@ -354,7 +349,7 @@ class Slurm(Section, frozen=True):
     ] = msgspec.field(default_factory=list)
     setup: Annotated[
         str,
-        Meta(description="shell lines that the job runs on its first node before it starts the ranks"),
+        Meta(description="shell lines to run on the first node before the ranks start"),
         FREE,
     ] = ""
     stop_seconds: Annotated[
@@ -362,46 +357,46 @@ class Slurm(Section, frozen=True):
         Meta(
             ge=1,
             le=65535,
-            description="seconds before its time limit at which the job is signalled: the ranks save a checkpoint at the next step and end: "
-            "longer than a step and a save take, and a minute more (Slurm's clock is that coarse)",
+            description="seconds before the time limit at which the ranks are signalled to save a checkpoint at the next step and end; "
+            "set it to the duration of a step and a save plus one minute, the resolution of Slurm's clock",
         ),
         FREE,
     ] = 300
 
 
 class Launch(Section, frozen=True):
-    """`launch`: where it runs."""
+    """`launch`: where and how the run is started."""
 
     launcher: Annotated[
         Literal["local", "slurm"],
         Meta(
-            description="who starts the ranks: the daemon on its own host, or Slurm, to which it hands a job"
+            description="how the ranks are started: by the daemon on its own host (local), or in a Slurm job (slurm)"
         ),
         FREE,
     ] = "local"
-    nnodes: Annotated[Size, Meta(description="machines; more than one with the launcher slurm"), FREE] = 1
+    nnodes: Annotated[Size, Meta(description="machines; more than one needs the launcher slurm"), FREE] = 1
     nproc_per_node: Annotated[
         Size | None,
-        Meta(description="ranks per machine; the least that the layout needs when not set"),
+        Meta(description="ranks per machine; the minimum for the layout when not set"),
         FREE,
     ] = None
     priority: Annotated[
         int,
-        Meta(ge=-1_000_000, le=1_000_000, description="higher starts first; equal ones by age"),
+        Meta(ge=-1_000_000, le=1_000_000, description="runs of higher priority start first, then older runs"),
         FREE,
     ] = 0
     preemptible: Annotated[
         bool,
         Meta(
-            description="a waiting run of higher priority may take its place: it saves a checkpoint, is queued again and continues "
-            "later"
+            description="let a waiting run of higher priority preempt this run, which saves a checkpoint, is queued again and "
+            "continues later"
         ),
         FREE,
     ] = False
     max_restarts: Annotated[
         Count,
         Meta(
-            description="restarts in a row without progress (a new checkpoint or min_progress_steps); then the run fails"
+            description="maximum restarts in a row without progress (a new checkpoint or min_progress_steps) before the run fails"
         ),
         FREE,
     ] = 2
@@ -413,20 +408,21 @@ class Launch(Section, frozen=True):
     hang_seconds: Annotated[
         Count,
         Meta(
-            description="an attempt that records nothing for so long (and for hang_factor median steps) hangs: its stacks are "
-            "written down, it is killed and started again; longer than validating or saving takes; at least 900 before the first step; 0 is off"
+            description="seconds without a record (and at least hang_factor median steps) after which an attempt counts as hung: its "
+            "stacks are recorded, and it is killed and restarted; must exceed the time of a validation or a save; before the first "
+            "step at least 900 apply; 0 turns this off"
         ),
         FREE,
     ] = 1800
     hang_factor: Annotated[NonNegative, Meta(description="see hang_seconds"), FREE] = 20.0
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Meta(description="what the ranks compute on; auto is GPUs where there are any"),
+        Meta(description="device of the ranks; auto uses GPUs if there are any"),
         FREE,
     ] = "auto"
     threads_per_rank: Annotated[
         Size | None,
-        Meta(description="CPU threads of each rank on a CPU; all cores shared by the ranks when not set"),
+        Meta(description="threads of each rank on CPUs; when not set, the ranks share all cores"),
         FREE,
     ] = None
     slurm: Slurm = Slurm()

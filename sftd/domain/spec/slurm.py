@@ -1,4 +1,4 @@
-"""Rules of `launch.slurm`: which options a job script may have, and whether they ask for GPUs."""
+"""Rules of `launch.slurm`: the allowed options of a job script, and whether they request GPUs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sftd.domain.rules import Rules
 from sftd.domain.spec.sections import Slurm
 from sftd.domain.spec.spec import Spec
 
-# One word of a line of sbatch's options: nothing that ends it, begins a comment or opens a quotation.
+# One word of an sbatch option line: no character that ends the word, begins a comment or opens a quotation.
 _WORD = re.compile(r"[^\s\"'\\#]+")
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 _OPTION = re.compile(r"-[^\x00-\x1f\x7f]+")
-# What the launcher decides by itself, by all their names, with the key that decides it.
+# All names of options that only the launcher sets → key of the spec that decides them, if any.
 _OWNED = {
     "--array": "", "-a": "",
     "--chdir": "", "-D": "", "--workdir": "",
@@ -41,7 +41,7 @@ _GPU_NAMES = frozenset({"gpu", "mps", "shard"})
 _GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-socket", "--gpus-per-task")
 # These take a list of resources, each with its name, perhaps a type, and a number.
 _GRES = ("--gres", "--tres-per-job", "--tres-per-node", "--tres-per-socket", "--tres-per-task")
-# Options with a beginning like that of one above: sbatch takes a beginning that only one option has.
+# Other options that share a prefix with those above. sbatch accepts any unique prefix of an option.
 _OTHERS = (
     "--get-user-env",
     "--gid",
@@ -54,33 +54,33 @@ _OTHERS = (
 
 
 def unusable_slurm_word(spec: Spec) -> Iterator[Problem]:
-    """What becomes one word of sbatch's options is one, and a time is a time."""
+    """Each value must be one word of an sbatch option, and the time must be a Slurm time."""
     for name in ("partition", "account", "qos", "time", "gres", "constraint", "exclude"):
         # YAML's 90 is a number.
         value = str(getattr(spec.launch.slurm, name))
         where = f"launch.slurm.{name}"
         if value and not _WORD.fullmatch(value):
-            what = f"{quote(value)} holds spaces, quotes, a backslash or #"
-            yield Problem(where, what, "write it as sbatch takes it, without those")
+            what = f"{quote(value)} contains spaces, quotes, a backslash or #"
+            yield Problem(where, what, "write it as an sbatch option value, without these characters")
         elif value and name == "time" and not _TIME.fullmatch(value):
-            what = f"{quote(value)} is not a time as Slurm writes it"
+            what = f"{quote(value)} is not a Slurm time"
             yield Problem(
                 where, what, "write minutes, hours:minutes:seconds or days-hours, such as 90 or 2-0"
             )
 
 
 def setup_with_nul(spec: Spec) -> Iterator[Problem]:
-    """The shell reads no NUL character."""
+    """A shell script cannot contain a NUL character."""
     if "\0" in spec.launch.slurm.setup:
-        yield Problem("launch.slurm.setup", "holds a NUL character", "write plain shell lines")
+        yield Problem("launch.slurm.setup", "contains a NUL character", "write plain shell lines")
 
 
 def unusable_slurm_option(spec: Spec) -> Iterator[Problem]:
-    """Each further option is one on one line, and none that the launcher sets."""
+    """Each extra argument must be an option on one line that the launcher does not set."""
     where = "launch.slurm.extra_args"
     for option in spec.launch.slurm.extra_args:
         try:
-            # sbatch reads a line as a shell does: further options may follow the first.
+            # sbatch splits a line like a shell, so further options may follow the first.
             words = shlex.split(option)
         except ValueError:
             words = []
@@ -90,39 +90,39 @@ def unusable_slurm_option(spec: Spec) -> Iterator[Problem]:
         elif owned := next(filter(None, map(_owned, words)), None):
             instead = _OWNED[owned]
             fix = f"use {instead}" if instead else "leave it out"
-            yield Problem(where, f"{quote(option)}: sftd decides {owned} by itself", fix)
+            yield Problem(where, f"{quote(option)}: sftd sets {owned} itself", fix)
 
 
 def _owned(word: str) -> str | None:
-    """Which of the launcher's own options a word names."""
+    """The launcher's own option that a word sets; None if it sets none."""
     name = word.partition("=")[0]
     if not name.startswith("--"):
-        # -N2 is -N 2.
+        # -N2 means -N 2.
         return name[:2] if name[:2] in _OWNED else None
     if name in _OWNED:
         return name
-    # To sbatch, a beginning that only one option has is enough.
+    # sbatch accepts any unique prefix of an option.
     return next((owned for owned in _OWNED if owned.startswith(name) and name != "--"), None)
 
 
 def job_without_gpus(spec: Spec) -> Iterator[Problem]:
-    """A job has the GPUs that it asks for."""
+    """A job gets only the GPUs that it requests."""
     launch = spec.launch
     if asks_for_gpus(launch.slurm):
         return
     if launch.device == "auto":
-        what = "is auto, and launch.slurm asks for no GPU: the job trains on CPUs"
-        yield Problem("launch.device", what, "set it to cuda for a GPU a rank, or to cpu")
+        what = "is auto, and launch.slurm requests no GPU: the job trains on CPUs"
+        yield Problem("launch.device", what, "set it to cuda for one GPU per rank, or to cpu")
     elif launch.device == "cuda" and launch.slurm.gres:
         what = (
-            f"{quote(launch.slurm.gres)} names no GPU, and launch.device is cuda: the job finds GPUs only where Slurm gives "
-            "them without being asked"
+            f"{quote(launch.slurm.gres)} requests no GPU, but launch.device is cuda: the job gets GPUs only if the cluster "
+            "assigns them by default"
         )
         yield Problem("launch.slurm.gres", what, f"add gpu:{spec.nproc_per_node} to it")
 
 
 def asks_for_gpus(slurm: Slurm) -> bool:
-    """Whether the options of a job ask for at least one GPU."""
+    """Whether the options of a job request at least one GPU."""
     return _names_gpus(slurm.gres) or any(map(_option_asks, slurm.extra_args))
 
 
@@ -136,7 +136,7 @@ def _option_asks(text: str) -> bool:
 
 
 def _options(text: str) -> Iterator[tuple[str, str]]:
-    """The options of one text, each with its value: `--gpus=2`, `--gpus 2`, `-G2` and `-G 2` are all the same."""
+    """(option, value) of each option in a text. `--gpus=2`, `--gpus 2`, `-G2` and `-G 2` are equivalent."""
     try:
         words = shlex.split(text)
     except ValueError:
@@ -156,7 +156,7 @@ def _whole_name(name: str) -> str:
 
 
 def _names_gpus(gres: str) -> bool:
-    """Whether a list of generic resources holds GPUs: `gpu`, `gpu:2`, `gpu:h100:4`, `gres/gpu:h100=4`."""
+    """Whether a list of generic resources includes GPUs: `gpu`, `gpu:2`, `gpu:h100:4`, `gres/gpu:h100=4`."""
     for entry in str(gres).split(","):
         name, *rest = re.split("[:=]", entry.strip().removeprefix("gres/").removeprefix("gres:"))
         if name in _GPU_NAMES and _count(rest[-1] if rest else ""):
@@ -165,7 +165,7 @@ def _names_gpus(gres: str) -> bool:
 
 
 def _count(text: str) -> int:
-    """The number with which a resource ends; one where none is written."""
+    """The count at the end of a resource; 1 if it has none."""
     number = re.search(r"(?:^|[:=])(\d+)[kKmMgG]?$", text)
     return int(number[1]) if number else 1
 

@@ -1,6 +1,6 @@
-"""The spec: the frozen, validated, fully resolved config of a run. Its digest names it.
+"""The spec: the frozen, validated, fully resolved config of a run, identified by its digest.
 
-`sections` holds its sections, `parse` makes a spec from what a user wrote, `rules` checks what must fit together.
+`sections` defines its sections, `parse` makes a spec from a user's config, and `rules` checks combinations of keys.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sftd.domain.spec.sections import (
 
 
 class OrderStart(msgspec.Struct, frozen=True):
-    """Where in the endless order of samples a run reads: 0-based step `step` begins at position `sample`. Both are 0 except
-    in a fork, which may continue after its parent's last sample with batches of another size, or begin with other data."""
+    """A start position in the endless sample order: 0-based step `step` begins at position `sample`. Both are 0 for a new run.
+    A fork may continue after its parent's last sample with another batch size, or begin with other data."""
 
     step: int = 0
     sample: int = 0
 
     def position(self, step: int, batch_size: int) -> int:
-        """Position of the first sample of 0-based `step`, which is not before `self.step`."""
+        """Position of the first sample of 0-based `step`, which must be at least `self.step`."""
         return self.sample + (step - self.step) * batch_size
 
 
@@ -39,8 +39,8 @@ FROM_THE_BEGINNING = OrderStart()
 
 
 class Spec(Section, frozen=True):
-    """A whole run. Resolved: `launch.nproc_per_node`, `training.gradient_accumulation_steps` and `trainer.epochs`
-    or `trainer.max_steps` are filled in by `parse`."""
+    """The config of a run. `parse` resolves it: it fills in `launch.nproc_per_node`, `training.gradient_accumulation_steps`,
+    and `trainer.epochs` or `trainer.max_steps`."""
 
     model: Model = Model()
     data: Data = Data()
@@ -69,7 +69,7 @@ class Spec(Section, frozen=True):
 
     @property
     def world_size(self) -> int:
-        """All ranks of an attempt."""
+        """Total number of ranks."""
         return self.launch.nnodes * self.nproc_per_node
 
     @property
@@ -79,13 +79,13 @@ class Spec(Section, frozen=True):
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens of a packed micro-batch."""
+        """Maximum tokens of a packed micro-batch."""
         t = self.training
         return t.micro_batch_tokens or t.micro_batch_size_per_gpu * self.data.sequence_length
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
-        """The sizes of the layout by their usual short names."""
+        """The sizes of the layout by their common abbreviations."""
         m = self.model.megatron
         return {
             "TP": m.tensor_model_parallel_size,
@@ -100,7 +100,7 @@ class Spec(Section, frozen=True):
     def num_microbatches(self) -> int:
         """Micro-batches that one rank accumulates in one optimizer step: train_batch_size ÷ (micro-batch × DP).
 
-        Packed, a step has as many as its tokens need; these are the most, needed when every sample has
+        When packed, the number depends on the tokens of the step. This is then the maximum, for samples that all have
         `sequence_length` tokens.
         """
         m, size = self.model.megatron, self.training.micro_batch_size_per_gpu
@@ -108,15 +108,15 @@ class Spec(Section, frozen=True):
             return max(1, self.data.train_batch_size // (size * self.data_parallel_size))
         samples = max(1, self.micro_batch_tokens // self.data.sequence_length)
         count = -(-self.data.train_batch_size // (samples * self.data_parallel_size))
-        # What the interleaved schedule takes; empty micro-batches fill up.
+        # The interleaved schedule needs a multiple of PP; empty micro-batches fill it up.
         group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
         return -(-count // group) * group
 
     def planned_steps(self, train_rows: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
-        """Optimizer steps of the whole run over `train_rows` usable rows, those before `start` included.
+        """Optimizer steps of the whole run over `train_rows` usable rows, including the steps before `start`.
 
-        An epoch is the steps that see every row at least once; its last batch is filled from the epoch that
-        follows, so that every step has the same number of samples and no row is dropped.
+        An epoch sees every row at least once. Its last batch is filled from the next epoch, so that every step has the same
+        number of samples and no row is dropped.
         """
         if self.trainer.max_steps is not None:
             return self.trainer.max_steps
@@ -131,14 +131,14 @@ class Spec(Section, frozen=True):
 
 
 _DEFAULTS = Spec()
-# Keys that the digests of earlier specs do not have.
+# Keys that were added later, so that digests of older specs do not include them.
 _ADDED_KEYS = (("checkpoint", "after_success"), ("model", "lora"), ("scheduler", "decay_ratio"))
 
 
 def canonical_json(spec: Spec) -> bytes:
     """The spec as JSON with sorted keys: equal specs give equal bytes.
 
-    A key that later versions added is left out while it has its default, so that an older spec keeps its digest.
+    A key of `_ADDED_KEYS` is omitted if it has its default, so that an older spec keeps its digest.
     """
     written = msgspec.to_builtins(spec)
     for section, key in _ADDED_KEYS:
@@ -148,5 +148,5 @@ def canonical_json(spec: Spec) -> bytes:
 
 
 def spec_digest(spec: Spec) -> str:
-    """sha256 (hex) of the canonical JSON: names the spec."""
+    """sha256 (hex) of the canonical JSON."""
     return hashlib.sha256(canonical_json(spec)).hexdigest()

@@ -1,1 +1,1 @@
-"""Whether a run may be queued: the facts that submit reads, their rules, and the judge."""
+"""Checks at submit: the facts that submit reads, their rules, and the judge."""

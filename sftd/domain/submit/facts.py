@@ -1,4 +1,4 @@
-"""What is known of a run before it is queued, beside its spec. `wire/preflight.py` reads it; rules judge it."""
+"""Facts of a run before it is queued, besides its spec. `wire/preflight.py` reads them; rules check them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sftd.domain.model.shape import ModelShape
 
 
 class HostDevices(msgspec.Struct, frozen=True):
-    """The devices of a host that may start runs."""
+    """The number of devices of a host that may start runs."""
 
     name: str
     gpus: int
@@ -22,9 +22,9 @@ class HostDevices(msgspec.Struct, frozen=True):
 
 
 class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """Where checkpoints go. `error` is why nothing can be written there. `unmounted` is the folder of the root file system in
-    which it and folders above it are missing. `free` bytes are free in `above`, the nearest folder that exists; None where
-    nothing is asked about room."""
+    """The folder for checkpoints. `error` is the reason why it is not writable. `unmounted` is a folder on the root file system
+    below which the path does not exist. `free` is the number of free bytes in `above`, the nearest existing folder; None if
+    space is not checked."""
 
     path: str
     error: str = ""
@@ -34,11 +34,11 @@ class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
-    """The run that a fork starts from. `model` is its model's shape, and `model_files` its model folder as recorded; None
-    without a record, and where the fork names another folder. The fork may have a changed folder with `may_change_files`.
+    """The run that a fork starts from. `model` is its model's shape. `model_files` is the record of its model folder, None
+    without a record or if the fork uses another folder. With `may_change_files` a changed folder is allowed.
 
-    `checkpoint` is the step of the checkpoint that it starts from, and `dtype` what that was trained in, empty where that is not
-    known; None starts from the pretrained model. `is_direct`: some of it was trained without a daemon."""
+    `checkpoint` is the step of the fork's checkpoint, None for the pretrained model. `dtype` is the training dtype of the
+    checkpoint, empty if unknown. `is_direct`: at least part of the parent was trained without a daemon."""
 
     run_id: str
     model: dict[str, Any]
@@ -50,12 +50,13 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """None, or empty, is what was not read; rules have nothing to say of it. `unreadable` is why files could not be read.
+    """Facts for the rules. A fact that was not read is None or empty, and rules ignore it. `unreadable` are the problems of
+    files that could not be read.
 
-    `train` and `val` are the data files. `trained_on` are the validation files whose contents are also a training file's,
-    `rendered_differently` two training files with different chat templates. `hosts` are those that may start the run; `own_gpus`
-    are those of this host, where the run starts at once. `parent` is that of a fork. The judge adds `planned_steps`, and `first_step`, the step that a fork
-    starts from.
+    `train` and `val` are the data files. `trained_on` are validation files with the same contents as a training file.
+    `rendered_differently` are two training files with different chat templates. `hosts` may start the run. `own_gpus` is the
+    number of GPUs of this host, if the run starts here at once. `parent` is set for a fork. The judge adds `planned_steps`
+    and `first_step`, the step from which a fork starts.
     """
 
     unreadable: list[Problem] = []

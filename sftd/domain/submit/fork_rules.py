@@ -1,4 +1,4 @@
-"""Rules of a fork: what it takes over from its parent must fit."""
+"""Rules of a fork: its spec must fit the model and the checkpoint of its parent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit.facts import Parent, SubmitFacts
 
-# What of a model's shape may change without its parameters being others.
+# Fields of a model's shape that do not affect its parameters.
 _FREE_SHAPE = frozenset(
     {"max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window", "unsupported"}
 )
@@ -26,25 +26,25 @@ def _changed(spec: Spec, facts: SubmitFacts, parent: Parent, fix: str) -> list[P
 
 
 def changed_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The model folder is as it was when the parent was submitted."""
+    """The model folder must not have changed since the parent was submitted."""
     if (parent := facts.parent) and not parent.may_change_files:
         fix = "put the folder back as it was, or add --changed-model to use it as it is now"
         yield from _changed(spec, facts, parent, fix)
 
 
 def other_model_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The parameters of a checkpoint are those of the parent's model."""
+    """A checkpoint contains the parameters of the parent's model."""
     if (parent := facts.parent) and parent.checkpoint is not None and facts.shape is not None:
         now = msgspec.to_builtins(facts.shape)
         for key, was in parent.model.items():
             if key in now and key not in _FREE_SHAPE and now[key] != was:
                 what = f"has {key} {now[key]!r}, but the checkpoint is of a model with {was!r}"
-                fix = "a fork keeps its parent's model; submit a run for another one"
+                fix = "a fork must use its parent's model; submit a new run for another model"
                 yield Problem("model.partial_pretrain", what, fix)
 
 
 def other_dtype_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The state of a checkpoint has the precision that it was trained in."""
+    """A fork must use the dtype in which its checkpoint was trained."""
     wanted = spec.model.megatron.params_dtype
     if (parent := facts.parent) and parent.dtype and wanted not in ("auto", parent.dtype):
         what = f"is {wanted}, but the checkpoint of step {parent.checkpoint} was trained in {parent.dtype}"
@@ -53,15 +53,17 @@ def other_dtype_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Prob
 
 
 def accepted_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The log has what changed in the model folder."""
+    """The log records accepted changes of the model folder."""
     if (parent := facts.parent) and parent.may_change_files:
         yield from _changed(spec, facts, parent, "")
 
 
 def parent_without_daemon(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A training command deletes the checkpoints that its own run does not keep."""
+    """A training command without a daemon may delete the fork's checkpoint."""
     if (parent := facts.parent) and parent.is_direct and parent.checkpoint is not None:
-        what = "was trained without a daemon: its training command knows nothing of this fork"
+        what = (
+            "was trained without a daemon: its training command does not protect the checkpoint of this fork"
+        )
         fix = f"continue it with `sftd resume {parent.run_id}`, or that command may delete the checkpoint"
         yield Problem(parent.run_id, what, fix)
 

@@ -1,4 +1,4 @@
-"""The judge of a run that is not queued yet: every check of submit, fork, resume, plan and a run without a daemon."""
+"""The judge: runs every check of submit, fork, resume, plan and a run without a daemon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sftd.domain.submit.rules import FACTS, PLANNED
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """A run with `problems` is refused. `warnings` are of one without; `planned_steps` is None where facts are missing."""
+    """The result. A run with `problems` is refused and has no `warnings`. `planned_steps` is None if facts are missing."""
 
     problems: list[Problem]
     warnings: list[Problem] = []
@@ -27,8 +27,8 @@ def judge(
     facts: SubmitFacts,
     start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
 ) -> Verdict:
-    """Whether a run of this spec may be queued. The spec was parsed, and so fits in itself (`SPEC` in `domain/spec/rules.py`).
-    `start` gives, for the digest of the training data, where the run begins to read it."""
+    """Judge whether a run may be queued. The spec is already parsed, so it satisfies `SPEC` of `domain/spec/rules.py`. `start`
+    maps the digest of the training data to the position from which the run reads."""
     problems = [*facts.unreadable, *FACTS.problems(spec, facts), *FORK.problems(spec, facts)]
     warnings = FACTS.warnings(spec, facts) + FORK.warnings(spec, facts)
     if facts.shape is not None:

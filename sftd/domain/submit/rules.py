@@ -1,5 +1,5 @@
-"""Rules of what submit reads: data files, tokenizer, the folder for checkpoints, devices. Those of a spec alone are in
-`domain/spec/rules.py`, those of a model in `domain/model/rules.py`."""
+"""Rules on the facts that submit reads: data files, tokenizer, checkpoint folder, devices. Rules on a spec only are in
+`domain/spec/rules.py`, those on a model in `domain/model/rules.py`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def _data(facts: SubmitFacts) -> Iterator[tuple[str, DataFacts]]:
 
 
 def fewer_gpus_than_ranks(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A run that starts here and now needs a GPU for each rank."""
+    """A run that starts on this host at once needs a GPU for each rank."""
     if facts.own_gpus is not None and facts.own_gpus < spec.nproc_per_node:
-        what = f"{spec.launch.device}: each rank needs a GPU of its own, but there are {facts.own_gpus} here"
-        fix = "give torchrun fewer ranks (--nproc-per-node), or set launch.device=cpu"
+        what = f"{spec.launch.device}: each rank needs its own GPU, but this host has {facts.own_gpus}"
+        fix = "start torchrun with fewer ranks (--nproc-per-node), or set launch.device=cpu"
         yield Problem("launch.device", what, fix)
 
 
 def override_that_is_not_read(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """An override of another key would change nothing."""
+    """An override of a key that the trainer does not read would have no effect."""
     known = keys_read()
     for key in spec.model.override_config:
         if key not in known:
@@ -46,31 +46,30 @@ def override_that_is_not_read(spec: Spec, facts: SubmitFacts) -> Iterator[Proble
             fix = (
                 f"did you mean `{nearest[0]}`?"
                 if nearest
-                else f"leave it out; these are read: {', '.join(known)}"
+                else f"remove it; the trainer reads {', '.join(known)}"
             )
             yield Problem(f"model.override_config.{key}", "is not read by the trainer", fix)
 
 
 def save_folder_not_writable(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """Found out now and not at the first save."""
+    """Report an unwritable folder at submit rather than at the first save."""
     folder = facts.save_folder
     if folder is not None and folder.error:
-        fix = "set SFTD_HOME to a folder that you may write to"
-        if spec.checkpoint.save_dir:
-            fix = "give a folder that you may write to"
+        verb = "give" if spec.checkpoint.save_dir else "set SFTD_HOME to"
+        fix = f"{verb} a folder that you may write to"
         yield Problem(_SAVE_DIR, f"{folder.path!r} cannot be written to: {folder.error}", fix)
 
 
 def prompts_without_tokenizer(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A prompt is read with the model's tokenizer."""
+    """Prompts need the model's tokenizer."""
     if facts.has_tokenizer is False and spec.trainer.sample_prompts:
-        what = f"{spec.model.partial_pretrain} holds no tokenizer to read them with"
-        fix = "put the model's tokenizer there, or leave the prompts out"
+        what = f"{spec.model.partial_pretrain} has no tokenizer for the prompts"
+        fix = "put the model's tokenizer there, or remove the prompts"
         yield Problem("trainer.sample_prompts", what, fix)
 
 
 def nothing_to_train(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """Some row has a trained label that training sees."""
+    """At least one row must have a trained label within the sequence length."""
     for where, data in _data(facts):
         if data.usable == 0:
             what = (
@@ -87,7 +86,7 @@ def _too_long(spec: Spec, data: DataFacts) -> str:
 
 
 def rows_not_to_truncate(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """No row is cut where the spec forbids it."""
+    """The spec can forbid truncation."""
     for where, data in _data(facts):
         if data.truncated and spec.data.truncation == "error":
             fix = f"raise data.sequence_length to {data.longest}, or set data.truncation to right"
@@ -95,30 +94,30 @@ def rows_not_to_truncate(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 
 
 def maybe_unmounted(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A disk that is not mounted looks so."""
+    """A missing path on the root file system may be a disk that is not mounted."""
     folder = facts.save_folder
     if folder is not None and folder.unmounted:
-        what = f"{folder.path} and folders above it are missing in {folder.unmounted}, which is on the root file system"
-        yield Problem(_SAVE_DIR, what, "mount the disk first, if it should be on one")
+        what = f"{folder.path} and its parent folders are missing in {folder.unmounted}, which is on the root file system"
+        yield Problem(_SAVE_DIR, what, "if it belongs on another disk, mount that first")
 
 
 def no_tokenizer(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """An export has the tokenizer of the model folder."""
+    """An export copies the tokenizer of the model folder."""
     if facts.has_tokenizer is False:
         folder = spec.model.partial_pretrain
-        what = f"{folder} holds no tokenizer: the run trains, but an export of it lacks one too and cannot be used at once"
+        what = f"{folder} has no tokenizer: the run can train, but an export will lack a tokenizer too"
         yield Problem("model.partial_pretrain", what, "put the model's tokenizer there")
 
 
 def remarks_on_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """What was noticed while the files were read."""
+    """Remarks from reading the files."""
     for where, data in _data(facts):
         for remark in data.remarks:
             yield Problem(where, remark)
 
 
 def dropped_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A row without a trained label is not trained."""
+    """Training drops rows without a trained label."""
     for where, data in _data(facts):
         if data.unusable:
             rows = ", ".join(map(str, data.unusable_rows))
@@ -129,32 +128,32 @@ def dropped_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 
 
 def answers_without_end(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A model learns to stop from labels that end an answer."""
+    """A model learns to stop only from labels that end an answer."""
     for where, data in _data(facts):
         if data.stopping == 0 and data.usable:
             what = "no row trains a token that ends an answer: the model will not learn to stop"
-            fix = "have the labels include the end of each answer, as `sftd prepare` does"
+            fix = "include the end of each answer in the labels, as `sftd prepare` does"
             yield Problem(where, what, fix)
 
 
 def truncated_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A long row is cut."""
+    """Rows longer than the sequence length are truncated."""
     for where, data in _data(facts):
         if data.truncated:
             yield Problem(where, f"{_too_long(spec, data)} and are truncated ({spec.data.truncation})")
 
 
 def different_templates(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """Samples, answers and exports use one chat template."""
+    """Samples, answers and exports can use only one chat template."""
     if facts.rendered_differently is not None:
         first, other = facts.rendered_differently
         what = f"{first} and {other} were rendered with different chat templates, dates or template arguments"
-        fix = "prepare all files in one way; sample prompts, answers and exports use the template of the first file"
+        fix = "prepare all files in the same way; samples, answers and exports use the template of the first file"
         yield Problem(_TRAIN, what, fix)
 
 
 def batch_larger_than_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """A step that has more samples than there are rows."""
+    """A step should not have more samples than there are rows."""
     batch, rows = spec.data.train_batch_size, facts.train.usable if facts.train else 0
     if 0 < rows < batch:
         least, most = batch // rows, -(-batch // rows)
@@ -164,19 +163,17 @@ def batch_larger_than_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 
 
 def validation_on_training_data(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """Validation on rows that are trained on."""
-    fix = "validate on other rows: `sftd prepare --val-fraction F --val-out FILE` sets some apart"
+    """Validation rows should not be training rows."""
+    fix = "validate on other rows: `sftd prepare --val-fraction F --val-out FILE` separates some"
     if facts.train and facts.val and facts.train.digest == facts.val.digest:
-        what = (
-            "is the training data: its loss says nothing of new text, and keep_best keeps what fits it best"
-        )
+        what = "is the training data: the validation loss will not measure generalization, nor will keep_best"
         yield Problem(_VAL, what, fix)
     elif facts.trained_on:
-        yield Problem(_VAL, f"holds files that are trained on: {several(facts.trained_on)}", fix)
+        yield Problem(_VAL, f"contains training files: {several(facts.trained_on)}", fix)
 
 
 def devices_that_no_host_has(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The run would wait for another host, or share cores. Devices of other machines are not known here."""
+    """Without enough devices the run waits for another host, or its ranks share cores. Only known hosts are checked."""
     hosts = facts.hosts
     if not kind_of(spec.launch.launcher).uses_host_devices or not hosts:
         return
@@ -188,10 +185,10 @@ def devices_that_no_host_has(spec: Spec, facts: SubmitFacts) -> Iterator[Problem
         yield Problem("launch.device", f"is cuda, but {known} has no GPU: the run waits for one", fix)
     elif on_gpus and ranks > gpus:
         what = f"{ranks} ranks need a GPU each, but {known} has at most {gpus}: the run waits for more"
-        fix = f"set it to {gpus} or less, or start a daemon that has more"
+        fix = f"set it to {gpus} or less, or start a daemon on a host that has more"
         yield Problem("launch.nproc_per_node", what, fix)
     elif not on_gpus and ranks > cpus:
-        what = f"{ranks} ranks share the {cpus} cores of {known}: each is slow"
+        what = f"{ranks} ranks share the {cpus} cores of {known} and will be slow"
         yield Problem("launch.nproc_per_node", what, f"set it to {cpus} or less")
 
 
@@ -220,17 +217,17 @@ FACTS = Rules(
 
 
 def warm_up_longer_than_run(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """See `domain/spec/rules.py`; here the data decided how many steps are planned."""
+    """The rule of `domain/spec/rules.py`, with the number of steps from the data."""
     yield from spec_rules.warm_up_longer_than_run(spec, facts.planned_steps)
 
 
 def _space(spec: Spec, facts: SubmitFacts) -> tuple[int, Storage, str] | None:
-    """The free bytes, what checkpoints need, and the free bytes in words; None where the free bytes are not known."""
+    """(free bytes, disk use of the checkpoints, free bytes as text); None if the free bytes are unknown."""
     folder = facts.save_folder
     if folder is None or folder.free is None or facts.shape is None:
         return None
     dtype = spec.model.megatron.params_dtype
-    # With `auto` the device decides; in float32 a checkpoint is the smallest.
+    # With `auto` the device decides. Assume float32, which gives the smallest checkpoint.
     dtype = "float32" if dtype == "auto" else dtype
     need = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)
     return folder.free, need, f"{size(folder.free)} are free in {folder.above}"
@@ -240,7 +237,7 @@ _MORE_SPACE = "make room, or name a folder on another disk: checkpoint.save_dir"
 
 
 def no_space_for_one_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """One checkpoint fits on the disk."""
+    """At least one checkpoint must fit on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
         if free < need.one_save:
@@ -249,7 +246,7 @@ def no_space_for_one_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Prob
 
 
 def no_space_for_all_checkpoints(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """The checkpoints that are there at one time fit on the disk."""
+    """All checkpoints that exist at the same time should fit on the disk."""
     if space := _space(spec, facts):
         free, need, words = space
         if free < need.needed:
@@ -259,7 +256,7 @@ def no_space_for_all_checkpoints(spec: Spec, facts: SubmitFacts) -> Iterator[Pro
 
 
 def saves_without_validation(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
-    """Checkpoints that are never validated cannot be the best."""
+    """Checkpoints without a validation cannot be the best."""
     save, check = spec.trainer.save_interval, spec.trainer.val_check_interval
     if facts.val is None or not (spec.checkpoint.keep_best and save and check):
         return
@@ -268,7 +265,7 @@ def saves_without_validation(spec: Spec, facts: SubmitFacts) -> Iterator[Problem
         which = (
             f"at each multiple of {both} and at the last step"
             if both < facts.planned_steps
-            else "at the last step alone"
+            else "only at the last step"
         )
         what = (
             f"{save} is not a multiple of trainer.val_check_interval {check}: a checkpoint is validated {which}, "
@@ -278,7 +275,7 @@ def saves_without_validation(spec: Spec, facts: SubmitFacts) -> Iterator[Problem
         yield Problem("trainer.save_interval", what, fix)
 
 
-# Of a run whose files can all be read: the judge has added how many steps it has.
+# Rules that need `planned_steps`, which the judge adds if all files can be read.
 PLANNED = Rules(
     refuse=(warm_up_longer_than_run, no_space_for_one_checkpoint),
     warn=(no_space_for_all_checkpoints, saves_without_validation),

@@ -1,1 +1,1 @@
-"""Text for people."""
+"""Text for users."""

@@ -1,4 +1,4 @@
-"""Attempts that Slurm runs: each is a job, known by its number, and proven to be gone by what Slurm says of that job."""
+"""Attempts that Slurm runs. Each is a job with a number, and Slurm's report on that job proves its end."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ from sftd.settings import Settings
 from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, write_atomic
 from sftd.wire.attempt.remains import find_remains, find_stack
 
-# What a job begins with its own values of, or what would turn its CPU ranks into others.
+# Slurm or the job's script sets these, or they change the devices of CPU ranks.
 _NOT_INHERITED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-# What another job left, and what sbatch would heed more than the script (SBATCH_REQUEUE, SBATCH_ARRAY_INX, …).
+# Variables of another job, and variables that override the script's options (SBATCH_REQUEUE, SBATCH_ARRAY_INX, …).
 _NOT_FOR_A_JOB = ("SLURM_", "SBATCH_")
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-# A controller that is restarted is silent for a while, which is no news.
+# A restart of the controller causes a shorter silence, which is not reported.
 _SILENT_SECONDS = 60.0
-# A job whose ranks have ended is out of Slurm's list of running jobs at once, unless a machine or the controller hangs.
+# After its ranks, a job ends at once in Slurm, unless a machine or the controller hangs.
 _CLEARING_SECONDS = 60.0
-# What srun, too, says of a controller that is away.
+# srun's message while the controller is down.
 _AWAY = "Unable to contact slurm controller"
 # The states of an ended job that name a cause.
 _CAUSES: dict[str, Cause] = {"NODE_FAIL": "lost", "OUT_OF_MEMORY": "out of memory"}
-# As seldom as a shared file system shows what is new.
+# Long enough for a shared file system to show new files.
 _STACKS_SECONDS = 20.0
 
 
 def job_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """The environment that sbatch takes along for the job: the daemon's own, without secrets and without what another job
-    left in it."""
+    """The job's environment: `base` without secrets and without variables of another job."""
     return {
         name: value
         for name, value in without_secrets(base).items()
@@ -49,7 +48,7 @@ def job_environment(base: Mapping[str, str]) -> dict[str, str]:
 
 
 class SlurmAttempt:
-    """One attempt and its job, handed over by this daemon or by one before it."""
+    """One attempt and its job, submitted by this daemon or by an earlier one."""
 
     stacks_seconds = _STACKS_SECONDS
 
@@ -77,8 +76,8 @@ class SlurmAttempt:
             controller.ask_soon()
 
     def is_alive(self) -> bool:
-        """Whether the job waits or runs. False only with proof: Slurm says that it has ended, or its torchruns left their exit
-        code, or it never came to be."""
+        """Whether the job waits or runs. False only with proof: Slurm reports its end, or torchrun left an exit code, or the job
+        was never created."""
         if not self._has_ended and self._is_over():
             self._has_ended = True
             if self.process is not None and self.process.job:
@@ -91,7 +90,7 @@ class SlurmAttempt:
         assert self.process is not None
         answer = self._controller.answer
         if not self.process.job and not self._was_found(answer):
-            # Slurm does not know it, and it was asked after the daemon that may have handed it over was gone.
+            # Slurm has no such job, in an answer from after the end of the daemon that may have submitted it.
             return answer.begun > self._known_since
         job = answer.jobs.get(self.process.job)
         if job is not None and self._is_others(job):
@@ -105,13 +104,13 @@ class SlurmAttempt:
         if job.has_ended:
             return True
         if job.restarts and job.state in WAITING:
-            # What ran before is gone. What would begin finds that it may not.
+            # Slurm requeued the job. The previous start is gone, and the script refuses a second one.
             self._controller.cancel(job.job, str(self.directory.path))
             return True
         return self._has_exit_code(answer)
 
     def _was_submitted(self, submission: Submission) -> bool:
-        """Whether the job has a number now. `_submission` is None after this when it never will."""
+        """Whether the job has a number now. Sets `_submission` to None if it will never have one."""
         if not submission.is_done:
             return False
         if submission.job:
@@ -120,12 +119,12 @@ class SlurmAttempt:
             return True
         if submission.refusal is not None:
             self._refusal = str(submission.refusal)
-            self._say(submission.refusal.never, self._refusal)
+            self._write_refusal(submission.refusal.never, self._refusal)
         self._submission = None
         return False
 
-    def _say(self, never: bool, message: str) -> None:
-        """Write into the attempt's output why there is no job."""
+    def _write_refusal(self, never: bool, message: str) -> None:
+        """Write the reason why there is no job to the attempt's output."""
         kind = "Refused" if never else "Error"
         with open(self.directory.output_log, "a") as file:
             file.write(f"{kind}: sbatch did not take the job: {message}\n")
@@ -145,18 +144,18 @@ class SlurmAttempt:
         return bool(number)
 
     def _is_others(self, job: SlurmJob) -> bool:
-        """Whether it only has this attempt's number: a controller that has lost its state counts its jobs from 1 again."""
+        """Whether the job is another one with the same number: a controller that lost its state counts from 1 again."""
         return job.folder not in ("", str(self.directory.path))
 
     def _is_forgotten(self, answer: Answer) -> bool:
-        """Whether Slurm, asked twice on end, did not know the job: it tells of an ended job for some minutes only."""
+        """Whether the job is missing from two answers in a row. Slurm lists an ended job only for some minutes."""
         if answer.silent_since is None and answer.begun > self._known_since:
             self._missed.add(answer.begun)
             self._controller.ask_soon()
         return len(self._missed) > 1
 
     def _has_exit_code(self, answer: Answer) -> bool:
-        """Whether torchrun has ended on every machine, and Slurm had the time to say what it thinks of that."""
+        """Whether torchrun has ended on every machine, long enough ago for Slurm to report the job's final state."""
         if self.directory.exit_code() is None:
             return False
         now = time.monotonic()
@@ -168,7 +167,8 @@ class SlurmAttempt:
         return now - self._exit_seen > _CLEARING_SECONDS
 
     def kill(self) -> list[int]:
-        """Cancel the job, and bar whatever of it may still begin or go on. Returns its number while Slurm has it."""
+        """Cancel the job, and fence the attempt, so that no process of it starts or continues. Returns the job's number until
+        the job has ended."""
         if self.directory.path.is_dir():
             self.directory.fence()
         if not self.is_alive():
@@ -184,7 +184,7 @@ class SlurmAttempt:
         return [int(self.process.job or 0)]
 
     def report(self) -> Report | None:
-        """What Slurm says of the job."""
+        """Slurm's report on the job."""
         if self.process is None:
             return None
         if self._submission is not None or not self.process.job:
@@ -192,7 +192,7 @@ class SlurmAttempt:
             return Report("", "NOT SUBMITTED", waits_for, waits=True)
         answer = self._controller.answer
         job = self._last or SlurmJob(self.process.job, "")
-        # Who started while Slurm was silent has left a sign.
+        # A job that started while Slurm was silent has created `started_dir`.
         waits = job.state in WAITING and not job.restarts
         waits = waits and not (answer.silent_since is not None and self.directory.started_dir.exists())
         reason = job.reason if job.state not in ("RUNNING", "COMPLETING") else ""
@@ -214,11 +214,11 @@ class SlurmAttempt:
         )
 
     def ask_for_stacks(self) -> None:
-        """Have every rank write down where it is: `stacks` reads that later."""
+        """Make every rank write its stack, for `stacks` to read."""
         self.directory.ask_for_stacks()
 
     def stacks(self) -> list[str]:
-        """A line for each rank: where it is, innermost first, or why it does not say."""
+        """One line per rank: its stack, innermost frame first, or why there is none."""
         try:
             world = self.directory.order().spec.world_size
         except (OSError, ValueError):
@@ -230,21 +230,21 @@ class SlurmAttempt:
         ]
 
     def remains(self) -> Remains:
-        """What the ended attempt left that says why, and what Slurm said."""
+        """What the ended attempt left as evidence of the cause, and Slurm's report."""
         remains = find_remains(self.directory)
-        job, told = self._last, self.directory.told()
+        job, signal = self._last, self.directory.told()
         word = _last_word(job)
-        # When the job is taken down round it, srun may end with 0 although torchrun did not.
+        # When Slurm ends the job, srun may exit with 0 although torchrun failed.
         code = None if word and remains.exit_code == 0 else remains.exit_code
-        interruption = _interruption(job, told, code)
+        interruption = _interruption(job, signal, code)
         if self.process is not None and not self.process.job and not self._refusal:
-            # Its daemon was stopped while it waited to be taken: nothing that the run has done.
-            interruption = Interruption("requeued", "the job never came to Slurm")
+            # The daemon was stopped before the job was submitted: no fault of the run.
+            interruption = Interruption("requeued", "the job was never submitted to Slurm")
         elif interruption is not None and interruption.kind == "cancelled" and self._was_given_up:
-            # It was the daemon before that cancelled it, because it hung, say.
+            # An earlier daemon cancelled the job, for example because it hung.
             interruption = None
         elif interruption is None and not self.directory.journal.exists() and _found_no_controller(remains):
-            interruption = Interruption("requeued", "the job began while Slurm's controller was away")
+            interruption = Interruption("requeued", "the job began while Slurm's controller was down")
         cause = _CAUSES.get(job.state) if job is not None and word else None
         return msgspec.structs.replace(
             remains, exit_code=code, interruption=interruption, last_word=word, last_cause=cause
@@ -252,12 +252,13 @@ class SlurmAttempt:
 
 
 def _could_not_start(job: SlurmJob) -> bool:
-    """Whether Slurm holds it, as it does when a node's prolog fails: queued again at once, it would drain node after node."""
+    """Whether Slurm holds the job because it could not launch it, for example after a failed prolog. Queued again at once, such
+    a job drains node after node."""
     return job.restarts > 0 and job.reason.replace("_", " ").startswith("launch fail")
 
 
 def _found_no_controller(remains: Remains) -> bool:
-    """Whether srun ended because it could not ask, before it started anything: no fault of the run's."""
+    """Whether srun ended because it did not reach the controller: no fault of the run."""
     return any(line.startswith("srun: error: ") and _AWAY in line for line in remains.output_tail)
 
 
@@ -271,8 +272,8 @@ def _last_word(job: SlurmJob | None) -> str:
     return f"slurm: {job.state}: job {job.job}{where}, exit code {job.exit_code}{reason}"
 
 
-def _interruption(job: SlurmJob | None, told: str, exit_code: int | None) -> Interruption | None:
-    """Whether Slurm ended the attempt, or had it end, without a fault of its own."""
+def _interruption(job: SlurmJob | None, signal: str, exit_code: int | None) -> Interruption | None:
+    """The interruption if Slurm ended the attempt without a fault of the run. `signal` is the one that the job got, or ""."""
     if job is not None and job.restarts:
         if _could_not_start(job):
             return None
@@ -284,45 +285,45 @@ def _interruption(job: SlurmJob | None, told: str, exit_code: int | None) -> Int
         return Interruption("time limit", f"Slurm ended job {number} at its time limit")
     if state == "CANCELLED":
         return Interruption("cancelled", f"scancel of job {number}")
-    if told and exit_code == 0:
-        return Interruption("time limit", f"Slurm told job {number} to end ({told})")
+    if signal and exit_code == 0:
+        return Interruption("time limit", f"Slurm signalled job {number} to end ({signal})")
     return None
 
 
 class SlurmLauncher:
-    """Hands attempts to Slurm."""
+    """Starts attempts as Slurm jobs."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
 
     @classmethod
     def of(cls, settings: Settings) -> SlurmLauncher:
-        """A launcher with a controller of its own, whose threads begin with the first attempt."""
+        """A launcher with its own controller, whose threads start with the first attempt."""
         return cls(Controller(settings.slurm_poll_seconds))
 
     @staticmethod
     def places(settings: Settings) -> int:
-        """Jobs at once; 0 where there is no sbatch."""
+        """Maximum number of concurrent jobs; 0 without sbatch."""
         return settings.slurm_jobs if shutil.which("sbatch") is not None else 0
 
     def start(
         self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
     ) -> tuple[Attempt, list[str]]:
-        """Write the order and the job's script, and have it handed over. Returns the attempt and torchrun's argv. Raises
+        """Write the order and the job's script, and queue the submission. Returns the attempt and torchrun's argv. Raises
         `OSError`."""
         directory.create(order)
         torchrun = slurm_script.argv(order.spec, directory)
         text = slurm_script.script(order, directory, torchrun)
         write_atomic(directory.script_file, text.encode())
-        # Slurm would make it as readable as it likes.
+        # Slurm would create it with other permissions.
         directory.output_log.touch(mode=0o600)
         process = ProcessFile(pid=0, create_time=time.time(), host=host_name(), devices=devices)
-        # Before Slurm has it: whoever comes after this daemon knows that there may be a job.
+        # Before the submission: the next daemon must know that a job may exist.
         directory.write_process(process)
         env = job_environment(os.environ)
         submission = self._controller.submit(str(directory.path), str(directory.script_file), env)
         return SlurmAttempt(directory, self._controller, process, submission), torchrun
 
     def adopt(self, directory: AttemptDir, fallback_token: str) -> Attempt:
-        """Find the job of an attempt that an earlier daemon claimed, if there ever was one."""
+        """Find the job of an attempt that an earlier daemon claimed, if there is one."""
         return SlurmAttempt(directory, self._controller, directory.process())

@@ -1,4 +1,4 @@
-"""Slurm's commands: what is asked of the controller, and what it answers. Nothing here remembers anything."""
+"""Slurm's commands and their output. Stateless."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import msgspec
 # (argv, environment, seconds) → (exit code, stdout, stderr). Raises `OSError` and `subprocess.TimeoutExpired`.
 Run = Callable[[list[str], Mapping[str, str] | None, float], tuple[int, str, str]]
 
-# Slurm's own commands give up after some such time, but not always.
+# Slurm's commands usually, but not always, time out earlier.
 _SECONDS = 60.0
-# Variables by which a person has these commands leave jobs out, or ask before they act.
+# Users' variables that make these commands leave out jobs or ask for confirmation.
 _HABITS = ("SQUEUE_", "SCANCEL_", "SACCT_", "SINFO_")
-# What may hold anything comes last.
+# WorkDir is last: it may contain the separator.
 _FIELDS = ("JobID", "State", "RestartCnt", "NodeList", "exit_code", "Reason", "WorkDir")
-# A job that has none of these may have processes.
+# A job in any other state may have processes.
 ENDED = frozenset(
     {
         "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -26,12 +26,12 @@ ENDED = frozenset(
     }
 )  # fmt: skip
 WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
-# sbatch says these of a job that Slurm will never take.
+# sbatch's errors for a job that Slurm will never accept.
 _NEVER = re.compile(
     r"[Ii]nvalid (?!job id)|not available|[Uu]nrecognized option|not permitted|access/permission denied|"
     r"unable to open|time limit is invalid|More processors requested than permitted|unknown option|does not exist|ambiguous"
 )
-# And these while it takes none now. (More time than a partition allows is no such limit.)
+# sbatch's errors while Slurm accepts no job now. (A time limit above that of the partition is permanent.)
 _LATER = re.compile(
     r"^(?!.*time limit is invalid).*(?:"
     r"inactive or drain|[Uu]nable to contact|[Ss]ocket timed out|Connection refused|[Tt]emporarily|try again|[Cc]ommunication|"
@@ -39,15 +39,15 @@ _LATER = re.compile(
 )
 
 
-# What stands before the reason in an error's last line.
+# Prefixes of the reason in an error's last line.
 _NOISE = re.compile(
     r"^(?:\w+: (?:error|fatal): )?(?:slurm_load_\w+(?: error)?: |Kill job error on job id \S+: )?"
 )
 
 
 class SlurmJob(msgspec.Struct, frozen=True):
-    """A job as Slurm tells of it. `state` is COMPLETING while processes may be left of one that has ended;
-    `folder` is the one in which it runs: the attempt's, by which it is found again."""
+    """Slurm's report on a job. `state` is COMPLETING while an ended job may have processes. `folder` is its working folder, that
+    of the attempt, by which the job is found again."""
 
     job: str
     state: str
@@ -59,16 +59,17 @@ class SlurmJob(msgspec.Struct, frozen=True):
 
     @property
     def has_ended(self) -> bool:
-        """Whether no process of it is left."""
+        """Whether the job has no processes left."""
         return self.state in ENDED
 
 
 class Unanswered(Exception):
-    """The controller did not answer, or not what was asked."""
+    """The controller did not answer, or answered with an error."""
 
 
 class Refusal(Exception):
-    """sbatch did not hand the job over. `later`: it may another time; `unsure`: it may have done it all the same."""
+    """sbatch failed. `never`: Slurm will never accept the job. `later`: a retry may succeed. `unsure`: the job may have been
+    submitted."""
 
     def __init__(
         self, message: str, *, never: bool = False, later: bool = False, unsure: bool = False
@@ -95,8 +96,9 @@ def run_command(argv: list[str], env: Mapping[str, str] | None, seconds: float) 
 
 
 def own_jobs(run: Run) -> dict[str, SlurmJob]:
-    """All jobs of this user that the controller still knows, by number, in one call. Raises `Unanswered`."""
-    # What is left out here is taken for gone: without --all that is what runs in hidden partitions.
+    """All jobs of this user that the controller still lists, by number, in one call. Raises `Unanswered`, and `ValueError` for
+    another format."""
+    # A job that is missing here counts as gone. --all includes hidden partitions.
     fields = ",".join(f"{name}:|" for name in _FIELDS)
     answer = _ask(
         run, ["squeue", "--noheader", "--all", "--states=all", f"--user={os.getuid()}", f"--Format={fields}"]
@@ -117,12 +119,13 @@ def own_jobs(run: Run) -> dict[str, SlurmJob]:
 
 
 def _as_written(status: str) -> str:
-    """A wait status as Slurm writes it elsewhere: exit code and signal."""
+    """A wait status in Slurm's notation: exit code and signal."""
     return f"{int(status) >> 8}:{int(status) & 127}" if status.isdigit() else status
 
 
 def accounted(run: Run, numbers: Iterable[str]) -> dict[str, SlurmJob]:
-    """What the accounting says of jobs that the controller has forgotten, in one call. Raises `Unanswered`."""
+    """The accounting's records of jobs that the controller no longer lists, in one call. Raises `Unanswered`, and `ValueError`
+    for another format."""
     fields = "JobIDRaw,State,NodeList,ExitCode"
     argv = ["sacct", "--noheader", "--allocations", "--parsable2", f"--format={fields}"]
     answer = _ask(run, [*argv, f"--jobs={','.join(numbers)}"])
@@ -135,7 +138,7 @@ def accounted(run: Run, numbers: Iterable[str]) -> dict[str, SlurmJob]:
 
 
 class Partition(msgspec.Struct, frozen=True):
-    """A partition: `name` ends with * when it is the default, `usable` are its nodes that run jobs or could."""
+    """A partition. `name` ends with * for the default one. `usable` is the number of nodes that are allocated or idle."""
 
     name: str
     is_up: bool
@@ -145,7 +148,7 @@ class Partition(msgspec.Struct, frozen=True):
     gres: tuple[str, ...] = ()
 
     def told(self) -> str:
-        """In words."""
+        """A description for users."""
         limit = "no time limit" if self.time_limit == "infinite" else f"at most {self.time_limit}"
         state = "" if self.is_up else "not up, "
         what = ", ".join((f"{self.usable} of {self.nodes} nodes", limit, *self.gres))
@@ -153,14 +156,14 @@ class Partition(msgspec.Struct, frozen=True):
 
 
 def version(run: Run) -> str:
-    """What Slurm calls itself. Raises `Unanswered`."""
+    """Slurm's name and version. Raises `Unanswered`."""
     return _ask(run, ["sbatch", "--version"]).strip()
 
 
 def partitions(run: Run) -> list[Partition]:
-    """All partitions that this user may see, in one call. Raises `Unanswered`."""
+    """All partitions that this user may see, in one call. Raises `Unanswered`, and `ValueError` for another format."""
     found: dict[str, Partition] = {}
-    # A line for each kind of node in a partition; nodes: allocated/idle/other/total.
+    # One line per kind of node in a partition. %F: allocated/idle/other/total nodes.
     for line in _ask(run, ["sinfo", "--noheader", "--format=%P|%a|%l|%F|%G"]).splitlines():
         name, up, limit, counts, gres = line.split("|", 4)
         allocated, idle, _, total = (int(number) for number in counts.split("/"))
@@ -178,7 +181,7 @@ def partitions(run: Run) -> list[Partition]:
 
 
 def submit(run: Run, script: str, env: Mapping[str, str]) -> str:
-    """Hand a job over. Returns its number. Raises `Refusal`."""
+    """Submit a job. Returns its number. Raises `Refusal`."""
     try:
         code, out, err = run(["sbatch", "--parsable", script], env, _SECONDS)
     except subprocess.TimeoutExpired:
@@ -197,8 +200,8 @@ def submit(run: Run, script: str, env: Mapping[str, str]) -> str:
 
 
 def cancel(run: Run, numbers: list[str]) -> None:
-    """End jobs, in one call: those that wait at once, the others as fast as Slurm does. Raises `Unanswered`."""
-    # Of jobs that have ended already --quiet says nothing, though the exit code may.
+    """Cancel jobs in one call. Running ones may take a while to end. Raises `Unanswered`."""
+    # With --quiet there is no message for jobs that have ended, but the exit code may be an error.
     _ask(run, ["scancel", "--quiet", *numbers], may_fail_silently=True)
 
 

@@ -1,7 +1,6 @@
-"""Slurm's controller, asked by threads of its own: a daemon's tick never waits for it.
+"""Calls to Slurm's controller in separate threads, so that a daemon's tick never waits for it.
 
-One thread asks about all jobs in one call every few seconds and cancels, another hands new jobs over. Whoever wants to
-know reads the last answer.
+One thread polls all jobs in one call every few seconds and cancels jobs. Another submits new jobs. Attempts read the last answer.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sftd.launcher.slurm.commands import Refusal, Run, SlurmJob, Unanswered
 
 log = logging.getLogger("sftd.daemon")
 
-# Whoever waits for an answer gets it sooner, but not all at once.
+# Minimum time between two polls when attempts request an early one.
 _SOON_SECONDS = 1.0
 _SUBMIT_AGAIN_SECONDS = 10.0
 _CANCEL_AGAIN_SECONDS = 30.0
@@ -26,8 +25,8 @@ _CANCEL_AGAIN_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What the controller said: its jobs as of a moment between `begun` and `ended` (seconds of `time.monotonic`).
-    `silent_since` is when it ceased to answer, and `error` how; None while it answers."""
+    """The controller's jobs at a moment between `begun` and `ended` (seconds of `time.monotonic`). `silent_since` is the time of
+    the first failed poll since then (None while it answers), `error` the last error."""
 
     jobs: Mapping[str, SlurmJob] = field(default_factory=dict)
     begun: float = float("-inf")
@@ -36,14 +35,14 @@ class Answer:
     error: str = ""
 
     def of_folder(self, folder: str) -> SlurmJob | None:
-        """The job that runs in this folder."""
+        """The job with this working folder."""
         return next((job for job in self.jobs.values() if job.folder == folder), None)
 
 
 @dataclass
 class Submission:
-    """A job on its way to Slurm. `job` is its number once it is there; `refusal` says that it will never be. `waits_for` is
-    why it is not there yet, as of `tried`; `is_unsure`: it may be all the same."""
+    """A job to be submitted. `job` is its number once it is submitted, `refusal` the error if it never will be. `waits_for` is the
+    reason of the last failed try, at `tried`. `is_unsure`: that try may have submitted the job."""
 
     folder: str
     script: str
@@ -59,8 +58,8 @@ class Submission:
 
 @dataclass
 class Doomed:
-    """A job that shall end, and is cancelled until Slurm says that it has: a scancel may fail, and one that worked may be
-    lost with a controller. `error` is why the last one failed."""
+    """A job that is cancelled repeatedly until Slurm reports its end: scancel may fail, and a controller may lose a successful
+    one. `error` is the error of the last scancel."""
 
     folder: str
     since: float
@@ -69,7 +68,7 @@ class Doomed:
     missed: int = 0
 
     def is_due(self, now: float, answer: Answer) -> bool:
-        """Whether it is to be cancelled now: at once, and again when Slurm, asked since, still has the job."""
+        """Whether to cancel the job now: at first, and again if a later answer still has the job."""
         if self.tried == float("-inf"):
             return True
         if answer.silent_since is not None or answer.begun < self.tried:
@@ -77,17 +76,17 @@ class Doomed:
         return bool(self.error) or now - self.tried > _CANCEL_AGAIN_SECONDS
 
     def is_done(self, job: SlurmJob | None, begun: float) -> bool:
-        """Whether no job is left to cancel, by what an answer that was asked for at `begun` says of it."""
+        """Whether there is no job left to cancel. `job` is its entry in an answer that was requested at `begun`."""
         if job is not None:
             self.missed = 0
-            # A controller that has lost its state gives the number to others.
+            # A controller that lost its state gives the number to another job.
             return job.has_ended or job.folder not in ("", self.folder)
         self.missed += begun > self.since
         return self.missed > 1
 
 
 class Controller:
-    """The only one who runs Slurm's commands. Its threads begin with the first question."""
+    """Runs all of the daemon's Slurm commands. Its threads start with the first call."""
 
     def __init__(self, poll_seconds: float = 10.0, run: Run = slurm_commands.run_command) -> None:
         self._run = run
@@ -110,18 +109,18 @@ class Controller:
         return self._answer
 
     def watch(self, job: str) -> None:
-        """Somebody wants to know of this job from now on, even when the controller has forgotten it."""
+        """Include this job in the answers, even if only the accounting has it."""
         with self._changed:
             self._watched.add(job)
             self._begin()
 
     def forget(self, job: str) -> None:
-        """Nobody wants to know of this job any more."""
+        """Undo `watch`."""
         with self._changed:
             self._watched.discard(job)
 
     def ask_soon(self) -> None:
-        """Somebody waits for an answer."""
+        """Request an early poll."""
         with self._changed:
             self._begin()
             if not self._asked_soon:
@@ -129,7 +128,7 @@ class Controller:
                 self._changed.notify_all()
 
     def submit(self, folder: str, script: str, env: Mapping[str, str]) -> Submission:
-        """Hand the job of an attempt's folder over, in its turn."""
+        """Queue the submission of the job of an attempt's folder."""
         submission = Submission(folder, script, env)
         with self._changed:
             self._submissions.append(submission)
@@ -138,7 +137,7 @@ class Controller:
         return submission
 
     def cancel(self, job: str, folder: str) -> None:
-        """End the job that runs in this folder: it is asked for until it has ended. Asking again changes nothing."""
+        """Cancel the job with this working folder, repeatedly until it has ended. Idempotent."""
         with self._changed:
             if job not in self._doomed:
                 self._doomed[job] = Doomed(folder, time.monotonic())
@@ -147,16 +146,16 @@ class Controller:
                 self._changed.notify_all()
 
     def is_doomed(self, job: str) -> bool:
-        """Whether a job is to be cancelled, and not known to have ended."""
+        """Whether a job is being cancelled and may still exist."""
         return job in self._doomed
 
     def why_not_cancelled(self, job: str) -> str:
-        """Why a job that is to be cancelled is not yet, when the last scancel failed."""
+        """The error of the job's last scancel, else ""."""
         doomed = self._doomed.get(job)
         return doomed.error if doomed is not None else ""
 
     def stop(self) -> None:
-        """End the threads when what they do now is done. Jobs go on."""
+        """End the threads after their current call. Jobs continue."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -184,7 +183,7 @@ class Controller:
             self._ask()
             asked = time.monotonic()
             self._wait(lambda: self._asked_soon or self._asked_to_cancel, self._poll_seconds)
-            # Many may ask soon one after another.
+            # Limits the rate when many attempts request early polls.
             rest = min(_SOON_SECONDS, self._poll_seconds) - (time.monotonic() - asked)
             if rest > 0:
                 self._wait(lambda: False, rest)
@@ -231,7 +230,7 @@ class Controller:
         jobs |= known
         self._answer = Answer(jobs, begun, time.monotonic())
         with self._changed:
-            # Missing in the answer may be a job that the controller does not know yet, or none any more.
+            # A missing job may be too new for the answer, or gone.
             self._doomed = {
                 number: doomed
                 for number, doomed in self._doomed.items()
@@ -239,7 +238,7 @@ class Controller:
             }
 
     def _account(self, numbers: list[str]) -> dict[str, SlurmJob]:
-        """What the accounting knows of jobs that the controller has forgotten; many clusters have none."""
+        """The accounting's records of jobs that the controller no longer lists. Many clusters have no accounting."""
         if not self._has_accounting:
             return {}
         try:
@@ -264,16 +263,16 @@ class Controller:
                 submission.is_done = True
                 self.ask_soon()
                 continue
-            # Behind the others, so that one job over a limit does not keep them back.
+            # After the others, so that one job over a limit does not delay them.
             with self._changed:
                 self._submissions.append(submission)
                 alone = len(self._submissions) == 1 or bool(self._answer.silent_since)
             self._wait(lambda: False, _SUBMIT_AGAIN_SECONDS if alone else _SOON_SECONDS)
 
     def _hand_over(self, submission: Submission) -> bool:
-        """Whether the submission has come to an end, one way or another."""
+        """Try to submit. Returns whether the submission is done: submitted, refused or withdrawn."""
         if submission.is_unsure:
-            # An sbatch before may have done it, though it could not say so.
+            # The previous sbatch may have submitted the job without getting the answer.
             if self._answer.begun <= submission.tried:
                 return False
             if found := self._answer.of_folder(submission.folder):

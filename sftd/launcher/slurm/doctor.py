@@ -1,4 +1,4 @@
-"""What `sftd doctor` checks of Slurm: the calls that the daemon makes, with the same arguments."""
+"""Slurm's checks of `sftd doctor`: the daemon's calls, with the same arguments."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.commands import Partition, Unanswered
 
 _NEEDED = ("sbatch", "squeue", "scancel")
-# A person waits for the answer.
+# A user waits for the answer.
 _SECONDS = 15.0
 _SHOWN_PARTITIONS = 6
 
 
 def examine(daemon: Mapping[str, int] | None) -> Iterator[Finding]:
-    """Slurm's commands, its controller, its partitions, and whether the running daemon, with these devices and places, found
-    them too."""
+    """Check Slurm's commands, controller and partitions, and whether the running daemon, with these devices and places, found
+    sbatch."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if len(missing) == len(_NEEDED):
-        yield ok("Slurm", "not used: its commands are not here")
+        yield ok("Slurm", "not used: its commands are not installed")
         return
     if missing:
         fix = "install Slurm's client commands, or put all of them on the PATH of you and of the daemon"
@@ -37,7 +37,7 @@ def examine(daemon: Mapping[str, int] | None) -> Iterator[Finding]:
     yield ok("Slurm", f"{version}, {shutil.which('sbatch')}")
     yield from _controller()
     if daemon is not None and SLURM.name not in daemon:
-        fix = "start it again with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
+        fix = "restart it with sbatch on its PATH (`sftd daemon --stop`, then `sftd daemon --detach`)"
         yield warning("Slurm", "the daemon found no sbatch when it started: runs for Slurm wait", fix)
 
 
@@ -50,21 +50,22 @@ def _controller() -> Iterator[Finding]:
     try:
         jobs = slurm_commands.own_jobs(_run)
     except Unanswered as error:
-        fix = "`scontrol ping` says more; slurmctld and munge must run. Jobs continue, and the daemon asks again"
+        fix = "run `scontrol ping`; slurmctld and munge must run. Jobs continue, and the daemon tries again"
         yield warning("Slurm", f"the controller does not answer: {error}", fix)
         return
     except ValueError:
         fix = "use Slurm 22.05 or later; otherwise report the output of `squeue --version`"
-        yield broken("Slurm", "squeue does not print the format that sftd asks for", fix)
+        yield broken("Slurm", "squeue does not print the format that sftd requests", fix)
         return
     took = time.perf_counter() - began
     living = sum(not job.has_ended for job in jobs.values())
-    said = f"the controller answers in {took * 1000:.0f} ms; {living} jobs of yours"
-    yield ok("Slurm", f"{said}, {_accounting()}")
+    yield ok(
+        "Slurm", f"the controller answers in {took * 1000:.0f} ms; {living} jobs of yours, {_accounting()}"
+    )
     try:
         found = slurm_commands.partitions(_run)
     except (Unanswered, ValueError) as error:
-        yield warning("Slurm", f"sinfo does not list the partitions: {error}", "see what `sinfo -s` says")
+        yield warning("Slurm", f"sinfo does not list the partitions: {error}", "run `sinfo -s`")
         return
     yield _partitions(found)
 
@@ -83,6 +84,6 @@ def _partitions(found: list[Partition]) -> Finding:
         shown.append(f"and {len(found) - len(shown)} more")
     said = f"partitions: {', '.join(shown) or 'none'}"
     if not any(partition.is_up and partition.usable for partition in found):
-        fix = "`sinfo -R` says why nodes are down or drained; until one is back, jobs wait"
+        fix = "run `sinfo -R` for the reasons why nodes are down or drained; until one is back, jobs wait"
         return warning("Slurm", f"{said}: no node can start a job", fix)
     return ok("Slurm", said)

@@ -15,17 +15,17 @@ from sftd.launcher.command import (
 )
 from sftd.wire.attempt.directory import AttemptDir, Order
 
-# The exit code of a job that finds that the attempt is not, or no longer, its own: "try again later", says sysexits.h.
+# The exit code of a job whose attempt is fenced or already started: EX_TEMPFAIL of sysexits.h.
 REFUSED = 75
 
 
 def job_name(run_id: str, attempt: int) -> str:
-    """The name of an attempt's job, for people."""
+    """The name of an attempt's job, for users."""
     return f"sftd-{run_id}-{attempt}"
 
 
 def device(spec: Spec) -> str:
-    """What the ranks compute on: `auto` is GPUs where the job asks for some."""
+    """The device of the ranks. `auto` is GPUs if the job requests any, else CPUs."""
     if spec.launch.device != "auto":
         return spec.launch.device
     return "cuda" if asks_for_gpus(spec.launch.slurm) else "cpu"
@@ -37,7 +37,7 @@ def argv(spec: Spec, directory: AttemptDir) -> list[str]:
 
 
 def script(order: Order, directory: AttemptDir, torchrun: list[str] | None = None) -> str:
-    """The job's script, which runs `torchrun` (by default that of `argv`) on each machine."""
+    """The job's script, which runs `torchrun` (default: `argv`) on each machine."""
     spec = order.spec
     kind = device(spec)
     variables = rank_variables(token=order.token, device=kind)
@@ -50,22 +50,22 @@ def script(order: Order, directory: AttemptDir, torchrun: list[str] | None = Non
         "umask 077",
         f"cd {shlex.quote(str(directory.path))} || exit {REFUSED}",
         "",
-        "# An attempt has one writer: a job that Slurm has put back into its queue, or one that the daemon has given up, ends",
-        "# here. mkdir succeeds once, whoever tries, on whichever machine.",
+        "# An attempt has one writer: a job that Slurm requeued, or that the daemon abandoned, ends here. mkdir succeeds only",
+        "# once, on all machines together.",
         f"if [ -e {directory.fence_file.name} ] || ! mkdir {directory.started_dir.name}; then",
-        '    echo "sftd: this attempt is not, or no longer, of job $SLURM_JOB_ID: nothing was started" >&2',
+        '    echo "sftd: job $SLURM_JOB_ID may not run this attempt (abandoned, or started before): nothing was started" >&2',
         f"    exit {REFUSED}",
         "fi",
         f'echo "$SLURM_JOB_ID" > {directory.started_job_file.relative_to(directory.path)}',
         "",
-        "# The end of the time, or another job, is near: the ranks save a checkpoint at the next step and end.",
-        "told() {",
+        "# The time limit or a preemption is near: the ranks save a checkpoint at the next step and end.",
+        "stop() {",
         f'    echo "$1" > {directory.told_file.name}',
         f"    touch {directory.stop_file.name}",
         "    interrupted=1",
         "}",
-        "trap 'told USR1' USR1",
-        "trap 'told TERM' TERM",
+        "trap 'stop USR1' USR1",
+        "trap 'stop TERM' TERM",
         "",
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         *_threads(spec),
@@ -77,14 +77,14 @@ def script(order: Order, directory: AttemptDir, torchrun: list[str] | None = Non
         lines += [f'export {name}="${{{name}:-{value}}}"' for name, value in ONE_HOST_DEFAULTS.items()]
     if spec.launch.slurm.setup.strip():
         lines += ["", "# launch.slurm.setup", spec.launch.slurm.setup.rstrip()]
-        # With -e a signal, which interrupts `wait`, would end the script, and the ranks with it.
+        # With -e, a signal that interrupts `wait` would end the script and the ranks.
         lines += ["", "set +eu", f"cd {shlex.quote(str(directory.path))} || exit {REFUSED}"]
     lines += ["", *_start(spec, torchrun or argv(spec, directory))]
     return "\n".join(lines) + "\n"
 
 
 def options(order: Order, directory: AttemptDir) -> list[str]:
-    """sbatch's options, as they stand in the script."""
+    """sbatch's options in the script."""
     launch = order.spec.launch
     slurm = launch.slurm
     gres = slurm.gres
@@ -101,11 +101,11 @@ def options(order: Order, directory: AttemptDir) -> list[str]:
     }
     return [
         f"--job-name={job_name(order.run_id, order.attempt)}",
-        # In the name of an output file % begins a pattern.
+        # sbatch expands % in the name of an output file.
         f"--output={_quoted(str(directory.output_log).replace('%', '%%'))}",
         "--open-mode=append",
         f"--chdir={_quoted(str(directory.path))}",
-        # sftd starts the next attempt itself, from the checkpoint that the log names.
+        # sftd starts the next attempt itself, from the checkpoint in the log.
         "--no-requeue",
         f"--signal=B:USR1@{slurm.stop_seconds}",
         f"--nodes={launch.nnodes}",
@@ -117,12 +117,12 @@ def options(order: Order, directory: AttemptDir) -> list[str]:
 
 
 def _cpus(spec: Spec) -> int:
-    """Cores of each machine, which torchrun's ranks share."""
+    """Number of cores per machine, shared by its ranks."""
     return spec.nproc_per_node * (spec.launch.threads_per_rank or 1)
 
 
 def _quoted(path: str) -> str:
-    """As sbatch reads a word of its options."""
+    """Quote a path for sbatch's option parser."""
     escaped = path.replace("\\", "\\\\").replace('"', '\\"')
     return path if path == escaped and not set(path) & set(" \t'#") else f'"{escaped}"'
 
@@ -144,7 +144,7 @@ def _start(spec: Spec, torchrun: list[str]) -> list[str]:
     if nodes > 1:
         free = 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
         lines += [
-            "# The machines meet on the first one, on which this script runs.",
+            "# The rendezvous is on the first machine, which runs this script.",
             f"port=$({shlex.quote(torchrun[0])} -c {shlex.quote(free)})",
             'export PET_RDZV_ENDPOINT="$SLURMD_NODENAME:$port"',
             "",
@@ -159,7 +159,7 @@ def _start(spec: Spec, torchrun: list[str]) -> list[str]:
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={_cpus(spec)} --kill-on-bad-exit=1 \\",
         f"    {command} &",
         "step=$!",
-        "# A signal interrupts `wait`, which then does not know the exit code yet.",
+        "# A signal interrupts `wait` before the exit code is known.",
         "interrupted=1",
         'while [ "$interrupted" ]; do',
         "    interrupted=",

@@ -1,1 +1,1 @@
-"""What people ask for: each function is one command that writes."""
+"""Commands of users: each function writes."""

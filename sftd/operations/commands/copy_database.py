@@ -1,4 +1,4 @@
-"""Moving a database to another server."""
+"""Copy a database to another server."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from sftd.store.queue import leases
 def copy(
     source: Store, target: Store, context: Context, progress: Progress, *, force: bool = False
 ) -> dict[str, TableDigest]:
-    """Copy one snapshot of `source` into the empty `target`, in one transaction; tables are made when it has none. Returns
-    the digest of each table, which both databases have. Raises `Refused`; `force` copies although a daemon still drives runs."""
+    """Copy one snapshot of `source` into the empty `target`, in one transaction. Creates the tables if `target` has none.
+    Returns the digest of each table, which is the same in both databases. Raises `Refused`; with `force` not for runs
+    that a daemon still drives."""
     _refuse_other_tables("FROM", source)
     with source.read() as connection:
         now = source.clock(connection, context.now())
@@ -24,17 +25,17 @@ def copy(
             what = f"daemons drive {', '.join(live[:3])}{' and others' if len(live) > 3 else ''}"
             fix = (
                 "stop them with `sftd daemon --stop` (training continues) and wait until their leases have expired, "
-                "or copy this moment's state with --force"
+                "or copy the current state with --force"
             )
             raise Refused(Problem("FROM", what, fix))
         if target.schema_revision() is None:
             migrate.upgrade(target.engine)
         _refuse_other_tables("TO", target)
-        # Nobody else uses it yet, and a large table of the source may take its time to answer.
+        # No other process uses the target yet, and reading a large table of the source may take long.
         with target.write(may_idle=True) as tx:
             if (table := copying.first_filled(tx.connection)) is not None:
                 what = f"{_shown(target)} is not empty: its table {table} has rows"
-                raise Refused(Problem("TO", what, "name a database that nobody has used yet"))
+                raise Refused(Problem("TO", what, "name an empty database"))
             return copying.copy(connection, tx, progress)
 
 

@@ -1,4 +1,4 @@
-"""Deleting checkpoints that nothing keeps, or of a person's choice all, for runs that no daemon drives."""
+"""Delete the checkpoints that no retention rule protects, or on request all, of runs that no daemon drives."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sftd.operations.queries.runs import Filter, find_run, list_runs
 from sftd.store.database.engine import Store
 from sftd.wire.checkpoint import directory as checkpoint_dir
 
-# Reasons of deletions, where a reader wants other words.
+# Deletion reasons whose name is not clear to a user.
 _WHAT = {"retention": "not kept", "rejected": "damaged", "replaced": "saved elsewhere since"}
 
 
 class Leftover(msgspec.Struct, frozen=True):
-    """A checkpoint that nothing keeps, or of which the weights alone are kept. `what` says what becomes of it: `is_gone`, or is
-    left because it is being read. `bytes` are freed."""
+    """A checkpoint that is deleted, or reduced to its weights. `what` is the reason, or why it stays if not `is_gone`. `bytes`
+    is the space that this frees."""
 
     run_id: str
     step: int
@@ -41,16 +41,17 @@ def leftovers(
     home: Path,
     everything: bool = False,
 ) -> list[Leftover]:
-    """Delete what nothing keeps of the runs whose ids begin so, of all without any, and reduce what is kept for its weights; with
-    `dry_run` only say it. `everything` deletes kept checkpoints too, except those that a fork starts from.
+    """Delete the unprotected checkpoints of the runs that `prefixes` name (all runs if empty), and reduce those of which only
+    the weights are kept. `dry_run` only lists them. `everything` deletes protected checkpoints too, except those that a fork
+    starts from.
 
-    Interrupted deletions are finished on the way. Raises `Refused` for a run that is being driven: its daemon does it; with
-    `everything`, for each that has not ended.
+    Also finishes interrupted deletions. Raises `Refused` for a named run that a daemon drives; with `everything`, for any run
+    that has not ended.
     """
     found: list[Leftover] = []
     for run in _ended(store, prefixes):
         if everything:
-            # All of them are asked before anything is deleted.
+            # Check every run before anything is deleted.
             remove.unneeded(run)
     for run in _ended(store, prefixes):
         with store.read() as connection:

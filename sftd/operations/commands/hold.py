@@ -1,4 +1,4 @@
-"""What people do to keep a run from going on without ending it: hold, release, pause."""
+"""Commands that stop a run without ending it: hold, release, pause."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def hold(store: Store, context: Context, prefix: str, by: str, reason: str = "")
 
 
 def release(store: Store, context: Context, prefix: str, by: str) -> Run:
-    """Let a held run wait for its turn again, in its old place."""
+    """Return a held run to its old place in the queue."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         append_decided(tx, context, run.run_id, run.version, stops.release(run, by))
@@ -29,7 +29,7 @@ def release(store: Store, context: Context, prefix: str, by: str) -> Run:
 
 
 def pause(store: Store, context: Context, prefix: str, by: str, reason: str = "") -> Run:
-    """Ask a run that is being trained to stop with a checkpoint, until it is resumed."""
+    """Request that a running run saves a checkpoint and stops until it is resumed."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         append_decided(tx, context, run.run_id, run.version, stops.pause(run, by, reason), run.attempt)

@@ -1,4 +1,4 @@
-"""Taking runs that were made directly, without a daemon, into the log."""
+"""Import runs that were trained directly, without a daemon, into the log."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sftd.wire.attempt.direct_run import DirectHistory, DirectRun, DirectSubmiss
 from sftd.wire.checkpoint import manifest
 
 _EVENTS_PER_INSERT = 500
-# Only the log holds these when a daemon went on with an imported run.
-_GONE_ON = (e.ResumeRequested.__name__, e.AttemptClaimed.__name__)
+# If the log has one of these and the folder does not, the run was resumed here after the import.
+_CONTINUED = (e.ResumeRequested.__name__, e.AttemptClaimed.__name__)
 
 
 class Imported(msgspec.Struct, frozen=True):
-    """What an import did. `missing` are folders of checkpoints that the history names and that are not there; `damaged` are
-    others that do not hold what was published, with the reason (see `manifest.glance`)."""
+    """The result of an import. `missing`: checkpoint folders in the history that do not exist. `damaged`: checkpoint folders
+    that do not hold what was published, with the reason (see `manifest.glance`)."""
 
     run: Run
     new_events: int
@@ -35,10 +35,10 @@ class Imported(msgspec.Struct, frozen=True):
 
 
 def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: bool = False) -> Imported:
-    """Append what the folder of a direct run tells and the log does not hold yet; nothing the second time.
+    """Append the events of a direct run's folder that the log does not have yet. A second import appends nothing.
 
-    Nothing in the folder is changed. Raises `Refused` when it is not a run's, lives, when a daemon has gone on with the run since
-    the last import and the folder has, too, and when the run lets code of its model folder run without `trust_remote_code`.
+    The folder does not change. Raises `Refused` if it is not a run's folder, if the run is alive, if the run continued both here
+    and in its folder since the last import, or if the run executes code of its model folder and `trust_remote_code` is off.
     """
     run = DirectRun(Path(folder).resolve())
     if not run.submission_file.is_file():
@@ -60,11 +60,11 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
                 _refuse_another_history(known, history, new, submission)
                 _append(tx, context, submission.run_id, len(known), new)
             if not known:
-                # It waits for nobody, but `sftd resume` may queue it.
+                # `sftd resume` needs a row in the queue; the run itself does not wait.
                 leases.enqueue(tx, submission.run_id, history.run.spec.launch.priority, tx.now(context.now()))
                 leases.leave(tx, submission.run_id)
     with store.read() as connection:
-        # Not within the transaction, which would have everybody wait while a long history is folded.
+        # After the transaction: other writers would wait while a long history is folded.
         found = load_run(connection, submission.run_id)
     missing = [c.path for c in found.checkpoints if not Path(c.path).is_dir()]
     there = [c for c in found.checkpoints if c.path not in missing]
@@ -74,7 +74,7 @@ def take_in(store: Store, context: Context, folder: str, *, trust_remote_code: b
 
 
 def _refuse_code(new: list[e.NewEvent]) -> None:
-    """The folder may be a stranger's: that its run allowed code is the stranger's word, not the user's."""
+    """The folder may come from another person. That its run allowed code is not the consent of this user."""
     for spec in (n.event.spec for n in new if isinstance(n.event, e.RunSubmitted | e.ResumeRequested)):
         model = (spec or {}).get("model", {})
         if model.get("trust_remote_code"):
@@ -97,12 +97,12 @@ def _refuse_another_history(
         what = "is the id of another run in this database"
         raise Refused(Problem(run_id, what, "import it into another database (SFTD_DATABASE_URL)"))
     of_folder = set(ids)
-    gone_on = any(name in _GONE_ON for key, name in known.items() if key not in of_folder)
-    if gone_on or [n.event_id for n in new] != ids[len(ids) - len(new) :]:
+    continued = any(name in _CONTINUED for key, name in known.items() if key not in of_folder)
+    if continued or [n.event_id for n in new] != ids[len(ids) - len(new) :]:
         raise Refused(
             Problem(
                 run_id,
-                "went on in the log and in its folder, each by itself, since it was imported",
+                "continued both in the log and in its folder since it was imported",
                 f"continue one of them: `sftd resume {run_id}`, or the folder under another trainer.experiment_name",
             )
         )

@@ -1,4 +1,4 @@
-"""What people do with runs: fork, cancel, resume."""
+"""Commands that begin and end runs: cancel, abandon, resume, fork."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sftd.wire.preflight import Preflight
 
 
 class Ending(msgspec.Struct, frozen=True):
-    """A run that has ended or was asked to, and the runs that are cancelled with it, for they wait for its success."""
+    """A run that has ended or was asked to end, and the runs that are cancelled with it because they wait for its success."""
 
     run: Run
     dependents: list[str]
@@ -31,8 +31,8 @@ class Ending(msgspec.Struct, frozen=True):
 def cancel(
     store: Store, context: Context, prefix: str, by: str, reason: str = "", *, now: bool = False
 ) -> Ending:
-    """Ask a run to end. A waiting run ends at once; an active one when its daemon has seen the request: after a checkpoint,
-    or, with `now`, killed."""
+    """Request the end of a run. A waiting run ends at once. The daemon of an active run stops it after a checkpoint; with
+    `now` the daemon kills it."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         decided = decisions.request_stop(run, by, reason, now=now)
@@ -44,7 +44,8 @@ def cancel(
 
 
 def abandon(store: Store, context: Context, prefix: str, by: str) -> Ending:
-    """Cancel a run whose daemon is gone for good (another host name, a moved home): its lease must have expired."""
+    """Cancel a run whose daemon will not come back (another host name, a moved home). Raises `Refused` until its lease has
+    expired."""
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
         expires_at = leases.expires_at(tx.connection, run.run_id)
@@ -69,11 +70,11 @@ def resume(
     *,
     host: str = "",
 ) -> Run:
-    """Queue another attempt of a run that waits after a failure, was paused or has ended, with another spec if one is given (see
+    """Queue another attempt of a run that waits after a failure, is paused or has ended, with the spec of `new` if given (see
     `decisions.request_resume`).
 
-    On the host that drove the run last, a checkpoint whose folder or manifest is gone cannot be started from: without
-    `from_step` the newest that is there is taken, and named in the request.
+    On the host that drove the run last, checkpoints whose folder or manifest is missing are not used. Without `from_step`, the
+    request then names the newest that exists.
     """
     with store.write() as tx:
         run = current(tx.connection, resolve_id(tx.connection, prefix))
@@ -98,8 +99,7 @@ def fork(
     warnings: list[Problem],
     user: str,
 ) -> str:
-    """Record a run that begins with a checkpoint of another, and queue it; the checkpoint is kept from now on. Returns the
-    new run's id."""
+    """Record a run that starts from a checkpoint of another run, pin that checkpoint, and queue the new run. Returns its id."""
     submitted = preflight.submission(spec, found, warnings, user)
     with store.write() as tx:
         run_id = new_run_id(tx, context)

@@ -1,4 +1,4 @@
-"""Deleting what a run has on the disk because a person wants it to be gone: all its checkpoints, or all its files."""
+"""Delete a run's checkpoints, or all its files, at a user's request."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sftd.wire.attempt.directory import RunDir
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.checkpoint.directory import is_checkpoint_of
 
-# Checkpoints, and what interrupted saves and deletions left of them.
+# Checkpoints, and the remains of interrupted saves and deletions.
 _CHECKPOINT = re.compile(r"step-\d+(\.\w+)*")
 
 
 class Belongings(msgspec.Struct, frozen=True):
-    """What a run has on this host: folders of checkpoints, and the run's own folder. `bytes` are those of all files."""
+    """The files of a run on this host: checkpoint folders, and the run's own folder. `bytes` is their total size."""
 
     run: Run
     checkpoints: list[Path]
@@ -36,7 +36,7 @@ class Belongings(msgspec.Struct, frozen=True):
 
 
 def belongings(store: Store, home: Path, prefix: str, *, by: str) -> Belongings:
-    """What `remove` would delete of a run. Raises `RunNotFound`, `AmbiguousRun`, and `Refused` as `remove` does."""
+    """The files that `remove` would delete. Raises `RunNotFound`, `AmbiguousRun`, and `Refused` as `remove` does."""
     run = find_run(store, prefix)
     decisions.remove(run, by, 0)
     return _belongings(home, run)
@@ -57,7 +57,7 @@ def _belongings(home: Path, run: Run) -> Belongings:
 
 
 def _bytes(folder: Path) -> int:
-    """Of the files below a folder, each once."""
+    """Total size of the files below a folder. Hard links count once."""
     sizes = {}
     for root, _, names in os.walk(folder):
         for name in names:
@@ -68,10 +68,10 @@ def _bytes(folder: Path) -> int:
 
 
 def remove(store: Store, context: Context, home: Path, run_id: str, by: str) -> int:
-    """Delete the files of a run that has ended, and hide it from lists; its events stay. Returns the bytes.
+    """Delete the files of a run that has ended, and hide it from lists; its events stay. Returns the number of bytes.
 
-    The deletion is recorded, then done: `finish` completes what a crash interrupts. Raises `Refused` for a run that is
-    active, from whose checkpoints others start, or whose checkpoints somebody reads.
+    The deletion is recorded first: `finish` completes one that a crash interrupts. Raises `Refused` if the run is active, if a
+    fork starts from one of its checkpoints, or if a process reads one.
     """
     with ExitStack() as unread:
         with store.read() as connection:
@@ -90,7 +90,7 @@ def remove(store: Store, context: Context, home: Path, run_id: str, by: str) -> 
 
 
 def _unpin(tx: Tx, context: Context, point: ForkPoint, run_id: str) -> None:
-    """Have the parent not keep the checkpoint for this fork any more, also when the fork has rejected it since."""
+    """Remove this fork's pin from the parent's checkpoint, even if the fork has rejected that checkpoint."""
     with suppress(RunNotFound):
         parent = current(tx.connection, point.parent)
         if any(run_id in forks for forks in parent.pins.values()):
@@ -115,8 +115,8 @@ def finish(home: Path, run: Run) -> None:
 
 
 def empty(store: Store, context: Context, run_id: str) -> list[e.CheckpointDeleted]:
-    """Delete all checkpoints of a run that has ended, kept ones too, except those that a fork starts from and those that somebody
-    reads. Returns what was deleted. Raises `Refused` for a run that has not ended."""
+    """Delete all checkpoints of a run that has ended, protected ones too, except those that a fork starts from or a process
+    reads. Returns the deletions. Raises `Refused` for a run that has not ended."""
     with ExitStack() as unread:
         with store.read() as connection:
             before = unneeded(load_run(connection, run_id))
@@ -131,7 +131,7 @@ def empty(store: Store, context: Context, run_id: str) -> list[e.CheckpointDelet
 
 
 def unneeded(run: Run) -> list[e.CheckpointDeleted]:
-    """Checkpoints of a run that has ended from which no fork starts, as their deletion is recorded. Raises `Refused`."""
+    """Deletion events for the checkpoints from which no fork starts. Raises `Refused` if the run has not ended."""
     if run.status not in ENDED:
         raise Refused(Problem(run.run_id, f"is {run.status}", f"`sftd cancel {run.run_id}` first"))
     return [

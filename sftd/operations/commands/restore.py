@@ -1,4 +1,4 @@
-"""What a restored database does not know of what is on this host, and what its next daemon does. Nothing here writes."""
+"""Compare a restored database with the files of this host. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _ATTEMPT = re.compile(r"attempt-(\d+)")
 
 
 class RestoreOutlook(msgspec.Struct, frozen=True):
-    """`newer`: checkpoints on this host that the log does not have, as (run, step, path). `unknown`: runs that have a folder
-    here and are not in the log. `later`: attempts that have a folder here and are not in the log, as (run, attempt).
-    `driven`: leases, as (run, attempt, host of their daemon)."""
+    """`newer`: checkpoints on this host that are not in the log, as (run, step, path). `unknown`: runs with a folder here that
+    are not in the log. `later`: attempts with a folder here that are not in the log, as (run, attempt). `driven`: leases, as
+    (run, attempt, host of their daemon)."""
 
     newer: list[tuple[str, int, str]]
     unknown: list[str]

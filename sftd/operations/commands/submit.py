@@ -1,4 +1,4 @@
-"""Queueing runs: one, or all points of a sweep at once."""
+"""Queue one run, or all points of a sweep at once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sftd.store.queue import leases, order
 from sftd.wire import preflight
 from sftd.wire.preflight import Preflight
 
-# Of 2^32 ids: where ten thousand are taken, one sweep of a thousand in four hundred draws one of them.
+# There are 2^32 ids. With 10,000 runs, one sweep of 1,000 in 400 draws a taken id.
 _DRAWS = 10
 
 
 class Wish(msgspec.Struct, frozen=True):
-    """A run to be queued. `values` are what makes it its sweep's point."""
+    """A run to be queued. `values` are the settings of its point in the sweep."""
 
     spec: Spec
     found: Preflight
@@ -56,7 +56,7 @@ def submit_all(
             if others:
                 first.append(e.RunDeferred(after=others))
             append_decided(tx, context, run_id, 0, first)
-            # A sweep starts in the order in which it was written.
+            # The points of a sweep start in the order in which they were written.
             leases.enqueue(tx, run_id, wish.spec.launch.priority, now + number)
             order.set_demand(tx, run_id, wish.spec)
             order.set_after(tx, run_id, others)
@@ -73,14 +73,14 @@ def new_run_id(tx: Tx, context: Context) -> str:
 
 
 def check_after(store: Store, prefixes: Sequence[str]) -> None:
-    """Refuse what `submit_all` would, without queueing anything."""
+    """Raise `Refused` if `submit_all` would refuse these prefixes. Queues nothing."""
     if prefixes:
         with store.read() as connection:
             _to_wait_for(connection, prefixes)
 
 
 def _to_wait_for(connection: sa.Connection, prefixes: Sequence[str]) -> list[str]:
-    """Ids of the runs to wait for. Raises `Refused` when one will not succeed without a person."""
+    """Ids of the runs to wait for. Raises `Refused` for one that ended without success: only a user can resume it."""
     found: list[str] = []
     for run_id in [run_id for text in prefixes for run_id in resolve_ids(connection, text)]:
         run = current(connection, run_id)

@@ -1,1 +1,1 @@
-"""What a daemon writes while it drives attempts."""
+"""Operations with which a daemon drives attempts."""

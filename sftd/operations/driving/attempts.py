@@ -1,4 +1,5 @@
-"""What a daemon does with attempts. Every write checks the lease's token and raises `LeaseLost` when it is another's."""
+"""A daemon's operations on attempts. Every write checks the lease's token and raises `LeaseLost` if another daemon has the
+lease."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from sftd.wire.attempt.journal import Line
 
 
 class Claimed(msgspec.Struct, frozen=True):
-    """A lease just taken, the run as it was before, where the attempt starts, and what the log knows of its model folder."""
+    """A new lease, the run's state before it, where the attempt starts, and the log's record of the model folder."""
 
     lease: Lease
     run: Run
@@ -46,13 +47,12 @@ def claim(
     lease_micros: int,
     limits: Limits = NO_LIMITS,
 ) -> Claimed | None:
-    """Lease the run whose turn it is and record the claim. Returns None when nothing can start.
+    """Lease the run whose turn it is and record the claim. Returns None when no run can start.
 
-    A run that must wait for devices keeps its turn: smaller ones after it do not overtake, so that a large run cannot
-    starve.
+    A run that waits for devices keeps its turn: smaller runs do not overtake it, so a large run cannot starve.
     """
     with store.read() as connection:
-        # Most of the time there is nothing to do, and nobody is kept from writing to find that out.
+        # Most of the time no run can start, and a read transaction finds that without blocking writers.
         turn = next_turn(connection, store.clock(connection, context.now()), fits, limits)
         if turn is None or not turn.fits:
             return None
@@ -70,8 +70,8 @@ def claim(
 
 
 def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunched) -> None:
-    """Record that the attempt's processes were started: once, although a caller whose database went away while it
-    answered asks again."""
+    """Record that the attempt's processes were started. Idempotent: a caller whose database connection failed during the
+    commit calls again."""
     with store.read() as connection:
         known = event_store.read_types(connection, [lease.run_id], (e.AttemptLaunched.__name__,))
     if not any(r.attempt == lease.attempt for r in known):
@@ -79,17 +79,17 @@ def launched(store: Store, context: Context, lease: Lease, event: e.AttemptLaunc
 
 
 def sampled(store: Store, context: Context, lease: Lease, event: e.SystemSampled) -> None:
-    """Record what the attempt's host is doing."""
+    """Record a sample of the attempt's host."""
     _append_leased(store, context, lease, event)
 
 
 def job_reported(store: Store, context: Context, lease: Lease, event: e.JobReported) -> None:
-    """Record what the resource manager says of the attempt's job."""
+    """Record the job state that the resource manager reports."""
     _append_leased(store, context, lease, event)
 
 
 def adopt(store: Store, context: Context, old: Lease, event: e.AttemptAdopted, lease_micros: int) -> Lease:
-    """Take a living attempt over from a daemon that is gone."""
+    """Take over an attempt from a daemon that is gone."""
     with store.write() as tx:
         run = current(tx.connection, old.run_id)
         lease = Lease(
@@ -109,7 +109,7 @@ def _append_leased(store: Store, context: Context, lease: Lease, event: e.Event)
 
 
 def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
-    """What the attempt must reproduce, by step."""
+    """The recorded steps that the attempt must reproduce, by step."""
     if lease.attempt == 1:
         return {}
     with store.read() as connection:
@@ -118,15 +118,15 @@ def steps_before(store: Store, lease: Lease) -> dict[int, e.StepCompleted]:
 
 
 def losses_before(store: Store, run_id: str, step: int) -> list[float]:
-    """The losses with which the trainer's watch for spikes continues after the checkpoint of `step`."""
+    """The losses from which the trainer's spike detection continues after the checkpoint of `step`."""
     with store.read() as connection:
         recorded = event_store.read_stream(connection, run_id, types=loss_watch.TYPES)
         return loss_watch.losses_before((r.event for r in recorded), step)
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """Lines of an attempt's journal, the last of which ends at `byte_offset`. Steps that are done again are compared with
-    `before` (see `steps_before`)."""
+    """Lines of an attempt's journal. The last ends at `byte_offset`. Redone steps are compared with `before` (see
+    `steps_before`)."""
 
     lease: Lease
     lines: list[Line]
@@ -142,14 +142,14 @@ def record(
     byte_offset: int,
     before: Mapping[int, e.StepCompleted],
 ) -> list[e.Recorded]:
-    """Ingest lines of one journal: exactly once. Returns the events appended."""
+    """Ingest lines of one journal exactly once. Returns the appended events."""
     (recorded,) = record_all(store, context, [Taken(lease, lines, byte_offset, before)])
     return recorded
 
 
 def record_all(store: Store, context: Context, batch: Sequence[Taken]) -> list[list[e.Recorded]]:
-    """Ingest lines of several attempts' journals, exactly once, in one transaction: a commit waits for the disk, and views
-    are written, once for all of them. One lease that is lost, and nothing is recorded. Returns the events appended."""
+    """Ingest lines of several attempts' journals exactly once, in one transaction: one commit and one update of the views for
+    all. Records nothing if one of the leases is lost. Returns the appended events."""
     if not any(taken.lines for taken in batch):
         return [[] for _ in batch]
     with store.write() as tx:
@@ -192,7 +192,7 @@ def _record(tx: Tx, context: Context, taken: Taken) -> list[e.Recorded]:
 
 
 def reject_journal(store: Store, context: Context, lease: Lease, what: str) -> None:
-    """Record that an attempt's journal cannot be read any further."""
+    """Record that the rest of an attempt's journal is unreadable."""
     _append_leased(store, context, lease, e.AnomalyDetected(step=0, what=what))
 
 
@@ -207,7 +207,8 @@ def finish(
     backoff_seconds: float,
     interruption: Interruption | None = None,
 ) -> Run:
-    """An attempt's processes are gone and its journal is ingested: end or pause the run, or queue its next attempt."""
+    """Record the end of an attempt whose processes are gone and whose journal is ingested. Ends or pauses the run, or queues
+    its next attempt."""
     with store.write() as tx:
         lease_store.check(tx, lease.run_id, lease.token)
         run = current(tx.connection, lease.run_id)
@@ -228,14 +229,14 @@ def finish(
         elif run.status == "paused":
             lease_store.leave(tx, run.run_id)
         else:
-            # The back-off begins now, whatever this host's clock says.
+            # The back-off is relative: this host's clock may differ from the database's.
             wait = max(0, run.retry_at - now) if run.retry_at else 0
             lease_store.wait_again(tx, run.run_id, tx.now(now) + wait)
         return run
 
 
 def renew(store: Store, context: Context, leases: list[Lease], lease_micros: int) -> list[Lease]:
-    """Prolong leases. Returns those that were lost."""
+    """Renew leases. Returns those that were lost."""
     with store.write(appends=False) as tx:
         held = lease_store.renew(tx, [lease.token for lease in leases], tx.now(context.now()) + lease_micros)
     return [lease for lease in leases if lease.token not in held]

@@ -1,4 +1,4 @@
-"""A run's checkpoints: find one, list them all, delete what nothing keeps, record that a model was exported."""
+"""A run's checkpoints: find one, list all, delete those that no retention rule protects, record exports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sftd.store.queue.leases import Lease
 from sftd.wire.checkpoint import directory as checkpoint_dir
 from sftd.wire.checkpoint.directory import WEIGHTS, is_checkpoint_of
 
-# The events that say what became of a checkpoint.
+# The events of a checkpoint's life.
 _FATES = tuple(
     t.__name__
     for t in (e.CheckpointPublished, e.CheckpointReduced, e.CheckpointRejected, e.CheckpointDeleted)
@@ -32,9 +32,9 @@ _FATES = tuple(
 
 
 def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointInfo]:
-    """The one run whose id begins with `prefix`, and its published checkpoint of `step`; None is the timeline's newest.
+    """The one run whose id begins with `prefix`, and its published checkpoint of `step` (None: the timeline's newest).
 
-    Raises `RunNotFound` or `AmbiguousRun`, and `Refused` when there is no such checkpoint, or not on this host.
+    Raises `RunNotFound` or `AmbiguousRun`, and `Refused` if there is no such checkpoint on this host.
     """
     with store.read() as connection:
         run = load_run(connection, resolve_id(connection, prefix))
@@ -53,12 +53,13 @@ def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointIn
         raise Refused(Problem(run.run_id, f"is {run.status} and has no published checkpoint", fix))
     if not Path(found.path).is_dir():
         what = f"its checkpoint of step {found.step} is not on this host: {found.path}"
-        raise Refused(Problem(run.run_id, what, "ask on the host that trained it, or put the folder back"))
+        fix = "run this command on the host that trained it, or put the folder back"
+        raise Refused(Problem(run.run_id, what, fix))
     return run, found
 
 
 def chat_template(store: Store, run_id: str) -> ChatTemplate | None:
-    """The chat template that the run's data was rendered with; None where that is not known."""
+    """The chat template that the run's data was rendered with; None if it is unknown."""
     with store.read() as connection:
         for recorded in read_stream(connection, run_id, types=(e.RunSubmitted.__name__,), limit=1):
             if isinstance(recorded.event, e.RunSubmitted) and (found := recorded.event.data.get("template")):
@@ -74,7 +75,7 @@ def record_export(store: Store, context: Context, run_id: str, exported: e.Model
 
 
 def record_registration(store: Store, context: Context, run_id: str, registered: e.ModelRegistered) -> None:
-    """Record that an exported model was put into MLflow's registry, unless that is recorded already."""
+    """Record that an exported model was registered in MLflow, unless the log has that already."""
     with store.write() as tx:
         there = read_stream(tx.connection, run_id, types=(e.ModelRegistered.__name__,))
         same = (registered.name, registered.model_version)
@@ -89,17 +90,16 @@ def record_registration(store: Store, context: Context, run_id: str, registered:
 
 
 def exports(store: Store, run_id: str) -> list[e.ModelExported]:
-    """What was exported of a run, in order."""
+    """A run's exports, in order."""
     with store.read() as connection:
         recorded = read_stream(connection, run_id, types=(e.ModelExported.__name__,))
         return [r.event for r in recorded if isinstance(r.event, e.ModelExported)]
 
 
 class CheckpointRow(msgspec.Struct, frozen=True):
-    """What became of one checkpoint. `status` is `published`, `pinned` (a fork starts from it), `superseded` (a later
-    attempt went on from before it), `weights` (of a run that has succeeded its weights alone are kept), `missing` (its
-    folder or its manifest is not on this host), `deleted` or `rejected` (damaged).
-    `layout` holds the sizes in which it was saved, empty when its manifest cannot be read."""
+    """The state of one checkpoint. `status` is `published`, `pinned` (a fork starts from it), `superseded` (a later attempt
+    restarted before it), `weights` (reduced to its weights), `missing` (its folder or manifest is not on this host), `deleted`
+    or `rejected` (damaged). `layout` holds the parallel sizes in which it was saved; empty if its manifest is unreadable."""
 
     step: int
     status: str
@@ -112,7 +112,7 @@ class CheckpointRow(msgspec.Struct, frozen=True):
 
 
 def overview(store: Store, run: Run) -> list[CheckpointRow]:
-    """Every checkpoint that the run has published, by step and time, those that are gone included."""
+    """Every checkpoint that the run has published, deleted ones included, by step and time."""
     reasons = why_kept(run)
     rows = [
         CheckpointRow(
@@ -137,7 +137,7 @@ def is_missing(c: CheckpointInfo) -> bool:
 
 
 def missing_here(connection: sa.Connection, run: Run, host: str) -> frozenset[int]:
-    """Steps whose checkpoints are missing, on the host that drove the run's last attempt; another does not know."""
+    """Steps whose checkpoints are missing. Empty unless `host` drove the run's last attempt: other hosts need not have them."""
     claims = read_stream(connection, run.run_id, types=(e.AttemptClaimed.__name__,))
     hosts = [r.event.host for r in claims if isinstance(r.event, e.AttemptClaimed)]
     if hosts[-1:] != [host]:
@@ -177,13 +177,14 @@ def _gone(store: Store, run: Run) -> list[CheckpointRow]:
 
 
 def collectable(connection: sa.Connection, run: Run) -> list[e.CheckpointDeleted]:
-    """What nothing keeps, as its deletion would be told, and lies on this host."""
-    behind = _left_behind(connection, run) if run.status == "succeeded" else []
-    return [*unkept(run), *(c for c in behind if is_checkpoint_of(c.path, run.run_id))]
+    """Deletion events for the checkpoints on this host that no retention rule protects."""
+    stale = _stale(connection, run) if run.status == "succeeded" else []
+    return [*unkept(run), *(c for c in stale if is_checkpoint_of(c.path, run.run_id))]
 
 
 def unkept(run: Run) -> list[e.CheckpointDeleted]:
-    """Of these, what the run's state knows: by its manifest, for an imported history may name anybody's folders."""
+    """Those of `collectable` that are in the run's state. Their manifests must name the run: an imported history may hold any
+    path."""
     return [
         e.CheckpointDeleted(
             step=c.step, path=c.path, bytes=c.bytes, reason="superseded" if c.superseded else "retention"
@@ -193,9 +194,9 @@ def unkept(run: Run) -> list[e.CheckpointDeleted]:
     ]
 
 
-def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDeleted]:
-    """Folders of checkpoints that the run's state does not know any more: damaged ones, which are kept until then for whoever
-    wants to look, and those of steps that were saved elsewhere once more."""
+def _stale(connection: sa.Connection, run: Run) -> list[e.CheckpointDeleted]:
+    """Checkpoint folders that are no longer in the run's state: damaged ones, which are kept for inspection until the run
+    succeeds, and those of steps that were saved again at another path."""
     published: dict[str, e.CheckpointDeleted] = {}
     for r in read_stream(connection, run.run_id, types=_FATES):
         match r.event:
@@ -217,10 +218,10 @@ def _left_behind(connection: sa.Connection, run: Run) -> list[e.CheckpointDelete
 def collect(
     store: Store, context: Context, run_id: str, lease: Lease | None = None
 ) -> list[e.CheckpointDeleted]:
-    """Delete every checkpoint that nothing keeps, but those that somebody reads. Returns what was deleted.
+    """Delete every unprotected checkpoint that no process reads. Returns the deletions.
 
-    Readers are kept out first, then the deletion is recorded, then it is done: the log never names a checkpoint that is
-    gone, and never says deleted of one that is read. A crash leaves at most a folder too many, for `sweep`.
+    The order is: lock out readers, record, delete. So every live checkpoint in the log exists, and no deleted one is being
+    read. A crash leaves at most a superfluous folder, which `sweep` removes.
     """
     with store.read() as connection:
         there = collectable(connection, load_run(connection, run_id))
@@ -232,7 +233,7 @@ def collect(
             if lease is not None:
                 leases.check(tx, run_id, lease.token)
             elif leases.expires_at(tx.connection, run_id) is not None:
-                # Another attempt has begun meanwhile: its daemon decides.
+                # Another attempt has begun in the meantime: its daemon decides.
                 return []
             run = current(tx.connection, run_id)
             gone = [c for c in collectable(tx.connection, run) if c.path in free]
@@ -243,7 +244,7 @@ def collect(
 
 
 def sweep(store: Store, run_id: str) -> None:
-    """Finish the deletions that a crash interrupted. Only while no attempt of the run lives."""
+    """Finish the deletions that a crash interrupted. Call it only while no attempt of the run is alive."""
     with store.read() as connection:
         run = load_run(connection, run_id)
         types = (e.CheckpointDeleted.__name__, e.CheckpointReduced.__name__)
@@ -256,7 +257,7 @@ def sweep(store: Store, run_id: str) -> None:
                     deleted.add(Path(former))
                     weights.add(Path(path))
     own = {Path(c.path) for c in run.checkpoints if not c.is_parents}
-    # Weights that were made, but not recorded.
+    # Weights that were written but not recorded.
     made = {left for folder in {path.parent for path in own} for left in folder.glob(f"step-*{WEIGHTS}")}
     gone = {path for path in (deleted - own) | (made - weights) if is_checkpoint_of(str(path), run_id)}
     for folder in {path.parent for path in gone | own}:

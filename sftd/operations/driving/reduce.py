@@ -1,4 +1,4 @@
-"""Keeping the weights alone of checkpoints of runs that have succeeded (`checkpoint.after_success`)."""
+"""Reduce the checkpoints of succeeded runs to their weights (`checkpoint.after_success`)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sftd.wire.checkpoint.directory import is_checkpoint_of
 
 
 def candidates(run: Run) -> list[tuple[CheckpointInfo, int]]:
-    """What can be reduced on this host, and the bytes that it frees."""
+    """The checkpoints that can be reduced on this host, and the bytes that this frees."""
     found = [(c, checkpoint_reduction.saving(Path(c.path), c.manifest_digest)) for c in reducible(run)]
     return [(c, freed) for c, freed in found if freed and is_checkpoint_of(c.path, run.run_id)]
 
 
 def reduce(store: Store, context: Context, run_id: str) -> list[e.CheckpointReduced]:
-    """Reduce every checkpoint of which the run's spec keeps the weights alone, except those that somebody reads. Returns what was
-    done. Raises `OSError` when the disk fails; what was recorded until then is done.
+    """Reduce every checkpoint of which the run's spec keeps only the weights, except those that a process reads. Returns the
+    reductions. Raises `OSError` when the disk fails; reductions recorded before that are complete.
 
-    The weights are put beside the checkpoint, that is recorded, then the whole one is deleted. A crash leaves at most a
-    folder too many, for `checkpoints.sweep`.
+    The order is: write the weights beside the checkpoint, record, delete the full checkpoint. A crash leaves at most a
+    superfluous folder, which `checkpoints.sweep` removes.
     """
     with store.read() as connection:
         run = load_run(connection, run_id)
@@ -44,10 +44,10 @@ def reduce(store: Store, context: Context, run_id: str) -> list[e.CheckpointRedu
                 freed_bytes=made.freed,
                 manifest_digest=made.manifest_digest,
             )
-            # Until the log names the weights, another command's `checkpoints.sweep` takes them for a crash's.
+            # `checkpoints.sweep` of another process deletes weights that are not in the log and not locked.
             with checkpoint_dir.reading(Path(made.path)), store.write() as tx:
                 now = current(tx.connection, run_id)
-                # A resume or a fork may have come meanwhile, or such a sweep.
+                # A resume, a fork or such a sweep may have happened in the meantime.
                 is_wanted = (
                     c in reducible(now)
                     and leases.expires_at(tx.connection, run_id) is None

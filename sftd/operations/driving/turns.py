@@ -1,4 +1,4 @@
-"""Whose turn it is on a daemon's host, and which runs make room for it."""
+"""Which run starts next on a daemon's host, and which runs it preempts."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sftd.store.database.engine import Store
 from sftd.store.queue import daemons, leases, order
 
 NO_LIMITS = Limits()
-# Whether a run's devices are free now (True), are in use (False), or it can never start here (None): they are more than the
-# daemon will ever have, or its checkpoint is another host's.
+# Whether a run's devices are free (True) or in use (False). None: it can never start here, because it needs more devices than
+# this host has, or because its checkpoint is on another host.
 Fits = Callable[[Entry], bool | None]
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """The run whose turn it is, and whether its devices are free. If not, it waits for them, and all later ones do too."""
+    """The run whose turn it is, and whether its devices are free. If not, it and all later runs wait."""
 
     entry: Entry
     fits: bool
 
 
 def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits) -> Turn | None:
-    """The first run in order that nothing but devices can keep waiting here. The runs of one launcher do not wait for those
-    of another."""
+    """The first run in order that can start here as soon as its devices are free. Runs of one launcher do not wait for runs of
+    another."""
     gate = Gate(limits, order.running(connection) if limits != NO_LIMITS else (), now)
     waits: Turn | None = None
     for entry in order.in_order(connection, now):
@@ -43,7 +43,7 @@ def next_turn(connection: sa.Connection, now: Micros, fits: Fits, limits: Limits
             if fit:
                 return Turn(entry, fit)
             if waits is not None:
-                # Both wait. Room is made for the first.
+                # Both wait: preemption is for the first.
                 return waits
             waits = Turn(entry, fit)
     return waits
@@ -60,10 +60,10 @@ def preempt(
     limits: Limits,
     silent_micros: int,
 ) -> list[str]:
-    """Ask running runs of lower priority to make room for the run whose turn it is, if that is enough. Returns their ids.
+    """Preempt runs of lower priority for the run whose turn it is, if they free enough devices. Returns their ids.
 
-    `need` says what a run takes on this daemon's host, `free` how many devices of a kind are free there. Nobody has to go
-    while another daemon, seen in the last `silent_micros`, has the devices: it is about to start the run.
+    `need` returns the devices that a run needs on this host, `free` the number of free devices of a kind. No run is
+    preempted while another daemon, seen in the last `silent_micros`, has free devices: that daemon is about to start the run.
     """
 
     def plan(connection: sa.Connection) -> tuple[Entry, list[Entry]] | None:
@@ -94,7 +94,7 @@ def preempt(
         if plan(connection) is None:
             return []
     with store.write() as tx:
-        # Once more: now nobody else changes the queue.
+        # Plan again: in this transaction no other process can change the queue.
         found = plan(tx.connection)
         if found is None:
             return []
@@ -107,7 +107,8 @@ def preempt(
 
 
 def _others_make_room(connection: sa.Connection, head: Entry, daemon: str, now: Micros) -> bool:
-    """Whether another daemon has runs make room for `head` already. One that has fallen silent may never do it."""
+    """Whether another daemon already preempts runs for `head`. Expired leases do not count: a silent daemon may never stop
+    its runs."""
     return any(
         current(connection, e.run_id).preempted_by == head.run_id
         and (leases.expires_at(connection, e.run_id) or 0) > now
@@ -122,7 +123,7 @@ def _others_have_room(
     """Whether the host of another living daemon has devices free for `head`."""
     alive = living(daemons.every(connection), now, silent_micros)
     hosts = [host_of(row) for row in alive if row.daemon_id != daemon]
-    # Free devices are no room where its checkpoint is not.
+    # Free devices count only on a host that has its checkpoint.
     head = placed(connection, [head])[0]
     return (
         look_ahead([head], order.running(connection), hosts, NO_LIMITS, now)[head.run_id].wait.kind == "start"
@@ -130,13 +131,13 @@ def _others_have_room(
 
 
 def stopping(store: Store, daemon: str) -> Mapping[str, bool]:
-    """The runs of this daemon that were asked to stop, and whether they are to be killed for it."""
+    """The runs of this daemon that have a stop request, and whether to kill them."""
     with store.read() as connection:
         return {run_id: current(connection, run_id).stop_now for run_id in order.stopping(connection, daemon)}
 
 
 def anything_left(store: Store, context: Context, fits: Fits, limits: Limits) -> bool:
-    """Whether some daemon drives a run, or a run waits that will start here without a person."""
+    """Whether a daemon drives a run, or a waiting run can start here without a user's action."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
         if any(lease.expires_at > now for lease in leases.leases(connection)):

@@ -1,1 +1,1 @@
-"""What people and daemons read. Nothing here writes."""
+"""Read-only queries of commands and daemons."""

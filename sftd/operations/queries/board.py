@@ -1,5 +1,5 @@
-"""What a live board shows: the queue, the devices, the runs that train and what happened last. Nothing here writes, and a
-second look costs what has changed since the first."""
+"""The data of a live board: queue, devices, training runs and recent events. Nothing here writes. A second look reads only what
+has changed since the first."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from sftd.store.log.runs import load_run
 from sftd.store.queries import board as board_store
 from sftd.store.queries.resolve import resolve_id
 
-# Steps of which a board shows the losses, and over which it takes the speed.
+# Number of steps for the loss curve, and for the speed.
 _RECENT, _SPEED = 240, 10
-# Events of all runs that the first look goes back, and events that the board of a run takes in at a time.
+# Events of all runs that the first look reads back, and events that the board of one run reads per look.
 _BACK, _PAGE = 20_000, 20_000
 _NOTICES, _NOTICES_OF_RUN = 60, 12
 _NODES_MICROS = 5_000_000
 
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A run that a daemon drives. `losses` are those of the last steps; speed and MFU are means over a few of them, None
-    where no step has them. `stepped_at` is when the last step ended."""
+    """A run that a daemon drives. `losses` are those of the last steps. Speed and MFU are means over the last few steps, None
+    if no step has them. `stepped_at` is the end of the last step."""
 
     run: Run
     losses: list[float]
@@ -51,7 +51,7 @@ class RunLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Board(msgspec.Struct, frozen=True):
-    """One look. `notices` and `failures` are events that are no steps, newest first."""
+    """One look. `notices` and `failures` are events other than steps, newest first."""
 
     at: Micros
     queue: list[QueueRow]
@@ -62,8 +62,7 @@ class Board(msgspec.Struct, frozen=True):
 
 
 class RunBoard(msgspec.Struct, frozen=True):
-    """One look at one run. `history` holds its curves as far as they are read: all of them once `is_complete`; `ledger`
-    is None until then."""
+    """One look at one run. `history` holds the curves that are read so far; `ledger` is None until `is_complete`."""
 
     at: Micros
     line: RunLine
@@ -83,7 +82,7 @@ class _Steps:
         self._at: Micros | None = None
 
     def catch_up(self, connection: sa.Connection, run_id: str) -> None:
-        """Take in the steps since the last time."""
+        """Read the steps since the last call."""
         for version, at, point in board_store.last_points(connection, run_id, self.version, _RECENT):
             self._curves.add(point)
             self.version, self._at = version, at
@@ -94,12 +93,12 @@ class _Steps:
         return self._curves.values(name, self._curves.last - count + 1, self._curves.last)
 
     def tokens_per_second(self) -> float | None:
-        """The speed of the last few."""
+        """Speed over the last few steps."""
         seconds = math.fsum(self._values("seconds"))
         return sum(self._values("tokens_real")) / seconds if seconds > 0 else None
 
     def line(self, run: Run, row: QueueRow | None, last: Recorded | None) -> RunLine:
-        """The run with these steps."""
+        """The board's line of the run."""
         left = None
         if run.status in ACTIVE and run.seconds_per_step is not None:
             left = max(0, run.planned_steps - run.step) * run.seconds_per_step
@@ -126,7 +125,7 @@ def tokens_per_second(store: Store, run_id: str) -> float | None:
 
 
 class _Watched:
-    """A database that may go away and come back, perhaps as another one."""
+    """A database that may disappear, or be replaced by another one."""
 
     def __init__(self, store: Store, context: Context, limits: Limits, silent_micros: int) -> None:
         self.store, self.context, self.limits, self.silent = store, context, limits, silent_micros
@@ -144,17 +143,17 @@ class _Watched:
         return found.st_dev, found.st_ino
 
     def forget(self) -> None:
-        """Start over: it is another database, or an earlier state of it."""
+        """Start over with another database, or with an earlier state of this one."""
 
     def check(self) -> None:
-        """See that an SQLite file is the one that was opened: an open file can be read when it has long been deleted.
-        Raises `DatabaseUnreachable`."""
+        """Check that the SQLite file is the one that was opened: a deleted file stays readable while it is open. Raises
+        `DatabaseUnreachable`."""
         if self._file is None:
             return
         identity = self._identify()
         if identity is not None and identity == self._identity:
             return
-        # Its connections belong to the file that was.
+        # The open connections belong to the old file.
         self.store.engine.dispose()
         if identity is None:
             raise DatabaseUnreachable(f"{self._file} is gone")
@@ -163,7 +162,7 @@ class _Watched:
 
 
 class Observer(_Watched):
-    """Looks at everything."""
+    """Reads the board of all runs."""
 
     def __init__(self, store: Store, context: Context, limits: Limits, silent_micros: int) -> None:
         super().__init__(store, context, limits, silent_micros)
@@ -180,7 +179,7 @@ class Observer(_Watched):
         self._nodes_of: tuple[Micros, frozenset[str]] | None = None
 
     def look(self) -> Board:
-        """Look once. Raises what the database does when it does not answer."""
+        """Look once. Raises the database driver's errors."""
         self.check()
         rows = list_queue(self.store, self.context, self.limits, self.silent)
         driven = [row for row in rows if not row.kind]
@@ -195,8 +194,8 @@ class Observer(_Watched):
         )
 
     def _look_at_nodes(self, driven: frozenset[str]) -> list[Node]:
-        """The daemons. Which devices they use is found among all launches of the runs that they drive, so they are asked
-        for less often while these are the same."""
+        """The daemons. Finding the devices in use reads all launches of the driven runs, so the result is reused for a few
+        seconds while the same runs are driven."""
         now = self.context.now()
         if self._nodes_of is None or self._nodes_of[1] != driven or now - self._nodes_of[0] > _NODES_MICROS:
             self._nodes, self._nodes_of = list_nodes(self.store, self.context, self.silent), (now, driven)
@@ -219,13 +218,13 @@ class Observer(_Watched):
         steps.catch_up(connection, run.run_id)
         if run.run_id not in self._last:
             found = board_store.last_notices(connection, run.run_id, _NOTICES_OF_RUN)
-            # A run begins with one that is not minor.
+            # A run's first event is never a detail, so there is one.
             self._last |= {r.run_id: r for r in reversed(found) if r.event.severity != "detail"}
         return steps.line(run, row, self._last.get(run.run_id))
 
 
 class RunObserver(_Watched):
-    """Looks at one run."""
+    """Reads the board of one run."""
 
     def __init__(
         self, store: Store, context: Context, limits: Limits, silent_micros: int, prefix: str
@@ -241,7 +240,7 @@ class RunObserver(_Watched):
         self._steps, self._history = _Steps(), RunCurves()
 
     def look(self) -> RunBoard:
-        """Look once. Raises what the database does when it does not answer."""
+        """Look once. Raises the database driver's errors."""
         self.check()
         rows = list_queue(self.store, self.context, self.limits, self.silent)
         row = next((row for row in rows if row.run_id == self.run_id), None)

@@ -1,4 +1,4 @@
-"""Runs side by side: how they differ, where their curves part, and what each has cost. Nothing here writes."""
+"""Compare runs: settings, curves and cost. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sftd.store.log import event_store
 from sftd.store.log.runs import load_run
 from sftd.store.queries.resolve import resolve_id
 
-# The last loss is one batch's; the mean of this share of the steps says more.
+# The last loss is that of one batch. The mean over this share of the steps is less noisy.
 _TAIL = 0.05
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in numbers; None is not known. `inherited_steps` and their tokens are a parent's, before the fork; validations,
-    time, devices and speed are the run's own. `tail_loss` is the mean of the last twentieth of the steps."""
+    """A run in numbers; None is unknown. `inherited_steps` and their tokens are those of parents, before the fork. Validations,
+    time, devices and speed are the run's own. `tail_loss` is the mean over the last 5 % of the steps."""
 
     run_id: str
     status: str
@@ -60,7 +60,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Side(msgspec.Struct, frozen=True):
-    """One of the runs that are compared."""
+    """One of the compared runs."""
 
     run: Run
     curves: Curves
@@ -69,7 +69,7 @@ class Side(msgspec.Struct, frozen=True):
 
 
 class Compared(msgspec.Struct, frozen=True):
-    """Runs in the order in which they were asked for. Each of `partings` is one of the others against the first."""
+    """Runs in the order of the request. `partings` compares each of the other runs with the first."""
 
     sides: list[Side]
     differences: list[Difference]
@@ -77,9 +77,9 @@ class Compared(msgspec.Struct, frozen=True):
 
 
 def compare(store: Store, prefixes: Sequence[str], now: Micros, price: float | None = None) -> Compared:
-    """Compare the runs whose ids begin with these prefixes. `price` is what a device costs an hour.
+    """Compare the runs whose ids begin with these prefixes. `price` is the cost of one device for one hour.
 
-    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when a run is named twice.
+    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` if a run is named twice.
     """
     with store.read() as connection:
         names = [resolve_id(connection, prefix) for prefix in prefixes]
@@ -105,7 +105,7 @@ def _side(connection: sa.Connection, run: Run, now: Micros, price: float | None)
 
 
 def _inherited(connection: sa.Connection, run: Run) -> Curves:
-    """The curves up to where a run was forked, from its parents; as far as they are in this database."""
+    """The curves before the fork, from those of its parents that are in this database."""
     if run.fork is None or run.fork.step == 0:
         return Curves()
     forked = next(event_store.read_stream(connection, run.run_id, limit=1)).event

@@ -1,4 +1,4 @@
-"""Forks: from where one starts, whether it may, and the tree that they make."""
+"""Forks: the start of one, its check at submit, and the tree of all."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from sftd.wire.preflight import Preflight
 
 
 def find(store: Store, prefix: str, step: int | None) -> tuple[Run, CheckpointInfo | None]:
-    """The one run whose id begins with `prefix`, and the checkpoint of it from which a fork at `step` would start (see
-    `decisions.fork_point`). Raises `Refused` when it is not on this host."""
+    """The one run whose id begins with `prefix`, and its checkpoint from which a fork at `step` starts (see
+    `decisions.fork_point`). Raises `Refused` if that is not on this host."""
     with store.read() as connection:
         parent = load_run(connection, resolve_id(connection, prefix))
     point = decisions.fork_point(parent, step)
     if point is not None and not Path(point.path).is_dir():
         what = f"its checkpoint of step {point.step} is not on this host: {point.path}"
-        raise Refused(Problem(parent.run_id, what, "ask on the host that trained it, or put the folder back"))
+        fix = "run this command on the host that trained it, or put the folder back"
+        raise Refused(Problem(parent.run_id, what, fix))
     return parent, point
 
 
@@ -47,9 +48,9 @@ def inspect(
     hosts: list[HostDevices],
     changed_model: bool = False,
 ) -> Preflight:
-    """Read the files that the spec of a fork names, as a submit does, and judge whether it fits its parent. Raises `Refused`,
-    also when the model folder changed since the parent was submitted; with `changed_model` that is a warning. `hosts` may
-    start it."""
+    """Read the files that a fork's spec names, as a submit does, and check that the fork fits its parent. `hosts` are those that
+    may start it. Raises `Refused`, also if the model folder changed since the parent was submitted; `changed_model` makes
+    that a warning."""
     step = point.step if point else 0
     with store.read() as connection:
         types = (e.RunSubmitted.__name__,)
@@ -79,7 +80,7 @@ def _is_direct(connection: sa.Connection, parent: Run) -> bool:
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A run in a tree of forks. `forked_at` is the step of `parent` after which it begins; both None for the root."""
+    """A run in a tree of forks. `forked_at` is the step of `parent` after which it begins. Both are None for the root."""
 
     run_id: str
     parent: str | None
@@ -94,7 +95,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 def lineage(store: Store, prefix: str) -> tuple[str, Member]:
-    """The id of the one run that begins with `prefix`, and the root of the tree of forks that it is in."""
+    """The id of the one run that begins with `prefix`, and the root of its tree of forks."""
     with store.read() as connection:
         run_id = resolve_id(connection, prefix)
         forked = event_store.first_events(connection, e.RunForked.__name__)

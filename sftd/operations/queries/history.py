@@ -1,4 +1,4 @@
-"""Replaying a run: what its log says of any moment, and which of its steps can be trained again and compared."""
+"""Replay a run: its state at any moment, and the steps that can be trained again and compared."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from sftd.store.queue import leases
 
 
 class Chapter(msgspec.Struct, frozen=True):
-    """A part of a run's history: its own stream, or a parent's up to the checkpoint from which it was forked.
-    `last_step` is None for the run itself."""
+    """A part of a run's history: its own stream, or a parent's stream up to the fork. `last_step` is the fork's step, None for
+    the run itself."""
 
     run_id: str
     recorded: list[e.Recorded]
     last_step: int | None = None
 
     def run(self, version: int | None = None) -> Run:
-        """The state at its end, or at a version."""
+        """The state at the end of the chapter, or at a version."""
         return fold(Run(self.run_id), self.recorded[:version])
 
 
 def chapters(store: Store, prefix: str) -> list[Chapter]:
-    """The history of the one run that `prefix` means, oldest ancestor first; the run itself is the last.
+    """The history of the one run that `prefix` means, oldest ancestor first, the run itself last.
 
-    A parent that is not in this database is left out. Raises `RunNotFound` or `AmbiguousRun`.
+    Parents that are not in this database are left out. Raises `RunNotFound` or `AmbiguousRun`.
     """
     with store.read() as connection:
         run_id = resolve_id(connection, prefix)
@@ -61,38 +61,38 @@ def _fork(chapter: Chapter) -> e.RunForked | None:
 
 
 def until(history: Sequence[Chapter], moment: Moment) -> list[Chapter]:
-    """The history up to a moment; the last chapter is the run to which the moment belongs. Raises `Refused`.
+    """The history up to a moment. The last chapter is the run to which the moment belongs. Raises `Refused`.
 
-    A version is one of the run's own stream. Steps up to a fork's first are its parents'.
+    A version counts in the run's own stream. Steps up to the fork belong to the parents.
     """
     end = len(history)
     match moment:
         case AtVersion():
             pass
         case AtStep(step):
-            # The fork's first state is that of the step at which it began.
+            # At the fork's step, the fork itself exists.
             end = 1 + history.index(chapter_of_step(history, step + 1))
         case AtTime(micros):
             while end and history[end - 1].recorded[0].occurred_at > micros:
                 end -= 1
             if not end:
                 what = f"{history[-1].run_id} had not been submitted then"
-                raise Refused(Problem("--until", what, "give a later time; `sftd show` has its submission"))
+                fix = "give a later time; `sftd show` prints the time of submission"
+                raise Refused(Problem("--until", what, fix))
     last = history[end - 1]
     recorded = up_to(last.recorded, moment)
     return [*history[: end - 1], msgspec.structs.replace(last, recorded=recorded)]
 
 
 def chapter_of_step(history: Sequence[Chapter], step: int) -> Chapter:
-    """The part of a history to which a step belongs: a parent's up to the step of the fork."""
+    """The chapter to which a step belongs. Steps up to the fork belong to the parent."""
     return next(c for c in history if c.last_step is None or step <= c.last_step)
 
 
 class VerifyPlan(msgspec.Struct, frozen=True):
-    """What is trained again: the steps after `from_step` up to `to_step`, from `checkpoint` (None is the pretrained
-    model). `run` is the run as it was at its last compared step: its spec is the one under which all of them hold.
-    `losses` are those before, as the trainer's watch for spikes wants them; `held` are devices of living attempts, and
-    `model` is what the log knows of the model folder."""
+    """The steps to train again: those after `from_step` up to `to_step`, from `checkpoint` (None is the pretrained model).
+    `run` is the state at the last compared step; its spec holds for all compared steps. `losses` are earlier ones, for the
+    trainer's spike detection. `held` are the devices of living attempts. `model` is the log's record of the model folder."""
 
     run: Run
     from_step: int
@@ -105,17 +105,17 @@ class VerifyPlan(msgspec.Struct, frozen=True):
 
     @property
     def count(self) -> int:
-        """How many steps are compared."""
+        """The number of compared steps."""
         return self.to_step - self.from_step
 
 
 def plan(
     store: Store, prefix: str, from_step: int | None = None, to_step: int | None = None, *, host: str = ""
 ) -> VerifyPlan:
-    """Decide what to train again. Without `from_step`, from the timeline's oldest checkpoint with steps after it; without
-    `to_step`, up to its last step. `host` is the one whose devices are looked at.
+    """Choose the steps to train again. `from_step` defaults to the timeline's oldest checkpoint with steps after it, `to_step`
+    to its last step. `host` is the host whose devices are used.
 
-    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when there is nothing to compare or to begin with.
+    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` if there is no step to compare or no checkpoint to start from.
     """
     with store.read() as connection:
         run = load_run(connection, resolve_id(connection, prefix))
@@ -141,14 +141,14 @@ def plan(
 
 
 def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, end: int) -> int:
-    """Where to begin: at a published checkpoint on this host, or at the pretrained model."""
+    """The step to start from: one with a checkpoint on this host, or 0 for the pretrained model."""
     # A fork from a checkpoint has no steps of its own before it.
     pretrained = {0} if run.first_step == 0 else set()
     present = {step for step, c in usable.items() if Path(c.path).is_dir()}
     if from_step is None:
         if not present | pretrained:
             what = f"no checkpoint before step {end} is on this host"
-            raise Refused(Problem(run.run_id, what, "ask on the host that trained it"))
+            raise Refused(Problem(run.run_id, what, "run this command on the host that trained it"))
         return min(present) if present else 0
     if from_step in present | pretrained:
         return from_step
@@ -161,7 +161,7 @@ def _begin(run: Run, usable: dict[int, CheckpointInfo], from_step: int | None, e
 
 
 def held(store: Store, host: str) -> list[str]:
-    """The devices of a host's living attempts."""
+    """The devices of the living attempts on a host."""
     with store.read() as connection:
         return list(_held(connection, host))
 
@@ -175,7 +175,7 @@ def _held(connection: sa.Connection, host: str) -> Iterator[str]:
 
 
 def record(store: Store, context: Context, run_id: str, verdict: e.ReplayVerified | e.ReplayDiverged) -> None:
-    """Append the outcome of a comparison to the run's stream, whatever has been appended meanwhile."""
+    """Append the result of a comparison to the run's stream."""
     with store.write() as tx:
         run = current(tx.connection, run_id)
         append_decided(tx, context, run_id, run.version, [verdict])

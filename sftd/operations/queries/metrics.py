@@ -1,4 +1,4 @@
-"""Counts over all runs, for graphs and alarms. Nothing here writes."""
+"""Counts over all runs, for monitoring. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from sftd.store.queue.leases import HELD, LEASED, WAITING
 
 
 class Lag(msgspec.Struct, frozen=True):
-    """`events` that a mirror does not have, and for how many µs the first of them has been in the log. Positions have gaps, so
-    the number is an upper bound."""
+    """`events`: number of log events that a mirror does not have yet, an upper bound because positions have gaps. `micros`: how
+    long the first of them has been in the log."""
 
     events: int
     micros: int
 
 
 class LogFigures(msgspec.Struct, frozen=True):
-    """`queue` counts runs by what they wait for: "ready", "dependent" (on a run that has not succeeded yet), "delayed" (until the
-    time of their next attempt), "held", "leased".
-    `runs` counts them by status. `mirrors` is by name."""
+    """`queue` counts runs by their state there: "ready", "dependent" (on a run that has not succeeded yet), "delayed" (until the
+    time of their next attempt), "held", "leased". `runs` counts runs by status. `mirrors` is by name."""
 
     queue: dict[str, int]
     oldest_wait_micros: int
@@ -41,7 +40,7 @@ def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> LogFigures:
     """The figures at `now`, this host's time. `mirrors` has the name of each mirror's position by the mirror's name."""
     with store.read() as connection:
         q = queue.c
-        # The queue goes by the clock that all share, events by that of the host which recorded them.
+        # Times in the queue are by the shared clock of the database, times of events by the recording host's clock.
         shared = store.clock(connection, now)
         is_delayed = sa.and_(q.not_before > shared, q.not_before <= latest_wait(shared))
         is_dependent = order.is_unmet(q.run_id)
@@ -57,7 +56,7 @@ def read(store: Store, now: Micros, mirrors: Mapping[str, str]) -> LogFigures:
                 count(sa.and_(q.state == WAITING, is_dependent)),
                 count(q.state == HELD),
                 count(q.state == LEASED),
-                # It is set when a run begins to wait, and to when it may start.
+                # `not_before` is the time from which a waiting run may start.
                 sa.func.min(sa.case((is_ready, q.not_before))),
             )
         ).one()
@@ -77,5 +76,5 @@ def _lag(connection: sa.Connection, position_name: str, now: Micros) -> Lag:
     at = positions.projection_position(connection, position_name)
     first = sa.select(events.c.recorded_at).where(events.c.position > at).order_by(events.c.position).limit(1)
     since = connection.execute(first).scalar()
-    behind = max(0, event_store.last_position(connection) - at)
-    return Lag(behind, max(0, now - since) if since is not None else 0)
+    missing = max(0, event_store.last_position(connection) - at)
+    return Lag(missing, max(0, now - since) if since is not None else 0)

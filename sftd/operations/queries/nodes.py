@@ -1,4 +1,4 @@
-"""Which daemons share the database, and what each has and drives. Nothing here writes."""
+"""The daemons that share the database, with their devices and runs. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sftd.store.queue import daemons
 from sftd.store.queue import leases as lease_store
 from sftd.store.queue.daemons import DaemonRow
 
-# A daemon that was not seen need not be dead: its host may be cut off from the database while its runs train.
+# An unobserved daemon need not be dead: its host may have lost the database while its runs train.
 NodeState = Literal["alive", "not observed", "stopped"]
 
 
 class Devices(msgspec.Struct, frozen=True):
-    """Devices of one kind, or places of one launcher."""
+    """Number of devices of one kind, or of places of one launcher."""
 
     total: int
     used: int
@@ -49,8 +49,8 @@ class Node(msgspec.Struct, frozen=True):
 
 
 def list_nodes(store: Store, context: Context, silent_micros: int, *, everyone: bool = False) -> list[Node]:
-    """The last daemon of each home on each host, and older ones that still hold leases; `everyone` lists all that ever
-    started. One that was not seen for `silent_micros` is not observed."""
+    """The last daemon of each home on each host, and older ones that still hold leases. `everyone` lists all daemons that ever
+    started. A daemon that was not seen for `silent_micros` is "not observed"."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
         rows = daemons.every(connection)

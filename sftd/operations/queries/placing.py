@@ -1,4 +1,4 @@
-"""On which host a run can go on: without shared storage its checkpoint lies on one alone. Nothing here writes."""
+"""The hosts on which a run can continue: without shared storage, only one has its checkpoint. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sftd.store.queue import daemons
 
 
 class Start(msgspec.Struct, frozen=True):
-    """The checkpoint from which a run's next attempt starts, and the host that had it last; empty when nobody knows."""
+    """The checkpoint from which a run's next attempt starts, and the host that had it last (empty if unknown)."""
 
     step: int
     path: str
@@ -24,7 +24,7 @@ class Start(msgspec.Struct, frozen=True):
 
 
 def start_of(connection: sa.Connection, run_id: str) -> Start | None:
-    """From where the run goes on; None is the pretrained model, which is on every host."""
+    """Where the run continues. None is the pretrained model, which is on every host."""
     run = current(connection, run_id)
     found = run.restart_checkpoint
     if found is None:
@@ -36,8 +36,8 @@ def start_of(connection: sa.Connection, run_id: str) -> Start | None:
 
 
 def placed(connection: sa.Connection, entries: Sequence[Entry]) -> list[Entry]:
-    """The entries, those that can go on at one host only with its name. A checkpoint within a daemon's home is taken for one
-    that no other host has; another folder for one that all hosts share, as `checkpoint.save_dir` has to be for that."""
+    """The entries, with `only_on` set for those that can continue on one host only. Only that host is assumed to have a
+    checkpoint inside a daemon's home; all hosts are assumed to share other folders (`checkpoint.save_dir`)."""
     begun = [entry.run_id for entry in entries if entry.started_at is not None]
     if not begun:
         return list(entries)

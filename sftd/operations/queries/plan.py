@@ -1,4 +1,4 @@
-"""What the log says for a plan, and of how one came out. Nothing here writes."""
+"""Measurements from the log for a plan, and the comparison of a plan with its run. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sftd.store.database.tables import view_runs
 from sftd.store.log import event_store
 from sftd.store.log.runs import load_run
 
-# Runs that are looked at, newest first; and of how many steps before their pace counts.
+# The number of newest runs that are used, and the minimum number of steps of each.
 _RUNS = 30
 _STEPS = 3
 
 
 def calibration(store: Store, shape: ModelShape, machine: Machine) -> float | None:
-    """See `plan_outcome.calibration`; of the newest runs."""
+    """`plan_outcome.calibration` of the newest runs."""
     with store.read() as connection:
         return plan_outcome.calibration(shape, machine, _earlier(connection, None))
 
 
 def outcome(store: Store, run: Run, ledger: Ledger) -> Outcome | None:
-    """How the plan of a run came out so far; None before an attempt has loaded its model."""
+    """The plan of a run compared with its measurements so far. None before an attempt has loaded its model."""
     if "device" not in run.environment:
         return None
     with store.read() as connection:
@@ -46,8 +46,8 @@ def _earlier(connection: sa.Connection, before: Micros | None) -> list[MeasuredR
     v = view_runs.c
     query = sa.select(v.run_id).where(v.seconds_per_step.is_not(None), v.step >= _STEPS)
     if before is not None:
-        # What the plan could know when the run was submitted. The first condition follows from the second, but has an
-        # index: for an old run, all newer ones would be looked at.
+        # Only runs that had ended when this one was submitted. The first condition follows from the second, but has an
+        # index: without it, the query for an old run scans all newer runs.
         query = query.where(v.submitted_at < before, v.ended_at < before)
     found = []
     for (run_id,) in connection.execute(query.order_by(v.submitted_at.desc()).limit(_RUNS)):

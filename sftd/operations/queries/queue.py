@@ -1,4 +1,4 @@
-"""The queue as people see it: who runs, who waits, what for, and how long still. Nothing here writes."""
+"""The queue that users see: running and waiting runs, what each waits for, and when it starts. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from sftd.store.queue.daemons import DaemonRow
 
 
 class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of `sftd queue`. `devices` are those that the run has or needs. `kind` says what a waiting run waits for,
-    `waits_for` in words; both are empty for a run that a daemon drives. `observed` is false when that daemon was not seen
-    lately; `job` is what the resource manager of `launcher` last said of the attempt's job. Times are µs since the epoch; `starts_at` None is unknown."""
+    """A line of `sftd queue`. `devices` is the number that the run has or needs. `kind` is the reason why a run waits, and
+    `waits_for` describes it; both are empty for a run that a daemon drives. `observed` is false if that daemon was not seen
+    lately. `job` is the last report of the resource manager of `launcher`. Times are µs since the epoch; `starts_at` None is
+    unknown."""
 
     run_id: str
     status: str
@@ -43,8 +44,8 @@ class QueueRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_queue(store: Store, context: Context, limits: Limits, silent_micros: int) -> list[QueueRow]:
-    """Every run that a daemon drives, then those that wait, in the order in which they start. A daemon that was not seen for
-    `silent_micros` starts nothing. `limits` hold where no living daemon has told its own."""
+    """The runs that daemons drive, then the waiting runs in the order in which they start. A daemon that was not seen for
+    `silent_micros` counts as dead. `limits` apply if no living daemon has recorded its own."""
     with store.read() as connection:
         now = store.clock(connection, context.now())
         running = order.running(connection)
@@ -54,8 +55,8 @@ def list_queue(store: Store, context: Context, limits: Limits, silent_micros: in
         jobs = {run_id: current(connection, run_id).job_report for run_id in managed}
     hosts = {row.daemon_id: host_of(row) for row in rows}
     alive = [hosts[row.daemon_id] for row in living(rows, now, silent_micros)]
-    if told := [host.limits for host in alive if host.limits is not None]:
-        limits = reduce(Limits.loosened, told)
+    if recorded := [host.limits for host in alive if host.limits is not None]:
+        limits = reduce(Limits.loosened, recorded)
     outlooks = look_ahead(waiting, running, alive, limits, now)
     driven = [
         _driven(entry, hosts.get(entry.owner or ""), alive, jobs.get(entry.run_id)) for entry in running
@@ -81,7 +82,7 @@ def host_of(row: DaemonRow) -> HostCapacity:
 
 
 def _devices(entry: Entry, hosts: list[HostCapacity]) -> int:
-    """What the run takes on the first of these hosts that can ever take it."""
+    """The number of devices that the run takes on the first of these hosts that is large enough."""
     if not kind_of(entry.demand.launcher).uses_host_devices:
         return entry.demand.world
     for host in hosts:
@@ -103,7 +104,7 @@ def _driven(
         project=entry.project,
         step=entry.step,
         planned_steps=entry.planned_steps,
-        # It will not train them.
+        # A stopping run does not train the remaining steps.
         seconds_left=None if entry.status == "stopping" else entry.seconds_left,
         host=host.name if host else None,
         observed=host in alive,

@@ -1,5 +1,5 @@
-"""Which runs the arguments of a command mean (see `store.resolve`). Commands that read take the newest run of a name; commands
-that write refuse a name that several runs have."""
+"""Resolve the arguments of a command to runs (see `store.queries.resolve`). Reading commands take the newest run of a name.
+Writing commands refuse a name of several runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sftd.store.queries.resolve import Match, ambiguity, matches, resolve_id
 
 
 def one(store: Store, text: str) -> tuple[str, str]:
-    """The id of the run that a reading command shows, and a remark for its user, empty when nothing else was meant.
+    """The id of the run that a reading command shows, and a remark for the user if older runs have the same name, else "".
 
     Raises `RunNotFound`, or `AmbiguousRun` for a prefix of several ids and for a sweep of several runs.
     """
@@ -40,8 +40,8 @@ def is_sweep(store: Store, text: str) -> bool:
 
 
 def several(store: Store, texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The ids of the runs that a reading command shows, in order, and remarks. A sweep stands for those of its runs that are
-    not named before it. Raises as `one` does for what is not a sweep."""
+    """The ids of the runs that a reading command shows, in order, and remarks. A sweep adds those of its runs that are not
+    listed yet. Other texts raise as in `one`."""
     run_ids: list[str] = []
     remarks: list[str] = []
     with store.read() as connection:
@@ -57,7 +57,7 @@ def several(store: Store, texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def one_to_change(store: Store, text: str, usable: Collection[str] | None = None) -> str:
-    """The id of the run that a writing command changes. Where several match, those whose status is in `usable` count.
+    """The id of the run that a writing command changes. If several match, only those with a status in `usable` count.
 
     Raises `RunNotFound` or `AmbiguousRun`.
     """
@@ -66,9 +66,9 @@ def one_to_change(store: Store, text: str, usable: Collection[str] | None = None
 
 
 def several_to_change(store: Store, text: str, usable: Collection[str] | None = None) -> list[str]:
-    """The ids of the runs that a writing command changes: of a sweep, those whose status is in `usable`.
+    """The ids of the runs that a writing command changes. Of a sweep, these are the runs with a status in `usable`.
 
-    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` when the command can do nothing with any run of a sweep.
+    Raises `RunNotFound`, `AmbiguousRun`, or `Refused` if a sweep has no such run.
     """
     with store.read() as connection:
         found = matches(connection, text)

@@ -1,4 +1,4 @@
-"""What can be read of runs. Nothing here writes."""
+"""Queries of runs and their events. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sftd.store.queries.resolve import members, resolve_id
 
 
 class RunRow(msgspec.Struct, frozen=True):
-    """A line of `sftd ls`. Times are µs since the epoch. `changed` is what sets a member of a sweep or a fork apart, as a JSON
-    object; None for other runs."""
+    """A line of `sftd ls`. Times are µs since the epoch. `changed` is a JSON object with the settings of a sweep's point or of
+    a fork; None for other runs. `bytes` is the size of its own checkpoints by the log."""
 
     run_id: str
     status: str
@@ -42,12 +42,11 @@ class RunRow(msgspec.Struct, frozen=True):
     message: str | None
     sweep: str | None
     changed: str | None
-    # Of its own checkpoints, as the log has them.
     bytes: int
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds of training left while it runs; None when that cannot be said."""
+        """Seconds of training left while it runs; None if unknown."""
         if self.status != "running" or self.seconds_per_step is None:
             return None
         return (self.planned_steps - self.step) * self.seconds_per_step
@@ -64,8 +63,8 @@ class RunRow(msgspec.Struct, frozen=True):
 
 
 class Filter(msgspec.Struct, frozen=True):
-    """Which runs are listed: those that match one of `patterns`, and all else that is given. `since` is when they were
-    submitted, in µs since the epoch; `removed` lists the runs whose files were removed instead of all others."""
+    """The conditions of a list of runs: one of `patterns`, and all other fields that are given. `since` is the earliest
+    submission, in µs since the epoch. `removed` selects the runs whose files were removed; without it they are left out."""
 
     patterns: tuple[str, ...] = ()
     statuses: tuple[str, ...] = ()
@@ -76,7 +75,7 @@ class Filter(msgspec.Struct, frozen=True):
     removed: bool = False
 
     def conditions(self) -> Iterator[sa.ColumnElement[bool]]:
-        """As SQL."""
+        """The SQL conditions."""
         c, removed_at = view_runs.c, view_files.c.removed_at
         yield removed_at.is_not(None) if self.removed else removed_at.is_(None)
         if self.patterns:
@@ -94,9 +93,9 @@ class Filter(msgspec.Struct, frozen=True):
 
 
 def _like(column: sa.ColumnElement[str], pattern: str) -> sa.ColumnElement[bool]:
-    """Whether a text matches a pattern of `*` and `?`, capitals or not."""
+    """Whether a text matches a pattern of `*` and `?`, case-insensitively."""
     escaped = re.sub(r"([%_\\])", r"\\\1", pattern).replace("*", "%").replace("?", "_")
-    # The database lowers both: SQLite, and PostgreSQL in some locales, know the capitals of ASCII alone.
+    # The database lowers both: SQLite, and PostgreSQL in some locales, lower ASCII only.
     return sa.func.lower(column).like(sa.func.lower(escaped), escape="\\")
 
 
@@ -139,10 +138,10 @@ def list_runs(store: Store, wanted: Filter | None = None, *, limit: int | None =
     query = query.where(*(wanted or Filter()).conditions())
     with store.read() as connection:
         try:
-            # The driver's own rows: SQLAlchemy would make objects of ten thousand, for nothing that is needed here.
+            # Rows of the driver: SQLAlchemy's row objects are slow for ten thousand runs.
             return [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
         except UnicodeEncodeError:
-            # Bytes that are not UTF-8 are in an argument as halves of characters: nothing is named so.
+            # An argument that is not UTF-8 has surrogates. No run has such a name.
             return []
 
 
@@ -159,7 +158,7 @@ def find_run(store: Store, prefix: str) -> Run:
 
 
 def goodput(store: Store, run_id: str, now: Micros) -> Ledger:
-    """Where a run's time went: to its end, or to `now` (µs)."""
+    """How a run spent its time until its end, or until `now` (µs)."""
     with store.read() as connection:
         return read_ledger(connection, run_id, now)
 
@@ -175,6 +174,6 @@ def run_events(
 def raw_events(
     store: Store, run_id: str, after_version: int = 0, types: tuple[str, ...] = (), limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """A run's rows of the events table as they stand there."""
+    """A run's raw rows of the events table."""
     with store.read() as connection:
         return list(event_store.raw_rows(connection, run_id, after_version, types, limit))

@@ -1,4 +1,4 @@
-"""Copies of the log in trackers. A new one is a module beside `mlflow`, its entry here, and its setting."""
+"""Mirrors of the log in trackers. A new mirror needs a module beside `mlflow`, an entry here, and a setting."""
 
 from sftd.projections.mirrors.mlflow.mirror import Mlflow
 from sftd.projections.mirrors.seam import Mirror

@@ -1,4 +1,4 @@
-"""Feeds one tracker from the log, from the position up to which it has been fed."""
+"""Feed one tracker from the log, starting at its position."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sftd.store.database.tables import events
 from sftd.store.log.event_store import read_stream
 from sftd.store.log.positions import projection_position, set_projection_position
 
-# Rows of the log that are looked at before the position moves.
+# Rows of the log that are copied before the position moves.
 _WINDOW = 5000
 # Events of a run that are read and decoded at once.
 _PAGE = 1000
 
 
 class _Window(NamedTuple):
-    """The next rows of the log: how many, up to which position, and the last version of each run among them."""
+    """The next rows of the log: their number, the last position, and the last version of each run among them."""
 
     rows: int
     position: int
@@ -28,10 +28,10 @@ class _Window(NamedTuple):
 
 
 class Feed:
-    """Not for several threads.
+    """Copies new events to a tracker. Not thread-safe.
 
-    The position only says where to look for new events. How far each run is, its tracker says (`Writer.cursor`): without
-    the position, the feed reads everything once and writes nothing.
+    The position only speeds up the search for new events. The tracker stores how far each run is copied (`Writer.cursor`):
+    if the position is lost, the feed reads the log once more and writes nothing.
     """
 
     def __init__(self, store: Store, writer: Writer, position_name: str) -> None:
@@ -41,10 +41,10 @@ class Feed:
         self._position: int | None = None
 
     def sync(self, should_stop: Callable[[], bool]) -> int:
-        """Copy what is new in the log; returns the number of its events that the tracker now has.
+        """Copy new events of the log. Returns the number of events copied.
 
-        Stops early, between two requests, when `should_stop` says so. Raises `MirrorUnavailable`; the next call continues
-        exactly there.
+        Stops early, between two requests, when `should_stop()` is true. Raises `MirrorUnavailable`; the next call continues
+        at the same event.
         """
         taken = 0
         while not should_stop():
@@ -62,14 +62,14 @@ class Feed:
         return taken
 
     def forget(self) -> None:
-        """Another daemon has written meanwhile: ask the tracker again how far each run is."""
+        """Drop the remembered cursors, because another daemon has written in the meantime."""
         self._writer.forget()
 
     def copy_run(self, run_id: str, version: int, should_stop: Callable[[], bool]) -> bool:
-        """Copy a run at least up to `version`, wherever the position is. False if it was stopped before."""
+        """Copy a run at least up to `version`, regardless of the position. Returns False if it was stopped earlier."""
 
         def go_on() -> None:
-            # Asking also keeps the turn, which expires (`daemon/mirror_turn.py`).
+            # The call also renews the turn, which expires (`daemon/mirror_turn.py`).
             if should_stop():
                 raise Interrupted
 
@@ -83,7 +83,7 @@ class Feed:
                 cursor = last if len(page) == _PAGE else max(last, version)
                 self._writer.send(run_id, page, cursor, go_on)
         except BaseException as error:
-            # What was sent may have arrived or not: only the tracker knows.
+            # The last request may or may not have arrived: read the cursors from the tracker again.
             self._writer.forget()
             if isinstance(error, Interrupted):
                 return False
@@ -91,8 +91,8 @@ class Feed:
         return True
 
     def _put_back(self) -> None:
-        """Have another daemon ask the tracker again from where this one was, if that has written meanwhile: a request of
-        this one that was held up (its host slept, say) came after the other's, with an older cursor and status."""
+        """Move the position back if another daemon has moved it, so that it checks the same runs again. A delayed request of this
+        daemon (its host was suspended, for example) may have overwritten a newer cursor and status."""
         with self._store.write(appends=False) as tx:
             if self._position not in (None, projection_position(tx.connection, self._position_name)):
                 set_projection_position(tx.connection, self._position_name, self._position or 0)
@@ -108,8 +108,8 @@ class Feed:
             )
             rows = connection.execute(query).all()
         if position != self._position:
-            # Another daemon mirrors too: its cursors are ahead of those remembered. Sending twice does no harm, but a
-            # tracker may take seconds to find a batch that it has already in a long history.
+            # Another daemon has mirrored since, so the remembered cursors are outdated. Sending events twice is harmless, but
+            # a tracker may take seconds to detect a duplicate batch in a long history.
             self._writer.forget()
             self._position = position
         return _Window(

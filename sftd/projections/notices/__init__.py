@@ -1,1 +1,1 @@
-"""Notices from the log to people."""
+"""Send notices of events in the log to users."""

@@ -1,4 +1,4 @@
-"""Ways in which a notice leaves: a command, or a POST to a webhook. Each takes a bounded time."""
+"""Channels for notices: a command, or a POST to a webhook. Each has a time limit."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from sftd.domain.errors import SftdError
 from sftd.domain.notices import Notice
 
 COMMAND_SECONDS, WEBHOOK_SECONDS = 20.0, 10.0
-# The receiver understands the request and does not want this notice: sending it again would change nothing.
+# The receiver rejects this notice for good: a retry would not help.
 _REFUSED = (400, 413, 422)
-# Much is read, so that an argument in it is whole and can be hidden, and little is shown.
+# Read enough of the output to find and hide whole arguments, and show only its end.
 _READ_BYTES, _SHOWN = 1 << 16, 300
 # A part of an argument that may be secret.
 _WORD = re.compile(r"[^\s'\"=<>|;&()]{6,}")
 
 
 class NotSent(SftdError):
-    """A notice did not arrive. `is_final`: it never will, and the next one may."""
+    """A notice did not arrive. `is_final`: retries cannot succeed, but later notices may."""
 
     def __init__(self, message: str, *, is_final: bool = False) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class NotSent(SftdError):
 
 
 class Channel(Protocol):
-    """Where notices go. `identity` is the same for the same place, on every host; `shown` holds no secret."""
+    """A destination of notices. `identity` is the same for the same destination on every host; `shown` contains no secret."""
 
     identity: str
     shown: str
@@ -53,7 +53,7 @@ class Channel(Protocol):
 
 
 def channels(command: str, webhook: str, folder: Path) -> list[Channel]:
-    """The channels that are set; a command runs in `folder`, whatever starts it."""
+    """The configured channels. A command always runs in `folder`."""
     found: list[Channel] = []
     if command:
         found.append(Command(shlex.split(command), folder=folder))
@@ -63,12 +63,12 @@ def channels(command: str, webhook: str, folder: Path) -> list[Channel]:
 
 
 def _identity(kind: str, parts: Sequence[str]) -> str:
-    """The settings may hold a secret, so a digest is used for them."""
+    """A digest of the settings, which may contain a secret."""
     return f"notify:{kind}:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 class Command:
-    """Runs a command with the notice as JSON on its standard input. What it must do it does in `seconds`."""
+    """Runs a command with the notice as JSON on its standard input. After `seconds` the command is killed."""
 
     def __init__(
         self, argv: Sequence[str], seconds: float = COMMAND_SECONDS, folder: Path | None = None
@@ -81,9 +81,9 @@ class Command:
         self.shown = f"command {os.path.basename(self._argv[0])}"
 
     def send(self, notice: Notice) -> None:
-        """Run it. It has arrived when the exit code is 0."""
+        """Run the command. The notice has arrived when the exit code is 0."""
         env = {**os.environ, **_variables(notice)}
-        # Files, not pipes: a command that reads nothing, or leaves children, delays nothing.
+        # With pipes, a command that does not read its input or leaves child processes could block the sender.
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
             stdin.write(msgspec.json.encode(notice) + b"\n")
             stdin.seek(0)
@@ -110,11 +110,11 @@ class Command:
             if code:
                 size = stderr.seek(0, os.SEEK_END)
                 stderr.seek(max(0, size - _READ_BYTES))
-                said = " ".join(self._hidden(stderr.read().decode(errors="replace")).split())[-_SHOWN:]
-                raise NotSent(f"exit code {code}" + (f": {said}" if said else ""))
+                shown = " ".join(self._hidden(stderr.read().decode(errors="replace")).split())[-_SHOWN:]
+                raise NotSent(f"exit code {code}" + (f": {shown}" if shown else ""))
 
     def _hidden(self, text: str) -> str:
-        """What the command says, less its own arguments: wget prints its URL, a shell the line that it cannot read."""
+        """The command's output without its own arguments. For example, wget prints its URL."""
         words = {word for argument in self._argv[1:] for word in _WORD.findall(argument)}
         for word in sorted(words, key=len, reverse=True):
             text = text.replace(word, "…")
@@ -137,20 +137,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Webhook:
-    """POSTs the notice as JSON. Its key `text` is what Slack, Mattermost and the like show."""
+    """POSTs the notice as JSON. Slack, Mattermost and similar services show its key `text`."""
 
     def __init__(self, url: str, seconds: float = WEBHOOK_SECONDS) -> None:
         self._url = url
         self._seconds = seconds
         self._opener = urllib.request.build_opener(_NoRedirect)
         self.identity = _identity("webhook", [url])
-        # The path is the secret.
+        # The path is secret.
         self.shown = f"webhook at {urllib.parse.urlsplit(url).hostname}"
 
     def send(self, notice: Notice) -> None:
-        """POST it. It has arrived when the answer is 2xx."""
+        """POST the notice. It has arrived when the answer is 2xx."""
         found: list[NotSent | None] = []
-        # In a thread of its own: a timeout of a socket bounds neither the look-up of a name nor a slow answer.
+        # In a thread, because the timeout of a socket limits neither a name lookup nor the total time of a slow answer.
         worker = threading.Thread(
             target=lambda: found.append(self._post(notice)), name="webhook", daemon=True
         )

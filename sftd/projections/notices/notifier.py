@@ -1,10 +1,10 @@
-"""Sends notices from the log: each at least once, in order, from one daemon at a time.
+"""Send notices from the log: each at least once, in order, from one daemon at a time.
 
-The database has a position per channel and kinds: that of the last event that has arrived there. (It says nothing of other
-kinds, so a daemon that sends those to the same place has another.) It begins at the end of the log when the channel is first
-used for these kinds. The daemon that sends holds the channel's lease; it moves the position after each notice, in a
-transaction that asks whether the lease is still held. So a notice comes twice only when
-its sender dies between the answer and the commit, or is so slow that its lease ends meanwhile.
+The database has a position for each combination of channel and kinds: the last event whose notice has arrived. A daemon
+that sends other kinds to the same channel has its own position. It begins at the end of the log when the channel is first
+used for these kinds. The sending daemon holds the channel's lease, and moves the position after each notice in a
+transaction that checks the lease. So a notice is sent twice only if the sender dies between the answer and the commit, or is
+so slow that its lease expires.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ log = logging.getLogger("sftd.notify")
 
 # Longer than any channel takes to send one notice.
 _LEASE_MICROS = 60_000_000
-# What is older is not sent any more: nobody wants a week's news when a webhook is fixed, or an import's.
+# Older notices are not sent: after a webhook is fixed, or after an import, they would be a flood of stale news.
 OLDEST_MICROS = 3 * 24 * 3600 * 1_000_000
-# Events passed without a notice before that is written down.
+# The position is written after this number of events without a notice.
 _UNWRITTEN = 10_000
 PAGE = 100
 _COUNTED = 1000
@@ -50,7 +50,7 @@ class _Counted:
 
 
 class Notifier:
-    """Sends some kinds of events to one channel. Not for several threads."""
+    """Sends notices of some kinds of events to one channel. Not thread-safe."""
 
     def __init__(
         self, store: Store, channel: Channel, kinds: tuple[str, ...], now: Callable[[], e.Micros]
@@ -58,51 +58,50 @@ class Notifier:
         self.channel = channel
         self._store = store
         self._types = notices.event_types(kinds)
-        # A letter a kind: the column is short.
+        # One letter per kind, because the column is short.
         self._name = f"{channel.identity}:{''.join(sorted({kind[0] for kind in kinds}))}"
         self._now = now
         self._token = str(uuid.uuid4())
-        # By this host's own clock: when the lease is half over.
+        # Half-time of the lease, by this host's monotonic clock.
         self._renew_at = 0.0
         self._seen = 0
         self._counted: dict[str, _Counted] = {}
 
     def begin(self) -> None:
-        """Send what is recorded from now on. Does nothing when the channel is known already."""
+        """Start at the end of the log. Does nothing if the channel already has a position."""
         with self._store.write(appends=False) as tx:
             positions.begin_projection(tx.connection, self._name, event_store.last_position(tx.connection))
 
     def pending_count(self) -> int | None:
-        """How many events are still to be sent, at most `PAGE`; None when no daemon has used the channel yet."""
+        """The number of events that are still to be sent, at most `PAGE`; None if no daemon has used the channel yet."""
         with self._store.read() as connection:
             begun = positions.has_begun(connection, self._name)
         return len(self._pending()) if begun else None
 
     def _pending(self) -> list[e.Recorded]:
-        """The next events to send, in order, from the position that is written down."""
+        """The next events to send, in order, from the stored position."""
         with self._store.read() as connection:
             position = positions.projection_position(connection, self._name)
             return event_store.read_types_after(connection, position, self._types, PAGE)
 
     def sync(self, should_stop: Callable[[], bool]) -> int:
-        """Send what is new; returns how many notices arrived. Raises `NotSent` when one did not; the next call tries it
-        again."""
+        """Send new notices. Returns the number that arrived. Raises `NotSent` when one did not; the next call tries it again."""
         if not self._anything_new():
             return 0
         if not self._lease():
             return 0  # another daemon sends
         sent = 0
         try:
-            # Read again: the others may have sent meanwhile.
+            # Read the position again under the lease: another daemon may have sent in the meantime.
             while (page := self._pending()) and not should_stop():
                 for recorded in page:
                     if should_stop():
                         break
                     if time.monotonic() > self._renew_at and not self._renew():
                         return sent
-                    arrived = self._tell(recorded)
+                    arrived = self._send(recorded)
                     sent += arrived
-                    # Many anomalies in a row give no notice; one write for all of them.
+                    # Many consecutive anomalies have no notice: move the position once for all of them.
                     if (arrived or recorded is page[-1]) and not self._move(recorded.position):
                         return sent
         finally:
@@ -124,8 +123,8 @@ class Notifier:
             self._release()
         return False
 
-    def _tell(self, recorded: e.Recorded) -> bool:
-        """Send an event's notice, if it has one. False when there was none, or it is given up."""
+    def _send(self, recorded: e.Recorded) -> bool:
+        """Send an event's notice. Returns False if the event has none, or the notice is too old or rejected for good."""
         made = self._notice(recorded)
         if made is None:
             return False
@@ -155,7 +154,8 @@ class Notifier:
         return notices.notice(recorded, facts, ordinal)
 
     def _ordinal(self, recorded: e.Recorded, event: e.AnomalyDetected) -> int:
-        """Which of its kind in its attempt an anomaly is, from 1: by the log, so that a restart changes nothing."""
+        """The number of an anomaly among those of its kind in its attempt, from 1. Counted in the log, so that it survives a
+        restart."""
         if len(self._counted) > _COUNTED:
             self._counted.clear()
         known = self._counted.get(recorded.run_id)
@@ -174,7 +174,7 @@ class Notifier:
         return known.counts[recorded.attempt, recorded.type, event.what]
 
     def _lease(self) -> bool:
-        """Take the lease. False when another daemon has it."""
+        """Take the lease. Returns False if another daemon has it."""
         owner = f"{socket.gethostname()[:40]}-{os.getpid()}"
         self._renew_at = time.monotonic() + _LEASE_MICROS / 2_000_000
         with self._store.write(appends=False) as tx:
@@ -190,7 +190,7 @@ class Notifier:
             named_leases.release(tx, self._name, self._token)
 
     def _move(self, position: int) -> bool:
-        """Move the position, if the lease is still ours."""
+        """Move the position if this daemon still holds the lease. Returns False if it does not."""
         with self._store.write(appends=False) as tx:
             try:
                 named_leases.check(tx, self._name, self._token)

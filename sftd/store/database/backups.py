@@ -1,4 +1,4 @@
-"""Backups of SQLite files: a checked copy of a database that may be in use, and a checked copy in the place of a database."""
+"""Back up and restore SQLite files. Both directions verify the copy; the source may be in use."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ class BackupFailed(SftdError):
 
 
 def client_url(url: str) -> str:
-    """The URL of a PostgreSQL database for its own tools (`pg_dump`), without secrets."""
+    """The URL that PostgreSQL's own tools (`pg_dump`) accept, without secrets."""
     parsed = sa.make_url(url)
     secrets = [name for name in parsed.query if "pass" in name]
     bare = parsed.difference_update_query(secrets).set(drivername="postgresql")
-    # Not `set`, which takes None for "unchanged".
+    # `set(password=None)` would leave the password unchanged.
     return bare._replace(password=None).render_as_string(hide_password=False)
 
 
 def write(source: Path, target: Path) -> int:
-    """Write one consistent snapshot of a database, which may be in use, to the new file `target`: mode 0600, checked, on the
-    disk when this returns; the whole file or none. Returns its bytes. Raises `BackupFailed` or `OSError`."""
+    """Write a consistent snapshot of a database, which may be in use, to the new file `target`, atomically.
+
+    The file has mode 0600 and is verified and synced when this returns. Returns its size in bytes.
+    Raises `BackupFailed` or `OSError`.
+    """
     with _new_file(target) as partial:
         try:
             with closing(_connect(source)) as connection:
@@ -42,14 +45,14 @@ def write(source: Path, target: Path) -> int:
             raise BackupFailed(f"{source}: {error}") from None
         check_integrity(partial)
         _fsync(partial)
-        # Not a rename, which would replace a file that was made meanwhile.
+        # A rename would replace a file that another process created in the meantime; a link fails.
         os.link(partial, target)
         _fsync(target.parent)
     return target.stat().st_size
 
 
 def check_integrity(file: Path) -> None:
-    """Raises `BackupFailed` when SQLite finds damage in a file."""
+    """Raises `BackupFailed` when SQLite finds the file damaged or cannot read it."""
     try:
         with closing(_connect(file)) as connection:
             (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -61,8 +64,10 @@ def check_integrity(file: Path) -> None:
 
 @contextmanager
 def staged(backup: Path, database: Path) -> Iterator[Path]:
-    """A checked copy of a backup in the folder of `database`, for `put`; removed at the end unless it was put. A backup may
-    be a plain copy of SQLite's files: with FILE-wal beside it, that is a part of it. Raises `BackupFailed` or `OSError`."""
+    """Copy a backup into the folder of `database` and verify it, for `put`. Removes the copy on exit unless `put` used it.
+
+    If FILE-wal exists beside the backup, it is part of the backup. Raises `BackupFailed` or `OSError`.
+    """
     with _new_file(database) as partial:
         shutil.copyfile(backup, partial)
         if (log := _beside(backup, "-wal")).exists():
@@ -72,19 +77,22 @@ def staged(backup: Path, database: Path) -> Iterator[Path]:
 
 
 def put(new: Path, database: Path) -> Path | None:
-    """Put the file `new` in the place of `database`, at once and on the disk. The replaced database is kept beside it, whole:
-    returns its new path, None when there was none. Raises `BackupFailed` when a process uses either, `OSError`."""
+    """Replace `database` by the file `new`, atomically and synced. The old database is kept beside it.
+
+    Returns the path of the old database, None when there was none. Raises `BackupFailed` when a process uses either
+    file, and `OSError`.
+    """
     _close_log(new)
     kept = None
     if database.exists():
         kept = _beside(database, f".replaced-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
-        # A damaged file may still be what a person needs, and so may the log that SQLite keeps of it.
+        # The user may still need a damaged file, so it is kept as it is, with its SQLite log.
         with contextlib.suppress(sqlite3.DatabaseError):
             _close_log(database)
         os.link(database, kept)
     log = _beside(database, "-wal")
     if log.exists():
-        # SQLite would replay it into the new file, which destroys that.
+        # SQLite would replay this log into the new file and corrupt it.
         log.rename(_beside(kept or database, "-wal" if kept else ".replaced-wal"))
     _beside(database, "-shm").unlink(missing_ok=True)
     _fsync(new)
@@ -98,12 +106,12 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _connect(file: Path) -> sqlite3.Connection:
-    """Never makes a file. By a URI, quoted: a path may hold anything."""
+    """Open an existing file. The URI allows `mode=rw`, which never creates one, and quotes special characters."""
     return sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=_BUSY_SECONDS)
 
 
 def _close_log(file: Path) -> None:
-    """Write SQLite's log into the file and have no log beside it. Raises `BackupFailed` when a process uses the file."""
+    """Write SQLite's log into the file and remove the log. Raises `BackupFailed` when a process uses the file."""
     with closing(_connect(file)) as connection:
         try:
             connection.execute("PRAGMA journal_mode=DELETE")
@@ -115,7 +123,7 @@ def _close_log(file: Path) -> None:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """An empty file of mode 0600 beside `path`, removed at the end with what SQLite made beside it."""
+    """Create an empty file of mode 0600 beside `path`. On exit, remove it and the files that SQLite created for it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:

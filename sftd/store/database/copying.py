@@ -1,4 +1,4 @@
-"""A whole database into another one, row for row, and the proof that both are equal."""
+"""Copy a whole database into another one, row by row, and prove that both are equal."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sftd.store.database.engine import Tx, insert_rows
 from sftd.store.database.tables import events, metadata
 
 _BATCH = 5000
-# (what is done, rows done, rows in all)
+# (activity, rows done, total rows)
 Progress = Callable[[str, int, int], None]
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class CopyDiffers(SftdError):
-    """What was written does not read back as it was."""
+    """The rows read back from the copy differ from the source."""
 
 
 class TableDigest(msgspec.Struct, frozen=True):
-    """How many rows a table has, and the sha256 over all of them in the order of their keys."""
+    """The number of rows of a table, and the sha256 over all rows in key order."""
 
     rows: int
     sha256: str
 
 
 def first_filled(connection: sa.Connection) -> str | None:
-    """Name of a table that has a row; None when the database is empty."""
+    """Name of the first table that has a row; None when the database is empty."""
     for table in metadata.sorted_tables:
         if connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() is not None:
             return str(table.name)
@@ -39,8 +39,10 @@ def first_filled(connection: sa.Connection) -> str | None:
 
 
 def copy(source: sa.Connection, target: Tx, progress: Progress) -> dict[str, TableDigest]:
-    """Copy every table into the empty one of `target`, positions and all, and read it back there. Returns the digests,
-    which are those of both. Raises `CopyDiffers`, upon which the target's transaction takes everything back."""
+    """Copy every table, positions included, into the empty database `target`, and read it back there.
+
+    Returns the digests, which are the same for both. Raises `CopyDiffers`; the transaction of `target` then rolls back.
+    """
     read: dict[str, TableDigest] = {}
     for table in metadata.sorted_tables:
         names = [column.name for column in table.columns]
@@ -48,17 +50,17 @@ def copy(source: sa.Connection, target: Tx, progress: Progress) -> dict[str, Tab
         for batch in batched(tally.watch(_rows(source, table)), _BATCH):
             insert_rows(target.connection, table, names, batch)
         read[str(table.name)] = tally.digest()
-    _go_on_behind(target, target.connection.execute(sa.select(sa.func.max(events.c.position))).scalar())
+    _advance_sequence(target)
     written = digests(target.connection, progress)
     if wrong := [name for name in read if read[name] != written[name]]:
         raise CopyDiffers(
-            f"{', '.join(wrong)}: the copy does not read back as it was written; nothing was copied"
+            f"{', '.join(wrong)}: the copy differs from the source when read back; nothing was copied"
         )
     return written
 
 
 def digests(connection: sa.Connection, progress: Progress) -> dict[str, TableDigest]:
-    """The digest of every table: databases with equal digests hold the same, byte for byte."""
+    """Table name → digest. Databases with equal digests hold the same rows, byte for byte."""
     found = {}
     for table in metadata.sorted_tables:
         tally = _Tally(f"verifying {table.name}", _count(connection, table), progress)
@@ -91,7 +93,7 @@ def _count(connection: sa.Connection, table: sa.Table) -> int:
 
 
 def _rows(connection: sa.Connection, table: sa.Table) -> Iterator[tuple[object, ...]]:
-    # In the order of the bytes, which is not every server's order of texts.
+    # Byte order: the default text order depends on the server's locale.
     keys = [c.collate("C") if _sorts_by_language(connection, c) else c for c in table.primary_key.columns]
     query = sa.select(table).order_by(*keys).execution_options(yield_per=_BATCH)
     return (tuple(row) for row in connection.execute(query))
@@ -101,9 +103,12 @@ def _sorts_by_language(connection: sa.Connection, column: sa.Column[object]) -> 
     return connection.dialect.name == "postgresql" and isinstance(column.type, sa.String)
 
 
-def _go_on_behind(target: Tx, last: int | None) -> None:
-    # SQLite sees by itself that positions were given.
-    if last is not None and target.connection.dialect.name == "postgresql":
+def _advance_sequence(target: Tx) -> None:
+    """Make PostgreSQL continue after the copied positions. SQLite does so by itself."""
+    if target.connection.dialect.name != "postgresql":
+        return
+    last = target.execute(sa.select(sa.func.max(events.c.position))).scalar()
+    if last is not None:
         target.execute(
             sa.text("SELECT setval(pg_get_serial_sequence('events', 'position'), :last)"), {"last": last}
         )

@@ -1,4 +1,4 @@
-"""Opening a database, and everything in which SQLite and PostgreSQL differ."""
+"""Open a database. Everything in which SQLite and PostgreSQL differ is here."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sftd.domain.log.events import Micros, Recorded
 from sftd.store.database.tables import SCHEMA_REVISION, events
 
 _WRITE = "sftd_write"
-# Serialises appends on PostgreSQL, so that position order is commit order. Any fixed number; this one spells "sftd".
+# Serialises appends on PostgreSQL, so that position order is commit order. The number is arbitrary: "sftd" in ASCII.
 _APPEND_LOCK = 0x73667464
 _BUSY_SECONDS = 30.0
-# A process that is frozen in the middle of a write holds the append lock, or rows of the queue: after this time the
-# server ends its session, which undoes the transaction, and the others continue. (Only a person ends it on SQLite, or in the
-# middle of a COPY, which the server does not count as idle.) A reader blocks nobody, so it has no such limit.
+# A process that freezes in the middle of a write holds the append lock or rows of the queue. After this time the server
+# ends its session and rolls back, and other processes continue. The limit does not apply on SQLite or during a COPY, which
+# the server does not count as idle: there the operator must kill the process. Readers block no other process and have no limit.
 IDLE_SECONDS = 30.0
-# Without these libpq waits for ever for a host that vanished.
-_PATIENCE = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
-# (connection, this host's time) → the time by which the queue and leases are judged.
+# Without these, libpq waits forever for an unreachable host.
+_TIMEOUTS = {"connect_timeout": "10", "tcp_user_timeout": "30000"}
+# (connection, this host's time) → the time that the queue and the leases use.
 Clock = Callable[[sa.Connection, Micros], Micros]
 
 
@@ -41,13 +41,13 @@ def shown_url(url: str) -> str:
     is_file = parsed.get_backend_name() == "sqlite"
     if not is_file and "@" in f"{parsed.host}{parsed.database}":
         return "(no database URL: a / or @ in its password must be written as %2F or %40)"
-    # libpq takes secrets as parameters, too.
+    # libpq also accepts secrets as query parameters.
     hidden = {name: "***" for name in parsed.query if "pass" in name}
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def open_engine(url: str) -> sa.Engine:
-    """Make an engine. An embedded SQLite file is created with mode 0600 in a folder of mode 0700."""
+    """Make an engine. A missing SQLite file is created with mode 0600 in a folder of mode 0700. Raises `DatabaseUnreachable`."""
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
@@ -67,8 +67,8 @@ def open_engine(url: str) -> sa.Engine:
 
 
 def _open_postgresql(url: sa.URL) -> sa.Engine:
-    patience = {name: value for name, value in _PATIENCE.items() if name not in url.query}
-    return sa.create_engine(url, pool_pre_ping=True, connect_args=patience)
+    timeouts = {name: value for name, value in _TIMEOUTS.items() if name not in url.query}
+    return sa.create_engine(url, pool_pre_ping=True, connect_args=timeouts)
 
 
 def _open_sqlite(url: sa.URL) -> sa.Engine:
@@ -98,7 +98,7 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        # A deferred transaction that reads and then writes fails with "database is locked" beside another writer.
+        # A deferred transaction that reads and then writes fails with "database is locked" when another process writes.
         write = connection.get_execution_options().get(_WRITE)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
@@ -106,8 +106,8 @@ def _sqlite_engine(url: sa.URL) -> sa.Engine:
 
 
 def insert(engine_or_connection: sa.Engine | sa.Connection, table: sa.Table) -> Any:
-    """An INSERT that knows ON CONFLICT, for the dialect at hand."""
-    # Imported here: each takes its time, and what only reads, such as `sftd ls`, needs neither.
+    """An INSERT of the current dialect, which supports ON CONFLICT."""
+    # Imported here because it is slow, and commands that only read, such as `sftd ls`, do not need it.
     if engine_or_connection.dialect.name == "postgresql":
         from sqlalchemy.dialects import postgresql
 
@@ -120,8 +120,8 @@ def insert(engine_or_connection: sa.Engine | sa.Connection, table: sa.Table) -> 
 def insert_rows(
     connection: sa.Connection, table: sa.Table, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]
 ) -> None:
-    """Insert rows, each with its values in the order of `columns`, in the quickest way of each driver: two to three times as
-    fast as an INSERT by SQLAlchemy. A run has many steps, and a copy of a database many rows."""
+    """Insert rows, whose values are in the order of `columns`, by the fastest method of each driver: two to three times as
+    fast as SQLAlchemy's INSERT."""
     names = ", ".join(f'"{name}"' for name in columns)
     if connection.dialect.name != "postgresql":
         marks = ", ".join("?" * len(columns))
@@ -135,18 +135,18 @@ def insert_rows(
             for row in rows:
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
-        # As SQLAlchemy raises the errors of its own statements.
+        # The same exception that SQLAlchemy raises for its own statements.
         raise sa.exc.DBAPIError.instance(
             statement, None, error, connection.dialect.loaded_dbapi.Error
         ) from error
 
 
 def shared_clock(connection: sa.Connection, local: Micros) -> Micros:
-    """The time by which the queue and leases are judged. Several hosts share a PostgreSQL and their clocks differ, so it is
-    the server's; a SQLite file has one host, whose time is `local`."""
+    """The time that the queue and the leases use: on PostgreSQL the server's, because hosts that share it have different
+    clocks; on SQLite `local`, the time of its only host."""
     if connection.dialect.name != "postgresql":
         return local
-    # Not now(): that is when the transaction began, and it may have waited for the append lock since.
+    # now() is the start of the transaction, which may have waited for the append lock since then.
     return int(connection.execute(_SERVER_TIME).scalar_one())
 
 
@@ -154,7 +154,7 @@ _SERVER_TIME = sa.text("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000
 
 
 class Tx:
-    """A write transaction: everything in it happens or nothing does. `appended` are the events that it appended."""
+    """A write transaction. `appended` are the events that it appended."""
 
     def __init__(self, connection: sa.Connection, clock: Clock) -> None:
         self.connection = connection
@@ -162,7 +162,7 @@ class Tx:
         self._clock = clock
 
     def now(self, local: Micros) -> Micros:
-        """The time by which the queue and leases are judged (see `shared_clock`); `local` is this host's."""
+        """The time that the queue and the leases use (see `shared_clock`). `local` is this host's time."""
         return self._clock(self.connection, local)
 
     def execute(self, statement: Any, parameters: Any = None) -> sa.CursorResult[Any]:
@@ -171,8 +171,8 @@ class Tx:
 
 
 class Store:
-    """A database. `before_commit` functions run inside each transaction that appended events, such as the views,
-    which always match the log. `clock` is replaced in tests."""
+    """A database. The `before_commit` functions run inside each transaction that appended events; they keep the views equal
+    to the log. Tests replace `clock`."""
 
     def __init__(
         self,
@@ -193,8 +193,8 @@ class Store:
 
     @contextmanager
     def write(self, *, appends: bool = True, may_idle: bool = False) -> Iterator[Tx]:
-        """A write transaction. `appends` False is for rows beside the log, such as lease renewals. `may_idle` is for a
-        database that no other process uses yet: then the server waits for ever for the next statement."""
+        """A write transaction. `appends=False` is for transactions that append no events, such as lease renewals. `may_idle`
+        lifts the server's idle limit; use it only for a database that no other process uses yet."""
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
             if self.engine.dialect.name == "postgresql":
                 idle = "0" if may_idle else f"{round(IDLE_SECONDS * 1000)}ms"
@@ -227,16 +227,16 @@ class Store:
             )
 
     def has_log(self) -> bool:
-        """Whether there is a table of events: other programs have an `alembic_version`, too."""
+        """Whether the events table exists. `alembic_version` proves nothing: other programs also create it."""
         return sa.inspect(self.engine).has_table(events.name)
 
     def schema_revision(self) -> str | None:
-        """The Alembic revision of the tables, or None when there are none."""
+        """The Alembic revision of the tables, or None when there are none. Raises `DatabaseUnreachable`."""
         try:
             with self.engine.connect() as connection:
                 return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
         except sa.exc.ProgrammingError as error:
-            # 42P01 is PostgreSQL's "undefined table"; anything else is not a matter of missing tables.
+            # 42P01 is PostgreSQL's "undefined table".
             if getattr(error.orig, "sqlstate", None) == "42P01":
                 return None
             raise DatabaseUnreachable(

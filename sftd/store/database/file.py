@@ -1,4 +1,4 @@
-"""Whether the SQLite file that a long-lived process has open is still the one at its path."""
+"""Detect that the SQLite file of a long-lived process was replaced or removed while it was open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DatabaseExchanged(SftdError):
 
 
 class DatabaseFile:
-    """The file at `path` as it is now. Raises `OSError` when there is none."""
+    """The identity of the database file at `path` when this object was created."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -25,8 +25,10 @@ class DatabaseFile:
         self._log_identity = _identity(self._log)
 
     def check(self) -> None:
-        """Raises `DatabaseExchanged` when another file, or none, is at the path: what is written now would be lost with the old
-        one. SQLite's log of the old file is renamed then, for SQLite would replay it into the new one and destroy that."""
+        """Raises `DatabaseExchanged` when the path has another file or none: writes would be lost with the old file.
+
+        Before that, renames SQLite's log of the old file, which SQLite would otherwise replay into the new file and corrupt it.
+        """
         found = _identity(self._path)
         log = _identity(self._log)
         if found == self._identity:
@@ -48,7 +50,7 @@ class DatabaseFile:
 
 
 def watch(url: sa.URL) -> DatabaseFile | None:
-    """The file of an open database; None for a server's."""
+    """The file of an SQLite database; None for a server."""
     return DatabaseFile(Path(url.database)) if url.get_backend_name() == "sqlite" and url.database else None
 
 

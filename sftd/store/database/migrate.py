@@ -1,4 +1,4 @@
-"""Bringing the tables to the revision that this sftd needs. Alembic is imported only when asked to."""
+"""Migrate the tables to the revision that this sftd needs. Functions import Alembic, because the import is slow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _folder() -> Path:
-    """The migrations: inside the package when it was installed from a wheel, beside it in a checkout."""
+    """The folder of migrations: inside the package in a wheel, beside the package in a checkout."""
     package = Path(sftd.__file__).parent
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
@@ -31,17 +31,17 @@ def _config(connection: sa.Connection) -> Config:
 
 
 def upgrade(engine: sa.Engine) -> list[str]:
-    """Apply the missing revisions, all in one transaction. Returns them, oldest first; none when there is nothing to do.
+    """Apply the missing revisions in one transaction. Returns them, oldest first.
 
-    Several processes may do so at once: the first one works, the others wait and then find nothing to do.
-    Raises `DatabaseNotReady` when a newer sftd has changed the tables already.
+    Several processes may call this at once: the first one migrates; the others wait and find nothing to do.
+    Raises `DatabaseNotReady` when a newer sftd has already changed the tables.
     """
     from alembic import command
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
     from alembic.script.revision import ResolutionError
 
-    # A write transaction is exclusive from its first statement on both databases.
+    # On both databases a write transaction is exclusive from its first statement.
     with Store(engine).write() as tx:
         config = _config(tx.connection)
         scripts = ScriptDirectory.from_config(config)
@@ -50,8 +50,8 @@ def upgrade(engine: sa.Engine) -> list[str]:
             missing = [script.revision for script in scripts.iterate_revisions("head", found or "base")]
         except ResolutionError:
             raise DatabaseNotReady(
-                f"{shown_url(str(engine.url))} has tables of revision {found}, which this sftd does not know: a newer "
-                "sftd has changed them. Use that one."
+                f"{shown_url(str(engine.url))} has tables of revision {found}, which this sftd does not support: a newer "
+                "sftd has changed them. Use that version."
             ) from None
         if missing:
             command.upgrade(config, "head")
@@ -59,7 +59,7 @@ def upgrade(engine: sa.Engine) -> list[str]:
 
 
 def downgrade(engine: sa.Engine, revision: str) -> None:
-    """Go back to `revision` ("base" is an empty database). What newer tables hold is lost."""
+    """Revert the tables to `revision` ("base" is an empty database). The contents of newer tables are lost."""
     from alembic import command
 
     with Store(engine).write() as tx:

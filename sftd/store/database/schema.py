@@ -1,6 +1,6 @@
-"""The whole schema, to make or compare tables: `tables`, and what only one dialect has.
+"""The whole schema, for migrations: `tables` plus the options of single dialects.
 
-It is a module of its own because naming a dialect imports it, which is a twentieth of the time of `sftd ls`.
+These are apart from `tables` because naming a dialect imports it, which takes 5 % of the time of `sftd ls`.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ __all__ = ["metadata"]
 sa.Index(
     "ix_events_history", events.c.run_id, events.c.version, postgresql_where=NO_STEP, sqlite_where=NO_STEP
 )
-# A deleted position must never be given out again: readers continue after the highest one that they saw.
+# A deleted position must never be reused: readers continue after the highest position that they have read.
 events.dialect_options["sqlite"]["autoincrement"] = True

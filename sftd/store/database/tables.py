@@ -1,17 +1,17 @@
 """Every table. Times are whole microseconds since the Unix epoch (UTC).
 
-`events` is the truth. `queue`, `daemons` and `claims` are operational rows: which daemon may do what now. `journal_cursors` and
-`projection_positions` say how far was read. `view_*` can be deleted and rebuilt from events.
+`events` is the source of truth. `queue`, `daemons` and `claims` hold operational state: which daemon may do what now.
+`journal_cursors` and `projection_positions` are reading positions. `view_*` can be deleted and rebuilt from events.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
-# The Alembic revision that makes these tables; a test holds it equal to the head of migrations/.
+# The Alembic revision that makes these tables. A test compares it with the head of migrations/.
 SCHEMA_REVISION = "0008"
 
-# Events that are not steps have an index of their own. A query must say it in these words to be given it.
+# Events that are not steps have their own index. The database uses it only for queries that contain this exact condition.
 NO_STEP = sa.text("type <> 'StepCompleted'")
 
 metadata = sa.MetaData(
@@ -22,7 +22,7 @@ metadata = sa.MetaData(
     }
 )
 
-# SQLite gives ids by itself only to a column that is exactly INTEGER.
+# SQLite generates ids only for a column whose type is exactly INTEGER.
 _Position = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 events = sa.Table(
@@ -42,9 +42,9 @@ events = sa.Table(
     # JSON as text: PostgreSQL's jsonb would rewrite numbers (-0.0 becomes 0).
     sa.Column("payload", sa.Text, nullable=False),
     sa.UniqueConstraint("run_id", "version"),
-    # Not over all runs: ids are random, and an index over all of them makes appending to a large log slow.
+    # Unique per run only: ids are random, and an index over all of them slows appends to a large log.
     sa.UniqueConstraint("run_id", "event_id"),
-    # `schema` has the indexes that name a dialect.
+    # `schema` has the dialect-specific indexes.
 )
 
 queue = sa.Table(
@@ -62,7 +62,7 @@ queue = sa.Table(
     sa.Index("ix_queue_order", "state", sa.text("priority DESC"), "enqueued_at", "run_id"),
 )
 
-# What the scheduler needs to know of a run's spec, as JSON (`Demand`).
+# The part of a run's spec that the scheduler needs, as JSON (`Demand`).
 queue_demands = sa.Table(
     "queue_demands",
     metadata,
@@ -97,7 +97,7 @@ daemons = sa.Table(
     sa.Column("home_id", sa.String(64), nullable=False, server_default=""),
 )
 
-# Leases on what only one daemon does at a time, such as mirroring to MLflow (`store.queue.named_leases`).
+# Leases on tasks that one daemon at a time does, such as mirroring to MLflow (`store.queue.named_leases`).
 claims = sa.Table(
     "claims",
     metadata,
@@ -145,14 +145,14 @@ view_runs = sa.Table(
     sa.Column("seconds_per_step", sa.Float(53)),
     sa.Column("anomalies", sa.Integer, nullable=False),
     sa.Column("message", sa.Text),
-    # The folded Run as JSON: from here a decision need not read the whole stream again.
+    # The folded Run as JSON, so that a decision need not read the whole stream again.
     sa.Column("state", sa.Text, nullable=False),
     sa.Index("ix_view_runs_submitted_at", "submitted_at"),
     sa.Index("ix_view_runs_name", "name"),
 )
 
-# What sets a run apart from its siblings: `changed` is a JSON object, key → value. A member of a sweep has the values of its
-# point; a fork has what it changed of its parent, and an empty `sweep`. Other runs have no row.
+# How a run differs from its siblings: `changed` is a JSON object, key → value. A member of a sweep has the values of its
+# point. A fork has the values that differ from its parent, and an empty `sweep`. Other runs have no row.
 view_variants = sa.Table(
     "view_variants",
     metadata,
@@ -176,7 +176,7 @@ view_checkpoints = sa.Table(
     sa.Column("kept_because", sa.Text, nullable=False),
 )
 
-# What the run's own checkpoints take, as the log has it, and when its files were removed. A run without a row has none.
+# The size of a run's own checkpoints according to the log, and when its files were removed. A run without a row has none.
 view_files = sa.Table(
     "view_files",
     metadata,
@@ -185,7 +185,7 @@ view_files = sa.Table(
     sa.Column("removed_at", sa.BigInteger),
 )
 
-# Where each run's time went up to `version`, as JSON (`goodput.Fold`). A run that has no row yet is folded from its log.
+# Where each run's time went up to `version`, as JSON (`goodput.Fold`). A run without a row is folded from its log.
 view_goodput = sa.Table(
     "view_goodput",
     metadata,

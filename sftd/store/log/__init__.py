@@ -1,1 +1,1 @@
-"""Events, and what is folded from them: runs, curves, goodput."""
+"""Events, and the state that is folded from them: runs, curves, goodput."""

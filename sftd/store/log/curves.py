@@ -1,4 +1,4 @@
-"""A run's curves, read from its stream: of a step only what is plotted and compared is decoded."""
+"""A run's curves, read from its stream. Only the plotted and compared fields of a step are decoded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sftd.domain.log import codec
 from sftd.domain.log.events import StepCompleted
 from sftd.store.database.tables import events
 
-# Fields that every schema version of a step has; a test holds it.
+# Every schema version of a step has these fields; a test checks it.
 _point = msgspec.json.Decoder(CurvePoint)
-# Rows that the driver holds at once: a long run has a hundred megabytes of them.
+# Rows that the driver holds at once. A long run has a hundred megabytes of rows.
 _PAGE = 5000
 
 
@@ -23,8 +23,7 @@ def advance(
     until_version: int | None = None,
     limit: int | None = None,
 ) -> int:
-    """Add to `history` what follows in a run's stream, up to a version, at most `limit` events. Returns the number of
-    events."""
+    """Add the next events of a run to `history`, up to `until_version` and at most `limit`. Returns the number of events."""
     c = events.c
     query = (
         sa.select(c.version, c.type, c.schema_version, c.occurred_at, c.payload)

@@ -14,14 +14,14 @@ from sftd.store.database.engine import Tx, insert_rows
 from sftd.store.database.tables import NO_STEP, events, view_runs
 
 _BATCH = 1000
-# What an event is given; its position comes from the database.
-_GIVEN = [column.name for column in events.columns if column.name != "position"]
+# The database assigns the position.
+_INSERTED = [column.name for column in events.columns if column.name != "position"]
 
 
 def append(
     tx: Tx, run_id: str, expected_version: int, new: Sequence[NewEvent], recorded_at: Micros
 ) -> list[Recorded]:
-    """Append events to a run's stream, which must be at `expected_version` (0 is a new stream).
+    """Append events to a run's stream, which must be at `expected_version` (0: a new stream).
 
     Positions grow in commit order. Raises `ConcurrencyConflict` when the stream has another version.
     """
@@ -32,33 +32,33 @@ def append(
     )
     if found != expected_version:
         raise ConcurrencyConflict(
-            f"{run_id} is at version {found}, not {expected_version}: it has changed meanwhile"
+            f"{run_id} is at version {found}, not {expected_version}: another process has changed it"
         )
     rows = []
     for version, item in enumerate(new, expected_version + 1):
-        encoded = codec.encode(item.event)
+        name, schema, payload = codec.encode(item.event)
         rows.append(
             (
                 item.event_id,
                 run_id,
                 version,
-                encoded[0],
-                encoded[1],
+                name,
+                schema,
                 item.occurred_at,
                 recorded_at,
                 item.attempt,
                 item.actor,
                 item.causation_id,
-                encoded[2],
+                payload,
             )
         )
-    insert_rows(tx.connection, events, _GIVEN, rows)
+    insert_rows(tx.connection, events, _INSERTED, rows)
     query = (
         sa.select(events.c.position)
         .where(events.c.run_id == run_id, events.c.version > expected_version)
         .order_by(events.c.version)
     )
-    # Decoded and not handed on as they came: what reads the log later sees just this.
+    # Decoded from the rows instead of reusing `new`: the caller gets exactly the events that later readers get.
     recorded = [
         to_recorded((position, *row)) for position, row in zip(tx.execute(query).scalars(), rows, strict=True)
     ]
@@ -67,7 +67,7 @@ def append(
 
 
 def to_recorded(row: Sequence[Any]) -> Recorded:
-    """A row of the events table, columns in their order, as an event. Raises `UnknownEvent`."""
+    """The event of a full row of the events table, columns in table order. Raises `UnknownEvent`."""
     (
         position,
         event_id,
@@ -99,7 +99,7 @@ def to_recorded(row: Sequence[Any]) -> Recorded:
 
 
 def of_run(run_id: str, after_version: int, types: Sequence[str], limit: int | None) -> sa.Select[Any]:
-    """The query of a run's rows in order. Without steps among the types an index leads past them."""
+    """The query for a run's rows in order. If `types` has no steps, an index skips them."""
     query = sa.select(events).where(events.c.run_id == run_id, events.c.version > after_version)
     if types:
         query = query.where(events.c.type.in_(types))
@@ -121,8 +121,9 @@ def read_stream(
 
 
 def branch_version(connection: sa.Connection, fork: RunForked) -> int | None:
-    """The version of the parent's stream at which a fork branches: the last publication of its checkpoint. What the parent did
-    with later steps is not the fork's. None for a fork of the pretrained model, and where the log has no such checkpoint."""
+    """The version of the parent's stream at which a fork branches: the last publication of the fork's checkpoint. Later
+    events of the parent do not belong to the fork. None for a fork of the pretrained model and for a checkpoint that the log
+    does not have."""
     query = of_run(fork.parent, 0, (CheckpointPublished.__name__,), None).order_by(None)
     for row in connection.execute(query.order_by(events.c.version.desc())):
         event = to_recorded(row).event
@@ -132,7 +133,7 @@ def branch_version(connection: sa.Connection, fork: RunForked) -> int | None:
 
 
 def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded | None:
-    """The last event of a type of a run. Quick for a type that is near the end of its stream."""
+    """A run's last event of a type. Fast if that event is near the end of the stream."""
     c = events.c
     query = sa.select(events).where(c.run_id == run_id, c.type == type_name)
     row = connection.execute(query.order_by(c.version.desc()).limit(1)).first()
@@ -140,14 +141,14 @@ def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded 
 
 
 def read_types(connection: sa.Connection, run_ids: Sequence[str], types: Sequence[str]) -> list[Recorded]:
-    """Events of several runs and of some types, steps not among them, in commit order."""
+    """Events of several runs and some types, in commit order. Steps are excluded."""
     c = events.c
     query = sa.select(events).where(c.run_id.in_(run_ids), c.type.in_(types), NO_STEP).order_by(c.position)
     return [to_recorded(row) for row in connection.execute(query)]
 
 
 def first_events(connection: sa.Connection, type_name: str) -> list[Recorded]:
-    """The first event of each run where it is of this type. Costs a look at each run, not at each event."""
+    """The first event of each run whose first event has this type. The cost grows with the number of runs, not of events."""
     query = sa.select(events).join(
         view_runs, sa.and_(events.c.run_id == view_runs.c.run_id, events.c.version == 1)
     )
@@ -165,14 +166,14 @@ def read_all(connection: sa.Connection, after_position: int = 0, limit: int = _B
 def read_types_after(
     connection: sa.Connection, after_position: int, types: Sequence[str], limit: int
 ) -> list[Recorded]:
-    """The next events of some types, steps not among them, in commit order."""
+    """The next events of some types, in commit order."""
     c = events.c
     query = sa.select(events).where(c.position > after_position, c.type.in_(types))
     return [to_recorded(row) for row in connection.execute(query.order_by(c.position).limit(limit))]
 
 
 def any_between(connection: sa.Connection, after: int, before: int) -> bool:
-    """Whether there is an event between two positions, neither counted."""
+    """Whether there is an event between two positions, both exclusive."""
     query = sa.select(events.c.position).where(events.c.position > after, events.c.position < before)
     return connection.execute(query.limit(1)).first() is not None
 
@@ -183,7 +184,7 @@ def last_position(connection: sa.Connection) -> int:
 
 
 def event_types(connection: sa.Connection, run_id: str) -> dict[str, str]:
-    """Event id → type name, of one run's events in order; nothing is decoded."""
+    """Event id → type name of one run's events, in order, without decoding payloads."""
     query = sa.select(events.c.event_id, events.c.type).where(events.c.run_id == run_id)
     return {row.event_id: row.type for row in connection.execute(query.order_by(events.c.version))}
 
@@ -195,6 +196,6 @@ def raw_rows(
     types: Sequence[str] = (),
     limit: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one run in the events table, undecoded, for people and scripts."""
+    """The rows of one run in the events table, undecoded, for users and scripts."""
     for row in connection.execute(of_run(run_id, after_version, types, limit)):
         yield {str(name): value for name, value in row._mapping.items()}

@@ -1,7 +1,7 @@
-"""The goodput ledger of one run: the view has it folded, and the run's stream what came since.
+"""The goodput ledger of one run: the fold in the view, advanced by the later events of the run's stream.
 
-A run's rows lie together in the index (run_id, version), types that say nothing of time are filtered by the database,
-and of a step only two numbers are decoded: 2 to 10 µs a step.
+The index (run_id, version) finds the rows of a run, the database filters event types that do not affect the ledger, and only
+two numbers of each step are decoded: 2 to 10 µs per step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sftd.domain.run.goodput import Fold, Ledger, StepTime
 from sftd.store.database.tables import events, view_goodput
 
 _BATCH = 10_000
-# These two fields are in every schema version of a step; a test holds it.
+# Every schema version of a step has these two fields; a test checks it.
 _step = msgspec.json.Decoder(StepTime)
 _fold = msgspec.json.Decoder(Fold)
 
@@ -27,19 +27,19 @@ _fold = msgspec.json.Decoder(Fold)
 def read_ledger(
     connection: sa.Connection, run_id: str, now: Micros, until_version: int | None = None
 ) -> Ledger:
-    """Where the time of a run went up to `until_version` (None is all): to its end, or to `now` while it has none."""
+    """Where a run's time went up to `until_version` (None: all events), until its end, or until `now` if it has not ended."""
     fold, version = read_fold(connection, run_id) if until_version is None else (Fold(), 0)
     advance(connection, run_id, fold, version, until_version)
     return fold.ledger(now)
 
 
 def read_fold(connection: sa.Connection, run_id: str) -> tuple[Fold, int]:
-    """The fold that the view has, and the version up to which it goes; an empty one and 0 without one."""
+    """The view's fold of a run and the version of its last event; an empty fold and 0 if the view has none."""
     return read_folds(connection, [run_id]).get(run_id) or (Fold(), 0)
 
 
 def read_folds(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, tuple[Fold, int]]:
-    """The same of several runs, of those that the view has. Raises `ViewDamaged`."""
+    """Run id → (fold, version) of the runs that the view has. Raises `ViewDamaged`."""
     c = view_goodput.c
     query = sa.select(c.run_id, c.fold, c.version).where(c.run_id.in_(run_ids))
     return {row.run_id: (_decode(row.run_id, row.fold), row.version) for row in connection.execute(query)}
@@ -64,8 +64,8 @@ def advance(
     )
     if until_version is not None:
         query = query.where(c.version <= until_version)
-    # A batch at a time: a run older than this view may have millions of steps, and a writer must not keep the server
-    # waiting for as long as they take to decode (`engine.IDLE_SECONDS`).
+    # In batches: a run older than this view may have millions of steps. Decoding all of them at once would exceed the
+    # server's idle limit for writers (`engine.IDLE_SECONDS`).
     query = query.execution_options(yield_per=_BATCH)
     for version, name, schema_version, occurred_at, payload in connection.execute(query):
         if name == StepCompleted.__name__:

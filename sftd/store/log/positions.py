@@ -1,4 +1,4 @@
-"""How far was read: journals by (run, attempt), projections by name."""
+"""Reading positions: of journals by (run, attempt), of projections by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sftd.store.database.tables import journal_cursors, projection_positions
 
 
 def journal_cursor(connection: sa.Connection, run_id: str, attempt: int) -> tuple[int, int]:
-    """(last ingested line, byte offset after it) of an attempt's journal; (0, 0) before the first."""
+    """(last ingested line, byte offset after it) of an attempt's journal; (0, 0) before the first line."""
     c = journal_cursors.c
     row = connection.execute(
         sa.select(c.line, c.byte_offset).where(c.run_id == run_id, c.attempt == attempt)
@@ -30,7 +30,7 @@ def set_journal_cursor(tx: Tx, run_id: str, attempt: int, line: int, byte_offset
 
 
 def projection_position(connection: sa.Connection, name: str) -> int:
-    """Position of the last event that a projection has taken in; 0 before the first."""
+    """Position of the last event that a projection has processed; 0 before the first event."""
     query = sa.select(projection_positions.c.position).where(projection_positions.c.name == name)
     return connection.execute(query).scalar() or 0
 
@@ -42,12 +42,12 @@ def set_projection_position(connection: sa.Connection, name: str, position: int)
 
 
 def begin_projection(connection: sa.Connection, name: str, position: int) -> None:
-    """Have a projection begin after `position`, unless it has begun already."""
+    """Set the first position of a projection, unless it already has one."""
     statement = insert(connection, projection_positions).values(name=name, position=position)
     connection.execute(statement.on_conflict_do_nothing())
 
 
 def has_begun(connection: sa.Connection, name: str) -> bool:
-    """Whether a projection has a position, be it 0."""
+    """Whether a projection has a position, including 0."""
     query = sa.select(projection_positions.c.name).where(projection_positions.c.name == name)
     return connection.execute(query).first() is not None

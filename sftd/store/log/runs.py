@@ -1,4 +1,4 @@
-"""The state of runs, from the log. The run view spares reading a whole stream; without it the answer is the same."""
+"""The state of runs, from the log. The run view is a cache: it saves reading the whole stream and never changes the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _encoder = msgspec.json.Encoder()
 
 @cache
 def _state_decoder() -> msgspec.json.Decoder[Run]:
-    # Made when it is needed: `sftd ls` imports this, reads no state, and has no time to lose.
+    # Built on first use because it is slow: `sftd ls` imports this module but reads no state.
     return msgspec.json.Decoder(Run)
 
 
@@ -28,7 +28,7 @@ def encode_state(run: Run) -> str:
 
 
 def decode_state(run_id: str, state: str) -> Run:
-    """A run from what `encode_state` made of it. Raises `ViewDamaged`."""
+    """The inverse of `encode_state`. Raises `ViewDamaged`."""
     try:
         return _state_decoder().decode(state)
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
@@ -36,7 +36,7 @@ def decode_state(run_id: str, state: str) -> Run:
 
 
 def load_run(connection: sa.Connection, run_id: str) -> Run:
-    """The run as the log has it now. Raises `RunNotFound` or `ViewDamaged`."""
+    """The current state of a run. Raises `RunNotFound` or `ViewDamaged`."""
     state = connection.execute(sa.select(view_runs.c.state).where(view_runs.c.run_id == run_id)).scalar()
     run = decode_state(run_id, state) if state is not None else Run(run_id)
     run = fold(run, list(read_stream(connection, run_id, run.version)))
@@ -46,6 +46,6 @@ def load_run(connection: sa.Connection, run_id: str) -> Run:
 
 
 def is_taken(connection: sa.Connection, run_id: str) -> bool:
-    """Whether there is a run of this id."""
+    """Whether a run with this id exists."""
     started = sa.select(events.c.run_id).where(events.c.run_id == run_id, events.c.version == 1)
     return connection.execute(started).scalar() is not None

@@ -1,1 +1,1 @@
-"""What the live screen, completion and name resolution ask."""
+"""Queries of the live screen, shell completion and name resolution."""

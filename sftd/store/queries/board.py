@@ -1,5 +1,5 @@
-"""What a live board reads at each refresh. No query slows down as the log grows: rows are found by key, at the end of a
-stream, or after the last position that was read."""
+"""Queries that the live screen runs at each refresh. They stay fast as the log grows: they find rows by key, at the end of a
+stream, or after the last position read."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _point = msgspec.json.Decoder(CurvePoint)
 def last_points(
     connection: sa.Connection, run_id: str, after_version: int, limit: int
 ) -> list[tuple[int, int, CurvePoint]]:
-    """The last steps after a version, at most `limit`, oldest first: (version, when it occurred, step)."""
+    """(version, occurred_at, step) of the last steps after a version, at most `limit`, oldest first."""
     c = events.c
     query = (
         sa.select(c.version, c.occurred_at, c.payload, c.type)
         .where(c.run_id == run_id, c.version > after_version)
         .order_by(c.version.desc())
-        # Not all of them are steps; a filter in the database could read the whole stream for the last few.
+        # Some of these rows are not steps. Filtering by type in the database could read the whole stream.
         .limit(2 * limit)
     )
     rows = [row for row in connection.execute(query) if row.type == StepCompleted.__name__]
@@ -55,7 +55,7 @@ def notices_between(connection: sa.Connection, after: int, until: int, limit: in
 
 
 def states(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Run]:
-    """What the view has of these runs. Raises `ViewDamaged`."""
+    """Run id → state of the runs that the view has. Raises `ViewDamaged`."""
     c = view_runs.c
     query = sa.select(c.run_id, c.state).where(c.run_id.in_(run_ids))
     return {run_id: decode_state(run_id, state) for run_id, state in connection.execute(query)}

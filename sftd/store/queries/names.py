@@ -1,5 +1,5 @@
-"""Names of runs for a shell that completes them at a key press. Asked of the driver: importing SQLAlchemy takes longer than
-the rest."""
+"""Names of runs for shell completion. Uses the database drivers directly, because importing SQLAlchemy takes longer than the
+query."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sftd.settings import sqlite_file
 
-# Ids, then what else names runs. A name with a space in it is several words to a shell.
+# Ids, then names and sweeps. Names with spaces are left out: the shell would split them into words.
 _SQL = (
     "SELECT run_id, status FROM (SELECT run_id, status FROM view_runs WHERE substr(run_id, 1, {mark}) = {mark} "
     "ORDER BY submitted_at DESC, run_id LIMIT {mark}) AS ids "
@@ -16,15 +16,15 @@ _SQL = (
     "AND name <> {mark} AND replace(name, ' ', '') = name "
     "UNION ALL SELECT DISTINCT sweep, 'sweep' FROM view_variants WHERE substr(sweep, 1, {mark}) = {mark} AND sweep <> {mark}"
 )
-# A person does not wait longer for a completion.
+# Users do not wait longer for a completion.
 _SECONDS = 2
 
 
 def run_names(database_url: str, prefix: str, limit: int) -> list[tuple[str, str]]:
-    """The newest runs whose ids begin with `prefix`: (id, status); then names and sweeps that do, which have "name" or "sweep"
-    for a status, if there is a prefix. Empty when the database cannot be asked; it is neither made nor changed."""
+    """(id, status) of the newest runs whose ids begin with `prefix`. With a non-empty prefix, then (name, "name") and
+    (sweep, "sweep") of matching names and sweeps. Empty when the database cannot be read. Never creates or changes a database."""
     begins = (len(prefix), prefix)
-    # With nothing typed, ids are offered alone: every name begins with nothing.
+    # Without a prefix, offer only ids: every name would match. The condition (1, "") matches none.
     other = (*begins, "") if prefix else (1, "", "")
     values = (*begins, limit, *other, *other)
     if database_url.startswith("sqlite"):

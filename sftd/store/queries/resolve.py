@@ -1,5 +1,5 @@
-"""Which runs a person means. A run is named by its id, a unique prefix of it, its experiment name (`NAME` or `PROJECT/NAME`),
-or by the sweep that it belongs to."""
+"""Resolve a user's text to runs. The text is a run's id, a unique prefix of an id, an experiment name (`NAME` or
+`PROJECT/NAME`), or a sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ By = Literal["id", "sweep", "name", "prefix", "removed"]
 
 
 class Match(msgspec.Struct, frozen=True):
-    """A run that a text may mean, and by what."""
+    """A run that a text may mean, and the property that matches."""
 
     run_id: str
     status: str
@@ -25,11 +25,11 @@ class Match(msgspec.Struct, frozen=True):
 
 
 def matches(connection: sa.Connection, text: str) -> list[Match]:
-    """Every run that `text` may mean: the run of this id; else the members of this sweep, in the order in which they were
-    submitted; else the runs of this name, newest first, then those whose ids begin so. A run that was removed is found by its
-    id, and by the beginning of it if nothing else matches. Raises `RunNotFound`."""
+    """Every run that `text` may mean. The first of these that exists: the run with this id; the members of this sweep, in
+    order of submission; the runs with this name, newest first, then those whose ids begin with `text`. A removed run matches by
+    its id, or by a prefix if no other run matches. Raises `RunNotFound`."""
     c = view_runs.c
-    # Not LIKE: % and _ in a prefix would match anything.
+    # With LIKE, % and _ in a prefix would be wildcards.
     begins = sa.func.substr(c.run_id, 1, len(text)) == text
     project, _, name = text.partition("/")
     named = (c.name == text) | ((c.name == name) & (c.project == project)) if project else c.name == text
@@ -42,7 +42,7 @@ def matches(connection: sa.Connection, text: str) -> list[Match]:
         ("removed", begins),
     )
     found: dict[str, Match] = {}
-    # Bytes that are not UTF-8 are in an argument as halves of characters, which no database takes.
+    # Python represents non-UTF-8 bytes of an argument as lone surrogates, which databases reject.
     is_text = text == text.encode(errors="ignore").decode() != ""
     for by, condition in searches if is_text else ():
         if found and by == "removed":
@@ -60,14 +60,14 @@ def matches(connection: sa.Connection, text: str) -> list[Match]:
 
 
 def members(sweep: str) -> sa.Select[tuple[str]]:
-    """The ids of a sweep's runs, as a query."""
+    """The query for the ids of a sweep's runs."""
     return sa.select(view_variants.c.run_id).where(
         view_variants.c.sweep == sweep, view_variants.c.sweep != ""
     )
 
 
 def resolve_id(connection: sa.Connection, text: str, usable: Collection[str] | None = None) -> str:
-    """The id of the one run that `text` means. Where several match, those whose status is in `usable` count.
+    """The id of the one run that `text` means. If several match, only those whose status is in `usable` count.
 
     Raises `RunNotFound` or `AmbiguousRun`.
     """
@@ -80,14 +80,15 @@ def resolve_id(connection: sa.Connection, text: str, usable: Collection[str] | N
 
 
 def resolve_ids(connection: sa.Connection, text: str) -> list[str]:
-    """The ids of all runs of the sweep `text`, or of the one run that it means. Raises `RunNotFound` or `AmbiguousRun`."""
+    """The ids of all runs of the sweep `text`, or the id of the one run that `text` means. Raises `RunNotFound` or
+    `AmbiguousRun`."""
     found = matches(connection, text)
     is_sweep = found[0].by == "sweep"
     return [match.run_id for match in found] if is_sweep else [resolve_id(connection, text)]
 
 
 def ambiguity(text: str, found: Sequence[Match]) -> str:
-    """What to say when `text` means several runs and one is wanted."""
+    """The error message when `text` means several runs but the command needs one."""
     if found[0].by == "sweep":
         what = f"{text} is a sweep of {len(found)} runs; this command takes one of them"
     else:

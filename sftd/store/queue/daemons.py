@@ -1,4 +1,4 @@
-"""Daemons that share this database, alive or not."""
+"""The daemons that share this database, running or not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from sftd.store.database.tables import daemons
 
 
 class DaemonRow(msgspec.Struct, frozen=True):
-    """A daemon. `devices` is JSON: how many it has of each kind, and beside them its limits (`user_limit`, `project_limit`; 0 is
-    none); `stopped_at` is set when it stopped by itself. Times are those of the database's clock,
-    so that those of several hosts can be compared."""
+    """A daemon. `devices` is JSON: the number of devices of each kind, and the limits `user_limit` and `project_limit` (0: no
+    limit). `stopped_at` is set on a clean shutdown. Times are from the database's clock, so that they compare across hosts."""
 
     daemon_id: str
     host: str
@@ -31,12 +30,12 @@ class DaemonRow(msgspec.Struct, frozen=True):
 
     @property
     def identity(self) -> Identity:
-        """Where it runs, beyond its host's name."""
+        """Where the daemon runs; more exact than the host name."""
         return Identity(self.boot_id, self.pid_namespace, self.home_id)
 
 
 def register(tx: Tx, row: DaemonRow) -> None:
-    """Write a daemon's row; its id is new at each start."""
+    """Insert a daemon's row. A daemon has a new id at each start."""
     values = msgspec.structs.asdict(row) | {
         "started_at": tx.now(row.started_at),
         "seen_at": tx.now(row.seen_at),
@@ -45,12 +44,12 @@ def register(tx: Tx, row: DaemonRow) -> None:
 
 
 def seen(tx: Tx, daemon_id: str, now: Micros) -> None:
-    """A daemon is alive."""
+    """Record that a daemon is running."""
     tx.execute(sa.update(daemons).where(daemons.c.daemon_id == daemon_id).values(seen_at=tx.now(now)))
 
 
 def stopped(tx: Tx, daemon_id: str, now: Micros) -> None:
-    """A daemon stops by itself."""
+    """Record that a daemon shuts down."""
     now = tx.now(now)
     tx.execute(sa.update(daemons).where(daemons.c.daemon_id == daemon_id).values(stopped_at=now, seen_at=now))
 
@@ -62,7 +61,7 @@ def find(connection: sa.Connection, daemon_id: str) -> DaemonRow | None:
 
 
 def namesakes(connection: sa.Connection, host: str, home: str, since: Micros) -> list[DaemonRow]:
-    """Daemons of this host name and home path that have not stopped and were seen after `since`."""
+    """Daemons with this host name and home path that have not shut down and were seen after `since`."""
     c = daemons.c
     query = sa.select(daemons).where(
         c.host == host, c.home == home, c.stopped_at.is_(None), c.seen_at > since
@@ -71,6 +70,6 @@ def namesakes(connection: sa.Connection, host: str, home: str, since: Micros) ->
 
 
 def every(connection: sa.Connection) -> list[DaemonRow]:
-    """All daemons that ever started on this database, the newest first."""
+    """All daemons that ever started on this database, newest first."""
     query = sa.select(daemons).order_by(daemons.c.started_at.desc(), daemons.c.daemon_id)
     return [DaemonRow(*row) for row in connection.execute(query)]

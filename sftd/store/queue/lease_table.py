@@ -1,5 +1,5 @@
-"""A lease is the right to do something until a time, known by its token. Every write under it checks the token, so that a
-process that has lost its lease writes nothing. All tables with leases share this mechanism."""
+"""A lease is the right to do something until a time. A token identifies it. Every write under a lease checks the token, so that
+a process that has lost its lease writes nothing. All tables with leases share this mechanism."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LeaseTable:
     """The leases in one table, whose rows have a `token`, an `owner` and `expires_at`."""
 
     def __init__(self, key: sa.Column[str], is_leased: sa.ColumnElement[bool] | None = None) -> None:
-        """`key` names what is leased. A row is a lease where `is_leased`."""
+        """`key` is the column that identifies the leased object. A row is a lease if `is_leased` is true."""
         self._key = key
         self._columns = key.table.c
         self.is_leased = sa.true() if is_leased is None else is_leased
@@ -30,7 +30,7 @@ class LeaseTable:
         where: sa.ColumnElement[bool],
         **more: object,
     ) -> bool:
-        """Lease `key` if `where` holds of its row, which then has the values `more`. False when it does not."""
+        """Lease `key` if `where` is true for its row, and set the values `more`. Returns False if `where` is false."""
         statement = (
             sa.update(self._key.table)
             .where(self._key == key, where)
@@ -40,7 +40,7 @@ class LeaseTable:
         return tx.execute(statement).first() is not None
 
     def renew(self, tx: Tx, tokens: list[str], expires_at: Micros) -> set[str]:
-        """Prolong leases. Returns the tokens that still hold one."""
+        """Extend leases. Returns the tokens that still hold one."""
         if not tokens:
             return set()
         held = self._columns.token
@@ -48,7 +48,7 @@ class LeaseTable:
         return set(tx.execute(statement.values(expires_at=expires_at).returning(held)).scalars())
 
     def check(self, tx: Tx, key: str, token: str) -> None:
-        """Raises `LeaseLost` unless `token` holds the lease. Holds it until the end of the transaction."""
+        """Raises `LeaseLost` unless `token` holds the lease. Locks the row until the end of the transaction."""
         query = sa.select(self._key).where(self._key == key, self.is_leased, self._columns.token == token)
         if tx.execute(query.with_for_update()).first() is None:
-            raise LeaseLost(f"The lease on {key} is no longer ours: another daemon took it over.")
+            raise LeaseLost(f"This daemon lost the lease on {key}: another daemon took it over.")

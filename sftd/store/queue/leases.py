@@ -1,5 +1,5 @@
-"""Which runs wait, and which daemon may drive which run: the lease on a run, which no other daemon takes over unless the run's
-attempt is proven to have no daemon, expired or not."""
+"""The queue of runs, and the lease on a run, which gives one daemon the right to drive it. Another daemon takes a lease over
+only after proof that no daemon drives the attempt; expiry is not enough."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def enqueue(tx: Tx, run_id: str, priority: int, now: Micros) -> None:
 
 
 def wait_again(tx: Tx, run_id: str, not_before: Micros, priority: int | None = None) -> None:
-    """Put a run back into the queue in its old place (among those of another `priority`, if one is given), not to start
-    before a time. Ends a lease on it."""
+    """Put a run back into the queue at its old place, with a new `priority` if given. It does not start before `not_before`.
+    Ends a lease on it."""
     moved = {} if priority is None else {"priority": priority}
     _set(tx, run_id, state=WAITING, not_before=not_before, token=None, owner=None, expires_at=None, **moved)
 
@@ -52,23 +52,23 @@ def _set(tx: Tx, run_id: str, **values: object) -> None:
 
 
 def hold(tx: Tx, run_id: str) -> None:
-    """Keep a waiting run from starting, in its place."""
+    """Keep a waiting run from starting. It keeps its place."""
     tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == WAITING).values(state=HELD))
 
 
 def release(tx: Tx, run_id: str) -> None:
-    """Let a held run wait for its turn again."""
+    """Let a held run start again when its turn comes."""
     tx.execute(sa.update(queue).where(queue.c.run_id == run_id, queue.c.state == HELD).values(state=WAITING))
 
 
 def lease(tx: Tx, run_id: str, attempt: int, token: str, owner: str, expires_at: Micros) -> bool:
-    """Lease a waiting run. False when it no longer waits."""
+    """Lease a waiting run. Returns False when it no longer waits."""
     waits = queue.c.state == WAITING
     return _LEASES.take(tx, run_id, token, owner, expires_at, where=waits, state=LEASED, attempt=attempt)
 
 
 def take_over(tx: Tx, old: Lease, token: str, owner: str, expires_at: Micros) -> bool:
-    """Replace a lease by one of our own. False when it has changed hands meanwhile."""
+    """Replace a lease of another daemon. Returns False when that lease has changed in the meantime."""
     unchanged = sa.and_(_LEASES.is_leased, queue.c.token == old.token)
     return _LEASES.take(tx, old.run_id, token, owner, expires_at, where=unchanged)
 

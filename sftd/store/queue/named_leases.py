@@ -1,6 +1,6 @@
-"""Leases on what only one of the daemons that share a database does at a time, by name: a mirror, a channel of notices.
+"""Leases by name on tasks that only one of the daemons sharing a database may do at a time: a mirror, a notice channel.
 
-A lease is free once it has expired by the database's clock.
+A lease is free when it has expired by the database's clock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ check = _LEASES.check
 
 
 def take(tx: Tx, name: str, token: str, owner: str, now: Micros, micros: int) -> bool:
-    """Take a lease that is free or has expired, or prolong one's own, for `micros` from now. False while it is another's."""
+    """Take a free lease or extend one that `token` holds, for `micros` from now. Returns False while another token holds it."""
     at = tx.now(now)
     free = insert(tx.connection, claims).values(name=name, token="", owner="", expires_at=0)
     tx.execute(free.on_conflict_do_nothing())
@@ -26,16 +26,16 @@ def take(tx: Tx, name: str, token: str, owner: str, now: Micros, micros: int) ->
 
 
 def renew(tx: Tx, token: str, now: Micros, micros: int) -> bool:
-    """Prolong a lease, for `micros` from now. False when another has taken it since, even if that one has expired, too."""
+    """Extend a lease, for `micros` from now. Returns False if another token has taken it, even if that lease has expired."""
     return bool(_LEASES.renew(tx, [token], tx.now(now) + micros))
 
 
 def release(tx: Tx, name: str, token: str) -> None:
-    """Give a lease back, if it is still held with this token."""
+    """Release a lease if `token` still holds it."""
     tx.execute(sa.delete(claims).where(claims.c.name == name, claims.c.token == token))
 
 
 def holder(connection: sa.Connection, name: str) -> tuple[str, str] | None:
-    """(token, owner) of the daemon that holds a lease, or held it last."""
+    """(token, owner) of the current or last holder of a lease."""
     row = connection.execute(sa.select(claims.c.token, claims.c.owner).where(claims.c.name == name)).first()
     return (row.token, row.owner) if row else None

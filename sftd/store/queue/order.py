@@ -1,4 +1,4 @@
-"""What the scheduler reads of the queue: who waits, in which order and for whom, and who runs."""
+"""The scheduler's queries: waiting runs in order with their dependencies, and leased runs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sftd.store.database.tables import queue, queue_after, queue_demands, view_r
 from sftd.store.log.runs import load_run
 from sftd.store.queue.leases import HELD, LEASED, WAITING
 
-# Whoever starts runs seldom looks beyond the first few, but sometimes beyond thousands.
+# The scheduler usually reads only the first few entries, but sometimes thousands.
 _FIRST_PAGE, _LARGEST_PAGE = 10, 1000
 _decoder = msgspec.json.Decoder(Demand)
 
 
 def set_demand(tx: Tx, run_id: str, spec: Spec) -> None:
-    """What the run asks for from now on."""
+    """Store the resources that a run needs. Replaces an earlier demand."""
     demand = msgspec.json.encode(Demand.of(spec)).decode()
     statement = insert(tx.connection, queue_demands).values(run_id=run_id, demand=demand)
     tx.execute(statement.on_conflict_do_update(index_elements=["run_id"], set_={"demand": demand}))
 
 
 def set_after(tx: Tx, run_id: str, after: list[str]) -> None:
-    """A new run does not start before others have succeeded."""
+    """Make a new run wait until the runs `after` have succeeded."""
     if after:
         tx.execute(sa.insert(queue_after), [{"run_id": run_id, "after": other} for other in after])
 
@@ -43,7 +43,7 @@ def dependents(connection: sa.Connection, run_id: str) -> list[str]:
 
 
 def is_unmet(run_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
-    """Whether a run that this one waits for has not succeeded."""
+    """The condition that a run which this one waits for has not succeeded."""
     others = sa.select(sa.literal(1)).select_from(queue_after)
     others = others.outerjoin(view_runs, view_runs.c.run_id == queue_after.c.after)
     return others.where(
@@ -58,7 +58,7 @@ def _read(
     connection: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None, with_after: bool
 ) -> list[Entry]:
     c = queue.c
-    # The rows of the queue are chosen before the rest is looked up, by key, for these alone.
+    # A subquery selects the rows of the queue first, so that the joins look up only those, by key.
     chosen = (
         sa.select(c.run_id, c.state, c.priority, c.enqueued_at, c.not_before, c.owner)
         .where(*where)
@@ -78,7 +78,7 @@ def _read(
 
 
 def _entry(connection: sa.Connection, row: sa.Row[Any], after: dict[str, str]) -> Entry:
-    # Queued by an sftd that did not write it down.
+    # An older sftd queued the run without a demand.
     demand = _decoder.decode(row.demand) if row.demand else Demand.of(load_run(connection, row.run_id).spec)
     return Entry(
         run_id=row.run_id,
@@ -100,7 +100,7 @@ def _entry(connection: sa.Connection, row: sa.Row[Any], after: dict[str, str]) -
 
 
 def _unmet(connection: sa.Connection, run_ids: list[str]) -> dict[str, dict[str, str]]:
-    """Run → the runs that it waits for and that have not succeeded, with their status."""
+    """Run → the runs that it waits for and that have not succeeded → their status."""
     query = (
         sa.select(queue_after.c.run_id, queue_after.c.after, view_runs.c.status)
         .outerjoin(view_runs, view_runs.c.run_id == queue_after.c.after)
@@ -119,7 +119,7 @@ def _unmet(connection: sa.Connection, run_ids: list[str]) -> dict[str, dict[str,
 
 
 def in_order(connection: sa.Connection, now: Micros) -> Iterator[Entry]:
-    """Waiting runs that may start now, in the order in which they start. Read a page at a time."""
+    """Waiting runs that may start now, in start order, read in pages."""
     c = queue.c
     limit = _FIRST_PAGE
     due = (c.state == WAITING, sa.or_(c.not_before <= now, c.not_before > latest_wait(now)))
@@ -140,18 +140,18 @@ def in_order(connection: sa.Connection, now: Micros) -> Iterator[Entry]:
 
 
 def waiting(connection: sa.Connection) -> list[Entry]:
-    """Every run that waits or is held, in the order in which they start."""
+    """Every waiting or held run, in start order."""
     return _read(connection, queue.c.state.in_((WAITING, HELD)), with_after=True)
 
 
 def running(connection: sa.Connection, owner: str | None = None) -> list[Entry]:
-    """Every run that a daemon drives, or that `owner` does."""
+    """Every run that `owner` drives, or that any daemon drives if `owner` is None."""
     mine = () if owner is None else (queue.c.owner == owner,)
     return _read(connection, queue.c.state == LEASED, *mine, with_after=False)
 
 
 def stopping(connection: sa.Connection, owner: str) -> list[str]:
-    """Runs that a daemon drives and that were asked to stop. It asks at each turn, and mostly there are none."""
+    """Runs that a daemon drives and that have a pending stop request. Called in every loop; usually empty."""
     query = sa.select(queue.c.run_id).join(view_runs, view_runs.c.run_id == queue.c.run_id)
     query = query.where(queue.c.state == LEASED, queue.c.owner == owner, view_runs.c.status == "stopping")
     return list(connection.execute(query).scalars())

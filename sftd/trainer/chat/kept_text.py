@@ -1,4 +1,4 @@
-"""Whether a chat template has kept what the messages hold: nothing of them is left out without a word."""
+"""Checks that a chat template keeps the whole text of the messages."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,22 +6,22 @@ from typing import Any
 
 from sftd.trainer.chat.reasoning import REASONING
 
-# Characters that a role's name or a template's own words may happen to have.
+# A shorter text may occur by chance in a role's name or the template's own words.
 _SHORT = 10
-# Characters before an answer that its beginning is looked for in: a generation prompt may hold it, such as `<think>`.
+# Number of characters before an answer in which it may begin, such as `<think>` in a generation prompt.
 _HEAD = 64
 
 
 def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> str | None:
-    """What of an assistant's message is not in the text that shows it, in words; None when all is there. Its beginning
-    may be at the end of `before`, the text before that."""
+    """Description of a part of an assistant's message that is missing in `shown`; None when it is complete. The message may
+    begin at the end of `before`, the text before `shown`."""
     squeezed, head = _squeeze(shown), _squeeze(before[-_HEAD:])
 
     def is_there(part: Any) -> bool:
         return _has(squeezed, part) or (isinstance(part, str) and _straddles(head, squeezed, _squeeze(part)))
 
     if not is_there(message.get("content")):
-        return "a part of the content"
+        return "part of the content"
     if not all(is_there(message.get(field)) for field in REASONING):
         return "the reasoning"
     for call in message.get("tool_calls") or ():
@@ -33,7 +33,7 @@ def lost_of_answer(message: Mapping[str, Any], shown: str, before: str = "") -> 
 
 
 def first_lost_message(messages: Sequence[Mapping[str, Any]], text: str) -> int | None:
-    """The first message of a system, user or tool that is not in the whole text, whole but for blanks."""
+    """Index of the first message of a system, user or tool that `text` does not contain, whitespace ignored."""
     squeezed = _squeeze(text)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" and not _has(squeezed, message.get("content")):
@@ -42,8 +42,8 @@ def first_lost_message(messages: Sequence[Mapping[str, Any]], text: str) -> int 
 
 
 def doubtful_messages(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The messages of a system, user or tool whose words may be in the text without them: short ones, and those that
-    another message holds."""
+    """Indices of the messages of a system, user or tool whose text may occur by chance: short ones, and those that another
+    message contains."""
     contents = [_squeeze(str(message.get("content") or "")) for message in messages]
     everything = "\n".join([*contents, *(json.dumps(m.get("tool_calls"), default=str) for m in messages)])
     return [
@@ -55,7 +55,7 @@ def doubtful_messages(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def first_lost_tool(tools: Sequence[Any] | None, text: str) -> str | None:
-    """The name of the first tool that the whole text does not name."""
+    """The name of the first tool that the text does not contain."""
     names = [tool.get("function", tool).get("name") for tool in tools or () if isinstance(tool, Mapping)]
     return next((name for name in names if isinstance(name, str) and name not in text), None)
 
@@ -64,13 +64,13 @@ def _has(squeezed: str, part: Any) -> bool:
     if part is None:
         return True
     wanted = part if isinstance(part, str) else json.dumps(part)
-    # Templates write JSON by Jinja's `tojson` or transformers', which differ in what they escape.
+    # Jinja's `tojson` and transformers' escape different characters.
     forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
     return any(_squeeze(form) in squeezed for form in forms)
 
 
 def _straddles(head: str, shown: str, part: str) -> bool:
-    """Whether the part begins at the end of the head and continues at the beginning of what is shown."""
+    """Whether `part` begins at the end of `head` and ends at the beginning of `shown`."""
     return any(
         head.endswith(part[:cut]) and shown.startswith(part[cut:])
         for cut in range(1, min(len(head) + 1, len(part)))
@@ -78,7 +78,7 @@ def _straddles(head: str, shown: str, part: str) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The strings and numbers inside of arguments; templates write the rest in their own ways."""
+    """The keys and strings in arguments. Templates format other values differently."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield key

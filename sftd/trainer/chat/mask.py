@@ -1,8 +1,8 @@
 """Turns conversations into token ids and labels under any chat template.
 
-Trained are, of each assistant turn, the tokens that the model has to produce at inference: what
-follows the generation prompt, up to and with the stop token. The role header, the newline that many
-templates put after the stop token, and all other turns are not.
+Of each assistant turn, the tokens that the model must produce at inference are trained: from the end of the generation
+prompt to the stop token, inclusive. The role header, the newline that many templates put after the stop token, and all
+other turns are not trained.
 """
 
 import re
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class MaskedChat:
     """A tokenised conversation.
 
-    `input_ids` [n]; `labels` [n], unshifted: `labels[i] == input_ids[i]` on trained tokens, -100
-    elsewhere. `unstopped` counts the answers that no stop token follows. `loses` says whether the vocabulary lacks
-    characters of the text.
+    `input_ids` [n]; `labels` [n], unshifted: `labels[i] == input_ids[i]` on trained tokens, -100 elsewhere. `unstopped`:
+    number of answers without a stop token. `loses`: whether the vocabulary lacks characters of the text.
     """
 
     input_ids: list[int]
@@ -38,8 +37,8 @@ class MaskedChat:
 class ChatMasker:
     """Renders, tokenises and masks conversations with one tokenizer.
 
-    `stop_ids` are the token ids at which generation ends; the special token that the chat template
-    itself puts after an answer is added to them. `chosen` is the chat template, by default the tokenizer's.
+    `stop_ids` are the token ids that end generation; the special token that the chat template puts after an answer is added
+    to them. `chosen` is the chat template, by default the tokenizer's.
     """
 
     def __init__(
@@ -69,23 +68,22 @@ class ChatMasker:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether a chat template in use marks what is trained."""
+        """Whether a chat template in use marks the trained text."""
         return any(map(marks_answers, self.template.sources.values()))
 
     def holds_special(self, messages: Sequence[Message], tools: list[Any] | None = None) -> bool:
-        """Whether a text of the messages or tools, at any depth, contains what the tokenizer takes for one of its
-        special tokens."""
+        """Whether a text of the messages or tools, at any depth, contains a special token of the tokenizer."""
         return any(map(self._special_text.search, _texts([messages, tools])))
 
     @property
     def stop_token(self) -> str | None:
-        """The token that the chat template puts after an answer; None when it puts no special one."""
+        """The special token that the chat template puts after an answer; None if it puts none."""
         if self._template_stop is None:
             return None
         return str(self._tokenizer.convert_ids_to_tokens(self._template_stop))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> RenderedChat:
-        """The one row of a conversation. Raises ChatError as `rows` does, and when an answer is rewritten."""
+        """The only row of a conversation. Raises ChatError as `rows` does, and when an answer is rewritten."""
         return self.rows(messages, tools)[0]
 
     def rows(
@@ -93,24 +91,24 @@ class ChatMasker:
     ) -> list[RenderedChat]:
         """Render a conversation and find its answers (see `ChatRenderer.rows`).
 
-        `messages` are dicts of `role` and `content`, at least one of them an assistant's.
+        `messages` are dicts with `role` and `content`. At least one is the assistant's.
         """
         return self._renderer.rows(messages, tools, rewritten)
 
     def encode(self, chats: Sequence[RenderedChat]) -> list[MaskedChat]:
-        """Tokenise rendered conversations, each text once and whole, and label their answers.
+        """Tokenise rendered conversations, each text once and as a whole, and label their answers.
 
-        Raises PrepareError when the tokenizer loses characters that every vocabulary has.
+        Raises PrepareError when the tokenizer loses ASCII characters.
         """
         if not chats:
             return []
-        # The template has written all special tokens, so the tokenizer must not add its own.
+        # The template's text has all special tokens, so the tokenizer must not add its own.
         encoded = self._tokenizer(
             [chat.text for chat in chats],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
-            verbose=False,  # the caller deals with rows longer than the model's context
+            verbose=False,  # the caller handles rows longer than the model's context
         )
         rows = zip(chats, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._mask(chat, ids, offsets) for chat, ids, offsets in rows]
@@ -132,14 +130,14 @@ class ChatMasker:
         return MaskedChat(ids, labels, unstopped, self._round_trip.loses(chat.text, ids))
 
     def _close(self, text: str, ids: list[int], spans: list[Span], first: int, end: int) -> tuple[int, bool]:
-        """Where the answer in tokens [first, end) ends with its stop token, and whether it has one."""
-        # A template's generation block may hold the stop token and the newline after it, too.
+        """End of the answer in tokens [first, end), its stop token included, and whether it has one."""
+        # A template's generation block may include the stop token and the newline after it.
         inside = end
         while inside > first and ids[inside - 1] not in self._stop_ids and _blank(text, spans[inside - 1]):
             inside -= 1
         if inside > first and ids[inside - 1] in self._stop_ids:
             return inside, True
-        # Some templates put a blank between the answer and the stop token; the model must write it, too.
+        # Some templates put a blank between the answer and the stop token. The model must write the blank too.
         after = end
         while after < len(ids) and ids[after] not in self._special_ids and _blank(text, spans[after]):
             after += 1
@@ -151,7 +149,7 @@ class ChatMasker:
         """The id of the special token that the template puts after an answer, if it does."""
         text, end = self._renderer.probe_text, self._renderer.probe_answer_end
         if text is None:
-            return None  # the template wants other messages; the rows will show
+            return None  # the template rejects the probe; the rows will show whether it works
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for id_, span in zip(encoded["input_ids"], _contiguous(encoded["offset_mapping"]), strict=True):
             if span[0] < end:
@@ -164,7 +162,7 @@ class ChatMasker:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text inside of a value, names of fields too."""
+    """Every text in a value, names of fields included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -177,7 +175,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _contiguous(offsets: Sequence[Span]) -> list[Span]:
-    """The tokens' spans with no gaps: a blank that an offset leaves out belongs to the token after it.
+    """The tokens' spans without gaps: a blank outside all offsets belongs to the following token.
 
     Byte-level tokenizers trim blanks from the offsets, down to an empty span for a token of blanks.
     """
@@ -190,10 +188,10 @@ def _contiguous(offsets: Sequence[Span]) -> list[Span]:
 
 
 def _carries(text: str, span: Span, start: int) -> bool:
-    """Whether the token at `span` is the first, or a later one, of the answer that begins at `start`.
+    """Whether the token at `span` belongs to the answer that begins at `start`, or follows it.
 
-    A token that begins in the header counts when it carries more than blanks of the answer (such as
-    " word" after a header that ends in a blank).
+    A token that begins in the header counts if it has more than blanks of the answer (such as " word" after a header that
+    ends with a blank).
     """
     return span[0] >= start or not _blank(text, (start, span[1]))
 

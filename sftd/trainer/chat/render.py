@@ -1,10 +1,10 @@
-"""Renders conversations under any chat template, and finds in the text what the model has to write.
+"""Renders conversations under any chat template, and finds the model's answers in the text.
 
-An answer is what the model writes at inference: what follows the prompt of the messages before it. Most templates leave a
-turn as it is when others follow; then the answer is the text between the prompt and the end of the chat that ends with it.
-Some write earlier turns differently (Qwen3 cuts the reasoning out of them): there the renderer searches for the answer, and
-reports it as rewritten unless it finds it as it was written. Templates that mark answers themselves (`{% generation %}`)
-are trusted.
+An answer is the text that the model writes at inference after the prompt of the previous messages. Most templates render a
+turn in the same way whether or not others follow. Then the answer is the text between the prompt and the end of the chat
+that ends with it. Some templates change earlier turns (Qwen3 cuts out their reasoning). There the renderer searches for the
+answer, and reports it as rewritten if the original text is not found. Templates that mark answers themselves
+(`{% generation %}`) are trusted.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ from sftd.trainer.chat.template import BoundTemplate, Message, Span, marks_answe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What becomes of answers that the template rewrites when other turns follow.
+# Treatment of answers that the template rewrites when other turns follow.
 Rewritten = Literal["refuse", "mask", "split"]
 
-# Replaces an answer, to see what the template puts around it.
+# Replaces an answer to find the template's text around it.
 _PLACEHOLDER = "sftdAnswerPlaceholder"
 _QUESTION: Message = {"role": "user", "content": "Question?"}
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation as text, and the character spans of its trained answers; a span may or may not hold the stop token.
+    """A conversation as text, and the character spans of its trained answers. A span may or may not include the stop token.
 
-    `rewritten` counts the answers that are left out because the template rewrote them, `as_shown` those that are trained
-    as the text has them though the model writes something of the template's own before them. `template` names the
-    template, `arguments` is the form in which it was given those of tool calls, None without any.
+    `rewritten`: number of answers that are left out because the template rewrote them. `as_shown`: number of answers that
+    are trained as in the text, although at inference the template puts something before them. `template`: its name.
+    `arguments`: the form of the tool calls' arguments, None without calls.
     """
 
     text: str
@@ -48,7 +48,7 @@ class RenderedChat:
 
 @dataclass(frozen=True)
 class _Turn:
-    """How the template surrounds one answer in a chat: the text before and after a placeholder in its place."""
+    """The template's text before and after an answer in a chat."""
 
     before: str
     after: str
@@ -56,7 +56,7 @@ class _Turn:
 
 @dataclass
 class _Located:
-    """Every answer of a chat by its turn: its span, and which differ from what the model writes."""
+    """The answers of a chat by turn: their spans, and the turns whose text differs from the model's output."""
 
     text: str
     spans: dict[int, Span]
@@ -69,7 +69,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chosen: ChatTemplate | None = None) -> None:
         self.template = BoundTemplate(tokenizer, chosen)
-        # What the template puts after an answer and, as a generation prompt, before it: the same in nearly every chat.
+        # The template's text after an answer, and its generation prompt. They are the same in nearly every chat.
         self.probe_text: str | None = None
         self._closing: str | None = None
         self._opening = ""
@@ -81,21 +81,21 @@ class ChatRenderer:
             prompt = self.template.render([_QUESTION], None, add_generation_prompt=True)
             self._opening = prompt.removeprefix(plain) if prompt.startswith(plain) else ""
         except ChatError:
-            pass  # the template wants other messages; the rows will show
+            pass  # the template rejects the probe; the rows will show whether it works
 
     @property
     def probe_answer_end(self) -> int:
-        """Where the answer ends in `probe_text`."""
+        """End of the answer in `probe_text`."""
         return len((self.probe_text or "").partition(_PLACEHOLDER)[0]) + len(_PLACEHOLDER)
 
     def rows(
         self, messages: Sequence[Message], tools: list[Any] | None = None, rewritten: Rewritten = "refuse"
     ) -> list[RenderedChat]:
-        """The texts to train on, with their answers: one, or with `split` several of one conversation.
+        """The texts to train on, with their answers: one per conversation, or several with `split`.
 
-        A template is given the arguments of tool calls as objects. Where it fails then, or prints them as Python does, it
-        gets their JSON text. Raises ChatError when the template refuses the messages, leaves out what they hold, or
-        rewrites an answer and `rewritten` is `refuse`.
+        The template gets the arguments of tool calls as objects. If it fails or prints them as Python does, it gets their
+        JSON text. Raises ChatError when the template rejects the messages, leaves a part of them out, or rewrites an answer
+        and `rewritten` is `refuse`.
         """
         trained = {
             turn
@@ -116,7 +116,7 @@ class ChatRenderer:
     def _locate_in_form(
         self, messages: list[Message], tools: list[Any] | None, turns: set[int]
     ) -> tuple[list[Message], tool_arguments.Form | None, _Located]:
-        """The messages with the arguments of their calls in the form that the template takes, that form, and the answers."""
+        """The messages with their calls' arguments in the form that the template supports, that form, and the answers."""
         if not tool_arguments.have_objects(messages):
             form: tool_arguments.Form | None = "text" if any(m.get("tool_calls") for m in messages) else None
             return messages, form, self._locate(messages, tools, turns)
@@ -130,7 +130,7 @@ class ChatRenderer:
             try:
                 return texts, "text", self._locate(texts, tools, turns)
             except ChatError as error:
-                # What is wrong with the first form is wrong with both, or the template takes objects.
+                # Both forms fail for the first one's reason, or the template supports objects only.
                 if located is None:
                     raise refusal or error from None
         return messages, "object", located
@@ -138,7 +138,7 @@ class ChatRenderer:
     def _split(
         self, messages: Sequence[Message], tools: list[Any] | None, whole: _Located
     ) -> list[RenderedChat]:
-        """The whole chat with the answers that it contains as written, and a chat that ends with each of the others."""
+        """The whole chat with its unchanged answers, and further chats that end with the other answers."""
         left = whole.rewritten | whole.as_shown
         exact = set(whole.spans) - left
         rows = [_row(whole, exact)] if exact else []
@@ -170,25 +170,25 @@ class ChatRenderer:
         if (turn := lost if lost is not None else self._first_unseen(messages, tools)) is not None:
             raise ChatError(
                 f"the chat template leaves out or changes message {turn + 1} ({messages[turn]['role']}), so the model "
-                "would not see it as it is. Remove it, or use a model folder whose chat template knows such messages"
+                "would not see the original. Remove it, or use a model folder whose chat template supports such messages"
             )
         if (name := first_lost_tool(tools, located.text)) is not None:
             raise ChatError(
                 f"the chat template does not show the model the tool {name!r}. Remove the tools from the row, or use a "
-                "model folder whose chat template knows tools"
+                "model folder whose chat template supports tools"
             )
         return located
 
     def _first_unseen(self, messages: Sequence[Message], tools: list[Any] | None) -> int | None:
-        """The first message that the template leaves out though its words are in the text, by another message or by
-        chance, such as a tool's "4" before the answer "It is 4"."""
+        """The first message that the template leaves out although its words occur elsewhere in the text, such as a tool's
+        "4" before the answer "It is 4"."""
         doubtful = {turn: f"{_PLACEHOLDER}{turn}." for turn in doubtful_messages(messages)}
         if not doubtful:
             return None
-        stand_ins = [m | {"content": doubtful.get(turn, m.get("content"))} for turn, m in enumerate(messages)]
-        shown = self._try_render(stand_ins, tools)
+        replaced = [m | {"content": doubtful.get(turn, m.get("content"))} for turn, m in enumerate(messages)]
+        shown = self._try_render(replaced, tools)
         if shown is None:
-            return None  # it wants such a content as they have
+            return None  # the template rejects the replaced content
         return next((turn for turn, words in doubtful.items() if words not in shown), None)
 
     def _locate_answer(
@@ -206,7 +206,7 @@ class ChatRenderer:
         if not (self._opening and prompt.endswith(self._opening)) and prompt == self._try_render(
             messages[:turn], tools
         ):
-            # Without a generation prompt the role header comes first; blanks the model has to write.
+            # Without a generation prompt the role header comes first. If it is blank, the model must write it.
             header = self._around(messages[: turn + 1], tools, turn).before[start:]
             if header.strip():
                 if not alone.startswith(header, start):
@@ -223,8 +223,8 @@ class ChatRenderer:
         elif text[:stop].endswith(written):
             located.spans[turn] = (stop - len(written), stop)
         else:
-            # What the template itself puts before an answer where no other turn follows, such as an empty think block,
-            # whose beginning may be part of the generation prompt.
+            # The template's own text before a last answer, such as an empty think block. It may begin in the generation
+            # prompt.
             lead = self._around(messages[: turn + 1], tools, turn).before[start:]
             bare = written.removeprefix(lead)
             shown = stop - len(bare)
@@ -247,7 +247,7 @@ class ChatRenderer:
         located: _Located,
         prompt: str | None,
     ) -> None:
-        """Find the answer where there is no prompt for it, or another one than the template writes later."""
+        """Find an answer that has no prompt, or whose prompt differs from the template's later text."""
         text = located.text
         around = self._around(messages, tools, turn)
         end = self._end(messages, tools, turn, text)
@@ -262,7 +262,7 @@ class ChatRenderer:
             located.as_shown.add(turn)
 
     def _closing_of(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, alone: str) -> str:
-        """What the template puts after the answer at the end of `alone`; empty where that is unknown."""
+        """The template's text after the answer at the end of `alone`; empty if unknown."""
         if self._closing is not None and alone.endswith(self._closing):
             return self._closing
         if messages[turn].get("tool_calls"):
@@ -271,14 +271,14 @@ class ChatRenderer:
         return closing if alone.endswith(closing) else ""
 
     def _end(self, messages: Sequence[Message], tools: list[Any] | None, turn: int, text: str) -> int | None:
-        """Where the answer ends in the whole text; None where the text after it differs from the text after a placeholder."""
+        """End of the answer in the whole text; None if the text after it differs from the text after a placeholder."""
         after = self._around(messages, tools, turn, in_call=True).after
         if not text.endswith(after):
             return None
         end = len(text) - len(after)
         if not messages[turn].get("tool_calls"):
             return end
-        # The placeholder is a name in the last call: what follows it belongs to the answer up to its closing.
+        # The placeholder is the name in the last call. The text from there to the closing belongs to the answer.
         rest = self._around(messages[: turn + 1], tools, turn, in_call=True).after
         if self._closing is None or not rest.endswith(self._closing):
             return None
@@ -287,16 +287,16 @@ class ChatRenderer:
     def _around(
         self, messages: Sequence[Message], tools: list[Any] | None, turn: int, *, in_call: bool = False
     ) -> _Turn:
-        """The text before and after the content of one answer, stripped of its reasoning and calls; with `in_call`, of
-        an answer with calls, before and after the function's name in the last one."""
+        """The text before and after the content of an answer without its reasoning and calls. With `in_call`, for an answer
+        with calls: the text before and after the function's name in the last call."""
         message = {key: value for key, value in messages[turn].items() if key not in REASONING}
         calls = message.pop("tool_calls", None)
         if in_call and calls:
             last = {**calls[-1], "function": {**calls[-1]["function"], "name": _PLACEHOLDER}}
-            stand_in = {**messages[turn], "tool_calls": [*calls[:-1], last]}
+            replaced = {**messages[turn], "tool_calls": [*calls[:-1], last]}
         else:
-            stand_in = {**message, "content": _PLACEHOLDER}
-        parts = self._whole([*messages[:turn], stand_in, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
+            replaced = {**message, "content": _PLACEHOLDER}
+        parts = self._whole([*messages[:turn], replaced, *messages[turn + 1 :]], tools).split(_PLACEHOLDER)
         if len(parts) != 2:
             raise ChatError(
                 f"the chat template writes the assistant's message {turn + 1} {len(parts) - 1} times, not "
@@ -316,8 +316,8 @@ class ChatRenderer:
         if len(blocks) != len(answers):
             if len(turns) != len(answers):
                 raise ChatError(
-                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so it is unknown which of "
-                    "them has the weight 0. Leave out the weights, or use another chat template"
+                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so those with the weight 0 cannot "
+                    "be identified. Leave out the weights, or use another chat template"
                 )
             return _Located(text, dict(enumerate(blocks)), set(), set())
         spans = {turn: span for turn, span in zip(answers, blocks, strict=True) if turn in turns}
@@ -329,8 +329,8 @@ class ChatRenderer:
         return _Located(text, {t: s for t, s in spans.items() if t not in lost}, set(), lost)
 
     def _whole(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
-        """The text of a chat. An answer at its end is written as the model writes it after a prompt that opens its
-        reasoning, even where the template shows no reasoning at all."""
+        """The text of a chat. If the generation prompt opens reasoning, an answer at the end is the model's output after
+        that prompt, even if the template shows no reasoning."""
         text = self.template.render(messages, tools)
         last = messages[-1]
         written = as_written(last, self._opening) if last["role"] == "assistant" else None
@@ -344,7 +344,7 @@ class ChatRenderer:
         return prompt + written + self._closing
 
     def _try_whole(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
-        """The text of a chat; None where the template refuses it."""
+        """The text of a chat; None if the template rejects it."""
         try:
             return self._whole(messages, tools)
         except ChatError:
@@ -353,7 +353,7 @@ class ChatRenderer:
     def _try_render(
         self, messages: Sequence[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
     ) -> str | None:
-        """The template's text; None where it refuses these messages (such as a system message alone)."""
+        """The template's text; None if it rejects the messages (such as a system message alone)."""
         try:
             return self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
         except ChatError:
@@ -363,13 +363,13 @@ class ChatRenderer:
 def _row(
     located: _Located, turns: set[int] | None = None, rewritten: int = 0, as_shown: int = 0
 ) -> RenderedChat:
-    """The chat with the answers of some turns, by default of all in it."""
+    """The chat with the answers of the given turns, by default all."""
     spans = [span for turn, span in sorted(located.spans.items()) if turns is None or turn in turns]
     return RenderedChat(located.text, spans, rewritten, as_shown)
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Spans with text in them, those that touch made one."""
+    """The non-empty spans, with touching ones merged."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and start <= joined[-1][1]:

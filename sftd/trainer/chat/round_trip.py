@@ -1,4 +1,4 @@
-"""Whether a tokenizer keeps the text that it is given, so that the model reads what the rows say."""
+"""Checks that a tokenizer keeps the text of the rows."""
 
 import itertools
 import re
@@ -10,16 +10,16 @@ from sftd.trainer.chat.errors import PrepareError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_AROUND = 30  # characters that a message shows from the first one that is lost
+_AROUND = 30  # number of characters shown from the first lost one
 
 
 class RoundTrip:
-    """Decodes texts again. What a normaliser of the tokenizer declares, such as lower case, is not a loss, and neither are
-    the blanks beside added tokens, which those may claim."""
+    """Decodes token ids and compares the text. Changes by the tokenizer's normaliser, such as lower case, are no loss, nor
+    are blanks beside added tokens, which may absorb them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer: Any = tokenizer
-        # The wrapper's own token may be another's, such as the end of text, and then says nothing.
+        # Prefer the backend's unknown token: the wrapper's may be another token, such as the end of text.
         backend = tokenizer.backend_tokenizer
         unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
         self._unknown: int | None = None if unknown is None else backend.token_to_id(unknown)
@@ -28,9 +28,9 @@ class RoundTrip:
         self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def loses(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether the vocabulary lacks characters of the text that the ids were made of.
+        """Whether the vocabulary lacks characters of `text`. `ids` are its tokens.
 
-        Raises PrepareError when ASCII is lost, which every vocabulary has: the tokenizer does not work.
+        Raises PrepareError when ASCII is lost: every vocabulary has it, so the tokenizer is broken.
         """
         decoded = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if decoded == text:
@@ -44,7 +44,7 @@ class RoundTrip:
         return bool(lost)
 
     def _normal(self, text: str) -> str:
-        # Tokenizers of sentencepiece's kind write blanks as ▁.
+        # SentencePiece tokenizers write blanks as ▁.
         text = text.replace("▁", " ").strip()
         normalizer = self._tokenizer.backend_tokenizer.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
@@ -64,6 +64,6 @@ def _lost(given: str, found: str) -> str:
     start = max(0, same - _AROUND // 2)
     return (
         f"The tokenizer loses characters: of {given[start : same + _AROUND]!r} it leaves {found[start : same + _AROUND]!r}. "
-        f"transformers {transformers.__version__} does not read the tokenizer's files as they are meant. Install the "
+        f"transformers {transformers.__version__} misreads the tokenizer's files. Install the "
         "version that sftd's constraints.txt names, or correct tokenizer_class in tokenizer_config.json."
     )

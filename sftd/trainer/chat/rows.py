@@ -1,8 +1,8 @@
-"""One row of a file as a conversation, whatever shape the row has, checked.
+"""Converts a row of a file, in any supported shape, to a checked conversation.
 
 Shapes, by their fields: `messages` (role and content), `conversations` (ShareGPT's from and value), `prompt` and
 `completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`).
-`tools` beside any of them are the tools that the model knows of, `chat_template_kwargs` variables of the chat template.
+Any shape may have `tools`, the model's tools, and `chat_template_kwargs`, variables of the chat template.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _ALIASES = {
 _CALLS = frozenset({"function_call", "tool_call"})
 
 
-# Fields of a message that are read here, or that templates know.
+# Fields of a message that are read here or used by templates.
 _FIELDS = frozenset(
     {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
     | {"reasoning_content", "reasoning", "thinking", *MARKS}
@@ -42,12 +42,11 @@ _MAX_KEYS = 64
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked conversation: `messages` with role, content (text) and, of an assistant, tool_calls; `tools` as a template
-    takes them, or None; `shape`, the field or fields that it was read from. An answer with the `weight` 0 is not trained.
+    """A checked conversation. `messages` have role, content (text) and, for an assistant, tool_calls; an answer with the
+    `weight` 0 is not trained. `tools`: in the form for a template, or None. `shape`: the source field or fields.
 
-    `template_args` are the row's variables for the template. `is_trained` is False for a row marked as not trained. `unread`
-    are the row's fields that nothing is done with, `unknown` those of its messages that a template alone could use, and
-    `ignored` the marks that cannot be followed.
+    `template_args`: the row's variables for the template. `is_trained`: False for a row marked as not trained. `unread`: the
+    row's unused fields. `unknown`: fields of messages that only a template could use. `ignored`: marks that have no effect.
     """
 
     messages: list[dict[str, Any]]
@@ -60,18 +59,18 @@ class Conversation:
     ignored: tuple[str, ...] = ()
 
     def key(self) -> bytes:
-        """8 bytes by the conversation's content, independent of its place and of the shape of its row."""
+        """8-byte hash of the conversation's content, independent of its place and of the shape of its row."""
         content = [
             {k: v.strip() if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
             for message in self.messages
         ]
-        # Columns of Parquet hold more kinds of values than JSON, such as times.
+        # Parquet has types that JSON lacks, such as times.
         text = json.dumps([content, self.tools], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
 def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
-    """Read a row. `keys` name the fields of the chat, None looks for them. Raises ChatError."""
+    """Read a row. `keys` names the fields of the chat; None detects them. Raises ChatError."""
     keys = keys or RowKeys()
     if not isinstance(row, dict):
         raise ChatError(f"the row is {_kind(row)}, not an object with the fields of a chat")
@@ -127,12 +126,12 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
 
 
 def _is_mark(value: Any) -> bool:
-    """Whether a value says that something is trained, or not: a boolean, 0 or 1."""
+    """Whether a value is a valid mark: a boolean, 0 or 1."""
     return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
-    """The value of text that holds JSON; any other value as it is. Raises ChatError."""
+    """The parsed value of JSON text; any other value unchanged. Raises ChatError."""
     if not isinstance(value, str) or value.lstrip()[:1] not in tuple(opens):
         return value
     try:
@@ -204,7 +203,7 @@ def _message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _take_marks(message: dict[str, Any], number: int) -> None:
-    """Replace a message's marks by its `weight`: 0 or 1."""
+    """Replace a message's marks with its `weight`: 0 or 1."""
     marks = {name: message.pop(name) for name in MARKS if name in message}
     for name, value in marks.items():
         if not _is_mark(value):
@@ -233,7 +232,7 @@ def _content(content: Any, number: int, role: str) -> str:
 
 
 def _text_part(part: Any) -> str | None:
-    """The text of a part of a content in parts; None for an image and the like."""
+    """The text of one part of a content; None for other parts, such as images."""
     if isinstance(part, dict):
         part = part.get("text") if part.get("type", "text") == "text" else None
     return part if isinstance(part, str) else None
@@ -287,10 +286,10 @@ def _check_text(value: Any, what: str) -> None:
 
 
 def _schema(value: Any) -> Any:
-    """A tool without the fields that are null. Arrow gives all tools the fields of each, and JSON written from it keeps
-    them; in a schema null has a meaning only in a few places."""
+    """A tool without its null fields. Arrow gives every tool the union of all fields, and JSON written from it keeps them. In
+    a schema, null is meaningful for a few keywords only."""
     if isinstance(value, dict):
-        # The names below `properties` are the tool's own.
+        # Names below `properties` are parameters, not keywords.
         given = {
             k: {name: v for name, v in inner.items() if v is not None}
             if k == "properties" and isinstance(inner, dict)

@@ -1,4 +1,4 @@
-"""Which fields of a row hold its chat, and what to say of a row that has none."""
+"""Finds the fields of a row that hold its chat, and explains a row without any."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ALPACA = ("instruction", "output")
 MARKS = ("weight", "loss", "train", "training", "train_on_turn")
 _BESIDE = frozenset({"input", "system", "history", "tools", "chat_template_kwargs", *MARKS})
 _READ = _BESIDE.union(CHAT_FIELDS, *_PAIRS)
-# Pairs of other data sets, named in advice alone: their words are used for other things as well.
+# Pairs of other data sets. Used only in advice, because these names have other meanings too.
 _OTHER_PAIRS = (
     *(("question", name) for name in ("answer", "response", "output", "solution")),
     *(("query", name) for name in ("response", "answer", "output")),
@@ -25,7 +25,7 @@ _OTHER_PAIRS = (
     ("source", "target"),
 )
 ACCEPTED = "messages; conversations; prompt and completion (or response); instruction and output"
-# Fields of a row that describe it and ask for nothing: they are on the card, and not in a warning.
+# Fields of a row that only describe it. The card lists them, but there is no warning.
 PLAIN_FIELDS = frozenset(
     {
         "id",
@@ -49,7 +49,7 @@ _NAMED = 12
 
 @dataclass(frozen=True)
 class RowKeys:
-    """The fields that a person named for the chat: `messages`, or `prompt` and `response`; None looks for the usual ones."""
+    """The fields that the user named for the chat: `messages`, or `prompt` and `response`. All None: detect them."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -57,17 +57,17 @@ class RowKeys:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The fields that were named."""
+        """The named fields."""
         return tuple(name for name in (self.messages, self.prompt, self.response) if name is not None)
 
     def reads(self, field: str) -> bool:
-        """Whether a field of this name is read in some shape of row."""
+        """Whether some shape of row uses a field of this name."""
         return field in _READ or field in self.named
 
 
 def shape_of(fields: Sequence[str], keys: RowKeys) -> tuple[str, ...] | None:
-    """The field or the two fields that hold the chat in rows with these fields; None for none. Where a person has named
-    fields, no others are taken in their place."""
+    """The one or two of the `fields` that hold the chat; None if there are none. If the user named fields, no others
+    count."""
     if keys.named:
         return keys.named if all(name in fields for name in keys.named) else None
     for name in CHAT_FIELDS:
@@ -77,7 +77,7 @@ def shape_of(fields: Sequence[str], keys: RowKeys) -> tuple[str, ...] | None:
 
 
 def require_shape(fields: Sequence[str], keys: RowKeys, row: dict[str, Any] | None = None) -> tuple[str, ...]:
-    """As `shape_of`. Raises ChatError, which names the fields found and what could be done; `row` helps with that."""
+    """As `shape_of`, but raises ChatError with the fields found and a fix, for which `row` is an example."""
     if shape := shape_of(fields, keys):
         return shape
     shown = ", ".join(fields[:_NAMED]) + (", …" if len(fields) > _NAMED else "")
@@ -86,13 +86,13 @@ def require_shape(fields: Sequence[str], keys: RowKeys, row: dict[str, Any] | No
         raise ChatError(f"there is no field {missing[0]!r} (or it is null); {has}. Correct the name")
     if {"chosen", "rejected"} <= set(fields):
         raise ChatError(
-            f"this is preference data ({shown}), which is for DPO and the like. To train on the chosen answers, use "
+            f"this is preference data ({shown}), for methods such as DPO. To train on the chosen answers, use "
             f"{_chosen(fields, row)}"
         )
     pair = next((pair for pair in _OTHER_PAIRS if set(pair) <= set(fields)), None)
     if pair is None and "text" in fields:
         raise ChatError(
-            "this is text without roles (the field text), as for pretraining, which sftd does not do. Write chats: "
+            "this is text without roles (the field text), as for pretraining, which sftd does not support. Write chats: "
             + ACCEPTED
         )
     example = (

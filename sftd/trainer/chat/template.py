@@ -1,4 +1,4 @@
-"""Renders messages with a tokenizer's chat template, of which everything that changes the text is fixed."""
+"""Renders messages with a tokenizer's chat template. Everything that changes the text, such as the date, is fixed."""
 
 import datetime as dt
 import hashlib
@@ -18,12 +18,12 @@ Span = tuple[int, int]  # [start, end), in characters or in tokens
 
 _CLOCK = "strftime_now"
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a chat template is given of each row.
+# Variables that each row passes to the chat template.
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 def marks_answers(template: str) -> bool:
-    """Whether a template's text marks what the model writes."""
+    """Whether a template's text marks the model's answers."""
     return bool(_GENERATION_BLOCK.search(template))
 
 
@@ -37,7 +37,7 @@ class BoundTemplate:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Name → text of the templates that rows may be rendered with."""
+        """Name → text of the templates for rows."""
         if self.chosen.text is not None:
             return {"default": self.chosen.text}
         templates = self._tokenizer.chat_template or {}
@@ -47,7 +47,7 @@ class BoundTemplate:
         return dict(templates) if name is None else {name: templates[name]} if name in templates else {}
 
     def name(self, tools: list[Any] | None = None) -> str:
-        """Name of the template for a chat, by transformers' rule unless one was chosen. Raises ChatError."""
+        """Name of the template for a chat: the chosen one, or else by transformers' rule. Raises ChatError."""
         sources = self.sources
         name = self.chosen.name or ("tool_use" if tools and "tool_use" in sources else "default")
         if name in sources:
@@ -65,12 +65,12 @@ class BoundTemplate:
 
     @property
     def asks_for_date(self) -> bool:
-        """Whether a template writes the current date, so that `chosen.date` matters."""
+        """Whether a template uses the current date, so that `chosen.date` matters."""
         return any(_CLOCK in text for text in self.sources.values())
 
     @property
     def sha256(self) -> str:
-        """sha256 (hex) of the template's text; of several, of that for chats without tools."""
+        """sha256 (hex) of the template's text, or of several the one for chats without tools."""
         sources = self.sources
         text = sources.get("default") or "".join(sources[name] for name in sorted(sources))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -82,7 +82,7 @@ class BoundTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The text of a chat. Raises ChatError when the template refuses it."""
+        """The text of a chat. Raises ChatError when the template rejects it."""
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages),
@@ -94,16 +94,16 @@ class BoundTemplate:
             )
         except ChatError:
             raise
-        except Exception as error:  # a template is a program of its own; it can fail in any way
+        except Exception as error:  # a template is a program and can raise anything
             raise ChatError(_refusal(error)) from error
         return str(text)
 
     def render_marked(
         self, messages: Sequence[Message], tools: list[Any] | None = None
     ) -> tuple[str, list[Span]]:
-        """The text of a chat, and the spans of characters that the template marks as the assistant's. Raises ChatError."""
-        # apply_chat_template gives this mask by tokens, but loses an answer that begins with a blank;
-        # the characters' spans, which it computes it from, are exact.
+        """The text of a chat, and the character spans that the template marks as the assistant's. Raises ChatError."""
+        # apply_chat_template returns a token mask, which loses an answer that begins with a blank. The character spans
+        # are exact.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # its annotations are wrong
@@ -122,19 +122,19 @@ class BoundTemplate:
         return str(texts[0]), list(marked[0])
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a user's message and the generation prompt; without a template, of the bare text. Raises ChatError."""
+        """Token ids of a user's message and the generation prompt, or of the bare text without a template. Raises ChatError."""
         if not self.sources and not self.chosen.name:
             return list(self._tokenizer(prompt)["input_ids"])
         text = self.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        # The template has written all special tokens, so the tokenizer must not add its own.
+        # The template's text has all special tokens, so the tokenizer must not add its own.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prepared(self, tools: list[Any] | None) -> str:
-        """The template's text, its clock stopped."""
+        """The template's text, with its clock fixed to the chosen date."""
         text = self.source(tools)
         if _CLOCK in text:
-            # transformers compiles a template once and gives it a function of today's date. It passes no function through
-            # as a variable, so the compiled template's own global is replaced; its cache may forget, hence each time.
+            # transformers caches compiled templates and gives each a global function for today's date. A variable cannot
+            # replace it, so this replaces the global, each time, because the cache may have dropped the template.
             from transformers.utils.chat_template_utils import _compile_jinja_template
 
             _compile_jinja_template(text).globals[_CLOCK] = self._now.strftime
@@ -142,8 +142,8 @@ class BoundTemplate:
 
 
 def check_template(template: BoundTemplate, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises PrepareError when the model folder has no template (of the chosen name), or the template does not have a
-    chosen variable or ask for the chosen date, which would then change nothing, without a word."""
+    """Raise PrepareError when the model folder lacks the template, or when the template does not use a chosen variable or
+    the chosen date, which would silently have no effect."""
     chosen, sources = template.chosen, template.sources
     if not sources:
         named = tokenizer.chat_template
@@ -160,24 +160,24 @@ def check_template(template: BoundTemplate, folder: Path, tokenizer: "PreTrained
     where = "given" if chosen.text is not None else f"in {folder}"
     if chosen.date != DEFAULT_DATE and not template.asks_for_date:
         raise PrepareError(
-            f"The chat template {where} does not ask for the current date, so --date changes nothing. Leave it out; a date "
-            "that is a variable of the template is set with --template-arg."
+            f"The chat template {where} does not use the current date, so --date has no effect. Leave it out. If the date is "
+            "a variable of the template, set it with --template-arg."
         )
     known = _variables("\n".join(sources.values()))
     for name in chosen.arguments:
         if name in _GIVEN:
             raise PrepareError(
-                f"The template's variable {name!r} is what prepare itself gives it. Leave it out."
+                f"The prepare tool sets the template's variable {name!r} itself. Leave it out."
             )
         if name not in known:
             raise PrepareError(
-                f"The chat template {where} has no variable {name!r}. Take it out, or see how it is spelt there."
+                f"The chat template {where} has no variable {name!r}. Remove it, or correct its spelling."
             )
 
 
 def _variables(template: str) -> set[str]:
-    """The names in a template that are no field of anything. Its words are looked at, not its grammar: templates have tags
-    that are transformers' own."""
+    """The names in a template that are not attributes. Uses the lexer only, because transformers adds tags that Jinja cannot
+    parse."""
     import jinja2
 
     words = [

@@ -1,4 +1,4 @@
-"""Loads a model folder's tokenizer and names what identifies it."""
+"""Loads a model folder's tokenizer, and computes its digest and stop tokens."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a local model folder, without the network.
 
-    Raises PrepareError when there is none, or it cannot be loaded or reports no character offsets.
+    Raises PrepareError when it is missing, cannot be loaded, or reports no character offsets.
     """
     if not folder.is_dir():
         raise PrepareError(f"There is no model folder {folder}. Give the folder with the model's tokenizer.")
@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # many kinds, by tokenizer family; all of them are about the folder's files
+    except Exception as error:  # the type depends on the tokenizer family; the cause is in the folder's files
         hint = (
             "" if trust_remote_code else " If it comes with Python code of its own, pass --trust-remote-code."
         )
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """Raises PrepareError for a model folder without a tokenizer. transformers would make an empty one for it."""
+    """Raise PrepareError for a model folder without a tokenizer, for which transformers would create an empty one."""
     if not has_tokenizer(folder):
         raise PrepareError(
             f"The model folder {folder} has no tokenizer: neither tokenizer.json nor tokenizer.model nor vocab.json. "
@@ -57,7 +57,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def stop_token_ids(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> set[int]:
-    """The ids at which generation ends: the tokenizer's end of sequence and the generation config's."""
+    """The token ids that end generation, from the tokenizer and the generation config."""
     ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     path = folder / "generation_config.json"
     if path.is_file():

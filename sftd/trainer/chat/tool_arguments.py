@@ -1,16 +1,16 @@
-"""A tool call's arguments in the two forms that chat templates take: an object, or the JSON text of it."""
+"""A tool call's arguments in the two forms that chat templates support: an object, or its JSON text."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 Message = dict[str, Any]
-# The form in which a template was given the arguments.
+# The form in which a template gets the arguments.
 Form = Literal["object", "text"]
 
 
 class ParsedArguments(dict[str, Any]):
-    """The object that a row gives as JSON text; `text` is that text."""
+    """Arguments that the row has as JSON text, which is `text`."""
 
     def __init__(self, arguments: Mapping[str, Any], text: str) -> None:
         super().__init__(arguments)
@@ -23,7 +23,7 @@ def have_objects(messages: Sequence[Message]) -> bool:
 
 
 def as_text(messages: Sequence[Message]) -> list[Message]:
-    """The messages with all arguments as text: that of the row, or the object as JSON where the row gives no text."""
+    """The messages with all arguments as text: the row's own text if there is one, or else the object as JSON."""
     return [
         message | {"tool_calls": [_call_as_text(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")
@@ -33,7 +33,7 @@ def as_text(messages: Sequence[Message]) -> list[Message]:
 
 
 def printed_by_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether the text has arguments as Python prints a dict: the template wants text and was given an object."""
+    """Whether the text has arguments in Python's dict notation: the template expects text but got an object."""
     return any(arguments and repr(dict(arguments)) in text for arguments in _objects(messages))
 
 

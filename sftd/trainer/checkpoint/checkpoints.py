@@ -1,9 +1,9 @@
-"""Checkpoints: staged, hashed, published by a rename; verified before they are loaded.
+"""Checkpoints: staged, hashed, published by a rename.
 
     <checkpoint_dir>/step-00000012.partial/   being written; worthless after a crash
-    <checkpoint_dir>/step-00000012/           whole: every file is on the disk and in manifest.json
+    <checkpoint_dir>/step-00000012/           complete: every file is on the disk and in manifest.json
 
-The format is Megatron's `torch_dist`, which another layout can load too.
+The format is Megatron's `torch_dist`, which any layout can load.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from sftd.wire.checkpoint.manifest import FileEntry, Manifest
 
 Versions = dict[str, str | None]
 _log = logging.getLogger(__name__)
-# Failed saves in a row after which an attempt ends.
-_MOST_FAILURES = 2
-# How long a save waits for those who read the checkpoint that it replaces.
+# An attempt ends after this number of consecutive failed saves.
+_MAX_FAILURES = 2
+# How long a save waits for readers of the checkpoint that it replaces.
 _READERS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come after `step` steps; `loss` and `grad_norm` are those of the last one."""
+    """Progress after `step` steps. `loss` and `grad_norm` are those of the last step."""
 
     step: int
     tokens_total: int
@@ -78,7 +78,7 @@ class _Pending:
     partial: Path
     published: Path
     writer: ShareWriter
-    # Megatron's: where it looks for what was written, and what it does when everything is.
+    # Megatron's queue for the write results, and its callbacks after all files are written.
     results: Any
     finalize: list[Callable[[], None]]
 
@@ -96,7 +96,7 @@ def folder_name(step: int) -> str:
 
 
 class Checkpoints:
-    """Saves and loads the training state of all ranks. Every method is called by every rank."""
+    """Saves the training state of all ranks. Every method is collective."""
 
     def __init__(self, order: Order, session: Session, trainee: Trainee, reporter: Reporter) -> None:
         self._order = order
@@ -107,30 +107,30 @@ class Checkpoints:
         self._spec_digest = spec_digest(order.spec)
         self._host_copy = HostCopy(session.device)
         self._pending: _Pending | None = None
-        # Saves in a row that failed for another reason than a full disk.
+        # Consecutive failed saves, full disks not counted.
         self._failed = 0
         plan_saves_with(plan_files)
-        # Megatron collects garbage at every save and load: 0.2 s for what is imported and built for good by now.
+        # Megatron collects garbage at every save and load. Scanning the permanent objects would take 0.2 s each time.
         gc.freeze()
         atexit.register(gc.unfreeze)
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's share of the save that is in flight is on the disk, or failed."""
+        """Whether this rank's write of the save in flight has ended, successfully or not."""
         return self._pending is not None and self._pending.writer.is_done
 
     def save(self, progress: Progress, versions: Versions, *, must_succeed: bool) -> None:
-        """Publish a checkpoint. A failure is an `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`.
+        """Publish a checkpoint. A failure emits `AnomalyDetected`, and raises `CheckpointSaveFailed` if `must_succeed`.
 
-        Raises `UserError` when the folder cannot be written to any more, or a second save in a row fails: what is trained
-        from then on would be lost. A full disk is neither: there may be room again at the next save.
+        Raises `UserError` when the folder is no longer writable, or when two saves in a row fail: later steps would be
+        lost. A full disk does not count: the next save may find room.
         """
         self.finish()
         self._begin(progress, versions, must_succeed=must_succeed, is_copied=False)
         self.finish(must_succeed=must_succeed)
 
     def begin(self, progress: Progress, versions: Versions) -> None:
-        """Begin a save that runs beside training; `finish` publishes it. One that is in flight is finished first."""
+        """Begin a save in the background; `finish` publishes it. Finishes an earlier one first."""
         self.finish()
         self._begin(progress, versions, must_succeed=False, is_copied=True)
 
@@ -158,11 +158,11 @@ class Checkpoints:
             progress, versions, started, partial, published, writer, results, request.finalize_fns
         )
         if is_copied and copied is None:
-            # The threads read what training would change.
+            # Without a copy, the threads read the live tensors, so training must wait.
             self.finish()
 
     def finish(self, *, must_succeed: bool = False) -> None:
-        """Wait for the save that is in flight, if there is one, and publish it. Fails as `save` does."""
+        """Wait for the save in flight, if any, and publish it. Raises as `save` does."""
         if (pending := self._pending) is None:
             return
         self._pending = None
@@ -197,19 +197,19 @@ class Checkpoints:
     def _fail(self, error: CheckpointSaveFailed, step: int, partial: Path, *, must_succeed: bool) -> None:
         found: tuple[str, str | None] | None = None
         if dist.get_rank() == 0:
-            # Before the half-written folder is removed: a disk that it filled has room afterwards.
+            # Look at the free space before the partial folder is removed, which may have filled the disk.
             reason = self._explain(error)
-            # It may be another attempt's by now, which is also why this save failed.
+            # The save may have failed because another attempt owns the folder by now.
             self._reporter.check_fence()
             shutil.rmtree(partial, ignore_errors=True)
             found = reason, checkpoint_folder.refusal(self._folder, make=True)
-        # One rank's words for all: what follows must be the same on each of them.
+        # All ranks use rank 0's result, so that they take the same branch below.
         reason, refusal = gather(found)[0]
         anomaly = AnomalyDetected(step=step, what="checkpoint_failed", detail={"error": reason})
         self._reporter.emit(anomaly)
         is_full = is_disk_full(refusal or reason)
         self._failed = 0 if is_full else self._failed + 1
-        if not is_full and (refusal or self._failed == _MOST_FAILURES):
+        if not is_full and (refusal or self._failed == _MAX_FAILURES):
             raise UserError(
                 f"checkpoints cannot be written, and every further step would be lost: {refusal or reason}. Make "
                 f"{self._folder} writable, then resume the run"
@@ -218,7 +218,7 @@ class Checkpoints:
             raise CheckpointSaveFailed(reason) from error
 
     def _is_same(self, published: Path, progress: Progress) -> bool:
-        """Whether this very step is already published and whole, by an earlier attempt that computed the same."""
+        """Whether an earlier attempt has published a complete checkpoint of this step with the same numbers."""
         if not published.exists():
             return False
         try:
@@ -246,9 +246,9 @@ class Checkpoints:
         if dist.get_rank() != 0:
             return
         self._reporter.check_fence()
-        # A run has one attempt at a time: whatever is half written was left by one that was killed.
-        for left in self._folder.glob("step-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+        # A run has one attempt at a time, so every partial folder was left by a killed attempt.
+        for leftover in self._folder.glob("step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
         make_durable(partial)
         need = int(SAVE_HEADROOM * self._trainee.state_bytes)
         if (free := shutil.disk_usage(partial).free) < need:
@@ -269,7 +269,7 @@ class Checkpoints:
         )
 
     def _copy(self, files: list[FilePlan]) -> tuple[list[FilePlan], Callable[[], object]] | None:
-        """A copy of this rank's share in host memory, or None when a rank has no room for its own."""
+        """Copy this rank's share to host memory. None on all ranks when one of them lacks the memory."""
         copied, reason = None, None
         try:
             copied = self._host_copy.take(files)
@@ -289,7 +289,7 @@ class Checkpoints:
 
     @staticmethod
     def _describe_rest(partial: Path, known: list[FileEntry]) -> list[FileEntry]:
-        """What Megatron wrote on rank 0 at the end: small files that name the others."""
+        """The metadata files that Megatron writes on rank 0 at the end."""
         if dist.get_rank() != 0:
             return []
         names = sorted({*manifests.list_files(partial)} - {entry.name for entry in known})
@@ -327,15 +327,15 @@ class Checkpoints:
             os.fsync(file.fileno())
         fsync_dir(partial)
         self._reporter.check_fence()
-        # A checkpoint must never be newer than the log: the journal's steps reach the disk before it does.
+        # A checkpoint must never be newer than the log: flush the journal's steps first.
         self._reporter.flush()
-        # One that is there already is damaged, or of a history that is being redone differently: the other ranks wait
-        # while a reader has it open, up to a limit.
+        # An existing checkpoint of this step is damaged or has different numbers. Readers may have it open; the other
+        # ranks wait meanwhile.
         with once_unread(pending.published, _READERS_SECONDS):
             publish_folder(partial, pending.published)
 
     def _explain(self, error: CheckpointSaveFailed) -> str:
-        """The error, and that the disk is full where it is: Megatron's writer swallows the reason."""
+        """The error, with a note if the disk is full: Megatron's writer drops the reason."""
         try:
             free = shutil.disk_usage(self._folder).free
         except OSError:
@@ -350,10 +350,10 @@ class Checkpoints:
         action: Callable[[], Any],
         failures: tuple[type[BaseException], ...] = (OSError, RuntimeError),
     ) -> list[Any]:
-        """Every rank's result. Raises `CheckpointSaveFailed` on all ranks when it fails on one.
+        """Every rank's result. Raises `CheckpointSaveFailed` on all ranks when `action` fails on one.
 
-        `failures` must leave the ranks in step: anything else that an action with collectives raises on one rank has
-        to end the process, for the others are waiting in a collective of Megatron's.
+        `failures` are the errors that leave the ranks in step. Any other error of a collective action must end the
+        process, because the other ranks wait in one of Megatron's collectives.
         """
         result, reason = None, None
         try:

@@ -1,4 +1,4 @@
-"""Whether the folder of a run's checkpoints can be written to, asked by the ranks themselves."""
+"""Checks on the ranks that the checkpoint folder is writable."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sftd.wire.checkpoint import disk
 
 
 def check_folder(folder: Path) -> None:
-    """Find out before the first step whether checkpoints can be written. Called by every rank; one of each node writes.
+    """Check before the first step that checkpoints can be written. Collective; one rank per node writes.
 
-    Raises `UserError` when they cannot, and `CheckpointSaveFailed` when the disk is full.
+    Raises `UserError` when the folder is not writable, `CheckpointSaveFailed` when the disk is full.
     """
     is_first = dist.get_rank() == 0
-    for asked, make in ((is_first, True), (os.environ.get("LOCAL_RANK") == "0", False)):
-        reasons = gather(refusal(folder, make=make) if asked else None)
+    for is_tested, make in ((is_first, True), (os.environ.get("LOCAL_RANK") == "0", False)):
+        reasons = gather(refusal(folder, make=make) if is_tested else None)
         if reason := next((r for r in reasons if r), None):
             if is_disk_full(reason):
                 raise CheckpointSaveFailed(reason)
@@ -31,8 +31,10 @@ def check_folder(folder: Path) -> None:
 
 
 def refusal(folder: Path, *, make: bool) -> str | None:
-    """Why this process cannot write to the folder, None when it can. `make`: the folder may be missing; without it, one
-    that another node has made must be seen here."""
+    """Why this process cannot write to the folder; None when it can.
+
+    `make`: create the folder. Otherwise the folder that another node created must be visible here.
+    """
     try:
         if make:
             make_durable(folder)

@@ -1,4 +1,4 @@
-"""Putting a finished folder into place so that a reader finds the old one or the new one, whole, at any moment."""
+"""Atomic replacement of a folder: a reader always finds the complete old or the complete new one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sftd.wire.attempt.directory import fsync_dir
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What renameat2 answers where the file system (NFS, some FUSE) or the kernel cannot exchange.
+# Errors of renameat2 when the file system (NFS, some FUSE) or the kernel does not support the exchange.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's contents survive a power cut."""
+    """Make a file's contents durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -26,10 +26,10 @@ def fsync_file(path: Path) -> None:
 
 
 def publish_folder(new: Path, published: Path) -> None:
-    """Rename `new` to `published`, in place of a folder that is there already, and make that survive a power cut."""
+    """Rename `new` to `published`, replacing an existing folder, and make the rename durable."""
     if published.exists():
         if not _exchange(new, published):
-            # Two renames: a crash between them leaves the old folder whole under the other name.
+            # A crash between the two renames leaves the old folder intact under the other name.
             aside = published.with_name(published.name + ".replaced")
             shutil.rmtree(aside, ignore_errors=True)
             published.rename(aside)
@@ -43,7 +43,7 @@ def publish_folder(new: Path, published: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange the names of two folders in one step. False where that is not possible. Raises `OSError`."""
+    """Exchange the names of two folders atomically. False if that is unsupported. Raises `OSError`."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -1,4 +1,4 @@
-"""Restoring the training state of all ranks from a checkpoint, which is verified first."""
+"""Verification of a checkpoint and restore of the training state of all ranks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ from sftd.wire.checkpoint.manifest import Manifest
 
 
 def load(order: Order, session: Session, trainee: Trainee, reporter: Reporter) -> Manifest:
-    """Verify the ordered checkpoint and restore model, optimizer and, in the same layout, random streams. Called by every
-    rank.
+    """Verify the order's checkpoint, then restore model, optimizer and, in the same layout, random streams. Collective.
 
-    Emits `CheckpointRejected` and raises `CheckpointInvalid` for one that is damaged, which is found before anything of it
-    is unpickled, or whose files do not hold the state.
+    Damage is detected before anything is unpickled. Emits `CheckpointRejected` and raises `CheckpointInvalid` for a
+    damaged checkpoint, or one whose files do not hold the state.
     """
     assert order.checkpoint is not None
     folder = Path(order.checkpoint)
@@ -53,7 +52,7 @@ def _load(folder: Path, order: Order, session: Session, trainee: Trainee) -> Man
         raise UserError(
             f"{folder} was trained in {manifest.dtype}: set model.megatron.params_dtype to it, not {mine}"
         )
-    # Manifests of before there was expert parallelism do not name its size.
+    # Manifests from before expert parallelism lack its size.
     same_layout = {"ep": 1} | manifest.layout == session.layout.sizes
     wanted = sharded_state(session, trainee, is_loading=True, with_rng=same_layout)
     state = _agreed(lambda: checkpoint_reading.load(wanted, folder))
@@ -92,8 +91,8 @@ def _restore(
 
 
 def _agreed[T](action: Callable[[], T]) -> T:
-    """What `action` returns on this rank. Raises `CheckpointInvalid` on every rank when one raises it: all ranks must leave the
-    checkpoint, and the one that writes the journal must know why."""
+    """The result of `action` on this rank. Raises `CheckpointInvalid` on every rank when one raises it: all ranks must
+    abandon the checkpoint, and the reporting rank needs the reason."""
     result, reason = None, None
     try:
         result = action()

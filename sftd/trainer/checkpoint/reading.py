@@ -1,4 +1,4 @@
-"""Reading a verified checkpoint through Megatron: nothing in it runs code, and what cannot be read is `CheckpointInvalid`."""
+"""Reads a verified checkpoint through Megatron without executing code from it. Unreadable files raise `CheckpointInvalid`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sftd.domain.errors import CheckpointInvalid
 from sftd.trainer.errors import UserError
 
 _METADATA = ".metadata"
-# Modules whose dataclasses and enumerations describe a checkpoint, and what else a description names.
+# Modules whose dataclasses and enums may occur in `.metadata`, and other names that may.
 _DESCRIPTIONS = frozenset({"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"})
 _NAMES = frozenset(
     {
@@ -28,17 +28,17 @@ _NAMES = frozenset(
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     }
 )
-# Makes torch.load read tensors and plain values alone, also where it is called otherwise (default_planner.py:391).
+# Makes torch.load accept tensors and plain values only, even when the caller disables that (default_planner.py:391).
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class _Description(pickle.Unpickler):
-    """Reads `.metadata`, which torch unpickles without any restriction (filesystem.py:938), and allows what describes a
-    checkpoint alone."""
+    """Restricts `.metadata`, which torch unpickles without restriction (filesystem.py:938), to classes that describe a
+    checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class or function that the pickle names. Raises `pickle.UnpicklingError` for any that is not allowed."""
+        """The class or function that the pickle names. Raises `pickle.UnpicklingError` if it is not allowed."""
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if (module, name) in _NAMES:
@@ -54,10 +54,9 @@ class _Description(pickle.Unpickler):
 
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What `state` asks for of the checkpoint in `folder`, which was verified (`manifest.verify`).
+    """Load the entries of `state` from the checkpoint in `folder`, whose files match its manifest.
 
-    Raises `CheckpointInvalid` when the files, although they are those that were published, are not a checkpoint that
-    holds it; `OSError` when the disk fails.
+    Raises `CheckpointInvalid` when the files still do not hold the state, `OSError` when the disk fails.
     """
     with invalid_where_it_fails(folder), _weights_only():
         with open(folder / _METADATA, "rb") as file:
@@ -67,13 +66,13 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def invalid_where_it_fails(folder: Path) -> Iterator[None]:
-    """Raise `CheckpointInvalid` for whatever a broken checkpoint makes Megatron or torch raise inside the block."""
+    """Convert the errors that a broken checkpoint causes in Megatron or torch to `CheckpointInvalid`."""
     try:
         yield
     except (CheckpointInvalid, UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except CheckpointException as error:
-        # torch's collection of what each rank's reading raised: no `Exception`.
+        # torch's collection of the errors of all ranks. It is not an `Exception`.
         first = next((failure[0] for failure in error.failures.values()), error)
         _raise(folder, first)
     except Exception as error:  # noqa: BLE001  a broken pickle may raise anything

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of this rank, in Megatron's terms: weights, optimizer, random streams, and their places."""
+"""This rank's part of a checkpoint as Megatron's sharded state: weights, optimizer, random streams."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CONTENT = {
     "chained_optim_avoid_prefix": True,
 }
 
-# How the keys of what only a resume needs begin; all others are the model's, or belong to every checkpoint.
+# Key prefixes of the state that only a resume needs. All other keys belong to the model or to every checkpoint.
 STATE_KEYS = ("optimizer.", "rng/")
 
 
 def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
-    """The live tensors of this rank, each with its place in the whole. `with_rng`: the random streams of the layout too."""
+    """This rank's live tensors with their global offsets. `with_rng`: include the random streams."""
     layout = session.layout
     content = dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # The unwrapped modules: DDP and Float16Module would put their own prefix before every name.
+    # The unwrapped modules: DDP and Float16Module would prefix every name.
     state: dict[str, Any] = {f"model{i}": trained(chunk, content) for i, chunk in enumerate(trainee.chunks)}
     allocate_adamw_state(trainee.optimizer)
     state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)

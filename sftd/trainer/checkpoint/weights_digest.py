@@ -1,4 +1,4 @@
-"""Digests of all bytes of the weight files, computed while they are loaded: the ranks of a host share the pieces."""
+"""Digests of the weight files, computed during the load. The ranks of a host share the work."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from sftd.wire.model.digest import fork_fix, weight_files
 
 _PIECE = 1 << 26
 _BLOCK = 1 << 20
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 # A file and an offset in it.
 _Piece = tuple[str, int]
 
 
 class WeightsDigest:
-    """Begins to read this rank's share of a model folder's weights in the background, at once.
+    """Starts hashing this rank's share of a model folder's weights in the background.
 
-    The pages that it reads are those that the load of the weights needs as well, so a disk is read once.
+    The load reads the same pages, so the disk is read once.
     """
 
     def __init__(self, folder: str, *, is_cpu: bool) -> None:
-        """`is_cpu`: the model computes on the CPU, which one thread disturbs least. Raises `UserError` when a file is
-        missing."""
+        """`is_cpu`: the model runs on the CPU, so use a single thread. Raises `UserError` when a file is missing."""
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._folder = Path(folder)
@@ -47,8 +46,8 @@ class WeightsDigest:
         self._found: dict[_Piece, bytes] = {}
         self._error = ""
         cores = usable_cores() // ranks
-        count = 1 if is_cpu else max(1, min(_MOST_THREADS, cores // 2))
-        # A rank that fails ends without waiting for them.
+        count = 1 if is_cpu else max(1, min(_MAX_THREADS, cores // 2))
+        # Daemon threads: a failing rank exits without waiting for them.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
@@ -74,11 +73,12 @@ class WeightsDigest:
     def finish(
         self, gather: Callable[[Any], list[Any]], recorded: dict[str, str], run_id: str
     ) -> WeightsDigested:
-        """Wait for every rank's share. Called by every rank. `gather` returns every rank's value; `recorded` are the
-        digests in the log, empty when there are none.
+        """Combine the digests of all ranks. Collective. `gather` returns every rank's value; `recorded` holds the digests
+        in the log, empty if there are none.
 
-        Raises on every rank `UserError` when the weights are others, or not the same on all hosts, and `OSError` when they
-        cannot be read."""
+        Raises on every rank: `UserError` when the weights differ from the recorded ones or between hosts, `OSError`
+        when they cannot be read.
+        """
         for thread in self._threads:
             thread.join()
         host = int(os.environ["RANK"]) - int(os.environ["LOCAL_RANK"])
@@ -104,7 +104,7 @@ class WeightsDigest:
 
 
 def _combined(sizes: dict[str, int], found: dict[_Piece, bytes]) -> dict[str, str]:
-    """File → sha256 over its size and its pieces' digests."""
+    """File → sha256 of its size and the digests of its pieces."""
     digests = {name: hashlib.sha256(size.to_bytes(8, "little")) for name, size in sizes.items()}
     for name, at in sorted(found):
         digests[name].update(found[name, at])

@@ -1,6 +1,6 @@
-"""A rank's share of a checkpoint on its way to the disk: copied to host memory, then written, hashed and synced by threads.
+"""Writes a rank's share of a checkpoint: copies it to host memory, then threads write, hash and sync the files.
 
-The threads touch no process group: their owner asks whether they have finished, and informs the other ranks.
+The threads use no process group. The training thread polls them and informs the other ranks.
 """
 
 from __future__ import annotations
@@ -31,39 +31,42 @@ from sftd.trainer.runtime.megatron_edges.saving import (
 from sftd.wire.checkpoint.manifest import FileEntry
 from sftd.wire.cores import usable_cores
 
-# Of a write: large enough that the interpreter is rarely needed, small enough that hashing finds it in the cache.
+# Bytes per write: few calls into the interpreter, and the data is still in the cache when it is hashed.
 _CHUNK = 4 << 20
 _ALIGN = 512
-# In the name of a file.
+# Part of the name of a state file.
 _STATE = "state_"
-# Threads, and so files, of a rank: one hashes and writes 1 to 2 GB/s.
-_MOST_WRITERS = 8
-# Host memory that a copy of this host's shares must leave free.
+# Maximum number of threads per rank, each with its file. One hashes and writes 1 to 2 GB/s.
+_MAX_WRITERS = 8
+# Fraction of the free host memory that the copies must leave.
 _SPARE = 0.2
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file: what goes into it, in order. The data is a tensor, on any device, or serialized bytes."""
+    """A file and its items in order. An item's data is a tensor on any device, or serialized bytes."""
 
     name: str
     items: list[tuple[WriteItem, Tensor | io.BytesIO]]
 
 
 def writers() -> int:
-    """How many files and threads a rank uses."""
+    """Number of files and threads per rank."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WRITERS, usable_cores() // ranks))
+    return max(1, min(_MAX_WRITERS, usable_cores() // ranks))
 
 
 def is_state_file(name: str) -> bool:
-    """Whether a file holds nothing of the model, but what only a resume needs: optimizer and random streams."""
+    """Whether a file holds only what a resume needs: optimizer and random streams."""
     return _STATE in name
 
 
 def plan_files(plan: SavePlan, planner: SavePlanner, prefix: str, files: int) -> list[FilePlan]:
-    """Split a rank's share into files of about the same size, without copying anything: `files`, or one more, for the model and
-    the state of training share none, so that the state can be deleted alone."""
+    """Split a rank's share into files of about the same size, without copying data.
+
+    Model and training state never share a file, so that the state can be deleted alone. There may be one file more than
+    `files`.
+    """
     state = [item for item in plan.items if item.index.fqn.startswith(STATE_KEYS)]
     model = [item for item in plan.items if not item.index.fqn.startswith(STATE_KEYS)]
     share = sum(map(_tensor_bytes, model)) / max(1, sum(map(_tensor_bytes, plan.items)))
@@ -83,7 +86,7 @@ def _files(items: list[WriteItem], planner: SavePlanner, prefix: str, files: int
     return [
         FilePlan(
             name=f"{prefix}{number}{DEFAULT_SUFFIX}",
-            # What is needed as bytes comes first, as Megatron has it.
+            # Serialized bytes come first, as in Megatron.
             items=sorted(
                 ((item, _resolve(planner, item)) for item in bucket),
                 key=lambda entry: entry[0].type != WriteItemType.BYTE_IO,
@@ -99,17 +102,17 @@ def _resolve(planner: SavePlanner, item: WriteItem) -> Any:
 
 
 class HostCopy:
-    """Host memory for a copy of a rank's share, which every save uses again."""
+    """Host memory for a copy of a rank's share. All saves reuse it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, files: list[FilePlan]) -> tuple[list[FilePlan], Callable[[], object]]:
-        """The same files with their tensors copied, and what to wait for before the copy may be read.
+        """The same files with copied tensors, and a function that waits until the copies are readable.
 
-        The tensors may be changed at once: on a GPU what changes them is queued after the copy. Raises
-        `MemoryError` where the host has not enough memory to spare.
+        The caller may change the tensors at once: on a GPU, later kernels are queued after the copy. Raises
+        `MemoryError` when the host has too little free memory.
         """
         sizes = [-(-t.nbytes // _ALIGN) * _ALIGN for f in files for _, t in f.items if isinstance(t, Tensor)]
         self._reserve(sum(sizes))
@@ -141,8 +144,8 @@ class HostCopy:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory = torch.empty(size, dtype=torch.uint8)
         if self._device.type == "cuda":
-            # Page-locked: the GPU writes into it by itself, at the speed of the bus. Not torch's own page-locked
-            # allocator, which rounds up to a power of two.
+            # Page-locked, so that the GPU copies asynchronously at bus speed. torch's own page-locked allocator would
+            # round the size up to a power of two.
             code = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)
             if int(code):
                 self._memory = torch.empty(0, dtype=torch.uint8)
@@ -152,19 +155,19 @@ class HostCopy:
 
 
 def available_memory() -> int:
-    """Bytes of memory that this process can still take on this host, or in its container."""
+    """Bytes of memory that this process can still allocate on this host or in its container."""
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
-        # No cgroup v2 here, or no limit ("max").
+        # No cgroup v2, or no limit ("max").
         return free
     return min(free, limit - used)
 
 
 def _tensor_in(memory: memoryview, offset: int, like: Tensor) -> Tensor:
-    # A storage of its own: torch.save writes a tensor's whole storage.
+    # Gives each tensor its own storage: torch.save writes the whole storage.
     if not like.numel():
         return torch.empty(like.shape, dtype=like.dtype)
     flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=offset)
@@ -172,14 +175,14 @@ def _tensor_in(memory: memoryview, offset: int, like: Tensor) -> Tensor:
 
 
 class ShareWriter:
-    """Threads that write a rank's files. `is_done` and `result` are for the thread that started them."""
+    """Threads that write a rank's files. Only the thread that started them may use `is_done` and `result`."""
 
     def __init__(self, folder: Path, files: list[FilePlan], ready: Callable[[], object]) -> None:
         self._folder = folder
         self._ready = ready
         self._outcomes: list[tuple[list[WriteResult], FileEntry] | Exception | None] = [None] * len(files)
         self._cancelled = threading.Event()
-        # A process that fails elsewhere does not wait for them.
+        # Daemon threads: a failing process exits without waiting for them.
         self._threads = [
             threading.Thread(target=self._run, args=(i, file), name=f"checkpoint-{i}", daemon=True)
             for i, file in enumerate(files)
@@ -189,16 +192,16 @@ class ShareWriter:
 
     @property
     def is_done(self) -> bool:
-        """Whether every file is down, or failed."""
+        """Whether every file is written or failed."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def result(self) -> tuple[dict[int, list[WriteResult]], list[FileEntry]]:
-        """Wait for the files: what Megatron needs to know of each, and what the manifest does. Raises `OSError`."""
+        """Wait for the files. Returns Megatron's write results and the manifest's entries. Raises `OSError`."""
         for thread in self._threads:
             thread.join()
         if failed := [outcome for outcome in self._outcomes if isinstance(outcome, Exception)]:
-            # The file that failed by itself says why: a full disk is judged otherwise than other errors.
-            raise min(failed, key=lambda error: isinstance(error, _FileGivenUp))
+            # Raise the original error, not a cancellation: callers treat a full disk differently.
+            raise min(failed, key=lambda error: isinstance(error, _WriteCancelled))
         results, entries = {}, []
         for i, outcome in enumerate(self._outcomes):
             assert isinstance(outcome, tuple)
@@ -210,7 +213,7 @@ class ShareWriter:
         try:
             self._ready()
             self._outcomes[number] = self._write(file)
-        except Exception as error:  # noqa: BLE001  handed to the training thread
+        except Exception as error:  # noqa: BLE001  passed to the training thread
             self._cancelled.set()
             self._outcomes[number] = error
 
@@ -238,17 +241,17 @@ class ShareWriter:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """On the host, in a storage that holds nothing else."""
+    """The tensor on the host, in its own storage."""
     tensor = tensor.cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
-class _FileGivenUp(OSError):
-    """This file was left unfinished because another one failed."""
+class _WriteCancelled(OSError):
+    """This file is incomplete because another file failed."""
 
 
 class _HashingFile(io.RawIOBase):
-    """Hashes what it writes to a file. hashlib and the write release the GIL, so training continues meanwhile."""
+    """Writes to a file and hashes the bytes. Both release the GIL, so training continues meanwhile."""
 
     def __init__(self, file: io.RawIOBase, cancelled: threading.Event) -> None:
         self._file = file
@@ -266,14 +269,14 @@ class _HashingFile(io.RawIOBase):
         return self._size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # BufferedWriter asks for the position.
+        # BufferedWriter queries the position.
         if (offset, whence) not in {(0, os.SEEK_CUR), (self._size, os.SEEK_SET)}:
-            raise io.UnsupportedOperation("a checkpoint's file is written in one go")
+            raise io.UnsupportedOperation("a checkpoint file is written sequentially")
         return self._size
 
     def write(self, data: Any) -> int:
         if self._cancelled.is_set():
-            raise _FileGivenUp("another file of this checkpoint failed")
+            raise _WriteCancelled("another file of this checkpoint failed")
         piece = memoryview(data).cast("B")[:_CHUNK]
         written = self._file.write(piece) or 0
         self._hash.update(piece[:written])

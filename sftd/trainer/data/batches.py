@@ -19,18 +19,18 @@ from sftd.trainer.data.sequence_shards import spans
 from sftd.trainer.data.upload import upload
 from sftd.trainer.runtime.session import Layout, Session
 
-# A sample that trains nothing: fills up micro-batches so that every rank takes part in the same collectives.
+# A sample without trained labels. It fills micro-batches, so that every rank takes part in the same collectives.
 EMPTY = Sample(np.zeros(1, np.int64), np.full(1, IGNORE_INDEX, np.int64))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward computes.
+    """The input of one forward and backward.
 
-    tokens, labels: int64 [rows, s]; a label is the token to predict at its place, or -100. Packed: rows is 1 and the
-    samples lie end to end. With context parallelism s is this rank's share of `length`, the tokens of a row with its
-    padding. places: int64 [trained], where the trained labels are in the transposed labels laid flat (Megatron's [s, b]
-    order), ascending. trained, real: tokens of the share that enter the loss, and that are not padding.
+    tokens, labels: int64 [rows, s]; a label is the token to predict at its position, or -100. Packed: rows is 1 and the
+    samples lie end to end. With context parallelism s is this rank's share of `length`. length: tokens of a row,
+    padding included. places: int64 [trained], ascending indices of the trained labels in the flattened transposed labels
+    (Megatron's [s, b] order). trained, real: number of this rank's tokens that enter the loss, and that are not padding.
     """
 
     tokens: Tensor
@@ -57,7 +57,7 @@ class Batching:
 
     @classmethod
     def of(cls, spec: Spec, session: Session) -> Batching:
-        """As the spec and the layout ask for."""
+        """The batching for a spec and its layout."""
         layout = session.layout
         planner = Planner(
             size=spec.training.micro_batch_size_per_gpu,
@@ -65,7 +65,7 @@ class Batching:
             packed=spec.training.use_rmpad,
             one_length=layout.pp > 1,
             multiple=length_multiple(spec, session.device.type),
-            # The interleaved schedule takes multiples of PP.
+            # The interleaved schedule needs a multiple of PP micro-batches.
             unit=layout.dp * (layout.pp if layout.vpp > 1 else 1),
         )
         return cls(planner, layout, session.device)
@@ -73,7 +73,7 @@ class Batching:
     def batches(self, rows: Rows, chosen: Ints) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch of the rows `chosen` (int64 [n]).
 
-        Needs no communication: every rank knows the length of every row. Each data-parallel rank takes a contiguous
+        Every rank has the lengths of all rows, so no communication is needed. Each data-parallel rank gets a contiguous
         part of the micro-batches.
         """
         members, lengths = self.planner.plan(rows.lengths[chosen])
@@ -82,7 +82,7 @@ class Batching:
         return [self.make([rows[int(chosen[i])] for i in members[k]], int(lengths[k])) for k in mine]
 
     def make(self, samples: Sequence[Sample], length: int) -> MicroBatch:
-        """One micro-batch of `length` out of its samples; those that it lacks are empty ones."""
+        """One micro-batch of `length` from its samples, filled up with empty ones."""
         if self.planner.packed:
             return self._pack(samples or [EMPTY], length)
         return self._pad([*samples, *[EMPTY] * (self.planner.size - len(samples))], length)
@@ -100,7 +100,7 @@ class Batching:
     def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         sizes = [s.tokens.size for s in samples]
         if padding := length - sum(sizes):
-            # The padding is a segment of its own, which no sample sees.
+            # The padding is a separate segment, so no sample attends to it.
             sizes.append(padding)
         ends = np.cumsum([0, *sizes])
         tokens = np.zeros(length, np.int64)
@@ -134,7 +134,7 @@ class Batching:
         mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
         labels = labels[:, mine]
         layout.positions = upload(positions[mine], self.device)
-        # Found here and not on the device, which would have to wait for the answer.
+        # Computed on the host: on the device, the dynamic size would force a synchronization.
         places = np.flatnonzero(labels.T != IGNORE_INDEX)
         return MicroBatch(
             tokens=upload(tokens[:, mine], self.device),

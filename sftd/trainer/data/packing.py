@@ -1,4 +1,4 @@
-"""Which samples of a step make which micro-batch. Packed: one order for all layouts, cut at sample boundaries."""
+"""Assigns the samples of a step to micro-batches. Packed: one order for all layouts, cut at sample boundaries."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from sftd.trainer.data.rows import Ints
 
 @dataclass(frozen=True)
 class Planner:
-    """Samples become micro-batches of a length that `multiple` divides: packed into at most `tokens` (before they are
-    rounded up), or padded, `size` samples each; all of a step of one length if `one_length`. `unit` divides their number.
+    """Plans micro-batches: packed into at most `tokens` tokens (before rounding up), or padded with `size` samples each.
+
+    `multiple` divides every length, `unit` divides the number of micro-batches. `one_length`: all micro-batches of a step
+    have the same length.
     """
 
     size: int
@@ -23,8 +25,8 @@ class Planner:
     unit: int
 
     def plan(self, sample_lengths: Ints) -> tuple[list[Ints], Ints]:
-        """The micro-batches of samples of `sample_lengths` (int64 [n], n ≥ 1): the samples of each, in order, and its
-        length with its padding (int64 [micro-batches]). The last ones may lack samples, or have none."""
+        """The micro-batches for samples of `sample_lengths` (int64 [n], n ≥ 1): the sample indices of each, in order, and
+        the padded lengths (int64 [micro-batches]). The last ones may be partly or completely empty."""
         if self.packed:
             order = packed_order(sample_lengths)
             members = [order[piece] for piece in cut(sample_lengths[order], self.tokens, self.unit)]
@@ -39,10 +41,10 @@ class Planner:
 
 
 def packed_order(lengths: Ints) -> Ints:
-    """An order of the samples in which every stretch holds its share of the tokens: int64 permutation [n].
+    """An order of the samples that spreads the tokens evenly: int64 permutation [n].
 
-    A function of the lengths (int64 [n]) alone. The samples are dealt by falling length to two halves as A B B A A B …,
-    which makes their sums nearly equal; the halves, each ordered in the same way, follow each other.
+    Depends on the lengths (int64 [n]) alone. Deals the samples by falling length to two halves as A B B A A B …, so that
+    their sums are nearly equal, orders each half in the same way, and concatenates the halves.
     """
 
     def deal(samples: Ints) -> Ints:
@@ -56,10 +58,10 @@ def packed_order(lengths: Ints) -> Ints:
 
 
 def cut(lengths: Ints, budget: int, multiple: int) -> list[slice]:
-    """Cut samples of `lengths` (int64 [n], in their packed order, none above `budget` tokens) into contiguous pieces.
+    """Cut samples of `lengths` (int64 [n], in packed order, none above `budget` tokens) into contiguous pieces.
 
-    There are as many as a multiple of `multiple` takes with none above `budget`; of all such cuts one whose largest
-    piece is smallest. The last pieces are empty where fewer will do.
+    The number of pieces is the smallest multiple of `multiple` with which no piece exceeds `budget`. Among those cuts,
+    this one minimises the largest piece. The last pieces are empty if fewer suffice.
     """
     ends = np.cumsum(lengths)
     count = -(-len(_fill(ends, budget)) // multiple) * multiple
@@ -76,7 +78,7 @@ def cut(lengths: Ints, budget: int, multiple: int) -> list[slice]:
 
 
 def _fill(ends: Ints, capacity: int) -> list[int]:
-    """Where pieces of at most `capacity` tokens stop when each takes all it can; `ends` are sums of lengths."""
+    """End of each piece in a greedy fill with at most `capacity` tokens per piece. `ends`: cumulative lengths."""
     stops: list[int] = []
     while (start := stops[-1] if stops else 0) < ends.size:
         before = ends[start - 1] if start else 0

@@ -1,4 +1,4 @@
-"""The rows of the Parquet files as samples: decoded once into plain files, and read from memory maps of those."""
+"""The rows of the Parquet files as samples: decoded once into plain files, then read through memory maps."""
 
 from __future__ import annotations
 
@@ -17,30 +17,28 @@ from sftd.wire.data.columns import UnusableFile
 from sftd.wire.data.rows import DataFile, Slice
 
 Ints = npt.NDArray[np.int64]
-# In a spool: int32 [tokens, 2], a token's id and its label side by side; int64 [rows, 4], see `Rows`; two counts.
+# Files of a spool: int32 [tokens, 2], id and label of each token; int64 [rows, 4], see `Rows`; two counts.
 _TOKENS, _INDEX, _COUNTS = "tokens", "index", "counts.json"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as it is trained: `tokens` int64 [n], and for each the token to predict (`labels` int64 [n]), which is
-    the next one where it is trained and -100 elsewhere."""
+    """One row: `tokens` int64 [n] and `labels` int64 [n], which is the next token where that is trained, -100 elsewhere."""
 
     tokens: Ints
     labels: Ints
 
 
 class Rows:
-    """The usable rows of some Parquet files. Reading one costs its own tokens, whatever the files' row groups are, and
-    nothing of it stays in RAM.
+    """The usable rows of some Parquet files. A read touches the tokens of its row only, and nothing stays in RAM.
 
-    lengths: int64 [rows], tokens of each usable row after truncation. trained: int64 [rows], its labels that are trained. numbers: int64 [rows], each one's place among
-    all rows of the files. truncated_rows: rows longer than `sequence_length`. dropped_rows: rows without a trained
-    label, which are not in the index.
+    lengths: int64 [rows], tokens of each usable row after truncation. trained: int64 [rows], number of its trained
+    labels. numbers: int64 [rows], its index among all rows of the files. truncated_rows: number of rows longer than
+    `sequence_length`. dropped_rows: number of rows without a trained label; they are not in the index.
     """
 
     def __init__(self, spool: Path) -> None:
-        """Map what `write_spool` wrote. The files may be unlinked afterwards."""
+        """Map the files of `write_spool`. They may be unlinked afterwards."""
         self._tokens = _map(spool / _TOKENS, np.int32, 2)
         index = _map(spool / _INDEX, np.int64, 4)
         self.numbers: Ints = index[:, 0]
@@ -71,11 +69,10 @@ def write_spool(
     vocab_size: int,
     with_tokens: bool = True,
 ) -> None:
-    """Decode and check the files, a few rows at a time, into the folder `spool`. Without tokens only what `Rows` knows of
-    every row is there, not the rows.
+    """Check the files and decode them into the folder `spool`, a few rows at a time. Without `with_tokens`, only the index
+    and the counts are written.
 
-    Raises `DataError` for a file that cannot be read or holds what cannot be trained on, `DataNotDecoded` for a full
-    disk.
+    Raises `DataError` for a file with unreadable or unusable contents, `DataNotDecoded` if the spool cannot be written.
     """
     truncated = dropped = start = number = 0
     try:
@@ -101,7 +98,7 @@ def write_spool(
         (spool / _COUNTS).write_text(json.dumps([truncated, dropped]))
     except OSError as error:
         raise DataNotDecoded(
-            f"the decoded rows of {', '.join(paths)} (8 bytes a token) cannot be written to {spool}: {error}"
+            f"the decoded rows of {', '.join(paths)} (8 bytes per token) cannot be written to {spool}: {error}"
         ) from error
 
 
@@ -131,7 +128,7 @@ def _refuse_long(path: str, rows: Slice, sequence_length: int) -> None:
 
 
 def _within(rows: Slice, begins: Ints, ends: Ints) -> npt.NDArray[np.bool_]:
-    """Which tokens (bool [tokens]) lie in one of the ranges, which do not overlap."""
+    """Mask (bool [tokens]) of the tokens in the given ranges, which do not overlap."""
     edges = np.zeros(rows.ids.size + 1, np.int8)
     edges[begins] += 1
     edges[ends] -= 1

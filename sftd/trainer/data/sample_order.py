@@ -1,4 +1,4 @@
-"""Which rows a step sees: a function of the seed and the step alone, not of the layout or of where a run resumed."""
+"""The rows of each step: a function of seed and step only, independent of the layout and of resumes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Ints = npt.NDArray[np.int64]
 
 
 class SampleOrder:
-    """The endless stream of rows: epoch after epoch, each a permutation of all rows. Nothing is dropped at an end."""
+    """The endless stream of rows: each epoch is a permutation of all rows. No row is dropped at the end of an epoch."""
 
     def __init__(self, rows: int, *, seed: int, shuffle: bool) -> None:
-        """`rows` usable rows (at least 1)."""
+        """`rows`: number of usable rows, at least 1."""
         self._rows = rows
         self._seed = seed
         self._shuffle = shuffle
-        # A step may straddle two epochs.
+        # A step may span two epochs.
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def epoch(self, position: int) -> int:
@@ -35,11 +35,11 @@ class SampleOrder:
     def _permute(self, epoch: int) -> Ints:
         if not self._shuffle:
             return np.arange(self._rows)
-        # Sorting raw Philox words: unlike Generator.permutation, the same in every numpy version (NEP 19).
+        # Sorts raw Philox words because Generator.permutation may differ between numpy versions (NEP 19).
         words = np.random.Philox(key=[self._seed, epoch]).random_raw(self._rows)
         return np.argsort(words, kind="stable")
 
 
 def samples_digest(numbers: Ints) -> str:
-    """sha256 (hex) over global row numbers in order, as little-endian int64."""
+    """sha256 (hex) of the global row numbers in order, as little-endian int64."""
     return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The places of the tokens of a micro-batch: positions, packed samples, what each context-parallel rank computes of them."""
+"""Token layout of a micro-batch: positions, packed samples, and the shares of context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sftd.trainer.data.upload import upload
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the `length` tokens answered so far, by layer number: each [1, groups, length, head_dim]."""
+    """Keys and values of the first `length` tokens, by layer number: each [1, groups, length, head_dim]."""
 
     length: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -25,11 +25,11 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens whose queries this rank computes, cut where samples end.
+    """Consecutive tokens whose queries this rank computes, cut into segments where samples end.
 
-    keys: the tokens of the whole stream that they see. query_ends, key_ends: where each segment ends among the queries
-    and among those keys, with a leading 0; a segment's queries are the last of its keys. The same as int32 on the
-    device: cu_seqlens_q, cu_seqlens_k.
+    keys: the tokens of the whole stream that they attend to. query_ends, key_ends: end of each segment among the queries
+    and among those keys, with a leading 0; a segment's queries are the last of its keys. cu_seqlens_q, cu_seqlens_k: the
+    same as int32 on the device.
     """
 
     keys: slice
@@ -40,17 +40,17 @@ class Chunk:
 
     @cached_property
     def longest_query(self) -> int:
-        """Queries of the segment with most."""
+        """Number of queries of the longest segment."""
         return max(stop - start for start, stop in pairwise(self.query_ends))
 
     @cached_property
     def longest_key(self) -> int:
-        """Keys of the segment with most."""
+        """Number of keys of the longest segment."""
         return max(stop - start for start, stop in pairwise(self.key_ends))
 
 
 def make_chunks(length: int, ends: list[int], *, rank: int, ranks: int, device: torch.device) -> list[Chunk]:
-    """What context-parallel rank `rank` of `ranks` computes of `length` tokens whose samples end at `ends` (with a
+    """The chunks of context-parallel rank `rank` of `ranks`, for `length` tokens with samples that end at `ends` (with a
     leading 0)."""
     chunks = []
     for start, stop in spans(length, rank, ranks):
@@ -62,16 +62,15 @@ def make_chunks(length: int, ends: list[int], *, rank: int, ranks: int, device: 
 
 @dataclass
 class SequenceLayout(PackedSeqParams):
-    """The places of the tokens of a micro-batch. Passed through GPTModel on every pipeline stage.
+    """Token layout of a micro-batch. GPTModel passes it to the attention on every pipeline stage.
 
-    It keeps Megatron's ordinary [s, b, h, d] format (`qkv_format` is not "thd"): RoPE goes by `positions`, so only
-    the core attention has to know that samples are packed or shared by context-parallel ranks.
+    It keeps Megatron's ordinary [s, b, h, d] format (`qkv_format` is not "thd"): RoPE uses `positions`, so only the core
+    attention handles packed samples and context parallelism.
 
     positions: int64 [s], each token's position in its own sample.
-    chunks: what this rank's s tokens are of the whole stream, in order; None for rows that are not packed and that no
-    other rank shares.
+    chunks: this rank's s tokens in the whole stream, in order; None for rows without packing and context parallelism.
     is_packed: whether samples lie end to end (b is 1).
-    cache: set while an answer is generated; every rank then has the whole sequence.
+    cache: set during generation; every rank then has the whole sequence.
     """
 
     positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults

@@ -1,4 +1,4 @@
-"""Context parallelism: which part of every sequence a rank computes, and which keys its queries see."""
+"""Context parallelism: a rank's part of every sequence, and the keys that its queries see."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from bisect import bisect_right
 def spans(length: int, rank: int, ranks: int) -> list[tuple[int, int]]:
     """The tokens [start, stop) that context-parallel rank `rank` of `ranks` computes.
 
-    Of 2 · ranks equal chunks it has one from the front and its mirror image from the back: a token attends to all
-    before it, so that each pair costs the same. `length` is a multiple of 2 · ranks unless there is one rank.
+    Of 2 · ranks equal chunks, a rank has one from the front and its mirror image from the back. A token attends to all
+    previous tokens, so each such pair costs the same. With several ranks, `length` is a multiple of 2 · ranks.
     """
     if ranks == 1:
         return [(0, length)]
@@ -18,10 +18,10 @@ def spans(length: int, rank: int, ranks: int) -> list[tuple[int, int]]:
 
 
 def cut_segments(start: int, stop: int, ends: list[int]) -> tuple[int, list[int], list[int]]:
-    """The segments of tokens [start, stop), given the `ends` (with a leading 0) of all.
+    """The segments of tokens [start, stop), given the `ends` (with a leading 0) of all segments.
 
-    Returns the first token that their queries see, and the ends, with a leading 0, of each segment's queries, counted
-    from `start`, and of its keys, counted from that first token. A segment's queries are the last of its keys.
+    Returns the first token that their queries see, the ends of the segments' queries relative to `start`, and the ends of
+    their keys relative to that first token, both with a leading 0. A segment's queries are the last of its keys.
     """
     inner = bisect_right(ends, start)
     first = ends[inner - 1]

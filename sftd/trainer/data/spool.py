@@ -1,4 +1,4 @@
-"""A folder that one rank of each host fills and all of its ranks then map, and that is removed afterwards."""
+"""A temporary folder that one rank of each host fills and all ranks of the host map."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.05
 def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder in `parent`, filled by `fill(folder)` on one rank of each host. Called by every rank.
 
-    It is removed after the block, in which each rank maps the files: what is mapped stays readable. Raises
+    Each rank maps the files in the block. The folder is removed afterwards; mapped files stay readable. Raises
     `DataError` or `DataNotDecoded` on every rank when `fill` raises it on one.
     """
     first = dist.get_rank() - int(os.environ["LOCAL_RANK"])
@@ -36,9 +36,9 @@ def shared_folder(parent: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
                 fill(folder)
             except (DataError, DataNotDecoded) as error:
                 found = error
-            # Removed, not made: that works on a full disk too.
+            # The signal removes a file instead of creating one, so it works on a full disk.
             (folder / _BUSY).unlink()
-        # No collective waits for the writer, however long it takes: NCCL's would time out.
+        # Poll instead of waiting in a collective: NCCL would time out while the writer decodes.
         while (folder / _BUSY).exists():
             time.sleep(_POLL_SECONDS)
         if errors := [error for error in gather(found) if error]:

@@ -1,4 +1,4 @@
-"""Small host arrays onto the device, without the host or the device waiting for the other."""
+"""Asynchronous upload of small host arrays to the device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """The array as a tensor of its dtype and shape on `device`."""
+    """The array as a tensor of the same dtype and shape on `device`."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cpu":
         return tensor
-    # From pinned memory: any other copy waits until the device has done all that it was given before.
+    # A copy from unpinned memory would wait for all queued work of the device.
     return tensor.pin_memory().to(device, non_blocking=True)

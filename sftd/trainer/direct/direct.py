@@ -1,9 +1,9 @@
 """Training without a daemon or a database: `torchrun --nproc-per-node=8 -m sftd.trainer [CONFIG] [KEY=VALUE]...`.
 
-Rank 0 does what submit and the daemon would: it checks the config and every file that it names, decides where the
-attempt starts, and writes its order; the other ranks wait for that in torchrun's store. What happens is shown on the
-terminal, and written as under the daemon, so that `sftd import` can take the run into the event store. The same
-command given again continues from the last published checkpoint.
+Rank 0 does the work of submit and the daemon: it checks the config and the files in it, chooses the start of the attempt
+and writes its order. The other ranks wait for the order in torchrun's store. Events are shown on the terminal and written
+in the daemon's format, so that `sftd import` can load the run into the event store. The same command continues from the
+last published checkpoint.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ Train without a daemon. CONFIG is a YAML file, KEY=VALUE is laid over it; `sftd 
 The run goes to <checkpoint.save_dir>/<trainer.experiment_name>; the same command again continues it.
 """
 _PLAN = "plan"
-# Reading every row of the data files takes rank 0 seconds to many minutes.
+# Rank 0 reads every row of the data files, which can take many minutes.
 _CHECKS = timedelta(hours=12)
-# Ctrl-C, the end of the terminal, and what clusters send: torchrun passes each on to the ranks.
+# Ctrl-C, a closed terminal, and the cluster's stop. torchrun forwards each to the ranks.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """One rank of a run that is started without a daemon."""
+    """Run one rank of a run without a daemon."""
     if {"-h", "--help"} & set(arguments):
         if os.environ.get("RANK", "0") == "0":
             print_text(USAGE)
         return
-    # A sample answer may hold what the terminal's encoding does not.
+    # A sample answer may contain characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Until there is something to save, a signal simply ends this process.
+    # While there is nothing to save, a signal ends this process at once.
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.stderr.write(f"sftd: {error}\n")
         sys.exit(2)
     rank = int(os.environ["RANK"])
-    # Alone, on the loopback device; several ranks meet where the torchrun that started them says.
+    # A single rank uses the loopback device, several ranks use torchrun's address.
     store = rendezvous_module.store(None) or next(rendezvous("env://"))[0]
     # torchrun's store outlives a restart of the ranks.
     store = PrefixStore(f"sftd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     attempt = AttemptDir(path)
     run = DirectRun(attempt.path.parent)
-    # Until this process ends, a start or an import of this run is refused: it is alive.
+    # While this process lives, the hold blocks a second start and an import of this run.
     hold = hold or run.share_hold()
     _train(run, attempt)
     if rank == 0:
@@ -115,7 +115,7 @@ def _train(run: DirectRun, attempt: AttemptDir) -> None:
         _leave_error(attempt, error)
         if os.environ["RANK"] != "0":
             raise
-        # What a person can do something about: a sentence, once, and no stack.
+        # The user can fix this: print one sentence, once, without a stack.
         sys.stderr.write(f"sftd: {error}\n")
         sys.exit(2 if isinstance(error, UserError) else 1)
     except BaseException as error:
@@ -124,7 +124,7 @@ def _train(run: DirectRun, attempt: AttemptDir) -> None:
 
 
 def _leave_error(attempt: AttemptDir, error: BaseException) -> None:
-    """Write why this rank failed as torchelastic does, which keeps its own file in a folder that is gone tomorrow."""
+    """Write the rank's error in torchelastic's format. torchelastic's own file is in a temporary folder."""
     message = {
         "message": f"{type(error).__name__}: {error}",
         "extraInfo": {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))},
@@ -137,26 +137,28 @@ def _conclude(run: DirectRun, attempt: AttemptDir) -> None:
     assert submission is not None
     state = read_history(run, submission).run
     if state.status == "succeeded":
-        say = f"All {state.step} steps are done. The last checkpoint: {state.checkpoints[-1].path}\n"
+        outcome = f"All {state.step} steps are done. The last checkpoint: {state.checkpoints[-1].path}\n"
     elif state.status == "cancelled":
-        say = f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
+        outcome = (
+            f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
+        )
     else:
-        say = f"Ended early: {state.message}\n"
+        outcome = f"Ended early: {state.message}\n"
     print_text(
-        f"{say}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n"
+        f"{outcome}Into the event store, for `sftd show` and MLflow: sftd import {shlex.quote(str(run.path))}\n"
     )
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the reporting rank knows of the run so far, and the steps that it must reproduce."""
+    """The run's state so far, and the logged steps that the reporting rank must reproduce."""
 
     run: Run
     log: dict[int, e.StepCompleted]
 
 
 class DirectReporter(Reporter):
-    """Shows each event on the terminal, and deletes the checkpoints that nothing keeps, as a daemon would."""
+    """Shows each event on the terminal and deletes checkpoints that no retention rule protects, as the daemon does."""
 
     def __init__(self, run: DirectRun, attempt: AttemptDir, is_reporter: bool) -> None:
         super().__init__(attempt, is_reporter)
@@ -169,7 +171,7 @@ class DirectReporter(Reporter):
             self._seen = _Seen(history.run, steps_to_redo(n.event for n in history.events))
 
     def emit(self, event: e.Event) -> None:
-        """Append an event to the journal, and show it."""
+        """Append an event to the journal and show it."""
         super().emit(event)
         if self._seen is None:
             return
@@ -178,7 +180,7 @@ class DirectReporter(Reporter):
         self._show(event)
         redone = compare_with_log(seen.log, seen.run, event)
         if redone is not None and (anomaly := redone.anomaly):
-            # Not journalled: a reader of the history compares the steps again.
+            # Not journalled: readers of the history compare the steps themselves.
             self._show(anomaly)
         if isinstance(event, e.CheckpointPublished):
             self._collect()
@@ -192,14 +194,14 @@ class DirectReporter(Reporter):
         assert self._seen is not None
         run = self._seen.run
         if decisions.shortfall(run) is None:
-            # What the old history is kept for until then.
+            # The run is complete, so retention no longer protects its superseded checkpoints.
             run = msgspec.structs.replace(run, status="succeeded")
         for c in deletable(run):
             if not is_checkpoint_of(c.path, run.run_id):
                 continue
             with unread(Path(c.path)) as free:
                 if free:
-                    # Said before it is done: a folder too many is harmless, a checkpoint without its folder is not.
+                    # Record first: a leftover folder is harmless, a recorded checkpoint without its folder is not.
                     reason = "superseded" if c.superseded else "retention"
                     self.emit(e.CheckpointDeleted(step=c.step, path=c.path, bytes=c.bytes, reason=reason))
                     remove(Path(c.path))

@@ -1,4 +1,4 @@
-"""What rank 0 decides before a run without a daemon starts: whether it may start, and from which checkpoint its next attempt continues."""
+"""Rank 0's checks before a run without a daemon starts, and the order of its next attempt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BEGIN_ANOTHER = "begin another: trainer.experiment_name=NAME"
 def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     """Check everything and write the order of the next attempt.
 
-    Returns its folder, or "" when there is nothing to train; the exit code then; and the hold on the run.
+    Returns the attempt's folder, or "" when there is nothing to train; the exit code; and the hold on the run.
     """
     hold = None
     try:
@@ -57,12 +57,12 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
         hold.share()
         return str(attempt.path), 0, hold
     except (SftdError, OSError) as error:
-        _tell_error(error)
+        _print_error(error)
         return "", _REFUSED if isinstance(error, Refused) else 1, hold
 
 
 def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
-    """The spec of CONFIG and KEY=VALUE in the world that torchrun made."""
+    """The spec from CONFIG and KEY=VALUE, with torchrun's number of ranks and nodes."""
     config, overrides = None, list(arguments)
     if overrides and ("=" not in overrides[0] or os.path.isfile(overrides[0])):
         config, *overrides = overrides
@@ -77,7 +77,7 @@ def _read_spec(arguments: Sequence[str]) -> tuple[Spec, list[Problem]]:
 
 
 def _own_gpus(spec: Spec) -> int | None:
-    """The GPUs of this host; None for a run on CPUs."""
+    """The number of GPUs of this host; None for a run on CPUs."""
     if process.device_kind(spec) == "cpu":
         return None
     import torch
@@ -103,10 +103,10 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     checkpoint = state.restart_checkpoint
     _refuse_another_run(run, state, new)
     _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
-    say = f"sftd: run {state.run_id} in {run.path}\n"
+    text = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded" and new.planned_steps == state.planned_steps:
         print_text(
-            f"{say}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
+            f"{text}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
             "To train more give a larger trainer.max_steps, for another run another trainer.experiment_name.\n"
         )
         return None
@@ -128,10 +128,10 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     start = f"step {checkpoint.step}" if checkpoint else "the pretrained model"
     how = "continues" if state.attempt else "starts"
     if record.files is None:
-        say += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
-    say += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
-    say += "".join(f"warning: {warning}\n" for warning in warnings)
-    print_text(say)
+        text += "An older sftd began it without recording the model folder, so a change cannot be detected.\n"
+    text += f"Attempt {state.attempt + 1} {how} from {start}: {_layout(spec)}, {counted(new.planned_steps, 'step')}\n"
+    text += "".join(f"warning: {warning}\n" for warning in warnings)
+    print_text(text)
     return attempt
 
 
@@ -150,7 +150,7 @@ def _user() -> str:
 
 
 def _identity(spec: Spec) -> ProcessFile:
-    """torchrun, or this process where there is no torchrun."""
+    """The record of torchrun's process, or of this process without torchrun."""
     leader = psutil.Process(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
     kind = process.device_kind(spec)
     return ProcessFile(
@@ -170,17 +170,17 @@ def _layout(spec: Spec) -> str:
 
 
 def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
-    """What makes other steps of those that are done is another run. Raises `Refused`."""
+    """Raise `Refused` when the settings would change the completed steps: that needs another run."""
     fix = f"set it back to continue that run, or {_BEGIN_ANOTHER}"
     problems = [
         msgspec.structs.replace(problem, what=f"{problem.what} (in {run.path})", fix=fix)
         for problem in decisions.other_run(state, new)
     ]
     if not problems and new.planned_steps < state.step:
-        what = f"{new.planned_steps} steps are fewer than the {state.step} that are done in {run.path}"
+        what = f"{new.planned_steps} steps are fewer than the {state.step} completed steps in {run.path}"
         problems.append(Problem("trainer.max_steps", what, fix))
     if not problems and new.spec.checkpoint.save_dir != state.spec.checkpoint.save_dir:
-        # The checkpoints of its history would all be missing, and it would begin again.
+        # All checkpoints of its history would be missing, and the run would start from the beginning.
         what = f"{run.path} was moved: its checkpoints were in {state.spec.checkpoint.save_dir}"
         problems.append(Problem("checkpoint.save_dir", what, "move the folder back"))
     if problems:
@@ -190,13 +190,13 @@ def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
 def _refuse_another_model(
     run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
 ) -> None:
-    """A model folder that changed makes other steps, too. Raises `Refused`."""
+    """Raise `Refused` when the model folder changed."""
     fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
     if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
         raise Refused(problems)
 
 
-def _tell_error(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     if isinstance(error, Refused):
         lines = [f"refused: {counted(len(error.problems), 'problem')}; nothing was written"]
         lines += [f"  {problem}" for problem in error.problems]

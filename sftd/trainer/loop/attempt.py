@@ -45,7 +45,7 @@ from sftd.wire.model.folder import read_shape
 
 
 def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter] = Reporter) -> None:
-    """Train as the attempt's order says. The entry point of every rank. `make_reporter` makes what takes the events."""
+    """Execute the attempt's order. Entry point of every rank. `make_reporter` builds the reporter of the events."""
     started = time.perf_counter()
     attempt = AttemptDir(attempt_path)
     order = attempt.order()
@@ -65,9 +65,9 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
 
 @dataclass(frozen=True)
 class _Sums:
-    """One step over all ranks: sums, but for the gradient's norm and the peak memory in bytes (of the fullest rank).
+    """One step, summed over all ranks. `grad_norm` is global; `peak_memory` is the maximum over the ranks, in bytes.
 
-    `is_written`: every rank has its share of the save that is in flight on the disk.
+    `is_written`: every rank has written its share of the save in flight.
     """
 
     loss: float
@@ -95,10 +95,9 @@ class RankAttempt:
             checkpoint_folder.check_folder(Path(order.checkpoint_dir))
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
-        # Until the first step is recorded: no step may come of weights that the log does not know.
-        self._weights_digest = (
-            WeightsDigest(folder, is_cpu=is_cpu) if pretrained or self._spec.model.lora.rank else None
-        )
+        # Finished before the first step is recorded: a recorded step implies weights whose digest is in the log.
+        reads_weights = pretrained or self._spec.model.lora.rank > 0
+        self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if reads_weights else None
         self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
         self._environment = sessions.environment(session)
         reporter.emit(
@@ -115,7 +114,7 @@ class RankAttempt:
         self._checkpoints = Checkpoints(order, session, self._trainee, reporter)
         self._progress = Progress(step=0, tokens_total=0, loss=math.nan, grad_norm=math.nan)
         self._saved_step = 0
-        # The rows and micro-batches of the step that comes, made while the step before is computed.
+        # Rows and micro-batches of the next step, prepared while the GPU computes the current one.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
         self._is_written = False
         self._meter = Meter(shape, session)
@@ -135,9 +134,9 @@ class RankAttempt:
             while self._progress.step < self._order.last_step:
                 self._train_step()
             return
-        # A fork starts from its parent's checkpoint, but its settings or its data may be others.
-        is_others = Path(self._order.checkpoint or "").parent != Path(self._order.checkpoint_dir)
-        if self._spec.trainer.val_before_train and is_others:
+        # A fork starts from its parent's checkpoint, but its settings or data may differ.
+        resumes = Path(self._order.checkpoint or "").parent == Path(self._order.checkpoint_dir)
+        if self._spec.trainer.val_before_train and not resumes:
             self._validate()
         stop = False
         while self._progress.step < self._order.planned_steps and not stop:
@@ -146,7 +145,7 @@ class RankAttempt:
                 self._checkpoints.finish()
             is_last = self._progress.step == self._order.planned_steps
             if stop and not is_last:
-                # First of all: who asked for the stop may not wait for a validation.
+                # Before the validation: the process that requested the stop may not wait that long.
                 self._save(must_succeed=False)
             if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
                 self._validate()
@@ -160,7 +159,7 @@ class RankAttempt:
     def _read_shape(self) -> ModelShape:
         try:
             shape = read_shape(self._spec.model.partial_pretrain, self._spec.model.override_config)
-            # Submit has checked this too, unless the folder changed or the trainer is used directly.
+            # Repeats the check at submit: the folder may have changed, and a direct run has no submit.
             if problems := MODEL.problems(self._spec, shape):
                 raise Refused(problems)
         except Refused as refused:
@@ -188,7 +187,7 @@ class RankAttempt:
                 f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
             )
         planned = spec.planned_steps(len(self._train))
-        # Not a fork, nor a run that left samples out: those were planned otherwise.
+        # Forks and runs that left samples out have a different plan.
         is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
         if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
             raise UserError(
@@ -223,7 +222,7 @@ class RankAttempt:
         )
 
     def _train_step(self) -> bool:
-        """One optimizer step. Returns whether a stop was asked for. Raises `NonFiniteLoss`."""
+        """One optimizer step. Returns whether a stop was requested. Raises `NonFiniteLoss` and `LossSpike`."""
         started = time.perf_counter()
         step, size = self._progress.step, self._spec.data.train_batch_size
         rows, batches = self._next or self._prepare(step)
@@ -233,7 +232,7 @@ class RankAttempt:
         loss, norm = self._trainee.step(
             batches, trained=trained, learning_rate=rate, accept=self._accept if skips else None
         )
-        # A GPU is still at it: the time is free.
+        # The GPU is still computing, so this costs no time.
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
         sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
         seconds = time.perf_counter() - started
@@ -265,7 +264,7 @@ class RankAttempt:
         return sums.stop
 
     def _accept(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the weights may learn from a step: all ranks say the same. Waits for the GPU."""
+        """Whether to update the weights with a step; the same on all ranks. Waits for the GPU."""
         total = loss * self._session.layout.counts
         dist.all_reduce(total)
         what = self._watch.judge(float(total), float(norm))
@@ -276,7 +275,7 @@ class RankAttempt:
         return training.on_non_finite if what == "non_finite_loss" else training.on_spike
 
     def _judge(self, event: StepCompleted) -> None:
-        """Record an anomalous step, and end the attempt if the policy says so."""
+        """Record an anomalous step. Raises `NonFiniteLoss` or `LossSpike` if the policy ends the attempt."""
         what = self._watch.judge(event.loss, event.grad_norm)
         if what is None:
             self._watch.add(event.loss)
@@ -292,29 +291,31 @@ class RankAttempt:
         self._reporter.emit(AnomalyDetected(step=event.step, what=what, detail=detail))
         if policy == "record":
             self._watch.add(event.loss)
-        # A redone step continued in the log, or ends with this step by itself.
+        # A redo never ends the attempt: in the log, training continued after this step or ended with it.
         if policy in ("stop", "rollback") and self._order.last_step is None:
-            # Of a step before this one: where the next attempt may start.
+            # Publish the save in flight, of an earlier step: the next attempt may start from it.
             self._checkpoints.finish()
             self._reporter.flush()
             text = f"step {event.step}: loss {event.loss}, gradient norm {event.grad_norm}"
-            # Two lines, for the traceback shows one, and what ended the attempt is read off it.
+            # Two raise statements, so that the source line in the traceback names one reason only.
             if what == "non_finite_loss":
                 raise NonFiniteLoss(text)
             raise LossSpike(text)
 
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
-        """The rows of 0-based `step` and this rank's micro-batches of them."""
+        """The rows of `step` (0-based) and this rank's micro-batches of them."""
         size = self._spec.data.train_batch_size
         rows = self._samples.rows(self._order.sample_position(step), size)
         return rows, self._batching.batches(self._train, rows)
 
     def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
-        """Everything that a step needs to know of the other ranks, the wish to stop included, in one small all-reduce,
-        which is also where the host waits for a GPU."""
+        """Reduce a step's results and stop requests over the ranks in one small all-reduce.
+
+        Here the host waits for the GPU.
+        """
         layout = self._session.layout
         wants_stop = process.stop_signalled() or (layout.reports and self._attempt.stop_requested())
-        # A place for each rank: a sum that is a gather.
+        # One slot per rank, so that the sum is a gather.
         memory = [0.0] * dist.get_world_size()
         memory[dist.get_rank()] = float(self._meter.peak_memory())
         counts = [real * layout.counts, padded * layout.counts, wants_stop, self._checkpoints.is_written]
@@ -350,7 +351,7 @@ class RankAttempt:
         self._saved_step = self._progress.step
 
     def _begin_save(self) -> None:
-        """A save that training does not wait for. The step after which every rank has written its share publishes it."""
+        """Start a save in the background. It is published after the first step by which every rank has written its share."""
         if self._saved_step == self._progress.step:
             return
         self._checkpoints.begin(self._progress, self._versions())
@@ -361,7 +362,7 @@ class RankAttempt:
 
 
 def _unchanged(paths: list[str], submitted: str) -> str:
-    """Digest of the files. Raises `DataError` when they are no longer those that were submitted."""
+    """Digest of the files. Raises `DataError` when it differs from the submitted one."""
     found = files_digest(paths)
     if submitted and found != submitted:
         raise DataError(

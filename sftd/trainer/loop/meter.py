@@ -1,4 +1,4 @@
-"""How well a step used the devices."""
+"""Device use of a step: MFU and peak memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Meter:
         self._peak = None if one is None else one * dist.get_world_size()
 
     def mfu(self, tokens: int, squared_lengths: float, seconds: float) -> float | None:
-        """Model FLOPs of `tokens` real tokens in samples of Σ n² = `squared_lengths`, over what the devices could have
-        done in `seconds`; None for devices whose peak is not known."""
+        """Model FLOPs of `tokens` real tokens, in samples with Σ n² = `squared_lengths`, divided by the devices' peak
+        FLOPs in `seconds`. None if the peak is unknown."""
         if self._peak is None or seconds <= 0:
             return None
         return training_flops(self._shape, tokens, squared_lengths) / (seconds * self._peak)
 
     def peak_memory(self) -> int:
-        """The most bytes in use so far: of tensors on a GPU, of the process on a CPU."""
+        """Peak bytes so far: of tensors on a GPU, of the whole process on a CPU."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

@@ -18,9 +18,9 @@ from sftd.trainer.trainee import Trainee
 def validate(
     step: int, trainee: Trainee, rows: Rows, batching: Batching, session: Session, round_size: int
 ) -> ValidationCompleted:
-    """Mean loss per trained token over every row; the same in any layout, and nothing is dropped.
+    """Mean loss per trained token over all rows. No row is dropped, and the layout does not matter.
 
-    Rows go through the model in rounds of at most `round_size`, short rows first, so that little is padding.
+    The model computes rounds of at most `round_size` rows, shortest first, to reduce padding.
     """
     started = time.perf_counter()
     by_length = np.argsort(rows.lengths, kind="stable")

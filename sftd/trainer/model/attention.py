@@ -1,5 +1,5 @@
-"""Causal attention for the layer spec: PyTorch's SDPA, packed samples, sequences shared by context-parallel ranks, and
-a key-value cache for greedy answers."""
+"""Causal attention for the layer spec, on PyTorch's SDPA: packed samples, context parallelism, and a key-value cache for
+greedy answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """Query [s, b, heads, d], key and value [s, b, groups, d] → [s, b, heads · d].
 
-        No mask is needed for rows padded on the right: a trained position only looks left.
+        Rows padded on the right need no mask, because a trained position attends only to its left.
         """
         layout = packed_seq_params
         assert isinstance(layout, SequenceLayout)
@@ -60,7 +60,7 @@ class CausalAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         if len(layout.chunks) > 1:
             key, value = gather_stream(key, value)
-        # The varlen kernel takes half precision only.
+        # The varlen kernel supports half precision only.
         is_varlen = layout.is_packed and query.is_cuda and query.dtype != torch.float32
         attend = self._varlen if is_varlen else self._by_segment
         queries = query.split([chunk.query_ends[-1] for chunk in layout.chunks])
@@ -93,11 +93,11 @@ class CausalAttention(MegatronModule):
         if not self.is_grouped or _varlen_takes_groups():
             from torch.nn.attention.varlen import varlen_attn
 
-            # Causal, where the last query sees the last key.
+            # Causal, aligned so that the last query sees the last key.
             options: dict[str, Any] = {"enable_gqa": True} if self.is_grouped else {}
             out = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
         else:
-            # torch before 2.12: the kernel below takes groups, its public face equal head counts only.
+            # Before torch 2.12, varlen_attn supports equal head counts only, but its kernel supports groups.
             out, *_ = torch.ops.aten._flash_attention_forward(
                 q, k, v, *ends, 0.0, is_causal=True, return_debug_mask=False, scale=self.scale
             )
@@ -121,10 +121,10 @@ def _varlen_takes_groups() -> bool:
 
 
 def _last_of(queries: int, keys: int, like: Tensor) -> Any:
-    """Causal attention of the last `queries` of `keys` tokens, as an attention mask; None where it is all of them."""
+    """Causal mask of the last `queries` of `keys` tokens; None if they are all of the tokens."""
     if queries == keys:
         return None
     if like.is_cuda and like.dtype != torch.float32:
-        # A kernel's own mask.
+        # The fused kernels support this mask.
         return causal_lower_right(queries, keys)
     return torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)

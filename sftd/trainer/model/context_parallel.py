@@ -1,4 +1,4 @@
-"""The keys and values of a whole sequence, gathered from the context-parallel ranks that share it."""
+"""Gathers the keys and values of a whole sequence from the context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class _GatherStream(torch.autograd.Function):
 
 
 def gather_stream(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's keys and values, each [s / CP, …] as `sequence_shards.spans` has them → those of all tokens in order, each [s, …].
+    """This rank's keys and values, each [s / CP, …] in the order of `sequence_shards.spans` → those of all tokens, in
+    order, each [s, …].
 
-    Their gradients are summed over the context-parallel ranks.
+    Backward sums their gradients over the context-parallel ranks.
     """
     return _GatherStream.apply(key, value)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise over the first `width` columns of logits [n, w]: the maximum, Σ exp(logit − maximum), and the logit at
-    `index` int64 [n] (0 where that is negative). Each FP32 [n]."""
+    `index` int64 [n] (0 where `index` is negative). Each FP32 [n]."""
     scores = logits[:, :width].float()
     if not width:
         return (
@@ -22,7 +22,7 @@ def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def gradient_(logits: Tensor, index: Tensor, log_total: Tensor, weight: Tensor, width: int) -> None:
-    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 from column `width` on."""
+    """Overwrite logits [n, w] with (exp(logit − log_total) − [column = index]) · weight, and with 0 from column `width`."""
     share = (logits[:, :width].float() - log_total[:, None]).exp_()
     mine = (index >= 0).nonzero().squeeze(1)
     share[mine, index[mine]] -= 1.0

@@ -30,14 +30,14 @@ class _Lookup(Function):
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None:
             return weight.new_zeros(weight.shape).index_add_(0, rows.flatten(), grad), None
-        # A gradient of the whole matrix, as PyTorch would make, is mostly zeros to write, read and add.
+        # PyTorch would make a gradient of the whole matrix: mostly zeros to write, read and add.
         main_grad.index_add_(0, rows.flatten(), grad.to(main_grad.dtype))
         return mark_accumulated(weight), None
 
 
 def embed(embedding: Any, tokens: Tensor, *, sequence_parallel: bool) -> Tensor:
     """Rows of Megatron's `LanguageModelEmbedding` for tokens int64 [b, s]: [s, b, h], or with sequence parallelism this
-    rank's share of s. The gradient of the weight goes straight to Megatron's `main_grad` in FP32 where there is one."""
+    rank's share of s. Backward adds the weight's gradient to Megatron's FP32 `main_grad` if the weight has one."""
     weight = embedding.word_embeddings.weight
     columns = tokens.t().contiguous()
     if parallel_state.get_tensor_model_parallel_world_size() == 1:

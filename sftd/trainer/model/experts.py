@@ -1,8 +1,8 @@
-"""Mixture of experts: Megatron's MoELayer, dropless, with one MLP after the other per rank (SequentialMLP).
+"""Mixture of experts: Megatron's dropless MoELayer with SequentialMLP, which computes a rank's experts one by one.
 
-With expert parallelism (EP) each rank holds some experts whole, and the ranks that share them are any of a pipeline
-stage: tensor-, context- and data-parallel ones. Without it every expert is split over the tensor-parallel ranks as a
-dense MLP is. Tokens travel by all-to-all, which gloo and NCCL both have.
+With expert parallelism (EP) each rank holds some of the experts, unsplit; an EP group spans tensor-, context- and
+data-parallel ranks of a pipeline stage. Without EP every expert is split over the tensor-parallel ranks like a dense
+MLP. Tokens are dispatched by all-to-all, which gloo and NCCL both support.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from sftd.domain.spec.spec import Spec
 
 
 def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
-    """Fields of the TransformerConfig of a mixture of experts; none for a dense model.
+    """TransformerConfig fields for a mixture of experts; empty for a dense model.
 
-    The router computes in FP32: logits, softmax over all experts, top-k; the weights of those taken sum to 1 where the
-    model normalises them. There is no load-balancing loss, as in transformers without `output_router_logits`.
+    The router computes in FP32: logits, softmax over all experts, top-k, and normalisation of the top-k weights to a sum
+    of 1 if the model does that. There is no load-balancing loss, as in transformers without `output_router_logits`.
     """
     if not shape.num_experts:
         return {}
@@ -28,7 +28,7 @@ def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
         "num_moe_experts": shape.num_experts,
         "moe_ffn_hidden_size": shape.moe_intermediate_size,
         "moe_router_topk": shape.num_experts_per_tok,
-        # A softmax over the taken logits is one over all of them, normalised.
+        # A softmax over the top-k logits equals the normalised softmax over all of them.
         "moe_router_pre_softmax": not shape.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -41,8 +41,8 @@ def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
 def mark(model: torch.nn.Module) -> None:
     """Mark the experts' parameters as reduced over the expert-data-parallel group in every layout.
 
-    Megatron itself does so only with EP; without it that group is the data-parallel one. The mark gives the experts an
-    optimizer of their own, and only if they have one in both layouts can a checkpoint be resumed with another EP.
+    Megatron marks them only with EP; without EP, the group is the data-parallel group. The mark gives the experts their
+    own optimizer. A checkpoint can be resumed with another EP only if both layouts have that optimizer.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -50,9 +50,9 @@ def mark(model: torch.nn.Module) -> None:
 
 
 def is_counted(parameter: torch.nn.Parameter, copy: int) -> bool:
-    """Whether this rank's copy of a parameter, the `copy`-th from 0 (data and context parallelism), represents all of them.
+    """Whether a count of parameters includes this rank's copy. `copy`: 0 on the first data- and context-parallel rank.
 
-    Megatron marks a parameter that is reduced over the expert-data-parallel group by `allreduce` = False.
+    `allreduce` = False marks a parameter that is reduced over the expert-data-parallel group.
     """
     if getattr(parameter, "allreduce", True):
         return copy == 0

@@ -1,4 +1,4 @@
-"""An attempt's model folder against the record in its order, before anything is built from it."""
+"""Compares an attempt's model folder with the record in its order, before the model is built."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sftd.wire.model import digest as model_digest
 
 
 def checked_spec(order: Order) -> Spec:
-    """The spec to train with: the order's, with a model folder that is as recorded. Called by every rank; one of each host
-    compares, and one of all keeps a copy of the small files.
+    """The order's spec, with a model folder that matches the record. Called by every rank: one per host compares, and
+    rank 0 keeps a copy of the small files.
 
-    An attempt that starts from a checkpoint reads no weights: where the folder is gone it uses the copy. Raises
+    An attempt that starts from a checkpoint reads no weights, so it uses the copy if the folder is gone. Raises
     `UserError` when the folder changed.
     """
     spec = order.spec
@@ -38,7 +38,7 @@ def checked_spec(order: Order) -> Spec:
             raise UserError(str(refused)) from refused
         code = spec.model.trust_remote_code
         if changed := differences(order.model_files, now, weights=pretrained, code=code):
-            # The fix comes first: of a long message only the beginning is kept.
+            # The fix comes first, because long messages are truncated at the end.
             fix = model_digest.fork_fix(order.run_id, pretrained=pretrained)
             raise UserError(
                 f"{spec.model.partial_pretrain} changed since the run was submitted (fix: {fix}): "

@@ -1,6 +1,6 @@
 """A decoder layer: Megatron's parallel matrix products with fused operations between them.
 
-A family whose layers differ overrides the methods of `DecoderLayer`, or gives Megatron's spec other modules.
+A family with different layers overrides methods of `DecoderLayer`, or puts other modules into Megatron's spec.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sftd.trainer.model.recompute import computed_again
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's layer with its parameters, its sharding and its checkpoints, but an own forward.
+    """Megatron's layer (parameters, sharding, checkpoints) with its own forward.
 
-    `x + attention(norm(x))`, then `x + mlp(norm(x))`. With selective recomputation the norms' outputs and the
-    activation's are not kept for backward but computed again: a third less memory for a few elementwise passes.
+    `x + attention(norm(x))`, then `x + mlp(norm(x))`. With selective recomputation, backward recomputes the outputs of
+    the norms and the activation: a third less memory for a few elementwise passes.
     """
 
     def forward(
@@ -36,7 +36,7 @@ class DecoderLayer(TransformerLayer):
         **_: object,
     ) -> tuple[Tensor, None]:
         """Hidden states [s, b, h] (with sequence parallelism this rank's share of s) and the positions' cos and sin
-        FP32 [2, s, d / 2] → [s, b, h]. The second output is Megatron's cross-attention context, of which there is none.
+        FP32 [2, s, d / 2] → [s, b, h]. The second output is Megatron's cross-attention context, always None.
         """
         norm = self.input_layernorm
         residual, normed = ops.add_rms_norm(hidden_states, None, norm.weight, norm.eps)
@@ -48,12 +48,12 @@ class DecoderLayer(TransformerLayer):
         return residual + self.feed_forward(normed, residual), None
 
     def project(self, attended: Tensor) -> Tensor:
-        """What attention adds to the residual stream: [s, b, heads · d] → [s, b, h]."""
+        """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
         out, _bias = self.self_attention.linear_proj(attended)
         return cast(Tensor, out)
 
     def feed_forward(self, normed: Tensor, residual: Tensor) -> Tensor:
-        """What the MLP or the experts add to the residual stream, of which `normed` is the norm: [s, b, h]."""
+        """Output of the MLP or the experts: [s, b, h]. `normed` is the norm of `residual`."""
         if self.is_moe_layer:
             out, _bias = self.mlp(normed)
             return cast(Tensor, out)
@@ -67,7 +67,7 @@ class DecoderLayer(TransformerLayer):
     def _recomputing(
         self, tensor: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor
     ) -> AbstractContextManager[None]:
-        # What model.transformer_config sets for selective recomputation.
+        # model.transformer_config sets this for selective recomputation.
         return computed_again(tensor, function, argument) if self.recompute_input_layernorm else nullcontext()
 
     def attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
@@ -87,7 +87,7 @@ class DecoderLayer(TransformerLayer):
 
 
 def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer) -> Any:
-    """Megatron's spec of a layer that is a `module`."""
+    """Megatron's layer spec with layers of class `module`."""
     spec = get_gpt_layer_local_spec(
         num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
     )

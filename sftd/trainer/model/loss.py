@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split across the tensor-parallel ranks, with and without all logits in memory."""
+"""Vocabulary-parallel cross-entropy, with and without all logits in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumu
 def _losses(
     logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None, gradient_scale: float | None
 ) -> Tensor:
-    """Loss of each row of logits [n, vocabulary / TP], FP32 [n]; the logits are overwritten by d loss / d logit
-    (probability − [is the label], 0 where the label is ignored) times `gradient_scale` unless that is None."""
+    """Loss of each row of logits [n, vocabulary / TP]: FP32 [n]. Unless `gradient_scale` is None, overwrites the logits
+    with `gradient_scale` · d loss / d logit (probability − [is the label], 0 where the label is ignored)."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     group = parallel_state.get_tensor_model_parallel_group()
     width = logits.shape[-1]
@@ -50,7 +50,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None
     ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
-        # The caller's logits stay as they are.
+        # `_losses` overwrites its input.
         own = logits.reshape(-1, logits.shape[-1]).clone(memory_format=torch.contiguous_format)
         loss = _losses(own, labels.reshape(-1), ignore_index, vocab_size, 1.0 if wants_gradient else None)
         ctx.shape = logits.shape
@@ -71,7 +71,7 @@ def vocab_parallel_cross_entropy(
     """Per-token cross-entropy `log Σ exp(logits) − logits[label]` in nats, in FP32 (Shoeybi et al. 2019, §3).
 
     logits: [..., vocabulary / TP], this rank's share, any float dtype. labels: int64 [...], the same on every
-    tensor-parallel rank. `vocab_size` is the real vocabulary where padding columns follow it in the logits.
+    tensor-parallel rank. `vocab_size`: size without the padding columns, if the logits have any.
     Returns FP32 [...]: 0 where the label is `ignore_index`. Differentiable in `logits`.
     """
     return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, labels, ignore_index, vocab_size))
@@ -89,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_is_shared: bool,
         wants_gradients: bool,
     ) -> Tensor:
-        # ctx.needs_input_grad is true for a parameter under no_grad too.
+        # ctx.needs_input_grad is true for a parameter even under no_grad.
         wants_hidden, wants_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
         scale = 1.0 / divisor if wants_hidden or wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -98,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and getattr(weight, "main_grad", None) is None:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in logits_chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
-            # One buffer: the logits, and then their gradient.
+            # One buffer for the logits and then their gradient.
             logits = hidden[rows] @ weight.t()
             loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
             if d_hidden is not None:
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 accumulate_weight_gradient(
                     hidden[rows], logits, weight.main_grad if d_weight is None else d_weight
                 )
-            # Before the next chunk is computed: the name would hold this one until then.
+            # Otherwise this chunk would stay in memory while the next one is computed.
             del logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight, ctx.weight_is_shared = weight, weight_is_shared
@@ -134,13 +134,12 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     weight_is_shared: bool = False,
 ) -> Tensor:
-    """Σ cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`, FP32 scalar, without ever holding all logits.
+    """Σ cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`: FP32 scalar. Never holds all logits in memory.
 
-    hidden: [n, h]; weight: [vocabulary / TP, h], this rank's rows; labels: int64 [n], -100 is not trained. A chunk of
-    rows at a time: logits, loss, the logits' gradient in their place, and both products with it. So the gradients are
-    complete when forward ends. Where Megatron keeps a `main_grad` for the weight, its gradient goes straight there in
-    FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use in the same graph
-    that shows Megatron when its gradient is complete (a tied embedding on the same rank).
+    hidden: [n, h]; weight: [vocabulary / TP, h], this rank's rows; labels: int64 [n], -100 is not trained. Forward
+    computes the gradients too, for a chunk of rows at a time. If the weight has Megatron's `main_grad`, its gradient is
+    accumulated there in FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use
+    in the same graph, which marks its gradient as complete for Megatron (a tied embedding on the same rank).
 
     The gradient of `hidden` is this rank's part of the sum over the tensor-parallel ranks.
     """

@@ -1,7 +1,7 @@
-"""The model, with one seam: built with Megatron's GPTModel, used through `loss_share` and `next_token`.
+"""The model, built with Megatron's GPTModel and used through `loss_share` and `next_token`.
 
-megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense
-family to it. If that changes, this module, `layer` and the tables of `families` change, and nothing else.
+megatron-core 0.19 deprecates GPTModel in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense family
+to GPTModel. A switch would change this module, `layer` and the tables of `families` only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sftd.trainer.runtime.session import Session
 
 
 def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> TransformerConfig:
-    """Megatron's config of the model in `shape`, laid out as `spec` says."""
+    """Megatron's config of the model, with the layout of `spec`."""
     layout, is_cpu = session.layout, session.device.type == "cpu"
     recompute: dict[str, Any] = {}
     if spec.model.enable_gradient_checkpointing and spec.model.recompute == "full":
@@ -50,7 +50,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
             "recompute_num_layers": 1,
         }
     elif spec.model.enable_gradient_checkpointing:
-        # What DecoderLayer goes by.
+        # DecoderLayer reads this.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     accumulate_weight_gradients(accumulate_weight_gradient)
     return TransformerConfig(
@@ -69,7 +69,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Every parameter is loaded; random values would be drawn for nothing.
+        # Every parameter is loaded, so random values would be wasted.
         perform_initialization=False,
         use_cpu_initialization=is_cpu,
         params_dtype=session.dtype,
@@ -80,7 +80,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         sequence_parallel=spec.model.megatron.sequence_parallel,
-        # Σ loss ÷ Σ trained tokens over the whole global batch, whatever the micro-batch or the layout.
+        # Σ loss ÷ Σ trained tokens over the global batch, for any micro-batch and layout.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -88,8 +88,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         gradient_accumulation_fusion=True,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        # gloo has no batched point-to-point messages. Nor may an interleaved pipeline of two stages have them: what one
-        # stage sends to the next and to the one before would meet in one batch between the same two ranks, and mix.
+        # gloo has no batched point-to-point messages. An interleaved pipeline of two stages must not use them either: its
+        # messages to the next and the previous stage go to the same rank, and one batch would mix them up.
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
@@ -115,7 +115,7 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
-            # Megatron's own embedding would be built only to be replaced.
+            # Avoids building Megatron's own embedding, which is replaced below.
             position_embedding_type="none",
             vp_stage=stage,
         )
@@ -133,12 +133,12 @@ def distribute(
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        # What `computed_again` keeps of a weight lacks the mark by which Megatron's hook, with overlap, knows that the
-        # gradient is there.
+        # With overlap, Megatron's hook needs `grad_added_to_main_grad` on the weight. `computed_again` keeps a detached
+        # weight without that mark.
         overlap_grad_reduce=session.device.type == "cuda"
         and session.layout.dp > 1
         and config.recompute_granularity != "selective",
-        # A bad gradient is reported by the loop, with the step's numbers, rather than asserted on.
+        # The loop reports a bad gradient with the step's numbers. Megatron would only assert.
         check_for_nan_in_grad=False,
     )
     modules = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
@@ -193,7 +193,7 @@ def _sum_of_losses(
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
     hidden_states = hidden_states.flatten(0, 1)
     if places.numel() < hidden_states.shape[0]:
-        # Only trained positions need logits; those of the prompts would be computed for nothing.
+        # Only trained positions need logits.
         hidden_states = hidden_states.index_select(0, places)
     return linear_cross_entropy(
         hidden_states,
@@ -208,7 +208,7 @@ def _sum_of_losses(
 def next_token(
     model: torch.nn.Module, tokens: Tensor, layout: SequenceLayout, last: int, vocab_size: int
 ) -> Tensor:
-    """Most probable token after position `last` of `tokens` int64 [1, s]: int64 [1]; of equals the lowest id.
+    """Most probable token after position `last` of `tokens` int64 [1, s]: int64 [1]. A tie goes to the lowest id.
 
     On an inner pipeline stage: its hidden states [s, 1, h].
     """
@@ -250,5 +250,5 @@ def _most_probable(
         torch.empty_like(mine) for _ in range(parallel_state.get_tensor_model_parallel_world_size())
     ]
     torch.distributed.all_gather(candidates, mine, group=parallel_state.get_tensor_model_parallel_group())
-    # Ranks hold ascending ids and max keeps the first of equals.
+    # A tie goes to the lowest id: the ranks hold ascending ids, and max returns the first of equals.
     return max(candidates, key=lambda c: float(c[0]))[1:].long()

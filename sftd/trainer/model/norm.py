@@ -12,8 +12,8 @@ from sftd.trainer.model import ops
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm over the last dimension, by `ops.rms_norm`.
 
-    Megatron's own torch norm refuses sequence parallelism (torch_norm.py:50). All it lacks is the tag on the weight
-    by which Megatron sums the gradients of the ranks' shares of the sequence.
+    Megatron's own torch norm rejects sequence parallelism (torch_norm.py:50), which needs only a tag on the weight:
+    Megatron then sums the weight's gradients over the shares of the sequence.
     """
 
     eps: float

@@ -1,6 +1,6 @@
-"""The operations between a layer's matrix products: PyTorch's own operations, and on a GPU the kernels in `kernels/`.
+"""The operations between a layer's matrix products: in PyTorch, and on a GPU with the kernels in `kernels/`.
 
-Both compute the same; on a GPU with FP32 sums whatever the dtype.
+Both compute the same functions. The kernels sum in FP32 for any dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The residual stream x + delta (x itself without a delta) and its RMSNorm, both [..., h].
 
-    One pass each way on a GPU: backward adds the residual's gradient to the norm's.
+    On a GPU, one pass each in forward and backward: backward adds the residual's gradient to the norm's.
     """
     if x.is_cuda:
         from sftd.trainer.model.kernels.norm import AddRmsNorm

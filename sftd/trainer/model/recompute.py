@@ -1,4 +1,4 @@
-"""Tensors that backward computes again instead of finding them in memory."""
+"""Recomputation of single tensors in backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class _Again:
+class _Recomputed:
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     shape: torch.Size
@@ -20,22 +20,21 @@ class _Again:
 
 @contextmanager
 def computed_again(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[None]:
-    """Where an operation inside the block would keep `tensor` for its backward, that calls `function(*inputs)`, which is
-    what made it, instead.
+    """Operations in the block do not save `tensor` for backward; backward recomputes it with `function(*inputs)`.
 
-    The inputs are kept; they should be kept by something else anyway. (Megatron's CheckpointWithoutOutput does the like,
-    but needs TransformerEngine and a C++ compiler.)
+    The inputs stay in memory, so use inputs that stay there anyway. (Megatron's CheckpointWithoutOutput is similar, but
+    needs TransformerEngine and a C++ compiler.)
     """
     place, size = tensor.data_ptr(), tensor.numel()
-    again = tuple(x.detach() for x in inputs)
+    detached = tuple(x.detach() for x in inputs)
 
     def pack(saved: Tensor) -> Any:
         if saved.data_ptr() == place and saved.numel() == size:
-            return _Again(function, again, saved.shape)
+            return _Recomputed(function, detached, saved.shape)
         return saved
 
     def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, _Again):
+        if isinstance(kept, _Recomputed):
             with torch.no_grad():
                 return kept.function(*kept.inputs).view(kept.shape)
         return kept

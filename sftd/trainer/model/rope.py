@@ -13,10 +13,10 @@ from sftd.trainer.data.sequence_layout import SequenceLayout
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """`theta^(-2i/d)` for i < d/2, after the model's RoPE scaling. FP32 [head_dim / 2].
+    """`theta^(-2i/d)` for i < d/2, with the model's RoPE scaling: FP32 [head_dim / 2].
 
-    Llama-3 scaling stretches wavelengths longer than the original context by `factor`, keeps those much shorter, and
-    interpolates between (transformers `modeling_rope_utils._compute_llama3_parameters`).
+    Llama-3 scaling stretches wavelengths longer than the original context by `factor`, keeps much shorter ones, and
+    interpolates between the two (transformers `modeling_rope_utils._compute_llama3_parameters`).
     """
     exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     frequency = 1.0 / (shape.rope_theta**exponent)
@@ -34,18 +34,18 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Takes the place of Megatron's, which knows no position ids and loops over packed segments in every layer.
+    """Replaces Megatron's, which has no position ids and loops over packed segments in every layer.
 
-    GPTModel first asks for a "sequence length" and hands it back; here that is the micro-batch's positions.
+    GPTModel calls `get_rotary_seq_len` and passes the result to `forward`; here it is the micro-batch's positions.
     """
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         super().__init__()
-        # Not a buffer: a BF16 model casts its buffers, and positions need FP32.
+        # Not a buffer: a BF16 model casts its buffers, but the angles need FP32.
         self.frequencies = inverse_frequencies(shape).to(device)
 
     def get_rotary_seq_len(self, *arguments: Any) -> Tensor:
-        """The positions int64 [s] out of the `SequenceLayout`, GPTModel's last argument."""
+        """The positions int64 [s] of the `SequenceLayout`, which is GPTModel's last argument."""
         layout = arguments[-1]
         assert isinstance(layout, SequenceLayout)
         return layout.positions

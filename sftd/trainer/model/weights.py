@@ -1,6 +1,6 @@
-"""Hugging Face safetensors ⇄ Megatron's parameters: one table for both ways.
+"""Hugging Face safetensors ⇄ Megatron's parameters, with one table for both directions.
 
-Loading, a rank reads only the slices that it holds; exporting, the whole parameters of a layer become its tensors.
+At a load, a rank reads only its own slices. An export converts the whole parameters of one layer at a time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from sftd.wire.model.digest import weight_files
 def model_rules(
     shape: ModelShape, layers: range, experts: range, *, is_first: bool, output: str | None
 ) -> Iterator[list[Rule]]:
-    """Every parameter of a chunk of the model that holds these layers and experts: embedding, each layer, head.
+    """The rules of a model chunk with these layers and experts, grouped: embedding, each layer, head.
 
-    `is_first`: it holds the embedding. `output`: "own" if it ends in an output layer with weights of its own, "shared"
-    if the output layer takes those of the embedding in the same chunk, None if it is not the last.
+    `is_first`: the chunk holds the embedding. `output`: "own" if the chunk has an output layer with its own weights,
+    "shared" if its output layer uses the embedding's weights in the same chunk, None if it is not the last chunk.
     """
     family = family_of(shape)
     if is_first:
@@ -49,7 +49,7 @@ def model_rules(
 def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -> None:
     """Fill every parameter of this rank's chunks, cast to its dtype.
 
-    Raises `UserError` for weights that are missing, of another shape, or that the model has no place for.
+    Raises `UserError` for weights that are missing, have another shape, or are unknown to the model.
     """
     with ExitStack() as stack:
         folder = Folder(path, stack)
@@ -87,7 +87,7 @@ def fill(
     value = rule.how.join(pieces, shape)
     if parameter.shape != value.shape:
         raise UserError(
-            f"{folder.path}: {rule.target} is {list(value.shape)}, but config.json asks for {list(parameter.shape)}"
+            f"{folder.path}: {rule.target} is {list(value.shape)}, but config.json specifies {list(parameter.shape)}"
         )
     parameter.copy_(value)
 
@@ -120,12 +120,12 @@ def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, la
         raise UserError(f"{name} has {found} rows, but config.json's vocab_size is {shape.vocab_size}")
     start = layout.tp_rank * rows
     value = folder.read_rows(name, start, start + rows)
-    # Rows that only pad the vocabulary: never looked up, and masked out of the softmax.
+    # Padding rows are never looked up, and the softmax masks them.
     return torch.nn.functional.pad(value, (0, 0, 0, rows - value.shape[0]))
 
 
 class Folder:
-    """The weights of a folder, by default a model's in one file or shards, opened but not read."""
+    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request."""
 
     def __init__(self, path: str, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         folder = Path(path)
@@ -144,8 +144,8 @@ class Folder:
         return set(self._files)
 
     def read(self, name: str, dim: int | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
-        """The tensor, or the `part` = (i, n) i-th of n equal shares along `dim`. Raises `UserError` when it is missing or
-        has no such shares."""
+        """The tensor, or share i of n equal shares along `dim` for `part` = (i, n). Raises `UserError` when the tensor is
+        missing or cannot be split so."""
         if name not in self._files:
             raise UserError(f"the weights in {self.path} lack {name}")
         piece = self._files[name].get_slice(name)
@@ -167,5 +167,5 @@ class Folder:
         return int(self._files[name].get_slice(name).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, without those after its last."""
+        """Rows [start, stop) of a matrix, fewer if it ends before `stop`."""
         return self._files[name].get_slice(name)[start:stop]

@@ -22,7 +22,7 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
     config = OptimizerConfig(
         optimizer="adam",
         lr=o.lr,
-        # Megatron's scheduler is not used (see schedule.py), but None is refused.
+        # Megatron's scheduler is not used, but OptimizerConfig rejects None.
         min_lr=0.0,
         weight_decay=o.weight_decay,
         adam_beta1=o.adam_beta1,
@@ -40,17 +40,17 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
 
 
 def configure(spec: Spec, optimizer: MegatronOptimizer, session: Session) -> None:
-    """Make the settings those of the spec: at the start, and after a load, which restores those of the run that saved."""
+    """Apply the spec's settings. Needed at the start and after a load, which restores those of the run that saved."""
     o = spec.optimizer
     fuse_adamw(optimizer, session.device)
     for group in optimizer.param_groups:
-        # What Megatron's scheduler would do.
+        # Megatron's scheduler would do this.
         group["weight_decay"] = o.weight_decay * group["wd_mult"]
         group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
 
 
 def take_peak(spec: Spec, state: object) -> None:
-    """Make the peak learning rate in a loaded state that of the spec: Megatron finds a group of parameters by it
+    """Replace the peak learning rate in a loaded state by the spec's. Megatron identifies a parameter group by it
     (distrib_optimizer.py:943), and a fork may change it."""
     if isinstance(state, dict):
         if "max_lr" in state:
@@ -63,7 +63,7 @@ def take_peak(spec: Spec, state: object) -> None:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
-    """Use `value` for the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
@@ -72,10 +72,10 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 def update(
     optimizer: MegatronOptimizer, clip_grad: float, accept: Callable[[Tensor], bool] | None = None
 ) -> Tensor:
-    """Clip the accumulated gradients to the norm `clip_grad` (0: not at all), and update the weights with them.
+    """Clip the accumulated gradients to the norm `clip_grad` (0: no clipping) and update the weights.
 
-    Unless `accept` is given and says no to the norm. Returns the norm before clipping, FP64 scalar on the device. Nothing
-    here waits for a GPU.
+    Skips both if `accept(norm)` is false. Returns the norm before clipping, FP64 scalar on the device. Waits for a GPU
+    only in `accept`.
     """
     optimizer.prepare_grads()
     norm = _grad_norm(optimizer)
@@ -102,7 +102,7 @@ def _grad_norm(optimizer: MegatronOptimizer) -> Tensor:
 def _scale(optimizer: MegatronOptimizer, factor: Tensor) -> None:
     for adamw in adamw_of(optimizer):
         if adamw.param_groups[0].get("fused"):
-            # The kernel divides by it as it reads the gradients (the way of torch's GradScaler).
+            # The fused kernel divides the gradients by it (torch's GradScaler does the same).
             adamw.grad_scale = factor.reciprocal()  # type: ignore[attr-defined]
         else:
             grads = [p.grad for group in adamw.param_groups for p in group["params"] if p.grad is not None]

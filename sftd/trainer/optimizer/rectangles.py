@@ -9,7 +9,7 @@ from collections.abc import Iterator
 def rectangles(
     shape: tuple[int, ...], start: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut the elements from `start` to `end`, in row-major order, into rectangles: (offset, shape) of each, in order."""
+    """Cut the row-major elements [`start`, `end`) into rectangles. Yields (offset, shape) of each, in order."""
     if len(shape) <= 1:
         if start < end:
             yield ((start,), (end - start,)) if shape else ((), ())

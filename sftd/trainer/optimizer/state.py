@@ -1,9 +1,9 @@
-"""The optimizer's state in a checkpoint: every rank stores and reads its own share, straight from and into its tensors.
+"""The optimizer's state in a checkpoint: every rank stores and reads its own share, directly from and to its tensors.
 
 Megatron's `fully_reshardable` format holds each moment in the shape of its parameter, so that any layout can read it.
-Its own code (distrib_optimizer.py:1223 and :1690) gathers the whole state into the host memory of every data-parallel
-rank to get there, at a save and at a load: 12 bytes a parameter. But a rank's share of a parameter, which is a range of
-its elements in row-major order, is a few rectangles of it, and the storage format takes rectangles as they are.
+For each save and load, Megatron's code (distrib_optimizer.py:1223 and :1690) gathers the whole state into the host memory
+of every data-parallel rank: 12 bytes per parameter. But a rank's share of a parameter is a range of row-major elements,
+which is a few rectangles, and the storage format supports rectangles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ State = dict[int, dict[str, list[ShardedTensor]]]
 def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Have every part of the optimizer store and read its own share, with torch's AdamW, in Megatron's format.
 
-    FP32 weights are their own master copy (the two share memory), so the master copy is left out.
+    FP32 weights share memory with their master copy, which is therefore left out.
     """
     for part in parts_of(optimizer):
         if not isinstance(part, DistributedOptimizer):
@@ -62,10 +62,10 @@ def _own_share(part: DistributedOptimizer, keys: tuple[str, ...], model: dict[st
 
 
 def _whole(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int]]:
-    """Where the checkpoint has this rank's parameter, in one part or several, each with its first element's number."""
+    """The parts of this rank's parameter in the checkpoint, each with the index of its first element."""
     if isinstance(place, ShardedTensor):
         return [(place, 0)]
-    # A tensor without memory shows which elements the factory puts where.
+    # Run the factory on a meta tensor to find the elements of each part.
     shape = torch.empty(place.data.shape, dtype=place.data.dtype, device="meta")
     built = list(nested_values(place.build_fn(place.key, shape, place.replica_id, None)))
     assert all(s.data.is_contiguous() for s in built), f"{place.key} is not cut along its rows"
@@ -75,9 +75,9 @@ def _whole(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTen
 def _pieces(
     shard: ShardedTensor, first: int, key: str, share: Tensor, start: int, end: int
 ) -> Iterator[ShardedTensor]:
-    """The rectangles of `shard`, which begins at element `first` of the parameter, that lie in [`start`, `end`).
+    """The rectangles of `shard` within elements [`start`, `end`) of the parameter; `shard` starts at element `first`.
 
-    `share` holds the elements from `start` to `end`.
+    `share` holds the elements [`start`, `end`).
     """
     low, high = max(start, first), min(end, first + math.prod(shard.local_shape))
     if low >= high:
@@ -94,9 +94,9 @@ def _pieces(
             local_shape=shape,
             global_shape=shard.global_shape,
             global_offset=tuple(a + b for a, b in zip(shard.global_offset, offset, strict=True)),
-            # No grid: the ranks' pieces have whatever shapes they have.
+            # No grid: the ranks' pieces have arbitrary shapes.
             axis_fragmentations=None,
-            # No other data-parallel rank (the last number counts them) has these elements.
+            # The last number is the data-parallel replica. No other rank has these elements.
             replica_id=(*shard.replica_id[:-1], 0),
             allow_shape_mismatch=shard.allow_shape_mismatch,
         )

@@ -1,4 +1,4 @@
-"""Output of a trainer without a daemon for the person who started it."""
+"""Terminal output of a trainer without a daemon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def print_text(text: str) -> None:
-    """Print; a closed pipe does not end the training."""
+    """Print `text`. A closed pipe does not end the training."""
     with contextlib.suppress(OSError):
         sys.stdout.write(text)
         sys.stdout.flush()

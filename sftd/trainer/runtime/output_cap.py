@@ -1,8 +1,8 @@
-"""What a rank prints takes a bounded part of the disk: of a file that grows and grows, the beginning and the end are kept.
+"""Limits the disk space of a rank's output: a long file keeps its beginning and its end.
 
-torchrun opens the file and hands it to the rank, without O_APPEND, so it cannot be truncated or replaced under the rank, which
-keeps writing at its own position. Its middle can: a hole takes no disk, and leaves size, positions and readers as they are. The
-rank does it itself, for the daemon may be gone. `wire/attempt/printed.py` reads such files.
+torchrun opens the file without O_APPEND and passes it to the rank. It cannot be truncated or replaced, because the rank
+writes at its own position. But a hole can be punched in its middle: that frees the space, and size, positions and readers
+are unaffected. The rank does this itself, because the daemon may be gone. `wire/attempt/printed.py` reads such files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
-# Kept of the beginning, and at least kept of the end; up to twice as much of it lies on the disk between two looks.
-# Multiples of every file system's blocks, so that no line at an edge loses a part.
+# Bytes kept of the beginning, and minimum kept of the end. A trim starts when the end is twice as long. Both are multiples
+# of every file system's blocks, so that the kept parts stay intact.
 _HEAD, _TAIL = 8 << 20, 24 << 20
 _BLOCK = 1 << 20
 _SECONDS = 1.0
@@ -25,7 +25,7 @@ _PUNCH = 0x01 | 0x02
 
 
 def cap_output(folder: Path) -> None:
-    """Keep what this process writes into files below `folder` by stdout and stderr small from now on (Linux only)."""
+    """Limit stdout and stderr of this process from now on if they are files below `folder` (Linux only)."""
     if sys.platform != "linux":
         return
     if files := [file for number in (1, 2) if (file := _Printed.find(number, folder)) is not None]:
@@ -39,7 +39,7 @@ def _watch(files: list[_Printed]) -> None:
             for file in files:
                 file.trim()
         except OSError as error:
-            sys.stderr.write(f"sftd: what this rank prints is kept whole, however much it is: {error}\n")
+            sys.stderr.write(f"sftd: the size of this rank's output is not limited: {error}\n")
             return
 
 
@@ -54,7 +54,7 @@ class _Printed:
 
     @classmethod
     def find(cls, descriptor: int, folder: Path) -> _Printed | None:
-        """The file behind a descriptor, if it lies below the folder: what a person has redirected is theirs."""
+        """The file of a descriptor if it lies below the folder. A file that the user redirected to is left alone."""
         with contextlib.suppress(OSError):
             if stat.S_ISREG(os.fstat(descriptor).st_mode) and Path(
                 os.readlink(f"/proc/self/fd/{descriptor}")
@@ -63,7 +63,7 @@ class _Printed:
         return None
 
     def trim(self) -> None:
-        """Take the middle out of it, if it has become long. Raises `OSError` where the file system cannot."""
+        """Punch a hole in the middle of a long file. Raises `OSError` if the file system does not support that."""
         end = os.fstat(self._descriptor).st_size
         if end - self._kept_from <= 2 * self._tail:
             return

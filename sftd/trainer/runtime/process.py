@@ -1,4 +1,4 @@
-"""What a rank's process needs before torch computes anything: its tie to torchrun, signals, warnings, environment."""
+"""Setup of a rank's process before torch starts: tie to torchrun, signals, warnings, environment."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 from sftd.wire.attempt.directory import make_private
 
 _PR_SET_PDEATHSIG = 1
-_LOOK_SECONDS = 5.0
+_POLL_SECONDS = 5.0
 
 _stop_signalled = threading.Event()
-# What torchrun gives to each rank.
+# torchrun sets these for each rank.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare() -> None:
-    """Prepare this process: die with torchrun, stop cleanly on SIGTERM, quiet what is known, deterministic cuBLAS."""
+    """Prepare this process: die with torchrun, stop cleanly on SIGTERM, silence known warnings, set CUDA's defaults."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     stop_on(signal.SIGTERM)
@@ -36,29 +36,32 @@ def prepare() -> None:
 
 
 def set_cuda_defaults() -> None:
-    """Settings that are read once, when CUDA starts."""
-    # Deterministic mode raises without the first; the second lets Megatron's tensor-parallel communication overlap
-    # with computing.
+    """Set the variables that are read once, when CUDA starts."""
+    # Deterministic mode requires the first. The second lets Megatron overlap tensor-parallel communication with
+    # computation.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_CONFIG)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Packed micro-batches have ever new sizes, which cut ordinary memory segments into pieces.
+    # Packed micro-batches vary in size, which fragments ordinary memory segments.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def use_single_process_defaults() -> None:
-    """Make this process the only rank of its world, unless torchrun started it. Raises `UserError` where only some of
-    torchrun's variables are set: an earlier job left them in the shell, or other ranks are meant to exist."""
+    """Make this process the only rank of its world, unless torchrun started it.
+
+    Raises `UserError` when only some of torchrun's variables are set: an earlier job left them in the shell, or other
+    ranks are meant to exist.
+    """
     found = [name for name in _LAUNCHED if name in os.environ]
     if found and len(found) < len(_LAUNCHED):
         missing = ", ".join(name for name in _LAUNCHED if name not in found)
         raise UserError(
             f"{', '.join(found)} set in the environment without {missing}: this looks like one rank of several, but "
-            f"nothing says where they meet. fix: `unset {' '.join(found)}` to train in one process, or start the ranks "
+            f"their meeting point is not set. fix: `unset {' '.join(found)}` to train in one process, or start the ranks "
             "with torchrun"
         )
     if not found:
-        # Port 0 is any that is free.
+        # Port 0 selects a free port.
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -66,7 +69,7 @@ def use_single_process_defaults() -> None:
 
 
 def device_kind(spec: Spec) -> str:
-    """`cpu` or `cuda`: what the spec asks for, or what the daemon or this host offers."""
+    """`cpu` or `cuda`: the spec's device; for `auto` the daemon's, or else a GPU if this host has one."""
     if spec.launch.device != "auto":
         return spec.launch.device
     import torch
@@ -75,9 +78,9 @@ def device_kind(spec: Spec) -> str:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when torchrun dies, so that no rank ever outlives it (Linux only).
+    """Have the kernel kill this process when torchrun dies (Linux only).
 
-    Ends the process when torchrun has died already.
+    Ends the process if torchrun is already dead.
     """
     if sys.platform != "linux":
         return
@@ -95,7 +98,7 @@ def _is_torchrun(pid: int) -> bool:
 
 
 def stop_on(number: signal.Signals) -> None:
-    """Have a signal end training at the next step boundary, after a checkpoint."""
+    """Make a signal end training at the next step boundary, after a checkpoint."""
     signal.signal(number, _on_stop_signal)
 
 
@@ -104,12 +107,12 @@ def _on_stop_signal(_signal: int, _frame: FrameType | None) -> None:
 
 
 def stop_signalled() -> bool:
-    """Whether this process got a signal that ends training."""
+    """Whether this process received a signal that ends training."""
     return _stop_signalled.is_set()
 
 
 def leave_stack_on_request(path: Path) -> None:
-    """Have SIGUSR1 write the stacks of all threads to `path`, whatever this process is waiting for at the time."""
+    """Make SIGUSR1 write the stacks of all threads to `path`, even while this process is blocked."""
     make_private(path.parent)
     # Never closed: the handler runs in C and needs the descriptor until the process ends.
     file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")  # noqa: SIM115
@@ -117,12 +120,12 @@ def leave_stack_on_request(path: Path) -> None:
 
 
 def watch_for_stack_requests(wanted: Path) -> None:
-    """Write the stacks once this file is there: no signal of the daemon's reaches a rank on another machine."""
+    """Write the stacks once the file `wanted` exists: signals of the daemon do not reach a rank on another machine."""
 
     def watch() -> None:
         while not wanted.exists():
-            time.sleep(_LOOK_SECONDS)
-        # As the signal from outside would: the stack of the main thread is the one that is looked for.
+            time.sleep(_POLL_SECONDS)
+        # Signal the main thread, so that it is the current thread in the dump.
         signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
 
     main = threading.main_thread()

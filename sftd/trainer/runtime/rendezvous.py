@@ -1,7 +1,7 @@
-"""Where the ranks of one host meet: on its loopback device, and nowhere else.
+"""Rendezvous of the ranks of one host on its loopback device only.
 
-What torchrun and torch would open by themselves listens on every address of the host, without a password, and what is
-written there is unpickled. So rank 0 opens the port itself, and says in the attempt's folder which it is.
+The stores that torchrun and torch open listen on every address of the host, without a password, and unpickle the data that
+they receive. So rank 0 opens the port itself and writes its number to the attempt's folder.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _POLL_SECONDS = 0.02
 
 
 def store(port_file: Path | None) -> Any:
-    """The store of this world, when all of its ranks are on this host; None leaves it to torch (several hosts, or a torchrun
-    that has opened one already). With several ranks, `port_file` is where rank 0 writes its port, and must be new."""
+    """The store of this world if all ranks are on this host. None leaves it to torch: several hosts, or torchrun has
+    already opened one. With several ranks, rank 0 writes its port to `port_file`, which must not exist yet."""
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     is_open = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
@@ -39,14 +39,14 @@ def store(port_file: Path | None) -> Any:
             write_atomic(port_file, str(port).encode())
         return found
     assert port_file is not None
-    # Should rank 0 never get there, torchrun ends this rank.
+    # If rank 0 fails, torchrun ends this rank.
     while not port_file.exists():
         time.sleep(_POLL_SECONDS)
     return _tcp_store(int(port_file.read_text()), world, is_master=False)
 
 
 def _tcp_store(port: int, world: int, **options: Any) -> Any:
-    # As patient as torch's own: a rank may load a large model while the others wait for it.
+    # torch's default timeout: a rank may load a large model while the others wait for it.
     return dist.TCPStore(  # type: ignore[attr-defined]
         _LOOPBACK, port, world, timeout=default_pg_timeout, **options
     )

@@ -21,7 +21,7 @@ from sftd.trainer.runtime import rendezvous
 from sftd.trainer.runtime.megatron_edges.training import be_deterministic
 from sftd.trainer.runtime.process import device_kind
 
-# Variables that change the kernels, or the order of sums, that this environment's versions would use.
+# Variables that change the choice of kernels or the order of sums.
 _VARIABLES = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -43,8 +43,8 @@ _VARIABLES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share what, and this rank's place: `tp_rank`, `pp_rank`, `cp_rank`, `dp_rank` and `ep_rank` count
-    from 0. The `ep` ranks that share the experts of a layer are any of its pipeline stage (see `experts`).
+    """The sizes of the parallel dimensions and this rank's 0-based rank in each. The `ep` ranks that share the experts of a
+    layer may be any ranks of its pipeline stage (see `experts`).
     """
 
     tp: int
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes alone, as events and manifests show them."""
+        """The sizes only, as in events and manifests."""
         return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "cp", "ep", "dp")}
 
     @property
@@ -82,7 +82,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Session:
-    """Where this rank computes. `dtype` is that of the weights in forward and backward."""
+    """This rank's device and place in the layout. `dtype`: of the weights in forward and backward."""
 
     device: torch.device
     dtype: torch.dtype
@@ -91,7 +91,7 @@ class Session:
 
 def start(spec: Spec, port_file: Path | None = None) -> Session:
     """Join the process group and seed this rank. `port_file`: see `rendezvous.store`. Raises `UserError` when the device is
-    not there."""
+    missing."""
     device = _device(spec)
     store = rendezvous.store(port_file)
     world: dict[str, Any] = {}
@@ -102,10 +102,10 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
             "rank": int(os.environ["RANK"]),
             "world_size": int(os.environ["WORLD_SIZE"]),
         }
-    # Decided before Megatron makes its first tensor.
+    # Before Megatron creates its first tensor.
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With the device named, the communicators of Megatron's twenty groups are made at once, 0.38 GiB each. A single
+        # With `device_id`, NCCL creates the communicators of Megatron's twenty groups eagerly, 0.38 GiB each. A single
         # rank needs none.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         dist.init_process_group("nccl", device_id=device if several else None, **world)
@@ -141,7 +141,7 @@ def start(spec: Spec, port_file: Path | None = None) -> Session:
         ep=parallel_state.get_expert_model_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
     )
-    # Each stage draws its own numbers, as in Megatron-LM; data-parallel copies draw the same ones.
+    # As in Megatron-LM, each stage has its own random streams, and data-parallel copies share them.
     seed = megatron.seed + 100 * layout.pp_rank
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -156,7 +156,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def close() -> None:
-    """Leave the process group, after every rank has come this far."""
+    """Leave the process group once every rank has called this."""
     dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
@@ -178,12 +178,12 @@ def _device(spec: Spec) -> torch.device:
 
 
 def environment(session: Session) -> dict[str, Any]:
-    """What decides the numbers of a run in addition to its spec: versions, device, threads, layout."""
+    """The environment that determines a run's numbers together with its spec: versions, device, threads, layout."""
     is_cuda = session.device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        # Not megatron.core.__version__: that appends the commit of whatever repository the process runs in.
+        # Not megatron.core.__version__: it appends the commit of the repository in the working directory.
         "megatron_core": _installed_version("megatron-core"),
         "transformers": _installed_version("transformers"),
         "sftd": sftd.__version__,
@@ -193,7 +193,7 @@ def environment(session: Session) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
         "triton": _installed_version("triton") if is_cuda else None,
-        # It computes some of what is deterministic there.
+        # Computes the deterministic attention's backward, where installed.
         **({"cudnn_frontend": _installed_version("nvidia-cudnn-frontend")} if is_cuda else {}),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_model": _cpu_model(),
@@ -208,7 +208,7 @@ def environment(session: Session) -> dict[str, Any]:
 
 
 def _installed_version(package: str) -> str | None:
-    # Importing transformers takes seconds; its metadata does not.
+    # Reads the metadata, because importing transformers takes seconds.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

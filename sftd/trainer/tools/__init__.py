@@ -1,1 +1,1 @@
-"""Processes that need torch or transformers and end with an answer."""
+"""Short-lived processes that need torch or transformers."""

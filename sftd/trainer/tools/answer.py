@@ -1,8 +1,8 @@
 """Answers from a checkpoint: `python -m sftd.trainer.tools.answer ORDER CHECKPOINT [--digest SHA256] [--device DEVICE]`.
 
-ORDER is an attempt's order.json. A JSON array of prompts comes on standard input. Reports JSON lines on standard
-output: `progress` events, and at last `done` with the answers in the prompts' order. Exit codes: 0; 2 with a message on
-standard error for what the user can fix; anything else is a defect.
+ORDER is an attempt's order.json. Reads a JSON array of prompts from standard input. Writes JSON lines to standard output:
+`progress` events, then `done` with the answers in the order of the prompts. Exit codes: 0; 2 with a message on standard
+error for an error that the user can fix; any other code is a defect.
 """
 
 import argparse
@@ -18,7 +18,7 @@ _USER_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the prompts and return the exit code."""
-    # Before torch is imported, whose own output must not get between two events.
+    # Before torch is imported: its output must not mix with the events.
     from sftd.trainer.tools.protocol import claim_stdout
 
     parser = argparse.ArgumentParser(
@@ -50,7 +50,7 @@ def _answer(arguments: argparse.Namespace, prompts: list[str], events: Any) -> N
     from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
     from sftd.trainer.runtime.process import set_cuda_defaults
 
-    # Before Megatron is imported, which warns.
+    # Before Megatron is imported, because its import warns.
     quiet_third_parties()
     set_cuda_defaults()
     from sftd.trainer.loop.generate import Generator

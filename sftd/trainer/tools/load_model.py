@@ -1,7 +1,6 @@
-"""The model of a checkpoint in one process, without torchrun: for answers and exports.
+"""Loads the model of a checkpoint in one process, without torchrun: for answers and exports.
 
-Only the model part of a checkpoint is read, resharded from whatever layout it was trained in; neither optimizer nor
-data-parallel buffers are made.
+Reads only the model part of a checkpoint, of any layout. Creates neither an optimizer nor data-parallel buffers.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sftd.trainer.runtime.session import Session
 
 
 def one_rank_spec(spec: Spec, *, device: str, dtype: str | None = None) -> Spec:
-    """`spec` laid out on a single rank. `dtype` is that of the weights, such as a manifest says it (`bfloat16`)."""
+    """`spec` with the layout of a single rank. `dtype`: of the weights, as in a manifest (`bfloat16`)."""
     replace = msgspec.structs.replace
     weights = dtype or spec.model.megatron.params_dtype
     megatron = msgspec.convert({"seed": spec.model.megatron.seed, "params_dtype": weights}, Megatron)
@@ -35,18 +34,18 @@ def one_rank_spec(spec: Spec, *, device: str, dtype: str | None = None) -> Spec:
 
 
 def one_rank(spec: Spec, *, device: str, dtype: str | None = None) -> Session:
-    """Make this process the only rank of a world of its own. `device` is `cpu`, `cuda` or `auto`.
+    """Make this process the only rank of its world. `device` is `cpu`, `cuda` or `auto`.
 
-    Raises `UserError` when there is no such device. `session.close` ends it.
+    Raises `UserError` when the device is missing. End the session with `session.close`.
     """
     process.use_single_process_defaults()
     return sessions.start(one_rank_spec(spec, device=device, dtype=dtype))
 
 
 def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) -> list[GPTModel]:
-    """The model of the checkpoint in `folder`, whole on the session's one rank, for evaluation.
+    """The unsplit model of the checkpoint in `folder`, in evaluation mode.
 
-    `manifest.verify` comes first. Raises `CheckpointInvalid` when the folder does not hold this model.
+    Call `manifest.verify` first. Raises `CheckpointInvalid` when the folder does not hold this model.
     """
     config = models.transformer_config(one_rank_spec(spec, device=session.device.type), shape, session)
     chunks = models.build(config, shape, session)

@@ -1,5 +1,5 @@
-"""`python -m sftd.trainer.tools.probe`: what torch, Megatron-core and the devices say of themselves, as one line of JSON on
-stdout. `sftd doctor` runs it, for the control plane imports neither."""
+"""`python -m sftd.trainer.tools.probe`: prints versions of torch and Megatron-core and the devices as one line of JSON.
+`sftd doctor` runs it, because the control plane imports neither."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def probe() -> dict[str, Any]:
-    """Versions, devices, and whether NCCL can add a number up on each of them."""
+    """Versions, devices, and the result of a test reduction by NCCL."""
     from importlib.metadata import version
 
     from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 
     quiet_third_parties()
-    import megatron.core.parallel_state  # noqa: F401  imported to see that it can be
+    import megatron.core.parallel_state  # noqa: F401  tests the import
     import torch
 
     found: dict[str, Any] = {
@@ -35,7 +35,7 @@ def probe() -> dict[str, Any]:
 
 
 def _try_nccl(gpus: int) -> str | None:
-    """Why NCCL cannot reduce over all GPUs of this host; None when it can. One process, a thread's worth of work each."""
+    """Why NCCL cannot reduce over all GPUs of this host; None when it can."""
     import torch
     from torch import distributed as dist
 
@@ -59,7 +59,7 @@ def _try_nccl(gpus: int) -> str | None:
 
 
 if __name__ == "__main__":
-    # Whatever a library prints must not get between: descriptor 1 becomes a copy of stderr.
+    # Descriptor 1 becomes a copy of stderr, so that output of libraries does not mix with the JSON.
     line = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     json.dump(probe(), line)

@@ -1,4 +1,4 @@
-"""The JSON lines by which a preparation tool reports to the process that started it."""
+"""The JSON lines that a tool writes for the process that started it."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class EventWriter:
-    """Writes one JSON object a line, each with the key `event`, and flushes it at once."""
+    """Writes one JSON object per line, each with the key `event`, and flushes it at once."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -24,7 +24,7 @@ class EventWriter:
         self._stream.close()
 
     def progress(self, stage: str, **fields: Any) -> None:
-        """Write a `progress` event of the named stage."""
+        """Write a `progress` event for `stage`."""
         self.emit("progress", stage=stage, **fields)
 
 
@@ -34,11 +34,11 @@ def _interrupt_once(_number: int, _frame: FrameType | None) -> None:
 
 
 def claim_stdout() -> EventWriter:
-    """Keep standard output for events alone, and have Ctrl-C interrupt once: a second signal, which the process that
-    started this one may send, does not interrupt the cleaning up.
+    """Reserve standard output for events, and handle only the first Ctrl-C: a second signal, for example from the parent
+    process, must not interrupt the clean-up.
 
-    File descriptor 1 is made a copy of standard error, so that whatever a library prints, from
-    Python or from C, cannot get between two events.
+    File descriptor 1 becomes a copy of standard error, so that output of libraries, from Python or C, does not mix with the
+    events.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt_once)

@@ -1,7 +1,7 @@
-"""Token ids as text, without transformers: `python -m sftd.trainer.tools.row_text FOLDER`, for the tokenizer of a model folder.
+"""Decodes token ids without transformers: `python -m sftd.trainer.tools.row_text FOLDER`, with a model folder's tokenizer.
 
-Standard input is JSON, a list of lists of ids; reports JSON lines on standard output, at last `done` with a text for each.
-Exit codes: 0; 2 with a message on standard error where the folder has no tokenizer.json that can be read.
+Reads a JSON list of lists of ids from standard input. Writes JSON lines to standard output, the last one `done` with a
+text for each list. Exit codes: 0; 2 with a message on standard error if the folder has no readable tokenizer.json.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     wanted = json.load(sys.stdin)
     events = claim_stdout()
-    # A fraction of a second, where transformers takes several.
+    # Imports in a fraction of a second; transformers takes several.
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001  of tokenizers' own, which has but one kind
+    except Exception as error:  # noqa: BLE001  tokenizers raises bare exceptions
         sys.stderr.write(f"{folder}/tokenizer.json cannot be read: {error}\n")
         return _USER_ERROR
     events.emit("done", texts=[tokenizer.decode(ids, skip_special_tokens=False) for ids in wanted])

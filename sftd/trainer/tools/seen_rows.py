@@ -1,8 +1,8 @@
-"""Which rows a step sees, and which steps see a row: `python -m sftd.trainer.tools.seen_rows ORDER (--at P... | --row R)`.
+"""The rows of a step, or the steps of a row: `python -m sftd.trainer.tools.seen_rows ORDER (--at P... | --row R)`.
 
-ORDER is an attempt's order.json. Computed from the data files and the order of samples alone, as training does it.
-Reports JSON lines on standard output, at last `done`. Exit codes: 0; 2 with a message on standard error for what the
-user can fix; anything else is a defect.
+ORDER is an attempt's order.json. The result depends only on the data files and the order of samples, as in training.
+Writes JSON lines to standard output, the last one `done`. Exit codes: 0; 2 with a message on standard error for an error
+that the user can fix; any other code is a defect.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sftd.wire.data.dataset import files_digest
 from sftd.wire.data.rows import read_row
 
 _USER_ERROR = 2
-# Whether the ids are in the vocabulary was checked when the run was submitted, and needs the model.
+# Submit has checked the ids against the vocabulary. A check here would need the model.
 _ANY_ID = 2**31
 
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m sftd.trainer.tools.seen_rows", description="Rows and steps."
     )
     parser.add_argument("order", type=Path, help="an attempt's order.json")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
-    asked.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
+    question = parser.add_mutually_exclusive_group(required=True)
+    question.add_argument("--at", type=int, nargs="+", help="the rows of a step that begins at this sample")
+    question.add_argument("--row", type=int, help="steps of this row, from 0 over all files")
     parser.add_argument("--after-step", type=int, default=0, help="with --row: steps after this one")
     parser.add_argument("--last-step", type=int, default=0, help="with --row: steps up to this one")
     parser.add_argument("--text", action="store_true", help="with --at: decode the rows of the first")
@@ -122,7 +122,7 @@ def _file_ends(files: list[str]) -> Ints:
 
 
 def _place(files: list[str], ends: Ints, number: int) -> dict[str, Any]:
-    """The file of a row of all files, and its number in that."""
+    """The file of row `number` (counted over all files), and its number in that file."""
     file = int(np.searchsorted(ends, number, side="right"))
     before = int(ends[file - 1]) if file else 0
     return {"row": number, "file": files[file], "row_in_file": number - before}
@@ -146,7 +146,7 @@ def _decode(order: Order, seen: list[dict[str, Any]], events: EventWriter) -> No
 
 
 def _read(data: Data, path: str, number: int) -> tuple[list[int], list[bool]]:
-    """A row's ids without padding and after truncation, and which of them are trained."""
+    """A row's ids without padding and after truncation, and a mark for each trained one."""
     row = read_row(path, number)
     (begin,), (end,) = row.kept(data.sequence_length, data.truncation)
     return row.ids[begin:end].tolist(), is_trained(row.labels[begin:end].tolist())

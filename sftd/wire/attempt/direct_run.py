@@ -1,13 +1,13 @@
-"""The folder of a run that was made directly, without a daemon, and the history that it holds.
+"""The folder of a run that was trained directly, without a daemon, and its history.
 
-<run>/run.json         the submission: what was asked for, and what was found in the files
-      attempt-0001/    as under the daemon (see `attempt_dir`); `exit` and `stop` are written by the trainer itself
+<run>/run.json         the submission: the spec, and what submit found in the files
+      attempt-0001/    as under the daemon (see `attempt_dir`); the trainer itself writes `exit` and `stop`
       checkpoints/     step-00000012/ …
-      lock             held by every process of a living attempt
+      lock             every process of a running attempt holds it
 
-`read_history` turns it into the events that a daemon would have recorded: the trainer continues from them, and
-`sftd import` takes them into the event store. Each event's id is a function of the folder's contents, and a folder
-only ever grows, so an earlier history is a beginning of a later one.
+`read_history` converts the folder to the events that a daemon would have recorded. The trainer continues from them, and
+`sftd import` copies them into the event store. Each event's id is a function of the folder's contents, and a folder
+only grows, so an earlier history is a prefix of a later one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class DirectSubmission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DirectRun:
-    """The folder of a run that was made directly."""
+    """The folder of a run that was trained directly."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -77,12 +77,12 @@ class DirectRun:
         self.checkpoint_dir = self.path / "checkpoints"
 
     def submission(self) -> DirectSubmission | None:
-        """What was asked for, or None in a new folder. Raises `Refused` when the file cannot be read."""
+        """The submission, or None in a new folder. Raises `Refused` when the file cannot be read."""
         try:
             found = msgspec.json.decode(self.submission_file.read_bytes(), type=DirectSubmission)
             if not is_run_id(found.run_id):
-                # Folders are named by it.
-                raise msgspec.ValidationError(f"{found.run_id!r} is no id of a run")
+                # The id becomes part of a path.
+                raise msgspec.ValidationError(f"{found.run_id!r} is not a run id")
             return found
         except FileNotFoundError:
             return None
@@ -92,7 +92,7 @@ class DirectRun:
             ) from None
 
     def write_submission(self, submission: DirectSubmission) -> None:
-        """Begin the run."""
+        """Write run.json, which begins the run."""
         write_atomic(self.submission_file, msgspec.json.format(msgspec.json.encode(submission), indent=2))
 
     def attempt(self, number: int) -> AttemptDir:
@@ -100,16 +100,16 @@ class DirectRun:
         return attempt_dir(self.path, number)
 
     def attempts(self) -> int:
-        """How many attempts were begun."""
+        """Number of attempts that have begun."""
         number = 0
         while self.attempt(number + 1).order_file.is_file():
             number += 1
         return number
 
     def hold(self) -> Hold:
-        """Keep others from starting or importing this run for as long as this process lives, or until it is closed.
+        """Keep other processes from starting or importing this run until this process ends or closes the hold.
 
-        Raises `Refused` while a process of an attempt lives, on this host or on another that shares the file system.
+        Raises `Refused` while a process of an attempt runs, on this host or on another that shares the file system.
         """
         make_private(self.path)
         fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -121,7 +121,7 @@ class DirectRun:
         return Hold(self, fd)
 
     def share_hold(self) -> Hold:
-        """Join the attempt that the holder is starting: this process, too, keeps others out. Raises `Refused`."""
+        """Share the hold of the attempt that its holder is starting. Raises `Refused`."""
         fd = os.open(self.lock_file, os.O_RDWR | os.O_CLOEXEC)
         hold = Hold(self, fd)
         hold.share()
@@ -148,20 +148,20 @@ class Hold:
         self._fd = fd
 
     def share(self) -> None:
-        """Let other processes of the attempt hold it too. Raises `Refused` when another start came in between."""
+        """Let other processes of the attempt share the lock. Raises `Refused` when another start has taken it in between."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._run._in_use() from None
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         os.close(self._fd)
 
 
 @dataclass
 class DirectHistory:
-    """The events of a run in order, and the run that they fold to."""
+    """The events of a run in order, and the state that they fold to."""
 
     run: Run
     events: list[e.NewEvent] = field(default_factory=list)
@@ -173,7 +173,7 @@ class DirectHistory:
 
 
 def take(run: Run, event: e.Event, occurred_at: e.Micros, attempt: int | None) -> Run:
-    """The run after one more event that is in no log yet."""
+    """The run after one more event, which no log has yet."""
     version = run.version + 1
     recorded = e.Recorded(
         position=version,
@@ -193,8 +193,8 @@ def take(run: Run, event: e.Event, occurred_at: e.Micros, attempt: int | None) -
 
 
 def read_history(run: DirectRun, submission: DirectSubmission, *, living: int | None = None) -> DirectHistory:
-    """What happened in the folder. How an attempt ended is concluded from what it left, except for the one numbered
-    `living`. Raises `Refused` when the folder cannot be read, `UnknownEvent` when a newer sftd wrote it."""
+    """The events of the folder. The end of each attempt is inferred from its files, except for attempt `living`.
+    Raises `Refused` when the folder cannot be read, `UnknownEvent` when a newer sftd wrote it."""
     submitted = submission.submitted()
     history = DirectHistory(Run(submission.run_id))
     history.add(
@@ -275,7 +275,7 @@ class _Attempt:
         )
 
     def _read_journal(self) -> Failure | None:
-        """Take in the journal's lines. Returns what is wrong with the first that cannot be read, if there is one."""
+        """Add the journal's lines to the history. Returns the failure if a line cannot be read."""
         log = steps_to_redo(n.event for n in self._history.events)
         number, offset, limit = 0, 0, 1000
         while True:
@@ -283,7 +283,7 @@ class _Attempt:
                 lines, offset = journal.read(self._directory.journal, offset, number + 1, limit)
             except JournalCorrupt as error:
                 if limit > 1:
-                    # This read has lost the lines before the bad one: read them one by one.
+                    # The failed read dropped the lines before the bad one: read them one by one.
                     limit = 1
                     continue
                 what = f"the journal cannot be read: {error}"
@@ -340,6 +340,6 @@ def _from_step(run: Run, order: Order) -> int:
     known = next((c.step for c in run.checkpoints if c.path == order.checkpoint), None)
     if known is not None:
         return known
-    # One that later attempts rejected or retention deleted: its name still says which step it was.
+    # A later attempt rejected the checkpoint or retention deleted it. The folder's name still has the step.
     digits = Path(order.checkpoint).name.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0

@@ -1,26 +1,26 @@
-"""Every path of an attempt, and the small files in it. One owner: nobody else joins paths under an attempt.
+"""Every path of an attempt, and the small files in it. No other module joins paths under an attempt.
 
-<attempt>/order.json     what to do (written by the launcher before the start, never changed)
-          journal        the trainer's events, one JSON object a line, append-only
+<attempt>/order.json     the order (the launcher writes it before the start; it never changes)
+          journal        the trainer's events, one JSON object per line, append-only
           lease          token of the daemon that may drive this attempt; replaced on adoption
-          secrets.json   digests of the secrets in the environment of the ranks, which are kept out of the log by them
+          secrets.json   digests of the secrets in the ranks' environment, used to keep the secrets out of the log
           process.json   pid and create time of torchrun's session leader
           exit           exit code of torchrun, written when it ends
-          stop           present when the trainer shall checkpoint at the next step boundary and end
-          output.log     what torchrun printed (and the ranks, where they are not redirected)
-          ranks/         torchrun's own folder: what each rank printed, and its error file
-          stacks/        where each rank was when the attempt was found to hang
+          stop           present when the trainer must checkpoint at the next step boundary and end
+          output.log     the output of torchrun (and of the ranks, unless redirected)
+          ranks/         torchrun's own folder: the output and the error file of each rank
+          stacks/        the stack of each rank when the attempt was found to hang
           rows/          decoded data, until every rank has mapped it
-          rendezvous     torchrun's own notes
-          port           where on the loopback device the ranks meet
-          alive          locked by torchrun for as long as it lives, which also shows where its pid does not
+          rendezvous     torchrun's rendezvous data
+          port           the loopback port of the ranks' rendezvous
+          alive          torchrun locks it while it runs; visible on hosts and in containers that cannot see its pid
 
-Of an attempt that a resource manager runs there are also:
+An attempt that a resource manager runs also has:
           job.sh         the job's script
           started/       made by the one job that may run the attempt; `job` in it names that job
-          told           why the resource manager had the job end: the signal that it sent
-          fence          present once the daemon has given the attempt up: ranks that still run may write nothing more
-          stacks/wanted  present when the ranks shall write down where they are
+          told           the signal by which the resource manager ended the job
+          fence          present when the daemon has abandoned the attempt: ranks that still run must stop writing
+          stacks/wanted  present when the ranks must write their stacks
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from sftd.wire.attempt.secrets import Secrets
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What an attempt shall do. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
-    None starts from the pretrained model. `train_digest` and `val_digest` are those of the data files as submitted
+    """The work of an attempt. `checkpoint` is the folder to resume from, `checkpoint_digest` its manifest's sha256;
+    None starts from the pretrained model. `train_digest` and `val_digest` are the digests of the data files at submit
     (`dataset.files_digest`); empty ones are not checked. `token` names the lease under which the attempt was launched.
-    `model_files` is the record of the model folder, None where an older sftd submitted the run, and `weights` the digests of
-    its weights (`WeightsDigested`), empty where none were loaded yet: an attempt that finds another folder does not train.
-    A copy of the folder's small files is kept below `model_root` (`model_copy`), empty for nowhere.
-    `order_start` says which samples the steps read, `losses` are those of the last steps before, oldest first.
+    `model_files` is the record of the model folder, None if an older sftd submitted the run. `weights` are the digests of
+    its weights (`WeightsDigested`), empty if no attempt has loaded them yet. An attempt does not train if its folder differs.
+    A copy of the folder's small files is kept below `model_root` (`model_copy`); if that is empty, no copy is kept.
+    `order_start` defines which samples the steps read. `losses` are the losses of the preceding steps, oldest first.
 
-    With `last_step` recorded steps are trained again for comparison: up to that one and nothing else, neither validations
-    nor checkpoints, from data that may have changed. `order_later` are the pieces of the order of samples that begin at
-    later steps. `template` is the chat template of the training data, for exports and answers; an attempt has the data."""
+    With `last_step`, the attempt trains recorded steps again for comparison, up to that step, without validations or
+    checkpoints; the data may have changed. `order_later` are the pieces of the sample order that begin at later steps.
+    `template` is the chat template of the training data, for exports and answers; an attempt reads it from the data."""
 
     run_id: str
     attempt: int
@@ -72,16 +72,16 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     template: ChatTemplate | None = None
 
     def sample_position(self, step: int) -> int:
-        """Position in the order of samples of the first sample of 0-based `step`."""
+        """Position of the first sample of 0-based `step` in the sample order."""
         begun = (piece for piece in reversed(self.order_later) if piece.step <= step)
         return next(begun, self.order_start).position(step, self.spec.data.train_batch_size)
 
 
 class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
-    """Identity of the attempt's process: a pid alone may be reused, pid and create time (s since the epoch) may not.
-    `devices` are those it was given. A run made directly, without a daemon that records the launch, has more:
-    `argv`, and `started_at`, when the attempt began. Of one that a resource manager runs `job` is the job's number, empty until it is
-    known; `pid` is 0, and `create_time` when it was handed over."""
+    """Identity of the attempt's process. A pid may be reused; the pair of pid and create time (s since the epoch) is unique.
+    `devices` are the devices assigned to it. A run trained directly, whose launch no daemon records, also has `argv` and
+    `started_at`, the start of the attempt. If a resource manager runs the attempt, `job` is the job's number, empty until
+    known; `pid` is 0, and `create_time` is the time of its submission."""
 
     pid: int
     create_time: float
@@ -93,11 +93,11 @@ class ProcessFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a reader sees the old or the new, never a part; mode 0600; survives a power cut."""
+    """Replace the contents of `path` by `data`, atomically and durably; mode 0600. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        # Writes all of it, or raises: a full disk may take a part.
+        # A file object writes everything or raises; `os.write` may write only a part to a full disk.
         with open(fd, "wb") as file:
             file.write(data)
             file.flush()
@@ -110,7 +110,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames and new names in a folder survive a power cut."""
+    """Make renames and new names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -119,17 +119,17 @@ def fsync_dir(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Make a folder and its missing parents, mode 0700 (`Path.mkdir` gives the parents the usual mode), as `make_durable`."""
+    """`make_durable` with mode 0700, also for the parents (`Path.mkdir` gives parents the default mode)."""
     make_durable(path, 0o700)
 
 
 def make_durable(path: Path, mode: int = 0o777) -> None:
-    """Make a folder and its missing parents, whose names survive a power cut: what is synced below a name that does not is
-    lost with it. Raises `OSError`."""
+    """Make a folder and its missing parents, durably: synced files are lost if the name of a folder above them is lost.
+    Raises `OSError`."""
     for folder in reversed([f for f in (path, *path.parents) if not f.exists()]):
         folder.mkdir(mode=mode, exist_ok=True)
         fsync_dir(folder.parent)
-    # Raises where it is a file.
+    # Raises if `path` is a file.
     path.mkdir(exist_ok=True)
 
 
@@ -165,14 +165,14 @@ class AttemptDir:
         self.stacks_wanted_file = self.stacks_dir / "wanted"
 
     def create(self, order: Order, environ: Mapping[str, str] = os.environ) -> None:
-        """Make the folder (mode 0700) and write the order, the lease, and what must not be told of the ranks' environment."""
+        """Make the folder (mode 0700) and write the order, the lease and the digests of the secrets in `environ`."""
         make_private(self.ranks_dir)
         write_atomic(self.secrets_file, msgspec.json.encode(Secrets.of(environ)))
         write_atomic(self.lease_file, order.token.encode())
         write_atomic(self.order_file, msgspec.json.format(msgspec.json.encode(order), indent=2))
 
     def set_aside(self) -> None:
-        """Give the folder another name if there is one: it is of another history, and its journal no part of this one."""
+        """Rename the folder if it exists: it belongs to another history, and its journal must not be read as part of this one."""
         number = 1
         while self.path.exists():
             aside = self.path.with_name(f"{self.path.name}.{number}")
@@ -185,7 +185,7 @@ class AttemptDir:
         return read_order(self.order_file)
 
     def lease(self) -> str | None:
-        """Token of the daemon that drives this attempt, or None when there is none."""
+        """Token of the daemon that drives this attempt, or None."""
         try:
             return self.lease_file.read_text()
         except FileNotFoundError:
@@ -207,8 +207,8 @@ class AttemptDir:
         write_atomic(self.process_file, msgspec.json.encode(process))
 
     def hold_alive(self) -> int | None:
-        """Lock the file `alive` and return its descriptor: what inherits it holds the lock for as long as it lives. None where
-        the file system has no locks."""
+        """Lock the file `alive` and return its descriptor. A process that inherits the descriptor holds the lock until it
+        ends. Returns None if the file system does not support locks."""
         fd = os.open(self.alive_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,7 +219,7 @@ class AttemptDir:
         return fd
 
     def is_held_alive(self) -> bool | None:
-        """Whether torchrun lives, on whatever host or in whatever container of this file system; None when nobody can say."""
+        """Whether torchrun runs, on any host or in any container that shares this file system; None if unknown."""
         try:
             fd = os.open(self.alive_file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -233,18 +233,18 @@ class AttemptDir:
         return False
 
     def exit_code(self) -> int | None:
-        """torchrun's exit code, or None when it has not ended (or ended without being able to say so)."""
+        """torchrun's exit code, or None when it has not ended or ended without writing one."""
         try:
             return int(self.exit_file.read_text())
         except (FileNotFoundError, ValueError):
             return None
 
     def write_exit_code(self, code: int) -> None:
-        """Record how the attempt ended, where no shell round torchrun does."""
+        """Record the exit code, for launches without the shell wrapper that writes it."""
         write_atomic(self.exit_file, f"{code}\n".encode())
 
     def rank_outputs(self) -> list[tuple[int, Path]]:
-        """What each rank printed: (rank, file), its stdout before its stderr. torchrun makes them when the ranks start."""
+        """(rank, file) of the output of each rank, stdout before stderr. torchrun makes the files when the ranks start."""
         found = ((path, path.parent.name) for path in self.ranks_dir.glob("*/attempt_*/*/std*.log"))
         return sorted(
             ((int(rank), path) for path, rank in found if rank.isdecimal()),
@@ -252,41 +252,41 @@ class AttemptDir:
         )
 
     def write_rank_error(self, local_rank: int, error: str) -> None:
-        """Record why a rank failed, as JSON in torchelastic's form, where torchrun's own folder is elsewhere."""
+        """Record the error of a rank, JSON in torchelastic's format, if torchrun's own folder is elsewhere."""
         folder = self.ranks_dir / "direct" / "attempt_0" / str(local_rank)
         make_private(folder)
         write_atomic(folder / "error.json", error.encode())
 
     def stack_file(self, rank: int) -> Path:
-        """Where a rank writes its stack when it is asked to (`process.leave_stack_on_request`)."""
+        """The file to which a rank writes its stack on request (`process.leave_stack_on_request`)."""
         return self.stacks_dir / f"rank-{rank}"
 
     def request_stop(self) -> None:
-        """Ask the trainer to checkpoint at the next step boundary and end."""
+        """Request that the trainer checkpoint at the next step boundary and end."""
         self.stop_file.touch(mode=0o600)
 
     def stop_requested(self) -> bool:
-        """Whether the trainer was asked to end."""
+        """Whether a stop was requested."""
         return self.stop_file.exists()
 
     def started_job(self) -> str:
-        """The job that has begun to run the attempt, empty when none has said so."""
+        """The job that has started the attempt, empty when none is recorded."""
         return _read_line(self.started_job_file)
 
     def told(self) -> str:
-        """The signal by which the resource manager announced the job's end, empty when it did not."""
+        """The signal by which the resource manager announced the job's end, empty if it sent none."""
         return _read_line(self.told_file)
 
     def fence(self) -> None:
-        """Have nobody begin, or go on with, this attempt from now on."""
+        """Keep every process from starting or continuing this attempt."""
         self.fence_file.touch(mode=0o600)
 
     def is_fenced(self) -> bool:
-        """Whether the daemon has given this attempt up."""
+        """Whether the daemon has abandoned this attempt."""
         return self.fence_file.exists()
 
     def ask_for_stacks(self) -> None:
-        """Have the ranks write their stacks, where no signal reaches them."""
+        """Request the ranks' stacks through a file, for ranks that no signal from here reaches."""
         make_private(self.stacks_dir)
         self.stacks_wanted_file.touch(mode=0o600)
 
@@ -304,13 +304,13 @@ def attempt_dir(run: Path, number: int) -> AttemptDir:
 
 
 def model_copy(root: Path, files: ModelFiles) -> Path:
-    """Where the small files of a model folder are kept, once for all runs with the same: `root` is the home, or the folder
-    of a run that is trained without a daemon."""
+    """The copy of a model folder's small files; runs with equal files share it. `root` is the home, or the folder of a run
+    trained without a daemon."""
     return root / "models" / files.digest
 
 
 class RunDir:
-    """The folder of one run: its attempts and, unless the spec says otherwise, its checkpoints."""
+    """The folder of one run: its attempts and, without `checkpoint.save_dir`, its checkpoints."""
 
     def __init__(self, home: str | os.PathLike[str], run_id: str) -> None:
         self.path = Path(home) / "runs" / run_id
@@ -320,5 +320,5 @@ class RunDir:
         return attempt_dir(self.path, number)
 
     def checkpoint_dir(self, save_dir: str) -> Path:
-        """Folder of the run's checkpoints; a run never shares one with another."""
+        """Folder of the run's checkpoints. Runs never share one."""
         return Path(save_dir) / self.path.name if save_dir else self.path / "checkpoints"

@@ -1,8 +1,8 @@
 """The journal: the file to which the trainer appends its events and from which the daemon ingests them.
 
 One line is one event: `{"t": occurred_at µs, "type": …, "v": schema version, "p": payload}`. A line's number (from 1)
-is its identity. An append is one `write`: the page cache has it, so a killed process loses nothing. A thread
-fsyncs at most `FSYNC_SECONDS` later, for the power cut. A last line without its newline is torn and not read.
+is its identity. An append is one `write`, so a killed process loses nothing. A thread fsyncs at most `FSYNC_SECONDS` later,
+which protects against a power cut. A last line without a newline is torn and is not read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sftd.wire.attempt.directory import fsync_dir
 
 FSYNC_SECONDS = 1.0
 _BACKLOG_BYTES = 1 << 20
-# Names the ids of journal lines: ingesting a line twice gives the same id twice.
+# Namespace of the ids of journal lines: a line that is ingested twice has the same id both times.
 _NAMESPACE = uuid.UUID("5f7d0e0a-6a3c-5b0e-9d6e-2f3f8a1c9b57").bytes
 
 
 def event_id(run_id: str, attempt: int, line: int | str) -> str:
-    """The id of an event: of a journal's line by its number, of another fact about the attempt by its name."""
-    # uuid.uuid5, spelled out: it takes a third of the time, and a daemon needs one for each step.
+    """The id of an attempt's event. `line` is the number of its journal line, or a name for an event without a line."""
+    # uuid.uuid5 written out: this takes a third of the time, and a daemon needs an id for each step.
     name = hashlib.sha1(_NAMESPACE + f"{run_id}/{attempt}/{line}".encode(), usedforsecurity=False)
     raw = bytearray(name.digest()[:16])
     raw[6] = raw[6] & 0x0F | 0x50
@@ -58,16 +58,16 @@ _raw_decoder = msgspec.json.Decoder(_Raw)
 
 
 def now_micros() -> Micros:
-    """The time as the journal writes it: whole microseconds since the Unix epoch."""
+    """The time in whole microseconds since the Unix epoch, as the journal writes it."""
     return time.time_ns() // 1000
 
 
 class JournalWriter:
-    """Appends events. Used by one process, the reporting rank."""
+    """Appends events. Only one process, the reporting rank, may use it."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        # The lines that are synced later are lost if the name is.
+        # Without a durable name, lines that are synced later are lost.
         fsync_dir(path.parent)
         self._dirty = threading.Event()
         self._closed = threading.Event()
@@ -85,7 +85,7 @@ class JournalWriter:
         self._dirty.set()
 
     def flush(self) -> None:
-        """When it returns, every event so far survives a power cut."""
+        """Sync every event so far: they survive a power cut."""
         self._dirty.clear()
         os.fsync(self._fd)
 
@@ -104,10 +104,10 @@ class JournalWriter:
 
 
 def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) -> tuple[list[Line], int]:
-    """Read up to `limit` lines from byte `offset`, of which the first has number `first_number`.
+    """Read up to `limit` lines from byte `offset`; the first line has number `first_number`.
 
     Returns the lines and the offset after them. A missing file is an empty journal. Raises `JournalCorrupt` for
-    a complete line that is no event, `UnknownEvent` for one that a newer sftd wrote.
+    a complete line that is not an event, `UnknownEvent` for an event of a newer sftd.
     """
     lines: list[Line] = []
     try:
@@ -124,17 +124,17 @@ def read(path: Path, offset: int = 0, first_number: int = 1, limit: int = 1000) 
 
 
 def check_paths(lines: list[Line], checkpoint_dir: str) -> None:
-    """Raises `JournalCorrupt` for a checkpoint outside of the attempt's folder: the paths in the log are read, and later deleted."""
+    """Raises `JournalCorrupt` for a checkpoint outside `checkpoint_dir`, because sftd reads and deletes the paths in the log."""
     for line in lines:
         event = line.event
         if isinstance(event, CheckpointPublished) and os.path.dirname(event.path) != checkpoint_dir:
             raise JournalCorrupt(
-                f"line {line.number}: the checkpoint {event.path} lies outside of {checkpoint_dir}"
+                f"line {line.number}: the checkpoint {event.path} is outside {checkpoint_dir}"
             )
 
 
 def backlog(path: Path, offset: int) -> tuple[int, Micros | None]:
-    """The number of complete lines after byte `offset`, in the first MiB of them, and when the first of them occurred."""
+    """The number of complete lines in the MiB after byte `offset`, and the time of the first of them, None if unknown."""
     try:
         with open(path, "rb") as file:
             file.seek(offset)

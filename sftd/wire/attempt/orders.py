@@ -1,4 +1,4 @@
-"""An attempt's order, made of what the log says of its run."""
+"""Make an attempt's order from the run in the log."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def order_of(
     last_step: int | None = None,
     template: ChatTemplate | None = None,
 ) -> Order:
-    """What is to be done from `checkpoint` on; None is the pretrained model.
+    """The order to train from `checkpoint`; None is the pretrained model.
 
-    With `attempt` it is the order of the run's next attempt: new steps, on the data as submitted. Without, it is about steps
-    that the log has, for `sftd verify` and for tools: the data may have changed since. The other arguments are those of
-    `Order`.
+    With `attempt`, the order is for the run's next attempt: new steps, on the data as submitted. Without it, the order is for
+    steps that the log has, for `sftd verify` and tools; the data may have changed since. See `Order` for the other arguments.
     """
     is_next = attempt is not None
     return Order(

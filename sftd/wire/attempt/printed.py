@@ -1,6 +1,6 @@
-"""What an attempt printed, line by line: torchrun's own output and that of each rank, also while it is being written.
+"""The output of an attempt, line by line: of torchrun and of each rank, also while they write it.
 
-Of a rank that prints too much, the middle is not kept (`trainer/runtime/output_cap.py`): there its file has a hole.
+If a rank prints too much, the middle is dropped (`trainer/runtime/output_cap.py`): its file then has a hole.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from pathlib import Path
 from sftd.wire.attempt.directory import AttemptDir
 
 _BLOCK = 1 << 16
-# A line without an end is given out in pieces of this size.
+# A longer line is returned in pieces.
 _LONGEST = 1 << 20
 
 
 class Follower:
-    """Gives each line of a file once, in order, however often it is asked; a line that is not finished is kept back."""
+    """Returns each line of a growing file once, in order. An unfinished line waits until it is complete."""
 
     def __init__(self, path: Path, last: int | None = None) -> None:
-        """`last`: the number of existing lines to begin with; None is all."""
+        """`last`: the number of existing lines to return; None is all."""
         self._path = path
         self._offset = 0 if last is None else _offset_of_last(path, last)
         self._rest = b""
 
     def lines(self, *, to_the_end: bool = False) -> Iterator[str]:
-        """What was written since the last time; `to_the_end`, also what has no end of a line."""
+        """The lines written since the last call. With `to_the_end`, also an unfinished last line."""
         try:
-            # Unbuffered: looking for data moves the position.
+            # Unbuffered, because `lseek` bypasses a buffer.
             file = open(self._path, "rb", buffering=0)  # noqa: SIM115
         except FileNotFoundError:
             return
@@ -37,7 +37,7 @@ class Follower:
                 if (data := _seek_data(file.fileno(), self._offset)) > self._offset:
                     if self._rest:
                         yield self._take_rest()
-                    yield f"[{(data - self._offset) / 1e6:,.0f} MB that were printed here are not kept]"
+                    yield f"[{(data - self._offset) / 1e6:,.0f} MB of output omitted]"
                     self._offset = data
                 if not (block := file.read(_BLOCK)):
                     break
@@ -56,32 +56,31 @@ class Follower:
 
 
 def _seek_data(descriptor: int, offset: int) -> int:
-    """Go to the first byte that is kept, at or after `offset`. Returns its offset."""
+    """Seek to the first byte at or after `offset` that is not in a hole. Returns its offset."""
     try:
         return os.lseek(descriptor, offset, os.SEEK_DATA)
     except OSError:
-        # Nothing follows it.
+        # No data follows.
         return os.lseek(descriptor, offset, os.SEEK_SET)
 
 
 def _text(line: bytes) -> str:
-    # What was taken out while it was being read is read as zeros. Of a progress bar that paints over itself, what stays
-    # on the screen.
+    # A hole that was made during the read reads as zeros. A progress bar overwrites itself: keep its last state.
     return line.strip(b"\0").rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
 def _offset_of_last(path: Path, count: int) -> int:
-    """Where the last `count` lines of a file begin. Read from the end, so that a long file costs no more."""
+    """Offset of the last `count` lines of a file. Reads from the end, so that the cost does not depend on the file's size."""
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115
     except FileNotFoundError:
         return 0
     with file:
         end = file.seek(0, os.SEEK_END)
-        first = _behind_the_hole(file.fileno(), end)
+        first = _end_of_hole(file.fileno(), end)
         if end == 0 or count == 0:
             return end
-        # The end of the last line begins no other.
+        # No line follows a newline at the end of the file.
         file.seek(end - 1)
         missing = count + (file.read(1) == b"\n")
         while end > first:
@@ -99,20 +98,20 @@ def _offset_of_last(path: Path, count: int) -> int:
     return first
 
 
-def _behind_the_hole(descriptor: int, end: int) -> int:
-    """Where what is kept of the end of a file begins; 0 in one that is whole."""
+def _end_of_hole(descriptor: int, end: int) -> int:
+    """Offset of the data after the hole of a file; 0 if it has no hole."""
     hole = os.lseek(descriptor, 0, os.SEEK_HOLE) if end else 0
     return _seek_data(descriptor, hole) if hole < end else 0
 
 
 class Output:
-    """Everything that an attempt prints: (rank, line); the rank is None for torchrun's own lines."""
+    """The output of an attempt: (rank, line); the rank is None for torchrun's own lines."""
 
     def __init__(
         self, directory: AttemptDir, ranks: frozenset[int] = frozenset(), last: int | None = None
     ) -> None:
-        """`ranks` are the wanted ones, without torchrun; none is everything. `last`: the number of existing lines of each to
-        begin with."""
+        """`ranks` limits the output to these ranks, without torchrun; empty is everything. `last`: the number of existing lines
+        of each file to return."""
         self._directory = directory
         self._ranks = ranks
         self._followers: dict[Path, Follower] = {}
@@ -120,8 +119,8 @@ class Output:
         self.has_lines = False
 
     def lines(self, *, to_the_end: bool = False) -> Iterator[tuple[int | None, str]]:
-        """What was printed since the last time. The order is right for each rank; torchrun, which says at the end why,
-        comes last."""
+        """The lines printed since the last call, in order for each rank. torchrun is last: its summary of the failure comes
+        at the end."""
         files: list[tuple[int | None, Path]] = [
             (rank, path)
             for rank, path in self._directory.rank_outputs()
@@ -136,5 +135,5 @@ class Output:
             for line in follower.lines(to_the_end=to_the_end):
                 self.has_lines = True
                 yield rank, line
-        # What begins from now on is new, all of it.
+        # Files that appear after the first call are returned whole.
         self._last = None

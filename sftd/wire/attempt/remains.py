@@ -1,4 +1,4 @@
-"""What an ended attempt left in its folder that explains its end: exit code, the ranks' error files, the end of its output."""
+"""Read the evidence of why an attempt ended: exit code, error files of the ranks, end of the output."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FRAME = re.compile(r'\s*File "([^"]*)", line (\d+) in (\S+)')
 
 
 def find_remains(directory: AttemptDir, environ: Mapping[str, str] = os.environ) -> Remains:
-    """Everything in the folder that says why the attempt ended, without the secrets of the ranks' environment: it goes into
-    the log, and from there to MLflow. `environ` replaces theirs where an older sftd did not keep it."""
+    """The evidence of why the attempt ended. Secrets of the ranks' environment are hidden, because the log and MLflow store
+    the result. `environ` replaces that environment if an older sftd did not keep its secrets."""
     secrets = Secrets.read(directory.secrets_file) or Secrets.of(environ)
     return Remains(
         exit_code=directory.exit_code(),
@@ -38,12 +38,12 @@ def find_remains(directory: AttemptDir, environ: Mapping[str, str] = os.environ)
 
 
 def find_stack(directory: AttemptDir, rank: int) -> str | None:
-    """The innermost frames of a rank that was asked for its stack (`LocalAttempt.ask_for_stacks`), None when it gave none."""
+    """The innermost frames of a rank's requested stack (`LocalAttempt.ask_for_stacks`), None if it wrote none."""
     try:
         lines = directory.stack_file(rank).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    # The signal comes to the main thread, which faulthandler calls the current one.
+    # The main thread receives the signal, so faulthandler labels it as the current one.
     start = next((n for n, line in enumerate(lines) if line.startswith("Current thread")), None)
     if start is None:
         return None
@@ -52,7 +52,7 @@ def find_stack(directory: AttemptDir, rank: int) -> str | None:
 
 
 def _tail(directory: AttemptDir) -> list[str]:
-    """The last lines that the ranks, then torchrun, printed."""
+    """The last lines of each rank, then of torchrun."""
     files = [*(path for _, path in directory.rank_outputs()), directory.output_log]
     return [line for path in files for line in _last_lines(path)]
 
@@ -64,12 +64,12 @@ def _last_lines(path: Path) -> list[str]:
             file.seek(max(0, size - _TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
     except OSError:
-        # A rank may have made anything of it: the daemon continues.
+        # A rank may have replaced the file by anything; the daemon must continue.
         return []
 
 
 def _writable(text: object) -> str:
-    """A text as the log can hold it. Python's exceptions name a file whose name is not UTF-8 by lone surrogates."""
+    """Escape lone surrogates, which the log cannot store. Python uses them for file names that are not UTF-8."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
@@ -88,7 +88,7 @@ def _rank_errors(directory: AttemptDir) -> list[RankError]:
                 text, stack, when = _writable(message), [], 0
             errors.append((when, RankError(rank=int(path.parent.name), exception=text, traceback=stack[-5:])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            # A rank may have left anything there: the daemon continues.
+            # A rank may have written anything there; the daemon must continue.
             continue
-    # The rank that failed first is the cause; the others usually only lost their peer.
+    # The rank that failed first is the cause. The others usually fail because they lose the connection to it.
     return [error for _, error in sorted(errors, key=lambda item: (item[0], item[1].rank))]

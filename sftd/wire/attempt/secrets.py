@@ -1,7 +1,7 @@
-"""The secrets of an environment, kept as digests: enough to find them in a text, too little to read them.
+"""Digests of the secrets in an environment: they find a secret in a text, but do not reveal it.
 
-Whoever reads what an attempt printed may have another environment than its ranks had: the daemon that adopted it, or a person
-who imports it.
+They are stored because the process that reads an attempt's output may not have the ranks' environment: a daemon that adopts
+the attempt, or `sftd import`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 import msgspec
 
 _NAMES = ("PASSWORD", "PASSWD", "TOKEN", "SECRET", "KEY", "CREDENTIAL")
-# Shorter values are words that occur anywhere.
+# Shorter values are too likely to occur in ordinary text.
 _SHORTEST = 8
-# The file may be a stranger's.
+# Limits the work on a file from an untrusted source.
 _MOST = 1000
 _URL_PASSWORD = re.compile(r"(//[^/@:\s]*:)[^@\s]+@")
 
 
 class Secret(msgspec.Struct, frozen=True):
-    """A value: its first character and length, which say where to look, and its salted sha256."""
+    """A secret value: first character and length, to find candidates, and salted sha256."""
 
     first: str
     length: int
@@ -38,8 +38,8 @@ class Secrets(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Secrets:
-        """The values of variables whose names say that they are secret, the longest first. One that is not text, whose bytes are
-        lone surrogates here, is left out: no text holds it."""
+        """The values of variables with secret names, longest first. A value that is not UTF-8 is left out, because no text
+        contains its lone surrogates."""
         salt = os.urandom(16).hex()
         values = {
             value
@@ -53,7 +53,7 @@ class Secrets(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, path: Path) -> Secrets | None:
-        """Those that were written to a file; None when it is not there or cannot be read."""
+        """The secrets in a file; None when it is missing or cannot be read."""
         try:
             found = msgspec.json.decode(path.read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError):
@@ -62,7 +62,7 @@ class Secrets(msgspec.Struct, frozen=True):
         return cls(found.salt, usable)
 
     def hide(self, text: str) -> str:
-        """The text with *** in the place of each secret, and of a password in a URL."""
+        """The text with each secret, and each password in a URL, replaced by ***."""
         for secret in self.secrets:
             text = "".join(self._parts(text, secret))
         return _URL_PASSWORD.sub(r"\1***@", text)

@@ -1,10 +1,10 @@
-"""The folders of a run's checkpoints: a process that reads one holds its lock, one that deletes it asks for the lock.
+"""The folders of a run's checkpoints, and their locks: shared for readers, exclusive for deletion.
 
-    <checkpoint_dir>/step-00000012/           published; `manifest.json` is what a reader locks
-    <checkpoint_dir>/step-00000012.deleted/   what an interrupted deletion left, for `sweep`
-    <checkpoint_dir>/step-00000012.replaced/  what an interrupted replacement left, where folders cannot be exchanged
+    <checkpoint_dir>/step-00000012/           published; readers lock its `manifest.json`
+    <checkpoint_dir>/step-00000012.deleted/   left by an interrupted deletion, for `sweep`
+    <checkpoint_dir>/step-00000012.replaced/  left by an interrupted replacement, where folders cannot be exchanged
 
-The lock is an flock on the manifest: it ends with the process that holds it, however that ends.
+The lock is an flock on the manifest. The kernel releases it when its process ends, even by a crash.
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ _DELETED = ".deleted"
 # See `folder_swap.publish_folder` of the trainer.
 _REPLACED = ".replaced"
 _LOOK_SECONDS = 0.05
-# Of a checkpoint of a hundred thousand files.
+# Enough for a hundred thousand files.
 _MANIFEST_BYTES = 64 << 20
-# What flock answers where the file system cannot lock: work continues there without protection.
+# Errors of flock on file systems without locks, where work continues unprotected.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL}
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """What the manifest of a checkpoint says of how it was saved: the sizes of the layout by their names in lower case, and
-    torch's name of the dtype."""
+    """How a checkpoint was saved, from its manifest: the sizes of the layout by lower-case name, and torch's dtype name."""
 
     layout: dict[str, int] = {}
     dtype: str = ""
 
 
 def manifest_bytes(folder: Path) -> bytes:
-    """The bytes of a checkpoint folder's manifest. Raises `OSError`, also for a link, a device, a pipe (which would
-    keep its reader waiting) and for a file that is too large for a manifest."""
+    """The bytes of a checkpoint folder's manifest. Raises `OSError`, also for a link, a device, a pipe (which could
+    block the reader) and a file that is too large."""
     fd = os.open(folder / MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         facts = os.fstat(fd)
@@ -59,7 +58,7 @@ def manifest_bytes(folder: Path) -> bytes:
 
 
 def is_checkpoint_of(folder: str, run_id: str) -> bool:
-    """Whether a folder is a checkpoint of this run by its own manifest: nothing else is ever deleted as one."""
+    """Whether the folder's manifest names this run. Only such folders are deleted as checkpoints."""
     try:
         manifest = msgspec.json.decode(manifest_bytes(Path(folder)), type=dict[str, Any])
     except (OSError, ValueError, RecursionError):
@@ -71,7 +70,7 @@ def is_checkpoint_of(folder: str, run_id: str) -> bool:
 def reading(path: Path) -> Iterator[None]:
     """Keep the checkpoint in `path` from being deleted until the block ends.
 
-    One that is not there, or went away just now, is no error here: the reader finds out, and has the better words.
+    A missing checkpoint is not an error here: the reader raises a better one.
     """
     with contextlib.ExitStack() as stack:
         while True:
@@ -80,7 +79,7 @@ def reading(path: Path) -> Iterator[None]:
             except OSError:
                 break
             stack.callback(os.close, fd)
-            # A deleter holds its lock only for a rename.
+            # This waits only briefly: a deletion holds its lock just for a rename.
             _lock(fd, fcntl.LOCK_SH)
             if _is_named(fd, path / MANIFEST):
                 break
@@ -89,13 +88,13 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unread(path: Path) -> Iterator[bool]:
-    """Keep readers from the checkpoint in `path` until the block ends. False when somebody reads it; one that is not there
-    is not read."""
+    """Keep readers from the checkpoint in `path` until the block ends. Yields False while a process reads it, True for a
+    missing checkpoint."""
     try:
-        # Writable: over NFS only such a file can be locked exclusively.
+        # NFS allows an exclusive lock only on a writable descriptor.
         fd = os.open(path / MANIFEST, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
-        # Without a manifest it is no checkpoint, and nobody loads it.
+        # A folder without a manifest is not a checkpoint, so no process reads it.
         fd = -1
     try:
         yield fd < 0 or _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,8 +105,8 @@ def unread(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def once_unread(path: Path, seconds: float) -> Iterator[None]:
-    """Wait for the readers of the checkpoint in `path`, then keep others from it until the block ends: they read what has
-    that name afterwards. Raises `OSError` when it is still being read after `seconds`."""
+    """Wait for the readers of the checkpoint in `path`, then keep new readers out until the block ends. They then read the
+    folder that has this name. Raises `OSError` when a process still reads it after `seconds`."""
     until = time.monotonic() + seconds
     while True:
         with unread(path) as free:
@@ -115,12 +114,12 @@ def once_unread(path: Path, seconds: float) -> Iterator[None]:
                 yield
                 return
         if time.monotonic() >= until:
-            raise OSError(errno.EBUSY, f"somebody has been reading it for {seconds:.0f} s", str(path))
+            raise OSError(errno.EBUSY, f"another process has been reading it for {seconds:.0f} s", str(path))
         time.sleep(_LOOK_SECONDS)
 
 
 def delete_folder(path: Path) -> bool:
-    """Delete a checkpoint. False, and nothing is done, while somebody reads it: try again later."""
+    """Delete a checkpoint. Returns False and does nothing while a process reads it."""
     with unread(path) as free:
         if free:
             remove(path)
@@ -128,13 +127,13 @@ def delete_folder(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint that is known to be `unread`.
+    """Delete a checkpoint inside a block of `unread`. A missing one is not an error.
 
-    It changes its name first, so that no half-deleted folder ever has the name of a checkpoint, and `sweep` finishes
-    what a crash interrupts. One that is not there is deleted.
+    Renames the folder first, so that no half-deleted folder has the name of a checkpoint. After a crash `sweep` finishes the
+    deletion.
     """
     gone = path.with_name(path.name + _DELETED)
-    # Of an earlier deletion of the same step: a folder cannot be renamed to one that holds something.
+    # Left by an earlier deletion of the same step. A rename onto a non-empty folder fails.
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         path.rename(gone)
@@ -151,10 +150,10 @@ def saved(path: Path) -> Saved:
 
 
 def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
-    """Finish the deletions and replacements of a run's folder of checkpoints that a crash or a reader interrupted.
+    """Finish deletions and replacements of a run's checkpoints that a crash or a reader interrupted.
 
-    `deleted` are the folders whose deletion is in the log. Call it only while no attempt of the run lives: an attempt may
-    have published one of these names again, and the log does not have that yet.
+    `deleted` are the folders whose deletion is in the log. Call it only while no attempt of the run is running: an attempt may
+    have published one of these names again before the log records it.
     """
     for left in directory.glob(f"step-*{WEIGHTS}.partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -162,7 +161,7 @@ def sweep(directory: Path, deleted: Iterable[Path] = ()) -> None:
         shutil.rmtree(left, ignore_errors=True)
     for left in directory.glob(f"step-*{_REPLACED}"):
         published = left.with_name(left.name.removesuffix(_REPLACED))
-        # Between the two renames nothing had the name.
+        # If the crash was between the two renames, no folder has the name: restore the old one.
         if published.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -184,7 +183,7 @@ def _lock(fd: int, operation: int) -> bool:
 
 
 def _is_named(fd: int, path: Path) -> bool:
-    """Whether `path` still names the open file: it may have been deleted, or another published in its place."""
+    """Whether `path` still names the open file, which may have been deleted or replaced."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints can be written, found out by writing: at submit, and by the ranks before the first step."""
+"""Test by writing whether a run's checkpoints can be written: at submit, and by the ranks before the first step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def probe(folder: Path) -> None:
-    """Write, sync and remove a small file in `folder`, or where it would be made. No folder is made for it: another
-    process that makes the same folder would find it gone. Raises `OSError`."""
+    """Write, sync and remove a small file in `folder` or its nearest existing parent. Makes no folder, because removing it
+    could break another process that uses it. Raises `OSError`."""
     fd, name = tempfile.mkstemp(prefix=".sftd-probe-", dir=nearest(folder))
     try:
         with open(fd, "wb") as file:
@@ -22,7 +22,7 @@ def probe(folder: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists; a dangling link exists. Raises `OSError`."""
+    """`path`, or the nearest existing folder above it. A dangling link counts as existing. Raises `OSError`."""
     for part in (path, *path.parents):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             part.lstat()
@@ -31,8 +31,8 @@ def nearest(path: Path) -> Path:
 
 
 def looks_unmounted(path: Path) -> Path | None:
-    """The folder in which `path` and at least one folder above it are missing, if it is on the root file system: a disk that is
-    not mounted looks so. Raises `OSError`."""
+    """The nearest existing folder above `path`, if it is on the root file system and at least two levels are missing below it,
+    as if a disk were not mounted. Otherwise None. Raises `OSError`."""
     above = nearest(path)
     is_root = above.stat().st_dev == Path("/").stat().st_dev
     return above if is_root and len(path.relative_to(above).parts) > 1 else None

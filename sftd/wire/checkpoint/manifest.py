@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint folder holds, written last, checked before anything of it is read."""
+"""`manifest.json`: the contents of a checkpoint folder. It is written last and checked before any other file is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sftd.wire.checkpoint.directory import MANIFEST, manifest_bytes
 from sftd.wire.cores import usable_cores
 
 NAME = MANIFEST
-# Of a whole checkpoint, and of one that was reduced to its weights, which an older sftd must not resume from.
+# Schema versions of a whole checkpoint, and of one reduced to its weights. An older sftd must not resume from the latter.
 WHOLE, WEIGHTS_ONLY = 1, 2
 
 
@@ -29,10 +29,9 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint is. `samples` counts those that training has consumed; `loss` and `grad_norm` are the step's,
-    as C99 hexadecimal floats (exact, and not finite ones too). `state_files` are those of `files` that only a resume
-    needs (optimizer and random streams): without them the model can still be read. Empty where an older sftd wrote weights
-    and state into the same files."""
+    """Description of a checkpoint. `samples` is the number of samples that training has consumed. `loss` and `grad_norm` are
+    the step's, as C99 hexadecimal floats (exact; may be infinite or NaN). `state_files` are the members of `files` that only a
+    resume needs (optimizer and random streams); empty if an older sftd wrote weights and state into the same files."""
 
     schema_version: int
     run_id: str
@@ -60,7 +59,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """sha256 (hex) of the file's bytes: names the checkpoint."""
+    """sha256 (hex) of the file's bytes; it identifies the checkpoint."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -71,7 +70,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def describe(folder: Path, names: Iterable[str]) -> list[FileEntry]:
-    """Size and sha256 of files. hashlib lets go of the interpreter, so threads hash in parallel."""
+    """Size and sha256 of files. hashlib releases the GIL, so threads hash in parallel."""
 
     def one(name: str) -> FileEntry:
         with open(folder / name, "rb") as file:
@@ -83,7 +82,7 @@ def describe(folder: Path, names: Iterable[str]) -> list[FileEntry]:
 
 
 def read(folder: Path, expected_digest: str | None) -> Manifest:
-    """The manifest of a checkpoint folder. Raises `CheckpointInvalid` when it is missing, torn or not the expected one."""
+    """The manifest of a checkpoint folder. Raises `CheckpointInvalid` when it is missing or torn, or its digest differs."""
     try:
         data = manifest_bytes(folder)
     except OSError as error:
@@ -106,14 +105,14 @@ def _whose(data: bytes) -> str:
         found = msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, RecursionError) as error:
         return f"it is torn or not a manifest ({error})"
-    return f"it is of step {found.step} of run {found.run_id}, spec {found.spec_digest[:12]}"
+    return f"it is from step {found.step} of run {found.run_id}, spec {found.spec_digest[:12]}"
 
 
 def verify(folder: Path, expected_digest: str | None) -> Manifest:
-    """The manifest of a checkpoint that holds exactly what was published: every file of the manifest, each with its size
-    and sha256, and nothing else. Opens no pickle. Raises `CheckpointInvalid`.
+    """The manifest of a checkpoint whose folder has exactly the files of the manifest, each with its size and sha256.
+    Opens no pickle. Raises `CheckpointInvalid`.
 
-    `expected_digest` is the sha256 of the manifest, None if that is not known.
+    `expected_digest` is the sha256 of the manifest, None if unknown.
     """
     manifest = read(folder, expected_digest)
     if damage := find_damage(folder, manifest):
@@ -122,8 +121,8 @@ def verify(folder: Path, expected_digest: str | None) -> Manifest:
 
 
 def glance(folder: Path, expected_digest: str | None) -> str | None:
-    """What is wrong with a checkpoint as far as it can be seen without reading its files, or None. Not whether a byte of
-    them changed: `verify` finds that out, before a checkpoint is used."""
+    """The first problem of a checkpoint that is visible without reading its files, or None. Only `verify` detects changed
+    bytes; call that before using a checkpoint."""
     try:
         return find_strangers(folder, read(folder, expected_digest))
     except CheckpointInvalid as error:
@@ -133,8 +132,8 @@ def glance(folder: Path, expected_digest: str | None) -> str | None:
 
 
 def find_damage(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. `part` of `parts` processes hashes its share of the files; the
-    names, kinds and sizes of all are compared by each. Opens no pickle."""
+    """The first problem of a checkpoint's files, or None. Of `parts` processes, each hashes its share, number `part`; every
+    process compares the names, kinds and sizes of all files. Opens no pickle."""
     try:
         return find_strangers(folder, manifest) or _find_changed(folder, manifest.files[part::parts])
     except OSError as error:
@@ -142,9 +141,8 @@ def find_damage(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1)
 
 
 def find_strangers(folder: Path, manifest: Manifest) -> str | None:
-    """What of a checkpoint folder differs from its manifest by name, kind or size: a file that is missing, one that is not
-    listed (Megatron reads some by their names alone), a folder, a link, a device. None when nothing does. Reads no file.
-    Raises `OSError`."""
+    """The first difference between a checkpoint folder and its manifest by name, kind or size, or None: a missing file, an
+    unlisted one (Megatron reads some by name alone), a folder, a link, a device. Reads no file. Raises `OSError`."""
     listed = {entry.name: entry for entry in manifest.files}
     if len(listed) != len(manifest.files) or any(
         "/" in name or name in (NAME, "", ".", "..") for name in listed

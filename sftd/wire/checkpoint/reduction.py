@@ -1,10 +1,10 @@
-"""A checkpoint without the training state: the same weights beside it, in a folder of their own.
+"""Reduce a checkpoint to its weights, in a separate folder beside it.
 
     <checkpoint_dir>/step-00000012/                   whole: weights, optimizer, random streams
-    <checkpoint_dir>/step-00000012.weights.partial/   being made
-    <checkpoint_dir>/step-00000012.weights/           weights alone; the whole one goes once the log names this one
+    <checkpoint_dir>/step-00000012.weights.partial/   in progress
+    <checkpoint_dir>/step-00000012.weights/           weights only; the whole one is deleted after the log names this one
 
-Files are hard links: nothing is read or copied, and at any moment the folder that the log names is whole.
+The files are hard links, so no data is copied, and the folder that the log names is complete at any time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sftd.wire.checkpoint.directory import WEIGHTS, delete_folder
 
 
 class Reduced(msgspec.Struct, frozen=True):
-    """The folder of the weights, its bytes, and its manifest's sha256. `freed` are bytes that only the whole one has."""
+    """The folder of the weights, its size in bytes, and its manifest's sha256. `freed`: bytes that deleting the whole checkpoint
+    frees."""
 
     path: str
     bytes: int
@@ -31,8 +32,8 @@ class Reduced(msgspec.Struct, frozen=True):
 
 
 def saving(path: Path, digest: str) -> int:
-    """Bytes of a checkpoint that a reduction frees; 0 when it cannot be reduced: it is damaged, not on this host, has no training
-    state any more, or an older sftd wrote weights and state into the same files."""
+    """Bytes that a reduction of a checkpoint frees. 0 when it cannot be reduced: it is damaged, not on this host, already
+    reduced, or an older sftd wrote weights and state into the same files."""
     try:
         manifest = manifests.read(path, digest)
         if manifest.weights_only or manifests.find_strangers(path, manifest):
@@ -43,8 +44,9 @@ def saving(path: Path, digest: str) -> int:
 
 
 def reduce(path: Path, digest: str) -> Reduced | None:
-    """Make the folder of a checkpoint's weights; it replaces what an interrupted call left. No other process may change the
-    checkpoint. None when there is nothing to gain (see `saving`), or when a process reads the folder that was left. Raises `OSError`."""
+    """Make the folder of a checkpoint's weights. Replaces the folder of an interrupted call. No other process may change the
+    checkpoint. Returns None when a reduction frees nothing (see `saving`), or when a process reads the folder to replace.
+    Raises `OSError`."""
     freed = saving(path, digest)
     if not freed:
         return None

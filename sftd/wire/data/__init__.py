@@ -1,1 +1,1 @@
-"""Data files as both processes read them."""
+"""Data files, as the daemon and the trainer read them."""

@@ -1,4 +1,4 @@
-"""The chat template that data files were rendered with, as `sftd prepare` wrote it into them."""
+"""The chat template with which data files were rendered. `sftd prepare` stores it in their metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
 
-# The key of the Parquet's metadata that `sftd prepare` writes, and the largest value that is read.
+# The key of the Parquet metadata, and the largest value that is read, in bytes.
 METADATA_KEY, _LARGEST = b"sftd", 4 << 20
 
 
@@ -18,13 +18,12 @@ class _Metadata(msgspec.Struct, frozen=True):
 
 
 def of_files(paths: Sequence[str]) -> ChatTemplate | None:
-    """The template of the first file that names one; None where another tool made the files. The files are Parquet."""
+    """The template of the first Parquet file that has one; None if other tools made the files."""
     return next((found.chat_template for path in paths if (found := _read(path)).chat_template), None)
 
 
 def different(paths: Sequence[str]) -> tuple[str, str] | None:
-    """The first file and another one that were rendered in different ways; None where all are alike. The files are
-    Parquet."""
+    """The first Parquet file with a template, and the first that was rendered differently; None if all are equal."""
     known = [(path, found) for path in paths if (found := _read(path)).chat_template is not None]
     return next(((known[0][0], path) for path, found in known if found != known[0][1]), None)
 

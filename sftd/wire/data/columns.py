@@ -1,8 +1,7 @@
-"""The columns of a training file: which ones are read, and which ones of other tools change what a row means.
+"""The columns of a training file: those that sftd trains on, and those of other tools that would change a row's meaning.
 
-Other tools keep packed samples, loss masks and weights in columns of their own. sftd trains a row as one sample with the
-labels that it has. So such a column is read and compared with that: where it says the same it changes nothing, and where it
-says something else the file is refused.
+Other tools store packing, loss masks and weights in extra columns. sftd trains each row as one sample, with the row's labels.
+It compares such columns with that: a column that agrees is ignored, and a file with one that disagrees is refused.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ LABELS = "labels"
 _REQUIRED = ("input_ids", LABELS)
 _MASK = "attention_mask"
 _PREPARE = "make the file with `sftd prepare`"
-_UNPACK = "write one sample a row, and let sftd pack them: training.use_rmpad=true"
-_MASK_LABELS = "write -100 into labels where a token is not trained, and leave the column out"
+_UNPACK = "write one sample per row, and let sftd pack them: training.use_rmpad=true"
+_MASK_LABELS = "write -100 into labels where a token is not trained, and drop the column"
 
 _POSITIONS = frozenset({"position_ids", "positions", "pos_ids"})
 _SEGMENTS = frozenset(
@@ -38,12 +37,12 @@ _WEIGHTS = frozenset(
     | {"token_weights"}
 )
 _KNOWN = _POSITIONS | _SEGMENTS | _LENGTHS | _BOUNDS | _WEIGHTS
-# They say nothing of their own.
+# Redundant columns.
 _HARMLESS = frozenset({"length", "special_tokens_mask", "__index_level_0__"})
 
 
 class UnusableFile(Exception):
-    """A data file that cannot be trained on: `what` is wrong with it, and how to `fix` it."""
+    """A data file that cannot be used for training: `what` is wrong, and the `fix`."""
 
     def __init__(self, what: str, fix: str = _PREPARE) -> None:
         super().__init__(what)
@@ -52,14 +51,14 @@ class UnusableFile(Exception):
 
 @dataclass(frozen=True)
 class Lists:
-    """A column: the values of all rows end to end, and how many of them each row has (int64 [rows])."""
+    """A column: the concatenated values of all rows, and the number of values of each row (int64 [rows])."""
 
     values: npt.NDArray[Any]
     lengths: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, name: str, column: Any) -> Lists:
-        """Read a column of lists, or of one value a row. Raises `UnusableFile` for nulls."""
+        """Read a column of lists, or of one value per row. Raises `UnusableFile` for nulls."""
         import numpy as np
         import pyarrow.compute as pc
 
@@ -74,7 +73,8 @@ class Lists:
 
 
 def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
-    """The columns of the file that are read, with or without those of `others` tools. Raises `UnusableFile` when one is missing or of another type."""
+    """The columns of the file to read; with `others`, also the known columns of other tools. Raises `UnusableFile` when a
+    required one is missing or one has the wrong type."""
     import pyarrow as pa
 
     for name in _REQUIRED:
@@ -102,7 +102,7 @@ def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
 
 
 def unused(schema: pa.Schema) -> tuple[str, ...]:
-    """The columns that sftd neither reads nor knows to be without effect."""
+    """The columns that sftd does not use and that may change a row's meaning."""
     known = {*_REQUIRED, _MASK} | _KNOWN | _HARMLESS
     return tuple(dict.fromkeys(name for name in schema.names if name not in known))
 
@@ -114,11 +114,10 @@ def check_columns(
     trained: npt.NDArray[np.bool_],
     first: int,
 ) -> None:
-    """Compare the columns of other tools in a few rows with what is trained. Raises `UnusableFile` where one asks for
-    something else.
+    """Compare the columns of other tools in some rows with what sftd trains. Raises `UnusableFile` for a difference.
 
-    starts: [rows + 1], where each row's tokens begin. real: [tokens], not padding. trained: [tokens], such a one with a label. first:
-    the number of the first row.
+    starts: [rows + 1], index of each row's first token. real: [tokens], not padding. trained: [tokens], not padding and with a
+    label. first: the number of the first row.
     """
     import numpy as np
 
@@ -129,15 +128,15 @@ def check_columns(
         elif name in _BOUNDS:
             row = _first(column.lengths > 2)
         elif not np.array_equal(column.lengths, np.diff(starts)):
-            # One value a row: a weight counts; nothing else distinguishes parts of the row.
+            # With one value per row, only a weight matters: other columns cannot distinguish parts of the row.
             row = _first(column.values != 1) if name in _WEIGHTS and _single(column) else None
             if not _single(column):
                 raise UnusableFile(f"column {name!r} has lists of other lengths than input_ids", _fix(name))
         elif name in _WEIGHTS:
             inner = trained.copy()
-            inner[starts[:-1][np.diff(starts) > 0]] = False  # nothing predicts the first token
+            inner[starts[:-1][np.diff(starts) > 0]] = False  # no token predicts the first one
             off = inner & (column.values != 1)
-            # Some tools keep it at the token that predicts.
+            # Some tools store the weight at the predicting token instead of the predicted one.
             if off.any() and (inner[1:] & (column.values[:-1] != 1)).any():
                 row = _row_of(off, starts)
         else:
@@ -151,7 +150,7 @@ def check_columns(
 def _meaning(name: str) -> str:
     if name in _WEIGHTS:
         return f"{name} is not 1 on all tokens that labels train, and sftd trains by labels alone"
-    return f"{name} says that the row holds several samples, which would see each other"
+    return f"{name} splits the row into several samples, which would attend to each other"
 
 
 def _fix(name: str) -> str:
@@ -174,7 +173,7 @@ def _row_of(flags: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> int 
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists, of any of Arrow's kinds."""
+    """Whether this is one of Arrow's list types."""
     import pyarrow as pa
 
     tests = (

@@ -1,4 +1,4 @@
-"""What is in the data files of a run, found at submit (see `rows` for what a row is)."""
+"""Inspect the data files of a run at submit (see `rows` for the format)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Rows without a trained label, and columns that are not used, that are named.
+# Maximum number of unusable rows and of unused columns that a report names.
 _FIRST_ROWS, _FIRST_COLUMNS = 5, 8
 
 
@@ -41,11 +41,11 @@ def inspect(
     truncation: str,
     stop_ids: Sequence[int] = (),
 ) -> DataFacts:
-    """Read every row of the files and say what is in them. `stop_ids` are the tokens that end an answer.
+    """Read every row of the files and collect facts. `stop_ids` are the tokens that end an answer.
 
-    `where` is the spec's key that named them. Raises `Refused` with every file's first problem: missing, not
-    Parquet, wrong schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary, labels that
-    are shifted, columns that ask for something that sftd does not do.
+    `where` is the spec key of the files. Raises `Refused` with the first problem of each file: missing, not Parquet, wrong
+    schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary, shifted labels, columns that
+    require an unsupported feature.
     """
     import numpy as np
 
@@ -54,7 +54,7 @@ def inspect(
     unused: dict[str, list[str]] = {}
     rows = tokens = trained = longest = truncated = unusable = stopping = 0
     unusable_rows: list[int] = []
-    # How many rows that training sees have how many tokens.
+    # [length] → number of trained rows of that length, after truncation.
     of_length = np.zeros(sequence_length + 1, np.int64)
     for path in paths:
         rows_before, unusable_before = rows, unusable
@@ -76,7 +76,7 @@ def inspect(
                 for column in file.unused:
                     unused.setdefault(column, []).append(path)
                 if file.stray:
-                    remarks.append(f"{path}: {file.stray:,} trained labels are not their own token")
+                    remarks.append(f"{path}: {file.stray:,} trained labels differ from their own token")
         except UnusableFile as error:
             problems.append(Problem(where, f"{path}: {error.what}", error.fix))
             continue
@@ -114,7 +114,7 @@ def _of_columns(unused: dict[str, list[str]], files: int) -> Iterator[str]:
 
 
 def _quantiles(of_length: npt.NDArray[np.int64]) -> tuple[int, ...]:
-    """The lengths at `LENGTH_QUANTILES` of the rows in order of their length."""
+    """The `LENGTH_QUANTILES` of the row lengths."""
     import numpy as np
 
     ends = np.cumsum(of_length)
@@ -127,8 +127,7 @@ def _quantiles(of_length: npt.NDArray[np.int64]) -> tuple[int, ...]:
 def first_rows(
     path: str, count: int, sequence_length: int, truncation: str
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Of the first `count` rows of a file that was inspected: the ids that training sees, and which of them are
-    trained."""
+    """(ids that training sees, whether each is trained) of the first `count` rows of an inspected file."""
     with DataFile(path) as file:
         for rows in file.slices(2**31):
             for begin, end in zip(*rows.kept(sequence_length, truncation), strict=True):
@@ -139,8 +138,8 @@ def first_rows(
 
 
 class _Facts(NamedTuple):
-    """Of a few rows: the tokens that training sees of each and those of them that are trained (int64 [rows] each), and how many
-    rows train a token that ends an answer."""
+    """Facts of some rows: numbers of tokens that training sees and of trained tokens (int64 [rows] each), and the number of rows
+    that train a token that ends an answer."""
 
     seen: npt.NDArray[np.int64]
     trained: npt.NDArray[np.int64]

@@ -1,8 +1,8 @@
-"""The rows of a training file as both processes read them: Parquet with one sample a row.
+"""The rows of a training file: Parquet with one sample per row.
 
-`input_ids`: list of integers (token ids); `labels`: list of integers, unshifted (`labels[i]` is `input_ids[i]` where
-trained, -100 elsewhere); `attention_mask`: list of 0/1 or booleans, 0 only on padding at the right end, all ones when the
-column is missing. The lists of a row have one length.
+`input_ids`: list of integers (token ids). `labels`: list of integers, unshifted (`labels[i]` is `input_ids[i]` where
+trained, -100 elsewhere). `attention_mask`: list of 0/1 or booleans, 0 only on padding at the right end, all ones when the
+column is missing. The lists of a row have the same length.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     Ints = npt.NDArray[np.int64]
 
 _IDS, _MASK = "input_ids", "attention_mask"
-# Rows and tokens that are decoded at a time. Both bound the memory: a Parquet file of 15 KB can hold 10^8 tokens.
+# Rows and tokens that are decoded at a time. Both limit memory: a Parquet file of 15 KB can contain 10^8 tokens.
 _SLICE_ROWS, _SLICE_TOKENS = 4096, 1 << 20
-# The share of the trained labels that may differ from the token at their position; more are a mistake.
+# The share of trained labels that may differ from the token at their position; a larger share indicates a mistake.
 _STRAY = 0.01
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A few rows of a file end to end, without their padding: row i is `ids[starts[i]:starts[i + 1]]`.
+    """Some rows of a file, concatenated without padding: row i is `ids[starts[i]:starts[i + 1]]`.
 
     first: number of the first row in its file. starts: int64 [rows + 1]. ids, labels: integers [tokens].
     """
@@ -51,11 +51,11 @@ class Slice:
         return lengths
 
     def kept(self, limit: int, truncation: str) -> tuple[Ints, Ints]:
-        """The tokens of each row that training sees: from which to which (int64 [rows] each, places in `ids`)."""
+        """The tokens of each row that training sees: (begins, ends), int64 [rows] each, indices into `ids`."""
         return data_rows.kept(self.starts[:-1], self.starts[1:], limit, truncation)
 
     def count(self, flags: npt.NDArray[np.bool_], begins: Ints, ends: Ints) -> Ints:
-        """How many of the `flags` (bool [tokens]) are set on what is predicted of each row (int64 [rows])."""
+        """The number of predicted tokens of each row whose flag (bool [tokens]) is set, int64 [rows]."""
         import numpy as np
 
         places = np.flatnonzero(flags)
@@ -64,10 +64,10 @@ class Slice:
 
 
 class DataFile:
-    """An open data file. `rows` is what its metadata says; `unused` are columns that sftd neither reads nor knows.
+    """An open data file. `rows` is the number of rows in its metadata; `unused` are columns that sftd does not recognise.
 
-    Without `judges` it is not asked what labels and the columns of other tools mean. Submit asks; a run continues with the
-    rows that it began with. Raises `UnusableFile` for a file that is missing, not Parquet, without rows, or of another schema.
+    With `judges`, as at submit, labels and the columns of other tools are checked. A running run does not check them again.
+    Raises `UnusableFile` for a file that is missing, not Parquet, without rows, or of another schema.
     """
 
     def __init__(self, path: str, *, judges: bool = True) -> None:
@@ -88,8 +88,8 @@ class DataFile:
         self._file.close()
 
     def slices(self, vocab_size: int, row: int = 0) -> Iterator[Slice]:
-        """The rows, a few at a time, checked; without the row groups before that of `row`. Raises `UnusableFile`, at the end
-        for labels that are not those of their own token."""
+        """The checked rows in slices, from the row group of `row` on. Raises `UnusableFile`; for labels that differ from their
+        own token, only at the end."""
         import pyarrow as pa
 
         first = 0
@@ -111,7 +111,7 @@ class DataFile:
         self._judge_labels()
 
     def _compare(self, rows: Slice) -> None:
-        """Count labels that are not those of their own token, and those that are the next one's."""
+        """Count labels that differ from their own token, and among them those that equal the next token."""
         trained = rows.labels != IGNORE_INDEX
         stray = trained & (rows.labels != rows.ids)
         self.trained += int(trained.sum())
@@ -125,11 +125,11 @@ class DataFile:
         share = f"{self.stray:,} of {self.trained:,} trained labels"
         if self._ahead > self.stray / 2:
             raise UnusableFile(
-                f"{share} are the token after their own: the labels are shifted by one, and sftd shifts them itself",
+                f"{share} equal the next token: the labels are shifted by one, and sftd shifts them itself",
                 "write labels[i] = input_ids[i] where trained, -100 elsewhere",
             )
         raise UnusableFile(
-            f"{share} are not their own token: labels[i] must be input_ids[i] where trained, -100 elsewhere"
+            f"{share} differ from their own token: labels[i] must be input_ids[i] where trained, -100 elsewhere"
         )
 
 
@@ -155,14 +155,14 @@ def _open(path: str) -> pq.ParquetFile:
             "no such file", "check the path; relative ones start at the folder you submit from"
         )
     try:
-        # Without read-ahead, which takes whole row groups into memory.
+        # Read-ahead would load whole row groups into memory.
         return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UnusableFile(f"is not a Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _batch_rows(file: pq.ParquetFile, group: int) -> int:
-    """Rows of a row group to decode at a time, by its own count of tokens."""
+    """Number of rows of a row group to decode at a time, from the average length in its metadata."""
     metadata = file.metadata.row_group(group)
     tokens = max(
         metadata.column(number).num_values
@@ -174,8 +174,8 @@ def _batch_rows(file: pq.ParquetFile, group: int) -> int:
 
 
 def _bounded(batch: pa.RecordBatch, first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Parts of a batch of about `_SLICE_TOKENS` at most, and the number of each one's first row: the lengths of rows may be
-    far from their average."""
+    """(number of the first row, part) of a batch, split into parts of at most `_SLICE_TOKENS` tokens or a single longer row. Row
+    lengths may differ much from their average."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -237,6 +237,6 @@ def _real(mask: npt.NDArray[Any], starts: Ints, first: int) -> npt.NDArray[np.bo
         row = first + int(np.searchsorted(starts, late[0], side="right")) - 1
         raise UnusableFile(
             f"row {row}: {_MASK} has a 0 before a 1: padding may only be on the right",
-            "leave padding out: sftd pads by itself",
+            "remove the padding: sftd pads by itself",
         )
     return real

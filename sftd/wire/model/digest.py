@@ -1,8 +1,8 @@
-"""Digests of a model folder, the comparison with those in the log, and the copy that outlives the folder.
+"""Digests of a model folder, their comparison with the log, and a copy that outlives the folder.
 
-The model folder is part of a run as its data files are: submit records what is in it, every attempt compares, and an
-export uses the files that were trained with. Weights are sampled at submit, which must stay quick; the ranks digest all
-of their bytes while they load them (`sftd.trainer.checkpoint.weights_digest`).
+A run depends on its model folder as on its data files: submit records the contents, every attempt compares them, and an
+export uses the files of the training. Submit must be fast, so it digests samples of the weights; the ranks digest all bytes
+while they load them (`sftd.trainer.checkpoint.weights_digest`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sftd.wire.attempt.directory import fsync_dir, make_private
 
 INDEX = "model.safetensors.index.json"
 _WHERE = "model.partial_pretrain"
-# What a run and its export need of a model folder in addition to the weights.
+# The files that a run and its export need in addition to the weights.
 _KEPT = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *(
@@ -46,13 +46,13 @@ _PARSED = ("config.json", "generation_config.json")
 _PARSED_BYTES = 65536
 # The longest header that safetensors writes or reads.
 _HEADER_BYTES = 100_000_000
-# Of a weight file: this many bytes in the middle of each of at most this many tensors.
+# Samples of a weight file: bytes from the middle of a tensor, and maximum number of tensors.
 _SAMPLE_BYTES = 4096
 _SAMPLED_TENSORS = 512
 
 
 def kept_files(folder: Path) -> dict[str, Path]:
-    """Name → path of the files that a run and its export need in addition to the weights; links are followed."""
+    """Name → path of the files that a run and its export need in addition to the weights. Links are followed."""
     found = {path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()}
     return {str(path.relative_to(folder)): path for path in sorted(found)}
 
@@ -67,8 +67,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def describe(folder: str) -> ModelFiles:
-    """What is in a model folder now. Raises `Refused` when it cannot be read; a weight file that is missing is left
-    out."""
+    """The current contents of a model folder, without missing weight files. Raises `Refused` when it cannot be read."""
     path = Path(folder)
     if not path.is_dir():
         raise Refused(Problem(_WHERE, f"no such folder: {folder}", "put the folder back"))
@@ -92,12 +91,12 @@ def _read_kept(folder: Path) -> tuple[dict[str, bytes], dict[str, dict[str, Any]
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:
-    """The mapping in a small JSON file as the log can hold it, or None."""
+    """The mapping in a small JSON file, or None if the log cannot store it."""
     if len(data) > _PARSED_BYTES:
         return None
     try:
         content = msgspec.json.decode(data, type=dict[str, Any])
-        # PostgreSQL's JSON has no NUL; and an integer of any size can be read, but not written.
+        # PostgreSQL's JSON cannot contain NUL. msgspec reads integers that are too large for it to write.
         return None if b"\\u0000" in msgspec.json.encode(content) else content
     except (msgspec.MsgspecError, OverflowError, ValueError, RecursionError):
         return None
@@ -108,8 +107,8 @@ def _sha256(data: bytes) -> str:
 
 
 def sampled_digest(path: Path) -> ModelFile:
-    """Size, and sha256 over the size, the safetensors header and samples from the middle of the tensors: another training of
-    the same model has another one, whatever the file is called. Raises `OSError`."""
+    """Size, and sha256 over the size, the safetensors header and samples from the middle of the tensors. It differs between
+    two trainings of the same model and does not depend on the file's name. Raises `OSError`."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start, header = read_header(file, size)
@@ -120,15 +119,15 @@ def sampled_digest(path: Path) -> ModelFile:
 
 
 def read_header(file: BinaryIO, size: int) -> tuple[bytes, bytes]:
-    """The length (8 bytes) and the header of a safetensors file of `size` bytes. A length that is broken gives an empty
-    header: it must not become a read of all of the file."""
+    """The length field (8 bytes) and the header of a safetensors file of `size` bytes. The header is empty if the length is
+    invalid, which must not lead to reading the whole file."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     return start, file.read(length) if length <= min(size, _HEADER_BYTES) else b""
 
 
 def _samples(header: bytes) -> list[tuple[int, int]]:
-    """(offset in the data, bytes) of the samples; none of a header that cannot be read."""
+    """(offset in the data, length) of the samples; empty if the header cannot be read."""
     try:
         entries = json.loads(header)
         spans = sorted(tuple(e["data_offsets"]) for name, e in entries.items() if name != "__metadata__")
@@ -142,9 +141,9 @@ def _samples(header: bytes) -> list[tuple[int, int]]:
 
 
 def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) -> None:
-    """Compare the folder of `spec` with the record of its run; a run without one is not compared.
+    """Compare the model folder of `spec` with the run's record, if it has one.
 
-    Raises `Refused` when the folder cannot be read or when something changed. The last problem has `fix`.
+    Raises `Refused` when the folder cannot be read or has changed. The last problem has `fix`.
     """
     if record.files is None:
         return
@@ -154,7 +153,7 @@ def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) 
 
 
 def fork_fix(run_id: str, *, pretrained: bool) -> str:
-    """How to fix a changed model folder. `pretrained`: the attempt starts from its weights."""
+    """The fix for a changed model folder. `pretrained`: the attempt starts from its weights."""
     start = " --from-step 0" if pretrained else ""
     return (
         f"put the folder back as it was, or use it in another run: sftd fork {run_id}{start} --changed-model"
@@ -162,8 +161,8 @@ def fork_fix(run_id: str, *, pretrained: bool) -> str:
 
 
 def keep(record: ModelFiles, folder: str, target: Path) -> None:
-    """Copy the recorded files of `folder`, without the weights, to `target`, unless they are there. A folder that does not
-    hold exactly these files, such as one with another licence, is not copied. Raises `OSError`."""
+    """Copy the recorded files of `folder`, without the weights, to `target`, unless it has them. Does nothing if `folder` differs
+    from the record, even in a licence. Raises `OSError`."""
     if is_copy(record, target):
         return
     make_private(target.parent)
@@ -181,7 +180,7 @@ def keep(record: ModelFiles, folder: str, target: Path) -> None:
         try:
             partial.rename(target)
         except OSError:
-            # Another run of the same model was quicker, or what is there is damaged.
+            # Another run has just made the same copy, or the existing one is damaged.
             if not is_copy(record, target):
                 shutil.rmtree(target)
                 partial.rename(target)
@@ -191,7 +190,7 @@ def keep(record: ModelFiles, folder: str, target: Path) -> None:
 
 
 def is_copy(record: ModelFiles, folder: Path) -> bool:
-    """Whether `folder` holds exactly the recorded files, weights and their index aside."""
+    """Whether `folder` has exactly the recorded files, apart from weights and their index."""
     try:
         found, _ = _read_kept(folder)
     except OSError:
@@ -201,8 +200,8 @@ def is_copy(record: ModelFiles, folder: Path) -> bool:
 
 
 def source(record: ModelRecord, spec: Spec, copies: Iterable[Path]) -> str:
-    """The folder to read config and tokenizer from, for work on a checkpoint of the run: a copy made when the run started,
-    else the model folder. Raises `Refused` when that is gone or changed."""
+    """The folder with config and tokenizer for a checkpoint of the run: a copy made when the run started, else the model
+    folder. Raises `Refused` when that is missing or has changed."""
     if record.files is None:
         return spec.model.partial_pretrain
     for copy in copies:

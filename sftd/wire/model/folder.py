@@ -1,4 +1,4 @@
-"""Reading the shape of a Hugging Face model folder without transformers."""
+"""Read a Hugging Face model folder without transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sftd.domain.text.words import counted
 from sftd.wire.model.digest import INDEX, read_header, weight_files
 
 _WHERE = "model.partial_pretrain"
-# A tokenizer is read from one of these; its other files only describe it.
+# A tokenizer needs one of these files.
 _TOKENIZER = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.py")
 
 
 def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model folder with `override` laid over it. Raises `Refused`."""
+    """config.json of a model folder, updated with `override`. Raises `Refused`."""
     path = Path(folder)
     fix = "give a folder that holds config.json, *.safetensors and the tokenizer"
     if path.is_file():
@@ -40,7 +40,7 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     """Shape of the model in `folder`. Raises `Refused` when it cannot be read or lacks a needed key."""
     config = read_config(folder, override)
-    # First of all: another architecture's config.json lacks keys, and that is not what is wrong.
+    # Check this first: an unsupported architecture lacks keys, and a missing key would be a misleading error.
     architecture = _architecture(config)
     if problem := check_architecture(architecture):
         raise Refused(problem)
@@ -66,11 +66,11 @@ def _architecture(config: dict[str, Any]) -> str:
 def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for weights of `dtype` ("bfloat16", …) that were trained from `folder` with `override`.
 
-    `read_shape` finds the same shape in it as in `folder` with `override`. Raises `Refused`.
+    `read_shape` returns the same shape for it as for `folder` with `override`. Raises `Refused`.
     """
     config = read_config(folder, override)
     if not override.keys().isdisjoint(ROPE_KEYS):
-        # In both spellings, each of which says all of it: transformers 4 reads the two keys, 5 the one mapping.
+        # Write both formats in full: transformers 4 reads the two keys, transformers 5 the one mapping.
         shape = read_shape(folder, override)
         scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
         config |= {"rope_scaling": scaling, **theta}
@@ -80,7 +80,7 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
 
 
 def check_weights(folder: str) -> None:
-    """That the folder holds safetensors weights, all shards of them. Raises `Refused`."""
+    """Check that the folder has all shards of its safetensors weights. Raises `Refused`."""
     path = Path(folder)
     try:
         files = weight_files(path)
@@ -103,7 +103,7 @@ def check_weights(folder: str) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, the header, the data."""
+    """Whether the size of a safetensors file matches its header: 8 bytes of length, the header, the data."""
     try:
         with open(file, "rb") as stream:
             size = file.stat().st_size
@@ -116,8 +116,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def stop_ids(folder: str) -> tuple[int, ...]:
-    """The ids of the tokens at which generation ends, as config.json and generation_config.json say; none where they say
-    nothing."""
+    """The ids of the end-of-generation tokens in config.json and generation_config.json; empty if there are none."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         try:
@@ -129,5 +128,5 @@ def stop_ids(folder: str) -> tuple[int, ...]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a file that a tokenizer is read from."""
+    """Whether a folder has a tokenizer file."""
     return any(any(folder.glob(name)) for name in _TOKENIZER)

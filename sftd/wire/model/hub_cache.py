@@ -1,4 +1,4 @@
-"""Models in the local cache of the Hugging Face hub. Nothing is downloaded."""
+"""Find models in the local cache of the Hugging Face hub. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ID = re.compile(r"(?:[A-Za-z0-9_-][\w.-]*/)?[A-Za-z0-9_-][\w.-]*", re.ASCII)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text may be a model's id on the hub: `name`, or `organisation/name`."""
+    """Whether a text has the form of a hub id: `name` or `organisation/name`."""
     return _ID.fullmatch(text) is not None
 
 
 def cached_model(hub_id: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Folder of the snapshot that `main` of this model is in the cache; None where it was never downloaded. The cache is where
-    huggingface_hub has it: HF_HUB_CACHE, else in HF_HOME, else in the user's cache."""
+    """Folder of the cached snapshot of the model's branch `main`; None if it was never downloaded. The cache is the one of
+    huggingface_hub: HF_HUB_CACHE, else in HF_HOME, else in the user's cache."""
     default = Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     home = Path(environ.get("HF_HOME") or default)
     cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"

@@ -1,4 +1,4 @@
-"""Which files hold the same bytes."""
+"""Find files with equal contents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sftd.wire.data.dataset import files_digest
 
 
 def shared(train: Sequence[str], val: Sequence[str]) -> list[str]:
-    """The validation files whose contents are also a training file's. Only files of one size are read."""
+    """The validation files whose contents equal those of a training file. Reads only files of equal size."""
     by_size: dict[int, list[str]] = {}
     for path in train:
         by_size.setdefault(os.path.getsize(path), []).append(path)

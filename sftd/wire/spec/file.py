@@ -1,4 +1,4 @@
-"""Spec files: YAML as users write it, `key=value` overrides, paths made absolute."""
+"""Read spec files: YAML, `key=value` overrides, absolute paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.wire.spec.paths import resolve
 from sftd.wire.spec.yaml_text import load_value, load_yaml
 
-# As the path of a config: it is read from standard input.
+# As the path of a config: read standard input.
 STDIN = "-"
 
 
@@ -50,27 +50,27 @@ def parse_overrides(arguments: Iterable[str]) -> list[tuple[str, Any]]:
 
 
 def read(path: str | None, arguments: Iterable[str], base: str) -> tuple[Spec, list[Problem]]:
-    """Read a spec file and overrides into a resolved spec; see `read_tree`. Without a file the overrides say everything."""
+    """Read a spec file and overrides into a resolved spec; see `read_tree`. Without a file, the overrides are the whole spec."""
     tree = load_file(path) if path is not None else {}
     return read_tree(tree, arguments, base, beside_of(path))
 
 
 def beside_of(path: str | None) -> str | None:
-    """The folder of a spec file; None where there is none."""
+    """The folder of a spec file; None without a file."""
     return None if path in (None, STDIN) else os.path.dirname(os.path.abspath(path))
 
 
 def read_tree(
     tree: Mapping[str, Any], arguments: Iterable[str], base: str, beside: str | None
 ) -> tuple[Spec, list[Problem]]:
-    """Make a resolved spec of what a file holds and of overrides. Its paths are absolute, relative ones are taken from `base`;
+    """Make a resolved spec, with absolute paths, from the contents of a file and overrides. Relative paths start at `base`;
     `beside` is the file's folder (see `paths`). Returns the spec and its warnings. Raises `Refused`."""
     spec, warnings = parse(tree, parse_overrides(arguments))
     return resolve(spec, base, beside), warnings
 
 
 def change(spec: Spec, arguments: Iterable[str], base: str) -> tuple[Spec, list[Problem]]:
-    """A resolved spec with `key=value` laid over it; relative paths are taken from `base`. Returns the new spec and its
-    warnings. Raises `Refused`."""
+    """Apply `key=value` overrides to a resolved spec. Relative paths start at `base`. Returns the new spec and its warnings.
+    Raises `Refused`."""
     changed, warnings = spec_parse.change(spec, parse_overrides(arguments))
     return resolve(changed, base, resolved=spec), warnings

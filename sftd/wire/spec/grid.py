@@ -1,4 +1,4 @@
-"""Sweeps: `--grid key=a,b` options → one spec for each combination, all of them judged."""
+"""Sweeps: make and judge one spec for each combination of `--grid key=a,b` options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST = 1000
 
 
 class GridPoint(msgspec.Struct, frozen=True):
-    """One combination of a sweep's values, as a spec that was checked."""
+    """One combination of a sweep's values, with its checked spec."""
 
     values: dict[str, Any]
     spec: Spec
@@ -42,7 +42,7 @@ def parse_grid(options: Sequence[str]) -> dict[str, list[str]]:
         key = key.strip()
         parts = _VALUE.findall(text)
         values = [v.strip() for v in parts]
-        # Joined again it must be what was written: two commas have nothing between them.
+        # The joined values must equal the text; otherwise a value between two commas is empty.
         if not equals or not key or not all(values) or not values or ",".join(parts) != text:
             fix = "write for example --grid optimizer.lr=1e-5,2e-5"
             raise Refused(Problem(f"--grid {shorten(option)}", "is not of the form key=value,value", fix))
@@ -69,20 +69,20 @@ def points(
     home: Path,
     known: SubmitFacts = NOTHING,
 ) -> list[GridPoint]:
-    """Every combination of the grid over the config, in order, the last key changing fastest. The name of each ends with
-    `name`, after the values. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
+    """Every combination of the grid, applied to the config; the last key changes fastest. The name of a point is its values, then
+    `name`. `known`, `home`: see `inspect`. Raises `Refused` with the problems of all points, each once."""
     count = 1
     for values in grid.values():
         count *= len(values)
     if count > _MOST:
         what = f"has {count} combinations, more than {_MOST}"
         raise Refused(Problem("--grid", what, "sweep over fewer values at a time"))
-    # Once for all points: standard input can be read once.
+    # Read once for all points: standard input cannot be read twice.
     tree, beside = spec_file.load_file(path) if path is not None else {}, spec_file.beside_of(path)
     already_read: dict[bytes, Any] = {}
 
     def remembered(*arguments: Any, **named: Any) -> Any:
-        # Reading large files once is enough.
+        # All points share their data files, which may be large.
         key = msgspec.json.encode([arguments, named])
         if key not in already_read:
             already_read[key] = dataset.inspect(*arguments, **named)
@@ -108,7 +108,7 @@ def points(
 
 
 def _named(spec: Spec, name: str, chosen: dict[str, str]) -> Spec:
-    """The spec under a name that says which point it is: its values first, for lists cut names at the end."""
+    """The spec with a name that identifies the point. The values come first, because tables truncate names at the end."""
     first = spec.trainer.experiment_name or name
     parts = (f"{key.rpartition('.')[2]} {value.rpartition('/')[2]}" for key, value in chosen.items())
     text = "".join(c if c.isprintable() else "_" for c in " ".join((*parts, first)))[:LONGEST_NAME]

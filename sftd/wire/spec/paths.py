@@ -1,4 +1,4 @@
-"""The paths of a spec: what users write becomes absolute paths of this host, or is refused."""
+"""Resolve the paths of a spec to absolute paths on this host."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def resolve(
     *,
     resolved: Spec | None = None,
 ) -> Spec:
-    """The spec with absolute paths; relative ones start at `base`. A `~` and environment variables are expanded, patterns and
-    folders of data become their files in the order of their names, a model's hub id becomes its folder in the local cache.
+    """The spec with absolute paths; relative ones start at `base`. Expands `~` and environment variables, replaces patterns and
+    folders of data by their files in name order, and a hub id by the model's folder in the local cache.
 
-    `beside` is the folder of the config: a file that is only there is named in the refusal. Paths of `resolved`, an earlier
-    spec, stay as they are. Raises `Refused` with every unusable path. Whether files exist is checked when they are read.
+    `beside` is the folder of the config: the error points out files that exist only there. Paths of `resolved`, an earlier
+    spec, stay as they are. Raises `Refused` with every unusable path. Does not check that files exist; reading them does.
     """
     paths = _Paths(base, beside, environ, _all_paths(resolved) if resolved else frozenset())
     replace = msgspec.structs.replace
@@ -66,8 +66,8 @@ def _all_paths(spec: Spec) -> frozenset[str]:
 
 
 def model_folder(where: str, text: str, base: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The folder of a model that a person named: a path relative to `base`, or a hub id in the local cache. Raises `Refused`
-    for a hub id that is not there."""
+    """The folder of a model given as a path relative to `base` or as a hub id in the local cache. Raises `Refused` for a hub id
+    that the cache does not have."""
     paths = _Paths(base, None, environ, frozenset())
     folder = paths.model(where, text)
     if paths.problems:
@@ -88,7 +88,7 @@ class _Paths:
         self._environ = environ
 
     def path(self, where: str, text: str) -> str:
-        """One absolute path. A name that exists as it is written is taken as it is, whatever characters are in it."""
+        """The absolute path. A path that exists literally is not expanded, whatever characters it contains."""
         literal = self._absolute(text)
         if text in self._resolved or os.path.exists(literal):
             return literal
@@ -98,12 +98,12 @@ class _Paths:
                 fix = f"`hf download {shorten(hub[1] or hub[2])} --local-dir DIR`, and give DIR"
             elif text.startswith("file://"):
                 fix = "write the path alone"
-            self._refuse(where, f"{shorten(text)} is a URL, but only files of this host are read", fix)
+            self._refuse(where, f"{shorten(text)} is a URL, but sftd reads only files of this host", fix)
             return literal
         return self._absolute(self._expand(where, text))
 
     def files(self, where: str, texts: Sequence[str]) -> list[str]:
-        """Data files."""
+        """The absolute paths of data files."""
         return [file for text in texts for file in self._files(where, text)]
 
     def model(self, where: str, text: str) -> str:
@@ -136,7 +136,7 @@ class _Paths:
         if os.path.exists(path):
             return [path]
         if has_magic(text):
-            # The base is a folder, whatever is in its name.
+            # The base is a literal folder name, not a pattern.
             pattern = os.path.expanduser(self._expand(where, text))
             if found := _matches(os.path.join(escape(self._base), pattern)):
                 return found
@@ -160,8 +160,8 @@ class _Paths:
         return [os.path.join(folder, name) for name in names]
 
     def _look_beside(self, where: str, text: str) -> bool:
-        """Whether the path exists in the config's folder alone. It is then refused: a file of that name may appear in the base
-        later."""
+        """Whether the path exists only in the config's folder. If so, refuses it instead of using it: a file of that name may
+        appear in the base later."""
         if self._beside is None or os.path.isabs(os.path.expanduser(text)):
             return False
         there = os.path.join(self._beside, text)

@@ -1,4 +1,4 @@
-"""YAML as sftd reads it: YAML 1.2's numbers and booleans, no key twice, and bounded work whatever the text says."""
+"""Read YAML: numbers and booleans of YAML 1.2, no duplicate keys, and bounded work for any text."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import yaml
 
 from sftd.domain.errors import Problem, Refused, quote, shorten
 
-# Deeper than any config, and far from Python's limit of recursion.
+# Deeper than any config, and far below Python's recursion limit.
 _DEEPEST = 50
-# Values that aliases and merge keys may add to those that are written: each level of aliases multiplies.
+# Values that aliases and merge keys may add to the written ones: each level of aliases multiplies them.
 _MOST_ADDED = 10_000
-# Wider than any number of a config or of a database.
+# Enough for any number in a config or a database.
 _INTEGER_BITS = 64
 _ALIAS_FIX = "quote a value that begins with *, as in '*.parquet': without quotes it is a YAML alias"
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 numbers (`1e-5` is a number, as every user means) and booleans (only true and false).
+    """SafeLoader with YAML 1.2 numbers (`1e-5` is a number, as users expect) and booleans (only true and false).
 
-    It refuses a key given twice instead of silently taking the last, and everything that would take more memory or
-    deeper recursion than the text is long. Raises `yaml.YAMLError` only."""
+    It rejects duplicate keys, and aliases or nesting that would need much more memory or deeper recursion than the text
+    suggests. Raises only `yaml.YAMLError`."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = 0
         self._written = 0
-        # By id of a node that is composed: the number of values in it, those of aliases counted again, and its depth.
+        # id of a composed node → (number of values in it, with aliases expanded; depth).
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node. An alias is measured before anything expands it."""
+        """Compose a node. Measures an alias before anything expands it."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth > _DEEPEST:
@@ -59,10 +59,10 @@ class Loader(yaml.SafeLoader):
         if depth > _DEEPEST:
             raise _error(f"its aliases nest deeper than {_DEEPEST} levels", node.start_mark)
         if size > self._written + _MOST_ADDED:
-            raise _error(f"its aliases expand to {size} values: write them out, or fewer", node.start_mark)
+            raise _error(f"its aliases expand to {size} values: use fewer aliases", node.start_mark)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping. Here and not when objects are made: by then `<<` has mixed other mappings' keys in."""
+        """Compose a mapping. Rejects duplicate keys here, because construction merges in the keys of `<<`."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
@@ -73,11 +73,11 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Make the object of a node."""
+        """Construct the object of a node."""
         try:
             value = super().construct_object(node, deep)
         except (ValueError, KeyError, IndexError, AttributeError, OverflowError):
-            # What PyYAML lets through: `!!int x`, `!!bool maybe`, more digits than Python converts.
+            # PyYAML does not catch these for `!!int x`, `!!bool maybe` and more digits than Python converts.
             value = None
         else:
             if not isinstance(value, int) or value.bit_length() <= _INTEGER_BITS:
@@ -104,7 +104,7 @@ Loader.yaml_implicit_resolvers = {
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-# As PyYAML's, except for 4:30:00, which it reads in base 60, and 0x_, which has no digit.
+# PyYAML's pattern without base 60 (4:30:00) and without 0x_, which has no digit.
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int",
     re.compile(r"^[-+]?(?:0b_*[01][01_]*|0x_*[0-9a-fA-F][0-9a-fA-F_]*|0[0-7_]*|[1-9][0-9_]*)$"),
@@ -120,7 +120,7 @@ Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Parse one YAML document. `name` is what the text is called. Raises `Refused` with the line that is wrong."""
+    """Parse one YAML document. `name` identifies the text in errors. Raises `Refused` with the line of the error."""
     try:
         return yaml.load(text, Loader=Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -135,6 +135,6 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def load_value(text: str, name: str) -> Any:
-    """Parse the value of `key=value`. One that begins with `*` is a pattern: there is nothing to be an alias of.
+    """Parse the value of `key=value`. A value that begins with `*` is a pattern, because it has no anchor to refer to.
     Raises `Refused`."""
     return text.strip() if text.lstrip().startswith("*") else load_yaml(text, name)

@@ -203,7 +203,7 @@ def test_the_view_is_what_the_log_says(log: Store) -> None:
     views.rebuild(log)
     assert view_rows(log.engine.url) == before
     assert verify.check_log(log, lambda done, total: None).problems[:1] == [
-        "brave-otter-0001: is in the log, but has no row in the queue: no daemon will ever take it"
+        "brave-otter-0001: is in the log, but has no row in the queue: no daemon will ever start it"
     ]
     with log.write() as tx:
         tx.connection.exec_driver_sql("UPDATE view_variants SET sweep = 'x' WHERE sweep <> ''")

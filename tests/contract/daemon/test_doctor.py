@@ -87,7 +87,7 @@ def test_a_server_whose_clock_is_off(
     (off,) = re.findall(r"its clock is (\S+) s off ours", only(found).said)
     # No better than the server's answer was quick.
     assert float(off) == pytest.approx(-30.0, abs=0.1 + took)
-    assert "the queue goes by the server's clock" in only(found).fix
+    assert "the queue uses the server's clock" in only(found).fix
     lease(store, tmp_path / "home", "elsewhere", seen_at=int(real() * 1e6))
     found = list(doctor_services.daemon(settings(tmp_path / "home"), store))
     assert [f.said for f in found if "silent" in f.said] == [], "a daemon that was seen just now"
@@ -237,7 +237,7 @@ def test_what_dead_attempts_left_is_found(store: Store, tmp_path: Path) -> None:
     try:
         process, files = doctor_services.leftovers(mine, store)
         assert (process.state, process.fix) == ("warning", f"kill -9 {children[0].pid}")
-        assert files.said.startswith("1 half-written checkpoint of runs that nobody drives, 2.0 kB")
+        assert files.said.startswith("1 half-written checkpoint of runs that no daemon drives, 2.0 kB")
         assert shlex.split(files.fix)[2:] == [
             str(mine.home / "runs" / "run-b" / "checkpoints" / "step-00000005.partial")
         ]
@@ -279,7 +279,7 @@ def test_sqlite_belongs_on_a_local_disk_wherever_the_home_is(
         return [f.said for f in doctor_host.disk(settings(home, **more)) if f.state == "broken"]
 
     (database,) = said()
-    assert database == f"the database ({home}/sftd.db): SQLite cannot be trusted on nfs4"
+    assert database == f"the database ({home}/sftd.db): SQLite is not safe on nfs4"
     there = {"SFTD_DATABASE_URL": f"sqlite:///{local}/sftd.db"}
     assert said(**there) == []
     (mlflow,) = said(**there, MLFLOW_TRACKING_URI=f"sqlite:///{home}/mlflow.db")

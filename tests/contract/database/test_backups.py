@@ -320,8 +320,8 @@ def test_what_the_restored_log_does_not_know_is_said(home: Home) -> None:
     assert (
         f"{run_id}: its checkpoint of step 3 is newer than the restored log and is not used: {newer}" in said
     )
-    assert "later-run-1234: has a folder here, and the restored log does not have the run" in said
-    assert f"{run_id}: the restored log does not have attempt 2" in said
+    assert "later-run-1234: has a folder here, but the restored log lacks the run" in said
+    assert f"{run_id}: the restored log lacks attempt 2" in said
     assert f"{run_id}: the next daemon reads the rest of attempt 1's journal" in said
 
 

@@ -185,11 +185,11 @@ DAMAGES: dict[str, tuple[str, str]] = {
     ),
     "a changed event": (
         "UPDATE events SET payload = replace(payload, '\"tokens\":10', '\"tokens\":11') WHERE run_id = :run",
-        "state differ from what the log says",
+        "state differ from the log",
     ),
     "a view that lies": ("UPDATE view_runs SET status = 'succeeded' WHERE run_id = :run", "status differ"),
     "a view that lost a run": ("DELETE FROM view_runs WHERE run_id = :run", "is missing"),
-    "a view of no run": ("UPDATE events SET run_id = 'x' WHERE run_id = :run", "the log has nothing of it"),
+    "a view of no run": ("UPDATE events SET run_id = 'x' WHERE run_id = :run", "is not in the log"),
     "a lost checkpoint": ("DELETE FROM view_checkpoints WHERE step = 1", "is missing"),
     "views that stayed behind": (
         "UPDATE projection_positions SET position = 2 WHERE name = 'views'",

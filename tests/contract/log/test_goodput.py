@@ -76,7 +76,7 @@ def test_the_view_has_it_folded_up_to_the_last_event(
     store: Store, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What one transaction brings is folded in parts when it is much.
-    monkeypatch.setattr(views, "_AT_HAND", 5)
+    monkeypatch.setattr(views, "_PART", 5)
     store.before_commit = (views.catch_up,)
     for first in range(0, len(HISTORY), at_once):
         with store.write() as tx:

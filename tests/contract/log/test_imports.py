@@ -137,7 +137,7 @@ def test_an_interrupted_run_is_cancelled_and_a_daemon_may_go_on(log: Store, fold
     assert take_in(log, folder).new_events == 0
     folder.attempt(step(3), folder.published(3), resumed=2, exit_code=0)
     before = types(log)
-    with pytest.raises(Refused, match="went on in the log and in its folder"):
+    with pytest.raises(Refused, match="continued both in the log and in its folder"):
         take_in(log, folder)
     assert types(log) == before
 

@@ -940,7 +940,7 @@ def test_rebuilt_from_the_log_is_proven_equal_and_what_differs_is_named(
     assert "lr: 1 point in MLflow not in the log, the first at step 3" in told
     assert "loss:" not in told.replace("val_loss:", "")
     lost = compare_run(log.store, tracking, "nowhere/", "child", 1)
-    assert lost.differences == ["there is no MLflow run of it"]
+    assert lost.differences == ["MLflow has no such run"]
 
 
 def test_an_mlflow_that_does_not_answer_is_named_without_its_password() -> None:
@@ -977,7 +977,7 @@ def test_the_commands_find_the_runs_and_their_pages(
         return CliRunner().invoke(main, list(arguments))
 
     not_yet = sftd("mlflow", "check")
-    assert (not_yet.exit_code, "there is no MLflow run of it" in not_yet.stderr) == (1, True)
+    assert (not_yet.exit_code, "MLflow has no such run" in not_yet.stderr) == (1, True)
     assert "it has no run of root yet" in sftd("mlflow", "register", "root", "m").stderr
     assert ui._page(settings, ()) == ""
     feed(store, uri, artifacts).sync(never)
@@ -1016,7 +1016,7 @@ def test_the_commands_find_the_runs_and_their_pages(
         [registered] = event_store.read_stream(connection, "root", types=("ModelRegistered",))
     assert (registered.event.name, registered.event.model_version) == ("support", "1")
     (folder / "config.json").write_text("{ }")
-    assert "is not what was exported" in sftd("mlflow", "register", "root", "support").stderr
+    assert "differs from the export" in sftd("mlflow", "register", "root", "support").stderr
     store.engine.dispose()
 
 

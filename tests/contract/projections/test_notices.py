@@ -414,7 +414,7 @@ def test_the_command_line_tries_it(
         ("SFTD_NOTIFY_WEBHOOK", f"https://me:{SECRET}@hooks.example.com/x", "put a token into its path"),
         ("SFTD_NOTIFY_WEBHOOK", f"https://host:port/{SECRET}", "not a URL such as"),
         ("SFTD_NOTIFY_COMMAND", f"tell '{SECRET}", "No closing quotation"),
-        ("SFTD_NOTIFY_ON", "ended,finished", "'finished' is none of ended, failed"),
+        ("SFTD_NOTIFY_ON", "ended,finished", "'finished' is not one of ended, failed"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named_and_not_quoted(name: str, value: str, message: str) -> None:

@@ -214,7 +214,7 @@ def test_limits_are_held_and_bind_only_their_own(farm: Farm) -> None:
     farm.end(a)
     assert farm.claim_all() == [b]
     third = farm.submit(3, user="eve")
-    assert farm.queue()[third].waits_for == "more than user eve may have: 3 of 2"
+    assert farm.queue()[third].waits_for == "more devices than user eve may have: 3 of 2"
     for run_id in (b, c):
         farm.end(run_id)
     farm.end(farm.claim_all()[0])

@@ -347,7 +347,7 @@ def test_a_resume_from_a_checkpoint_that_is_gone_is_refused_where_it_would_be(ho
 
     with pytest.raises(Refused, match=r"gone from the disk\n.*use one of 0, 1"):
         resume(2, "h")
-    with pytest.raises(Refused, match="no step is left"):
+    with pytest.raises(Refused, match="no steps are left"):
         resume(None, "h")
     assert home.now(run).status == "succeeded"
     rows = {row.step: row.status for row in checkpoints.overview(log, home.now(run))}

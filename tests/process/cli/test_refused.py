@@ -203,7 +203,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         nothing,
         ["trainer.project_name=../../etc"],
         "trainer.project_name",
-        "holds a slash",
+        "contains a slash",
         "trainer.experiment_name",
     ),
     "no data": (nothing, ["data.train_files=[]"], "data.train_files", "is empty", "sftd prepare"),
@@ -480,7 +480,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         ),
         [],
         "data.train_files",
-        "row 0: position_ids says that the row holds several samples",
+        "row 0: position_ids splits the row into several samples",
         "training.use_rmpad=true",
     ),
     "labels beyond the cut": (

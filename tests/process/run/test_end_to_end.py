@@ -200,6 +200,6 @@ def test_a_run_too_large_for_the_machine_waits_and_says_so(home: Home) -> None:
     large = home.submit("launch.device=cuda", "launch.nproc_per_node=2")
     small = home.submit("trainer.max_steps=2")
     log = home.drain()
-    assert f"{large}: needs 2 cuda devices, more than there are here" in log
+    assert f"{large}: needs 2 cuda devices, more than this host has" in log
     assert home.show(large)["status"] == "queued"
     assert home.show(small)["status"] == "succeeded"

@@ -93,17 +93,16 @@ def test_what_makes_other_steps_is_refused_with_the_fork_that_does_it(story: Sto
     assert f"optimizer.lr: is 0.0005, but {story.parent} has 0.001" in said
     assert "trainer.max_steps" not in said.split("fix:")[0]
     assert (
-        f"fix: another trajectory is a fork: sftd fork {story.parent} optimizer.lr=5e-4 trainer.max_steps=8"
-        in said
+        f"fix: fork the run instead: sftd fork {story.parent} optimizer.lr=5e-4 trainer.max_steps=8" in said
     )
     assert "train more with trainer.max_steps=N" in story.said["no step left"]
-    assert f"the checkpoint of step 7 of {story.parent} is not there" in story.said["no such step"]
+    assert f"the checkpoint of step 7 of {story.parent} is missing" in story.said["no such step"]
     assert "use one of 0, 1, 2, 3, 4, 5, 6" in story.said["no such step"]
     assert "steps count from the parent's first: trainer.max_steps=12" in story.said["no step to do"]
     assert story.said["dry run with no step to do"] == story.said["no step to do"]
     assert "gelu" in story.said["other model"]
     assert "was trained in float32" in story.said["other dtype"]
-    assert f"would write step 2 again, from which {story.broken} was forked" in story.said["pinned"]
+    assert f"would overwrite step 2, the fork point of {story.broken}" in story.said["pinned"]
     assert f"fix: sftd fork {story.parent} --from-step 1" in story.said["pinned"]
 
 

@@ -198,7 +198,7 @@ def wait_for_torchrun(home: Home, verifying: subprocess.Popen[str]) -> int:
         (["--devices", "0"], "the steps are trained on CPUs"),
         (["--with", "optimizer.l=1"], "optimizer.l"),
         (["--with", "trainer.max_steps=9"], "at least 12"),
-        (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "not epochs"),
+        (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "epochs cannot be tried"),
     ],
 )
 def test_what_cannot_be_is_refused(trained: tuple[Home, str], options: list[str], said: str) -> None:
@@ -221,7 +221,7 @@ def test_rows_and_steps_find_each_other(trained: tuple[Home, str]) -> None:
     assert [row["length"] for row in seen["rows"]] == [lengths[i] for i in order[8:12]]
     row = seen["rows"][0]["row"]
     assert (
-        f"digest {log['samples_digest'][:16]} is the log's (attempt 1"
+        f"digest {log['samples_digest'][:16]} matches the log (attempt 1"
         in home.run("data", run_id, "--step", "3").stdout
     )
     back = json.loads(home.run("data", run_id, "--row", str(row), "--json").stdout)

@@ -253,7 +253,7 @@ def exchange(folder: Path, other: Path) -> str:
     found = manifests.read(other, None)
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
-    return f"it is of step {found.step} of run run, spec {found.spec_digest[:12]}"
+    return f"it is from step {found.step} of run run, spec {found.spec_digest[:12]}"
 
 
 def add_common_state(folder: Path, _: Path) -> str:

@@ -247,12 +247,12 @@ def test_an_answer_with_the_weight_0_is_not_trained() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (FAMILIES["smollm2"], CALLS, "leaves the tool calls of the assistant's message 3 out"),
-        (QWEN25.replace("{{ m.content }}", "{{ m.content[:2] }}"), CALLS, "leaves a part of the content"),
+        (FAMILIES["smollm2"], CALLS, "leaves out the tool calls of the assistant's message 3"),
+        (QWEN25.replace("{{ m.content }}", "{{ m.content[:2] }}"), CALLS, "leaves out part of the content"),
         (
             QWEN25,
             [*THOUGHT[:3], {"role": "assistant", "content": "4", "thinking": "hm"}],
-            "leaves the reasoning",
+            "leaves out the reasoning",
         ),
         (
             QWEN25.replace("m.role == 'user' or", "loop.last and"),

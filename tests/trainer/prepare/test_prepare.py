@@ -191,7 +191,7 @@ def test_what_the_template_adds_after_the_generation_prompt_is_trained() -> None
 
 def test_an_answer_that_the_template_changes_is_refused() -> None:
     messages = chat("q", "<think>\nhm\n</think>\n\none", "r", "two")
-    with pytest.raises(ChatError, match="changes the assistant's message 2"):
+    with pytest.raises(ChatError, match="changes more than whitespace in the assistant's message 2"):
         ChatMasker(tiny_tokenizer(QWEN3)).render(messages)
 
 

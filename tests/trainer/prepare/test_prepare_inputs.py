@@ -194,7 +194,7 @@ def test_csv_is_read_by_its_columns(models: dict[str, Path], tmp_path: Path) -> 
             r"e.jsonl.gz is broken \(Compressed file ended",
         ),
         ("f.jsonl.gz", b"{}", r"f.jsonl.gz is broken \(Not a gzipped file"),
-        ("g.jsonl.zst", b"", r"g.jsonl.zst cannot be read as it is: decompress it"),
+        ("g.jsonl.zst", b"", r"g.jsonl.zst cannot be read directly: decompress it"),
         ("h.jsonl", b'{\n "a": 1,\n}\n', r"h.jsonl, row 1 is not JSON"),
     ],
 )
@@ -491,7 +491,7 @@ def test_the_splits_of_a_folder_are_kept_and_a_leak_is_told(models: dict[str, Pa
     options: dict[str, Any] = {"val_split": "test", "val_out": tmp_path / "v.parquet"}
     done = prepare(tmp_path / "set", models["qwen2.5"], tmp_path / "t.parquet", **options)
     assert (done["rows"], done["val"]["rows"]) == (10, 4)
-    assert done["warnings"] == ["2 training rows with a chat that is in the validation split as well"]
+    assert done["warnings"] == ["2 training rows with a chat that is also in the validation split"]
     with pytest.raises(PrepareError, match="none of the sources is a folder"):
         prepare(tmp_path / "set/train.jsonl", models["qwen2.5"], tmp_path / "t.parquet", **options)
 
@@ -543,7 +543,10 @@ def test_text_that_is_taken_for_special_tokens_is_told(models: dict[str, Path], 
 def test_reasoning_of_earlier_turns_becomes_rows_of_its_own(models: dict[str, Path], tmp_path: Path) -> None:
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}
     source = write_jsonl(tmp_path / "c.jsonl", [{"messages": [*QUESTION, thought, *QUESTION, thought]}])
-    with pytest.raises(PrepareError, match=r"line 1: the chat template changes the assistant's message 2"):
+    with pytest.raises(
+        PrepareError,
+        match=r"line 1: the chat template changes more than whitespace in the assistant's message 2",
+    ):
         prepare(source, models["qwen3"], tmp_path / "t.parquet")
     assert prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="split")["rows"] == 2
     masked = prepare(source, models["qwen3"], tmp_path / "t.parquet", rewritten="mask")

@@ -161,7 +161,7 @@ def test_template_arguments_mean_what_they_say(model: Path, tmp_path: Path) -> N
         # Only the beginning of one that it has, and a field of a message.
         ("add_gen", "has no variable 'add_gen'"),
         ("content", "has no variable 'content'"),
-        ("add_generation_prompt", "'add_generation_prompt' is what prepare itself gives"),
+        ("add_generation_prompt", "sets the template's variable 'add_generation_prompt' itself"),
     ):
         with pytest.raises(PrepareError, match=said):
             run([tmp_path / "c.jsonl"], model, tmp_path / "t.parquet", template_args={name: False})
@@ -203,11 +203,13 @@ def test_a_message_that_is_left_out_is_missed_whatever_else_holds_its_words(fami
     template = unmarked(FAMILIES[family])
     ChatMasker(byte_level_tokenizer(family, template)).render(asked)
     loses = "{% set messages = messages[:2] + messages[3:] %}" + template
-    with pytest.raises(ChatError, match=r"leaves out or changes message 3|refuses it|leaves the tool calls"):
+    with pytest.raises(
+        ChatError, match=r"leaves out or changes message 3|refuses it|leaves out the tool calls"
+    ):
         ChatMasker(byte_level_tokenizer(family, loses)).render(chat)
     only_calls = template.replace("messages", "kept")
     loses = "{% set kept = messages | rejectattr('role', 'equalto', 'tool') | list %}" + only_calls
-    with pytest.raises(ChatError, match=r"leaves out or changes message 3|leaves the tool calls"):
+    with pytest.raises(ChatError, match=r"leaves out or changes message 3|leaves out the tool calls"):
         ChatMasker(byte_level_tokenizer(family, loses)).render(chat)
 
 

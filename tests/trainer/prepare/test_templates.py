@@ -206,7 +206,7 @@ def test_the_form_of_arguments_does_not_change_a_chats_place_in_a_split() -> Non
 def test_an_error_that_both_forms_have_is_the_first() -> None:
     template = unmarked(QWEN25).replace("c.function.arguments | tojson", "'{}'")
     masker = ChatMasker(byte_level_tokenizer("qwen2.5", template))
-    with pytest.raises(ChatError, match=r"leaves the tool calls of the assistant's message 2 out"):
+    with pytest.raises(ChatError, match=r"leaves out the tool calls of the assistant's message 2"):
         masker.rows(conversation(call_row(GIVEN), None).messages)
 
 
@@ -308,7 +308,7 @@ def test_the_current_date_is_a_recorded_one(tmp_path: Path) -> None:
     assert card_of(done)["chat_template"]["date"] == DEFAULT_DATE
     assert [w for w in done["warnings"] if "current date" in w and DEFAULT_DATE in w]
     byte_level_tokenizer("smollm2", unmarked(SMOLLM2)).save_pretrained(tmp_path / "timeless")
-    with pytest.raises(PrepareError, match="does not ask for the current date, so --date changes nothing"):
+    with pytest.raises(PrepareError, match="does not use the current date, so --date has no effect"):
         prepare(source, tmp_path / "timeless", tmp_path / "u.parquet", date="2025-02-03")
     done = prepare(source, tmp_path / "model", tmp_path / "u.parquet", date="2025-02-03")
     assert texts_of(tmp_path / "u.parquet", tmp_path / "model")[0].startswith("Today is 03 Feb 2025.")

@@ -207,7 +207,7 @@ def test_another_spec_or_other_data_are_another_run(
     write_rows(tmp_path / "data" / "train.parquet", 37, seed=99)
     _, code, said = plan(capsys, direct.config)
     assert code == 2
-    assert f"data.train_files: the files hold other data than when {name} began" in said
+    assert f"data.train_files: the contents of the files changed since {name} began" in said
     assert direct.run("named").attempts() == 2
 
     other, code, _ = plan(capsys, direct.config, "trainer.experiment_name=other")
@@ -270,8 +270,8 @@ def test_every_check_of_submit_is_made(
         f"data.val_files={shifted}": "the labels are shifted by one",
         "model.override_config={vocab_size: 9}": "outside the model's vocabulary of 9",
         "scheduler.warmup_steps=7": "is more than the 6 steps",
-        "launch.device=cuda": "each rank needs a GPU of its own, but there are 0 here",
-        "model.megatron.sequence_parallel=true": "there is one tensor-parallel rank",
+        "launch.device=cuda": "each rank needs its own GPU, but this host has 0",
+        "model.megatron.sequence_parallel=true": "there is only one tensor-parallel rank",
     }.items():
         _, code, found = plan(capsys, direct.config, override)
         assert code == 2

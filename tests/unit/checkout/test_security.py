@@ -84,7 +84,7 @@ def test_a_run_id_from_elsewhere_is_asked_before_a_folder_is_named_by_it(tmp_pat
         spec={}, spec_digest="s", planned_steps=1, user="ada", data={}, model={}, sftd_version="0"
     )
     run.write_submission(DirectSubmission.of(run_id, 1, event))
-    with pytest.raises(Refused, match="no id of a run"):
+    with pytest.raises(Refused, match="is not a run id"):
         run.submission()
 
 

@@ -52,3 +52,22 @@ def test_a_database_that_goes_away_between_two_questions_is_waited_for(
         "it does not answer; trying again",
         "server closed the connection unexpectedly; trying again",
     ]
+
+
+def test_a_daemon_in_another_folder_has_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    given = {
+        "SFTD_HOME": "home",
+        "SFTD_DATABASE_URL": "sqlite:///own.db",
+        "SFTD_METRICS_FILE": "own.prom",
+        "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
+    }
+    expected = read(given)
+    monkeypatch.chdir(there)
+    assert read(given | daemon.resolved(expected)) == expected
+    assert read(given) != expected

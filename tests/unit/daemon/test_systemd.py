@@ -54,7 +54,7 @@ def test_the_unit(kind: str, tmp_path: Path) -> None:
         'Environment="SFTD_CPU_SLOTS=4"',
         'Environment="SLURM_CONF=/etc/slurm/slurm.conf"',
     ]
-    assert any(line.startswith("# SFTD_DATABASE_URL is set here, but holds a secret") for line in lines)
+    assert any(line.startswith("# SFTD_DATABASE_URL is set here, but contains a secret") for line in lines)
     assert SECRET not in "\n".join(lines)
 
 

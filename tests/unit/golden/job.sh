@@ -23,22 +23,22 @@
 umask 077
 cd '/shared/100% mine/attempt-0002' || exit 75
 
-# An attempt has one writer: a job that Slurm has put back into its queue, or one that the daemon has given up, ends
-# here. mkdir succeeds once, whoever tries, on whichever machine.
+# An attempt has one writer: a job that Slurm requeued, or that the daemon abandoned, ends here. mkdir succeeds only
+# once, on all machines together.
 if [ -e fence ] || ! mkdir started; then
-    echo "sftd: this attempt is not, or no longer, of job $SLURM_JOB_ID: nothing was started" >&2
+    echo "sftd: job $SLURM_JOB_ID may not run this attempt (abandoned, or started before): nothing was started" >&2
     exit 75
 fi
 echo "$SLURM_JOB_ID" > started/job
 
-# The end of the time, or another job, is near: the ranks save a checkpoint at the next step and end.
-told() {
+# The time limit or a preemption is near: the ranks save a checkpoint at the next step and end.
+stop() {
     echo "$1" > told
     touch stop
     interrupted=1
 }
-trap 'told USR1' USR1
-trap 'told TERM' TERM
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
 
 export SFTD_ATTEMPT_TOKEN=t
 export SFTD_DEVICE=cuda
@@ -54,7 +54,7 @@ export NCCL_SOCKET_IFNAME=ib0
 set +eu
 cd '/shared/100% mine/attempt-0002' || exit 75
 
-# The machines meet on the first one, on which this script runs.
+# The rendezvous is on the first machine, which runs this script.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 export PET_RDZV_ENDPOINT="$SLURMD_NODENAME:$port"
 
@@ -62,7 +62,7 @@ export PET_RDZV_ENDPOINT="$SLURMD_NODENAME:$port"
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=96 --kill-on-bad-exit=1 \
     bash -c 'PET_RDZV_CONF=is_host=$([ "$SLURM_NODEID" = 0 ] && echo true || echo false) PET_LOCAL_ADDR="$SLURMD_NODENAME" exec "$@"' torchrun python -m torch.distributed.run --nnodes=2 'it'"'"'s' &
 step=$!
-# A signal interrupts `wait`, which then does not know the exit code yet.
+# A signal interrupts `wait` before the exit code is known.
 interrupted=1
 while [ "$interrupted" ]; do
     interrupted=

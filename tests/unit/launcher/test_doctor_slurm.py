@@ -74,7 +74,7 @@ def look(settings: Settings, store: Store | None = None) -> list[Finding]:
 
 def test_where_no_slurm_is_it_is_not_used(install: Callable[..., None], settings: Settings) -> None:
     (found,) = look(settings)
-    assert (found.state, found.said) == ("ok", "not used: its commands are not here")
+    assert (found.state, found.said) == ("ok", "not used: its commands are not installed")
 
 
 def test_a_slurm_in_order(install: Callable[..., None], settings: Settings) -> None:

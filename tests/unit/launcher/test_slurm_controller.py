@@ -219,7 +219,7 @@ def test_a_job_that_began_while_the_controller_was_away_is_queued_again(
     until(lambda: not attempt.is_alive())
     interruption = attempt.remains().interruption
     assert interruption is not None
-    assert (interruption.kind, "controller was away" in interruption.message) == ("requeued", True)
+    assert (interruption.kind, "controller was down" in interruption.message) == ("requeued", True)
     attempt.directory.journal.touch()
     assert attempt.remains().interruption is None
 
@@ -557,7 +557,7 @@ def test_a_job_that_never_came_to_be_is_dead_once_slurm_was_asked(
     assert again.directory.is_fenced(), "should it come all the same, it does not start"
     interruption = again.remains().interruption
     assert interruption is not None, "no fault of the run's, which a limit of failures would end"
-    assert "never came to Slurm" in interruption.message
+    assert "never submitted to Slurm" in interruption.message
 
 
 def test_an_order_that_cannot_be_read_now_does_not_make_a_job_a_process_of_this_host(

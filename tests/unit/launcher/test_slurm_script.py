@@ -55,18 +55,18 @@ def test_bash_takes_it() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("partition", "a b", "holds spaces"),
-        ("account", "x\n#SBATCH --uid=0", "holds spaces"),
+        ("partition", "a b", "contains spaces"),
+        ("account", "x\n#SBATCH --uid=0", "contains spaces"),
         ("qos", 'a"', "quotes"),
-        ("time", "soon", "not a time"),
+        ("time", "soon", "not a Slurm time"),
         ("extra_args", ["mem=0"], "not an option"),
         ("extra_args", ["--comment=a\nrm -rf /"], "not an option"),
-        ("extra_args", ["--requeue"], "decides --requeue"),
+        ("extra_args", ["--requeue"], "sets --requeue"),
         ("extra_args", ["-N2"], "use launch.nnodes"),
         ("extra_args", ["--signal=TERM@1"], "launch.slurm.stop_seconds"),
-        ("extra_args", ["--mem=0 --array=1-3"], "decides --array"),
-        ("extra_args", ["--arr=1-3"], "decides --array"),
-        ("extra_args", ["-M other"], "decides -M"),
+        ("extra_args", ["--mem=0 --array=1-3"], "sets --array"),
+        ("extra_args", ["--arr=1-3"], "sets --array"),
+        ("extra_args", ["-M other"], "sets -M"),
         ("extra_args", ["--comment='a"], "not an option"),
         ("setup", "echo \0", "NUL"),
     ],
@@ -194,7 +194,7 @@ def test_one_start_of_one_job_trains(tmp_path: Path) -> None:
         told
     )
     again = job.start(8)
-    assert "not, or no longer, of job 8" in again.communicate(timeout=PATIENCE)[0]
+    assert "job 8 may not run this attempt" in again.communicate(timeout=PATIENCE)[0]
     assert again.returncode == slurm_script.REFUSED
     assert job.directory.started_job() == "7"
 

@@ -50,7 +50,7 @@ SAID: list[tuple[e.Event, str]] = [
     (e.CheckpointPinned(step=4, fork="calm-fox"), "step 4, from which calm-fox was forked"),
     (
         e.CheckpointUnpinned(step=4, fork="calm-fox"),
-        "step 4, from which calm-fox was forked, which is removed",
+        "step 4: calm-fox, which was forked from it, is removed",
     ),
     (e.AttemptClaimed(daemon="d1", host="h", from_step=0), "from the pretrained model, by d1"),
     (e.AttemptClaimed(daemon="d1", host="h", from_step=4), "from step 4, by d1"),
@@ -140,12 +140,12 @@ SAID: list[tuple[e.Event, str]] = [
     (e.AnomalyDetected(step=7, what="loss_spike", detail={"loss": 9.0}), "step 7: loss_spike  loss 9"),
     (
         e.SamplesSkipped(step=4, sample=40, reason="loss_spike"),
-        "back to step 4, on at sample 40: loss_spike",
+        "back to step 4, continues at sample 40: loss_spike",
     ),
     (e.StopRequested(by="ada"), "by ada"),
     (e.StopRequested(by="ada", reason="late", then="paused"), "then paused, by ada: late"),
     (e.StopRequested(by="ada", now=True), "killed, by ada"),
-    (e.RunDeferred(after=["a", "b"]), "until a, b succeeded"),
+    (e.RunDeferred(after=["a", "b"]), "waits for a, b to succeed"),
     (e.SweepJoined(sweep="sweep-1", values={"optimizer.lr": 0.1}), "sweep-1: optimizer.lr=0.1"),
     (e.RunHeld(by="ada", reason="lunch"), "by ada: lunch"),
     (e.RunReleased(by="ada"), "by ada"),
@@ -186,11 +186,11 @@ SAID: list[tuple[e.Event, str]] = [
     ),
     (
         e.ReplayVerified(from_step=4, to_step=9, is_exact=True, environment={}, by="ada"),
-        "steps 5 to 9 came out as the log has them, bit for bit, by ada",
+        "steps 5 to 9 match the log bit for bit, verified by ada",
     ),
     (
         e.ReplayVerified(from_step=4, to_step=9, is_exact=False, environment={}, by="ada"),
-        "steps 5 to 9 came out as the log has them, except for rounding, by ada",
+        "steps 5 to 9 match the log to within rounding, verified by ada",
     ),
     (
         e.ReplayDiverged(
@@ -201,7 +201,7 @@ SAID: list[tuple[e.Event, str]] = [
             environment={"torch": ["2.10", "2.11"]},
             by="ada",
         ),
-        "step 6 came out otherwise (loss); differs: torch, by ada",
+        "step 6 differs from the log (loss); environment differs: torch, verified by ada",
     ),
 ]
 

@@ -43,7 +43,7 @@ SAID = {
     "AnomalyDetected": ("anomaly", "anomaly at step 21: redone step differs from the log"),
     "ReplayDiverged": (
         "anomaly",
-        "anomaly: step 27, trained again by ada, differs from the log",
+        "anomaly: step 27, recomputed by ada, differs from the log",
     ),
     "CheckpointRejected": (
         "anomaly",
@@ -192,7 +192,7 @@ def test_what_failed_is_tried_once_more_before_the_daemon_ends() -> None:
 
 
 def test_kinds_that_name_nothing_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"SFTD_NOTIFY_ON .*names nothing"):
+    with pytest.raises(SettingsError, match=r"SFTD_NOTIFY_ON .*is empty"):
         read({"SFTD_HOME": "/nowhere", "SFTD_NOTIFY_ON": " , "})
     assert len({kind[0] for kind in notices.KINDS}) == len(notices.KINDS), "a channel's name has the letters"
 

@@ -105,7 +105,7 @@ def test_limits_of_user_and_project_hold_both() -> None:
 
 def test_a_run_larger_than_its_limit_holds_up_nobody() -> None:
     gate = Gate(Limits(user=2), [], 0)
-    assert waits(gate, entry("huge", 3, user="ada")).text == "more than user ada may have: 3 of 2"
+    assert waits(gate, entry("huge", 3, user="ada")).text == "more devices than user ada may have: 3 of 2"
     assert not gate.can_ever_pass(entry("huge", 3, user="ada"))
     assert gate.why_not(entry("a", 2, user="ada")) is None
 

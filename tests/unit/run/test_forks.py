@@ -85,7 +85,7 @@ def test_a_run_may_end_at_a_checkpoint_that_it_has_but_not_before() -> None:
     [problem] = refusal(decisions.request_resume, log.run, "bob", None, proposal(log, trainer__max_steps=24))
     assert (problem.where, problem.what) == (
         "trainer.max_steps",
-        "24 steps are fewer than the 25 after which it continues",
+        "24 steps are fewer than the 25 from which the run continues",
     )
     assert "0, 5, 10, 15, 20, 25" in problem.fix
     log.add(*decisions.request_resume(log.run, "bob", None, proposal(log, trainer__max_steps=25)))
@@ -97,7 +97,7 @@ def test_each_guilty_key_is_named_and_the_fork_that_does_it() -> None:
     new = proposal(log, optimizer__lr=1.0, data__train_batch_size=2, launch__nproc_per_node=2)
     problems = refusal(decisions.request_resume, log.run, "bob", None, new, "sftd fork …")
     assert [p.where for p in problems] == ["data.train_batch_size", "optimizer.lr"]
-    assert problems[-1].fix == "another trajectory is a fork: sftd fork …"
+    assert problems[-1].fix == "fork the run instead: sftd fork …"
     longer = Log(40, trainer__max_steps=40).claim().train(20, save_every=5).end()
     [problem] = refusal(
         decisions.request_resume,
@@ -107,7 +107,7 @@ def test_each_guilty_key_is_named_and_the_fork_that_does_it() -> None:
         proposal(longer, trainer__max_steps=50),
         "sftd fork …",
     )
-    assert problem.what.endswith("and its 20 steps so far had learning rates for 40")
+    assert problem.what.endswith("and its 20 steps used learning rates for 40 steps")
 
 
 def test_other_data_is_another_run_wherever_the_files_lie() -> None:
@@ -121,7 +121,7 @@ def test_other_data_is_another_run_wherever_the_files_lie() -> None:
         msgspec.structs.replace(new, train_digest="other"),
         "fork",
     )
-    assert "hold other data" in problem.what
+    assert "contents of the files changed" in problem.what
     decisions.request_resume(log.run, "bob", None, new)
 
 
@@ -188,7 +188,7 @@ def test_a_fork_begins_where_it_left_its_parent(step: int | None) -> None:
 def test_what_cannot_be_forked_from_is_said() -> None:
     log = trained()
     [absent] = refusal(decisions.fork, log.run, "ada", 7, proposal(log))
-    assert "is not there" in absent.what
+    assert "is missing" in absent.what
     assert absent.fix == "use one of 0, 5, 10, 15, 20, 25, 30"
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim()
     [superseded] = refusal(decisions.fork, log.run, "ada", 15, proposal(log))
@@ -239,7 +239,7 @@ def test_what_a_fork_starts_from_is_kept_for_ever() -> None:
     assert "the parent's: not this run's to delete" in retention.why_kept(child.run)[10]
     assert [c.step for c in retention.deletable(child.run)] == [15, 20, 25, 30]
     [problem] = refusal(decisions.request_resume, parent.run, "ada", 5)
-    assert problem.what == f"would write step 10 again, from which {name} was forked"
+    assert problem.what == f"would overwrite step 10, the fork point of {name}"
     parent.add(*decisions.request_resume(parent.run, "ada", 10))
     assert decisions.claim(parent.run, "d", "h").from_step == 10
 

@@ -104,27 +104,29 @@ REFUSED: dict[str, list[Row]] = {
         Row("data.train_files", "is empty", {"data.train_files": []}, fix="at least one Parquet file")
     ],
     "unusable_name": [
-        Row("trainer.project_name", "holds a slash", {"trainer.project_name": "a/b"}),
+        Row("trainer.project_name", "contains a slash", {"trainer.project_name": "a/b"}),
         Row("trainer.project_name", "'' is empty", {"trainer.project_name": ""}),
         Row("trainer.experiment_name", "U+0009", {"trainer.experiment_name": "a\tb"}, fix="200 at most"),
         Row("trainer.experiment_name", "201 characters", {"trainer.experiment_name": "x" * 201}),
     ],
-    "save_dir_with_nul": [Row(SAVE_DIR, "holds a NUL", {SAVE_DIR: "a\0b"}, fix="may write to")],
+    "save_dir_with_nul": [Row(SAVE_DIR, "contains a NUL", {SAVE_DIR: "a\0b"}, fix="may write to")],
     "virtual_pipeline_alone": [Row(VPP, "at least 2 ranks", {VPP: 2})],
     "sequence_parallel_alone": [Row(SP, "one tensor-parallel rank", {SP: True}, fix="2 or more")],
     "several_machines": [
         Row("launch.nnodes", "the daemon's own machine", {"launch.nnodes": 2}, fix="launch.launcher to slurm")
     ],
     "unusable_slurm_word": [
-        Row("launch.slurm.partition", "holds spaces", SLURM | {"launch.slurm.partition": "a b"}),
-        Row("launch.slurm.time", "not a time", SLURM | {"launch.slurm.time": "1:0:0:0"}, fix="90 or 2-0"),
+        Row("launch.slurm.partition", "contains spaces", SLURM | {"launch.slurm.partition": "a b"}),
+        Row(
+            "launch.slurm.time", "not a Slurm time", SLURM | {"launch.slurm.time": "1:0:0:0"}, fix="90 or 2-0"
+        ),
     ],
-    "setup_with_nul": [Row("launch.slurm.setup", "holds a NUL", SLURM | {"launch.slurm.setup": "\0"})],
+    "setup_with_nul": [Row("launch.slurm.setup", "contains a NUL", SLURM | {"launch.slurm.setup": "\0"})],
     "unusable_slurm_option": [
         Row("launch.slurm.extra_args", "not an option", SLURM | {"launch.slurm.extra_args": ["mem"]}),
         Row(
             "launch.slurm.extra_args",
-            "decides --nodes",
+            "sets --nodes",
             SLURM | {"launch.slurm.extra_args": ["--mem=0 --node=2"]},
             fix="launch.nnodes",
         ),
@@ -160,10 +162,10 @@ REFUSED: dict[str, list[Row]] = {
             fix="without it",
         )
     ],
-    "expert_parallel_without_experts": [Row(EP, "no experts to share", {EP: 2})],
+    "expert_parallel_without_experts": [Row(EP, "no experts to shard", {EP: 2})],
     "experts_of_a_token": [
-        Row("model.partial_pretrain", "a token 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
-        Row("model.partial_pretrain", "a token 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
+        Row("model.partial_pretrain", "a token to 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
+        Row("model.partial_pretrain", "a token to 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
     ],
     "experts_not_divided": [
         Row(EP, "3 does not divide the model's 8 experts", {EP: 3, BATCH: 9}, shape=EXPERTS, fix="1, 2, 4, 8")
@@ -176,7 +178,7 @@ REFUSED: dict[str, list[Row]] = {
         Row(LENGTH, "the 2047 tokens", shape={"sliding_window": 2047}, fix="set it to 2047 or less")
     ],
     "other_rope": [
-        Row("model.partial_pretrain", "'yarn' is not known", shape={"rope_scaling": {"type": "yarn"}})
+        Row("model.partial_pretrain", "'yarn' is not supported", shape={"rope_scaling": {"type": "yarn"}})
     ],
     "layers_not_divided_by_tp": [
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
@@ -198,11 +200,11 @@ REFUSED: dict[str, list[Row]] = {
             "model.override_config.zzz",
             "is not read by the trainer",
             {"model.override_config": {"hidden_size": 64, "zzz": 1}},
-            fix="leave it out; these are read: architectures",
+            fix="remove it; the trainer reads architectures",
         ),
     ],
     "fewer_gpus_than_ranks": [
-        Row("launch.device", "there are 1 here", {RANKS: 2}, {"own_gpus": 1}, fix="--nproc-per-node")
+        Row("launch.device", "this host has 1", {RANKS: 2}, {"own_gpus": 1}, fix="--nproc-per-node")
     ],
     "save_folder_not_writable": [
         Row(
@@ -219,7 +221,7 @@ REFUSED: dict[str, list[Row]] = {
     "prompts_without_tokenizer": [
         Row(
             "trainer.sample_prompts",
-            "no tokenizer to read them",
+            "no tokenizer for the prompts",
             {"trainer.sample_prompts": ["hi"]},
             {"has_tokenizer": False},
         )
@@ -271,8 +273,10 @@ REFUSED: dict[str, list[Row]] = {
 WARNED: dict[str, list[Row]] = {
     "settings_of_another_launcher": [Row("launch.slurm", "is not used", {"launch.slurm.partition": "p"})],
     "job_without_gpus": [
-        Row("launch.device", "asks for no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
-        Row("launch.slurm.gres", "names no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"),
+        Row("launch.device", "requests no GPU", {"launch.launcher": "slurm"}, fix="set it to cuda"),
+        Row(
+            "launch.slurm.gres", "requests no GPU", SLURM | {"launch.slurm.gres": "x", RANKS: 4}, fix="gpu:4"
+        ),
     ],
     "micro_batch_size_and_tokens": [Row(SIZE, "2 is not used", {PACKED: True, TOKENS: 4096, SIZE: 2})],
     "tokens_without_packing": [Row(TOKENS, "4096 is not used", {TOKENS: 4096})],
@@ -326,9 +330,7 @@ WARNED: dict[str, list[Row]] = {
     "code_of_the_model": [
         Row("model.trust_remote_code", "runs with your rights", {"model.trust_remote_code": True})
     ],
-    "no_validation": [
-        Row("data.val_files", "nothing will be validated", {"data.val_files": []}, {"val": None})
-    ],
+    "no_validation": [Row("data.val_files", "there is no validation", {"data.val_files": []}, {"val": None})],
     "unusual_learning_rate": [
         Row("optimizer.lr", "far above", {"optimizer.lr": 0.011}, fix="1e-6 to 1e-4"),
         Row("optimizer.lr", "hardly", {"optimizer.lr": 0.0}),
@@ -347,13 +349,13 @@ WARNED: dict[str, list[Row]] = {
     "maybe_unmounted": [
         Row(
             SAVE_DIR,
-            "/a/b and folders above it are missing in /",
+            "/a/b and its parent folders are missing in /",
             facts={"save_folder": SaveFolder(path="/a/b", unmounted="/")},
             fix="mount",
         )
     ],
     "no_tokenizer": [
-        Row("model.partial_pretrain", "/m holds no tokenizer: the run", facts={"has_tokenizer": False})
+        Row("model.partial_pretrain", "/m has no tokenizer: the run", facts={"has_tokenizer": False})
     ],
     "remarks_on_data": [
         Row("data.train_files", "/t: odd", facts={"train": data(remarks=("/t: odd",))}),
@@ -377,7 +379,7 @@ WARNED: dict[str, list[Row]] = {
             "data.train_files",
             "/t and /u were rendered",
             facts={"rendered_differently": ("/t", "/u")},
-            fix="in one way",
+            fix="in the same way",
         )
     ],
     "batch_larger_than_data": [
@@ -389,7 +391,7 @@ WARNED: dict[str, list[Row]] = {
         Row("data.val_files", "is the training data", facts={"val": data()}),
         Row(
             "data.val_files",
-            "are trained on: /v0, /v1, /v2 and 2 more",
+            "contains training files: /v0, /v1, /v2 and 2 more",
             facts={"trained_on": [f"/v{n}" for n in range(5)]},
         ),
     ],
@@ -420,7 +422,7 @@ WARNED: dict[str, list[Row]] = {
     ],
     "saves_without_validation": [
         Row(SAVE, "each multiple of 6 and", {SAVE: 3, CHECK: 2, "trainer.max_steps": 100}),
-        Row(SAVE, "at the last step alone", {SAVE: 3, CHECK: 2, "trainer.max_steps": 6}),
+        Row(SAVE, "only at the last step", {SAVE: 3, CHECK: 2, "trainer.max_steps": 6}),
     ],
 }
 

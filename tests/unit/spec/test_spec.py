@@ -209,7 +209,7 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         # What does not fit together.
         ("model.partial_pretrain", "", "Hugging Face folder"),
         ("data.train_files", [], "at least one Parquet file"),
-        ("trainer.project_name", "a/b", "holds a slash"),
+        ("trainer.project_name", "a/b", "contains a slash"),
         ("trainer.project_name", "", "is empty"),
         ("trainer.experiment_name", "a\tb", "U+0009"),
         ("model.megatron.virtual_pipeline_model_parallel_size", 2, "at least 2 ranks"),

@@ -56,7 +56,7 @@ def test_on_eight_gpus_it_is_told_that_it_accumulates_eight_times(spec_file: Pat
     (warning,) = warnings
     assert warning.where == "training.gradient_accumulation_steps"
     assert warning.what == (
-        "says 4, but packed into micro-batches of 8192 tokens the 64 samples of a step make 8 or fewer on each of 2 "
+        "is 4, but the 64 samples of a step, packed into micro-batches of 8192 tokens, make at most 8 on each of 2 "
         "data-parallel ranks"
     )
     assert spec.training.gradient_accumulation_steps == 8

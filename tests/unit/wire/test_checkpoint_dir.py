@@ -84,7 +84,7 @@ def test_a_replaced_checkpoint_waits_for_its_readers_and_they_find_the_new_one(
     folder, new = checkpoint(tmp_path, 3), checkpoint(tmp_path, 6)
     with (
         reading(folder),
-        pytest.raises(OSError, match="somebody has been reading it"),
+        pytest.raises(OSError, match="another process has been reading it"),
         once_unread(folder, 0.0),
     ):
         pytest.fail("it is being read")

@@ -217,9 +217,9 @@ def test_labels_that_are_shifted_are_refused(tmp_path: Path) -> None:
     ids = [list(range(1, 40)), list(range(5, 30))]
     shifted = {"input_ids": ids, "labels": [[*row[1:], -100] for row in ids]}
     text = refusal(parquet(tmp_path / "a.parquet", shifted))
-    assert "62 of 62 trained labels are the token after their own: the labels are shifted by one" in text
+    assert "62 of 62 trained labels equal the next token: the labels are shifted by one" in text
     foreign = {"input_ids": ids, "labels": [[49] * len(row) for row in ids]}
-    assert "are not their own token" in refusal(parquet(tmp_path / "b.parquet", foreign))
+    assert "differ from their own token" in refusal(parquet(tmp_path / "b.parquet", foreign))
 
 
 def test_a_few_labels_of_another_token_are_reported(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_few_labels_of_another_token_are_reported(tmp_path: Path) -> None:
     labels = [[7, *ids[0][1:]]]
     facts = inspect(parquet(tmp_path / "a.parquet", {"input_ids": ids, "labels": labels}))
     assert [remark.rpartition(": ")[2] for remark in facts.remarks] == [
-        "1 trained labels are not their own token"
+        "1 trained labels differ from their own token"
     ]
 
 

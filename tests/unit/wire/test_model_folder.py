@@ -92,7 +92,7 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
 @pytest.mark.parametrize(
     ("config", "overrides", "where", "says"),
     [
-        (DENSE, [(EP, 2)], EP, "has no experts to share"),
+        (DENSE, [(EP, 2)], EP, "has no experts to shard"),
         (QWEN3_MOE, [(EP, 4)], EP, "use one of 1, 2, 3, 6"),
         (
             QWEN3_MOE,

@@ -1,5 +1,5 @@
-"""The facts that the log holds. Type names and fields are contracts: never edited once published, only versioned
-(see `codec`). Times are whole microseconds since the Unix epoch (UTC); durations are seconds."""
+"""The event types of the log. Type names and fields are contracts: once published they are versioned, never edited (see
+`codec`). Times are whole microseconds since the Unix epoch (UTC); durations are seconds."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subc
 
 
 def types_where(attribute: str) -> tuple[type[Event], ...]:
-    """The types of which a flag such as `is_lifecycle` is set."""
+    """The types whose flag `attribute`, such as `is_lifecycle`, is set."""
     return tuple(cls for cls in EVENT_TYPES.values() if getattr(cls, attribute))
 
 
 def progress_types() -> tuple[str, ...]:
-    """The types that are a part of a run's progress, as the log names them."""
+    """Names of the types that are shown in a run's progress."""
     return names(*(cls for cls in EVENT_TYPES.values() if cls.progress is not None))
 
 
 def names(*types: type[Event]) -> tuple[str, ...]:
-    """Types as the log names them."""
+    """The names of types in the log."""
     return tuple(cls.__name__ for cls in types)

@@ -1,4 +1,4 @@
-"""Facts about an attempt: who runs it where, how it ended, what its host was doing."""
+"""Events of an attempt: its daemon and host, its end, and the load of its host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sftd.domain.text.words import first_line, memory
 
 
 class AttemptClaimed(Event, frozen=True):
-    """A daemon took the right to drive the next attempt. It starts from `from_step` (0 is the pretrained model)."""
+    """A daemon claimed the next attempt. The attempt starts from `from_step` (0 is the pretrained model)."""
 
     is_lifecycle: ClassVar[bool] = True
 
@@ -48,7 +48,7 @@ class AttemptLaunched(Event, frozen=True):
 
 
 class AttemptAdopted(Event, frozen=True):
-    """Another daemon took over a living attempt."""
+    """Another daemon took over a running attempt."""
 
     daemon: str
     host: str
@@ -59,8 +59,8 @@ class AttemptAdopted(Event, frozen=True):
 
 
 class JobReported(Event, frozen=True):
-    """What the resource manager says of an attempt's job, each time that this changes. `state` and `reason` are in its words;
-    the state is `NOT OBSERVED` while it does not answer, and `NOT SUBMITTED` until it has taken the job."""
+    """The resource manager reported a change of an attempt's job. `state` and `reason` are the manager's own terms. The state
+    is `NOT SUBMITTED` until the manager accepts the job, and `NOT OBSERVED` while it does not answer."""
 
     job: str
     state: str
@@ -69,7 +69,7 @@ class JobReported(Event, frozen=True):
 
     @property
     def just_runs(self) -> bool:
-        """Whether there is nothing to say of the job beside that it runs."""
+        """Whether the job runs and the report has no reason."""
         return self.state == "RUNNING" and not self.reason
 
     def summary(self) -> str:
@@ -78,7 +78,7 @@ class JobReported(Event, frozen=True):
 
 
 class AttemptPaused(Event, frozen=True):
-    """The attempt ended because a person paused the run; `step` is where the next one continues."""
+    """The attempt ended because a user paused the run. The next attempt continues from `step`."""
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
@@ -95,8 +95,8 @@ class AttemptPaused(Event, frozen=True):
 
 
 class AttemptPreempted(Event, frozen=True):
-    """The attempt made room for another run, and its own run is queued again in its old place; `step` is where the next
-    attempt continues. `by_run` is empty when the resource manager took the machines back: `reason` says why."""
+    """The attempt made room for another run, and its own run is queued again in its old place. The next attempt continues from
+    `step`. If the resource manager took the machines back, `by_run` is empty and `reason` is set."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
@@ -140,7 +140,7 @@ class AttemptFailed(Event, frozen=True):
 
 
 class AttemptLost(Event, frozen=True):
-    """An attempt's process is gone without a word (killed with its supervisor, host restarted)."""
+    """An attempt's process is gone and left no exit code (killed with its supervisor, or the host restarted)."""
 
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
@@ -160,7 +160,7 @@ class AttemptLost(Event, frozen=True):
 
 
 class GpuSample(msgspec.Struct, frozen=True):
-    """One GPU at a moment, by NVML's index. What its driver does not report is None."""
+    """One sample of a GPU, by NVML index. Values that the driver does not report are None."""
 
     index: int
     utilization_percent: float | None
@@ -170,8 +170,8 @@ class GpuSample(msgspec.Struct, frozen=True):
 
 
 class SystemSampled(Event, frozen=True):
-    """What the host of an attempt was doing, as its daemon saw it: CPU (the mean of all cores since the sample before) and
-    memory of the whole host, and the GPUs that the attempt holds."""
+    """Load of an attempt's host, measured by its daemon: CPU (mean of all cores since the previous sample) and memory of the
+    whole host, and the GPUs that the attempt holds."""
 
     host: str
     cpu_percent: float

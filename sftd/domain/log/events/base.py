@@ -1,4 +1,4 @@
-"""What every event has."""
+"""The base of all event types."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import ClassVar, Literal, NamedTuple
 import msgspec
 
 Micros = int
-# What becomes of a run whose attempt was asked to stop.
+# The state of a run after its attempt has stopped on request.
 AfterStop = Literal["cancelled", "paused", "queued"]
-# A problem is shown in red and kept on the screen; a detail is left out where only news are shown, because an event before
-# or after it says the same.
+# A problem is shown in red and stays on the screen. A detail repeats an event before or after it, so short views omit it.
 Severity = Literal["detail", "news", "problem"]
-
-
-# What a person may choose to be notified of.
+# The kinds of events that a user can be notified of.
 NoticeKind = Literal["ended", "failed", "anomaly", "started", "retrying", "paused"]
 
 
 class NoticeFacts(NamedTuple):
-    """What a notice says of a run besides the event. `loss` is a number in full, as text."""
+    """The facts of a run that a notice contains besides the event. `loss` is text with full precision."""
 
     project: str
     name: str
@@ -30,40 +27,40 @@ class NoticeFacts(NamedTuple):
 
     @property
     def where(self) -> str:
-        """How far the run is."""
+        """The run's progress, for a sentence."""
         return f"at step {self.step:,} of {self.planned_steps:,}"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact. The class's name is its type name in the log; `schema_version` counts its shapes."""
+    """A fact in the log. The class name is the type name; `schema_version` counts the versions of its fields."""
 
     schema_version: ClassVar[int] = 1
     severity: ClassVar[Severity] = "news"
     is_lifecycle: ClassVar[bool] = False
-    """Whether it changes what a mirror shows of the run beside its curves: its tags, its state."""
+    """Whether the event changes a mirror's tags or state of the run, rather than only its curves."""
     ends_attempt: ClassVar[bool] = False
-    """Whether no attempt computes after it: the attempt, or with it the run, has ended."""
+    """Whether the event ends the attempt, or the attempt and the run."""
     notice_kind: ClassVar[NoticeKind | None] = None
-    """The kind of notice that is sent of it; such a type has a `notice`."""
+    """The kind of notice for this event. A type with a kind implements `notice`."""
 
     progress: ClassVar[str | None] = None
-    """What a run's progress (`sftd logs`, a trainer without a daemon, the demo) says before the summary. None: not a part of it."""
+    """Prefix of the event's line in a run's progress (`sftd logs`, a trainer without a daemon, the demo). None: no line."""
 
     def summary(self) -> str:
-        """One line that says what matters of it. Each type has its own; the words in it may be anybody's (see `printable`)."""
+        """The event in one line. The line may contain untrusted text (see `printable`)."""
         raise NotImplementedError(type(self).__name__)
 
     def notice(self, run: NoticeFacts) -> str | None:
-        """What the notice says after the run's name; None where none is sent, because that of another event says it."""
+        """The text of the notice after the run's name; None if the notice of another event covers this one."""
         raise NotImplementedError(type(self).__name__)
 
     def line(self, planned_steps: int) -> str | None:
-        """Its line in a run's progress, if it is a part of it."""
+        """The event's line in a run's progress; None if the progress does not show it."""
         return None if self.progress is None else f"{self.progress}{self.summary()}"
 
 
 class OfStep:
-    """The words of an event that has one step: its number, of `planned_steps` where it is progress, and what `details` says."""
+    """Summary and progress line of an event of one step: the step's number, then `details`."""
 
     __slots__ = ()
     step: int

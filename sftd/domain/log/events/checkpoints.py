@@ -1,4 +1,4 @@
-"""Facts about checkpoints and the models exported from them."""
+"""Events of checkpoints and of the models exported from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CheckpointPinned(Event, frozen=True):
 
 
 class CheckpointUnpinned(Event, frozen=True):
-    """`fork`, which started from this checkpoint, was removed: it does not keep the checkpoint any more."""
+    """`fork`, which started from this checkpoint, was removed and no longer protects the checkpoint."""
 
     severity: ClassVar[Severity] = "detail"
 
@@ -29,7 +29,7 @@ class CheckpointUnpinned(Event, frozen=True):
     fork: str
 
     def summary(self) -> str:
-        return f"step {self.step}, from which {self.fork} was forked, which is removed"
+        return f"step {self.step}: {self.fork}, which was forked from it, is removed"
 
 
 class CheckpointStarted(Event, frozen=True):
@@ -60,7 +60,7 @@ class CheckpointPublished(OfStep, Event, frozen=True):
 
 
 class CheckpointRejected(Event, frozen=True):
-    """A checkpoint did not verify and will not be used."""
+    """A checkpoint failed its verification and will not be used."""
 
     progress: ClassVar[str | None] = "rejected checkpoint of "
     severity: ClassVar[Severity] = "problem"
@@ -95,8 +95,8 @@ class CheckpointDeleted(OfStep, Event, frozen=True):
 
 
 class CheckpointReduced(Event, frozen=True):
-    """The training state of a checkpoint was deleted, its weights are kept: the model can be exported and answers, but training
-    cannot continue from it. `path`, `bytes` and `manifest_digest` are those of the folder that is left, in the place of
+    """The training state of a checkpoint was deleted and its weights were kept. The model can still be exported and
+    prompted, but training cannot continue from it. `path`, `bytes` and `manifest_digest` describe the folder that replaces
     `former_path`; `freed_bytes` were deleted."""
 
     severity: ClassVar[Severity] = "detail"
@@ -130,7 +130,7 @@ class ModelExported(Event, frozen=True):
 
 
 class ModelRegistered(Event, frozen=True):
-    """An exported model was put into MLflow's model registry as `name`, `model_version`; `digest` is the export's."""
+    """An exported model was registered in MLflow's model registry as `name`, `model_version`. `digest` is the export's."""
 
     is_lifecycle: ClassVar[bool] = True
 

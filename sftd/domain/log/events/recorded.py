@@ -1,4 +1,4 @@
-"""Events in the log."""
+"""Events with their place in the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sftd.domain.log.events.base import Event, Micros
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """An event in its place in the log: one row of the events table."""
+    """An event with its place in the log: one row of the events table."""
 
     position: int
     event_id: str

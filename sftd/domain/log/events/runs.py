@@ -1,4 +1,4 @@
-"""Facts about a run: how it began, what people asked of it, how it ended."""
+"""Events of a run: its start, the requests of users, and its end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from sftd.domain.text.words import changes, counted, first_line, size
 
 
 class RunSubmitted(Event, frozen=True):
-    """A run was asked for. `spec` is the resolved spec; `data` and `model` are what submit found in the files, `model_files`
-    what the model folder held, None where an older sftd did not record it."""
+    """A user submitted a run. `spec` is the resolved spec; `data` and `model` are the facts that submit read from the files.
+    `model_files` is the content of the model folder, None if an older sftd did not record it."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
@@ -31,12 +31,12 @@ class RunSubmitted(Event, frozen=True):
 
 
 class RunForked(Event, frozen=True):
-    """The run starts from another run's checkpoint, with another spec: the first event of its stream, before
+    """The run starts from a checkpoint of another run, with another spec. This is the first event of its stream, before
     `RunSubmitted`. `step` 0 is the parent's pretrained model, without a checkpoint.
 
     `changes` maps the keys whose values differ to [the parent's, the fork's]. Training continues at 0-based step `step` and
-    reads the samples from position `sample` of its own order of samples (see `sample_order`): where the parent stood, if
-    the fork has the parent's order, else its beginning.
+    reads from position `sample` of the fork's sample order (see `sample_order`): the parent's position if the fork has the
+    parent's order, else 0.
     """
 
     is_lifecycle: ClassVar[bool] = True
@@ -57,16 +57,16 @@ class RunForked(Event, frozen=True):
 
 
 class RunDeferred(Event, frozen=True):
-    """The run does not start before these runs have succeeded."""
+    """The run does not start before the runs in `after` have succeeded."""
 
     after: list[str]
 
     def summary(self) -> str:
-        return f"until {', '.join(self.after)} succeeded"
+        return f"waits for {', '.join(self.after)} to succeed"
 
 
 class SweepJoined(Event, frozen=True):
-    """The run is one point of a sweep; `values` are the settings that make it this point."""
+    """The run is one point of a sweep; `values` are the settings of this point."""
 
     is_lifecycle: ClassVar[bool] = True
 
@@ -78,7 +78,7 @@ class SweepJoined(Event, frozen=True):
 
 
 class RunHeld(Event, frozen=True):
-    """A person keeps a waiting run from starting."""
+    """A user keeps a waiting run from starting."""
 
     is_lifecycle: ClassVar[bool] = True
 
@@ -101,8 +101,8 @@ class RunReleased(Event, frozen=True):
 
 
 class StopRequested(Event, frozen=True):
-    """The run must stop: a person cancels or pauses it, or `preempted_by`, a run of higher priority, needs its
-    devices. `then` is what follows; `now` kills the attempt, else it saves a checkpoint at the next step boundary."""
+    """The run must stop: a user cancels or pauses it, or the run `preempted_by`, of higher priority, needs its devices.
+    `then` is the state that follows. `now` kills the attempt; otherwise it saves a checkpoint at the next step boundary."""
 
     schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
@@ -120,10 +120,10 @@ class StopRequested(Event, frozen=True):
 
 
 class ResumeRequested(Event, frozen=True):
-    """A person asked for another attempt. `from_step` None is the last published checkpoint.
+    """A user requested another attempt. `from_step` None is the last published checkpoint.
 
-    `changes` maps keys of the spec to [before, after]; only such as leave the trajectory alone (`trajectory.py`). With
-    changes, `spec`, `spec_digest` and `planned_steps` hold from now on.
+    `changes` maps keys of the spec to [before, after]; they do not change the trajectory (`trajectory.py`). With changes,
+    `spec`, `spec_digest` and `planned_steps` replace the run's.
     """
 
     schema_version: ClassVar[int] = 2
@@ -143,7 +143,7 @@ class ResumeRequested(Event, frozen=True):
 
 
 class RunSucceeded(Event, frozen=True):
-    """Planned steps and counted tokens equal what the log holds, and the final checkpoint is published."""
+    """Steps and tokens in the log match the plan and the trainer's count, and the final checkpoint is published."""
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
@@ -162,7 +162,7 @@ class RunSucceeded(Event, frozen=True):
 
 
 class RunFailed(Event, frozen=True):
-    """The run ended without success, and sftd will not try again by itself."""
+    """The run ended without success, and sftd does not retry it."""
 
     severity: ClassVar[Severity] = "problem"
     is_lifecycle: ClassVar[bool] = True
@@ -180,7 +180,7 @@ class RunFailed(Event, frozen=True):
 
 
 class RunCancelled(Event, frozen=True):
-    """The run ended because it was asked to."""
+    """The run ended because a user cancelled it."""
 
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
@@ -196,8 +196,8 @@ class RunCancelled(Event, frozen=True):
 
 
 class RunRemoved(Event, frozen=True):
-    """A person removed the files of a run that had ended: its checkpoints, of which each has a `CheckpointDeleted`, and its
-    attempts. `freed_bytes` were deleted. Its events stay."""
+    """A user removed the files of an ended run: its attempts and checkpoints. Each checkpoint also has a
+    `CheckpointDeleted`. `freed_bytes` were deleted. The run's events stay."""
 
     by: str
     freed_bytes: int

@@ -1,4 +1,4 @@
-"""Facts that the trainer reports, and what a later verification found."""
+"""Events of training, and the results of later verifications."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sftd.domain.text.words import counted, loss, memory, size
 
 
 class ModelLoaded(Event, frozen=True):
-    """Every rank holds its weights. `environment` is what decides the numbers: versions, device, threads, layout."""
+    """Every rank has loaded its weights. `environment` determines the numbers: versions, device, threads, layout."""
 
     progress: ClassVar[str | None] = "model: "
 
@@ -23,7 +23,7 @@ class ModelLoaded(Event, frozen=True):
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether this attempt's steps are the same bit for bit when they are computed again."""
+        """Whether recomputing this attempt's steps gives the same bits."""
         return bool(self.environment.get("deterministic", True))
 
     def summary(self) -> str:
@@ -32,9 +32,9 @@ class ModelLoaded(Event, frozen=True):
 
 
 class WeightsDigested(Event, frozen=True):
-    """All bytes of the weight files that the attempt loaded, before its first step. `files` maps their names to digests:
-    sha256 over the size and the sha256 of each piece of 64 MiB, so that ranks can share the work. `seconds` is how long
-    it took, mostly in the background."""
+    """Digests over all bytes of the weight files that the attempt loaded, recorded before its first step. `files` maps names
+    to digests: sha256 over the size and the sha256 of each 64 MiB piece, so that ranks can share the work. `seconds` is the
+    duration, mostly in the background."""
 
     severity: ClassVar[Severity] = "detail"
 
@@ -85,11 +85,10 @@ class TrainingResumed(Event, frozen=True):
 class StepCompleted(OfStep, Event, frozen=True):
     """One optimizer step. `loss` is the mean over the trained tokens of the global batch, `grad_norm` is before clipping.
 
-    `tokens` are trained (label is not -100), `tokens_real` not padding, `tokens_padded` all that was computed.
-    `tokens_total` are the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the
-    global row numbers in order. `mfu` is the share of the devices' peak FLOP/s that the model's own FLOPs took, None where
-    the peak is not known; `peak_memory_bytes` the most that any rank has had in use so far (on a GPU its tensors', on a
-    CPU the process's).
+    `tokens` counts trained tokens (label is not -100), `tokens_real` excludes padding, `tokens_padded` includes it.
+    `tokens_total` counts the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the global row
+    numbers in order. `mfu` is the model FLOPs utilization in 0 … 1, None if the device's peak FLOP/s is unknown.
+    `peak_memory_bytes` is the largest use of any rank so far (tensors on a GPU, the process on a CPU).
     """
 
     schema_version: ClassVar[int] = 2
@@ -111,7 +110,7 @@ class StepCompleted(OfStep, Event, frozen=True):
     peak_memory_bytes: int | None = None
 
     def details(self) -> str:
-        # Short: the line in `sftd logs`, with its attempt before it, fits 80 columns on most runs.
+        # Short, so that a line of `sftd logs`, which starts with the attempt, usually fits 80 columns.
         return (
             f"loss {loss(self.loss)}  grad {self.grad_norm:.3f}  lr {self.lr:.2e}"
             + (f"  {self.tokens_real / self.seconds:,.0f} tok/s" if self.seconds > 0 else "")
@@ -135,7 +134,7 @@ class ValidationCompleted(OfStep, Event, frozen=True):
 
 
 class SampleGenerated(OfStep, Event, frozen=True):
-    """A fixed prompt was answered greedily with the model of `step`."""
+    """The model of `step` answered a fixed prompt with greedy decoding."""
 
     progress: ClassVar[str] = ""
     severity: ClassVar[Severity] = "detail"
@@ -151,7 +150,7 @@ class SampleGenerated(OfStep, Event, frozen=True):
 
 
 class AnomalyDetected(Event, frozen=True):
-    """Something that must not be: a redone step that differs from the log, a loss that is not a number."""
+    """Something that must not happen, such as a redone step that differs from the log, or a NaN loss."""
 
     progress: ClassVar[str | None] = "ANOMALY at "
     severity: ClassVar[Severity] = "problem"
@@ -169,20 +168,20 @@ class AnomalyDetected(Event, frozen=True):
 
 
 class SamplesSkipped(Event, frozen=True):
-    """Training goes back to the checkpoint of `step` and on at position `sample` of the order of samples: those in between
-    led to what `reason` says, and are left out."""
+    """Training returns to the checkpoint of `step` and continues at position `sample` of the sample order. It skips the
+    samples in between, which caused `reason`."""
 
     step: int
     sample: int
     reason: str
 
     def summary(self) -> str:
-        return f"back to step {self.step}, on at sample {self.sample}: {self.reason}"
+        return f"back to step {self.step}, continues at sample {self.sample}: {self.reason}"
 
 
 class ReplayVerified(Event, frozen=True):
-    """Steps after `from_step` up to `to_step` were trained again elsewhere and match the log: bit for bit,
-    or to within rounding where `is_exact` is false. `environment` maps what differs to [the log's, the verifier's]."""
+    """Steps after `from_step` up to `to_step` were recomputed elsewhere and match the log: bit for bit, or to within
+    rounding if `is_exact` is false. `environment` maps differing keys to [the log's, the verifier's]."""
 
     from_step: int
     to_step: int
@@ -191,15 +190,13 @@ class ReplayVerified(Event, frozen=True):
     by: str
 
     def summary(self) -> str:
-        how = "bit for bit" if self.is_exact else "except for rounding"
-        return (
-            f"steps {self.from_step + 1} to {self.to_step} came out as the log has them, {how}, by {self.by}"
-        )
+        how = "bit for bit" if self.is_exact else "to within rounding"
+        return f"steps {self.from_step + 1} to {self.to_step} match the log {how}, verified by {self.by}"
 
 
 class ReplayDiverged(Event, frozen=True):
-    """Steps after `from_step` were trained again elsewhere, and `step` is the first that differs from the log. `detail` is
-    that of `AnomalyDetected`, `environment` maps what differs to [the log's, the verifier's]."""
+    """Steps after `from_step` were recomputed elsewhere, and `step` is the first that differs from the log. `detail` is as in
+    `AnomalyDetected`. `environment` maps differing keys to [the log's, the verifier's]."""
 
     severity: ClassVar[Severity] = "problem"
     notice_kind: ClassVar[NoticeKind | None] = "anomaly"
@@ -212,15 +209,16 @@ class ReplayDiverged(Event, frozen=True):
     by: str
 
     def summary(self) -> str:
-        differs = f"; differs: {', '.join(self.environment)}" if self.environment else ""
-        return f"step {self.step} came out otherwise ({', '.join(self.detail)}){differs}, by {self.by}"
+        differs = f"; environment differs: {', '.join(self.environment)}" if self.environment else ""
+        numbers = ", ".join(self.detail)
+        return f"step {self.step} differs from the log ({numbers}){differs}, verified by {self.by}"
 
     def notice(self, run: NoticeFacts) -> str | None:
-        return f"anomaly: step {self.step:,}, trained again by {self.by}, differs from the log"
+        return f"anomaly: step {self.step:,}, recomputed by {self.by}, differs from the log"
 
 
 def _details(detail: dict[str, Any]) -> Iterator[str]:
-    """What an anomaly says of itself: numbers in full where two are compared, for they may differ in the last digit."""
+    """The details of an anomaly as text. Compared numbers have full precision, as they may differ in the last digit."""
 
     def short(value: object) -> str:
         text = str(value)

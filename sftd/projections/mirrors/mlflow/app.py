@@ -1,8 +1,8 @@
-"""MLflow's own web application as `sftd ui` serves it: one process, on 127.0.0.1, without a password, and therefore only
-what the pages of training runs need: `python -m sftd.projections.mirrors.mlflow.app PORT MARK [ARTIFACTS]`.
+"""Serve MLflow's web application for `sftd ui`: `python -m sftd.projections.mirrors.mlflow.app PORT MARK [ARTIFACTS]`.
 
-Anyone who reaches the port of a whole MLflow server can have its assistant run commands, its gateway and its webhooks send
-requests, and write artifacts. Here none of that is reachable.
+It is one process on 127.0.0.1 without a password. A full MLflow server would let every local user run commands through its
+assistant, send requests through its gateway and webhooks, and write artifacts. This one serves only the parts that the pages
+of training runs need.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-# Answers with the mark that the server was started with: so `sftd ui` recognises one that serves the same runs.
+# Returns the server's mark, by which `sftd ui` recognises a server of the same store.
 MARK_PATH = "/sftd-ui"
 _OPEN = re.compile(
     r"/(static-files/.*|build/.*|graphql|health|version|get-artifact|model-versions/get-artifact)?"
-    # Creating things is the mirror's: an experiment or a model version can name any folder or address as its artifacts.
+    # Only the mirror creates objects: an experiment or a model version can have any folder or address as its artifacts.
     r"|/(ajax-)?api/[23]\.0/mlflow/(?![\w-]+/create)"
     r"(experiments|runs|metrics|registered-models|model-versions|logged-models|datasets|traces|artifacts/list|server-info)(/.*)?"
 )
@@ -31,19 +31,19 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether a request is passed on to MLflow."""
+    """Whether a request is forwarded to MLflow."""
     return bool(_OPEN.fullmatch(path) or (method in ("GET", "HEAD") and _READABLE.fullmatch(path)))
 
 
 class Narrowed:
-    """An ASGI application that passes on to another what `is_open` lets through."""
+    """An ASGI application that forwards the requests that `is_open` allows to another one."""
 
     def __init__(self, app: _App, mark: str) -> None:
         self._app = app
         self._mark = mark.encode()
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] == "lifespan" or (
             scope["type"] == "http" and is_open(scope["method"], scope["path"])
         ):
@@ -59,7 +59,7 @@ def main(port: int, mark: str, artifacts: str | None) -> None:
     """Serve the store that `MLFLOW_BACKEND_STORE_URI` names until SIGINT or SIGTERM."""
     from mlflow import server
 
-    # What `mlflow server` hands to its workers.
+    # `mlflow server` sets the same variables for its workers.
     uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
     os.environ[server.BACKEND_STORE_URI_ENV_VAR] = os.environ[server.REGISTRY_STORE_URI_ENV_VAR] = uri
     if artifacts is not None:

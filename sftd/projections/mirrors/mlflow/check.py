@@ -1,4 +1,4 @@
-"""Proves that MLflow has what the log has: point for point, and status, times and parameters too."""
+"""Compare MLflow with the log: every point, status, times, parameters, datasets and tags."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from sftd.store.database.tables import events
 from sftd.store.log.event_store import read_stream
 
 _TRIES = 5
-_MISSING = "there is no MLflow run of it"
+_MISSING = "MLflow has no such run"
 _FORMER = "an older sftd wrote it: a running daemon, or `sftd mlflow rebuild --prefix ''`, writes it again"
 # (step, timestamp, value), the value as text so that NaN equals itself.
 _Row = tuple[int, int, str]
 
 
 class MirrorComparison(msgspec.Struct, frozen=True):
-    """The result of comparing a run. `points` are the log's, `behind` the events that MLflow does not have yet, and
-    `differences` say what differs in those that it has."""
+    """The result of comparing a run: the number of points in the log, the number of events that MLflow does not have yet
+    (`behind`), and the differences in the mirrored part."""
 
     run_id: str
     experiment: str
@@ -41,12 +41,12 @@ class MirrorComparison(msgspec.Struct, frozen=True):
 
     @property
     def is_equal(self) -> bool:
-        """Whether MLflow has just what the log has."""
+        """Whether MLflow matches the log."""
         return not self.behind and not self.differences
 
 
 def versions(store: Store, run_ids: Iterable[str] = ()) -> dict[str, int]:
-    """The last version of each run, in the order in which they began: of these runs, or of all."""
+    """Run id → last version of these runs, or of all, in the order in which they began."""
     c = events.c
     query = sa.select(c.run_id, sa.func.max(c.version)).group_by(c.run_id).order_by(sa.func.min(c.position))
     if wanted := list(run_ids):
@@ -58,9 +58,9 @@ def versions(store: Store, run_ids: Iterable[str] = ()) -> dict[str, int]:
 def rebuild(
     store: Store, tracking_uri: str, artifacts_dir: Path | None, prefix: str, run_ids: Iterable[str]
 ) -> Iterator[MirrorComparison]:
-    """Mirror runs from the log into the experiments of `prefix`, whatever is in others, and compare each with the log.
+    """Mirror runs from the log into the experiments with `prefix`, and compare each with the log.
 
-    May be ended at any time: called again, it continues where it was, and writes nothing that is there.
+    It may be interrupted at any time. The next call continues and writes nothing twice.
     """
     writer = MlflowWriter(store, tracking_uri, artifacts_dir, experiment_prefix=prefix)
     feed = Feed(store, writer, position_name(tracking_uri, prefix))
@@ -70,7 +70,7 @@ def rebuild(
 
 
 def compare_run(store: Store, tracking: Tracking, prefix: str, run_id: str, version: int) -> MirrorComparison:
-    """Compare the MLflow run of a run with the log, which MLflow shall have at least up to `version`. Writes nothing."""
+    """Compare a run in MLflow with the log. MLflow should have it at least up to `version`. Writes nothing."""
     recorded, event = _submission(store, run_id)
     names = mapping.experiment_names(event, prefix)
     if (experiment := tracking.find_experiment(names)) is None:
@@ -86,7 +86,7 @@ def compare_run(store: Store, tracking: Tracking, prefix: str, run_id: str, vers
         found = MirrorComparison(
             run_id, experiment.name, points, max(0, version - there.cursor), wrong + differences
         )
-        # A run that is being mirrored may have moved on between two questions.
+        # A daemon may have mirrored more of the run between two requests: then compare again.
         if (
             found.is_equal
             or (now := tracking.find_run(experiment.id, run_id)) is None
@@ -97,7 +97,7 @@ def compare_run(store: Store, tracking: Tracking, prefix: str, run_id: str, vers
 
 
 def _points(store: Store, tracking: Tracking, there: RemoteRun, run_id: str) -> tuple[int, list[str]]:
-    """How many points the log has up to the cursor, and what is otherwise in MLflow."""
+    """The number of points in the log up to the cursor, and the differences in MLflow."""
     expected: dict[str, list[_Row]] = {}
     for point in reading.history(store, run_id, there.cursor):
         key = sys.intern(point.key)
@@ -110,14 +110,14 @@ def _points(store: Store, tracking: Tracking, there: RemoteRun, run_id: str) -> 
 
 
 class Place(NamedTuple):
-    """Where MLflow has a run: the id of its experiment, and the run itself if it is there already."""
+    """A run's place in MLflow: the id of its experiment, and the MLflow run if it exists."""
 
     experiment: str
     run: RemoteRun | None
 
 
 def place(store: Store, tracking: Tracking, run_id: str) -> Place | None:
-    """Where the mirror has put a run; None where MLflow does not even have the experiment."""
+    """A run's place in MLflow; None if MLflow does not have its experiment."""
     _, event = _submission(store, run_id)
     experiment = tracking.find_experiment(mapping.experiment_names(event))
     return Place(experiment.id, tracking.find_run(experiment.id, run_id)) if experiment is not None else None
@@ -131,7 +131,7 @@ def _submission(store: Store, run_id: str) -> tuple[e.Recorded, e.RunSubmitted]:
 
 
 def _text(value: float) -> str:
-    # MLflow holds no infinity.
+    # MLflow cannot store infinity; it stores the largest float.
     return repr(math.copysign(sys.float_info.max, value) if math.isinf(value) else value)
 
 
@@ -168,7 +168,7 @@ def _facts(
         yield f"parameters: {', '.join(wrong)}"
     datasets = {(d.name, d.digest) for d in mapping.datasets(submitted)}
     if not datasets <= there.datasets:
-        yield "datasets: not all of them are there"
+        yield "datasets: some are missing"
     tags = mapping.tags(run, evolve(run, recorded).spec)
     if end is not None:
         tags |= mapping.time_tags(reading.ledger(store, end))

@@ -1,6 +1,6 @@
-"""The MLflow server or store as the mirror needs it: every call that leaves the process is here.
+"""The client of the MLflow server or store. Every call to MLflow is here.
 
-mlflow is imported when the first call is made, never before: the control plane starts without it.
+The first call imports mlflow, which is slow: the control plane starts without it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from sftd.projections.mirrors.mlflow.mapping import (
 )
 from sftd.projections.mirrors.seam import MirrorUnavailable
 
-# 1000 metrics, 100 params and 1000 things in all per call; the rest is room for tags.
+# MLflow's limits per call are 1000 metrics, 100 params and 1000 entries in total; 40 are left for tags.
 METRICS_PER_BATCH = 960
 _PARAMS_PER_BATCH = 100
 
-# Marks an experiment as the mirror's own, so that it is found again when a person has renamed it.
+# Marks an experiment of the mirror, so that the mirror finds it after a user has renamed it.
 _TAG_EXPERIMENT = "sftd.experiment"
 
-# MLflow's own: which artifacts its pages show as tables.
+# MLflow's own tag: the artifacts that its pages show as tables.
 _TAG_ARTIFACTS = "mlflow.loggedArtifacts"
 
 NO_PHONE_HOME = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 _QUIET_DEFAULTS = {
-    # Else creating the tables logs every migration, and each ended run prints a link.
+    # Otherwise creating the tables logs every migration, and each ended run prints a link.
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # MLflow's own retries keep a call for four minutes, and then it cannot be stopped. The caller backs off instead.
+    # With its own retries, an MLflow call may block for four minutes and cannot be interrupted. The caller retries instead.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 
 
 class RemoteRun(NamedTuple):
-    """An MLflow run that mirrors a run of ours, up to version `cursor` of its stream. `covered` is more where an older sftd
-    copied it in another form."""
+    """An MLflow run that mirrors an sftd run up to version `cursor` of its stream. `covered` is higher if an older sftd copied
+    the run in another form: the version that was copied in any form."""
 
     uuid: str
     cursor: int
@@ -60,7 +60,7 @@ class RemoteRun(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What MLflow has of a run. Datasets are (name, digest)."""
+    """A run's data in MLflow, without its points. Datasets are (name, digest)."""
 
     status: str
     start_time: int
@@ -79,16 +79,16 @@ class RemoteExperiment(NamedTuple):
 
 
 def is_remote(tracking_uri: str) -> bool:
-    """Whether a server is between us and the store."""
+    """Whether the URI is a server's, not a database's."""
     return not tracking_uri.startswith(("sqlite:", "postgresql", "mysql", "mssql"))
 
 
 class Tracking:
-    """Any call raises `MirrorUnavailable` when MLflow does not answer or refuses."""
+    """The MLflow client. Every call raises `MirrorUnavailable` when MLflow does not answer or refuses."""
 
     def __init__(self, uri: str, artifacts_dir: Path | None) -> None:
         self._uri = uri
-        # A server decides itself where artifacts go.
+        # A server has its own setting for artifacts.
         self._artifacts = artifacts_dir.absolute().as_uri() if artifacts_dir and not is_remote(uri) else None
         self._opened: Any = None
 
@@ -112,16 +112,16 @@ class Tracking:
         if self._artifacts is not None:
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-            # The first to open a store makes its tables and MLflow's "Default" experiment, whose artifacts would be in
-            # ./mlruns of whatever folder we run in.
+            # The first process to open a store makes its tables and MLflow's "Default" experiment. Without this, that
+            # experiment's artifacts would be in ./mlruns of the current folder.
             store = SqlAlchemyStore(self._uri, self._artifacts)
             if store.engine.dialect.name == "sqlite":
                 _write_ahead(store.engine)
         return MlflowClient(tracking_uri=self._uri)
 
     def experiment(self, names: Sequence[str]) -> RemoteExperiment:
-        """Find an experiment by one of its names, or by the name that the mirror gave it, deleted ones too; else create it
-        under the last."""
+        """Find an experiment, deleted or not, by one of `names`: its current name, or the name that the mirror gave it. If there
+        is none, create it under the last name."""
         with self._client() as client:
             if (found := _named(client, names)) is not None:
                 return found
@@ -131,28 +131,28 @@ class Tracking:
             return RemoteExperiment(made, names[-1], deleted=False)
 
     def find_experiment(self, names: Sequence[str]) -> RemoteExperiment | None:
-        """The experiment of one of these names, or that the mirror made under one. Makes nothing."""
+        """Like `experiment`, but returns None instead of creating one."""
         with self._client() as client:
             return _named(client, names)
 
     def restore_experiment(self, experiment_id: str) -> None:
-        """Undo the deletion of an experiment, and with it that of its runs."""
+        """Restore a deleted experiment and its runs."""
         with self._client() as client:
             client.restore_experiment(experiment_id)
 
     def find_run(self, experiment_id: str, run_id: str) -> RemoteRun | None:
-        """The MLflow run of a run of ours, deleted or not."""
+        """The MLflow run of an sftd run, deleted or not."""
         with self._client() as client:
             from mlflow.entities import ViewType
 
             found = client.search_runs(
                 [experiment_id], f"tags.`{TAG_RUN}` = '{run_id}'", ViewType.ALL, max_results=10
             )
-        # More than one only if a create_run was carried out although its answer was lost: the one in use is ahead.
+        # There are several only if the response to a create_run was lost. The one in use has the highest cursor.
         return max((_remote(r) for r in found), key=lambda r: (r.cursor, not r.deleted, r.uuid), default=None)
 
     def described(self, uuid: str) -> Described:
-        """Everything of a run but its points."""
+        """All data of a run except its points."""
         with self._client() as client:
             run = client.get_run(uuid)
         inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -166,7 +166,7 @@ class Tracking:
         )
 
     def points(self, uuid: str, key: str) -> list[MetricPoint]:
-        """All points of a metric, those that are there twice as well."""
+        """All points of a metric, including duplicates."""
         with self._client() as client:
             found = client.get_metric_history(uuid, key)
         return [MetricPoint(m.key, m.value, m.timestamp, m.step) for m in found]
@@ -174,17 +174,17 @@ class Tracking:
     def create_run(
         self, experiment_id: str, name: str, start_time: int, tags: Mapping[str, str]
     ) -> RemoteRun:
-        """Make a run that started at `start_time` (milliseconds)."""
+        """Create a run that started at `start_time` (ms since the epoch)."""
         with self._client() as client:
             return _remote(client.create_run(experiment_id, start_time, dict(tags), name))
 
     def restore_run(self, uuid: str) -> None:
-        """Undo the deletion of a run."""
+        """Restore a deleted run."""
         with self._client() as client:
             client.restore_run(uuid)
 
     def describe(self, uuid: str, params: Mapping[str, str], datasets: Sequence[DatasetFacts]) -> None:
-        """Write what never changes. Doing it again with the same values does nothing."""
+        """Write parameters and datasets, which never change. Idempotent."""
         with self._client() as client:
             from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
@@ -204,7 +204,7 @@ class Tracking:
     def log(self, uuid: str, points: Sequence[MetricPoint], tags: Mapping[str, str]) -> None:
         """Write points and tags in one request. The store commits the points first, then all tags at once.
 
-        A point that is there already, equal in key, value, time and step, is not written again.
+        MLflow ignores a point that it already has with equal key, value, time and step.
         """
         with self._client() as client:
             from mlflow.entities import Metric, RunTag
@@ -222,8 +222,8 @@ class Tracking:
                 client.delete_tag(uuid, key)
 
     def clear(self, uuid: str, metrics: Collection[str], params: Collection[str]) -> None:
-        """Remove metrics and parameters, so that a run can be written again in another form. MLflow's API cannot: on a
-        server nothing happens, and they stay beside the new ones."""
+        """Remove metrics and parameters, so that a run can be written again in another form. MLflow's API cannot remove them, so
+        on a server this does nothing, and they stay beside the new ones."""
         if is_remote(self._uri):
             return
         with self._client() as client, client._tracking_client.store.engine.begin() as connection:
@@ -232,17 +232,17 @@ class Tracking:
                 connection.execute(sa.delete(table).where(table.c.run_uuid == uuid, table.c.key.in_(keys)))
 
     def log_table(self, uuid: str, file: str, table: Mapping[str, Any]) -> str | None:
-        """Write a table as an artifact that MLflow's pages show as one, in place of what is there under this name. Returns
-        why the artifact store does not take it, None if it does."""
-        # What MLflow's own log_table does, which appends instead, and needs pandas.
+        """Write or replace an artifact that MLflow's pages show as a table. Returns the reason if the artifact store refuses it,
+        otherwise None."""
+        # MLflow's own log_table appends to the table, and needs pandas.
         refused = None
         for _ in range(2):
             with self._client() as client:
                 kept = client.get_run(uuid).data.tags.get(_TAG_ARTIFACTS, "[]")
                 try:
                     client.log_dict(uuid, dict(table), file)
-                except Exception as error:  # noqa: BLE001  each kind of store has errors of its own
-                    # MLflow may have gone down in between: then the next call says so.
+                except Exception as error:  # noqa: BLE001  each kind of store has its own errors
+                    # If MLflow itself is down, the next call raises.
                     refused = _shown(str(error)) or type(error).__name__
                     continue
                 mark = {"path": file, "type": "table"}
@@ -254,7 +254,7 @@ class Tracking:
 
     def register(self, uuid: str, folder: Path, place: str, name: str, tags: Mapping[str, str]) -> str:
         """Copy a model's folder to `place` among a run's artifacts, and make it a version of the registered model `name`.
-        Returns the version: the one that has these tags already, if there is one."""
+        Returns the version. If one already has these tags, returns that one and copies nothing."""
         with self._client() as client:
             from mlflow.exceptions import MlflowException
 
@@ -274,9 +274,9 @@ class Tracking:
             return str(made.version)
 
     def set_status(self, uuid: str, status: str, end_time: int | None) -> None:
-        """Set the status; `end_time` (milliseconds) is for one that ends the run.
+        """Set the status, and `end_time` (ms since the epoch) if the status ends the run.
 
-        MLflow cannot take an end time back: a resumed run shows its last one until it ends again.
+        MLflow cannot remove an end time: a resumed run shows its last one until it ends again.
         """
         with self._client() as client:
             if end_time is None:
@@ -290,13 +290,13 @@ def _quoted(text: str) -> str:
 
 
 def _write_ahead(engine: sa.Engine) -> None:
-    # Else a person who looks at a page keeps the mirror waiting, and each commit takes three syncs. The file remembers it.
+    # Otherwise reading a page blocks the mirror, and each commit takes three syncs. The setting persists in the file.
     with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
 def _named(client: Any, names: Sequence[str]) -> RemoteExperiment | None:
-    """The experiment that has the first of these names that there is, or that the mirror made under it."""
+    """The experiment of the first of these names that exists as a current name or as the mirror's original name."""
     ours: dict[str, Any] | None = None
     for name in names:
         found = client.get_experiment_by_name(name)
@@ -335,13 +335,13 @@ def _remote(run: Any) -> RemoteRun:
 
 
 def _trouble(error: Exception) -> str:
-    """What went wrong with a call, in a sentence whose subject is MLflow."""
-    # Of a server that is away, requests and urllib3 say three times as much, with the address twice.
+    """The reason of a failed call, as the predicate of a sentence about MLflow."""
+    # If a server is unreachable, the message of requests and urllib3 is three times as long and repeats the address.
     if (away := re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))) and "Max retries exceeded" in str(
         error
     ):
         return f"does not answer: {away[1]}"
-    return f"does not do what is asked of it: {_shown(str(error))}"
+    return f"refuses the request: {_shown(str(error))}"
 
 
 def _shown(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What an event means in MLflow's words: metrics, parameters, tags, status, datasets. Pure; knows no server."""
+"""Map events to MLflow's metrics, parameters, tags, status and datasets. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sftd.domain.spec.spec import Spec
 TAG_RUN = "sftd.run"
 TAG_CURSOR = "sftd.cursor"
 
-# Raise it when a run gets other names or parameters in MLflow: the mirror then writes the runs that have an older form again.
+# Increase it when names or parameters in MLflow change: the mirror then rewrites the runs that have an older form.
 MAPPING = 2
-# What form 1 had beside the keys of today: one dot each, or named so that they came before the loss.
+# Keys of form 1 that form 2 has no more. Each was a chart with one dot, or was sorted before the loss.
 FORMER_METRICS = (
     *(
         "tokens_total",
@@ -48,9 +48,9 @@ _DATASET_NAME = 500
 _DATASET_DIGEST = 36
 _DATASET_SOURCE = 65_535
 
-# MLflow takes paths as keys too, but refuses those that are not normal; a dotted key needs none.
+# MLflow also accepts paths as keys, but refuses unnormalised ones. A dotted key needs no slash.
 _NOT_IN_KEY = re.compile(r"[^\w. -]")
-# A project that nobody named. MLflow's own empty experiment is `Default`: two of that name confuse.
+# The default project has another name in MLflow, because MLflow's own empty experiment is `Default`.
 _NO_PROJECT, _NO_PROJECT_SHOWN = "default", "sftd"
 _CHANGED = "sftd.changed."
 _TAKEN_BACK = ("sftd.last_checkpoint", "sftd.cause", "sftd.message", _CHANGED)
@@ -74,7 +74,7 @@ class MetricPoint(NamedTuple):
 
 
 class DatasetFacts(NamedTuple):
-    """A dataset of a run; `context` says what for ("train", "val"), `source` and `profile` are JSON."""
+    """A dataset of a run. `context` is "train" or "val"; `source` and `profile` are JSON."""
 
     context: str
     name: str
@@ -84,14 +84,14 @@ class DatasetFacts(NamedTuple):
 
 
 def millis(micros: e.Micros) -> int:
-    """MLflow counts milliseconds."""
+    """MLflow's unit of time: milliseconds since the epoch."""
     return micros // 1000
 
 
 def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
-    """The metrics of an event. `highest` holds the highest step seen so far by event type and is moved on.
+    """The metrics of an event. `highest`, the highest step so far by event type, is updated.
 
-    A step that a later attempt redoes gives nothing: a redone step equals the log, so its point is already there.
+    A step that a later attempt redoes has no metrics: it equals the logged step, whose point MLflow already has.
     """
     event = recorded.event
     if isinstance(event, e.SystemSampled):
@@ -105,7 +105,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     at = millis(recorded.occurred_at)
     if isinstance(event, e.ValidationCompleted):
         return [MetricPoint("val_loss", event.loss, at, event.step)]
-    # `system/` is the only prefix whose section MLflow's page shows below the keys without one.
+    # MLflow's page shows the section `system/`, and no other, below the keys without a prefix.
     values = {
         "loss": event.loss,
         "grad_norm": event.grad_norm,
@@ -123,7 +123,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
 
 
 def most_points(event: e.Event) -> int:
-    """No fewer points than the event can become."""
+    """An upper bound of the event's number of points."""
     if isinstance(event, e.StepCompleted):
         return 8
     if isinstance(event, e.SystemSampled):
@@ -132,8 +132,8 @@ def most_points(event: e.Event) -> int:
 
 
 def _system_points(event: e.SystemSampled, at: int, number: int) -> list[MetricPoint]:
-    """What MLflow itself would log, and under its names, so that its page of system metrics shows it. As there, `number`
-    counts samples: a run's steps would go back with each attempt."""
+    """The system metrics that MLflow itself would log, under its names, so that its page of system metrics shows them. As in
+    MLflow, `number` counts samples; the run's steps would jump back with each attempt."""
     values: dict[str, float | None] = {
         "cpu_utilization_percentage": event.cpu_percent,
         "system_memory_usage_megabytes": event.memory_used_bytes / 1e6,
@@ -157,7 +157,7 @@ def _percent(part: int | None, whole: int | None) -> float | None:
 
 
 def time_tags(ledger: Ledger) -> dict[str, str]:
-    """Where the time of a run that has ended went. Tags: as a metric each number would be a chart with a single dot."""
+    """Tags with the time ledger of an ended run. As metrics, each number would be a chart with a single dot."""
     spent = ((account, ledger.seconds(account)) for account in ACCOUNTS)
     texts = {"sftd.time": ", ".join(f"{account} {seconds:.1f} s" for account, seconds in spent if seconds)}
     if ledger.goodput is not None:
@@ -166,21 +166,21 @@ def time_tags(ledger: Ledger) -> dict[str, str]:
 
 
 def inherited(recorded: e.Recorded, highest: dict[str, int], fork_step: int) -> list[MetricPoint]:
-    """The metrics of a parent's event that a fork shows as its own beginning. The fork validates `fork_step` itself."""
+    """The metrics of a parent's event that a fork also shows. The fork validates `fork_step` itself."""
     last = fork_step - isinstance(recorded.event, e.ValidationCompleted)
     return [point for point in points(recorded, highest) if point.step <= last]
 
 
 def status(run: Run) -> tuple[str, int | None]:
-    """MLflow's status of a run, and when it ended (milliseconds); None while it has not."""
+    """MLflow's status of a run, and its end time (ms since the epoch), None while it has not ended."""
     name = _STATUS.get(run.status, "RUNNING")
     ended = name in ENDED and run.ended_at is not None
     return name, millis(run.ended_at) if ended and run.ended_at is not None else None
 
 
 def tags(run: Run, submitted: Spec) -> dict[str, str]:
-    """The tags that change while a run lasts; `submitted` is the spec that the parameters show. Those that `is_taken_back`
-    names and that are missing here must not be in MLflow."""
+    """The tags that change during a run. `submitted` is the spec in the parameters. The mirror deletes a tag in MLflow that is
+    missing here if `is_taken_back` is true for it."""
     newest = max((c for c in run.checkpoints if not c.superseded), key=lambda c: c.step, default=None)
     texts = {
         "sftd.status": run.status,
@@ -190,28 +190,28 @@ def tags(run: Run, submitted: Spec) -> dict[str, str]:
         "sftd.cause": run.cause or "",
         "sftd.message": run.message or "",
     }
-    # MLflow's parameters cannot change: a resume's are here.
+    # MLflow's parameters cannot change, so the changes of a resume are tags.
     texts |= {f"{_CHANGED}{key}": _text(now) for key, (_, now) in changes(submitted, run.spec).items()}
     if run.fork:
-        # Not mlflow.parentRunId: MLflow's pages fold such a run away below its parent, and leave it out of the charts.
+        # Not mlflow.parentRunId: MLflow's pages collapse such a run below its parent, and omit it from the charts.
         texts |= {"sftd.parent": run.fork.parent, "sftd.fork_step": str(run.fork.step)}
     texts["sftd.sweep"] = run.sweep
     return {key: fit(text, _TAG_VALUE) for key, text in texts.items() if text}
 
 
 def is_taken_back(key: str) -> bool:
-    """Whether a tag that `tags` does not have any more is to be deleted."""
+    """Whether a tag must be deleted when `tags` no longer has it."""
     return key.startswith(_TAKEN_BACK)
 
 
 def cursor_tag(version: int) -> str:
-    """The value of the tag that says how far a run is copied, and in which form."""
+    """The value of `TAG_CURSOR`: the form, and the version up to which a run is copied."""
     return f"{MAPPING}:{version}"
 
 
 def parse_cursor(text: str) -> tuple[int, int]:
-    """(version that is copied in today's form, version that is copied in whatever form) from the value of the tag. One
-    that a person has spoilt counts as nothing: what is sent again is there already."""
+    """(version copied in the current form, version copied in any form) from the value of `TAG_CURSOR`. A value that a user has
+    damaged counts as (0, 0): MLflow ignores the events that are then sent again."""
     form, _, version = text.rpartition(":")
     if not version.isdecimal():
         return 0, 0
@@ -219,7 +219,7 @@ def parse_cursor(text: str) -> tuple[int, int]:
 
 
 def event_tags(event: e.Event) -> dict[str, str]:
-    """The tags that an event of its own right sets."""
+    """The tags that a single event sets."""
     if isinstance(event, e.ModelExported):
         return {"sftd.exported": fit(f"{event.path} (step {event.step})", _TAG_VALUE)}
     if isinstance(event, e.ModelRegistered):
@@ -228,8 +228,7 @@ def event_tags(event: e.Event) -> dict[str, str]:
 
 
 def samples_table(generated: Iterable[e.SampleGenerated]) -> dict[str, Any]:
-    """Answers to the sample prompts, in the form that MLflow shows as a table. An answer that a later attempt gave again
-    is there once."""
+    """Answers to the sample prompts in MLflow's table format. Answers that a later attempt repeated occur once."""
     rows: dict[tuple[int, str], list[Any]] = {}
     for s in generated:
         rows.setdefault((s.step, s.prompt), [s.step, s.prompt, s.text, s.tokens, s.stopped])
@@ -238,13 +237,13 @@ def samples_table(generated: Iterable[e.SampleGenerated]) -> dict[str, Any]:
 
 
 def samples_tag(refused: str | None) -> dict[str, str]:
-    """Whether the table of samples is there, and why not if it was `refused`."""
+    """A tag with the file of the table of samples, or with the reason if the store `refused` it."""
     text = SAMPLES_FILE if refused is None else f"{SAMPLES_FILE} could not be written: {refused}"
     return {"sftd.samples": fit(text, _TAG_VALUE)}
 
 
 def first_tags(run_id: str, event: e.RunSubmitted) -> dict[str, str]:
-    """The tags that an MLflow run is created with. People may edit the note: it is never written again."""
+    """The tags with which an MLflow run is created. Users may edit the note: it is never written again."""
     texts = {
         TAG_RUN: run_id,
         "sftd.user": event.user,
@@ -276,21 +275,21 @@ def _section(spec: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def experiment_names(event: e.RunSubmitted, prefix: str = "") -> tuple[str, ...]:
-    """The MLflow experiment that a run belongs to: the name for a new one last, before it one that it may have already."""
+    """The names of the MLflow experiment of a run: an existing one may have any of them, a new one gets the last."""
     project = str(_section(event.spec, "trainer").get("project_name") or _NO_PROJECT)
     names = (project, _NO_PROJECT_SHOWN) if project == _NO_PROJECT else (project,)
     return tuple(fit(prefix + name, _NAME) for name in names)
 
 
 def run_name(run_id: str, event: e.RunSubmitted) -> str:
-    """What people call the run, and its id: a name is often used for several runs."""
+    """The experiment name and the run id. Several runs often share a name."""
     name = str(_section(event.spec, "trainer").get("experiment_name") or "")
     return fit(f"{name} {run_id}".strip(), _NAME)
 
 
 def params(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The spec with dotted keys. What is not a text is JSON; a value that MLflow would refuse is cut (see `fit`). A
-    launcher's section is there only for its own runs."""
+    """The spec with dotted keys. Values that are not strings are JSON; a value that is too long for MLflow is cut (see `fit`).
+    Sections of launchers that the run does not use are left out."""
     own = _section(spec, "launch").get("launcher")
     others = tuple(f"launch.{name}" for name in KINDS if name != own)
     return {
@@ -301,7 +300,7 @@ def params(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def former(spec: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """(metrics, parameters) that the mirror itself may have written into a run whose form is older."""
+    """(metrics, parameters) that the mirror may have written into a run of an older form."""
     metrics = {*FORMER_METRICS, *_CURVES}
     return metrics, {_NOT_IN_KEY.sub("_", key)[:_KEY] for key, _ in _flat(spec, "")} - params(spec).keys()
 
@@ -319,7 +318,7 @@ def _text(value: Any) -> str:
 
 
 def fit(text: str, limit: int) -> str:
-    """The text itself, or its beginning with a digest of the whole: equal texts stay equal, others differ."""
+    """The text, or its beginning and a digest of the whole if it is too long. Equal texts stay equal, others differ."""
     if len(text) <= limit:
         return text
     end = f"... ({len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
@@ -327,7 +326,7 @@ def fit(text: str, limit: int) -> str:
 
 
 def datasets(event: e.RunSubmitted) -> list[DatasetFacts]:
-    """The data files that submit found; none where the event does not say."""
+    """The data files in the event; empty if it has none."""
     found = []
     for context in ("train", "val"):
         facts = _section(event.data, context)

@@ -1,4 +1,4 @@
-"""MLflow as a mirror, and what `sftd doctor` finds of it."""
+"""MLflow as a mirror, and its checks in `sftd doctor`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _ANSWER_SECONDS = 5.0
 
 
 class Mlflow:
-    """See `projections/mirrors/seam.py`."""
+    """The MLflow mirror; see `Mirror`."""
 
     name = "MLflow"
 
     def position(self, settings: Settings) -> str | None:
-        """The name of its position; None where MLFLOW_TRACKING_URI is empty."""
+        """The name of the mirror's position; None if MLFLOW_TRACKING_URI is empty."""
         return position_name(settings.mlflow_tracking_uri) if settings.mlflow_tracking_uri else None
 
     def open(self, settings: Settings, store: Store) -> MlflowWriter:
-        """Open nothing yet: mlflow is imported by the first call that needs it."""
+        """Make the writer. Its first call imports mlflow and connects."""
         return MlflowWriter(store, settings.mlflow_tracking_uri, settings.mlflow_artifacts)
 
     def check(self, settings: Settings) -> Iterator[Finding]:
-        """Whether runs can be mirrored."""
+        """Check whether runs can be mirrored."""
         uri = settings.mlflow_tracking_uri
         if not uri:
             yield ok(self.name, "the mirror is off (MLFLOW_TRACKING_URI is empty)")

@@ -1,4 +1,4 @@
-"""What the log has for MLflow: which types matter, a run as of a version, and all points of a run."""
+"""Read the log for MLflow: the mirrored event types, a run as of a version, and all points of a run."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ENDS = (e.RunSucceeded.__name__, e.RunFailed.__name__, e.RunCancelled.__name__)
 _SAMPLES = e.SampleGenerated.__name__
 _SYSTEM = e.SystemSampled.__name__
 _LIFECYCLE = e.names(*e.types_where("is_lifecycle"))
-# Types that are not named here are not even decoded: a newer sftd may have written them.
+# Other types are not decoded, because a newer sftd may have written them.
 MIRRORED = (*_LIFECYCLE, *STEPS, _SAMPLES, _SYSTEM)
 
 
 def recover(connection: sa.Connection, run_id: str, cursor: int) -> tuple[Run, dict[str, int]]:
     """The run as of `cursor` and its highest step by event type, without reading all of its steps.
 
-    Steps only grow within an attempt, so the last of each attempt holds the attempt's highest, and says as well as
-    all of them do whether the run was running.
+    Steps grow within an attempt, so the last event of each attempt has its highest step, and is enough to determine the
+    run's state.
     """
     if cursor == 0:
         return Run(run_id), {}
@@ -65,9 +65,9 @@ def samples(connection: sa.Connection, run_id: str, version: int) -> list[e.Samp
 
 
 def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterator[mapping.MetricPoint]:
-    """The parent's curve, and its ancestors', up to the fork: the points of their own MLflow runs.
+    """The points of the parent and its ancestors up to the fork, equal to those in their own MLflow runs.
 
-    As the log had them when the fork was made, so that they are the same whenever they are sent.
+    Only events before the fork count, so that the points are the same whenever they are sent.
     """
     highest: dict[str, int] = {}
     for r in _stream(store, forked.parent, 0, None, (e.RunForked.__name__, *STEPS)):
@@ -78,7 +78,7 @@ def inherited(store: Store, recorded: e.Recorded, forked: e.RunForked) -> Iterat
 
 
 def history(store: Store, run_id: str, version: int) -> Iterator[mapping.MetricPoint]:
-    """All points that the MLflow run of a run has once it is mirrored up to `version`."""
+    """All points that MLflow has of a run when it is mirrored up to `version`."""
     highest = dict[str, int]()
     for r in _stream(store, run_id, 0, version, MIRRORED):
         if isinstance(r.event, e.RunForked):
@@ -87,13 +87,13 @@ def history(store: Store, run_id: str, version: int) -> Iterator[mapping.MetricP
 
 
 def ledger(store: Store, end: e.Recorded) -> Ledger:
-    """Where the time of a run went up to one of its ends: not up to now, so that it is the same whenever it is sent."""
+    """The time ledger of a run up to one of its ends, which does not depend on when it is sent."""
     with store.read() as connection:
         return read_ledger(connection, end.run_id, end.occurred_at, end.version)
 
 
 def last_end(connection: sa.Connection, run_id: str, version: int) -> e.Recorded | None:
-    """The last time that a run ended, up to `version`."""
+    """The last end event of a run up to `version`."""
     ends = takewhile(lambda r: r.version <= version, read_stream(connection, run_id, types=ENDS))
     return max(ends, key=lambda r: r.version, default=None)
 
@@ -101,7 +101,7 @@ def last_end(connection: sa.Connection, run_id: str, version: int) -> e.Recorded
 def _stream(
     store: Store, run_id: str, after: int, until: int | None, types: tuple[str, ...]
 ) -> Iterator[e.Recorded]:
-    """Events of a run, a page in memory and no transaction open between two of them."""
+    """Events of a run, read in pages. No transaction is open while the caller handles them."""
     while True:
         with store.read() as connection:
             page = list(read_stream(connection, run_id, after, types, PAGE))

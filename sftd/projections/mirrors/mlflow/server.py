@@ -1,4 +1,4 @@
-"""How MLflow is served for an embedded store."""
+"""The command that serves MLflow's pages for a local store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MARK_PATH", "mark", "ui_command"]
 
 
 def mark(tracking_uri: str) -> str:
-    """What a server answers on `MARK_PATH` if it serves the store at `tracking_uri`."""
+    """The response on `MARK_PATH` of a server for the store at `tracking_uri`."""
     return position_name(tracking_uri)
 
 
@@ -32,13 +32,13 @@ def ui_command(
         argv.append(artifacts_dir.absolute().as_uri())
     return argv, {
         **NO_PHONE_HOME,
-        # As -P, for the processes that the server starts: no module is taken from the user's working folder.
+        # Like -P, for the server's child processes: they import no module from the user's working folder.
         "PYTHONSAFEPATH": "1",
-        # Not in argv: the URI of a database may hold a password, and everybody can list processes.
+        # Not in argv, which every user can read: the URI of a database may contain a password.
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_ENABLE_AI_GATEWAY": "false",
-        # Against pages of other sites whose name is made to point to this machine.
+        # Prevents DNS rebinding: requests from other sites whose name resolves to this machine.
         "MLFLOW_SERVER_ALLOWED_HOSTS": f"127.0.0.1:{port},localhost:{port}",
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
     }

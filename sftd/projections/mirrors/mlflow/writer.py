@@ -1,16 +1,15 @@
-"""Writes every run of the log as one MLflow run, across all its attempts.
+"""Write each run of the log as one MLflow run, across all its attempts.
 
-The tag `sftd.cursor` of the MLflow run says how far it is mirrored: the version of its stream up to which all has been
-written. It travels in the same request as the points that it covers. MLflow commits points before tags, so after
-a crash at most one request is sent again; its points are byte for byte the same, because they come from the log with
-the log's times, and MLflow drops them.
+The tag `sftd.cursor` of the MLflow run is the version of the stream up to which everything is written. It is sent in the same
+request as the points that it covers. MLflow commits points before tags, so after a crash at most one request is sent
+again. Its points are the same, byte for byte, because they and their times come from the log, and MLflow drops them.
 
-What people do in MLflow: a renamed experiment stays in use, an edited note stays as it is. A deleted run (or
-experiment) is left alone until the log has something new to say about it; then it is restored, for its points and its
-cursor are still there. One that is gone for good is written again from its first event.
+Changes by users in MLflow: a renamed experiment stays in use, and an edited note is kept. A deleted run or experiment stays
+deleted until the log has a new event for it; then it is restored with its points and its cursor. If it was deleted
+permanently, it is written again from its first event.
 
-A run that an older sftd copied in another form (other names of metrics, say) is written again into the same MLflow run, from
-its first event; what only the old form had is removed where that can be done (see `Tracking.clear`).
+A run that an older sftd copied in another form (other metric names, for example) is written again into the same MLflow run,
+from its first event. Data that only the old form had is removed where possible (see `Tracking.clear`).
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from sftd.store.log.event_store import read_stream
 
 @dataclass
 class _Mirrored:
-    """A run in MLflow. `run` is our run as of `cursor`, None until it is needed; `tags` are those that are there; `submitted`
-    is the spec that its parameters show."""
+    """A run in MLflow. `run` is the sftd run as of `cursor`, None until it is needed. `tags` are the tags in MLflow. `submitted`
+    is the spec in its parameters."""
 
     uuid: str
     submitted: Spec
@@ -52,9 +51,9 @@ class _Mirrored:
 
 
 def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
-    """Name of the position of the mirror into these experiments, and of the lease on mirroring there. The URI may hold a
-    password, so its digest is used. A file of one host is not that of another, though both have the same name. Another
-    form is copied from the first event on, so it has a position of its own."""
+    """Name of the mirror's position and lease for these experiments. It is a digest, because the URI may contain a password. The
+    host name distinguishes local files with the same path. Each form has its own position, because a new form is copied
+    from the first event."""
     if tracking_uri.startswith("sqlite:"):
         tracking_uri = f"{socket.gethostname()} {tracking_uri}"
     name = f"{tracking_uri} {experiment_prefix} {mapping.MAPPING}"
@@ -62,11 +61,11 @@ def position_name(tracking_uri: str, experiment_prefix: str = "") -> str:
 
 
 class MlflowWriter:
-    """Writes runs into the MLflow at `tracking_uri`. Not for several threads.
+    """Writes runs into the MLflow at `tracking_uri`. Not thread-safe.
 
-    `artifacts_dir` is where artifacts go when `tracking_uri` is a database; a server decides that itself.
-    `experiment_prefix` comes before each experiment's name, and the writer looks for its runs only there: with another
-    prefix, or another MLflow, it fills a second set of experiments from the first event on.
+    `artifacts_dir` is the folder of artifacts when `tracking_uri` is a database; a server has its own setting.
+    `experiment_prefix` precedes each experiment's name. The writer looks for its runs only in these experiments: with another
+    prefix, or another MLflow, it copies every run from the first event.
     """
 
     types = reading.MIRRORED
@@ -82,20 +81,20 @@ class MlflowWriter:
         self._store = store
         self._tracking = Tracking(tracking_uri, artifacts_dir)
         self._prefix = experiment_prefix
-        # Only what spares asking MLflow again. Ended runs are dropped.
+        # A cache of the runs in MLflow. Ended runs are dropped.
         self._runs: dict[str, _Mirrored] = {}
 
     def forget(self) -> None:
-        """Ask MLflow again how far each run is: a person may have deleted one."""
+        """Clear the cache of runs in MLflow: a user may have deleted one."""
         self._runs.clear()
 
     def cursor(self, run_id: str, version: int) -> int:
-        """The version up to which MLflow has a run, which is created or restored if there is anything to add."""
+        """The version up to which MLflow has a run. Creates or restores the MLflow run if there are events to add."""
         mirrored = self._mirrored(run_id, version)
         return version if mirrored is None else mirrored.cursor
 
     def send(self, run_id: str, page: Sequence[e.Recorded], upto: int, go_on: Callable[[], None]) -> None:
-        """Write events, as many in a request as it holds."""
+        """Write events in as few requests as possible."""
         mirrored = self._mirrored(run_id, upto)
         assert mirrored is not None, "its cursor is before these events"
         ahead = deque(page)
@@ -112,7 +111,7 @@ class MlflowWriter:
         return found
 
     def _find(self, run_id: str, version: int) -> _Mirrored | None:
-        """The run in MLflow, created or restored if there is anything to add; None if there is nothing to do."""
+        """The run in MLflow, created or restored if there are events to add; None if there is nothing to do."""
         with self._store.read() as connection:
             submitted = next(read_stream(connection, run_id, types=(e.RunSubmitted.__name__,), limit=1), None)
             last = connection.execute(
@@ -137,7 +136,7 @@ class MlflowWriter:
                 mapping.first_tags(run_id, event),
             )
         elif remote.cursor < remote.covered <= last:
-            # Not where MLflow knows of more than the log does: a log that was restored from a backup.
+            # If MLflow has more than the log, the log was restored from a backup: keep the data.
             self._tracking.clear(remote.uuid, *mapping.former(event.spec))
         spec = evolve(Run(run_id), submitted).spec
         return _Mirrored(remote.uuid, spec, remote.cursor, remote.status, remote.end_time, tags=remote.tags)
@@ -150,8 +149,8 @@ class MlflowWriter:
         upto: int,
         go_on: Callable[[], None],
     ) -> None:
-        """Send the events of `ahead` that fit into one request, and what goes with them in requests of its own: an inherited
-        curve may take minutes."""
+        """Send the events of `ahead` that fit into one request. Inherited curves, which may take minutes, parameters, status and
+        samples are sent in separate requests before it."""
         run = mirrored.run
         if run is None:
             with self._store.read() as connection:
@@ -179,7 +178,7 @@ class MlflowWriter:
                 self._tracking.describe(
                     mirrored.uuid, mapping.params(submitted.spec), mapping.datasets(submitted)
                 )
-        # Before the cursor, which says that all up to there is done.
+        # Before the cursor, which states that everything up to it is written.
         if generated:
             go_on()
             own_tags |= self._samples(run_id, mirrored.uuid, cursor)
@@ -199,8 +198,8 @@ class MlflowWriter:
         mirrored.status, mirrored.end_time = status, end_time or mirrored.end_time
 
     def _samples(self, run_id: str, uuid: str, version: int) -> dict[str, str]:
-        """Write the table of sample answers as of `version`. Artifacts may lie in a store of their own that takes nothing,
-        for want of credentials, say: a tag says so, and no metric waits."""
+        """Write the table of sample answers as of `version`. The artifact store may be separate and refuse it, for example for
+        lack of credentials. Then a tag has the reason, and the metrics are still written."""
         with self._store.read() as connection:
             table = mapping.samples_table(reading.samples(connection, run_id, version))
         refused = self._tracking.log_table(uuid, mapping.SAMPLES_FILE, table)

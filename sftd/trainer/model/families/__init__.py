@@ -1,4 +1,4 @@
-"""A module for each model family, named for the `model_type` of its entry in `domain/model/families.py`, with its FAMILY.
+"""One module per model family, named like the `model_type` of its entry in `domain/model/families.py`. It defines FAMILY.
 
-`seam` is what a FAMILY has, `rules` what its table of weights consists of.
+`seam` defines the type of FAMILY, `rules` the entries of its table of weights.
 """

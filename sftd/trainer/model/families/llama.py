@@ -1,4 +1,4 @@
-"""Llama, and the parts that most families after it share."""
+"""Llama, and the parts that most later families share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FEED_FORWARD = (
 
 
 def dense(*more: Rule) -> Callable[[ModelShape, int, range], list[Rule]]:
-    """The rules of a layer that has Llama's parameters, and `more` of them in its attention."""
+    """The rules of a layer with Llama's parameters, plus `more`."""
     rules = [*ATTENTION, *more, *(rule.below("mlp.", "mlp.") for rule in FEED_FORWARD)]
     return lambda shape, layer, experts: rules
 

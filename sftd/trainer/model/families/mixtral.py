@@ -1,4 +1,4 @@
-"""Mixtral: Llama with experts in the place of its MLP."""
+"""Mixtral: Llama with experts instead of its MLP."""
 
 from __future__ import annotations
 

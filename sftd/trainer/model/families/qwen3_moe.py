@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with experts in the place of its MLP."""
+"""Qwen3-MoE: Qwen3 with experts instead of its MLP."""
 
 from __future__ import annotations
 

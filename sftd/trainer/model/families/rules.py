@@ -1,4 +1,4 @@
-"""What a table of weights consists of: how tensors of a Hugging Face folder become Megatron's parameters, and the way back."""
+"""Rules that convert tensors of a Hugging Face folder to Megatron's parameters and back."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from sftd.domain.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class Join:
-    """How tensors of the folder become one parameter, and the way back. `join` takes each tensor, or of each this rank's
-    share; `split` takes the whole parameter."""
+    """Conversion between tensors of the folder and one parameter. `join` accepts whole tensors or this rank's shares of
+    them; `split` accepts the whole parameter."""
 
     join: Callable[[list[Tensor], ModelShape], Tensor]
     split: Callable[[Tensor, ModelShape], list[Tensor]]
 
 
 def _interleave_groups(parts: list[Tensor], shape: ModelShape) -> Tensor:
-    """q, k, v rows → for each query group its queries, its key and its value, as Megatron's linear_qkv has them."""
+    """q, k, v rows → the layout of Megatron's linear_qkv: for each query group its queries, its key and its value."""
     rest = parts[0].shape[1:]
     groups = parts[1].shape[0] // shape.head_dim
     return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
 
 
 def _separate_groups(whole: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The way back of `_interleave_groups`, for all groups."""
+    """Inverse of `_interleave_groups`, for all groups."""
     rest, queries = whole.shape[1:], shape.num_attention_heads // shape.num_key_value_heads
     groups = whole.reshape(shape.num_key_value_heads, (queries + 2) * shape.head_dim, *rest)
     sizes = [queries * shape.head_dim, shape.head_dim, shape.head_dim]
@@ -46,10 +46,10 @@ Cut = Literal["whole", "rows", "columns", "vocabulary"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter: `target` is its name in Megatron, `sources` the tensors in the folder that make it.
+    """One parameter: `target` is its name in Megatron, `sources` are its tensors in the folder.
 
-    `cut` is what tensor-parallel ranks share of each source: nothing, its rows, its columns, or its rows padded to the
-    vocabulary that they share evenly.
+    `cut`: how tensor-parallel ranks split each source: not at all, by rows, by columns, or by rows after padding the
+    vocabulary to a multiple of the ranks.
     """
 
     target: str
@@ -58,13 +58,13 @@ class Rule:
     how: Join = ONE
 
     def below(self, target: str, source: str) -> Rule:
-        """The rule with prefixes put before its names."""
+        """The rule with prefixed names."""
         return replace(self, target=target + self.target, sources=tuple(source + s for s in self.sources))
 
 
 def expert_rules(shape: ModelShape, experts: range, where: str, expert: Sequence[Rule]) -> list[Rule]:
-    """The router and these of the experts of an MoE layer, which the folder has in `where`; `expert` are the parameters of
-    one. A rank that does not hold all experts holds each of them whole."""
+    """The router and the given experts of an MoE layer. `where`: their prefix in the folder. `expert`: the rules of one
+    expert. A rank that holds only some of the experts holds them unsplit."""
     if len(experts) < shape.num_experts:
         expert = [replace(rule, cut="whole") for rule in expert]
     rules = [Rule("mlp.router.weight", (f"{where}gate.weight",))]

@@ -1,4 +1,4 @@
-"""What the trainer knows of a model family: the table of its weights, and where its layers differ from Llama's."""
+"""The trainer's definition of a model family: its table of weights, and how its layers differ from Llama's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sftd.trainer.model.layer import decoder_layer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedFamily:
-    """A module of `families` has one, named FAMILY.
+    """A model family. Each module of `families` defines one, named FAMILY.
 
-    `layer_rules(shape, layer, experts)`: every parameter of decoder layer number `layer` that holds these of the model's
-    experts, by its names below the layer in Megatron and below `layers` and the number in the folder. `unread`: tensors of
-    a layer in the folder that are not parameters. `layer_spec(shape, layer)`: Megatron's spec of that layer.
-    `embedding`, `final_norm` and `output` are names in the folder.
+    `layer_rules(shape, layer, experts)`: the rules of all parameters of decoder layer `layer` with these experts. Names
+    are relative to the layer. `layers`: prefix of the layers in the folder. `unread`: tensors of a layer in the folder
+    that are not parameters. `layer_spec(shape, layer)`: Megatron's spec of that layer. `embedding`, `final_norm` and
+    `output` are names in the folder.
     """
 
     layer_rules: Callable[[ModelShape, int, range], list[Rule]]

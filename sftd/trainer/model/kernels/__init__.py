@@ -1,5 +1,5 @@
 """Triton kernels for the operations between a layer's matrix products (see `ops.py`), and deterministic attention.
 
-Each of Triton's computes in FP32 whatever the dtype of its tensors, and is deterministic: no kernel adds atomically. They are
-imported only where there is a GPU.
+The Triton kernels compute in FP32 for any dtype and are deterministic: none adds atomically. Import them only on a
+machine with a GPU.
 """

@@ -1,4 +1,4 @@
-"""Cross-entropy over this rank's share of the vocabulary: one pass for the sums, one that turns logits into gradients."""
+"""Cross-entropy over this rank's share of the vocabulary: one pass for the sums, one for the gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cross_entropy_sums(logits, index, highest, total, target, stride, width, BLO
         value = tl.load(logits + row * stride + columns, mask=columns < width, other=float("-inf")).to(
             tl.float32
         )
-        # Each lane keeps its own maximum: no reduction until the end.
+        # Each lane keeps its own maximum, which avoids a reduction per block.
         larger = tl.maximum(best, value)
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         summed = summed * tl.exp(best - shift) + tl.exp(value - shift)
@@ -37,7 +37,7 @@ def cross_entropy_sums(logits, index, highest, total, target, stride, width, BLO
 
 @triton.jit
 def cross_entropy_gradient(logits, index, log_total, weight, stride, width, whole, BLOCK: tl.constexpr):
-    """One row: each logit becomes its gradient."""
+    """One row: overwrites each logit with its gradient."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(index + row)
     shift = tl.load(log_total + row)
@@ -52,7 +52,7 @@ def cross_entropy_gradient(logits, index, log_total, weight, stride, width, whol
 
 def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row-wise over the first `width` columns of logits [n, w]: the maximum, Σ exp(logit − maximum), and the logit at
-    `index` int64 [n] (0 where that is negative). Each FP32 [n]."""
+    `index` int64 [n] (0 where `index` is negative). Each FP32 [n]."""
     rows = logits.shape[0]
     found = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     cross_entropy_sums[(rows,)](
@@ -62,7 +62,7 @@ def sums(logits: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def gradient_(logits: Tensor, index: Tensor, log_total: Tensor, weight: Tensor, width: int) -> None:
-    """Overwrite logits [n, w] by (exp(logit − log_total) − [column = index]) · weight; by 0 from column `width` on."""
+    """Overwrite logits [n, w] with (exp(logit − log_total) − [column = index]) · weight, and with 0 from column `width`."""
     cross_entropy_gradient[(logits.shape[0],)](
         logits,
         index,

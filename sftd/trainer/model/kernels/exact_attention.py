@@ -1,10 +1,9 @@
-"""Causal attention for `training.deterministic` on Hopper: the same bits whenever it is computed again, at cuDNN's speed.
+"""Causal attention for `training.deterministic` on Hopper: bit-identical when repeated, at cuDNN's speed.
 
-In deterministic mode PyTorch leaves cuDNN for FlashAttention 2. cuDNN's forward is deterministic as it is; of its two
-backwards PyTorch knows only the one that adds up the queries' gradient in any order. NVIDIA's cudnn-frontend, where it is
-installed (the `gpu` extra), knows the other, which holds the gradient of all scores that it computes at a time:
-so batch and heads go in parts. Where it is not installed, or has no such kernel, backward is FlashAttention's, from
-cuDNN's output and statistics.
+In deterministic mode PyTorch avoids cuDNN and uses FlashAttention 2. cuDNN's forward is deterministic. Of its two
+backwards, PyTorch can call only the one that sums the queries' gradient in arbitrary order. NVIDIA's cudnn-frontend (the
+`gpu` extra) offers the deterministic one, which holds the gradients of all scores in memory, so batch and heads are
+processed in parts. Without the front end or its kernel, FlashAttention's backward runs on cuDNN's output and statistics.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor
 
 from sftd.domain.plan.sizes import SCORES_BYTES
 
-# To which cuDNN rounds the lengths of that.
+# cuDNN rounds the lengths of the score gradients up to a multiple of this.
 _TILE = 64
-# By what `_key` says of the tensors: whether PyTorch's cuDNN attention takes them; cuDNN's compiled backward, or None where
-# it has none.
+# Caches by `_key`: whether PyTorch's cuDNN attention supports the tensors; cuDNN's compiled backward, or None if there is
+# none.
 _taken: dict[tuple[Any, ...], bool] = {}
 _backwards: dict[tuple[Any, ...], _Backward | None] = {}
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, is_grouped: bool) -> bool:
-    """Whether `attend` computes these: q [b, heads, s, d], k and v [b, groups, s, d] in half precision, on a Hopper GPU that
-    is in deterministic mode."""
+    """Whether `attend` supports q [b, heads, s, d], k and v [b, groups, s, d]: half precision, a Hopper GPU, deterministic
+    mode, and supported by cuDNN."""
     return (
         query.is_cuda
         and query.dtype != torch.float32
@@ -44,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def frontend() -> Any:
-    """The module of cudnn-frontend, or None where it is not installed."""
+    """The cudnn-frontend module, or None if it is not installed."""
     try:
         return importlib.import_module("cudnn")
     except ImportError:
@@ -52,8 +51,8 @@ def frontend() -> Any:
 
 
 def parts(batch: int, groups: int, score_bytes: int, most: int) -> list[tuple[slice, slice]] | None:
-    """(rows, groups) of each part, as equal as may be, where a group of one row has `score_bytes` and a part at most `most`;
-    None where not even one has so few."""
+    """(rows, groups) of each part, of about equal size. A group of one row takes `score_bytes`, a part at most `most`;
+    None if a single group exceeds `most`."""
     if score_bytes > most:
         return None
     rows = min(batch, max(1, most // (score_bytes * groups)))
@@ -72,7 +71,7 @@ class _Attention(torch.autograd.Function):
         found = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, True, False, scale=scale
         )
-        # Neither kernel draws numbers; the last four say how FlashAttention would.
+        # Neither kernel draws random numbers; FlashAttention's backward still needs these arguments.
         ctx.rest, ctx.scale = found[2:8], scale
         ctx.save_for_backward(query, key, value, found[0], found[1])
         return cast(Tensor, found[0])
@@ -92,7 +91,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_cudnn(inputs: tuple[Tensor, ...], scale: float) -> tuple[Tensor, ...] | None:
-    """Gradients of query, key and value; None where cuDNN is not to compute them. `inputs` as `_Backward` takes them."""
+    """Gradients of query, key and value; None if cuDNN cannot compute them. `inputs`: see `_Backward`."""
     cudnn = _usable_frontend()
     if cudnn is None:
         return None
@@ -123,8 +122,8 @@ def _backward_of(cudnn: Any, tensors: list[Tensor], scale: float) -> _Backward |
 
 
 class _Backward:
-    """A graph of cuDNN, compiled for tensors of one shape: query, key, value, output, its gradient, statistics
-    FP32 [b, heads, s, 1]; and where the gradients of the first three go."""
+    """A compiled cuDNN graph for tensors of one shape: query, key, value, output, its gradient, statistics
+    FP32 [b, heads, s, 1], then the gradients of query, key and value."""
 
     def __init__(self, cudnn: Any, tensors: list[Tensor], scale: float) -> None:
         self._cudnn, self._handle = cudnn, _handle(tensors[0].device.index)
@@ -157,10 +156,10 @@ class _Backward:
         self._bytes = max(1, self._graph.get_workspace_size())
 
     def run(self, tensors: list[Tensor]) -> None:
-        """Queue it on the current stream."""
+        """Queue the graph on the current stream."""
         device = tensors[0].device
         self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(device).cuda_stream)
-        # Of the caching allocator: kept by nobody while no attention is computed.
+        # From the caching allocator, so that other operations can reuse the memory.
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=device)
         self._graph.execute(dict(zip(self._places, tensors, strict=True)), workspace, handle=self._handle)
 
@@ -173,7 +172,7 @@ def _handle(device: int) -> Any:
 
 @cache
 def _usable_frontend() -> Any:
-    """The front end, unless it and PyTorch would compute with two versions of cuDNN."""
+    """The front end, or None if it uses another version of cuDNN than PyTorch."""
     found = frontend()
     return found if found is not None and found.backend_version() == torch.backends.cudnn.version() else None
 
@@ -183,7 +182,7 @@ def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, is_grouped: bool) ->
 
     known = _key([query, key, value], query.requires_grad)
     if known not in _taken:
-        # PyTorch answers no in deterministic mode, because of its backward.
+        # In deterministic mode PyTorch returns False because of its own backward.
         torch.use_deterministic_algorithms(False)
         try:
             params = SDPAParams(query, key, value, None, 0.0, True, is_grouped)

@@ -1,4 +1,4 @@
-"""RMSNorm fused with the residual addition before it; its backward with the residual's gradient."""
+"""RMSNorm fused with the preceding residual addition; its backward adds the residual's gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs per multiprocessor of the backward: each sums the weight's gradient over its own rows.
+# Backward programs per multiprocessor. Each sums the weight's gradient over its own rows.
 _PROGRAMS_PER_SM = 4
 
 
@@ -25,7 +25,7 @@ def rms_norm_forward(
     value = tl.load(x + place, mask=is_inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
         value += tl.load(delta + place, mask=is_inside, other=0.0).to(tl.float32)
-        # The norm is that of the rounded sum, which is what backward will read.
+        # Normalise the rounded sum, because backward reads that.
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=is_inside)
         value = rounded.to(tl.float32)
@@ -49,7 +49,7 @@ def rms_norm_backward(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every `num_programs`-th row: dx; and this program's part of the weight's gradient."""
+    """Every `num_programs`-th row: dx, and this program's part of the weight's gradient."""
     columns = tl.arange(0, BLOCK)
     is_inside = columns < width
     gain = tl.load(weight + columns, mask=is_inside, other=0.0).to(tl.float32)

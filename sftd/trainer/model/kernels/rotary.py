@@ -1,4 +1,4 @@
-"""Megatron's fused QKV taken apart, with rotary embedding on the way, and put together again in backward."""
+"""Split of Megatron's fused QKV with rotary embedding; backward merges the gradients."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def qkv_rotary(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """q, k or v of one token: out of its strided place in qkv into `part`, or back; `sign` turns the angles round."""
-    # One of q, k and v of one token: between its strided place in qkv and its own tensor.
+    """Copy q, k or v of one token from its strided place in qkv to `part`, or back. `sign` −1 reverses the rotation."""
     token = tl.program_id(0).to(tl.int64)
     s, b = token // batch, token % batch
     head = tl.arange(0, HEADS)[:, None]
@@ -112,7 +111,7 @@ class SplitRotary(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, angles: Tensor, groups: int, head_dim: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One program a token for each of the three."""
+        """Launches one program per token for each of q, k and v."""
         qkv, angles = qkv.contiguous(), angles.contiguous()
         tokens, batch, width = qkv.shape
         group_width = width // groups
@@ -126,7 +125,7 @@ class SplitRotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """Gradient of qkv: the parts' gradients turned back, each in its place."""
+        """Gradient of qkv: the parts' gradients, rotated back."""
         (angles,) = ctx.saved_tensors
         qkv = grads[0].new_empty(ctx.shape)
         for grad, place in zip(grads, ctx.places, strict=True):

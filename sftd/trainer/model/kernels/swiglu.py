@@ -1,4 +1,4 @@
-"""SwiGLU of a gate and an up projection that one matrix product has computed side by side."""
+"""SwiGLU of gate and up projections that lie side by side, as one matrix product computes them."""
 
 from __future__ import annotations
 

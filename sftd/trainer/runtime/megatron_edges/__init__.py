@@ -1,5 +1,5 @@
-"""Every patch of megatron-core 0.19.2 and torch, and every warning of theirs that is silenced.
+"""All patches of megatron-core 0.19.2 and torch, and all of their warnings that are silenced.
 
-Each function names the line that makes it necessary, so that an upgrade of Megatron shows what may go. `noise` is read
-before Megatron is imported.
+Each function names the line that makes it necessary, so that an upgrade of Megatron shows which patches can go. `noise`
+runs before Megatron is imported.
 """

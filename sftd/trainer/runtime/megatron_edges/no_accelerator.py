@@ -1,7 +1,7 @@
-"""No accelerator: answer torch's and Megatron's CUDA requests with the CPU, for the whole process.
+"""Redirects torch's and Megatron's CUDA calls to the CPU, for the whole process.
 
-Megatron-core names CUDA literally at some 32 places (buffers, pipeline messages, gradient norms). Loaded only where no
-accelerator is used, never on a GPU. Tested against the pinned Megatron by every test that trains.
+Megatron-core hard-codes CUDA in about 32 places (buffers, pipeline messages, gradient norms). Loaded only on the CPU,
+never on a GPU. Every test that trains tests this against the pinned Megatron.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class CpuInsteadOfCuda(TorchFunctionMode):
-    """Redirects device arguments, `.cuda()`, pinned memory and CUDA type names to their CPU equals."""
+    """Redirects device arguments, `.cuda()`, pinned memory and CUDA type names to their CPU equivalents."""
 
     def __torch_function__(
         self,
@@ -54,7 +54,7 @@ class CpuInsteadOfCuda(TorchFunctionMode):
     @staticmethod
     def _type(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if len(args) == 1 and not kwargs:
-            # Megatron asks whether type() == 'torch.cuda.FloatTensor'.
+            # Megatron tests type() == 'torch.cuda.FloatTensor'.
             name = func(*args)
             return _CPU_TO_CUDA.get(name, name)
         wanted = args[1] if len(args) > 1 else kwargs.get("dtype")
@@ -62,7 +62,7 @@ class CpuInsteadOfCuda(TorchFunctionMode):
 
 
 class _NoStream:
-    """Replaces a CUDA stream: the CPU has done everything by the time it is asked."""
+    """Replaces a CUDA stream. On the CPU all work is already done."""
 
     def wait_stream(self, *_: object) -> None: ...
     def wait_event(self, *_: object) -> None: ...
@@ -72,14 +72,14 @@ class _NoStream:
 
 
 class _NoStreams:
-    """`torch.cuda.current_stream` of a process in the mode, and the mark that it is."""
+    """Replaces `torch.cuda.current_stream`, and marks the process as redirected."""
 
     def __call__(self, *_: object) -> _NoStream:
         return _NoStream()
 
 
-def _answer_cuda() -> None:
-    """Enter the mode for the rest of the process and replace the `torch.cuda` calls that it cannot see. Idempotent."""
+def _redirect_cuda() -> None:
+    """Enter the mode for the rest of the process and replace the `torch.cuda` calls that it does not see. Idempotent."""
     stream: object = torch.cuda.current_stream
     if isinstance(stream, _NoStreams):
         return
@@ -99,10 +99,10 @@ def _answer_cuda() -> None:
 
 
 class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
-    """Megatron's named random streams on the CPU generator (random.py:303 makes CUDA states)."""
+    """Megatron's named random streams on the CPU generator (random.py:303 creates CUDA states)."""
 
     def add(self, name: str, seed: int) -> None:
-        """Start the stream `name` from `seed`. Raises `ValueError` when either is taken."""
+        """Start the stream `name` from `seed`. Raises `ValueError` when either is already in use."""
         self._is_initialized = True
         if seed in self.seeds_ or name in self.states_:
             raise ValueError(f"random stream {name!r} or seed {seed} already exists")
@@ -122,11 +122,11 @@ class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
 
 
 def install() -> None:
-    """The mode above, random streams on the CPU generator (random.py), no torch.compile of tiny fusions (jit.py; 15 s, no gain), and the
-    all-to-all dispatcher of experts without an accelerator: token_dispatcher.py:469 would make a side stream on a GPU, and
-    moe_utils.py:1184 turns the sizes of the all-to-all into numbers only on their way from a GPU.
+    """Redirect CUDA calls, put random streams on the CPU generator (random.py), disable torch.compile of tiny fusions
+    (jit.py; 15 s, no gain), and fix the experts' all-to-all dispatcher: token_dispatcher.py:469 would create a CUDA
+    stream, and moe_utils.py:1184 converts the all-to-all's sizes to numbers only when they come from a GPU.
     """
-    _answer_cuda()
+    _redirect_cuda()
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Checkpoints: who plans the files, what the optimizer stores, and errors that must not leave a rank waiting."""
+"""Patches for checkpoints: planning of the files, the optimizer's share, and errors that would leave a rank waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.serialization import set_crc32_options
 
 from sftd.trainer.errors import CheckpointSaveFailed
 
-# How Megatron and torch size, share out and write the items of a plan.
+# Private functions of Megatron and torch that size, split and write the items of a plan.
 item_size = filesystem_async._item_size
 split_by_size_and_type = filesystem_async._split_by_size_and_type
 write_item = filesystem._write_item
@@ -26,10 +26,10 @@ WriterTransforms = filesystem._StorageWriterTransforms
 
 @contextlib.contextmanager
 def keep_rank_zero_in_step() -> Iterator[None]:
-    """Hold back what rank 0 raises at the end of a save until every rank is through; then raise `CheckpointSaveFailed`.
+    """Delay rank 0's errors at the end of a save until the block ends, then raise `CheckpointSaveFailed`.
 
-    state_dict_saver.py:243 (`.metadata`) and serialization.py:449 (`metadata.json`) write on rank 0 alone, between
-    collectives: an error there leaves the others in a broadcast or barrier that rank 0 never joins.
+    state_dict_saver.py:243 (`.metadata`) and serialization.py:449 (`metadata.json`) write on rank 0 only, between
+    collectives. An error there would leave the other ranks in a broadcast or barrier that rank 0 never joins.
     """
     held: list[Exception] = []
 
@@ -54,11 +54,10 @@ def keep_rank_zero_in_step() -> Iterator[None]:
 
 
 def plan_saves_with(plan_files: Callable[[SavePlan, SavePlanner, str, int], list[Any]]) -> None:
-    """Have Megatron plan a save with `plan_files(plan, planner, prefix, files)`, whose result its callers find in the
-    request's arguments.
+    """Have Megatron plan a save with `plan_files(plan, planner, prefix, files)`. The result is in the request's arguments.
 
-    Its own writer (filesystem_async.py) clones what shares memory, moves everything to the host at once, writes the
-    files one after the other, and spawns a Manager process to collect the results of its own threads.
+    Megatron's own writer (filesystem_async.py) clones tensors that share memory, moves everything to the host at once,
+    writes the files one by one, and spawns a Manager process to collect the results of its own threads.
     """
 
     def prepare(self: Any, plan: SavePlan, planner: SavePlanner) -> None:
@@ -66,12 +65,12 @@ def plan_saves_with(plan_files: Callable[[SavePlan, SavePlanner, str, int], list
         self.results_queue = _Results()
 
     filesystem_async.FileSystemWriterAsync.prepare_write_data = prepare
-    # Of each tensor, by torch.save, while it holds the interpreter; the manifest has the sha256 of the whole file.
+    # torch.save computes the CRC of each tensor while holding the GIL. The manifest has the sha256 of the whole file.
     set_crc32_options(False)
 
 
 class _Results:
-    """What Megatron's `retrieve_write_results` takes for a queue."""
+    """Replaces the queue in Megatron's `retrieve_write_results`."""
 
     def __init__(self) -> None:
         self._results: dict[int, list[WriteResult]] = {}
@@ -84,18 +83,18 @@ class _Results:
 
 
 def store_share(part: DistributedOptimizer, share: Callable[[dict[str, Any]], Any]) -> None:
-    """Have a part of the optimizer store and load `share(model's state)` in the place of what distrib_optimizer.py:1223 and
-    :1690 gather in the host memory of every rank."""
+    """Have a part of the optimizer store and load `share(model's state)`. The originals (distrib_optimizer.py:1223 and
+    :1690) gather the whole state in the host memory of every rank."""
 
     def param_state(model: dict[str, Any], *_: object, **__: object) -> Any:
         return share(model)
 
     part.sharded_param_state_fully_reshardable = param_state
-    # What was loaded is in its place already: what `share` names shares memory with the optimizer's tensors.
+    # Nothing to do: the tensors of `share` are views of the optimizer's own, so the load has already filled those.
     part.load_parameter_state_from_fully_reshardable = lambda _: None
 
 
 def optimizer_tensors(part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """This rank's share of the master copy (`param`) and of each moment of a parameter."""
+    """This rank's share of a parameter's master copy (`param`) and of its moments."""
     tensors: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
     return tensors

@@ -1,4 +1,4 @@
-"""Gradients and AdamW without Apex and TransformerEngine."""
+"""Patches for gradients and AdamW without Apex and TransformerEngine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 def accumulate_weight_gradients(accumulate: Callable[[Tensor, Tensor, Tensor], None]) -> None:
     """Have Megatron's linear layers call `accumulate(inputs, d_outputs, main_grad)` for the gradient of a weight, unless
-    Apex is installed: layers.py:680 knows only the function of its module."""
+    Apex is installed: layers.py:680 supports Apex's function only."""
     module: Any = layers
     if not module._grad_accum_fusion_available:
         module.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
@@ -23,13 +23,13 @@ def accumulate_weight_gradients(accumulate: Callable[[Tensor, Tensor, Tensor], N
 
 
 def be_deterministic(is_on: bool) -> None:
-    """torch's deterministic mode. It would also fill every torch.empty; nothing here reads uninitialised memory."""
+    """Set torch's deterministic mode, without its fill of every torch.empty: no code here reads uninitialised memory."""
     torch.use_deterministic_algorithms(is_on)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain (one for each kind of parameter, such as experts), or the one itself."""
+    """The optimizers of a chain (one per kind of parameter, such as experts), or the single one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
@@ -41,17 +41,17 @@ def adamw_of(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
 
 
 def use_torch_adamw() -> None:
-    """Have Megatron make torch's AdamW whatever is installed (optimizer/__init__.py:13 prefers TransformerEngine's, then
-    Apex's): the numbers of a run and the format of its checkpoints must not hang on a package that comes or goes."""
+    """Have Megatron always use torch's AdamW. By default it prefers TransformerEngine's, then Apex's
+    (optimizer/__init__.py:13), so a run's numbers and checkpoint format would depend on the installed packages."""
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
 def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:
-    """One kernel for all of AdamW where the weights are on a GPU: Megatron asks for it only of TransformerEngine's or
-    Apex's Adam. Also after a load, which restores the settings of the run that saved."""
+    """Use torch's fused AdamW on a GPU. Megatron requests it only for TransformerEngine's or Apex's Adam. Call this after
+    a load too, which restores the settings of the run that saved."""
     for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
-            # Not by the parameters: a rank's share of a group may be empty, and the ranks must say the same.
+            # Decided by the device, not the parameters: a rank's share may be empty, and all ranks must agree.
             group["fused"] = device.type == "cuda"
             for parameter in group["params"] if group["fused"] else ():
                 if "step" in (state := adamw.state[parameter]):
@@ -59,8 +59,8 @@ def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:
 
 
 def allocate_adamw_state(optimizer: MegatronOptimizer) -> None:
-    """Allocate AdamW's lazy state: distrib_optimizer.py:838 asserts that it is there, for a load and for a save. Before the
-    first update it is not, and every step before a save may have been skipped."""
+    """Allocate AdamW's lazy state: distrib_optimizer.py:838 asserts that it exists, for a load and for a save. It does not
+    exist before the first update, and all steps before a save may have been skipped."""
     for adamw in adamw_of(optimizer):
         for group in adamw.param_groups:
             for parameter in group["params"]:
@@ -75,8 +75,8 @@ def allocate_adamw_state(optimizer: MegatronOptimizer) -> None:
 def separate_adamw_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its own `step` after a load.
 
-    DistributedOptimizer.load_state_dict puts one tensor into all of them, and AdamW would then count it up once per
-    parameter: a silently wrong bias correction.
+    DistributedOptimizer.load_state_dict shares one tensor among all of them. AdamW would increment it once per parameter,
+    which silently breaks the bias correction.
     """
     for adamw in adamw_of(optimizer):
         for state in adamw.state.values():

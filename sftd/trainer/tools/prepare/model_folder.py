@@ -1,4 +1,4 @@
-"""Finds or fetches the Hugging Face model folder that a run starts from."""
+"""Finds or downloads the Hugging Face model folder of a run."""
 
 import json
 import re
@@ -18,9 +18,9 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 def prepare_model(name_or_path: str, cache: Path, events: EventWriter) -> dict[str, Any]:
     """Return the `done` fields of a usable model folder: `path` (absolute), `source` and `reused`.
 
-    `name_or_path` is `smollm2` (the demo's model), a local folder in Hugging Face format, which is
-    checked and used where it lies, or a name on the Hugging Face hub, which is downloaded below
-    `cache`. Raises PrepareError when there is no such model or it cannot be reached.
+    `name_or_path` is `smollm2` (the demo's model), a local folder in Hugging Face format, which is checked and used in
+    place, or a name on the Hugging Face hub, which is downloaded below `cache`. Raises PrepareError when the model does not
+    exist or cannot be downloaded.
     """
     local = Path(name_or_path).expanduser()
     if name_or_path == DEMO_NAME:
@@ -40,7 +40,7 @@ def prepare_model(name_or_path: str, cache: Path, events: EventWriter) -> dict[s
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise PrepareError unless `folder` holds a config.json, all its weight files and a tokenizer."""
+    """Raise PrepareError unless `folder` has a config.json, all weight files and a tokenizer."""
     config = folder / "config.json"
     if not config.is_file():
         raise PrepareError(f"{folder} is not a model folder in Hugging Face format: it has no config.json.")
@@ -91,7 +91,7 @@ def _download_from_hub(name: str, cache: Path, events: EventWriter) -> Path:
             f"There is neither a local folder {name} nor a model of that name on the Hugging Face hub "
             "(a private one needs HF_TOKEN). Check the spelling."
         ) from error
-    except Exception as error:  # the network library that the hub uses, and so its errors, vary by version
+    except Exception as error:  # the hub's network library, and so its errors, vary by version
         raise PrepareError(
             f"There is no local folder {name}, and the Hugging Face hub could not be reached to download "
             f"a model of that name ({type(error).__name__}: {_first_line(error)}). {fix}"

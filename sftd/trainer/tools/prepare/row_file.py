@@ -1,4 +1,4 @@
-"""The Parquet files that are written: rows of token ids and labels, in row groups of a fixed size."""
+"""Writes Parquet files: rows of token ids and labels, in row groups of a fixed size."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ _COLUMNS = pa.schema(
     ]
 )
 _ROW_GROUP_ROWS = 1000
-# Upper ends of the classes of lengths in the card.
+# Upper bounds of the length classes in the card.
 LENGTHS = tuple(2**n for n in range(4, 22))
 
 
 class RowFile:
-    """A Parquet file being written beside its final name; `publish` puts it in place."""
+    """A Parquet file, written beside its final name. `publish` renames it."""
 
     def __init__(self, path: Path, metadata: bytes) -> None:
         self.path = path
@@ -57,18 +57,18 @@ class RowFile:
             self._write_row_group()
 
     def lengths(self) -> dict[str, int]:
-        """Rows by length: the least power of two that holds them → how many."""
+        """Number of rows by length class: the smallest power of two that is not less → count."""
         names = [*map(str, LENGTHS), "more"]
         return {name: count for name, count in zip(names, self._lengths, strict=True) if count}
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the pending rows and close the file."""
         if self._pending and self._writer.is_open:
             self._write_row_group()
         self._writer.close()
 
     def publish(self) -> dict[str, Any]:
-        """Rename the closed file into place and return what the `done` event says of it."""
+        """Rename the closed file and return its fields of the `done` event."""
         with self._partial.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         fsync_file(self._partial)
@@ -84,10 +84,10 @@ class RowFile:
         }
 
     def discard(self) -> None:
-        """Remove what has not been published."""
+        """Remove the unpublished file."""
         try:
             self._writer.close()
-        finally:  # it writes; the disk may be full
+        finally:  # close writes, and the disk may be full
             self._partial.unlink(missing_ok=True)
 
     def _write_row_group(self) -> None:
@@ -103,7 +103,7 @@ class RowFile:
 
 
 class Spool:
-    """Rows set aside on the disk until it is known which of them are validated on."""
+    """Rows on the disk until the validation rows are chosen."""
 
     _SCHEMA = pa.schema(
         [
@@ -122,7 +122,7 @@ class Spool:
         self._writer = pa.ipc.new_stream(self._sink, self._SCHEMA)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Set rows aside."""
+        """Add rows."""
         if not rows:
             return
         columns = [[getattr(row, field.name) for row in rows] for field in self._SCHEMA]
@@ -130,7 +130,7 @@ class Spool:
         self._writer.write_batch(pa.record_batch(arrays, schema=self._SCHEMA))
 
     def rows(self) -> Iterator[Row]:
-        """All rows in order; none can be added any more."""
+        """All rows in order. No rows can be added afterwards."""
         self._close()
         with pa.OSFile(str(self._path), "rb") as source, pa.ipc.open_stream(source) as reader:
             for batch in reader:

@@ -1,4 +1,4 @@
-"""Shows a tokenised row as text, trained and untrained parts apart."""
+"""Shows a tokenised row as text, with its trained and untrained parts."""
 
 import itertools
 import json
@@ -19,9 +19,9 @@ from sftd.wire.data.rows import read_row
 def show_row(path: Path, model: Path, row: int, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Decode row `row` (from 0) of a file that `tokenize_files` wrote.
 
-    Returns the fields of the `row` event: `row`, `segments` (a list of `{"text", "trained"}`, one for
-    each run of tokens that are alike in being trained), `tokens` and `trained` (numbers of tokens).
-    Raises PrepareError when there is no such row or another tokenizer made the file.
+    Returns the fields of the `row` event: `row`, `segments` (a list of `{"text", "trained"}`, one for each run of trained or
+    untrained tokens), `tokens` and `trained` (numbers of tokens). Raises PrepareError when the row does not exist or another
+    tokenizer made the file.
     """
     try:
         parquet = pq.ParquetFile(path)

@@ -1,10 +1,10 @@
-"""Which rows are validated on: chosen by the chat's content alone, so that no chat is on both sides."""
+"""Chooses the validation rows by the chat's content only, so that no chat is in both splits."""
 
 import heapq
 
 
 class SmallestKeys:
-    """The keys of about `rows` rows: those of the chats whose keys are the smallest. Memory is bounded by `rows`."""
+    """The smallest keys, which cover about `rows` rows. Memory is bounded by `rows`."""
 
     def __init__(self, rows: int) -> None:
         self._wanted = rows
@@ -22,7 +22,7 @@ class SmallestKeys:
             self._counts[number] = 1
             heapq.heappush(self._heap, -number)
             self._rows += 1
-        # Without the greatest, are there still enough? All rows of a chat go together.
+        # Drop the greatest key while enough rows remain. All rows of a chat share a key.
         while self._rows - self._counts[-self._heap[0]] >= self._wanted:
             self._rows -= self._counts.pop(-heapq.heappop(self._heap))
 
@@ -32,5 +32,5 @@ class SmallestKeys:
 
 
 def fraction(key: bytes) -> float:
-    """A number in [0, 1) that depends on the chat's content alone."""
+    """A number in [0, 1) that depends only on the chat's content."""
     return int.from_bytes(key[:6], "big") / 2**48

@@ -1,8 +1,8 @@
-"""Makes the demo's data set from the documentation in Python's own standard library.
+"""Makes the demo's data set from the docstrings of Python's standard library.
 
-Every documented public function and method becomes one chat: what does it do? The answer is the
-summary of its docstring. All answers have one terse style, unlike a chat model's, so a few steps of
-training change what the model says.
+Every documented public function and method becomes one chat. The question is what it does, the answer is the summary of
+its docstring. All answers have one terse style, unlike a chat model's, so a few training steps visibly change the model's
+answers.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from typing import Any
 
 from sftd.trainer.chat.errors import PrepareError
 
-# Not imported: they open something, print, register hooks or bring an application or test suite; or
-# they are another spelling of modules that are walked.
+# Not imported: they open something, print, register hooks, contain an application or a test suite, or duplicate other
+# modules.
 _SKIPPED = frozenset(
     (
         *(
@@ -51,7 +51,7 @@ _SKIPPED = frozenset(
         *("tkinter", "turtle", "turtledemo", "venv", "xxlimited", "xxlimited_35", "xxsubtype"),
     )
 )
-# Modules that no package lists as its own.
+# Modules that no package lists.
 _EXTRA = ("os.path",)
 _SIGNATURE = re.compile(r"[\w.]+\([^()]*(\([^()]*\)[^()]*)*\)(\s*->.*)?")
 _CALL = re.compile(r"[\w.]+\(")
@@ -68,14 +68,14 @@ _CALLABLES = (
 def write_stdlib_chats(out_dir: Path, *, rows: int | None = None) -> dict[str, Any]:
     """Write `train.jsonl` and `val.jsonl` (about 5 %) to `out_dir`; at most `rows` chats together.
 
-    One `{"messages": [user, assistant]}` a line, in the order of a hash of the question, which is as
-    good as shuffled. The content depends on the running Python's version and build alone. No question
-    and no answer is in both files. Returns the fields of the `done` event: `python`, and of `train`
-    and `val` each `path`, `rows` and `sha256`. Raises PrepareError when `rows` is less than 2.
+    One `{"messages": [user, assistant]}` per line, ordered by a hash of the question, which is effectively shuffled. The
+    content depends only on the running Python's version and build. No question and no answer is in both files. Returns the
+    fields of the `done` event: `python`, and for `train` and `val` each `path`, `rows` and `sha256`. Raises PrepareError
+    when `rows` is less than 2.
     """
     if rows is not None and rows < 2:
         raise PrepareError(f"{rows} chats are too few: at least 2, one to train on and one to validate with.")
-    # Ordered by hash, so that a smaller data set is an even sample and a subset of a greater one.
+    # Ordered by hash, so that a smaller data set is an even sample and a subset of a larger one.
     chats = sorted((_fraction(question), question, answer) for question, answer in stdlib_chats())[:rows]
     val = [chat for chat in chats if _fraction("val:" + chat[1]) < _VAL_SHARE] or chats[-1:]
     held_out = {question for _, question, _ in val}
@@ -98,7 +98,7 @@ def stdlib_chats() -> list[tuple[str, str]]:
                 summary = summarize(doc)
                 if summary is not None:
                     named[name] = (kind, summary)
-    # Of the names of one thing (asyncio.run, asyncio.runners.run) the shortest is the public one.
+    # If an object has several names (asyncio.run, asyncio.runners.run), the shortest is the public one.
     by_summary: dict[str, str] = {}
     for name in sorted(named, key=lambda name: (name.count("."), len(name), name)):
         by_summary.setdefault(named[name][1], name)
@@ -109,20 +109,20 @@ def stdlib_chats() -> list[tuple[str, str]]:
 
 
 def summarize(doc: str) -> str | None:
-    """A docstring's first paragraph as one line that ends like a sentence; None when it is none of use."""
+    """A docstring's first paragraph as one sentence; None if it is not usable."""
     paragraphs = [
         " ".join(part.split()) for part in re.split(r"\n\s*\n", _without_signature(inspect.cleandoc(doc)))
     ]
     summary = next((paragraph for paragraph in paragraphs if paragraph), "")
     if not summary[:1].isupper() or _CALL.match(summary) or ">>>" in summary or "->" in summary:
-        return None  # a signature or a fragment rather than a sentence
+        return None  # a signature or a fragment, not a sentence
     if not _MIN_WORDS <= len(summary.split()) <= _MAX_WORDS:
         return None
     return summary if summary[-1] in ".!?" else summary.rstrip(" :;,") + "."
 
 
 def _without_signature(doc: str) -> str:
-    """Drop the lines at the head of old docstrings that repeat how the function is called."""
+    """Drop leading lines that repeat the signature, as in old docstrings."""
     lines = doc.splitlines()
     while lines and (not lines[0].strip() or _SIGNATURE.fullmatch(lines[0].strip())):
         del lines[0]
@@ -148,17 +148,17 @@ def _submodule_names(package: str) -> Iterator[str]:
 
 
 def _import(name: str) -> types.ModuleType | None:
-    """Import a module silently; None when this platform or build does not have it."""
+    """Import a module silently; None if this platform or build lacks it."""
     with (
         warnings.catch_warnings(),
         Path(os.devnull).open("w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
-        warnings.simplefilter("ignore")  # deprecated modules are documented, too
+        warnings.simplefilter("ignore")  # includes deprecated modules
         try:
             return importlib.import_module(name)
-        except Exception:  # noqa: BLE001 - mostly ImportError, but optional modules have ways of their own
+        except Exception:  # noqa: BLE001 - mostly ImportError, but optional modules can raise anything
             return None
 
 
@@ -180,7 +180,7 @@ def _documented(module: types.ModuleType) -> Iterator[tuple[str, str, str]]:
 
 
 def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
-    """A module's `__all__`, or else the public names that it defines itself."""
+    """The names in a module's `__all__`, or else the public names that it defines."""
     listed = getattr(module, "__all__", None)
     for name, value in sorted(vars(module).items()):
         if listed is not None:
@@ -191,7 +191,7 @@ def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 

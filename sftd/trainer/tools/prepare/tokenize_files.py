@@ -1,4 +1,4 @@
-"""Tokenises chat files into Parquet: the data set that a training run reads, and the card that says how it was made."""
+"""Tokenises chat files to Parquet: the data set of a training run, and a card that describes its making."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ __all__ = ["TokenizeOptions", "tokenize_files"]
 
 @dataclass
 class _Job:
-    """What is read and written: `held_out` are the sources of a validation split of its own."""
+    """The inputs and outputs. `held_out`: sources of a separate validation split."""
 
     sources: list[ChatSource]
     held_out: list[ChatSource]
@@ -44,15 +44,14 @@ def tokenize_files(
 ) -> dict[str, Any]:
     """Write `out`, and `options.val_out`, with one row for each conversation of the sources, in their order.
 
-    A row holds `input_ids`, `attention_mask` (all ones) and unshifted `labels` (-100 where not
-    trained); chats are neither packed nor padded. The files' metadata, under the key `sftd`, is JSON
-    that names the tokenizer, the template and the sources. The same input gives the same bytes, however many
-    processes work on it. A few pieces of the files and one row group are in memory.
+    A row holds `input_ids`, `attention_mask` (all ones) and unshifted `labels` (-100 where not trained). Chats are neither
+    packed nor padded. The files' metadata has JSON under the key `sftd` that names the tokenizer, the template and the
+    sources. The same input gives the same bytes for any number of processes. Only a few pieces of the files and one row
+    group are in memory.
 
-    Returns the fields of the `done` event: those of `out` (`path`, `rows`, `tokens`, `trained_tokens`,
-    `max_length`, `sha256`), the same under `val` (null without a split), and of both together
-    `truncated`, `dropped`, `rejected`, `stop_token`, `tokenizer_digest`, `warnings`, and the paths of the card
-    (`card`, `card_text`). Raises PrepareError.
+    Returns the fields of the `done` event: those of `out` (`path`, `rows`, `tokens`, `trained_tokens`, `max_length`,
+    `sha256`), the same under `val` (null without a split), and for both together `truncated`, `dropped`, `rejected`,
+    `stop_token`, `tokenizer_digest`, `warnings`, and the paths of the card (`card`, `card_text`). Raises PrepareError.
     """
     options = _checked(sources, out, options)
     found, remarks = expand(sources, options.split)
@@ -106,7 +105,7 @@ def _write_rows(job: _Job) -> None:
     total = sum(source.rows for source in job.sources + job.held_out)
     keys = SmallestKeys(job.options.val_rows) if job.options.val_rows is not None else None
     held_out: set[bytes] = set()
-    # The held out first: chats that are in both are found while the others are written.
+    # The held-out rows come first, so that chats in both splits are found while the others are written.
     for is_held_out, sources in ((True, job.held_out), (False, job.sources)):
         for rows, count in _tokenized(job, sources):
             for row in rows:
@@ -133,10 +132,10 @@ def _append(job: _Job, row: Row, *, to_val: bool) -> None:
 
 
 def _tokenized(job: _Job, sources: Sequence[ChatSource]) -> Iterator[tuple[list[Row], int]]:
-    """(rows to write, rows read) of each piece of some files."""
+    """(rows to write, number of rows read) of each piece of the files."""
     if not sources:
         return
-    # One set of workers for all files: a data set is often many small ones.
+    # One pool of workers for all files, because a data set often has many small ones.
     workers = job.options.workers or default_workers(sum(source.path.stat().st_size for source in sources))
     parts = (piece for source in sources for piece in pieces(source, job.options.row_keys))
     for done in tokenized(parts, job.tokenizer, job.model, job.options, workers):
@@ -177,7 +176,7 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
     given = sum(way is not None for way in ways)
     if given > 1:
         raise PrepareError(
-            "A validation split is chosen by its fraction, by its rows or by the data set's own split; give one of them."
+            "The validation split has more than one option: give a fraction, a number of rows, or a split of the data set."
         )
     if given == 0 and options.val_out is not None:
         raise PrepareError(
@@ -186,18 +185,16 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
     if given == 1 and options.val_out is None:
         options = replace(options, val_out=out.with_name(f"{out.stem}.val{out.suffix}"))
     if (options.prompt_key is None) != (options.response_key is None):
-        raise PrepareError("The prompt's field and the response's are named together, or neither.")
+        raise PrepareError("Name both the prompt's and the response's field, or neither.")
     if options.prompt_key is not None and options.messages_key is not None:
-        raise PrepareError(
-            "A chat is in the field of its messages, or in those of prompt and response. Name one."
-        )
+        raise PrepareError("Name either the field of the messages, or the fields of prompt and response.")
     if options.val_fraction is not None and not 0.0 < options.val_fraction < 1.0:
-        raise PrepareError(f"The validation fraction is {options.val_fraction}; it must lie between 0 and 1.")
+        raise PrepareError(f"The validation fraction is {options.val_fraction}; it must be between 0 and 1.")
     if options.val_rows is not None and options.val_rows < 1:
         raise PrepareError(f"The validation rows are {options.val_rows}; there must be at least 1.")
     if options.val_split is not None and not any(path.is_dir() for path in sources):
         raise PrepareError(
-            "A validation split by name is one of a data set folder, and none of the sources is a folder."
+            "A named validation split needs a data set folder, but none of the sources is a folder."
         )
     if options.workers is not None and options.workers < 1:
         raise PrepareError(f"{options.workers} workers are too few; there must be at least 1.")
@@ -224,10 +221,9 @@ def _refuse_empty(file: RowFile, job: _Job) -> None:
     options, counts = job.options, job.counts
     if file.path == options.val_out:
         if options.val_fraction is None:
-            raise PrepareError("There is nothing to validate on: no chat of the validation split is left.")
+            raise PrepareError("The validation split is empty: none of its chats is usable.")
         raise PrepareError(
-            f"No chat fell into the validation fraction of {options.val_fraction}. Make it greater, or give "
-            "more chats."
+            f"No chat fell into the validation fraction of {options.val_fraction}. Increase it, or give more chats."
         )
     reason = "the sources hold no chats"
     if job.val is not None and job.val.rows and not job.held_out:

@@ -1,4 +1,4 @@
-"""What a worker does with a piece of a chat file: rows → conversations → texts → token ids and labels, cut to length."""
+"""Tokenises a piece of a chat file: rows → conversations → texts → token ids and labels, cut to length."""
 
 import json
 import re
@@ -22,22 +22,20 @@ from sftd.trainer.chat.tokenizer import load_tokenizer, stop_token_ids
 from sftd.trainer.tools.prepare.sources.chat_files import Piece, rows_of
 
 Truncation = Literal["right", "left", "error", "drop"]
-# Different sets of template variables, given by rows, that are kept ready.
+# Size of the cache of maskers for rows with their own template variables.
 _MASKERS = 16
 NOT_TRAINED = "the row is marked as not trained"
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How chats become rows.
+    """Options for the conversion of chats to rows.
 
-    `max_length` in tokens, None for no limit. `truncation` says what becomes of a longer chat: its
-    end (`right`) or beginning (`left`) is cut off, the run fails (`error`), or the chat is left out
-    (`drop`). `val_fraction` (0 to 1) of the chats, or `val_rows` rows, go to `val_out`, chosen by a hash of the
-    chat, so that the same chat is never in both files; without either, `val_split` of the data set folders does.
-    `rewritten` says what becomes of answers that the template rewrites when other turns follow, `skip_bad_rows`
-    whether rows that cannot be used are left out and counted. `template_args`, `template_text`, `template_name` and `date`
-    are those of `ChatTemplate`.
+    `max_length`: in tokens, None for no limit. `truncation` of a longer chat: cut off its end (`right`) or beginning
+    (`left`), fail (`error`), or leave the chat out (`drop`). `val_out` gets `val_fraction` (0 to 1) of the chats or
+    `val_rows` rows, chosen by a hash of the chat, so that no chat is in both files, or else `val_split` of the data set
+    folders. `rewritten`: treatment of answers that the template rewrites when other turns follow. `skip_bad_rows`: leave
+    unusable rows out and count them. `template_args`, `template_text`, `template_name` and `date`: see `ChatTemplate`.
     """
 
     max_length: int | None = None
@@ -61,7 +59,7 @@ class TokenizeOptions:
 
     @property
     def chat_template(self) -> ChatTemplate:
-        """How the chats are rendered."""
+        """The chat template for all chats."""
         return ChatTemplate(
             text=self.template_text,
             name=self.template_name,
@@ -71,15 +69,15 @@ class TokenizeOptions:
 
     @property
     def row_keys(self) -> RowKeys:
-        """The fields of a row that hold its chat, where they are named."""
+        """The fields that the user named for the chat."""
         return RowKeys(self.messages_key, self.prompt_key, self.response_key)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row to write: `input_ids` and unshifted `labels` (int32), and the 8 bytes that place it in a split.
+    """One row to write: `input_ids` and unshifted `labels` (int32), and the 8-byte key that determines its split.
 
-    `cut` is the number of tokens that it is shorter than its chat, of which `cut_trained` were trained.
+    `cut`: number of tokens cut from its chat. `cut_trained`: number of trained ones among them.
     """
 
     input_ids: Any
@@ -91,8 +89,8 @@ class Row:
 
 @dataclass
 class Done:
-    """A piece's rows in order, and what happened to the others: `rejected` are (place, reason), `dropped` reason → chats.
-    `unused` counts the chats that have a field or mark which nothing is done with; `keys` are 8 bytes of each chat."""
+    """A piece's rows in order, and counts of the others. `rejected`: (place, reason). `dropped`: reason → chats. `unused`:
+    unused field or mark → chats. `keys`: 8 bytes for each chat."""
 
     rows: list[Row] = field(default_factory=list)
     chats: int = 0
@@ -124,7 +122,7 @@ class PieceTokenizer:
         self._words: dict[str, bool] = {}
 
     def __call__(self, piece: Piece) -> Done:
-        """Tokenise one piece. Raises PrepareError at the first row that cannot be used, unless those are skipped."""
+        """Tokenise one piece. Raises PrepareError at the first unusable row, unless `skip_bad_rows` is set."""
         options, done = self._options, Done()
         rendered: list[tuple[str, bytes, RenderedChat]] = []
         for place, row in rows_of(piece):
@@ -172,7 +170,7 @@ class PieceTokenizer:
         return done
 
     def _masker(self, chat: Conversation) -> ChatMasker:
-        """The masker with the row's own variables of the template; they come before those of the command."""
+        """The masker with the row's own template variables, which override those of the command."""
         given = {name: value for name, value in chat.template_args.items() if self._in_template(name)}
         if not given:
             return self.masker
@@ -186,7 +184,7 @@ class PieceTokenizer:
         return self._maskers[key]
 
     def _unused(self, chat: Conversation, unread: Iterable[str]) -> list[str]:
-        """What of a row is not used, in words for the card."""
+        """The unused parts of a row, in words for the card."""
         return [
             *chat.unread,
             *unread,
@@ -200,7 +198,7 @@ class PieceTokenizer:
         ]
 
     def _in_template(self, name: str) -> bool:
-        """Whether the chat template contains the word, and so may use it."""
+        """Whether the chat template contains the word and so may use it."""
         if name not in self._words:
             word = re.compile(rf"\b{re.escape(name)}\b")
             self._words[name] = any(map(word.search, self.masker.template.sources.values()))
@@ -216,7 +214,7 @@ def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
 
 
 def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
-    """The part of a chat that becomes a row, or why there is none."""
+    """The part of a chat that becomes a row, or the reason why there is none."""
     limit, length = options.max_length, len(chat.input_ids)
     part = slice(None)
     if limit is not None and length > limit:

@@ -1,4 +1,4 @@
-"""A function of a piece, called in several processes, its results in the order of the pieces."""
+"""Tokenises pieces in several processes and returns the results in the order of the pieces."""
 
 import contextlib
 import multiprocessing
@@ -18,15 +18,15 @@ from sftd.trainer.tools.prepare.sources.chat_files import Piece
 from sftd.trainer.tools.prepare.tokenize_pieces import Done, PieceTokenizer, TokenizeOptions
 from sftd.wire.cores import usable_cores
 
-# Pieces in front of or after a worker: what is in memory does not depend on the size of the files.
+# Pieces in flight per worker. Bounds the memory, whatever the size of the files.
 _AHEAD = 3
-# Imported once, by the process that the workers are forked from.
+# Imported once, by the fork server.
 _WITHOUT_TORCH = "sftd.trainer.chat.without_torch"
 _PRELOAD = ["transformers.models.auto.tokenization_auto", __name__]
 
 
 def default_workers(size: int) -> int:
-    """A worker a core, but no more than one for each 8 MB: for fewer bytes it would take longer to start them."""
+    """One worker per core, but at most one per 8 MB: with less data, starting them would take longer than the work."""
     return max(1, min(usable_cores(), 32, size // (8 << 20)))
 
 
@@ -51,7 +51,7 @@ def tokenized(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise PrepareError(
-            "A worker process has ended on its own, killed perhaps for its memory. Use fewer --workers."
+            "A worker process ended unexpectedly, perhaps because memory ran out. Use fewer --workers."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -61,9 +61,9 @@ _own: Callable[[Piece], Done]
 
 
 def _start(model: Path, options: TokenizeOptions) -> None:
-    """Make this process a worker."""
-    global _own  # noqa: PLW0603  a pool's worker has no other place
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    """Initialise this process as a worker."""
+    global _own  # noqa: PLW0603  a pool's worker has no other place for state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _own = PieceTokenizer(model, options)

@@ -1,1 +1,1 @@
-"""The kinds of files that chats come in."""
+"""Readers for the supported kinds of chat files."""

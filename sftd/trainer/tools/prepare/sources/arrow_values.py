@@ -1,4 +1,4 @@
-"""Values of Arrow's columns as the values of JSON that they represent."""
+"""Converts values of Arrow columns to the JSON values that they represent."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from sftd.wire.data.columns import is_list
 
 
 def json_value(kind: pa.DataType) -> Callable[[Any], Any]:
-    """A function from what `to_pylist` gives for a type to the value meant.
+    """A function that converts the `to_pylist` value of a type to its JSON value.
 
-    A field of a struct that is null is left out: the column has the fields of all rows. Text of the type `arrow.json`, which
-    Hugging Face's datasets writes for fields that are not alike in all rows, is parsed, and keeps its nulls. The function
-    raises ValueError for text of that type that is not JSON.
+    It drops null fields of structs, because the column has the fields of all rows. It parses text of the type `arrow.json`,
+    which datasets writes for fields whose type differs between rows, and keeps its nulls. It raises ValueError for such text
+    that is not JSON.
     """
     if isinstance(kind, pa.JsonType):
         return lambda value: json.loads(value) if isinstance(value, str) else value

@@ -1,5 +1,5 @@
-"""Files of conversations, read in pieces of a few hundred rows: JSON Lines, JSON, CSV, Parquet, and the Arrow files of
-Hugging Face data set folders. A piece is bytes; the worker that gets it reads its rows (see `rows_of`)."""
+"""Reads files of conversations in pieces of a few hundred rows: JSON Lines, JSON, CSV, Parquet, and the Arrow files of
+Hugging Face data set folders. A piece is bytes; a worker parses its rows (see `rows_of`)."""
 
 import contextlib
 import csv
@@ -18,16 +18,16 @@ from sftd.trainer.chat.shapes import RowKeys, require_shape
 from sftd.trainer.tools.prepare.sources.file_kinds import open_bytes, require_kind
 from sftd.trainer.tools.prepare.sources.json_text import has_a_row_a_line, json_lines, json_rows
 
-# The size of a piece decides how many rows are in memory at once; it depends on nothing but the file.
+# Size of a piece. Bounds the memory, and depends only on the file, so that the output does too.
 _PIECE_ROWS = 256
 _PIECE_BYTES = 1 << 20
-# A cell may hold a whole chat.
+# Maximum size of a CSV cell, which may hold a whole chat.
 _CELL = 1 << 30
 
 
 @dataclass(frozen=True)
 class ChatSource:
-    """A chat file: its rows (blank lines included), the sha256 (hex) of its bytes, and its name on the card."""
+    """A chat file: number of rows (blank lines included), sha256 (hex) of its bytes, and its name on the card."""
 
     path: Path
     rows: int
@@ -37,9 +37,9 @@ class ChatSource:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a file in order, the first being number `first` (from 1); `data` is JSON Lines or an Arrow stream. The
-    lines of `cells` are lists of a CSV file's cells, of which the first are the columns' names. `unread` are columns that are
-    not in `data`."""
+    """Consecutive rows of a file. `first`: number of the first row, from 1. `data`: JSON Lines or an Arrow stream. For the
+    kind `cells`, each line is a list of CSV cells, and the first line has the column names. `unread`: columns that are not
+    in `data`."""
 
     path: str
     kind: Literal["lines", "objects", "cells", "arrow"]
@@ -49,7 +49,7 @@ class Piece:
 
 
 def open_source(path: Path, name: str | None = None) -> ChatSource:
-    """Measure a file. Raises PrepareError when it is missing or of another kind than read here."""
+    """Count and hash a file. Raises PrepareError when it is missing or of an unsupported kind."""
     kind = require_kind(path)
     try:
         with path.open("rb") as stream:
@@ -104,12 +104,12 @@ def _pieces(
 
 
 def rows_of(piece: Piece) -> Iterator[tuple[str, Any]]:
-    """(place for messages, row) of each row; the row is a ChatError where it cannot be read. Blank lines are skipped."""
+    """(place for messages, row) of each row; an unreadable row is a ChatError. Skips blank lines."""
     if piece.kind == "arrow":
         yield from _arrow_rows(piece)
         return
     unit = "line" if piece.kind == "lines" else "row"
-    # Not splitlines(): JSON may hold other characters that it takes for line ends.
+    # Not splitlines(): it also splits at characters that are valid inside JSON strings.
     lines = piece.data.split(b"\n")
     names = json.loads(lines.pop(0)) if piece.kind == "cells" else None
     for number, line in enumerate(lines, start=piece.first):
@@ -118,7 +118,7 @@ def rows_of(piece: Piece) -> Iterator[tuple[str, Any]]:
         place = f"{piece.path}, {unit} {number}"
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, too deeply nested
             yield place, ChatError(f"it is not JSON ({error}). Write one JSON object a line, in UTF-8")
             continue
         if names is not None and len(row) != len(names):
@@ -129,7 +129,7 @@ def rows_of(piece: Piece) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_lines(path: Path) -> Iterator[bytes]:
-    """The rows of a CSV file, the names of its columns first, each as a JSON list in a line."""
+    """The rows of a CSV file, column names first, each as a JSON list on one line."""
     csv.field_size_limit(_CELL)
     separator = "\t" if require_kind(path).suffix == ".tsv" else ","
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as stream:
@@ -180,7 +180,7 @@ def _arrow_rows(piece: Piece) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _named_in_errors(path: Path) -> Iterator[None]:
-    """Names the file that cannot be read to its end, half a copied one, say."""
+    """Raise PrepareError with the file's name when it cannot be read to its end, for example a partial copy."""
     try:
         yield
     except (OSError, ValueError, EOFError, LZMAError, zlib.error, csv.Error) as error:
@@ -196,12 +196,12 @@ def _columns(path: Path, names: Sequence[str], keys: RowKeys) -> list[str]:
     read = [name for name in names if keys.reads(name)]
     for name in read:
         if (times := read.count(name)) > 1:
-            raise PrepareError(f"{path} has the column {name!r} {times} times. Leave one of them in it.")
+            raise PrepareError(f"{path} has the column {name!r} {times} times. Keep one of them.")
     return read
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """The record batches of an Arrow file, of either of its two formats."""
+    """The record batches of an Arrow file, in the stream or the file format."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
@@ -222,7 +222,7 @@ def _open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        # Without its read-ahead, which takes whole row groups into memory.
+        # No read-ahead: it would load whole row groups into memory.
         return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     except pa.ArrowInvalid as error:
         raise PrepareError(f"{path} is not a Parquet file ({error}).") from error

@@ -1,5 +1,5 @@
-"""Which files of a Hugging Face data set folder belong to a split: what `save_to_disk` writes, and what lies on the hub.
-Read without the datasets library, and found as it finds them (see `hub_layout`)."""
+"""Finds the files of a split in a Hugging Face data set folder, written by `save_to_disk` or in the hub's layout. Follows
+the rules of the datasets library without using it (see `hub_layout`)."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.tools.prepare.sources.file_kinds import kind_of
 from sftd.trainer.tools.prepare.sources.hub_layout import hub_splits
 
-# What people call the splits that datasets names train, validation and test.
+# Other common names of the splits that datasets names train, validation and test.
 _OTHER_NAMES = {
     "training": "train",
     "valid": "validation",
@@ -24,13 +24,13 @@ _OTHER_NAMES = {
 }
 # One of several files, as in train-00000-of-00002.parquet.
 _SHARD = re.compile(r"(.*?)[-_.](\d+)[-_.]of[-_.](\d+)(?!\d)")
-# Missing shards, and files passed over, that a message names.
+# Maximum number of files or shards in a message.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file to read; `name` is its path within the folder that was given, for cards."""
+    """A file to read. `name`: its path within the given folder, for cards."""
 
     path: Path
     name: str
@@ -38,8 +38,8 @@ class FoundFile:
 
 @dataclass
 class _Layout:
-    """The splits of a folder, and the data files in it that belong to none. `is_one` split, whatever its name, is what is
-    meant by train."""
+    """The splits of a folder, and the data files without a split. `is_one`: there is a single split, which counts as train
+    whatever its name."""
 
     splits: dict[str, list[Path]]
     passed_over: list[Path] = field(default_factory=list)
@@ -47,8 +47,8 @@ class _Layout:
 
 
 def expand(sources: Sequence[Path], split: str) -> tuple[list[FoundFile], list[str]]:
-    """The files of these sources in order; a folder means those of its `split`. Also returns remarks on the
-    choice, a sentence each. Raises PrepareError."""
+    """The files of the sources in order; a folder means the files of its `split`. Also returns remarks on the choice,
+    one sentence each. Raises PrepareError."""
     files: list[FoundFile] = []
     remarks: list[str] = []
     for source in sources:
@@ -76,7 +76,7 @@ def expand(sources: Sequence[Path], split: str) -> tuple[list[FoundFile], list[s
 
 
 def _choose(folder: Path, layout: _Layout, split: str) -> str:
-    """The name of the split that is meant. Raises PrepareError."""
+    """The name of the folder's split for `split`. Raises PrepareError."""
     splits = layout.splits
     for name in (split, _OTHER_NAMES.get(split, split)):
         if name in splits:
@@ -108,7 +108,7 @@ def _saved(folder: Path) -> list[Path]:
     state = _read_json(folder / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise PrepareError(
-            f"{folder} is a selection of rows, kept apart from them. Save it again after `flatten_indices()`."
+            f"{folder} stores a selection of rows as indices. Save it again after `flatten_indices()`."
         )
     listed = state.get("_data_files")
     named = isinstance(listed, list) and all(isinstance(e, dict) and "filename" in e for e in listed)
@@ -118,7 +118,7 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _refuse_incomplete(folder: Path, files: Sequence[Path]) -> None:
-    """Raises PrepareError when shards are missing or there twice, or a file of the split cannot be read."""
+    """Raise PrepareError when shards are missing or duplicated, or a file of the split cannot be read."""
     sets: dict[tuple[Path, str, int], list[int]] = {}
     for path in files:
         if (kind := kind_of(path)) is None or kind.unreadable:
@@ -130,8 +130,8 @@ def _refuse_incomplete(folder: Path, files: Sequence[Path]) -> None:
         where = f"{folder}: of the {total} files {(parent / prefix).relative_to(folder).as_posix()}-…-of-{total:05d}"
         if len(set(found)) < len(found):
             twice = _list(sorted({f"{n:05d}" for n in found if found.count(n) > 1}))
-            raise PrepareError(f"{where}, there twice: {twice}. Remove the copies.")
-        # They are counted from 0, by a few tools from 1.
+            raise PrepareError(f"{where}, duplicated: {twice}. Remove the copies.")
+        # Shards are numbered from 0; a few tools start at 1.
         first = 1 if total in found and 0 not in found else 0
         if missing := sorted(set(range(first, first + total)) - set(found)):
             names = _list(f"{n:05d}" for n in missing)

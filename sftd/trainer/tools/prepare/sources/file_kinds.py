@@ -26,7 +26,8 @@ READ = ".jsonl, .json, .csv, .tsv (also with .gz, .bz2, .xz), .parquet, .arrow"
 
 @dataclass(frozen=True)
 class FileKind:
-    """`format` is json, csv, parquet or arrow; `suffix` the one that says so; `unreadable` why it cannot be read."""
+    """`format`: json, csv, parquet or arrow. `suffix`: the one of that format. `unreadable`: how to make the file readable,
+    if it is not."""
 
     format: str
     suffix: str
@@ -34,12 +35,12 @@ class FileKind:
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """The kind of a chat file by its name, whatever the case of its suffix; None when the name is not a chat file's."""
+    """The kind of a chat file by its suffix, in any case; None for another name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in (*_COMPRESSIONS, *_PACKED) else ""
     found = suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
     if found is None:
-        # A folder of files, perhaps of chats.
+        # An archive that may hold chat files.
         return FileKind("", ".zip", "unpack it") if packed == ".zip" else None
     form = _FORMATS[found]
     if packed in _PACKED or (packed and form in ("parquet", "arrow")):
@@ -48,14 +49,14 @@ def kind_of(path: Path) -> FileKind | None:
 
 
 def require_kind(path: Path) -> FileKind:
-    """The kind of a file that can be read. Raises PrepareError for any other."""
+    """The kind of a readable chat file. Raises PrepareError for any other file."""
     kind = kind_of(path)
     if kind is None:
         raise PrepareError(
             f"{path} is not a chat file: its name must end in one of {READ}, or it is a folder of such files."
         )
     if kind.unreadable:
-        raise PrepareError(f"{path} cannot be read as it is: {kind.unreadable}.")
+        raise PrepareError(f"{path} cannot be read directly: {kind.unreadable}.")
     return kind
 
 

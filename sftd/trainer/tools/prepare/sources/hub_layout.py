@@ -1,7 +1,7 @@
-"""The splits of a folder as it lies on the Hugging Face hub, found as `datasets.load_dataset(folder)` finds them.
+"""Finds the splits of a folder in the Hugging Face hub's layout, by the rules of `datasets.load_dataset(folder)`.
 
-In this order: the `configs` at the head of README.md; `data/NAME-00000-of-00002.*`; folders named for a split; files named
-for one; all files, as train. A test runs both side by side.
+In this order: the `configs` at the head of README.md; `data/NAME-00000-of-00002.*`; folders named after a split; files
+named after a split; all files, as train. A test compares the result with that of datasets.
 """
 
 import os
@@ -28,12 +28,12 @@ _IN_FILE = ("**/{k}{s}*", "**/*{s}{k}{s}*")
 _SHARDED = re.compile(r"data/([^/]+)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
 _SHARDS_OF = "data/{split}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]*.*"
 _NOT_DATA = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-# Where as many files have one format as another.
+# Breaks ties between formats with the same number of files.
 _PREFERRED = (".parquet", ".arrow", ".jsonl", ".json", ".csv")
 
 
 def hub_splits(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Split → files, and the data files that belong to no split. Raises PrepareError when there is none to read."""
+    """Split → files, and the data files without a split. Raises PrepareError when there is no readable file."""
     files = sorted(_files(folder))
     splits = _splits(folder, files)
     read = {name: _of_one_format(found) for name, found in splits.items()}
@@ -51,7 +51,7 @@ def hub_splits(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The paths of all files, relative to the folder; not the cards that sftd writes beside its own."""
+    """The paths of all files, relative to the folder, without sftd's own cards."""
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
@@ -96,7 +96,7 @@ def _by_pattern(
 
 
 def _matching(files: Sequence[str], patterns: Iterable[str]) -> list[str]:
-    """The files that match a pattern, in the order of the patterns."""
+    """The files that match any of the patterns, in the order of the patterns."""
     found = [
         file
         for pattern in patterns
@@ -125,7 +125,7 @@ def _visible(file: str, pattern: str) -> bool:
 
 
 def _of_one_format(files: Sequence[str]) -> list[str]:
-    """Those of the format that most of a split's files have. Suffixes in capitals are not known to datasets."""
+    """The files of the split's most frequent format. Skips suffixes in capitals, which datasets does not support."""
     kinds = {
         file: kind for file in files if (kind := kind_of(Path(file))) is not None and kind.suffix in file
     }
@@ -141,7 +141,7 @@ def _of_one_format(files: Sequence[str]) -> list[str]:
 
 
 def _configuration(folder: Path) -> dict[str, Any] | None:
-    """The configuration that the head of README.md makes the default one; None without any."""
+    """The default configuration in the head of README.md; None if there are no configurations."""
     path = folder / "README.md"
     try:
         text = path.read_text(encoding="utf-8")
@@ -170,7 +170,7 @@ def _configuration(folder: Path) -> dict[str, Any] | None:
 
 
 def _patterns(folder: Path, given: Any) -> dict[str, list[str]]:
-    """Split → patterns of a configuration's `data_files`."""
+    """Split → patterns from a configuration's `data_files`."""
     entries = given if isinstance(given, list) and all(isinstance(e, dict) for e in given) else None
     if entries is None:
         entries = [{"split": "train", "path": given}]

@@ -1,4 +1,4 @@
-"""Files of JSON: a row a line, an array of rows, or rows that go over several lines; without the whole file in memory."""
+"""Reads JSON files in a stream: one row per line, an array of rows, or rows that span several lines."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.tools.prepare.sources.file_kinds import open_bytes
 
 _BLOCK = 1 << 20
-# How a line of indented JSON ends that is not a row by itself.
+# Endings of a line of indented JSON that is not a row by itself.
 _OPEN_ENDS = (b"{", b"[", b",")
 
 
 def has_a_row_a_line(path: Path) -> bool:
-    """Whether each line of the file is a row; otherwise `json_rows` reads it."""
+    """Whether each line of the file is a row. Otherwise use `json_rows`."""
     with open_bytes(path) as stream:
         start = stream.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
         while not start.strip():
@@ -35,14 +35,14 @@ def has_a_row_a_line(path: Path) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[bytes]:
-    """The lines of the file; the first without a byte order mark."""
+    """The lines of the file, without a byte order mark."""
     with open_bytes(path) as stream:
         for number, line in enumerate(stream):
             yield line if number else line.removeprefix(BOM_UTF8)
 
 
 def json_rows(path: Path) -> Iterator[bytes]:
-    """The values of an array, or of a file of several values, each as a line. Raises PrepareError."""
+    """The values of an array or of a file with several values, each as one line. Raises PrepareError."""
     decoder = json.JSONDecoder()
     rows = 0
 
