@@ -102,8 +102,11 @@ def _serve(path: str) -> None:
     print("ready", flush=True)
     # Two processes: torch is in none of the commands.
     if os.fork() == 0:
+        listeners[1].close()
         _answer(listeners[0], _import_commands)
         os._exit(0)
+    # If one of the two ends, nothing waits for it: interpreters that find no listener import by themselves.
+    listeners[0].close()
     _answer(listeners[1], import_all)
 
 

@@ -165,7 +165,7 @@ def test_tables_of_a_newer_sftd_are_left_alone(empty_engine: sa.Engine) -> None:
     migrate.upgrade(empty_engine)
     with empty_engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(DatabaseNotReady, match="revision 9999, which this sftd does not know"):
+    with pytest.raises(DatabaseNotReady, match="revision 9999, which this sftd does not support"):
         migrate.upgrade(empty_engine)
     assert Store(empty_engine).schema_revision() == "9999"
 

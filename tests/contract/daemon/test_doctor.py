@@ -84,7 +84,7 @@ def test_a_server_whose_clock_is_off(
     took = time.monotonic() - began
     assert store is not None
     assert only(found).state == "warning"
-    (off,) = re.findall(r"its clock is (\S+) s off ours", only(found).said)
+    (off,) = re.findall(r"its clock is (\S+) s off this host's", only(found).said)
     # No better than the server's answer was quick.
     assert float(off) == pytest.approx(-30.0, abs=0.1 + took)
     assert "the queue uses the server's clock" in only(found).fix

@@ -206,7 +206,7 @@ def test_what_a_newer_sftd_wrote_is_not_half_imported(log: Store, folder: Folder
     folder.attempt(step(1))
     with open(folder.run.attempt(1).journal, "ab") as file:
         file.write(b'{"t":1,"type":"StepRepeated","v":1,"p":{}}\n')
-    with pytest.raises(UnknownEvent, match="a newer one"):
+    with pytest.raises(UnknownEvent, match="a newer sftd wrote it"):
         take_in(log, folder)
     assert types(log) == []
 

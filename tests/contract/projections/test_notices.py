@@ -411,7 +411,7 @@ def test_the_command_line_tries_it(
     ("name", "value", "message"),
     [
         ("SFTD_NOTIFY_WEBHOOK", f"hooks.example.com/{SECRET}", "not a URL such as"),
-        ("SFTD_NOTIFY_WEBHOOK", f"https://me:{SECRET}@hooks.example.com/x", "put a token into its path"),
+        ("SFTD_NOTIFY_WEBHOOK", f"https://me:{SECRET}@hooks.example.com/x", "use a token in its path"),
         ("SFTD_NOTIFY_WEBHOOK", f"https://host:port/{SECRET}", "not a URL such as"),
         ("SFTD_NOTIFY_COMMAND", f"tell '{SECRET}", "No closing quotation"),
         ("SFTD_NOTIFY_ON", "ended,finished", "'finished' is not one of ended, failed"),

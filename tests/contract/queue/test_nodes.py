@@ -19,7 +19,7 @@ from sftd.operations.queries.nodes import Devices, Node, list_nodes
 from sftd.operations.queries.queue import living_hosts
 from sftd.store.database.engine import Store
 from sftd.store.database.tables import daemons as daemons_table
-from sftd.store.queue import daemons
+from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
 from sftd.wire.preflight import Preflight
 from tests.builders.log.clock import CONTEXT
@@ -71,7 +71,7 @@ def test_an_adopted_run_is_its_new_daemons(log: Store) -> None:
     register(log, "new", "one")
     assert {n: len(node.runs) for n, node in nodes(log).items()} == {"old": 1, "new": 0}
     with log.read() as connection:
-        (lease,) = attempts.queue.leases(connection)
+        (lease,) = leases.leases(connection)
     adopted = e.AttemptAdopted(daemon="new", host="one", pid=1)
     attempts.adopt(log, CONTEXT, lease, adopted, LEASE)
     assert {n: node.devices["gpus"].used for n, node in nodes(log).items()} == {"new": 1}

@@ -76,7 +76,7 @@ def test_the_queue_says_what_each_run_waits_for_in_80_columns(home: Home, sftd: 
         lines[1:], ("`sftd release`", "a daemon: none runs", f"{first} (queued)"), strict=True
     ):
         assert line.endswith(ending)
-    assert "until" in sftd("events", second).stdout
+    assert f"waits for {first} to succeed" in sftd("events", second).stdout
     assert "is queued" in sftd("pause", first, code=2).stderr
     sftd("cancel", first)
     assert [row["run_id"] for row in json.loads(sftd("queue", "--json").stdout)] == [urgent]

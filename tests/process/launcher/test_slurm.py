@@ -143,7 +143,7 @@ def test_whatever_slurm_does_the_run_goes_on_as_if_nothing_had_been(home: Home, 
     # Over their time: one signalled before, one killed outright.
     alarm.join()
     event = home.follow(told, ended(1))
-    assert (event["type"], "told" in event["payload"]["reason"]) == ("AttemptPreempted", True)
+    assert (event["type"], "signalled" in event["payload"]["reason"]) == ("AttemptPreempted", True)
     (saved, made) = (
         [e["payload"]["step"] for e in home.events(told, kind) if e["attempt"] == 1][-1]
         for kind in ("CheckpointPublished", "StepCompleted")

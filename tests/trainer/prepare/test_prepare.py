@@ -406,9 +406,9 @@ def test_unusable_files_and_options_are_refused(make_model: MakeModel, tmp_path:
         run(good, tmp_path / "nowhere", out)
     with pytest.raises(PrepareError, match="validation file needs a fraction"):
         run(good, model, out, val_out=tmp_path / "v.parquet")
-    with pytest.raises(PrepareError, match="named together"):
+    with pytest.raises(PrepareError, match="Name both"):
         run(good, model, out, prompt_key="q")
-    with pytest.raises(PrepareError, match="Name one"):
+    with pytest.raises(PrepareError, match="Name either"):
         run(good, model, out, prompt_key="q", response_key="a", messages_key="m")
     with pytest.raises(PrepareError, match="between 0 and 1"):
         run(good, model, out, val_fraction=1.5, val_out=tmp_path / "v.parquet")

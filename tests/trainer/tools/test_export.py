@@ -291,7 +291,7 @@ def test_what_is_refused_leaves_nothing(trainer: Trainer, base: Run, tmp_path: P
         "it names os.system, which does not describe a checkpoint",
         "not the one that was published",
         "manifest.json cannot be read",
-        "is there already",
+        "already exists",
         "none.json",
     ]
     for (_, message), text in zip(outcomes, says, strict=True):

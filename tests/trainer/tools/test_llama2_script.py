@@ -170,7 +170,7 @@ def test_export_refuses_a_folder_with_something_in_it(imported: tuple[Path, str]
     home, run_id = imported
     (tmp_path / "file").write_text("mine")
     refused = sftd(home, "export", run_id, str(tmp_path), expect=2)
-    assert "is there already" in refused.stderr
+    assert "exists already" in refused.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 

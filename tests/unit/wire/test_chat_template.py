@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.data.chat_template import DEFAULT_DATE, ChatTemplate
-from sftd.domain.data.facts import DataFacts
-from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.tools.export.template_files import write_template
 from sftd.wire import preflight
 from sftd.wire.data import chat_template
+from tests.builders.log.specs import found
 
 
 def file_with(path: Path, metadata: Any) -> str:
@@ -64,32 +63,11 @@ def test_files_that_were_rendered_in_different_ways_are_named(other: Any, tmp_pa
 
 
 def test_a_template_is_kept_in_the_first_event_and_only_where_there_is_one() -> None:
-    facts = DataFacts(
-        files=["a"], digest="d", rows=1, tokens=1, trained_tokens=1, longest=1, truncated=0, unusable=0
-    )
-    shape = ModelShape(
-        architecture="LlamaForCausalLM",
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=8,
-        max_position_embeddings=8,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_scaling=None,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        qk_norm=False,
-    )
-    found = preflight.Preflight(shape, facts, None, 1, [])
-    assert "template" not in preflight.submission(Spec(), found, [], "ada").data
-    found = msgspec.structs.replace(found, template=ChatTemplate(name="short"))
-    kept = preflight.submission(Spec(), found, [], "ada").data["template"]
+    assert "template" not in preflight.submission(Spec(), found(1), [], "ada").data
+    templated = msgspec.structs.replace(found(1), template=ChatTemplate(name="short"))
+    kept = preflight.submission(Spec(), templated, [], "ada").data["template"]
     assert kept == {"text": None, "name": "short", "date": DEFAULT_DATE, "arguments": {}}
-    assert msgspec.convert(kept, ChatTemplate) == found.template
+    assert msgspec.convert(kept, ChatTemplate) == templated.template
 
 
 def test_an_export_has_the_template_that_was_given_and_no_other(tmp_path: Path) -> None:
