@@ -21,8 +21,9 @@ from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.sizes import CHECKPOINT_BYTES, weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
-from sftd.trainer.model import experts, lora, weights
+from sftd.trainer.model import experts, weights
 from sftd.trainer.model import model as models
+from sftd.trainer.model.adapters import lora
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 

@@ -26,8 +26,9 @@ def export_command(
 ) -> None:
     """Write the model of a published checkpoint of RUN to DIR, as a Hugging Face folder.
 
-    Weights (safetensors), config and tokenizer, whatever layout the run was trained in; of a run with model.lora the
-    adapter as a PEFT folder, or with --merge the whole model. The checkpoint is verified first; DIR must be new or empty. With --register a copy goes into MLflow's model registry.
+    Weights (safetensors), config and tokenizer, whatever layout the run was trained in. A run with model.lora gives a
+    PEFT folder, or with --merge the whole model. The checkpoint is verified first; DIR must be new or empty. With
+    --register a copy goes into MLflow's model registry.
 
     \b
     Example:

@@ -5,7 +5,7 @@ A field's `Meta(description=...)` is its documentation: the configuration refere
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,116 +23,6 @@ Beta = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A part of the spec."""
-
-
-class Megatron(Section, frozen=True):
-    """`model.megatron`: layout of the model over the ranks by Megatron-core."""
-
-    tensor_model_parallel_size: Annotated[
-        Size,
-        Meta(description="ranks that share each layer's matrices (TP)"),
-        FREE,
-    ] = 1
-    pipeline_model_parallel_size: Annotated[
-        Size,
-        Meta(description="groups of layers on different ranks (PP)"),
-        FREE,
-    ] = 1
-    virtual_pipeline_model_parallel_size: Annotated[
-        Size | None,
-        Meta(
-            description="model chunks per pipeline rank (VPP, interleaved schedule); needs PP of at least 2"
-        ),
-        FREE,
-    ] = None
-    context_parallel_size: Annotated[Size, Meta(description="ranks that share each sequence (CP)"), FREE] = 1
-    expert_model_parallel_size: Annotated[
-        Size,
-        Meta(description="ranks of a pipeline stage that share the experts of an MoE layer (EP)"),
-        FREE,
-    ] = 1
-    sequence_parallel: Annotated[
-        bool,
-        Meta(description="shard norms and residuals over the TP ranks; needs TP of at least 2"),
-        FREE,
-    ] = False
-    use_distributed_optimizer: Annotated[
-        bool, Meta(description="shard optimizer state over the data-parallel ranks")
-    ] = True
-    seed: Annotated[Count, Meta(description="seed of data order, dropout and initialisation")] = 1234
-    params_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        Meta(
-            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and float32 on CPUs"
-        ),
-    ] = "auto"
-
-    @property
-    def expert_tensor_parallel_size(self) -> int:
-        """Number of ranks over which each expert is split."""
-        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
-
-
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-
-
-class Lora(Section, frozen=True):
-    """`model.lora`: low-rank adapters beside a frozen model, in place of training all its weights."""
-
-    rank: Annotated[
-        Count, Meta(description="rank of the adapters (8 to 64 are common); 0 trains the model's own weights")
-    ] = 0
-    alpha: Annotated[
-        Annotated[float, Meta(gt=0.0)],
-        Meta(description="an adapter's output is multiplied by alpha / rank"),
-    ] = 32.0
-    targets: Annotated[
-        Literal["all-linear"] | list[Projection],
-        Meta(description="the projections that get an adapter (those of experts too), or all-linear"),
-    ] = "all-linear"
-    rslora: Annotated[bool, Meta(description="multiply by alpha / √rank instead (rank-stabilised LoRA)")] = (
-        False
-    )
-    init: Annotated[
-        Literal["kaiming", "gaussian"],
-        Meta(
-            description="how A begins: uniform in ± 1 / √inputs as in PEFT, or normal with deviation 1 / rank; B is 0"
-        ),
-    ] = "kaiming"
-    adapter: Annotated[
-        str, Meta(description="PEFT folder of an adapter to start from, of the same rank and targets")
-    ] = ""
-
-
-class Model(Section, frozen=True):
-    """`model`: the model to train."""
-
-    name: Annotated[Literal["megatron-sft"], Meta(description="kind of training")] = "megatron-sft"
-    partial_pretrain: Annotated[
-        str,
-        Meta(description="Hugging Face folder of the model to start from, or a hub id in the local cache"),
-    ] = ""
-    enable_gradient_checkpointing: Annotated[
-        bool,
-        Meta(description="recompute activations in backward to save memory"),
-        FREE,
-    ] = False
-    recompute: Annotated[
-        Literal["full", "selective"],
-        Meta(
-            description="what gradient checkpointing recomputes: whole layers (full), or only norms and activations (selective: "
-            "a third of the memory for a few percent of the time)"
-        ),
-        FREE,
-    ] = "full"
-    trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
-        False
-    )
-    override_config: Annotated[
-        dict[str, Any], Meta(description="keys of the model's config.json to replace")
-    ] = msgspec.field(default_factory=dict)
-    lora: Lora = Lora()
-    megatron: Megatron = Megatron()
 
 
 class Data(Section, frozen=True):
@@ -232,6 +122,13 @@ class Optimizer(Section, frozen=True):
     clip_grad: Annotated[
         NonNegative, Meta(description="largest global gradient norm; 0 turns clipping off")
     ] = 1.0
+    precision: Annotated[
+        Literal["full", "lean"],
+        Meta(
+            description="full keeps FP32 weights and moments beside BF16 weights (18 bytes a parameter); lean keeps BF16 weights, "
+            "rounded stochastically, and smaller moments (at most 10)"
+        ),
+    ] = "full"
 
 
 class Scheduler(Section, frozen=True):

@@ -10,11 +10,11 @@ import math
 
 import msgspec
 
+from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.sections import (
     Checkpoint,
     Data,
     Launch,
-    Model,
     Optimizer,
     Scheduler,
     Section,
@@ -132,7 +132,14 @@ class Spec(Section, frozen=True):
 
 _DEFAULTS = Spec()
 # Keys that were added later, so that digests of older specs do not include them.
-_ADDED_KEYS = (("checkpoint", "after_success"), ("model", "lora"), ("scheduler", "decay_ratio"))
+_ADDED_KEYS = (
+    ("checkpoint", "after_success"),
+    ("model", "freeze"),
+    ("model", "lora"),
+    ("model", "quantize"),
+    ("optimizer", "precision"),
+    ("scheduler", "decay_ratio"),
+)
 
 
 def canonical_json(spec: Spec) -> bytes:

@@ -13,12 +13,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.sections import Megatron
+from sftd.domain.spec.model_section import Megatron
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint import reading as checkpoint_reading
 from sftd.trainer.checkpoint.state import restore, trained
-from sftd.trainer.model import lora, weights
 from sftd.trainer.model import model as models
+from sftd.trainer.model import weights
+from sftd.trainer.model.adapters import lora
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.runtime.session import Session

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from sftd.domain.log import events as e
-from sftd.domain.spec.sections import Data, Model, Optimizer, Trainer
+from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.sections import Data, Optimizer, Trainer
 from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.projections import views
 from sftd.store.database.engine import Store, open_engine

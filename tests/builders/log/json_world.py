@@ -14,8 +14,9 @@ import msgspec
 
 from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
+from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.parse import change
-from sftd.domain.spec.sections import Data, Launch, Model, Trainer
+from sftd.domain.spec.sections import Data, Launch, Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.operations.commands import hold, lifecycle
 from sftd.operations.commands.submit import Wish, submit_all

@@ -18,7 +18,8 @@ from sftd.daemon import loop
 from sftd.daemon.loop import Daemon
 from sftd.domain.finding import Finding, ok
 from sftd.domain.log import events as e
-from sftd.domain.spec.sections import Launch, Model
+from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.sections import Launch
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views

@@ -30,7 +30,8 @@ from sftd.domain.log import events
 from sftd.domain.log.events import Recorded
 from sftd.domain.repro.steps import REDONE_DIFFERS
 from sftd.domain.run.state import Run
-from sftd.domain.spec.sections import Model, Optimizer, Trainer
+from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.sections import Optimizer, Trainer
 from sftd.domain.spec.spec import Spec
 from tests.builders import json_fields
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from sftd.domain.errors import Refused
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.model.files import ModelFile, ModelFiles, differences
-from sftd.domain.spec.sections import Model
+from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.spec import Spec
 from sftd.wire.attempt.directory import model_copy
 from sftd.wire.model import digest as model_digest

@@ -7,7 +7,7 @@ from pathlib import Path
 from sftd.cli.order_file import order_file
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.run.state import CheckpointInfo, Run
-from sftd.domain.spec.sections import Model
+from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.spec import OrderStart, Spec
 from sftd.wire.attempt.directory import Order, read_order
 

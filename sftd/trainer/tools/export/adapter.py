@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.sections import Lora, Model
-from sftd.trainer.model import lora as adapters
+from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
+from sftd.trainer.model.adapters import lora as adapters
 from sftd.trainer.model.families.rules import Rule
 
 CONFIG = "adapter_config.json"

@@ -14,7 +14,7 @@ import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.sections import Lora
+from sftd.domain.spec.model_section import Lora
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError

@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.sections import Lora, Model
+from sftd.domain.spec.model_section import ALL_LINEAR, Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.families.rules import Rule
 from sftd.trainer.model.weights import Folder
@@ -207,7 +207,7 @@ def _widths(rows: int, projections: tuple[str, ...], shape: ModelShape) -> tuple
 def targets(lora: Lora) -> tuple[str, ...]:
     """The projections that get an adapter."""
     everything = tuple(name for names in FUSED.values() for name in names)
-    return everything if lora.targets == "all-linear" else tuple(lora.targets)
+    return everything if ALL_LINEAR in lora.targets else tuple(lora.targets)
 
 
 def scale(lora: Lora) -> float:

@@ -1,0 +1,1 @@
+"""Low-rank adapters beside the products of a frozen model."""
