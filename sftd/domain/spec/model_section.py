@@ -141,8 +141,3 @@ class Model(Section, frozen=True):
     ] = "none"
     lora: Lora = Lora()
     megatron: Megatron = Megatron()
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether every attempt reads weights of the model folder. Checkpoints hold only what is trained."""
-        return bool(self.lora.rank or self.freeze)

@@ -201,12 +201,11 @@ def is_copy(record: ModelFiles, folder: Path) -> bool:
 
 def source(record: ModelRecord, spec: Spec, copies: Iterable[Path]) -> str:
     """The folder with config and tokenizer for a checkpoint of the run: a copy made when the run started, else the model
-    folder, which is also what a checkpoint without the frozen weights needs. Raises `Refused` when that is missing or has
-    changed."""
+    folder. Raises `Refused` when that is missing or has changed."""
     if record.files is None:
         return spec.model.partial_pretrain
-    for copy in () if spec.model.needs_base else copies:
+    for copy in copies:
         if is_copy(record.files, copy):
             return str(copy)
-    refuse_changes(record, spec, weights=spec.model.needs_base, fix="put the folder back as it was")
+    refuse_changes(record, spec, weights=False, fix="put the folder back as it was")
     return spec.model.partial_pretrain
