@@ -25,7 +25,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # Name → (model, what its spec gets, whether it is exported with --merge).
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "full": ("llama", {}, False),
-    "full_bf16": ("qwen2", {MEGATRON + "params_dtype": "bfloat16"}, False),
+    "full_bf16": (
+        "qwen2",
+        {MEGATRON + "params_dtype": "bfloat16", "model__freeze": ["^model.embed_tokens"]},
+        False,
+    ),
     "adapter": ("llama_tied", {"model__lora__rank": RANK, "model__lora__dropout": 0.25}, False),
     "adapter_bf16": (
         "qwen3",

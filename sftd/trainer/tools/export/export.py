@@ -19,7 +19,6 @@ from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights
-from sftd.trainer.model.adapters import lora
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.tools.export import adapter
 from sftd.trainer.tools.export.shards import write_shards
@@ -118,7 +117,7 @@ def export(
 
 def _check_space(model: torch.nn.Module, partial: Path, *, is_adapter: bool) -> None:
     own = model.named_parameters()
-    need = sum(parameter.nbytes for name, parameter in own if lora.is_adapter(name) == is_adapter)
+    need = sum(parameter.nbytes for name, parameter in own if (".adapters." in name) == is_adapter)
     if (free := shutil.disk_usage(partial).free) < need:
         raise UserError(
             f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
