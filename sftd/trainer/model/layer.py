@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
 
 
@@ -26,6 +28,12 @@ class DecoderLayer(TransformerLayer):
     `x + attention(norm(x))`, then `x + mlp(norm(x))`. With selective recomputation, backward recomputes the outputs of
     the norms and the activation: a third less memory for a few elementwise passes.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.quantize != "none":
+            # Here, so that no more than one layer's weights are in memory as they are.
+            products.empty(self)
 
     def forward(
         self,
