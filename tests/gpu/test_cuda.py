@@ -95,6 +95,25 @@ def test_kernels_compute_what_pytorch_does(gpus: int) -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_nf4_is_read_at_the_speed_of_the_memory(gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from sftd.trainer.model.quantize.nf4 import Quantized
+
+    q = Quantized(2 * 14336, 4096, torch.device("cuda"))
+    q.fill(torch.randn(2 * 14336, 4096, device="cuda"))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for n in range(30):
+        if n == 10:
+            begin.record()
+        weight = q.dequantize(torch.bfloat16)
+    end.record()
+    end.synchronize()
+    size = 20 * (q.codes.nbytes + q.scales.nbytes + weight.nbytes)
+    with capsys.disabled():
+        print(f"\nNF4 to BF16: {size / begin.elapsed_time(end) / 1e9:.2f} TB/s")
+
+
 # Heads of 64 in groups of four, odd lengths, and q, k and v as the trainer has them: tokens first in memory. The scores of a
 # group of a row have 4 · 320² · 2 bytes.
 @pytest.mark.parametrize("held", [2 << 30, 4 * 320**2 * 2 * 5, 4 * 320**2 * 2, 1], ids=str)

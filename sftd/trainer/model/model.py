@@ -55,7 +55,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         # DecoderLayer reads this.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     accumulate_weight_gradients(accumulate_weight_gradient)
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -98,6 +98,9 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         **experts.config_fields(spec, shape),
         **recompute,
     )
+    # DecoderLayer reads this.
+    config.quantize = spec.model.quantize
+    return config
 
 
 def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
@@ -127,7 +130,8 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
             for layer in model.decoder.layers[config.recompute_num_layers :]:
                 layer.recompute_input_layernorm = True
         experts.mark(model)
-        chunks.append(model.to(session.device))
+        # `to`, except that quantised weights stay where they have no memory.
+        chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks
 
 

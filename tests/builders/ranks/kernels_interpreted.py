@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sftd.trainer.model import cross_entropy_cpu, ops
-from sftd.trainer.model.kernels import cross_entropy, norm, rotary, swiglu
+from sftd.trainer.model.kernels import cross_entropy, nf4, norm, rotary, swiglu
+from sftd.trainer.model.quantize.nf4 import Quantized, levels
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -99,12 +100,28 @@ def check_cross_entropy() -> None:
         assert not mine[:, real:].any()
 
 
+def check_nf4() -> None:
+    for rows in (4, 37):
+        weight, here = random(rows, 192), Quantized(rows, 192, torch.device("cpu"))
+        weight[0, :64] = 0
+        here.fill(weight)
+        there = Quantized(rows, 192, torch.device(DEVICE))
+        there.fill(weight)
+        assert torch.equal(there.codes.cpu(), here.codes)
+        assert torch.equal(there.scales.cpu(), here.scales)
+        # The interpreter truncates to BF16, a GPU rounds.
+        for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
+            found = nf4.dequantize(there.codes, there.scales, levels(there.codes.device), dtype)
+            assert torch.equal(found.cpu(), here.dequantize(dtype))
+
+
 if __name__ == "__main__":
     for name, check in (
         ("norm", check_norm),
         ("swiglu", check_swiglu),
         ("rotary", check_rotary),
         ("cross_entropy", check_cross_entropy),
+        ("nf4", check_nf4),
     ):
         check()
         print(name, flush=True)

@@ -25,6 +25,7 @@ from torch.autograd import Function
 
 from sftd.trainer.model.adapters.dropout import Dropout
 from sftd.trainer.model.gradients import accumulate_weight_gradient
+from sftd.trainer.model.quantize.products import device_of, values_of
 
 
 class Adapter(torch.nn.Module):
@@ -32,8 +33,8 @@ class Adapter(torch.nn.Module):
 
     def __init__(self, a: tuple[int, int], b: tuple[int, int], like: Tensor) -> None:
         super().__init__()
-        self.a = torch.nn.Parameter(torch.empty(a, dtype=like.dtype, device=like.device))
-        self.b = torch.nn.Parameter(torch.zeros(b, dtype=like.dtype, device=like.device))
+        self.a = torch.nn.Parameter(torch.empty(a, dtype=like.dtype, device=device_of(like)))
+        self.b = torch.nn.Parameter(torch.zeros(b, dtype=like.dtype, device=device_of(like)))
 
 
 class Adapters(torch.nn.ModuleDict):
@@ -107,12 +108,12 @@ class _Product(Function):
     """(x [s, b, in], module, the adapters' parameters) → y [s, b, out].
 
     Saves x (with sequence parallelism this rank's share) and z = A x. The weight gets no gradient; those of A and B are summed by
-    `Adapters`.
+    `Adapters`. A quantised weight is dequantised in forward and again in backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: AdaptedColumn | AdaptedRow, *_parameters: Tensor) -> Tensor:
-        adapters, flat, weight = module.adapters, x.flatten(0, -2), module.weight
+        adapters, flat, weight = module.adapters, x.flatten(0, -2), values_of(module.weight)
         ctx.keys = adapters.dropout.keys() if adapters.dropout and module.training else None
         a, b = adapters.joined(weight.shape[0])
         z = _gathered(_kept(flat, ctx.keys, adapters) @ a.t(), module)
@@ -125,7 +126,7 @@ class _Product(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
         module, adapters, flat = ctx.module, ctx.module.adapters, x.flatten(0, -2)
-        dy, weight = grads[0].flatten(0, -2), module.weight
+        dy, weight = grads[0].flatten(0, -2), values_of(module.weight)
         a, b = adapters.joined(dy.shape[1])
         dz = dy @ b
         dx: Tensor | None = None
