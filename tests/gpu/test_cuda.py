@@ -34,6 +34,7 @@ FP32: dict[str, Any] = {MEGATRON + "params_dtype": "float32"}
 PACKED: dict[str, Any] = {"training__use_rmpad": True}
 FOUR: dict[str, Any] = {"training__micro_batch_size_per_gpu": 4}
 EXACT: dict[str, Any] = FOUR | {"training__deterministic": True}
+LEAN: dict[str, Any] = {"optimizer__precision": "lean"}
 RECOMPUTE: dict[str, Any] = {"model__enable_gradient_checkpointing": True}
 ONE_GPU: dict[str, dict[str, Any]] = {
     "fp32-padded": FP32,
@@ -44,6 +45,8 @@ ONE_GPU: dict[str, dict[str, Any]] = {
     "exact-packed": EXACT | PACKED,
     "again-padded": EXACT,
     "again-packed": EXACT | PACKED,
+    "exact-lean": EXACT | LEAN,
+    "again-lean": EXACT | LEAN,
     "exact-full": EXACT | RECOMPUTE,
     "exact-selective": EXACT | RECOMPUTE | {"model__recompute": "selective"},
 }
@@ -160,6 +163,11 @@ def test_bf16_trains_padded_and_packed_alike(one: dict[str, Run]) -> None:
     assert step.peak_memory_bytes < 2**30
 
 
+def test_the_lean_optimizer_trains_as_the_full_one(one: dict[str, Run]) -> None:
+    assert losses(one["exact-lean"]) == pytest.approx(losses(one["exact-padded"]), rel=2e-2)
+    assert losses(one["exact-lean"])[1:] != losses(one["exact-padded"])[1:]
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputing_changes_no_bit(one: dict[str, Run], recompute: str) -> None:
     assert exact(one[f"exact-{recompute}"]) == exact(one["exact-padded"])
@@ -169,7 +177,7 @@ def test_recomputing_changes_no_bit(one: dict[str, Run], recompute: str) -> None
 def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
     """The deterministic runs gone on with from step 3, in new processes."""
     attempts = {}
-    for rows in ("padded", "packed"):
+    for rows in ("padded", "packed", "lean"):
         published = next(c for c in one[f"exact-{rows}"].events(CheckpointPublished) if c.step == 3)
         attempts[rows] = on_gpu.prepare(
             f"resumed-{rows}",
@@ -180,7 +188,7 @@ def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
     return train_together(on_gpu, attempts)
 
 
-@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("rows", ["padded", "packed", "lean"])
 def test_resume_is_bit_for_bit(one: dict[str, Run], resumed: dict[str, Run], rows: str) -> None:
     whole = one[f"exact-{rows}"]
     assert exact(one[f"again-{rows}"]) == exact(whole)
