@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sftd.cli.terminal import output
 from sftd.cli.terminal.progress import run_with_stages
 from sftd.domain.text.words import counted
 
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 class Proof:
     """Two processes: one computes recorded rows with the trainer's model, the other loads the export as its users do."""
 
-    def __init__(self, run: Run, checkpoint: CheckpointInfo, order: str, folder: str) -> None:
+    def __init__(self, run: Run, checkpoint: CheckpointInfo, order: str, folder: str, *, merge: bool) -> None:
         """Compute with the trainer's model, before anything is exported. `order`: of an attempt of `run`; `folder`: for
-        temporary files. Raises `Refused` if the rows are not those that the run trained on, `ToolFailed` if there are none."""
+        temporary files; `merge`: as for the export. Raises `Refused` if the rows are not those that the run trained on, `ToolFailed` if there are none."""
         from sftd.domain.errors import Problem, Refused
 
+        if run.spec.model.quantize != "none" and not merge:
+            said = "The proof loads the model as its folder has it"
+            output.note(f"{said}; the run trained beside it in {run.spec.model.quantize}.")
         self._title = f"{run.run_id}, step {checkpoint.step}"
         self._file = str(Path(folder) / "reference.safetensors")
         # A fork's first row.
         position = run.sample_position(run.first_step)
         arguments = [order, checkpoint.path, self._file, "--position", str(position)]
-        arguments += ["--digest", checkpoint.manifest_digest]
+        arguments += ["--digest", checkpoint.manifest_digest, *(["--merge"] if merge else [])]
         done = run_with_stages(self._title, "export.reference", arguments)
         if run.train_digest not in ("", done["train_digest"]):
             what = "the files changed since the submit, so their rows are not those of the run"

@@ -74,7 +74,7 @@ def export_command(
         order_file(found, checkpoint, model, template) as order,
         tempfile.TemporaryDirectory(prefix="sftd-") as folder,
     ):
-        proving = proof.Proof(found, checkpoint, order, folder) if prove else None
+        proving = proof.Proof(found, checkpoint, order, folder, merge=merge) if prove else None
         arguments = [order, checkpoint.path, path, "--digest", checkpoint.manifest_digest]
         arguments += ["--merge"] if merge else []
         done = run_with_stages(f"{found.run_id}, step {checkpoint.step}", "export", arguments)

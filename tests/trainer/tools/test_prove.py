@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     ),
     "merged": ("llama_tied", {"model__lora__rank": RANK}, True),
     MERGED_BF16: ("llama_tied", {"model__lora__rank": RANK, MEGATRON + "params_dtype": "bfloat16"}, True),
+    "nf4": ("llama_tied", {"model__lora__rank": RANK, "model__quantize": "nf4"}, False),
+    "merged_nf4": ("llama_tied", {"model__lora__rank": RANK, "model__quantize": "nf4"}, True),
     "mixtral": ("mixtral", {"model__lora__rank": RANK}, False),
     "qwen3_moe": ("qwen3_moe", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
 }
@@ -106,7 +108,10 @@ def exports(
     order = trainer.prepare("prove_hub", trainer.spec(**overrides)).order_file
     arguments.append([str(order), sources["adapter"][1], str(root / "hub")])
     assert outcomes(trainer, "__main__", arguments, root) == [(0, "")] * len(arguments)
-    arguments = [[*sources[name], str(root / f"{name}.reference"), "--position", "8"] for name in CASES]
+    arguments = [
+        [*sources[name], str(root / f"{name}.reference"), "--position", "8", *(["--merge"] if merge else [])]
+        for name, (_, _, merge) in CASES.items()
+    ]
     assert outcomes(trainer, "reference", arguments, root) == [(0, "")] * len(arguments)
     return {name: (root / name, root / f"{name}.reference") for name in CASES}
 

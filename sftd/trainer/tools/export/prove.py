@@ -28,7 +28,8 @@ _KEY = "reference"
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """What the trainer's model has computed. `dtype` is that of its weights.
+    """What the trainer's model has computed. `dtype` is that of its weights; in `rounding` the export's may be rounded once
+    more.
 
     Tensors, for each of `rows` rows: ids int64 [n]; places int64 [p], where logits are compared; logits FP32 [p, vocabulary];
     prompt int64 [], the number of ids before the first trained one; following FP32 [t, vocabulary], from which the t tokens
@@ -37,7 +38,7 @@ class Reference(msgspec.Struct, frozen=True):
 
     rows: int
     dtype: str
-    has_adapters: bool
+    rounding: str
 
 
 def encode(reference: Reference) -> dict[str, str]:
@@ -92,9 +93,7 @@ def compare(folder: Path, file: Path, events: Any) -> dict[str, Any]:
             scales.append(row["logits"].abs().max())
         # NaN if one is.
         largest = float(torch.cat(differences).max())
-        is_merged = reference.has_adapters and not is_peft
-        rounded = reference.dtype if is_merged else "float32"
-        tolerance = _tolerance(rounded, float(torch.stack(scales).max()), model.config)
+        tolerance = _tolerance(reference.rounding, float(torch.stack(scales).max()), model.config)
         tokens, difference = 0, ""
         for number in range(reference.rows):
             events.progress(f"the export's answer {number + 1} of {reference.rows}")
@@ -108,7 +107,7 @@ def compare(folder: Path, file: Path, events: Any) -> dict[str, Any]:
         # As text, since JSON has no NaN.
         "largest_difference": str(largest),
         "tolerance": str(tolerance),
-        "rounding": rounded,
+        "rounding": reference.rounding,
         "tokens": tokens,
         "other_token": difference,
         "versions": {name: version(name) for name in _PACKAGES if is_peft or name != "peft"},

@@ -1,9 +1,9 @@
 """What the trainer's own model computes on recorded rows, for `prove`:
-`python -m sftd.trainer.tools.export.reference ORDER CHECKPOINT FILE --position P [--digest SHA256]`.
+`python -m sftd.trainer.tools.export.reference ORDER CHECKPOINT FILE --position P [--digest SHA256] [--merge]`.
 
 ORDER is the order.json of an attempt of the run, CHECKPOINT the folder of one of its checkpoints, P the position of the first
-row in the order of samples. Computes in FP32 on the CPU with weights that are rounded to the checkpoint's dtype. Writes FILE
-and JSON lines to standard output, the last one `done`. Exit codes: 0; 2 with a message on standard error for an error that
+row in the order of samples. Computes in FP32 on the CPU with weights that are rounded to the checkpoint's dtype. Without
+--merge, the model of an adapter is not quantised: that is for the users of the adapter to decide. Writes FILE and JSON lines to standard output, the last one `done`. Exit codes: 0; 2 with a message on standard error for an error that
 the user can fix; any other code is a defect.
 """
 
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="file to write")
     parser.add_argument("--position", type=int, required=True, help="first row, in the order of samples")
     parser.add_argument("--digest", help="sha256 of the checkpoint's manifest.json")
+    parser.add_argument("--merge", action="store_true", help="as for the export")
     arguments = parser.parse_args(argv)
     # The run may train on the GPU meanwhile.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -78,6 +81,8 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
 
     order = read_order(arguments.order)
     spec = order.spec
+    if not arguments.merge:
+        spec = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, quantize="none"))
     events.progress("reading the data files")
     rows = _rows(order, arguments.position)
     digest = files_digest(spec.data.train_files)
@@ -97,7 +102,8 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
                 f"{name}.{number}": value for name, value in _row(model, ids, marks, shape.vocab_size).items()
             }
     sessions.close()
-    reference = Reference(rows=len(rows), dtype=manifest.dtype, has_adapters=bool(spec.model.lora.rank))
+    rounding = manifest.dtype if arguments.merge else "float32"
+    reference = Reference(rows=len(rows), dtype=manifest.dtype, rounding=rounding)
     save_file(tensors, arguments.file, metadata=encode(reference))
     events.emit("done", train_digest=digest, rows=len(rows))
 
