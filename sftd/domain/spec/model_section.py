@@ -120,6 +120,14 @@ class Model(Section, frozen=True):
         ),
         FREE,
     ] = "full"
+    recompute_layers: Annotated[
+        Size | None,
+        Meta(
+            description="with recompute full: layers of each model chunk that are recomputed whole, the first ones; the others "
+            "recompute selectively; all when not set"
+        ),
+        FREE,
+    ] = None
     trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
         False
     )
