@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.plan.sizes import CHECKPOINT_BYTES, weights_dtype
+from sftd.domain.plan.sizes import checkpoint_bytes
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, weights
@@ -156,7 +156,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     parameters, trained = _count_parameters(chunks, shape.vocab_size, session)
-    state_bytes = trained * CHECKPOINT_BYTES[weights_dtype(spec, session.device.type)]
+    state_bytes = trained * checkpoint_bytes(spec, str(session.dtype).removeprefix("torch."))
     clip_grad = spec.optimizer.clip_grad
     return Trainee(
         shape, config, chunks, model, optimizer, session, clip_grad, parameters, trained, state_bytes

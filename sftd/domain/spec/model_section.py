@@ -49,7 +49,8 @@ class Megatron(Section, frozen=True):
     params_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(
-            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and float32 on CPUs"
+            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and with optimizer.precision lean, "
+            "otherwise float32"
         ),
     ] = "auto"
 
