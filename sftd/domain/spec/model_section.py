@@ -60,6 +60,7 @@ class Megatron(Section, frozen=True):
 
 
 ALL_LINEAR: Final = "all-linear"
+PROJECTIONS: Final = ("q", "k", "v", "o", "gate", "up", "down")
 Projection = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -97,6 +98,11 @@ class Lora(Section, frozen=True):
     adapter: Annotated[
         str, Meta(description="PEFT folder of an adapter to start from, of the same rank and targets")
     ] = ""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that get an adapter, in the order of a layer."""
+        return tuple(p for p in PROJECTIONS if ALL_LINEAR in self.targets or p in self.targets)
 
 
 class Model(Section, frozen=True):
@@ -141,3 +147,8 @@ class Model(Section, frozen=True):
     ] = "none"
     lora: Lora = Lora()
     megatron: Megatron = Megatron()
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether every attempt reads weights of the model folder. Checkpoints hold only what is trained."""
+        return bool(self.lora.rank or self.freeze)

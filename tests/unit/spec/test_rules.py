@@ -56,6 +56,8 @@ RANKS, BATCH, SIZE = "launch.nproc_per_node", "data.train_batch_size", "training
 PACKED, TOKENS, LENGTH = "training.use_rmpad", "training.micro_batch_tokens", "data.sequence_length"
 SLURM = {"launch.launcher": "slurm", "launch.device": "cuda"}
 SAVE, CHECK, SAVE_DIR = "trainer.save_interval", "trainer.val_check_interval", "checkpoint.save_dir"
+RANK, TARGETS, LORA = "model.lora.rank", "model.lora.targets", {"model.lora.rank": 16}
+FREEZE, QUANTIZE, DROPOUT = "model.freeze", "model.quantize", "model.lora.dropout"
 CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 
 
@@ -112,6 +114,25 @@ REFUSED: dict[str, list[Row]] = {
     "save_dir_with_nul": [Row(SAVE_DIR, "contains a NUL", {SAVE_DIR: "a\0b"}, fix="may write to")],
     "virtual_pipeline_alone": [Row(VPP, "at least 2 ranks", {VPP: 2})],
     "sequence_parallel_alone": [Row(SP, "one tensor-parallel rank", {SP: True}, fix="2 or more")],
+    "adapter_keys_without_rank": [
+        Row(
+            "model.lora.alpha",
+            "16.0 is not used: model.lora.rank is 0",
+            {"model.lora.alpha": 16},
+            fix="set m",
+        ),
+        Row("model.lora.adapter", "is not used", {"model.lora.adapter": "/a"}, fix="the r of that adapter"),
+        Row(TARGETS, "['q'] is not used", {TARGETS: ["q"]}),
+    ],
+    "unusable_targets": [
+        Row(TARGETS, "is empty", LORA | {TARGETS: []}, fix="list some of q, k"),
+        Row(TARGETS, "beside it: q, v", LORA | {TARGETS: ["q", "all-linear", "v"]}, fix="keep all-linear"),
+        Row(TARGETS, "names q, v more than", LORA | {TARGETS: ["q", "v", "o", "v", "q"]}),
+        Row(TARGETS, "names all-linear more than", LORA | {TARGETS: ["all-linear", "all-linear"]}),
+    ],
+    "quantised_without_adapters": [Row(QUANTIZE, "all weights are trained", {QUANTIZE: "nf4"}, fix=RANK)],
+    "frozen_under_adapters": [Row(FREEZE, "all else is frozen", LORA | {FREEZE: ["norm"]}, fix="leave it")],
+    "unusable_expression": [Row(FREEZE, "'*x' is no regular", {FREEZE: ["norm", "*x"]}, fix=r"[0-3]\.")],
     "several_machines": [
         Row("launch.nnodes", "the daemon's own machine", {"launch.nnodes": 2}, fix="launch.launcher to slurm")
     ],
@@ -187,6 +208,44 @@ REFUSED: dict[str, list[Row]] = {
     "layers_not_divided_by_pp": [
         Row(PP, "the model's 4 layers", {PP: 3}),
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
+    ],
+    "rank_above_matrix": [
+        Row(RANK, "33 is more than a side of the 32 × 64 matrix of k", {RANK: 33}, fix="to 32 or less"),
+        Row(RANK, "65 is more", {RANK: 65, TARGETS: ["q", "down"]}, fix="64 or less"),
+        Row(
+            RANK,
+            "9 × 64 matrix of gate",
+            {RANK: 10, TARGETS: ["o", "gate"]},
+            shape=EXPERTS | {"moe_intermediate_size": 9},
+        ),
+    ],
+    "dropout_in_experts": [
+        Row(DROPOUT, "0.1 is not", LORA | {DROPOUT: 0.1}, shape=EXPERTS, fix="targets: q, k, v, o"),
+        Row(DROPOUT, "(up)", LORA | {DROPOUT: 0.1, TARGETS: ["up", "q"]}, shape=EXPERTS, fix="set it to 0"),
+    ],
+    "uneven_blocks": [
+        Row(
+            QUANTIZE,
+            "of q, k, v, gate, up have 96",
+            LORA | {QUANTIZE: "nf4"},
+            shape={"hidden_size": 96},
+            fix="none",
+        ),
+        Row(QUANTIZE, "of o have 64 ÷ 2 ten", LORA | {QUANTIZE: "nf4", TP: 2}, fix="size to 1, or"),
+        Row(
+            QUANTIZE,
+            "of down have 128 ÷ 4 ten",
+            LORA | {QUANTIZE: "nf4", TP: 4},
+            shape={"num_attention_heads": 16, "num_key_value_heads": 16},
+            fix="size to 1 or 2, or",
+        ),
+        Row(
+            QUANTIZE,
+            "of down have 96",
+            LORA | {QUANTIZE: "nf4", EP: 2, TP: 2, SP: True},
+            shape=EXPERTS | {"moe_intermediate_size": 96, "num_attention_heads": 8},
+            fix="set it to none",
+        ),
     ],
     # What else is read.
     "override_that_is_not_read": [
@@ -333,6 +392,7 @@ WARNED: dict[str, list[Row]] = {
     "no_validation": [Row("data.val_files", "there is no validation", {"data.val_files": []}, {"val": None})],
     "unusual_learning_rate": [
         Row("optimizer.lr", "far above", {"optimizer.lr": 0.011}, fix="1e-6 to 1e-4"),
+        Row("optimizer.lr", "far above", LORA | {"optimizer.lr": 0.011}, fix="adapters usually use 1e-5"),
         Row("optimizer.lr", "hardly", {"optimizer.lr": 0.0}),
         Row("optimizer.lr", "hardly", {"optimizer.lr": 9e-9}),
     ],
@@ -490,6 +550,14 @@ def test_every_rule_has_a_row() -> None:
             ({}, {}, {"architecture": "Qwen2ForCausalLM", "attention_bias": True}),
             ({}, {}, {"sliding_window": 2048, "max_position_embeddings": 2048}),
             ({}, {}, {"rope_scaling": {"rope_type": "llama3"}}),
+            ({RANK: 32, DROPOUT: 0.1, "model.lora.adapter": "/a"}, {}, {}),
+            ({RANK: 64, TARGETS: ["q", "o", "down"], QUANTIZE: "nf4"}, {}, {}),
+            (LORA | {TARGETS: ["q", "k", "v", "o"], DROPOUT: 0.1}, {}, EXPERTS),
+            (
+                LORA | {QUANTIZE: "nf4", EP: 2, TP: 2, SP: True},
+                {},
+                EXPERTS | {"num_attention_heads": 8},
+            ),
             ({PACKED: True, TOKENS: 2048, SIZE: 1}, {}, {}),
             ({PACKED: True, BATCH: 8, SIZE: 8}, {}, {}),
             ({PACKED: True, RANKS: 3, BATCH: 3}, {}, {}),
