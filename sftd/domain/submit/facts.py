@@ -10,6 +10,7 @@ from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem
 from sftd.domain.model.files import ModelFiles
+from sftd.domain.model.peft import PeftAdapter
 from sftd.domain.model.shape import ModelShape
 
 
@@ -53,6 +54,9 @@ class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts for the rules. A fact that was not read is None or empty, and rules ignore it. `unreadable` are the problems of
     files that could not be read.
 
+    `has_checkpoint`: the run starts from a checkpoint, so `model.lora.adapter` is not read; otherwise `adapter` is that folder.
+    `weight_names` are the weights of the model folder, read only for `model.freeze`.
+
     `train` and `val` are the data files. `trained_on` are validation files with the same contents as a training file.
     `rendered_differently` are two training files with different chat templates. `hosts` may start the run. `own_gpus` is the
     number of GPUs of this host, if the run starts here at once. `parent` is set for a fork. The judge adds `planned_steps`
@@ -63,6 +67,9 @@ class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     shape: ModelShape | None = None
     model_files: ModelFiles | None = None
     has_tokenizer: bool | None = None
+    has_checkpoint: bool = False
+    adapter: PeftAdapter | None = None
+    weight_names: list[str] = []
     train: DataFacts | None = None
     val: DataFacts | None = None
     trained_on: list[str] = []

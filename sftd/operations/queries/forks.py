@@ -69,7 +69,7 @@ def inspect(
     return preflight.inspect(
         spec,
         lambda digest: trajectory.forked_order(parent, step, spec, digest),
-        known=SubmitFacts(parent=known, hosts=hosts),
+        known=SubmitFacts(parent=known, hosts=hosts, has_checkpoint=point is not None),
         home=home,
     )
 

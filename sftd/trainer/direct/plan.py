@@ -48,8 +48,10 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        found = preflight.inspect(spec, known=SubmitFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
+        has_checkpoint = any(run.checkpoint_dir.glob("step-*"))
+        known = SubmitFacts(own_gpus=_own_gpus(spec), has_checkpoint=has_checkpoint)
+        found = preflight.inspect(spec, known=known)
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
         if attempt is None:
