@@ -149,6 +149,6 @@ class Model(Section, frozen=True):
     megatron: Megatron = Megatron()
 
     @property
-    def needs_base(self) -> bool:
-        """Whether every attempt reads weights of the model folder. Checkpoints hold only what is trained."""
-        return bool(self.lora.rank or self.freeze)
+    def is_partly_frozen(self) -> bool:
+        """Whether the run needs the model folder at every attempt: its checkpoints hold the trained weights only."""
+        return self.lora.rank > 0 or bool(self.freeze)
