@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,10 @@ def other_adapter_than_spec(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]
     lora = spec.model.lora
     if other := peft.other_settings(facts.adapter, lora):
         now: dict[str, Any] = {name: getattr(lora, name) for name in other}
-        found = "; ".join(f"{name} is {_written(other[name])}, here {_written(now[name])}" for name in other)
-        fix = "set " + ", ".join(f"model.lora.{name} to {_written(value)}" for name, value in other.items())
+        found = "; ".join(
+            f"{name} is {json.dumps(other[name])}, here {json.dumps(now[name])}" for name in other
+        )
+        fix = "set " + ", ".join(f"model.lora.{name} to {json.dumps(value)}" for name, value in other.items())
         yield Problem(_ADAPTER, f"{lora.adapter} has other settings than this run: {found}", fix)
 
 
@@ -43,10 +46,6 @@ def adapter_of_another_model(spec: Spec, facts: SubmitFacts) -> Iterator[Problem
         fix = "give an adapter that was trained on this model, in all of its layers"
         what = f"{spec.model.lora.adapter} does not fit the model: {'; '.join(found)}"
         yield Problem(_ADAPTER, what, fix)
-
-
-def _written(value: Any) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()
 
 
 def _names(spec: Spec, facts: SubmitFacts) -> list[str]:

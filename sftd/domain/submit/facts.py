@@ -12,6 +12,7 @@ from sftd.domain.errors import Problem
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.peft import PeftAdapter
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.spec import Spec
 
 
 class HostDevices(msgspec.Struct, frozen=True):
@@ -36,7 +37,8 @@ class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
     """The run that a fork starts from. `model` is its model's shape. `model_files` is the record of its model folder, None
-    without a record or if the fork uses another folder. With `may_change_files` a changed folder is allowed.
+    without a record or if the fork uses another folder; `own_files` is that of the parent's folder in any case. `spec` is the
+    parent's. With `may_change_files` a changed folder is allowed.
 
     `checkpoint` is the step of the fork's checkpoint, None for the pretrained model. `dtype` is the training dtype of the
     checkpoint, empty if unknown. `is_direct`: at least part of the parent was trained without a daemon."""
@@ -44,6 +46,8 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str
     model: dict[str, Any]
     model_files: ModelFiles | None
+    own_files: ModelFiles | None
+    spec: Spec
     may_change_files: bool
     checkpoint: int | None
     dtype: str

@@ -61,6 +61,8 @@ def inspect(
             run_id=parent.run_id,
             model=submitted.model,
             model_files=submitted.model_files if is_same_folder else None,
+            own_files=submitted.model_files,
+            spec=parent.spec,
             may_change_files=changed_model,
             checkpoint=point.step if point else None,
             dtype=checkpoint_dir.saved(Path(point.path)).dtype if point else "",

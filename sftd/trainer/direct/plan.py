@@ -104,7 +104,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     record = record_of(n.event for n in history.events)
     checkpoint = state.restart_checkpoint
     _refuse_another_run(run, state, new)
-    _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
+    weights = checkpoint is None or spec.model.is_partly_frozen
+    _refuse_another_model(run, record, spec, found, weights=weights)
     text = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded" and new.planned_steps == state.planned_steps:
         print_text(
@@ -190,11 +191,11 @@ def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
 
 
 def _refuse_another_model(
-    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
+    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, weights: bool
 ) -> None:
     """Raise `Refused` when the model folder changed."""
     fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
-    if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
+    if problems := changed_files(record.files, found.model_files, spec, weights=weights, fix=fix):
         raise Refused(problems)
 
 

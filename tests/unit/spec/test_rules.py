@@ -77,9 +77,10 @@ NEED = storage(Spec(), SHAPE, 7, "float32")
 MODEL_FILES = ModelFiles({"tokenizer.json": ModelFile(1, "a")}, {"w.safetensors": ModelFile(9, "b")})
 
 
-def parent(checkpoint: int | None = 3, **fields: Any) -> dict[str, Any]:
+def parent(checkpoint: int | None = 3, keys: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     plain = {"model": msgspec.to_builtins(SHAPE), "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
     plain |= {"run_id": "calm-fox", "may_change_files": False, "checkpoint": checkpoint}
+    plain |= {"own_files": MODEL_FILES, "spec": parse(CONFIG, (keys or {}).items())[0]}
     return {"parent": Parent(**plain | fields)}
 
 
@@ -344,14 +345,14 @@ REFUSED: dict[str, list[Row]] = {
     "other_adapter_than_spec": [
         Row(
             ADAPTER,
-            "rank is 4, here 8; targets is [q, v], here [all-linear]",
+            'rank is 4, here 8; targets is ["q", "v"], here ["all-linear"]',
             {RANK: 8, "model.lora.alpha": 8, ADAPTER: "/a"},
             peft(),
-            fix="set model.lora.rank to 4, model.lora.targets to [q, v]",
+            fix='set model.lora.rank to 4, model.lora.targets to ["q", "v"]',
         ),
         Row(ADAPTER, "alpha is 16.0, here 8", STARTED, peft(lora_alpha=16), fix="alpha to 16.0"),
         Row(ADAPTER, "rslora is true, here false", STARTED, peft(use_rslora=True), fix="rslora to true"),
-        Row(ADAPTER, "targets is [v], here [q, v]", STARTED, peft("v", target_modules="all-linear")),
+        Row(ADAPTER, 'targets is ["v"], here ["q", "v"]', STARTED, peft("v", target_modules="all-linear")),
     ],
     "adapter_of_another_model": [
         Row(ADAPTER, "6 matrices of q, for 8", STARTED, peft(layers=3), fix="on this model"),
@@ -415,6 +416,45 @@ REFUSED: dict[str, list[Row]] = {
             parent(dtype="bfloat16"),
             fix="set it to bfloat16",
         )
+    ],
+    "other_base_than_checkpoint": [
+        Row(
+            "model.partial_pretrain",
+            "/m has other weights than calm-fox started from",
+            LORA,
+            parent(keys=LORA, may_change_files=True) | files(weights="x"),
+            fix="put them back as they were, or start again with --from-step 0 --changed-model",
+        ),
+        Row(
+            "model.partial_pretrain",
+            "/n has other weights",
+            {FREEZE: ["norm"], "model.path": "/n"},
+            parent(keys={FREEZE: ["norm"]}, model_files=None) | files(weights="x"),
+            fix="use its folder, or",
+        ),
+        Row(
+            "model.override_config",
+            "differs from calm-fox's, and the checkpoint of step 3 holds only",
+            LORA | {"model.override_config": {"rope_theta": 5}},
+            parent(keys=LORA),
+            fix="--from-step 0",
+        ),
+    ],
+    "other_adapters_than_checkpoint": [
+        Row(
+            RANK, "is 16, but the checkpoint of step 3 is without", LORA, parent(), fix="DIR --step 3`, then"
+        ),
+        Row(RANK, "is 0, but the checkpoint of step 3 is of", {}, parent(keys=LORA), fix="--step 3 --merge`"),
+        Row(RANK, "is 8, but the checkpoint of step 3 has adapters with 16", {RANK: 8}, parent(keys=LORA)),
+        Row(TARGETS, 'is ["q"], but', LORA | {TARGETS: ["q"]}, parent(keys=LORA), fix="leave it as it was"),
+        Row("model.lora.rslora", "is true", LORA | {"model.lora.rslora": True}, parent(keys=LORA)),
+        Row(ADAPTER, "is not read", STARTED, parent(keys=STARTED | {ADAPTER: "/b"}), fix="--from-step 0"),
+        Row("model.lora.init", "is not read", LORA | {"model.lora.init": "gaussian"}, parent(keys=LORA)),
+    ],
+    "other_frozen_weights_than_checkpoint": [
+        Row(FREEZE, 'is ["a"], but the checkpoint of step 3 is with all', {FREEZE: ["a"]}, parent()),
+        Row(FREEZE, 'is [], but the checkpoint of step 3 is without ["a"]', {}, parent(keys={FREEZE: ["a"]})),
+        Row(QUANTIZE, "were trained with nf4", LORA, parent(keys=LORA | {QUANTIZE: "nf4"}), fix="--merge"),
     ],
     "no_space_for_one_checkpoint": [
         Row(
@@ -674,6 +714,14 @@ def test_every_rule_has_a_row() -> None:
             ({"model.megatron.params_dtype": "bfloat16"}, parent(dtype="bfloat16") | files(weights="x"), {}),
             ({}, parent(model_files=None, dtype="bfloat16") | files("x"), {"rms_norm_eps": 1e-5}),
             ({}, parent(None, is_direct=True), {"vocab_size": 99}),
+            (LORA | {QUANTIZE: "nf4"}, parent(None) | files(), {}),
+            (LORA, parent(keys={RANK: 8, QUANTIZE: "nf4"}, checkpoint=None), {}),
+            (
+                LORA | {"model.lora.alpha": 1, DROPOUT: 0.1, TARGETS: list(PROJECTIONS), "model.path": "/n"},
+                parent(keys=LORA, model_files=None) | files("x"),
+                {},
+            ),
+            ({FREEZE: ["b", "a"]}, parent(keys={FREEZE: ["a", "b"]}), {}),
             *(
                 ({SAVE: save, CHECK: check, "trainer.max_steps": 50}, {}, {})
                 for save, check in ((4, 2), (3, 0), (0, 2), (100, 30))
