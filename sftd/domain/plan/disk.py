@@ -7,7 +7,7 @@ import msgspec
 from sftd.domain.model.parameters import whole_model
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import save_steps
-from sftd.domain.plan.sizes import CHECKPOINT_BYTES, SAVE_HEADROOM
+from sftd.domain.plan.sizes import SAVE_HEADROOM, checkpoint_bytes
 from sftd.domain.spec.retention import kept_by_rules
 from sftd.domain.spec.spec import Spec
 
@@ -45,7 +45,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
     """Disk use of a run of `planned_steps`. Steps up to `first_step` and their checkpoints belong to a fork's parent."""
     parameters = whole_model(shape)
-    size = parameters * CHECKPOINT_BYTES[dtype]
+    size = parameters * checkpoint_bytes(spec, dtype)
     steps = save_steps(spec, planned_steps, first_step)
 
     def count(saved: list[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import msgspec
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
-from sftd.domain.plan.sizes import CHECKPOINT_BYTES, CUBLAS_BYTES, SCORES_BYTES, logits_chunks
+from sftd.domain.plan.sizes import CUBLAS_BYTES, SCORES_BYTES, checkpoint_bytes, logits_chunks
 from sftd.domain.spec.spec import Spec
 
 # A CPU process with torch and Megatron imported, and the freed activations that the C library keeps: a share of them, up
@@ -74,7 +74,7 @@ def _of_stage(
     pp = m.pipeline_model_parallel_size
     mine = held(spec, shape, stage)
     width = 2 if dtype == "bfloat16" else 4
-    state = CHECKPOINT_BYTES[dtype] - width
+    state = checkpoint_bytes(spec, dtype) - width
     dense_ranks = spec.data_parallel_size * m.context_parallel_size
     expert_ranks = max(
         1, spec.world_size // (pp * m.expert_model_parallel_size * m.expert_tensor_parallel_size)

@@ -18,7 +18,9 @@ _CUBLAS_KIB, _CUBLAS_COUNT = 4096, 8
 CUBLAS_CONFIG = f":{_CUBLAS_KIB}:{_CUBLAS_COUNT}"
 CUBLAS_BYTES = _CUBLAS_KIB * 1024 * _CUBLAS_COUNT
 # Checkpoint bytes per parameter, by dtype of the weights: two moments and the weight in FP32, plus the weight in BF16.
-CHECKPOINT_BYTES = {"float32": 12, "bfloat16": 14}
+_CHECKPOINT_BYTES = {"float32": 12, "bfloat16": 14}
+# The same with `optimizer.precision: lean`: the weight and two moments in BF16.
+_LEAN_CHECKPOINT_BYTES = 6
 # Free space that a save requires, as a multiple of its expected size.
 SAVE_HEADROOM = 1.1
 
@@ -26,7 +28,13 @@ SAVE_HEADROOM = 1.1
 def weights_dtype(spec: Spec, device: str) -> str:
     """Dtype of the weights on a `cpu` or `cuda` device, by its torch name."""
     chosen = spec.model.megatron.params_dtype
-    return chosen if chosen != "auto" else "bfloat16" if device == "cuda" else "float32"
+    is_bf16 = device == "cuda" or spec.optimizer.precision == "lean"
+    return chosen if chosen != "auto" else "bfloat16" if is_bf16 else "float32"
+
+
+def checkpoint_bytes(spec: Spec, dtype: str) -> int:
+    """Bytes per trained parameter of a checkpoint with weights of `dtype`: weight and state of the optimizer."""
+    return _LEAN_CHECKPOINT_BYTES if spec.optimizer.precision == "lean" else _CHECKPOINT_BYTES[dtype]
 
 
 def length_multiple(spec: Spec, device: str) -> int:

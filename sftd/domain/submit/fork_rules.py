@@ -136,6 +136,14 @@ def _from_export(parent: Parent, rank: int) -> str:
     )
 
 
+def other_precision_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
+    """A lean optimizer's checkpoint has no FP32 weights, and BF16 moments."""
+    wanted, parent = spec.optimizer.precision, facts.parent
+    if parent and parent.checkpoint is not None and wanted != (own := parent.spec.optimizer.precision):
+        what = f"is {wanted}, but the checkpoint of step {parent.checkpoint} was trained with {own}"
+        yield Problem("optimizer.precision", what, f"set it to {own}")
+
+
 def accepted_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The log records accepted changes of the model folder."""
     if (parent := facts.parent) and parent.may_change_files:
@@ -160,6 +168,7 @@ FORK = Rules(
         other_base_than_checkpoint,
         other_adapters_than_checkpoint,
         other_frozen_weights_than_checkpoint,
+        other_precision_than_checkpoint,
     ),
     warn=(accepted_model_folder, parent_without_daemon),
 )

@@ -199,6 +199,14 @@ REFUSED: dict[str, list[Row]] = {
         # 100 rows, 16 of them a step.
         Row("scheduler.warmup_steps", "more than the 7 steps", {BATCH: 16, "scheduler.warmup_steps": 8}),
     ],
+    "lean_with_fp32_weights": [
+        Row(
+            "optimizer.precision",
+            "lean keeps BF16 weights",
+            {"optimizer.precision": "lean", "model.megatron.params_dtype": "float32"},
+            fix="auto",
+        )
+    ],
     # The model.
     "unsupported_parts": [
         Row(
@@ -455,6 +463,14 @@ REFUSED: dict[str, list[Row]] = {
         Row(FREEZE, 'is ["a"], but the checkpoint of step 3 is with all', {FREEZE: ["a"]}, parent()),
         Row(FREEZE, 'is [], but the checkpoint of step 3 is without ["a"]', {}, parent(keys={FREEZE: ["a"]})),
         Row(QUANTIZE, "were trained with nf4", LORA, parent(keys=LORA | {QUANTIZE: "nf4"}), fix="--merge"),
+    "other_precision_than_checkpoint": [
+        Row(
+            "optimizer.precision",
+            "is lean, but the checkpoint of step 3 was trained with full",
+            {"optimizer.precision": "lean"},
+            parent(),
+            fix="set it to full",
+        )
     ],
     "no_space_for_one_checkpoint": [
         Row(
@@ -722,6 +738,8 @@ def test_every_rule_has_a_row() -> None:
                 {},
             ),
             ({FREEZE: ["b", "a"]}, parent(keys={FREEZE: ["a", "b"]}), {}),
+            ({}, parent(None, {"optimizer.precision": "lean"}), {}),
+            ({"optimizer.precision": "lean"}, {}, {}),
             *(
                 ({SAVE: save, CHECK: check, "trainer.max_steps": 50}, {}, {})
                 for save, check in ((4, 2), (3, 0), (0, 2), (100, 30))
