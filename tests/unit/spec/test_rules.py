@@ -463,6 +463,7 @@ REFUSED: dict[str, list[Row]] = {
         Row(FREEZE, 'is ["a"], but the checkpoint of step 3 is with all', {FREEZE: ["a"]}, parent()),
         Row(FREEZE, 'is [], but the checkpoint of step 3 is without ["a"]', {}, parent(keys={FREEZE: ["a"]})),
         Row(QUANTIZE, "were trained with nf4", LORA, parent(keys=LORA | {QUANTIZE: "nf4"}), fix="--merge"),
+    ],
     "other_precision_than_checkpoint": [
         Row(
             "optimizer.precision",
