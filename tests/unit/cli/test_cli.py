@@ -200,7 +200,8 @@ def test_what_a_command_lacks_is_said(
         ("cutoff", {"data.sequence_length"}, ""),
         ("hub id", {"model.partial_pretrain"}, ""),
         ("scheduler.warmup", {"scheduler.warmup_steps", "scheduler.warmup_ratio"}, ""),
-        ("lora_r", set(), "has no counterpart here: no adapters"),
+        ("lora_r", {"model.lora.rank"}, "here it is `model.lora.rank`"),
+        ("peft_use_dora", set(), "has no counterpart here: plain LoRA"),
     ],
 )
 def test_keys_are_found_by_their_names_elsewhere_and_their_meaning(
