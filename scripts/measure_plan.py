@@ -107,7 +107,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
             return Sample(ids[row], np.append(ids[row][1:], IGNORE_INDEX))
 
     batches = Batching.of(spec, session).batches(InMemory(), np.arange(rows))  # type: ignore[arg-type]
-    meter = Meter(shape, session)
+    meter = Meter(shape, spec.model, session)
     seconds = 0.0
     for step in range(arguments.steps):
         in_use(device)

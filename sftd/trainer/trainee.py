@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.plan.sizes import CHECKPOINT_BYTES, weights_dtype
+from sftd.domain.plan.sizes import checkpoint_bytes, weights_dtype
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, weights
@@ -32,7 +32,7 @@ LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model and its optimizer on this rank. `parameters` and `state_bytes` count the whole model."""
+    """The model and its optimizer on this rank. `parameters` count the whole model, `state_bytes` are those of a checkpoint."""
 
     shape: ModelShape
     config: TransformerConfig
@@ -147,7 +147,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     parameters = _count_parameters(chunks, shape.vocab_size, session)
-    state_bytes = parameters * CHECKPOINT_BYTES[weights_dtype(spec, session.device.type)]
+    state_bytes = checkpoint_bytes(spec, shape, weights_dtype(spec, session.device.type))
     return Trainee(
         shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
     )
