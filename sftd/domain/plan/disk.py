@@ -43,7 +43,8 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
     """Disk use of a run of `planned_steps`. Steps up to `first_step` and their checkpoints belong to a fork's parent."""
-    weights = WEIGHT_BYTES[dtype] * trained_parameters(spec.model, shape)
+    trained = trained_parameters(spec.model, shape)
+    weights = WEIGHT_BYTES[dtype] * trained
     steps = save_steps(spec, planned_steps, first_step)
 
     def count(saved: list[int]) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
 
     stays, kept = count(steps)
     return Storage(
-        checkpoint=checkpoint_bytes(spec, shape, dtype),
+        checkpoint=trained * checkpoint_bytes(spec, dtype),
         weights=weights,
         saved=len(steps),
         kept=kept,

@@ -16,8 +16,8 @@ from sftd.domain.plan.sizes import (
     NF4_BYTES,
     SCORES_BYTES,
     WEIGHT_BYTES,
+    checkpoint_bytes,
     logits_chunks,
-    optimizer_bytes,
 )
 from sftd.domain.spec.spec import Spec
 
@@ -81,7 +81,8 @@ def _of_stage(
     m = spec.model.megatron
     pp = m.pipeline_model_parallel_size
     mine = held(spec, shape, stage)
-    width, state = WEIGHT_BYTES[dtype], optimizer_bytes(spec, dtype)
+    width = WEIGHT_BYTES[dtype]
+    state = checkpoint_bytes(spec, dtype) - width
     dense_ranks = spec.data_parallel_size * m.context_parallel_size
     expert_ranks = max(
         1, spec.world_size // (pp * m.expert_model_parallel_size * m.expert_tensor_parallel_size)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from sftd.domain.model.parameters import trained_parameters
-from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 
 # Lengths on a GPU are multiples of this: matrix products get whole tiles, and the allocator sees fewer shapes.
@@ -19,17 +17,13 @@ SCORES_BYTES = 2 << 30
 _CUBLAS_KIB, _CUBLAS_COUNT = 4096, 8
 CUBLAS_CONFIG = f":{_CUBLAS_KIB}:{_CUBLAS_COUNT}"
 CUBLAS_BYTES = _CUBLAS_KIB * 1024 * _CUBLAS_COUNT
-# Bytes of a weight, and of AdamW's state per trained parameter by `optimizer.precision`: two FP32 moments and an FP32 copy of BF16
-# weights, or (lean) two BF16 moments alone. A checkpoint holds both.
+# Bytes of a weight, and of a value in NF4: four bits, and an FP32 scale for each 64 values.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-OPTIMIZER_BYTES = {
-    ("float32", "full"): 8,
-    ("bfloat16", "full"): 12,
-    ("float32", "lean"): 4,
-    ("bfloat16", "lean"): 4,
-}
-# Bytes of an NF4 value: four bits, and an FP32 scale for each 64 values.
 NF4_BYTES = 0.5 + 4 / 64
+# Checkpoint bytes per parameter, by dtype of the weights: two moments and the weight in FP32, plus the weight in BF16.
+_CHECKPOINT_BYTES = {"float32": 12, "bfloat16": 14}
+# The same with `optimizer.precision: lean`: the weight and two moments in BF16.
+_LEAN_CHECKPOINT_BYTES = 6
 # Free space that a save requires, as a multiple of its expected size.
 SAVE_HEADROOM = 1.1
 
@@ -37,17 +31,13 @@ SAVE_HEADROOM = 1.1
 def weights_dtype(spec: Spec, device: str) -> str:
     """Dtype of the weights on a `cpu` or `cuda` device, by its torch name."""
     chosen = spec.model.megatron.params_dtype
-    return chosen if chosen != "auto" else "bfloat16" if device == "cuda" else "float32"
+    is_bf16 = device == "cuda" or spec.optimizer.precision == "lean"
+    return chosen if chosen != "auto" else "bfloat16" if is_bf16 else "float32"
 
 
-def optimizer_bytes(spec: Spec, dtype: str) -> int:
-    """Optimizer bytes of a trained parameter with weights of `dtype`."""
-    return OPTIMIZER_BYTES[dtype, spec.optimizer.precision]
-
-
-def checkpoint_bytes(spec: Spec, shape: ModelShape, dtype: str) -> int:
-    """Bytes of a checkpoint: weights and optimizer state of what the run trains. Its few files besides are not counted."""
-    return trained_parameters(spec.model, shape) * (WEIGHT_BYTES[dtype] + optimizer_bytes(spec, dtype))
+def checkpoint_bytes(spec: Spec, dtype: str) -> int:
+    """Bytes per trained parameter of a checkpoint with weights of `dtype`: weight and state of the optimizer."""
+    return _LEAN_CHECKPOINT_BYTES if spec.optimizer.precision == "lean" else _CHECKPOINT_BYTES[dtype]
 
 
 def length_multiple(spec: Spec, device: str) -> int:

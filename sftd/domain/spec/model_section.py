@@ -141,3 +141,8 @@ class Model(Section, frozen=True):
     ] = "none"
     lora: Lora = Lora()
     megatron: Megatron = Megatron()
+
+    @property
+    def is_partly_frozen(self) -> bool:
+        """Whether the run needs the model folder at every attempt: its checkpoints hold the trained weights only."""
+        return self.lora.rank > 0 or bool(self.freeze)

@@ -96,10 +96,11 @@ class RankAttempt:
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
         # Finished before the first step is recorded: a recorded step implies weights whose digest is in the log.
-        reads_weights = pretrained or self._spec.model.lora.rank > 0
+        reads_weights = pretrained or self._spec.model.is_partly_frozen
         self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if reads_weights else None
         self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
         self._environment = sessions.environment(session)
+        trained = self._trainee.trained_parameters
         reporter.emit(
             ModelLoaded(
                 architecture=shape.architecture,
@@ -108,6 +109,7 @@ class RankAttempt:
                 device=self._environment["device"],
                 seconds=time.perf_counter() - started,
                 environment=self._environment,
+                trained_parameters=None if trained == self._trainee.parameters else trained,
             )
         )
         self._bind_data(shape)
@@ -305,8 +307,9 @@ class RankAttempt:
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
         """The rows of `step` (0-based) and this rank's micro-batches of them."""
         size = self._spec.data.train_batch_size
-        rows = self._samples.rows(self._order.sample_position(step), size)
-        return rows, self._batching.batches(self._train, rows)
+        place = self._order.sample_position(step)
+        rows = self._samples.rows(place, size)
+        return rows, self._batching.batches(self._train, rows, place)
 
     def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
         """Reduce a step's results and stop requests over the ranks in one small all-reduce.

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
+from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
@@ -27,6 +28,9 @@ class DecoderLayer(TransformerLayer):
     the norms and the activation: a third less memory for a few elementwise passes.
     """
 
+    # With adapters: where their products look for the keys of a micro-batch's tokens.
+    dropout_keys: TokenKeys | None = None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -38,6 +42,9 @@ class DecoderLayer(TransformerLayer):
         """Hidden states [s, b, h] (with sequence parallelism this rank's share of s) and the positions' cos and sin
         FP32 [2, s, d / 2] → [s, b, h]. The second output is Megatron's cross-attention context, always None.
         """
+        if self.dropout_keys is not None:
+            # Here, because recomputation may run a layer of an earlier micro-batch.
+            self.dropout_keys.current = packed_seq_params.dropout_keys
         norm = self.input_layernorm
         residual, normed = ops.add_rms_norm(hidden_states, None, norm.weight, norm.eps)
         with self._recomputing(normed, norm, residual):

@@ -134,9 +134,10 @@ def distribute(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         # With overlap, Megatron's hook needs `grad_added_to_main_grad` on the weight. `computed_again` keeps a detached
-        # weight without that mark.
+        # weight without that mark, and adapters, whose gradients are small, have none.
         overlap_grad_reduce=session.device.type == "cuda"
         and session.layout.dp > 1
+        and all(p.requires_grad for chunk in chunks for p in chunk.parameters())
         and config.recompute_granularity != "selective",
         # The loop reports a bad gradient with the step's numbers. Megatron would only assert.
         check_for_nan_in_grad=False,
@@ -154,8 +155,9 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
     embedded = None
     if core.pre_process:
         embedded = embed(core.embedding, batch.tokens, sequence_parallel=core.config.sequence_parallel)
-        # A recomputed layer hands gradients to its parameters only if its input wants one, which a frozen embedding's does not.
-        embedded.requires_grad_()
+        if core.config.recompute_granularity == "full":
+            # A recomputed layer hands gradients to its parameters only if its input wants one. A frozen embedding's does not.
+            embedded.requires_grad_()
     output = model(
         batch.tokens,
         batch.layout.positions[None],
