@@ -24,7 +24,7 @@ from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, weights
 from sftd.trainer.model import model as models
 from sftd.trainer.model.adapters import frozen, lora
-from sftd.trainer.model.adapters.linears import sum_partial_gradients
+from sftd.trainer.model.adapters.linears import adapters_of, sum_partial_gradients
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 
@@ -112,6 +112,8 @@ class Trainee:
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for adapters in adapters_of(self.chunks):
+            adapters.begin_step()
         loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
         accept_norm = None if accept is None else partial(accept, loss)
@@ -130,8 +132,11 @@ def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -> None:
     # The loss is already divided. With the token count, Megatron would divide all gradients in another pass.
+    adapters = adapters_of(model)
+    for each in adapters:
+        each.end_step()
     finalize_model_grads(model, None, **options)
-    sum_partial_gradients(p for module in model for p in module.parameters())
+    sum_partial_gradients(adapters)
 
 
 def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:

@@ -22,10 +22,12 @@ from sftd.domain.plan.sizes import (
 from sftd.domain.spec.spec import Spec
 
 # A CPU process with torch and Megatron imported, and the freed activations that the C library keeps: a share of them, up
-# to a limit. Measured and fitted, not derived: docs/plan.md.
+# to a limit, while gradients are reduced; and a share while activations are in memory, which is more than that where few
+# parameters are trained. Measured and fitted, not derived: docs/plan.md.
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
+HELD_BACK_BEFORE = 0.3
 # GPU memory besides tensors: the CUDA context, kernels and, with several ranks, buffers of about twenty NCCL groups (2.0
 # and 8.8 GiB on an H100), and memory that the allocator reserves but does not use (up to 3.7 %). Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
@@ -105,7 +107,9 @@ def _of_stage(
     if device == "cpu":
         # gloo copies the gradients that it reduces. By then the activations are freed, but the C library keeps a part.
         held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
-        workspace = PROCESS_BYTES + int(held_back) + 4 * mine.trained
+        workspace = PROCESS_BYTES + max(
+            int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations)
+        )
     return Footprint(
         stage=stage,
         weights=width * (mine.total - mine.quantized) + int(NF4_BYTES * mine.quantized),

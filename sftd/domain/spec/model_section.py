@@ -49,7 +49,8 @@ class Megatron(Section, frozen=True):
     params_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Meta(
-            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and float32 on CPUs"
+            description="dtype of the weights in forward and backward; auto is bfloat16 on GPUs and with optimizer.precision lean, "
+            "otherwise float32"
         ),
     ] = "auto"
 
@@ -120,6 +121,14 @@ class Model(Section, frozen=True):
         ),
         FREE,
     ] = "full"
+    recompute_layers: Annotated[
+        Size | None,
+        Meta(
+            description="with recompute full: layers of each model chunk that are recomputed whole, the first ones; the others "
+            "recompute selectively; all when not set"
+        ),
+        FREE,
+    ] = None
     trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
         False
     )

@@ -209,6 +209,14 @@ def recompute_turned_off(spec: Spec) -> Iterator[Problem]:
         yield Problem("model.recompute", what)
 
 
+def lean_with_fp32_weights(spec: Spec) -> Iterator[Problem]:
+    """The lean optimizer keeps no FP32 copy of a weight: it rounds BF16 weights."""
+    if spec.optimizer.precision == "lean" and spec.model.megatron.params_dtype == "float32":
+        what = "lean keeps BF16 weights, but model.megatron.params_dtype is float32"
+        fix = "leave model.megatron.params_dtype at auto, or set optimizer.precision to full"
+        yield Problem("optimizer.precision", what, fix)
+
+
 def optimizer_not_sharded(spec: Spec) -> Iterator[Problem]:
     """The optimizer is always sharded."""
     if not spec.model.megatron.use_distributed_optimizer:
@@ -294,6 +302,7 @@ SPEC = Rules(
         uneven_batch,
         uneven_interleaving,
         warm_up_longer_than_run,
+        lean_with_fp32_weights,
     ),
     warn=(
         *launch_rules.LAUNCH.warn,

@@ -38,7 +38,8 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     without a record or if the fork uses another folder. With `may_change_files` a changed folder is allowed.
 
     `checkpoint` is the step of the fork's checkpoint, None for the pretrained model. `dtype` is the training dtype of the
-    checkpoint, empty if unknown. `is_direct`: at least part of the parent was trained without a daemon."""
+    checkpoint, empty if unknown. `precision` is its `optimizer.precision`. `is_direct`: at least part of the parent was
+    trained without a daemon."""
 
     run_id: str
     model: dict[str, Any]
@@ -46,6 +47,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     may_change_files: bool
     checkpoint: int | None
     dtype: str
+    precision: str
     is_direct: bool
 
 

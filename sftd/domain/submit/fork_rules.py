@@ -52,6 +52,16 @@ def other_dtype_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Prob
         yield Problem("model.megatron.params_dtype", what, fix)
 
 
+def other_precision_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
+    """A lean optimizer's checkpoint has no FP32 weights, and BF16 moments."""
+    wanted, parent = spec.optimizer.precision, facts.parent
+    if parent and parent.checkpoint is not None and wanted != parent.precision:
+        what = (
+            f"is {wanted}, but the checkpoint of step {parent.checkpoint} was trained with {parent.precision}"
+        )
+        yield Problem("optimizer.precision", what, f"set it to {parent.precision}")
+
+
 def accepted_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """The log records accepted changes of the model folder."""
     if (parent := facts.parent) and parent.may_change_files:
@@ -69,6 +79,11 @@ def parent_without_daemon(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 
 
 FORK = Rules(
-    refuse=(changed_model_folder, other_model_than_checkpoint, other_dtype_than_checkpoint),
+    refuse=(
+        changed_model_folder,
+        other_model_than_checkpoint,
+        other_dtype_than_checkpoint,
+        other_precision_than_checkpoint,
+    ),
     warn=(accepted_model_folder, parent_without_daemon),
 )

@@ -11,6 +11,7 @@ from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, several
 from sftd.domain.model.families import keys_read
 from sftd.domain.plan.disk import Storage, storage
+from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.launchers import kind_of
@@ -226,10 +227,8 @@ def _space(spec: Spec, facts: SubmitFacts) -> tuple[int, Storage, str] | None:
     folder = facts.save_folder
     if folder is None or folder.free is None or facts.shape is None:
         return None
-    dtype = spec.model.megatron.params_dtype
-    # With `auto` the device decides. Assume float32, which gives the smallest checkpoint.
-    dtype = "float32" if dtype == "auto" else dtype
-    need = storage(spec, facts.shape, facts.planned_steps, dtype, facts.first_step)
+    # With `auto` the device decides. Assume a CPU, which gives the smallest checkpoint.
+    need = storage(spec, facts.shape, facts.planned_steps, weights_dtype(spec, "cpu"), facts.first_step)
     return folder.free, need, f"{size(folder.free)} are free in {folder.above}"
 
 

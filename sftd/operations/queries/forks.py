@@ -64,6 +64,7 @@ def inspect(
             may_change_files=changed_model,
             checkpoint=point.step if point else None,
             dtype=checkpoint_dir.saved(Path(point.path)).dtype if point else "",
+            precision=parent.spec.optimizer.precision,
             is_direct=parent.daemon == DAEMON or _is_direct(connection, parent),
         )
     return preflight.inspect(

@@ -31,7 +31,7 @@ from sftd.domain.run.failures import is_disk_full
 from sftd.domain.spec.spec import spec_digest
 from sftd.trainer.checkpoint import folder as checkpoint_folder
 from sftd.trainer.checkpoint.folder_swap import fsync_file, publish_folder
-from sftd.trainer.checkpoint.state import CONTENT, sharded_state
+from sftd.trainer.checkpoint.state import sharded_state
 from sftd.trainer.checkpoint.writer import (
     FilePlan,
     HostCopy,
@@ -41,6 +41,7 @@ from sftd.trainer.checkpoint.writer import (
     writers,
 )
 from sftd.trainer.errors import CheckpointSaveFailed, UserError
+from sftd.trainer.optimizer.state import CONTENT
 from sftd.trainer.runtime.megatron_edges.saving import keep_rank_zero_in_step, plan_saves_with
 from sftd.trainer.runtime.reporter import Reporter
 from sftd.trainer.runtime.session import Session, gather

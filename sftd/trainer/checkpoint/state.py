@@ -5,20 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 
+from sftd.trainer.optimizer.state import content
 from sftd.trainer.runtime.megatron_edges.training import allocate_adamw_state
 from sftd.trainer.runtime.session import Session
 from sftd.trainer.trainee import Trainee
-
-# The only optimizer format that works without TransformerEngine and that another layout can load.
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 # Key prefixes of the state that only a resume needs. All other keys belong to the model or to every checkpoint.
 STATE_KEYS = ("optimizer.", "rng/")
@@ -26,12 +20,11 @@ STATE_KEYS = ("optimizer.", "rng/")
 
 def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_rng: bool) -> dict[str, Any]:
     """This rank's live tensors with their global offsets. `with_rng`: include the random streams."""
-    layout = session.layout
-    content = dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    layout, format_ = session.layout, content()
     # The unwrapped modules: DDP and Float16Module would prefix every name.
-    state: dict[str, Any] = {f"model{i}": trained(chunk, content) for i, chunk in enumerate(trainee.chunks)}
+    state: dict[str, Any] = {f"model{i}": trained(chunk, format_) for i, chunk in enumerate(trainee.chunks)}
     allocate_adamw_state(trainee.optimizer)
-    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=content)
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=format_)
     if with_rng:
         is_cuda = session.device.type == "cuda"
         streams = {
@@ -46,10 +39,10 @@ def sharded_state(session: Session, trainee: Trainee, *, is_loading: bool, with_
     return state
 
 
-def trained(chunk: GPTModel, content: dict[str, Any]) -> dict[str, Any]:
+def trained(chunk: GPTModel, metadata: dict[str, Any]) -> dict[str, Any]:
     """The places of a chunk's weights in a checkpoint, without those that the run leaves frozen: the model folder has them."""
     frozen = _frozen(chunk)
-    places = chunk.sharded_state_dict(metadata=content)
+    places = chunk.sharded_state_dict(metadata=metadata)
     return {name: place for name, place in places.items() if name not in frozen}
 
 

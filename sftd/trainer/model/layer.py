@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
 
 
@@ -30,6 +32,12 @@ class DecoderLayer(TransformerLayer):
 
     # With adapters: where their products look for the keys of a micro-batch's tokens.
     dropout_keys: TokenKeys | None = None
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.quantize != "none":
+            # Here, so that no more than one layer's weights are in memory as they are.
+            products.empty(self)
 
     def forward(
         self,

@@ -49,11 +49,13 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+        if spec.model.recompute_layers:
+            recompute |= {"recompute_method": "block", "recompute_num_layers": spec.model.recompute_layers}
     elif spec.model.enable_gradient_checkpointing:
         # DecoderLayer reads this.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     accumulate_weight_gradients(accumulate_weight_gradient)
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -96,6 +98,9 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         **experts.config_fields(spec, shape),
         **recompute,
     )
+    # DecoderLayer reads this.
+    config.quantize = spec.model.quantize
+    return config
 
 
 def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
@@ -121,8 +126,12 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         )
         model.position_embedding_type = "rope"
         model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        if config.recompute_method == "block":
+            for layer in model.decoder.layers[config.recompute_num_layers :]:
+                layer.recompute_input_layernorm = True
         experts.mark(model)
-        chunks.append(model.to(session.device))
+        # `to`, except that quantised weights stay where they have no memory.
+        chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks
 
 
@@ -138,7 +147,8 @@ def distribute(
         overlap_grad_reduce=session.device.type == "cuda"
         and session.layout.dp > 1
         and all(p.requires_grad for chunk in chunks for p in chunk.parameters())
-        and config.recompute_granularity != "selective",
+        and config.recompute_granularity != "selective"
+        and config.recompute_method != "block",
         # The loop reports a bad gradient with the step's numbers. Megatron would only assert.
         check_for_nan_in_grad=False,
     )

@@ -1,18 +1,31 @@
-"""AdamW in Megatron's distributed optimizer: FP32 master weights and moments, sharded over the data-parallel ranks."""
+"""AdamW in Megatron's distributed optimizer, sharded over the data-parallel ranks: FP32 master weights and moments, or those
+of `lean`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from sftd.domain.spec.spec import Spec
-from sftd.trainer.optimizer.state import install_optimizer_state
-from sftd.trainer.runtime.megatron_edges.training import adamw_of, fuse_adamw, parts_of, use_torch_adamw
+from sftd.trainer.optimizer.lean import LeanAdamW
+from sftd.trainer.optimizer.state import content, install_optimizer_state, own_pieces
+from sftd.trainer.runtime.megatron_edges.saving import optimizer_tensors
+from sftd.trainer.runtime.megatron_edges.training import (
+    adamw_of,
+    allocate_adamw_state,
+    fuse_adamw,
+    keep_no_master_weights,
+    parts_of,
+    use_torch_adamw,
+)
 from sftd.trainer.runtime.session import Session
 
 
@@ -33,16 +46,35 @@ def build(spec: Spec, model: list[DistributedDataParallel], session: Session) ->
         use_distributed_optimizer=True,
     )
     use_torch_adamw()
+    if o.precision == "lean":
+        keep_no_master_weights(config)
     optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+    if o.precision == "lean":
+        _make_lean(optimizer, model, spec.model.megatron.seed)
     install_optimizer_state(optimizer)
     configure(spec, optimizer, session)
     return optimizer
 
 
+def _make_lean(optimizer: MegatronOptimizer, model: list[DistributedDataParallel], seed: int) -> None:
+    places = {f"model{i}": _core(m).sharded_state_dict(metadata=content()) for i, m in enumerate(model)}
+    for part in parts_of(optimizer):
+        if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
+            continue
+        pieces = {optimizer_tensors(part, p)["param"]: found for p, found in own_pieces(part, places)}
+        part.optimizer = LeanAdamW(part.optimizer.param_groups, pieces, seed)
+    allocate_adamw_state(optimizer)
+
+
+def _core(model: torch.nn.Module) -> GPTModel:
+    return model if isinstance(model, GPTModel) else _core(cast(torch.nn.Module, model.module))
+
+
 def configure(spec: Spec, optimizer: MegatronOptimizer, session: Session) -> None:
     """Apply the spec's settings. Needed at the start and after a load, which restores those of the run that saved."""
     o = spec.optimizer
-    fuse_adamw(optimizer, session.device)
+    if o.precision == "full":
+        fuse_adamw(optimizer, session.device)
     for group in optimizer.param_groups:
         # Megatron's scheduler would do this.
         group["weight_decay"] = o.weight_decay * group["wd_mult"]
@@ -101,7 +133,9 @@ def _grad_norm(optimizer: MegatronOptimizer) -> Tensor:
 
 def _scale(optimizer: MegatronOptimizer, factor: Tensor) -> None:
     for adamw in adamw_of(optimizer):
-        if adamw.param_groups[0].get("fused"):
+        if isinstance(adamw, LeanAdamW):
+            adamw.factor = factor
+        elif adamw.param_groups[0].get("fused"):
             # The fused kernel divides the gradients by it (torch's GradScaler does the same).
             adamw.grad_scale = factor.reciprocal()  # type: ignore[attr-defined]
         else:

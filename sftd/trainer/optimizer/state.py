@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -23,42 +24,66 @@ from torch import Tensor
 
 from sftd.trainer.optimizer.rectangles import rectangles
 from sftd.trainer.runtime.megatron_edges.saving import optimizer_tensors, store_share
-from sftd.trainer.runtime.megatron_edges.training import parts_of
+from sftd.trainer.runtime.megatron_edges.training import has_master_weights, parts_of
 
 State = dict[int, dict[str, list[ShardedTensor]]]
+
+# The only optimizer format that works without TransformerEngine and that another layout can load.
+CONTENT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+class SharePiece(NamedTuple):
+    """A rectangle of this rank's share of a parameter: `shape`, at `offset` of the whole tensor in the checkpoint that `shard`
+    is a part of. `taken` is the index of its first element in the share."""
+
+    shard: ShardedTensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    taken: int
+
+
+def content() -> dict[str, Any]:
+    """What Megatron is told of the format when it lists the parts of a checkpoint."""
+    return dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def install_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Have every part of the optimizer store and read its own share, with torch's AdamW, in Megatron's format.
 
-    FP32 weights share memory with their master copy, which is therefore left out.
+    FP32 weights share memory with their master copy, which is therefore left out. Lean BF16 weights have none.
     """
     for part in parts_of(optimizer):
         if not isinstance(part, DistributedOptimizer):
             continue
         moments = tuple(part.optimizer_state_keys)
-        keys = moments if part.config.params_dtype == torch.float32 else ("param", *moments)
+        keys = ("param", *moments) if has_master_weights(part) else moments
         store_share(part, partial(_own_share, part, keys))
 
 
 def _own_share(part: DistributedOptimizer, keys: tuple[str, ...], model: dict[str, Any]) -> State:
-    places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model)[0])}
     state: State = {}
+    for parameter, pieces in own_pieces(part, model):
+        tensors = optimizer_tensors(part, parameter)
+        state[len(state)] = {key: [_stored(piece, key, tensors[key]) for piece in pieces] for key in keys}
+    return state
+
+
+def own_pieces(
+    part: DistributedOptimizer, model: dict[str, Any]
+) -> Iterator[tuple[torch.nn.Parameter, list[SharePiece]]]:
+    """The parameters of which this rank has a share, and its share of each in pieces. `model`: the parameters' places in a
+    checkpoint, as Megatron lists them."""
+    places = {place.data: place for place in nested_values(extract_sharded_tensors_and_factories(model)[0])}
     for ranges in part.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
             for parameter, share in bucket["param_map"].items():
                 start, end = share["param"].start, share["param"].end
-                tensors = optimizer_tensors(part, parameter)
                 shards = _whole(places[parameter])
-                state[len(state)] = {
-                    key: [
-                        piece
-                        for shard, first in shards
-                        for piece in _pieces(shard, first, key, tensors[key], start, end)
-                    ]
-                    for key in keys
-                }
-    return state
+                yield parameter, [p for shard, first in shards for p in _pieces(shard, first, start, end)]
 
 
 def _whole(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int]]:
@@ -72,32 +97,34 @@ def _whole(place: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTen
     return [(s, s.data.storage_offset()) for s in built]
 
 
-def _pieces(
-    shard: ShardedTensor, first: int, key: str, share: Tensor, start: int, end: int
-) -> Iterator[ShardedTensor]:
-    """The rectangles of `shard` within elements [`start`, `end`) of the parameter; `shard` starts at element `first`.
-
-    `share` holds the elements [`start`, `end`).
-    """
+def _pieces(shard: ShardedTensor, first: int, start: int, end: int) -> Iterator[SharePiece]:
+    """The rectangles of `shard` within elements [`start`, `end`) of the parameter; `shard` starts at element `first`."""
     low, high = max(start, first), min(end, first + math.prod(shard.local_shape))
     if low >= high:
         return
-    values, ones = share.detach().view(-1), (1,) * shard.prepend_axis_num
+    ones = (1,) * shard.prepend_axis_num
     taken = low - start
     for corner, sides in rectangles(tuple(shard.local_shape), low - first, high - first):
-        shape, offset = (*ones, *sides), (*(0 for _ in ones), *corner)
-        size = math.prod(shape)
-        yield ShardedTensor(
-            key=f"optimizer.state.{key}.{shard.key}",
-            data=values[taken : taken + size].view(shape),
-            dtype=share.dtype,
-            local_shape=shape,
-            global_shape=shard.global_shape,
-            global_offset=tuple(a + b for a, b in zip(shard.global_offset, offset, strict=True)),
-            # No grid: the ranks' pieces have arbitrary shapes.
-            axis_fragmentations=None,
-            # The last number is the data-parallel replica. No other rank has these elements.
-            replica_id=(*shard.replica_id[:-1], 0),
-            allow_shape_mismatch=shard.allow_shape_mismatch,
-        )
+        offset = (*(0 for _ in ones), *corner)
+        where = tuple(a + b for a, b in zip(shard.global_offset, offset, strict=True))
+        yield SharePiece(shard, where, (*ones, *sides), taken)
+        size = math.prod(sides)
         taken += size
+
+
+def _stored(piece: SharePiece, key: str, share: Tensor) -> ShardedTensor:
+    """`piece` of the tensor `key`, of which this rank has `share`."""
+    shard, shape = piece.shard, piece.shape
+    return ShardedTensor(
+        key=f"optimizer.state.{key}.{shard.key}",
+        data=share.detach().view(-1)[piece.taken : piece.taken + math.prod(shape)].view(shape),
+        dtype=share.dtype,
+        local_shape=shape,
+        global_shape=shard.global_shape,
+        global_offset=piece.offset,
+        # No grid: the ranks' pieces have arbitrary shapes.
+        axis_fragmentations=None,
+        # The last number is the data-parallel replica. No other rank has these elements.
+        replica_id=(*shard.replica_id[:-1], 0),
+        allow_shape_mismatch=shard.allow_shape_mismatch,
+    )

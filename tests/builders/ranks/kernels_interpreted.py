@@ -1,16 +1,21 @@
 """Run by test_kernels.py under Triton's interpreter, and by tests/gpu on a GPU (`cuda` as its argument): each kernel
-forward and backward against what sftd/trainer/model/ops.py computes on a CPU."""
+forward and backward against what sftd/trainer/model/ops.py computes on a CPU, and the lean optimizer's bit for bit."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from sftd.trainer.data.token_keys import TokenKeys, token_keys
 from sftd.trainer.model import cross_entropy_cpu, ops
-from sftd.trainer.model.kernels import cross_entropy, norm, rotary, swiglu
+from sftd.trainer.model.adapters.dropout import Dropout
+from sftd.trainer.model.kernels import cross_entropy, nf4, norm, rotary, swiglu
+from sftd.trainer.model.quantize.nf4 import Quantized, levels
+from sftd.trainer.optimizer import lean_kernel, lean_update
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -99,12 +104,78 @@ def check_cross_entropy() -> None:
         assert not mine[:, real:].any()
 
 
+def check_dropout() -> None:
+    from sftd.trainer.model.kernels import dropout as kernel
+
+    keys = torch.from_numpy(token_keys(7, 3, 40))
+    x = random(40, 1500) + 9.0
+    ours = Dropout(0.3, product=2**31 - 5, first_column=96, part=(0, 1), tokens=TokenKeys())
+    here = ours.apply(x, keys)
+    there = kernel.dropped(x.to(DEVICE), keys.to(DEVICE), ours.product, ours.first_column, ours.share)
+    assert 0.28 < float((here == 0).float().mean()) < 0.32
+    torch.testing.assert_close(there.cpu(), here)
+    assert torch.equal(there.cpu() == 0, here == 0)
+
+
+def check_nf4() -> None:
+    for rows in (4, 37):
+        weight, here = random(rows, 192), Quantized(rows, 192, torch.device("cpu"))
+        weight[0, :64] = 0
+        here.fill(weight)
+        there = Quantized(rows, 192, torch.device(DEVICE))
+        there.fill(weight)
+        assert torch.equal(there.codes.cpu(), here.codes)
+        assert torch.equal(there.scales.cpu(), here.scales)
+        # The interpreter truncates to BF16, a GPU rounds.
+        for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
+            found = nf4.dequantize(there.codes, there.scales, levels(there.codes.device), dtype)
+            assert torch.equal(found.cpu(), here.dequantize(dtype))
+
+
+def check_lean() -> None:
+    group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    # Rows of several blocks, and numbers of rows, columns and keys beyond 31 bits.
+    for name, *corner in (
+        ("a", 0, 0, 5, 48),
+        ("b", 70_000, 12, 3, 2500),
+        ("c", 3, 0, 1, 576),
+        ("d", 2**31 + 5, 2**31 + 1, 2, 3),
+    ):
+        place = lean_update.Rectangle(name, *corner)
+        n = place.rows * place.columns
+        whole = [random(n) * 0.02, random(n + 1)[1:] * 1e-3, random(n + 2)[2:].square() * 1e-6]
+        gradient, factor = random(n + 3)[3:] * 1e-3, torch.tensor(0.37)
+        # A first update of padding, and what is no number.
+        gradient[0] = whole[0][0] = whole[1][0] = whole[2][0] = 0.0
+        if n > 99:
+            gradient[1:4] = torch.tensor([math.nan, math.inf, 1e30])
+            whole[0][5] = 3.38e38
+        mine = [x.bfloat16().to(DEVICE) for x in whole]
+        theirs = [x.bfloat16() for x in whole]
+        for number in (1, 2, 900):
+            values, keys = lean_update.coefficients(group, number), lean_update.keys(7, number, name)
+            own = gradient.to(DEVICE), factor.to(DEVICE)
+            lean_kernel.update(mine[0], mine[1], mine[2], *own, place, keys, values)
+            bits = [x.view(torch.uint16).numpy() for x in theirs]
+            lean_update.update(
+                bits[0], bits[1], bits[2], gradient.numpy(), float(factor), place, keys, values
+            )
+            for a, b in zip(mine, theirs, strict=True):
+                # A NaN has many representations.
+                assert torch.equal(a.cpu().nan_to_num(9.0), b.nan_to_num(9.0)), (place, number)
+        assert n < 99 or theirs[0].isnan().sum() >= 2
+        assert not any(x[0] for x in theirs)
+
+
 if __name__ == "__main__":
     for name, check in (
         ("norm", check_norm),
         ("swiglu", check_swiglu),
         ("rotary", check_rotary),
         ("cross_entropy", check_cross_entropy),
+        ("dropout", check_dropout),
+        ("nf4", check_nf4),
+        ("lean", check_lean),
     ):
         check()
         print(name, flush=True)

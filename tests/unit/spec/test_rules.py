@@ -70,6 +70,7 @@ MODEL_FILES = ModelFiles({"tokenizer.json": ModelFile(1, "a")}, {"w.safetensors"
 
 def parent(checkpoint: int | None = 3, **fields: Any) -> dict[str, Any]:
     plain = {"model": msgspec.to_builtins(SHAPE), "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
+    plain |= {"precision": "full"}
     plain |= {"run_id": "calm-fox", "may_change_files": False, "checkpoint": checkpoint}
     return {"parent": Parent(**plain | fields)}
 
@@ -152,6 +153,14 @@ REFUSED: dict[str, list[Row]] = {
         ),
         # 100 rows, 16 of them a step.
         Row("scheduler.warmup_steps", "more than the 7 steps", {BATCH: 16, "scheduler.warmup_steps": 8}),
+    ],
+    "lean_with_fp32_weights": [
+        Row(
+            "optimizer.precision",
+            "lean keeps BF16 weights",
+            {"optimizer.precision": "lean", "model.megatron.params_dtype": "float32"},
+            fix="auto",
+        )
     ],
     # The model.
     "unsupported_parts": [
@@ -259,6 +268,15 @@ REFUSED: dict[str, list[Row]] = {
             {"model.megatron.params_dtype": "float32"},
             parent(dtype="bfloat16"),
             fix="set it to bfloat16",
+        )
+    ],
+    "other_precision_than_checkpoint": [
+        Row(
+            "optimizer.precision",
+            "is lean, but the checkpoint of step 3 was trained with full",
+            {"optimizer.precision": "lean"},
+            parent(),
+            fix="set it to full",
         )
     ],
     "no_space_for_one_checkpoint": [
@@ -507,6 +525,8 @@ def test_every_rule_has_a_row() -> None:
             ({"model.megatron.params_dtype": "bfloat16"}, parent(dtype="bfloat16") | files(weights="x"), {}),
             ({}, parent(model_files=None, dtype="bfloat16") | files("x"), {"rms_norm_eps": 1e-5}),
             ({}, parent(None, is_direct=True), {"vocab_size": 99}),
+            ({}, parent(None, precision="lean"), {}),
+            ({"optimizer.precision": "lean"}, {}, {}),
             *(
                 ({SAVE: save, CHECK: check, "trainer.max_steps": 50}, {}, {})
                 for save, check in ((4, 2), (3, 0), (0, 2), (100, 30))

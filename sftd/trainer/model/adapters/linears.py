@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -26,6 +25,7 @@ from torch.autograd import Function
 
 from sftd.trainer.model.adapters.dropout import Dropout
 from sftd.trainer.model.gradients import accumulate_weight_gradient
+from sftd.trainer.model.quantize.products import device_of, values_of
 
 
 class Adapter(torch.nn.Module):
@@ -33,8 +33,8 @@ class Adapter(torch.nn.Module):
 
     def __init__(self, a: tuple[int, int], b: tuple[int, int], like: Tensor) -> None:
         super().__init__()
-        self.a = torch.nn.Parameter(torch.empty(a, dtype=like.dtype, device=like.device))
-        self.b = torch.nn.Parameter(torch.zeros(b, dtype=like.dtype, device=like.device))
+        self.a = torch.nn.Parameter(torch.empty(a, dtype=like.dtype, device=device_of(like)))
+        self.b = torch.nn.Parameter(torch.zeros(b, dtype=like.dtype, device=device_of(like)))
 
 
 class Adapters(torch.nn.ModuleDict):
@@ -42,58 +42,57 @@ class Adapters(torch.nn.ModuleDict):
 
     `rows`: of each projection its rows in the product's output, as (first row in a group, rows a group). `groups`: number of groups
     that the output consists of: query groups, else 1.
+
+    The projections are computed as one. Their joined matrices are made once a step, and their joined gradients are added to
+    Megatron's once a step: `begin_step` and `end_step`.
     """
 
     scale: float
     rows: dict[str, tuple[int, int]]
     groups: int
     dropout: Dropout | None
+    _joined: tuple[Tensor, Tensor] | None = None
+    _gradients: tuple[Tensor, Tensor] | None = None
 
-    def each(self) -> Iterator[Adapter]:
-        """The adapters in the order of their projections in the output."""
-        return cast(Iterator[Adapter], iter(self.values()))
+    def begin_step(self) -> None:
+        """Forget the joined matrices: an optimizer may have changed A and B."""
+        self._joined = None
 
-    def joined_a(self) -> Tensor:
-        """The A of all projections, one below the other: [r · projections, in]."""
-        parts: list[Tensor] = [adapter.a for adapter in self.each()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def joined(self, height: int) -> tuple[Tensor, Tensor]:
+        """A of all projections, one below the other, [r · projections, in], and scale · B of all as one matrix
+        [height, r · projections] with zeros in the rows of other projections. `height`: rows of the product's output."""
+        if self._joined is None:
+            parts = self._each()
+            a = torch.cat([part.a for part in parts])
+            b = parts[0].b.new_zeros(height, a.shape[0])
+            for part, place in zip(parts, self._places(b), strict=True):
+                torch.mul(part.b.view(place.shape), self.scale, out=place)
+            self._joined = a, b
+        return self._joined
 
-    def joined_b(self, width: int) -> Tensor:
-        """The B of all projections as one matrix [width, r · projections], with zeros in the rows of other projections."""
-        parts = [adapter.b for adapter in self.each()]
-        if self._is_single(width):
-            return parts[0]
-        joined = parts[0].new_zeros(width, parts[0].shape[1] * len(parts))
-        for part, place in zip(parts, self._places(joined), strict=True):
-            place.copy_(part.view(place.shape))
-        return joined
+    def accumulate(self, x: Tensor, dz: Tensor, z: Tensor, dy: Tensor) -> None:
+        """Add to the FP32 gradients of the joined matrices: dzᵀ · x to that of A, dyᵀ · z to that of B ÷ scale."""
+        if self._gradients is None:
+            a, b = (torch.zeros_like(m, dtype=torch.float32) for m in self.joined(dy.shape[1]))
+            self._gradients = a, b
+        accumulate_weight_gradient(x, dz, self._gradients[0])
+        accumulate_weight_gradient(z, dy, self._gradients[1])
 
-    def accumulate_a(self, x: Tensor, dz: Tensor) -> None:
-        """Add the gradient of `joined_a`, dzᵀ · x, to Megatron's FP32 gradients."""
-        if len(self) == 1:
-            accumulate_weight_gradient(x, dz, self._gradient("a"))
+    def end_step(self) -> None:
+        """Add the gradients to those of the parameters."""
+        if self._gradients is None:
             return
-        gradient = _fp32_product(dz, x)
-        for adapter, part in zip(self.each(), gradient.chunk(len(self)), strict=True):
-            main_grad(adapter.a).add_(part)
+        d_a, d_b = self._gradients
+        for part, a, b in zip(self._each(), d_a.chunk(len(self)), self._places(d_b), strict=True):
+            main_grad(part.a).add_(a)
+            main_grad(part.b).view(b.shape).add_(b, alpha=self.scale)
+        self._gradients = None
 
-    def accumulate_b(self, z: Tensor, dy: Tensor) -> None:
-        """Add the gradient of `joined_b`, dyᵀ · z, to Megatron's FP32 gradients."""
-        if self._is_single(dy.shape[1]):
-            accumulate_weight_gradient(z, dy, self._gradient("b"))
-            return
-        gradient = _fp32_product(dy, z)
-        for adapter, place in zip(self.each(), self._places(gradient), strict=True):
-            main_grad(adapter.b).view(place.shape).add_(place)
-
-    def _is_single(self, width: int) -> bool:
-        return len(self) == 1 and next(self.each()).b.shape[0] == width
-
-    def _gradient(self, name: str) -> Tensor:
-        return main_grad(getattr(next(self.each()), name))
+    def _each(self) -> list[Adapter]:
+        return cast(list[Adapter], list(self.values()))
 
     def _places(self, joined: Tensor) -> Iterator[Tensor]:
-        """Each projection's part of a matrix like `joined_b`: [groups, rows a group, r]."""
+        """Each projection's part of a matrix like the joined B: [groups, rows a group, r]."""
         grouped = joined.view(self.groups, -1, joined.shape[1])
         for name, columns in zip(self, grouped.chunk(len(self), -1), strict=True):
             start, count = self.rows[name]
@@ -108,18 +107,17 @@ def main_grad(parameter: Any) -> Tensor:
 class _Product(Function):
     """(x [s, b, in], module, the adapters' parameters) → y [s, b, out].
 
-    Saves x (with sequence parallelism this rank's share) and z = scale · A x. The weight gets no gradient; those of A and B are
-    added to Megatron's `main_grad`.
+    Saves x (with sequence parallelism this rank's share) and z = A x. The weight gets no gradient; those of A and B are summed by
+    `Adapters`. A quantised weight is dequantised in forward and again in backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: AdaptedColumn | AdaptedRow, *_parameters: Tensor) -> Tensor:
-        adapters, flat = module.adapters, x.flatten(0, -2)
-        y = F.linear(_gathered(flat, module), module.weight, None if module.skip_bias_add else module.bias)
+        adapters, flat, weight = module.adapters, x.flatten(0, -2), values_of(module.weight)
         ctx.keys = adapters.dropout.keys() if adapters.dropout and module.training else None
-        z = _scaled(_kept(flat, ctx.keys, adapters), adapters.joined_a().t(), adapters.scale)
-        z = _gathered(z, module)
-        y.addmm_(z, adapters.joined_b(y.shape[1]).t())
+        a, b = adapters.joined(weight.shape[0])
+        z = _gathered(_kept(flat, ctx.keys, adapters) @ a.t(), module)
+        y = _sum(_gathered(flat, module), weight.t(), z, b.t(), None if module.skip_bias_add else module.bias)
         ctx.save_for_backward(x, z)
         ctx.module = module
         return y.view(-1, *x.shape[1:-1], y.shape[1])
@@ -128,37 +126,38 @@ class _Product(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z = ctx.saved_tensors
         module, adapters, flat = ctx.module, ctx.module.adapters, x.flatten(0, -2)
-        dy = grads[0].flatten(0, -2)
-        adapters.accumulate_b(z, dy)
-        dz = _scattered(_scaled(dy, adapters.joined_b(dy.shape[1]), adapters.scale), module)
-        adapters.accumulate_a(_kept(flat, ctx.keys, adapters), dz)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _scattered(dy @ module.weight, module)
-            if ctx.keys is None:
-                dx.addmm_(dz, adapters.joined_a())
-            else:
-                dx += adapters.dropout.apply(dz @ adapters.joined_a(), ctx.keys)
+        dy, weight = grads[0].flatten(0, -2), values_of(module.weight)
+        a, b = adapters.joined(dy.shape[1])
+        dz = dy @ b
+        dx: Tensor | None = None
+        if not ctx.needs_input_grad[0]:
+            dz = _scattered(dz, module)
+        elif module.splits_input or ctx.keys is not None:
+            dx, dz = _scattered(dy @ weight, module), _scattered(dz, module)
+            share = dz @ a
+            dx += share if ctx.keys is None else adapters.dropout.apply(share, ctx.keys)
+        else:
+            dx = _sum(dy, weight, dz, a)
+        adapters.accumulate(_kept(flat, ctx.keys, adapters), dz, z, dy)
+        if dx is not None:
             if module.sums_input_gradient:
                 dist.all_reduce(dx, group=module.tp_group)
             dx = dx.view(x.shape)
         return dx, None, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
+def _sum(x: Tensor, w: Tensor, z: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x w + z b + bias. The second product is thin: it goes first where the result is wide, because the first then adds it for less
+    than a pass over the result."""
+    if w.shape[1] > w.shape[0]:
+        thin = z @ b if bias is None else torch.addmm(bias, z, b)
+        return thin.addmm_(x, w)
+    wide = x @ w if bias is None else torch.addmm(bias, x, w)
+    return wide.addmm_(z, b)
+
+
 def _kept(flat: Tensor, keys: Tensor | None, adapters: Adapters) -> Tensor:
     return flat if keys is None or adapters.dropout is None else adapters.dropout.apply(flat, keys)
-
-
-def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale · a b, rounded once."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ b in FP32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return (a.t() @ b).float()
 
 
 def _gathered(x: Tensor, module: AdaptedColumn | AdaptedRow) -> Tensor:
@@ -184,15 +183,9 @@ class AdaptedColumn(ColumnParallelLinear):
 
     adapters: Adapters
 
-    @property
-    def splits_input(self) -> bool:
-        """Whether the ranks share the rows of the input (sequence parallelism)."""
-        return bool(self.sequence_parallel and not self.explicit_expert_comm)
-
-    @property
-    def sums_input_gradient(self) -> bool:
-        """Whether backward sums the input's gradient over the ranks here."""
-        return self.tp_group.size() > 1 and not self.sequence_parallel and not self.explicit_expert_comm
+    # Whether the ranks share the rows of the input (sequence parallelism), and whether backward sums its gradient over them.
+    splits_input: bool
+    sums_input_gradient: bool
 
     def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, plus the adapters' share."""
@@ -210,8 +203,7 @@ class AdaptedRow(RowParallelLinear):
     """A product cut along its columns, with an adapter. Its output, a part of a sum over the ranks, is reduced here."""
 
     adapters: Adapters
-    splits_input = False
-    sums_input_gradient = False
+    splits_input = sums_input_gradient = False
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As Megatron's, plus the adapter's share."""
@@ -243,7 +235,21 @@ def _places(
     )
 
 
-def mark(adapter: Adapter, linear: AdaptedColumn | AdaptedRow) -> None:
+def adapt(linear: Any, adapters: Adapters) -> None:
+    """Give one of Megatron's products adapters."""
+    if isinstance(linear, ColumnParallelLinear):
+        linear.__class__ = AdaptedColumn
+        is_own = linear.explicit_expert_comm or linear.tp_group.size() == 1
+        linear.splits_input = linear.sequence_parallel and not is_own
+        linear.sums_input_gradient = not is_own and not linear.sequence_parallel
+    else:
+        linear.__class__ = AdaptedRow
+    linear.adapters = adapters
+    for adapter in adapters.values():
+        _mark(cast(Adapter, adapter), linear)
+
+
+def _mark(adapter: Adapter, linear: AdaptedColumn | AdaptedRow) -> None:
     """Mark A and B for Megatron as the product's weight is: where they are reduced, and which rank's copy counts."""
     is_cut_by_rows = isinstance(linear, AdaptedColumn)
     split, whole = (adapter.b, adapter.a) if is_cut_by_rows else (adapter.a, adapter.b)
@@ -258,9 +264,14 @@ def mark(adapter: Adapter, linear: AdaptedColumn | AdaptedRow) -> None:
         parameters[1].partial_in = linear.tp_group
 
 
-def sum_partial_gradients(parameters: Iterable[Any]) -> None:
+def adapters_of(modules: Iterable[torch.nn.Module]) -> list[Adapters]:
+    """The adapters of some modules and of all below them."""
+    return [part for module in modules for part in module.modules() if isinstance(part, Adapters)]
+
+
+def sum_partial_gradients(adapters: Iterable[Adapters]) -> None:
     """Sum the gradients of which each tensor-parallel rank has a part: those of the A or B that every rank holds whole."""
-    partial = [p for p in parameters if hasattr(p, "partial_in")]
+    partial: list[Any] = [p for a in adapters for p in a.parameters() if hasattr(p, "partial_in")]
     for group in dict.fromkeys(p.partial_in for p in partial):
         gradients = [main_grad(p) for p in partial if p.partial_in is group]
         joined = _flatten_dense_tensors(gradients)

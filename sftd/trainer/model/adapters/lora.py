@@ -23,7 +23,7 @@ from sftd.domain.spec.model_section import ALL_LINEAR, Lora, Model
 from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters.dropout import Dropout, product_key
-from sftd.trainer.model.adapters.linears import AdaptedColumn, AdaptedRow, Adapter, Adapters, mark
+from sftd.trainer.model.adapters.linears import Adapter, Adapters, adapt
 from sftd.trainer.model.families.rules import Rule
 from sftd.trainer.model.weights import Folder
 from sftd.trainer.runtime.session import Layout
@@ -59,22 +59,19 @@ def _attach(
         linear = modules[name]
         height, width = linear.weight.shape
         is_column = isinstance(linear, ColumnParallelLinear)
-        linear.__class__ = AdaptedColumn if is_column else AdaptedRow
         adapters = Adapters()
         adapters.scale = scale(lora)
         adapters.groups, adapters.rows = _rows(height, projections, shape)
         ranks, rank = linear.tp_group.size(), linear.tp_group.rank()
         adapters.dropout = None
         if lora.dropout:
-            part = (rank, ranks) if is_column and linear.splits_input else (0, 1)
+            part = (rank, ranks) if is_column and linear.sequence_parallel else (0, 1)
             first = 0 if is_column else rank * width
             adapters.dropout = Dropout(lora.dropout, product_key(rule.sources[0]), first, part, tokens)
         for projection in chosen:
             own = adapters.groups * adapters.rows[projection][1]
-            adapter = Adapter((lora.rank, width), (own, lora.rank), linear.weight)
-            mark(adapter, linear)
-            adapters[projection] = adapter
-        linear.adapters = adapters
+            adapters[projection] = Adapter((lora.rank, width), (own, lora.rank), linear.weight)
+        adapt(linear, adapters)
 
 
 def _rows(

@@ -95,6 +95,8 @@ def store_share(part: DistributedOptimizer, share: Callable[[dict[str, Any]], An
 
 
 def optimizer_tensors(part: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """This rank's share of a parameter's master copy (`param`) and of its moments."""
-    tensors: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
-    return tensors
+    """This rank's share of a parameter's master copy (`param`; with the lean optimizer of itself) and of AdamW's state. As
+    distrib_optimizer.py:1090, which expects FusedAdam where there is no master copy."""
+    group, index = part.model_param_group_index_map[parameter]
+    share = part.optimizer.param_groups[group]["params"][index]
+    return {"param": share, **part.optimizer.state[share]}

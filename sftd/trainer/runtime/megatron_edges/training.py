@@ -8,7 +8,7 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
@@ -44,6 +44,19 @@ def use_torch_adamw() -> None:
     """Have Megatron always use torch's AdamW. By default it prefers TransformerEngine's, then Apex's
     (optimizer/__init__.py:13), so a run's numbers and checkpoint format would depend on the installed packages."""
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+
+
+def keep_no_master_weights(config: OptimizerConfig) -> None:
+    """Have DistributedOptimizer hand out shares of the BF16 weights themselves, with FP32 gradients in `decoupled_grad`.
+    optimizer_config.py:404 allows it with TransformerEngine's FusedAdam only."""
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+
+
+def has_master_weights(part: MegatronOptimizer) -> bool:
+    """Whether a part of the optimizer keeps FP32 copies of BF16 weights."""
+    config = part.config
+    is_lean: bool = config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    return config.params_dtype != torch.float32 and not is_lean
 
 
 def fuse_adamw(optimizer: MegatronOptimizer, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights
+from sftd.trainer.model.quantize.products import values_of
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.tools.export import adapter
 from sftd.trainer.tools.export.shards import write_shards
@@ -133,9 +134,10 @@ def _tensors(
         events.progress("write", part=number, parts=len(parts))
         for rule in rules:
             parameter = own.pop(rule.target)
-            value = parameter.detach()
+            # The model that was trained has the quantised weights.
+            value = values_of(parameter).detach()
             # The memory is freed with the last tensor that is cut from it.
-            parameter.data = torch.empty(0)
+            parameter.data = parameter.data.new_empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]
             changes = adapter.changes(rule, own, lora)
