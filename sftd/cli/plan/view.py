@@ -62,7 +62,10 @@ def batch_text(spec: Spec) -> str:
 
 def recompute_text(spec: Spec) -> str:
     """The layers that are recomputed."""
-    return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
+    if not spec.model.enable_gradient_checkpointing:
+        return "none"
+    is_partial = spec.model.recompute == "full" and spec.model.recompute_layers
+    return counted(spec.model.recompute_layers or 0, "layer") if is_partial else spec.model.recompute
 
 
 def print_plan(

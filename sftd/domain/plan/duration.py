@@ -11,7 +11,7 @@ from sftd.domain.model.flops import adapter_parameters, peak_flops, training_flo
 from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
-from sftd.domain.plan.sizes import NF4_BYTES, WEIGHT_BYTES, weights_dtype
+from sftd.domain.plan.sizes import NF4_BYTES, WEIGHT_BYTES, weights_dtype, whole_recomputed
 from sftd.domain.spec.spec import Spec
 
 # Share of the BF16 peak that the trainer's arithmetic reaches, without the separate terms below. Fitted to the 1B and 7B
@@ -111,7 +111,8 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     tokens = round(work.computed)
     flops = whole = training_flops(shape, tokens, work.squares)
     if spec.model.enable_gradient_checkpointing:
-        flops *= _RECOMPUTED[spec.model.recompute]
+        share = whole_recomputed(spec, shape)
+        flops *= share * _RECOMPUTED["full"] + (1 - share) * _RECOMPUTED["selective"]
     # Forward, and with it what is recomputed, does not know what is frozen.
     flops += training_flops(shape, tokens, work.squares, spec.model) - whole
     if machine.device == "cpu":
@@ -140,7 +141,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     stages = [held(spec, shape, stage) for stage in range(pp)]
     quantized = max(stage.quantized for stage in stages)
     seconds += work.micro_batches * layers * _LAYER_SECONDS
-    seconds += work.micro_batches * quantized * _decompressed_bytes(spec, dtype) / _MEMORY_BYTES
+    seconds += work.micro_batches * quantized * _decompressed_bytes(spec, shape, dtype) / _MEMORY_BYTES
     seconds *= 1 + (pp - 1) / (work.micro_batches * vpp)
     ranks = spec.data_parallel_size * m.context_parallel_size
     most = max(stage.trained for stage in stages)
@@ -157,10 +158,9 @@ def _adapter_bytes(spec: Spec, shape: ModelShape, dtype: str) -> float:
     return float(_ADAPTER_PASSES * sizes * WEIGHT_BYTES[dtype])
 
 
-def _decompressed_bytes(spec: Spec, dtype: str) -> float:
+def _decompressed_bytes(spec: Spec, shape: ModelShape, dtype: str) -> float:
     """Bytes read and written per quantised parameter and micro-batch: once in forward and in backward, and where recomputed."""
-    again = spec.model.enable_gradient_checkpointing and spec.model.recompute == "full"
-    return (3 if again else 2) * (NF4_BYTES + WEIGHT_BYTES[dtype])
+    return (2 + whole_recomputed(spec, shape)) * (NF4_BYTES + WEIGHT_BYTES[dtype])
 
 
 def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:

@@ -17,7 +17,9 @@ from sftd.domain.plan.sizes import (
     SCORES_BYTES,
     WEIGHT_BYTES,
     checkpoint_bytes,
+    chunk_layers,
     logits_chunks,
+    whole_recomputed,
 )
 from sftd.domain.spec.spec import Spec
 
@@ -97,8 +99,9 @@ def _of_stage(
     if pp > 1:
         # Both stages keep the tensor that one sends to the next until backward.
         shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
-        per_chunk = shape.num_hidden_layers // (pp * (m.virtual_pipeline_model_parallel_size or 1))
-        activations += layers_in_flight / per_chunk * width * shape.hidden_size * tokens / shared
+        activations += (
+            layers_in_flight / chunk_layers(spec, shape) * width * shape.hidden_size * tokens / shared
+        )
     head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
     # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
@@ -177,20 +180,25 @@ class _Layer:
         self._frozen = frozen_shares(spec.model, shape)
 
     def bytes_per_token(self) -> tuple[float, float]:
-        """(kept until backward, kept again while the backward of one layer runs)."""
+        """(kept until backward, mean of the layers; kept again while the backward of one layer runs)."""
         model = self._spec.model
         whole = self._residual() + self._attention() + self.feed_forward() + self._shrunk()
-        if not model.enable_gradient_checkpointing:
-            return whole, 0.0
+        share = whole_recomputed(self._spec, self._shape)
         hidden = self._width * self._shape.hidden_size / self._shared
-        if model.recompute == "full":
-            return hidden, whole
+        if share == 1 or not model.enable_gradient_checkpointing:
+            return (hidden, whole) if share else (whole, 0.0)
         inputs = {"qkv": hidden, "gate_up": hidden, "down": self._activated()}
         if self._shape.num_experts:
             # Megatron's expert layers keep their own norm and activation.
             inputs = {"qkv": hidden}
         parts = [size * self._input_share(product) for product, size in inputs.items()]
-        return whole - sum(parts), max(parts)
+        selective = whole - sum(parts)
+        # The layers that are recomputed whole come last in backward: the others have been freed by then.
+        others = (1 - share) * chunk_layers(self._spec, self._shape)
+        return (
+            share * hidden + (1 - share) * selective,
+            max(*parts, whole - others * selective) if share else max(parts),
+        )
 
     def backward(self, tokens: float) -> float:
         """Gradients of activations while the backward of one layer runs; a quantised matrix is decompressed meanwhile."""

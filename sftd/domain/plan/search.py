@@ -3,6 +3,7 @@ fit, the same for ways to train that need less."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 from sftd.domain.model.rules import MODEL
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import Plan, PlanInputs, make_plan
+from sftd.domain.plan.sizes import chunk_layers, whole_recomputed
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import Spec
 
@@ -69,6 +71,7 @@ def search(
     if fit:
         close = [c for c in fit if c.plan.pace.step <= fit[0].plan.pace.step * _CLOSE]
         best = min(close, key=lambda c: (len(c.changes), c.plan.pace.step, c.plan.needed))
+        best = _recomputing_less(best, spec, facts, machine, memory, calibration)
         best = _with_reason(best, facts, machine, memory)
     ways: dict[tuple[int, ...], Choice] = {}
     for choice in ([best] if best else []) + fit:
@@ -125,6 +128,28 @@ def _smaller(spec: Spec) -> Iterator[tuple[str, Spec]]:
         yield "QLoRA", replace(spec, model=replace(model, quantize="nf4"), optimizer=full)
 
 
+def _recomputing_less(
+    best: Choice, spec: Spec, facts: PlanInputs, machine: Machine, memory: int, calibration: float | None
+) -> Choice:
+    """The layout with as few layers recomputed whole as fit, if that is faster than all of them."""
+    if whole_recomputed(best.spec, facts.shape) < 1:
+        return best
+
+    def with_layers(number: int) -> Choice:
+        replace = msgspec.structs.replace
+        other = replace(best.spec, model=replace(best.spec.model, recompute_layers=number))
+        plan = make_plan(other, facts, machine, calibration)
+        return Choice(plan=plan, spec=other, changes=changes(spec, other))
+
+    every = chunk_layers(best.spec, facts.shape)
+    numbers = range(1, every)
+    least = bisect_left(numbers, True, key=lambda number: _fits(with_layers(number), machine, memory))
+    if least == len(numbers):
+        return best
+    found = with_layers(numbers[least])
+    return found if found.plan.pace.step * _CLOSE < best.plan.pace.step else best
+
+
 def _with_reason(choice: Choice, facts: PlanInputs, machine: Machine, memory: int) -> Choice:
     spec = choice.spec
     if not spec.model.enable_gradient_checkpointing:
@@ -163,6 +188,7 @@ _KEYS = (
     ("training", "micro_batch_tokens"),
     ("model", "enable_gradient_checkpointing"),
     ("model", "recompute"),
+    ("model", "recompute_layers"),
 )
 
 
@@ -235,6 +261,9 @@ def _batched(spec: Spec, facts: PlanInputs) -> Iterator[Spec]:
 
 def _recomputed(spec: Spec) -> Iterator[Spec]:
     replace = msgspec.structs.replace
-    yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=False))
+    model = replace(spec.model, recompute_layers=None)
+    yield replace(spec, model=replace(model, enable_gradient_checkpointing=False))
     for how in ("selective", "full"):
-        yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=True, recompute=how))
+        yield replace(spec, model=replace(model, enable_gradient_checkpointing=True, recompute=how))
+    if spec.model.recompute_layers:
+        yield spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 
 # Lengths on a GPU are multiples of this: matrix products get whole tiles, and the allocator sees fewer shapes.
@@ -38,6 +39,22 @@ def weights_dtype(spec: Spec, device: str) -> str:
 def checkpoint_bytes(spec: Spec, dtype: str) -> int:
     """Bytes per trained parameter of a checkpoint with weights of `dtype`: weight and state of the optimizer."""
     return _LEAN_CHECKPOINT_BYTES if spec.optimizer.precision == "lean" else _CHECKPOINT_BYTES[dtype]
+
+
+def chunk_layers(spec: Spec, shape: ModelShape) -> int:
+    """Layers of a model chunk: of a pipeline stage, or of a virtual stage."""
+    m = spec.model.megatron
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    return shape.num_hidden_layers // (pp * vpp)
+
+
+def whole_recomputed(spec: Spec, shape: ModelShape) -> float:
+    """Share of the layers that are recomputed whole; the others are recomputed selectively, or not at all."""
+    model = spec.model
+    if not model.enable_gradient_checkpointing or model.recompute != "full":
+        return 0.0
+    layers = chunk_layers(spec, shape)
+    return min(model.recompute_layers or layers, layers) / layers
 
 
 def length_multiple(spec: Spec, device: str) -> int:

@@ -160,6 +160,30 @@ def test_a_quantised_base_by_hand() -> None:
     assert found.loss == max(layer * tokens + 2 * (2 * 14336 + 3 * 4096) * tokens + matrix, plain.loss)
 
 
+def test_some_layers_are_recomputed_whole_and_the_others_selectively() -> None:
+    partial = ("model.recompute_layers", 10)
+    found, full, selective = (
+        peak(LLAMA_1B, RANK, *given) for given in ([FULL, partial], [FULL], [*SELECTIVE])
+    )
+    assert found.activations == pytest.approx((10 * full.activations + 6 * selective.activations) / 16)
+    # Where one layer is not, its activations are free when the others are computed again.
+    thin = msgspec.structs.replace(LLAMA_1B, vocab_size=64)
+    last, every = (peak(thin, RANK, FULL, *given) for given in ([("model.recompute_layers", 15)], []))
+    one = peak(thin, RANK, *SELECTIVE).activations / 16
+    assert last.activations - every.activations == one - every.activations / 16
+    assert every.loss - last.loss == one
+
+    def seconds(*given: Given) -> float:
+        spec = spec_of(RANK, *given)
+        return step_seconds(spec, LLAMA_1B, workload(spec, rows_of(4096), 8, "cuda"), H100)[0]
+
+    expected = (10 * seconds(FULL) + 6 * seconds(*SELECTIVE)) / 16
+    assert seconds(FULL, partial) == pytest.approx(expected)
+    # A virtual stage of 4 layers has no more.
+    pipeline = ((PP, 2), (VPP, 2), FULL)
+    assert peak(LLAMA_1B, *pipeline, partial) == peak(LLAMA_1B, *pipeline)
+
+
 def test_a_lean_optimizer_by_hand() -> None:
     lean = ("optimizer.precision", "lean")
     found = peak(LLAMA_1B, lean)
@@ -248,7 +272,13 @@ def test_recomputation_is_suggested_with_adapters_where_they_want_it() -> None:
         "model.freeze": [],
         "optimizer.precision": "full",
         "model.enable_gradient_checkpointing": True,
+        "model.recompute_layers": 23,
     }
+    # One layer less, and it does not fit.
+    spec = found["LoRA"].spec
+    less = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, recompute_layers=22))
+    needed = make_plan(less, facts(LLAMA_8B), H100).needed
+    assert found["LoRA"].plan.needed <= 24 * GIB < needed
     assert found["QLoRA"].changes["model.recompute"] == "selective"
     # Where nothing fits, the one that needs the least.
     least = alternatives(spec, facts(LLAMA_8B), H100, devices=1, memory=GIB)["QLoRA"]
