@@ -119,7 +119,7 @@ class RankAttempt:
         # Rows and micro-batches of the next step, prepared while the GPU computes the current one.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
         self._is_written = False
-        self._meter = Meter(shape, session)
+        self._meter = Meter(shape, self._spec.model, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
         if self._spec.trainer.sample_prompts and order.last_step is None:
@@ -240,7 +240,9 @@ class RankAttempt:
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
             recorded, run_id = self._order.weights, self._order.run_id
-            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
+            digested = self._weights_digest.finish(sessions.gather, recorded, run_id)
+            self._reporter.emit(digested)
+            self._checkpoints.base = digested.files if self._spec.model.is_partly_frozen else {}
             self._weights_digest = None
         self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
