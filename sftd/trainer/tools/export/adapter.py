@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import targets
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import lora as adapters
@@ -27,7 +28,7 @@ def check(shape: ModelShape, spec: Model) -> None:
     if spec.override_config:
         what = "a PEFT folder has no config.json, so its users would load the model without these keys"
         raise Refused(Problem("model.override_config", what, fix))
-    chosen = adapters.targets(spec.lora)
+    chosen = targets(spec.lora)
     if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
         # transformers holds both in one parameter.
         raise Refused(Problem("model.lora.targets", "peft loads gate and up of experts only together", fix))
@@ -78,7 +79,7 @@ def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any
 
 
 def _has_experts(shape: ModelShape, lora: Lora) -> bool:
-    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(adapters.targets(lora))
+    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(targets(lora))
 
 
 def changes(rule: Rule, own: dict[str, Any], lora: Lora) -> dict[str, Tensor]:
