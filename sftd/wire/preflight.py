@@ -21,6 +21,7 @@ from sftd.domain.submit.facts import NOTHING, SaveFolder, SubmitFacts
 from sftd.domain.submit.judge import judge
 from sftd.wire.checkpoint import disk
 from sftd.wire.data import chat_template, dataset
+from sftd.wire.model import adapter as adapter_folder
 from sftd.wire.model import digest as model_digest
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.same_files import shared
@@ -75,13 +76,22 @@ def _read(
 ) -> SubmitFacts:
     unreadable: list[Problem] = []
     path, shape, model_files, has_tokenizer = spec.model.partial_pretrain, None, None, None
+    weight_names: list[str] = []
     try:
         shape = model_folder.read_shape(path, spec.model.override_config)
         model_folder.check_weights(path)
+        weight_names = model_folder.weight_names(path) if spec.model.freeze else []
         has_tokenizer = model_folder.has_tokenizer(Path(path))
         model_files = model_digest.describe(path)
     except Refused as refused:
         unreadable += refused.problems
+
+    adapter = None
+    if spec.model.lora.adapter and not known.has_checkpoint:
+        try:
+            adapter = adapter_folder.read(spec.model.lora.adapter)
+        except Refused as refused:
+            unreadable += refused.problems
 
     def data(where: str, files: list[str]) -> DataFacts | None:
         try:
@@ -106,6 +116,8 @@ def _read(
         shape=shape,
         model_files=model_files,
         has_tokenizer=has_tokenizer,
+        adapter=adapter,
+        weight_names=weight_names,
         train=train,
         val=val,
         trained_on=shared(train.files, val.files) if train and val else [],

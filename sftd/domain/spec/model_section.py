@@ -61,6 +61,7 @@ class Megatron(Section, frozen=True):
 
 
 ALL_LINEAR: Final = "all-linear"
+PROJECTIONS: Final = ("q", "k", "v", "o", "gate", "up", "down")
 Projection = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -98,6 +99,11 @@ class Lora(Section, frozen=True):
     adapter: Annotated[
         str, Meta(description="PEFT folder of an adapter to start from, of the same rank and targets")
     ] = ""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that get an adapter, in the order of a layer."""
+        return tuple(p for p in PROJECTIONS if ALL_LINEAR in self.targets or p in self.targets)
 
 
 class Model(Section, frozen=True):

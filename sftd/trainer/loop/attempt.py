@@ -240,7 +240,9 @@ class RankAttempt:
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
             recorded, run_id = self._order.weights, self._order.run_id
-            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
+            digested = self._weights_digest.finish(sessions.gather, recorded, run_id)
+            self._reporter.emit(digested)
+            self._checkpoints.base = digested.files if self._spec.model.is_partly_frozen else {}
             self._weights_digest = None
         self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.log.events import ModelLoaded
+from sftd.domain.log.events import CheckpointPublished, ModelLoaded, WeightsDigested
 from sftd.domain.model.parameters import trained_parameters, whole_model
 from sftd.domain.plan.disk import storage
+from sftd.wire.checkpoint import manifest as manifests
 from sftd.wire.model.folder import read_shape
 from tests.builders.trainer.plain import Plain, Settings, usable
 
@@ -139,8 +140,12 @@ def test_peft_loads_the_adapter_and_merging_changes_nothing(
 
 
 def test_a_checkpoint_holds_the_adapter_alone(one_rank: Run) -> None:
+    """And names the weights that it goes with."""
     files = one_rank.checkpoint(6).rglob("*")
     assert sum(f.stat().st_size for f in files) < 1_000_000
+    (published,) = [event for event in one_rank.events(CheckpointPublished) if event.step == 6]
+    manifest = manifests.verify(one_rank.checkpoint(6), published.manifest_digest)
+    assert manifest.base == one_rank.events(WeightsDigested)[0].files
 
 
 def test_a_plan_counts_what_is_trained(one_rank: Run) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from megatron.core.models.gpt import GPTModel
 
+from sftd.domain.model.freezing import frozen
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Model
 from sftd.trainer.errors import UserError
@@ -16,11 +15,10 @@ from sftd.trainer.runtime.session import Layout
 def freeze(chunks: list[GPTModel], model: Model, shape: ModelShape, layout: Layout) -> None:
     """Turn the gradients of the weights off whose names in the model folder match one of `model.freeze`. Raises `UserError` where
     Megatron computes weights that match together with weights that do not."""
-    patterns = [re.compile(pattern) for pattern in model.freeze]
-    for chunk in chunks if patterns else ():
+    for chunk in chunks if model.freeze else ():
         own = dict(chunk.named_parameters())
         for rule in weights.chunk_rules(chunk, shape, layout):
-            matching = [name for name in rule.sources if any(p.search(name) for p in patterns)]
+            matching = frozen(model.freeze, rule.sources)
             if matching and len(matching) < len(rule.sources):
                 rest = ", ".join(name for name in rule.sources if name not in matching)
                 raise UserError(

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.model_section import ALL_LINEAR, Lora, Model
+from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters.dropout import Dropout, product_key
@@ -53,7 +53,7 @@ def _attach(
     for rule in weight_rules:
         name = rule.target.removesuffix(".weight")
         projections = FUSED.get(name.rpartition(".")[2], ())
-        chosen = [p for p in projections if p in targets(lora)]
+        chosen = [p for p in projections if p in lora.projections]
         if not chosen or name == rule.target:
             continue
         linear = modules[name]
@@ -86,12 +86,6 @@ def _rows(
     return height // ((queries + 2) * d), rows
 
 
-def targets(lora: Lora) -> tuple[str, ...]:
-    """The projections that get an adapter."""
-    everything = tuple(name for names in FUSED.values() for name in names)
-    return everything if ALL_LINEAR in lora.targets else tuple(lora.targets)
-
-
 def scale(lora: Lora) -> float:
     """What B A x is multiplied by: alpha / r, or alpha / √r (rank-stabilised, Kalajdzievski 2023)."""
     return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
@@ -102,7 +96,7 @@ def rules(weight_rules: Iterable[Rule], lora: Lora) -> Iterator[Rule]:
     for rule in weight_rules:
         product = rule.target.removesuffix(".weight").rpartition(".")[2]
         for projection, source in zip(FUSED.get(product, ()), rule.sources, strict=False):
-            if not rule.target.endswith(".weight") or projection not in targets(lora):
+            if not rule.target.endswith(".weight") or projection not in lora.projections:
                 continue
             target = rule.target.removesuffix("weight") + f"adapters.{projection}"
             name = source.removesuffix("weight")
