@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sftd.domain.errors import Problem
-from sftd.domain.model.projections import FEED_FORWARD, matrices
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import FEED_FORWARD, NF4_BLOCK, matrices
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
-# Weights of a row that share a scale in NF4.
-NF4_BLOCK = 64
 _ATTENTION = "q, k, v, o"
 _TP = "model.megatron.tensor_model_parallel_size"
 

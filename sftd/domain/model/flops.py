@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights, targets
+from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights
 from sftd.domain.spec.model_section import Model
 
 # Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
@@ -62,13 +62,12 @@ def training_flops(
 
 def adapter_parameters(model: Model, shape: ModelShape) -> int:
     """Parameters of adapters in matrix products per token: of experts those that a token is routed to."""
-    chosen = targets(model.lora)
-    if not chosen:
+    if not model.lora.rank:
         return 0
     each = sum(
         (shape.num_experts_per_tok if weight.is_expert else 1) * (weight.rows + weight.columns)
         for weight in layer_weights(shape)
-        if weight.projection in chosen
+        if weight.projection in model.lora.projections
     )
     return shape.num_hidden_layers * model.lora.rank * each
 

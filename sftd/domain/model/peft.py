@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from sftd.domain.errors import quote, several
-from sftd.domain.model.projections import FEED_FORWARD, matrices
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import FEED_FORWARD, matrices
 from sftd.domain.spec.model_section import PROJECTIONS, Lora
 
 # PEFT's default of `r` and `lora_alpha`.

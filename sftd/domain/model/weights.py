@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -10,8 +9,9 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.freezing import frozen
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.model_section import ALL_LINEAR, Lora, Megatron, Model
+from sftd.domain.spec.model_section import Megatron, Model
 
 LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
     "model.layers",
@@ -21,6 +21,10 @@ LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
 )
 # The projections of a layer, by Megatron's matrix products: one product computes several of them.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+# Those of the feed-forward layer; in an MoE layer, of each expert.
+FEED_FORWARD = ("gate", "up", "down")
+# Values of a row that share a scale in NF4.
+NF4_BLOCK = 64
 
 
 class Weight(NamedTuple):
@@ -71,19 +75,16 @@ def layer_weights(shape: ModelShape) -> list[Weight]:
     ]
 
 
+def matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Projection → (outputs, inputs) of its matrix in the Hugging Face model; for a mixture of experts, in each expert."""
+    return {w.projection: (w.rows, w.columns) for w in layer_weights(shape) if w.projection}
+
+
 def stage_layers(m: Megatron, layers: int, stage: int) -> list[int]:
     """Numbers of the layers of a pipeline stage: one run of them, or one for each virtual stage."""
     pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
     each = layers // (pp * vpp)
     return [chunk * pp * each + stage * each + number for chunk in range(vpp) for number in range(each)]
-
-
-def targets(lora: Lora) -> tuple[str, ...]:
-    """The projections that get an adapter; none without adapters."""
-    if not lora.rank:
-        return ()
-    every = tuple(name for names in PRODUCTS.values() for name in names)
-    return every if ALL_LINEAR in lora.targets else tuple(name for name in every if name in lora.targets)
 
 
 def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
@@ -98,10 +99,11 @@ def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], f
 @lru_cache(maxsize=16)
 def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[int, str], float]:
     shape = msgspec.json.decode(encoded, type=ModelShape)
-    frozen = [re.compile(expression) for expression in expressions]
+    names = list(folder_names(shape))
+    chosen = set(frozen(expressions, (full_name for _, _, full_name, _ in names)))
     found: dict[tuple[int, str], float] = {}
-    for layer, name, full_name, share in folder_names(shape):
-        if any(expression.search(full_name) for expression in frozen):
+    for layer, name, full_name, share in names:
+        if full_name in chosen:
             found[layer, name] = found.get((layer, name), 0.0) + share
     return found
 

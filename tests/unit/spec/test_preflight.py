@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import sftd
 from sftd.domain.errors import Refused
-from sftd.domain.model.projections import matrices
+from sftd.domain.model.weights import matrices
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import OrderStart, Spec, spec_digest
 from sftd.domain.submit.facts import SubmitFacts

@@ -12,9 +12,9 @@ from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.files import ModelFile, ModelFiles
 from sftd.domain.model.peft import PeftAdapter
-from sftd.domain.model.projections import matrices
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import matrices
 from sftd.domain.plan.disk import storage
 from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.model_section import PROJECTIONS

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sftd.domain.model.adapter_rules import NF4_BLOCK
+from sftd.domain.model.weights import NF4_BLOCK
 
 # Appendix E of the paper.
 LEVELS = (
