@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.model.projections import FEED_FORWARD
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import targets
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import lora as adapters
@@ -28,7 +28,7 @@ def check(shape: ModelShape, spec: Model) -> None:
     if spec.override_config:
         what = "a PEFT folder has no config.json, so its users would load the model without these keys"
         raise Refused(Problem("model.override_config", what, fix))
-    chosen = targets(spec.lora)
+    chosen = spec.lora.projections
     if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
         # transformers holds both in one parameter.
         raise Refused(Problem("model.lora.targets", "peft loads gate and up of experts only together", fix))
@@ -79,7 +79,7 @@ def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any
 
 
 def _has_experts(shape: ModelShape, lora: Lora) -> bool:
-    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(targets(lora))
+    return bool(shape.num_experts) and not set(FEED_FORWARD).isdisjoint(lora.projections)
 
 
 def changes(rule: Rule, own: dict[str, Any], lora: Lora) -> dict[str, Tensor]:
