@@ -12,8 +12,9 @@
   peer-bf16           transformers' Llama + Liger, weights, gradients and AdamW in BF16
   peer-fp32master     transformers' Llama + Liger, FP32 weights under autocast to BF16: the same precision as sftd
 `lora`: full sequences, adapters of rank 16 on all linear layers of a frozen model (the shape of Llama-3.1-8B). Contenders:
-  sftd-lora, -recompute, -deterministic, -packed, sftd-qlora, -recompute   `model.lora`, with further keys by name
-  peer-lora, peer-lora-recompute                                           peft on transformers' Llama + Liger, BF16, fused AdamW
+  sftd-lora, sftd-qlora     `model.lora`, and with `model.quantize`; -recompute, -recompute-some (15 of 32 layers), -selective,
+                            -deterministic and -packed (samples of log-normal lengths) have further keys
+  peer-lora                 peft on transformers' Llama + Liger, the base in BF16, fused AdamW; -recompute; -bf16: the adapters too
 `lengths`: samples of log-normal lengths, padded to the longest of each micro-batch, and packed; sftd only.
 
 Each row of the table is measured in its own process, one after the other, with the same number of tokens per step, warm-up
@@ -65,15 +66,18 @@ SFTD: dict[str, dict[str, Any]] = {
     "sftd-lora-packed": _LORA | {"training.use_rmpad": True},
     "sftd-lora-selective": _LORA | _RECOMPUTE | {"model.recompute": "selective"},
     "sftd-lora-recompute": _LORA | _RECOMPUTE,
+    # As many as leave the rest within 24 GiB.
+    "sftd-lora-recompute-some": _LORA | _RECOMPUTE | {"model.recompute_layers": 15},
     "sftd-qlora": _QLORA,
     "sftd-qlora-recompute": _QLORA | _RECOMPUTE,
 }
-PEERS = ("peer-bf16", "peer-fp32master", "peer-lora", "peer-lora-recompute")
+PEERS = ("peer-bf16", "peer-fp32master", "peer-lora", "peer-lora-bf16", "peer-lora-recompute")
 # What each mode compares if it is not told: (contender, rows of a micro-batch).
 LORA_JOBS = (
     ("sftd-lora", 1),
     ("peer-lora", 1),
-    ("sftd-lora-recompute", 1),
+    ("peer-lora-bf16", 1),
+    ("sftd-lora-recompute-some", 1),
     ("sftd-lora-recompute", 4),
     ("peer-lora-recompute", 4),
     ("sftd-lora-deterministic", 1),
@@ -153,6 +157,7 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     from sftd.trainer.data.batches import Batching
     from sftd.trainer.data.rows import Sample
     from sftd.trainer.model import weights
+    from sftd.trainer.model.quantize.products import quantized
     from sftd.trainer.runtime import session as sessions
     from sftd.wire.model.folder import read_shape
 
@@ -188,6 +193,9 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
             for parameter in chunk.parameters():
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
+                elif stored := quantized(parameter):
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=session.device)
+                    stored.fill(values.normal_(0.0, 0.02, generator=generator))
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
     # The FP32 master copy is of the old weights.
@@ -251,7 +259,8 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
         if "recompute" in job.contender:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        # By default peft keeps the adapters in FP32.
+        model = peft.get_peft_model(model, adapters, autocast_adapter_dtype="bf16" not in job.contender)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -572,9 +581,11 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         return
     if arguments.mode == "lora":
         fixed = base | {"law": f"fixed:{sequence}", "samples": tokens // sequence, "budget": 0}
+        packed = {"law": f"lognormal:{median}:{sequence}:1.0", "samples": 3 * tokens // (2 * median)}
         for contender, rows in LORA_JOBS:
             if contender in (arguments.contenders or dict(LORA_JOBS)) and rows in (arguments.rows or [rows]):
-                yield Job(contender=contender, rows=rows, **fixed)
+                is_packed = "packed" in contender
+                yield Job(contender=contender, rows=rows, **fixed | (packed if is_packed else {}))
         return
     law = f"lognormal:{arguments.median or median}:{sequence}:{arguments.sigma}"
     mixed = base | {"law": law, "samples": arguments.samples, "contender": "sftd"}

@@ -50,7 +50,9 @@ FIELDS: dict[str, set[str]] = {
     "import": {"run_id", "status", "new_events"},
     "mlflow check": _CHECKED,
     "mlflow rebuild": _CHECKED,
-    "plan": _PLAN | {"devices", "memory_bytes", "fits", "best", "layouts_tried", "layouts_fit", "warnings"},
+    "plan": _PLAN
+    | {"devices", "memory_bytes", "fits", "best", "alternatives", "layouts_tried", "layouts_fit", "warnings"},
+    "plan alternatives": _PLAN | {"set", "fits"},
     "plan best": _PLAN | {"set"},
     "plan machine": {"device", "name", "cores"},
     "plan work": {
@@ -85,7 +87,17 @@ FIELDS: dict[str, set[str]] = {
         "mfu",
         "total",
     },
-    "plan storage": {"checkpoint", "saved", "kept", "reduced", "most", "export", "at_end", "needed"},
+    "plan storage": {
+        "checkpoint",
+        "weights",
+        "saved",
+        "kept",
+        "reduced",
+        "most",
+        "export",
+        "at_end",
+        "needed",
+    },
     "prepare": _WRITTEN
     | {"val", "truncated", "dropped", "rejected", "stop_token", "tokenizer_digest", "warnings"}
     | {"card", "card_text"},

@@ -116,7 +116,7 @@ def test_nf4_is_read_at_the_speed_of_the_memory(gpus: int, capsys: pytest.Captur
 
     from sftd.trainer.model.quantize.nf4 import Quantized
 
-    q = Quantized(2 * 14336, 4096, torch.device("cuda"))
+    q = Quantized((2 * 14336, 4096), torch.device("cuda"))
     q.fill(torch.randn(2 * 14336, 4096, device="cuda"))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for n in range(30):

@@ -119,7 +119,7 @@ class RankAttempt:
         # Rows and micro-batches of the next step, prepared while the GPU computes the current one.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
         self._is_written = False
-        self._meter = Meter(shape, session)
+        self._meter = Meter(shape, self._spec.model, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
         if self._spec.trainer.sample_prompts and order.last_step is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from sftd.trainer.optimizer import lean_update
 from sftd.trainer.optimizer.lean_update import Rectangle
-from sftd.trainer.optimizer.state import SharePiece
 
 
 class LeanAdamW(torch.optim.AdamW):
@@ -25,14 +23,15 @@ class LeanAdamW(torch.optim.AdamW):
     factor: Tensor | None = None
 
     def __init__(
-        self, groups: list[dict[str, Any]], pieces: Mapping[Tensor, Sequence[SharePiece]], seed: int
+        self,
+        groups: list[dict[str, Any]],
+        places: Mapping[Tensor, Sequence[tuple[int, Rectangle]]],
+        seed: int,
     ) -> None:
-        """`pieces` are those of each weight of the parameter groups, `seed` that of the random bits."""
+        """`places` has for each weight of `groups` the rectangles that it consists of, with the index of the first element of
+        each. `seed` is that of the random bits."""
         super().__init__(groups)
-        self._places = {
-            weight: [(piece.taken, place_of(piece)) for piece in found] for weight, found in pieces.items()
-        }
-        self._seed = seed
+        self._places, self._seed = places, seed
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -59,17 +58,3 @@ class LeanAdamW(torch.optim.AdamW):
             else:
                 w, m, v = (x.view(torch.uint16).numpy() for x in (own, first, second))
                 lean_update.update(w, m, v, gradient.numpy(), float(factor), place, keys, values)
-
-
-def place_of(piece: SharePiece) -> Rectangle:
-    """Where a piece is in the whole parameter, taken as a matrix."""
-    *whole, _ = piece.shard.global_shape
-    *above, column = piece.offset
-    *sides, columns = piece.shape
-    row = 0
-    for size, index in zip(whole, above, strict=True):
-        row = row * size + index
-    # Its rows follow each other if only the outermost of several dimensions is cut.
-    inner = next((n for n, side in enumerate(sides, 1) if side > 1), len(sides))
-    assert tuple(sides[inner:]) == tuple(whole[inner:]), piece.shard.key
-    return Rectangle(piece.shard.key, row, column, math.prod(sides), columns)

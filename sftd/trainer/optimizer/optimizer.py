@@ -61,8 +61,11 @@ def _make_lean(optimizer: MegatronOptimizer, model: list[DistributedDataParallel
     for part in parts_of(optimizer):
         if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
             continue
-        pieces = {optimizer_tensors(part, p)["param"]: found for p, found in own_pieces(part, places)}
-        part.optimizer = LeanAdamW(part.optimizer.param_groups, pieces, seed)
+        own = {
+            optimizer_tensors(part, parameter)["param"]: [(p.taken, p.rectangle) for p in pieces]
+            for parameter, pieces in own_pieces(part, places)
+        }
+        part.optimizer = LeanAdamW(part.optimizer.param_groups, own, seed)
     allocate_adamw_state(optimizer)
 
 

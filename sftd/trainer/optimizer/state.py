@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from sftd.trainer.optimizer.lean_update import Rectangle
 from sftd.trainer.optimizer.rectangles import rectangles
 from sftd.trainer.runtime.megatron_edges.saving import optimizer_tensors, store_share
 from sftd.trainer.runtime.megatron_edges.training import has_master_weights, parts_of
@@ -44,6 +45,20 @@ class SharePiece(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     taken: int
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """Where it is in the whole parameter, taken as a matrix of the length of its last dimension."""
+        *whole, _ = self.shard.global_shape
+        *above, column = self.offset
+        *sides, columns = self.shape
+        row = 0
+        for size, index in zip(whole, above, strict=True):
+            row = row * size + index
+        # Its rows follow each other if only the outermost of several dimensions is cut.
+        inner = next((n for n, side in enumerate(sides, 1) if side > 1), len(sides))
+        assert tuple(sides[inner:]) == tuple(whole[inner:]), f"{self.shard.key} is cut along inner dimensions"
+        return Rectangle(self.shard.key, row, column, math.prod(sides), columns)
 
 
 def content() -> dict[str, Any]:

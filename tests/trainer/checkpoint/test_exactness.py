@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "tp2": (2, TP2),
     "pp2_vpp2": (2, PP2),
+    "lean": (2, {"optimizer__precision": "lean"}),
 }
 PLAN = {
     "trainer__max_steps": STEPS,

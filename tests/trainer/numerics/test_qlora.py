@@ -111,7 +111,7 @@ def plain(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Plain:
     found = Plain(wide / "llama", folder)
     for name, weight in found.network.named_parameters():
         if name.endswith("base_layer.weight"):
-            stored = Quantized(*weight.shape, weight.device)
+            stored = Quantized(weight.shape, weight.device)
             stored.fill(weight)
             weight.data.copy_(stored.dequantize(torch.float32))
     return found

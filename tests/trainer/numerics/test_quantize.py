@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def matrix(rows: int, columns: int) -> Tensor:
 
 
 def quantized(weight: Tensor) -> nf4.Quantized:
-    q = nf4.Quantized(*weight.shape, CPU)
+    q = nf4.Quantized(weight.shape, CPU)
     q.fill(weight)
     return q
 
@@ -46,6 +48,7 @@ def test_each_value_becomes_the_nearest_level_of_its_block() -> None:
     found = quantized(weight).dequantize(torch.float32)
     torch.testing.assert_close(found.double(), nearest, rtol=1e-6, atol=0)
     assert torch.equal(quantized(found).dequantize(torch.float32), found)
+    assert quantized(weight).codes[0, :32].eq(0x77).all(), "zeros have the code of 0"
     assert torch.equal(quantized(weight).dequantize(torch.bfloat16), found.bfloat16())
 
 
@@ -74,3 +77,35 @@ def test_a_bad_weight_stays_bad(bad: float) -> None:
     found = quantized(weight).dequantize(torch.float32)
     assert not found[0, :64].sum().isfinite()
     assert found[0, 64:].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")  # Megatron warns where it is imported
+def test_a_product_dequantises_again_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
+
+    from sftd.trainer.model.quantize import products
+
+    class Frozen:
+        def _forward_impl(self, x: Tensor, weight: Tensor) -> Tensor:
+            return cast(Tensor, LinearWithFrozenWeight.apply(x, weight, None, False, None))
+
+    class Product(products._Product, Frozen):
+        pass
+
+    alive: list[weakref.ref[Tensor]] = []
+    dequantize = nf4.Quantized.dequantize
+
+    def watched(self: nf4.Quantized, dtype: torch.dtype) -> Tensor:
+        found = dequantize(self, dtype)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(nf4.Quantized, "dequantize", watched)
+    weight: Any = torch.nn.Parameter(torch.empty(8, 64, device="meta"), requires_grad=False)
+    weight.quantized = quantized(matrix(8, 64))
+    x = matrix(3, 64).requires_grad_()
+    y = Product()._forward_impl(x, weight)
+    assert [found() for found in alive] == [None]
+    y.sum().backward()
+    expected = dequantize(weight.quantized, torch.float32)
+    torch.testing.assert_close(x.grad, expected.sum(0).expand(3, 64))

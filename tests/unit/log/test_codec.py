@@ -67,7 +67,8 @@ def having(flag: str, value: object = True) -> set[str]:
 
 def test_what_each_type_of_event_is() -> None:
     assert having("severity", "problem") == {
-        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ReplayDiverged", "RunFailed",
+        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ExportDiverged", "ReplayDiverged",
+        "RunFailed",
     }  # fmt: skip
     assert having("severity", "detail") == {
         "CheckpointDeleted", "CheckpointPinned", "CheckpointReduced", "CheckpointStarted", "CheckpointUnpinned", "DataBound",

@@ -7,6 +7,7 @@ whole matrix has there. A value half way between two levels becomes the lower on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -41,7 +42,8 @@ class Quantized:
     """A matrix [out, in] in NF4: codes uint8 [out, in / 2], the even column in the low half of a byte; scales FP32
     [out, in / 64]. Unset until `fill`."""
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        rows, columns = shape
         assert columns % BLOCK == 0, f"{columns} columns are no multiple of {BLOCK}"
         self.codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
         self.scales = torch.empty(rows, columns // BLOCK, dtype=torch.float32, device=device)

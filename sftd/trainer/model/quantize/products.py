@@ -40,8 +40,7 @@ def empty(layer: torch.nn.Module) -> None:
             full = linear.weight
             weight: Any = torch.nn.Parameter(torch.empty_like(full, device="meta"), requires_grad=False)
             vars(weight).update(vars(full))
-            rows, columns = full.shape
-            weight.quantized = Quantized(rows, columns, full.device)
+            weight.quantized = Quantized(full.shape, full.device)
             linear.weight = weight
             linear.__class__ = _Column if isinstance(linear, ColumnParallelLinear) else _Row
 

@@ -61,16 +61,19 @@ def export(
     manifest = manifests.verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
+    is_adapter = bool(spec.model.lora.rank) and not merge
+    if is_adapter:
+        adapter.check(shape, spec.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     partial.chmod(0o755)
     try:
-        is_adapter = bool(spec.model.lora.rank) and not merge
         if not is_adapter:
             config = exported_config(folder, override, manifest.dtype)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, path in kept_files(Path(folder)).items():
-            if name != "config.json":
+            # The config of an adapter's model is in that model's folder.
+            if name != "config.json" and not (is_adapter and name == "generation_config.json"):
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / name)
         write_template(partial, template)
@@ -78,7 +81,7 @@ def export(
         try:
             events.progress("load", path=str(checkpoint))
             (model,) = read_model(spec, shape, session, checkpoint)
-            _check_space(model, partial)
+            _check_space(model, partial, is_adapter=is_adapter)
             if is_adapter:
                 parameters = adapter.write(partial, model, shape, spec.model)
             else:
@@ -113,8 +116,9 @@ def export(
     }
 
 
-def _check_space(model: torch.nn.Module, partial: Path) -> None:
-    need = sum(parameter.nbytes for parameter in model.parameters())
+def _check_space(model: torch.nn.Module, partial: Path, *, is_adapter: bool) -> None:
+    own = model.named_parameters()
+    need = sum(parameter.nbytes for name, parameter in own if (".adapters." in name) == is_adapter)
     if (free := shutil.disk_usage(partial).free) < need:
         raise UserError(
             f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
@@ -123,7 +127,7 @@ def _check_space(model: torch.nn.Module, partial: Path) -> None:
 
 @torch.no_grad()
 def _tensors(
-    model: torch.nn.Module, shape: ModelShape, lora: Lora, events: EventWriter
+    model: torch.nn.Module, shape: ModelShape, spec: Lora, events: EventWriter
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every tensor of the Hugging Face folder. Empties the model's parameters on the way."""
     own = dict(model.named_parameters())
@@ -140,7 +144,7 @@ def _tensors(
             parameter.data = parameter.data.new_empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]
-            changes = adapter.changes(rule, own, lora)
+            changes = adapter.changes(rule, own, spec)
             for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
                 merged = (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
                 yield name, merged.contiguous()
