@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCK = 64
+from sftd.domain.model.weights import NF4_BLOCK as BLOCK
+
 # Appendix E of the paper.
 LEVELS = (
     -1.0,
