@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -64,7 +65,7 @@ def plan_command(
     facts = plan_facts(found)
     calibration = known_pace(found.shape, target.machine)
     plan = make_plan(spec, facts, target.machine, calibration)
-    given = {"devices": target.devices, "memory": target.memory, "calibration": calibration}
+    given: dict[str, Any] = {"devices": target.devices, "memory": target.memory, "calibration": calibration}
     layouts = search(spec, facts, target.machine, **given)
     fits = target.fits(plan.needed, spec.world_size)
     instead = {} if fits and layouts.best else alternatives(spec, facts, target.machine, **given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights, targets
+from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights
 from sftd.domain.spec.model_section import Model
 
 # Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
@@ -62,7 +62,7 @@ def training_flops(
 
 def adapter_parameters(model: Model, shape: ModelShape) -> int:
     """Parameters of adapters in matrix products per token: of experts those that a token is routed to."""
-    chosen = targets(model.lora)
+    chosen = model.lora.projections
     if not chosen:
         return 0
     each = sum(

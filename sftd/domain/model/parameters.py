@@ -17,7 +17,6 @@ from sftd.domain.model.weights import (
     frozen_shares,
     layer_weights,
     stage_layers,
-    targets,
 )
 from sftd.domain.spec.model_section import Megatron, Model
 from sftd.domain.spec.spec import Spec
@@ -70,7 +69,7 @@ def _held(encoded_model: bytes, encoded_shape: bytes, stage: int) -> Held:
     model = msgspec.json.decode(encoded_model, type=Model)
     shape, m = msgspec.json.decode(encoded_shape, type=ModelShape), model.megatron
     layers = stage_layers(m, shape.num_hidden_layers, stage)
-    chosen, shares = targets(model.lora), frozen_shares(model, shape)
+    chosen, shares = model.lora.projections, frozen_shares(model, shape)
     trained, frozen, quantized = [0, 0], 0, 0
 
     def count(name: str, size: int, places: list[int], *, is_expert: bool = False) -> int:

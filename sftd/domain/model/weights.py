@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import msgspec
 
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.spec.model_section import ALL_LINEAR, Lora, Megatron, Model
+from sftd.domain.spec.model_section import Megatron, Model
 
 LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
     "model.layers",
@@ -21,6 +21,8 @@ LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
 )
 # The projections of a layer, by Megatron's matrix products: one product computes several of them.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+# Values of a row that share a scale in NF4.
+NF4_BLOCK = 64
 
 
 class Weight(NamedTuple):
@@ -78,12 +80,10 @@ def stage_layers(m: Megatron, layers: int, stage: int) -> list[int]:
     return [chunk * pp * each + stage * each + number for chunk in range(vpp) for number in range(each)]
 
 
-def targets(lora: Lora) -> tuple[str, ...]:
-    """The projections that get an adapter; none without adapters."""
-    if not lora.rank:
-        return ()
-    every = tuple(name for names in PRODUCTS.values() for name in names)
-    return every if ALL_LINEAR in lora.targets else tuple(name for name in every if name in lora.targets)
+def frozen(expressions: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names of weights in which one of the regular expressions of `model.freeze` matches, anywhere."""
+    compiled = [re.compile(expression) for expression in expressions]
+    return [name for name in names if any(expression.search(name) for expression in compiled)]
 
 
 def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
@@ -97,11 +97,11 @@ def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], f
 # A search plans thousands of layouts of one model. A shape with RoPE scaling has no hash.
 @lru_cache(maxsize=16)
 def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[int, str], float]:
-    shape = msgspec.json.decode(encoded, type=ModelShape)
-    frozen = [re.compile(expression) for expression in expressions]
+    places = list(folder_names(msgspec.json.decode(encoded, type=ModelShape)))
+    chosen = set(frozen(expressions, (full_name for _, _, full_name, _ in places)))
     found: dict[tuple[int, str], float] = {}
-    for layer, name, full_name, share in folder_names(shape):
-        if any(expression.search(full_name) for expression in frozen):
+    for layer, name, full_name, share in places:
+        if full_name in chosen:
             found[layer, name] = found.get((layer, name), 0.0) + share
     return found
 

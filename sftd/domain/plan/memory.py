@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import PRODUCTS, frozen_shares, layer_weights, targets
+from sftd.domain.model.weights import PRODUCTS, frozen_shares, layer_weights
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import (
     CUBLAS_BYTES,
@@ -176,7 +176,7 @@ class _Layer:
         self._tp = m.tensor_model_parallel_size
         self._shared = self._tp if m.sequence_parallel else 1
         self._cp = m.context_parallel_size
-        self._adapted = targets(spec.model.lora)
+        self._adapted = spec.model.lora.projections
         self._frozen = frozen_shares(spec.model, shape)
 
     def bytes_per_token(self) -> tuple[float, float]:

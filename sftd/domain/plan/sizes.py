@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import NF4_BLOCK
 from sftd.domain.spec.spec import Spec
 
 # Lengths on a GPU are multiples of this: matrix products get whole tiles, and the allocator sees fewer shapes.
@@ -18,9 +19,9 @@ SCORES_BYTES = 2 << 30
 _CUBLAS_KIB, _CUBLAS_COUNT = 4096, 8
 CUBLAS_CONFIG = f":{_CUBLAS_KIB}:{_CUBLAS_COUNT}"
 CUBLAS_BYTES = _CUBLAS_KIB * 1024 * _CUBLAS_COUNT
-# Bytes of a weight, and of a value in NF4: four bits, and an FP32 scale for each 64 values.
+# Bytes of a weight, and of a value in NF4: four bits, and an FP32 scale for each block.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-NF4_BYTES = 0.5 + 4 / 64
+NF4_BYTES = 0.5 + 4 / NF4_BLOCK
 # Checkpoint bytes per parameter, by dtype of the weights: two moments and the weight in FP32, plus the weight in BF16.
 _CHECKPOINT_BYTES = {"float32": 12, "bfloat16": 14}
 # The same with `optimizer.precision: lean`: the weight and two moments in BF16.

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import pytest
 
-from sftd.domain.log.events import CheckpointPublished, WeightsDigested
+from sftd.domain.log.events import CheckpointPublished, ModelLoaded, WeightsDigested
+from sftd.domain.model.parameters import trained_parameters, whole_model
+from sftd.domain.plan.disk import storage
 from sftd.wire.checkpoint import manifest as manifests
+from sftd.wire.model.folder import read_shape
 from tests.builders.trainer.plain import Plain, Settings, usable
 
 if TYPE_CHECKING:
@@ -143,3 +146,15 @@ def test_a_checkpoint_holds_the_adapter_alone(one_rank: Run) -> None:
     (published,) = [event for event in one_rank.events(CheckpointPublished) if event.step == 6]
     manifest = manifests.verify(one_rank.checkpoint(6), published.manifest_digest)
     assert manifest.base == one_rank.events(WeightsDigested)[0].files
+
+
+def test_a_plan_counts_what_is_trained(one_rank: Run) -> None:
+    spec = one_rank.attempt.order().spec
+    shape = read_shape(spec.model.partial_pretrain, {})
+    trained = trained_parameters(spec.model, shape)
+    (loaded,) = one_rank.events(ModelLoaded)
+    assert (loaded.trained_parameters, loaded.parameters) == (trained, whole_model(shape) + trained)
+    # Weights and optimizer state, and a little for each A and B of seven projections in four layers.
+    size = sum(file.stat().st_size for file in one_rank.checkpoint(6).rglob("*"))
+    planned = storage(spec, shape, 6, "float32").checkpoint
+    assert planned < size < planned + 8_000 * 2 * 7 * 4

@@ -154,10 +154,13 @@ def test_a_quantised_base_by_hand() -> None:
     # Half a byte a value, and four bytes for each 64.
     assert plain.weights - found.weights == 2 * quantized - (quantized // 2 + quantized // 16)
     assert found.activations == plain.activations
-    # Gate and up are decompressed while the gradient of their output is in memory: nothing beside longer rows' other gradients.
-    tokens, matrix = 4096, 2 * 2 * 14336 * 4096
+    # Gate and up are decompressed while the gradient of their output is in memory, and not that of what they make.
+    thin = msgspec.structs.replace(LLAMA_8B, vocab_size=64)
+    matrix = 2 * 2 * 14336 * 4096
     layer = 2 * (4 * 4096 + 4096 + 2 * 1024 + 4096 + 3 * 14336 + 16 * 7) + 4 * 32 + 8
-    assert found.loss == max(layer * tokens + 2 * (2 * 14336 + 3 * 4096) * tokens + matrix, plain.loss)
+    gradients = 2 * (2 * 14336 + 3 * 4096)
+    assert peak(thin, RANK, NF4, FULL).loss == (layer + gradients) * 4096 + matrix
+    assert peak(thin, RANK, FULL).loss == (layer + 2 * (3 * 14336 + 2 * 4096)) * 4096
 
 
 def test_some_layers_are_recomputed_whole_and_the_others_selectively() -> None:
