@@ -63,10 +63,10 @@ def show(found: ExportProven | ExportDiverged, *, quiet: bool = False) -> None:
     versions = " and ".join(
         f"{name} {version}" for name, version in found.versions.items() if name != "torch"
     )
-    rows = f"{counted(found.rows, 'recorded row')}, {counted(found.positions, 'position')}"
+    rows, positions = counted(found.rows, "recorded row"), counted(found.positions, "position")
     limit = f"tolerance {found.tolerance:.1e}, the rounding of {found.rounding}"
     if isinstance(found, ExportDiverged):
-        logits = f"logits differ by up to {found.largest_difference:.1e} ({limit})"
+        logits = f"logits differ by up to {found.largest_difference:.1e} at {positions} ({limit})"
         what = "; ".join(filter(None, [logits, found.other_token]))
         raise SftdError(
             f"{found.path} is not what was trained: loaded with {versions}, on {rows}: {what}\n"
@@ -74,6 +74,7 @@ def show(found: ExportProven | ExportDiverged, *, quiet: bool = False) -> None:
         )
     if quiet:
         return
-    click.echo(f"proven with {versions} on {rows}:")
-    click.echo(f"  largest difference of a logit {found.largest_difference:.1e} ({limit})")
-    click.echo(f"  {counted(found.tokens, 'token')} of answers compared, all equal")
+    click.echo(f"proven on {rows} with {versions}:")
+    click.echo(f"  {positions}: logits differ by at most {found.largest_difference:.1e}")
+    click.echo(f"  ({limit})")
+    click.echo(f"  {counted(found.tokens, 'token')} of answers: all equal")

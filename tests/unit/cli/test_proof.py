@@ -49,9 +49,10 @@ def test_an_equal_export_is_proven(
     }
     proof.show(event)
     assert capsys.readouterr().out == (
-        "proven with transformers 5 and peft 0.21 on 8 recorded rows, 95 positions:\n"
-        "  largest difference of a logit 2.0e-06 (tolerance 1.0e-05, the rounding of float32)\n"
-        "  128 tokens of answers compared, all equal\n"
+        "proven on 8 recorded rows with transformers 5 and peft 0.21:\n"
+        "  95 positions: logits differ by at most 2.0e-06\n"
+        "  (tolerance 1.0e-05, the rounding of float32)\n"
+        "  128 tokens of answers: all equal\n"
     )
     proof.show(event, quiet=True)
     assert capsys.readouterr().out == ""
