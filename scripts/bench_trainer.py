@@ -2,6 +2,7 @@
 
     python scripts/bench_trainer.py speed [--rows 4,8] [--contenders sftd,peer-bf16,peer-fp32master]
     python scripts/bench_trainer.py lengths [--rows 4,8,16] [--median 350] [--sigma 1.0]
+    python scripts/bench_trainer.py lora [--contenders sftd-lora,peer-lora] [--rows 1]
     python scripts/bench_trainer.py speed --profile --rows 4
     python scripts/bench_trainer.py speed --shape tiny --device cpu --rows 2
 
@@ -10,6 +11,10 @@
   sftd-deterministic  the same with `training.deterministic`
   peer-bf16           transformers' Llama + Liger, weights, gradients and AdamW in BF16
   peer-fp32master     transformers' Llama + Liger, FP32 weights under autocast to BF16: the same precision as sftd
+`lora`: full sequences, adapters of rank 16 on all linear layers of a frozen model (the shape of Llama-3.1-8B). Contenders:
+  sftd-lora, sftd-qlora     `model.lora`, and with `model.quantize`; -recompute, -recompute-some (15 of 32 layers), -selective,
+                            -deterministic and -packed (samples of log-normal lengths) have further keys
+  peer-lora                 peft on transformers' Llama + Liger, the base in BF16, fused AdamW; -recompute; -bf16: the adapters too
 `lengths`: samples of log-normal lengths, padded to the longest of each micro-batch, and packed; sftd only.
 
 Each row of the table is measured in its own process, one after the other, with the same number of tokens per step, warm-up
@@ -49,12 +54,42 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from write_random_data import Zipf, draw_lengths  # noqa: E402
 from write_random_model import SHAPES, write_config  # noqa: E402
 
-SFTD = ("sftd", "sftd-deterministic")
-PEERS = ("peer-bf16", "peer-fp32master")
+_LORA = {"model.lora.rank": 16}
+_RECOMPUTE = {"model.enable_gradient_checkpointing": True}
+_QLORA = _LORA | {"model.quantize": "nf4"}
+# Contender → keys of its spec.
+SFTD: dict[str, dict[str, Any]] = {
+    "sftd": {},
+    "sftd-deterministic": {"training.deterministic": True},
+    "sftd-lora": _LORA,
+    "sftd-lora-deterministic": _LORA | {"training.deterministic": True},
+    "sftd-lora-packed": _LORA | {"training.use_rmpad": True},
+    "sftd-lora-selective": _LORA | _RECOMPUTE | {"model.recompute": "selective"},
+    "sftd-lora-recompute": _LORA | _RECOMPUTE,
+    # As many as leave the rest within 24 GiB.
+    "sftd-lora-recompute-some": _LORA | _RECOMPUTE | {"model.recompute_layers": 15},
+    "sftd-qlora": _QLORA,
+    "sftd-qlora-recompute": _QLORA | _RECOMPUTE,
+}
+PEERS = ("peer-bf16", "peer-fp32master", "peer-lora", "peer-lora-bf16", "peer-lora-recompute")
+# What each mode compares if it is not told: (contender, rows of a micro-batch).
+LORA_JOBS = (
+    ("sftd-lora", 1),
+    ("peer-lora", 1),
+    ("peer-lora-bf16", 1),
+    ("sftd-lora-recompute-some", 1),
+    ("sftd-lora-recompute", 4),
+    ("peer-lora-recompute", 4),
+    ("sftd-lora-deterministic", 1),
+    ("sftd-lora-packed", 1),
+    ("sftd-qlora", 1),
+    ("sftd-qlora-recompute", 1),
+)
 # Shape → (tokens of a sequence, tokens of a step, median of the length mix, tokens of a packed micro-batch).
 SIZES = {
     "llama3.2-1b": (4096, 65536, 350, 16384),
     "llama2-7b": (4096, 65536, 350, 16384),
+    "llama3.1-8b": (4096, 16384, 350, 4096),
     "tiny": (64, 512, 12, 256),
 }
 LEARNING_RATE = 1e-4
@@ -121,6 +156,8 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     from sftd.trainer import trainee as trainees
     from sftd.trainer.data.batches import Batching
     from sftd.trainer.data.rows import Sample
+    from sftd.trainer.model import weights
+    from sftd.trainer.model.quantize.products import quantized
     from sftd.trainer.runtime import session as sessions
     from sftd.wire.model.folder import read_shape
 
@@ -129,8 +166,8 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
         overrides.append(("training.use_rmpad", True))
         if "training.micro_batch_tokens" in LEAVES:
             overrides.append(("training.micro_batch_tokens", job.budget))
-    if "training.deterministic" in LEAVES:
-        overrides.insert(0, ("training.deterministic", job.contender == "sftd-deterministic"))
+    chosen = {"training.deterministic": False} | SFTD[job.contender]
+    overrides[:0] = [(key, value) for key, value in chosen.items() if key in LEAVES]
     config = {
         "model": {"partial_pretrain": folder},
         "data": {
@@ -147,6 +184,8 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     spec, _ = parse(config, overrides)
     session = sessions.start(spec)
     shape = read_shape(folder, {})
+    # The weights are random, below: the folder has none.
+    weights.load = lambda *_: None
     trainee = trainees.load(spec, shape, session, pretrained=False)
     generator = torch.Generator(session.device).manual_seed(1)
     with torch.no_grad():
@@ -154,6 +193,9 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
             for parameter in chunk.parameters():
                 if parameter.dim() == 1:
                     parameter.fill_(1.0)
+                elif stored := quantized(parameter):
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=session.device)
+                    stored.fill(values.normal_(0.0, 0.02, generator=generator))
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
     # The FP32 master copy is of the old weights.
@@ -203,7 +245,7 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)
-    is_bf16 = job.contender == "peer-bf16"
+    is_bf16 = job.contender != "peer-fp32master"
     torch.manual_seed(1)
     with torch.device(job.device):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -211,8 +253,16 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
             attn_implementation="sdpa",
         )
+    if "lora" in job.contender:
+        import peft
+
+        if "recompute" in job.contender:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        # By default peft keeps the adapters in FP32.
+        model = peft.get_peft_model(model, adapters, autocast_adapter_dtype="bf16" not in job.contender)
     model.train()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
@@ -520,7 +570,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     }
     if arguments.mode == "speed":
         fixed = base | {"law": f"fixed:{sequence}", "samples": tokens // sequence, "budget": 0}
-        contenders = arguments.contenders or ["sftd", *([] if arguments.profile else PEERS)]
+        contenders = arguments.contenders or ["sftd", *([] if arguments.profile else PEERS[:2])]
         if arguments.deterministic and "sftd-deterministic" not in contenders:
             contenders.insert(1, "sftd-deterministic")
         ours, theirs = arguments.rows or [4, 8], arguments.peer_rows or arguments.rows or [4, 8]
@@ -528,6 +578,14 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             for contender in contenders:
                 if rows in (ours if contender in SFTD else theirs):
                     yield Job(contender=contender, rows=rows, **fixed)
+        return
+    if arguments.mode == "lora":
+        fixed = base | {"law": f"fixed:{sequence}", "samples": tokens // sequence, "budget": 0}
+        packed = {"law": f"lognormal:{median}:{sequence}:1.0", "samples": 3 * tokens // (2 * median)}
+        for contender, rows in LORA_JOBS:
+            if contender in (arguments.contenders or dict(LORA_JOBS)) and rows in (arguments.rows or [rows]):
+                is_packed = "packed" in contender
+                yield Job(contender=contender, rows=rows, **fixed | (packed if is_packed else {}))
         return
     law = f"lognormal:{arguments.median or median}:{sequence}:{arguments.sigma}"
     mixed = base | {"law": law, "samples": arguments.samples, "contender": "sftd"}
@@ -556,9 +614,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     modes = parser.add_subparsers(dest="mode", required=True)
-    for mode in ("speed", "lengths"):
+    for mode in ("speed", "lora", "lengths"):
         part = modes.add_parser(mode)
-        part.add_argument("--shape", choices=SIZES, default="llama3.2-1b")
+        default = "llama3.1-8b" if mode == "lora" else "llama3.2-1b"
+        part.add_argument("--shape", choices=SIZES, default=default)
         part.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
         part.add_argument("--rows", type=numbers, help="samples of a micro-batch, such as 2,4,8")
         part.add_argument("--sequence", type=int, help="tokens of the longest sample")
@@ -576,13 +635,14 @@ def parse_arguments() -> argparse.Namespace:
             help="spec key for sftd",
         )
         part.add_argument("--json", type=Path, help="also write the JSON lines to this file")
-        if mode == "speed":
+        if mode != "lengths":
             part.add_argument(
                 "--contenders", type=lambda text: text.split(","), help=", ".join((*SFTD, *PEERS))
             )
+        if mode == "speed":
             part.add_argument("--peer-rows", type=numbers, help="as --rows, for the peers")
             part.add_argument("--deterministic", action="store_true", help="add sftd-deterministic")
-        else:
+        if mode == "lengths":
             part.add_argument("--samples", type=int, default=128, help="samples of an optimizer step")
             part.add_argument("--median", type=int, help="median length in tokens")
             part.add_argument("--sigma", type=float, default=1.0, help="sigma of the logarithm of the length")
@@ -614,7 +674,7 @@ def main() -> int:
         found.append(run(job, arguments.timeout))
         print_row(found[-1])
     print()
-    (print_ratios if arguments.mode == "speed" else print_packing_ratio)(found)
+    (print_packing_ratio if arguments.mode == "lengths" else print_ratios)(found)
     for result in found:
         if "profile" in result:
             print_profile(result)

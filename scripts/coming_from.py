@@ -16,8 +16,8 @@ INTRODUCTION = """\
 Made by `python scripts/coming_from.py > docs/coming-from.md` from `sftd/domain/spec/other_trainers.py`; a test fails when it is out of
 date.
 
-sftd trains all weights of a model on labelled tokens (SFT). It has no adapters, no quantised training, no preference or reward
-training. Data is tokenised before: `sftd prepare` reads chats and writes the Parquet files that `data.train_files` names.
+sftd trains a model, or adapters beside it (LoRA and QLoRA: [lora.md](lora.md)), on labelled tokens (SFT). It has no preference or
+reward training. Data is tokenised before: `sftd prepare` reads chats and writes the Parquet files that `data.train_files` names.
 
 `sftd submit` recognises the config of another trainer and answers with this mapping. `sftd config NAME` looks one name up.
 

@@ -4,7 +4,7 @@
     python scripts/measure_plan.py --shape tiny --sequence 64 --device cpu training.micro_batch_size_per_gpu=4
 
 Random weights and samples of one length; every token but the last is trained. KEY=VALUE are keys of the spec, such as
-model.enable_gradient_checkpointing=true. Prints the memory in use after each stage (`torch.cuda.memory_allocated`; on a CPU
+model.lora.rank=16 or model.enable_gradient_checkpointing=true. Prints the memory in use after each stage (`torch.cuda.memory_allocated`; on a CPU
 the process's resident bytes). At the end it prints the peak, the plan, the allocator's reserved memory and the use by
 nvidia-smi. The last line is JSON. Numbers are GiB.
 """
@@ -61,6 +61,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from sftd.trainer.data.rows import Sample
     from sftd.trainer.loop.meter import Meter
     from sftd.trainer.model import model as models
+    from sftd.trainer.model import weights
     from sftd.trainer.runtime import session as sessions
     from sftd.wire.model.folder import read_shape
 
@@ -85,6 +86,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
 
         setattr(module, name, call)
 
+    # The folder has no weights: a frozen model gets random ones below, as any other.
+    setattr(weights, "load", lambda *_: None)  # noqa: B010
     watched(models, "build", "model")
     watched(models, "distribute", "model, gradients")
     session = sessions.start(spec)
@@ -95,6 +98,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         for parameter in (p for chunk in trainee.chunks for p in chunk.parameters()):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
+            elif hasattr(parameter, "quantized"):
+                parameter.quantized.fill(torch.randn(parameter.shape) * 0.02)
             else:
                 parameter.normal_(0.0, 0.02)
     trainee.optimizer.reload_model_params()
@@ -107,7 +112,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
             return Sample(ids[row], np.append(ids[row][1:], IGNORE_INDEX))
 
     batches = Batching.of(spec, session).batches(InMemory(), np.arange(rows))  # type: ignore[arg-type]
-    meter = Meter(shape, session)
+    meter = Meter(shape, spec.model, session)
     seconds = 0.0
     for step in range(arguments.steps):
         in_use(device)

@@ -1,6 +1,6 @@
 """Write a Hugging Face folder of random weights in the shape of a real model:
 
-    python scripts/write_random_model.py llama2-7b|llama3.2-1b|smollm2-135m|tiny|tiny-deep DIR [--dtype bfloat16] [--seed 0]
+    python scripts/write_random_model.py llama2-7b|llama3.1-8b|llama3.2-1b|smollm2-135m|tiny|tiny-deep DIR [--dtype bfloat16] [--seed 0]
 
 For benchmarks without downloads, where the values of the weights do not matter. Matrices are normal(0, 0.02), norms are one.
 Uses a GPU if there is one. There is no tokenizer: training without sample prompts needs none.
@@ -75,6 +75,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
+    },
+    "llama3.1-8b": _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
     },
     "llama2-7b": _LLAMA
     | {

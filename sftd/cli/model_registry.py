@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,9 @@ class Registry:
             "sftd.step": str(exported.step),
             "sftd.export_digest": exported.digest,
         }
+        if (adapter := folder / "adapter_config.json").is_file():
+            # A PEFT folder is loaded onto this model.
+            tags["sftd.base_model"] = json.loads(adapter.read_text())["base_model_name_or_path"]
         place = f"models/step-{exported.step}"
         version = self._tracking.register(self._uuid, folder, place, self._name, tags)
         registered = ModelRegistered(

@@ -23,7 +23,8 @@ from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, weights
 from sftd.trainer.model import model as models
-from sftd.trainer.model.adapters import lora
+from sftd.trainer.model.adapters import frozen, lora
+from sftd.trainer.model.adapters.linears import adapters_of, sum_partial_gradients
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 
@@ -32,7 +33,7 @@ LossFunction = Callable[..., tuple[Tensor, Tensor, Any]]
 
 @dataclass(frozen=True)
 class Trainee:
-    """The model and its optimizer on this rank. `parameters` and `state_bytes` count the whole model."""
+    """The model and its optimizer on this rank. `parameters`, `trained_parameters` and `state_bytes` count the whole model."""
 
     shape: ModelShape
     config: TransformerConfig
@@ -42,6 +43,7 @@ class Trainee:
     session: Session
     clip_grad: float
     parameters: int
+    trained_parameters: int
     state_bytes: int
 
     def run(
@@ -110,6 +112,8 @@ class Trainee:
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for adapters in adapters_of(self.chunks):
+            adapters.begin_step()
         loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
         accept_norm = None if accept is None else partial(accept, loss)
@@ -128,7 +132,11 @@ def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -> None:
     # The loss is already divided. With the token count, Megatron would divide all gradients in another pass.
+    adapters = adapters_of(model)
+    for each in adapters:
+        each.end_step()
     finalize_model_grads(model, None, **options)
+    sum_partial_gradients(adapters)
 
 
 def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -> Trainee:
@@ -136,8 +144,9 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     trained are unset until a checkpoint is loaded. Raises `UserError`."""
     config = models.transformer_config(spec, shape, session)
     chunks = models.build(config, shape, session)
-    if pretrained or spec.model.lora.rank:
+    if pretrained or spec.model.is_partly_frozen:
         weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
+    frozen.freeze(chunks, spec.model, shape, session.layout)
     if spec.model.lora.rank:
         lora.add(chunks, spec.model, shape, session.layout, is_new=pretrained)
     model = models.distribute(config, chunks, session)
@@ -146,10 +155,11 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     config.finalize_model_grads_func = _finalize
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
-    parameters = _count_parameters(chunks, shape.vocab_size, session)
-    state_bytes = parameters * checkpoint_bytes(spec, str(session.dtype).removeprefix("torch."))
+    parameters, trained = _count_parameters(chunks, shape.vocab_size, session)
+    state_bytes = trained * checkpoint_bytes(spec, str(session.dtype).removeprefix("torch."))
+    clip_grad = spec.optimizer.clip_grad
     return Trainee(
-        shape, config, chunks, model, optimizer, session, spec.optimizer.clip_grad, parameters, state_bytes
+        shape, config, chunks, model, optimizer, session, clip_grad, parameters, trained, state_bytes
     )
 
 
@@ -159,11 +169,12 @@ def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GP
     model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     nothing: Any = None
-    return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0)
+    return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0, 0)
 
 
-def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session) -> int:
-    count = 0
+def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session) -> tuple[int, int]:
+    """Numbers of all parameters of the whole model and of those that are trained."""
+    counts = [0, 0]
     copy = max(session.layout.dp_rank, session.layout.cp_rank)
     for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
         if not experts.is_counted(parameter, copy):
@@ -171,13 +182,16 @@ def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session)
         is_split = getattr(parameter, "tensor_model_parallel", False)
         # `shared` marks the last stage's copy of a tied embedding.
         if (is_split or session.layout.tp_rank == 0) and not getattr(parameter, "shared", False):
-            count += parameter.numel()
+            count = parameter.numel()
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):
                 rows, width = parameter.shape
                 count -= width * _padding_rows(rows, vocab_size, session.layout.tp_rank)
-    total = torch.tensor(count, dtype=torch.int64, device=session.device)
+            counts[0] += count
+            counts[1] += count * parameter.requires_grad
+    total = torch.tensor(counts, dtype=torch.int64, device=session.device)
     dist.all_reduce(total)
-    return int(total)
+    every, trained = total.tolist()
+    return every, trained
 
 
 def _padding_rows(rows: int, vocab_size: int, tp_rank: int) -> int:

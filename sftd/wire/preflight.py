@@ -21,6 +21,7 @@ from sftd.domain.submit.facts import NOTHING, SaveFolder, SubmitFacts
 from sftd.domain.submit.judge import judge
 from sftd.wire.checkpoint import disk
 from sftd.wire.data import chat_template, dataset
+from sftd.wire.model import adapter as adapter_folder
 from sftd.wire.model import digest as model_digest
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.same_files import shared
@@ -83,6 +84,13 @@ def _read(
     except Refused as refused:
         unreadable += refused.problems
 
+    adapter = None
+    if spec.model.lora.adapter and not known.has_checkpoint:
+        try:
+            adapter = adapter_folder.read(spec.model.lora.adapter)
+        except Refused as refused:
+            unreadable += refused.problems
+
     def data(where: str, files: list[str]) -> DataFacts | None:
         try:
             return read(
@@ -106,6 +114,7 @@ def _read(
         shape=shape,
         model_files=model_files,
         has_tokenizer=has_tokenizer,
+        adapter=adapter,
         train=train,
         val=val,
         trained_on=shared(train.files, val.files) if train and val else [],

@@ -44,13 +44,16 @@ FIELDS: dict[str, set[str]] = {
     "data --row": _ROW | {"run_id", "train_digest", "steps", "read_other_files", "problems"},
     "doctor": {"check", "state", "said", "fix"},
     "export": _EXPORTED,
+    "export --prove": _EXPORTED | {"proof"},
     "export --register": _EXPORTED | {"registered"},
     "fork": _SUBMITTED,
     "generate": {"step", "prompt", "text", "tokens", "stopped"},
     "import": {"run_id", "status", "new_events"},
     "mlflow check": _CHECKED,
     "mlflow rebuild": _CHECKED,
-    "plan": _PLAN | {"devices", "memory_bytes", "fits", "best", "layouts_tried", "layouts_fit", "warnings"},
+    "plan": _PLAN
+    | {"devices", "memory_bytes", "fits", "best", "alternatives", "layouts_tried", "layouts_fit", "warnings"},
+    "plan alternatives": _PLAN | {"set", "fits"},
     "plan best": _PLAN | {"set"},
     "plan machine": {"device", "name", "cores"},
     "plan work": {
@@ -85,7 +88,17 @@ FIELDS: dict[str, set[str]] = {
         "mfu",
         "total",
     },
-    "plan storage": {"checkpoint", "saved", "kept", "reduced", "most", "export", "at_end", "needed"},
+    "plan storage": {
+        "checkpoint",
+        "weights",
+        "saved",
+        "kept",
+        "reduced",
+        "most",
+        "export",
+        "at_end",
+        "needed",
+    },
     "prepare": _WRITTEN
     | {"val", "truncated", "dropped", "rejected", "stop_token", "tokenizer_digest", "warnings"}
     | {"card", "card_text"},

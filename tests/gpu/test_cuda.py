@@ -36,6 +36,8 @@ FOUR: dict[str, Any] = {"training__micro_batch_size_per_gpu": 4}
 EXACT: dict[str, Any] = FOUR | {"training__deterministic": True}
 LEAN: dict[str, Any] = {"optimizer__precision": "lean"}
 RECOMPUTE: dict[str, Any] = {"model__enable_gradient_checkpointing": True}
+LORA: dict[str, Any] = {"model__lora__rank": 4, "model__lora__dropout": 0.1, "optimizer__lr": 1e-2}
+QLORA: dict[str, Any] = LORA | {"model__quantize": "nf4"}
 ONE_GPU: dict[str, dict[str, Any]] = {
     "fp32-padded": FP32,
     "fp32-packed": FP32 | PACKED,
@@ -47,9 +49,18 @@ ONE_GPU: dict[str, dict[str, Any]] = {
     "again-packed": EXACT | PACKED,
     "exact-lean": EXACT | LEAN,
     "again-lean": EXACT | LEAN,
+    "fp32-lora": FP32 | LORA,
+    "fp32-qlora": FP32 | QLORA,
+    "exact-lora": EXACT | LORA,
+    "again-lora": EXACT | LORA,
+    "exact-qlora": EXACT | QLORA,
+    "again-qlora": EXACT | QLORA,
     "exact-full": EXACT | RECOMPUTE,
+    "exact-half": EXACT | RECOMPUTE | {"model__recompute_layers": 2},
     "exact-selective": EXACT | RECOMPUTE | {"model__recompute": "selective"},
 }
+# Runs that are trained twice, and resumed.
+EXACTLY = ("padded", "packed", "lean", "lora", "qlora")
 TP2, PP2, CP2 = (
     {f"{MEGATRON}{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context")
 )
@@ -62,6 +73,8 @@ TWO_GPUS: dict[str, dict[str, Any]] = {
     "pp2-packed": PP2 | PACKED,
     "pp2-vpp2": PP2 | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
     "pp2-vpp2-packed": PP2 | PACKED | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
+    "tp2-sp-lora": LORA | TP2 | {MEGATRON + "sequence_parallel": True},
+    "pp2-qlora": QLORA | PP2,
     "cp2": CP2,
     "cp2-packed": CP2 | PACKED,
 }
@@ -96,6 +109,25 @@ def exact(run: Run) -> dict[int, tuple[float, float, str]]:
 def test_kernels_compute_what_pytorch_does(gpus: int) -> None:
     run = subprocess.run([sys.executable, str(KERNELS), "cuda"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_nf4_is_read_at_the_speed_of_the_memory(gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from sftd.trainer.model.quantize.nf4 import Quantized
+
+    q = Quantized((2 * 14336, 4096), torch.device("cuda"))
+    q.fill(torch.randn(2 * 14336, 4096, device="cuda"))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for n in range(30):
+        if n == 10:
+            begin.record()
+        weight = q.dequantize(torch.bfloat16)
+    end.record()
+    end.synchronize()
+    size = 20 * (q.codes.nbytes + q.scales.nbytes + weight.nbytes)
+    with capsys.disabled():
+        print(f"\nNF4 to BF16: {size / begin.elapsed_time(end) / 1e9:.2f} TB/s")
 
 
 # Heads of 64 in groups of four, odd lengths, and q, k and v as the trainer has them: tokens first in memory. The scores of a
@@ -145,7 +177,7 @@ def test_deterministic_attention_is_right_and_the_same_again(
         assert any(exact_attention._backwards.values())
 
 
-@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("rows", ["padded", "packed", "lora", "qlora"])
 def test_fp32_agrees_with_the_cpu(one: dict[str, Run], on_cpu: Trainer, rows: str) -> None:
     gpu, cpu = one[f"fp32-{rows}"], on_cpu.run(f"fp32-{rows}", **ONE_GPU[f"fp32-{rows}"])
     assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-4)
@@ -168,7 +200,7 @@ def test_the_lean_optimizer_trains_as_the_full_one(one: dict[str, Run]) -> None:
     assert losses(one["exact-lean"])[1:] != losses(one["exact-padded"])[1:]
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", "selective", "half"])
 def test_recomputing_changes_no_bit(one: dict[str, Run], recompute: str) -> None:
     assert exact(one[f"exact-{recompute}"]) == exact(one["exact-padded"])
 
@@ -177,7 +209,7 @@ def test_recomputing_changes_no_bit(one: dict[str, Run], recompute: str) -> None
 def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
     """The deterministic runs gone on with from step 3, in new processes."""
     attempts = {}
-    for rows in ("padded", "packed", "lean"):
+    for rows in EXACTLY:
         published = next(c for c in one[f"exact-{rows}"].events(CheckpointPublished) if c.step == 3)
         attempts[rows] = on_gpu.prepare(
             f"resumed-{rows}",
@@ -188,7 +220,7 @@ def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
     return train_together(on_gpu, attempts)
 
 
-@pytest.mark.parametrize("rows", ["padded", "packed", "lean"])
+@pytest.mark.parametrize("rows", EXACTLY)
 def test_resume_is_bit_for_bit(one: dict[str, Run], resumed: dict[str, Run], rows: str) -> None:
     whole = one[f"exact-{rows}"]
     assert exact(one[f"again-{rows}"]) == exact(whole)
@@ -203,5 +235,7 @@ def test_layouts_agree_with_one_gpu(on_gpu: Trainer, gpus: int, one: dict[str, R
     dtype, tolerance, reference = (
         ({}, 2e-2, "bf16-packed") if "packed" in name else (FP32, 1e-4, "fp32-padded")
     )
+    if "lora" in name:
+        reference = f"fp32-{name.rpartition('-')[2]}"
     two = on_gpu.run(name, ranks=2, **dtype, **TWO_GPUS[name])
     assert losses(two) == pytest.approx(losses(one[reference]), rel=tolerance)

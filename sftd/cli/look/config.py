@@ -47,7 +47,8 @@ def config_command(word: str, markdown: bool, as_json: bool) -> None:
 def find(word: str) -> tuple[list[dict[str, Any]], str]:
     """The keys that match a word, and a remark where it is another trainer's name."""
     from sftd.domain.spec.aliases import ALIASES
-    from sftd.domain.spec.other_trainers import TABLE, TOOLS, known
+    from sftd.domain.spec.other_configs import known
+    from sftd.domain.spec.other_trainers import TABLE, TOOLS
 
     rows = keys()
     if begun := [row for row in rows if row["key"].startswith(word)]:

@@ -75,7 +75,9 @@ def _seen_rows(run: Run, *arguments: str) -> dict[str, Any]:
     settings = app.read_settings()
     # Only a text needs the tokenizer.
     text = "--text" in arguments
-    model = model_files.source(app.open_store(settings), settings.home, run) if text else ""
+    model = ""
+    if text:
+        model = model_files.source(app.open_store(settings), settings.home, run, builds=False)
     with order_file(run, None, model) as order:
         found = run_with_stages(run.run_id, "seen_rows", [order, *arguments])
     return {name: value for name, value in found.items() if name != "event"}

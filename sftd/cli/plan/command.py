@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -50,7 +51,7 @@ def plan_command(
       sftd plan run.yaml training.micro_batch_size_per_gpu=8 --json
     """
     from sftd.domain.plan.plan import make_plan
-    from sftd.domain.plan.search import search
+    from sftd.domain.plan.search import alternatives, search
     from sftd.domain.submit.facts import SubmitFacts
     from sftd.wire import preflight
     from sftd.wire.spec import file as spec_file
@@ -64,9 +65,10 @@ def plan_command(
     facts = plan_facts(found)
     calibration = known_pace(found.shape, target.machine)
     plan = make_plan(spec, facts, target.machine, calibration)
-    layouts = search(
-        spec, facts, target.machine, devices=target.devices, memory=target.memory, calibration=calibration
-    )
+    given: dict[str, Any] = {"devices": target.devices, "memory": target.memory, "calibration": calibration}
+    layouts = search(spec, facts, target.machine, **given)
+    fits = target.fits(plan.needed, spec.world_size)
+    instead = {} if fits and layouts.best else alternatives(spec, facts, target.machine, **given)
     if as_json:
         best = layouts.best
         click.echo(
@@ -75,8 +77,16 @@ def plan_command(
                     **plan.as_json(),
                     "devices": target.devices,
                     "memory_bytes": target.memory,
-                    "fits": target.fits(plan.needed, spec.world_size),
+                    "fits": fits,
                     "best": {"set": best.changes, **best.plan.as_json()} if best else None,
+                    "alternatives": {
+                        name: {
+                            "set": choice.changes,
+                            "fits": target.fits(choice.plan.needed, choice.spec.world_size),
+                            **choice.plan.as_json(),
+                        }
+                        for name, choice in instead.items()
+                    },
                     "layouts_tried": layouts.tried,
                     "layouts_fit": layouts.fit,
                     "warnings": [str(w) for w in warnings],
@@ -85,4 +95,4 @@ def plan_command(
         )
         return
     output.warn_all(warnings)
-    print_plan(spec, facts, plan, layouts, target)
+    print_plan(spec, facts, plan, layouts, target, instead)

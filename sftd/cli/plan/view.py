@@ -62,29 +62,40 @@ def batch_text(spec: Spec) -> str:
 
 def recompute_text(spec: Spec) -> str:
     """The layers that are recomputed."""
-    return spec.model.recompute if spec.model.enable_gradient_checkpointing else "none"
+    if not spec.model.enable_gradient_checkpointing:
+        return "none"
+    is_partial = spec.model.recompute == "full" and spec.model.recompute_layers
+    return counted(spec.model.recompute_layers or 0, "layer") if is_partial else spec.model.recompute
 
 
-def print_plan(spec: Spec, facts: PlanInputs, plan: Plan, layouts: Search, target: Target) -> None:
-    """The whole plan."""
-    from sftd.domain.model.parameters import whole_model
+def print_plan(
+    spec: Spec,
+    facts: PlanInputs,
+    plan: Plan,
+    layouts: Search,
+    target: Target,
+    instead: dict[str, Choice],
+) -> None:
+    """The whole plan. `instead`: ways to train that need less."""
+    from sftd.domain.model.parameters import trained_parameters, whole_model
 
     out = output.console()
     machine = plan.machine
     where = f"{machine.cores} CPU cores" if machine.device == "cpu" else f"{spec.world_size} × {machine.name}"
+    parameters, trained = whole_model(facts.shape), trained_parameters(spec.model, facts.shape)
+    of_them = "" if trained == parameters else f", {trained / 1e6:,.1f} M trained"
     out.print(
-        f"[bold]{output.escape(facts.shape.architecture)}[/], {whole_model(facts.shape) / 1e6:,.1f} M parameters, "
+        f"[bold]{output.escape(facts.shape.architecture)}[/], {parameters / 1e6:,.1f} M parameters{of_them}, "
         f"{output.layout(spec.parallel_sizes)}, {plan.dtype}, on {output.escape(where)}",
         soft_wrap=True,
     )
     out.print(_memory_table(spec, plan))
     fits = target.fits(plan.needed, spec.world_size)
     ranks = f" for each of {spec.world_size} ranks" if spec.world_size > 1 and machine.device == "cpu" else ""
-    verdict = "[green]fits[/]" if fits else "[bold red]does not fit[/]"
     owner = "the host" if machine.device == "cpu" else "each device"
     spare = "" if machine.device == "cpu" else ", with the overhead of CUDA and fragmentation"
     out.print(
-        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {verdict}",
+        f"  needs {output.memory(plan.needed)}{ranks}{spare}; {owner} has {output.memory(target.memory)}: {_verdict(fits)}",
         soft_wrap=True,
     )
     if plan.host_copy:
@@ -97,6 +108,9 @@ def print_plan(spec: Spec, facts: PlanInputs, plan: Plan, layouts: Search, targe
         out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
     out.print()
     _print_layouts(spec, layouts, target)
+    if instead:
+        out.print()
+        _print_alternatives(instead, target)
 
 
 def _memory_table(spec: Spec, plan: Plan) -> Table:
@@ -107,13 +121,9 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
     work, is_cpu = plan.work, plan.machine.device == "cpu"
     tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
     rows: list[tuple[str, str, str]] = [
-        ("weights", "weights", plan.dtype),
+        ("weights", "weights", f"{plan.dtype}{_frozen_text(spec)}"),
         ("gradients", "gradients", "FP32"),
-        (
-            "optimizer",
-            "optimizer",
-            f"moments{'' if plan.dtype == 'float32' else ', FP32 weights'}; shared by DP × CP",
-        ),
+        ("optimizer", "optimizer", f"{_moments_text(spec, plan.dtype)}; shared by DP × CP"),
         ("activations", "activations", f"{tokens}; recomputed: {recompute_text(spec)}"),
         ("logits, loss", "loss", f"{work.largest_trained:,} trained tokens at once, at most"),
         ("workspace", "workspace", "the process, gloo's copy of the gradients" if is_cpu else "cuBLAS"),
@@ -123,6 +133,18 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
     peak = "the process at its peak" if is_cpu else "of tensors: peak memory in the events"
     table.add_row("[bold]at the peak[/]", *(f"[bold]{output.memory(s.total)}[/]" for s in plan.memory), peak)
     return table
+
+
+def _frozen_text(spec: Spec) -> str:
+    if spec.model.quantize != "none":
+        return f"; the frozen matrices in {spec.model.quantize.upper()}"
+    return "; the model is frozen" if spec.model.lora.rank else ""
+
+
+def _moments_text(spec: Spec, dtype: str) -> str:
+    if spec.optimizer.precision == "lean":
+        return "BF16 moments"
+    return "moments" if dtype == "float32" else "moments, FP32 weights"
 
 
 def _other_facts(plan: Plan) -> list[tuple[str, str]]:
@@ -177,6 +199,32 @@ def _print_layouts(spec: Spec, layouts: Search, target: Target) -> None:
         out.print(f"  [bold]{_setting(best.changes)}[/]", soft_wrap=True)
     else:
         out.print("  The config already has the best of them.")
+
+
+def _print_alternatives(instead: dict[str, Choice], target: Target) -> None:
+    out = output.console()
+    numbers = ["needs", "step", "run", "checkpoint"]
+    table = output.table("", "needs", "", *numbers[1:], right=numbers)
+    for name, choice in instead.items():
+        plan = choice.plan
+        table.add_row(
+            name,
+            output.memory(plan.needed),
+            _verdict(target.fits(plan.needed, choice.spec.world_size)),
+            seconds(plan.pace.step),
+            output.duration(plan.pace.total),
+            output.size(plan.storage.checkpoint),
+        )
+    out.print("These need less:")
+    out.print(table)
+    for name, choice in instead.items():
+        out.print(f"  {name}: [bold]{_setting(choice.changes)}[/]", soft_wrap=True)
+    if "LoRA" in instead:
+        out.print("  Adapters (LoRA, QLoRA) take higher learning rates: 1e-4 to 2e-4 are common.")
+
+
+def _verdict(fits: bool) -> str:
+    return "[green]fits[/]" if fits else "[bold red]does not fit[/]"
 
 
 def _layout_row(choice: Choice) -> tuple[str, ...]:

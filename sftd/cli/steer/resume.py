@@ -53,12 +53,13 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
     new, instead = None, ""
     now = run_queries.find_run(store, run)
     decisions.refuse_busy(now)
+    pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
     if overrides:
         spec, warnings = spec_file.change(now.spec, overrides, os.getcwd())
         inspected = preflight.inspect(
             spec,
             lambda _: trajectory.beginning(now),
-            known=SubmitFacts(hosts=known_hosts(settings)),
+            known=SubmitFacts(hosts=known_hosts(settings), has_checkpoint=not pretrained),
             home=settings.home,
         )
         for warning in (*warnings, *inspected.warnings):
@@ -68,7 +69,6 @@ def resume_command(run: str, overrides: tuple[str, ...], from_step: int | None) 
         instead = shlex.join(["sftd", "fork", now.run_id, *step, *overrides])
     before = run_queries.find_run(store, run).restart_checkpoint
     host = host_name()
-    pretrained = from_step == 0 or all(c.superseded for c in now.checkpoints)
     record = model_files.recorded(store, now.run_id)
     if not model_files.check_unchanged(record, now.run_id, now.spec, pretrained=pretrained):
         output.note(model_files.unrecorded(now.run_id))

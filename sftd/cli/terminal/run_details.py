@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sftd.domain.log.events import Recorded
     from sftd.domain.run.goodput import Ledger
     from sftd.domain.run.state import Run
+    from sftd.domain.spec.model_section import Model
 
 # More anomalies of one kind in one attempt are counted, not listed.
 _ANOMALIES = 3
@@ -95,6 +96,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("forked", f"from step {run.fork.step} of {run.fork.parent}" if run.fork else ""),
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
+        ("trained", what_is_trained(spec.model)),
         ("data", ", ".join(spec.data.train_files)),
         ("layout", output.layout(spec.parallel_sizes)),
         (
@@ -125,6 +127,17 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("disk", _disk(run)),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]
+
+
+def what_is_trained(model: Model) -> str:
+    """What of the model is trained, if not all of it."""
+    lora = model.lora
+    if model.freeze:
+        return f"all weights but {', '.join(model.freeze)}"
+    if not lora.rank:
+        return ""
+    stored = f", beside weights in {model.quantize}" if model.quantize != "none" else ""
+    return f"adapters of rank {lora.rank} for {', '.join(lora.projections)}{stored}"
 
 
 def _disk(run: Run) -> str:

@@ -91,7 +91,8 @@ class Family:
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
-    tensor-parallel rank besides those of Llama and of the shape's options.
+    tensor-parallel rank besides those of Llama and of the shape's options. `feed_forward`: name of a layer's MLP or experts in
+    the folder. `projections`: names of gate, up and down there.
     """
 
     architecture: str
@@ -101,6 +102,8 @@ class Family:
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("default", "llama3")
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
+    feed_forward: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
@@ -140,6 +143,8 @@ FAMILIES: dict[str, Family] = {
                 "moe_intermediate_size": Key(int, ("intermediate_size",)),
             },
             refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
+            feed_forward="block_sparse_moe",
+            projections=("w1", "w3", "w2"),
         ),
         Family(
             architecture="Qwen3MoeForCausalLM",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights
+from sftd.domain.spec.model_section import Model
 
 # Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
 # the device's name applies.
@@ -38,16 +40,53 @@ def matmul_parameters(shape: ModelShape) -> int:
     return shape.num_hidden_layers * (attention + feed_forward) + shape.vocab_size * shape.hidden_size
 
 
-def training_flops(shape: ModelShape, tokens: int, squared_lengths: float) -> float:
+def training_flops(
+    shape: ModelShape, tokens: int, squared_lengths: float, model: Model | None = None
+) -> float:
     """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
 
     6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
+
+    With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
+    parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted.
     """
     attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
-    return 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+    found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+    if model is None:
+        return found
+    return found - 2.0 * _frozen(model, shape) * tokens + 6.0 * adapter_parameters(model, shape) * tokens
+
+
+def adapter_parameters(model: Model, shape: ModelShape) -> int:
+    """Parameters of adapters in matrix products per token: of experts those that a token is routed to."""
+    chosen = model.lora.projections
+    if not chosen:
+        return 0
+    each = sum(
+        (shape.num_experts_per_tok if weight.is_expert else 1) * (weight.rows + weight.columns)
+        for weight in layer_weights(shape)
+        if weight.projection in chosen
+    )
+    return shape.num_hidden_layers * model.lora.rank * each
+
+
+def _frozen(model: Model, shape: ModelShape) -> float:
+    """Those of `matmul_parameters` that have no gradient."""
+    if model.lora.rank:
+        return matmul_parameters(shape)
+    shares = frozen_shares(model, shape)
+    output = EMBEDDING if shape.tie_word_embeddings else OUTPUT
+    found = shape.vocab_size * shape.hidden_size * shares.get((-1, output), 0.0)
+    if shares:
+        for weight in (w for w in layer_weights(shape) if w.columns > 1):
+            size = weight.rows * weight.columns * (shape.num_experts_per_tok if weight.is_expert else 1)
+            found += size * sum(
+                shares.get((layer, weight.name), 0.0) for layer in range(shape.num_hidden_layers)
+            )
+    return found
 
 
 def peak_flops(device_name: str, dtype: object) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from sftd.domain.errors import Problem, quote, shorten
+from sftd.domain.model import adapter_rules
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.files import ModelFiles, differences
 from sftd.domain.model.shape import ModelShape
@@ -145,6 +146,7 @@ MODEL = Rules(
         other_rope,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
+        *adapter_rules.ADAPTERS.refuse,
     ),
     warn=(longer_than_pretrained,),
 )

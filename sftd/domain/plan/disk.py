@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.model.parameters import whole_model
+from sftd.domain.model.parameters import trained_parameters, whole_model
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import save_steps
-from sftd.domain.plan.sizes import SAVE_HEADROOM, checkpoint_bytes
+from sftd.domain.plan.sizes import SAVE_HEADROOM, WEIGHT_BYTES, checkpoint_bytes
 from sftd.domain.spec.retention import kept_by_rules
 from sftd.domain.spec.spec import Spec
-
-_WIDTH = {"float32": 4, "bfloat16": 2}
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes and numbers of checkpoints. `saved` are written in total and `kept` remain at the end. `most` exist at
     the same time in the worst case, including the one being written. `reduced` of the kept ones hold only the weights at the
-    end; each takes the space of an export. `checkpoint` and `export` are the bytes of one."""
+    end, which take `weights` bytes. `checkpoint` and `export` are the bytes of one."""
 
     checkpoint: int
+    weights: int
     saved: int
     kept: int
     reduced: int
@@ -29,7 +28,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def at_end(self) -> int:
         """Bytes of the checkpoints that remain at the end."""
-        return (self.kept - self.reduced) * self.checkpoint + self.reduced * self.export
+        return (self.kept - self.reduced) * self.checkpoint + self.reduced * self.weights
 
     @property
     def one_save(self) -> int:
@@ -44,8 +43,8 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first_step: int = 0) -> Storage:
     """Disk use of a run of `planned_steps`. Steps up to `first_step` and their checkpoints belong to a fork's parent."""
-    parameters = whole_model(shape)
-    size = parameters * checkpoint_bytes(spec, dtype)
+    trained = trained_parameters(spec.model, shape)
+    weights = WEIGHT_BYTES[dtype] * trained
     steps = save_steps(spec, planned_steps, first_step)
 
     def count(saved: list[int]) -> tuple[int, int]:
@@ -56,11 +55,13 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
 
     stays, kept = count(steps)
     return Storage(
-        checkpoint=size,
+        checkpoint=trained * checkpoint_bytes(spec, dtype),
+        weights=weights,
         saved=len(steps),
         kept=kept,
         reduced={"all": 0, "last": kept - stays, "weights": kept}[spec.checkpoint.after_success],
         # The peak is at the last save, before retention runs: the number kept never decreases with more saves.
         most=count(steps[:-1])[1] + 1,
-        export=parameters * _WIDTH[dtype],
+        # Of a run with adapters: their PEFT folder.
+        export=weights if spec.model.lora.rank else WEIGHT_BYTES[dtype] * whole_model(shape),
     )

@@ -7,11 +7,11 @@ import math
 import msgspec
 
 from sftd.domain.data.facts import DataFacts
-from sftd.domain.model.flops import peak_flops, training_flops
+from sftd.domain.model.flops import adapter_parameters, peak_flops, training_flops
 from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.batch import Workload
-from sftd.domain.plan.sizes import weights_dtype
+from sftd.domain.plan.sizes import NF4_BYTES, WEIGHT_BYTES, weights_dtype, whole_recomputed
 from sftd.domain.spec.spec import Spec
 
 # Share of the BF16 peak that the trainer's arithmetic reaches, without the separate terms below. Fitted to the 1B and 7B
@@ -27,6 +27,11 @@ _QK_NORM_SECONDS = 67e-12
 _DETERMINISTIC = 1.05
 _RECOMPUTED = {"full": 4 / 3, "selective": 1.12}
 _TENSOR_PARALLEL = 1.07
+# Bytes per second that a GPU reads and writes of its own memory. Assumed.
+_MEMORY_BYTES = 3.3e12
+# How often adapters read or write the inputs and outputs of their products, beside the products themselves: A x and its
+# gradients, B and its own. Assumed.
+_ADAPTER_PASSES = 4
 # Bytes per second between GPUs of a host, for gradients and weights. Assumed.
 _LINK_BYTES = 300e9
 # FP32 FLOP/s of a CPU core, and seconds per parameter for AdamW and gloo's copies. Measured with the demo on two cores.
@@ -85,7 +90,7 @@ def pace(
     saves = len(save_steps(spec, planned_steps, first_step))
     saving = saves * checkpoint_bytes / _DISK_BYTES[machine.device]
     peak = peak_flops(machine.name, weights_dtype(spec, machine.device))
-    useful = training_flops(shape, round(work.real), work.squares)
+    useful = training_flops(shape, round(work.real), work.squares, spec.model)
     return Pace(
         step=seconds,
         steps=steps,
@@ -103,14 +108,18 @@ def pace(
 def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine) -> tuple[float, str]:
     """(seconds of an optimizer step by the formula, basis: "measured" or "assumed")."""
     m = spec.model.megatron
-    flops = training_flops(shape, round(work.computed), work.squares)
+    tokens = round(work.computed)
+    flops = whole = training_flops(shape, tokens, work.squares)
     if spec.model.enable_gradient_checkpointing:
-        flops *= _RECOMPUTED[spec.model.recompute]
+        share = whole_recomputed(spec, shape)
+        flops *= share * _RECOMPUTED["full"] + (1 - share) * _RECOMPUTED["selective"]
+    # Forward, and with it what is recomputed, does not know what is frozen.
+    flops += training_flops(shape, tokens, work.squares, spec.model) - whole
     if machine.device == "cpu":
         # The ranks share the cores, and each rank updates and copies its own parameters.
         threads = spec.launch.threads_per_rank
         cores = min(machine.cores, threads * spec.world_size) if threads else machine.cores
-        parameters = sum(held(spec, shape, stage).total for stage in range(m.pipeline_model_parallel_size))
+        parameters = sum(held(spec, shape, stage).trained for stage in range(m.pipeline_model_parallel_size))
         copies = spec.world_size // m.pipeline_model_parallel_size
         return flops / (cores * _CORE_FLOPS) + parameters * copies * _CPU_PARAMETER_SECONDS, "assumed"
     peak = peak_flops(machine.name, "bfloat16")
@@ -123,18 +132,35 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
         elements = (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
         normed = work.computed * shape.num_hidden_layers * elements
         seconds += normed * _QK_NORM_SECONDS / spec.world_size
+    seconds += work.computed * _adapter_bytes(spec, shape, dtype) / _MEMORY_BYTES / spec.world_size
     seconds *= _TENSOR_PARALLEL ** math.log2(m.tensor_model_parallel_size)
     if spec.training.deterministic:
         seconds *= _DETERMINISTIC
     pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
     layers = shape.num_hidden_layers // pp
+    stages = [held(spec, shape, stage) for stage in range(pp)]
+    quantized = max(stage.quantized for stage in stages)
     seconds += work.micro_batches * layers * _LAYER_SECONDS
+    seconds += work.micro_batches * quantized * _decompressed_bytes(spec, shape, dtype) / _MEMORY_BYTES
     seconds *= 1 + (pp - 1) / (work.micro_batches * vpp)
     ranks = spec.data_parallel_size * m.context_parallel_size
-    most = max(held(spec, shape, stage).total for stage in range(pp))
+    most = max(stage.trained for stage in stages)
     # Reduction of FP32 gradients (4 bytes) and gathering of BF16 weights (2 bytes).
     seconds += 6 * most * (ranks - 1) / ranks / _LINK_BYTES
     return seconds, "measured" if is_measured and dtype == "bfloat16" else "assumed"
+
+
+def _adapter_bytes(spec: Spec, shape: ModelShape, dtype: str) -> float:
+    """Bytes that the adapters of all layers read and write for a token, over the ranks that share it."""
+    rank = spec.model.lora.rank
+    # An adapter's parameters are its rank × (inputs + outputs).
+    sizes = adapter_parameters(spec.model, shape) // rank if rank else 0
+    return float(_ADAPTER_PASSES * sizes * WEIGHT_BYTES[dtype])
+
+
+def _decompressed_bytes(spec: Spec, shape: ModelShape, dtype: str) -> float:
+    """Bytes read and written per quantised parameter and micro-batch: once in forward and in backward, and where recomputed."""
+    return (2 + whole_recomputed(spec, shape)) * (NF4_BYTES + WEIGHT_BYTES[dtype])
 
 
 def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]:

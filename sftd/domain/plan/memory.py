@@ -9,15 +9,27 @@ import msgspec
 
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import PRODUCTS, frozen_shares, layer_weights
 from sftd.domain.plan.batch import Workload
-from sftd.domain.plan.sizes import CUBLAS_BYTES, SCORES_BYTES, checkpoint_bytes, logits_chunks
+from sftd.domain.plan.sizes import (
+    CUBLAS_BYTES,
+    NF4_BYTES,
+    SCORES_BYTES,
+    WEIGHT_BYTES,
+    checkpoint_bytes,
+    chunk_layers,
+    logits_chunks,
+    whole_recomputed,
+)
 from sftd.domain.spec.spec import Spec
 
 # A CPU process with torch and Megatron imported, and the freed activations that the C library keeps: a share of them, up
-# to a limit. Measured and fitted, not derived: docs/plan.md.
+# to a limit, while gradients are reduced; and a share while activations are in memory, which is more than that where few
+# parameters are trained. Measured and fitted, not derived: docs/plan.md.
 PROCESS_BYTES = 850_000_000
 HELD_BACK_SHARE = 0.5
 HELD_BACK_MOST = 400_000_000
+HELD_BACK_BEFORE = 0.3
 # GPU memory besides tensors: the CUDA context, kernels and, with several ranks, buffers of about twenty NCCL groups (2.0
 # and 8.8 GiB on an H100), and memory that the allocator reserves but does not use (up to 3.7 %). Measured: docs/plan.md.
 GPU_OUTSIDE_BYTES = 9 << 30
@@ -73,35 +85,38 @@ def _of_stage(
     m = spec.model.megatron
     pp = m.pipeline_model_parallel_size
     mine = held(spec, shape, stage)
-    width = 2 if dtype == "bfloat16" else 4
+    width = WEIGHT_BYTES[dtype]
     state = checkpoint_bytes(spec, dtype) - width
     dense_ranks = spec.data_parallel_size * m.context_parallel_size
     expert_ranks = max(
         1, spec.world_size // (pp * m.expert_model_parallel_size * m.expert_tensor_parallel_size)
     )
     layer = _Layer(spec, shape, device, width)
-    kept, recomputed = layer.bytes_per_token()
+    kept, again = layer.bytes_per_token()
     tokens = work.largest / m.context_parallel_size
     layers_in_flight = _layers_in_flight(spec, shape, work, stage)
     activations = layers_in_flight * kept * tokens
     if pp > 1:
         # Both stages keep the tensor that one sends to the next until backward.
         shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
-        per_chunk = shape.num_hidden_layers // (pp * (m.virtual_pipeline_model_parallel_size or 1))
-        activations += layers_in_flight / per_chunk * width * shape.hidden_size * tokens / shared
+        activations += (
+            layers_in_flight / chunk_layers(spec, shape) * width * shape.hidden_size * tokens / shared
+        )
     head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
     # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
-    backward = recomputed * tokens + max(0.0, scores - layer.feed_forward() * tokens)
+    backward = again * tokens + layer.backward(tokens) + max(0.0, scores - layer.feed_forward() * tokens)
     workspace = CUBLAS_BYTES
     if device == "cpu":
         # gloo copies the gradients that it reduces. By then the activations are freed, but the C library keeps a part.
         held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
-        workspace = PROCESS_BYTES + int(held_back) + 4 * mine.total
+        workspace = PROCESS_BYTES + max(
+            int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations)
+        )
     return Footprint(
         stage=stage,
-        weights=width * mine.total,
-        gradients=4 * mine.total,
+        weights=width * (mine.total - mine.quantized) + int(NF4_BYTES * mine.quantized),
+        gradients=4 * mine.trained,
         optimizer=state * mine.dense // dense_ranks + state * mine.experts // expert_ranks,
         activations=int(activations),
         loss=int(max(head, backward)),
@@ -152,7 +167,7 @@ def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> f
 
 
 class _Layer:
-    """Bytes of a token in one decoder layer of one rank."""
+    """Bytes of a token in one decoder layer of one rank, and of a decompressed matrix."""
 
     def __init__(self, spec: Spec, shape: ModelShape, device: str, width: int) -> None:
         m = spec.model.megatron
@@ -161,30 +176,94 @@ class _Layer:
         self._tp = m.tensor_model_parallel_size
         self._shared = self._tp if m.sequence_parallel else 1
         self._cp = m.context_parallel_size
+        self._adapted = spec.model.lora.projections
+        self._frozen = frozen_shares(spec.model, shape)
 
     def bytes_per_token(self) -> tuple[float, float]:
-        """(kept until backward, needed on top while the backward of one layer runs)."""
+        """(kept until backward, mean of the layers; kept again while the backward of one layer runs)."""
         model = self._spec.model
-        whole = self._residual() + self._attention() + self.feed_forward()
-        grads = self._gradients()
-        if not model.enable_gradient_checkpointing:
-            return whole, grads
+        whole = self._residual() + self._attention() + self.feed_forward() + self._shrunk()
+        share = whole_recomputed(self._spec, self._shape)
         hidden = self._width * self._shape.hidden_size / self._shared
-        if model.recompute == "full":
-            return hidden, whole + grads
-        spared = 2 * hidden
-        ffn = 0.0
-        if not self._shape.num_experts:
-            ffn = self._width * self._shape.intermediate_size / self._tp
-        else:
+        if share == 1 or not model.enable_gradient_checkpointing:
+            return (hidden, whole) if share else (whole, 0.0)
+        inputs = {"qkv": hidden, "gate_up": hidden, "down": self._activated()}
+        if self._shape.num_experts:
             # Megatron's expert layers keep their own norm and activation.
-            spared = hidden
-        return whole - spared - ffn, grads + max(hidden, ffn)
+            inputs = {"qkv": hidden}
+        parts = [size * self._input_share(product) for product, size in inputs.items()]
+        selective = whole - sum(parts)
+        # The layers that are recomputed whole come last in backward: the others have been freed by then.
+        others = (1 - share) * chunk_layers(self._spec, self._shape)
+        return (
+            share * hidden + (1 - share) * selective,
+            max(*parts, whole - others * selective) if share else max(parts),
+        )
+
+    def backward(self, tokens: float) -> float:
+        """Gradients of activations while the backward of one layer runs; a quantised matrix is decompressed meanwhile."""
+        s, e = self._shape, self._width
+        f = s.intermediate_size / self._tp
+        if s.num_experts:
+            f = s.num_experts_per_tok * s.moe_intermediate_size
+            f /= self._spec.model.megatron.expert_tensor_parallel_size
+        h = s.hidden_size
+        gathered = h if self._shared > 1 else 0
+        activation = e * (3 * f + 2 * h / self._shared)
+        product = e * (2 * f + h + gathered + 2 * h / self._shared)
+        return max(activation * tokens, product * tokens + self._decompressed())
+
+    def _decompressed(self) -> float:
+        """Bytes of the largest matrix of a product."""
+        model, s = self._spec.model, self._shape
+        if model.quantize == "none":
+            return 0.0
+        f, split = s.intermediate_size, self._tp
+        if s.num_experts:
+            f, split = s.moe_intermediate_size, model.megatron.expert_tensor_parallel_size
+        queries, keys = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+        rows = max(2 * f / split, (queries + 2 * keys) / self._tp)
+        # On a CPU, the levels and their product with the scales, both in FP32.
+        return (8 if self._is_cpu else self._width) * rows * s.hidden_size
+
+    def _input_share(self, product: str) -> float:
+        """Share of the layers whose product keeps its input for the gradient of its weight, or of an adapter."""
+        if self._adapted:
+            return float(any(name in self._adapted for name in PRODUCTS[product]))
+        if not self._frozen:
+            return 1.0
+        names = [w.name for w in layer_weights(self._shape) if w.projection in PRODUCTS[product]]
+        layers = range(self._shape.num_hidden_layers)
+        frozen = sum(min(self._frozen.get((layer, name), 0.0) for name in names) for layer in layers)
+        return 1.0 - frozen / len(layers)
+
+    def _norm_share(self) -> float:
+        """Share of the layers' norms whose weight is trained."""
+        if self._adapted:
+            return 0.0
+        names = [w.name for w in layer_weights(self._shape) if w.name.endswith("layernorm.weight")]
+        places = [(layer, name) for layer in range(self._shape.num_hidden_layers) for name in names]
+        return 1.0 - sum(self._frozen.get(place, 0.0) for place in places) / len(places)
+
+    def _shrunk(self) -> float:
+        """What adapters keep: A x of each projection."""
+        of_each = {w.projection: w for w in layer_weights(self._shape) if w.projection in self._adapted}
+        ranks = sum(
+            (self._shape.num_experts_per_tok if weight.is_expert else 1)
+            / (self._shared if weight.cut == "columns" or weight.is_expert else 1)
+            for weight in of_each.values()
+        )
+        return self._width * self._spec.model.lora.rank * ranks
 
     def _residual(self) -> float:
         # The residual stream before attention and before the MLP, and the outputs of both norms, kept by the products.
-        # On a CPU both norms keep their normalised input too.
-        parts = 6 if self._is_cpu else 4
+        # On a CPU both norms keep their normalised input too, for the gradient of their weight.
+        parts = 2 + self._input_share("qkv") + self._input_share("gate_up")
+        if self._is_cpu:
+            parts += 2 * self._norm_share()
+        if self._shape.num_experts:
+            # Megatron's router keeps the second norm's output in any case.
+            parts += 1 - self._input_share("gate_up")
         return parts * self._width * self._shape.hidden_size / self._shared + (0 if self._is_cpu else 8)
 
     def _attention(self) -> float:
@@ -215,7 +294,8 @@ class _Layer:
         s, e = self._shape, self._width
         if not s.num_experts:
             # Gate, up and their product; on a CPU silu(gate) too.
-            return (4 if self._is_cpu else 3) * e * s.intermediate_size / self._tp
+            kept = (3 if self._is_cpu else 2) * e * s.intermediate_size / self._tp
+            return kept + self._input_share("down") * self._activated()
         split = self._spec.model.megatron.expert_tensor_parallel_size
         # Per expert of a token: the token on both ways, gate, up, silu(gate), their product, the product scaled by the
         # expert's weight twice, and indices.
@@ -223,12 +303,6 @@ class _Layer:
         sent = s.num_experts_per_tok * (e * (2 * s.hidden_size + 6 * f) + 40)
         return sent / self._shared
 
-    def _gradients(self) -> float:
-        s, e = self._shape, self._width
-        f = s.intermediate_size / self._tp
-        if s.num_experts:
-            f = s.num_experts_per_tok * s.moe_intermediate_size
-            f /= self._spec.model.megatron.expert_tensor_parallel_size
-        h = s.hidden_size
-        gathered = h if self._shared > 1 else 0
-        return e * max(3 * f + 2 * h / self._shared, 2 * f + h + gathered + 2 * h / self._shared)
+    def _activated(self) -> float:
+        """Input of the down projection."""
+        return self._width * self._shape.intermediate_size / self._tp

@@ -1,7 +1,9 @@
-"""Search of the best layout for given devices: plan every valid layout and choose the fastest that fits."""
+"""Search of the best layout for given devices: plan every valid layout and choose the fastest that fits. Of a run that does not
+fit, the same for ways to train that need less."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +12,13 @@ import msgspec
 from sftd.domain.model.rules import MODEL
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import Plan, PlanInputs, make_plan
+from sftd.domain.plan.sizes import chunk_layers, whole_recomputed
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import Spec
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+# Rank of the adapters that are suggested.
+_RANK = 16
 # A smaller speed-up is within the error of the rates and does not justify a change of the config.
 _CLOSE = 1.03
 
@@ -47,11 +52,12 @@ def search(
     devices: int,
     memory: int,
     calibration: float | None = None,
+    is_same_batch: bool = False,
 ) -> Search:
-    """Search TP, PP, VPP, CP, EP, DP, micro-batches and recomputation. `devices` is the maximum number of devices over all
-    nodes of the spec, each with `memory` bytes (on CPUs: of the host)."""
+    """Search TP, PP, VPP, CP, EP, DP, micro-batches (unless `is_same_batch`) and recomputation. `devices` is the maximum number
+    of devices over all nodes of the spec, each with `memory` bytes (on CPUs: of the host)."""
     found: list[Choice] = []
-    for other in _candidates(spec, facts, devices, machine):
+    for other in _candidates(spec, facts, devices, is_same_batch):
         if SPEC.problems(other) or MODEL.problems(other, facts.shape):
             continue
         found.append(
@@ -65,6 +71,7 @@ def search(
     if fit:
         close = [c for c in fit if c.plan.pace.step <= fit[0].plan.pace.step * _CLOSE]
         best = min(close, key=lambda c: (len(c.changes), c.plan.pace.step, c.plan.needed))
+        best = _recomputing_less(best, spec, facts, machine, memory, calibration)
         best = _with_reason(best, facts, machine, memory)
     ways: dict[tuple[int, ...], Choice] = {}
     for choice in ([best] if best else []) + fit:
@@ -76,6 +83,71 @@ def search(
         tried=len(found),
         fit=len(fit),
     )
+
+
+def alternatives(
+    spec: Spec,
+    facts: PlanInputs,
+    machine: Machine,
+    *,
+    devices: int,
+    memory: int,
+    calibration: float | None = None,
+) -> dict[str, Choice]:
+    """Ways to train that need less, by name: a lean optimizer, LoRA and QLoRA in place of a full fine-tune, QLoRA in place of LoRA.
+    Of each the best layout with the micro-batches of `spec`, else with others, or where none fits the one that needs the least
+    memory. The arguments are those of `search`."""
+    found = {}
+    for name, other in _smaller(spec):
+        for is_same_batch in (True, False):
+            layouts = search(
+                other,
+                facts,
+                machine,
+                devices=devices,
+                memory=memory,
+                calibration=calibration,
+                is_same_batch=is_same_batch,
+            )
+            if choice := layouts.best or layouts.smallest:
+                found[name] = msgspec.structs.replace(choice, changes=changes(spec, choice.spec))
+            if layouts.best:
+                break
+    return found
+
+
+def _smaller(spec: Spec) -> Iterator[tuple[str, Spec]]:
+    replace, model = msgspec.structs.replace, spec.model
+    full = replace(spec.optimizer, precision="full")
+    if not model.lora.rank:
+        if spec.optimizer == full:
+            yield "lean", replace(spec, optimizer=replace(full, precision="lean"))
+        model = replace(model, lora=replace(model.lora, rank=_RANK), freeze=[])
+        yield "LoRA", replace(spec, model=model, optimizer=full)
+    if model.quantize == "none":
+        yield "QLoRA", replace(spec, model=replace(model, quantize="nf4"), optimizer=full)
+
+
+def _recomputing_less(
+    best: Choice, spec: Spec, facts: PlanInputs, machine: Machine, memory: int, calibration: float | None
+) -> Choice:
+    """The layout with as few layers recomputed whole as fit, if that is faster than all of them."""
+    if whole_recomputed(best.spec, facts.shape) < 1:
+        return best
+
+    def with_layers(number: int) -> Choice:
+        replace = msgspec.structs.replace
+        other = replace(best.spec, model=replace(best.spec.model, recompute_layers=number))
+        plan = make_plan(other, facts, machine, calibration)
+        return Choice(plan=plan, spec=other, changes=changes(spec, other))
+
+    every = chunk_layers(best.spec, facts.shape)
+    numbers = range(1, every)
+    least = bisect_left(numbers, True, key=lambda number: _fits(with_layers(number), machine, memory))
+    if least == len(numbers):
+        return best
+    found = with_layers(numbers[least])
+    return found if found.plan.pace.step * _CLOSE < best.plan.pace.step else best
 
 
 def _with_reason(choice: Choice, facts: PlanInputs, machine: Machine, memory: int) -> Choice:
@@ -91,7 +163,7 @@ def _with_reason(choice: Choice, facts: PlanInputs, machine: Machine, memory: in
 
 
 def changes(spec: Spec, other: Spec) -> dict[str, Any]:
-    """Layout keys whose values differ between the specs → their values in `other`."""
+    """Keys of the layout and of adapters whose values differ between the specs → their values in `other`."""
     found = {}
     for section, name in _KEYS:
         mine, theirs = (_at(s, section, name) for s in (spec, other))
@@ -101,6 +173,10 @@ def changes(spec: Spec, other: Spec) -> dict[str, Any]:
 
 
 _KEYS = (
+    ("model.lora", "rank"),
+    ("model", "quantize"),
+    ("model", "freeze"),
+    ("optimizer", "precision"),
     ("launch", "nproc_per_node"),
     ("model.megatron", "tensor_model_parallel_size"),
     ("model.megatron", "pipeline_model_parallel_size"),
@@ -112,6 +188,7 @@ _KEYS = (
     ("training", "micro_batch_tokens"),
     ("model", "enable_gradient_checkpointing"),
     ("model", "recompute"),
+    ("model", "recompute_layers"),
 )
 
 
@@ -128,9 +205,9 @@ def _fits(choice: Choice, machine: Machine, memory: int) -> bool:
     return choice.plan.needed * ranks <= memory
 
 
-def _candidates(spec: Spec, facts: PlanInputs, devices: int, machine: Machine) -> Iterator[Spec]:
+def _candidates(spec: Spec, facts: PlanInputs, devices: int, is_same_batch: bool) -> Iterator[Spec]:
     for shared in _shared(spec, facts, devices):
-        for batched in _batched(shared, facts):
+        for batched in [shared] if is_same_batch else _batched(shared, facts):
             yield from _recomputed(batched)
 
 
@@ -184,6 +261,9 @@ def _batched(spec: Spec, facts: PlanInputs) -> Iterator[Spec]:
 
 def _recomputed(spec: Spec) -> Iterator[Spec]:
     replace = msgspec.structs.replace
-    yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=False))
+    model = replace(spec.model, recompute_layers=None)
+    yield replace(spec, model=replace(model, enable_gradient_checkpointing=False))
     for how in ("selective", "full"):
-        yield replace(spec, model=replace(spec.model, enable_gradient_checkpointing=True, recompute=how))
+        yield replace(spec, model=replace(model, enable_gradient_checkpointing=True, recompute=how))
+    if spec.model.recompute_layers:
+        yield spec

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import NF4_BLOCK
 from sftd.domain.spec.spec import Spec
 
 # Lengths on a GPU are multiples of this: matrix products get whole tiles, and the allocator sees fewer shapes.
@@ -17,6 +19,9 @@ SCORES_BYTES = 2 << 30
 _CUBLAS_KIB, _CUBLAS_COUNT = 4096, 8
 CUBLAS_CONFIG = f":{_CUBLAS_KIB}:{_CUBLAS_COUNT}"
 CUBLAS_BYTES = _CUBLAS_KIB * 1024 * _CUBLAS_COUNT
+# Bytes of a weight, and of a value in NF4: four bits, and an FP32 scale for each block.
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+NF4_BYTES = 0.5 + 4 / NF4_BLOCK
 # Checkpoint bytes per parameter, by dtype of the weights: two moments and the weight in FP32, plus the weight in BF16.
 _CHECKPOINT_BYTES = {"float32": 12, "bfloat16": 14}
 # The same with `optimizer.precision: lean`: the weight and two moments in BF16.
@@ -35,6 +40,22 @@ def weights_dtype(spec: Spec, device: str) -> str:
 def checkpoint_bytes(spec: Spec, dtype: str) -> int:
     """Bytes per trained parameter of a checkpoint with weights of `dtype`: weight and state of the optimizer."""
     return _LEAN_CHECKPOINT_BYTES if spec.optimizer.precision == "lean" else _CHECKPOINT_BYTES[dtype]
+
+
+def chunk_layers(spec: Spec, shape: ModelShape) -> int:
+    """Layers of a model chunk: of a pipeline stage, or of a virtual stage."""
+    m = spec.model.megatron
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    return shape.num_hidden_layers // (pp * vpp)
+
+
+def whole_recomputed(spec: Spec, shape: ModelShape) -> float:
+    """Share of the layers that are recomputed whole; the others are recomputed selectively, or not at all."""
+    model = spec.model
+    if not model.enable_gradient_checkpointing or model.recompute != "full":
+        return 0.0
+    layers = chunk_layers(spec, shape)
+    return min(model.recompute_layers or layers, layers) / layers
 
 
 def length_multiple(spec: Spec, device: str) -> int:

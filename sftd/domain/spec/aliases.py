@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sftd.domain.errors import shorten
+from sftd.domain.spec.model_section import ALL_LINEAR, PROJECTIONS
+
 
 class UnusableAlias(Exception):
     """The value of an alias has no equivalent in sftd. The message is the fix."""
@@ -61,6 +64,18 @@ def _messages_key(value: Any) -> dict[str, Any]:
     raise UnusableAlias("sftd trains on tokenised Parquet; run `sftd prepare --messages-key KEY …` first")
 
 
+def _target(name: Any) -> Any:
+    return name.removesuffix("_proj") if isinstance(name, str) else name
+
+
+def _targets(value: Any) -> dict[str, Any]:
+    names = list(map(_target, value if isinstance(value, list) else [value]))
+    if odd := [name for name in names if name not in (ALL_LINEAR, *PROJECTIONS)]:
+        known = ", ".join((ALL_LINEAR, *PROJECTIONS))
+        raise UnusableAlias(f"{shorten(str(odd[0]))} gets no adapter here; write some of {known}")
+    return {LORA_TARGETS: names}
+
+
 # The value in verl's stock config: one folder per run, which is sftd's default.
 _STOCK_FOLDER = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
 
@@ -72,8 +87,14 @@ def _local_dir(value: Any) -> dict[str, Any]:
 _MEGATRON = "model.megatron."
 # Not a key of the spec: `parse` divides this absolute floor by the peak to get scheduler.min_lr_ratio.
 MIN_LR = "optim.min_lr"
+LORA_ALPHA, LORA_TARGETS = "model.lora_alpha", "model.target_modules"
+# No keys of the spec either: `parse` drops them without a rank, because verl's stock config has them beside `lora_rank: 0`.
+WITH_RANK = {LORA_ALPHA: "model.lora.alpha", LORA_TARGETS: "model.lora.targets"}
 ALIASES: dict[str, Alias] = {
     "model.path": _same("model.partial_pretrain"),
+    "model.lora_rank": _same("model.lora.rank"),
+    LORA_ALPHA: Alias(("model.lora.alpha",), lambda value: {} if value is None else {LORA_ALPHA: value}),
+    LORA_TARGETS: Alias(("model.lora.targets",), lambda value: {} if value is None else _targets(value)),
     "model.use_remove_padding": _same("training.use_rmpad"),
     "use_remove_padding": _same("training.use_rmpad"),
     "training.packing": _same("training.use_rmpad"),

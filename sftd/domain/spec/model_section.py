@@ -61,6 +61,7 @@ class Megatron(Section, frozen=True):
 
 
 ALL_LINEAR: Final = "all-linear"
+PROJECTIONS: Final = ("q", "k", "v", "o", "gate", "up", "down")
 Projection = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -99,6 +100,12 @@ class Lora(Section, frozen=True):
         str, Meta(description="PEFT folder of an adapter to start from, of the same rank and targets")
     ] = ""
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that get an adapter, in the order of a layer; none without a rank."""
+        named = PROJECTIONS if ALL_LINEAR in self.targets else self.targets
+        return tuple(name for name in PROJECTIONS if self.rank and name in named)
+
 
 class Model(Section, frozen=True):
     """`model`: the model to train."""
@@ -121,6 +128,14 @@ class Model(Section, frozen=True):
         ),
         FREE,
     ] = "full"
+    recompute_layers: Annotated[
+        Size | None,
+        Meta(
+            description="with recompute full: layers of each model chunk that are recomputed whole, the first ones; the others "
+            "recompute selectively; all when not set"
+        ),
+        FREE,
+    ] = None
     trust_remote_code: Annotated[bool, Meta(description="allow code shipped in the model folder to run")] = (
         False
     )
@@ -142,3 +157,8 @@ class Model(Section, frozen=True):
     ] = "none"
     lora: Lora = Lora()
     megatron: Megatron = Megatron()
+
+    @property
+    def is_partly_frozen(self) -> bool:
+        """Whether the run needs the model folder at every attempt: its checkpoints hold the trained weights only."""
+        return self.lora.rank > 0 or bool(self.freeze)

@@ -1,20 +1,19 @@
-"""Common config names of axolotl, LLaMA-Factory, TRL and verl, and their counterparts in sftd.
+"""Common config names of axolotl, LLaMA-Factory, TRL and verl, those of adapters in Unsloth, NeMo and torchtune, and their
+counterparts in sftd.
 
-`docs/coming-from.md` is generated from this table, and refusals of unknown keys quote it. Names that sftd accepts are in
-`aliases`.
+`docs/coming-from.md` is generated from this table, and refusals of unknown keys quote it (`other_configs`). Names that sftd
+accepts are in `aliases`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
 
-from sftd.domain.errors import Problem, shorten
-
 # Letter in the table → tool.
 TOOLS = {"a": "axolotl", "l": "LLaMA-Factory", "t": "TRL", "v": "verl"}
+TOOLS |= {"u": "Unsloth", "n": "NeMo and Megatron-Bridge", "o": "torchtune"}
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -43,8 +42,17 @@ class Known(msgspec.Struct, frozen=True):
         return f"`{self.here}`" + (f": {self.note}" if self.note else "")
 
 
-_ADAPTERS = "no adapters (LoRA): all weights are trained"
-_QUANTISED = "no quantised weights: all weights are trained"
+_LORA = "above 0 trains adapters (LoRA); for QLoRA also model.quantize: nf4"
+_TARGETS = "q for q_proj and so on"
+_FUSED = "q, k, v for linear_qkv, o for linear_proj, gate, up for linear_fc1, down for linear_fc2"
+_NO_OUTPUT = "embeddings, norms and the output layer stay frozen under adapters"
+_EVERY_LAYER = "every layer gets the adapters"
+_PLAIN = "plain LoRA, or rsLoRA with model.lora.rslora"
+_MERGE = "`sftd export RUN DIR --merge` writes the merged model, from which another run may start"
+_FREEZE = "the opposite: expressions of the weights that are not trained"
+_EIGHT = "frozen weights have 16 or 4 bits: see model.quantize"
+_NF4 = "NF4 in blocks of 64, of a model that is not quantised yet: see model.quantize"
+_SCALES = "a scale of 4 bytes for each 64 weights"
 _HUB = "sftd does not upload: `sftd export` writes a folder that `hf upload` takes"
 _PREPARE = "data is prepared before: see `sftd prepare`"
 _MLFLOW = "MLflow mirrors every run: see docs/mlflow.md"
@@ -73,11 +81,6 @@ TABLE: tuple[Known, ...] = (
     Known("alt", "trust_remote_code", "model.trust_remote_code"),
     Known("lt", "model_revision", note="give the folder of the revision: `hf download ID --revision R --local-dir DIR`", neutral=("main",)),
     Known("l", "cache_dir", note="set HF_HUB_CACHE: a hub id is looked up there"),
-    Known("a", "load_in_8bit", note=_QUANTISED),
-    Known("at", "load_in_4bit", note=_QUANTISED),
-    Known("l", "quantization_bit", note=_QUANTISED),
-    Known("l", "quantization_method", note=_QUANTISED, harmless=True),
-    Known("t", "bnb_4bit_quant_type", note=_QUANTISED, harmless=True),
     Known("a", "strict", note="keys are always checked", harmless=True),
     Known("l", "rope_scaling", "model.override_config", "write {rope_scaling: …} as config.json has it"),
     Known("l", "resize_vocab", note="add tokens to the model folder first"),
@@ -96,22 +99,82 @@ TABLE: tuple[Known, ...] = (
     Known("l", "use_unsloth", note=_KERNELS, harmless=True),
     Known("a", "plugins", note="sftd has no plugins"),
     # Adapters, frozen parts
-    Known("a", "adapter", note=_ADAPTERS),
-    Known("at", "lora_r", note=_ADAPTERS),
-    Known("l", "lora_rank", note=_ADAPTERS),
-    Known("t", "use_peft", note=_ADAPTERS),
-    Known("alt", "lora_alpha", note=_ADAPTERS),
-    Known("alt", "lora_dropout", note=_ADAPTERS),
-    Known("at", "lora_target_modules", note=_ADAPTERS),
-    Known("a", "lora_target_linear", note=_ADAPTERS),
-    Known("at", "lora_modules_to_save", note=_ADAPTERS),
-    Known("a", "lora_model_dir", note=_ADAPTERS),
-    Known("a", "peft_use_dora", note=_ADAPTERS),
-    Known("l", "lora_target", note=_ADAPTERS),
-    Known("l", "adapter_name_or_path", note=_ADAPTERS),
-    Known("l", "finetuning_type", note="sftd trains all weights: `full` is accepted", neutral=("full",)),
-    Known("l", "freeze_trainable_layers", note="all layers are trained"),
-    Known("a", "unfrozen_parameters", note="all weights are trained"),
+    Known("a", "adapter", "model.lora.rank", _LORA),
+    Known("l", "finetuning_type", "model.lora.rank", "above 0 is lora, 0 is full; for freeze see model.freeze", neutral=("full",)),
+    Known("t", "use_peft", "model.lora.rank", _LORA, neutral=(False,)),
+    Known("u", "full_finetuning", "model.lora.rank", "0, the default, trains all weights", neutral=(True,)),
+    Known("n", "peft.peft_scheme", "model.lora.rank", _LORA, neutral=("none",)),
+    Known("at", "lora_r", "model.lora.rank"),
+    Known("lo", "lora_rank", "model.lora.rank"),
+    Known("u", "r", "model.lora.rank"),
+    Known("n", "peft.dim", "model.lora.rank"),
+    Known("n", "peft.lora_tuning.adapter_dim", "model.lora.rank"),
+    Known("altuo", "lora_alpha", "model.lora.alpha"),
+    Known("n", "peft.alpha", "model.lora.alpha"),
+    Known("n", "peft.lora_tuning.alpha", "model.lora.alpha"),
+    Known("altuo", "lora_dropout", "model.lora.dropout"),
+    Known("n", "peft.dropout", "model.lora.dropout"),
+    Known("n", "peft.dropout_position", note="dropout is applied to an adapter's inputs", neutral=("pre",)),
+    Known("n", "peft.lora_tuning.adapter_dropout", "model.lora.dropout"),
+    Known("at", "lora_target_modules", "model.lora.targets", _TARGETS),
+    Known("a", "lora_target_linear", "model.lora.targets", "all-linear, which is the default", neutral=(True,)),
+    Known("l", "lora_target", "model.lora.targets", "all-linear for all; " + _TARGETS, neutral=("all",)),
+    Known("tu", "target_modules", "model.lora.targets", _TARGETS),
+    Known("n", "peft.target_modules", "model.lora.targets", _FUSED),
+    Known("n", "peft.lora_tuning.target_modules", "model.lora.targets", _FUSED),
+    Known("n", "peft.exclude_modules", "model.lora.targets", "the projections that remain"),
+    Known("o", "lora_attn_modules", "model.lora.targets", _TARGETS + "; output_proj is o"),
+    Known("o", "apply_lora_to_mlp", "model.lora.targets", "gate, up, down"),
+    Known("o", "apply_lora_to_output", note=_NO_OUTPUT),
+    Known("u", "finetune_attention_modules", "model.lora.targets", "q, k, v, o"),
+    Known("u", "finetune_mlp_modules", "model.lora.targets", "gate, up, down"),
+    Known("ltu", "use_rslora", "model.lora.rslora"),
+    Known("a", "peft_use_rslora", "model.lora.rslora"),
+    Known("tu", "init_lora_weights", "model.lora.init", "kaiming or gaussian", neutral=(True,)),
+    Known("a", "peft_init_lora_weights", "model.lora.init", "kaiming or gaussian", neutral=(True,)),
+    Known("n", "peft.lora_A_init_method", "model.lora.init", "kaiming or gaussian"),
+    Known("n", "peft.lora_B_init_method", note="B begins as zeros", neutral=("zero",)),
+    Known("n", "peft.lora_tuning.column_init_method", "model.lora.init", "kaiming or gaussian"),
+    Known("n", "peft.lora_tuning.row_init_method", note="B begins as zeros", neutral=("zero",)),
+    Known("a", "lora_model_dir", "model.lora.adapter"),
+    Known("l", "adapter_name_or_path", "model.lora.adapter", "one folder"),
+    Known("n", "peft.restore_from_path", "model.lora.adapter", "a PEFT folder"),
+    Known("at", "lora_modules_to_save", note=_NO_OUTPUT),
+    Known("l", "additional_target", note=_NO_OUTPUT),
+    Known("u", "modules_to_save", note=_NO_OUTPUT),
+    Known("u", "bias", note="adapters have no bias", neutral=("none",)),
+    Known("u", "layers_to_transform", note=_EVERY_LAYER),
+    Known("a", "peft_layers_to_transform", note=_EVERY_LAYER),
+    Known("t", "lora_task_type", note="a causal language model is trained", harmless=True),
+    Known("lt", "use_dora", note=_PLAIN),
+    Known("a", "peft_use_dora", note=_PLAIN),
+    Known("l", "pissa_init", note=_PLAIN),
+    Known("u", "loftq_config", note=_PLAIN),
+    Known("al", "loraplus_lr_ratio", note="A and B have one learning rate"),
+    Known("a", "relora_steps", note=_PLAIN),
+    Known("a", "lora_mlp_kernel", note=_KERNELS, harmless=True),
+    Known("a", "lora_qkv_kernel", note=_KERNELS, harmless=True),
+    Known("a", "lora_o_kernel", note=_KERNELS, harmless=True),
+    Known("a", "lora_on_cpu", note=_KERNELS, harmless=True),
+    Known("a", "merge_lora", note=_MERGE),
+    Known("l", "create_new_adapter", note=_MERGE),
+    Known("o", "save_adapter_weights_only", note="checkpoints hold what is trained", harmless=True),
+    Known("l", "freeze_trainable_layers", "model.freeze", _FREEZE),
+    Known("l", "freeze_trainable_modules", "model.freeze", _FREEZE),
+    Known("l", "freeze_extra_modules", "model.freeze", _FREEZE),
+    Known("a", "unfrozen_parameters", "model.freeze", _FREEZE),
+    # Quantised weights
+    Known("atu", "load_in_4bit", "model.quantize", "nf4, with adapters", neutral=(False,)),
+    Known("au", "load_in_8bit", note=_EIGHT),
+    Known("l", "quantization_bit", "model.quantize", "nf4 for 4, with adapters; 8 bits: no"),
+    Known("o", "quantize_base", "model.quantize", "nf4, with adapters", neutral=(False,)),
+    Known("l", "quantization_method", note=_NF4, harmless=True),
+    Known("l", "quantization_type", note=_NF4, harmless=True),
+    Known("t", "bnb_4bit_quant_type", note=_NF4, harmless=True),
+    Known("t", "use_bnb_nested_quant", note=_SCALES, harmless=True),
+    Known("l", "double_quantization", note=_SCALES, harmless=True),
+    Known("a", "gptq", note=_NF4),
+    # Tasks
     Known("l", "stage", note=f"{_RL}; `sft` is accepted", neutral=("sft",)),
     Known("a", "rl", note=_RL),
     Known("l", "pref_beta", note=_RL),
@@ -282,9 +345,6 @@ TABLE: tuple[Known, ...] = (
     Known("v", "model.fsdp_config", note=_MEGATRON, harmless=True),
     Known("v", "model.external_lib", note="sftd loads no other modules"),
     Known("v", "model.tokenizer_path", note="the tokenizer is that of the model folder"),
-    Known("v", "model.lora_rank", note=_ADAPTERS),
-    Known("v", "model.lora_alpha", note=_ADAPTERS, harmless=True),
-    Known("v", "model.target_modules", note=_ADAPTERS, harmless=True),
     Known("v", "model.use_liger", note=_KERNELS, harmless=True),
     Known("v", "model.strategy", note=_MEGATRON, harmless=True),
     Known("v", "engine.strategy", note=_MEGATRON, harmless=True),
@@ -310,48 +370,3 @@ TABLE: tuple[Known, ...] = (
 # fmt: on
 
 BY_NAME: dict[str, Known] = {row.name: row for row in TABLE}
-
-# With this number of a tool's names, a config is taken as that tool's. Fewer are taken as slips.
-_ENOUGH = 4
-DOCUMENT = "docs/coming-from.md"
-
-
-def known(path: str) -> Known | None:
-    """The row of a dotted path, or of its last part, because users put other trainers' names into sftd's sections."""
-    return BY_NAME.get(path) or BY_NAME.get(path.rpartition(".")[2])
-
-
-def whose(config: Mapping[Any, Any]) -> str:
-    """The tools that a config may be written for, judged by its top-level names, such as "TRL" or "LLaMA-Factory or TRL". Empty
-    for sftd's own configs, and if no tool matches."""
-    counts = {
-        tool: sum(letter in row.tools for name in config if (row := BY_NAME.get(name)))
-        for letter, tool in TOOLS.items()
-    }
-    most = max(counts.values())
-    if most < _ENOUGH or 2 * most <= len(config):
-        return ""
-    return " or ".join(tool for tool, count in counts.items() if count == most)
-
-
-def refusal(config: Mapping[Any, Any], sections: Container[str]) -> list[Problem]:
-    """The problems of a config that is written for another tool: one for each name with a counterpart, and one for each reason
-    why names have none. Empty for other configs. `sections` are sftd's own."""
-    tool = whose(config)
-    if not tool:
-        return []
-    renamed: list[Problem] = []
-    without: dict[str, list[str]] = {}
-    for name, value in config.items():
-        row = BY_NAME.get(name)
-        if row is None and name not in sections:
-            without.setdefault("not known", []).append(shorten(str(name)))
-        elif row is None or row.harmless or row.is_neutral(value):
-            continue
-        elif row.here:
-            renamed.append(Problem(row.name, f"write {row.answer}"))
-        else:
-            without.setdefault(f"no counterpart: {row.note}", []).append(row.name)
-    what = f"looks like a config of {tool}; sftd has other names"
-    first = Problem("this config", what, f"write the keys named below; {DOCUMENT} has all names")
-    return [first, *renamed, *(Problem(", ".join(names), why) for why, names in without.items())]

@@ -12,8 +12,9 @@ import msgspec
 from msgspec import inspect
 
 from sftd.domain.errors import Problem, Refused, quote, shorten
-from sftd.domain.spec.aliases import ALIASES, MIN_LR, UnusableAlias, UnusedAlias
-from sftd.domain.spec.other_trainers import BY_NAME, known, refusal
+from sftd.domain.spec.aliases import ALIASES, MIN_LR, WITH_RANK, UnusableAlias, UnusedAlias
+from sftd.domain.spec.other_configs import known, refusal
+from sftd.domain.spec.other_trainers import BY_NAME
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.sections import Section
 from sftd.domain.spec.spec import Spec
@@ -104,7 +105,7 @@ def _flatten(
 def _canonical(
     entries: Iterable[tuple[str, Any]], source: str, problems: list[Problem], warnings: list[Problem]
 ) -> dict[str, Any]:
-    """Translate aliases. Returns key → value; the keys are leaves of the spec, or `MIN_LR`."""
+    """Translate aliases. Returns key → value; the keys are leaves of the spec, `MIN_LR`, or those of `WITH_RANK`."""
     out: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for path, value in entries:
@@ -213,6 +214,12 @@ def parse(config: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) 
         else:
             what = f"{quote(min_lr)} is not between 0 and optimizer.lr ({quote(lr)})"
             problems.append(Problem(MIN_LR, what, "give a smaller number"))
+    for name, key in WITH_RANK.items():
+        if name in from_overrides and key not in from_overrides:
+            flat.pop(key, None)
+        value = flat.pop(name, None)
+        if value is not None and flat.get("model.lora.rank"):
+            flat.setdefault(key, value)
     values = {path: _convert(path, value, problems) for path, value in flat.items()}
     if problems:
         raise Refused(problems)

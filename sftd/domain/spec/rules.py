@@ -1,4 +1,5 @@
-"""Rules of a spec that need neither model nor data. Those of `launch` are in `launch_rules`."""
+"""Rules of a spec that need neither model nor data. Those of `launch` are in `launch_rules`, those of adapters in
+`adapter_rules`."""
 
 from __future__ import annotations
 
@@ -6,13 +7,13 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem, quote
 from sftd.domain.rules import Rules
-from sftd.domain.spec import launch_rules
+from sftd.domain.spec import adapter_rules, launch_rules
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
 
 # The limit of the views' columns.
 LONGEST_NAME = 200
-# Full fine-tuning typically uses 1e-6 to 1e-4; small models trained from scratch use up to 1e-3.
+# Full fine-tuning typically uses 1e-6 to 1e-4, adapters 1e-5 to 1e-3, as do small models trained from scratch.
 _LEAST_LR, _MOST_LR = 1e-8, 1e-2
 _MEGATRON = "model.megatron."
 _VPP = _MEGATRON + "virtual_pipeline_model_parallel_size"
@@ -165,6 +166,8 @@ def warm_up_longer_than_run(spec: Spec, planned_steps: int | None = None) -> Ite
 def unusual_learning_rate(spec: Spec) -> Iterator[Problem]:
     """A very high peak destroys a pretrained model; a very low one has no effect."""
     lr, usual = spec.optimizer.lr, "full fine-tuning usually uses 1e-6 to 1e-4"
+    if spec.model.lora.rank:
+        usual = "adapters usually use 1e-5 to 1e-3"
     if lr > _MOST_LR:
         what = f"{lr:g} is far above the usual range for pretrained models: the loss will probably diverge"
         yield Problem("optimizer.lr", what, usual)
@@ -294,6 +297,7 @@ SPEC = Rules(
         save_dir_with_nul,
         virtual_pipeline_alone,
         sequence_parallel_alone,
+        *adapter_rules.ADAPTERS.refuse,
         *launch_rules.LAUNCH.refuse,
         ranks_of_no_whole_copy,
         experts_not_shared_evenly,

@@ -137,6 +137,7 @@ _ADDED_KEYS = (
     ("model", "freeze"),
     ("model", "lora"),
     ("model", "quantize"),
+    ("model", "recompute_layers"),
     ("optimizer", "precision"),
     ("scheduler", "decay_ratio"),
 )

@@ -10,7 +10,9 @@ from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem
 from sftd.domain.model.files import ModelFiles
+from sftd.domain.model.peft import PeftAdapter
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.spec import Spec
 
 
 class HostDevices(msgspec.Struct, frozen=True):
@@ -35,25 +37,28 @@ class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
 
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
     """The run that a fork starts from. `model` is its model's shape. `model_files` is the record of its model folder, None
-    without a record or if the fork uses another folder. With `may_change_files` a changed folder is allowed.
+    without a record or if the fork uses another folder; `own_files` is that of the parent's folder in any case. `spec` is the
+    parent's. With `may_change_files` a changed folder is allowed.
 
     `checkpoint` is the step of the fork's checkpoint, None for the pretrained model. `dtype` is the training dtype of the
-    checkpoint, empty if unknown. `precision` is its `optimizer.precision`. `is_direct`: at least part of the parent was
-    trained without a daemon."""
+    checkpoint, empty if unknown. `is_direct`: at least part of the parent was trained without a daemon."""
 
     run_id: str
     model: dict[str, Any]
     model_files: ModelFiles | None
+    own_files: ModelFiles | None
+    spec: Spec
     may_change_files: bool
     checkpoint: int | None
     dtype: str
-    precision: str
     is_direct: bool
 
 
 class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts for the rules. A fact that was not read is None or empty, and rules ignore it. `unreadable` are the problems of
     files that could not be read.
+
+    `has_checkpoint`: the run starts from a checkpoint, so `model.lora.adapter` is not read; otherwise `adapter` is that folder.
 
     `train` and `val` are the data files. `trained_on` are validation files with the same contents as a training file.
     `rendered_differently` are two training files with different chat templates. `hosts` may start the run. `own_gpus` is the
@@ -65,6 +70,8 @@ class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     shape: ModelShape | None = None
     model_files: ModelFiles | None = None
     has_tokenizer: bool | None = None
+    has_checkpoint: bool = False
+    adapter: PeftAdapter | None = None
     train: DataFacts | None = None
     val: DataFacts | None = None
     trained_on: list[str] = []

@@ -16,6 +16,7 @@ from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.launchers import kind_of
 from sftd.domain.spec.spec import Spec
+from sftd.domain.submit import adapter_rules
 from sftd.domain.submit.facts import SubmitFacts
 from sftd.domain.text.words import size
 
@@ -201,6 +202,7 @@ FACTS = Rules(
         prompts_without_tokenizer,
         nothing_to_train,
         rows_not_to_truncate,
+        *adapter_rules.ADAPTERS.refuse,
     ),
     warn=(
         maybe_unmounted,

@@ -67,11 +67,13 @@ def chat_template(store: Store, run_id: str) -> ChatTemplate | None:
     return None
 
 
-def record_export(store: Store, context: Context, run_id: str, exported: e.ModelExported) -> None:
-    """Record that the model of a checkpoint was exported."""
+def record_export(
+    store: Store, context: Context, run_id: str, event: e.ModelExported | e.ExportProven | e.ExportDiverged
+) -> None:
+    """Record that the model of a checkpoint was exported, or what its proof found."""
     with store.write() as tx:
         run = current(tx.connection, run_id)
-        append_decided(tx, context, run_id, run.version, [exported])
+        append_decided(tx, context, run_id, run.version, [event])
 
 
 def record_registration(store: Store, context: Context, run_id: str, registered: e.ModelRegistered) -> None:

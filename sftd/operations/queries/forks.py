@@ -61,16 +61,17 @@ def inspect(
             run_id=parent.run_id,
             model=submitted.model,
             model_files=submitted.model_files if is_same_folder else None,
+            own_files=submitted.model_files,
+            spec=parent.spec,
             may_change_files=changed_model,
             checkpoint=point.step if point else None,
             dtype=checkpoint_dir.saved(Path(point.path)).dtype if point else "",
-            precision=parent.spec.optimizer.precision,
             is_direct=parent.daemon == DAEMON or _is_direct(connection, parent),
         )
     return preflight.inspect(
         spec,
         lambda digest: trajectory.forked_order(parent, step, spec, digest),
-        known=SubmitFacts(parent=known, hosts=hosts),
+        known=SubmitFacts(parent=known, hosts=hosts, has_checkpoint=point is not None),
         home=home,
     )
 

@@ -23,19 +23,29 @@ def recorded(store: Store, run_id: str) -> ModelRecord:
 
 
 def read_record(connection: sa.Connection, run_id: str) -> ModelRecord:
-    """As `recorded`, inside a transaction."""
-    return record_of(r.event for r in event_store.read_stream(connection, run_id, types=TYPES))
+    """As `recorded`, inside a transaction. Until a fork of a checkpoint has loaded weights itself, they are its parent's."""
+    types = (*TYPES, e.RunForked.__name__)
+    events = [r.event for r in event_store.read_stream(connection, run_id, types=types)]
+    record = record_of(events)
+    parent = next((event.parent for event in events if isinstance(event, e.RunForked) and event.step), None)
+    if parent is None or record.weights or record.files is None:
+        return record
+    weights = read_record(connection, parent).weights
+    has_same_names = weights.keys() == record.files.weights.keys()
+    return ModelRecord(record.files, weights) if has_same_names else record
 
 
 def check_unchanged(record: ModelRecord, run_id: str, spec: Spec, *, pretrained: bool) -> bool:
     """Compare a run's model folder with its record before another attempt is queued. `pretrained`: the attempt starts from the
-    weights in the folder. A folder that is not on this host is not checked here; the attempt checks it.
+    weights in the folder; one with frozen weights always reads some. A folder that is not on this host is not checked here;
+    the attempt checks it.
 
     Returns whether there is a record. Raises `Refused` if the folder changed.
     """
     if record.files is not None and Path(spec.model.partial_pretrain).is_dir():
-        fix = model_digest.fork_fix(run_id, pretrained=pretrained)
-        model_digest.refuse_changes(record, spec, weights=pretrained, fix=fix)
+        weights = pretrained or spec.model.is_partly_frozen
+        fix = model_digest.fork_fix(run_id, weights=weights)
+        model_digest.refuse_changes(record, spec, weights=weights, fix=fix)
     return record.files is not None
 
 
@@ -44,8 +54,9 @@ def unrecorded(run_id: str) -> str:
     return f"{run_id}: an older sftd submitted it without recording the model folder, so a change cannot be detected."
 
 
-def source(store: Store, home: Path, run: Run) -> str:
-    """The folder with the config and tokenizer for a checkpoint of `run` (see `model_digest.source`). Raises `Refused`."""
+def source(store: Store, home: Path, run: Run, *, builds: bool = True) -> str:
+    """The folder with the config and tokenizer for a checkpoint of `run` (see `model_digest.source`). `builds`: the caller builds
+    the model, and needs the weights that are not in the checkpoint. Raises `Refused`."""
     with store.read() as connection:
         record = read_record(connection, run.run_id)
         launched = event_store.last_of(connection, run.run_id, e.AttemptLaunched.__name__)
@@ -55,4 +66,5 @@ def source(store: Store, home: Path, run: Run) -> str:
         run_dir = Path(launched.event.directory).parent
         places += [run_dir, run_dir.parent.parent]
     copies = [model_copy(place, record.files) for place in places] if record.files else []
-    return model_digest.source(record, run.spec, copies)
+    weights = builds and run.spec.model.is_partly_frozen
+    return model_digest.source(record, run.spec, copies, weights=weights)

@@ -97,7 +97,7 @@ def folder_name(step: int) -> str:
 
 
 class Checkpoints:
-    """Saves the training state of all ranks. Every method is collective."""
+    """Saves the training state of all ranks. Every method is collective. `base`: see `Manifest`."""
 
     def __init__(self, order: Order, session: Session, trainee: Trainee, reporter: Reporter) -> None:
         self._order = order
@@ -106,6 +106,7 @@ class Checkpoints:
         self._reporter = reporter
         self._folder = Path(order.checkpoint_dir)
         self._spec_digest = spec_digest(order.spec)
+        self.base: dict[str, str] = {}
         self._host_copy = HostCopy(session.device)
         self._pending: _Pending | None = None
         # Consecutive failed saves, full disks not counted.
@@ -320,6 +321,7 @@ class Checkpoints:
                 versions=pending.versions,
                 files=sorted(files, key=lambda e: e.name),
                 state_files=sorted(e.name for e in files if is_state_file(e.name)),
+                base=self.base,
             )
         )
         with open(partial / manifests.NAME, "wb") as file:

@@ -95,7 +95,7 @@ class WeightsDigest:
                 raise UserError(f"the hosts hold different weights in {self._folder}: {', '.join(names)}")
         if recorded and (names := _unlike(recorded, digests[0])):
             raise UserError(
-                f"{self._folder} changed since the run's first attempt (fix: {fork_fix(run_id, pretrained=True)}): "
+                f"{self._folder} changed since the run's first attempt (fix: {fork_fix(run_id, weights=True)}): "
                 f"{', '.join(names)} holds other weights"
             )
         return WeightsDigested(

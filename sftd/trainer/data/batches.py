@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from sftd.trainer.data.packing import Planner
 from sftd.trainer.data.rows import Ints, Rows, Sample
 from sftd.trainer.data.sequence_layout import SequenceLayout, make_chunks
 from sftd.trainer.data.sequence_shards import spans
+from sftd.trainer.data.token_keys import token_keys
 from sftd.trainer.data.upload import upload
 from sftd.trainer.runtime.session import Layout, Session
 
@@ -54,6 +55,8 @@ class Batching:
     planner: Planner
     layout: Layout
     device: torch.device
+    # Of the masks of dropout; None without dropout.
+    dropout_seed: int | None = None
 
     @classmethod
     def of(cls, spec: Spec, session: Session) -> Batching:
@@ -68,10 +71,12 @@ class Batching:
             # The interleaved schedule needs a multiple of PP micro-batches.
             unit=layout.dp * (layout.pp if layout.vpp > 1 else 1),
         )
-        return cls(planner, layout, session.device)
+        seed = spec.model.megatron.seed if spec.model.lora.dropout else None
+        return cls(planner, layout, session.device, seed)
 
-    def batches(self, rows: Rows, chosen: Ints) -> list[MicroBatch]:
-        """This rank's micro-batches of the global batch of the rows `chosen` (int64 [n]).
+    def batches(self, rows: Rows, chosen: Ints, place: int | None = None) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch of the rows `chosen` (int64 [n]). In training, `place` is that of the first
+        in the sample order.
 
         Every rank has the lengths of all rows, so no communication is needed. Each data-parallel rank gets a contiguous
         part of the micro-batches.
@@ -79,7 +84,16 @@ class Batching:
         members, lengths = self.planner.plan(rows.lengths[chosen])
         each = len(members) // self.layout.dp
         mine = range(self.layout.dp_rank * each, (self.layout.dp_rank + 1) * each)
-        return [self.make([rows[int(chosen[i])] for i in members[k]], int(lengths[k])) for k in mine]
+        return [
+            self.make([self._sample(rows, chosen, int(i), place) for i in members[k]], int(lengths[k]))
+            for k in mine
+        ]
+
+    def _sample(self, rows: Rows, chosen: Ints, index: int, place: int | None) -> Sample:
+        sample = rows[int(chosen[index])]
+        if place is None or self.dropout_seed is None:
+            return sample
+        return replace(sample, keys=token_keys(self.dropout_seed, place + index, sample.tokens.size))
 
     def make(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         """One micro-batch of `length` from its samples, filled up with empty ones."""
@@ -91,11 +105,14 @@ class Batching:
         tokens = np.zeros((len(samples), length), np.int64)
         labels = np.full((len(samples), length), IGNORE_INDEX, np.int64)
         is_real = np.zeros((len(samples), length), np.bool_)
+        keys = np.zeros_like(tokens)
         for row, sample in enumerate(samples):
             tokens[row, : sample.tokens.size] = sample.tokens
             labels[row, : sample.labels.size] = sample.labels
             is_real[row, : sample.tokens.size] = sample is not EMPTY
-        return self._finish(tokens, labels, is_real, np.arange(length), None)
+            if sample.keys is not None:
+                keys[row, : sample.keys.size] = sample.keys
+        return self._finish(tokens, labels, is_real, np.arange(length), None, keys)
 
     def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         sizes = [s.tokens.size for s in samples]
@@ -106,12 +123,15 @@ class Batching:
         tokens = np.zeros(length, np.int64)
         labels = np.full(length, IGNORE_INDEX, np.int64)
         is_real = np.zeros(length, np.bool_)
+        keys = np.zeros_like(tokens)
         for start, sample in zip(ends, samples, strict=False):
             tokens[start : start + sample.tokens.size] = sample.tokens
             labels[start : start + sample.labels.size] = sample.labels
             is_real[start : start + sample.tokens.size] = sample is not EMPTY
+            if sample.keys is not None:
+                keys[start : start + sample.keys.size] = sample.keys
         positions = np.concatenate([np.arange(size) for size in sizes])
-        return self._finish(tokens[None], labels[None], is_real[None], positions, ends)
+        return self._finish(tokens[None], labels[None], is_real[None], positions, ends, keys[None])
 
     def _finish(
         self,
@@ -120,6 +140,7 @@ class Batching:
         is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
         positions: Ints,
         ends: Ints | None,
+        keys: Ints,
     ) -> MicroBatch:
         length, cp, cp_rank = tokens.shape[1], self.layout.cp, self.layout.cp_rank
         layout = SequenceLayout(qkv_format="sbhd", is_packed=ends is not None)
@@ -134,6 +155,8 @@ class Batching:
         mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
         labels = labels[:, mine]
         layout.positions = upload(positions[mine], self.device)
+        if keys.any():
+            layout.dropout_keys = upload(np.ascontiguousarray(keys[:, mine].T), self.device)
         # Computed on the host: on the device, the dynamic size would force a synchronization.
         places = np.flatnonzero(labels.T != IGNORE_INDEX)
         return MicroBatch(

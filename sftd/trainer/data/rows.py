@@ -23,10 +23,12 @@ _TOKENS, _INDEX, _COUNTS = "tokens", "index", "counts.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: `tokens` int64 [n] and `labels` int64 [n], which is the next token where that is trained, -100 elsewhere."""
+    """One row: `tokens` int64 [n] and `labels` int64 [n], which is the next token where that is trained, -100 elsewhere.
+    `keys`: int64 [n], those of `token_keys` where a step has dropout."""
 
     tokens: Ints
     labels: Ints
+    keys: Ints | None = None
 
 
 class Rows:

@@ -70,10 +70,12 @@ class SequenceLayout(PackedSeqParams):
     positions: int64 [s], each token's position in its own sample.
     chunks: this rank's s tokens in the whole stream, in order; None for rows without packing and context parallelism.
     is_packed: whether samples lie end to end (b is 1).
+    dropout_keys: int64 [s, b], see `adapters.dropout`; None without dropout.
     cache: set during generation; every rank then has the whole sequence.
     """
 
     positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults
     chunks: list[Chunk] | None = None
     is_packed: bool = False
+    dropout_keys: Tensor | None = None
     cache: KeyValueCache | None = None

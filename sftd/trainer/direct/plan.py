@@ -48,8 +48,10 @@ def plan(arguments: Sequence[str]) -> tuple[str, int, Hold | None]:
     hold = None
     try:
         spec, warnings = _read_spec(arguments)
-        found = preflight.inspect(spec, known=SubmitFacts(own_gpus=_own_gpus(spec)))
         run = DirectRun(Path(spec.checkpoint.save_dir) / _run_name(spec))
+        has_checkpoint = any(run.checkpoint_dir.glob("step-*"))
+        known = SubmitFacts(own_gpus=_own_gpus(spec), has_checkpoint=has_checkpoint)
+        found = preflight.inspect(spec, known=known)
         hold = run.hold()
         attempt = _begin(run, spec, found, [*warnings, *found.warnings])
         if attempt is None:
@@ -102,7 +104,8 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     record = record_of(n.event for n in history.events)
     checkpoint = state.restart_checkpoint
     _refuse_another_run(run, state, new)
-    _refuse_another_model(run, record, spec, found, pretrained=checkpoint is None)
+    weights = checkpoint is None or spec.model.is_partly_frozen
+    _refuse_another_model(run, record, spec, found, weights=weights)
     text = f"sftd: run {state.run_id} in {run.path}\n"
     if state.status == "succeeded" and new.planned_steps == state.planned_steps:
         print_text(
@@ -188,11 +191,11 @@ def _refuse_another_run(run: DirectRun, state: Run, new: Proposal) -> None:
 
 
 def _refuse_another_model(
-    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, pretrained: bool
+    run: DirectRun, record: ModelRecord, spec: Spec, found: Preflight, *, weights: bool
 ) -> None:
     """Raise `Refused` when the model folder changed."""
     fix = f"put the folder back as it was to continue the run in {run.path}, or {_BEGIN_ANOTHER}"
-    if problems := changed_files(record.files, found.model_files, spec, weights=pretrained, fix=fix):
+    if problems := changed_files(record.files, found.model_files, spec, weights=weights, fix=fix):
         raise Refused(problems)
 
 

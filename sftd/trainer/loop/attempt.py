@@ -96,10 +96,11 @@ class RankAttempt:
         pretrained = order.checkpoint is None
         folder, is_cpu = self._spec.model.partial_pretrain, session.device.type == "cpu"
         # Finished before the first step is recorded: a recorded step implies weights whose digest is in the log.
-        reads_weights = pretrained or self._spec.model.lora.rank > 0
+        reads_weights = pretrained or self._spec.model.is_partly_frozen
         self._weights_digest = WeightsDigest(folder, is_cpu=is_cpu) if reads_weights else None
         self._trainee = trainees.load(self._spec, shape, session, pretrained=pretrained)
         self._environment = sessions.environment(session)
+        trained = self._trainee.trained_parameters
         reporter.emit(
             ModelLoaded(
                 architecture=shape.architecture,
@@ -108,6 +109,7 @@ class RankAttempt:
                 device=self._environment["device"],
                 seconds=time.perf_counter() - started,
                 environment=self._environment,
+                trained_parameters=None if trained == self._trainee.parameters else trained,
             )
         )
         self._bind_data(shape)
@@ -117,7 +119,7 @@ class RankAttempt:
         # Rows and micro-batches of the next step, prepared while the GPU computes the current one.
         self._next: tuple[Ints, list[MicroBatch]] | None = None
         self._is_written = False
-        self._meter = Meter(shape, session)
+        self._meter = Meter(shape, self._spec.model, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
         self._generator = None
         if self._spec.trainer.sample_prompts and order.last_step is None:
@@ -238,7 +240,9 @@ class RankAttempt:
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
             recorded, run_id = self._order.weights, self._order.run_id
-            self._reporter.emit(self._weights_digest.finish(sessions.gather, recorded, run_id))
+            digested = self._weights_digest.finish(sessions.gather, recorded, run_id)
+            self._reporter.emit(digested)
+            self._checkpoints.base = digested.files if self._spec.model.is_partly_frozen else {}
             self._weights_digest = None
         self._is_written = sums.is_written
         self._progress = Progress(step + 1, self._progress.tokens_total + trained, sums.loss, sums.grad_norm)
@@ -305,8 +309,9 @@ class RankAttempt:
     def _prepare(self, step: int) -> tuple[Ints, list[MicroBatch]]:
         """The rows of `step` (0-based) and this rank's micro-batches of them."""
         size = self._spec.data.train_batch_size
-        rows = self._samples.rows(self._order.sample_position(step), size)
-        return rows, self._batching.batches(self._train, rows)
+        place = self._order.sample_position(step)
+        rows = self._samples.rows(place, size)
+        return rows, self._batching.batches(self._train, rows, place)
 
     def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
         """Reduce a step's results and stop requests over the ranks in one small all-reduce.

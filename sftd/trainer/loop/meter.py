@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.model_section import Model
 
 if TYPE_CHECKING:
     from sftd.trainer.runtime.session import Session
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Meter:
     """MFU of all ranks, and this rank's peak memory."""
 
-    def __init__(self, shape: ModelShape, session: Session) -> None:
-        self._shape = shape
+    def __init__(self, shape: ModelShape, model: Model, session: Session) -> None:
+        self._shape, self._model = shape, model
         self._device = session.device
         name = torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu"
         one = peak_flops(name, session.dtype)
@@ -30,7 +31,7 @@ class Meter:
         FLOPs in `seconds`. None if the peak is unknown."""
         if self._peak is None or seconds <= 0:
             return None
-        return training_flops(self._shape, tokens, squared_lengths) / (seconds * self._peak)
+        return training_flops(self._shape, tokens, squared_lengths, self._model) / (seconds * self._peak)
 
     def peak_memory(self) -> int:
         """Peak bytes so far: of tensors on a GPU, of the whole process on a CPU."""

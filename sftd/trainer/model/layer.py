@@ -10,13 +10,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
+from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
 
 
@@ -26,6 +29,15 @@ class DecoderLayer(TransformerLayer):
     `x + attention(norm(x))`, then `x + mlp(norm(x))`. With selective recomputation, backward recomputes the outputs of
     the norms and the activation: a third less memory for a few elementwise passes.
     """
+
+    # With adapters: where their products look for the keys of a micro-batch's tokens.
+    dropout_keys: TokenKeys | None = None
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.quantize != "none":
+            # Here, so that no more than one layer's weights are in memory as they are.
+            products.empty(self)
 
     def forward(
         self,
@@ -38,6 +50,9 @@ class DecoderLayer(TransformerLayer):
         """Hidden states [s, b, h] (with sequence parallelism this rank's share of s) and the positions' cos and sin
         FP32 [2, s, d / 2] → [s, b, h]. The second output is Megatron's cross-attention context, always None.
         """
+        if self.dropout_keys is not None:
+            # Here, because recomputation may run a layer of an earlier micro-batch.
+            self.dropout_keys.current = packed_seq_params.dropout_keys
         norm = self.input_layernorm
         residual, normed = ops.add_rms_norm(hidden_states, None, norm.weight, norm.eps)
         with self._recomputing(normed, norm, residual):

@@ -49,11 +49,13 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+        if spec.model.recompute_layers:
+            recompute |= {"recompute_method": "block", "recompute_num_layers": spec.model.recompute_layers}
     elif spec.model.enable_gradient_checkpointing:
         # DecoderLayer reads this.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     accumulate_weight_gradients(accumulate_weight_gradient)
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -93,9 +95,14 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
+        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen.
+        hetereogenous_dist_checkpoint=bool(spec.model.freeze),
         **experts.config_fields(spec, shape),
         **recompute,
     )
+    # DecoderLayer reads this.
+    config.quantize = spec.model.quantize
+    return config
 
 
 def build(config: TransformerConfig, shape: ModelShape, session: Session) -> list[GPTModel]:
@@ -121,8 +128,12 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         )
         model.position_embedding_type = "rope"
         model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        if config.recompute_method == "block":
+            for layer in model.decoder.layers[config.recompute_num_layers :]:
+                layer.recompute_input_layernorm = True
         experts.mark(model)
-        chunks.append(model.to(session.device))
+        # `to`, except that quantised weights stay where they have no memory.
+        chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks
 
 
@@ -134,10 +145,12 @@ def distribute(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         # With overlap, Megatron's hook needs `grad_added_to_main_grad` on the weight. `computed_again` keeps a detached
-        # weight without that mark.
+        # weight without that mark, and adapters, whose gradients are small, have none.
         overlap_grad_reduce=session.device.type == "cuda"
         and session.layout.dp > 1
-        and config.recompute_granularity != "selective",
+        and all(p.requires_grad for chunk in chunks for p in chunk.parameters())
+        and config.recompute_granularity != "selective"
+        and config.recompute_method != "block",
         # The loop reports a bad gradient with the step's numbers. Megatron would only assert.
         check_for_nan_in_grad=False,
     )
@@ -154,8 +167,9 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
     embedded = None
     if core.pre_process:
         embedded = embed(core.embedding, batch.tokens, sequence_parallel=core.config.sequence_parallel)
-        # A recomputed layer hands gradients to its parameters only if its input wants one, which a frozen embedding's does not.
-        embedded.requires_grad_()
+        if core.config.recompute_granularity == "full":
+            # A recomputed layer hands gradients to its parameters only if its input wants one. A frozen embedding's does not.
+            embedded.requires_grad_()
     output = model(
         batch.tokens,
         batch.layout.positions[None],

@@ -20,6 +20,7 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
 from sftd.trainer.model.families.rules import Cut, Rule
 from sftd.trainer.model.families.seam import family_of
+from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
 
@@ -47,7 +48,7 @@ def model_rules(
 
 @torch.no_grad()
 def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -> None:
-    """Fill every parameter of this rank's chunks, cast to its dtype.
+    """Fill every parameter of this rank's chunks, cast to its dtype or quantised.
 
     Raises `UserError` for weights that are missing, have another shape, or are unknown to the model.
     """
@@ -89,7 +90,11 @@ def fill(
         raise UserError(
             f"{folder.path}: {rule.target} is {list(value.shape)}, but config.json specifies {list(parameter.shape)}"
         )
-    parameter.copy_(value)
+    if (stored := quantized(parameter)) is not None:
+        # From the folder's dtype: a cast to the parameter's would change which level is nearest.
+        stored.fill(value)
+    else:
+        parameter.copy_(value)
 
 
 def _refuse_unknown(folder: Folder, shape: ModelShape, layers: range) -> None:

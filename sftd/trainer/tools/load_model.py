@@ -19,7 +19,7 @@ from sftd.trainer.checkpoint import reading as checkpoint_reading
 from sftd.trainer.checkpoint.state import restore, trained
 from sftd.trainer.model import model as models
 from sftd.trainer.model import weights
-from sftd.trainer.model.adapters import lora
+from sftd.trainer.model.adapters import frozen, lora
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.runtime.session import Session
@@ -54,8 +54,10 @@ def read_model(spec: Spec, shape: ModelShape, session: Session, folder: Path) ->
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    if spec.model.lora.rank:
+    if spec.model.is_partly_frozen:
         weights.load(chunks, spec.model.partial_pretrain, shape, session.layout)
+        frozen.freeze(chunks, spec.model, shape, session.layout)
+    if spec.model.lora.rank:
         lora.add(chunks, spec.model, shape, session.layout, is_new=False)
     state = {f"model{i}": trained(chunk, content) for i, chunk in enumerate(chunks)}
     loaded = checkpoint_reading.load(state, folder)

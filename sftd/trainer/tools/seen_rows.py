@@ -58,18 +58,7 @@ def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
     order = read_order(arguments.order)
     spec = order.spec
     events.progress("reading the data files")
-    with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
-        write_spool(
-            Path(folder),
-            spec.data.train_files,
-            sequence_length=spec.data.sequence_length,
-            truncation=spec.data.truncation,
-            vocab_size=_ANY_ID,
-            with_tokens=False,
-        )
-        rows = Rows(Path(folder))
-    if not len(rows):
-        raise UserError(f"no row of {', '.join(spec.data.train_files)} has a trained label")
+    rows = usable(spec.data, spec.data.train_files)
     samples = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=spec.data.shuffle)
     if arguments.at is not None:
         seen = [_rows_of(order, rows, samples, position) for position in arguments.at]
@@ -79,6 +68,31 @@ def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
     else:
         found = _steps_of(order, rows, samples, arguments.row, arguments.after_step, arguments.last_step)
     events.emit("done", train_digest=files_digest(spec.data.train_files), **found)
+
+
+def usable(data: Data, files: list[str]) -> Rows:
+    """The rows of `files` that training uses, without their tokens. Raises `UserError`."""
+    with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
+        write_spool(
+            Path(folder),
+            files,
+            sequence_length=data.sequence_length,
+            truncation=data.truncation,
+            vocab_size=_ANY_ID,
+            with_tokens=False,
+        )
+        rows = Rows(Path(folder))
+    if not len(rows):
+        raise UserError(f"no row of {', '.join(files)} has a trained label")
+    return rows
+
+
+def tokens_of(data: Data, files: list[str], numbers: Ints) -> list[tuple[list[int], list[bool]]]:
+    """For rows by their number over all files: a row's ids without padding and after truncation, and a mark for each
+    trained one."""
+    ends = _file_ends(files)
+    places = [_place(files, ends, number) for number in numbers.tolist()]
+    return [_read(data, place["file"], place["row_in_file"]) for place in places]
 
 
 def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Description of a checkpoint. `samples` is the number of samples that training has consumed. `loss` and `grad_norm` are
     the step's, as C99 hexadecimal floats (exact; may be infinite or NaN). `state_files` are the members of `files` that only a
-    resume needs (optimizer and random streams); empty if an older sftd wrote weights and state into the same files."""
+    resume needs (optimizer and random streams); empty if an older sftd wrote weights and state into the same files. `base` maps
+    the weight files of the model folder to their digests (`WeightsDigested`) if frozen weights are not in the checkpoint."""
 
     schema_version: int
     run_id: str
@@ -46,6 +47,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str | None]
     files: list[FileEntry]
     state_files: list[str] = []
+    base: dict[str, str] = {}
 
     @property
     def weights_only(self) -> bool:

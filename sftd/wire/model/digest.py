@@ -152,9 +152,9 @@ def refuse_changes(record: ModelRecord, spec: Spec, *, weights: bool, fix: str) 
         raise Refused(problems)
 
 
-def fork_fix(run_id: str, *, pretrained: bool) -> str:
-    """The fix for a changed model folder. `pretrained`: the attempt starts from its weights."""
-    start = " --from-step 0" if pretrained else ""
+def fork_fix(run_id: str, *, weights: bool) -> str:
+    """The fix for a changed model folder. `weights`: the attempt reads its weights, so a checkpoint does not go with other ones."""
+    start = " --from-step 0" if weights else ""
     return (
         f"put the folder back as it was, or use it in another run: sftd fork {run_id}{start} --changed-model"
     )
@@ -199,13 +199,14 @@ def is_copy(record: ModelFiles, folder: Path) -> bool:
     return {name: _sha256(data) for name, data in found.items()} == wanted
 
 
-def source(record: ModelRecord, spec: Spec, copies: Iterable[Path]) -> str:
+def source(record: ModelRecord, spec: Spec, copies: Iterable[Path], *, weights: bool = False) -> str:
     """The folder with config and tokenizer for a checkpoint of the run: a copy made when the run started, else the model
-    folder. Raises `Refused` when that is missing or has changed."""
+    folder. With `weights` always the model folder, because a copy has none. Raises `Refused` when that is missing or has
+    changed."""
     if record.files is None:
         return spec.model.partial_pretrain
-    for copy in copies:
+    for copy in () if weights else copies:
         if is_copy(record.files, copy):
             return str(copy)
-    refuse_changes(record, spec, weights=False, fix="put the folder back as it was")
+    refuse_changes(record, spec, weights=weights, fix="put the folder back as it was")
     return spec.model.partial_pretrain

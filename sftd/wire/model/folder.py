@@ -103,16 +103,27 @@ def check_weights(folder: str) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether the size of a safetensors file matches its header: 8 bytes of length, the header, the data."""
+    """Whether a file is a complete safetensors file."""
+    try:
+        return bool(tensors(file))
+    except (OSError, ValueError):
+        return False
+
+
+def tensors(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors in a safetensors file: 8 bytes of length, the header, the data. Raises `OSError`, and
+    `ValueError` when the size of the file does not match its header."""
     try:
         with open(file, "rb") as stream:
             size = file.stat().st_size
             _, header = read_header(stream, size)
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        return bool(ends) and size == 8 + len(header) + max(ends)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return False
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        if size != 8 + len(header) + max(ends, default=0):
+            raise ValueError("its size does not match its header")
+        return {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be read: {error}") from None
 
 
 def stop_ids(folder: str) -> tuple[int, ...]:

@@ -37,10 +37,15 @@ def resolve(
     """
     paths = _Paths(base, beside, environ, _all_paths(resolved) if resolved else frozenset())
     replace = msgspec.structs.replace
+    lora = spec.model.lora
+    if lora.adapter:
+        lora = replace(lora, adapter=paths.model("model.lora.adapter", lora.adapter))
     made = replace(
         spec,
         model=replace(
-            spec.model, partial_pretrain=paths.model("model.partial_pretrain", spec.model.partial_pretrain)
+            spec.model,
+            partial_pretrain=paths.model("model.partial_pretrain", spec.model.partial_pretrain),
+            lora=lora,
         ),
         data=replace(
             spec.data,
@@ -60,9 +65,8 @@ def resolve(
 
 
 def _all_paths(spec: Spec) -> frozenset[str]:
-    return frozenset(
-        (spec.model.partial_pretrain, spec.checkpoint.save_dir, *spec.data.train_files, *spec.data.val_files)
-    )
+    own = spec.model.partial_pretrain, spec.model.lora.adapter, spec.checkpoint.save_dir
+    return frozenset((*own, *spec.data.train_files, *spec.data.val_files))
 
 
 def model_folder(where: str, text: str, base: str, environ: Mapping[str, str] = os.environ) -> str:

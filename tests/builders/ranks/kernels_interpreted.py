@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sftd.trainer.data.token_keys import TokenKeys, token_keys
 from sftd.trainer.model import cross_entropy_cpu, ops
-from sftd.trainer.model.kernels import cross_entropy, norm, rotary, swiglu
+from sftd.trainer.model.adapters.dropout import Dropout
+from sftd.trainer.model.kernels import cross_entropy, nf4, norm, rotary, swiglu
+from sftd.trainer.model.quantize.nf4 import Quantized, levels
 from sftd.trainer.optimizer import lean_kernel, lean_update
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
@@ -101,6 +104,35 @@ def check_cross_entropy() -> None:
         assert not mine[:, real:].any()
 
 
+def check_dropout() -> None:
+    from sftd.trainer.model.kernels import dropout as kernel
+
+    keys = torch.from_numpy(token_keys(7, 3, 40))
+    x = random(40, 1500) + 9.0
+    ours = Dropout(0.3, product=2**31 - 5, first_column=96, part=(0, 1), tokens=TokenKeys())
+    here = ours.apply(x, keys)
+    there = kernel.dropped(x.to(DEVICE), keys.to(DEVICE), ours.product, ours.first_column, ours.share)
+    assert 0.28 < float((here == 0).float().mean()) < 0.32
+    torch.testing.assert_close(there.cpu(), here)
+    assert torch.equal(there.cpu() == 0, here == 0)
+
+
+def check_nf4() -> None:
+    for rows in (4, 37):
+        weight = random(rows, 192)
+        weight[0, :64] = 0
+        here = Quantized(weight.shape, torch.device("cpu"))
+        here.fill(weight)
+        there = Quantized(weight.shape, torch.device(DEVICE))
+        there.fill(weight)
+        assert torch.equal(there.codes.cpu(), here.codes)
+        assert torch.equal(there.scales.cpu(), here.scales)
+        # The interpreter truncates to BF16, a GPU rounds.
+        for dtype in (torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float32,):
+            found = nf4.dequantize(there.codes, there.scales, levels(there.codes.device), dtype)
+            assert torch.equal(found.cpu(), here.dequantize(dtype))
+
+
 def check_lean() -> None:
     group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     # Rows of several blocks, and numbers of rows, columns and keys beyond 31 bits.
@@ -142,6 +174,8 @@ if __name__ == "__main__":
         ("swiglu", check_swiglu),
         ("rotary", check_rotary),
         ("cross_entropy", check_cross_entropy),
+        ("dropout", check_dropout),
+        ("nf4", check_nf4),
         ("lean", check_lean),
     ):
         check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,28 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def write_models(folder: Path) -> None:
-    """Write the tiny models into a folder."""
+_WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": False}
+# Models whose matrices two ranks can share in blocks of 64 columns.
+WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _WIDE),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _WIDE
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "initializer_range": 0.1,
+        },
+    ),
+}
+
+
+def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
+    """Write tiny models into a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
@@ -103,7 +124,7 @@ def write_models(folder: Path) -> None:
             tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
         )
         fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
-        for name, (model, config, extra) in MODELS.items():
+        for name, (model, config, extra) in models.items():
             torch.manual_seed(7)
             network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
             with torch.no_grad():

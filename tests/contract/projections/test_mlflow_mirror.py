@@ -968,8 +968,10 @@ def test_the_commands_find_the_runs_and_their_pages(
     artifacts = settings.mlflow_artifacts
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    digest = hashlib.sha256(f"{hashlib.sha256(b'{}').hexdigest()}  config.json\n".encode()).hexdigest()
+    config = b'{"base_model_name_or_path": "org/base"}'
+    (folder / "adapter_config.json").write_bytes(config)
+    line = f"{hashlib.sha256(config).hexdigest()}  adapter_config.json\n"
+    digest = hashlib.sha256(line.encode()).hexdigest()
     exported = e.ModelExported(step=9, path=str(folder), bytes=2, digest=digest, dtype="float32")
     log.add("root", exported)
 
@@ -1015,7 +1017,9 @@ def test_the_commands_find_the_runs_and_their_pages(
     with store.read() as connection:
         [registered] = event_store.read_stream(connection, "root", types=("ModelRegistered",))
     assert (registered.event.name, registered.event.model_version) == ("support", "1")
-    (folder / "config.json").write_text("{ }")
+    # Who finds the adapter in the registry sees what it belongs to.
+    assert server.client.get_model_version("support", "1").tags["sftd.base_model"] == "org/base"
+    (folder / "adapter_config.json").write_text("{ }")
     assert "differs from the export" in sftd("mlflow", "register", "root", "support").stderr
     store.engine.dispose()
 

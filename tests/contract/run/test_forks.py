@@ -281,3 +281,32 @@ def test_an_attempt_is_given_the_record_of_the_model_folder(log: Store, clock: C
         attempts.record(log, clock.context, claimed.lease, lines, 100, {})
     # The first attempt's count: a later one that found others did not train.
     assert model_files.recorded(log, name) == ModelRecord(files, {"model.safetensors": "c" * 64})
+
+
+def test_a_fork_loads_the_weights_that_its_checkpoint_was_trained_with(
+    log: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """Until it has digested them itself, the log has its parent's digests."""
+    files = ModelFiles({}, {"model.safetensors": ModelFile(99, "b" * 64)})
+    submitted = msgspec.structs.replace(found(3), model_files=files)
+    name = submit_all(log, clock.context, [Wish(RESOLVED, submitted)], "ada")[0]
+    claimed = claim(log, clock)
+    digested = e.WeightsDigested(files={"model.safetensors": "c" * 64}, bytes=99, seconds=0.1)
+    attempts.record(log, clock.context, claimed.lease, [Line(number=1, occurred_at=1, event=digested)], 1, {})
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    published = e.CheckpointPublished(step=1, path=str(folder), bytes=1, manifest_digest="m", seconds=0.1)
+    lines = [Line(number=n, occurred_at=n, event=event) for n, event in ((2, step(1)), (3, published))]
+    attempts.record(log, clock.context, claimed.lease, lines, 9, {})
+    run = end(log, clock, claimed, 1)
+
+    def forked(at: int, weights: str) -> ModelRecord:
+        of = ModelFiles({}, {weights: ModelFile(99, "b" * 64)})
+        spec, _ = change(run.spec, [("trainer.max_steps", 6)])
+        other = msgspec.structs.replace(found(6), model_files=of)
+        return model_files.recorded(log, lifecycle.fork(log, clock.context, name, at, spec, other, [], "bob"))
+
+    assert forked(1, "model.safetensors").weights == {"model.safetensors": "c" * 64}
+    # The same weights under another name are compared by the sample that submit reads.
+    assert forked(1, "other.safetensors").weights == {}
+    assert forked(0, "model.safetensors").weights == {}

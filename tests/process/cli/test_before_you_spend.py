@@ -78,6 +78,7 @@ def test_a_plan_for_another_machine(home: Home, sftd: Sftd) -> None:
     assert plan["memory_bytes"] == 80 * 2**30
     assert plan["best"]["peak_memory_bytes"] > 0
     assert plan["layouts_fit"] > 1
+    assert plan["alternatives"] == {}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,12 @@ def test_what_does_not_fit_is_said(home: Home, sftd: Sftd) -> None:
     assert "does not fit" in done.output
     assert "No layout fits" in done.output
     assert "The smallest needs" in done.output
+    assert "These need less" in done.output
+    assert "LoRA: model.lora.rank=16" in done.output
+    done = sftd("plan", str(home.config), "--device", "H100", "--memory", "0.5", "--json")
+    instead = json.loads(done.stdout)["alternatives"]["LoRA"]
+    json_fields.check("plan alternatives", instead)
+    assert (instead["set"]["model.lora.rank"], instead["fits"]) == (16, False)
     unknown = sftd("plan", str(home.config), "--device", "Voodoo2")
     assert unknown.exit_code == 2
     assert "--memory" in unknown.output

@@ -14,6 +14,7 @@ import pytest
 from sftd.domain.errors import Refused
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
+from sftd.domain.model.weights import folder_names, layer_weights
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
@@ -86,6 +87,20 @@ def trained(trainer: Trainer, folders: tuple[Path, Path]) -> Run:
 
 def found(run: Run) -> Any:
     return json.loads((run.attempt.path / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    shape = read_shape(str(models / name), {})
+    sizes = {weight.name: weight.rows * weight.columns for weight in layer_weights(shape)}
+    with safe_open(models / name / "model.safetensors", "pt") as weights:
+        found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
+    planned = list(folder_names(shape))
+    assert {full_name for _, _, full_name, _ in planned} == found.keys()
+    for layer, weight, full_name, _ in planned:
+        assert layer < 0 or found[full_name] == sizes[weight], full_name
 
 
 def test_without_its_entry_the_family_is_refused(folders: tuple[Path, Path]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.model_section import Model
 from sftd.trainer.loop.meter import Meter
 
 
@@ -42,7 +43,7 @@ def test_mfu_is_the_share_of_what_all_devices_could_have_done(monkeypatch: pytes
     parameters = 2 * (64 + 32 + 32 + 64 + 3 * 128) + 9 * 8
     # Samples of 3 and 5 tokens in half a second.
     flops = 6 * parameters * 8 + 6 * 2 * 2 * 4 * (9 + 25)
-    meter = Meter(shape, on_gpu(torch.bfloat16))
+    meter = Meter(shape, Model(), on_gpu(torch.bfloat16))
     assert meter.mfu(8, 34.0, 0.5) == pytest.approx(flops / (0.5 * 4 * 989e12), rel=1e-12)
     assert meter.mfu(8, 34.0, 0.0) is None
-    assert Meter(shape, on_gpu(torch.float32)).mfu(8, 34.0, 0.5) is None
+    assert Meter(shape, Model(), on_gpu(torch.float32)).mfu(8, 34.0, 0.5) is None

@@ -24,13 +24,13 @@ from sftd.cli import COMMANDS, HINTS, main
 from sftd.cli.submit.show_config import as_yaml
 from sftd.cli.terminal import output
 from sftd.cli.terminal.output import summary
-from sftd.cli.terminal.run_details import history_table
+from sftd.cli.terminal.run_details import history_table, what_is_trained
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.log import events
 from sftd.domain.log.events import Recorded
 from sftd.domain.repro.steps import REDONE_DIFFERS
 from sftd.domain.run.state import Run
-from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.model_section import Lora, Model
 from sftd.domain.spec.sections import Optimizer, Trainer
 from sftd.domain.spec.spec import Spec
 from tests.builders import json_fields
@@ -200,7 +200,8 @@ def test_what_a_command_lacks_is_said(
         ("cutoff", {"data.sequence_length"}, ""),
         ("hub id", {"model.partial_pretrain"}, ""),
         ("scheduler.warmup", {"scheduler.warmup_steps", "scheduler.warmup_ratio"}, ""),
-        ("lora_r", set(), "has no counterpart here: no adapters"),
+        ("lora_r", {"model.lora.rank"}, "here it is `model.lora.rank`"),
+        ("peft_use_dora", set(), "has no counterpart here: plain LoRA"),
     ],
 )
 def test_keys_are_found_by_their_names_elsewhere_and_their_meaning(
@@ -527,3 +528,11 @@ def test_a_single_problem_takes_no_heading(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "refused: brave-otter: has succeeded already\n    fix: fork it\n"
     output.print_error(Refused([Problem("a", "x"), Problem("b", "y", "z")]))
     assert capsys.readouterr().err.startswith("refused: 2 problems; nothing was written\n  a: x\n  b: y\n")
+
+
+def test_what_is_trained_is_shown_if_it_is_not_all() -> None:
+    adapters = Lora(rank=8, targets=["v", "q"])
+    assert what_is_trained(Model()) == ""
+    assert what_is_trained(Model(lora=adapters)) == "adapters of rank 8 for q, v"
+    assert what_is_trained(Model(lora=adapters, quantize="nf4")).endswith("v, beside weights in nf4")
+    assert what_is_trained(Model(freeze=["^model.embed", "norm"])) == "all weights but ^model.embed, norm"

@@ -67,7 +67,8 @@ def having(flag: str, value: object = True) -> set[str]:
 
 def test_what_each_type_of_event_is() -> None:
     assert having("severity", "problem") == {
-        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ReplayDiverged", "RunFailed",
+        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ExportDiverged", "ReplayDiverged",
+        "RunFailed",
     }  # fmt: skip
     assert having("severity", "detail") == {
         "CheckpointDeleted", "CheckpointPinned", "CheckpointReduced", "CheckpointStarted", "CheckpointUnpinned", "DataBound",
@@ -109,6 +110,7 @@ UPCAST: dict[tuple[str, int], dict[str, Any]] = {
     ("StopRequested", 1): {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
     ("AttemptPreempted", 1): {"reason": ""},
+    ("ModelLoaded", 1): {"trained_parameters": None},
 }
 
 

@@ -20,6 +20,15 @@ GPU = e.GpuSample(
     memory_total_bytes=80 * 2**30,
     power_watts=300.0,
 )
+PROOF: dict[str, Any] = {
+    "step": 7,
+    "path": "/m",
+    "digest": "x",
+    "rows": 1,
+    "positions": 9,
+    "tolerance": 1e-3,
+    "versions": {},
+}
 SAID: list[tuple[e.Event, str]] = [
     (
         e.RunSubmitted(
@@ -177,6 +186,20 @@ SAID: list[tuple[e.Event, str]] = [
     (
         e.ModelRegistered(step=7, name="support", model_version="3", digest="x", by="ada"),
         "step 7 as support version 3, by ada",
+    ),
+    (
+        e.ExportProven(**PROOF, largest_difference=2.5e-4, tokens=12, rounding="float32"),
+        "step 7  1 row, logits within 2.5e-04 (tolerance 1.0e-03, float32), 12 tokens equal: /m",
+    ),
+    (
+        e.ExportDiverged(**PROOF, largest_difference=0.5, tokens=0, rounding="bfloat16", other_token=""),
+        "step 7  logits differ by 5.0e-01 (tolerance 1.0e-03, bfloat16): /m",
+    ),
+    (
+        e.ExportDiverged(
+            **PROOF, largest_difference=0.5, tokens=0, rounding="bfloat16", other_token="row 1: x"
+        ),
+        "step 7  logits differ by 5.0e-01 (tolerance 1.0e-03, bfloat16); row 1: x: /m",
     ),
     (
         e.SystemSampled(

@@ -72,6 +72,7 @@ SELECTIVE: Given = [*FULL, ("model.recompute", "selective")]
 BIAS = msgspec.structs.replace(LLAMA_1B, attention_bias=True, tie_word_embeddings=False)
 
 
+RANK, NF4 = ("model.lora.rank", 16), ("model.quantize", "nf4")
 SLURM: Given = [("launch.launcher", "slurm"), ("launch.device", "cuda")]
 ONE_EXPERT = msgspec.structs.replace(EXPERTS, num_experts_per_tok=1, norm_topk_prob=True)
 
@@ -118,6 +119,18 @@ PLANS: dict[str, tuple[Given, ModelShape, DataFacts, Machine]] = {
         rows_of(4096),
         H100,
     ),
+    "LoRA": ([RANK, *SELECTIVE], LLAMA_7B, MIXED, H100),
+    "LoRA of a mixture, TP and SP": ([RANK, (TP, 2), (SP, True), ranks(4)], EXPERTS, MIXED, H100),
+    "LoRA on CPUs": (
+        [RANK, ranks(2), RMPAD, ("model.lora.targets", ["q", "v"])],
+        LLAMA_1B,
+        MIXED,
+        EIGHT_CORES,
+    ),
+    "QLoRA": ([RANK, NF4, *FULL, RMPAD], LLAMA_7B, MIXED, H200),
+    "QLoRA, PP": ([RANK, NF4, (PP, 2), (TP, 2), ranks(8)], LLAMA_7B, rows_of(2048), H100),
+    "frozen": ([("model.freeze", ["embed_tokens", r"layers\.[0-7]\."]), *SELECTIVE], LLAMA_1B, MIXED, H100),
+    "lean": ([("optimizer.precision", "lean"), ranks(2)], LLAMA_1B, rows_of(4096), H100),
     "validated": (
         [("trainer.val_check_interval", 3), ("data.val_files", ["v"]), ("trainer.val_before_train", False)],
         LLAMA_1B,

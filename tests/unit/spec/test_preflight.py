@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 import sftd
 from sftd.domain.errors import Refused
+from sftd.domain.model.peft import tensors_of
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import OrderStart, Spec, spec_digest
+from sftd.domain.submit.facts import SubmitFacts
 from sftd.wire import preflight
 from sftd.wire.attempt.directory import Order
 from sftd.wire.data import dataset
-from sftd.wire.model.folder import stop_ids
+from sftd.wire.model.folder import read_shape, stop_ids
 from sftd.wire.model.same_files import shared
 from sftd.wire.spec import grid as grids
 from tests.builders.plan.model_configs import DENSE
@@ -280,3 +284,55 @@ def test_each_point_of_a_sweep_must_have_room_for_its_checkpoints(folder: Path) 
     home = folder / "v.parquet"
     found = problems_of(lambda: grids.points(str(config), given, grid, str(folder), "s", home))
     assert "v.parquet/runs" in found["checkpoint.save_dir"]
+
+
+def write_adapter(folder: Path, rank: int = 2) -> None:
+    """A PEFT folder for all queries of the model."""
+    (folder / "adapter").mkdir(exist_ok=True)
+    every = tensors_of(read_shape(str(folder / "model"), {}), rank)
+    tensors = {
+        name: np.zeros(size, np.float32) for name, (projection, size) in every.items() if projection == "q"
+    }
+    save_file(tensors, folder / "adapter/adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(settings))
+
+
+def started(folder: Path) -> Spec:
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q"], "adapter": str(folder / "adapter")}
+    return spec_of(folder, *((f"model.lora.{name}", value) for name, value in lora.items()))
+
+
+def test_an_adapter_is_read_before_a_run_that_starts_from_it(folder: Path) -> None:
+    write_adapter(folder)
+    preflight.inspect(started(folder), home=folder)
+    write_adapter(folder, 3)
+    found = problems_of(lambda: preflight.inspect(started(folder), home=folder))
+    assert "rank is 3, here 2" in found["model.lora.adapter"]
+    preflight.inspect(started(folder), known=SubmitFacts(has_checkpoint=True), home=folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.touch(), "is a file"),
+        (lambda path: path.mkdir(), "holds no adapter_config.json"),
+        (lambda path: (path.mkdir(), (path / "adapter_config.json").write_text("{}")), "adapter_model.safe"),
+        (lambda path: (path.mkdir(), (path / "adapter_config.json").write_text("[]")), "is not a mapping"),
+        (
+            lambda path: (path.mkdir(), (path / "adapter_config.json").write_text('{"r": "8"}')),
+            "r is not a number",
+        ),
+        (
+            lambda path: (write_adapter(path.parent), (path / "adapter_model.safetensors").write_bytes(b"x")),
+            "adapter_model.safetensors cannot be read",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_is_refused(
+    folder: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    spoil(folder / "adapter")
+    found = problems_of(lambda: preflight.inspect(started(folder), home=folder))
+    assert words in found["model.lora.adapter"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -11,10 +11,12 @@ import pytest
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.files import ModelFile, ModelFiles
+from sftd.domain.model.peft import PeftAdapter, tensors_of
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.disk import storage
 from sftd.domain.spec.launchers import KINDS
+from sftd.domain.spec.model_section import PROJECTIONS
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.spec import OrderStart, Spec
@@ -56,6 +58,11 @@ RANKS, BATCH, SIZE = "launch.nproc_per_node", "data.train_batch_size", "training
 PACKED, TOKENS, LENGTH = "training.use_rmpad", "training.micro_batch_tokens", "data.sequence_length"
 SLURM = {"launch.launcher": "slurm", "launch.device": "cuda"}
 SAVE, CHECK, SAVE_DIR = "trainer.save_interval", "trainer.val_check_interval", "checkpoint.save_dir"
+RANK, TARGETS, LORA = "model.lora.rank", "model.lora.targets", {"model.lora.rank": 16}
+FREEZE, QUANTIZE, DROPOUT = "model.freeze", "model.quantize", "model.lora.dropout"
+ADAPTER = "model.lora.adapter"
+STARTED = {RANK: 4, "model.lora.alpha": 8, TARGETS: ["q", "v"], ADAPTER: "/a"}
+LAYER = "model.layers.0.self_attn."
 CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 
 
@@ -68,10 +75,10 @@ NEED = storage(Spec(), SHAPE, 7, "float32")
 MODEL_FILES = ModelFiles({"tokenizer.json": ModelFile(1, "a")}, {"w.safetensors": ModelFile(9, "b")})
 
 
-def parent(checkpoint: int | None = 3, **fields: Any) -> dict[str, Any]:
+def parent(checkpoint: int | None = 3, keys: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     plain = {"model": msgspec.to_builtins(SHAPE), "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
-    plain |= {"precision": "full"}
     plain |= {"run_id": "calm-fox", "may_change_files": False, "checkpoint": checkpoint}
+    plain |= {"own_files": MODEL_FILES, "spec": parse(CONFIG, (keys or {}).items())[0]}
     return {"parent": Parent(**plain | fields)}
 
 
@@ -83,6 +90,14 @@ def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
             was, files={"tokenizer.json": ModelFile(1, tokenizer)}, weights=of
         )
     }
+
+
+def peft(targets: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
+    """A PEFT folder for SHAPE, of rank 4 with alpha 8."""
+    every = tensors_of(msgspec.structs.replace(SHAPE, num_hidden_layers=layers), 4)
+    tensors = {name: size for name, (projection, size) in every.items() if projection in targets}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False} | config
+    return {"adapter": PeftAdapter(config, tensors)}
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -113,6 +128,25 @@ REFUSED: dict[str, list[Row]] = {
     "save_dir_with_nul": [Row(SAVE_DIR, "contains a NUL", {SAVE_DIR: "a\0b"}, fix="may write to")],
     "virtual_pipeline_alone": [Row(VPP, "at least 2 ranks", {VPP: 2})],
     "sequence_parallel_alone": [Row(SP, "one tensor-parallel rank", {SP: True}, fix="2 or more")],
+    "adapter_keys_without_rank": [
+        Row(
+            "model.lora.alpha",
+            "16.0 is not used: model.lora.rank is 0",
+            {"model.lora.alpha": 16},
+            fix="set m",
+        ),
+        Row("model.lora.adapter", "is not used", {"model.lora.adapter": "/a"}, fix="the r of that adapter"),
+        Row(TARGETS, "['q'] is not used", {TARGETS: ["q"]}),
+    ],
+    "unusable_targets": [
+        Row(TARGETS, "is empty", LORA | {TARGETS: []}, fix="list some of q, k"),
+        Row(TARGETS, "beside it: q, v", LORA | {TARGETS: ["q", "all-linear", "v"]}, fix="keep all-linear"),
+        Row(TARGETS, "names q, v more than", LORA | {TARGETS: ["q", "v", "o", "v", "q"]}),
+        Row(TARGETS, "names all-linear more than", LORA | {TARGETS: ["all-linear", "all-linear"]}),
+    ],
+    "quantised_without_adapters": [Row(QUANTIZE, "all weights are trained", {QUANTIZE: "nf4"}, fix=RANK)],
+    "frozen_under_adapters": [Row(FREEZE, "all else is frozen", LORA | {FREEZE: ["norm"]}, fix="leave it")],
+    "unusable_expression": [Row(FREEZE, "'*x' is no regular", {FREEZE: ["norm", "*x"]}, fix=r"[0-3]\.")],
     "several_machines": [
         Row("launch.nnodes", "the daemon's own machine", {"launch.nnodes": 2}, fix="launch.launcher to slurm")
     ],
@@ -197,6 +231,44 @@ REFUSED: dict[str, list[Row]] = {
         Row(PP, "the model's 4 layers", {PP: 3}),
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
     ],
+    "rank_above_matrix": [
+        Row(RANK, "33 is more than a side of the 32 × 64 matrix of k", {RANK: 33}, fix="to 32 or less"),
+        Row(RANK, "65 is more", {RANK: 65, TARGETS: ["q", "down"]}, fix="64 or less"),
+        Row(
+            RANK,
+            "9 × 64 matrix of gate",
+            {RANK: 10, TARGETS: ["o", "gate"]},
+            shape=EXPERTS | {"moe_intermediate_size": 9},
+        ),
+    ],
+    "dropout_in_experts": [
+        Row(DROPOUT, "0.1 is not", LORA | {DROPOUT: 0.1}, shape=EXPERTS, fix="targets: q, k, v, o"),
+        Row(DROPOUT, "(up)", LORA | {DROPOUT: 0.1, TARGETS: ["up", "q"]}, shape=EXPERTS, fix="set it to 0"),
+    ],
+    "uneven_blocks": [
+        Row(
+            QUANTIZE,
+            "of q, k, v, gate, up have 96",
+            LORA | {QUANTIZE: "nf4"},
+            shape={"hidden_size": 96},
+            fix="none",
+        ),
+        Row(QUANTIZE, "of o have 64 ÷ 2 ten", LORA | {QUANTIZE: "nf4", TP: 2}, fix="size to 1, or"),
+        Row(
+            QUANTIZE,
+            "of down have 128 ÷ 4 ten",
+            LORA | {QUANTIZE: "nf4", TP: 4},
+            shape={"num_attention_heads": 16, "num_key_value_heads": 16},
+            fix="size to 1 or 2, or",
+        ),
+        Row(
+            QUANTIZE,
+            "of down have 96",
+            LORA | {QUANTIZE: "nf4", EP: 2, TP: 2, SP: True},
+            shape=EXPERTS | {"moe_intermediate_size": 96, "num_attention_heads": 8},
+            fix="set it to none",
+        ),
+    ],
     # What else is read.
     "override_that_is_not_read": [
         Row(
@@ -248,6 +320,68 @@ REFUSED: dict[str, list[Row]] = {
             fix="data.sequence_length to 3000",
         )
     ],
+    "unsupported_adapter": [
+        Row(ADAPTER, "/a: peft_type is 'IA3', not LORA", STARTED, peft(peft_type="IA3")),
+        Row(ADAPTER, "use_dora is True", STARTED, peft(use_dora=True), fix="without it"),
+        Row(
+            ADAPTER,
+            "modules_to_save is ['lm_head']; rank_pattern is {'q': 2}; bias is 'all'",
+            STARTED,
+            peft(modules_to_save=["lm_head"], rank_pattern={"q": 2}, bias="all"),
+        ),
+        Row(ADAPTER, "'pissa_niter_4', which changes", STARTED, peft(init_lora_weights="pissa_niter_4")),
+        Row(ADAPTER, "has no tensors", STARTED, peft("")),
+    ],
+    "other_adapter_than_spec": [
+        Row(
+            ADAPTER,
+            'rank is 4, here 8; targets is ["q", "v"], here ["all-linear"]',
+            {RANK: 8, "model.lora.alpha": 8, ADAPTER: "/a"},
+            peft(),
+            fix='set model.lora.rank to 4, model.lora.targets to ["q", "v"]',
+        ),
+        Row(ADAPTER, "alpha is 16.0, here 8", STARTED, peft(lora_alpha=16), fix="alpha to 16.0"),
+        Row(ADAPTER, "rslora is true, here false", STARTED, peft(use_rslora=True), fix="rslora to true"),
+        Row(ADAPTER, 'targets is ["v"], here ["q", "v"]', STARTED, peft("v", target_modules="all-linear")),
+    ],
+    "adapter_of_another_model": [
+        Row(
+            ADAPTER,
+            "it lacks base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight",
+            STARTED,
+            peft(layers=3),
+            fix="on this model",
+        ),
+        Row(ADAPTER, "no projection has base_model.model.model.layers.4.self", STARTED, peft(layers=5)),
+        Row(ADAPTER, "q_proj.lora_A.weight is 4 × 64, not 4 × 96", STARTED, peft(), {"hidden_size": 96}),
+        Row(
+            ADAPTER, "k_proj.lora_B.weight is 32 × 4, not 64", STARTED, peft("k"), {"num_key_value_heads": 4}
+        ),
+        Row(ADAPTER, "no projection has base_model.model.model.layers.0.mlp", STARTED, peft("up"), EXPERTS),
+    ],
+    "unmatched_freeze": [
+        Row(
+            FREEZE, "'^norm' matches no weight of /m", {FREEZE: ["norm", "^norm"]}, fix="such as model.embed"
+        ),
+        Row(FREEZE, "'lm_head' matches no", {FREEZE: ["lm_head"]}, shape={"tie_word_embeddings": True}),
+    ],
+    "half_frozen_product": [
+        Row(
+            FREEZE,
+            f"freezes {LAYER}q_proj.weight, but not {LAYER}k_proj.weight, {LAYER}v_proj.weight, which",
+            {FREEZE: ["q_proj"]},
+            fix="match all of them",
+        ),
+        Row(FREEZE, "training; 3 more", {FREEZE: ["[kv]_proj"]}),
+        Row(
+            FREEZE, f"freezes {LAYER}v_proj.bias, but", {FREEZE: ["v_proj.b"]}, shape={"attention_bias": True}
+        ),
+        Row(FREEZE, "0.mlp.up_proj.weight, but not", {FREEZE: ["up"]}),
+        Row(FREEZE, "3.w1.weight, but not", {FREEZE: ["experts.3.w1"]}, shape=EXPERTS),
+    ],
+    "nothing_left_to_train": [
+        Row(FREEZE, "all 39 weights", {FREEZE: ["weight", "bias"]}, fix=RANK),
+    ],
     # Of forks.
     "changed_model_folder": [
         Row(
@@ -269,6 +403,45 @@ REFUSED: dict[str, list[Row]] = {
             parent(dtype="bfloat16"),
             fix="set it to bfloat16",
         )
+    ],
+    "other_base_than_checkpoint": [
+        Row(
+            "model.partial_pretrain",
+            "/m has other weights than calm-fox started from",
+            LORA,
+            parent(keys=LORA, may_change_files=True) | files(weights="x"),
+            fix="put them back as they were, or start again with --from-step 0 --changed-model",
+        ),
+        Row(
+            "model.partial_pretrain",
+            "/n has other weights",
+            {FREEZE: ["norm"], "model.path": "/n"},
+            parent(keys={FREEZE: ["norm"]}, model_files=None) | files(weights="x"),
+            fix="use its folder, or",
+        ),
+        Row(
+            "model.override_config",
+            "differs from calm-fox's, and the checkpoint of step 3 holds only",
+            LORA | {"model.override_config": {"rope_theta": 5}},
+            parent(keys=LORA),
+            fix="--from-step 0",
+        ),
+    ],
+    "other_adapters_than_checkpoint": [
+        Row(
+            RANK, "is 16, but the checkpoint of step 3 is without", LORA, parent(), fix="DIR --step 3`, then"
+        ),
+        Row(RANK, "is 0, but the checkpoint of step 3 is of", {}, parent(keys=LORA), fix="--step 3 --merge`"),
+        Row(RANK, "is 8, but the checkpoint of step 3 has adapters with 16", {RANK: 8}, parent(keys=LORA)),
+        Row(TARGETS, 'is ["q"], but', LORA | {TARGETS: ["q"]}, parent(keys=LORA), fix="leave it as it was"),
+        Row("model.lora.rslora", "is true", LORA | {"model.lora.rslora": True}, parent(keys=LORA)),
+        Row(ADAPTER, "is not read", STARTED, parent(keys=STARTED | {ADAPTER: "/b"}), fix="--from-step 0"),
+        Row("model.lora.init", "is not read", LORA | {"model.lora.init": "gaussian"}, parent(keys=LORA)),
+    ],
+    "other_frozen_weights_than_checkpoint": [
+        Row(FREEZE, 'is ["a"], but the checkpoint of step 3 is with all', {FREEZE: ["a"]}, parent()),
+        Row(FREEZE, 'is [], but the checkpoint of step 3 is without ["a"]', {}, parent(keys={FREEZE: ["a"]})),
+        Row(QUANTIZE, "were trained with nf4", LORA, parent(keys=LORA | {QUANTIZE: "nf4"}), fix="--merge"),
     ],
     "other_precision_than_checkpoint": [
         Row(
@@ -351,6 +524,7 @@ WARNED: dict[str, list[Row]] = {
     "no_validation": [Row("data.val_files", "there is no validation", {"data.val_files": []}, {"val": None})],
     "unusual_learning_rate": [
         Row("optimizer.lr", "far above", {"optimizer.lr": 0.011}, fix="1e-6 to 1e-4"),
+        Row("optimizer.lr", "far above", LORA | {"optimizer.lr": 0.011}, fix="adapters usually use 1e-5"),
         Row("optimizer.lr", "hardly", {"optimizer.lr": 0.0}),
         Row("optimizer.lr", "hardly", {"optimizer.lr": 9e-9}),
     ],
@@ -508,6 +682,18 @@ def test_every_rule_has_a_row() -> None:
             ({}, {}, {"architecture": "Qwen2ForCausalLM", "attention_bias": True}),
             ({}, {}, {"sliding_window": 2048, "max_position_embeddings": 2048}),
             ({}, {}, {"rope_scaling": {"rope_type": "llama3"}}),
+            ({RANK: 32, DROPOUT: 0.1, "model.lora.adapter": "/a"}, {}, {}),
+            ({RANK: 64, TARGETS: ["q", "o", "down"], QUANTIZE: "nf4"}, {}, {}),
+            (LORA | {TARGETS: ["q", "k", "v", "o"], DROPOUT: 0.1}, {}, EXPERTS),
+            (
+                LORA | {QUANTIZE: "nf4", EP: 2, TP: 2, SP: True},
+                {},
+                EXPERTS | {"num_attention_heads": 8},
+            ),
+            (STARTED, peft(target_modules=".*_proj", lora_dropout=0.1, alpha_pattern={}), {}),
+            ({RANK: 4, "model.lora.alpha": 8, ADAPTER: "/a"}, peft(PROJECTIONS), {}),
+            ({FREEZE: ["weight"]}, {}, {"architecture": "Qwen2ForCausalLM", "attention_bias": True}),
+            ({FREEZE: [r"layers.[02].*(_proj\.|norm)", "embed"]}, {}, {}),
             ({PACKED: True, TOKENS: 2048, SIZE: 1}, {}, {}),
             ({PACKED: True, BATCH: 8, SIZE: 8}, {}, {}),
             ({PACKED: True, RANKS: 3, BATCH: 3}, {}, {}),
@@ -525,7 +711,15 @@ def test_every_rule_has_a_row() -> None:
             ({"model.megatron.params_dtype": "bfloat16"}, parent(dtype="bfloat16") | files(weights="x"), {}),
             ({}, parent(model_files=None, dtype="bfloat16") | files("x"), {"rms_norm_eps": 1e-5}),
             ({}, parent(None, is_direct=True), {"vocab_size": 99}),
-            ({}, parent(None, precision="lean"), {}),
+            (LORA | {QUANTIZE: "nf4"}, parent(None) | files(), {}),
+            (LORA, parent(keys={RANK: 8, QUANTIZE: "nf4"}, checkpoint=None), {}),
+            (
+                LORA | {"model.lora.alpha": 1, DROPOUT: 0.1, TARGETS: list(PROJECTIONS), "model.path": "/n"},
+                parent(keys=LORA, model_files=None) | files("x"),
+                {},
+            ),
+            ({FREEZE: ["b", "a"]}, parent(keys={FREEZE: ["a", "b"]}), {}),
+            ({}, parent(None, {"optimizer.precision": "lean"}), {}),
             ({"optimizer.precision": "lean"}, {}, {}),
             *(
                 ({SAVE: save, CHECK: check, "trainer.max_steps": 50}, {}, {})

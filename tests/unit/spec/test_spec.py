@@ -43,6 +43,9 @@ def leaf(spec: Spec, path: str) -> Any:
 # alias → (value, canonical key, value there, what else must be set for it to fit)
 TRANSLATED: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "model.path": ("/other", "model.partial_pretrain", "/other", {}),
+    "model.lora_rank": (8, "model.lora.rank", 8, {}),
+    "model.lora_alpha": (8, "model.lora.alpha", 8.0, {"model.lora.rank": 8}),
+    "model.target_modules": ("q_proj", "model.lora.targets", ["q"], {"model.lora.rank": 8}),
     "model.use_remove_padding": (True, "training.use_rmpad", True, {}),
     "engine.tensor_model_parallel_size": (2, "model.megatron.tensor_model_parallel_size", 2, {}),
     "engine.pipeline_model_parallel_size": (2, "model.megatron.pipeline_model_parallel_size", 2, {}),

@@ -180,6 +180,13 @@ def test_prepare_looks_a_hub_id_up_as_submit_does(base: Path, tmp_path: Path) ->
     assert model_folder("--model", str(base), "/") == str(base)
 
 
+def test_an_adapter_is_found_as_a_model_is(base: Path) -> None:
+    given = {"model": {"partial_pretrain": "/m", "lora": {"adapter": "$WHERE"}}}
+    spec = msgspec.convert(given, Spec)
+    assert resolve(spec, str(base), None, {"WHERE": "sub"}).model.lora.adapter == str(base / "sub")
+    assert "model.lora.adapter: the environment variable WHERE" in problem(resolve, spec, str(base), None, {})
+
+
 @pytest.mark.parametrize("commit", ["", "..", "../../x", "a/b"])
 def test_a_cache_that_names_another_folder_is_not_followed(tmp_path: Path, commit: str) -> None:
     write_cache(tmp_path, "org/name")
@@ -189,7 +196,7 @@ def test_a_cache_that_names_another_folder_is_not_followed(tmp_path: Path, commi
 
 def test_the_paths_of_an_earlier_spec_stay_as_they_are(base: Path) -> None:
     given = {
-        "model": {"partial_pretrain": "/gone/$X/m"},
+        "model": {"partial_pretrain": "/gone/$X/m", "lora": {"rank": 8, "adapter": "/gone/$X/a"}},
         "data": {"train_files": ["/gone/[1]*.parquet", str(base / "sub")]},
     }
     spec = msgspec.convert(given, Spec)

@@ -18,9 +18,12 @@ from safetensors.numpy import save_file
 from sftd.domain.errors import Refused
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.model.files import ModelFile, ModelFiles, differences
-from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.model_section import Lora, Model
 from sftd.domain.spec.spec import Spec
-from sftd.wire.attempt.directory import model_copy
+from sftd.operations.queries import model_files
+from sftd.trainer.errors import UserError
+from sftd.trainer.model.files_check import checked_spec
+from sftd.wire.attempt.directory import Order, model_copy
 from sftd.wire.model import digest as model_digest
 
 CONFIG = {"rms_norm_eps": 1e-05, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -243,6 +246,40 @@ def test_a_copy_holds_all_but_the_weights_and_outlives_the_folder(folder: Path, 
         model_digest.source(record, spec, [copy])
 
 
+@pytest.mark.parametrize("trained", [{"lora": Lora(rank=8)}, {"freeze": ["0"]}])
+def test_a_run_with_frozen_weights_needs_its_folder_at_each_attempt(
+    folder: Path, tmp_path: Path, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints hold what is trained. One of the whole model needs no weights."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    record = ModelRecord(model_digest.describe(str(folder)))
+    assert record.files is not None
+    copy = model_copy(tmp_path / "home", record.files)
+    model_digest.keep(record.files, str(folder), copy)
+
+    def attempt(**fields: Any) -> Spec:
+        order = {"run_id": "r", "attempt": 2, "token": "", "planned_steps": 9, "checkpoint_dir": "/c"}
+        order |= {"checkpoint": "/c/step-00000003", "model_files": record.files}
+        root = str(tmp_path / "home")
+        return checked_spec(Order(**order, spec=spec_of(folder, **fields), model_root=root))
+
+    assert model_digest.source(record, spec_of(folder), [copy], weights=True) == str(folder)
+    save_weights(folder / "model.safetensors", add=1.0, to="model.0.weight")
+    assert model_files.check_unchanged(record, "r", spec_of(folder), pretrained=False)
+    assert attempt().model.partial_pretrain == str(folder)
+    with pytest.raises(Refused, match="--from-step 0 --changed-model"):
+        model_files.check_unchanged(record, "r", spec_of(folder, **trained), pretrained=False)
+    with pytest.raises(UserError, match=r"--from-step 0 --changed-model.*holds other weights"):
+        attempt(**trained)
+    with pytest.raises(Refused, match="holds other weights"):
+        model_digest.source(record, spec_of(folder), [copy], weights=True)
+    shutil.rmtree(folder)
+    assert attempt().model.partial_pretrain == str(copy)
+    with pytest.raises(UserError, match="no such folder"):
+        attempt(**trained)
+
+
 def test_a_damaged_copy_is_replaced_and_a_changed_folder_is_not_copied(folder: Path, tmp_path: Path) -> None:
     files = model_digest.describe(str(folder))
     copy = model_copy(tmp_path, files)
@@ -280,6 +317,6 @@ def test_a_config_with_many_changes_lists_six_of_them() -> None:
 
 
 def test_a_changed_folder_is_used_in_a_fork() -> None:
-    plain, again = (model_digest.fork_fix("r", pretrained=pretrained) for pretrained in (False, True))
+    plain, again = (model_digest.fork_fix("r", weights=weights) for weights in (False, True))
     assert "sftd fork r --changed-model" in plain
     assert "sftd fork r --from-step 0 --changed-model" in again

@@ -26,6 +26,8 @@ from sftd.domain.log.events.checkpoints import CheckpointReduced as CheckpointRe
 from sftd.domain.log.events.checkpoints import CheckpointRejected as CheckpointRejected
 from sftd.domain.log.events.checkpoints import CheckpointStarted as CheckpointStarted
 from sftd.domain.log.events.checkpoints import CheckpointUnpinned as CheckpointUnpinned
+from sftd.domain.log.events.checkpoints import ExportDiverged as ExportDiverged
+from sftd.domain.log.events.checkpoints import ExportProven as ExportProven
 from sftd.domain.log.events.checkpoints import ModelExported as ModelExported
 from sftd.domain.log.events.checkpoints import ModelRegistered as ModelRegistered
 from sftd.domain.log.events.recorded import NewEvent as NewEvent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
-from sftd.domain.text.words import first_line, size
+from sftd.domain.text.words import counted, first_line, size
 
 
 class CheckpointPinned(Event, frozen=True):
@@ -142,3 +142,52 @@ class ModelRegistered(Event, frozen=True):
 
     def summary(self) -> str:
         return f"step {self.step} as {self.name} version {self.model_version}, by {self.by}"
+
+
+class ExportProven(Event, frozen=True):
+    """An exported model, loaded from `path` by `versions` in a process of its own, computes what the trainer's does.
+
+    On `rows` recorded rows, logits at `positions` trained positions differ by at most `largest_difference`; `tolerance` is
+    what rounding in the dtype `rounding` may change. `tokens` of the most probable answers were compared and are the same.
+    `digest` is the export's.
+    """
+
+    step: int
+    path: str
+    digest: str
+    rows: int
+    positions: int
+    largest_difference: float
+    tolerance: float
+    rounding: str
+    tokens: int
+    versions: dict[str, str]
+
+    def summary(self) -> str:
+        found = (
+            f"logits within {self.largest_difference:.1e} (tolerance {self.tolerance:.1e}, {self.rounding})"
+        )
+        return f"step {self.step}  {counted(self.rows, 'row')}, {found}, {counted(self.tokens, 'token')} equal: {self.path}"
+
+
+class ExportDiverged(Event, frozen=True):
+    """An exported model computes something else than the trainer's. Fields are those of `ExportProven`. `other_token` describes
+    the first token of an answer that differs, empty if only logits do."""
+
+    severity: ClassVar[Severity] = "problem"
+
+    step: int
+    path: str
+    digest: str
+    rows: int
+    positions: int
+    largest_difference: float
+    tolerance: float
+    rounding: str
+    tokens: int
+    other_token: str
+    versions: dict[str, str]
+
+    def summary(self) -> str:
+        logits = f"logits differ by {self.largest_difference:.1e} (tolerance {self.tolerance:.1e}, {self.rounding})"
+        return f"step {self.step}  " + "; ".join(filter(None, [logits, self.other_token])) + f": {self.path}"

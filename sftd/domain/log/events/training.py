@@ -10,8 +10,10 @@ from sftd.domain.text.words import counted, loss, memory, size
 
 
 class ModelLoaded(Event, frozen=True):
-    """Every rank has loaded its weights. `environment` determines the numbers: versions, device, threads, layout."""
+    """Every rank has loaded its weights. `environment` determines the numbers: versions, device, threads, layout.
+    `trained_parameters`: of `parameters`, where some are frozen."""
 
+    schema_version: ClassVar[int] = 2
     progress: ClassVar[str | None] = "model: "
 
     architecture: str
@@ -20,6 +22,7 @@ class ModelLoaded(Event, frozen=True):
     device: str
     seconds: float
     environment: dict[str, Any]
+    trained_parameters: int | None = None
 
     @property
     def is_deterministic(self) -> bool:
@@ -27,8 +30,10 @@ class ModelLoaded(Event, frozen=True):
         return bool(self.environment.get("deterministic", True))
 
     def summary(self) -> str:
-        millions = self.parameters / 1e6
-        return f"{self.architecture}, {millions:.1f} M parameters, {self.dtype} on {self.device}, {self.seconds:.1f} s"
+        size = f"{self.parameters / 1e6:.1f} M parameters"
+        if self.trained_parameters is not None:
+            size += f" ({self.trained_parameters / 1e6:.2f} M trained)"
+        return f"{self.architecture}, {size}, {self.dtype} on {self.device}, {self.seconds:.1f} s"
 
 
 class WeightsDigested(Event, frozen=True):

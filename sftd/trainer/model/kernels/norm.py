@@ -47,9 +47,10 @@ def rms_norm_backward(
     rows,
     width,
     HAS_RESIDUAL: tl.constexpr,
+    IS_TRAINED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every `num_programs`-th row: dx, and this program's part of the weight's gradient."""
+    """Every `num_programs`-th row: dx, and if the weight is trained this program's part of its gradient."""
     columns = tl.arange(0, BLOCK)
     is_inside = columns < width
     gain = tl.load(weight + columns, mask=is_inside, other=0.0).to(tl.float32)
@@ -59,13 +60,15 @@ def rms_norm_backward(
         scale = tl.load(rstd + row)
         normed = tl.load(x + place, mask=is_inside, other=0.0).to(tl.float32) * scale
         grad = tl.load(dy + place, mask=is_inside, other=0.0).to(tl.float32)
-        sum_d_weight += grad * normed
+        if IS_TRAINED:
+            sum_d_weight += grad * normed
         grad *= gain
         result = (grad - normed * (tl.sum(grad * normed, axis=0) / width)) * scale
         if HAS_RESIDUAL:
             result += tl.load(d_total + place, mask=is_inside, other=0.0).to(tl.float32)
         tl.store(dx + place, result.to(dx.dtype.element_ty), mask=is_inside)
-    tl.store(d_weight + tl.program_id(0) * width + columns, sum_d_weight, mask=is_inside)
+    if IS_TRAINED:
+        tl.store(d_weight + tl.program_id(0) * width + columns, sum_d_weight, mask=is_inside)
 
 
 def _warps(block: int) -> int:
@@ -97,13 +100,13 @@ def _run_forward(
 
 
 def _run_backward(
-    d_total: Tensor | None, dy: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+    d_total: Tensor | None, dy: Tensor, total: Tensor, weight: Tensor, rstd: Tensor, *, is_trained: bool
+) -> tuple[Tensor, Tensor | None]:
     width = total.shape[-1]
     rows, block = rstd.numel(), triton.next_power_of_2(width)
     programs = min(rows, _PROGRAMS_PER_SM * _multiprocessors(total.device))
     dx = torch.empty_like(total)
-    d_weight = torch.empty(programs, width, dtype=torch.float32, device=total.device)
+    d_weight = torch.empty(programs if is_trained else 0, width, dtype=torch.float32, device=total.device)
     rms_norm_backward[(programs,)](
         dy.contiguous(),
         dy if d_total is None else d_total.contiguous(),
@@ -115,10 +118,11 @@ def _run_backward(
         rows,
         width,
         HAS_RESIDUAL=d_total is not None,
+        IS_TRAINED=is_trained,
         BLOCK=block,
         num_warps=_warps(block),
     )
-    return dx, d_weight.sum(0).to(weight.dtype)
+    return dx, d_weight.sum(0).to(weight.dtype) if is_trained else None
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -139,10 +143,11 @@ class RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Gradients of x and weight."""
         x, weight, rstd = ctx.saved_tensors
-        return *_run_backward(None, grads[0], x, weight, rstd), None
+        found = _run_backward(None, grads[0], x, weight, rstd, is_trained=ctx.needs_input_grad[1])
+        return *found, None
 
 
 class AddRmsNorm(torch.autograd.Function):
@@ -160,8 +165,9 @@ class AddRmsNorm(torch.autograd.Function):
         return (total if ctx.has_delta else total.view_as(total)), y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         """Gradients of x, delta (the same tensor) and weight."""
         total, weight, rstd = ctx.saved_tensors
-        dx, d_weight = _run_backward(grads[0], grads[1], total, weight, rstd)
+        is_trained = ctx.needs_input_grad[2]
+        dx, d_weight = _run_backward(grads[0], grads[1], total, weight, rstd, is_trained=is_trained)
         return dx, dx if ctx.has_delta else None, d_weight, None

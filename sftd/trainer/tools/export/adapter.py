@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +11,73 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sftd.domain.errors import Problem, Refused
+from sftd.domain.model.peft import CONFIG, PREFIX, WEIGHTS
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import lora as adapters
 from sftd.trainer.model.families.rules import Rule
 
-CONFIG = "adapter_config.json"
+
+def check(shape: ModelShape, spec: Model) -> None:
+    """Raises `Refused` for adapters that a PEFT folder cannot describe."""
+    fix = "--merge: export the whole model"
+    if spec.override_config:
+        what = "a PEFT folder has no config.json, so its users would load the model without these keys"
+        raise Refused(Problem("model.override_config", what, fix))
+    chosen = spec.lora.projections
+    if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
+        # transformers holds both in one parameter.
+        raise Refused(Problem("model.lora.targets", "peft loads gate and up of experts only together", fix))
 
 
 def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) -> int:
-    """Write a whole model's adapters as `adapter_model.safetensors` and `adapter_config.json`. Returns the number of elements."""
+    """Write a whole model's adapters as `adapter_model.safetensors` and `adapter_config.json`. Returns the number of elements.
+
+    Experts get PEFT's names from before transformers 5, a module for each expert: peft converts them for the parameter that
+    holds all experts, and so they load in either.
+    """
     own = dict(model.named_parameters())
     parts = weights.model_rules(
         shape, range(shape.num_hidden_layers), range(shape.num_experts), is_first=True, output=None
     )
     rules = list(adapters.rules((rule for part in parts for rule in part), spec.lora))
-    tensors = {adapters.PREFIX + rule.sources[0]: own[rule.target].detach().contiguous() for rule in rules}
-    save_file(tensors, folder / adapters.ADAPTER_FILES[0], metadata={"format": "pt"})
-    config = {
+    tensors = {PREFIX + rule.sources[0]: own[rule.target].detach().contiguous() for rule in rules}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    modules = {rule.sources[0].split(".")[-3] for rule in rules}
+    (folder / CONFIG).write_text(json.dumps(_config(spec, shape, sorted(modules)), indent=2) + "\n")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any]:
+    lora = spec.lora
+    alpha, is_rslora = lora.alpha, lora.rslora
+    if is_rslora and _has_experts(shape, lora):
+        # peft doubles rank and alpha for gate and up of experts, which leaves alpha / rank as it is, but not alpha / √rank.
+        alpha, is_rslora = alpha * math.sqrt(lora.rank), False
+    path = Path(spec.partial_pretrain)
+    cache = path.parent.parent.name
+    is_hub = path.parent.name == "snapshots" and cache.startswith("models--")
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.partial_pretrain,
-        "r": spec.lora.rank,
-        "lora_alpha": spec.lora.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": spec.lora.rslora,
-        "target_modules": sorted({rule.sources[0].split(".")[-3] for rule in rules}),
+        "base_model_name_or_path": cache.removeprefix("models--").replace("--", "/") if is_hub else str(path),
+        "revision": path.name if is_hub else None,
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": is_rslora,
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _has_experts(shape: ModelShape, lora: Lora) -> bool:
+    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(lora.projections)
 
 
 def changes(rule: Rule, own: dict[str, Any], lora: Lora) -> dict[str, Tensor]:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.model import peft
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights
+from sftd.trainer.model.quantize.products import values_of
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.tools.export import adapter
 from sftd.trainer.tools.export.shards import write_shards
@@ -60,16 +62,19 @@ def export(
     manifest = manifests.verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
+    is_adapter = bool(spec.model.lora.rank) and not merge
+    if is_adapter:
+        adapter.check(shape, spec.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     partial.chmod(0o755)
     try:
-        is_adapter = bool(spec.model.lora.rank) and not merge
         if not is_adapter:
             config = exported_config(folder, override, manifest.dtype)
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name, path in kept_files(Path(folder)).items():
-            if name != "config.json":
+            # The config of an adapter's model is in that model's folder.
+            if name != "config.json" and not (is_adapter and name == "generation_config.json"):
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / name)
         write_template(partial, template)
@@ -77,7 +82,7 @@ def export(
         try:
             events.progress("load", path=str(checkpoint))
             (model,) = read_model(spec, shape, session, checkpoint)
-            _check_space(model, partial)
+            _check_space(model, partial, is_adapter=is_adapter)
             if is_adapter:
                 parameters = adapter.write(partial, model, shape, spec.model)
             else:
@@ -90,7 +95,7 @@ def export(
         entries = manifests.describe(partial, manifests.list_files(partial))
         for entry in entries:
             # safetensors creates its files with access for the owner only.
-            shutil.copymode(partial / (adapter.CONFIG if is_adapter else "config.json"), partial / entry.name)
+            shutil.copymode(partial / (peft.CONFIG if is_adapter else "config.json"), partial / entry.name)
             fsync_file(partial / entry.name)
         for below in {Path(entry.name).parent for entry in entries}:
             fsync_dir(partial / below)
@@ -112,8 +117,9 @@ def export(
     }
 
 
-def _check_space(model: torch.nn.Module, partial: Path) -> None:
-    need = sum(parameter.nbytes for parameter in model.parameters())
+def _check_space(model: torch.nn.Module, partial: Path, *, is_adapter: bool) -> None:
+    own = model.named_parameters()
+    need = sum(parameter.nbytes for name, parameter in own if (".adapters." in name) == is_adapter)
     if (free := shutil.disk_usage(partial).free) < need:
         raise UserError(
             f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
@@ -122,7 +128,7 @@ def _check_space(model: torch.nn.Module, partial: Path) -> None:
 
 @torch.no_grad()
 def _tensors(
-    model: torch.nn.Module, shape: ModelShape, lora: Lora, events: EventWriter
+    model: torch.nn.Module, shape: ModelShape, spec: Lora, events: EventWriter
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every tensor of the Hugging Face folder. Empties the model's parameters on the way."""
     own = dict(model.named_parameters())
@@ -133,12 +139,13 @@ def _tensors(
         events.progress("write", part=number, parts=len(parts))
         for rule in rules:
             parameter = own.pop(rule.target)
-            value = parameter.detach()
+            # The model that was trained has the quantised weights.
+            value = values_of(parameter).detach()
             # The memory is freed with the last tensor that is cut from it.
-            parameter.data = torch.empty(0)
+            parameter.data = parameter.data.new_empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]
-            changes = adapter.changes(rule, own, lora)
+            changes = adapter.changes(rule, own, spec)
             for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
                 merged = (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
                 yield name, merged.contiguous()

@@ -1,0 +1,119 @@
+"""The weights of a model under the names of its Hugging Face folder, and which of them a run trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.model_section import Megatron, Model
+
+LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
+    "model.layers",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+)
+# The projections of a layer, by Megatron's matrix products: one product computes several of them.
+PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+# Values of a row that share a scale in NF4.
+NF4_BLOCK = 64
+
+
+class Weight(NamedTuple):
+    """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
+    × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
+    name in `model.lora.targets`."""
+
+    name: str
+    rows: int
+    columns: int = 1
+    cut: Literal["", "rows", "columns"] = ""
+    projection: str = ""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether each expert has one."""
+        return "{}" in self.name
+
+
+def layer_weights(shape: ModelShape) -> list[Weight]:
+    """The weights of each decoder layer, without those that only one family has (`Family.added`)."""
+    h, d = shape.hidden_size, shape.head_dim
+    heads, groups = shape.num_attention_heads * d, shape.num_key_value_heads * d
+    family = FAMILIES[shape.architecture]
+    found = [
+        Weight("input_layernorm.weight", h),
+        Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
+        Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
+        Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        Weight("self_attn.o_proj.weight", h, heads, "columns", "o"),
+        Weight("post_attention_layernorm.weight", h),
+    ]
+    if shape.attention_bias:
+        sizes = {"q": heads, "k": groups, "v": groups}
+        found += [Weight(f"self_attn.{name}_proj.bias", size, 1, "rows") for name, size in sizes.items()]
+    if shape.qk_norm:
+        found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
+    below, f = family.feed_forward, shape.intermediate_size
+    if shape.num_experts:
+        found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
+        below, f = f"{below}.experts.{{}}", shape.moe_intermediate_size
+    gate, up, down = family.projections
+    return [
+        *found,
+        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
+        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
+
+
+def stage_layers(m: Megatron, layers: int, stage: int) -> list[int]:
+    """Numbers of the layers of a pipeline stage: one run of them, or one for each virtual stage."""
+    pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
+    each = layers // (pp * vpp)
+    return [chunk * pp * each + stage * each + number for chunk in range(vpp) for number in range(each)]
+
+
+def frozen(expressions: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names of weights in which one of the regular expressions of `model.freeze` matches, anywhere."""
+    compiled = [re.compile(expression) for expression in expressions]
+    return [name for name in names if any(expression.search(name) for expression in compiled)]
+
+
+def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
+    """(layer, name of a `Weight`) → share of its elements that `model.freeze` freezes, which is below 1 only where some experts
+    are frozen; weights outside of the layers are at layer -1. Weights that are trained are left out."""
+    if not model.freeze:
+        return {}
+    return _frozen_shares(tuple(model.freeze), msgspec.json.encode(shape))
+
+
+# A search plans thousands of layouts of one model. A shape with RoPE scaling has no hash.
+@lru_cache(maxsize=16)
+def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[int, str], float]:
+    places = list(folder_names(msgspec.json.decode(encoded, type=ModelShape)))
+    chosen = set(frozen(expressions, (full_name for _, _, full_name, _ in places)))
+    found: dict[tuple[int, str], float] = {}
+    for layer, name, full_name, share in places:
+        if full_name in chosen:
+            found[layer, name] = found.get((layer, name), 0.0) + share
+    return found
+
+
+def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
+    """Every weight of the folder: (layer or -1, name of its `Weight`, its name in the folder, its share of that `Weight`)."""
+    for name in (EMBEDDING, FINAL_NORM, *(() if shape.tie_word_embeddings else (OUTPUT,))):
+        yield -1, name, name, 1.0
+    weights = layer_weights(shape)
+    for layer in range(shape.num_hidden_layers):
+        for weight in weights:
+            count = shape.num_experts if weight.is_expert else 1
+            for number in range(count):
+                full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
+                yield layer, weight.name, full_name, 1 / count
