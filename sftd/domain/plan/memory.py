@@ -106,12 +106,15 @@ def _of_stage(
     # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
     backward = again * tokens + layer.backward(tokens) + max(0.0, scores - layer.feed_forward() * tokens)
-    workspace = CUBLAS_BYTES
+    joined = _joined_bytes(spec, shape, work, width)
+    workspace = CUBLAS_BYTES + joined
     if device == "cpu":
         # gloo copies the gradients that it reduces. By then the activations are freed, but the C library keeps a part.
         held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
-        workspace = PROCESS_BYTES + max(
-            int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations)
+        workspace = (
+            PROCESS_BYTES
+            + joined
+            + max(int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations))
         )
     return Footprint(
         stage=stage,
@@ -122,6 +125,25 @@ def _of_stage(
         loss=int(max(head, backward)),
         workspace=workspace,
     )
+
+
+def _joined_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> int:
+    """Bytes of the joined matrices of adapters that one product computes, and of their FP32 gradients. The latter are there before
+    the last micro-batch's activations only if there was another."""
+    m, lora = spec.model.megatron, spec.model.lora
+    if not lora.rank:
+        return 0
+    elements = 0
+    for product in PRODUCTS.values():
+        parts = [weight for weight in layer_weights(shape) if weight.projection in product]
+        count = sum(weight.projection in lora.projections for weight in parts)
+        here = shape.num_experts // m.expert_model_parallel_size if parts[0].is_expert else 1
+        split = m.expert_tensor_parallel_size if parts[0].is_expert else m.tensor_model_parallel_size
+        rows, columns = sum(weight.rows for weight in parts), parts[0].columns
+        wide = rows + columns // split if parts[0].cut == "columns" else rows // split + columns
+        elements += count * lora.rank * here * wide
+    layers = shape.num_hidden_layers // m.pipeline_model_parallel_size
+    return layers * elements * (width + (4 if work.micro_batches > 1 else 0))
 
 
 def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int) -> int:
@@ -201,7 +223,8 @@ class _Layer:
         )
 
     def backward(self, tokens: float) -> float:
-        """Gradients of activations while the backward of one layer runs; a quantised matrix is decompressed meanwhile."""
+        """Gradients of activations while the backward of one layer runs, less what has been let go; a quantised matrix is
+        decompressed meanwhile."""
         s, e = self._shape, self._width
         f = s.intermediate_size / self._tp
         if s.num_experts:
@@ -209,9 +232,13 @@ class _Layer:
             f /= self._spec.model.megatron.expert_tensor_parallel_size
         h = s.hidden_size
         gathered = h if self._shared > 1 else 0
-        activation = e * (3 * f + 2 * h / self._shared)
-        product = e * (2 * f + h + gathered + 2 * h / self._shared)
-        return max(activation * tokens, product * tokens + self._decompressed())
+        activation, product = 3 * f + 2 * h / self._shared, 2 * f + h + gathered + 2 * h / self._shared
+        if self._adapted and not s.num_experts:
+            # No buffer for a weight's gradient takes the place of the input of down, and then of gate and up.
+            kept = self._input_share("down") * f
+            activation -= kept
+            product -= kept + 2 * f
+        return max(e * activation * tokens, e * product * tokens + self._decompressed())
 
     def _decompressed(self) -> float:
         """Bytes of the largest matrix of a product."""
