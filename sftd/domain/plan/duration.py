@@ -97,7 +97,8 @@ def pace(
         step=seconds,
         steps=steps,
         training=steps * seconds,
-        validating=_validations(spec, planned_steps, first_step) * _validation_seconds(work, val, seconds),
+        validating=_validations(spec, planned_steps, first_step)
+        * _validation_seconds(spec, shape, work, val, seconds),
         # An asynchronous save hardly delays training, but the run waits for its last save.
         saving=saving / max(saves, 1) if spec.checkpoint.async_save else saving,
         starting=_START_SECONDS[machine.device],
@@ -199,8 +200,12 @@ def _validations(spec: Spec, planned_steps: int, first_step: int) -> int:
     return between + 1 + spec.trainer.val_before_train
 
 
-def _validation_seconds(work: Workload, val: DataFacts | None, step: float) -> float:
+def _validation_seconds(
+    spec: Spec, shape: ModelShape, work: Workload, val: DataFacts | None, step: float
+) -> float:
     if val is None:
         return 0.0
-    # A forward pass is a third of a step's arithmetic.
-    return step / 3 * (val.seen_tokens or val.tokens) / max(work.real, 1.0)
+    # A forward pass is a third of a step's arithmetic, and of one that leaves matrices frozen a larger part.
+    whole = training_flops(shape, round(work.computed), work.squares)
+    useful = training_flops(shape, round(work.computed), work.squares, spec.model)
+    return step / 3 * (whole / useful) * (val.seen_tokens or val.tokens) / max(work.real, 1.0)

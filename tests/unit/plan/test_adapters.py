@@ -269,6 +269,14 @@ def test_a_step_with_adapters_is_faster_and_with_nf4_a_little_slower() -> None:
     assert again == pytest.approx(1.5 * (quantized - lora))
 
 
+def test_a_validation_is_more_of_a_step_with_adapters() -> None:
+    # Forward is a third of six operations a parameter, and half of four; adapters and attention are in both.
+    known = msgspec.structs.replace(facts(LLAMA_8B), val=rows_of(4096, rows=16))
+    spec = spec_of(RANK, ("data.val_files", ["v"]), ("trainer.val_before_train", False))
+    found = make_plan(spec, known, H100).pace
+    assert found.validating / found.step == pytest.approx(0.48, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("given", "checkpoint", "weights", "export"),
     [
