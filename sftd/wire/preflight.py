@@ -76,11 +76,9 @@ def _read(
 ) -> SubmitFacts:
     unreadable: list[Problem] = []
     path, shape, model_files, has_tokenizer = spec.model.partial_pretrain, None, None, None
-    weight_names: list[str] = []
     try:
         shape = model_folder.read_shape(path, spec.model.override_config)
         model_folder.check_weights(path)
-        weight_names = model_folder.weight_names(path) if spec.model.freeze else []
         has_tokenizer = model_folder.has_tokenizer(Path(path))
         model_files = model_digest.describe(path)
     except Refused as refused:
@@ -117,7 +115,6 @@ def _read(
         model_files=model_files,
         has_tokenizer=has_tokenizer,
         adapter=adapter,
-        weight_names=weight_names,
         train=train,
         val=val,
         trained_on=shared(train.files, val.files) if train and val else [],

@@ -44,6 +44,7 @@ FIELDS: dict[str, set[str]] = {
     "data --row": _ROW | {"run_id", "train_digest", "steps", "read_other_files", "problems"},
     "doctor": {"check", "state", "said", "fix"},
     "export": _EXPORTED,
+    "export --prove": _EXPORTED | {"proof"},
     "export --register": _EXPORTED | {"registered"},
     "fork": _SUBMITTED,
     "generate": {"step", "prompt", "text", "tokens", "stopped"},

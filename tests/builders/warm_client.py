@@ -28,7 +28,10 @@ _BUILDERS = os.path.dirname(os.path.abspath(__file__))
 # The other modules of the trainer keep torch out of their process.
 _HEAVY = (
     *("torch.distributed.run", "sftd.trainer"),
-    *(f"sftd.trainer.tools.{tool}" for tool in ("answer", "export", "probe")),
+    *(
+        f"sftd.trainer.tools.{tool}"
+        for tool in ("answer", "export", "export.prove", "export.reference", "probe")
+    ),
     *(f"{_BUILDERS}/{name}.py" for name in ("warm_ranks", "ranks/export_all")),
     *(
         f"{os.path.dirname(os.path.dirname(_BUILDERS))}/scripts/{name}.py"

@@ -40,8 +40,9 @@ _POLL_SECONDS = 0.2
     help="Model folder or hub name instead of SmolLM2-135M.",
 )
 @click.option("--crash", is_flag=True, help="Kill the training ranks midway and watch the run recover.")
+@click.option("--lora", is_flag=True, help="Train adapters beside the frozen model, and prove their export.")
 @click.option("--steps", type=click.IntRange(min=2), default=20, show_default=True, help="Optimizer steps.")
-def demo_command(model: str, crash: bool, steps: int) -> None:
+def demo_command(model: str, crash: bool, lora: bool, steps: int) -> None:
     """Fine-tune a real small model on this machine, from download to answer, in a few minutes on two cores.
 
     SmolLM2-135M-Instruct learns to answer questions about Python's standard library in the words of its docstrings.
@@ -51,6 +52,7 @@ def demo_command(model: str, crash: bool, steps: int) -> None:
     Example:
       sftd demo
       sftd demo --crash
+      sftd demo --lora
     """
     from sftd.domain.errors import Problem, Refused
 
@@ -72,7 +74,7 @@ def demo_command(model: str, crash: bool, steps: int) -> None:
     out.print(f"   {data['summary']}")
     _show_row(out, data["train"], folder)
     _headline(out, 3, "the run")
-    config = _write_config(settings, folder, data, steps)
+    config = _write_config(settings, folder, data, steps, lora=lora)
     out.print(f"   {config}", style="dim", soft_wrap=True)
     store = app.open_store(settings)
     run_id = _submit(store, config, settings.home)
@@ -150,12 +152,12 @@ def _show_row(out: Console, file: str, folder: str) -> None:
         out.print(f"      (trained: {trained!r})", markup=False)
 
 
-def _write_config(settings: Settings, folder: str, data: dict[str, Any], steps: int) -> Path:
+def _write_config(settings: Settings, folder: str, data: dict[str, Any], steps: int, *, lora: bool) -> Path:
     """The run's config, as a file that the user can read, change and submit again."""
     import yaml
 
     config = {
-        "model": {"partial_pretrain": folder},
+        "model": {"partial_pretrain": folder, **({"lora": {"rank": 16}} if lora else {})},
         "data": {
             "train_files": [data["train"]],
             "val_files": [data["val"]],
@@ -163,7 +165,8 @@ def _write_config(settings: Settings, folder: str, data: dict[str, Any], steps: 
             "sequence_length": 512,
         },
         "training": {"micro_batch_size_per_gpu": 8, "use_rmpad": True},
-        "optimizer": {"lr": 1e-4, "weight_decay": 0.0},
+        # Adapters want about ten times the learning rate.
+        "optimizer": {"lr": 1e-3 if lora else 1e-4, "weight_decay": 0.0},
         "scheduler": {"type": "cosine", "warmup_steps": 3, "min_lr_ratio": 0.1},
         "trainer": {
             "project_name": "demo",
@@ -264,6 +267,8 @@ def _report(
         return 1
     out.print(f"   {validation_line(history)}")
     out.print(answers(history, data["question"], data["answer"]))
+    if run.spec.model.lora.rank:
+        _prove(out, settings, run_id, history)
     matches = True
     if crash:
         lines, matches = redone_lines(history)
@@ -281,6 +286,21 @@ def _report(
     for arguments in (f"show {run_id}", f"events {run_id}", f"logs {run_id}", "ui"):
         out.print(f"   {_command()} {arguments}", soft_wrap=True)
     return 0 if matches else 1
+
+
+def _prove(out: Console, settings: Settings, run_id: str, history: list[Recorded]) -> None:
+    """Print the size of a checkpoint of adapters, export the last one, and prove it."""
+    from sftd.cli.steer.export import export_command
+    from sftd.domain.log import events as e
+
+    saved = [r.event for r in history if isinstance(r.event, e.CheckpointPublished)][-1]
+    _headline(out, 5, "the adapter, loaded by peft and compared with the trainer's model")
+    out.print(
+        f"   a checkpoint has {output.size(saved.bytes)}: adapters and optimizer, without the frozen model"
+    )
+    target = settings.home / "exports" / run_id
+    context = click.get_current_context()
+    context.invoke(export_command, run=run_id, directory=str(target), prove=True)
 
 
 def _command() -> str:

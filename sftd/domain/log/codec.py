@@ -25,6 +25,7 @@ UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
     ("ResumeRequested", 1): lambda payload: (
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
     ),
+    ("ModelLoaded", 1): lambda payload: payload | {"trained_parameters": None},
     ("AttemptPreempted", 1): lambda payload: payload | {"reason": ""},
 }
 

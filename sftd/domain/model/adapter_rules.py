@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import FEED_FORWARD, NF4_BLOCK, matrices
+from sftd.domain.model.weights import NF4_BLOCK, layer_weights
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
@@ -16,20 +16,20 @@ _TP = "model.megatron.tensor_model_parallel_size"
 
 def rank_above_matrix(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """B A has the rank of its narrow side at most: a larger one only costs memory."""
-    lora, sizes = spec.model.lora, matrices(shape)
-    if lora.rank and lora.projections:
-        narrow = min(lora.projections, key=lambda name: min(sizes[name]))
-        rows, columns = sizes[narrow]
-        if lora.rank > min(rows, columns):
-            what = f"{lora.rank} is more than a side of the {rows} × {columns} matrix of {narrow}"
-            yield Problem("model.lora.rank", what, f"set it to {min(rows, columns)} or less")
+    lora = spec.model.lora
+    if adapted := [weight for weight in layer_weights(shape) if weight.projection in lora.projections]:
+        narrow = min(adapted, key=lambda weight: min(weight.rows, weight.columns))
+        most = min(narrow.rows, narrow.columns)
+        if lora.rank > most:
+            what = f"{lora.rank} is more than a side of the {narrow.rows} × {narrow.columns} matrix of {narrow.projection}"
+            yield Problem("model.lora.rank", what, f"set it to {most} or less")
 
 
 def dropout_in_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The trainer knows the sample and position of a token, on which dropout depends, only outside of the experts."""
     lora = spec.model.lora
-    inside = [name for name in lora.projections if name in FEED_FORWARD]
-    if lora.rank and lora.dropout and shape.num_experts and inside:
+    weights = layer_weights(shape) if lora.dropout and shape.num_experts else []
+    if inside := [w.projection for w in weights if w.is_expert and w.projection in lora.projections]:
         what = f"{lora.dropout:g} is not supported for adapters of experts ({', '.join(inside)})"
         fix = f"set it to 0, or list only projections of attention in model.lora.targets: {_ATTENTION}"
         yield Problem("model.lora.dropout", what, fix)
@@ -40,14 +40,12 @@ def uneven_blocks(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     if spec.model.quantize != "nf4":
         return
     m = spec.model.megatron
-    ffn = m.expert_tensor_parallel_size if shape.num_experts else m.tensor_model_parallel_size
-    # The other projections are cut along their rows.
-    cuts = {"o": m.tensor_model_parallel_size, "down": ffn}
     uneven: dict[tuple[int, int], list[str]] = {}
-    for name, (_, columns) in matrices(shape).items():
-        tp = cuts.get(name, 1)
-        if columns % (tp * NF4_BLOCK):
-            uneven.setdefault((columns, tp), []).append(name)
+    for weight in (weight for weight in layer_weights(shape) if weight.projection):
+        split = m.expert_tensor_parallel_size if weight.is_expert else m.tensor_model_parallel_size
+        tp = split if weight.cut == "columns" else 1
+        if weight.columns % (tp * NF4_BLOCK):
+            uneven.setdefault((weight.columns, tp), []).append(weight.projection)
     for (columns, tp), names in uneven.items():
         share = f" ÷ {tp} tensor-parallel ranks" if tp > 1 else ""
         what = f"nf4 stores blocks of {NF4_BLOCK} weights of a row, but rows of {', '.join(names)} have {columns}{share}"

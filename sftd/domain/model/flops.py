@@ -62,12 +62,13 @@ def training_flops(
 
 def adapter_parameters(model: Model, shape: ModelShape) -> int:
     """Parameters of adapters in matrix products per token: of experts those that a token is routed to."""
-    if not model.lora.rank:
+    chosen = model.lora.projections
+    if not chosen:
         return 0
     each = sum(
         (shape.num_experts_per_tok if weight.is_expert else 1) * (weight.rows + weight.columns)
         for weight in layer_weights(shape)
-        if weight.projection in model.lora.projections
+        if weight.projection in chosen
     )
     return shape.num_hidden_layers * model.lora.rank * each
 

@@ -69,13 +69,13 @@ def _held(encoded_model: bytes, encoded_shape: bytes, stage: int) -> Held:
     model = msgspec.json.decode(encoded_model, type=Model)
     shape, m = msgspec.json.decode(encoded_shape, type=ModelShape), model.megatron
     layers = stage_layers(m, shape.num_hidden_layers, stage)
-    lora, shares = model.lora, frozen_shares(model, shape)
+    chosen, shares = model.lora.projections, frozen_shares(model, shape)
     trained, frozen, quantized = [0, 0], 0, 0
 
     def count(name: str, size: int, places: list[int], *, is_expert: bool = False) -> int:
         """Count a weight of `size` elements in each of some layers. Returns how many of them are frozen."""
         whole = size * len(places)
-        still = whole if lora.rank else round(size * sum(shares.get((layer, name), 0.0) for layer in places))
+        still = whole if chosen else round(size * sum(shares.get((layer, name), 0.0) for layer in places))
         trained[is_expert] += whole - still
         return still
 
@@ -87,10 +87,10 @@ def _held(encoded_model: bytes, encoded_shape: bytes, stage: int) -> Held:
         frozen += still
         if weight.projection and model.quantize != "none":
             quantized += still
-        if lora.rank and weight.projection in lora.projections:
+        if weight.projection in chosen:
             # A has the rank's columns of the weight, B its rows.
             wide = share(weight.columns, "columns") + share(weight.rows, "rows")
-            trained[weight.is_expert] += here * lora.rank * wide * len(layers)
+            trained[weight.is_expert] += here * model.lora.rank * wide * len(layers)
     added = FAMILIES[shape.architecture].added(shape, m.tensor_model_parallel_size)
     frozen += count("", added, layers)
     for name, size in _outside(m, shape, stage):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from sftd.domain.model.families import FAMILIES
-from sftd.domain.model.freezing import frozen
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Megatron, Model
 
@@ -21,8 +21,6 @@ LAYERS, EMBEDDING, FINAL_NORM, OUTPUT = (
 )
 # The projections of a layer, by Megatron's matrix products: one product computes several of them.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-# Those of the feed-forward layer; in an MoE layer, of each expert.
-FEED_FORWARD = ("gate", "up", "down")
 # Values of a row that share a scale in NF4.
 NF4_BLOCK = 64
 
@@ -75,16 +73,17 @@ def layer_weights(shape: ModelShape) -> list[Weight]:
     ]
 
 
-def matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Projection → (outputs, inputs) of its matrix in the Hugging Face model; for a mixture of experts, in each expert."""
-    return {w.projection: (w.rows, w.columns) for w in layer_weights(shape) if w.projection}
-
-
 def stage_layers(m: Megatron, layers: int, stage: int) -> list[int]:
     """Numbers of the layers of a pipeline stage: one run of them, or one for each virtual stage."""
     pp, vpp = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1
     each = layers // (pp * vpp)
     return [chunk * pp * each + stage * each + number for chunk in range(vpp) for number in range(each)]
+
+
+def frozen(expressions: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The names of weights in which one of the regular expressions of `model.freeze` matches, anywhere."""
+    compiled = [re.compile(expression) for expression in expressions]
+    return [name for name in names if any(expression.search(name) for expression in compiled)]
 
 
 def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
@@ -98,11 +97,10 @@ def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], f
 # A search plans thousands of layouts of one model. A shape with RoPE scaling has no hash.
 @lru_cache(maxsize=16)
 def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[int, str], float]:
-    shape = msgspec.json.decode(encoded, type=ModelShape)
-    names = list(folder_names(shape))
-    chosen = set(frozen(expressions, (full_name for _, _, full_name, _ in names)))
+    places = list(folder_names(msgspec.json.decode(encoded, type=ModelShape)))
+    chosen = set(frozen(expressions, (full_name for _, _, full_name, _ in places)))
     found: dict[tuple[int, str], float] = {}
-    for layer, name, full_name, share in names:
+    for layer, name, full_name, share in places:
         if full_name in chosen:
             found[layer, name] = found.get((layer, name), 0.0) + share
     return found

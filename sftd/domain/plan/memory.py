@@ -198,7 +198,7 @@ class _Layer:
         self._tp = m.tensor_model_parallel_size
         self._shared = self._tp if m.sequence_parallel else 1
         self._cp = m.context_parallel_size
-        self._adapted = spec.model.lora.projections if spec.model.lora.rank else ()
+        self._adapted = spec.model.lora.projections
         self._frozen = frozen_shares(spec.model, shape)
 
     def bytes_per_token(self) -> tuple[float, float]:

@@ -102,8 +102,9 @@ class Lora(Section, frozen=True):
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The projections that get an adapter, in the order of a layer."""
-        return tuple(p for p in PROJECTIONS if ALL_LINEAR in self.targets or p in self.targets)
+        """The projections that get an adapter, in the order of a layer; none without a rank."""
+        named = PROJECTIONS if ALL_LINEAR in self.targets else self.targets
+        return tuple(name for name in PROJECTIONS if self.rank and name in named)
 
 
 class Model(Section, frozen=True):

@@ -59,7 +59,6 @@ class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     files that could not be read.
 
     `has_checkpoint`: the run starts from a checkpoint, so `model.lora.adapter` is not read; otherwise `adapter` is that folder.
-    `weight_names` are the weights of the model folder, read only for `model.freeze`.
 
     `train` and `val` are the data files. `trained_on` are validation files with the same contents as a training file.
     `rendered_differently` are two training files with different chat templates. `hosts` may start the run. `own_gpus` is the
@@ -73,7 +72,6 @@ class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):
     has_tokenizer: bool | None = None
     has_checkpoint: bool = False
     adapter: PeftAdapter | None = None
-    weight_names: list[str] = []
     train: DataFacts | None = None
     val: DataFacts | None = None
     trained_on: list[str] = []

@@ -126,12 +126,6 @@ def tensors(file: Path) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"its header cannot be read: {error}") from None
 
 
-def weight_names(folder: str) -> list[str]:
-    """The names of the weights, sorted, in a folder that `check_weights` accepts. Raises as `tensors`."""
-    path = Path(folder)
-    return sorted(name for file in weight_files(path) for name in tensors(path / file))
-
-
 def stop_ids(folder: str) -> tuple[int, ...]:
     """The ids of the end-of-generation tokens in config.json and generation_config.json; empty if there are none."""
     found: set[int] = set()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.builders import json_fields
 from tests.builders.process.homes import Home
 from tests.builders.process.tiny_llama import write_tiny_model
 
@@ -110,6 +111,20 @@ def test_a_changed_config_is_named_and_refused_and_the_export_has_what_was_train
     assert home.show(fork["run_id"])["status"] == "succeeded"
     home.run("export", fork["run_id"], "forked")
     assert json.loads((home.path / "forked" / "config.json").read_text())["rope_theta"] == 77777.0
+
+
+def test_an_export_is_proven(trained: tuple[Home, str, Path]) -> None:
+    home, run_id, _ = trained
+    asked = home.run("export", run_id, "proven", "--prove", "--json")
+    exported = json.loads(asked.stdout)
+    json_fields.check("export --prove", exported)
+    assert "row 8 of 8" in asked.stderr
+    [event] = home.events(run_id, "ExportProven", "ExportDiverged")
+    assert (event["type"], event["payload"]) == ("ExportProven", exported["proof"])
+    assert (event["payload"]["rows"], event["payload"]["tokens"]) == (8, 128)
+    assert event["payload"]["digest"] == exported["digest"]
+    refused = home.run("export", run_id, "merged", "--merge", check=2).stderr
+    assert f"{run_id} has no adapters to merge" in refused
 
 
 def test_a_change_that_happens_while_a_run_waits_ends_its_attempt(trained: tuple[Home, str, Path]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sftd.domain.log.events import CheckpointPublished, ModelLoaded
 from sftd.domain.plan.sizes import checkpoint_bytes
+from sftd.wire.checkpoint import reduction
 from tests.builders.trainer.checkpoint_files import contents, tensors
 from tests.builders.trainer.trainers import MEGATRON
 
@@ -138,3 +143,26 @@ def test_random_bits_do_not_depend_on_the_layout(
         assert other.keys() == one.keys()
         different = [name for name, x in other.items() if not torch.equal(x, one[name])]
         assert not different, layout
+
+
+def test_an_export_of_the_weights_alone_has_them(trainer: Trainer, lean: Trained, tmp_path: Path) -> None:
+    run = lean("one")
+    whole = tmp_path / run.checkpoint(3).name
+    shutil.copytree(run.checkpoint(3), whole)
+    event = next(e for e in run.events(CheckpointPublished) if e.step == 3)
+    weights = reduction.reduce(whole, event.manifest_digest)
+    assert weights is not None
+    # Two of three tensors go.
+    assert weights.freed / event.bytes == pytest.approx(2 / 3, abs=0.05)
+    argv = [sys.executable, "-m", "sftd.trainer.tools.export", run.attempt.order_file, weights.path]
+    done = subprocess.run(
+        [*argv, tmp_path / "out"], env=trainer.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, trained = load_file(tmp_path / "out/model.safetensors"), tensors(run.checkpoint(3))
+    pairs = {
+        "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+        "model.norm.weight": "decoder.final_layernorm.weight",
+    }
+    assert all(torch.equal(found[a], trained[b]) for a, b in pairs.items())
+    assert {x.dtype for x in found.values()} == {torch.bfloat16}

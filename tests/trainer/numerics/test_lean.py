@@ -148,7 +148,8 @@ def test_each_update_draws_anew_and_is_clipped_once() -> None:
     for number, factor in ((5, 0.25), (6, 1.0)):
         gradient = torch.randn(30)
         weight.decoupled_grad = gradient.clone()  # type: ignore[attr-defined]
-        adamw.factor = torch.tensor(factor) if factor < 1 else None
+        if factor < 1:
+            adamw.factor = torch.tensor(factor)
         adamw.step()
         for taken, place in places:
             own = slice(taken, taken + place.rows * place.columns)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.builders.paths import RANKS
+from tests.builders.trainer.tiny_models import PROMPT
 from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def exports(
     sources = {
         name: [str(a.order_file), str(a.path / "checkpoints/step-00000001")] for name, a in attempts.items()
     }
+    (root / "sources.json").write_text(json.dumps(sources))
     arguments = [
         [*sources[name], str(root / name), *(["--merge"] if merge else [])]
         for name, (_, _, merge) in CASES.items()
@@ -114,6 +116,11 @@ def exports(
     ]
     assert outcomes(trainer, "reference", arguments, root) == [(0, "")] * len(arguments)
     return {name: (root / name, root / f"{name}.reference") for name in CASES}
+
+
+def sources_of(folder: Path) -> dict[str, list[str]]:
+    """By case: order and checkpoint."""
+    return json.loads(folder.with_name("sources.json").read_text())
 
 
 def compare(folder: Path, reference: Path) -> dict[str, Any]:
@@ -247,19 +254,62 @@ def test_a_planted_error_is_found(exports: dict[str, tuple[Path, Path]], tmp_pat
     found = compare(tmp_path / name, reference)
     assert not is_proven(found)
     assert float(found["largest_difference"]) > 3 * float(found["tolerance"])
+    # Of a whole model other tokens are the most probable ones.
+    assert found["other_token"] or name != "full"
 
 
-def test_a_weight_that_is_no_number_is_found(exports: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_every_row_counts(exports: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """A weight that is no number, and that only the first row meets."""
     from safetensors.torch import load_file, save_file
 
     folder, reference = exports["full"]
+    rows = load_file(reference)
+    others = {token for number in range(1, 8) for token in rows[f"ids.{number}"].tolist()}
+    token = next(token for token in rows["ids.0"].tolist() if token not in others)
     shutil.copytree(folder, tmp_path / "nan")
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"][7] = float("nan")
+    tensors["model.embed_tokens.weight"][token] = float("nan")
     save_file(tensors, tmp_path / "nan/model.safetensors", metadata={"format": "pt"})
     found = compare(tmp_path / "nan", reference)
     assert found["largest_difference"] == "nan"
     assert not is_proven(found)
+
+
+def test_an_adapter_answers_as_it_does_in_peft(
+    trainer: Trainer, exports: dict[str, tuple[Path, Path]], models: Path
+) -> None:
+    folder, _ = exports["adapter"]
+    order, checkpoint = sources_of(folder)["adapter"]
+    arguments = [order, checkpoint, "--max-tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sftd.trainer.tools.answer", *arguments, "--device", "cpu"],
+        env=trainer.environment(),
+        input=json.dumps([PROMPT]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [answer] = json.loads(done.stdout.splitlines()[-1])["answers"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+        import transformers
+
+        plain = transformers.AutoModelForCausalLM.from_pretrained(models / "llama_tied")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        chat = [{"role": "user", "content": PROMPT}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+            "input_ids"
+        ]
+
+        def text_of(model: Any) -> str:
+            found = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+            return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+        before = text_of(plain)
+        after = text_of(peft.PeftModel.from_pretrained(plain, folder))
+    assert answer["text"] == after
+    assert before != after
 
 
 def test_adapters_that_peft_cannot_express_are_refused(
@@ -275,8 +325,8 @@ def test_adapters_that_peft_cannot_express_are_refused(
             model__partial_pretrain=str(models / "mixtral"), model__lora__rank=RANK, **overrides
         )
         order = trainer.prepare(f"prove_refused_{number}", spec).order_file
-        checkpoint = order.parent.with_name("prove_mixtral") / "checkpoints/step-00000001"
-        arguments.append([str(order), str(checkpoint), str(tmp_path / "out")])
+        _, checkpoint = sources_of(exports["mixtral"][0])["mixtral"]
+        arguments.append([str(order), checkpoint, str(tmp_path / "out")])
     found = outcomes(trainer, "__main__", arguments, tmp_path)
     says = [
         "model.lora.targets: peft loads gate and up of experts only together",

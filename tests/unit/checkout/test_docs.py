@@ -14,6 +14,8 @@ import pytest
 from sftd.cli import COMMANDS, main
 from sftd.cli.look.config import reference
 from sftd.domain.run.failures import Cause
+from sftd.domain.spec.parse import LEAVES, SECTIONS, parse
+from sftd.wire.spec.yaml_text import load_yaml
 from tests.builders.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -89,6 +91,7 @@ def test_the_readme_is_two_screens() -> None:
         ("docs/quickstart.md", 30),
         ("docs/coming-from.md", 20),
         ("docs/compare-and-watch.md", 10),
+        ("docs/lora.md", 8),
         ("docs/mlflow.md", 8),
         ("docs/operations.md", 10),
         ("docs/notifications.md", 3),
@@ -117,6 +120,24 @@ def test_a_page_uses_only_commands_and_options_that_exist(page: str, at_least: i
         known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         for option in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
             assert option in known, f"{page}: sftd {name} {option}"
+
+
+def test_the_configs_of_a_page_are_valid_and_its_keys_exist() -> None:
+    text = (ROOT / "docs" / "lora.md").read_text()
+    configs = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert len(configs) == 4
+    for config in configs:
+        spec, warnings = parse(
+            load_yaml(config, "docs/lora.md"), [("data.train_files", "/t"), ("data.val_files", "/v")]
+        )
+        assert spec.model.is_partly_frozen
+        assert warnings == []
+    written = re.findall(
+        r"(?<=\s)([a-z_]+(?:\.[a-z_]+)+)=", "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
+    )
+    named = [name for name in re.findall(r"`((?:model|optimizer)\.[a-z_.]+)`", text) if name not in SECTIONS]
+    assert len(written) == 4
+    assert set(written + named) <= LEAVES.keys()
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "install", "clean"])

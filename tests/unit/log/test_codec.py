@@ -110,6 +110,7 @@ UPCAST: dict[tuple[str, int], dict[str, Any]] = {
     ("StopRequested", 1): {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
     ("AttemptPreempted", 1): {"reason": ""},
+    ("ModelLoaded", 1): {"trained_parameters": None},
 }
 
 

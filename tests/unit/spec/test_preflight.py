@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import sftd
 from sftd.domain.errors import Refused
-from sftd.domain.model.weights import matrices
+from sftd.domain.model.peft import tensors_of
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.spec import OrderStart, Spec, spec_digest
 from sftd.domain.submit.facts import SubmitFacts
@@ -289,13 +289,10 @@ def test_each_point_of_a_sweep_must_have_room_for_its_checkpoints(folder: Path) 
 def write_adapter(folder: Path, rank: int = 2) -> None:
     """A PEFT folder for all queries of the model."""
     (folder / "adapter").mkdir(exist_ok=True)
-    shape = read_shape(str(folder / "model"), {})
-    rows, columns = matrices(shape)["q"]
-    tensors = {}
-    for layer in range(shape.num_hidden_layers):
-        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
-        tensors[f"{name}A.weight"] = np.zeros((rank, columns), np.float32)
-        tensors[f"{name}B.weight"] = np.zeros((rows, rank), np.float32)
+    every = tensors_of(read_shape(str(folder / "model"), {}), rank)
+    tensors = {
+        name: np.zeros(size, np.float32) for name, (projection, size) in every.items() if projection == "q"
+    }
     save_file(tensors, folder / "adapter/adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / "adapter/adapter_config.json").write_text(json.dumps(settings))
@@ -339,11 +336,3 @@ def test_an_adapter_that_cannot_be_read_is_refused(
     spoil(folder / "adapter")
     found = problems_of(lambda: preflight.inspect(started(folder), home=folder))
     assert words in found["model.lora.adapter"]
-
-
-def test_frozen_weights_are_those_of_the_folder(folder: Path) -> None:
-    spec = spec_of(folder, ("model.freeze", ["^w$"]))
-    found = problems_of(lambda: preflight.inspect(spec, home=folder))
-    assert "all 1 weights" in found["model.freeze"]
-    spec = spec_of(folder, ("model.freeze", ["^v$"]))
-    assert "matches no weight" in problems_of(lambda: preflight.inspect(spec, home=folder))["model.freeze"]

@@ -11,10 +11,9 @@ import pytest
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.files import ModelFile, ModelFiles
-from sftd.domain.model.peft import PeftAdapter
+from sftd.domain.model.peft import PeftAdapter, tensors_of
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import matrices
 from sftd.domain.plan.disk import storage
 from sftd.domain.spec.launchers import KINDS
 from sftd.domain.spec.model_section import PROJECTIONS
@@ -63,8 +62,7 @@ RANK, TARGETS, LORA = "model.lora.rank", "model.lora.targets", {"model.lora.rank
 FREEZE, QUANTIZE, DROPOUT = "model.freeze", "model.quantize", "model.lora.dropout"
 ADAPTER = "model.lora.adapter"
 STARTED = {RANK: 4, "model.lora.alpha": 8, TARGETS: ["q", "v"], ADAPTER: "/a"}
-WEIGHTS = [f"layers.{n}.{name}_proj.{kind}" for n in (0, 1) for name in "qkv" for kind in ("weight", "bias")]
-WEIGHTS += [f"layers.0.{name}.weight" for name in ("gate_proj", "up_proj", "experts.3.w1", "experts.3.w3")]
+LAYER = "model.layers.0.self_attn."
 CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 
 
@@ -94,21 +92,12 @@ def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
     }
 
 
-def peft(modules: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
+def peft(targets: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
     """A PEFT folder for SHAPE, of rank 4 with alpha 8."""
-    tensors: dict[str, tuple[int, ...]] = {}
-    for layer in range(layers):
-        for module in modules:
-            rows, columns = matrices(SHAPE)[module]
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}_proj.lora_"
-            tensors |= {f"{prefix}A.weight": (4, columns), f"{prefix}B.weight": (rows, 4)}
+    every = tensors_of(msgspec.structs.replace(SHAPE, num_hidden_layers=layers), 4)
+    tensors = {name: size for name, (projection, size) in every.items() if projection in targets}
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False} | config
     return {"adapter": PeftAdapter(config, tensors)}
-
-
-def with_tensor(name: str, *shape: int) -> dict[str, Any]:
-    given = peft()["adapter"]
-    return {"adapter": msgspec.structs.replace(given, tensors=given.tensors | {name: shape})}
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -341,13 +330,6 @@ REFUSED: dict[str, list[Row]] = {
             peft(modules_to_save=["lm_head"], rank_pattern={"q": 2}, bias="all"),
         ),
         Row(ADAPTER, "'pissa_niter_4', which changes", STARTED, peft(init_lora_weights="pissa_niter_4")),
-        Row(ADAPTER, "no projection: a.gate.lora_A", STARTED, with_tensor("a.gate.lora_A.weight", 1)),
-        Row(
-            ADAPTER,
-            "no projection: base",
-            STARTED,
-            with_tensor("base_model.model.model.layers.0.mlp.gate.lora_A.weight", 4, 64),
-        ),
         Row(ADAPTER, "has no tensors", STARTED, peft("")),
     ],
     "other_adapter_than_spec": [
@@ -363,45 +345,42 @@ REFUSED: dict[str, list[Row]] = {
         Row(ADAPTER, 'targets is ["v"], here ["q", "v"]', STARTED, peft("v", target_modules="all-linear")),
     ],
     "adapter_of_another_model": [
-        Row(ADAPTER, "6 matrices of q, for 8", STARTED, peft(layers=3), fix="on this model"),
-        Row(ADAPTER, "layers.4.self_attn.q_proj.lora_A.weight, but the model 4", STARTED, peft(layers=5)),
+        Row(
+            ADAPTER,
+            "it lacks base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight",
+            STARTED,
+            peft(layers=3),
+            fix="on this model",
+        ),
+        Row(ADAPTER, "no projection has base_model.model.model.layers.4.self", STARTED, peft(layers=5)),
         Row(ADAPTER, "q_proj.lora_A.weight is 4 × 64, not 4 × 96", STARTED, peft(), {"hidden_size": 96}),
         Row(
             ADAPTER, "k_proj.lora_B.weight is 32 × 4, not 64", STARTED, peft("k"), {"num_key_value_heads": 4}
         ),
-        Row(
-            ADAPTER,
-            "8 matrices of gate, for 64",
-            STARTED,
-            peft(["gate"]),
-            EXPERTS | {"moe_intermediate_size": 128},
-        ),
+        Row(ADAPTER, "no projection has base_model.model.model.layers.0.mlp", STARTED, peft("up"), EXPERTS),
     ],
     "unmatched_freeze": [
-        Row(FREEZE, "'^norm' matches no weight of /m", {FREEZE: ["0", "^norm"]}, {"weight_names": WEIGHTS}),
         Row(
-            FREEZE,
-            "'lm_head' matches no",
-            {FREEZE: ["lm_head"]},
-            {"weight_names": ["lm_head.weight", "x"]},
-            {"tie_word_embeddings": True},
-            fix="such as x",
+            FREEZE, "'^norm' matches no weight of /m", {FREEZE: ["norm", "^norm"]}, fix="such as model.embed"
         ),
+        Row(FREEZE, "'lm_head' matches no", {FREEZE: ["lm_head"]}, shape={"tie_word_embeddings": True}),
     ],
     "half_frozen_product": [
         Row(
             FREEZE,
-            "freezes layers.0.q_proj.weight, but not layers.0.k_proj.weight, layers.0.v_proj.weight, which",
-            {FREEZE: ["q_proj.weight"]},
-            {"weight_names": WEIGHTS},
+            f"freezes {LAYER}q_proj.weight, but not {LAYER}k_proj.weight, {LAYER}v_proj.weight, which",
+            {FREEZE: ["q_proj"]},
             fix="match all of them",
         ),
-        Row(FREEZE, "training; 3 more", {FREEZE: ["[kv]_proj"]}, {"weight_names": WEIGHTS}),
-        Row(FREEZE, "0.up_proj.weight, but not", {FREEZE: ["up"]}, {"weight_names": WEIGHTS}),
-        Row(FREEZE, "3.w1.weight, but not", {FREEZE: ["w1"]}, {"weight_names": WEIGHTS}),
+        Row(FREEZE, "training; 3 more", {FREEZE: ["[kv]_proj"]}),
+        Row(
+            FREEZE, f"freezes {LAYER}v_proj.bias, but", {FREEZE: ["v_proj.b"]}, shape={"attention_bias": True}
+        ),
+        Row(FREEZE, "0.mlp.up_proj.weight, but not", {FREEZE: ["up"]}),
+        Row(FREEZE, "3.w1.weight, but not", {FREEZE: ["experts.3.w1"]}, shape=EXPERTS),
     ],
     "nothing_left_to_train": [
-        Row(FREEZE, "all 16 weights", {FREEZE: ["weight", "bias"]}, {"weight_names": WEIGHTS}, fix=RANK)
+        Row(FREEZE, "all 39 weights", {FREEZE: ["weight", "bias"]}, fix=RANK),
     ],
     # Of forks.
     "changed_model_folder": [
@@ -713,7 +692,8 @@ def test_every_rule_has_a_row() -> None:
             ),
             (STARTED, peft(target_modules=".*_proj", lora_dropout=0.1, alpha_pattern={}), {}),
             ({RANK: 4, "model.lora.alpha": 8, ADAPTER: "/a"}, peft(PROJECTIONS), {}),
-            ({FREEZE: ["weight", "3"]}, {"weight_names": WEIGHTS}, {}),
+            ({FREEZE: ["weight"]}, {}, {"architecture": "Qwen2ForCausalLM", "attention_bias": True}),
+            ({FREEZE: [r"layers.[02].*(_proj\.|norm)", "embed"]}, {}, {}),
             ({PACKED: True, TOKENS: 2048, SIZE: 1}, {}, {}),
             ({PACKED: True, BATCH: 8, SIZE: 8}, {}, {}),
             ({PACKED: True, RANKS: 3, BATCH: 3}, {}, {}),

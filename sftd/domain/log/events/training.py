@@ -13,6 +13,7 @@ class ModelLoaded(Event, frozen=True):
     """Every rank has loaded its weights. `environment` determines the numbers: versions, device, threads, layout.
     `trained_parameters`: of `parameters`, where some are frozen."""
 
+    schema_version: ClassVar[int] = 2
     progress: ClassVar[str | None] = "model: "
 
     architecture: str

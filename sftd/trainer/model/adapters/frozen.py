@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron.core.models.gpt import GPTModel
 
-from sftd.domain.model.freezing import frozen
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import frozen
 from sftd.domain.spec.model_section import Model
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd import Function
 
 from sftd.trainer.model.adapters.dropout import Dropout
@@ -274,6 +273,8 @@ def sum_partial_gradients(adapters: Iterable[Adapters]) -> None:
     partial: list[Any] = [p for a in adapters for p in a.parameters() if hasattr(p, "partial_in")]
     for group in dict.fromkeys(p.partial_in for p in partial):
         gradients = [main_grad(p) for p in partial if p.partial_in is group]
-        joined = _flatten_dense_tensors(gradients)
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(joined, group=group)
-        torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(joined, gradients)))
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, total in zip(gradients, joined.split(sizes), strict=True):
+            gradient.copy_(total.view(gradient.shape))

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from sftd.domain.model.peft import PREFIX, WEIGHTS
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.data.token_keys import TokenKeys
@@ -27,10 +28,6 @@ from sftd.trainer.model.adapters.linears import Adapter, Adapters, adapt
 from sftd.trainer.model.families.rules import Rule
 from sftd.trainer.model.weights import Folder
 from sftd.trainer.runtime.session import Layout
-
-# PEFT's file of weights, and what it puts before the model's own names.
-ADAPTER_FILES = ("adapter_model.safetensors",)
-PREFIX = "base_model.model."
 
 # Megatron's products of a layer, and the projections in each, in the order of the `sources` of its rule.
 FUSED = {
@@ -112,7 +109,7 @@ def add(chunks: list[GPTModel], model: Model, shape: ModelShape, layout: Layout,
     checkpoint will. Raises `UserError`."""
     lora = model.lora
     with ExitStack() as stack:
-        folder = Folder(lora.adapter, stack, ADAPTER_FILES) if lora.adapter and is_new else None
+        folder = Folder(lora.adapter, stack, [WEIGHTS]) if lora.adapter and is_new else None
         for chunk in chunks:
             weight_rules = weights.chunk_rules(chunk, shape, layout)
             _attach(chunk, weight_rules, model, shape, layout)

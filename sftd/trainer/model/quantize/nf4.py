@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sftd.domain.model.weights import NF4_BLOCK as BLOCK
+from sftd.domain.model.weights import NF4_BLOCK
 
 # Appendix E of the paper.
 LEVELS = (
@@ -45,9 +45,9 @@ class Quantized:
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         rows, columns = shape
-        assert columns % BLOCK == 0, f"{columns} columns are no multiple of {BLOCK}"
+        assert columns % NF4_BLOCK == 0, f"{columns} columns are no multiple of {NF4_BLOCK}"
         self.codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-        self.scales = torch.empty(rows, columns // BLOCK, dtype=torch.float32, device=device)
+        self.scales = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
@@ -55,7 +55,7 @@ class Quantized:
         step = max(1, _VALUES // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
-            values = weight[rows].to(self.codes.device).float().unflatten(1, (-1, BLOCK))
+            values = weight[rows].to(self.codes.device).float().unflatten(1, (-1, NF4_BLOCK))
             scales = values.abs().amax(-1)
             # A block of zeros has no largest magnitude to divide by.
             values = values / scales.where(scales != 0, 1.0)[..., None]
@@ -71,7 +71,7 @@ class Quantized:
             from sftd.trainer.model.kernels.nf4 import dequantize
 
             return dequantize(self.codes, self.scales, levels(self.codes.device), dtype)
-        blocks = _pairs()[self.codes.int()].view(*self.scales.shape, BLOCK)
+        blocks = _pairs()[self.codes.int()].view(*self.scales.shape, NF4_BLOCK)
         return (blocks * self.scales[..., None]).to(dtype).flatten(1)
 
 

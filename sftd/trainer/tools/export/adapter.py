@@ -12,13 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.model.peft import CONFIG, PREFIX, WEIGHTS
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import lora as adapters
 from sftd.trainer.model.families.rules import Rule
-
-CONFIG = "adapter_config.json"
 
 
 def check(shape: ModelShape, spec: Model) -> None:
@@ -27,7 +26,7 @@ def check(shape: ModelShape, spec: Model) -> None:
     if spec.override_config:
         what = "a PEFT folder has no config.json, so its users would load the model without these keys"
         raise Refused(Problem("model.override_config", what, fix))
-    chosen = adapters.targets(spec.lora)
+    chosen = spec.lora.projections
     if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
         # transformers holds both in one parameter.
         raise Refused(Problem("model.lora.targets", "peft loads gate and up of experts only together", fix))
@@ -44,8 +43,8 @@ def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) 
         shape, range(shape.num_hidden_layers), range(shape.num_experts), is_first=True, output=None
     )
     rules = list(adapters.rules((rule for part in parts for rule in part), spec.lora))
-    tensors = {adapters.PREFIX + rule.sources[0]: own[rule.target].detach().contiguous() for rule in rules}
-    save_file(tensors, folder / adapters.ADAPTER_FILES[0], metadata={"format": "pt"})
+    tensors = {PREFIX + rule.sources[0]: own[rule.target].detach().contiguous() for rule in rules}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     modules = {rule.sources[0].split(".")[-3] for rule in rules}
     (folder / CONFIG).write_text(json.dumps(_config(spec, shape, sorted(modules)), indent=2) + "\n")
     return sum(tensor.numel() for tensor in tensors.values())
@@ -78,7 +77,7 @@ def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any
 
 
 def _has_experts(shape: ModelShape, lora: Lora) -> bool:
-    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(adapters.targets(lora))
+    return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(lora.projections)
 
 
 def changes(rule: Rule, own: dict[str, Any], lora: Lora) -> dict[str, Tensor]:

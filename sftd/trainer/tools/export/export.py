@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.model import peft
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora
 from sftd.domain.spec.spec import Spec
@@ -94,7 +95,7 @@ def export(
         entries = manifests.describe(partial, manifests.list_files(partial))
         for entry in entries:
             # safetensors creates its files with access for the owner only.
-            shutil.copymode(partial / (adapter.CONFIG if is_adapter else "config.json"), partial / entry.name)
+            shutil.copymode(partial / (peft.CONFIG if is_adapter else "config.json"), partial / entry.name)
             fsync_file(partial / entry.name)
         for below in {Path(entry.name).parent for entry in entries}:
             fsync_dir(partial / below)
