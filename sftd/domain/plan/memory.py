@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import PRODUCTS, frozen_shares, layer_weights
+from sftd.domain.model.weights import PRODUCTS, frozen_shares, idle_layers, layer_weights
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import (
     CUBLAS_BYTES,
@@ -96,6 +96,8 @@ def _of_stage(
     tokens = work.largest / m.context_parallel_size
     layers_in_flight = _layers_in_flight(spec, shape, work, stage)
     activations = layers_in_flight * kept * tokens
+    if stage == 0:
+        activations *= 1 - min(_idle(spec, shape), chunk_layers(spec, shape)) * pp / shape.num_hidden_layers
     if pp > 1:
         # Both stages keep the tensor that one sends to the next until backward.
         shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
@@ -156,6 +158,11 @@ def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int)
     return min(work.micro_batches * vpp, warm_up + 1) * (shape.num_hidden_layers // (pp * vpp))
 
 
+def _idle(spec: Spec, shape: ModelShape) -> int:
+    """Number of the first layers that keep nothing for backward. A layer that is recomputed whole always has a backward."""
+    return 0 if whole_recomputed(spec, shape) else idle_layers(spec.model, shape)
+
+
 def _loss_bytes(
     spec: Spec, shape: ModelShape, work: Workload, tokens: float, device: str, width: int
 ) -> float:
@@ -200,6 +207,7 @@ class _Layer:
         self._cp = m.context_parallel_size
         self._adapted = spec.model.lora.projections
         self._frozen = frozen_shares(spec.model, shape)
+        self._layers = range(_idle(spec, shape), shape.num_hidden_layers)
 
     def bytes_per_token(self) -> tuple[float, float]:
         """(kept until backward, mean of the layers; kept again while the backward of one layer runs)."""
@@ -260,17 +268,16 @@ class _Layer:
         if not self._frozen:
             return 1.0
         names = [w.name for w in layer_weights(self._shape) if w.projection in PRODUCTS[product]]
-        layers = range(self._shape.num_hidden_layers)
-        frozen = sum(min(self._frozen.get((layer, name), 0.0) for name in names) for layer in layers)
-        return 1.0 - frozen / len(layers)
+        frozen = sum(min(self._frozen.get((layer, name), 0.0) for name in names) for layer in self._layers)
+        return 1.0 - frozen / max(len(self._layers), 1)
 
     def _norm_share(self) -> float:
         """Share of the layers' norms whose weight is trained."""
         if self._adapted:
             return 0.0
         names = [w.name for w in layer_weights(self._shape) if w.name.endswith("layernorm.weight")]
-        places = [(layer, name) for layer in range(self._shape.num_hidden_layers) for name in names]
-        return 1.0 - sum(self._frozen.get(place, 0.0) for place in places) / len(places)
+        places = [(layer, name) for layer in self._layers for name in names]
+        return 1.0 - sum(self._frozen.get(place, 0.0) for place in places) / max(len(places), 1)
 
     def _shrunk(self) -> float:
         """What adapters keep: A x of each projection."""

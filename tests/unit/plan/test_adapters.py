@@ -167,6 +167,18 @@ def test_frozen_layers_keep_no_inputs() -> None:
     assert full - norms == 32 * 4 * 2 * 4096 * 4096
 
 
+def test_layers_before_the_first_that_is_trained_have_no_backward() -> None:
+    half = (FREEZE, ["embed_tokens", r"layers\.([0-9]|1[0-5])\."])
+    assert 2 * peak(LLAMA_8B, half).activations == peak(LLAMA_8B).activations
+    # Recomputed whole, a layer has one in any case. The second stage gets an input with a gradient.
+    assert peak(LLAMA_8B, half, FULL).activations == peak(LLAMA_8B, FULL).activations
+    stages = make_plan(spec_of(half, (PP, 2)), facts(LLAMA_8B), H100).memory
+    assert (stages[0].activations, stages[1].activations > 0) == (2 * 2 * 4096 * 4096, True)
+    full, found = (training_flops(LLAMA_8B, 1, 1.0, spec_of(*given).model) for given in ((), (half,)))
+    layers = matmul_parameters(LLAMA_8B) - 128256 * 4096
+    assert full - found == pytest.approx(4 * layers / 2 + 4 * 32 * 4096 / 2)
+
+
 def test_a_quantised_base_by_hand() -> None:
     found, plain = peak(LLAMA_8B, RANK, NF4, FULL), peak(LLAMA_8B, RANK, FULL)
     quantized = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
