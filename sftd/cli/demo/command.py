@@ -299,6 +299,7 @@ def _prove(out: Console, settings: Settings, run_id: str, history: list[Recorded
         f"   a checkpoint has {output.size(saved.bytes)}: adapters and optimizer, without the frozen model"
     )
     target = settings.home / "exports" / run_id
+    target.parent.mkdir(exist_ok=True)
     context = click.get_current_context()
     context.invoke(export_command, run=run_id, directory=str(target), prove=True)
 

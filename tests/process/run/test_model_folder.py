@@ -127,6 +127,27 @@ def test_an_export_is_proven(trained: tuple[Home, str, Path]) -> None:
     assert f"{run_id} has no adapters to merge" in refused
 
 
+def test_an_adapter_is_exported_and_proven_with_the_weights_that_it_was_trained_beside(
+    trained: tuple[Home, str, Path],
+) -> None:
+    home, _, model = trained
+    run_id = home.submit("model.lora.rank=4", "optimizer.lr=0.01", "trainer.max_steps=2")
+    home.drain()
+    assert "peft" in home.run("export", run_id, "adapter", "--prove").stdout
+    assert home.events(run_id, "ExportProven")
+    assert not (home.path / "adapter" / "config.json").exists()
+    assert json.loads((home.path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(model)
+    home.run("export", run_id, "merged", "--merge")
+    assert (home.path / "merged" / "model.safetensors").stat().st_size == (
+        model / "model.safetensors"
+    ).stat().st_size
+    flip_byte(model / "model.safetensors", "model.norm.weight", 3)
+    refused = home.run("export", run_id, "other", check=2).stderr
+    assert "model.safetensors changed since the run was submitted: holds other weights" in refused
+
+
 def test_a_change_that_happens_while_a_run_waits_ends_its_attempt(trained: tuple[Home, str, Path]) -> None:
     home, run_id, model = trained
     home.run("resume", run_id, "--from-step", "3")
