@@ -41,8 +41,9 @@ def plan_command(
     """Estimate memory of each rank, time and disk of the run of CONFIG, and find the best layout.
 
     Everything is checked as by `sftd submit`, and nothing is written. Memory is computed from what the trainer allocates. Time
-    is estimated from the pace of earlier runs of this model in the log, else from measured rates. To plan for another machine,
-    use --devices, --memory and --device. docs/plan.md has the formulas.
+    is estimated from the pace of earlier runs of this model in the log, else from measured rates. Where the run does not fit, LoRA,
+    QLoRA and a lean optimizer are planned beside it. To plan for another machine, use --devices, --memory and --device.
+    docs/plan.md has the formulas.
 
     \b
     Example:

@@ -119,6 +119,9 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
         "memory of a rank", *stages, "of what", right=stages, dim=["of what"], fold=["of what"]
     )
     work, is_cpu = plan.work, plan.machine.device == "cpu"
+    reserved = "the process, gloo's copy of the gradients" if is_cpu else "cuBLAS"
+    if spec.model.lora.rank:
+        reserved += "; the adapters of a product as one"
     tokens = f"{counted(work.largest, 'token')} in the largest micro-batch"
     rows: list[tuple[str, str, str]] = [
         ("weights", "weights", f"{plan.dtype}{_frozen_text(spec)}"),
@@ -126,7 +129,7 @@ def _memory_table(spec: Spec, plan: Plan) -> Table:
         ("optimizer", "optimizer", f"{_moments_text(spec, plan.dtype)}; shared by DP × CP"),
         ("activations", "activations", f"{tokens}; recomputed: {recompute_text(spec)}"),
         ("logits, loss", "loss", f"{work.largest_trained:,} trained tokens at once, at most"),
-        ("workspace", "workspace", "the process, gloo's copy of the gradients" if is_cpu else "cuBLAS"),
+        ("workspace", "workspace", reserved),
     ]
     for title, name, what in rows:
         table.add_row(title, *(output.memory(getattr(stage, name)) for stage in plan.memory), what)

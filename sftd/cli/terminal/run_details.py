@@ -137,7 +137,8 @@ def what_is_trained(model: Model) -> str:
     if not lora.rank:
         return ""
     stored = f", beside weights in {model.quantize}" if model.quantize != "none" else ""
-    return f"adapters of rank {lora.rank} for {', '.join(lora.projections)}{stored}"
+    start = f", from {lora.adapter}" if lora.adapter else ""
+    return f"adapters of rank {lora.rank} for {', '.join(lora.projections)}{start}{stored}"
 
 
 def _disk(run: Run) -> str:

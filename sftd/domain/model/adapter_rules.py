@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sftd.domain.errors import Problem
+from sftd.domain.model.peft import merged_only
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.model.weights import NF4_BLOCK, layer_weights
 from sftd.domain.rules import Rules
@@ -54,4 +55,11 @@ def uneven_blocks(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem("model.quantize", what, fix)
 
 
-ADAPTERS = Rules(refuse=(rank_above_matrix, dropout_in_experts, uneven_blocks))
+def exported_merged_only(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Most people export adapters as a PEFT folder."""
+    if spec.model.lora.rank:
+        fix = "the run can train; export its model whole: `sftd export RUN DIR --merge`"
+        yield from merged_only(spec.model, shape, fix)
+
+
+ADAPTERS = Rules(refuse=(rank_above_matrix, dropout_in_experts, uneven_blocks), warn=(exported_merged_only,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, layer_weights
+from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, idle_layers, layer_weights
 from sftd.domain.spec.model_section import Model
 
 # Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
@@ -51,12 +51,16 @@ def training_flops(
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
 
     With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
-    parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted.
+    parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted. Layers before
+    the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
     attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
     if model is None:
         return found
+    idle = idle_layers(model, shape) / shape.num_hidden_layers
+    layers = matmul_parameters(shape) - shape.vocab_size * shape.hidden_size
+    found -= idle * (2.0 * layers * tokens + attention * squared_lengths * 2 / 3)
     return found - 2.0 * _frozen(model, shape) * tokens + 6.0 * adapter_parameters(model, shape) * tokens
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from sftd.domain.errors import quote, several
+from sftd.domain.errors import Problem, quote, several
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.model.weights import folder_names, layer_weights
-from sftd.domain.spec.model_section import PROJECTIONS, Lora
+from sftd.domain.spec.model_section import PROJECTIONS, Lora, Model
 
 # PEFT's default of `r` and `lora_alpha`.
 _DEFAULT = 8
@@ -92,3 +93,14 @@ def misfit(adapter: PeftAdapter, shape: ModelShape) -> str:
         if projection in targets and name not in adapter.tensors
     ]
     return f"it lacks {several(missing)}" if missing else ""
+
+
+def merged_only(model: Model, shape: ModelShape, fix: str) -> Iterator[Problem]:
+    """What a PEFT folder cannot describe of a run's adapters: its exports must be merged."""
+    if model.override_config:
+        what = "a PEFT folder has no config.json, so its users would load the model without these keys"
+        yield Problem("model.override_config", what, fix)
+    chosen = model.lora.projections
+    if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
+        # transformers holds both in one parameter.
+        yield Problem("model.lora.targets", "peft loads gate and up of experts only together", fix)

@@ -148,7 +148,7 @@ MODEL = Rules(
         layers_not_divided_by_pp,
         *adapter_rules.ADAPTERS.refuse,
     ),
-    warn=(longer_than_pretrained,),
+    warn=(longer_than_pretrained, *adapter_rules.ADAPTERS.warn),
 )
 
 

@@ -106,6 +106,17 @@ def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[i
     return found
 
 
+def idle_layers(model: Model, shape: ModelShape) -> int:
+    """Number of the first layers that need no backward, because nothing is trained in them or before them."""
+    shares, names = frozen_shares(model, shape), [weight.name for weight in layer_weights(shape)]
+    if (-1, EMBEDDING) not in shares:
+        return 0
+    layers = range(shape.num_hidden_layers)
+    # The shares of all experts add up to almost 1.
+    is_trained = (any(shares.get((layer, name), 0.0) < 0.999 for name in names) for layer in layers)
+    return next((layer for layer, found in zip(layers, is_trained, strict=True) if found), len(layers))
+
+
 def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
     """Every weight of the folder: (layer or -1, name of its `Weight`, its name in the folder, its share of that `Weight`)."""
     for name in (EMBEDDING, FINAL_NORM, *(() if shape.tie_word_embeddings else (OUTPUT,))):

@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import PRODUCTS, frozen_shares, layer_weights
+from sftd.domain.model.weights import PRODUCTS, frozen_shares, idle_layers, layer_weights
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import (
     CUBLAS_BYTES,
@@ -96,6 +96,8 @@ def _of_stage(
     tokens = work.largest / m.context_parallel_size
     layers_in_flight = _layers_in_flight(spec, shape, work, stage)
     activations = layers_in_flight * kept * tokens
+    if stage == 0:
+        activations *= 1 - min(_idle(spec, shape), chunk_layers(spec, shape)) * pp / shape.num_hidden_layers
     if pp > 1:
         # Both stages keep the tensor that one sends to the next until backward.
         shared = m.tensor_model_parallel_size if m.sequence_parallel else 1
@@ -106,12 +108,15 @@ def _of_stage(
     # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
     backward = again * tokens + layer.backward(tokens) + max(0.0, scores - layer.feed_forward() * tokens)
-    workspace = CUBLAS_BYTES
+    joined = _joined_bytes(spec, shape, work, width)
+    workspace = CUBLAS_BYTES + joined
     if device == "cpu":
         # gloo copies the gradients that it reduces. By then the activations are freed, but the C library keeps a part.
         held_back = min(HELD_BACK_SHARE * activations, HELD_BACK_MOST)
-        workspace = PROCESS_BYTES + max(
-            int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations)
+        workspace = (
+            PROCESS_BYTES
+            + joined
+            + max(int(held_back) + 4 * mine.trained, int(HELD_BACK_BEFORE * activations))
         )
     return Footprint(
         stage=stage,
@@ -124,6 +129,25 @@ def _of_stage(
     )
 
 
+def _joined_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> int:
+    """Bytes of the joined matrices of adapters that one product computes, and of their FP32 gradients. The latter are there before
+    the last micro-batch's activations only if there was another."""
+    m, lora = spec.model.megatron, spec.model.lora
+    if not lora.rank:
+        return 0
+    elements = 0
+    for product in PRODUCTS.values():
+        parts = [weight for weight in layer_weights(shape) if weight.projection in product]
+        count = sum(weight.projection in lora.projections for weight in parts)
+        here = shape.num_experts // m.expert_model_parallel_size if parts[0].is_expert else 1
+        split = m.expert_tensor_parallel_size if parts[0].is_expert else m.tensor_model_parallel_size
+        rows, columns = sum(weight.rows for weight in parts), parts[0].columns
+        wide = rows + columns // split if parts[0].cut == "columns" else rows // split + columns
+        elements += count * lora.rank * here * wide
+    layers = shape.num_hidden_layers // m.pipeline_model_parallel_size
+    return layers * elements * (width + (4 if work.micro_batches > 1 else 0))
+
+
 def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int) -> int:
     """Layers × micro-batches whose activations a rank of the stage holds at the same time: 1F1B, or interleaved."""
     m = spec.model.megatron
@@ -132,6 +156,11 @@ def _layers_in_flight(spec: Spec, shape: ModelShape, work: Workload, stage: int)
         return min(work.micro_batches, pp - stage) * (shape.num_hidden_layers // pp)
     warm_up = (pp - stage - 1) * 2 + (vpp - 1) * pp
     return min(work.micro_batches * vpp, warm_up + 1) * (shape.num_hidden_layers // (pp * vpp))
+
+
+def _idle(spec: Spec, shape: ModelShape) -> int:
+    """Number of the first layers that keep nothing for backward. A layer that is recomputed whole always has a backward."""
+    return 0 if whole_recomputed(spec, shape) else idle_layers(spec.model, shape)
 
 
 def _loss_bytes(
@@ -178,6 +207,7 @@ class _Layer:
         self._cp = m.context_parallel_size
         self._adapted = spec.model.lora.projections
         self._frozen = frozen_shares(spec.model, shape)
+        self._layers = range(_idle(spec, shape), shape.num_hidden_layers)
 
     def bytes_per_token(self) -> tuple[float, float]:
         """(kept until backward, mean of the layers; kept again while the backward of one layer runs)."""
@@ -201,7 +231,8 @@ class _Layer:
         )
 
     def backward(self, tokens: float) -> float:
-        """Gradients of activations while the backward of one layer runs; a quantised matrix is decompressed meanwhile."""
+        """Gradients of activations while the backward of one layer runs, less what has been let go; a quantised matrix is
+        decompressed meanwhile."""
         s, e = self._shape, self._width
         f = s.intermediate_size / self._tp
         if s.num_experts:
@@ -209,9 +240,13 @@ class _Layer:
             f /= self._spec.model.megatron.expert_tensor_parallel_size
         h = s.hidden_size
         gathered = h if self._shared > 1 else 0
-        activation = e * (3 * f + 2 * h / self._shared)
-        product = e * (2 * f + h + gathered + 2 * h / self._shared)
-        return max(activation * tokens, product * tokens + self._decompressed())
+        activation, product = 3 * f + 2 * h / self._shared, 2 * f + h + gathered + 2 * h / self._shared
+        if self._adapted and not s.num_experts:
+            # No buffer for a weight's gradient takes the place of the input of down, and then of gate and up.
+            kept = self._input_share("down") * f
+            activation -= kept
+            product -= kept + 2 * f
+        return max(e * activation * tokens, e * product * tokens + self._decompressed())
 
     def _decompressed(self) -> float:
         """Bytes of the largest matrix of a product."""
@@ -233,17 +268,16 @@ class _Layer:
         if not self._frozen:
             return 1.0
         names = [w.name for w in layer_weights(self._shape) if w.projection in PRODUCTS[product]]
-        layers = range(self._shape.num_hidden_layers)
-        frozen = sum(min(self._frozen.get((layer, name), 0.0) for name in names) for layer in layers)
-        return 1.0 - frozen / len(layers)
+        frozen = sum(min(self._frozen.get((layer, name), 0.0) for name in names) for layer in self._layers)
+        return 1.0 - frozen / max(len(self._layers), 1)
 
     def _norm_share(self) -> float:
         """Share of the layers' norms whose weight is trained."""
         if self._adapted:
             return 0.0
         names = [w.name for w in layer_weights(self._shape) if w.name.endswith("layernorm.weight")]
-        places = [(layer, name) for layer in range(self._shape.num_hidden_layers) for name in names]
-        return 1.0 - sum(self._frozen.get(place, 0.0) for place in places) / len(places)
+        places = [(layer, name) for layer in self._layers for name in names]
+        return 1.0 - sum(self._frozen.get(place, 0.0) for place in places) / max(len(places), 1)
 
     def _shrunk(self) -> float:
         """What adapters keep: A x of each projection."""

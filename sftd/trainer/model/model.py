@@ -95,6 +95,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
+        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen.
+        hetereogenous_dist_checkpoint=bool(spec.model.freeze),
         **experts.config_fields(spec, shape),
         **recompute,
     )

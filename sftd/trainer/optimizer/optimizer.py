@@ -143,4 +143,5 @@ def _scale(optimizer: MegatronOptimizer, factor: Tensor) -> None:
             adamw.grad_scale = factor.reciprocal()  # type: ignore[attr-defined]
         else:
             grads = [p.grad for group in adamw.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, factor)
+            if grads:
+                torch._foreach_mul_(grads, factor)

@@ -83,7 +83,7 @@ class Trainer:
         self._device = device
         self._strict = strict
         self._warm = warm
-        self._models = models
+        self.models = models
         self._data = data
         self._done: dict[str, Run] = {}
         self.holds = Holds(root / "holds")
@@ -91,7 +91,7 @@ class Trainer:
     def spec(self, ranks: int = 1, **overrides: Any) -> Spec:
         """Six steps of eight samples; `overrides` are dotted keys with __ for the dot."""
         config = {
-            "model": {"partial_pretrain": str(self._models / "llama_tied")},
+            "model": {"partial_pretrain": str(self.models / "llama_tied")},
             "data": {
                 "train_files": [str(self._data / "train.parquet")],
                 "val_files": [str(self._data / "val.parquet")],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.log.events import ModelLoaded
-from tests.builders.trainer.plain import Plain, Settings, usable
+from tests.builders.trainer.adapters import assert_same_steps, assert_trains_like, export, write_adapter
+from tests.builders.trainer.plain import Plain
 from tests.builders.trainer.resumes import exact, resume, weights_digests
 from tests.builders.trainer.tiny_models import WIDE, write_models
 from tests.builders.trainer.trainers import MEGATRON
@@ -77,10 +73,7 @@ def test_every_layout_computes_the_same(
         train(trainer, warm, layout, ranks, **overrides_of(wide, model), **overrides),
         one_rank[model],
     )
-    for step, event in expected.steps().items():
-        other = run.steps()[step]
-        assert math.isclose(event.loss, other.loss, rel_tol=1e-5), (step, event.loss, other.loss)
-        assert math.isclose(event.grad_norm, other.grad_norm, rel_tol=1e-5), step
+    assert_same_steps(run, expected)
     assert run.events(ModelLoaded)[0].parameters == expected.events(ModelLoaded)[0].parameters
 
 
@@ -100,15 +93,7 @@ def plain(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Plain:
 
     from sftd.trainer.model.quantize.nf4 import Quantized
 
-    folder = tmp_path_factory.mktemp("adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import peft
-
-        torch.manual_seed(5)
-        config = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-        peft.get_peft_model(Plain(wide / "llama").network, config).save_pretrained(folder)
-    found = Plain(wide / "llama", folder)
+    found = Plain(wide / "llama", write_adapter(wide / "llama", tmp_path_factory.mktemp("adapter"), alpha=32))
     for name, weight in found.network.named_parameters():
         if name.endswith("base_layer.weight"):
             stored = Quantized(weight.shape, weight.device)
@@ -128,22 +113,11 @@ def test_five_steps_are_those_of_peft_and_so_is_the_merged_model(
         "data__shuffle": False,
     }
     run = train(trainer, warm, "peft", **QLORA | overrides)
-    spec = run.attempt.order().spec
-    o = spec.optimizer
-    table = pq.read_table(spec.data.train_files[0]).to_pydict()
-    rows = [row for _, row in usable(zip(table["input_ids"], table["labels"], strict=True), 64)]
-    for step, event in run.steps().items():
-        settings = Settings(event.lr, o.weight_decay, (o.adam_beta1, o.adam_beta2), o.adam_eps, o.clip_grad)
-        plain.step([rows[i % len(rows)] for i in range(8 * step - 8, 8 * step)], settings)
-        assert math.isclose(event.loss, plain.losses[-1], rel_tol=1e-4), step
-        assert math.isclose(event.grad_norm, plain.norms[-1], rel_tol=1e-4), step
-    assert len(plain.losses) == 5
+    assert_trains_like(run, plain)
     counted = sum(p.numel() for p in plain.network.parameters())
     assert run.events(ModelLoaded)[0].parameters == counted
 
-    argv = [sys.executable, "-m", "sftd.trainer.tools.export", str(run.attempt.order_file)]
-    argv += [str(run.checkpoint(5)), str(tmp_path / "merged"), "--merge"]
-    subprocess.run(argv, env=trainer.environment(), check=True, stdout=subprocess.PIPE)
+    export(trainer, run, 5, tmp_path / "merged", "--merge")
     import torch
 
     tokens = torch.arange(3, 40)[None]

@@ -531,8 +531,9 @@ def test_a_single_problem_takes_no_heading(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_is_trained_is_shown_if_it_is_not_all() -> None:
-    adapters = Lora(rank=8, targets=["v", "q"])
+    adapters, begun = Lora(rank=8, targets=["v", "q"]), Lora(rank=8, targets=["o"], adapter="/a")
     assert what_is_trained(Model()) == ""
     assert what_is_trained(Model(lora=adapters)) == "adapters of rank 8 for q, v"
+    assert what_is_trained(Model(lora=begun)) == "adapters of rank 8 for o, from /a"
     assert what_is_trained(Model(lora=adapters, quantize="nf4")).endswith("v, beside weights in nf4")
     assert what_is_trained(Model(freeze=["^model.embed", "norm"])) == "all weights but ^model.embed, norm"

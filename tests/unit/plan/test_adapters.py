@@ -18,7 +18,7 @@ from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.domain.plan.search import alternatives
 from sftd.domain.spec.parse import change
 from tests.builders.plan.model_shapes import EXPERTS, LLAMA_1B, LLAMA_7B
-from tests.builders.plan.plans import EP, H100, PP, SP, TP, TWO_CORES, VPP, rows_of, spec_of
+from tests.builders.plan.plans import EP, H100, H200, PP, SP, TP, TWO_CORES, VPP, rows_of, spec_of
 
 GIB = 2**30
 RANK, NF4, FREEZE = ("model.lora.rank", 16), ("model.quantize", "nf4"), "model.freeze"
@@ -123,6 +123,25 @@ def test_the_parts_of_a_footprint_with_adapters_by_hand() -> None:
     # Inputs are kept as in a full fine-tune, because A wants them; and A x of seven projections.
     assert found.activations - full.activations == 32 * 2 * 16 * 7 * 4096
     assert found.loss == full.loss
+    # The joined matrices of q, k and v, of o, of gate and up, and of down in BF16, and their gradients in FP32.
+    joined = 48 * (4096 + 6144) + 16 * (4096 + 4096) + 32 * (4096 + 28672) + 16 * (14336 + 4096)
+    assert found.workspace - full.workspace == 32 * joined * (2 + 4)
+    # A step of one micro-batch has no gradients yet when its activations are in memory.
+    once = make_plan(spec_of(RANK, batch=1), facts(LLAMA_8B), H100).fullest
+    assert found.workspace - once.workspace == 32 * joined * 4
+
+
+def test_the_joined_matrices_of_a_rank_are_its_share() -> None:
+    def joined(shape: ModelShape, *given: Given) -> float:
+        plain = make_plan(spec_of(*given), facts(shape, 512), H100).fullest.workspace
+        return (make_plan(spec_of(RANK, *given), facts(shape, 512), H100).fullest.workspace - plain) / 6
+
+    pipeline = joined(LLAMA_8B, (TP, 4), (PP, 2), ("launch.nproc_per_node", 8))
+    layer = 48 * (4096 + 1536) + 16 * (1024 + 4096) + 32 * (4096 + 7168) + 16 * (3584 + 4096)
+    assert pipeline == 16 * layer
+    expert = 32 * (8 + 12) + 16 * (6 + 8)
+    attention = 48 * (8 + 32) + 16 * (16 + 8)
+    assert joined(EXPERTS, (EP, 2), ("launch.nproc_per_node", 2)) == 2 * (attention + 2 * expert)
 
 
 def test_a_product_without_an_adapter_keeps_no_input() -> None:
@@ -148,19 +167,54 @@ def test_frozen_layers_keep_no_inputs() -> None:
     assert full - norms == 32 * 4 * 2 * 4096 * 4096
 
 
+def test_layers_before_the_first_that_is_trained_have_no_backward() -> None:
+    half = (FREEZE, ["embed_tokens", r"layers\.([0-9]|1[0-5])\."])
+    assert 2 * peak(LLAMA_8B, half).activations == peak(LLAMA_8B).activations
+    # Recomputed whole, a layer has one in any case. The second stage gets an input with a gradient.
+    assert peak(LLAMA_8B, half, FULL).activations == peak(LLAMA_8B, FULL).activations
+    stages = make_plan(spec_of(half, (PP, 2)), facts(LLAMA_8B), H100).memory
+    assert (stages[0].activations, stages[1].activations > 0) == (2 * 2 * 4096 * 4096, True)
+    full, found = (training_flops(LLAMA_8B, 1, 1.0, spec_of(*given).model) for given in ((), (half,)))
+    layers = matmul_parameters(LLAMA_8B) - 128256 * 4096
+    assert full - found == pytest.approx(4 * layers / 2 + 4 * 32 * 4096 / 2)
+
+
 def test_a_quantised_base_by_hand() -> None:
     found, plain = peak(LLAMA_8B, RANK, NF4, FULL), peak(LLAMA_8B, RANK, FULL)
     quantized = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
     # Half a byte a value, and four bytes for each 64.
     assert plain.weights - found.weights == 2 * quantized - (quantized // 2 + quantized // 16)
     assert found.activations == plain.activations
-    # Gate and up are decompressed while the gradient of their output is in memory, and not that of what they make.
+    # While the gradients of gate and up are computed, the input of down has been let go.
     thin = msgspec.structs.replace(LLAMA_8B, vocab_size=64)
-    matrix = 2 * 2 * 14336 * 4096
     layer = 2 * (4 * 4096 + 4096 + 2 * 1024 + 4096 + 3 * 14336 + 16 * 7) + 4 * 32 + 8
-    gradients = 2 * (2 * 14336 + 3 * 4096)
-    assert peak(thin, RANK, NF4, FULL).loss == (layer + gradients) * 4096 + matrix
-    assert peak(thin, RANK, FULL).loss == (layer + 2 * (3 * 14336 + 2 * 4096)) * 4096
+    assert peak(thin, RANK, FULL).loss == (layer + 2 * (2 * 14336 + 2 * 4096)) * 4096
+    # While that of their input is, gate and up are decompressed and they themselves have been let go: more, of fewer tokens.
+    few = make_plan(spec_of(RANK, NF4, FULL), facts(thin, 512), H100).fullest
+    assert few.loss == (layer + 2 * (3 * 4096 - 14336)) * 512 + 2 * 2 * 14336 * 4096
+
+
+# One H200, four micro-batches of full sequences a step: rows, keys, peak GiB, tokens/s (docs/plan.md).
+MEASURED: list[tuple[int, list[Given], float, float | None]] = [
+    (1, [], 34.2, 15_944),
+    (1, [("training.deterministic", True)], 34.2, 15_944),
+    (1, [*SELECTIVE], 28.4, 15_242),
+    (1, [FULL], 18.2, 11_193),
+    (4, [FULL], 22.9, 11_133),
+    (1, [FULL, ("model.recompute_layers", 14)], 24.1, 13_285),
+    (1, [NF4], 24.9, None),
+    (1, [NF4, FULL], 8.8, None),
+]
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_memory_and_time_of_adapters_are_as_measured(case: Any) -> None:
+    rows, given, gib, tokens_per_second = case
+    spec = spec_of(RANK, ("training.micro_batch_size_per_gpu", rows), *given, batch=4 * rows)
+    plan = make_plan(spec, facts(LLAMA_8B), H200)
+    assert plan.fullest.total / GIB == pytest.approx(gib, rel=0.02)
+    if tokens_per_second:
+        assert plan.work.real / plan.pace.step == pytest.approx(tokens_per_second, rel=0.05)
 
 
 def test_some_layers_are_recomputed_whole_and_the_others_selectively() -> None:
@@ -222,9 +276,17 @@ def test_a_step_with_adapters_is_faster_and_with_nf4_a_little_slower() -> None:
     assert 0.66 < lora / full < 0.85
     # Of each of 16 micro-batches every matrix is read and written in forward and in backward.
     matrices = held(spec_of(RANK, NF4), LLAMA_8B, 0).quantized
-    assert quantized - lora == pytest.approx(16 * 2 * matrices * 2.5625 / 3.3e12)
+    assert quantized - lora == pytest.approx(16 * 2 * matrices * 2.5625 / 3.4e12)
     again = seconds(RANK, NF4, FULL) - seconds(RANK, FULL)
     assert again == pytest.approx(1.5 * (quantized - lora))
+
+
+def test_a_validation_is_more_of_a_step_with_adapters() -> None:
+    # Forward is a third of six operations a parameter, and half of four; adapters and attention are in both.
+    known = msgspec.structs.replace(facts(LLAMA_8B), val=rows_of(4096, rows=16))
+    spec = spec_of(RANK, ("data.val_files", ["v"]), ("trainer.val_before_train", False))
+    found = make_plan(spec, known, H100).pace
+    assert found.validating / found.step == pytest.approx(0.48, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +337,11 @@ def test_recomputation_is_suggested_with_adapters_where_they_want_it() -> None:
         "model.freeze": [],
         "optimizer.precision": "full",
         "model.enable_gradient_checkpointing": True,
-        "model.recompute_layers": 23,
+        "model.recompute_layers": 24,
     }
     # One layer less, and it does not fit.
     spec = found["LoRA"].spec
-    less = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, recompute_layers=22))
+    less = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, recompute_layers=23))
     needed = make_plan(less, facts(LLAMA_8B), H100).needed
     assert found["LoRA"].plan.needed <= 24 * GIB < needed
     assert found["QLoRA"].changes["model.recompute"] == "selective"

@@ -538,6 +538,15 @@ WARNED: dict[str, list[Row]] = {
         ),
     ],
     "longer_than_pretrained": [Row(LENGTH, "the 2047 positions", shape={"max_position_embeddings": 2047})],
+    "exported_merged_only": [
+        Row("model.lora.targets", "gate and up of experts", LORA | {TARGETS: ["q", "up"]}, shape=EXPERTS),
+        Row(
+            "model.override_config",
+            "has no config.json",
+            LORA | {"model.override_config": {"rope_theta": 5.0}},
+            fix="--merge",
+        ),
+    ],
     "maybe_unmounted": [
         Row(
             SAVE_DIR,
@@ -685,6 +694,8 @@ def test_every_rule_has_a_row() -> None:
             ({RANK: 32, DROPOUT: 0.1, "model.lora.adapter": "/a"}, {}, {}),
             ({RANK: 64, TARGETS: ["q", "o", "down"], QUANTIZE: "nf4"}, {}, {}),
             (LORA | {TARGETS: ["q", "k", "v", "o"], DROPOUT: 0.1}, {}, EXPERTS),
+            (LORA | {TARGETS: ["up"]}, {}, {}),
+            ({"model.override_config": {"rope_theta": 5.0}}, {}, {}),
             (
                 LORA | {QUANTIZE: "nf4", EP: 2, TP: 2, SP: True},
                 {},

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.peft import CONFIG, PREFIX, WEIGHTS
+from sftd.domain.errors import Refused
+from sftd.domain.model.peft import CONFIG, PREFIX, WEIGHTS, merged_only
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
@@ -22,14 +22,8 @@ from sftd.trainer.model.families.rules import Rule
 
 def check(shape: ModelShape, spec: Model) -> None:
     """Raises `Refused` for adapters that a PEFT folder cannot describe."""
-    fix = "--merge: export the whole model"
-    if spec.override_config:
-        what = "a PEFT folder has no config.json, so its users would load the model without these keys"
-        raise Refused(Problem("model.override_config", what, fix))
-    chosen = spec.lora.projections
-    if shape.num_experts and ("gate" in chosen) != ("up" in chosen):
-        # transformers holds both in one parameter.
-        raise Refused(Problem("model.lora.targets", "peft loads gate and up of experts only together", fix))
+    if problems := list(merged_only(spec, shape, "--merge: export the whole model")):
+        raise Refused(problems)
 
 
 def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) -> int:
