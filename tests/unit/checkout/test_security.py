@@ -231,7 +231,6 @@ def test_what_can_run_others_code_is_called_where_it_is_known() -> None:
             "sftd/trainer/tools/prepare/demo_model.py",
             "sftd/trainer/tools/prepare/demo_model.py",
             "sftd/trainer/chat/tokenizer.py",
-            *["sftd/trainer/tools/export/prove.py"] * 2,
         ]
     )
 
