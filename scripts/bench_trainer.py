@@ -295,6 +295,7 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     from sftd.domain.model.flops import peak_flops, training_flops
+    from sftd.domain.spec.model_section import Lora, Model
     from sftd.wire.model.folder import read_shape
 
     is_cuda = job.device == "cuda"
@@ -323,7 +324,10 @@ def measure(job: Job) -> dict[str, Any]:
     seconds = time.perf_counter() - ends[0]
     tokens = [sum(ids.size for ids in samples) for samples in timed]
     rates = [n / (end - start) for n, start, end in zip(tokens, ends, ends[1:], strict=False)]
-    flops = training_flops(shape, sum(tokens), sum(float(ids.size) ** 2 for s in timed for ids in s))
+    # Of adapters, also the peer's: a frozen matrix has no weight gradient.
+    model = Model(lora=Lora(rank=16)) if "lora" in job.contender else Model()
+    squares = sum(float(ids.size) ** 2 for s in timed for ids in s)
+    flops = training_flops(shape, sum(tokens), squares, model)
     device_name = torch.cuda.get_device_name() if is_cuda else "cpu"
     peak = peak_flops(device_name, dtype)
     found = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sftd.domain.errors import Problem
+from sftd.domain.model.parameters import held
 from sftd.domain.model.peft import merged_only
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import NF4_BLOCK, layer_weights
+from sftd.domain.model.weights import NF4_BLOCK, frozen_shares, layer_weights
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
@@ -62,4 +63,30 @@ def exported_merged_only(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield from merged_only(spec.model, shape, fix)
 
 
-ADAPTERS = Rules(refuse=(rank_above_matrix, dropout_in_experts, uneven_blocks), warn=(exported_merged_only,))
+def some_experts_frozen(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """A checkpoint holds a matrix of all experts of a layer as one tensor."""
+    shares = frozen_shares(spec.model, shape)
+    if split := sorted(layer for (layer, _), share in shares.items() if 0 < share < 1):
+        what = f"freezes some of the experts of layer {split[0]}, but not all"
+        yield Problem("model.freeze", what, "match the weights of all experts of a layer, or of none")
+
+
+def stage_without_training(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Each pipeline stage has an optimizer."""
+    stages = spec.model.megatron.pipeline_model_parallel_size
+    for stage in range(stages if spec.model.freeze and shape.num_hidden_layers % stages == 0 else 0):
+        if not held(spec, shape, stage).trained:
+            what = f"freezes all weights of pipeline stage {stage} of {stages}"
+            yield Problem("model.freeze", what, "use fewer stages, or freeze fewer layers")
+
+
+ADAPTERS = Rules(
+    refuse=(
+        rank_above_matrix,
+        dropout_in_experts,
+        uneven_blocks,
+        some_experts_frozen,
+        stage_without_training,
+    ),
+    warn=(exported_merged_only,),
+)

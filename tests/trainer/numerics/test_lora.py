@@ -31,7 +31,7 @@ SP = {MEGATRON + "sequence_parallel": True}
 PACKED = {"training__use_rmpad": True}
 FULL = {"model__enable_gradient_checkpointing": True}
 LORA: dict[str, Any] = {"model__lora__rank": 4, "optimizer__lr": 1e-2}
-FREEZE: dict[str, Any] = {"model__freeze": ["embed_tokens", r"\.layers\.[01]\.", r"layers\.3\.mlp"]}
+FREEZE: dict[str, Any] = {"model__freeze": ["embed_tokens", r"\.layers\.0\.", r"layers\.3\.mlp"]}
 # What is trained in one rank: model, overrides.
 ONE: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama_tied", LORA),
@@ -57,7 +57,6 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts_ep2": ("experts", 2, EP2),
     "experts_tp2": ("experts", 2, TP2 | SP),
     "experts_tp2_ep2": ("experts", 2, TP2 | SP | EP2),
-    # The first stage trains nothing.
     "frozen_pp2_full": ("frozen", 2, PP2 | FULL),
     "frozen_tp2": ("frozen", 2, TP2),
 }

@@ -382,6 +382,17 @@ REFUSED: dict[str, list[Row]] = {
     "nothing_left_to_train": [
         Row(FREEZE, "all 39 weights", {FREEZE: ["weight", "bias"]}, fix=RANK),
     ],
+    "some_experts_frozen": [
+        Row(FREEZE, "experts of layer 2", {FREEZE: [r"layers.2.*experts\.[01]\."]}, shape=EXPERTS)
+    ],
+    "stage_without_training": [
+        Row(
+            FREEZE,
+            "stage 0 of 2",
+            {FREEZE: ["embed", r"layers\.[01]\."], "model.megatron.pipeline_model_parallel_size": 2},
+            fix="fewer stages",
+        ),
+    ],
     # Of forks.
     "changed_model_folder": [
         Row(
