@@ -9,14 +9,15 @@
 #   MODEL        model.partial_pretrain   folder of meta-llama/Llama-2-7b-hf
 #   TRAIN_FILES  data.train_files         Parquet files, separated by commas; `sftd prepare` writes them
 #   VAL_FILES    data.val_files           the same for validation; optional
+#   CONFIG       -                        another YAML file than run_llama2_7b_megatron.yaml, such as run_llama3_8b_lora.yaml
 #
 # Without layout keys, 8 ranks train TP2 x PP2 x VPP2 x DP2, 4 ranks TP2 x PP2 x VPP2, 2 ranks TP2 (each with sequence
 # parallelism), and other numbers train data parallel. If any *_model_parallel_size is given, the others are 1. All other
-# settings are in the YAML file beside this script.
+# settings are in CONFIG, beside this script.
 set -euo pipefail
 
 usage() {
-    sed -n '2,15s/^# \{0,1\}//p' "$0"
+    sed -n '2,16s/^# \{0,1\}//p' "$0"
 }
 
 fail() {
@@ -91,4 +92,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 # After Ctrl-C the ranks save a checkpoint of some 100 GB; torchrun would kill them after 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 exec "${torchrun[@]}" --standalone --nnodes=1 "--nproc-per-node=$nproc" --max-restarts=0 \
-    -m sftd.trainer "$here/run_llama2_7b_megatron.yaml" "${keys[@]}" "${arguments[@]}"
+    -m sftd.trainer "${CONFIG:-$here/run_llama2_7b_megatron.yaml}" "${keys[@]}" "${arguments[@]}"

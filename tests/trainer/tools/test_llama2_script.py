@@ -97,6 +97,21 @@ def test_layout_keys_lay_it_out(tp2: DirectRun, out: Path, models: Path, data: P
     assert spec.model.enable_gradient_checkpointing
 
 
+def test_another_config_trains_adapters(tmp_path: Path, models: Path, data: Path) -> None:
+    given = {
+        "MODEL": str(models / "llama"),
+        "TRAIN_FILES": str(data / "train.parquet"),
+        "CONFIG": str(ROOT / "scripts" / "run_llama3_8b_lora.yaml"),
+    }
+    keys = ("model.megatron.tensor_model_parallel_size=1", "trainer.sample_prompts=[]", "trainer.max_steps=1")
+    done = script("2", str(tmp_path), *SMALL, *keys, **given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = DirectRun(tmp_path / "llama3-8b-lora")
+    (loaded,) = (e for e in events(run) if isinstance(e, ModelLoaded))
+    assert loaded.environment["layout"]["dp"] == 2
+    assert loaded.trained_parameters is not None
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for arguments, variables, said in (
         ((), {}, "NPROC and SAVE_DIR are needed"),
