@@ -25,13 +25,16 @@ PP2 = {
     MEGATRON + "pipeline_model_parallel_size": 2,
     MEGATRON + "virtual_pipeline_model_parallel_size": 2,
 }
+LORA = {"model__lora__rank": 4, "model__lora__dropout": 0.1, "optimizer__lr": 1e-2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
     "tp2": (2, TP2),
     "pp2_vpp2": (2, PP2),
     "lean": (2, {"optimizer__precision": "lean"}),
+    "lora": (2, TP2 | LORA),
 }
+OTHERS: dict[str, tuple[int, dict[str, Any]]] = {"lora_pp2_vpp2": (2, PP2 | LORA)}
 PLAN = {
     "trainer__max_steps": STEPS,
     "trainer__save_interval": 2,
@@ -67,7 +70,7 @@ class Exactness:
     ) -> Run:
         """One attempt, from the newest checkpoint of `resumed` or that of `step`; killed after the journal's line of a `kind` of
         a step."""
-        ranks, sizes = LAYOUTS[layout]
+        ranks, sizes = (LAYOUTS | OTHERS)[layout]
         order = {}
         if resumed is not None:
             order = newest(resumed, step)
@@ -130,10 +133,9 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(attempts: Exactness, layout: str
     assert contents(run) == contents(whole)
 
 
-@pytest.mark.parametrize("chain", [("one", "tp2", "pp2_vpp2"), ("dp2", "one")])
+@pytest.mark.parametrize("chain", [("one", "tp2", "pp2_vpp2"), ("dp2", "one"), ("lora", "lora_pp2_vpp2")])
 def test_another_layout_goes_on_within_rounding(attempts: Exactness, chain: tuple[str, ...]) -> None:
-    first = attempts.whole("one")
-    run = attempts.whole(chain[0])
+    run = first = attempts.whole(chain[0])
     for number, layout in enumerate(chain[1:], 1):
         run = attempts.run(f"{chain[0]}-to-{layout}", layout, run, step=4 * number)
         assert run.events(TrainingResumed)[0].step == 4 * number
