@@ -153,6 +153,15 @@ def _kinds(path: str) -> list[inspect.Type]:
     return [kind.type if isinstance(kind, inspect.Metadata) else kind for kind in kinds]
 
 
+def _word(kind: inspect.Type) -> str:
+    """What to give for a value of this type."""
+    if isinstance(kind, inspect.ListType) and isinstance(kind.item_type, inspect.LiteralType):
+        return f"a list of some of {', '.join(map(str, kind.item_type.values))}, such as [{kind.item_type.values[-1]}]"
+    if isinstance(kind, inspect.LiteralType):
+        return "one of " + ", ".join(map(str, kind.values))
+    return _WORDS[type(kind)]
+
+
 def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
     if isinstance(value, str) and any(isinstance(kind, inspect.ListType) for kind in _kinds(path)):
         value = [value]
@@ -160,12 +169,7 @@ def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
         converted = msgspec.convert(value, LEAVES[path])
     except msgspec.ValidationError as error:
         reason = shorten(re.sub(r" - at `.*`$", "", str(error)))
-        fix = "give " + " or ".join(
-            "one of " + ", ".join(map(str, kind.values))
-            if isinstance(kind, inspect.LiteralType)
-            else _WORDS[type(kind)]
-            for kind in _kinds(path)
-        )
+        fix = "give " + " or ".join(map(_word, _kinds(path)))
         is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS
         if is_word and any(isinstance(kind, inspect.BoolType) for kind in _kinds(path)):
             fix += "; yes, no, on and off are texts, as in YAML 1.2"

@@ -206,6 +206,7 @@ def test_an_absolute_floor_becomes_a_ratio_of_the_peak() -> None:
         ("training.deterministic", "on", "true or false or null; yes, no, on and off are texts"),
         ("data.truncation", "no", "give one of error, left, right"),
         ("data.train_files", [1], "a list of texts"),
+        ("model.lora.targets", "q,x", "a list of some of all-linear, down, gate"),
         ("trainer.max_steps", 0, "a whole number or null"),
         ("model.override_config", 3, "a mapping"),
         ("model.name", "other", "one of megatron-sft"),
