@@ -118,12 +118,17 @@ def verify_command(
         sys.exit(1)
 
 
+# Keys that decide which tensors a checkpoint has.
+_CONTENT = {"model.lora.rank", "model.lora.targets", "model.freeze", "optimizer.precision"}
+
+
 def _changed(
     chosen: VerifyPlan, changes: tuple[str, ...], device: str | None
 ) -> tuple[Spec, dict[str, list[Any]]]:
     """The spec to train with, and its differences from the run's: key → [recorded, now]."""
     import msgspec
 
+    from sftd.domain.errors import Problem, Refused
     from sftd.domain.run import trajectory
     from sftd.domain.spec.parse import change
     from sftd.wire.spec.file import parse_overrides
@@ -132,6 +137,9 @@ def _changed(
     if changes:
         spec, _ = change(own, parse_overrides(changes))
     differs = trajectory.changes(own, spec)
+    if other := sorted(_CONTENT & differs.keys()):
+        what = f"{other[0]} decides what a checkpoint holds, and this run's checkpoints hold something else"
+        raise Refused(Problem("--with", what, "leave it out, or submit a new run"))
     replace = msgspec.structs.replace
     # All ranks on this host, wherever the run trained.
     here = replace(spec.launch, launcher="local", nnodes=1, nproc_per_node=spec.world_size)

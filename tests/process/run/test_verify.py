@@ -197,6 +197,7 @@ def wait_for_torchrun(home: Home, verifying: subprocess.Popen[str]) -> int:
         (["--to-step", "99"], "its own steps are 1 to 12"),
         (["--devices", "0"], "the steps are trained on CPUs"),
         (["--with", "optimizer.l=1"], "optimizer.l"),
+        (["--with", "model.lora.rank=8"], "decides what a checkpoint holds"),
         (["--with", "trainer.max_steps=9"], "at least 12"),
         (["--with", "trainer.max_steps=null", "--with", "trainer.epochs=1"], "epochs cannot be tried"),
     ],
