@@ -5,7 +5,7 @@ The weights and layers of a family are in `trainer/model/families`, in the modul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +122,17 @@ class Family:
         )
 
 
+def _every_fourth(config: Mapping[str, Any]) -> list[int]:
+    """SmolLM3's default of `no_rope_layers`."""
+    interval = int(config.get("no_rope_layer_interval", 4))
+    return [int((number + 1) % interval != 0) for number in range(int(config["num_hidden_layers"]))]
+
+
+def _without(marks: Sequence[Any]) -> tuple[int, ...]:
+    """The places of zeros."""
+    return tuple(number for number, mark in enumerate(marks) if not mark)
+
+
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
@@ -134,6 +145,14 @@ FAMILIES: dict[str, Family] = {
             refused=(_MLP_BIAS,),
         ),
         Family(architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True}),
+        Family(
+            architecture="SmolLM3ForCausalLM",
+            model_type="smollm3",
+            fields={
+                "tie_word_embeddings": Key(bool, default=True),
+                "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+            },
+        ),
         Family(
             architecture="MixtralForCausalLM",
             model_type="mixtral",

@@ -9,7 +9,7 @@ import msgspec
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of a model. `attention_bias` is that of the QKV projections. `sliding_window` is the attention span in
-    tokens, None if unlimited.
+    tokens, None if unlimited. `layers_without_rope` are the numbers of the layers whose queries and keys are not rotated.
 
     In a mixture of experts (MoE) every layer has `num_experts` experts of `moe_intermediate_size` units. A token is routed
     to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones with
@@ -38,6 +38,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = True
+    layers_without_rope: tuple[int, ...] = ()
     unsupported: tuple[str, ...] = ()
 
     @property

@@ -47,6 +47,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    ),
     # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
     "llama2": (
         "LlamaForCausalLM",
