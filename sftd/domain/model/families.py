@@ -100,7 +100,7 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (_MLP_BIAS, _ATTENTION_BIAS)
     activations: tuple[str, ...] = ("silu",)
-    rope_types: tuple[str, ...] = ("default", "llama3")
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")

@@ -12,17 +12,23 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.sequence_layout import SequenceLayout
 
 
-def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """`theta^(-2i/d)` for i < d/2, with the model's RoPE scaling: FP32 [head_dim / 2].
-
-    Llama-3 scaling stretches wavelengths longer than the original context by `factor`, keeps much shorter ones, and
-    interpolates between the two (transformers `modeling_rope_utils._compute_llama3_parameters`).
-    """
+def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
+    """`theta^(-2i/d)` for i < d/2 with the model's RoPE scaling, FP32 [head_dim / 2]; and what cosine and sine are multiplied by."""
     exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequency = 1.0 / (shape.rope_theta**exponent)
-    scaling = shape.rope_scaling
-    if scaling is None or shape.rope_type == "default":
-        return frequency
+    frequency, scaling = 1.0 / (shape.rope_theta**exponent), shape.rope_scaling or {}
+    match shape.rope_type:
+        case "linear":
+            return frequency / float(scaling["factor"]), 1.0
+        case "llama3":
+            return _llama3(frequency, scaling), 1.0
+        case "yarn":
+            return _yarn(frequency, scaling, shape)
+    return frequency, 1.0
+
+
+def _llama3(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Stretches wavelengths longer than the original context by `factor`, keeps much shorter ones, and interpolates between the two
+    (transformers `modeling_rope_utils._compute_llama3_parameters`)."""
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context = float(scaling["original_max_position_embeddings"])
     wavelength = 2 * math.pi / frequency
@@ -31,6 +37,33 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     stretched = torch.where(wavelength > context / low, frequency / factor, frequency)
     is_between = (wavelength <= context / low) & (wavelength >= context / high)
     return torch.where(is_between, blended, stretched)
+
+
+def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023): dimensions that turn less than `beta_slow` times in the original context are stretched by `factor`,
+    those that turn more than `beta_fast` times are kept, with a ramp between them; attention is scaled by the square of the second result
+    (transformers `modeling_rope_utils._compute_yarn_parameters`)."""
+    context = float(scaling.get("original_max_position_embeddings") or shape.max_position_embeddings)
+    factor = float(scaling.get("factor") or shape.max_position_embeddings / context)
+
+    def turning(times: float) -> float:
+        return shape.head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = turning(float(scaling.get("beta_fast") or 32)), turning(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, shape.head_dim - 1)
+    places = torch.arange(frequency.numel(), dtype=torch.float32)
+    stretched = ((places - low) / (high - low or 0.001)).clamp(0, 1)
+    found = frequency / factor * stretched + frequency * (1 - stretched)
+    if scaling.get("attention_factor") is not None:
+        return found, float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return found, gain(scaling["mscale"]) / gain(scaling["mscale_all_dim"])
+    return found, gain(1.0)
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -42,7 +75,8 @@ class RotaryEmbedding(torch.nn.Module):
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         super().__init__()
         # Not a buffer: a BF16 model casts its buffers, but the angles need FP32.
-        self.frequencies = inverse_frequencies(shape).to(device)
+        frequencies, self._gain = inverse_frequencies(shape)
+        self.frequencies = frequencies.to(device)
 
     def get_rotary_seq_len(self, *arguments: Any) -> Tensor:
         """The positions int64 [s] of the `SequenceLayout`, which is GPTModel's last argument."""
@@ -51,6 +85,7 @@ class RotaryEmbedding(torch.nn.Module):
         return layout.positions
 
     def forward(self, positions: Tensor, **_: object) -> Tensor:
-        """Cosine and sine of each position's angles, once for all layers: FP32 [2, s, head_dim / 2]."""
+        """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, head_dim / 2]."""
         angles = torch.outer(positions.float(), self.frequencies)
-        return torch.stack((angles.cos(), angles.sin()))
+        found = torch.stack((angles.cos(), angles.sin()))
+        return found if self._gain == 1.0 else found * self._gain

@@ -35,6 +35,13 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+}
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -43,6 +50,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         "LlamaConfig",
         {"tie_word_embeddings": False, "rope_parameters": _LLAMA3},
+    ),
+    "yarn_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "rope_parameters": _YARN},
+    ),
+    "linear_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),

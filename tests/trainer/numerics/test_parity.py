@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
 SCRIPT = RANKS / "parity_ranks.py"
 MODELS = (
-    *("llama_tied", "llama", "llama2", "llama3_rope", "mistral", "qwen2", "qwen2_untied", "qwen3", "smollm3"),
+    *(
+        "llama_tied",
+        "llama",
+        "llama2",
+        "llama3_rope",
+        "mistral",
+        "qwen2",
+        "qwen2_untied",
+        "qwen3",
+        "smollm3",
+        "yarn_rope",
+        "linear_rope",
+    ),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
 TOKENS = list(range(3, 51))

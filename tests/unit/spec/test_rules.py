@@ -221,7 +221,11 @@ REFUSED: dict[str, list[Row]] = {
         Row(LENGTH, "the 2047 tokens", shape={"sliding_window": 2047}, fix="set it to 2047 or less")
     ],
     "other_rope": [
-        Row("model.partial_pretrain", "'yarn' is not supported", shape={"rope_scaling": {"type": "yarn"}})
+        Row(
+            "model.partial_pretrain",
+            "'longrope' is not supported",
+            shape={"rope_scaling": {"type": "longrope"}},
+        )
     ],
     "layers_not_divided_by_tp": [
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
