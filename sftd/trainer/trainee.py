@@ -24,7 +24,7 @@ from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.model import experts, weights
 from sftd.trainer.model import model as models
 from sftd.trainer.model.adapters import frozen, lora
-from sftd.trainer.model.adapters.linears import adapters_of, sum_partial_gradients
+from sftd.trainer.model.adapters.linears import Adapters, adapters_of, sum_partial_gradients
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 
@@ -45,6 +45,7 @@ class Trainee:
     parameters: int
     trained_parameters: int
     state_bytes: int
+    adapters: list[Adapters]
 
     def run(
         self,
@@ -112,7 +113,7 @@ class Trainee:
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        for adapters in adapters_of(self.chunks):
+        for adapters in self.adapters:
             adapters.begin_step()
         loss = self.losses(batches, divisor=trained, forward_only=False)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
@@ -130,9 +131,10 @@ def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return output, torch.zeros((), dtype=torch.int, device=device), output.detach()
 
 
-def _finalize(model: list[Any], _tokens: Tensor | None = None, **options: Any) -> None:
+def _finalize(
+    adapters: list[Adapters], model: list[Any], _tokens: Tensor | None = None, **options: Any
+) -> None:
     # The loss is already divided. With the token count, Megatron would divide all gradients in another pass.
-    adapters = adapters_of(model)
     for each in adapters:
         each.end_step()
     finalize_model_grads(model, None, **options)
@@ -152,14 +154,25 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     model = models.distribute(config, chunks, session)
     optimizer = optimizers.build(spec, model, session)
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = _finalize
+    adapters = adapters_of(chunks)
+    config.finalize_model_grads_func = partial(_finalize, adapters)
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     parameters, trained = _count_parameters(chunks, shape.vocab_size, session)
     state_bytes = trained * checkpoint_bytes(spec, str(session.dtype).removeprefix("torch."))
     clip_grad = spec.optimizer.clip_grad
     return Trainee(
-        shape, config, chunks, model, optimizer, session, clip_grad, parameters, trained, state_bytes
+        shape,
+        config,
+        chunks,
+        model,
+        optimizer,
+        session,
+        clip_grad,
+        parameters,
+        trained,
+        state_bytes,
+        adapters,
     )
 
 
@@ -169,7 +182,7 @@ def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GP
     model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     nothing: Any = None
-    return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0, 0)
+    return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0, 0, [])
 
 
 def _count_parameters(chunks: list[GPTModel], vocab_size: int, session: Session) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class SharePiece(NamedTuple):
 
 
 def content() -> dict[str, Any]:
-    """What Megatron is told of the format when it lists the parts of a checkpoint."""
+    """The format of a checkpoint, as Megatron takes it to list the parts."""
     return dict(CONTENT, dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 

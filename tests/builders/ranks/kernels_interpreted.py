@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sftd.trainer.data.token_keys import TokenKeys, token_keys
 from sftd.trainer.model import cross_entropy_cpu, ops
-from sftd.trainer.model.adapters.dropout import Dropout
+from sftd.trainer.model.adapters.dropout import Dropout, threshold
 from sftd.trainer.model.kernels import cross_entropy, nf4, norm, rotary, swiglu
 from sftd.trainer.model.quantize.nf4 import Quantized, levels
 from sftd.trainer.optimizer import lean_kernel, lean_update
@@ -111,7 +111,9 @@ def check_dropout() -> None:
     x = random(40, 1500) + 9.0
     ours = Dropout(0.3, product=2**31 - 5, first_column=96, part=(0, 1), tokens=TokenKeys())
     here = ours.apply(x, keys)
-    there = kernel.dropped(x.to(DEVICE), keys.to(DEVICE), ours.product, ours.first_column, ours.share)
+    there = kernel.dropped(
+        x.to(DEVICE), keys.to(DEVICE), ours.product, ours.first_column, threshold(0.3), 1 / 0.7
+    )
     assert 0.28 < float((here == 0).float().mean()) < 0.32
     torch.testing.assert_close(there.cpu(), here)
     assert torch.equal(there.cpu() == 0, here == 0)

@@ -121,7 +121,7 @@ def test_random_bits_are_even_and_those_of_another_key_row_column_or_use_are_oth
 
 
 def test_the_bits_are_a_contract() -> None:
-    """A checkpoint of an earlier version goes on with the same bits. Once more in whole numbers, of a place beyond 31 bits."""
+    """A checkpoint of an earlier version continues with the same bits. Once more in whole numbers, of a place beyond 31 bits."""
 
     def mixed(x: int) -> int:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):

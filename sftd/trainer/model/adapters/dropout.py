@@ -39,7 +39,9 @@ class Dropout:
         if x.is_cuda:
             from sftd.trainer.model.kernels.dropout import dropped
 
-            return dropped(x, keys, self.product, self.first_column, self.share)
+            return dropped(
+                x, keys, self.product, self.first_column, threshold(self.share), 1 / (1 - self.share)
+            )
         columns = torch.arange(self.first_column, self.first_column + x.shape[1], device=x.device)
         bits = mix(keys[:, None] ^ mix(columns ^ self.product))
         return torch.where(bits >= threshold(self.share), x / (1 - self.share), 0.0)

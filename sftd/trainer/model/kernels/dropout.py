@@ -34,11 +34,11 @@ def drop(x, keys, out, width, product, first, threshold, gain, BLOCK: tl.constex
     tl.store(out + place, kept.to(out.dtype.element_ty), mask=is_inside)
 
 
-def dropped(x: Tensor, keys: Tensor, product: int, first_column: int, share: float) -> Tensor:
+def dropped(x: Tensor, keys: Tensor, product: int, first_column: int, threshold: int, gain: float) -> Tensor:
     """x [n, in] with dropout; keys: int64 [n]."""
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, width = x.shape
     grid = rows, triton.cdiv(width, _BLOCK)
-    drop[grid](x, keys, out, width, product, first_column, int(share * 2**32), 1 / (1 - share), BLOCK=_BLOCK)
+    drop[grid](x, keys, out, width, product, first_column, threshold, gain, BLOCK=_BLOCK)
     return out
