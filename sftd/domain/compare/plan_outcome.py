@@ -10,7 +10,7 @@ import msgspec
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
-from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.shape import ModelShape, recorded_shape
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.duration import Machine, step_seconds
 from sftd.domain.plan.plan import Plan, PlanInputs, make_plan
@@ -57,7 +57,7 @@ class MeasuredRun(msgspec.Struct, frozen=True):
 def facts(run: Run, submitted: e.RunSubmitted) -> PlanInputs | None:
     """The file facts that submit recorded for the run; None if an older sftd recorded too few."""
     try:
-        shape = msgspec.convert({k: v for k, v in submitted.model.items() if k != "path"}, ModelShape)
+        shape = recorded_shape(submitted.model)
         train = msgspec.convert(submitted.data["train"], DataFacts)
         val = submitted.data.get("val")
         return PlanInputs(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The shape of a model. `attention_bias` is that of the QKV projections. `sliding_window` is the attention span in
     tokens, None if unlimited. `layers_without_rope` are the numbers of the layers whose queries and keys are not rotated.
 
@@ -32,8 +33,6 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool
     hidden_act: str = "silu"
     sliding_window: int | None = None
-    # No family uses it, but every log contains it.
-    mlp_bias: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -46,3 +45,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Type of RoPE scaling; `default` if there is none."""
         scaling = self.rope_scaling or {}
         return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def recorded_shape(model: Mapping[str, Any]) -> ModelShape:
+    """The shape in the `model` of a RunSubmitted, which any version may have written."""
+    return msgspec.convert({key: value for key, value in model.items() if key != "path"}, ModelShape)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import msgspec
-
 from sftd.domain.errors import Problem
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.rules import changed_files
+from sftd.domain.model.shape import ModelShape, recorded_shape
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit.facts import Parent, SubmitFacts
@@ -37,10 +36,10 @@ def changed_model_folder(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 def other_model_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """A checkpoint contains the parameters of the parent's model."""
     if (parent := facts.parent) and parent.checkpoint is not None and facts.shape is not None:
-        now = msgspec.to_builtins(facts.shape)
-        for key, was in parent.model.items():
-            if key in now and key not in _FREE_SHAPE and now[key] != was:
-                what = f"has {key} {now[key]!r}, but the checkpoint is of a model with {was!r}"
+        was = recorded_shape(parent.model)
+        for key in sorted({*ModelShape.__struct_fields__} - _FREE_SHAPE):
+            if getattr(facts.shape, key) != getattr(was, key):
+                what = f"has {key} {getattr(facts.shape, key)!r}, but the checkpoint is of a model with {getattr(was, key)!r}"
                 fix = "a fork must use its parent's model; submit a new run for another model"
                 yield Problem("model.partial_pretrain", what, fix)
 

@@ -39,6 +39,8 @@ SHAPE = ModelShape(
     rms_norm_eps=1e-6,
     rope_theta=1e4,
     rope_scaling=None,
+    # A tuple, which the log holds as a list.
+    layers_without_rope=(3,),
     tie_word_embeddings=False,
     attention_bias=False,
     qk_norm=False,
@@ -76,7 +78,9 @@ MODEL_FILES = ModelFiles({"tokenizer.json": ModelFile(1, "a")}, {"w.safetensors"
 
 
 def parent(checkpoint: int | None = 3, keys: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    plain = {"model": msgspec.to_builtins(SHAPE), "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
+    # As it comes from the log.
+    shape = msgspec.json.decode(msgspec.json.encode(SHAPE))
+    plain = {"model": shape, "model_files": MODEL_FILES, "dtype": "", "is_direct": False}
     plain |= {"run_id": "calm-fox", "may_change_files": False, "checkpoint": checkpoint}
     plain |= {"own_files": MODEL_FILES, "spec": parse(CONFIG, (keys or {}).items())[0]}
     return {"parent": Parent(**plain | fields)}
