@@ -30,6 +30,7 @@ MODELS = (
         "yarn_rope",
         "linear_rope",
     ),
+    *("olmo2", "glm4", "phi3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
 TOKENS = list(range(3, 51))
