@@ -28,7 +28,7 @@ class Key:
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
         """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
-        if self.switch and not config.get(self.switch, True):
+        if self.switch and not config.get(self.switch):
             return None
         names = self.names or (name,)
         value = next((config[key] for key in names if config.get(key) is not None), self.default)
@@ -71,10 +71,28 @@ _FIELDS: dict[str, Any] = {
     "rms_norm_eps": Key(float, default=1e-6),
     "tie_word_embeddings": Key(bool, default=False),
     "hidden_act": Key(str, default="silu"),
-    # Qwen uses the window of its config.json only if use_sliding_window is true; Mistral has no such key.
-    "sliding_window": Key(int, default=None, switch="use_sliding_window"),
+    "sliding_window": Key(int, default=None),
     "attention_bias": False,
     "qk_norm": False,
+}
+
+
+def without_window(types: Sequence[str]) -> tuple[int, ...]:
+    """The layers whose entry in `layer_types` is not `sliding_attention`."""
+    return tuple(number for number, kind in enumerate(types) if kind != "sliding_attention")
+
+
+def _from_window_layers(config: Mapping[str, Any]) -> list[str]:
+    """Qwen's default of `layer_types`: a window from layer `max_window_layers` on."""
+    full, layers = int(config.get("max_window_layers", 28)), int(config["num_hidden_layers"])
+    return ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
+
+
+# Qwen's config.json has a window that is used only if the switch says so.
+_SWITCHED_WINDOW = Key(int, default=None, switch="use_sliding_window")
+_QWEN_WINDOWS = {
+    "sliding_window": _SWITCHED_WINDOW,
+    "layers_without_window": Key(without_window, ("layer_types",), default=_from_window_layers),
 }
 _MLP_BIAS, _ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 _OTHER_EXPERTS = (
@@ -116,6 +134,8 @@ class Family:
             name: how.read(name, config) if isinstance(how, Key) else how
             for name, how in (_FIELDS | dict(self.fields)).items()
         }
+        if fields["sliding_window"] is None:
+            fields.pop("layers_without_window", None)
         return ModelShape(
             architecture=self.architecture,
             rope_theta=theta,
@@ -131,6 +151,12 @@ def _every_fourth(config: Mapping[str, Any]) -> list[int]:
     return [int((number + 1) % interval != 0) for number in range(int(config["num_hidden_layers"]))]
 
 
+def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
+    """SmolLM3's default of `layer_types`."""
+    marks = config.get("no_rope_layers") or _every_fourth(config)
+    return ["full_attention" if mark else "sliding_attention" for mark in marks]
+
+
 def _without(marks: Sequence[Any]) -> tuple[int, ...]:
     """The places of zeros."""
     return tuple(number for number, mark in enumerate(marks) if not mark)
@@ -144,16 +170,20 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Qwen2ForCausalLM",
             model_type="qwen2",
-            fields={"attention_bias": True},
+            fields={"attention_bias": True, **_QWEN_WINDOWS},
             refused=(_MLP_BIAS,),
         ),
-        Family(architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True}),
+        Family(
+            architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True, **_QWEN_WINDOWS}
+        ),
         Family(
             architecture="SmolLM3ForCausalLM",
             model_type="smollm3",
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+                "sliding_window": _SWITCHED_WINDOW,
+                "layers_without_window": Key(without_window, ("layer_types",), default=_windows_without_rope),
             },
         ),
         Family(
@@ -173,6 +203,7 @@ FAMILIES: dict[str, Family] = {
             model_type="qwen3_moe",
             fields={
                 "qk_norm": True,
+                "sliding_window": _SWITCHED_WINDOW,
                 # Published configs have num_experts; configs written by transformers 5 have num_local_experts.
                 "num_experts": Key(int, ("num_experts", "num_local_experts")),
                 "num_experts_per_tok": Key(int, default=8),
