@@ -55,6 +55,24 @@ def _layers_without_window(interval: int) -> Key:
     return Key(_full, ("layer_types",), default=default)
 
 
+def _from_window_layers(config: Mapping[str, Any]) -> list[str]:
+    """Qwen's default of `layer_types`: a window from layer `max_window_layers` on."""
+    full, layers = int(config.get("max_window_layers", 28)), int(config["num_hidden_layers"])
+    return ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
+
+
+def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
+    """SmolLM3's default of `layer_types`."""
+    marks = config.get("no_rope_layers") or _every_fourth(config)
+    return ["full_attention" if mark else "sliding_attention" for mark in marks]
+
+
+# Qwen's config.json has a window that is used only if the switch says so.
+_SWITCHED_WINDOW = Key(int, default=None, switch="use_sliding_window")
+_QWEN_WINDOWS = {
+    "sliding_window": _SWITCHED_WINDOW,
+    "layers_without_window": Key(_full, ("layer_types",), default=_from_window_layers),
+}
 _GEMMA: dict[str, Any] = {
     "hidden_act": Key(str, ("hidden_activation", "hidden_act"), default="gelu_pytorch_tanh"),
     "tie_word_embeddings": Key(bool, default=True),
@@ -89,16 +107,20 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Qwen2ForCausalLM",
             model_type="qwen2",
-            fields={"attention_bias": True},
+            fields={"attention_bias": True, **_QWEN_WINDOWS},
             refused=(MLP_BIAS,),
         ),
-        Family(architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True}),
+        Family(
+            architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True, **_QWEN_WINDOWS}
+        ),
         Family(
             architecture="SmolLM3ForCausalLM",
             model_type="smollm3",
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+                "sliding_window": _SWITCHED_WINDOW,
+                "layers_without_window": Key(_full, ("layer_types",), default=_windows_without_rope),
             },
         ),
         Family(
@@ -218,6 +240,7 @@ FAMILIES: dict[str, Family] = {
             model_type="qwen3_moe",
             fields={
                 "qk_norm": True,
+                "sliding_window": _SWITCHED_WINDOW,
                 # Published configs have num_experts; configs written by transformers 5 have num_local_experts.
                 "num_experts": Key(int, ("num_experts", "num_local_experts")),
                 "num_experts_per_tok": Key(int, default=8),

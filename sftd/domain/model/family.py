@@ -26,7 +26,7 @@ class Key:
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
         """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
-        if self.switch and not config.get(self.switch, True):
+        if self.switch and not config.get(self.switch):
             return None
         names = self.names or (name,)
         value = next((config[key] for key in names if config.get(key) is not None), self.default)
@@ -69,8 +69,7 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": Key(float, default=1e-6),
     "tie_word_embeddings": Key(bool, default=False),
     "hidden_act": Key(str, default="silu"),
-    # Qwen uses the window of its config.json only if use_sliding_window is true; Mistral has no such key.
-    "sliding_window": Key(int, default=None, switch="use_sliding_window"),
+    "sliding_window": Key(int, default=None),
     "attention_bias": False,
     "qk_norm": False,
 }
@@ -108,6 +107,8 @@ class Family:
             name: how.read(name, config) if isinstance(how, Key) else how
             for name, how in (LLAMA | dict(self.fields)).items()
         }
+        if fields["sliding_window"] is None:
+            fields.pop("layers_without_window", None)
         unsupported = [str(option) for option in self.refused if option.is_asked(config)]
         return ModelShape(
             architecture=self.architecture,

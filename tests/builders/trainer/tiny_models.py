@@ -62,6 +62,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    # Windows shorter than the sequences, in all layers and in the last two.
+    "mistral_window": (
+        "MistralForCausalLM",
+        "MistralConfig",
+        {"sliding_window": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    ),
+    "qwen2_window": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
     "smollm3": (
