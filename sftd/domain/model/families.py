@@ -1,6 +1,6 @@
 """The supported model families as data: how a config.json becomes a `ModelShape`, and which options are refused.
 
-The weights and layers of a family are in `trainer/model/families`, in the module named as its `model_type`.
+The trainer reads weights under the names given here (`trainer/model/families`).
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ class Family:
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
-    tensor-parallel rank besides those of Llama and of the shape's options. `feed_forward`: name of a layer's MLP or experts in
+    tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name, that of QKV without `_proj`.
     """
 
     architecture: str
@@ -102,8 +103,10 @@ class Family:
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
