@@ -91,7 +91,7 @@ class Family:
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
-    tensor-parallel rank besides those of Llama and of the shape's options. `feed_forward`: name of a layer's MLP or experts in
+    tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
     """
 
@@ -102,6 +102,7 @@ class Family:
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 

@@ -100,8 +100,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         **experts.config_fields(spec, shape),
         **recompute,
     )
-    # DecoderLayer reads this.
-    config.quantize = spec.model.quantize
+    # DecoderLayer and its parts read these.
+    config.quantize, config.model_shape = spec.model.quantize, shape
     return config
 
 

@@ -22,7 +22,13 @@ class RMSNorm(torch.nn.RMSNorm):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._offset = config.model_shape.norm_offset
+
+    @property
+    def scale(self) -> Tensor:
+        """What the normalised input is multiplied by: the weight, or in FP32 its sum with the family's offset."""
+        return self.weight.float() + self._offset if self._offset else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] → [..., h]."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.scale, self.eps)
