@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,11 +33,11 @@ def _unless_null(key: str, default: float) -> Callable[[Mapping[str, Any]], floa
 
 
 def _root(number: Any) -> float:
-    return float(number) ** 0.5
+    return math.sqrt(float(number))
 
 
 def _rsqrt(number: Any) -> float:
-    return float(number) ** -0.5
+    return math.pow(float(number), -0.5)
 
 
 def _full(types: Sequence[str]) -> tuple[int, ...]:
@@ -207,7 +208,7 @@ FAMILIES: dict[str, Family] = {
                 *(Untrained(f"{part}_pdrop", "dropout") for part in ("resid", "embd")),
             ),
             rope_types=("default", "longrope"),
-            fused={"qkv": "qkv", "gate_up": "gate_up_proj"},
+            fused={"qkv": "qkv_proj", "gate_up": "gate_up_proj"},
         ),
         Family(
             architecture="Ministral3ForCausalLM",

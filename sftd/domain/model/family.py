@@ -84,7 +84,7 @@ class Family:
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
-    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name, that of QKV without `_proj`.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     """
 
     architecture: str
@@ -142,4 +142,4 @@ def _rope(
 
 
 def _is_scaled(rope: Mapping[str, Any]) -> bool:
-    return rope.get("rope_type", rope.get("type", "default")) != "default"
+    return bool(rope.get("rope_type", rope.get("type", "default")) != "default")
