@@ -12,7 +12,9 @@ from typing import Any
 from sftd.domain.model.shape import ModelShape
 
 _REQUIRED: Any = object()
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+_ORIGINAL = "original_max_position_embeddings"
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (_MLP_BIAS, _ATTENTION_BIAS)
     activations: tuple[str, ...] = ("silu",)
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_types: tuple[str, ...] = (
+        *("default", "linear", "llama3", "yarn"),
+        *("dynamic", "longrope", "proportional"),
+    )
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
@@ -129,17 +134,19 @@ class Family:
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
         `ValueError`, `AttributeError` or `ArithmeticError`."""
-        theta, scaling = _rope(config, override)
+        rope = _rope(config, override)
+        if "partial_rotary_factor" not in self.fields:
+            rope.pop("partial_rotary_factor", None)
         fields = {
             name: how.read(name, config) if isinstance(how, Key) else how
             for name, how in (_FIELDS | dict(self.fields)).items()
         }
+        fields |= rope
         if fields["sliding_window"] is None:
             fields.pop("layers_without_window", None)
+            fields.pop("window_rope_theta", None)
         return ModelShape(
             architecture=self.architecture,
-            rope_theta=theta,
-            rope_scaling=scaling,
             unsupported=tuple(str(option) for option in self.refused if option.is_asked(config)),
             **fields,
         )
@@ -227,14 +234,34 @@ def keys_read() -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling or None). transformers 5 writes RoPE settings as one mapping, transformers 4 as two keys. An override
-    takes precedence over both forms."""
+def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of RoPE. transformers 5 writes the settings as one mapping, or as one for each type of layer, transformers 4 as two
+    keys. An override takes precedence over all forms."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    of_types = {kind: dict(rope.pop(kind) or {}) for kind in _LAYER_TYPES if kind in rope}
+    if of_types:
+        rope = dict(of_types.get("full_attention") or of_types["sliding_attention"])
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    found: dict[str, Any] = {}
+    if len(of_types) == 2:
+        local = of_types["sliding_attention"]
+        local_theta = float(local.pop("rope_theta", theta))
+        if local != rope and _is_scaled(local):
+            raise ValueError("layers with a sliding window have a RoPE scaling of their own")
+        is_other = local != rope or local_theta != theta
+        found["window_rope_theta"] = local_theta if is_other else None
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = float(rope["partial_rotary_factor"])
     if "rope_parameters" not in override:
         if "rope_scaling" in override:
             rope = dict(override["rope_scaling"] or {})
         theta = override.get("rope_theta", rope.pop("rope_theta", theta))
-    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return float(theta), rope if is_scaled else None
+    if config.get(_ORIGINAL) and rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
+        # Phi has it beside the scaling.
+        rope[_ORIGINAL] = config[_ORIGINAL]
+    return found | {"rope_theta": float(theta), "rope_scaling": rope if _is_scaled(rope) else None}
+
+
+def _is_scaled(rope: Mapping[str, Any]) -> bool:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return kind != "default" or bool(rope.get("llama_4_scaling_beta"))

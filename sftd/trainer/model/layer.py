@@ -22,7 +22,7 @@ from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
-from sftd.trainer.model.rope import for_layer
+from sftd.trainer.model.rope import for_layer, grown
 
 
 class DecoderLayer(TransformerLayer):
@@ -121,7 +121,7 @@ class DecoderLayer(TransformerLayer):
         )
         is_whole = self.shape.rotary_dim == head_dim and not is_interleaved
         angles = for_layer(angles, self.shape, self.number)
-        if attention.q_layernorm is None and is_rotated and is_whole:
+        if attention.q_layernorm is None and is_rotated and is_whole and angles.dim() == 3:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
@@ -129,6 +129,7 @@ class DecoderLayer(TransformerLayer):
                 q, k = attention.q_layernorm(q), attention.k_layernorm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
+        q = grown(q, layout.positions, self.shape)
         return attention.core_attention(q, k, v, None, packed_seq_params=layout)
 
 

@@ -42,6 +42,14 @@ _YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 4.0,
 }
+# One factor for each of the 8 pairs of a head.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+    "long_factor": [1.0 + 2.0 * pair for pair in range(8)],
+}
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -60,6 +68,36 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "longrope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"num_hidden_layers": 2, "tie_word_embeddings": False, "rope_parameters": _LONGROPE},
+    ),
+    # Longer than what the model was trained with.
+    "dynamic_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "proportional_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     # Windows shorter than the sequences, in all layers and in the last two.

@@ -31,6 +31,9 @@ MODELS = (
         "smollm3",
         "yarn_rope",
         "linear_rope",
+        "longrope",
+        "dynamic_rope",
+        "proportional_rope",
     ),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
