@@ -42,14 +42,6 @@ _YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 4.0,
 }
-# One factor for each of the 8 pairs of a head.
-_LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "original_max_position_embeddings": 32,
-    "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
-    "long_factor": [1.0 + 2.0 * pair for pair in range(8)],
-}
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -68,11 +60,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaForCausalLM",
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    ),
-    "longrope": (
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {"num_hidden_layers": 2, "tie_word_embeddings": False, "rope_parameters": _LONGROPE},
     ),
     # Longer than what the model was trained with.
     "dynamic_rope": (
@@ -122,6 +109,86 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
         {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
+            "initializer_range": 0.2,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {"tie_word_embeddings": False}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        {
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", {"head_dim": 32, "pad_token_id": 0}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "ministral": (
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        {
+            "head_dim": 32,
+            # Its default is a token of the rows, whose embedding transformers would not train.
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
+            "rope_parameters": _YARN
+            | {
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "max_position_embeddings": 256,
+            },
+        },
     ),
     # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
     "llama2": (

@@ -312,7 +312,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         [],
         "model.partial_pretrain",
         "BertModel is not supported",
-        "LlamaForCausalLM",
+        "docs/models.md: llama, ",
     ),
     "override that is not read": (
         nothing,

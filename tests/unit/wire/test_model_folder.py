@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.model.rules import MODEL
+from sftd.domain.model.rules import MODEL, check_architecture
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from tests.builders.paths import ROOT
 from tests.builders.plan.model_configs import DENSE
 
 # As their publishers write them: transformers 4's keys.
@@ -215,8 +217,35 @@ def test_an_unsupported_architecture_is_the_only_problem(tmp_path: Path, config:
     with pytest.raises(Refused) as refused:
         read_shape(folder_of(tmp_path, config), {})
     (problem,) = refused.value.problems
-    assert problem.what == f"{config['architectures'][0]} is not supported"
-    assert problem.fix.startswith("supported: LlamaForCausalLM, ")
+    assert problem.what.startswith(f"{config['architectures'][0]} is not supported")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM"),
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3MoeForCausalLM"),
+        ("Qwen2_5_VLForConditionalGeneration", "Qwen2ForCausalLM"),
+        ("LlamaModel", "LlamaForCausalLM"),
+        # A name that only begins alike is another family.
+        ("GPT2LMHeadModel", None),
+        ("SmolVLMForConditionalGeneration", None),
+        ("_", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_supported_family_has_the_same_name(name: str, nearest: str | None) -> None:
+    problem = check_architecture(name)
+    assert problem is not None
+    what = f"{name} is not supported" if name else "config.json names no architecture"
+    assert problem.what == what + (f"; the nearest supported family is {nearest}" if nearest else "")
+    assert "docs/models.md: llama, mistral, " in problem.fix
+    assert 'docs/architecture.md, "A dense model family"' in problem.fix
+
+
+def test_the_recipe_that_a_refusal_names_exists() -> None:
+    page, heading = re.findall(r'\((docs/[a-z]+\.md), "(.+)"\)', check_architecture("BertModel").fix)[0]  # type: ignore[union-attr]
+    assert f"**{heading}.**" in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("named", [None, [], "LlamaForCausalLM", {}])
