@@ -22,7 +22,7 @@ from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
-from sftd.trainer.model.rope import for_layer
+from sftd.trainer.model.rope import for_layer, grown
 
 
 class DecoderLayer(TransformerLayer):
@@ -124,7 +124,7 @@ class DecoderLayer(TransformerLayer):
         q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
         if self.shape.qk_norm_over_heads:
             q_norm, k_norm = self.query_norm, self.key_norm
-        if q_norm is None and is_rotated and is_whole:
+        if q_norm is None and is_rotated and is_whole and angles.dim() == 3:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
@@ -132,6 +132,7 @@ class DecoderLayer(TransformerLayer):
                 q, k = q_norm(q), k_norm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
+        q = grown(q, layout.positions, self.shape)
         return attention.core_attention(q, k, v, None, packed_seq_params=layout)
 
 

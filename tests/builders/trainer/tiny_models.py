@@ -61,6 +61,31 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    # Longer than what the model was trained with.
+    "dynamic_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "proportional_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     # Windows shorter than the sequences, in all layers and in the last two.
     "mistral_window": (
@@ -130,9 +155,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "pad_token_id": 0,
             "rope_parameters": {
-                "rope_type": "default",
+                "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
             },
         },
     ),
@@ -150,6 +178,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Ministral3Config",
         {
             "head_dim": 32,
+            # Its default is a token of the rows, whose embedding transformers would not train.
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
             "rope_parameters": _YARN
             | {
                 "mscale": 1.0,

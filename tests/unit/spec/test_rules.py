@@ -224,8 +224,8 @@ REFUSED: dict[str, list[Row]] = {
     "other_rope": [
         Row(
             "model.partial_pretrain",
-            "'longrope' is not supported",
-            shape={"rope_scaling": {"type": "longrope"}},
+            "'axial' is not supported",
+            shape={"rope_scaling": {"type": "axial"}},
         )
     ],
     "layers_not_divided_by_tp": [
