@@ -30,7 +30,8 @@ TP2, PP2, CP2, EP2 = (
 LAYOUTS: dict[str, dict[str, Any]] = {
     name: ONE_RANK | {"training__use_rmpad": True} | layout
     for name, layout in {
-        "TP": TP2 | {MEGATRON + "sequence_parallel": True},
+        "TP": TP2,
+        "TP+SP": TP2 | {MEGATRON + "sequence_parallel": True},
         "PP": PP2,
         "CP": CP2,
         "EP": EP2,

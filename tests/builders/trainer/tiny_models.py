@@ -67,7 +67,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm3": (
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
-        {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+        {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
     ),
     # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
     "llama2": (
