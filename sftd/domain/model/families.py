@@ -87,7 +87,7 @@ _OTHER_EXPERTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one `architecture` and `model_type`, as config.json names them.
+    """Models of one `architecture` and `model_type`, as config.json names them. `models`: what they are called.
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
@@ -98,6 +98,7 @@ class Family:
 
     architecture: str
     model_type: str
+    models: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (_MLP_BIAS, _ATTENTION_BIAS)
     activations: tuple[str, ...] = ("silu",)
@@ -124,6 +125,16 @@ class Family:
             **fields,
         )
 
+    def config_keys(self) -> list[str]:
+        """The keys of config.json that the family reads beside those of RoPE."""
+        read = [
+            key
+            for name, how in (_FIELDS | dict(self.fields)).items()
+            if isinstance(how, Key)
+            for key in (*(how.names or (name,)), how.switch)
+        ]
+        return [*filter(None, read), *(option.key for option in self.refused)]
+
 
 def _every_fourth(config: Mapping[str, Any]) -> list[int]:
     """SmolLM3's default of `no_rope_layers`."""
@@ -139,8 +150,16 @@ def _without(marks: Sequence[Any]) -> tuple[int, ...]:
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family(architecture="LlamaForCausalLM", model_type="llama"),
-        Family(architecture="MistralForCausalLM", model_type="mistral"),
+        Family(
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            models="Llama 2, 3, 3.1, 3.2 and 3.3, SmolLM and SmolLM2, TinyLlama, Yi",
+        ),
+        Family(
+            architecture="MistralForCausalLM",
+            model_type="mistral",
+            models="Mistral 7B, Mistral Nemo, Mistral Small 3 as a text model",
+        ),
         Family(
             architecture="Qwen2ForCausalLM",
             model_type="qwen2",
@@ -187,13 +206,8 @@ FAMILIES: dict[str, Family] = {
 
 def keys_read() -> list[str]:
     """The keys of config.json that at least one family reads. An override of any other key would have no effect."""
-    names = ["architectures", *ROPE_KEYS]
-    for family in FAMILIES.values():
-        for name, how in (_FIELDS | dict(family.fields)).items():
-            if isinstance(how, Key):
-                names += [*(how.names or (name,)), *([how.switch] if how.switch else [])]
-        names += [option.key for option in family.refused]
-    return list(dict.fromkeys(names))
+    read = (key for family in FAMILIES.values() for key in family.config_keys())
+    return list(dict.fromkeys(["architectures", *ROPE_KEYS, *read]))
 
 
 def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
