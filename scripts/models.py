@@ -14,7 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sftd.domain.model.adapter_rules import uneven_blocks
-from sftd.domain.model.families import FAMILIES, ROPE_KEYS, Family, Key
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import ROPE_KEYS, Family, Key
 from sftd.domain.model.shape import ModelShape
 from tests.builders.trainer.experts import MODEL as EXPERTS
 from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, refusal, spec_of

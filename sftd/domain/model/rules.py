@@ -105,14 +105,6 @@ def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(_MODEL, what, f"use a model with {' or '.join(known)} layers")
 
 
-def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer attends to the whole sequence."""
-    length, window = spec.data.sequence_length, shape.sliding_window
-    if window is not None and length > window:
-        what = f"{length} is more than the {window} tokens of the model's sliding window"
-        yield Problem(_LENGTH, what, f"set it to {window} or less")
-
-
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The trainer supports only some RoPE scalings."""
     known = FAMILIES[shape.architecture].rope_types
@@ -168,7 +160,6 @@ MODEL = Rules(
         experts_not_divided,
         experts_of_a_whole_sequence,
         other_activation,
-        longer_than_window,
         other_rope,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,

@@ -370,13 +370,6 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "hidden_act 'gelu'",
         "silu",
     ),
-    "longer than the sliding window": (
-        shape(sliding_window=16),
-        [],
-        "data.sequence_length",
-        "sliding window",
-        "16 or less",
-    ),
     "model config without sizes": (
         shape(hidden_size=None),
         [],

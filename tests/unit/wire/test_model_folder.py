@@ -111,7 +111,6 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
         (QWEN3_MOE | {"num_experts_per_tok": 1}, [], "model.partial_pretrain", "1 of 6 experts"),
         (QWEN3_MOE | {"attention_bias": True}, [], "model.partial_pretrain", "attention_bias"),
         (MIXTRAL | {"router_jitter_noise": 0.1}, [], "model.partial_pretrain", "router_jitter_noise"),
-        (MIXTRAL | {"sliding_window": 1024}, [], "data.sequence_length", "1024 or less"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -292,5 +291,23 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (6, 8, 48)
     assert not shape.norm_topk_prob
     window = DENSE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
-    assert read_shape(folder_of(tmp_path, window), {}).sliding_window == 128
-    assert read_shape(folder_of(tmp_path, window | {"use_sliding_window": False}), {}).sliding_window is None
+    assert read_shape(folder_of(tmp_path, window), {}).sliding_window is None
+
+
+def test_each_layer_has_the_window_that_transformers_gives_it(tmp_path: Path) -> None:
+    def windows(architecture: str, **more: Any) -> list[int | None]:
+        config = (
+            DENSE | {"architectures": [architecture], "num_hidden_layers": 4, "sliding_window": 128} | more
+        )
+        shape = read_shape(folder_of(tmp_path, config), {})
+        return [shape.window(layer) for layer in range(4)]
+
+    assert windows("MistralForCausalLM") == [128] * 4
+    switch = {"use_sliding_window": True}
+    assert windows("Qwen2ForCausalLM", max_window_layers=3, **switch) == [None, None, None, 128]
+    assert windows("Qwen3ForCausalLM", **switch) == [None] * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types, **switch) == [128, None] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types) == [None] * 4
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2, **switch) == [None, 128] * 2
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2) == [None] * 4

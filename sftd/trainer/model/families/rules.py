@@ -103,9 +103,14 @@ def attention_rules(shape: ModelShape) -> list[Rule]:
     if shape.output_bias:
         rules.append(Rule("self_attention.linear_proj.bias", ("o_proj.bias",)))
     if shape.qk_norm:
-        cut: Cut = "rows" if shape.qk_norm_over_heads else "whole"
-        rules += [Rule(f"self_attention.{x}_layernorm.weight", (f"{x}_norm.weight",), cut) for x in "qk"]
+        rules += _qk_norms(shape)
     return [rule.below("", "self_attn.") for rule in rules]
+
+
+def _qk_norms(shape: ModelShape) -> list[Rule]:
+    if shape.qk_norm_over_heads:
+        return [Rule(f"{x}_norm.weight", (f"{x[0]}_norm.weight",), "rows") for x in ("query", "key")]
+    return [Rule(f"self_attention.{x}_layernorm.weight", (f"{x}_norm.weight",)) for x in "qk"]
 
 
 def _qkv_rows(shape: ModelShape) -> tuple[int, ...]:
