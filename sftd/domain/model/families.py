@@ -134,6 +134,25 @@ def _without(marks: Sequence[Any]) -> tuple[int, ...]:
     return tuple(number for number, mark in enumerate(marks) if not mark)
 
 
+def _rotary_factor(config: Mapping[str, Any]) -> float:
+    """Qwen3.5's share of rotated dimensions, which transformers 5 writes among the RoPE settings."""
+    return float((config.get("rope_parameters") or {}).get("partial_rotary_factor", 0.25))
+
+
+def _three_of_four(config: Mapping[str, Any]) -> list[str]:
+    """Qwen3.5's default of `layer_types`."""
+    interval = int(config.get("full_attention_interval", 4))
+    return [
+        "full_attention" if (number + 1) % interval == 0 else "linear_attention"
+        for number in range(int(config["num_hidden_layers"]))
+    ]
+
+
+def _linear(types: Sequence[str]) -> tuple[int, ...]:
+    """The places of layers without attention in `layer_types`."""
+    return tuple(number for number, kind in enumerate(types) if kind == "linear_attention")
+
+
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
@@ -152,6 +171,23 @@ FAMILIES: dict[str, Family] = {
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+            },
+        ),
+        Family(
+            architecture="Qwen3_5ForCausalLM",
+            model_type="qwen3_5_text",
+            fields={
+                "head_dim": Key(int, default=256),
+                "qk_norm": True,
+                "norm_offset": 1.0,
+                "attention_gate": True,
+                "partial_rotary_factor": Key(float, default=_rotary_factor),
+                "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four),
+                "delta_key_heads": Key(int, ("linear_num_key_heads",), default=16),
+                "delta_value_heads": Key(int, ("linear_num_value_heads",), default=32),
+                "delta_key_dim": Key(int, ("linear_key_head_dim",), default=128),
+                "delta_value_dim": Key(int, ("linear_value_head_dim",), default=128),
+                "delta_kernel": Key(int, ("linear_conv_kernel_dim",), default=4),
             },
         ),
         Family(

@@ -51,14 +51,19 @@ def training_flops(
     6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
+    A gated delta net has instead of the second term 18 · value heads · d · e for each token: its recurrence reads, writes and reads
+    a state of d × e, two operations for each element, and backward takes twice that.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
 
     With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
     parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted. Layers before
     the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
-    attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    nets = len(shape.delta_layers)
+    attention = 6 * (shape.num_hidden_layers - nets) * shape.num_attention_heads * shape.head_dim
+    recurrences = 18 * nets * shape.delta_value_heads * shape.delta_key_dim * shape.delta_value_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+    found += float(recurrences) * tokens
     if model is None:
         return found
     idle = idle_layers(model, shape) / shape.num_hidden_layers

@@ -72,7 +72,7 @@ class DecoderLayer(TransformerLayer):
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
-            qkv, _bias = self.self_attention.linear_qkv(normed)
+            qkv = self.project_in(normed)
         added = self.project(self.attend(qkv, rotary_pos_emb, packed_seq_params))
         if self.post_attention_norm is not None:
             added = self.post_attention_norm(added)
@@ -81,6 +81,11 @@ class DecoderLayer(TransformerLayer):
         if self.post_mlp_norm is not None:
             added = self.post_mlp_norm(added)
         return residual + added, None
+
+    def project_in(self, normed: Tensor) -> Tensor:
+        """Projection of attention's input: [s, b, h] → [s, b, …]."""
+        qkv, _bias = self.self_attention.linear_qkv(normed)
+        return cast(Tensor, qkv)
 
     def project(self, attended: Tensor) -> Tensor:
         """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
@@ -121,15 +126,19 @@ class DecoderLayer(TransformerLayer):
         )
         is_whole = self.shape.rotary_dim == head_dim and not is_interleaved
         angles = for_layer(angles, self.shape, self.number)
-        if attention.q_layernorm is None and is_rotated and is_whole:
+        gate = None
+        if attention.q_layernorm is None and is_rotated and is_whole and not self.shape.attention_gate:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
+            if self.shape.attention_gate:
+                q, gate = q.unflatten(2, (-1, 2)).unbind(3)
             if attention.q_layernorm is not None:
                 q, k = attention.q_layernorm(q), attention.k_layernorm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
-        return attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        out = attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        return out if gate is None else out * gate.flatten(2).sigmoid()
 
 
 def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,11 @@ def fill(
     parameter: Tensor, rule: Rule, folder: Folder, padded_vocabulary: int, shape: ModelShape, layout: Layout
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
-    pieces = [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in rule.sources]
+    sources, pieces = rule.sources, []
+    if rule.how.stacked is not None:
+        pieces = _read_stack(folder, sources[0], rule.how.stacked(shape), layout)
+        sources = sources[1:]
+    pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
     value = rule.how.join(pieces, shape)
     if parameter.shape != value.shape:
         raise UserError(
@@ -118,6 +122,19 @@ def _read(
         return _vocabulary_rows(folder, name, padded_vocabulary // layout.tp, shape, layout)
     dim = {"whole": None, "rows": 0, "columns": 1}[cut]
     return folder.read(name, dim, (layout.tp_rank, layout.tp))
+
+
+def _read_stack(folder: Folder, name: str, sizes: Sequence[int], layout: Layout) -> list[Tensor]:
+    """This rank's rows of each of the matrices that a tensor holds one below the other."""
+    if (found := folder.rows(name)) != sum(sizes):
+        raise UserError(f"{folder.path}: {name} has {found} rows, but config.json specifies {sum(sizes)}")
+    parts, first = [], 0
+    for size in sizes:
+        own = size // layout.tp
+        start = first + layout.tp_rank * own
+        parts.append(folder.read_rows(name, start, start + own))
+        first += size
+    return parts
 
 
 def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, layout: Layout) -> Tensor:

@@ -58,3 +58,19 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
         optimizer.step()
         losses.append(total)
     return losses, norms
+
+
+def answer_of_transformers(folder: str, text: str) -> tuple[str, int]:
+    """The first tokens, at most 8, that the pretrained model of `folder` writes after a text, and their number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
+    return tokenizer.decode(answer, skip_special_tokens=True), len(answer)

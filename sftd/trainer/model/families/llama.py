@@ -27,9 +27,11 @@ FEED_FORWARD = (
 # fmt: on
 
 
-def dense(*more: Rule) -> Callable[[ModelShape, int, range], list[Rule]]:
+def dense(
+    *more: Rule, attention: tuple[Rule, ...] = ATTENTION
+) -> Callable[[ModelShape, int, range], list[Rule]]:
     """The rules of a layer with Llama's parameters, plus `more`."""
-    rules = [*ATTENTION, *more, *(rule.below("mlp.", "mlp.") for rule in FEED_FORWARD)]
+    rules = [*attention, *more, *(rule.below("mlp.", "mlp.") for rule in FEED_FORWARD)]
     return lambda shape, layer, experts: rules
 
 

@@ -15,25 +15,35 @@ from sftd.domain.model.shape import ModelShape
 @dataclass(frozen=True)
 class Join:
     """Conversion between tensors of the folder and one parameter. `join` accepts whole tensors or this rank's shares of
-    them; `split` accepts the whole parameter."""
+    them; `split` accepts the whole parameter. `stacked`: rows of the matrices that the first tensor of the folder holds one below the
+    other; each is cut, and given to `join`, by itself."""
 
     join: Callable[[list[Tensor], ModelShape], Tensor]
     split: Callable[[Tensor, ModelShape], list[Tensor]]
+    stacked: Callable[[ModelShape], tuple[int, ...]] | None = None
+
+
+def interleave(parts: list[Tensor], groups: int) -> Tensor:
+    """Matrices or vectors, each of equal groups of rows → for each group its rows of all."""
+    rest = parts[0].shape[1:]
+    return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
 
 
 def _interleave_groups(parts: list[Tensor], shape: ModelShape) -> Tensor:
     """q, k, v rows → the layout of Megatron's linear_qkv: for each query group its queries, its key and its value."""
-    rest = parts[0].shape[1:]
-    groups = parts[1].shape[0] // shape.head_dim
-    return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
+    return interleave(parts, parts[1].shape[0] // shape.head_dim)
 
 
 def _separate_groups(whole: Tensor, shape: ModelShape) -> list[Tensor]:
     """Inverse of `_interleave_groups`, for all groups."""
-    rest, queries = whole.shape[1:], shape.num_attention_heads // shape.num_key_value_heads
-    groups = whole.reshape(shape.num_key_value_heads, (queries + 2) * shape.head_dim, *rest)
-    sizes = [queries * shape.head_dim, shape.head_dim, shape.head_dim]
-    return [part.reshape(-1, *rest) for part in groups.split(sizes, dim=1)]
+    queries = shape.query_heads // shape.num_key_value_heads
+    return separate(whole, [queries * shape.head_dim, shape.head_dim, shape.head_dim])
+
+
+def separate(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Inverse of `interleave`, given the rows that a group has of each part."""
+    groups = whole.unflatten(0, (-1, sum(sizes))).split(tuple(sizes), dim=1)
+    return [part.flatten(0, 1) for part in groups]
 
 
 ONE = Join(lambda parts, shape: parts[0], lambda whole, shape: [whole])
