@@ -50,9 +50,12 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     family = FAMILIES[shape.architecture]
     found = [
         *(Weight(f"{norm}.weight", h) for norm in family.norms),
-        Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
-        Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
-        Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        *_joined(
+            f"self_attn.{family.fused['qkv']}_proj" if "qkv" in family.fused else "",
+            Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
+            Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
+            Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        ),
         Weight("self_attn.o_proj.weight", h, heads, "columns", "o"),
     ]
     if shape.attention_bias:
@@ -78,8 +81,11 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     gate, up, down = family.projections
     return [
         *found,
-        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
-        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        *_joined(
+            f"{below}.{family.fused['gate_up']}" if "gate_up" in family.fused else "",
+            Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
+            Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        ),
         Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
     ]
 
@@ -100,6 +106,13 @@ def _delta_net(shape: ModelShape) -> list[Weight]:
         Weight("linear_attn.norm.weight", shape.delta_value_dim),
         Weight("linear_attn.out_proj.weight", h, values, "columns", "o"),
     ]
+
+
+def _joined(name: str, *parts: Weight) -> list[Weight]:
+    """The parts, or with a name the one weight that they are in the folder, which adapters do not know."""
+    if not name:
+        return list(parts)
+    return [Weight(f"{name}.weight", sum(part.rows for part in parts), parts[0].columns, parts[0].cut)]
 
 
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:

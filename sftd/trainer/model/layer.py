@@ -19,7 +19,7 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
-from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
 from sftd.trainer.model.rope import for_layer
@@ -33,10 +33,6 @@ class DecoderLayer(TransformerLayer):
     third less memory for a few elementwise passes.
     """
 
-    # Norms of what attention and MLP add to the residual stream.
-    post_attention_norm: RMSNorm | None = None
-    post_mlp_norm: RMSNorm | None = None
-
     # With adapters: where their products look for the keys of a micro-batch's tokens.
     dropout_keys: TokenKeys | None = None
 
@@ -45,10 +41,14 @@ class DecoderLayer(TransformerLayer):
         shape = self.shape = config.model_shape
         # Megatron counts from 1, and over all stages.
         self.number = self.layer_number - 1
-        if shape.norm_place != "before":
-            self.post_attention_norm, self.post_mlp_norm = (
-                RMSNorm(config, shape.hidden_size, shape.rms_norm_eps) for _ in range(2)
-            )
+        # Norms of what attention and MLP add to the residual stream.
+        self.post_attention_norm, self.post_mlp_norm = (
+            None if shape.norm_place == "before" else RMSNorm(config, shape.hidden_size, shape.rms_norm_eps)
+            for _ in range(2)
+        )
+        if shape.qk_norm_over_heads:
+            self.query_norm = HeadsNorm(config, shape.num_attention_heads)
+            self.key_norm = HeadsNorm(config, shape.num_key_value_heads)
         if config.quantize != "none":
             # Here, so that no more than one layer's weights are in memory as they are.
             products.empty(self)
@@ -126,15 +126,18 @@ class DecoderLayer(TransformerLayer):
         )
         is_whole = self.shape.rotary_dim == head_dim and not is_interleaved
         angles = for_layer(angles, self.shape, self.number)
+        q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
+        if self.shape.qk_norm_over_heads:
+            q_norm, k_norm = self.query_norm, self.key_norm
         gate = None
-        if attention.q_layernorm is None and is_rotated and is_whole and not self.shape.attention_gate:
+        if q_norm is None and is_rotated and is_whole and not self.shape.attention_gate:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
             if self.shape.attention_gate:
                 q, gate = q.unflatten(2, (-1, 2)).unbind(3)
-            if attention.q_layernorm is not None:
-                q, k = attention.q_layernorm(q), attention.k_layernorm(k)
+            if q_norm is not None:
+                q, k = q_norm(q), k_norm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
         out = attention.core_attention(q, k, v, None, packed_seq_params=layout)
@@ -151,14 +154,15 @@ def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]
 
 def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer) -> Any:
     """Megatron's layer spec with layers of class `module`."""
+    is_normed = shape.qk_norm and not shape.qk_norm_over_heads
     spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+        num_experts=shape.num_experts or None, qk_layernorm=is_normed, normalization="RMSNorm"
     )
     spec.module = module
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp if shape.norm_place == "after" else RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
-    if shape.qk_norm:
+    if is_normed:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

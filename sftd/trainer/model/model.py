@@ -69,7 +69,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
         attention_output_gate=shape.attention_gate,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.qk_norm and not shape.qk_norm_over_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Every parameter is loaded, so random values would be wasted.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def fill(
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
     sources, pieces = rule.sources, []
-    if rule.how.stacked is not None:
-        pieces = _read_stack(folder, sources[0], rule.how.stacked(shape), layout)
+    if rule.parts is not None:
+        pieces = list(_read_parts(folder, rule, shape, layout))
         sources = sources[1:]
     pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
     value = rule.how.join(pieces, shape)
@@ -124,17 +125,16 @@ def _read(
     return folder.read(name, dim, (layout.tp_rank, layout.tp))
 
 
-def _read_stack(folder: Folder, name: str, sizes: Sequence[int], layout: Layout) -> list[Tensor]:
-    """This rank's rows of each of the matrices that a tensor holds one below the other."""
+def _read_parts(folder: Folder, rule: Rule, shape: ModelShape, layout: Layout) -> Iterator[Tensor]:
+    """This rank's share of each of the tensors that the rule's first source joins."""
+    assert rule.parts is not None
+    name, sizes = rule.sources[0], rule.parts(shape)
     if (found := folder.rows(name)) != sum(sizes):
         raise UserError(f"{folder.path}: {name} has {found} rows, but config.json specifies {sum(sizes)}")
-    parts, first = [], 0
-    for size in sizes:
-        own = size // layout.tp
-        start = first + layout.tp_rank * own
-        parts.append(folder.read_rows(name, start, start + own))
-        first += size
-    return parts
+    rank, ranks = (layout.tp_rank, layout.tp) if rule.cut == "rows" else (0, 1)
+    for first, size in zip(accumulate((0, *sizes)), sizes, strict=False):
+        share = size // ranks
+        yield folder.read_rows(name, first + rank * share, first + (rank + 1) * share)
 
 
 def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, layout: Layout) -> Tensor:

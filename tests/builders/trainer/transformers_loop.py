@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -11,8 +12,8 @@ from sftd.trainer.data.sample_order import SampleOrder
 from tests.builders.trainer.trainers import Run
 
 
-def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
+def reference(run: Run, steps: int) -> tuple[list[float], list[float], Any]:
+    """Losses, gradient norms and the trained model of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
     spec = run.attempt.order().spec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,20 +58,4 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
             group["lr"] = learning_rate(step, spec, planned)
         optimizer.step()
         losses.append(total)
-    return losses, norms
-
-
-def answer_of_transformers(folder: str, text: str) -> tuple[str, int]:
-    """The first tokens, at most 8, that the pretrained model of `folder` writes after a text, and their number."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import torch
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
-            0, prompt["input_ids"].shape[1] :
-        ]
-    return tokenizer.decode(answer, skip_special_tokens=True), len(answer)
+    return losses, norms, model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from sftd.domain.log.events import (
 )
 from sftd.trainer.data.sample_order import SampleOrder, samples_digest
 from tests.builders.trainer.tiny_models import real_model
-from tests.builders.trainer.transformers_loop import answer_of_transformers, reference
+from tests.builders.trainer.transformers_loop import reference
 
 if TYPE_CHECKING:
     from tests.builders.trainer.trainers import Run, Trainer
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def test_equals_a_plain_pytorch_loop(trainer: Trainer, base: Run, rows: str) -> None:
     packed = {"training__use_rmpad": True, "training__micro_batch_size_per_gpu": 4, "data__val_files": []}
     run = base if rows == "padded" else trainer.run("packed", **packed)
-    losses, norms = reference(run, 5)
+    losses, norms, _ = reference(run, 5)
     steps = run.events(StepCompleted)[:5]
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
@@ -57,7 +58,7 @@ def test_a_real_model_equals_a_plain_pytorch_loop(trainer: Trainer) -> None:
         trainer__save_interval=0,
     )
     shutil.rmtree(run.attempt.order().checkpoint_dir)
-    losses, norms = reference(run, 5)
+    losses, norms, _ = reference(run, 5)
     steps = run.events(StepCompleted)
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-4)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
@@ -91,6 +92,22 @@ def test_validation_and_samples_leave_training_alone(trainer: Trainer, base: Run
     assert not quiet.events(ValidationCompleted)
     exact = [(s.loss, s.grad_norm) for s in base.events(StepCompleted)]
     assert [(s.loss, s.grad_norm) for s in quiet.events(StepCompleted)] == exact
+
+
+def answer_of_transformers(folder: str, text: str) -> tuple[str, int]:
+    """The first tokens, at most 8, that the pretrained model of `folder` writes after a text, and their number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[
+            0, prompt["input_ids"].shape[1] :
+        ]
+    return tokenizer.decode(answer, skip_special_tokens=True), len(answer)
 
 
 def test_first_answer_is_the_one_of_transformers(base: Run) -> None:
