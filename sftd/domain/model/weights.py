@@ -53,7 +53,7 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
         *(Weight(f"{norm}.weight", h) for norm in family.norms),
         *_joined(
             f"self_attn.{family.fused['qkv']}" if "qkv" in family.fused else "",
-            Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
+            Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
             Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
             Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
         ),
@@ -73,6 +73,8 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
         ]
     elif shape.qk_norm:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
+    if layer in shape.delta_layers:
+        found = found[: len(family.norms)] + _delta_net(shape)
     below, f = family.feed_forward, shape.intermediate_size
     if shape.num_experts:
         found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
@@ -86,6 +88,24 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
             Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
         ),
         Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
+
+
+def _delta_net(shape: ModelShape) -> list[Weight]:
+    """What a gated delta net has in the place of attention."""
+    h, heads = shape.hidden_size, shape.delta_value_heads
+    values = heads * shape.delta_value_dim
+    convolved = 2 * shape.delta_key_heads * shape.delta_key_dim + values
+    return [
+        Weight("linear_attn.in_proj_qkv.weight", convolved, h, "rows"),
+        Weight("linear_attn.in_proj_z.weight", values, h, "rows"),
+        Weight("linear_attn.in_proj_b.weight", heads, h, "rows"),
+        Weight("linear_attn.in_proj_a.weight", heads, h, "rows"),
+        Weight("linear_attn.conv1d.weight", convolved, shape.delta_kernel, "rows"),
+        Weight("linear_attn.A_log", heads, 1, "rows"),
+        Weight("linear_attn.dt_bias", heads, 1, "rows"),
+        Weight("linear_attn.norm.weight", shape.delta_value_dim),
+        Weight("linear_attn.out_proj.weight", h, values, "columns", "o"),
     ]
 
 

@@ -110,6 +110,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "SmolLM3Config",
         {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
     ),
+    # Layer 1 has attention; three values for each key of the delta nets.
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+            "pad_token_id": 0,
+        },
+    ),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",

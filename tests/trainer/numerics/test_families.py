@@ -19,7 +19,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.log.events import SampleGenerated, StepCompleted
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
-from sftd.domain.model.weights import folder_names, layer_weights
+from sftd.domain.model.weights import folder_names, layer_kinds
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
@@ -104,7 +104,7 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {weight.name: weight.rows * weight.columns for weight in layer_weights(shape)}
+    sizes = {w.name: w.rows * w.columns for weights, _ in layer_kinds(shape) for w in weights}
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))

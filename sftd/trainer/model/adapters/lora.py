@@ -81,7 +81,7 @@ def _rows(
     if projections[0] != "q":
         each = height // len(projections)
         return 1, {name: (i * each, each) for i, name in enumerate(projections)}
-    d, queries = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
+    d, queries = shape.head_dim, shape.query_heads // shape.num_key_value_heads
     rows = {"q": (0, queries * d), "k": (queries * d, d), "v": ((queries + 1) * d, d)}
     return height // ((queries + 2) * d), rows
 
