@@ -79,17 +79,18 @@ MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one `architecture` and `model_type`, as config.json names them.
+    """Models of one `architecture` and `model_type`, as config.json names them. `models`: what people call them.
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
-    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name, that of QKV without `_proj`.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     """
 
     architecture: str
     model_type: str
+    models: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (MLP_BIAS, ATTENTION_BIAS)
     activations: tuple[str, ...] = ("silu",)
@@ -103,6 +104,16 @@ class Family:
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     fused: Mapping[str, str] = field(default_factory=dict)
+
+    def config_keys(self) -> list[str]:
+        """The keys of config.json that the family reads beside those of RoPE."""
+        read = [
+            key
+            for name, how in (LLAMA | dict(self.fields)).items()
+            if isinstance(how, Key)
+            for key in (*(how.names or (name,)), how.switch)
+        ]
+        return [*filter(None, read), *(option.key for option in self.refused)]
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
@@ -156,4 +167,4 @@ def _rope(
 
 def _is_scaled(rope: Mapping[str, Any]) -> bool:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    return kind != "default" or bool(rope.get("llama_4_scaling_beta"))
+    return bool(kind != "default" or rope.get("llama_4_scaling_beta"))

@@ -17,10 +17,11 @@ from sftd.trainer.data.upload import upload
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the first `length` tokens, by layer number: each [1, groups, length, head_dim]."""
+    """What layers keep of the first `length` tokens, by layer number: keys and values, each [1, groups, length, head_dim], or the
+    projections [length, 1, …] of a gated delta net."""
 
     length: int = 0
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
+        attention_output_gate=shape.attention_gate,
         qk_layernorm=shape.qk_norm and not shape.qk_norm_over_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -95,8 +96,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
-        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen.
-        hetereogenous_dist_checkpoint=bool(spec.model.freeze),
+        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or absent.
+        hetereogenous_dist_checkpoint=bool(spec.model.freeze or shape.delta_layers),
         **experts.config_fields(spec, shape),
         **recompute,
     )

@@ -108,7 +108,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm3": (
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
-        {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+        {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
+    ),
+    # Layer 1 has attention; three values for each key of the delta nets.
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+            "pad_token_id": 0,
+        },
     ),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -250,6 +264,14 @@ WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> Any:
+    """The transformers config of a tiny model."""
+    import transformers
+
+    _, config, extra = models[name]
+    return getattr(transformers, config)(**_SIZES | extra)
+
+
 def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
     """Write tiny models into a folder."""
     with warnings.catch_warnings():
@@ -267,9 +289,9 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
         )
         fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
-        for name, (model, config, extra) in models.items():
+        for name, (model, _, _) in models.items():
             torch.manual_seed(7)
-            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
+            network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
                 for parameter in network.parameters():

@@ -4,6 +4,7 @@ families that sftd has train and answer as in transformers, and in each layout a
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import warnings
@@ -18,12 +19,12 @@ from sftd.domain.errors import Refused
 from sftd.domain.log.events import SampleGenerated, StepCompleted
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
-from sftd.domain.model.weights import folder_names, layer_weights
+from sftd.domain.model.weights import folder_names, layer_kinds
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
-from tests.builders.paths import RANKS
+from tests.builders.paths import RANKS, ROOT
 from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
 from tests.builders.trainer.adapters import assert_same_steps
 from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, ONE_RANK, refusal
@@ -103,7 +104,7 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {weight.name: weight.rows * weight.columns for weight in layer_weights(shape)}
+    sizes = {w.name: w.rows * w.columns for weights, _ in layer_kinds(shape) for w in weights}
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))
@@ -155,6 +156,11 @@ def test_an_export_has_every_bit_that_was_loaded(trainer: Trainer, trained: Run,
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 def test_each_family_is_compared_with_transformers(family: Any) -> None:
     assert family.architecture in FIRST
+
+
+def test_the_page_of_the_models_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "scripts/models.py"))["markdown"]()
+    assert (ROOT / "docs/models.md").read_text() == made, "python scripts/models.py > docs/models.md"
 
 
 @pytest.fixture(scope="module")

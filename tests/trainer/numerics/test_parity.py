@@ -29,6 +29,7 @@ MODELS = (
         "qwen2_untied",
         "qwen3",
         "smollm3",
+        "qwen3_5",
         "yarn_rope",
         "linear_rope",
         "dynamic_rope",
