@@ -179,15 +179,16 @@ def _loss_bytes(
     around += 2 * width * h * trained
     row_bytes = padded_vocabulary(shape.vocab_size, tp) // tp * width
     rows: int = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
-    # One chunk at a time; on a CPU exp needs a copy.
-    copies = 2 if device == "cpu" else 1
+    # One chunk at a time; on a CPU exp needs a copy. The slope of soft-capped logits is as large.
+    copies = (2 if device == "cpu" else 1) + (shape.logit_softcap is not None)
     return around + copies * rows * row_bytes
 
 
 def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> float:
     """Bytes of the scores' gradient in deterministic attention, which applies to padded rows in half precision."""
     m = spec.model.megatron
-    if not spec.training.deterministic or spec.training.use_rmpad or width != 2:
+    has_options = shape.attention_sinks or shape.score_softcap is not None
+    if not spec.training.deterministic or spec.training.use_rmpad or width != 2 or has_options:
         return 0.0
     rows = spec.training.micro_batch_size_per_gpu
     group = shape.num_attention_heads / shape.num_key_value_heads * (work.largest / rows) ** 2 * width
