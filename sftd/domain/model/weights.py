@@ -28,13 +28,14 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`."""
+    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one."""
 
     name: str
     rows: int
     columns: int = 1
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
+    share: float = 1.0
 
     @property
     def is_expert(self) -> bool:
@@ -51,7 +52,7 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     found = [
         *(Weight(f"{norm}.weight", h) for norm in family.norms),
         *_joined(
-            f"self_attn.{family.fused['qkv']}_proj" if "qkv" in family.fused else "",
+            f"self_attn.{family.fused['qkv']}" if "qkv" in family.fused else "",
             Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
             Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
             Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
@@ -109,10 +110,11 @@ def _delta_net(shape: ModelShape) -> list[Weight]:
 
 
 def _joined(name: str, *parts: Weight) -> list[Weight]:
-    """The parts, or with a name the one weight that they are in the folder, which adapters do not know."""
+    """The parts; with a name, as parts of the one tensor that they are in the folder."""
+    rows = sum(part.rows for part in parts)
     if not name:
         return list(parts)
-    return [Weight(f"{name}.weight", sum(part.rows for part in parts), parts[0].columns, parts[0].cut)]
+    return [part._replace(name=f"{name}.weight", share=part.rows / rows) for part in parts]
 
 
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
@@ -179,4 +181,4 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
             count = shape.num_experts if weight.is_expert else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
-                yield layer, weight.name, full_name, 1 / count
+                yield layer, weight.name, full_name, weight.share / count

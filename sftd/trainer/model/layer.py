@@ -22,7 +22,7 @@ from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
-from sftd.trainer.model.rope import for_layer
+from sftd.trainer.model.rope import for_layer, grown
 
 
 class DecoderLayer(TransformerLayer):
@@ -130,7 +130,8 @@ class DecoderLayer(TransformerLayer):
         if self.shape.qk_norm_over_heads:
             q_norm, k_norm = self.query_norm, self.key_norm
         gate = None
-        if q_norm is None and is_rotated and is_whole and not self.shape.attention_gate:
+        is_plain = is_rotated and is_whole and angles.dim() == 3 and not self.shape.attention_gate
+        if q_norm is None and is_plain:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
@@ -140,6 +141,7 @@ class DecoderLayer(TransformerLayer):
                 q, k = q_norm(q), k_norm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
+        q = grown(q, layout.positions, self.shape)
         out = attention.core_attention(q, k, v, None, packed_seq_params=layout)
         return out if gate is None else out * gate.flatten(2).sigmoid()
 

@@ -4,6 +4,7 @@ families that sftd has train and answer as in transformers, and in each layout a
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,7 @@ from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
-from tests.builders.paths import RANKS
+from tests.builders.paths import RANKS, ROOT
 from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
 from tests.builders.trainer.adapters import assert_same_steps
 from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, ONE_RANK, refusal
@@ -155,6 +156,11 @@ def test_an_export_has_every_bit_that_was_loaded(trainer: Trainer, trained: Run,
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 def test_each_family_is_compared_with_transformers(family: Any) -> None:
     assert family.architecture in FIRST
+
+
+def test_the_page_of_the_models_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "scripts/models.py"))["markdown"]()
+    assert (ROOT / "docs/models.md").read_text() == made, "python scripts/models.py > docs/models.md"
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,10 @@ MODELS = (
         "qwen3_5",
         "yarn_rope",
         "linear_rope",
+        "dynamic_rope",
+        "proportional_rope",
     ),
-    *("gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral"),
+    *("gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
 TOKENS = list(range(3, 51))

@@ -101,7 +101,7 @@ def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
 def peft(targets: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
     """A PEFT folder for SHAPE, of rank 4 with alpha 8."""
     every = tensors_of(msgspec.structs.replace(SHAPE, num_hidden_layers=layers), 4)
-    tensors = {name: size for name, (projection, size) in every.items() if projection in targets}
+    tensors = {name: size for name, ((projection,), size) in every.items() if projection in targets}
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False} | config
     return {"adapter": PeftAdapter(config, tensors)}
 
@@ -226,8 +226,8 @@ REFUSED: dict[str, list[Row]] = {
     "other_rope": [
         Row(
             "model.partial_pretrain",
-            "'longrope' is not supported",
-            shape={"rope_scaling": {"type": "longrope"}},
+            "'axial' is not supported",
+            shape={"rope_scaling": {"type": "axial"}},
         )
     ],
     "delta_net_over_context": [

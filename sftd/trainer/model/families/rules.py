@@ -96,7 +96,7 @@ def norm_rules(shape: ModelShape) -> list[Rule]:
 def attention_rules(shape: ModelShape) -> list[Rule]:
     """Attention with the options of the shape, under Llama's names."""
     fused, qkv = FAMILIES[shape.architecture].fused.get("qkv"), "self_attention.linear_qkv"
-    sources = tuple(f"{name}_proj" for name in ((fused,) if fused else "qkv"))
+    sources = (fused,) if fused else ("q_proj", "k_proj", "v_proj")
     rules = [
         Rule(
             f"{qkv}.weight",
