@@ -44,7 +44,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: Tensor, global_probs: Tensor
     ) -> tuple[Tensor, ExpertRows, Tensor]:
-        """ExpertRows in the order of this rank's experts, where they end, and their weights."""
+        """Rows in the order of this rank's experts, where they end, and their weights."""
         rows = self.rows
         del self.rows
         if not self.is_local:

@@ -24,7 +24,7 @@ from sftd.trainer.model.grouped.products import GroupedProduct
 from sftd.trainer.model.grouped.rows import ExpertRows, spread
 from sftd.trainer.model.recompute import computed_again
 
-# ExpertRows and weights of grouped products lie at multiples of 16 bytes.
+# Rows and weights of grouped products lie at multiples of 16 bytes.
 _ALIGNED = 8
 
 
@@ -89,7 +89,7 @@ class GroupedExperts(SequentialMLP):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: ExpertRows, permuted_probs: Tensor
     ) -> tuple[Tensor, None]:
-        """ExpertRows [n, h] in the order of the experts, where they end, and their weights FP32 [n] → weighted outputs [n, h]."""
+        """Rows [n, h] in the order of the experts, where they end, and their weights FP32 [n] → weighted outputs [n, h]."""
         x, (ends, source) = permuted_local_hidden_states, tokens_per_expert
         with computed_again(x, spread, *source) if self.recomputes and source else nullcontext():
             return _Experts.apply(x, permuted_probs, ends, self, *self.hooked), None

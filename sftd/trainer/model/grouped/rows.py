@@ -24,7 +24,7 @@ class ExpertRows(NamedTuple):
 
 def place(taken: Tensor, count: int, here: int) -> tuple[Tensor, Tensor]:
     """taken bool [t, experts], `count` in each row → (rows of each token int32 [t, count], experts ascending; where the rows of
-    each expert end, int32 [experts]). ExpertRows are sorted by rank of `here` experts, descending expert, token."""
+    each expert end, int32 [experts]). Rows are sorted by rank of `here` experts, descending expert, token."""
     # A sum of integers has the same bits in any order.
     ordinals = taken.t().contiguous().cumsum(1, dtype=torch.int32)
     counts = ordinals[:, -1]

@@ -49,7 +49,7 @@ def spread_tokens(x, slots, out, width, TAKEN: tl.constexpr, BLOCK: tl.constexpr
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width
     value = tl.load(x + token * width + columns, mask=is_inside)
-    for number in range(TAKEN):
+    for number in tl.static_range(TAKEN):
         row = tl.load(slots + token * TAKEN + number).to(tl.int64)
         tl.store(out + row * width + columns, value, mask=is_inside)
 
@@ -61,7 +61,7 @@ def collect_tokens(rows, slots, out, width, TAKEN: tl.constexpr, BLOCK: tl.const
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < width
     total = tl.zeros((BLOCK,), tl.float32)
-    for number in range(TAKEN):
+    for number in tl.static_range(TAKEN):
         row = tl.load(slots + token * TAKEN + number).to(tl.int64)
         total += tl.load(rows + row * width + columns, mask=is_inside, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_inside)
