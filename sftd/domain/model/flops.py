@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import EMBEDDING, OUTPUT, frozen_shares, idle_layers, layer_weights
+from sftd.domain.model.weights import EMBEDDING, OUTPUT, Weight, frozen_shares, idle_layers, layer_kinds
 from sftd.domain.spec.model_section import Model
 
 # Dense BF16 (and FP16) peak in FLOP/s without sparsity, from NVIDIA's data sheets. The first entry whose words are all in
@@ -29,15 +29,18 @@ def matmul_parameters(shape: ModelShape) -> int:
     A tied embedding counts once, as the output layer; an embedding lookup is no product. An MoE layer counts its router
     and the experts that a token is routed to.
     """
-    heads = shape.num_attention_heads * shape.head_dim
-    groups = shape.num_key_value_heads * shape.head_dim
-    attention = shape.hidden_size * (heads + 2 * groups) + heads * shape.hidden_size
-    if shape.num_experts:
-        active = shape.num_experts_per_tok * 3 * shape.moe_intermediate_size
-        feed_forward = active * shape.hidden_size + shape.num_experts * shape.hidden_size
-    else:
-        feed_forward = 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_hidden_layers * (attention + feed_forward) + shape.vocab_size * shape.hidden_size
+    of_layers = sum(
+        len(layers) * _times(weight, shape) * weight.rows * weight.columns
+        for weights, layers in layer_kinds(shape)
+        for weight in weights
+        if weight.columns > 1
+    )
+    return of_layers + shape.vocab_size * shape.hidden_size
+
+
+def _times(weight: Weight, shape: ModelShape) -> int:
+    """How many of a weight a token meets in a layer."""
+    return shape.num_experts_per_tok if weight.is_expert else 1
 
 
 def training_flops(
@@ -48,12 +51,14 @@ def training_flops(
     6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
+    With a window w, n² is 2wn − w² in segments longer than w, as if all had the length Σ n² ÷ tokens.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
 
     With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
     parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted. Layers before
     the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
+    squared_lengths = _mean_squares(shape, tokens, squared_lengths)
     attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
     if model is None:
@@ -64,17 +69,27 @@ def training_flops(
     return found - 2.0 * _frozen(model, shape) * tokens + 6.0 * adapter_parameters(model, shape) * tokens
 
 
+def _mean_squares(shape: ModelShape, tokens: int, squared_lengths: float) -> float:
+    """Twice the pairs of query and key: mean of the layers."""
+    length, window = squared_lengths / max(tokens, 1), shape.sliding_window
+    if window is None or length <= window:
+        return squared_lengths
+    share = 1 - len(shape.layers_without_window) / shape.num_hidden_layers
+    return (1 - share) * squared_lengths + share * tokens * (2 * window - window * window / length)
+
+
 def adapter_parameters(model: Model, shape: ModelShape) -> int:
     """Parameters of adapters in matrix products per token: of experts those that a token is routed to."""
     chosen = model.lora.projections
     if not chosen:
         return 0
     each = sum(
-        (shape.num_experts_per_tok if weight.is_expert else 1) * (weight.rows + weight.columns)
-        for weight in layer_weights(shape)
+        len(layers) * _times(weight, shape) * (weight.rows + weight.columns)
+        for weights, layers in layer_kinds(shape)
+        for weight in weights
         if weight.projection in chosen
     )
-    return shape.num_hidden_layers * model.lora.rank * each
+    return model.lora.rank * each
 
 
 def _frozen(model: Model, shape: ModelShape) -> float:
@@ -85,11 +100,10 @@ def _frozen(model: Model, shape: ModelShape) -> float:
     output = EMBEDDING if shape.tie_word_embeddings else OUTPUT
     found = shape.vocab_size * shape.hidden_size * shares.get((-1, output), 0.0)
     if shares:
-        for weight in (w for w in layer_weights(shape) if w.columns > 1):
-            size = weight.rows * weight.columns * (shape.num_experts_per_tok if weight.is_expert else 1)
-            found += size * sum(
-                shares.get((layer, weight.name), 0.0) for layer in range(shape.num_hidden_layers)
-            )
+        for weights, layers in layer_kinds(shape):
+            for weight in (w for w in weights if w.columns > 1):
+                size = weight.rows * weight.columns * _times(weight, shape)
+                found += size * sum(shares.get((layer, weight.name), 0.0) for layer in layers)
     return found
 
 

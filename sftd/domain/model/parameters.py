@@ -15,7 +15,7 @@ from sftd.domain.model.weights import (
     OUTPUT,
     Weight,
     frozen_shares,
-    layer_weights,
+    layer_kinds,
     stage_layers,
 )
 from sftd.domain.spec.model_section import Megatron, Model
@@ -79,18 +79,24 @@ def _held(encoded_model: bytes, encoded_shape: bytes, stage: int) -> Held:
         trained[is_expert] += whole - still
         return still
 
-    for weight in layer_weights(shape):
+    held_weights = (
+        (weight, places)
+        for weights, numbers in layer_kinds(shape)
+        if (places := [number for number in numbers if number in layers])
+        for weight in weights
+    )
+    for weight, places in held_weights:
         here = shape.num_experts // m.expert_model_parallel_size if weight.is_expert else 1
         share = _share(weight, m)
         size = here * share(weight.rows, "rows") * share(weight.columns, "columns")
-        still = count(weight.name, size, layers, is_expert=weight.is_expert)
+        still = count(weight.name, size, places, is_expert=weight.is_expert)
         frozen += still
         if weight.projection and model.quantize != "none":
             quantized += still
         if weight.projection in chosen:
             # A has the rank's columns of the weight, B its rows.
             wide = share(weight.columns, "columns") + share(weight.rows, "rows")
-            trained[weight.is_expert] += here * model.lora.rank * wide * len(layers)
+            trained[weight.is_expert] += here * model.lora.rank * wide * len(places)
     added = FAMILIES[shape.architecture].added(shape, m.tensor_model_parallel_size)
     frozen += count("", added, layers)
     for name, size in _outside(m, shape, stage):

@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.errors import Problem, quote, several
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import folder_names, layer_weights
+from sftd.domain.model.weights import folder_names, layer_kinds
 from sftd.domain.spec.model_section import PROJECTIONS, Lora, Model
 
 # PEFT's default of `r` and `lora_alpha`.
@@ -53,14 +53,16 @@ def unsupported(adapter: PeftAdapter) -> list[str]:
 
 def tensors_of(shape: ModelShape, rank: int) -> dict[str, tuple[str, tuple[int, int]]]:
     """Name in PEFT → (projection, shape) of A and B of every projection of a model."""
-    weights = {weight.name: weight for weight in layer_weights(shape) if weight.projection}
-    found = {}
+    weights = {
+        weight.name: weight for found, _ in layer_kinds(shape) for weight in found if weight.projection
+    }
+    tensors = {}
     for _, name, full_name, _ in folder_names(shape):
         if weight := weights.get(name):
             stem = f"{PREFIX}{full_name.removesuffix('weight')}lora_"
-            found[f"{stem}A.weight"] = (weight.projection, (rank, weight.columns))
-            found[f"{stem}B.weight"] = (weight.projection, (weight.rows, rank))
-    return found
+            tensors[f"{stem}A.weight"] = (weight.projection, (rank, weight.columns))
+            tensors[f"{stem}B.weight"] = (weight.projection, (weight.rows, rank))
+    return tensors
 
 
 def other_settings(adapter: PeftAdapter, lora: Lora, shape: ModelShape) -> dict[str, Any]:

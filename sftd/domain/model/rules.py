@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 
 import msgspec
 
@@ -18,6 +20,9 @@ _MODEL = "model.partial_pretrain"
 _LENGTH = "data.sequence_length"
 _MEGATRON = "model.megatron."
 _EP = _MEGATRON + "expert_model_parallel_size"
+_RECIPE = 'docs/architecture.md, "A dense model family"'
+# A name comes from a file of the user.
+_LONGEST_NAME = 100
 
 
 def check_architecture(name: str) -> Problem | None:
@@ -25,7 +30,28 @@ def check_architecture(name: str) -> Problem | None:
     if name in FAMILIES:
         return None
     what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
-    return Problem(_MODEL, what, "supported: " + ", ".join(FAMILIES))
+    if near := nearest_family(name):
+        what += f"; the nearest supported family is {near}"
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    fix = f"use a supported model (docs/models.md: {known}), or add the family ({_RECIPE})"
+    return Problem(_MODEL, what, fix)
+
+
+def nearest_family(architecture: str) -> str | None:
+    """The supported architecture of the same name before its version (`Qwen3VLForConditionalGeneration`: Qwen), with the most
+    similar version and variant. None if no name is the same."""
+    name = _stem(architecture)
+    related = [known for known in FAMILIES if name and _word(_stem(known)) == _word(name)]
+    return max(related, key=lambda known: SequenceMatcher(a=name, b=_stem(known)).ratio(), default=None)
+
+
+def _stem(architecture: str) -> str:
+    """`Qwen3MoeForCausalLM` → `qwen3moe`."""
+    return re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture[:_LONGEST_NAME]).lower()
+
+
+def _word(stem: str) -> str:
+    return re.split(r"[\d_]", stem, maxsplit=1)[0]
 
 
 def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -77,14 +103,6 @@ def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     if shape.hidden_act not in known:
         what = f"config.json has hidden_act {quote(shape.hidden_act)}"
         yield Problem(_MODEL, what, f"use a model with {' or '.join(known)} layers")
-
-
-def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer attends to the whole sequence."""
-    length, window = spec.data.sequence_length, shape.sliding_window
-    if window is not None and length > window:
-        what = f"{length} is more than the {window} tokens of the model's sliding window"
-        yield Problem(_LENGTH, what, f"set it to {window} or less")
 
 
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -142,7 +160,6 @@ MODEL = Rules(
         experts_not_divided,
         experts_of_a_whole_sequence,
         other_activation,
-        longer_than_window,
         other_rope,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The shape of a model. `attention_bias` is that of the QKV projections. `sliding_window` is the attention span in
-    tokens, None if unlimited. `layers_without_rope` are the numbers of the layers whose queries and keys are not rotated.
+    """The shape of a model.
+
+    Norms: RMSNorms lie before attention and MLP, after them (on what they add to the residual stream), or both
+    (`norm_place`). `norm_offset` is added to their weights. `qk_norm`: queries and keys have norms, of each head or with
+    `qk_norm_over_heads` of all heads together.
+
+    Attention: `attention_bias` is that of the QKV projections, `output_bias` that of the output projection. Scores are
+    multiplied by `attention_scale` (None: head_dim^-0.5); `score_softcap` c bounds them to c · tanh(score / c).
+    `sliding_window` is the attention span in tokens, None if unlimited; `layers_without_window` have none. With
+    `attention_sinks`, each head has a learned score that takes part in the softmax and has no value.
+
+    RoPE: the first `partial_rotary_factor` of a head's dimensions are rotated, in pairs of halves, or with
+    `rope_interleaved` in pairs of neighbours. `layers_without_rope` are the numbers of the layers whose queries and keys are
+    not rotated. Layers with a window use `window_rope_theta` without scaling, if it is given.
+
+    Ends: embeddings are multiplied by `embedding_scale`; `logit_softcap` bounds logits as `score_softcap` does scores.
 
     In a mixture of experts (MoE) every layer has `num_experts` experts of `moe_intermediate_size` units. A token is routed
     to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones with
@@ -38,7 +52,29 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = True
     layers_without_rope: tuple[int, ...] = ()
+    norm_place: Literal["before", "after", "both"] = "before"
+    norm_offset: float = 0.0
+    qk_norm_over_heads: bool = False
+    output_bias: bool = False
+    attention_scale: float | None = None
+    score_softcap: float | None = None
+    layers_without_window: tuple[int, ...] = ()
+    attention_sinks: bool = False
+    partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
+    window_rope_theta: float | None = None
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
     unsupported: tuple[str, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """Attention span of layer `layer` in tokens; None if unlimited."""
+        return None if layer in self.layers_without_window else self.sliding_window
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def rope_type(self) -> str:

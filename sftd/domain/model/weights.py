@@ -42,23 +42,35 @@ class Weight(NamedTuple):
         return "{}" in self.name
 
 
-def layer_weights(shape: ModelShape) -> list[Weight]:
-    """The weights of each decoder layer, without those that only one family has (`Family.added`)."""
+def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
+    """The weights of a decoder layer (default: the last, which stands for most), without those that only one family has
+    (`Family.added`)."""
     h, d = shape.hidden_size, shape.head_dim
     heads, groups = shape.num_attention_heads * d, shape.num_key_value_heads * d
     family = FAMILIES[shape.architecture]
     found = [
-        Weight("input_layernorm.weight", h),
-        Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
-        Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
-        Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        *(Weight(f"{norm}.weight", h) for norm in family.norms),
+        *_joined(
+            f"self_attn.{family.fused['qkv']}_proj" if "qkv" in family.fused else "",
+            Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
+            Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
+            Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        ),
         Weight("self_attn.o_proj.weight", h, heads, "columns", "o"),
-        Weight("post_attention_layernorm.weight", h),
     ]
     if shape.attention_bias:
         sizes = {"q": heads, "k": groups, "v": groups}
         found += [Weight(f"self_attn.{name}_proj.bias", size, 1, "rows") for name, size in sizes.items()]
-    if shape.qk_norm:
+    if shape.output_bias:
+        found.append(Weight("self_attn.o_proj.bias", h))
+    if shape.attention_sinks:
+        found.append(Weight("self_attn.sinks", shape.num_attention_heads, 1, "rows"))
+    if shape.qk_norm_over_heads:
+        found += [
+            Weight("self_attn.q_norm.weight", heads, 1, "rows"),
+            Weight("self_attn.k_norm.weight", groups, 1, "rows"),
+        ]
+    elif shape.qk_norm:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
     below, f = family.feed_forward, shape.intermediate_size
     if shape.num_experts:
@@ -67,10 +79,28 @@ def layer_weights(shape: ModelShape) -> list[Weight]:
     gate, up, down = family.projections
     return [
         *found,
-        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
-        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        *_joined(
+            f"{below}.{family.fused['gate_up']}" if "gate_up" in family.fused else "",
+            Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
+            Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        ),
         Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
     ]
+
+
+def _joined(name: str, *parts: Weight) -> list[Weight]:
+    """The parts, or with a name the one weight that they are in the folder, which adapters do not know."""
+    if not name:
+        return list(parts)
+    return [Weight(f"{name}.weight", sum(part.rows for part in parts), parts[0].columns, parts[0].cut)]
+
+
+def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
+    """Weights of each kind of layer, and the numbers of the layers of that kind."""
+    found: dict[tuple[Weight, ...], list[int]] = {}
+    for layer in range(shape.num_hidden_layers):
+        found.setdefault(tuple(layer_weights(shape, layer)), []).append(layer)
+    return [(list(weights), layers) for weights, layers in found.items()]
 
 
 def stage_layers(m: Megatron, layers: int, stage: int) -> list[int]:
@@ -108,12 +138,15 @@ def _frozen_shares(expressions: tuple[str, ...], encoded: bytes) -> dict[tuple[i
 
 def idle_layers(model: Model, shape: ModelShape) -> int:
     """Number of the first layers that need no backward, because nothing is trained in them or before them."""
-    shares, names = frozen_shares(model, shape), [weight.name for weight in layer_weights(shape)]
+    shares = frozen_shares(model, shape)
     if (-1, EMBEDDING) not in shares:
         return 0
     layers = range(shape.num_hidden_layers)
     # The shares of all experts add up to almost 1.
-    is_trained = (any(shares.get((layer, name), 0.0) < 0.999 for name in names) for layer in layers)
+    is_trained = (
+        any(shares.get((layer, weight.name), 0.0) < 0.999 for weight in layer_weights(shape, layer))
+        for layer in layers
+    )
     return next((layer for layer, found in zip(layers, is_trained, strict=True) if found), len(layers))
 
 
@@ -121,9 +154,8 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
     """Every weight of the folder: (layer or -1, name of its `Weight`, its name in the folder, its share of that `Weight`)."""
     for name in (EMBEDDING, FINAL_NORM, *(() if shape.tie_word_embeddings else (OUTPUT,))):
         yield -1, name, name, 1.0
-    weights = layer_weights(shape)
     for layer in range(shape.num_hidden_layers):
-        for weight in weights:
+        for weight in layer_weights(shape, layer):
             count = shape.num_experts if weight.is_expert else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"

@@ -69,7 +69,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.qk_norm and not shape.qk_norm_over_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Every parameter is loaded, so random values would be wasted.
@@ -101,8 +101,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         **experts.config_fields(spec, shape),
         **recompute,
     )
-    # DecoderLayer reads this.
-    config.quantize = spec.model.quantize
+    # DecoderLayer and its parts read these.
+    config.quantize, config.model_shape = spec.model.quantize, shape
     return config
 
 

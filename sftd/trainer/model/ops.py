@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension (Zhang & Sennrich 2019). x [..., h], weight [h]."""
+    """`x / sqrt(mean(x²) + eps) · weight` over the last dimension (Zhang & Sennrich 2019). x [..., h], weight [h], which may be
+    FP32 for any dtype of x."""
     if x.is_cuda:
         from sftd.trainer.model.kernels.norm import RmsNorm
 
         return cast(Tensor, RmsNorm.apply(x, weight, eps))
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,13 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
 
         return cast(tuple[Tensor, Tensor], AddRmsNorm.apply(x, delta, weight, eps))
     total = x if delta is None else x + delta
-    return total, F.rms_norm(total, weight.shape, weight, eps)
+    return total, _rms_norm(total, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -44,11 +51,28 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of x [s, b, heads, d], halves paired; angles FP32 [2, s, d / 2], cos and sin."""
+def geglu(x: Tensor) -> Tensor:
+    """`gelu(gate) · up` (Shazeer 2020) with GELU's tanh approximation: x [..., 2f] → [..., f]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+# By `hidden_act` of config.json.
+GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
+
+
+def rotate(x: Tensor, angles: Tensor, *, is_interleaved: bool = False) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of the first r dimensions of x [s, b, heads, d]; angles FP32 [2, s, r / 2], cos and sin.
+    Dimension i is paired with i + r / 2, or with its neighbour if `is_interleaved`."""
     cos, sin = angles[:, :, None, None, :]
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    rotated, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
+    if is_interleaved:
+        low, high = rotated.float().unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack((low * cos - high * sin, high * cos + low * sin), dim=-1).flatten(-2)
+    else:
+        low, high = rotated.float().chunk(2, dim=-1)
+        pairs = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return torch.cat((pairs.to(x.dtype), rest), dim=-1) if rest.shape[-1] else pairs.to(x.dtype)
 
 
 def split_qkv(qkv: Tensor, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,9 @@ from sftd.trainer.data.sequence_layout import SequenceLayout
 
 
 def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
-    """`theta^(-2i/d)` for i < d/2 with the model's RoPE scaling, FP32 [head_dim / 2]; and what cosine and sine are multiplied by."""
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequency, scaling = 1.0 / (shape.rope_theta**exponent), shape.rope_scaling or {}
+    """`theta^(-2i/d)` for i < d/2 and d = `rotary_dim`, with the model's RoPE scaling, FP32 [d / 2]; and what cosine and sine are
+    multiplied by."""
+    frequency, scaling = _unscaled(shape.rope_theta, shape), shape.rope_scaling or {}
     match shape.rope_type:
         case "linear":
             return frequency / float(scaling["factor"]), 1.0
@@ -24,6 +24,11 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
         case "yarn":
             return _yarn(frequency, scaling, shape)
     return frequency, 1.0
+
+
+def _unscaled(theta: float, shape: ModelShape) -> Tensor:
+    exponent = torch.arange(0, shape.rotary_dim, 2, dtype=torch.int64).float() / shape.rotary_dim
+    return 1.0 / (theta**exponent)
 
 
 def _llama3(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
@@ -47,7 +52,7 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tupl
     factor = float(scaling.get("factor") or shape.max_position_embeddings / context)
 
     def turning(times: float) -> float:
-        return shape.head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
+        return shape.rotary_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
 
     def gain(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -55,7 +60,7 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tupl
     low, high = turning(float(scaling.get("beta_fast") or 32)), turning(float(scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, shape.head_dim - 1)
+    low, high = max(low, 0), min(high, shape.rotary_dim - 1)
     places = torch.arange(frequency.numel(), dtype=torch.float32)
     stretched = ((places - low) / (high - low or 0.001)).clamp(0, 1)
     found = frequency / factor * stretched + frequency * (1 - stretched)
@@ -77,6 +82,9 @@ class RotaryEmbedding(torch.nn.Module):
         # Not a buffer: a BF16 model casts its buffers, but the angles need FP32.
         frequencies, self._gain = inverse_frequencies(shape)
         self.frequencies = frequencies.to(device)
+        self._local = None
+        if shape.window_rope_theta is not None:
+            self._local = _unscaled(shape.window_rope_theta, shape).to(device)
 
     def get_rotary_seq_len(self, *arguments: Any) -> Tensor:
         """The positions int64 [s] of the `SequenceLayout`, which is GPTModel's last argument."""
@@ -85,7 +93,20 @@ class RotaryEmbedding(torch.nn.Module):
         return layout.positions
 
     def forward(self, positions: Tensor, **_: object) -> Tensor:
-        """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, head_dim / 2]."""
+        """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, rotary_dim / 2]; with
+        `window_rope_theta` [4, s, rotary_dim / 2], the last two for layers with a window."""
         angles = torch.outer(positions.float(), self.frequencies)
         found = torch.stack((angles.cos(), angles.sin()))
-        return found if self._gain == 1.0 else found * self._gain
+        if self._gain != 1.0:
+            found = found * self._gain
+        if self._local is None:
+            return found
+        local = torch.outer(positions.float(), self._local)
+        return torch.cat((found, local.cos()[None], local.sin()[None]))
+
+
+def for_layer(angles: Tensor, shape: ModelShape, layer: int) -> Tensor:
+    """Of `RotaryEmbedding`'s output what a layer uses: cosine and sine, FP32 [2, s, rotary_dim / 2]."""
+    if shape.window_rope_theta is None:
+        return angles
+    return angles[2:] if shape.window(layer) is not None else angles[:2]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.families import FAMILIES, ROPE_KEYS
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import ROPE_KEYS
 from sftd.domain.model.rules import check_architecture
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.text.words import counted

@@ -62,12 +62,102 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    # Windows shorter than the sequences, in all layers and in the last two.
+    "mistral_window": (
+        "MistralForCausalLM",
+        "MistralConfig",
+        {"sliding_window": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    ),
+    "qwen2_window": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
     "smollm3": (
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
         {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
+            "initializer_range": 0.2,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {"tie_word_embeddings": False}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        {
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", {"head_dim": 32, "pad_token_id": 0}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "ministral": (
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        {
+            "head_dim": 32,
+            "rope_parameters": _YARN
+            | {
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "max_position_embeddings": 256,
+            },
+        },
     ),
     # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
     "llama2": (

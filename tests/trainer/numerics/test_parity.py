@@ -23,13 +23,16 @@ MODELS = (
         "llama2",
         "llama3_rope",
         "mistral",
+        "mistral_window",
         "qwen2",
+        "qwen2_window",
         "qwen2_untied",
         "qwen3",
         "smollm3",
         "yarn_rope",
         "linear_rope",
     ),
+    *("gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
 TOKENS = list(range(3, 51))

@@ -30,6 +30,15 @@ def test_packing_shortens_attention_and_nothing_else() -> None:
     assert whole - halves == pytest.approx(6 * 16 * 32 * 64 * 4096**2 / 2, rel=1e-12)
 
 
+def test_a_window_counts_the_keys_that_a_query_sees() -> None:
+    windowed = msgspec.structs.replace(LLAMA_1B, sliding_window=1024, layers_without_window=(0, 1, 2, 3))
+    whole, found = (training_flops(shape, 8192, 2 * 4096**2) for shape in (LLAMA_1B, windowed))
+    pairs = sum(min(place + 1, 1024) for place in range(4096))
+    hidden = 12 * 32 * 64 * 12 * 2 * (4096**2 / 2 - pairs)
+    assert whole - found == pytest.approx(hidden, rel=1e-3)
+    assert training_flops(windowed, 8192, 8 * 1024**2) == training_flops(LLAMA_1B, 8192, 8 * 1024**2)
+
+
 def test_tying_the_embedding_changes_nothing() -> None:
     untied = msgspec.structs.replace(LLAMA_1B, tie_word_embeddings=False)
     assert matmul_parameters(untied) == matmul_parameters(LLAMA_1B)

@@ -221,9 +221,6 @@ REFUSED: dict[str, list[Row]] = {
     "other_activation": [
         Row("model.partial_pretrain", "hidden_act 'gelu'", shape={"hidden_act": "gelu"}, fix="silu")
     ],
-    "longer_than_window": [
-        Row(LENGTH, "the 2047 tokens", shape={"sliding_window": 2047}, fix="set it to 2047 or less")
-    ],
     "other_rope": [
         Row(
             "model.partial_pretrain",

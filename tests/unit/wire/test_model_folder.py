@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.model.rules import MODEL
+from sftd.domain.model.rules import MODEL, check_architecture
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from tests.builders.paths import ROOT
 from tests.builders.plan.model_configs import DENSE
 
 # As their publishers write them: transformers 4's keys.
@@ -109,7 +111,6 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
         (QWEN3_MOE | {"num_experts_per_tok": 1}, [], "model.partial_pretrain", "1 of 6 experts"),
         (QWEN3_MOE | {"attention_bias": True}, [], "model.partial_pretrain", "attention_bias"),
         (MIXTRAL | {"router_jitter_noise": 0.1}, [], "model.partial_pretrain", "router_jitter_noise"),
-        (MIXTRAL | {"sliding_window": 1024}, [], "data.sequence_length", "1024 or less"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -216,8 +217,35 @@ def test_an_unsupported_architecture_is_the_only_problem(tmp_path: Path, config:
     with pytest.raises(Refused) as refused:
         read_shape(folder_of(tmp_path, config), {})
     (problem,) = refused.value.problems
-    assert problem.what == f"{config['architectures'][0]} is not supported"
-    assert problem.fix.startswith("supported: LlamaForCausalLM, ")
+    assert problem.what.startswith(f"{config['architectures'][0]} is not supported")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM"),
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3MoeForCausalLM"),
+        ("Qwen2_5_VLForConditionalGeneration", "Qwen2ForCausalLM"),
+        ("LlamaModel", "LlamaForCausalLM"),
+        # A name that only begins alike is another family.
+        ("GPT2LMHeadModel", None),
+        ("SmolVLMForConditionalGeneration", None),
+        ("_", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_supported_family_has_the_same_name(name: str, nearest: str | None) -> None:
+    problem = check_architecture(name)
+    assert problem is not None
+    what = f"{name} is not supported" if name else "config.json names no architecture"
+    assert problem.what == what + (f"; the nearest supported family is {nearest}" if nearest else "")
+    assert "docs/models.md: llama, mistral, " in problem.fix
+    assert 'docs/architecture.md, "A dense model family"' in problem.fix
+
+
+def test_the_recipe_that_a_refusal_names_exists() -> None:
+    page, heading = re.findall(r'\((docs/[a-z]+\.md), "(.+)"\)', check_architecture("BertModel").fix)[0]  # type: ignore[union-attr]
+    assert f"**{heading}.**" in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("named", [None, [], "LlamaForCausalLM", {}])
@@ -263,5 +291,23 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (6, 8, 48)
     assert not shape.norm_topk_prob
     window = DENSE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
-    assert read_shape(folder_of(tmp_path, window), {}).sliding_window == 128
-    assert read_shape(folder_of(tmp_path, window | {"use_sliding_window": False}), {}).sliding_window is None
+    assert read_shape(folder_of(tmp_path, window), {}).sliding_window is None
+
+
+def test_each_layer_has_the_window_that_transformers_gives_it(tmp_path: Path) -> None:
+    def windows(architecture: str, **more: Any) -> list[int | None]:
+        config = (
+            DENSE | {"architectures": [architecture], "num_hidden_layers": 4, "sliding_window": 128} | more
+        )
+        shape = read_shape(folder_of(tmp_path, config), {})
+        return [shape.window(layer) for layer in range(4)]
+
+    assert windows("MistralForCausalLM") == [128] * 4
+    switch = {"use_sliding_window": True}
+    assert windows("Qwen2ForCausalLM", max_window_layers=3, **switch) == [None, None, None, 128]
+    assert windows("Qwen3ForCausalLM", **switch) == [None] * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types, **switch) == [128, None] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types) == [None] * 4
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2, **switch) == [None, 128] * 2
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2) == [None] * 4

@@ -1,0 +1,145 @@
+"""A model family as data: how a config.json becomes a `ModelShape`, and which options are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sftd.domain.model.shape import ModelShape
+
+_REQUIRED: Any = object()
+# Keys of config.json about RoPE, of transformers 5 and 4.
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+@dataclass(frozen=True)
+class Key:
+    """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
+    value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
+    field is None."""
+
+    kind: Callable[[Any], Any]
+    names: tuple[str, ...] = ()
+    default: Any = _REQUIRED
+    switch: str = ""
+
+    def read(self, name: str, config: Mapping[str, Any]) -> Any:
+        """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
+        if self.switch and not config.get(self.switch):
+            return None
+        names = self.names or (name,)
+        value = next((config[key] for key in names if config.get(key) is not None), self.default)
+        if value is _REQUIRED:
+            raise KeyError(names[0])
+        if callable(value):
+            value = value(config)
+        return None if value is None else self.kind(value)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A key of config.json that requests the unsupported feature `what` (default: the key), unless it is absent or has one of
+    the `neutral` values."""
+
+    key: str
+    what: str = ""
+    neutral: tuple[Any, ...] = (None, False, 0, [])
+
+    def is_asked(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json requests the feature."""
+        return self.key in config and config[self.key] not in self.neutral
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.key})" if self.what else self.key
+
+
+# The fields of Llama's config.json, which most later families share.
+LLAMA: dict[str, Any] = {
+    "hidden_size": Key(int),
+    "intermediate_size": Key(int),
+    "num_hidden_layers": Key(int),
+    "num_attention_heads": Key(int),
+    "num_key_value_heads": Key(int, default=lambda config: config["num_attention_heads"]),
+    "head_dim": Key(
+        int, default=lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
+    ),
+    "vocab_size": Key(int),
+    "max_position_embeddings": Key(int, default=2048),
+    "rms_norm_eps": Key(float, default=1e-6),
+    "tie_word_embeddings": Key(bool, default=False),
+    "hidden_act": Key(str, default="silu"),
+    "sliding_window": Key(int, default=None),
+    "attention_bias": False,
+    "qk_norm": False,
+}
+MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models of one `architecture` and `model_type`, as config.json names them.
+
+    `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
+    config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
+    tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
+    the folder. `projections`: names of gate, up and down there.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name, that of QKV without `_proj`.
+    """
+
+    architecture: str
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    refused: tuple[Untrained, ...] = (MLP_BIAS, ATTENTION_BIAS)
+    activations: tuple[str, ...] = ("silu",)
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
+    rope_theta: float = 10000.0
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    feed_forward: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    fused: Mapping[str, str] = field(default_factory=dict)
+
+    def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
+        """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
+        `ValueError`, `AttributeError` or `ArithmeticError`."""
+        fields = {
+            name: how.read(name, config) if isinstance(how, Key) else how
+            for name, how in (LLAMA | dict(self.fields)).items()
+        }
+        if fields["sliding_window"] is None:
+            fields.pop("layers_without_window", None)
+        unsupported = [str(option) for option in self.refused if option.is_asked(config)]
+        return ModelShape(
+            architecture=self.architecture,
+            unsupported=tuple(unsupported),
+            **fields | _rope(config, override, fields.get("window_rope_theta"), self.rope_theta),
+        )
+
+
+def _rope(
+    config: Mapping[str, Any], override: Mapping[str, Any], window_theta: float | None, default: float
+) -> dict[str, Any]:
+    """The fields of `ModelShape` about RoPE. transformers 5 writes its settings as one mapping, or as one for each type of layer;
+    transformers 4 as keys of their own. An override takes precedence over all forms. `window_theta`: what the keys of transformers 4
+    say about layers with a window."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if (of_windows := rope.get("sliding_attention")) is not None:
+        window_theta = float(of_windows["rope_theta"])
+        if _is_scaled(of_windows):
+            raise ValueError("RoPE scaling of layers with a window is not supported")
+        rope = dict(rope["full_attention"])
+    theta = rope.pop("rope_theta", config.get("rope_theta", default))
+    if "rope_parameters" not in override:
+        if "rope_scaling" in override:
+            rope = dict(override["rope_scaling"] or {})
+        theta = override.get("rope_theta", rope.pop("rope_theta", theta))
+    found = {"rope_theta": float(theta), "rope_scaling": rope if _is_scaled(rope) else None}
+    if window_theta is not None:
+        found["window_rope_theta"] = window_theta
+    factor = rope.pop("partial_rotary_factor", None)
+    return found if factor is None else found | {"partial_rotary_factor": float(factor)}
+
+
+def _is_scaled(rope: Mapping[str, Any]) -> bool:
+    return rope.get("rope_type", rope.get("type", "default")) != "default"
