@@ -28,13 +28,15 @@ HIDDEN, WIDTH, RANK, SCALE = 64, 128, 3, 1.5
 
 @dataclass
 class Case:
-    """`load`: how tokens choose among the experts. `apart`: weights at unequal distances in memory."""
+    """`load`: how tokens choose among the experts. `apart`: weights at unequal distances in memory. `hooked`: Megatron's hooks
+    are to run for all weights."""
 
     tokens: int
     experts: int
     taken: int
     load: str = "random"
     apart: bool = False
+    hooked: bool = False
     adapted: bool = False
     quantized: bool = False
     dtype: torch.dtype = torch.float32
@@ -104,14 +106,18 @@ def together(
 ) -> list[Tensor]:
     """Output, and the gradients of tokens and weights of the experts."""
     products = [GroupedProduct(each[::-1]) for each in (ups, downs)]
+    hooked = [weight for product in products for weight in product.trained] if case.hooked else []
     experts: Any = SimpleNamespace(
-        gate_up=products[0], down=products[1], activation=SWIGLU, is_hooked=False, hooked=[]
+        gate_up=products[0], down=products[1], activation=SWIGLU, is_hooked=case.hooked
     )
     tokens, weights, d_out = (x.clone().requires_grad_() for x in inputs)
     slots, ends = place(taken, case.taken, case.experts)
     x, row_weights = Spread.apply(tokens, weights, taken, slots)
-    out = Collect.apply(_Experts.apply(x, row_weights, ends, experts), slots)
+    out = Collect.apply(_Experts.apply(x, row_weights, ends, experts, *hooked), slots)
     out.backward(d_out.detach())
+    for weight in hooked:
+        assert weight.grad is not None
+        assert weight.grad_added_to_main_grad
     for product in products:
         if product.adapters is not None:
             product.adapters.end_step()
@@ -188,7 +194,7 @@ CASES = [
     Case(37, 6, 3),
     Case(37, 6, 3, apart=True),
     Case(29, 8, 2, load="few"),
-    Case(29, 5, 1, load="one"),
+    Case(29, 5, 1, load="one", hooked=True),
     Case(11, 1, 1),
     Case(37, 6, 3, adapted=True),
     Case(29, 6, 2, load="few", adapted=True, quantized=True),
