@@ -26,6 +26,8 @@ _SIZES = {
     "max_position_embeddings": 256,
     "eos_token_id": 0,
     "bos_token_id": 1,
+    # Five times the usual, so that attention is far from uniform and an error in it shows.
+    "initializer_range": 0.1,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
