@@ -32,7 +32,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     In a mixture of experts (MoE) every layer has `num_experts` experts of `moe_intermediate_size` units. A token is routed
     to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones with
-    `norm_topk_prob`. `unsupported` lists features of config.json that the trainer does not support."""
+    `norm_topk_prob`. With `expert_bias`, the router and the products of experts have biases.
+    `unsupported` lists features of config.json that the trainer does not support."""
 
     architecture: str
     hidden_size: int
@@ -69,6 +70,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     window_rope_theta: float | None = None
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    expert_bias: bool = False
     attention_gate: bool = False
     delta_layers: tuple[int, ...] = ()
     delta_key_heads: int = 0

@@ -28,7 +28,8 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one."""
+    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one. `is_joined`: the tensor
+    holds those of all experts."""
 
     name: str
     rows: int
@@ -36,11 +37,12 @@ class Weight(NamedTuple):
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
     share: float = 1.0
+    is_joined: bool = False
 
     @property
     def is_expert(self) -> bool:
         """Whether each expert has one."""
-        return "{}" in self.name
+        return self.is_joined or "{}" in self.name
 
 
 def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
@@ -76,6 +78,8 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     if layer in shape.delta_layers:
         found = found[: len(family.norms)] + _delta_net(shape)
     below, f = family.feed_forward, shape.intermediate_size
+    if family.joined_experts:
+        return [*found, *_joined_experts(shape, below)]
     if shape.num_experts:
         found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
         below, f = f"{below}.experts.{{}}", shape.moe_intermediate_size
@@ -88,6 +92,20 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
             Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
         ),
         Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
+
+
+def _joined_experts(shape: ModelShape, below: str) -> list[Weight]:
+    """The router and the experts of gpt-oss."""
+    h, f, count = shape.hidden_size, shape.moe_intermediate_size, shape.num_experts
+    gate_up, down = f"{below}.experts.gate_up_proj", f"{below}.experts.down_proj"
+    return [
+        Weight(f"{below}.router.weight", count, h),
+        Weight(f"{below}.router.bias", count),
+        *(Weight(gate_up, f, h, "rows", name, 0.5, is_joined=True) for name in ("gate", "up")),
+        Weight(f"{gate_up}_bias", 2 * f, 1, "rows", is_joined=True),
+        Weight(down, h, f, "columns", "down", is_joined=True),
+        Weight(f"{down}_bias", h, is_joined=True),
     ]
 
 
@@ -178,7 +196,7 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
         yield -1, name, name, 1.0
     for layer in range(shape.num_hidden_layers):
         for weight in layer_weights(shape, layer):
-            count = shape.num_experts if weight.is_expert else 1
+            count = shape.num_experts if "{}" in weight.name else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
                 yield layer, weight.name, full_name, weight.share / count

@@ -219,6 +219,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.1},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 16,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.15,
+            "pad_token_id": 0,
+            "rope_parameters": _YARN | {"truncate": False},
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -297,8 +311,8 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
-                for parameter in network.parameters():
-                    if parameter.dim() == 1:
+                for name_, parameter in network.named_parameters():
+                    if parameter.dim() == 1 or name_.endswith("_bias"):
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             network.save_pretrained(folder / name)
             fast.save_pretrained(folder / name)

@@ -29,11 +29,13 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float], Any]:
     rows = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
     order = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=True)
     parameters = list(model.parameters())
+    # gpt-oss has the biases of all experts in one matrix.
+    decayed = {id(p) for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("_bias")}
     o = spec.optimizer
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
         ],
         betas=(o.adam_beta1, o.adam_beta2),
         eps=o.adam_eps,

@@ -99,7 +99,9 @@ def publish_and_export(
         dtype = "bfloat16" if model == BF16 else "float32"
         # A layout of the ranks is the same with experts or without.
         expert = (
-            {MEGATRON + "expert_model_parallel_size": 1} if "moe" not in model and model != "mixtral" else {}
+            {}
+            if "moe" in model or model in ("mixtral", "gpt_oss")
+            else {MEGATRON + "expert_model_parallel_size": 1}
         )
         given = overrides | expert | {MEGATRON + "params_dtype": dtype}
         return trainer.spec(ranks, model__partial_pretrain=str(folders[model]), **given)
