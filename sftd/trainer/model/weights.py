@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -24,6 +24,7 @@ from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
+from sftd.wire.model.text_part import text_name
 
 
 def model_rules(
@@ -147,30 +148,34 @@ def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, la
 
 
 class Folder:
-    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request."""
+    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request. Those of a language model
+    inside a vision-language model have the names of one by itself."""
 
     def __init__(self, path: str, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         folder = Path(path)
         self.path = path
-        self._files: dict[str, Any] = {}
+        # Name → file, and its name there.
+        self._places: dict[str, tuple[Any, str]] = {}
         for name in weight_files(folder) if files is None else files:
             try:
                 file = stack.enter_context(safe_open(folder / name, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+            self._places |= {text_name(stored): (file, stored) for stored in file.keys()}  # noqa: SIM118
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return set(self._places)
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in its file."""
+        return self._places[name][1]
 
     def read(self, name: str, dim: int | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The tensor, or share i of n equal shares along `dim` for `part` = (i, n). Raises `UserError` when the tensor is
         missing or cannot be split so."""
-        if name not in self._files:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        piece = self._files[name].get_slice(name)
+        piece = self._piece(name)
         if dim is None:
             return piece[:]
         shape = piece.get_shape()
@@ -184,10 +189,14 @@ class Folder:
 
     def rows(self, name: str) -> int:
         """First dimension of a tensor. Raises `UserError` when it is missing."""
-        if name not in self._files:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        return int(self._files[name].get_slice(name).get_shape()[0])
+        return int(self._piece(name).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a matrix, fewer if it ends before `stop`."""
-        return self._files[name].get_slice(name)[start:stop]
+        return cast(Tensor, self._piece(name)[start:stop])
+
+    def _piece(self, name: str) -> Any:
+        if name not in self._places:
+            raise UserError(f"the weights in {self.path} lack {name}")
+        file, stored = self._places[name]
+        return file.get_slice(stored)
