@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
-from os.path import commonprefix
+from itertools import takewhile
 
 import msgspec
 
@@ -45,7 +45,8 @@ def nearest_family(architecture: str) -> str | None:
 
     def similarity(known: str) -> tuple[int, float]:
         stem = _stem(known)
-        return len(commonprefix((name, stem))), SequenceMatcher(a=name, b=stem).ratio()
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(name, stem, strict=False))
+        return len(list(same)), SequenceMatcher(a=name, b=stem).ratio()
 
     related = [known for known in FAMILIES if name and _word(_stem(known)) == _word(name)]
     return max(related, key=similarity, default=None)
