@@ -185,11 +185,7 @@ def runs_of(
             if not (layout and refusal(read_shape(str(models / name), {}), keys)):
                 spec = trainer.spec(2 if layout else 1, model__partial_pretrain=str(models / name), **keys)
                 attempts[name] = trainer.prepare(f"family_{layout}_{name}", spec)
-        first = next(iter(attempts.values()))
-        (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
-        script, ranks = RANKS / "layouts_ranks.py", first.order().spec.world_size
-        whole = trainer.ended(first, warm.script(script, [str(first.path)], ranks, first.output_log))
-        return {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
+        return trainer.together(attempts, RANKS / "layouts_ranks.py", warm)
 
     return find
 
