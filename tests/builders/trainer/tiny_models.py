@@ -121,6 +121,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "linear_num_value_heads": 6,
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 24,
+            "initializer_range": 0.1,
             "pad_token_id": 0,
         },
     ),

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from sftd.domain.errors import Refused
 from sftd.domain.log.events import SampleGenerated, StepCompleted
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
-from sftd.domain.model.weights import folder_names, layer_kinds
+from sftd.domain.model.weights import folder_names, layer_weights
 from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
@@ -104,13 +105,17 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {w.name: w.rows * w.columns for weights, _ in layer_kinds(shape) for w in weights}
+    sizes: Counter[tuple[int, str]] = Counter()
+    for layer in range(shape.num_hidden_layers):
+        for weight in layer_weights(shape, layer):
+            # Several projections may be one tensor.
+            sizes[layer, weight.name] += weight.rows * weight.columns
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))
     assert {full_name for _, _, full_name, _ in planned} == found.keys()
-    for layer, weight, full_name, _ in planned:
-        assert layer < 0 or found[full_name] == sizes[weight], full_name
+    for layer, name, full_name, _ in planned:
+        assert layer < 0 or found[full_name] == sizes[layer, name], full_name
 
 
 def test_without_its_entry_the_family_is_refused(folders: tuple[Path, Path]) -> None:
