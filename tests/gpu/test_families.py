@@ -88,4 +88,4 @@ def test_two_gpus_agree_with_one(on_gpu: Trainer, gpus: int, one: dict[str, Run]
         pytest.skip("one GPU on this machine: layouts of two were not run")
     for name, two in train(on_gpu, {layout: LAYOUTS[layout]}, ranks=2).items():
         reference = one[f"packed-{name.removeprefix(layout + '-')}"]
-        assert losses(two) == pytest.approx(losses(reference), rel=2e-2), name
+        assert losses(two) == pytest.approx(losses(reference)[:2], rel=2e-2), name

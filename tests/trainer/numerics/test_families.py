@@ -27,7 +27,6 @@ from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
 from tests.builders.paths import RANKS, ROOT
 from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
-from tests.builders.trainer.adapters import assert_same_steps
 from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, ONE_RANK, refusal
 from tests.builders.trainer.plain import Plain, Settings
 from tests.builders.trainer.tiny_models import MODELS, PROMPT
@@ -230,7 +229,10 @@ def test_a_layout_trains_a_family_as_one_rank_does_or_is_refused(
         # As docs/models.md says.
         return
     run, one = runs_of(layout)[name], runs_of("")[name]
-    assert_same_steps(run, one)
+    for step, event in run.steps().items():
+        assert event.loss == pytest.approx(one.steps()[step].loss, rel=1e-5)
+        assert event.grad_norm == pytest.approx(one.steps()[step].grad_norm, rel=1e-4)
+    assert len(run.steps()) == 2
     spec = run.attempt.order().spec
     for rank in range(spec.world_size):
         left = json.loads((run.attempt.path / f"held-{rank}.json").read_text())
