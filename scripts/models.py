@@ -48,7 +48,7 @@ TESTED = """\
 ## What is tested
 
 On random tiny models in FP32, for every family: logits beside transformers, loading and export bit for bit, five training steps
-beside transformers (loss to 1e-5, gradient norm to 1e-4) and an answer after them. Then five packed steps on two ranks beside one
+beside transformers (loss to 1e-5, gradient norm to 1e-4) and an answer after them. Then two packed steps on two ranks beside one
 rank's padded ones: "tested", or "refused" at submit, with the reason. Of LoRA "as PEFT" is five steps beside PEFT's; "accepted" is
 what no test of this family trains.
 """
