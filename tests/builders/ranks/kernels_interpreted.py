@@ -191,8 +191,8 @@ class _Weighted(torch.autograd.Function):
 
 
 def check_grouped_gradient() -> None:
-    # The first and the last matrix have no rows; numbers of rows and sizes are multiples of nothing.
-    ends, places = torch.tensor([0, 1, 71, 71], dtype=torch.int32), ((4, 70, 150), (11000, 150, 1))
+    # The second and the last matrix have no rows; numbers of rows and sizes are multiples of nothing.
+    ends, places = torch.tensor([3, 3, 71, 71], dtype=torch.int32), ((4, 70, 150), (11000, 150, 1))
     x, dy, before = random(71, 150), random(71, 70), random(45000)
     mine, theirs = before.to(DEVICE, copy=True), before.clone()
     grouped_gradient.accumulate(x.to(DEVICE), dy.to(DEVICE), ends.to(DEVICE), mine.as_strided(*places, 9))
