@@ -111,10 +111,16 @@ def together(
         gate_up=products[0], down=products[1], activation=SWIGLU, is_hooked=case.hooked
     )
     tokens, weights, d_out = (x.clone().requires_grad_() for x in inputs)
+    is_async = DEVICE.type == "cuda" and case.dtype == torch.bfloat16
+    if is_async:
+        # Waiting for the device is an error from here on.
+        torch.cuda.set_sync_debug_mode("error")
     slots, ends = place(taken, case.taken, case.experts)
     x, row_weights = Spread.apply(tokens, weights, taken, slots)
     out = Collect.apply(_Experts.apply(x, row_weights, ends, experts, *hooked), slots)
     out.backward(d_out.detach())
+    if is_async:
+        torch.cuda.set_sync_debug_mode("default")
     for weight in hooked:
         assert weight.grad is not None
         assert weight.grad_added_to_main_grad
@@ -178,7 +184,7 @@ def check(case: Case) -> None:
     if is_trained:
         found += [p.main_grad - b for p, b in zip(real, before, strict=True)]
         expected += [torch.zeros_like(p) if p.grad is None else p.grad for p in plain]
-    tolerance = 2e-6 if case.dtype == torch.float32 else 2e-2
+    tolerance = 2e-2 if case.dtype != torch.float32 else 2e-6 if DEVICE.type == "cpu" else 1e-5
     for a, b in zip(found, expected, strict=True):
         # Relative to the largest: a sum of many terms may be near 0.
         error = float((a.float() - b).abs().max() / b.abs().max().clamp(min=1e-3))
