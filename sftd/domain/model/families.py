@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sftd.domain.model.family import ATTENTION_BIAS, LLAMA, MLP_BIAS, ROPE_KEYS, Family, Key, Untrained
+from sftd.domain.model.family import ATTENTION_BIAS, MLP_BIAS, ROPE_KEYS, Family, Key, Untrained
 
 _OTHER_EXPERTS = (
     Untrained("mlp_only_layers", "dense layers between its MoE layers"),
@@ -32,11 +33,11 @@ def _unless_null(key: str, default: float) -> Callable[[Mapping[str, Any]], floa
 
 
 def _root(number: Any) -> float:
-    return float(number) ** 0.5
+    return math.sqrt(float(number))
 
 
 def _rsqrt(number: Any) -> float:
-    return float(number) ** -0.5
+    return math.pow(float(number), -0.5)
 
 
 def _full(types: Sequence[str]) -> tuple[int, ...]:
@@ -65,6 +66,20 @@ def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
     """SmolLM3's default of `layer_types`."""
     marks = config.get("no_rope_layers") or _every_fourth(config)
     return ["full_attention" if mark else "sliding_attention" for mark in marks]
+
+
+def _three_of_four(config: Mapping[str, Any]) -> list[str]:
+    """Qwen3.5's default of `layer_types`."""
+    interval = int(config.get("full_attention_interval", 4))
+    return [
+        "full_attention" if (number + 1) % interval == 0 else "linear_attention"
+        for number in range(int(config["num_hidden_layers"]))
+    ]
+
+
+def _linear(types: Sequence[str]) -> tuple[int, ...]:
+    """The places of layers without attention in `layer_types`."""
+    return tuple(number for number, kind in enumerate(types) if kind == "linear_attention")
 
 
 # Qwen's config.json has a window that is used only if the switch says so.
@@ -102,20 +117,33 @@ _OLMO_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family(architecture="LlamaForCausalLM", model_type="llama"),
-        Family(architecture="MistralForCausalLM", model_type="mistral"),
+        Family(
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            models="Llama 2, 3, 3.1, 3.2 and 3.3, SmolLM2, TinyLlama, Yi 1.5",
+        ),
+        Family(
+            architecture="MistralForCausalLM",
+            model_type="mistral",
+            models="Mistral 7B, Mistral Nemo, Mistral Small 2501",
+        ),
         Family(
             architecture="Qwen2ForCausalLM",
             model_type="qwen2",
+            models="Qwen2, Qwen2.5, QwQ",
             fields={"attention_bias": True, **_QWEN_WINDOWS},
             refused=(MLP_BIAS,),
         ),
         Family(
-            architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True, **_QWEN_WINDOWS}
+            architecture="Qwen3ForCausalLM",
+            model_type="qwen3",
+            models="Qwen3 0.6B to 32B",
+            fields={"qk_norm": True, **_QWEN_WINDOWS},
         ),
         Family(
             architecture="SmolLM3ForCausalLM",
             model_type="smollm3",
+            models="SmolLM3 3B",
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
@@ -126,6 +154,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Gemma2ForCausalLM",
             model_type="gemma2",
+            models="Gemma 2",
             fields=_GEMMA
             | {
                 "score_softcap": Key(
@@ -143,6 +172,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Gemma3ForCausalLM",
             model_type="gemma3_text",
+            models="Gemma 3 270M and 1B",
             fields=_GEMMA
             | {
                 "qk_norm": True,
@@ -159,6 +189,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Olmo2ForCausalLM",
             model_type="olmo2",
+            models="OLMo 2",
             fields=_OLMO,
             rope_theta=500000.0,
             norms=_OLMO_NORMS,
@@ -166,6 +197,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Olmo3ForCausalLM",
             model_type="olmo3",
+            models="OLMo 3",
             fields=_OLMO
             | {
                 "sliding_window": Key(int, default=4096),
@@ -178,6 +210,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Glm4ForCausalLM",
             model_type="glm4",
+            models="GLM-4-0414, GLM-Z1",
             fields={
                 "attention_bias": Key(bool, default=True),
                 "norm_place": "both",
@@ -197,6 +230,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Phi3ForCausalLM",
             model_type="phi3",
+            models="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
             fields={
                 "partial_rotary_factor": Key(float, default=1.0),
                 "rms_norm_eps": Key(float, default=1e-5),
@@ -207,25 +241,45 @@ FAMILIES: dict[str, Family] = {
                 *(Untrained(f"{part}_pdrop", "dropout") for part in ("resid", "embd")),
             ),
             rope_types=("default", "longrope"),
-            fused={"qkv": "qkv", "gate_up": "gate_up_proj"},
+            fused={"qkv": "qkv_proj", "gate_up": "gate_up_proj"},
         ),
         Family(
             architecture="Ministral3ForCausalLM",
             model_type="ministral3",
+            models="the language model of Ministral 3",
             fields={"rms_norm_eps": Key(float, default=1e-5)},
             rope_theta=1000000.0,
         ),
         Family(
             architecture="MinistralForCausalLM",
             model_type="ministral",
+            models="Ministral 8B",
             fields={
                 "sliding_window": Key(int, default=4096),
                 "layers_without_window": Key(_full, ("layer_types",), default=()),
             },
         ),
         Family(
+            architecture="Qwen3_5ForCausalLM",
+            model_type="qwen3_5_text",
+            fields={
+                "head_dim": Key(int, default=256),
+                "qk_norm": True,
+                "norm_offset": 1.0,
+                "attention_gate": True,
+                "partial_rotary_factor": Key(float, default=0.25),
+                "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four),
+                "delta_key_heads": Key(int, ("linear_num_key_heads",), default=16),
+                "delta_value_heads": Key(int, ("linear_num_value_heads",), default=32),
+                "delta_key_dim": Key(int, ("linear_key_head_dim",), default=128),
+                "delta_value_dim": Key(int, ("linear_value_head_dim",), default=128),
+                "delta_kernel": Key(int, ("linear_conv_kernel_dim",), default=4),
+            },
+        ),
+        Family(
             architecture="MixtralForCausalLM",
             model_type="mixtral",
+            models="Mixtral 8x7B and 8x22B",
             fields={
                 "num_experts": Key(int, ("num_local_experts",)),
                 "num_experts_per_tok": Key(int, default=2),
@@ -238,6 +292,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Qwen3MoeForCausalLM",
             model_type="qwen3_moe",
+            models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
             fields={
                 "qk_norm": True,
                 "sliding_window": _SWITCHED_WINDOW,
@@ -255,10 +310,5 @@ FAMILIES: dict[str, Family] = {
 
 def keys_read() -> list[str]:
     """The keys of config.json that at least one family reads. An override of any other key would have no effect."""
-    names = ["architectures", *ROPE_KEYS]
-    for family in FAMILIES.values():
-        for name, how in (LLAMA | dict(family.fields)).items():
-            if isinstance(how, Key):
-                names += [*(how.names or (name,)), *([how.switch] if how.switch else [])]
-        names += [option.key for option in family.refused]
-    return list(dict.fromkeys(names))
+    read = (key for family in FAMILIES.values() for key in family.config_keys())
+    return list(dict.fromkeys(["architectures", *ROPE_KEYS, *read]))

@@ -9,8 +9,9 @@ from typing import Any
 from sftd.domain.model.shape import ModelShape
 
 _REQUIRED: Any = object()
+_ORIGINAL = "original_max_position_embeddings"
 # Keys of config.json about RoPE, of transformers 5 and 4.
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,41 @@ MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one `architecture` and `model_type`, as config.json names them.
+    """Models of one `architecture` and `model_type`, as config.json names them. `models`: what people call them.
 
     `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
-    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name, that of QKV without `_proj`.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     """
 
     architecture: str
     model_type: str
+    models: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (MLP_BIAS, ATTENTION_BIAS)
     activations: tuple[str, ...] = ("silu",)
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_types: tuple[str, ...] = (
+        *("default", "linear", "llama3", "yarn"),
+        *("dynamic", "longrope", "proportional"),
+    )
     added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
     rope_theta: float = 10000.0
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     fused: Mapping[str, str] = field(default_factory=dict)
+
+    def config_keys(self) -> list[str]:
+        """The keys of config.json that the family reads beside those of RoPE."""
+        read = [
+            key
+            for name, how in (LLAMA | dict(self.fields)).items()
+            if isinstance(how, Key)
+            for key in (*(how.names or (name,)), how.switch)
+        ]
+        return [*filter(None, read), *(option.key for option in self.refused)]
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
@@ -109,6 +124,7 @@ class Family:
         }
         if fields["sliding_window"] is None:
             fields.pop("layers_without_window", None)
+            fields.pop("window_rope_theta", None)
         unsupported = [str(option) for option in self.refused if option.is_asked(config)]
         return ModelShape(
             architecture=self.architecture,
@@ -124,22 +140,31 @@ def _rope(
     transformers 4 as keys of their own. An override takes precedence over all forms. `window_theta`: what the keys of transformers 4
     say about layers with a window."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if (of_windows := rope.get("sliding_attention")) is not None:
-        window_theta = float(of_windows["rope_theta"])
-        if _is_scaled(of_windows):
-            raise ValueError("RoPE scaling of layers with a window is not supported")
-        rope = dict(rope["full_attention"])
+    of_windows = rope.get("sliding_attention")
+    if any(kind in rope for kind in ("full_attention", "sliding_attention")):
+        rope = dict(rope.get("full_attention") or of_windows)
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
+    if of_windows is not None:
+        other = {"rope_theta": theta} | of_windows
+        window_theta = None if other == rope | {"rope_theta": theta} else float(other["rope_theta"])
+        if window_theta is not None and _is_scaled(other):
+            raise ValueError("layers with a sliding window have a RoPE scaling of their own")
+    factor = rope.get("partial_rotary_factor")
     if "rope_parameters" not in override:
         if "rope_scaling" in override:
             rope = dict(override["rope_scaling"] or {})
         theta = override.get("rope_theta", rope.pop("rope_theta", theta))
-    found = {"rope_theta": float(theta), "rope_scaling": rope if _is_scaled(rope) else None}
-    if window_theta is not None:
-        found["window_rope_theta"] = window_theta
-    factor = rope.pop("partial_rotary_factor", None)
-    return found if factor is None else found | {"partial_rotary_factor": float(factor)}
+    kind = rope.get("rope_type", rope.get("type"))
+    if config.get(_ORIGINAL) and kind in ("llama3", "yarn", "longrope"):
+        # Phi has it beside the scaling.
+        rope[_ORIGINAL] = config[_ORIGINAL]
+    found = {"rope_theta": float(theta), "window_rope_theta": window_theta}
+    if factor is not None and kind != "proportional":
+        found["partial_rotary_factor"] = float(factor)
+        rope.pop("partial_rotary_factor", None)
+    return found | {"rope_scaling": rope if _is_scaled(rope) else None}
 
 
 def _is_scaled(rope: Mapping[str, Any]) -> bool:
-    return rope.get("rope_type", rope.get("type", "default")) != "default"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return bool(kind != "default" or rope.get("llama_4_scaling_beta"))

@@ -52,6 +52,8 @@ def training_flops(
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
     With a window w, n² is 2wn − w² in segments longer than w, as if all had the length Σ n² ÷ tokens.
+    A gated delta net has instead of the second term 18 · value heads · d · e for each token: its recurrence reads, writes and reads
+    a state of d × e, two operations for each element, and backward takes twice that.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
 
     With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
@@ -59,8 +61,11 @@ def training_flops(
     the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
     squared_lengths = _mean_squares(shape, tokens, squared_lengths)
-    attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    nets = len(shape.delta_layers)
+    attention = 6 * (shape.num_hidden_layers - nets) * shape.num_attention_heads * shape.head_dim
+    recurrences = 18 * nets * shape.delta_value_heads * shape.delta_key_dim * shape.delta_value_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+    found += float(recurrences) * tokens
     if model is None:
         return found
     idle = idle_layers(model, shape) / shape.num_hidden_layers

@@ -117,6 +117,24 @@ def _ffn_units(shape: ModelShape) -> int:
     return shape.moe_intermediate_size if shape.num_experts else shape.intermediate_size
 
 
+def delta_net_over_context(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The recurrence of a gated delta net goes through all tokens of a sample."""
+    cp = spec.model.megatron.context_parallel_size
+    if shape.delta_layers and cp > 1:
+        what = (
+            f"{cp}, but {shape.architecture} has gated delta nets, "
+            "whose recurrence sftd does not split over context-parallel ranks"
+        )
+        yield Problem(_MEGATRON + "context_parallel_size", what, "set it to 1, and use tensor parallelism")
+
+
+def quantized_delta_net(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The projection of a gated delta net holds its decays, which four bits change by more than the other values."""
+    if shape.delta_layers and spec.model.quantize != "none":
+        what = f"is {spec.model.quantize}, which sftd does not support for the gated delta nets of {shape.architecture}"
+        yield Problem("model.quantize", what, "set it to none")
+
+
 def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Tensor-parallel ranks hold equal parts of each layer."""
     tp = spec.model.megatron.tensor_model_parallel_size
@@ -125,6 +143,8 @@ def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
         "key-value heads": shape.num_key_value_heads,
         "FFN units": _ffn_units(shape),
     }
+    if shape.delta_layers:
+        numbers["key heads of gated delta nets"] = shape.delta_key_heads
     sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
     if spec.model.megatron.expert_model_parallel_size > 1:
         # Expert parallelism does not split an expert.
@@ -161,6 +181,8 @@ MODEL = Rules(
         experts_of_a_whole_sequence,
         other_activation,
         other_rope,
+        delta_net_over_context,
+        quantized_delta_net,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
         *adapter_rules.ADAPTERS.refuse,

@@ -28,13 +28,14 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`."""
+    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one."""
 
     name: str
     rows: int
     columns: int = 1
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
+    share: float = 1.0
 
     @property
     def is_expert(self) -> bool:
@@ -51,8 +52,8 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     found = [
         *(Weight(f"{norm}.weight", h) for norm in family.norms),
         *_joined(
-            f"self_attn.{family.fused['qkv']}_proj" if "qkv" in family.fused else "",
-            Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
+            f"self_attn.{family.fused['qkv']}" if "qkv" in family.fused else "",
+            Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
             Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
             Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
         ),
@@ -72,6 +73,8 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
         ]
     elif shape.qk_norm:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
+    if layer in shape.delta_layers:
+        found = found[: len(family.norms)] + _delta_net(shape)
     below, f = family.feed_forward, shape.intermediate_size
     if shape.num_experts:
         found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
@@ -88,11 +91,30 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     ]
 
 
+def _delta_net(shape: ModelShape) -> list[Weight]:
+    """What a gated delta net has in the place of attention."""
+    h, heads = shape.hidden_size, shape.delta_value_heads
+    values = heads * shape.delta_value_dim
+    convolved = 2 * shape.delta_key_heads * shape.delta_key_dim + values
+    return [
+        Weight("linear_attn.in_proj_qkv.weight", convolved, h, "rows"),
+        Weight("linear_attn.in_proj_z.weight", values, h, "rows"),
+        Weight("linear_attn.in_proj_b.weight", heads, h, "rows"),
+        Weight("linear_attn.in_proj_a.weight", heads, h, "rows"),
+        Weight("linear_attn.conv1d.weight", convolved, shape.delta_kernel, "rows"),
+        Weight("linear_attn.A_log", heads, 1, "rows"),
+        Weight("linear_attn.dt_bias", heads, 1, "rows"),
+        Weight("linear_attn.norm.weight", shape.delta_value_dim),
+        Weight("linear_attn.out_proj.weight", h, values, "columns", "o"),
+    ]
+
+
 def _joined(name: str, *parts: Weight) -> list[Weight]:
-    """The parts, or with a name the one weight that they are in the folder, which adapters do not know."""
+    """The parts; with a name, as parts of the one tensor that they are in the folder."""
+    rows = sum(part.rows for part in parts)
     if not name:
         return list(parts)
-    return [Weight(f"{name}.weight", sum(part.rows for part in parts), parts[0].columns, parts[0].cut)]
+    return [part._replace(name=f"{name}.weight", share=part.rows / rows) for part in parts]
 
 
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
@@ -159,4 +181,4 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
             count = shape.num_experts if weight.is_expert else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
-                yield layer, weight.name, full_name, 1 / count
+                yield layer, weight.name, full_name, weight.share / count

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
@@ -152,11 +153,16 @@ class CausalAttention(MegatronModule):
         return self._attend(q, k, v, mask)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> Any:
-        """Megatron's sharded tensors for checkpoints: the sinks are split with the heads."""
-        own = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(own, prefix, {"sinks": 0}, sharded_offsets)
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The sinks' place in a checkpoint."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups = {
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
+            "dp_cp_group": metadata["dp_cp_group"],
+        }
+        found = make_sharded_tensors_for_checkpoint(state, prefix, {"sinks": 0}, sharded_offsets, **groups)
+        return cast(dict[str, Any], found)
 
 
 def _is_half_on_gpu(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
-from sftd.trainer.model.rope import for_layer
+from sftd.trainer.model.rope import for_layer, grown
 
 
 class DecoderLayer(TransformerLayer):
@@ -72,7 +72,7 @@ class DecoderLayer(TransformerLayer):
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
-            qkv, _bias = self.self_attention.linear_qkv(normed)
+            qkv = self.project_in(normed)
         added = self.project(self.attend(qkv, rotary_pos_emb, packed_seq_params))
         if self.post_attention_norm is not None:
             added = self.post_attention_norm(added)
@@ -81,6 +81,11 @@ class DecoderLayer(TransformerLayer):
         if self.post_mlp_norm is not None:
             added = self.post_mlp_norm(added)
         return residual + added, None
+
+    def project_in(self, normed: Tensor) -> Tensor:
+        """Projection of attention's input: [s, b, h] → [s, b, …]."""
+        qkv, _bias = self.self_attention.linear_qkv(normed)
+        return cast(Tensor, qkv)
 
     def project(self, attended: Tensor) -> Tensor:
         """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
@@ -124,15 +129,21 @@ class DecoderLayer(TransformerLayer):
         q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
         if self.shape.qk_norm_over_heads:
             q_norm, k_norm = self.query_norm, self.key_norm
-        if q_norm is None and is_rotated and is_whole:
+        gate = None
+        is_plain = is_rotated and is_whole and angles.dim() == 3 and not self.shape.attention_gate
+        if q_norm is None and is_plain:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
+            if self.shape.attention_gate:
+                q, gate = q.unflatten(2, (-1, 2)).unbind(3)
             if q_norm is not None:
                 q, k = q_norm(q), k_norm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
-        return attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        q = grown(q, layout.positions, self.shape)
+        out = attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        return out if gate is None else out * gate.flatten(2).sigmoid()
 
 
 def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

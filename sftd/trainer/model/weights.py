@@ -85,12 +85,11 @@ def fill(
     parameter: Tensor, rule: Rule, folder: Folder, padded_vocabulary: int, shape: ModelShape, layout: Layout
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
+    sources, pieces = rule.sources, []
     if rule.parts is not None:
         pieces = list(_read_parts(folder, rule, shape, layout))
-    else:
-        pieces = [
-            _read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in rule.sources
-        ]
+        sources = sources[1:]
+    pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
     value = rule.how.join(pieces, shape)
     if parameter.shape != value.shape:
         raise UserError(
@@ -127,9 +126,9 @@ def _read(
 
 
 def _read_parts(folder: Folder, rule: Rule, shape: ModelShape, layout: Layout) -> Iterator[Tensor]:
-    """This rank's share of each of the tensors that the rule's source joins."""
+    """This rank's share of each of the tensors that the rule's first source joins."""
     assert rule.parts is not None
-    (name,), sizes = rule.sources, rule.parts(shape)
+    name, sizes = rule.sources[0], rule.parts(shape)
     if (found := folder.rows(name)) != sum(sizes):
         raise UserError(f"{folder.path}: {name} has {found} rows, but config.json specifies {sum(sizes)}")
     rank, ranks = (layout.tp_rank, layout.tp) if rule.cut == "rows" else (0, 1)

@@ -75,7 +75,14 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
         shape = read_shape(folder, override)
         scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
         config |= {"rope_scaling": scaling, **theta}
-        config["rope_parameters"] = {"rope_type": "default"} | (scaling or {}) | theta
+        rope = {"rope_type": "default"} | (scaling or {}) | theta
+        if (local := shape.window_rope_theta) is not None:
+            config["rope_local_base_freq"] = local
+            rope = {
+                "full_attention": rope,
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            }
+        config["rope_parameters"] = rope
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return config | {key: dtype}
 

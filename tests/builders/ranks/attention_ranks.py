@@ -14,14 +14,22 @@ from sftd.trainer.runtime import process
 
 process.prepare()
 
+import msgspec  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from sftd.domain.model.families import FAMILIES  # noqa: E402
+from sftd.domain.spec.spec import Spec  # noqa: E402
+from sftd.trainer.data.batches import Batching  # noqa: E402
+from sftd.trainer.data.rows import Sample  # noqa: E402
 from sftd.trainer.data.sequence_layout import KeyValueCache, SequenceLayout, make_chunks  # noqa: E402
 from sftd.trainer.data.sequence_shards import spans  # noqa: E402
 from sftd.trainer.model import attention  # noqa: E402
 from sftd.trainer.model.attention import CausalAttention  # noqa: E402
 from sftd.trainer.model.kernels import attention_options  # noqa: E402
+from sftd.trainer.model.rope import RotaryEmbedding  # noqa: E402
+from sftd.trainer.runtime.session import Layout  # noqa: E402
 
 LENGTH, HEADS, GROUPS, DIM = 40, 4, 2, 8
 ENDS = [0, 3, 27, 33, 40]
@@ -204,6 +212,29 @@ def by_flash(options: dict[str, Any]) -> float:
     return in_rows(options, ENDS)
 
 
+def rope_of_samples(scaling: dict[str, Any]) -> float:
+    """Angles of packed and padded samples of which only one is long, against those of each sample alone."""
+    base = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = base | {"vocab_size": 9, "max_position_embeddings": 8, "rope_parameters": scaling}
+    rotary = RotaryEmbedding(FAMILIES["LlamaForCausalLM"].shape(config, {}), CPU)
+    session: Any = SimpleNamespace(layout=Layout(*[1] * 5, *[0] * 4), device=CPU)
+    samples = [Sample(np.ones(size, np.int64), np.ones(size, np.int64)) for size in (5, 20)]
+    alone = [
+        rotary(SequenceLayout(positions=torch.arange(size))).expand(2, size, 1, 8).squeeze(2)
+        for size in (5, 20)
+    ]
+    found = []
+    for is_packed in (True, False):
+        sizes = {"micro_batch_size_per_gpu": 2, "use_rmpad": is_packed}
+        spec = msgspec.convert({"training": sizes}, Spec)
+        angles = rotary(Batching.of(spec, session).make(samples, 25).layout)
+        # The second is not rotated as the first is.
+        assert not torch.equal(alone[0], alone[1][:, :5])
+        rows = angles[:, :, 0].split([5, 20], dim=1) if is_packed else (angles[:, :5, 0], angles[:, :20, 1])
+        found += [float((a - b).abs().max()) for a, b in zip(rows, alone, strict=True)]
+    return max(found)
+
+
 def main(path: str) -> None:
     attention_options._BLOCK = 16
     found = {"long window": long_window()}
@@ -212,6 +243,16 @@ def main(path: str) -> None:
             found[f"{name} {rows}"] = in_rows(options, ends)
             found[f"{name} {rows} cp2"] = in_shares(options, ends)
         found[f"{name} cached"] = cached(options)
+    short, long = ([1.0 + step * pair for pair in range(8)] for step in (0.1, 2.0))
+    found["longrope"] = rope_of_samples(
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 8,
+            "short_factor": short,
+            "long_factor": long,
+        }
+    )
+    found["dynamic"] = rope_of_samples({"rope_type": "dynamic", "factor": 3.0})
     # Last, because it replaces the kernels.
     found |= {f"{name} flash": by_flash(options) for name, options in FLASH.items()}
     Path(path).write_text(json.dumps(found))

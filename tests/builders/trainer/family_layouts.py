@@ -8,6 +8,7 @@ from sftd.domain.errors import Problem
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.parse import parse
+from sftd.domain.spec.spec import Spec
 from tests.builders.trainer.tiny_models import MODELS
 from tests.builders.trainer.trainers import MEGATRON
 
@@ -30,7 +31,8 @@ TP2, PP2, CP2, EP2 = (
 LAYOUTS: dict[str, dict[str, Any]] = {
     name: ONE_RANK | {"training__use_rmpad": True} | layout
     for name, layout in {
-        "TP": TP2 | {MEGATRON + "sequence_parallel": True},
+        "TP": TP2,
+        "TP+SP": TP2 | {MEGATRON + "sequence_parallel": True},
         "PP": PP2,
         "CP": CP2,
         "EP": EP2,
@@ -42,8 +44,12 @@ for _name, (_architecture, _, _) in MODELS.items():
     FIRST.setdefault(_architecture, _name)
 
 
+def spec_of(keys: dict[str, Any]) -> Spec:
+    """A spec of two ranks with these `keys`."""
+    needed = {"model__partial_pretrain": "model", "data__train_files": ["train"], "launch__nproc_per_node": 2}
+    return parse({}, [(key.replace("__", "."), value) for key, value in (needed | keys).items()])[0]
+
+
 def refusal(shape: ModelShape, keys: dict[str, Any]) -> list[Problem]:
     """Why two ranks with these `keys` may not train a model."""
-    needed = {"model__partial_pretrain": "model", "data__train_files": ["train"], "launch__nproc_per_node": 2}
-    overrides = [(key.replace("__", "."), value) for key, value in (needed | keys).items()]
-    return MODEL.problems(parse({}, overrides)[0], shape)
+    return MODEL.problems(spec_of(keys), shape)

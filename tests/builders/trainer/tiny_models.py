@@ -61,6 +61,31 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    # Longer than what the model was trained with.
+    "dynamic_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "proportional_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
     # Windows shorter than the sequences, in all layers and in the last two.
     "mistral_window": (
@@ -83,7 +108,22 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm3": (
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
-        {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+        {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
+    ),
+    # Layer 1 has attention; three values for each key of the delta nets.
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+            "initializer_range": 0.1,
+            "pad_token_id": 0,
+        },
     ),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -130,9 +170,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {
             "pad_token_id": 0,
             "rope_parameters": {
-                "rope_type": "default",
+                "rope_type": "longrope",
                 "rope_theta": 10000.0,
                 "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
             },
         },
     ),
@@ -150,6 +193,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Ministral3Config",
         {
             "head_dim": 32,
+            # Its default is a token of the rows, whose embedding transformers would not train.
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
             "rope_parameters": _YARN
             | {
                 "mscale": 1.0,
@@ -219,6 +265,14 @@ WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> Any:
+    """The transformers config of a tiny model."""
+    import transformers
+
+    _, config, extra = models[name]
+    return getattr(transformers, config)(**_SIZES | extra)
+
+
 def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
     """Write tiny models into a folder."""
     with warnings.catch_warnings():
@@ -236,9 +290,9 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
         )
         fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
-        for name, (model, config, extra) in models.items():
+        for name, (model, _, _) in models.items():
             torch.manual_seed(7)
-            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
+            network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
                 for parameter in network.parameters():

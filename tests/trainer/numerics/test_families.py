@@ -4,9 +4,11 @@ families that sftd has train and answer as in transformers, and in each layout a
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
-from tests.builders.paths import RANKS
+from tests.builders.paths import RANKS, ROOT
 from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
 from tests.builders.trainer.adapters import assert_same_steps
 from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, ONE_RANK, refusal
@@ -103,13 +105,17 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {weight.name: weight.rows * weight.columns for weight in layer_weights(shape)}
+    sizes: Counter[tuple[int, str]] = Counter()
+    for layer in range(shape.num_hidden_layers):
+        for weight in layer_weights(shape, layer):
+            # Several projections may be one tensor.
+            sizes[layer, weight.name] += weight.rows * weight.columns
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))
     assert {full_name for _, _, full_name, _ in planned} == found.keys()
-    for layer, weight, full_name, _ in planned:
-        assert layer < 0 or found[full_name] == sizes[weight], full_name
+    for layer, name, full_name, _ in planned:
+        assert layer < 0 or found[full_name] == sizes[layer, name], full_name
 
 
 def test_without_its_entry_the_family_is_refused(folders: tuple[Path, Path]) -> None:
@@ -155,6 +161,11 @@ def test_an_export_has_every_bit_that_was_loaded(trainer: Trainer, trained: Run,
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 def test_each_family_is_compared_with_transformers(family: Any) -> None:
     assert family.architecture in FIRST
+
+
+def test_the_page_of_the_models_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "scripts/models.py"))["markdown"]()
+    assert (ROOT / "docs/models.md").read_text() == made, "python scripts/models.py > docs/models.md"
 
 
 @pytest.fixture(scope="module")

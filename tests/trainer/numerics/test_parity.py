@@ -29,10 +29,13 @@ MODELS = (
         "qwen2_untied",
         "qwen3",
         "smollm3",
+        "qwen3_5",
         "yarn_rope",
         "linear_rope",
+        "dynamic_rope",
+        "proportional_rope",
     ),
-    *("gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral"),
+    *("gemma2", "gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
 )
 TOKENS = list(range(3, 51))
@@ -100,11 +103,12 @@ def test_loss_and_its_gradient_are_those_of_pytorch(ranks: dict[str, Any]) -> No
     assert ranks["gradient"] < 1e-5
 
 
-def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, Any]) -> None:
-    assert ranks["linear_loss"] < 1e-5
-    assert ranks["linear_hidden"] < 1e-5
-    assert ranks["linear_weight"] < 1e-4
-    assert ranks["linear_evaluation"] == 0.0
+@pytest.mark.parametrize("kind", ["linear", "capped_linear"])
+def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, Any], kind: str) -> None:
+    assert ranks[f"{kind}_loss"] < 1e-5
+    assert ranks[f"{kind}_hidden"] < 1e-5
+    assert ranks[f"{kind}_weight"] < 1e-4
+    assert ranks[f"{kind}_evaluation"] == 0.0
 
 
 def test_padding_of_the_vocabulary_is_never_chosen_and_gets_no_gradient(ranks: dict[str, Any]) -> None:

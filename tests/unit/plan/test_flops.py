@@ -96,3 +96,15 @@ def test_of_the_experts_only_those_count_that_a_token_is_sent_to() -> None:
     # Of the 46.7 billion of its model card, six of eight experts, the embedding and 65 norms are in no product.
     idle = 32 * 6 * 3 * 4096 * 14336 + 32000 * 4096 + 65 * 4096
     assert matmul_parameters(shape) == 46_702_792_704 - idle
+
+
+def test_a_gated_delta_net_counts_its_recurrence_and_no_attention() -> None:
+    sizes = {"delta_key_heads": 4, "delta_value_heads": 8, "delta_key_dim": 64, "delta_value_dim": 128}
+    shape = msgspec.structs.replace(LLAMA_1B, delta_layers=tuple(range(12)), delta_kernel=4, **sizes)
+    products = 6 * matmul_parameters(shape) * 100
+    # Twelve of sixteen layers: forward reads, writes and reads the state of each value head, backward twice that.
+    recurrences = 12 * 3 * (3 * 2 * 8 * 64 * 128) * 100
+    attention = training_flops(LLAMA_1B, 100, 50**2) - 6 * matmul_parameters(LLAMA_1B) * 100
+    assert training_flops(shape, 100, 50**2) == pytest.approx(
+        products + recurrences + attention / 4, rel=1e-12
+    )

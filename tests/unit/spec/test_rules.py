@@ -58,6 +58,8 @@ EP = "model.megatron.expert_model_parallel_size"
 SP = "model.megatron.sequence_parallel"
 RANKS, BATCH, SIZE = "launch.nproc_per_node", "data.train_batch_size", "training.micro_batch_size_per_gpu"
 PACKED, TOKENS, LENGTH = "training.use_rmpad", "training.micro_batch_tokens", "data.sequence_length"
+CONTEXT = "model.megatron.context_parallel_size"
+DELTA_NET = {"delta_key_heads": 2, "delta_value_heads": 6, "delta_key_dim": 16, "delta_value_dim": 24}
 SLURM = {"launch.launcher": "slurm", "launch.device": "cuda"}
 SAVE, CHECK, SAVE_DIR = "trainer.save_interval", "trainer.val_check_interval", "checkpoint.save_dir"
 RANK, TARGETS, LORA = "model.lora.rank", "model.lora.targets", {"model.lora.rank": 16}
@@ -99,7 +101,7 @@ def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
 def peft(targets: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
     """A PEFT folder for SHAPE, of rank 4 with alpha 8."""
     every = tensors_of(msgspec.structs.replace(SHAPE, num_hidden_layers=layers), 4)
-    tensors = {name: size for name, (projection, size) in every.items() if projection in targets}
+    tensors = {name: size for name, ((projection,), size) in every.items() if projection in targets}
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False} | config
     return {"adapter": PeftAdapter(config, tensors)}
 
@@ -224,11 +226,29 @@ REFUSED: dict[str, list[Row]] = {
     "other_rope": [
         Row(
             "model.partial_pretrain",
-            "'longrope' is not supported",
-            shape={"rope_scaling": {"type": "longrope"}},
+            "'axial' is not supported",
+            shape={"rope_scaling": {"type": "axial"}},
         )
     ],
+    "delta_net_over_context": [
+        Row(
+            CONTEXT,
+            "gated delta nets",
+            {CONTEXT: 2},
+            shape={"delta_layers": (0,)} | DELTA_NET,
+            fix="set it to 1",
+        )
+    ],
+    "quantized_delta_net": [
+        Row(QUANTIZE, "is nf4", {QUANTIZE: "nf4", RANK: 8}, shape={"delta_layers": (0,)} | DELTA_NET)
+    ],
     "layers_not_divided_by_tp": [
+        Row(
+            TP,
+            "2 does not divide the model's 3 key heads of gated delta nets",
+            {TP: 2},
+            shape={"delta_layers": (0,)} | DELTA_NET | {"delta_key_heads": 3},
+        ),
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
         Row(TP, "2 does not divide the model's 127 FFN units", {TP: 2}, shape={"intermediate_size": 127}),
     ],

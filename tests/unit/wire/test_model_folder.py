@@ -311,3 +311,32 @@ def test_each_layer_has_the_window_that_transformers_gives_it(tmp_path: Path) ->
     assert windows("Qwen3ForCausalLM", layer_types=types) == [None] * 4
     assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2, **switch) == [None, 128] * 2
     assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2) == [None] * 4
+
+
+def test_layers_with_and_without_a_window_have_their_own_rope(tmp_path: Path) -> None:
+    def rope(full: dict[str, Any], local: dict[str, Any], **override: Any) -> tuple[Any, ...]:
+        both = {"full_attention": full, "sliding_attention": local}
+        window = {"sliding_window": 128, "use_sliding_window": True, "rope_parameters": both}
+        folder = folder_of(tmp_path, DENSE | {"architectures": ["Qwen3ForCausalLM"]} | window)
+        shape = read_shape(folder, override)
+        if override:
+            folder = folder_of(tmp_path, exported_config(folder, override, "float32"))
+            assert read_shape(folder, {}) == shape
+        return shape.rope_theta, shape.rope_scaling, shape.window_rope_theta
+
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope(default | {"rope_theta": 1e6}, default) == (1e6, None, 10000.0)
+    # OLMo 3's: the same theta, and YaRN in some layers only.
+    scaled = LLAMA3_ROPE | {"rope_theta": 10000.0}
+    assert rope(scaled, default) == (10000.0, LLAMA3_ROPE, 10000.0)
+    assert rope(scaled, scaled) == (10000.0, LLAMA3_ROPE, None)
+    assert rope(default | {"rope_theta": 1e6}, default, rope_theta=5.0) == (5.0, None, 10000.0)
+    with pytest.raises(Refused, match="a RoPE scaling of their own"):
+        rope(default, scaled)
+
+
+def test_phi_has_the_length_of_its_training_beside_the_scaling(tmp_path: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config = DENSE | {"rope_scaling": scaling, "original_max_position_embeddings": 7}
+    shape = read_shape(folder_of(tmp_path, config), {})
+    assert shape.rope_scaling == scaling | {"original_max_position_embeddings": 7}

@@ -15,7 +15,8 @@ def convolve(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     taps, found = weight.float().unbind(1), torch.zeros_like(x, dtype=torch.float32)
     for back, tap in enumerate(reversed(taps)):
         before = F.pad(x, (0, 0, 0, 0, back, 0))[: x.shape[0]]
-        found = found + torch.where((positions >= back)[:, None, None], before, 0).float() * tap
+        before = torch.where((positions >= back)[:, None, None], before, 0)
+        found = found + before.float() * tap
     return F.silu(found)
 
 
@@ -34,11 +35,11 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
     write are the rows of the solution of (1 + tril(β k kᵀ · D, −1)) X = β (v − exp(G) k S): X = U − W S for all chunks at once, and
     only S goes from chunk to chunk.
     """
-    shared, (heads, groups) = v.shape[1] // k.shape[1], (v.shape[1], k.shape[1])
+    groups = k.shape[1]
     # [chunks, key heads, value heads of a key head, CHUNK, …]
     q, k = (_unit(chunks.split(x.float())).transpose(1, 2).unsqueeze(2) for x in (q, k))
     v, decay, beta = (
-        chunks.split(x.float()).unflatten(2, (groups, shared)).movedim(1, 3) for x in (v, decay, beta)
+        chunks.split(x.float()).unflatten(2, (groups, -1)).movedim(1, 3) for x in (v, decay, beta)
     )
     q, total, beta = q * q.shape[-1] ** -0.5, decay.cumsum(-1), beta.unsqueeze(-1)
     upper = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
@@ -64,9 +65,9 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
             state = writing.mT @ new
             continue
         state = state[: new.shape[0]]
-        new = new - erased @ state
-        outs.append(reading @ state + inside @ new)
-        state = kept * state + writing.mT @ new
+        corrected = new - erased @ state
+        outs.append(reading @ state + inside @ corrected)
+        state = kept * state + writing.mT @ corrected
     return chunks.join(torch.cat(outs).movedim(3, 1).flatten(2, 3))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,19 +22,27 @@ class Join:
     split: Callable[[Tensor, ModelShape], list[Tensor]]
 
 
+def interleave(parts: list[Tensor], groups: int) -> Tensor:
+    """Matrices or vectors, each of equal groups of rows → for each group its rows of all."""
+    rest = parts[0].shape[1:]
+    return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
+
+
 def _interleave_groups(parts: list[Tensor], shape: ModelShape) -> Tensor:
     """q, k, v rows → the layout of Megatron's linear_qkv: for each query group its queries, its key and its value."""
-    rest = parts[0].shape[1:]
-    groups = parts[1].shape[0] // shape.head_dim
-    return torch.cat([p.reshape(groups, -1, *rest) for p in parts], dim=1).reshape(-1, *rest)
+    return interleave(parts, parts[1].shape[0] // shape.head_dim)
 
 
 def _separate_groups(whole: Tensor, shape: ModelShape) -> list[Tensor]:
     """Inverse of `_interleave_groups`, for all groups."""
-    rest, queries = whole.shape[1:], shape.num_attention_heads // shape.num_key_value_heads
-    groups = whole.reshape(shape.num_key_value_heads, (queries + 2) * shape.head_dim, *rest)
-    sizes = [queries * shape.head_dim, shape.head_dim, shape.head_dim]
-    return [part.reshape(-1, *rest) for part in groups.split(sizes, dim=1)]
+    queries = shape.query_heads // shape.num_key_value_heads
+    return separate(whole, [queries * shape.head_dim, shape.head_dim, shape.head_dim])
+
+
+def separate(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Inverse of `interleave`, given the rows that a group has of each part."""
+    groups = whole.unflatten(0, (-1, sum(sizes))).split(tuple(sizes), dim=1)
+    return [part.flatten(0, 1) for part in groups]
 
 
 ONE = Join(lambda parts, shape: parts[0], lambda whole, shape: [whole])
@@ -50,7 +58,7 @@ class Rule:
     """One parameter: `target` is its name in Megatron, `sources` are its tensors in the folder.
 
     `cut`: how tensor-parallel ranks split each source: not at all, by rows, by columns, or by rows after padding the
-    vocabulary to a multiple of the ranks. `parts`: if the only source holds several tensors one below the other, the number of
+    vocabulary to a multiple of the ranks. `parts`: if the first source holds several tensors one below the other, the number of
     rows of each; they are split and joined like sources.
     """
 
@@ -63,7 +71,8 @@ class Rule:
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         """The tensors of the folder, from the whole parameter."""
         parts = self.how.split(whole, shape)
-        return parts if self.parts is None else [torch.cat(parts)]
+        count = 1 if self.parts is None else len(self.parts(shape))
+        return [torch.cat(parts[:count]), *parts[count:]]
 
     def below(self, target: str, source: str) -> Rule:
         """The rule with prefixed names."""
@@ -87,7 +96,7 @@ def norm_rules(shape: ModelShape) -> list[Rule]:
 def attention_rules(shape: ModelShape) -> list[Rule]:
     """Attention with the options of the shape, under Llama's names."""
     fused, qkv = FAMILIES[shape.architecture].fused.get("qkv"), "self_attention.linear_qkv"
-    sources = tuple(f"{name}_proj" for name in ((fused,) if fused else "qkv"))
+    sources = (fused,) if fused else ("q_proj", "k_proj", "v_proj")
     rules = [
         Rule(
             f"{qkv}.weight",
@@ -145,9 +154,13 @@ def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
 
 def layer_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     """All parameters of a layer of Llama or one of its relatives, dense or MoE."""
-    rules = [*norm_rules(shape), *attention_rules(shape)]
+    return [*norm_rules(shape), *attention_rules(shape), *mlp_rules(shape, experts)]
+
+
+def mlp_rules(shape: ModelShape, experts: range) -> list[Rule]:
+    """A layer's MLP, or its router and experts."""
     if shape.num_experts:
-        return rules + expert_rules(shape, experts)
+        return expert_rules(shape, experts)
     where = FAMILIES[shape.architecture].feed_forward
     dense = feed_forward_rules(shape, shape.intermediate_size)
-    return rules + [rule.below("mlp.", f"{where}.") for rule in dense]
+    return [rule.below("mlp.", f"{where}.") for rule in dense]
