@@ -23,5 +23,5 @@ def test_kernels_compute_what_pytorch_does() -> None:
     run = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     blocks = ["norm", "swiglu", "rotary", "cross_entropy", "dropout", "nf4"]
-    experts = ["routing", "weighted_swiglu", "grouped_gradient"]
+    experts = ["routing", "weighted_swiglu", "expert_bias", "grouped_gradient"]
     assert run.stdout.split() == [*blocks, *experts, "lean"]
