@@ -78,8 +78,6 @@ _FIELDS: dict[str, Any] = {
 }
 _MLP_BIAS, _ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 _OTHER_EXPERTS = (
-    Untrained("mlp_only_layers", "dense layers between its MoE layers"),
-    Untrained("decoder_sparse_step", "dense layers between its MoE layers", neutral=(1,)),
     Untrained("shared_expert_intermediate_size", "shared experts"),
     Untrained("router_jitter_noise", "router noise"),
 )
@@ -89,10 +87,10 @@ _OTHER_EXPERTS = (
 class Family:
     """Models of one `architecture` and `model_type`, as config.json names them.
 
-    `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
+    `fields`: differences from Llama's shape: field → `Key`, a function of config.json, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
-    the folder. `projections`: names of gate, up and down there.
+    the folder. `projections`: names of gate, up and down there. `shared_expert`: name of the shared expert below that.
     """
 
     architecture: str
@@ -105,13 +103,14 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: str = "shared_experts"
 
     def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
         `ValueError`, `AttributeError` or `ArithmeticError`."""
         theta, scaling = _rope(config, override)
         fields = {
-            name: how.read(name, config) if isinstance(how, Key) else how
+            name: how.read(name, config) if isinstance(how, Key) else how(config) if callable(how) else how
             for name, how in (_FIELDS | dict(self.fields)).items()
         }
         return ModelShape(
@@ -129,9 +128,60 @@ def _every_fourth(config: Mapping[str, Any]) -> list[int]:
     return [int((number + 1) % interval != 0) for number in range(int(config["num_hidden_layers"]))]
 
 
+def _by_sparse_step(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dense layers of Qwen's mixtures of experts."""
+    dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
+    layers = range(int(config["num_hidden_layers"]))
+    return tuple(number for number in layers if number in dense or (number + 1) % step)
+
+
+def _first_layers(count: Any) -> tuple[int, ...]:
+    return tuple(range(int(count)))
+
+
+def _dense_of(kinds: Sequence[str]) -> tuple[int, ...]:
+    return tuple(number for number, kind in enumerate(kinds) if kind == "dense")
+
+
+def _rotated_share(config: Mapping[str, Any]) -> float:
+    """GLM's share of a head's dimensions that are rotated."""
+    rope = config.get("rope_parameters") or config
+    return float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)))
+
+
 def _without(marks: Sequence[Any]) -> tuple[int, ...]:
     """The places of zeros."""
     return tuple(number for number, mark in enumerate(marks) if not mark)
+
+
+# What DeepSeek-V3 and the families after it share.
+_SIGMOID_EXPERTS: dict[str, Any] = {
+    "num_experts": Key(int, ("n_routed_experts", "num_local_experts")),
+    "num_experts_per_tok": Key(int, default=8),
+    "moe_intermediate_size": Key(int),
+    "norm_topk_prob": Key(bool, default=True),
+    "router": "sigmoid",
+    "router_groups": Key(int, ("n_group",), default=1),
+    "router_topk_group": Key(int, ("topk_group",), default=1),
+    "routed_scaling_factor": Key(float, default=1.0),
+    "shared_expert_intermediate_size": lambda config: (
+        int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts") or 0)
+    ),
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": lambda config: int(config["num_attention_heads"]),
+    "kv_lora_rank": Key(int),
+    "q_lora_rank": Key(int, default=0),
+    "qk_rope_head_dim": Key(int),
+    "v_head_dim": Key(int),
+    "head_dim": lambda config: int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]),
+    "rope_interleaved": Key(bool, ("rope_interleave",), default=True),
+}
+_OTHER_ROUTERS = (
+    Untrained("scoring_func", "other scores of the router", neutral=(None, "sigmoid")),
+    Untrained("topk_method", "another choice of experts", neutral=(None, "noaux_tc")),
+    Untrained("moe_layer_freq", "dense layers between its MoE layers", neutral=(None, 1)),
+)
 
 
 FAMILIES: dict[str, Family] = {
@@ -176,8 +226,53 @@ FAMILIES: dict[str, Family] = {
                 "num_experts_per_tok": Key(int, default=8),
                 "moe_intermediate_size": Key(int),
                 "norm_topk_prob": Key(bool, default=False),
+                "layers_without_experts": _by_sparse_step,
             },
             refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
+        ),
+        Family(
+            architecture="Qwen2MoeForCausalLM",
+            model_type="qwen2_moe",
+            fields={
+                "attention_bias": Key(bool, ("qkv_bias",), default=True),
+                "num_experts": Key(int, ("num_experts", "num_local_experts")),
+                "num_experts_per_tok": Key(int, default=4),
+                "moe_intermediate_size": Key(int),
+                "norm_topk_prob": Key(bool, default=False),
+                "layers_without_experts": _by_sparse_step,
+                "shared_expert_intermediate_size": Key(int),
+                "shared_expert_gate": True,
+            },
+            refused=(_MLP_BIAS,),
+            shared_expert="shared_expert",
+        ),
+        Family(
+            architecture="Glm4MoeForCausalLM",
+            model_type="glm4_moe",
+            fields=_SIGMOID_EXPERTS
+            | {
+                "attention_bias": Key(bool, default=False),
+                "qk_norm": Key(bool, ("use_qk_norm",), default=False),
+                "partial_rotary_factor": _rotated_share,
+                "layers_without_experts": Key(_first_layers, ("first_k_dense_replace",), default=1),
+            },
+            refused=(_MLP_BIAS, *_OTHER_ROUTERS),
+        ),
+        Family(
+            architecture="DeepseekV3ForCausalLM",
+            model_type="deepseek_v3",
+            fields=_SIGMOID_EXPERTS
+            | _LATENT
+            | {"layers_without_experts": Key(_first_layers, ("first_k_dense_replace",), default=3)},
+            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_ROUTERS),
+        ),
+        Family(
+            architecture="Glm4MoeLiteForCausalLM",
+            model_type="glm4_moe_lite",
+            fields=_SIGMOID_EXPERTS
+            | _LATENT
+            | {"layers_without_experts": Key(_dense_of, ("mlp_layer_types",), default=("dense",))},
+            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_ROUTERS),
         ),
     )
 }

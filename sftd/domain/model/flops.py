@@ -48,7 +48,8 @@ def training_flops(
 ) -> float:
     """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
 
-    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
+    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n² (of latent attention the mean of the heads'
+    two widths). The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
@@ -57,7 +58,8 @@ def training_flops(
     parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted. Layers before
     the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
-    attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+    widths = shape.head_dim + (shape.v_head_dim or shape.head_dim)
+    attention = 3 * shape.num_hidden_layers * shape.num_attention_heads * widths
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
     if model is None:
         return found

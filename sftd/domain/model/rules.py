@@ -10,6 +10,7 @@ from sftd.domain.errors import Problem, quote, shorten
 from sftd.domain.model import adapter_rules
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.files import ModelFiles, differences
+from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
@@ -49,6 +50,22 @@ def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         what = f"config.json routes a token to {shape.num_experts_per_tok} of {shape.num_experts} experts"
         fix = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
         yield Problem(_MODEL, what, fix)
+
+
+def groups_of_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """A group is chosen by its two best experts, and the chosen groups hold all experts of a token."""
+    groups, chosen = shape.router_groups, shape.router_topk_group
+    if not shape.num_experts or chosen >= groups:
+        return
+    each, rest = divmod(shape.num_experts, groups)
+    if rest or each < 2 or chosen * each < shape.num_experts_per_tok:
+        what = (
+            f"config.json takes {shape.num_experts_per_tok} experts of {chosen} of {groups} groups (n_group, topk_group) "
+            f"of its {shape.num_experts} experts"
+        )
+        yield Problem(
+            _MODEL, what, "use a model whose groups have equal sizes of at least 2 and enough experts"
+        )
 
 
 def experts_not_divided(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -95,22 +112,20 @@ def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
 
 
-def _ffn_units(shape: ModelShape) -> int:
-    return shape.moe_intermediate_size if shape.num_experts else shape.intermediate_size
-
-
 def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Tensor-parallel ranks hold equal parts of each layer."""
     tp = spec.model.megatron.tensor_model_parallel_size
+    has_dense_layers = not shape.num_experts or bool(shape.layers_without_experts)
+    # Expert parallelism does not split an expert.
+    splits_experts = spec.model.megatron.expert_model_parallel_size == 1
     numbers = {
         "attention heads": shape.num_attention_heads,
         "key-value heads": shape.num_key_value_heads,
-        "FFN units": _ffn_units(shape),
+        "FFN units": shape.intermediate_size if has_dense_layers else 0,
+        "units of an expert": shape.moe_intermediate_size if splits_experts else 0,
+        "units of the shared expert": shape.shared_expert_intermediate_size,
     }
     sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
-    if spec.model.megatron.expert_model_parallel_size > 1:
-        # Expert parallelism does not split an expert.
-        del numbers["FFN units"]
     for part, number in numbers.items():
         if number % tp:
             what = f"{tp} does not divide the model's {number} {part}"
@@ -127,6 +142,16 @@ def layers_not_divided_by_pp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
         yield Problem(_MEGATRON + key, what, "use sizes whose product divides the layers")
 
 
+def stage_without_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Experts have an optimizer of their own, which all stages or none must have."""
+    stages = spec.model.megatron.pipeline_model_parallel_size
+    if shape.num_experts and shape.num_hidden_layers % stages == 0:
+        trained = [held(spec, shape, stage).experts for stage in range(stages)]
+        if any(trained) and not all(trained):
+            what = f"stage {trained.index(0)} of {stages} trains no experts, but another one does"
+            yield Problem(_MEGATRON + "pipeline_model_parallel_size", what, "use fewer stages")
+
+
 def longer_than_pretrained(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The model was not pretrained on later positions."""
     length, positions = spec.data.sequence_length, shape.max_position_embeddings
@@ -139,6 +164,7 @@ MODEL = Rules(
         unsupported_parts,
         expert_parallel_without_experts,
         experts_of_a_token,
+        groups_of_experts,
         experts_not_divided,
         experts_of_a_whole_sequence,
         other_activation,
@@ -146,6 +172,7 @@ MODEL = Rules(
         other_rope,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
+        stage_without_experts,
         *adapter_rules.ADAPTERS.refuse,
     ),
     warn=(longer_than_pretrained, *adapter_rules.ADAPTERS.warn),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.families import FAMILIES, Family
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Megatron, Model
 
@@ -28,13 +28,14 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`."""
+    name in `model.lora.targets`. `is_buffer`: it is never trained, and kept in FP32."""
 
     name: str
     rows: int
     columns: int = 1
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
+    is_buffer: bool = False
 
     @property
     def is_expert(self) -> bool:
@@ -45,11 +46,36 @@ class Weight(NamedTuple):
 def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     """The weights of a decoder layer (default: the last, which stands for most), without those that only one family has
     (`Family.added`)."""
+    h, family = shape.hidden_size, FAMILIES[shape.architecture]
+    found = [Weight(f"{norm}.weight", h) for norm in family.norms]
+    found += _latent_attention(shape) if shape.kv_lora_rank else _attention(shape)
+    below = family.feed_forward
+    if not shape.has_experts(range(shape.num_hidden_layers)[layer]):
+        return [*found, *_gated(family, below, shape.intermediate_size, h)]
+    found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
+    if shape.router == "sigmoid":
+        found.append(Weight(f"{below}.gate.e_score_correction_bias", shape.num_experts, is_buffer=True))
+    if shape.shared_expert_intermediate_size:
+        shared = f"{below}.{family.shared_expert}"
+        found += _gated(family, shared, shape.shared_expert_intermediate_size, h)
+        if shape.shared_expert_gate:
+            found.append(Weight(f"{shared}_gate.weight", 1, h))
+    return [*found, *_gated(family, f"{below}.experts.{{}}", shape.moe_intermediate_size, h)]
+
+
+def _gated(family: Family, below: str, f: int, h: int) -> list[Weight]:
+    gate, up, down = family.projections
+    return [
+        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
+        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
+
+
+def _attention(shape: ModelShape) -> list[Weight]:
     h, d = shape.hidden_size, shape.head_dim
     heads, groups = shape.num_attention_heads * d, shape.num_key_value_heads * d
-    family = FAMILIES[shape.architecture]
     found = [
-        *(Weight(f"{norm}.weight", h) for norm in family.norms),
         Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
         Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
         Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
@@ -69,16 +95,27 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
         ]
     elif shape.qk_norm:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
-    below, f = family.feed_forward, shape.intermediate_size
-    if shape.num_experts:
-        found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
-        below, f = f"{below}.experts.{{}}", shape.moe_intermediate_size
-    gate, up, down = family.projections
+    return found
+
+
+def _latent_attention(shape: ModelShape) -> list[Weight]:
+    """Every rank holds the projections to the latent dimensions whole."""
+    h, heads, r = shape.hidden_size, shape.num_attention_heads, shape.qk_rope_head_dim
+    latent, keyed = shape.kv_lora_rank, shape.head_dim - r + shape.v_head_dim
+    queries = shape.q_lora_rank
+    name = "self_attn.q_b_proj.weight" if queries else "self_attn.q_proj.weight"
+    found = [Weight(name, heads * shape.head_dim, queries or h, "rows", "q")]
+    if queries:
+        found += [
+            Weight("self_attn.q_a_proj.weight", queries, h),
+            Weight("self_attn.q_a_layernorm.weight", queries),
+        ]
     return [
         *found,
-        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
-        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
-        Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+        Weight("self_attn.kv_a_proj_with_mqa.weight", latent + r, h),
+        Weight("self_attn.kv_a_layernorm.weight", latent),
+        Weight("self_attn.kv_b_proj.weight", heads * keyed, latent, "rows"),
+        Weight("self_attn.o_proj.weight", h, heads * shape.v_head_dim, "columns", "o"),
     ]
 
 
@@ -131,7 +168,11 @@ def idle_layers(model: Model, shape: ModelShape) -> int:
     layers = range(shape.num_hidden_layers)
     # The shares of all experts add up to almost 1.
     is_trained = (
-        any(shares.get((layer, weight.name), 0.0) < 0.999 for weight in layer_weights(shape, layer))
+        any(
+            shares.get((layer, weight.name), 0.0) < 0.999
+            for weight in layer_weights(shape, layer)
+            if not weight.is_buffer
+        )
         for layer in layers
     )
     return next((layer for layer, found in zip(layers, is_trained, strict=True) if found), len(layers))

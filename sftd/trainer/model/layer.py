@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.token_keys import TokenKeys
-from sftd.trainer.model import ops
+from sftd.trainer.model import experts, ops
 from sftd.trainer.model.attention import CausalAttention
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.quantize import products
@@ -72,7 +72,7 @@ class DecoderLayer(TransformerLayer):
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
-            qkv, _bias = self.self_attention.linear_qkv(normed)
+            qkv = self.queries_keys_values(normed)
         added = self.project(self.attend(qkv, rotary_pos_emb, packed_seq_params))
         if self.post_attention_norm is not None:
             added = self.post_attention_norm(added)
@@ -81,6 +81,11 @@ class DecoderLayer(TransformerLayer):
         if self.post_mlp_norm is not None:
             added = self.post_mlp_norm(added)
         return residual + added, None
+
+    def queries_keys_values(self, normed: Tensor) -> Any:
+        """What `attend` takes of the normed hidden states: of Llama's attention Megatron's qkv [s, b, …]."""
+        qkv, _bias = self.self_attention.linear_qkv(normed)
+        return qkv
 
     def project(self, attended: Tensor) -> Tensor:
         """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
@@ -108,8 +113,8 @@ class DecoderLayer(TransformerLayer):
             return nullcontext()
         return computed_again(tensor, function, argument)
 
-    def attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
-        """Megatron's qkv [s, b, …] and `RotaryEmbedding`'s output → [s, b, heads · d]."""
+    def attend(self, qkv: Any, angles: Tensor, layout: Any) -> Tensor:
+        """The result of `queries_keys_values` and `RotaryEmbedding`'s output → [s, b, heads · d]."""
         attention = self.self_attention
         groups, head_dim = (
             attention.num_query_groups_per_partition,
@@ -140,15 +145,20 @@ def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]
     return ops.add_rms_norm(x, delta, norm.scale, norm.eps)
 
 
-def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer) -> Any:
-    """Megatron's layer spec with layers of class `module`."""
+def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer, layer: int = -1) -> Any:
+    """Megatron's spec of layer `layer` (default: the last) as a `module`."""
+    has_experts = shape.has_experts(range(shape.num_hidden_layers)[layer])
     spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts or None, qk_layernorm=shape.qk_norm, normalization="RMSNorm"
+        num_experts=shape.num_experts if has_experts else None,
+        qk_layernorm=shape.qk_norm,
+        normalization="RMSNorm",
     )
     spec.module = module
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp if shape.norm_place == "after" else RMSNorm
-    attention = layer.self_attention.submodules
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if shape.norm_place == "after" else RMSNorm
+    if has_experts:
+        parts.mlp = experts.feed_forward(parts.mlp)
+    attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sftd.domain.model.parameters import padded_vocabulary
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import layer_kinds
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
@@ -95,8 +96,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
-        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen.
-        hetereogenous_dist_checkpoint=bool(spec.model.freeze),
+        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or missing.
+        hetereogenous_dist_checkpoint=bool(spec.model.freeze) or len(layer_kinds(shape)) > 1,
         **experts.config_fields(spec, shape),
         **recompute,
     )

@@ -94,13 +94,17 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {weight.name: weight.rows * weight.columns for weight in layer_weights(shape)}
+    sizes = {
+        (layer, weight.name): weight.rows * weight.columns
+        for layer in range(shape.num_hidden_layers)
+        for weight in layer_weights(shape, layer)
+    }
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))
     assert {full_name for _, _, full_name, _ in planned} == found.keys()
     for layer, weight, full_name, _ in planned:
-        assert layer < 0 or found[full_name] == sizes[weight], full_name
+        assert layer < 0 or found[full_name] == sizes[layer, weight], full_name
 
 
 def test_without_its_entry_the_family_is_refused(folders: tuple[Path, Path]) -> None:

@@ -31,6 +31,7 @@ MODELS = (
         "linear_rope",
     ),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
+    *("qwen2_moe", "glm4_moe", "deepseek_v3", "moonlight", "glm4_moe_lite"),
 )
 TOKENS = list(range(3, 51))
 

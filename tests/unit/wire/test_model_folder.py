@@ -101,7 +101,7 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
             "4 ranks ÷ PP 1 = 4",
         ),
         (QWEN3_MOE, [(TP, 2)], SP, "turn it on"),
-        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 FFN units"),
+        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 units of an expert"),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, [], "model.partial_pretrain", "mlp_only_layers"),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, [], "model.partial_pretrain", "decoder_sparse_step"),
         (QWEN3_MOE | {"shared_expert_intermediate_size": 4}, [], "model.partial_pretrain", "shared experts"),

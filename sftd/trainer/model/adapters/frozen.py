@@ -16,7 +16,7 @@ def freeze(chunks: list[GPTModel], model: Model, shape: ModelShape, layout: Layo
     """Turn the gradients of the weights off whose names in the model folder match one of `model.freeze`. Raises `UserError` where
     Megatron computes weights that match together with weights that do not."""
     for chunk in chunks if model.freeze else ():
-        own = dict(chunk.named_parameters())
+        own = weights.tensors_of(chunk)
         for rule in weights.chunk_rules(chunk, shape, layout):
             matching = frozen(model.freeze, rule.sources)
             if matching and len(matching) < len(rule.sources):

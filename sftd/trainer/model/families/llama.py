@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sftd.domain.model.shape import ModelShape
-from sftd.trainer.model.families.rules import GROUPED, STACKED, Rule
+from sftd.trainer.model.families.rules import GROUPED, STACKED, Rule, expert_rules
 from sftd.trainer.model.families.seam import TrainedFamily
 
 # fmt: off
@@ -31,6 +31,21 @@ def dense(*more: Rule) -> Callable[[ModelShape, int, range], list[Rule]]:
     """The rules of a layer with Llama's parameters, plus `more`."""
     rules = [*ATTENTION, *more, *(rule.below("mlp.", "mlp.") for rule in FEED_FORWARD)]
     return lambda shape, layer, experts: rules
+
+
+def mixed(
+    attention: Callable[[ModelShape], Sequence[Rule]], shared: str = ""
+) -> Callable[[ModelShape, int, range], list[Rule]]:
+    """The rules of a model with experts in some layers and Llama's MLP in the others. `shared`: name of the shared expert."""
+
+    def rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
+        if shape.has_experts(layer):
+            below = expert_rules(shape, experts, "mlp.", FEED_FORWARD, shared)
+        else:
+            below = [rule.below("mlp.", "mlp.") for rule in FEED_FORWARD]
+        return [*attention(shape), *below]
+
+    return rules
 
 
 FAMILY = TrainedFamily(layer_rules=dense())

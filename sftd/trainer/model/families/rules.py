@@ -62,12 +62,20 @@ class Rule:
         return replace(self, target=target + self.target, sources=tuple(source + s for s in self.sources))
 
 
-def expert_rules(shape: ModelShape, experts: range, where: str, expert: Sequence[Rule]) -> list[Rule]:
-    """The router and the given experts of an MoE layer. `where`: their prefix in the folder. `expert`: the rules of one
-    expert. A rank that holds only some of the experts holds them unsplit."""
+def expert_rules(
+    shape: ModelShape, experts: range, where: str, expert: Sequence[Rule], shared: str = ""
+) -> list[Rule]:
+    """The router, the given experts and the shared one of an MoE layer. `where`: their prefix in the folder. `expert`: the rules
+    of one expert. `shared`: name of the shared one. A rank that holds only some of the experts holds them unsplit."""
+    rules = [Rule("mlp.router.weight", (f"{where}gate.weight",))]
+    if shape.router == "sigmoid":
+        rules.append(Rule("mlp.router.correction_bias", (f"{where}gate.e_score_correction_bias",)))
+    if shape.shared_expert_intermediate_size:
+        rules += [rule.below("mlp.shared_experts.", f"{where}{shared}.") for rule in expert]
+        if shape.shared_expert_gate:
+            rules.append(Rule("mlp.shared_experts.gate_weight", (f"{where}{shared}_gate.weight",)))
     if len(experts) < shape.num_experts:
         expert = [replace(rule, cut="whole") for rule in expert]
-    rules = [Rule("mlp.router.weight", (f"{where}gate.weight",))]
     for local, number in enumerate(experts):
         names = f"mlp.experts.local_experts.{local}.", f"{where}experts.{number}."
         rules += [rule.below(*names) for rule in expert]
