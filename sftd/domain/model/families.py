@@ -1,125 +1,22 @@
-"""The supported model families as data: how a config.json becomes a `ModelShape`, and which options are refused.
-
-The weights and layers of a family are in `trainer/model/families`, in the module named as its `model_type`.
-"""
+"""The supported model families. The trainer reads weights under the names given here (`trainer/model/families`)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from sftd.domain.model.shape import ModelShape
-
-_REQUIRED: Any = object()
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
-
-
-@dataclass(frozen=True)
-class Key:
-    """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
-    value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
-    field is None."""
-
-    kind: Callable[[Any], Any]
-    names: tuple[str, ...] = ()
-    default: Any = _REQUIRED
-    switch: str = ""
-
-    def read(self, name: str, config: Mapping[str, Any]) -> Any:
-        """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
-        if self.switch and not config.get(self.switch, True):
-            return None
-        names = self.names or (name,)
-        value = next((config[key] for key in names if config.get(key) is not None), self.default)
-        if value is _REQUIRED:
-            raise KeyError(names[0])
-        if callable(value):
-            value = value(config)
-        return None if value is None else self.kind(value)
-
-
-@dataclass(frozen=True)
-class Untrained:
-    """A key of config.json that requests the unsupported feature `what` (default: the key), unless it is absent or has one of
-    the `neutral` values."""
-
-    key: str
-    what: str = ""
-    neutral: tuple[Any, ...] = (None, False, 0, [])
-
-    def is_asked(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json requests the feature."""
-        return self.key in config and config[self.key] not in self.neutral
-
-    def __str__(self) -> str:
-        return f"{self.what} ({self.key})" if self.what else self.key
-
-
-# The fields of Llama's config.json, which most later families share.
-_FIELDS: dict[str, Any] = {
-    "hidden_size": Key(int),
-    "intermediate_size": Key(int),
-    "num_hidden_layers": Key(int),
-    "num_attention_heads": Key(int),
-    "num_key_value_heads": Key(int, default=lambda config: config["num_attention_heads"]),
-    "head_dim": Key(
-        int, default=lambda config: int(config["hidden_size"]) // int(config["num_attention_heads"])
-    ),
-    "vocab_size": Key(int),
-    "max_position_embeddings": Key(int, default=2048),
-    "rms_norm_eps": Key(float, default=1e-6),
-    "tie_word_embeddings": Key(bool, default=False),
-    "hidden_act": Key(str, default="silu"),
-    # Qwen uses the window of its config.json only if use_sliding_window is true; Mistral has no such key.
-    "sliding_window": Key(int, default=None, switch="use_sliding_window"),
-    "attention_bias": False,
-    "qk_norm": False,
-}
-_MLP_BIAS, _ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
-_OTHER_EXPERTS = (
-    Untrained("shared_expert_intermediate_size", "shared experts"),
-    Untrained("router_jitter_noise", "router noise"),
+from sftd.domain.model.family import (
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    ROPE_KEYS,
+    SWITCHED_WINDOW,
+    Family,
+    Key,
+    Untrained,
+    full_attention,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Models of one `architecture` and `model_type`, as config.json names them.
-
-    `fields`: differences from Llama's shape: field → `Key`, a function of config.json, or a constant. `refused`: unsupported features of its
-    config.json. `activations`, `rope_types`: the supported ones. `added(shape, tp)`: parameters per layer and
-    tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
-    the folder. `projections`: names of gate, up and down there. `shared_expert`: name of the shared expert below that.
-    """
-
-    architecture: str
-    model_type: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    refused: tuple[Untrained, ...] = (_MLP_BIAS, _ATTENTION_BIAS)
-    activations: tuple[str, ...] = ("silu",)
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
-    added: Callable[[ModelShape, int], int] = lambda shape, tp: 0
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    feed_forward: str = "mlp"
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    shared_expert: str = "shared_experts"
-
-    def shape(self, config: Mapping[str, Any], override: Mapping[str, Any]) -> ModelShape:
-        """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
-        `ValueError`, `AttributeError` or `ArithmeticError`."""
-        theta, scaling = _rope(config, override)
-        fields = {
-            name: how.read(name, config) if isinstance(how, Key) else how(config) if callable(how) else how
-            for name, how in (_FIELDS | dict(self.fields)).items()
-        }
-        return ModelShape(
-            architecture=self.architecture,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            unsupported=tuple(str(option) for option in self.refused if option.is_asked(config)),
-            **fields,
-        )
+from sftd.domain.model.mixtures import MIXTURES
 
 
 def _every_fourth(config: Mapping[str, Any]) -> list[int]:
@@ -128,175 +25,259 @@ def _every_fourth(config: Mapping[str, Any]) -> list[int]:
     return [int((number + 1) % interval != 0) for number in range(int(config["num_hidden_layers"]))]
 
 
-def _by_sparse_step(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The dense layers of Qwen's mixtures of experts."""
-    dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step", 1))
-    layers = range(int(config["num_hidden_layers"]))
-    return tuple(number for number in layers if number in dense or (number + 1) % step)
-
-
-def _first_layers(count: Any) -> tuple[int, ...]:
-    return tuple(range(int(count)))
-
-
-def _dense_of(kinds: Sequence[str]) -> tuple[int, ...]:
-    return tuple(number for number, kind in enumerate(kinds) if kind == "dense")
-
-
-def _rotated_share(config: Mapping[str, Any]) -> float:
-    """GLM's share of a head's dimensions that are rotated."""
-    rope = config.get("rope_parameters") or config
-    return float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5)))
-
-
 def _without(marks: Sequence[Any]) -> tuple[int, ...]:
     """The places of zeros."""
     return tuple(number for number, mark in enumerate(marks) if not mark)
 
 
-# What DeepSeek-V3 and the families after it share.
-_SIGMOID_EXPERTS: dict[str, Any] = {
-    "num_experts": Key(int, ("n_routed_experts", "num_local_experts")),
-    "num_experts_per_tok": Key(int, default=8),
-    "moe_intermediate_size": Key(int),
-    "norm_topk_prob": Key(bool, default=True),
-    "router": "sigmoid",
-    "router_groups": Key(int, ("n_group",), default=1),
-    "router_topk_group": Key(int, ("topk_group",), default=1),
-    "routed_scaling_factor": Key(float, default=1.0),
-    "shared_expert_intermediate_size": lambda config: (
-        int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts") or 0)
-    ),
-}
-_LATENT: dict[str, Any] = {
-    "num_key_value_heads": lambda config: int(config["num_attention_heads"]),
-    "kv_lora_rank": Key(int),
-    "q_lora_rank": Key(int, default=0),
-    "qk_rope_head_dim": Key(int),
-    "v_head_dim": Key(int),
-    "head_dim": lambda config: int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]),
-    "rope_interleaved": Key(bool, ("rope_interleave",), default=True),
-}
-_OTHER_ROUTERS = (
-    Untrained("scoring_func", "other scores of the router", neutral=(None, "sigmoid")),
-    Untrained("topk_method", "another choice of experts", neutral=(None, "noaux_tc")),
-    Untrained("moe_layer_freq", "dense layers between its MoE layers", neutral=(None, 1)),
-)
+def _unless_null(key: str, default: float) -> Callable[[Mapping[str, Any]], float | None]:
+    """The default, except that a null in config.json means None."""
+    return lambda config: None if key in config else default
 
+
+def _root(number: Any) -> float:
+    return math.sqrt(float(number))
+
+
+def _rsqrt(number: Any) -> float:
+    return math.pow(float(number), -0.5)
+
+
+def _layers_without_window(interval: int) -> Key:
+    """Each `interval`th layer has none, unless config.json says otherwise."""
+
+    def default(config: Mapping[str, Any]) -> list[str]:
+        every = int(config.get("sliding_window_pattern", interval))
+        kinds = ["sliding_attention"] * (every - 1) + ["full_attention"]
+        return [kinds[number % every] for number in range(int(config["num_hidden_layers"]))]
+
+    return Key(full_attention, ("layer_types",), default=default)
+
+
+def _from_window_layers(config: Mapping[str, Any]) -> list[str]:
+    """Qwen's default of `layer_types`: a window from layer `max_window_layers` on."""
+    full, layers = int(config.get("max_window_layers", 28)), int(config["num_hidden_layers"])
+    return ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
+
+
+def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
+    """SmolLM3's default of `layer_types`."""
+    marks = config.get("no_rope_layers") or _every_fourth(config)
+    return ["full_attention" if mark else "sliding_attention" for mark in marks]
+
+
+def _three_of_four(config: Mapping[str, Any]) -> list[str]:
+    """Qwen3.5's default of `layer_types`."""
+    interval = int(config.get("full_attention_interval", 4))
+    return [
+        "full_attention" if (number + 1) % interval == 0 else "linear_attention"
+        for number in range(int(config["num_hidden_layers"]))
+    ]
+
+
+def _linear(types: Sequence[str]) -> tuple[int, ...]:
+    """The places of layers without attention in `layer_types`."""
+    return tuple(number for number, kind in enumerate(types) if kind == "linear_attention")
+
+
+_QWEN_WINDOWS = {
+    "sliding_window": SWITCHED_WINDOW,
+    "layers_without_window": Key(full_attention, ("layer_types",), default=_from_window_layers),
+}
+_GEMMA: dict[str, Any] = {
+    "hidden_act": Key(str, ("hidden_activation", "hidden_act"), default="gelu_pytorch_tanh"),
+    "tie_word_embeddings": Key(bool, default=True),
+    "head_dim": Key(int, default=256),
+    "norm_place": "both",
+    "norm_offset": 1.0,
+    "attention_scale": Key(_rsqrt, ("query_pre_attn_scalar",), default=256),
+    "embedding_scale": Key(_root, ("hidden_size",)),
+    "sliding_window": Key(int, default=4096),
+}
+_GEMMA_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_GEMMA_REFUSED = (ATTENTION_BIAS, Untrained("use_bidirectional_attention"))
+_GELU = ("gelu_pytorch_tanh",)
+_OLMO: dict[str, Any] = {
+    "norm_place": "after",
+    "qk_norm": True,
+    "qk_norm_over_heads": True,
+    "rms_norm_eps": Key(float, default=1e-5),
+}
+_OLMO_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family(architecture="LlamaForCausalLM", model_type="llama"),
-        Family(architecture="MistralForCausalLM", model_type="mistral"),
+        Family(
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            models="Llama 2, 3, 3.1, 3.2 and 3.3, SmolLM2, TinyLlama, Yi 1.5",
+        ),
+        Family(
+            architecture="MistralForCausalLM",
+            model_type="mistral",
+            models="Mistral 7B, Mistral Nemo, Mistral Small 2501",
+        ),
         Family(
             architecture="Qwen2ForCausalLM",
             model_type="qwen2",
-            fields={"attention_bias": True},
-            refused=(_MLP_BIAS,),
+            models="Qwen2, Qwen2.5, QwQ",
+            fields={"attention_bias": True, **_QWEN_WINDOWS},
+            refused=(MLP_BIAS,),
         ),
-        Family(architecture="Qwen3ForCausalLM", model_type="qwen3", fields={"qk_norm": True}),
+        Family(
+            architecture="Qwen3ForCausalLM",
+            model_type="qwen3",
+            models="Qwen3 0.6B to 32B",
+            fields={"qk_norm": True, **_QWEN_WINDOWS},
+        ),
         Family(
             architecture="SmolLM3ForCausalLM",
             model_type="smollm3",
+            models="SmolLM3 3B",
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+                "sliding_window": SWITCHED_WINDOW,
+                "layers_without_window": Key(full_attention, ("layer_types",), default=_windows_without_rope),
             },
         ),
         Family(
-            architecture="MixtralForCausalLM",
-            model_type="mixtral",
-            fields={
-                "num_experts": Key(int, ("num_local_experts",)),
-                "num_experts_per_tok": Key(int, default=2),
-                "moe_intermediate_size": Key(int, ("intermediate_size",)),
-            },
-            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
-            feed_forward="block_sparse_moe",
-            projections=("w1", "w3", "w2"),
-        ),
-        Family(
-            architecture="Qwen3MoeForCausalLM",
-            model_type="qwen3_moe",
-            fields={
-                "qk_norm": True,
-                # Published configs have num_experts; configs written by transformers 5 have num_local_experts.
-                "num_experts": Key(int, ("num_experts", "num_local_experts")),
-                "num_experts_per_tok": Key(int, default=8),
-                "moe_intermediate_size": Key(int),
-                "norm_topk_prob": Key(bool, default=False),
-                "layers_without_experts": _by_sparse_step,
-            },
-            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_EXPERTS),
-        ),
-        Family(
-            architecture="Qwen2MoeForCausalLM",
-            model_type="qwen2_moe",
-            fields={
-                "attention_bias": Key(bool, ("qkv_bias",), default=True),
-                "num_experts": Key(int, ("num_experts", "num_local_experts")),
-                "num_experts_per_tok": Key(int, default=4),
-                "moe_intermediate_size": Key(int),
-                "norm_topk_prob": Key(bool, default=False),
-                "layers_without_experts": _by_sparse_step,
-                "shared_expert_intermediate_size": Key(int),
-                "shared_expert_gate": True,
-            },
-            refused=(_MLP_BIAS,),
-            shared_expert="shared_expert",
-        ),
-        Family(
-            architecture="Glm4MoeForCausalLM",
-            model_type="glm4_moe",
-            fields=_SIGMOID_EXPERTS
+            architecture="Gemma2ForCausalLM",
+            model_type="gemma2",
+            models="Gemma 2",
+            fields=_GEMMA
             | {
-                "attention_bias": Key(bool, default=False),
-                "qk_norm": Key(bool, ("use_qk_norm",), default=False),
-                "partial_rotary_factor": _rotated_share,
-                "layers_without_experts": Key(_first_layers, ("first_k_dense_replace",), default=1),
+                "score_softcap": Key(
+                    float, ("attn_logit_softcapping",), default=_unless_null("attn_logit_softcapping", 50.0)
+                ),
+                "logit_softcap": Key(
+                    float, ("final_logit_softcapping",), default=_unless_null("final_logit_softcapping", 30.0)
+                ),
+                "layers_without_window": _layers_without_window(2),
             },
-            refused=(_MLP_BIAS, *_OTHER_ROUTERS),
+            refused=_GEMMA_REFUSED,
+            activations=_GELU,
+            norms=_GEMMA_NORMS,
         ),
         Family(
-            architecture="DeepseekV3ForCausalLM",
-            model_type="deepseek_v3",
-            fields=_SIGMOID_EXPERTS
-            | _LATENT
-            | {"layers_without_experts": Key(_first_layers, ("first_k_dense_replace",), default=3)},
-            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_ROUTERS),
+            architecture="Gemma3ForCausalLM",
+            model_type="gemma3_text",
+            models="Gemma 3 270M and 1B",
+            fields=_GEMMA
+            | {
+                "qk_norm": True,
+                "score_softcap": Key(float, ("attn_logit_softcapping",), default=None),
+                "logit_softcap": Key(float, ("final_logit_softcapping",), default=None),
+                "layers_without_window": _layers_without_window(6),
+                "window_rope_theta": Key(float, ("rope_local_base_freq",), default=10000.0),
+            },
+            refused=_GEMMA_REFUSED,
+            activations=_GELU,
+            rope_theta=1000000.0,
+            norms=_GEMMA_NORMS,
         ),
         Family(
-            architecture="Glm4MoeLiteForCausalLM",
-            model_type="glm4_moe_lite",
-            fields=_SIGMOID_EXPERTS
-            | _LATENT
-            | {"layers_without_experts": Key(_dense_of, ("mlp_layer_types",), default=("dense",))},
-            refused=(_MLP_BIAS, _ATTENTION_BIAS, *_OTHER_ROUTERS),
+            architecture="Olmo2ForCausalLM",
+            model_type="olmo2",
+            models="OLMo 2",
+            fields=_OLMO,
+            rope_theta=500000.0,
+            norms=_OLMO_NORMS,
         ),
+        Family(
+            architecture="Olmo3ForCausalLM",
+            model_type="olmo3",
+            models="OLMo 3",
+            fields=_OLMO
+            | {
+                "sliding_window": Key(int, default=4096),
+                "layers_without_window": _layers_without_window(4),
+                "window_rope_theta": Key(float, ("rope_theta",), default=500000.0),
+            },
+            rope_theta=500000.0,
+            norms=_OLMO_NORMS,
+        ),
+        Family(
+            architecture="Glm4ForCausalLM",
+            model_type="glm4",
+            models="GLM-4-0414, GLM-Z1",
+            fields={
+                "attention_bias": Key(bool, default=True),
+                "norm_place": "both",
+                "partial_rotary_factor": Key(float, default=0.5),
+                "rope_interleaved": True,
+                "rms_norm_eps": Key(float, default=1.5625e-7),
+            },
+            refused=(MLP_BIAS,),
+            norms=(
+                "input_layernorm",
+                "post_self_attn_layernorm",
+                "post_attention_layernorm",
+                "post_mlp_layernorm",
+            ),
+            fused={"gate_up": "gate_up_proj"},
+        ),
+        Family(
+            architecture="Phi3ForCausalLM",
+            model_type="phi3",
+            models="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
+            fields={
+                "partial_rotary_factor": Key(float, default=1.0),
+                "rms_norm_eps": Key(float, default=1e-5),
+            },
+            refused=(
+                MLP_BIAS,
+                ATTENTION_BIAS,
+                *(Untrained(f"{part}_pdrop", "dropout") for part in ("resid", "embd")),
+            ),
+            rope_types=("default", "longrope"),
+            fused={"qkv": "qkv_proj", "gate_up": "gate_up_proj"},
+        ),
+        Family(
+            architecture="Ministral3ForCausalLM",
+            model_type="ministral3",
+            models="the language model of Ministral 3",
+            fields={"rms_norm_eps": Key(float, default=1e-5)},
+            rope_theta=1000000.0,
+        ),
+        Family(
+            architecture="MinistralForCausalLM",
+            model_type="ministral",
+            models="Ministral 8B",
+            fields={
+                "sliding_window": Key(int, default=4096),
+                "layers_without_window": Key(full_attention, ("layer_types",), default=()),
+            },
+        ),
+        Family(
+            architecture="Qwen3_5ForCausalLM",
+            model_type="qwen3_5_text",
+            fields={
+                "head_dim": Key(int, default=256),
+                "qk_norm": True,
+                "norm_offset": 1.0,
+                "attention_gate": True,
+                "partial_rotary_factor": Key(float, default=0.25),
+                "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four),
+                "delta_key_heads": Key(int, ("linear_num_key_heads",), default=16),
+                "delta_value_heads": Key(int, ("linear_num_value_heads",), default=32),
+                "delta_key_dim": Key(int, ("linear_key_head_dim",), default=128),
+                "delta_value_dim": Key(int, ("linear_value_head_dim",), default=128),
+                "delta_kernel": Key(int, ("linear_conv_kernel_dim",), default=4),
+            },
+        ),
+        *MIXTURES,
     )
 }
 
 
 def keys_read() -> list[str]:
     """The keys of config.json that at least one family reads. An override of any other key would have no effect."""
-    names = ["architectures", *ROPE_KEYS]
-    for family in FAMILIES.values():
-        for name, how in (_FIELDS | dict(family.fields)).items():
-            if isinstance(how, Key):
-                names += [*(how.names or (name,)), *([how.switch] if how.switch else [])]
-        names += [option.key for option in family.refused]
-    return list(dict.fromkeys(names))
-
-
-def _rope(config: Mapping[str, Any], override: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling or None). transformers 5 writes RoPE settings as one mapping, transformers 4 as two keys. An override
-    takes precedence over both forms."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    if "rope_parameters" not in override:
-        if "rope_scaling" in override:
-            rope = dict(override["rope_scaling"] or {})
-        theta = override.get("rope_theta", rope.pop("rope_theta", theta))
-    is_scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return float(theta), rope if is_scaled else None
+    read = (key for family in FAMILIES.values() for key in family.config_keys())
+    return list(dict.fromkeys(["architectures", *ROPE_KEYS, *read]))

@@ -48,25 +48,41 @@ def training_flops(
 ) -> float:
     """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
 
-    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n² (of latent attention the mean of the heads'
-    two widths). The first term is two
+    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n² (of latent attention the mean of a
+    head's two widths). The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
+    With a window w, n² is 2wn − w² in segments longer than w, as if all had the length Σ n² ÷ tokens.
+    A gated delta net has instead of the second term 18 · value heads · d · e for each token: its recurrence reads, writes and reads
+    a state of d × e, two operations for each element, and backward takes twice that.
     Recomputed activations, norms, softmax and the optimizer are not counted (PaLM's model FLOPs).
 
     With `model`, a frozen matrix counts 4 instead of 6, because it has no weight gradient, and an adapter's matrices 6 per
     parameter: LoRA counts two thirds of the model's products. Decompression of a quantised matrix is not counted. Layers before
     the first trained weight have no backward: 2 for each parameter, and a third of attention.
     """
+    squared_lengths = _mean_squares(shape, tokens, squared_lengths)
+    nets = len(shape.delta_layers)
     widths = shape.head_dim + (shape.v_head_dim or shape.head_dim)
-    attention = 3 * shape.num_hidden_layers * shape.num_attention_heads * widths
+    attention = 3 * (shape.num_hidden_layers - nets) * shape.num_attention_heads * widths
+    recurrences = 18 * nets * shape.delta_value_heads * shape.delta_key_dim * shape.delta_value_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
+    found += float(recurrences) * tokens
     if model is None:
         return found
     idle = idle_layers(model, shape) / shape.num_hidden_layers
     layers = matmul_parameters(shape) - shape.vocab_size * shape.hidden_size
     found -= idle * (2.0 * layers * tokens + attention * squared_lengths * 2 / 3)
     return found - 2.0 * _frozen(model, shape) * tokens + 6.0 * adapter_parameters(model, shape) * tokens
+
+
+def _mean_squares(shape: ModelShape, tokens: int, squared_lengths: float) -> float:
+    """Twice the pairs of query and key: mean of the layers."""
+    length, window = squared_lengths / max(tokens, 1), shape.sliding_window
+    if window is None or length <= window:
+        return squared_lengths
+    share = 1 - len(shape.layers_without_window) / shape.num_hidden_layers
+    return (1 - share) * squared_lengths + share * tokens * (2 * window - window * window / length)
 
 
 def adapter_parameters(model: Model, shape: ModelShape) -> int:

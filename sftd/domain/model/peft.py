@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.errors import Problem, quote, several
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import folder_names, layer_kinds
+from sftd.domain.model.weights import Weight, folder_names, layer_kinds
 from sftd.domain.spec.model_section import PROJECTIONS, Lora, Model
 
 # PEFT's default of `r` and `lora_alpha`.
@@ -51,24 +51,29 @@ def unsupported(adapter: PeftAdapter) -> list[str]:
     return found if adapter.tensors else [*found, "it has no tensors"]
 
 
-def tensors_of(shape: ModelShape, rank: int) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Name in PEFT → (projection, shape) of A and B of every projection of a model."""
-    weights = {
-        weight.name: weight for found, _ in layer_kinds(shape) for weight in found if weight.projection
-    }
+def tensors_of(shape: ModelShape, rank: int) -> dict[str, tuple[list[str], tuple[int, int]]]:
+    """Name in PEFT → (projections, shape) of A and B of every matrix that has projections. The folders of some families have several
+    projections as one matrix."""
+    weights: dict[str, list[Weight]] = {}
+    for kind, _ in layer_kinds(shape):
+        for weight in (weight for weight in kind if weight.projection):
+            same = weights.setdefault(weight.name, [])
+            if weight not in same:
+                same.append(weight)
     tensors = {}
     for _, name, full_name, _ in folder_names(shape):
-        if weight := weights.get(name):
+        if parts := weights.get(name):
             stem = f"{PREFIX}{full_name.removesuffix('weight')}lora_"
-            tensors[f"{stem}A.weight"] = (weight.projection, (rank, weight.columns))
-            tensors[f"{stem}B.weight"] = (weight.projection, (weight.rows, rank))
+            projections = [part.projection for part in parts]
+            tensors[f"{stem}A.weight"] = (projections, (rank, parts[0].columns))
+            tensors[f"{stem}B.weight"] = (projections, (sum(part.rows for part in parts), rank))
     return tensors
 
 
 def other_settings(adapter: PeftAdapter, lora: Lora, shape: ModelShape) -> dict[str, Any]:
     """The keys of `model.lora` that must change for this adapter, with the values that they need."""
     known = tensors_of(shape, adapter.rank)
-    targets = {known[name][0] for name in adapter.tensors if name in known}
+    targets = {target for name in adapter.tensors if name in known for target in known[name][0]}
     wanted = {
         "rank": adapter.rank,
         "alpha": float(adapter.config.get("lora_alpha", _DEFAULT)),
@@ -88,11 +93,11 @@ def misfit(adapter: PeftAdapter, shape: ModelShape) -> str:
     for name, found in adapter.tensors.items():
         if found != (needed := known[name][1]):
             return f"{name} is {' × '.join(map(str, found))}, not {' × '.join(map(str, needed))}"
-    targets = {known[name][0] for name in adapter.tensors}
+    targets = {tuple(known[name][0]) for name in adapter.tensors}
     missing = [
         name
-        for name, (projection, _) in known.items()
-        if projection in targets and name not in adapter.tensors
+        for name, (projections, _) in known.items()
+        if tuple(projections) in targets and name not in adapter.tensors
     ]
     return f"it lacks {several(missing)}" if missing else ""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 
 import msgspec
 
@@ -19,6 +21,9 @@ _MODEL = "model.partial_pretrain"
 _LENGTH = "data.sequence_length"
 _MEGATRON = "model.megatron."
 _EP = _MEGATRON + "expert_model_parallel_size"
+_RECIPE = 'docs/architecture.md, "A dense model family"'
+# A name comes from a file of the user.
+_LONGEST_NAME = 100
 
 
 def check_architecture(name: str) -> Problem | None:
@@ -26,7 +31,28 @@ def check_architecture(name: str) -> Problem | None:
     if name in FAMILIES:
         return None
     what = f"{shorten(name)} is not supported" if name else "config.json names no architecture"
-    return Problem(_MODEL, what, "supported: " + ", ".join(FAMILIES))
+    if near := nearest_family(name):
+        what += f"; the nearest supported family is {near}"
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    fix = f"use a supported model (docs/models.md: {known}), or add the family ({_RECIPE})"
+    return Problem(_MODEL, what, fix)
+
+
+def nearest_family(architecture: str) -> str | None:
+    """The supported architecture of the same name before its version (`Qwen3VLForConditionalGeneration`: Qwen), with the most
+    similar version and variant. None if no name is the same."""
+    name = _stem(architecture)
+    related = [known for known in FAMILIES if name and _word(_stem(known)) == _word(name)]
+    return max(related, key=lambda known: SequenceMatcher(a=name, b=_stem(known)).ratio(), default=None)
+
+
+def _stem(architecture: str) -> str:
+    """`Qwen3MoeForCausalLM` → `qwen3moe`."""
+    return re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture[:_LONGEST_NAME]).lower()
+
+
+def _word(stem: str) -> str:
+    return re.split(r"[\d_]", stem, maxsplit=1)[0]
 
 
 def unsupported_parts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -96,20 +122,30 @@ def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(_MODEL, what, f"use a model with {' or '.join(known)} layers")
 
 
-def longer_than_window(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """The trainer attends to the whole sequence."""
-    length, window = spec.data.sequence_length, shape.sliding_window
-    if window is not None and length > window:
-        what = f"{length} is more than the {window} tokens of the model's sliding window"
-        yield Problem(_LENGTH, what, f"set it to {window} or less")
-
-
 def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The trainer supports only some RoPE scalings."""
     known = FAMILIES[shape.architecture].rope_types
     if shape.rope_type not in known:
         what = f"RoPE scaling {quote(shape.rope_type)} is not supported"
         yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
+
+
+def delta_net_over_context(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The recurrence of a gated delta net goes through all tokens of a sample."""
+    cp = spec.model.megatron.context_parallel_size
+    if shape.delta_layers and cp > 1:
+        what = (
+            f"{cp}, but {shape.architecture} has gated delta nets, "
+            "whose recurrence sftd does not split over context-parallel ranks"
+        )
+        yield Problem(_MEGATRON + "context_parallel_size", what, "set it to 1, and use tensor parallelism")
+
+
+def quantized_delta_net(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """The projection of a gated delta net holds its decays, which four bits change by more than the other values."""
+    if shape.delta_layers and spec.model.quantize != "none":
+        what = f"is {spec.model.quantize}, which sftd does not support for the gated delta nets of {shape.architecture}"
+        yield Problem("model.quantize", what, "set it to none")
 
 
 def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -125,6 +161,8 @@ def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
         "units of an expert": shape.moe_intermediate_size if splits_experts else 0,
         "units of the shared expert": shape.shared_expert_intermediate_size,
     }
+    if shape.delta_layers:
+        numbers["key heads of gated delta nets"] = shape.delta_key_heads
     sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
     for part, number in numbers.items():
         if number % tp:
@@ -168,8 +206,9 @@ MODEL = Rules(
         experts_not_divided,
         experts_of_a_whole_sequence,
         other_activation,
-        longer_than_window,
         other_rope,
+        delta_net_over_context,
+        quantized_delta_net,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
         stage_without_experts,

@@ -24,6 +24,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `rope_interleaved` in pairs of neighbours. `layers_without_rope` are the numbers of the layers whose queries and keys are
     not rotated. Layers with a window use `window_rope_theta` without scaling, if it is given.
 
+    With `attention_gate`, `q_proj` has a gate for each element of a head's output besides its query. `delta_layers` have a gated
+    delta net instead of attention, with `delta_value_heads` heads of `delta_value_dim`, of which each of `delta_key_heads` keys and
+    queries of `delta_key_dim` serves an equal number, after a convolution over `delta_kernel` tokens.
+
     Ends: embeddings are multiplied by `embedding_scale`; `logit_softcap` bounds logits as `score_softcap` does scores.
 
     Latent attention (MLA) with `kv_lora_rank`, the width of what keys and values are computed from; queries are computed from
@@ -73,6 +77,13 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     window_rope_theta: float | None = None
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    attention_gate: bool = False
+    delta_layers: tuple[int, ...] = ()
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_kernel: int = 0
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
     qk_rope_head_dim: int = 0
@@ -98,6 +109,19 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def query_heads(self) -> int:
+        """Heads of `q_proj`: the queries, and their gates."""
+        return self.num_attention_heads * (2 if self.attention_gate else 1)
+
+    @property
+    def delta_rows(self) -> tuple[int, ...]:
+        """Rows that a key head of a gated delta net has in its projections: query, key, values, their gates, their betas, their
+        decays."""
+        shared = self.delta_value_heads // self.delta_key_heads
+        values = shared * self.delta_value_dim
+        return self.delta_key_dim, self.delta_key_dim, values, values, shared, shared
 
     @property
     def rope_type(self) -> str:

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from sftd.domain.model.families import FAMILIES, Family
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import Family
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Megatron, Model
 
@@ -28,13 +29,15 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`. `is_buffer`: it is never trained, and kept in FP32."""
+    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one. `is_buffer`: it is never
+    trained, and kept in FP32."""
 
     name: str
     rows: int
     columns: int = 1
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
+    share: float = 1.0
     is_buffer: bool = False
 
     @property
@@ -46,39 +49,17 @@ class Weight(NamedTuple):
 def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     """The weights of a decoder layer (default: the last, which stands for most), without those that only one family has
     (`Family.added`)."""
-    h, family = shape.hidden_size, FAMILIES[shape.architecture]
-    found = [Weight(f"{norm}.weight", h) for norm in family.norms]
-    found += _latent_attention(shape) if shape.kv_lora_rank else _attention(shape)
-    below = family.feed_forward
-    if not shape.has_experts(range(shape.num_hidden_layers)[layer]):
-        return [*found, *_gated(family, below, shape.intermediate_size, h)]
-    found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
-    if shape.router == "sigmoid":
-        found.append(Weight(f"{below}.gate.e_score_correction_bias", shape.num_experts, is_buffer=True))
-    if shape.shared_expert_intermediate_size:
-        shared = f"{below}.{family.shared_expert}"
-        found += _gated(family, shared, shape.shared_expert_intermediate_size, h)
-        if shape.shared_expert_gate:
-            found.append(Weight(f"{shared}_gate.weight", 1, h))
-    return [*found, *_gated(family, f"{below}.experts.{{}}", shape.moe_intermediate_size, h)]
-
-
-def _gated(family: Family, below: str, f: int, h: int) -> list[Weight]:
-    gate, up, down = family.projections
-    return [
-        Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
-        Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
-        Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
-    ]
-
-
-def _attention(shape: ModelShape) -> list[Weight]:
     h, d = shape.hidden_size, shape.head_dim
     heads, groups = shape.num_attention_heads * d, shape.num_key_value_heads * d
+    family = FAMILIES[shape.architecture]
     found = [
-        Weight("self_attn.q_proj.weight", heads, h, "rows", "q"),
-        Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
-        Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        *(Weight(f"{norm}.weight", h) for norm in family.norms),
+        *_joined(
+            f"self_attn.{family.fused['qkv']}" if "qkv" in family.fused else "",
+            Weight("self_attn.q_proj.weight", shape.query_heads * d, h, "rows", "q"),
+            Weight("self_attn.k_proj.weight", groups, h, "rows", "k"),
+            Weight("self_attn.v_proj.weight", groups, h, "rows", "v"),
+        ),
         Weight("self_attn.o_proj.weight", h, heads, "columns", "o"),
     ]
     if shape.attention_bias:
@@ -95,7 +76,35 @@ def _attention(shape: ModelShape) -> list[Weight]:
         ]
     elif shape.qk_norm:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
-    return found
+    if layer in shape.delta_layers:
+        found = found[: len(family.norms)] + _delta_net(shape)
+    if shape.kv_lora_rank:
+        found = found[: len(family.norms)] + _latent_attention(shape)
+    below = family.feed_forward
+    if not shape.has_experts(range(shape.num_hidden_layers)[layer]):
+        return [*found, *_gated(family, below, shape.intermediate_size, h)]
+    found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
+    if shape.router == "sigmoid":
+        found.append(Weight(f"{below}.gate.e_score_correction_bias", shape.num_experts, is_buffer=True))
+    if shape.shared_expert_intermediate_size:
+        shared = f"{below}.{family.shared_expert}"
+        found += _gated(family, shared, shape.shared_expert_intermediate_size, h)
+        if shape.shared_expert_gate:
+            found.append(Weight(f"{shared}_gate.weight", 1, h))
+    return [*found, *_gated(family, f"{below}.experts.{{}}", shape.moe_intermediate_size, h)]
+
+
+def _gated(family: Family, below: str, f: int, h: int) -> list[Weight]:
+    """A gated MLP of `f` units, or an expert."""
+    gate, up, down = family.projections
+    return [
+        *_joined(
+            f"{below}.{family.fused['gate_up']}" if "gate_up" in family.fused else "",
+            Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
+            Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
+        ),
+        Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
 
 
 def _latent_attention(shape: ModelShape) -> list[Weight]:
@@ -117,6 +126,32 @@ def _latent_attention(shape: ModelShape) -> list[Weight]:
         Weight("self_attn.kv_b_proj.weight", heads * keyed, latent, "rows"),
         Weight("self_attn.o_proj.weight", h, heads * shape.v_head_dim, "columns", "o"),
     ]
+
+
+def _delta_net(shape: ModelShape) -> list[Weight]:
+    """What a gated delta net has in the place of attention."""
+    h, heads = shape.hidden_size, shape.delta_value_heads
+    values = heads * shape.delta_value_dim
+    convolved = 2 * shape.delta_key_heads * shape.delta_key_dim + values
+    return [
+        Weight("linear_attn.in_proj_qkv.weight", convolved, h, "rows"),
+        Weight("linear_attn.in_proj_z.weight", values, h, "rows"),
+        Weight("linear_attn.in_proj_b.weight", heads, h, "rows"),
+        Weight("linear_attn.in_proj_a.weight", heads, h, "rows"),
+        Weight("linear_attn.conv1d.weight", convolved, shape.delta_kernel, "rows"),
+        Weight("linear_attn.A_log", heads, 1, "rows"),
+        Weight("linear_attn.dt_bias", heads, 1, "rows"),
+        Weight("linear_attn.norm.weight", shape.delta_value_dim),
+        Weight("linear_attn.out_proj.weight", h, values, "columns", "o"),
+    ]
+
+
+def _joined(name: str, *parts: Weight) -> list[Weight]:
+    """The parts; with a name, as parts of the one tensor that they are in the folder."""
+    rows = sum(part.rows for part in parts)
+    if not name:
+        return list(parts)
+    return [part._replace(name=f"{name}.weight", share=part.rows / rows) for part in parts]
 
 
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
@@ -187,4 +222,4 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
             count = shape.num_experts if weight.is_expert else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
-                yield layer, weight.name, full_name, 1 / count
+                yield layer, weight.name, full_name, weight.share / count

@@ -107,7 +107,8 @@ def _of_stage(
     head = _loss_bytes(spec, shape, work, tokens, device, width) if stage == pp - 1 else 0.0
     # When the scores of attention are in memory, the layer's feed-forward activations are already freed.
     scores = _score_bytes(spec, shape, work, width) if device == "cuda" else 0.0
-    backward = again * tokens + layer.backward(tokens) + max(0.0, scores - layer.feed_forward() * tokens)
+    temporary = max(layer.backward(tokens), layer.recurrence() * tokens)
+    backward = again * tokens + temporary + max(0.0, scores - layer.feed_forward() * tokens)
     joined = _joined_bytes(spec, shape, work, width)
     workspace = CUBLAS_BYTES + joined
     if device == "cpu":
@@ -178,15 +179,16 @@ def _loss_bytes(
     around += 2 * width * h * trained
     row_bytes = padded_vocabulary(shape.vocab_size, tp) // tp * width
     rows: int = max(chunk.stop - chunk.start for chunk in logits_chunks(trained, row_bytes))
-    # One chunk at a time; on a CPU exp needs a copy.
-    copies = 2 if device == "cpu" else 1
+    # One chunk at a time; on a CPU exp needs a copy. The slope of soft-capped logits is as large.
+    copies = (2 if device == "cpu" else 1) + (shape.logit_softcap is not None)
     return around + copies * rows * row_bytes
 
 
 def _score_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> float:
     """Bytes of the scores' gradient in deterministic attention, which applies to padded rows in half precision."""
     m = spec.model.megatron
-    if not spec.training.deterministic or spec.training.use_rmpad or width != 2:
+    has_options = shape.attention_sinks or shape.score_softcap is not None
+    if not spec.training.deterministic or spec.training.use_rmpad or width != 2 or has_options:
         return 0.0
     rows = spec.training.micro_batch_size_per_gpu
     group = shape.num_attention_heads / shape.num_key_value_heads * (work.largest / rows) ** 2 * width
@@ -212,7 +214,9 @@ class _Layer:
     def bytes_per_token(self) -> tuple[float, float]:
         """(kept until backward, mean of the layers; kept again while the backward of one layer runs)."""
         model = self._spec.model
-        whole = self._residual() + self._attention() + self.feed_forward() + self._shrunk()
+        nets = len(self._shape.delta_layers) / self._shape.num_hidden_layers
+        mixer = (1 - nets) * self._attention() + nets * self._delta_net()
+        whole = self._residual() + mixer + self.feed_forward() + self._shrunk()
         share = whole_recomputed(self._spec, self._shape)
         hidden = self._width * self._shape.hidden_size / self._shared
         if share == 1 or not model.enable_gradient_checkpointing:
@@ -315,10 +319,29 @@ class _Layer:
         if s.qk_norm:
             # The inputs of both norms. On a CPU their normalised outputs too, but the key's input is part of QKV.
             kept += (2 * q + k if self._is_cpu else q + k) + statistics
+        if s.attention_gate:
+            # The gate, its sigmoid, and the gated output.
+            kept += 3 * q
         if self._is_cpu and self._spec.training.use_rmpad:
             # The outputs of the segments, and their concatenation.
             kept += q
         return kept
+
+    def _delta_net(self) -> float:
+        # The output of its first product and the input of its last; the rest is recomputed.
+        s = self._shape
+        values = s.delta_value_heads * s.delta_value_dim
+        projected = s.delta_key_heads * sum(s.delta_rows) if s.delta_layers else 0
+        return self._width * (projected + values) / self._tp
+
+    def recurrence(self) -> float:
+        """FP32 bytes per token in the backward of a gated delta net."""
+        s = self._shape
+        keys, values = s.delta_key_heads * s.delta_key_dim, s.delta_value_heads * s.delta_value_dim
+        # The taps of the convolution and its sums; queries, keys and values; and in chunks of 64 tokens, for each value head, keys,
+        # five matrices of the chunk's tokens, and the state. Counted and fitted: docs/plan.md.
+        by_head = 1.5 * s.delta_key_dim + 5 * 64 + s.delta_key_dim * s.delta_value_dim / 64
+        return 4 * (9 * (2 * keys + values) + 3 * (keys + values) + s.delta_value_heads * by_head) / self._tp
 
     def _keeps_qkv(self) -> bool:
         return self._is_cpu or self._shape.qk_norm

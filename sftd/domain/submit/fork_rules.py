@@ -15,7 +15,10 @@ from sftd.domain.submit.facts import Parent, SubmitFacts
 
 # Fields of a model's shape that do not affect its parameters.
 _FREE_SHAPE = frozenset(
-    {"max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_window", "unsupported"}
+    {
+        *("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+        *("sliding_window", "layers_without_window", "unsupported"),
+    }
 )
 
 

@@ -112,7 +112,10 @@ class Batching:
             is_real[row, : sample.tokens.size] = sample is not EMPTY
             if sample.keys is not None:
                 keys[row, : sample.keys.size] = sample.keys
-        return self._finish(tokens, labels, is_real, np.arange(length), None, keys)
+        lengths = np.array([[sample.tokens.size] for sample in samples])
+        return self._finish(
+            tokens, labels, is_real, np.arange(length), lengths.repeat(length, axis=1), None, keys
+        )
 
     def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
         sizes = [s.tokens.size for s in samples]
@@ -131,7 +134,10 @@ class Batching:
             if sample.keys is not None:
                 keys[start : start + sample.keys.size] = sample.keys
         positions = np.concatenate([np.arange(size) for size in sizes])
-        return self._finish(tokens[None], labels[None], is_real[None], positions, ends, keys[None])
+        lengths = np.repeat(sizes, sizes)
+        return self._finish(
+            tokens[None], labels[None], is_real[None], positions, lengths[None], ends, keys[None]
+        )
 
     def _finish(
         self,
@@ -139,6 +145,7 @@ class Batching:
         labels: Ints,
         is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
         positions: Ints,
+        lengths: Ints,
         ends: Ints | None,
         keys: Ints,
     ) -> MicroBatch:
@@ -155,6 +162,7 @@ class Batching:
         mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
         labels = labels[:, mine]
         layout.positions = upload(positions[mine], self.device)
+        layout.lengths = upload(np.ascontiguousarray(lengths[:, mine].T), self.device)
         if keys.any():
             layout.dropout_keys = upload(np.ascontiguousarray(keys[:, mine].T), self.device)
         # Computed on the host: on the device, the dynamic size would force a synchronization.

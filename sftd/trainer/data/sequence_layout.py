@@ -17,10 +17,11 @@ from sftd.trainer.data.upload import upload
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the first `length` tokens, by layer number: each [1, groups, length, head_dim]."""
+    """What layers keep of the first `length` tokens, by layer number: keys and values, each [1, groups, length, head_dim], or the
+    projections [length, 1, …] of a gated delta net."""
 
     length: int = 0
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class SequenceLayout(PackedSeqParams):
     attention handles packed samples and context parallelism.
 
     positions: int64 [s], each token's position in its own sample.
+    lengths: int64 [s, b], the number of tokens of each token's sample; None if that is the number of all tokens so far.
     chunks: this rank's s tokens in the whole stream, in order; None for rows without packing and context parallelism.
     is_packed: whether samples lie end to end (b is 1).
     dropout_keys: int64 [s, b], see `adapters.dropout`; None without dropout.
@@ -75,6 +77,7 @@ class SequenceLayout(PackedSeqParams):
     """
 
     positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults
+    lengths: Tensor | None = None
     chunks: list[Chunk] | None = None
     is_packed: bool = False
     dropout_keys: Tensor | None = None

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.token_keys import TokenKeys
-from sftd.trainer.model import experts, ops
+from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
-from sftd.trainer.model.norm import RMSNorm
+from sftd.trainer.model.moe import experts
+from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
-from sftd.trainer.model.rope import for_layer
+from sftd.trainer.model.rope import for_layer, grown
 
 
 class DecoderLayer(TransformerLayer):
@@ -33,10 +34,6 @@ class DecoderLayer(TransformerLayer):
     third less memory for a few elementwise passes.
     """
 
-    # Norms of what attention and MLP add to the residual stream.
-    post_attention_norm: RMSNorm | None = None
-    post_mlp_norm: RMSNorm | None = None
-
     # With adapters: where their products look for the keys of a micro-batch's tokens.
     dropout_keys: TokenKeys | None = None
 
@@ -45,10 +42,14 @@ class DecoderLayer(TransformerLayer):
         shape = self.shape = config.model_shape
         # Megatron counts from 1, and over all stages.
         self.number = self.layer_number - 1
-        if shape.norm_place != "before":
-            self.post_attention_norm, self.post_mlp_norm = (
-                RMSNorm(config, shape.hidden_size, shape.rms_norm_eps) for _ in range(2)
-            )
+        # Norms of what attention and MLP add to the residual stream.
+        self.post_attention_norm, self.post_mlp_norm = (
+            None if shape.norm_place == "before" else RMSNorm(config, shape.hidden_size, shape.rms_norm_eps)
+            for _ in range(2)
+        )
+        if shape.qk_norm_over_heads:
+            self.query_norm = HeadsNorm(config, shape.num_attention_heads)
+            self.key_norm = HeadsNorm(config, shape.num_key_value_heads)
         if config.quantize != "none":
             # Here, so that no more than one layer's weights are in memory as they are.
             products.empty(self)
@@ -72,7 +73,7 @@ class DecoderLayer(TransformerLayer):
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
-            qkv = self.queries_keys_values(normed)
+            qkv = self.project_in(normed)
         added = self.project(self.attend(qkv, rotary_pos_emb, packed_seq_params))
         if self.post_attention_norm is not None:
             added = self.post_attention_norm(added)
@@ -82,8 +83,8 @@ class DecoderLayer(TransformerLayer):
             added = self.post_mlp_norm(added)
         return residual + added, None
 
-    def queries_keys_values(self, normed: Tensor) -> Any:
-        """What `attend` takes of the normed hidden states: of Llama's attention Megatron's qkv [s, b, …]."""
+    def project_in(self, normed: Tensor) -> Any:
+        """What `attend` takes, from [s, b, h]: Megatron's qkv [s, b, …]."""
         qkv, _bias = self.self_attention.linear_qkv(normed)
         return qkv
 
@@ -114,7 +115,7 @@ class DecoderLayer(TransformerLayer):
         return computed_again(tensor, function, argument)
 
     def attend(self, qkv: Any, angles: Tensor, layout: Any) -> Tensor:
-        """The result of `queries_keys_values` and `RotaryEmbedding`'s output → [s, b, heads · d]."""
+        """Megatron's qkv [s, b, …] and `RotaryEmbedding`'s output → [s, b, heads · d]."""
         attention = self.self_attention
         groups, head_dim = (
             attention.num_query_groups_per_partition,
@@ -126,15 +127,24 @@ class DecoderLayer(TransformerLayer):
         )
         is_whole = self.shape.rotary_dim == head_dim and not is_interleaved
         angles = for_layer(angles, self.shape, self.number)
-        if attention.q_layernorm is None and is_rotated and is_whole:
+        q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
+        if self.shape.qk_norm_over_heads:
+            q_norm, k_norm = self.query_norm, self.key_norm
+        gate = None
+        is_plain = is_rotated and is_whole and angles.dim() == 3 and not self.shape.attention_gate
+        if q_norm is None and is_plain:
             q, k, v = ops.split_rotary(qkv, angles, groups, head_dim)
         else:
             q, k, v = ops.split_qkv(qkv, groups, head_dim)
-            if attention.q_layernorm is not None:
-                q, k = attention.q_layernorm(q), attention.k_layernorm(k)
+            if self.shape.attention_gate:
+                q, gate = q.unflatten(2, (-1, 2)).unbind(3)
+            if q_norm is not None:
+                q, k = q_norm(q), k_norm(k)
             if is_rotated:
                 q, k = (ops.rotate(x, angles, is_interleaved=is_interleaved) for x in (q, k))
-        return attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        q = grown(q, layout.positions, self.shape)
+        out = attention.core_attention(q, k, v, None, packed_seq_params=layout)
+        return out if gate is None else out * gate.flatten(2).sigmoid()
 
 
 def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
@@ -147,10 +157,11 @@ def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]
 
 def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer, layer: int = -1) -> Any:
     """Megatron's spec of layer `layer` (default: the last) as a `module`."""
+    is_normed = shape.qk_norm and not shape.qk_norm_over_heads
     has_experts = shape.has_experts(range(shape.num_hidden_layers)[layer])
     spec = get_gpt_layer_local_spec(
         num_experts=shape.num_experts if has_experts else None,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=is_normed,
         normalization="RMSNorm",
     )
     spec.module = module
@@ -160,6 +171,6 @@ def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer, 
         parts.mlp = experts.feed_forward(parts.mlp)
     attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
-    if shape.qk_norm:
+    if is_normed:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

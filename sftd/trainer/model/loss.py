@@ -77,6 +77,11 @@ def vocab_parallel_cross_entropy(
     return cast(Tensor, _VocabParallelCrossEntropy.apply(logits, labels, ignore_index, vocab_size))
 
 
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """`softcap · tanh(logits / softcap)`, as Gemma 2 bounds its logits."""
+    return (logits / softcap).tanh() * softcap
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,6 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor: float,
         vocab_size: int | None,
         weight_is_shared: bool,
+        softcap: float | None,
         wants_gradients: bool,
     ) -> Tensor:
         # ctx.needs_input_grad is true for a parameter even under no_grad.
@@ -99,8 +105,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in logits_chunks(hidden.shape[0], weight.shape[0] * weight.element_size()):
             # One buffer for the logits and then their gradient.
-            logits = hidden[rows] @ weight.t()
+            logits, slope = hidden[rows] @ weight.t(), None
+            if softcap is not None:
+                bounded = logits.div_(softcap).tanh_()
+                if scale is not None:
+                    slope = bounded.square().neg_().add_(1)
+                bounded.mul_(softcap)
             loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
+            if slope is not None:
+                logits *= slope
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[rows])
             if wants_weight:
@@ -108,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     hidden[rows], logits, weight.main_grad if d_weight is None else d_weight
                 )
             # Otherwise this chunk would stay in memory while the next one is computed.
-            del logits
+            del logits, slope
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight, ctx.weight_is_shared = weight, weight_is_shared
         return loss / divisor
@@ -122,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (d_weight * grad_outputs[0]).to(ctx.weight.dtype)
         elif ctx.needs_input_grad[1] and not ctx.weight_is_shared:
             grad_weight = mark_accumulated(ctx.weight)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -133,19 +146,21 @@ def linear_cross_entropy(
     divisor: float = 1.0,
     vocab_size: int | None = None,
     weight_is_shared: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """Σ cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`: FP32 scalar. Never holds all logits in memory.
 
     hidden: [n, h]; weight: [vocabulary / TP, h], this rank's rows; labels: int64 [n], -100 is not trained. Forward
     computes the gradients too, for a chunk of rows at a time. If the weight has Megatron's `main_grad`, its gradient is
     accumulated there in FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use
-    in the same graph, which marks its gradient as complete for Megatron (a tied embedding on the same rank).
+    in the same graph, which marks its gradient as complete for Megatron (a tied embedding on the same rank). `softcap`: see
+    `softcapped`.
 
     The gradient of `hidden` is this rank's part of the sum over the tensor-parallel ranks.
     """
     return cast(
         Tensor,
         _LinearCrossEntropy.apply(
-            hidden, weight, labels, divisor, vocab_size, weight_is_shared, torch.is_grad_enabled()
+            hidden, weight, labels, divisor, vocab_size, weight_is_shared, softcap, torch.is_grad_enabled()
         ),
     )

@@ -29,11 +29,11 @@ from sftd.domain.model.weights import layer_kinds
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
-from sftd.trainer.model import experts
 from sftd.trainer.model.embedding import embed
 from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.gradients import accumulate_weight_gradient
-from sftd.trainer.model.loss import linear_cross_entropy
+from sftd.trainer.model.loss import linear_cross_entropy, softcapped
+from sftd.trainer.model.moe import experts
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.rope import RotaryEmbedding
 from sftd.trainer.runtime.megatron_edges.training import accumulate_weight_gradients
@@ -69,7 +69,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.attention_bias,
-        qk_layernorm=shape.qk_norm,
+        attention_output_gate=shape.attention_gate,
+        qk_layernorm=shape.qk_norm and not shape.qk_norm_over_heads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Every parameter is loaded, so random values would be wasted.
@@ -96,7 +97,7 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         batch_p2p_comm=not is_cpu and layout.vpp == 1,
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
-        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or missing.
+        # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or absent.
         hetereogenous_dist_checkpoint=bool(spec.model.freeze) or len(layer_kinds(shape)) > 1,
         **experts.config_fields(spec, shape),
         **recompute,
@@ -129,6 +130,8 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         )
         model.position_embedding_type = "rope"
         model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
+        if shape.logit_softcap is not None and model.post_process:
+            model.output_layer.register_forward_hook(_bounded)
         if config.recompute_method == "block":
             for layer in model.decoder.layers[config.recompute_num_layers :]:
                 layer.recompute_input_layernorm = True
@@ -136,6 +139,12 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         # `to`, except that quantised weights stay where they have no memory.
         chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks
+
+
+def _bounded(output_layer: Any, _arguments: Any, output: Any) -> Any:
+    """Forward hook of an output layer whose logits are soft-capped."""
+    logits, bias = output
+    return softcapped(logits, output_layer.config.model_shape.logit_softcap), bias
 
 
 def distribute(
@@ -179,7 +188,7 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
         labels=batch.labels,
         packed_seq_params=batch.layout,
         output_processor=_sum_of_losses,
-        output_processor_context=(vocab_size, divisor, batch.places, core.pre_process),
+        output_processor_context=(vocab_size, divisor, batch.places, core),
     )
     return cast(Tensor, output)
 
@@ -197,11 +206,11 @@ def _sum_of_losses(
     output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
-    context: tuple[int, float, Tensor, bool],
+    context: tuple[int, float, Tensor, GPTModel],
     **_: object,
 ) -> Tensor:
     """GPTModel's hook after the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
-    vocab_size, divisor, places, has_embedding = context
+    vocab_size, divisor, places, core = context
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)
     else:
@@ -216,7 +225,8 @@ def _sum_of_losses(
         labels.transpose(0, 1).reshape(-1)[places],
         divisor=divisor,
         vocab_size=vocab_size,
-        weight_is_shared=has_embedding and output_weight is not None,
+        weight_is_shared=core.pre_process and output_weight is not None,
+        softcap=core.config.model_shape.logit_softcap,
     )
 
 

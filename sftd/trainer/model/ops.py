@@ -62,9 +62,9 @@ GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
 
 
 def rotate(x: Tensor, angles: Tensor, *, is_interleaved: bool = False) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the first r dimensions of x [s, b, heads, d]; angles FP32 [2, s, r / 2], cos and sin.
-    Dimension i is paired with i + r / 2, or with its neighbour if `is_interleaved`."""
-    cos, sin = angles[:, :, None, None, :]
+    """Rotary embedding (Su et al. 2021) of the first r dimensions of x [s, b, heads, d]; angles FP32 [2, s, r / 2] or
+    [2, s, b, r / 2], cos and sin. Dimension i is paired with i + r / 2, or with its neighbour if `is_interleaved`."""
+    cos, sin = (angles if angles.dim() == 4 else angles[:, :, None]).unsqueeze(-2)
     rotated, rest = x.split((2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]), dim=-1)
     if is_interleaved:
         low, high = rotated.float().unflatten(-1, (-1, 2)).unbind(-1)

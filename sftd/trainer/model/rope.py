@@ -1,4 +1,9 @@
-"""Rotary position embedding (Su et al. 2021) by position id."""
+"""Rotary position embedding (Su et al. 2021) by position id.
+
+LongRoPE and dynamic NTK scaling depend on a sequence's length. Here it is that of the token's own sample, as if transformers
+computed each sample alone, so that packing, padding and layouts change nothing; while an answer is generated, it is that of all
+tokens so far.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,12 @@ from torch import Tensor
 from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.sequence_layout import SequenceLayout
 
+_ORIGINAL = "original_max_position_embeddings"
+
 
 def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     """`theta^(-2i/d)` for i < d/2 and d = `rotary_dim`, with the model's RoPE scaling, FP32 [d / 2]; and what cosine and sine are
-    multiplied by."""
+    multiplied by. If the scaling depends on the length, those of a short sequence."""
     frequency, scaling = _unscaled(shape.rope_theta, shape), shape.rope_scaling or {}
     match shape.rope_type:
         case "linear":
@@ -23,7 +30,29 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
             return _llama3(frequency, scaling), 1.0
         case "yarn":
             return _yarn(frequency, scaling, shape)
+        case "proportional":
+            turned = int(float(scaling.get("partial_rotary_factor", 1.0)) * shape.head_dim // 2)
+            # The last pairs are not rotated.
+            frequency[turned:] = 0.0
+            return frequency / float(scaling.get("factor", 1.0)), 1.0
+        case "longrope":
+            return _longrope(frequency, scaling, "short_factor"), _longrope_gain(scaling, shape)
     return frequency, 1.0
+
+
+def _by_length(shape: ModelShape, layout: SequenceLayout) -> Tensor:
+    """`inverse_frequencies` for sequences of each token's length: FP32 [s, b, d / 2], or [1, 1, d / 2] for one length."""
+    scaling, d = shape.rope_scaling or {}, shape.rotary_dim
+    lengths = layout.positions.max()[None, None] + 1 if layout.lengths is None else layout.lengths
+    if shape.rope_type == "longrope":
+        plain = _unscaled(shape.rope_theta, shape).to(lengths.device)
+        short, long = (_longrope(plain, scaling, name) for name in ("short_factor", "long_factor"))
+        return torch.where(lengths[..., None] > int(scaling[_ORIGINAL]), long, short)
+    # Dynamic NTK scaling (transformers `modeling_rope_utils._compute_dynamic_ntk_parameters`).
+    factor, most = float(scaling["factor"]), shape.max_position_embeddings
+    growth = factor * lengths.clamp(min=most).float() / most - (factor - 1)
+    exponent = torch.arange(0, d, 2, device=lengths.device).float() / d
+    return 1.0 / (shape.rope_theta * growth ** (d / (d - 2)))[..., None] ** exponent
 
 
 def _unscaled(theta: float, shape: ModelShape) -> Tensor:
@@ -31,11 +60,24 @@ def _unscaled(theta: float, shape: ModelShape) -> Tensor:
     return 1.0 / (theta**exponent)
 
 
+def _longrope(frequency: Tensor, scaling: dict[str, Any], factors: str) -> Tensor:
+    """LongRoPE (Ding et al. 2024): each dimension is stretched by a factor of its own."""
+    return frequency / torch.tensor(scaling[factors], dtype=torch.float32, device=frequency.device)
+
+
+def _longrope_gain(scaling: dict[str, Any], shape: ModelShape) -> float:
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    context = int(scaling[_ORIGINAL])
+    factor = float(scaling.get("factor") or shape.max_position_embeddings / context)
+    return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+
+
 def _llama3(frequency: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Stretches wavelengths longer than the original context by `factor`, keeps much shorter ones, and interpolates between the two
     (transformers `modeling_rope_utils._compute_llama3_parameters`)."""
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(scaling["original_max_position_embeddings"])
+    context = float(scaling[_ORIGINAL])
     wavelength = 2 * math.pi / frequency
     smooth = (context / wavelength - low) / (high - low)
     blended = (1 - smooth) * frequency / factor + smooth * frequency
@@ -48,7 +90,7 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tupl
     """YaRN (Peng et al. 2023): dimensions that turn less than `beta_slow` times in the original context are stretched by `factor`,
     those that turn more than `beta_fast` times are kept, with a ramp between them; attention is scaled by the square of the second result
     (transformers `modeling_rope_utils._compute_yarn_parameters`)."""
-    context = float(scaling.get("original_max_position_embeddings") or shape.max_position_embeddings)
+    context = float(scaling.get(_ORIGINAL) or shape.max_position_embeddings)
     factor = float(scaling.get("factor") or shape.max_position_embeddings / context)
 
     def turning(times: float) -> float:
@@ -81,11 +123,12 @@ def score_gain(shape: ModelShape) -> float:
 class RotaryEmbedding(torch.nn.Module):
     """Replaces Megatron's, which has no position ids and loops over packed segments in every layer.
 
-    GPTModel calls `get_rotary_seq_len` and passes the result to `forward`; here it is the micro-batch's positions.
+    GPTModel calls `get_rotary_seq_len` and passes the result to `forward`; here it is the micro-batch's layout.
     """
 
     def __init__(self, shape: ModelShape, device: torch.device) -> None:
         super().__init__()
+        self._shape = shape
         # Not a buffer: a BF16 model casts its buffers, but the angles need FP32.
         frequencies, self._gain = inverse_frequencies(shape)
         self.frequencies = frequencies.to(device)
@@ -93,27 +136,45 @@ class RotaryEmbedding(torch.nn.Module):
         if shape.window_rope_theta is not None:
             self._local = _unscaled(shape.window_rope_theta, shape).to(device)
 
-    def get_rotary_seq_len(self, *arguments: Any) -> Tensor:
-        """The positions int64 [s] of the `SequenceLayout`, which is GPTModel's last argument."""
+    def get_rotary_seq_len(self, *arguments: Any) -> SequenceLayout:
+        """The `SequenceLayout`, which is GPTModel's last argument."""
         layout = arguments[-1]
         assert isinstance(layout, SequenceLayout)
-        return layout.positions
+        return layout
 
-    def forward(self, positions: Tensor, **_: object) -> Tensor:
-        """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, rotary_dim / 2]; with
-        `window_rope_theta` [4, s, rotary_dim / 2], the last two for layers with a window."""
-        angles = torch.outer(positions.float(), self.frequencies)
+    def forward(self, layout: SequenceLayout, **_: object) -> Tensor:
+        """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, rotary_dim / 2], or
+        [2, s, b, rotary_dim / 2] if they depend on the lengths of samples; with `window_rope_theta` 4 instead of 2, the last two for
+        layers with a window."""
+        positions = layout.positions
+        if self._shape.rope_type in ("longrope", "dynamic"):
+            angles = positions.float()[:, None, None] * _by_length(self._shape, layout)
+        else:
+            angles = torch.outer(positions.float(), self.frequencies)
         found = torch.stack((angles.cos(), angles.sin()))
         if self._gain != 1.0:
             found = found * self._gain
         if self._local is None:
             return found
-        local = torch.outer(positions.float(), self._local)
+        local = torch.outer(positions.float(), self._local).view(
+            angles.shape[0], *[1] * (angles.dim() - 2), -1
+        )
+        local = local.expand_as(angles)
         return torch.cat((found, local.cos()[None], local.sin()[None]))
 
 
 def for_layer(angles: Tensor, shape: ModelShape, layer: int) -> Tensor:
-    """Of `RotaryEmbedding`'s output what a layer uses: cosine and sine, FP32 [2, s, rotary_dim / 2]."""
+    """Of `RotaryEmbedding`'s output what a layer uses: cosine and sine, FP32 [2, s, …]."""
     if shape.window_rope_theta is None:
         return angles
     return angles[2:] if shape.window(layer) is not None else angles[:2]
+
+
+def grown(query: Tensor, positions: Tensor, shape: ModelShape) -> Tensor:
+    """Queries [s, b, heads, d] · (1 + beta · log(1 + ⌊position / original context⌋)), as Ministral 3 has it from Llama 4; unchanged
+    without a beta."""
+    scaling = shape.rope_scaling or {}
+    if not (beta := scaling.get("llama_4_scaling_beta")):
+        return query
+    scale = 1 + float(beta) * torch.log(1 + torch.floor(positions / int(scaling[_ORIGINAL])))
+    return query * scale[:, None, None, None].to(query.dtype)

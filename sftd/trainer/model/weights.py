@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,11 @@ def fill(
     parameter: Tensor, rule: Rule, folder: Folder, padded_vocabulary: int, shape: ModelShape, layout: Layout
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
-    pieces = [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in rule.sources]
+    sources, pieces = rule.sources, []
+    if rule.parts is not None:
+        pieces = list(_read_parts(folder, rule, shape, layout))
+        sources = sources[1:]
+    pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
     value = rule.how.join(pieces, shape)
     if parameter.shape != value.shape:
         raise UserError(
@@ -123,6 +128,18 @@ def _read(
         return _vocabulary_rows(folder, name, padded_vocabulary // layout.tp, shape, layout)
     dim = {"whole": None, "rows": 0, "columns": 1}[cut]
     return folder.read(name, dim, (layout.tp_rank, layout.tp))
+
+
+def _read_parts(folder: Folder, rule: Rule, shape: ModelShape, layout: Layout) -> Iterator[Tensor]:
+    """This rank's share of each of the tensors that the rule's first source joins."""
+    assert rule.parts is not None
+    name, sizes = rule.sources[0], rule.parts(shape)
+    if (found := folder.rows(name)) != sum(sizes):
+        raise UserError(f"{folder.path}: {name} has {found} rows, but config.json specifies {sum(sizes)}")
+    rank, ranks = (layout.tp_rank, layout.tp) if rule.cut == "rows" else (0, 1)
+    for first, size in zip(accumulate((0, *sizes)), sizes, strict=False):
+        share = size // ranks
+        yield folder.read_rows(name, first + rank * share, first + (rank + 1) * share)
 
 
 def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, layout: Layout) -> Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.model.families import FAMILIES, ROPE_KEYS
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import ROPE_KEYS
 from sftd.domain.model.rules import check_architecture
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.text.words import counted
@@ -74,7 +75,14 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
         shape = read_shape(folder, override)
         scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
         config |= {"rope_scaling": scaling, **theta}
-        config["rope_parameters"] = {"rope_type": "default"} | (scaling or {}) | theta
+        rope = {"rope_type": "default"} | (scaling or {}) | theta
+        if (local := shape.window_rope_theta) is not None:
+            config["rope_local_base_freq"] = local
+            rope = {
+                "full_attention": rope,
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            }
+        config["rope_parameters"] = rope
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return config | {key: dtype}
 

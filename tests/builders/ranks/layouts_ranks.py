@@ -1,4 +1,4 @@
-"""Run by torchrun from test_layouts.py: trains several attempts of one layout in one set of processes, each from the
+"""Run by torchrun from test_layouts.py and test_families.py: trains several attempts of one layout in one set of processes, each from the
 pretrained model to its end, and leaves the gradient of those of one step beside their journal."""
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def main(path: str) -> None:
         training = RankAttempt(attempt, order, session, reporter, time.perf_counter())
         training.run()
         reporter.close()
-        if attempt.path == AttemptDir(paths[0]).path:
-            text = json.dumps(held(training._trainee))
-            Path(attempt.path, f"held-{dist.get_rank()}.json").write_text(text)
+        text = json.dumps(held(training._trainee))
+        Path(attempt.path, f"held-{dist.get_rank()}.json").write_text(text)
         if order.planned_steps == 1:
             found = gradient(training._trainee)
             if session.layout.reports:

@@ -75,7 +75,7 @@ def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, floa
     )
 
 
-def linear(session: Session, vocabulary: int) -> dict[str, float]:
+def linear(session: Session, vocabulary: int, softcap: float | None) -> dict[str, float]:
     """Largest differences of the chunked linear + cross-entropy from PyTorch: loss, gradients of hidden states and weight;
     and what evaluation alone adds to the weight's gradient. 300 rows are three chunks here."""
     sizes.LOGITS_BYTES = 1
@@ -85,17 +85,21 @@ def linear(session: Session, vocabulary: int) -> dict[str, float]:
     labels = torch.randint(0, vocabulary, (300,), generator=generator)
     labels[::7] = -100
     truth, inputs = full[:vocabulary].clone().requires_grad_(), hidden.clone().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(inputs @ truth.t(), labels, reduction="sum") / 3
+    logits = inputs @ truth.t()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 3
     expected.backward()
     width = padded // session.layout.tp
     first = session.layout.tp_rank * width
     weight: Any = torch.nn.Parameter(full[first : first + width].clone())
     weight.main_grad = torch.zeros(width, 16)
     mine = hidden.clone().requires_grad_()
+    options: Any = {"divisor": 3.0, "vocab_size": vocabulary, "softcap": softcap}
     with torch.no_grad():
-        linear_cross_entropy(mine, weight, labels, divisor=3.0, vocab_size=vocabulary)
+        linear_cross_entropy(mine, weight, labels, **options)
     untouched = weight.main_grad.abs().max().item()
-    found = linear_cross_entropy(mine, weight, labels, divisor=3.0, vocab_size=vocabulary)
+    found = linear_cross_entropy(mine, weight, labels, **options)
     found.backward()
     assert mine.grad is not None
     dist.all_reduce(mine.grad, group=parallel_state.get_tensor_model_parallel_group())
@@ -145,7 +149,9 @@ def main(path: str) -> None:
             found |= packing(model, spec, session)
     found["loss"], found["gradient"], _ = cross_entropy(session, 250)
     found["padded_loss"], _, found["padding_gradient"] = cross_entropy(session, 251)
-    found |= linear(session, 251)
+    found |= linear(session, 251, None)
+    # Half of the logits are beyond the cap.
+    found |= {f"capped_{name}": value for name, value in linear(session, 251, 3.0).items()}
     if session.layout.tp_rank == 0:
         (attempt.path / "found.json").write_text(json.dumps(found))
     sessions.close()

@@ -12,7 +12,8 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from sftd.domain.model.families import FAMILIES, Family, Key
+from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import Family, Key
 
 TOY = Family(
     architecture="ToyForCausalLM",

@@ -77,13 +77,149 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    # Longer than what the model was trained with.
+    "dynamic_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "proportional_rope": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "proportional",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 32}),
+    # Windows shorter than the sequences, in all layers and in the last two.
+    "mistral_window": (
+        "MistralForCausalLM",
+        "MistralConfig",
+        {"sliding_window": 16, "num_hidden_layers": 2, "tie_word_embeddings": False},
+    ),
+    "qwen2_window": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 32}),
     "smollm3": (
         "SmolLM3ForCausalLM",
         "SmolLM3Config",
-        {"tie_word_embeddings": True, "no_rope_layer_interval": 2, "pad_token_id": 0},
+        {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
+    ),
+    # Layer 1 has attention; three values for each key of the delta nets.
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 24,
+            "initializer_range": 0.1,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.0,
+            "initializer_range": 0.2,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {"tie_word_embeddings": False}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        {
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", {"head_dim": 32, "pad_token_id": 0}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {
+            "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.0, 2.0, 4.0, 8.0],
+            },
+        },
+    ),
+    "ministral": (
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        {
+            "head_dim": 32,
+            # Its default is a token of the rows, whose embedding transformers would not train.
+            "pad_token_id": 0,
+            "initializer_range": 0.2,
+            "rope_parameters": _YARN
+            | {
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "max_position_embeddings": 256,
+            },
+        },
     ),
     # Llama 2 has a key and a value for every head; the odd vocabulary is padded when two ranks share it.
     "llama2": (
@@ -196,6 +332,14 @@ WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> Any:
+    """The transformers config of a tiny model."""
+    import transformers
+
+    _, config, extra = models[name]
+    return getattr(transformers, config)(**_SIZES | extra)
+
+
 def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
     """Write tiny models into a folder."""
     with warnings.catch_warnings():
@@ -213,9 +357,9 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
         )
         fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}!"
-        for name, (model, config, extra) in models.items():
+        for name, (model, _, _) in models.items():
             torch.manual_seed(7)
-            network = getattr(transformers, model)(getattr(transformers, config)(**_SIZES | extra)).float()
+            network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
                 routers = (b for name, b in network.named_buffers() if name.endswith("correction_bias"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -11,8 +12,8 @@ from sftd.trainer.data.sample_order import SampleOrder
 from tests.builders.trainer.trainers import Run
 
 
-def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
+def reference(run: Run, steps: int) -> tuple[list[float], list[float], Any]:
+    """Losses, gradient norms and the trained model of a plain transformers loop: each sample by itself, Σ loss ÷ Σ tokens, AdamW."""
     spec = run.attempt.order().spec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,4 +58,4 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float]]:
             group["lr"] = learning_rate(step, spec, planned)
         optimizer.step()
         losses.append(total)
-    return losses, norms
+    return losses, norms, model

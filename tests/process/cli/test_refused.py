@@ -312,7 +312,7 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         [],
         "model.partial_pretrain",
         "BertModel is not supported",
-        "LlamaForCausalLM",
+        "docs/models.md: llama, ",
     ),
     "override that is not read": (
         nothing,
@@ -369,13 +369,6 @@ TABLE: dict[str, tuple[Prepare, list[str], str, str, str]] = {
         "model.partial_pretrain",
         "hidden_act 'gelu'",
         "silu",
-    ),
-    "longer than the sliding window": (
-        shape(sliding_window=16),
-        [],
-        "data.sequence_length",
-        "sliding window",
-        "16 or less",
     ),
     "model config without sizes": (
         shape(hidden_size=None),

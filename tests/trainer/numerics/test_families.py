@@ -1,17 +1,23 @@
-"""A model family is an entry and a module: one that no product file knows is accepted, planned, trained and exported."""
+"""A model family is an entry and a module: one that no product file knows is accepted, planned, trained and exported. The
+families that sftd has train and answer as in transformers, and in each layout as on one rank."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sftd.domain.errors import Refused
+from sftd.domain.log.events import SampleGenerated, StepCompleted
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.parameters import held, whole_model
 from sftd.domain.model.weights import folder_names, layer_weights
@@ -19,15 +25,20 @@ from sftd.domain.plan.duration import Machine
 from sftd.domain.plan.plan import PlanInputs, make_plan
 from sftd.wire import preflight
 from sftd.wire.model.folder import read_shape
-from tests.builders.paths import RANKS
+from tests.builders.paths import RANKS, ROOT
 from tests.builders.ranks.toy_family import LR, ROWS, TOY, toy_name
+from tests.builders.trainer.adapters import assert_same_steps
+from tests.builders.trainer.family_layouts import FIRST, LAYOUTS, ONE_RANK, refusal
 from tests.builders.trainer.plain import Plain, Settings
-from tests.builders.trainer.tiny_models import MODELS
+from tests.builders.trainer.tiny_models import MODELS, PROMPT
+from tests.builders.trainer.transformers_loop import reference
 
 if TYPE_CHECKING:
     from tests.builders.trainer.trainers import Run, Trainer
+    from tests.builders.warm_ranks import WarmTrainer
 
 SCRIPT = RANKS / "toy_family.py"
+ANSWERS = {"trainer__sample_prompts": [PROMPT], "trainer__sample_max_tokens": 12}
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 251}
 
 
@@ -94,17 +105,17 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     from safetensors import safe_open
 
     shape = read_shape(str(models / name), {})
-    sizes = {
-        (layer, weight.name): weight.rows * weight.columns
-        for layer in range(shape.num_hidden_layers)
-        for weight in layer_weights(shape, layer)
-    }
+    sizes: Counter[tuple[int, str]] = Counter()
+    for layer in range(shape.num_hidden_layers):
+        for weight in layer_weights(shape, layer):
+            # Several projections may be one tensor.
+            sizes[layer, weight.name] += weight.rows * weight.columns
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))
     assert {full_name for _, _, full_name, _ in planned} == found.keys()
-    for layer, weight, full_name, _ in planned:
-        assert layer < 0 or found[full_name] == sizes[layer, weight], full_name
+    for layer, name, full_name, _ in planned:
+        assert layer < 0 or found[full_name] == sizes[layer, name], full_name
 
 
 def test_without_its_entry_the_family_is_refused(folders: tuple[Path, Path]) -> None:
@@ -149,4 +160,82 @@ def test_an_export_has_every_bit_that_was_loaded(trainer: Trainer, trained: Run,
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 def test_each_family_is_compared_with_transformers(family: Any) -> None:
-    assert family.architecture in {architecture for architecture, _, _ in MODELS.values()}
+    assert family.architecture in FIRST
+
+
+def test_the_page_of_the_models_is_up_to_date() -> None:
+    made = runpy.run_path(str(ROOT / "scripts/models.py"))["markdown"]()
+    assert (ROOT / "docs/models.md").read_text() == made, "python scripts/models.py > docs/models.md"
+
+
+@pytest.fixture(scope="module")
+def runs_of(
+    request: pytest.FixtureRequest, trainer: Trainer, warm: WarmTrainer, models: Path
+) -> Callable[[str], dict[str, Run]]:
+    """The runs of a layout ("" for one rank) by model, of the models that the selected tests name; each layout is trained once."""
+    chosen = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec") and "name" in item.callspec.params
+    }
+    begun: set[str] = set()
+
+    @cache
+    def find(layout: str) -> dict[str, Run]:
+        assert layout not in begun, f"the ranks of {layout or 'one rank'} have failed: see the first test"
+        begun.add(layout)
+        keys = LAYOUTS.get(layout, ONE_RANK | ANSWERS)
+        attempts = {}
+        for name in [name for name in MODELS if name in chosen and (not layout or name in FIRST.values())]:
+            if not (layout and refusal(read_shape(str(models / name), {}), keys)):
+                spec = trainer.spec(2 if layout else 1, model__partial_pretrain=str(models / name), **keys)
+                attempts[name] = trainer.prepare(f"family_{layout}_{name}", spec)
+        first = next(iter(attempts.values()))
+        (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
+        script, ranks = RANKS / "layouts_ranks.py", first.order().spec.world_size
+        whole = trainer.ended(first, warm.script(script, [str(first.path)], ranks, first.output_log))
+        return {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
+
+    return find
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_five_steps_and_an_answer_after_them_are_those_of_transformers(
+    runs_of: Callable[[str], dict[str, Run]], name: str
+) -> None:
+    run = runs_of("")[name]
+    losses, norms, network = reference(run, 5)
+    steps = run.events(StepCompleted)
+    assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
+    assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
+    (sample,) = run.events(SampleGenerated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            run.attempt.order().spec.model.partial_pretrain
+        )
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt"
+        )
+        answer = network.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
+    new = answer[0, prompt["input_ids"].shape[1] :]
+    assert (sample.text, sample.tokens) == (tokenizer.decode(new, skip_special_tokens=True), len(new))
+
+
+@pytest.mark.parametrize("name", FIRST.values())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_a_family_as_one_rank_does_or_is_refused(
+    runs_of: Callable[[str], dict[str, Run]], models: Path, layout: str, name: str
+) -> None:
+    shape = read_shape(str(models / name), {})
+    if refusal(shape, LAYOUTS[layout]):
+        # As docs/models.md says.
+        return
+    run, one = runs_of(layout)[name], runs_of("")[name]
+    assert_same_steps(run, one)
+    spec = run.attempt.order().spec
+    for rank in range(spec.world_size):
+        left = json.loads((run.attempt.path / f"held-{rank}.json").read_text())
+        assert left["weights"] == left["gradients"] == held(spec, shape, left["stage"]).total

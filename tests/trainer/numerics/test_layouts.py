@@ -156,7 +156,6 @@ def test_losses_and_gradient_norms_are_those_of_base(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_plan_knows_what_each_rank_holds(runs_of: Callable[[str], Variants], layout: str) -> None:
-    # The ranks leave it beside the first of their runs.
     run = next(iter(runs_of(layout).values()))
     spec = run.attempt.order().spec
     shape = read_shape(spec.model.partial_pretrain, {})

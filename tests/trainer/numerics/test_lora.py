@@ -61,6 +61,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "frozen_tp2": ("frozen", 2, TP2),
 }
 
+# Models whose five steps are compared with peft's.
+PEFT = ("llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+
 
 def train(
     trainer: Trainer, warm: WarmTrainer, name: str, model: str, ranks: int = 1, **overrides: Any
@@ -90,7 +93,7 @@ def test_every_layout_computes_the_same(
     )
 
 
-@pytest.mark.parametrize("model", ["llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model", PEFT)
 def test_five_steps_are_those_of_peft(
     trainer: Trainer, warm: WarmTrainer, models: Path, tmp_path: Path, model: str
 ) -> None:

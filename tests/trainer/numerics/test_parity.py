@@ -23,13 +23,19 @@ MODELS = (
         "llama2",
         "llama3_rope",
         "mistral",
+        "mistral_window",
         "qwen2",
+        "qwen2_window",
         "qwen2_untied",
         "qwen3",
         "smollm3",
+        "qwen3_5",
         "yarn_rope",
         "linear_rope",
+        "dynamic_rope",
+        "proportional_rope",
     ),
+    *("gemma2", "gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
     *("qwen2_moe", "glm4_moe", "deepseek_v3", "moonlight", "glm4_moe_lite"),
 )
@@ -98,11 +104,12 @@ def test_loss_and_its_gradient_are_those_of_pytorch(ranks: dict[str, Any]) -> No
     assert ranks["gradient"] < 1e-5
 
 
-def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, Any]) -> None:
-    assert ranks["linear_loss"] < 1e-5
-    assert ranks["linear_hidden"] < 1e-5
-    assert ranks["linear_weight"] < 1e-4
-    assert ranks["linear_evaluation"] == 0.0
+@pytest.mark.parametrize("kind", ["linear", "capped_linear"])
+def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, Any], kind: str) -> None:
+    assert ranks[f"{kind}_loss"] < 1e-5
+    assert ranks[f"{kind}_hidden"] < 1e-5
+    assert ranks[f"{kind}_weight"] < 1e-4
+    assert ranks[f"{kind}_evaluation"] == 0.0
 
 
 def test_padding_of_the_vocabulary_is_never_chosen_and_gets_no_gradient(ranks: dict[str, Any]) -> None:

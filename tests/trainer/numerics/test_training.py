@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def test_equals_a_plain_pytorch_loop(trainer: Trainer, base: Run, rows: str) -> None:
     packed = {"training__use_rmpad": True, "training__micro_batch_size_per_gpu": 4, "data__val_files": []}
     run = base if rows == "padded" else trainer.run("packed", **packed)
-    losses, norms = reference(run, 5)
+    losses, norms, _ = reference(run, 5)
     steps = run.events(StepCompleted)[:5]
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
@@ -58,7 +58,7 @@ def test_a_real_model_equals_a_plain_pytorch_loop(trainer: Trainer) -> None:
         trainer__save_interval=0,
     )
     shutil.rmtree(run.attempt.order().checkpoint_dir)
-    losses, norms = reference(run, 5)
+    losses, norms, _ = reference(run, 5)
     steps = run.events(StepCompleted)
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-4)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)

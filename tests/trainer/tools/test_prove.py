@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RANK = 4
 MERGED_BF16 = "merged_bf16"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+JOINED = ("qkv_proj", "gate_up_proj")
 # Name → (model, what its spec gets, whether it is exported with --merge).
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "full": ("llama", {}, False),
@@ -46,6 +47,9 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     MERGED_BF16: ("llama_tied", {"model__lora__rank": RANK, MEGATRON + "params_dtype": "bfloat16"}, True),
     "nf4": ("llama_tied", {"model__lora__rank": RANK, "model__quantize": "nf4"}, False),
     "merged_nf4": ("llama_tied", {"model__lora__rank": RANK, "model__quantize": "nf4"}, True),
+    # Several projections are one tensor of the folder.
+    "phi3": ("phi3", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
+    "merged_glm4": ("glm4", {"model__lora__rank": RANK}, True),
     "mixtral": ("mixtral", {"model__lora__rank": RANK}, False),
     "qwen3_moe": ("qwen3_moe", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
 }
@@ -60,7 +64,7 @@ def write_adapter(model: Path, folder: Path) -> Path:
     tensors = {}
     for name, weight in load_file(model / "model.safetensors").items():
         module, _, kind = name.rpartition(".")
-        if kind == "weight" and module.rpartition(".")[2] in PROJECTIONS:
+        if kind == "weight" and module.rpartition(".")[2] in (*PROJECTIONS, *JOINED):
             rows, columns = weight.shape
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, columns) / columns**0.5
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, RANK) * 0.03

@@ -30,6 +30,15 @@ def test_packing_shortens_attention_and_nothing_else() -> None:
     assert whole - halves == pytest.approx(6 * 16 * 32 * 64 * 4096**2 / 2, rel=1e-12)
 
 
+def test_a_window_counts_the_keys_that_a_query_sees() -> None:
+    windowed = msgspec.structs.replace(LLAMA_1B, sliding_window=1024, layers_without_window=(0, 1, 2, 3))
+    whole, found = (training_flops(shape, 8192, 2 * 4096**2) for shape in (LLAMA_1B, windowed))
+    pairs = sum(min(place + 1, 1024) for place in range(4096))
+    hidden = 12 * 32 * 64 * 12 * 2 * (4096**2 / 2 - pairs)
+    assert whole - found == pytest.approx(hidden, rel=1e-3)
+    assert training_flops(windowed, 8192, 8 * 1024**2) == training_flops(LLAMA_1B, 8192, 8 * 1024**2)
+
+
 def test_tying_the_embedding_changes_nothing() -> None:
     untied = msgspec.structs.replace(LLAMA_1B, tie_word_embeddings=False)
     assert matmul_parameters(untied) == matmul_parameters(LLAMA_1B)
@@ -87,3 +96,15 @@ def test_of_the_experts_only_those_count_that_a_token_is_sent_to() -> None:
     # Of the 46.7 billion of its model card, six of eight experts, the embedding and 65 norms are in no product.
     idle = 32 * 6 * 3 * 4096 * 14336 + 32000 * 4096 + 65 * 4096
     assert matmul_parameters(shape) == 46_702_792_704 - idle
+
+
+def test_a_gated_delta_net_counts_its_recurrence_and_no_attention() -> None:
+    sizes = {"delta_key_heads": 4, "delta_value_heads": 8, "delta_key_dim": 64, "delta_value_dim": 128}
+    shape = msgspec.structs.replace(LLAMA_1B, delta_layers=tuple(range(12)), delta_kernel=4, **sizes)
+    products = 6 * matmul_parameters(shape) * 100
+    # Twelve of sixteen layers: forward reads, writes and reads the state of each value head, backward twice that.
+    recurrences = 12 * 3 * (3 * 2 * 8 * 64 * 128) * 100
+    attention = training_flops(LLAMA_1B, 100, 50**2) - 6 * matmul_parameters(LLAMA_1B) * 100
+    assert training_flops(shape, 100, 50**2) == pytest.approx(
+        products + recurrences + attention / 4, rel=1e-12
+    )

@@ -291,7 +291,9 @@ def write_adapter(folder: Path, rank: int = 2) -> None:
     (folder / "adapter").mkdir(exist_ok=True)
     every = tensors_of(read_shape(str(folder / "model"), {}), rank)
     tensors = {
-        name: np.zeros(size, np.float32) for name, (projection, size) in every.items() if projection == "q"
+        name: np.zeros(size, np.float32)
+        for name, (projections, size) in every.items()
+        if projections == ["q"]
     }
     save_file(tensors, folder / "adapter/adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": ["q_proj"]}

@@ -58,6 +58,8 @@ EP = "model.megatron.expert_model_parallel_size"
 SP = "model.megatron.sequence_parallel"
 RANKS, BATCH, SIZE = "launch.nproc_per_node", "data.train_batch_size", "training.micro_batch_size_per_gpu"
 PACKED, TOKENS, LENGTH = "training.use_rmpad", "training.micro_batch_tokens", "data.sequence_length"
+CONTEXT = "model.megatron.context_parallel_size"
+DELTA_NET = {"delta_key_heads": 2, "delta_value_heads": 6, "delta_key_dim": 16, "delta_value_dim": 24}
 SLURM = {"launch.launcher": "slurm", "launch.device": "cuda"}
 SAVE, CHECK, SAVE_DIR = "trainer.save_interval", "trainer.val_check_interval", "checkpoint.save_dir"
 RANK, TARGETS, LORA = "model.lora.rank", "model.lora.targets", {"model.lora.rank": 16}
@@ -99,7 +101,7 @@ def files(tokenizer: str = "a", weights: str = "b") -> dict[str, Any]:
 def peft(targets: Sequence[str] = "qv", layers: int = 4, **config: Any) -> dict[str, Any]:
     """A PEFT folder for SHAPE, of rank 4 with alpha 8."""
     every = tensors_of(msgspec.structs.replace(SHAPE, num_hidden_layers=layers), 4)
-    tensors = {name: size for name, (projection, size) in every.items() if projection in targets}
+    tensors = {name: size for name, ((projection,), size) in every.items() if projection in targets}
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False} | config
     return {"adapter": PeftAdapter(config, tensors)}
 
@@ -214,6 +216,19 @@ REFUSED: dict[str, list[Row]] = {
         Row("model.partial_pretrain", "a token to 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
         Row("model.partial_pretrain", "a token to 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
     ],
+    "groups_of_experts": [
+        Row(
+            "model.partial_pretrain",
+            "takes 2 experts of 1 of 3 groups",
+            shape=EXPERTS | {"router_groups": 3, "router_topk_group": 1},
+            fix="groups have equal sizes",
+        ),
+        Row(
+            "model.partial_pretrain",
+            "takes 3 experts of 1 of 4 groups",
+            shape=EXPERTS | {"router_groups": 4, "router_topk_group": 1, "num_experts_per_tok": 3},
+        ),
+    ],
     "experts_not_divided": [
         Row(EP, "3 does not divide the model's 8 experts", {EP: 3, BATCH: 9}, shape=EXPERTS, fix="1, 2, 4, 8")
     ],
@@ -221,23 +236,59 @@ REFUSED: dict[str, list[Row]] = {
     "other_activation": [
         Row("model.partial_pretrain", "hidden_act 'gelu'", shape={"hidden_act": "gelu"}, fix="silu")
     ],
-    "longer_than_window": [
-        Row(LENGTH, "the 2047 tokens", shape={"sliding_window": 2047}, fix="set it to 2047 or less")
-    ],
     "other_rope": [
         Row(
             "model.partial_pretrain",
-            "'longrope' is not supported",
-            shape={"rope_scaling": {"type": "longrope"}},
+            "'axial' is not supported",
+            shape={"rope_scaling": {"type": "axial"}},
         )
     ],
+    "delta_net_over_context": [
+        Row(
+            CONTEXT,
+            "gated delta nets",
+            {CONTEXT: 2},
+            shape={"delta_layers": (0,)} | DELTA_NET,
+            fix="set it to 1",
+        )
+    ],
+    "quantized_delta_net": [
+        Row(QUANTIZE, "is nf4", {QUANTIZE: "nf4", RANK: 8}, shape={"delta_layers": (0,)} | DELTA_NET)
+    ],
     "layers_not_divided_by_tp": [
+        Row(
+            TP,
+            "2 does not divide the model's 3 key heads of gated delta nets",
+            {TP: 2},
+            shape={"delta_layers": (0,)} | DELTA_NET | {"delta_key_heads": 3},
+        ),
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
         Row(TP, "2 does not divide the model's 127 FFN units", {TP: 2}, shape={"intermediate_size": 127}),
+        Row(
+            TP,
+            "2 does not divide the model's 33 units of the shared expert",
+            {TP: 2, SP: True, EP: 2},
+            shape=EXPERTS | {"shared_expert_intermediate_size": 33},
+        ),
+        Row(
+            TP,
+            "2 does not divide the model's 127 FFN units",
+            {TP: 2, SP: True, EP: 2},
+            shape=EXPERTS | {"layers_without_experts": (0,), "intermediate_size": 127},
+        ),
     ],
     "layers_not_divided_by_pp": [
         Row(PP, "the model's 4 layers", {PP: 3}),
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
+    ],
+    "stage_without_experts": [
+        Row(
+            PP,
+            "stage 0 of 2 trains no experts",
+            {PP: 2},
+            shape=EXPERTS | {"layers_without_experts": (0, 1)},
+            fix="fewer stages",
+        )
     ],
     "rank_above_matrix": [
         Row(RANK, "33 is more than a side of the 32 × 64 matrix of k", {RANK: 33}, fix="to 32 or less"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sftd.domain.errors import Refused
-from sftd.domain.model.rules import MODEL
+from sftd.domain.model.rules import MODEL, check_architecture
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from tests.builders.paths import ROOT
 from tests.builders.plan.model_configs import DENSE
 
 # As their publishers write them: transformers 4's keys.
@@ -31,6 +33,20 @@ QWEN3_MOE = DENSE | {
     "norm_topk_prob": True,
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
+}
+DEEPSEEK = DENSE | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,6 +91,12 @@ def test_experts_are_read_as_their_publishers_write_them(tmp_path: Path) -> None
     renamed = {k: v for k, v in QWEN3_MOE.items() if k not in ("num_experts", "norm_topk_prob")}
     other = read_shape(folder_of(tmp_path, renamed | {"num_local_experts": 6}), {})
     assert (other.num_experts, other.norm_topk_prob) == (6, False)
+    sparse = QWEN3_MOE | {"mlp_only_layers": [3], "decoder_sparse_step": 2, "num_hidden_layers": 6}
+    assert read_shape(folder_of(tmp_path, sparse), {}).layers_without_experts == (0, 2, 3, 4)
+    deepseek = read_shape(folder_of(tmp_path, DEEPSEEK), {})
+    assert (deepseek.head_dim, deepseek.rotary_dim, deepseek.num_key_value_heads) == (24, 8, 4)
+    assert (deepseek.shared_expert_intermediate_size, deepseek.layers_without_experts) == (96, (0, 1, 2))
+    assert (deepseek.routed_scaling_factor, deepseek.norm_topk_prob, deepseek.q_lora_rank) == (2.5, True, 0)
     dense = read_shape(folder_of(tmp_path, DENSE), {})
     assert (dense.num_experts, dense.unsupported) == (0, ())
 
@@ -102,14 +124,12 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
         ),
         (QWEN3_MOE, [(TP, 2)], SP, "turn it on"),
         (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 units of an expert"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, [], "model.partial_pretrain", "mlp_only_layers"),
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, [], "model.partial_pretrain", "decoder_sparse_step"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, [], "model.partial_pretrain", "(scoring_func)"),
         (QWEN3_MOE | {"shared_expert_intermediate_size": 4}, [], "model.partial_pretrain", "shared experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 7}, [], "model.partial_pretrain", "7 of 6 experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 1}, [], "model.partial_pretrain", "1 of 6 experts"),
         (QWEN3_MOE | {"attention_bias": True}, [], "model.partial_pretrain", "attention_bias"),
         (MIXTRAL | {"router_jitter_noise": 0.1}, [], "model.partial_pretrain", "router_jitter_noise"),
-        (MIXTRAL | {"sliding_window": 1024}, [], "data.sequence_length", "1024 or less"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -216,8 +236,35 @@ def test_an_unsupported_architecture_is_the_only_problem(tmp_path: Path, config:
     with pytest.raises(Refused) as refused:
         read_shape(folder_of(tmp_path, config), {})
     (problem,) = refused.value.problems
-    assert problem.what == f"{config['architectures'][0]} is not supported"
-    assert problem.fix.startswith("supported: LlamaForCausalLM, ")
+    assert problem.what.startswith(f"{config['architectures'][0]} is not supported")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("Qwen3VLForConditionalGeneration", "Qwen3ForCausalLM"),
+        ("Qwen3VLMoeForConditionalGeneration", "Qwen3MoeForCausalLM"),
+        ("Qwen2_5_VLForConditionalGeneration", "Qwen2ForCausalLM"),
+        ("LlamaModel", "LlamaForCausalLM"),
+        # A name that only begins alike is another family.
+        ("GPT2LMHeadModel", None),
+        ("SmolVLMForConditionalGeneration", None),
+        ("_", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_supported_family_has_the_same_name(name: str, nearest: str | None) -> None:
+    problem = check_architecture(name)
+    assert problem is not None
+    what = f"{name} is not supported" if name else "config.json names no architecture"
+    assert problem.what == what + (f"; the nearest supported family is {nearest}" if nearest else "")
+    assert "docs/models.md: llama, mistral, " in problem.fix
+    assert 'docs/architecture.md, "A dense model family"' in problem.fix
+
+
+def test_the_recipe_that_a_refusal_names_exists() -> None:
+    page, heading = re.findall(r'\((docs/[a-z]+\.md), "(.+)"\)', check_architecture("BertModel").fix)[0]  # type: ignore[union-attr]
+    assert f"**{heading}.**" in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("named", [None, [], "LlamaForCausalLM", {}])
@@ -263,5 +310,52 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     assert (shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size) == (6, 8, 48)
     assert not shape.norm_topk_prob
     window = DENSE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
-    assert read_shape(folder_of(tmp_path, window), {}).sliding_window == 128
-    assert read_shape(folder_of(tmp_path, window | {"use_sliding_window": False}), {}).sliding_window is None
+    assert read_shape(folder_of(tmp_path, window), {}).sliding_window is None
+
+
+def test_each_layer_has_the_window_that_transformers_gives_it(tmp_path: Path) -> None:
+    def windows(architecture: str, **more: Any) -> list[int | None]:
+        config = (
+            DENSE | {"architectures": [architecture], "num_hidden_layers": 4, "sliding_window": 128} | more
+        )
+        shape = read_shape(folder_of(tmp_path, config), {})
+        return [shape.window(layer) for layer in range(4)]
+
+    assert windows("MistralForCausalLM") == [128] * 4
+    switch = {"use_sliding_window": True}
+    assert windows("Qwen2ForCausalLM", max_window_layers=3, **switch) == [None, None, None, 128]
+    assert windows("Qwen3ForCausalLM", **switch) == [None] * 4
+    types = ["sliding_attention", "full_attention"] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types, **switch) == [128, None] * 2
+    assert windows("Qwen3ForCausalLM", layer_types=types) == [None] * 4
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2, **switch) == [None, 128] * 2
+    assert windows("SmolLM3ForCausalLM", no_rope_layer_interval=2) == [None] * 4
+
+
+def test_layers_with_and_without_a_window_have_their_own_rope(tmp_path: Path) -> None:
+    def rope(full: dict[str, Any], local: dict[str, Any], **override: Any) -> tuple[Any, ...]:
+        both = {"full_attention": full, "sliding_attention": local}
+        window = {"sliding_window": 128, "use_sliding_window": True, "rope_parameters": both}
+        folder = folder_of(tmp_path, DENSE | {"architectures": ["Qwen3ForCausalLM"]} | window)
+        shape = read_shape(folder, override)
+        if override:
+            folder = folder_of(tmp_path, exported_config(folder, override, "float32"))
+            assert read_shape(folder, {}) == shape
+        return shape.rope_theta, shape.rope_scaling, shape.window_rope_theta
+
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope(default | {"rope_theta": 1e6}, default) == (1e6, None, 10000.0)
+    # OLMo 3's: the same theta, and YaRN in some layers only.
+    scaled = LLAMA3_ROPE | {"rope_theta": 10000.0}
+    assert rope(scaled, default) == (10000.0, LLAMA3_ROPE, 10000.0)
+    assert rope(scaled, scaled) == (10000.0, LLAMA3_ROPE, None)
+    assert rope(default | {"rope_theta": 1e6}, default, rope_theta=5.0) == (5.0, None, 10000.0)
+    with pytest.raises(Refused, match="a RoPE scaling of their own"):
+        rope(default, scaled)
+
+
+def test_phi_has_the_length_of_its_training_beside_the_scaling(tmp_path: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    config = DENSE | {"rope_scaling": scaling, "original_max_position_embeddings": 7}
+    shape = read_shape(folder_of(tmp_path, config), {})
+    assert shape.rope_scaling == scaling | {"original_max_position_embeddings": 7}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +26,7 @@ from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters.dropout import Dropout, product_key
 from sftd.trainer.model.adapters.linears import Adapter, Adapters, adapt
-from sftd.trainer.model.families.rules import Rule
+from sftd.trainer.model.families.rules import ONE, Join, Rule
 from sftd.trainer.model.weights import Folder
 from sftd.trainer.runtime.session import Layout
 
@@ -36,6 +37,8 @@ FUSED = {
     "linear_fc1": ("gate", "up"),
     "linear_fc2": ("down",),
 }
+# In the names of `rules`, the projection that is a part of a tensor.
+_WITHIN = re.compile(r"(?<=\.)(?:q|k|v|gate|up)\.lora_")
 
 
 def _attach(
@@ -78,7 +81,7 @@ def _rows(
     if projections[0] != "q":
         each = height // len(projections)
         return 1, {name: (i * each, each) for i, name in enumerate(projections)}
-    d, queries = shape.head_dim, shape.num_attention_heads // shape.num_key_value_heads
+    d, queries = shape.head_dim, shape.query_heads // shape.num_key_value_heads
     rows = {"q": (0, queries * d), "k": (queries * d, d), "v": ((queries + 1) * d, d)}
     return height // ((queries + 2) * d), rows
 
@@ -89,18 +92,29 @@ def scale(lora: Lora) -> float:
 
 
 def rules(weight_rules: Iterable[Rule], lora: Lora) -> Iterator[Rule]:
-    """The adapters' parameters, from the rules of the weights: their names in Megatron and in PEFT."""
+    """The adapters' parameters, from the rules of the weights: their names in Megatron and in PEFT. Where the folder has several
+    projections as one tensor, PEFT knows only its name, to which the projection's is added here."""
     for rule in weight_rules:
-        product = rule.target.removesuffix(".weight").rpartition(".")[2]
-        for projection, source in zip(FUSED.get(product, ()), rule.sources, strict=False):
-            if not rule.target.endswith(".weight") or projection not in lora.projections:
+        projections = FUSED.get(rule.target.removesuffix(".weight").rpartition(".")[2], ())
+        if not projections or not rule.target.endswith(".weight"):
+            continue
+        names = [source.removesuffix("weight") for source in rule.sources]
+        if rule.parts is not None:
+            names = [f"{names[0]}{projection}." for projection in projections]
+        for projection, name in zip(projections, names, strict=True):
+            if projection not in lora.projections:
                 continue
             target = rule.target.removesuffix("weight") + f"adapters.{projection}"
-            name = source.removesuffix("weight")
             a: Literal["whole", "columns"] = "columns" if rule.cut == "columns" else "whole"
             b: Literal["whole", "rows"] = "rows" if rule.cut == "rows" else "whole"
             yield Rule(f"{target}.a", (f"{name}lora_A.weight",), a)
-            yield Rule(f"{target}.b", (f"{name}lora_B.weight",), b)
+            how = ONE if rule.parts is None else _part(projections.index(projection))
+            yield Rule(f"{target}.b", (f"{name}lora_B.weight",), b, how, rule.parts)
+
+
+def _part(number: int) -> Join:
+    """Reads one of the parts of a source."""
+    return Join(lambda parts, shape: parts[number], lambda whole, shape: [whole])
 
 
 @torch.no_grad()
@@ -117,7 +131,9 @@ def add(chunks: list[GPTModel], model: Model, shape: ModelShape, layout: Layout,
             for rule in rules(weight_rules, lora):
                 parameter = own[rule.target]
                 if folder is not None:
-                    named = replace(rule, sources=tuple(PREFIX + name for name in rule.sources))
+                    # Several projections may be one tensor of the folder.
+                    names = (_WITHIN.sub("lora_", name) for name in rule.sources)
+                    named = replace(rule, sources=tuple(PREFIX + name for name in names))
                     weights.fill(parameter, named, folder, chunk.vocab_size, shape, layout)
                 elif is_new and rule.target.endswith(".a"):
                     ranks = layout.tp if rule.cut == "columns" else 1

@@ -1,4 +1,2 @@
-"""One module per model family, named like the `model_type` of its entry in `domain/model/families.py`. It defines FAMILY.
-
-`seam` defines the type of FAMILY, `rules` the entries of its table of weights.
-"""
+"""Weights and layers of the model families: those of Llama's relatives in `rules`; a family with layers of its own has a module,
+named like the `model_type` of its entry in `domain/model/families.py`, that defines FAMILY (`seam` says what it is)."""

@@ -36,12 +36,54 @@ def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) 
     parts = weights.model_rules(
         shape, range(shape.num_hidden_layers), range(shape.num_experts), is_first=True, output=None
     )
-    rules = list(adapters.rules((rule for part in parts for rule in part), spec.lora))
-    tensors = {PREFIX + rule.sources[0]: own[rule.target].detach().contiguous() for rule in rules}
+    tensors: dict[str, Tensor] = {}
+    joined: dict[str, int] = {}
+    for rule in (rule for part in parts for rule in part):
+        found = {a.sources[0]: own[a.target].detach() for a in adapters.rules([rule], spec.lora)}
+        if found and rule.parts is not None:
+            found, count = _joined(rule, found, shape)
+            joined[rule.sources[0].split(".")[-2]] = count
+        tensors |= {PREFIX + name: tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    modules = {rule.sources[0].split(".")[-3] for rule in rules}
-    (folder / CONFIG).write_text(json.dumps(_config(spec, shape, sorted(modules)), indent=2) + "\n")
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    config = _config(spec, shape, modules) | _patterns(spec.lora, joined)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _joined(rule: Rule, found: dict[str, Tensor], shape: ModelShape) -> tuple[dict[str, Tensor], int]:
+    """One A and one B of the tensor that several projections are in the folder, and the number of those that have adapters: their A
+    one below the other, their B as blocks of its rows."""
+    assert rule.parts is not None
+    name, rows = rule.sources[0].removesuffix("weight"), rule.parts(shape)
+    parts = _parts_of(rule, found)
+    chosen = [part for part in parts if part is not None]
+    blocks = [
+        torch.zeros(size, 0) if part is None else part[1] for part, size in zip(parts, rows, strict=True)
+    ]
+    return {
+        f"{name}lora_A.weight": torch.cat([a for a, _ in chosen]),
+        f"{name}lora_B.weight": torch.block_diag(*blocks).to(chosen[0][1].dtype),
+    }, len(chosen)
+
+
+def _parts_of(rule: Rule, found: dict[str, Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    """(A, B) of each projection in the rule's source, None without an adapter."""
+    name = rule.sources[0].removesuffix("weight")
+    projections = adapters.FUSED[rule.target.removesuffix(".weight").rpartition(".")[2]]
+    pairs = ([found.get(f"{name}{projection}.lora_{x}.weight") for x in "AB"] for projection in projections)
+    return [None if a is None or b is None else (a, b) for a, b in pairs]
+
+
+def _patterns(lora: Lora, joined: dict[str, int]) -> dict[str, Any]:
+    """What adapter_config.json says of modules with several projections: module → number of adapted ones."""
+    if not joined:
+        return {}
+    grown = math.sqrt if lora.rslora else float
+    return {
+        "rank_pattern": {name: lora.rank * count for name, count in joined.items()},
+        "alpha_pattern": {name: lora.alpha * grown(count) for name, count in joined.items()},
+    }
 
 
 def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any]:
@@ -74,11 +116,14 @@ def _has_experts(shape: ModelShape, lora: Lora) -> bool:
     return bool(shape.num_experts) and not {"gate", "up", "down"}.isdisjoint(lora.projections)
 
 
-def changes(rule: Rule, own: dict[str, Any], lora: Lora) -> dict[str, Tensor]:
+def changes(rule: Rule, own: dict[str, Any], shape: ModelShape, lora: Lora) -> dict[str, Tensor]:
     """Name of a weight → FP32 `scale · B A`, which its adapter adds to it. Takes the adapters of this rule out of `own`."""
-    pairs = list(adapters.rules([rule], lora)) if lora.rank else []
+    pairs = adapters.rules([rule], lora) if lora.rank else ()
+    found = {part.sources[0]: own.pop(part.target).detach().float() for part in pairs}
+    if found and rule.parts is not None:
+        found, _ = _joined(rule, found, shape)
     return {
-        a.sources[0].replace("lora_A.", ""): adapters.scale(lora)
-        * (own.pop(b.target).detach().float() @ own.pop(a.target).detach().float())
-        for a, b in zip(pairs[::2], pairs[1::2], strict=True)
+        name.replace("lora_A.", ""): adapters.scale(lora) * (found[name.replace("lora_A", "lora_B")] @ a)
+        for name, a in found.items()
+        if name.endswith("lora_A.weight")
     }

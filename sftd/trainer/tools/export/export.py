@@ -145,8 +145,8 @@ def _tensors(
             parameter.data = parameter.data.new_empty(0)
             if rule.cut == "vocabulary":
                 value = value[: shape.vocab_size]
-            changes = adapter.changes(rule, own, spec)
-            for name, tensor in zip(rule.sources, rule.how.split(value, shape), strict=True):
+            changes = adapter.changes(rule, own, shape, spec)
+            for name, tensor in zip(rule.sources, rule.split(value, shape), strict=True):
                 merged = (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
                 yield name, merged.contiguous()
     assert not own, f"no weight mapping for {sorted(own)}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.model import ops
-from sftd.trainer.model.router import Router
+from sftd.trainer.model.moe.router import Router
 
 
 def config_fields(spec: Spec, shape: ModelShape) -> dict[str, Any]:
