@@ -3,6 +3,7 @@
     python scripts/bench_trainer.py speed [--rows 4,8] [--contenders sftd,peer-bf16,peer-fp32master]
     python scripts/bench_trainer.py lengths [--rows 4,8,16] [--median 350] [--sigma 1.0]
     python scripts/bench_trainer.py lora [--contenders sftd-lora,peer-lora] [--rows 1]
+    python scripts/bench_trainer.py moe [--contenders sftd,peer-moe] [--rows 8]
     python scripts/bench_trainer.py speed --profile --rows 4
     python scripts/bench_trainer.py speed --shape tiny --device cpu --rows 2
 
@@ -15,6 +16,10 @@
   sftd-lora, sftd-qlora     `model.lora`, and with `model.quantize`; -recompute, -recompute-some (15 of 32 layers), -selective,
                             -deterministic and -packed (samples of log-normal lengths) have further keys
   peer-lora                 peft on transformers' Llama + Liger, the base in BF16, fused AdamW; -recompute; -bf16: the adapters too
+`moe`: full sequences, four layers of Qwen3-30B-A3B's shape (128 experts of 768, 8 a token). Contenders:
+  sftd, sftd-deterministic  as above; sftd's first row is profiled
+  sftd-packed               samples of log-normal lengths
+  peer-moe                  transformers with `experts_implementation="grouped_mm"`, weights and AdamW in BF16
 `lengths`: samples of log-normal lengths, padded to the longest of each micro-batch, and packed; sftd only.
 
 Each row of the table is measured in its own process, one after the other, with the same number of tokens per step, warm-up
@@ -61,6 +66,7 @@ _QLORA = _LORA | {"model.quantize": "nf4"}
 SFTD: dict[str, dict[str, Any]] = {
     "sftd": {},
     "sftd-deterministic": {"training.deterministic": True},
+    "sftd-packed": {"training.use_rmpad": True},
     "sftd-lora": _LORA,
     "sftd-lora-deterministic": _LORA | {"training.deterministic": True},
     "sftd-lora-packed": _LORA | {"training.use_rmpad": True},
@@ -71,7 +77,7 @@ SFTD: dict[str, dict[str, Any]] = {
     "sftd-qlora": _QLORA,
     "sftd-qlora-recompute": _QLORA | _RECOMPUTE,
 }
-PEERS = ("peer-bf16", "peer-fp32master", "peer-lora", "peer-lora-bf16", "peer-lora-recompute")
+PEERS = ("peer-bf16", "peer-fp32master", "peer-moe", "peer-lora", "peer-lora-bf16", "peer-lora-recompute")
 # What each mode compares if it is not told: (contender, rows of a micro-batch).
 LORA_JOBS = (
     ("sftd-lora", 1),
@@ -85,12 +91,22 @@ LORA_JOBS = (
     ("sftd-qlora", 1),
     ("sftd-qlora-recompute", 1),
 )
+MOE_JOBS = (
+    ("sftd", 8),
+    ("peer-moe", 8),
+    ("sftd", 4),
+    ("peer-moe", 4),
+    ("sftd-deterministic", 8),
+    ("sftd-packed", 8),
+)
 # Shape → (tokens of a sequence, tokens of a step, median of the length mix, tokens of a packed micro-batch).
 SIZES = {
     "llama3.2-1b": (4096, 65536, 350, 16384),
     "llama2-7b": (4096, 65536, 350, 16384),
     "llama3.1-8b": (4096, 16384, 350, 4096),
+    "qwen3-moe": (4096, 65536, 350, 16384),
     "tiny": (64, 512, 12, 256),
+    "tiny-moe": (64, 512, 12, 256),
 }
 LEARNING_RATE = 1e-4
 PROFILED_STEPS = 2
@@ -241,7 +257,10 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
     import torch
     import transformers
 
-    if job.device == "cuda":
+    options: dict[str, Any] = {}
+    if job.contender == "peer-moe":
+        options["experts_implementation"] = "grouped_mm"
+    elif job.device == "cuda":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)
@@ -252,6 +271,7 @@ def peer_step(job: Job, folder: str) -> tuple[Step, str]:
             transformers.AutoConfig.from_pretrained(folder),
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
             attn_implementation="sdpa",
+            **options,
         )
     if "lora" in job.contender:
         import peft
@@ -583,13 +603,16 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
                 if rows in (ours if contender in SFTD else theirs):
                     yield Job(contender=contender, rows=rows, **fixed)
         return
-    if arguments.mode == "lora":
+    if arguments.mode in ("lora", "moe"):
+        todo = LORA_JOBS if arguments.mode == "lora" else MOE_JOBS
         fixed = base | {"law": f"fixed:{sequence}", "samples": tokens // sequence, "budget": 0}
         packed = {"law": f"lognormal:{median}:{sequence}:1.0", "samples": 3 * tokens // (2 * median)}
-        for contender, rows in LORA_JOBS:
-            if contender in (arguments.contenders or dict(LORA_JOBS)) and rows in (arguments.rows or [rows]):
-                is_packed = "packed" in contender
-                yield Job(contender=contender, rows=rows, **fixed | (packed if is_packed else {}))
+        for number, (contender, rows) in enumerate(todo):
+            if contender in (arguments.contenders or dict(todo)) and rows in (arguments.rows or [rows]):
+                more = packed if "packed" in contender else {}
+                if arguments.mode == "moe" and number == 0:
+                    more = more | {"profile": True}
+                yield Job(contender=contender, rows=rows, **fixed | more)
         return
     law = f"lognormal:{arguments.median or median}:{sequence}:{arguments.sigma}"
     mixed = base | {"law": law, "samples": arguments.samples, "contender": "sftd"}
@@ -618,9 +641,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     modes = parser.add_subparsers(dest="mode", required=True)
-    for mode in ("speed", "lora", "lengths"):
+    for mode in ("speed", "lora", "moe", "lengths"):
         part = modes.add_parser(mode)
-        default = "llama3.1-8b" if mode == "lora" else "llama3.2-1b"
+        default = {"lora": "llama3.1-8b", "moe": "qwen3-moe"}.get(mode, "llama3.2-1b")
         part.add_argument("--shape", choices=SIZES, default=default)
         part.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
         part.add_argument("--rows", type=numbers, help="samples of a micro-batch, such as 2,4,8")

@@ -1,6 +1,6 @@
 """Write a Hugging Face folder of random weights in the shape of a real model:
 
-    python scripts/write_random_model.py llama2-7b|llama3.1-8b|llama3.2-1b|smollm2-135m|tiny|tiny-deep DIR [--dtype bfloat16] [--seed 0]
+    python scripts/write_random_model.py llama2-7b|llama3.1-8b|llama3.2-1b|smollm2-135m|qwen3-moe|tiny DIR [--dtype bfloat16] [--seed 0]
 
 For benchmarks without downloads, where the values of the weights do not matter. Matrices are normal(0, 0.02), norms are one.
 Uses a GPU if there is one. There is no tokenizer: training without sample prompts needs none.
@@ -23,6 +23,20 @@ _LLAMA = {
     "attention_bias": False,
     "mlp_bias": False,
     "initializer_range": 0.02,
+}
+_QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
 }
 # The contents of config.json. Missing keys have the defaults of transformers' LlamaConfig.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -140,6 +154,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 0,
     },
+    # The layer of Qwen3-30B-A3B; four of them, and a small vocabulary.
+    "qwen3-moe": _QWEN3_MOE
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
+    "tiny-moe": _QWEN3_MOE
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 250,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    },
     # Divides by TP4 and by PP2 × VPP2.
     "tiny-deep": _LLAMA
     | {
@@ -170,7 +215,7 @@ def write_config(shape: str, folder: Path, dtype: str = "bfloat16") -> None:
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a Llama, in the order of the model."""
+    """Name and shape of every tensor, in the order of the model."""
     hidden, head = config["hidden_size"], config["head_dim"]
     query, groups = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
@@ -181,10 +226,19 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield prefix + "self_attn.k_proj.weight", (groups, hidden)
         yield prefix + "self_attn.v_proj.weight", (groups, hidden)
         yield prefix + "self_attn.o_proj.weight", (hidden, query)
+        if config["model_type"].startswith("qwen3"):
+            yield prefix + "self_attn.q_norm.weight", (head,)
+            yield prefix + "self_attn.k_norm.weight", (head,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        yield prefix + "mlp.gate_proj.weight", (config["intermediate_size"], hidden)
-        yield prefix + "mlp.up_proj.weight", (config["intermediate_size"], hidden)
-        yield prefix + "mlp.down_proj.weight", (hidden, config["intermediate_size"])
+        width, parts = config["intermediate_size"], ["mlp."]
+        if "num_experts" in config:
+            yield prefix + "mlp.gate.weight", (config["num_experts"], hidden)
+            width = config["moe_intermediate_size"]
+            parts = [f"mlp.experts.{number}." for number in range(config["num_experts"])]
+        for part in parts:
+            yield prefix + part + "gate_proj.weight", (width, hidden)
+            yield prefix + part + "up_proj.weight", (width, hidden)
+            yield prefix + part + "down_proj.weight", (hidden, width)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)

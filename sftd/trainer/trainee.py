@@ -25,6 +25,8 @@ from sftd.trainer.model import model as models
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import frozen, lora
 from sftd.trainer.model.adapters.linears import Adapters, adapters_of, sum_partial_gradients
+from sftd.trainer.model.grouped import experts as grouped
+from sftd.trainer.model.grouped.adapters import GroupedAdapters
 from sftd.trainer.model.moe import experts
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
@@ -46,7 +48,7 @@ class Trainee:
     parameters: int
     trained_parameters: int
     state_bytes: int
-    adapters: list[Adapters]
+    adapters: list[Adapters | GroupedAdapters]
 
     def run(
         self,
@@ -133,7 +135,10 @@ def _keep(device: torch.device, output: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _finalize(
-    adapters: list[Adapters], model: list[Any], _tokens: Tensor | None = None, **options: Any
+    adapters: list[Adapters | GroupedAdapters],
+    model: list[Any],
+    _tokens: Tensor | None = None,
+    **options: Any,
 ) -> None:
     # The loss is already divided. With the token count, Megatron would divide all gradients in another pass.
     for each in adapters:
@@ -155,7 +160,8 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     model = models.distribute(config, chunks, session)
     optimizer = optimizers.build(spec, model, session)
     config.grad_scale_func = optimizer.scale_loss
-    adapters = adapters_of(chunks)
+    together = grouped.place(chunks, is_hooked=model[0].ddp_config.overlap_grad_reduce)
+    adapters: list[Adapters | GroupedAdapters] = [*together, *adapters_of(chunks, besides=together)]
     config.finalize_model_grads_func = partial(_finalize, adapters)
     no_sync = [module.no_sync for module in model]
     config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
@@ -181,6 +187,7 @@ def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GP
     """A trainee for generation only, from loaded chunks. It has no gradients or optimizer, so `step` fails."""
     config = models.transformer_config(spec, shape, session)
     model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
+    grouped.place(chunks)
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     nothing: Any = None
     return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0, 0, [])

@@ -11,6 +11,7 @@ from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.model.weights import PRODUCTS, layer_weights
+from sftd.domain.plan import experts
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import NF4_BYTES, WEIGHT_BYTES, weights_dtype, whole_recomputed
 from sftd.domain.spec.spec import Spec
@@ -142,6 +143,9 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     if is_adapted:
         passed = _adapter_elements(spec, shape) + _recomputed_elements(spec, shape)
         seconds += work.computed * passed * WEIGHT_BYTES[dtype] / _MEMORY_BYTES / spec.world_size
+    if shape.num_experts:
+        moved = shape.num_hidden_layers * experts.moved_bytes(shape, WEIGHT_BYTES[dtype])
+        seconds += work.computed * moved / _MEMORY_BYTES / spec.world_size
     seconds *= _TENSOR_PARALLEL ** math.log2(m.tensor_model_parallel_size)
     if spec.training.deterministic:
         seconds *= _DETERMINISTIC
@@ -150,12 +154,16 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
     stages = [held(spec, shape, stage) for stage in range(pp)]
     quantized = max(stage.quantized for stage in stages)
     seconds += work.micro_batches * layers * _LAYER_SECONDS
+    if shape.num_experts and not is_adapted:
+        # Each micro-batch reads and writes the FP32 gradients of all experts, however few of its tokens one has.
+        seconds += work.micro_batches * 8 * max(stage.trained for stage in stages) / _MEMORY_BYTES
     seconds += work.micro_batches * quantized * _decompressed_bytes(spec, shape, dtype) / _MEMORY_BYTES
     seconds *= 1 + (pp - 1) / (work.micro_batches * vpp)
     ranks = spec.data_parallel_size * m.context_parallel_size
     most = max(stage.trained for stage in stages)
     # Reduction of FP32 gradients (4 bytes) and gathering of BF16 weights (2 bytes).
     seconds += 6 * most * (ranks - 1) / ranks / _LINK_BYTES
+    is_measured = is_measured and not shape.num_experts
     return seconds, "measured" if is_measured and dtype == "bfloat16" else "assumed"
 
 
@@ -176,7 +184,7 @@ def _recomputed_elements(spec: Spec, shape: ModelShape) -> float:
         return 0.0
     layers = (1 - whole_recomputed(spec, shape)) * shape.num_hidden_layers
     if shape.num_experts:
-        return layers * 2 * shape.hidden_size
+        return layers * (2 + shape.num_experts_per_tok) * shape.hidden_size
     return layers * (4 * shape.hidden_size + 3 * shape.intermediate_size)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.model.weights import PRODUCTS, frozen_shares, idle_layers, layer_weights
+from sftd.domain.plan import experts
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import (
     CUBLAS_BYTES,
@@ -223,8 +224,10 @@ class _Layer:
             return (hidden, whole) if share else (whole, 0.0)
         inputs = {"qkv": hidden, "gate_up": hidden, "down": self._activated()}
         if self._shape.num_experts:
-            # Megatron's expert layers keep their own norm and activation.
+            # The router keeps its norm, and Megatron's experts their activation.
             inputs = {"qkv": hidden}
+            if not self._is_cpu:
+                inputs["gate_up"] = experts.spared_bytes(self._spec, self._shape, self._width)
         parts = [size * self._input_share(product) for product, size in inputs.items()]
         selective = whole - sum(parts)
         # The layers that are recomputed whole come last in backward: the others have been freed by then.
@@ -238,6 +241,8 @@ class _Layer:
         """Gradients of activations while the backward of one layer runs, less what has been let go; a quantised matrix is
         decompressed meanwhile."""
         s, e = self._shape, self._width
+        if s.num_experts and not self._is_cpu:
+            return experts.backward_bytes(self._spec, s, e) * tokens + self._decompressed()
         f = s.intermediate_size / self._tp
         if s.num_experts:
             f = s.num_experts_per_tok * s.moe_intermediate_size
@@ -261,6 +266,9 @@ class _Layer:
         if s.num_experts:
             f, split = s.moe_intermediate_size, model.megatron.expert_tensor_parallel_size
         queries, keys = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
+        if s.num_experts and not self._is_cpu:
+            # Those of all experts of a rank.
+            f *= s.num_experts / model.megatron.expert_model_parallel_size
         rows = max(2 * f / split, (queries + 2 * keys) / self._tp)
         # On a CPU, the levels and their product with the scales, both in FP32.
         return (8 if self._is_cpu else self._width) * rows * s.hidden_size
@@ -353,6 +361,8 @@ class _Layer:
             # Gate, up and their product; on a CPU silu(gate) too.
             kept = (3 if self._is_cpu else 2) * e * s.intermediate_size / self._tp
             return kept + self._input_share("down") * self._activated()
+        if not self._is_cpu:
+            return experts.kept_bytes(self._spec, s, e, self._input_share("gate_up"))
         split = self._spec.model.megatron.expert_tensor_parallel_size
         # Per expert of a token: the token on both ways, gate, up, silu(gate), their product, the product scaled by the
         # expert's weight twice, and indices.

@@ -32,6 +32,7 @@ from sftd.trainer.data.sequence_layout import SequenceLayout
 from sftd.trainer.model.embedding import embed
 from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.gradients import accumulate_weight_gradient
+from sftd.trainer.model.grouped import experts as grouped
 from sftd.trainer.model.loss import linear_cross_entropy, softcapped
 from sftd.trainer.model.moe import experts
 from sftd.trainer.model.norm import RMSNorm
@@ -136,6 +137,8 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
             for layer in model.decoder.layers[config.recompute_num_layers :]:
                 layer.recompute_input_layernorm = True
         experts.mark(model)
+        if grouped.groups(session.device):
+            grouped.group(model)
         # `to`, except that quantised weights stay where they have no memory.
         chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks

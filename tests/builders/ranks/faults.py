@@ -1,6 +1,6 @@
 """What goes wrong in a rank of a warm attempt. Each function runs in every rank before the attempt, and says which it is for.
 
-A fault replaces what the operating system, torch or psutil would do, never a part of the trainer.
+A fault replaces what the operating system, torch or psutil would do, never a part of the trainer; `experts_together` is no fault.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from tests.builders.patience import until
 
 def _is(rank: int) -> bool:
     return int(os.environ["RANK"]) == rank
+
+
+def experts_together() -> None:
+    """Compute experts on a CPU as on a GPU, with PyTorch in the place of the kernels."""
+    from sftd.trainer.model.grouped import experts
+
+    vars(experts)["groups"] = lambda _device: True
 
 
 def cannot_open(rank: int, path: str, code: str, *, writing: bool, times: int = 10**9) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,18 @@ from torch import Tensor
 from sftd.trainer.data.token_keys import TokenKeys, token_keys
 from sftd.trainer.model import cross_entropy_cpu, ops
 from sftd.trainer.model.adapters.dropout import Dropout, threshold
-from sftd.trainer.model.kernels import cross_entropy, nf4, norm, rotary, swiglu
+from sftd.trainer.model.gradients import accumulate_grouped_weight_gradient
+from sftd.trainer.model.grouped import rows as rows_of_experts
+from sftd.trainer.model.kernels import (
+    cross_entropy,
+    grouped_gradient,
+    nf4,
+    norm,
+    rotary,
+    routing,
+    swiglu,
+    weighted_swiglu,
+)
 from sftd.trainer.model.quantize.nf4 import Quantized, levels
 from sftd.trainer.optimizer import lean_kernel, lean_update
 
@@ -135,6 +147,59 @@ def check_nf4() -> None:
             assert torch.equal(found.cpu(), here.dequantize(dtype))
 
 
+def check_routing() -> None:
+    # Two ranks of three experts; the fifth expert is taken by nobody.
+    scores = random(13, 6)
+    scores[:, 4] = -9.0
+    taken = torch.zeros(13, 6, dtype=torch.bool).scatter_(1, scores.topk(3, 1).indices, True)
+    slots, _ends = rows_of_experts.place(taken, 3, 3)
+    ordinals = taken.t().contiguous().cumsum(1, dtype=torch.int32)
+    counts = [int(n) for n in ordinals[:, -1]]
+    order = (2, 1, 0, 5, 4, 3)
+    starts = torch.tensor([sum(counts[j] for j in order[: order.index(i)]) for i in range(6)])
+    there = [x.to(DEVICE) for x in (taken, ordinals, starts.int())]
+    assert torch.equal(routing.place(there[0], there[1], there[2], 3).cpu(), slots)
+    assert sorted(slots.flatten().tolist()) == list(range(39))
+    x, rows, weights = random(13, 2050), random(39, 2050), random(13, 6)
+    on, where = slots.to(DEVICE), there[0]
+    assert torch.equal(routing.spread(x.to(DEVICE), on).cpu(), rows_of_experts.spread(x, slots))
+    assert torch.equal(routing.collect(rows.to(DEVICE), on).cpu(), rows_of_experts.collect(rows, slots))
+    moved = routing.weights_to_rows(weights.to(DEVICE), where, on)
+    assert torch.equal(moved.cpu()[slots[3].long()], weights[3][taken[3]])
+    assert torch.equal(routing.weights_from_rows(moved, where, on).cpu(), weights * taken)
+
+
+def check_weighted_swiglu() -> None:
+    for width in (40, 1030):
+        x, weight, dy = random(7, 2 * width), random(7), random(7, width)
+        there = [each.to(DEVICE) for each in (dy, x, weight)]
+        again = weighted_swiglu.backward(there[0], there[1], there[2])[0]
+        assert torch.equal(again, weighted_swiglu.forward(there[1], there[2])), "not what forward computed"
+        compare(_Weighted.apply, lambda a, b: ops.swiglu(a) * b[:, None], x, weight)
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return weighted_swiglu.forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return weighted_swiglu.backward(grads[0], x, weight)[1:]
+
+
+def check_grouped_gradient() -> None:
+    # The first and the last matrix have no rows; numbers of rows and sizes are multiples of nothing.
+    ends, places = torch.tensor([0, 1, 71, 71], dtype=torch.int32), ((4, 70, 150), (11000, 150, 1))
+    x, dy, before = random(71, 150), random(71, 70), random(45000)
+    mine, theirs = before.to(DEVICE, copy=True), before.clone()
+    grouped_gradient.accumulate(x.to(DEVICE), dy.to(DEVICE), ends.to(DEVICE), mine.as_strided(*places, 9))
+    accumulate_grouped_weight_gradient(x, dy, ends, theirs.as_strided(*places, 9))
+    torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-5)
+
+
 def check_lean() -> None:
     group = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     # Rows of several blocks, and numbers of rows, columns and keys beyond 31 bits.
@@ -178,6 +243,9 @@ if __name__ == "__main__":
         ("cross_entropy", check_cross_entropy),
         ("dropout", check_dropout),
         ("nf4", check_nf4),
+        ("routing", check_routing),
+        ("weighted_swiglu", check_weighted_swiglu),
+        ("grouped_gradient", check_grouped_gradient),
         ("lean", check_lean),
     ):
         check()

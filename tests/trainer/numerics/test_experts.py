@@ -9,8 +9,10 @@ import pytest
 from sftd.domain.log.events import ModelLoaded, SampleGenerated
 from sftd.domain.model.parameters import whole_model
 from sftd.wire.model.folder import read_shape
+from tests.builders.paths import RANKS
 from tests.builders.trainer.experts import EP2, overrides_of
 from tests.builders.trainer.resumes import exact, resume, weights_digests
+from tests.builders.trainer.tiny_models import WIDE, write_models
 from tests.builders.trainer.trainers import MEGATRON
 from tests.builders.trainer.transformers_loop import reference
 
@@ -36,8 +38,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         EP2 | {MEGATRON + "context_parallel_size": 2, "training__use_rmpad": True},
     ),
-    "tp2": (2, TP2 | {"model__enable_gradient_checkpointing": True}),
     "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2}),
+}
+# Experts computed together, as on GPUs: model, ranks, overrides.
+LORA: dict[str, Any] = {"model__lora__rank": 4, "optimizer__lr": 1e-2}
+SELECTIVE: dict[str, Any] = {"model__enable_gradient_checkpointing": True, "model__recompute": "selective"}
+SHORT: dict[str, Any] = {"trainer__max_steps": 3, "trainer__save_interval": 0, "data__val_files": []}
+TOGETHER: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "selective": ("qwen3_moe", 1, SELECTIVE),
+    "full_packed": (
+        "mixtral",
+        1,
+        {"model__enable_gradient_checkpointing": True, "training__use_rmpad": True},
+    ),
+    "some_frozen": ("qwen3_moe", 1, {"model__freeze": [r"0\.mlp\.experts\..*\.down", r"1\.mlp\.experts"]}),
+    "qlora": ("qwen3_moe", 1, LORA | {"model__quantize": "nf4"}),
+    "ep2": ("qwen3_moe", 2, EP2 | SELECTIVE),
+    "lora_tp2": ("qwen3_moe", 2, LORA | TP2),
 }
 
 
@@ -107,3 +124,38 @@ def test_another_number_of_expert_parallel_ranks_goes_on_within_rounding(
     for step, event in run.steps().items():
         assert event.loss == pytest.approx(one_rank.steps()[step].loss, rel=1e-5)
         assert event.grad_norm == pytest.approx(one_rank.steps()[step].grad_norm, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    write_models(folder, WIDE)
+    return folder
+
+
+def train(
+    trainer: Trainer, warm: WarmTrainer, name: str, ranks: int, overrides: dict[str, Any], *, together: bool
+) -> Run:
+    attempt = trainer.prepare(f"experts_{name}-{together}", trainer.spec(ranks, **overrides))
+    return trainer.train(warm, attempt, faults=[("experts_together", {})] if together else [])
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_experts_computed_together_train_as_one_by_one(
+    trainer: Trainer, warm: WarmTrainer, models: Path, wide: Path, name: str
+) -> None:
+    model, ranks, overrides = TOGETHER[name]
+    folder = wide if "model__quantize" in overrides else models
+    overrides = SHORT | overrides | {"model__partial_pretrain": str(folder / model)}
+    found, expected = (
+        train(trainer, warm, name, ranks, overrides, together=together) for together in (True, False)
+    )
+    assert found.steps().keys() == expected.steps().keys()
+    for step, event in expected.steps().items():
+        assert found.steps()[step].loss == pytest.approx(event.loss, rel=1e-6)
+        assert found.steps()[step].grad_norm == pytest.approx(event.grad_norm, rel=1e-5)
+
+
+def test_experts_computed_together_are_right_and_the_same_again(warm: WarmTrainer, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert warm.script(RANKS / "grouped_experts.py", [], 1, log).wait() == [0], log.read_text()

@@ -44,9 +44,10 @@ def script(warm_python: str) -> Callable[..., str]:
 def bench(script: Callable[..., str]) -> Callable[..., tuple[str, list[dict[str, Any]]]]:
     """Runs the benchmark. Returns its output, and its rows."""
 
-    def run(*arguments: object) -> tuple[str, list[dict[str, Any]]]:
-        fast = ("--shape", "tiny", "--device", "cpu", "--warmup", 1, "--steps", 3)
-        output = script("bench_trainer.py", *arguments, *fast)
+    def run(mode: str, *arguments: object) -> tuple[str, list[dict[str, Any]]]:
+        shape = "tiny-moe" if mode == "moe" else "tiny"
+        fast = ("--shape", shape, "--device", "cpu", "--warmup", 1, "--steps", 3)
+        output = script("bench_trainer.py", mode, *arguments, *fast)
         return output, [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
     return run
@@ -82,6 +83,16 @@ def test_packing_is_compared_with_padding_and_profiled(
     assert padded["real_share"] < packed["real_share"] <= 1.0
     assert "(the best padded one)" in output
     assert packed["profile"]["groups_ms"]["matmul"] > 0
+
+
+def test_experts_are_compared_with_their_peer_and_profiled(
+    bench: Callable[..., tuple[str, list[dict[str, Any]]]],
+) -> None:
+    output, rows = bench("moe", "--rows", 8, "--contenders", "sftd,peer-moe")
+    assert [(row["contender"], row["tokens_per_step"]) for row in rows] == [("sftd", 512), ("peer-moe", 512)]
+    ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
+    assert f"sftd / peer-moe: 8 rows {ratio:.2f}" in output
+    assert rows[0]["profile"]["groups_ms"]["matmul"] > 0
 
 
 def test_random_model_and_data_can_be_trained(

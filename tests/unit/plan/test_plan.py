@@ -14,6 +14,7 @@ from sftd.domain.model import rules as model_rules
 from sftd.domain.model.flops import device_bytes
 from sftd.domain.model.parameters import Held, held, whole_model
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.plan import experts
 from sftd.domain.plan.batch import workload
 from sftd.domain.plan.disk import storage
 from sftd.domain.plan.duration import Machine, pace, step_seconds
@@ -61,6 +62,21 @@ def test_the_whole_models_are_those_of_the_model_cards() -> None:
     assert whole_model(LLAMA_1B) == 1_235_814_400
     assert whole_model(LLAMA_7B) == 6_738_415_616
     assert whole_model(SMOLLM_135M) == 134_515_008
+
+
+def test_experts_on_a_gpu_by_hand() -> None:
+    # Width 8, two of four experts of 6 units, half precision: a token's two rows, gate and up, weights, places, and its choice.
+    whole = 2 * 2 * (8 + 2 * 6) + 2 * 24 + 4
+    assert experts.kept_bytes(spec_of(), EXPERTS, 2, 1.0) == whole
+    assert experts.kept_bytes(spec_of(), EXPERTS, 2, 0.0) == whole - experts.spared_bytes(
+        spec_of(), EXPERTS, 2
+    )
+    assert experts.spared_bytes(spec_of((EP, 2)), EXPERTS, 2) == 0
+    # Ranks that split the experts see each other's tokens, and half of the units.
+    split = spec_of((TP, 2), (SP, True))
+    assert experts.kept_bytes(split, EXPERTS, 2, 1.0) == 2 * 2 * (8 + 6) + 2 * 24 + 4
+    assert experts.backward_bytes(spec_of(), EXPERTS, 2) == 2 * (2 * (8 + 4 * 6) + 2 * 8)
+    assert experts.moved_bytes(EXPERTS, 2) == 2 * 2 * (4 * 8 + 9 * 6)
 
 
 def test_a_mixture_of_experts_by_hand() -> None:

@@ -263,12 +263,16 @@ def _mark(adapter: Adapter, linear: AdaptedColumn | AdaptedRow) -> None:
         parameters[1].partial_in = linear.tp_group
 
 
-def adapters_of(modules: Iterable[torch.nn.Module]) -> list[Adapters]:
-    """The adapters of some modules and of all below them."""
-    return [part for module in modules for part in module.modules() if isinstance(part, Adapters)]
+def adapters_of(
+    modules: Iterable[torch.nn.Module], besides: Iterable[torch.nn.Module] = ()
+) -> list[Adapters]:
+    """The adapters of some modules and of all below them, but not those that are in `besides`."""
+    known = {id(part) for module in besides for part in module.modules()}
+    found = [part for module in modules for part in module.modules() if isinstance(part, Adapters)]
+    return [part for part in found if id(part) not in known]
 
 
-def sum_partial_gradients(adapters: Iterable[Adapters]) -> None:
+def sum_partial_gradients(adapters: Iterable[torch.nn.Module]) -> None:
     """Sum the gradients of which each tensor-parallel rank has a part: those of the A or B that every rank holds whole."""
     partial: list[Any] = [p for a in adapters for p in a.parameters() if hasattr(p, "partial_in")]
     for group in dict.fromkeys(p.partial_in for p in partial):
