@@ -18,17 +18,20 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 class Key:
     """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
     value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
-    field is None."""
+    field is None. With `is_joint`, `kind` takes config.json, for several keys together."""
 
     kind: Callable[[Any], Any]
     names: tuple[str, ...] = ()
     default: Any = _REQUIRED
     switch: str = ""
+    is_joint: bool = False
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
         """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
         if self.switch and not config.get(self.switch):
             return None
+        if self.is_joint:
+            return self.kind(config)
         names = self.names or (name,)
         value = next((config[key] for key in names if config.get(key) is not None), self.default)
         if value is _REQUIRED:
@@ -88,7 +91,7 @@ MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 class Family:
     """Models of one `architecture` and `model_type`, as config.json names them. `models`: what people call them.
 
-    `fields`: differences from Llama's shape: field → `Key`, a function of config.json, or a constant. `refused`: unsupported features of its
+    `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
@@ -127,7 +130,7 @@ class Family:
         """The shape of a model. `config` is its config.json with `override` already applied. Raises `KeyError`, `TypeError`,
         `ValueError`, `AttributeError` or `ArithmeticError`."""
         fields = {
-            name: how.read(name, config) if isinstance(how, Key) else how(config) if callable(how) else how
+            name: how.read(name, config) if isinstance(how, Key) else how
             for name, how in (LLAMA | dict(self.fields)).items()
         }
         if fields["sliding_window"] is None:

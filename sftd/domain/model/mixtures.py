@@ -28,6 +28,17 @@ def _by_sparse_step(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(number for number in layers if number in dense or (number + 1) % step)
 
 
+_BY_SPARSE_STEP = Key(_by_sparse_step, ("mlp_only_layers", "decoder_sparse_step"), is_joint=True)
+
+
+def _shared_units(config: Mapping[str, Any]) -> int:
+    return int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts", 1))
+
+
+def _key_width(config: Mapping[str, Any]) -> int:
+    return int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
+
+
 def _first_layers(count: Any) -> tuple[int, ...]:
     return tuple(range(int(count)))
 
@@ -46,17 +57,15 @@ _SIGMOID_EXPERTS: dict[str, Any] = {
     "router_groups": Key(int, ("n_group",), default=1),
     "router_topk_group": Key(int, ("topk_group",), default=1),
     "routed_scaling_factor": Key(float, default=1.0),
-    "shared_expert_intermediate_size": lambda config: (
-        int(config["moe_intermediate_size"]) * int(config.get("n_shared_experts") or 0)
-    ),
+    "shared_expert_intermediate_size": Key(_shared_units, ("n_shared_experts",), is_joint=True),
 }
 _LATENT: dict[str, Any] = {
-    "num_key_value_heads": lambda config: int(config["num_attention_heads"]),
+    "num_key_value_heads": Key(int, ("num_attention_heads",)),
     "kv_lora_rank": Key(int),
     "q_lora_rank": Key(int, default=0),
     "qk_rope_head_dim": Key(int),
     "v_head_dim": Key(int),
-    "head_dim": lambda config: int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"]),
+    "head_dim": Key(_key_width, ("qk_nope_head_dim", "qk_rope_head_dim"), is_joint=True),
     "rope_interleaved": Key(bool, ("rope_interleave",), default=True),
 }
 _OTHER_ROUTERS = (
@@ -91,7 +100,7 @@ MIXTURES = (
             "num_experts_per_tok": Key(int, default=8),
             "moe_intermediate_size": Key(int),
             "norm_topk_prob": Key(bool, default=False),
-            "layers_without_experts": _by_sparse_step,
+            "layers_without_experts": _BY_SPARSE_STEP,
         },
         refused=(MLP_BIAS, ATTENTION_BIAS, *_OTHER_EXPERTS),
     ),
@@ -105,7 +114,7 @@ MIXTURES = (
             "num_experts_per_tok": Key(int, default=4),
             "moe_intermediate_size": Key(int),
             "norm_topk_prob": Key(bool, default=False),
-            "layers_without_experts": _by_sparse_step,
+            "layers_without_experts": _BY_SPARSE_STEP,
             "sliding_window": SWITCHED_WINDOW,
             "layers_without_window": Key(full_attention, ("layer_types",), default=()),
             "shared_expert_intermediate_size": Key(int),

@@ -69,6 +69,15 @@ def expert_parallel_without_experts(spec: Spec, shape: ModelShape) -> Iterator[P
         yield Problem(_EP, f"{ep}, but {shape.architecture} has no experts to shard", "set it to 1")
 
 
+def router_keys_without_router(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Only a mixture of experts has routers."""
+    model = spec.model
+    asked = {"freeze_router": model.freeze_router}
+    asked |= {f"moe.{key}": value > 0 for key, value in msgspec.to_builtins(model.moe).items()}
+    for key in [key for key, is_set in asked.items() if is_set and not shape.num_experts]:
+        yield Problem(f"model.{key}", f"is set, but {shape.architecture} has no router", "leave it out")
+
+
 def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The router needs a choice: with a single expert, whose weight is normalised to 1, it gets no gradient."""
     least = 2 if shape.norm_topk_prob else 1
@@ -148,6 +157,13 @@ def quantized_delta_net(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem("model.quantize", what, "set it to none")
 
 
+def quantized_latent_attention(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Values are computed from the latent dimensions, whose projections no test has in four bits."""
+    if shape.kv_lora_rank and spec.model.quantize != "none":
+        what = f"is {spec.model.quantize}, which sftd does not support for the latent attention of {shape.architecture}"
+        yield Problem("model.quantize", what, "set it to none")
+
+
 def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Tensor-parallel ranks hold equal parts of each layer."""
     tp = spec.model.megatron.tensor_model_parallel_size
@@ -201,6 +217,7 @@ MODEL = Rules(
     refuse=(
         unsupported_parts,
         expert_parallel_without_experts,
+        router_keys_without_router,
         experts_of_a_token,
         groups_of_experts,
         experts_not_divided,
@@ -209,6 +226,7 @@ MODEL = Rules(
         other_rope,
         delta_net_over_context,
         quantized_delta_net,
+        quantized_latent_attention,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
         stage_without_experts,

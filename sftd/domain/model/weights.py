@@ -154,6 +154,16 @@ def _joined(name: str, *parts: Weight) -> list[Weight]:
     return [part._replace(name=f"{name}.weight", share=part.rows / rows) for part in parts]
 
 
+def adapted_products(shape: ModelShape) -> list[list[Weight]]:
+    """The weights of a layer that may get adapters, by the product that computes them."""
+    found: dict[tuple[str, str], list[Weight]] = {}
+    for weight in layer_weights(shape):
+        for product, projections in PRODUCTS.items():
+            if weight.projection in projections:
+                found.setdefault((product, weight.name.rsplit(".", 2)[0]), []).append(weight)
+    return list(found.values())
+
+
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
     """Weights of each kind of layer, and the numbers of the layers of that kind."""
     found: dict[tuple[Weight, ...], list[int]] = {}
@@ -178,9 +188,9 @@ def frozen(expressions: Iterable[str], names: Iterable[str]) -> list[str]:
 def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
     """(layer, name of a `Weight`) → share of its elements that `model.freeze` freezes, which is below 1 only where some experts
     are frozen; weights outside of the layers are at layer -1. Weights that are trained are left out."""
-    if not model.freeze:
+    if not model.frozen:
         return {}
-    return _frozen_shares(tuple(model.freeze), msgspec.json.encode(shape))
+    return _frozen_shares(tuple(model.frozen), msgspec.json.encode(shape))
 
 
 # A search plans thousands of layouts of one model. A shape with RoPE scaling has no hash.

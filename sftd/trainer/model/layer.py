@@ -71,6 +71,8 @@ class DecoderLayer(TransformerLayer):
         if self.number == 0 and self.shape.embedding_scale != 1.0:
             # Rounded as transformers rounds it.
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
+        if self.is_moe_layer:
+            self.mlp.router.layout = packed_seq_params
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
             qkv = self.project_in(normed)

@@ -99,12 +99,13 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
         # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or absent.
-        hetereogenous_dist_checkpoint=bool(spec.model.freeze) or len(layer_kinds(shape)) > 1,
+        hetereogenous_dist_checkpoint=bool(spec.model.frozen) or len(layer_kinds(shape)) > 1,
         **experts.config_fields(spec, shape),
         **recompute,
     )
     # DecoderLayer and its parts read these.
     config.quantize, config.model_shape = spec.model.quantize, shape
+    config.moe_losses, config.global_batch = spec.model.moe, spec.data.train_batch_size
     return config
 
 

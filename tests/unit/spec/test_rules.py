@@ -212,6 +212,10 @@ REFUSED: dict[str, list[Row]] = {
         )
     ],
     "expert_parallel_without_experts": [Row(EP, "no experts to shard", {EP: 2})],
+    "router_keys_without_router": [
+        Row("model.freeze_router", "has no router", {"model.freeze_router": True}, fix="leave it out"),
+        Row("model.moe.z_loss", "has no router", {"model.moe.z_loss": 0.1}),
+    ],
     "experts_of_a_token": [
         Row("model.partial_pretrain", "a token to 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
         Row("model.partial_pretrain", "a token to 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
@@ -254,6 +258,9 @@ REFUSED: dict[str, list[Row]] = {
     ],
     "quantized_delta_net": [
         Row(QUANTIZE, "is nf4", {QUANTIZE: "nf4", RANK: 8}, shape={"delta_layers": (0,)} | DELTA_NET)
+    ],
+    "quantized_latent_attention": [
+        Row(QUANTIZE, "latent attention", {QUANTIZE: "nf4", RANK: 8}, shape={"kv_lora_rank": 32}, fix="none")
     ],
     "layers_not_divided_by_tp": [
         Row(

@@ -10,6 +10,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from sftd.domain.model.shape import ModelShape
+from sftd.trainer.data.sequence_layout import SequenceLayout
+from sftd.trainer.model.moe.balance import Balance
 
 
 def route(logits: Tensor, shape: ModelShape, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,11 +58,15 @@ def _of_best_groups(scores: Tensor, shape: ModelShape) -> Tensor:
 
 class Router(TopKRouter):
     """Megatron's router with `route` for its choice. `correction_bias` is the sigmoid router's bias: a buffer, which no
-    training changes, in FP32 in every model."""
+    training changes, in FP32 in every model. `balance` watches the choices."""
+
+    # Of the micro-batch that the layer computes.
+    layout: SequenceLayout
 
     def __init__(self, config: TransformerConfig, **options: Any) -> None:
         super().__init__(config, **options)
         self._shape: ModelShape = config.model_shape
+        self.balance = Balance(config)
         self.register_buffer("correction_bias", None)
         if self._shape.router == "sigmoid":
             self.correction_bias = torch.zeros(
@@ -72,10 +78,11 @@ class Router(TopKRouter):
         [s · b, experts]: what Megatron's dispatcher takes."""
         logits = logits.flatten(0, 1)
         weights, experts = route(logits, self._shape, self.correction_bias)
-        return (
-            torch.zeros_like(logits).scatter(1, experts, weights),
-            torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, value=True),
-        )
+        weights = torch.zeros_like(logits).scatter(1, experts, weights)
+        is_chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, value=True)
+        return self.balance.watch(
+            weights, is_chosen, logits, self.layout, is_training=self.training
+        ), is_chosen
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Megatron casts a BF16 model with its buffers.
