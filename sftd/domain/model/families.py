@@ -272,6 +272,31 @@ FAMILIES: dict[str, Family] = {
                 "delta_kernel": Key(int, ("linear_conv_kernel_dim",), default=4),
             },
         ),
+        Family(
+            architecture="GptOssForCausalLM",
+            model_type="gpt_oss",
+            fields={
+                "attention_bias": True,
+                "output_bias": True,
+                "attention_sinks": True,
+                "hidden_act": "clamped_swiglu",
+                "sliding_window": Key(int, default=128),
+                "layers_without_window": _layers_without_window(2),
+                "rms_norm_eps": Key(float, default=1e-5),
+                "num_experts": Key(int, ("num_local_experts", "num_experts")),
+                "num_experts_per_tok": Key(int, default=4),
+                "moe_intermediate_size": Key(int, ("intermediate_size",)),
+                "expert_bias": True,
+            },
+            refused=(
+                Untrained("attention_bias", "attention without biases", neutral=(None, True)),
+                Untrained("swiglu_alpha", "another activation", neutral=(None, 1.702)),
+                Untrained("swiglu_limit", "another activation", neutral=(None, 7.0)),
+            ),
+            activations=("clamped_swiglu",),
+            rope_theta=150000.0,
+            joined_experts=True,
+        ),
         *MIXTURES,
     )
 }

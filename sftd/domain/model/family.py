@@ -95,7 +95,9 @@ class Family:
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
-    `shared_expert`: name of the shared expert below the others. `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
+    `shared_expert`: name of the shared expert below the others.
+    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
+    `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
     """
 
     architecture: str
@@ -115,6 +117,7 @@ class Family:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: str = "shared_experts"
     fused: Mapping[str, str] = field(default_factory=dict)
+    joined_experts: bool = False
 
     def config_keys(self) -> list[str]:
         """The keys of config.json that the family reads beside those of RoPE."""

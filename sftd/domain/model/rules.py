@@ -123,6 +123,14 @@ def experts_of_a_whole_sequence(spec: Spec, shape: ModelShape) -> Iterator[Probl
         yield Problem(_MEGATRON + "sequence_parallel", what, fix)
 
 
+def biased_experts_split(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Each rank that holds a part of an expert would add its bias."""
+    m = spec.model.megatron
+    if shape.expert_bias and m.expert_tensor_parallel_size > 1:
+        what = f"is 1, but tensor parallelism cannot split the experts of {shape.architecture}, which have biases"
+        yield Problem(_EP, what, f"set it to {m.tensor_model_parallel_size}")
+
+
 def other_activation(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The trainer supports only some activations of a family's feed-forward layers."""
     known = FAMILIES[shape.architecture].activations
@@ -222,6 +230,7 @@ MODEL = Rules(
         groups_of_experts,
         experts_not_divided,
         experts_of_a_whole_sequence,
+        biased_experts_split,
         other_activation,
         other_rope,
         delta_net_over_context,

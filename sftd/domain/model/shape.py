@@ -40,6 +40,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     choice adds a bias of each expert, which is not trained, and is limited to the best `router_topk_group` of
     `router_groups` groups. Weights are multiplied by `routed_scaling_factor`. Every token also passes a shared expert of
     `shared_expert_intermediate_size` units, multiplied by a sigmoid of the token with `shared_expert_gate`.
+    With `expert_bias`, the router and the products of experts have biases.
     `unsupported` lists features of config.json that the trainer does not support."""
 
     architecture: str
@@ -77,6 +78,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     window_rope_theta: float | None = None
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    expert_bias: bool = False
     attention_gate: bool = False
     delta_layers: tuple[int, ...] = ()
     delta_key_heads: int = 0

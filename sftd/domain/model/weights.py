@@ -29,8 +29,8 @@ NF4_BLOCK = 64
 class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
-    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one. `is_buffer`: it is never
-    trained, and kept in FP32."""
+    name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one. `is_joined`: the tensor
+    holds those of all experts. `is_buffer`: it is never trained, and kept in FP32."""
 
     name: str
     rows: int
@@ -39,11 +39,12 @@ class Weight(NamedTuple):
     projection: str = ""
     share: float = 1.0
     is_buffer: bool = False
+    is_joined: bool = False
 
     @property
     def is_expert(self) -> bool:
         """Whether each expert has one."""
-        return "{}" in self.name
+        return self.is_joined or "{}" in self.name
 
 
 def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
@@ -81,6 +82,8 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
     if shape.kv_lora_rank:
         found = found[: len(family.norms)] + _latent_attention(shape)
     below = family.feed_forward
+    if family.joined_experts:
+        return [*found, *_joined_experts(shape, below)]
     if not shape.has_experts(range(shape.num_hidden_layers)[layer]):
         return [*found, *_gated(family, below, shape.intermediate_size, h)]
     found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
@@ -125,6 +128,20 @@ def _latent_attention(shape: ModelShape) -> list[Weight]:
         Weight("self_attn.kv_a_layernorm.weight", latent),
         Weight("self_attn.kv_b_proj.weight", heads * keyed, latent, "rows"),
         Weight("self_attn.o_proj.weight", h, heads * shape.v_head_dim, "columns", "o"),
+    ]
+
+
+def _joined_experts(shape: ModelShape, below: str) -> list[Weight]:
+    """The router and the experts of gpt-oss."""
+    h, f, count = shape.hidden_size, shape.moe_intermediate_size, shape.num_experts
+    gate_up, down = f"{below}.experts.gate_up_proj", f"{below}.experts.down_proj"
+    return [
+        Weight(f"{below}.router.weight", count, h),
+        Weight(f"{below}.router.bias", count),
+        *(Weight(gate_up, f, h, "rows", name, 0.5, is_joined=True) for name in ("gate", "up")),
+        Weight(f"{gate_up}_bias", 2 * f, 1, "rows", is_joined=True),
+        Weight(down, h, f, "columns", "down", is_joined=True),
+        Weight(f"{down}_bias", h, is_joined=True),
     ]
 
 
@@ -229,7 +246,7 @@ def folder_names(shape: ModelShape) -> Iterator[tuple[int, str, str, float]]:
         yield -1, name, name, 1.0
     for layer in range(shape.num_hidden_layers):
         for weight in layer_weights(shape, layer):
-            count = shape.num_experts if weight.is_expert else 1
+            count = shape.num_experts if "{}" in weight.name else 1
             for number in range(count):
                 full_name = f"{LAYERS}.{layer}.{weight.name.replace('{}', str(number))}"
                 yield layer, weight.name, full_name, weight.share / count

@@ -92,8 +92,8 @@ class DecoderLayer(TransformerLayer):
 
     def project(self, attended: Tensor) -> Tensor:
         """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
-        out, _bias = self.self_attention.linear_proj(attended)
-        return cast(Tensor, out)
+        out, bias = self.self_attention.linear_proj(attended)
+        return cast(Tensor, out if bias is None else out + bias)
 
     def feed_forward(self, normed: Tensor, residual: Tensor) -> Tensor:
         """Output of the MLP or the experts: [s, b, h]. `normed` is the norm of `residual`."""

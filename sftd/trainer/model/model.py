@@ -68,7 +68,8 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         layernorm_epsilon=shape.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        # Of attention's output, and of the router and the experts.
+        add_bias_linear=shape.output_bias,
         add_qkv_bias=shape.attention_bias,
         attention_output_gate=shape.attention_gate,
         qk_layernorm=shape.qk_norm and not shape.qk_norm_over_heads,

@@ -21,6 +21,7 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
 from sftd.trainer.model.families.rules import Cut, Rule
 from sftd.trainer.model.families.seam import family_of
+from sftd.trainer.model.quantize import mxfp4
 from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
@@ -91,7 +92,10 @@ def fill(
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
     sources, pieces = rule.sources, []
-    if rule.parts is not None:
+    if rule.expert is not None:
+        pieces = _read_expert(folder, rule, shape)
+        sources = ()
+    elif rule.parts is not None:
         pieces = list(_read_parts(folder, rule, shape, layout))
         sources = sources[1:]
     pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
@@ -142,6 +146,15 @@ def _read_parts(folder: Folder, rule: Rule, shape: ModelShape, layout: Layout) -
         yield folder.read_rows(name, first + rank * share, first + (rank + 1) * share)
 
 
+def _read_expert(folder: Folder, rule: Rule, shape: ModelShape) -> list[Tensor]:
+    """The tensors of one expert, unsplit."""
+    assert rule.expert is not None
+    name, number = rule.sources[0], rule.expert.number
+    if (found := folder.rows(name)) != shape.num_experts:
+        raise UserError(f"{name} has {found} rows, but config.json specifies {shape.num_experts} experts")
+    return rule.expert.apart(folder.read_rows(name, number, number + 1)[0])
+
+
 def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, layout: Layout) -> Tensor:
     if (found := folder.rows(name)) != shape.vocab_size:
         raise UserError(f"{name} has {found} rows, but config.json's vocab_size is {shape.vocab_size}")
@@ -164,11 +177,13 @@ class Folder:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name} cannot be read: {error}") from error
             self._files.update(dict.fromkeys(file.keys(), file))
+        # Name → the tensors that it is stored as.
+        self._stored = mxfp4.stored(self._files)
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return set(self._stored)
 
     def read(self, name: str, dim: int | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The tensor, or share i of n equal shares along `dim` for `part` = (i, n). Raises `UserError` when the tensor is
@@ -189,10 +204,12 @@ class Folder:
 
     def rows(self, name: str) -> int:
         """First dimension of a tensor. Raises `UserError` when it is missing."""
-        if name not in self._files:
+        if name not in self._stored:
             raise UserError(f"the weights in {self.path} lack {name}")
-        return int(self._files[name].get_slice(name).get_shape()[0])
+        stored = self._stored[name][0]
+        return int(self._files[stored].get_slice(stored).get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, fewer if it ends before `stop`."""
-        return self._files[name].get_slice(name)[start:stop]
+        """Rows [start, stop) of a tensor, fewer if it ends before `stop`; decompressed if it is stored in MXFP4."""
+        parts = [self._files[stored].get_slice(stored)[start:stop] for stored in self._stored[name]]
+        return parts[0] if len(parts) == 1 else mxfp4.values(*parts)

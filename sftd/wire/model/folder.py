@@ -83,6 +83,8 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
                 "sliding_attention": {"rope_type": "default", "rope_theta": local},
             }
         config["rope_parameters"] = rope
+    # The exported weights are not compressed.
+    config.pop("quantization_config", None)
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return config | {key: dtype}
 

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "PP": PP2,
         "CP": CP2,
         "EP": EP2,
+        "TP and EP": TP2 | EP2 | {MEGATRON + "sequence_parallel": True},
     }.items()
 }
 # Architecture → its first model of `MODELS`.

@@ -26,6 +26,8 @@ _SIZES = {
     "max_position_embeddings": 256,
     "eos_token_id": 0,
     "bos_token_id": 1,
+    # Five times the usual, so that attention is far from uniform and an error in it shows.
+    "initializer_range": 0.1,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -233,6 +235,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.1},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 16,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.15,
+            "pad_token_id": 0,
+            "rope_parameters": _YARN | {"truncate": False},
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -362,9 +378,9 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
-                routers = (b for name, b in network.named_buffers() if name.endswith("correction_bias"))
-                for parameter in (*network.parameters(), *routers):
-                    if parameter.dim() == 1:
+                routers = (item for item in network.named_buffers() if item[0].endswith("correction_bias"))
+                for name_, parameter in (*network.named_parameters(), *routers):
+                    if parameter.dim() == 1 or name_.endswith("_bias"):
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             network.save_pretrained(folder / name)
             fast.save_pretrained(folder / name)

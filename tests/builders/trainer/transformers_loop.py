@@ -46,11 +46,13 @@ def reference(
     rows = list(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True))
     order = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=True)
     parameters = list(model.parameters())
+    # gpt-oss has the biases of all experts in one matrix.
+    decayed = {id(p) for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("_bias")}
     o = spec.optimizer
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
         ],
         betas=(o.adam_beta1, o.adam_beta2),
         eps=o.adam_eps,
@@ -64,6 +66,13 @@ def reference(
         total, routers = 0.0, torch.zeros(2)
         optimizer.zero_grad()
         for ids, labels in batch:
+            if "dynamic_rope" in spec.model.partial_pretrain:
+                # It would use the frequencies of the longest sample so far.
+                rotary = model.model.rotary_emb
+                rotary.max_seq_len_cached, rotary.inv_freq = (
+                    rotary.original_max_seq_len,
+                    rotary.original_inv_freq,
+                )
             options = {"output_router_logits": True} if any(coefficients) else {}
             out = model(input_ids=torch.tensor([ids]), **options)
             loss = (

@@ -51,6 +51,11 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
+GPT_OSS = EXPERTS | {
+    "architecture": "GptOssForCausalLM",
+    "hidden_act": "clamped_swiglu",
+    "expert_bias": True,
+}
 TP = "model.megatron.tensor_model_parallel_size"
 PP = "model.megatron.pipeline_model_parallel_size"
 VPP = "model.megatron.virtual_pipeline_model_parallel_size"
@@ -240,6 +245,9 @@ REFUSED: dict[str, list[Row]] = {
     "other_activation": [
         Row("model.partial_pretrain", "hidden_act 'gelu'", shape={"hidden_act": "gelu"}, fix="silu")
     ],
+    "biased_experts_split": [
+        Row(EP, "cannot split the experts of GptOss", {TP: 2, SP: True, RANKS: 2}, shape=GPT_OSS, fix="to 2")
+    ],
     "other_rope": [
         Row(
             "model.partial_pretrain",
@@ -310,6 +318,10 @@ REFUSED: dict[str, list[Row]] = {
     "dropout_in_experts": [
         Row(DROPOUT, "0.1 is not", LORA | {DROPOUT: 0.1}, shape=EXPERTS, fix="targets: q, k, v, o"),
         Row(DROPOUT, "(up)", LORA | {DROPOUT: 0.1, TARGETS: ["up", "q"]}, shape=EXPERTS, fix="set it to 0"),
+    ],
+    "adapters_of_joined_experts": [
+        Row(TARGETS, "(gate, up, down)", LORA, shape=GPT_OSS, fix="attention: q, k, v, o"),
+        Row(QUANTIZE, "nf4 is not", LORA | {TARGETS: ["q"], QUANTIZE: "nf4"}, shape=GPT_OSS, fix="to none"),
     ],
     "uneven_blocks": [
         Row(

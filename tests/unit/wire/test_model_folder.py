@@ -226,7 +226,7 @@ def test_a_tokenizer_is_one_of_several_files(tmp_path: Path) -> None:
         DENSE | {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "attention_bias": True},
         DENSE
         | {
-            "architectures": ["GptOssForCausalLM"],
+            "architectures": ["JambaForCausalLM"],
             "sliding_window": 128,
             "rope_scaling": {"rope_type": "yarn"},
         },

@@ -70,6 +70,8 @@ def mark(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False  # type: ignore[attr-defined]
+            # Megatron would sum gradients of a bias over tensor-parallel ranks, which hold different experts.
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
 
 def is_counted(parameter: torch.nn.Parameter, copy: int) -> bool:

@@ -135,6 +135,8 @@ def _tensors(
     layers, all_experts = range(shape.num_hidden_layers), range(shape.num_experts)
     output = "shared" if shape.tie_word_embeddings else "own"
     parts = list(weights.model_rules(shape, layers, all_experts, is_first=True, output=output))
+    # Name → experts' parts of a tensor that holds all experts.
+    experts: dict[str, list[torch.Tensor]] = {}
     for number, rules in enumerate(parts, 1):
         events.progress("write", part=number, parts=len(parts))
         for rule in rules:
@@ -148,5 +150,10 @@ def _tensors(
             changes = adapter.changes(rule, own, shape, spec)
             for name, tensor in zip(rule.sources, rule.split(value, shape), strict=True):
                 merged = (tensor.float() + changes[name]).to(tensor.dtype) if name in changes else tensor
-                yield name, merged.contiguous()
+                if rule.expert is None:
+                    yield name, merged.contiguous()
+                    continue
+                experts.setdefault(name, []).append(merged)
+                if len(experts[name]) == shape.num_experts:
+                    yield name, torch.stack(experts.pop(name))
     assert not own, f"no weight mapping for {sorted(own)}"
