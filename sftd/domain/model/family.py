@@ -144,7 +144,7 @@ def _rope(
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     of_windows = rope.get("sliding_attention")
     if any(kind in rope for kind in ("full_attention", "sliding_attention")):
-        rope = dict(rope.get("full_attention") or of_windows)
+        rope = dict(rope.get("full_attention") or of_windows or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
     if of_windows is not None:
         other = {"rope_theta": theta} | of_windows

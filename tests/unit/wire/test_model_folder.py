@@ -271,6 +271,11 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
 
 
+def test_an_exported_config_does_not_say_that_its_weights_are_compressed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}})
+    assert "quantization_config" not in exported_config(folder, {}, "bfloat16")
+
+
 def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
     least = {
         k: v

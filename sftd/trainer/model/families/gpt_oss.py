@@ -75,7 +75,8 @@ def _layer_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
         ):
             names = ((f"{target}.weight", source), (f"{target}.bias", f"{source}_bias"))
             rules += [
-                Rule(where + name, (f"mlp.experts.{folder}",), how=how, expert=expert) for name, folder in names
+                Rule(where + name, (f"mlp.experts.{folder}",), how=how, expert=expert)
+                for name, folder in names
             ]
     return [*norm_rules(shape), *attention_rules(shape), *rules]
 
