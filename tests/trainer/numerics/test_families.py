@@ -107,8 +107,9 @@ def test_a_plan_knows_the_names_and_sizes_of_a_folders_weights(models: Path, nam
     sizes: Counter[tuple[int, str]] = Counter()
     for layer in range(shape.num_hidden_layers):
         for weight in layer_weights(shape, layer):
-            # Several projections may be one tensor.
-            sizes[layer, weight.name] += weight.rows * weight.columns
+            # Several projections, and the experts of a layer, may be one tensor.
+            count = shape.num_experts if weight.is_joined else 1
+            sizes[layer, weight.name] += weight.rows * weight.columns * count
     with safe_open(models / name / "model.safetensors", "pt") as weights:
         found = {key: weights.get_tensor(key).numel() for key in weights.keys()}  # noqa: SIM118
     planned = list(folder_names(shape))

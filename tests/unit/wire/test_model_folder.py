@@ -291,6 +291,11 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
 
 
+def test_an_exported_config_does_not_say_that_its_weights_are_compressed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}})
+    assert "quantization_config" not in exported_config(folder, {}, "bfloat16")
+
+
 INSIDE = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "model_type": "qwen3_vl",
