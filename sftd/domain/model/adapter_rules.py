@@ -37,6 +37,18 @@ def dropout_in_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem("model.lora.dropout", what, fix)
 
 
+def adapters_of_joined_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Neither adapters nor four bits are supported for experts that one tensor of the folder holds."""
+    joined = [weight for weight in layer_weights(shape) if weight.is_joined and weight.projection]
+    lora = spec.model.lora
+    if inside := [weight.projection for weight in joined if weight.projection in lora.projections]:
+        what = f"adapters of the experts of {shape.architecture} ({', '.join(inside)}) are not supported"
+        yield Problem("model.lora.targets", what, f"list only projections of attention: {_ATTENTION}")
+    if joined and spec.model.quantize != "none":
+        what = f"{spec.model.quantize} is not supported for {shape.architecture}"
+        yield Problem("model.quantize", what, "set it to none")
+
+
 def uneven_blocks(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Each rank stores whole blocks of a row."""
     if spec.model.quantize != "nf4":
@@ -75,7 +87,7 @@ def some_experts_frozen(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 def stage_without_training(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Each pipeline stage has an optimizer."""
     stages = spec.model.megatron.pipeline_model_parallel_size
-    for stage in range(stages if spec.model.freeze and shape.num_hidden_layers % stages == 0 else 0):
+    for stage in range(stages if spec.model.frozen and shape.num_hidden_layers % stages == 0 else 0):
         if not held(spec, shape, stage).trained:
             what = f"freezes all weights of pipeline stage {stage} of {stages}"
             yield Problem("model.freeze", what, "use fewer stages, or freeze fewer layers")
@@ -85,6 +97,7 @@ ADAPTERS = Rules(
     refuse=(
         rank_above_matrix,
         dropout_in_experts,
+        adapters_of_joined_experts,
         uneven_blocks,
         some_experts_frozen,
         stage_without_training,

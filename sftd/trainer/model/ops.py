@@ -57,8 +57,15 @@ def geglu(x: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-# By `hidden_act` of config.json.
-GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
+def clamped_swiglu(x: Tensor) -> Tensor:
+    """gpt-oss's `min(gate, 7) · sigmoid(1.702 · min(gate, 7)) · (clamp(up, −7, 7) + 1)`: x [..., 2f] → [..., f]."""
+    gate, up = x.chunk(2, dim=-1)
+    gate = gate.clamp(max=7.0)
+    return gate * (1.702 * gate).sigmoid() * (up.clamp(-7.0, 7.0) + 1)
+
+
+# By `hidden_act` of `ModelShape`.
+GATED = {"silu": swiglu, "gelu_pytorch_tanh": geglu, "clamped_swiglu": clamped_swiglu}
 
 
 def rotate(x: Tensor, angles: Tensor, *, is_interleaved: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -21,9 +21,11 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.errors import UserError
 from sftd.trainer.model.families.rules import Cut, Rule
 from sftd.trainer.model.families.seam import family_of
+from sftd.trainer.model.quantize import mxfp4
 from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
+from sftd.wire.model.text_part import text_name
 
 
 def model_rules(
@@ -57,10 +59,15 @@ def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -
         folder = Folder(path, stack)
         for chunk in chunks:
             _refuse_unknown(folder, shape, layers_of(chunk, layout))
-            own = dict(chunk.named_parameters())
+            own = tensors_of(chunk)
             for rule in chunk_rules(chunk, shape, layout):
                 fill(own.pop(rule.target), rule, folder, chunk.vocab_size, shape, layout)
             assert not own, f"no weight mapping for {sorted(own)}"
+
+
+def tensors_of(chunk: torch.nn.Module) -> dict[str, Any]:
+    """The parameters by name, and the routers' biases, which are buffers."""
+    return dict(chunk.named_parameters()) | dict(chunk.named_buffers())
 
 
 def layers_of(chunk: GPTModel, layout: Layout) -> range:
@@ -86,7 +93,10 @@ def fill(
 ) -> None:
     """Read this rank's share of a parameter into it. Raises `UserError`."""
     sources, pieces = rule.sources, []
-    if rule.parts is not None:
+    if rule.expert is not None:
+        pieces = _read_expert(folder, rule, shape)
+        sources = ()
+    elif rule.parts is not None:
         pieces = list(_read_parts(folder, rule, shape, layout))
         sources = sources[1:]
     pieces += [_read(folder, source, rule.cut, padded_vocabulary, shape, layout) for source in sources]
@@ -137,6 +147,15 @@ def _read_parts(folder: Folder, rule: Rule, shape: ModelShape, layout: Layout) -
         yield folder.read_rows(name, first + rank * share, first + (rank + 1) * share)
 
 
+def _read_expert(folder: Folder, rule: Rule, shape: ModelShape) -> list[Tensor]:
+    """The tensors of one expert, unsplit."""
+    assert rule.expert is not None
+    name, number = rule.sources[0], rule.expert.number
+    if (found := folder.rows(name)) != shape.num_experts:
+        raise UserError(f"{name} has {found} rows, but config.json specifies {shape.num_experts} experts")
+    return rule.expert.apart(folder.read_rows(name, number, number + 1)[0])
+
+
 def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, layout: Layout) -> Tensor:
     if (found := folder.rows(name)) != shape.vocab_size:
         raise UserError(f"{name} has {found} rows, but config.json's vocab_size is {shape.vocab_size}")
@@ -147,30 +166,36 @@ def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, la
 
 
 class Folder:
-    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request."""
+    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request. Those of a language model
+    inside a vision-language model have the names of one by itself."""
 
     def __init__(self, path: str, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         folder = Path(path)
         self.path = path
-        self._files: dict[str, Any] = {}
+        found: dict[str, tuple[Any, str]] = {}
         for name in weight_files(folder) if files is None else files:
             try:
                 file = stack.enter_context(safe_open(folder / name, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+            found |= {text_name(stored): (file, stored) for stored in file.keys()}  # noqa: SIM118
+        # Name → files, and names there, of the tensors that it is stored as.
+        self._places = {name: [found[part] for part in parts] for name, parts in mxfp4.stored(found).items()}
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return set(self._places)
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in its file; its own if it is compressed there."""
+        places = self._places[name]
+        return places[0][1] if len(places) == 1 else name
 
     def read(self, name: str, dim: int | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The tensor, or share i of n equal shares along `dim` for `part` = (i, n). Raises `UserError` when the tensor is
         missing or cannot be split so."""
-        if name not in self._files:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        piece = self._files[name].get_slice(name)
+        piece = self._pieces(name)[0]
         if dim is None:
             return piece[:]
         shape = piece.get_shape()
@@ -184,10 +209,14 @@ class Folder:
 
     def rows(self, name: str) -> int:
         """First dimension of a tensor. Raises `UserError` when it is missing."""
-        if name not in self._files:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        return int(self._files[name].get_slice(name).get_shape()[0])
+        return int(self._pieces(name)[0].get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, fewer if it ends before `stop`."""
-        return self._files[name].get_slice(name)[start:stop]
+        """Rows [start, stop) of a tensor, fewer if it ends before `stop`; decompressed if it is stored in MXFP4."""
+        parts = [piece[start:stop] for piece in self._pieces(name)]
+        return cast(Tensor, parts[0]) if len(parts) == 1 else mxfp4.values(*parts)
+
+    def _pieces(self, name: str) -> list[Any]:
+        if name not in self._places:
+            raise UserError(f"the weights in {self.path} lack {name}")
+        return [file.get_slice(stored) for file, stored in self._places[name]]

@@ -3,10 +3,14 @@ forward and backward against what sftd/trainer/model/ops.py computes on a CPU, a
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -277,7 +281,47 @@ def check_lean() -> None:
         assert not any(x[0] for x in theirs)
 
 
+def recorded(path: str) -> None:
+    """Write the launches to a file: of each kind of arguments the first."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches: dict[str, dict[str, Any]] = {}
+    run = InterpretedFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        parameters = inspect.signature(self.fn).parameters
+        values = dict(zip(parameters, args, strict=False)) | given
+        fixed = {name: values.pop(name) for name, p in parameters.items() if "constexpr" in str(p.annotation)}
+        kinds = {name: _kind(values.pop(name)) for name in parameters if name in values}
+        switches = [value for value in fixed.values() if isinstance(value, bool)]
+        launch = {
+            "module": self.fn.__module__,
+            "name": self.fn.__name__,
+            "kinds": kinds,
+            "fixed": fixed,
+            "options": values,
+        }
+        launches.setdefault(str((self.fn.__name__, kinds, switches)), launch)
+        run(self, *args, grid=grid, warmup=warmup, **given)
+
+    InterpretedFunction.run = record
+    atexit.register(lambda: Path(path).write_text(json.dumps(list(launches.values()))))
+
+
+def _kind(value: Any) -> str:
+    """Triton's name of an argument's type."""
+    if isinstance(value, Tensor):
+        short = {"bfloat16": "bf16", "float32": "fp32", "bool": "i1"}
+        name = str(value.dtype).removeprefix("torch.")
+        return "*" + short.get(name, name.replace("uint", "u").replace("int", "i"))
+    if isinstance(value, float):
+        return "fp32"
+    return "i1" if isinstance(value, bool) else "i32" if abs(value) < 2**31 else "i64"
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        recorded(sys.argv[2])
     for name, check in (
         ("norm", check_norm),
         ("swiglu", check_swiglu),

@@ -26,6 +26,8 @@ _SIZES = {
     "max_position_embeddings": 256,
     "eos_token_id": 0,
     "bos_token_id": 1,
+    # Five times the usual, so that attention is far from uniform and an error in it shows.
+    "initializer_range": 0.1,
 }
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -41,6 +43,22 @@ _YARN = {
     "factor": 8.0,
     "original_max_position_embeddings": 32,
     "beta_fast": 4.0,
+}
+_SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
 }
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -217,6 +235,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "initializer_range": 0.1},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "sliding_window": 16,
+            "num_hidden_layers": 2,
+            "initializer_range": 0.15,
+            "pad_token_id": 0,
+            "rope_parameters": _YARN | {"truncate": False},
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -242,9 +274,97 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "initializer_range": 0.1,
         },
     ),
+    # A gated shared expert; a dense layer.
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0],
+            "initializer_range": 0.1,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        _SIGMOID | {"use_qk_norm": True, "attention_bias": True},
+    ),
+    # Latent queries, a value narrower than its key, groups of experts, YaRN in the scale of attention.
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SIGMOID
+        | _LATENT
+        | {
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    # Moonlight's shape: queries from the hidden state; weights of the experts that do not sum to one.
+    "moonlight": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SIGMOID
+        | _LATENT
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
+        _SIGMOID | _LATENT | {"q_lora_rank": 24, "v_head_dim": 24},
+    ),
 }
 
 
+_EYES = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 4}
+_QWEN_EYES = _EYES | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+_SMALL_EYES = _EYES | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+# Models that see images, with a language model of a family inside.
+VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_5_vision": (
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        {"text_config": MODELS["qwen3_5"][2], "vision_config": _QWEN_EYES},
+    ),
+    "qwen3_vision": (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        {
+            "text_config": MODELS["qwen3"][2] | {"pad_token_id": 0},
+            "vision_config": _QWEN_EYES | {"deepstack_visual_indexes": [0]},
+        },
+    ),
+    "gemma3_vision": (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": MODELS["gemma3"][2],
+            "vision_config": _SMALL_EYES | {"model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3_vision": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "text_config": MODELS["mistral"][2] | {"model_type": "mistral"},
+            "vision_config": _SMALL_EYES | {"model_type": "pixtral", "head_dim": 16},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 _WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": False}
 # Models whose matrices two ranks can share in blocks of 64 columns.
 WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -270,10 +390,14 @@ def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] =
     import transformers
 
     _, config, extra = models[name]
+    if "text_config" in extra:
+        return getattr(transformers, config)(**extra | {"text_config": _SIZES | extra["text_config"]})
     return getattr(transformers, config)(**_SIZES | extra)
 
 
-def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
+def write_models(
+    folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS | VISION
+) -> None:
     """Write tiny models into a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -295,8 +419,9 @@ def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, An
             network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
-                for parameter in network.parameters():
-                    if parameter.dim() == 1:
+                routers = (item for item in network.named_buffers() if item[0].endswith("correction_bias"))
+                for name_, parameter in (*network.named_parameters(), *routers):
+                    if parameter.dim() == 1 or name_.endswith("_bias"):
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             network.save_pretrained(folder / name)
             fast.save_pretrained(folder / name)

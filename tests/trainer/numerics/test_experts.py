@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.log.events import ModelLoaded, SampleGenerated
@@ -16,7 +17,7 @@ from tests.builders.trainer.experts import EP2, overrides_of
 from tests.builders.trainer.resumes import exact, resume, weights_digests
 from tests.builders.trainer.tiny_models import WIDE, write_models
 from tests.builders.trainer.trainers import MEGATRON
-from tests.builders.trainer.transformers_loop import reference
+from tests.builders.trainer.transformers_loop import expert_load, reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,10 +77,20 @@ def ep2(trainer: Trainer, models: Path) -> Run:
 
 
 def test_one_rank_equals_a_plain_pytorch_loop(one_rank: Run) -> None:
-    losses, norms, _ = reference(one_rank, 5)
+    balance: list[list[float]] = []
+    losses, norms, _ = reference(one_rank, 5, balance)
     steps = list(one_rank.steps().values())[:5]
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
+    for step, expected in zip(steps, balance, strict=True):
+        assert [step.load_balancing_loss, step.z_loss] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_validation_says_which_share_the_fullest_expert_of_each_layer_has(one_rank: Run) -> None:
+    spec = one_rank.attempt.order().spec
+    rows = pq.read_table(spec.data.val_files[0])["input_ids"].to_pylist()
+    found = one_rank.validations()[0].expert_load
+    assert found == pytest.approx(expert_load(spec.model.partial_pretrain, rows), abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -92,8 +103,12 @@ def test_layout_changes_nothing_but_rounding(
         found = run.steps()[step]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.load_balancing_loss == pytest.approx(expected.load_balancing_loss, rel=1e-5)
+        assert found.z_loss == pytest.approx(expected.z_loss, rel=1e-5)
     for step, validation in one_rank.validations().items():
         assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
+        # Rounding may turn the choice of a token.
+        assert run.validations()[step].expert_load == pytest.approx(validation.expert_load, abs=0.002)
     assert run.events(ModelLoaded)[0].parameters == one_rank.events(ModelLoaded)[0].parameters
     assert run.events(ModelLoaded)[0].parameters == whole_model(read_shape(str(models / "qwen3_moe"), {}))
     texts = [(s.step, s.text) for s in one_rank.events(SampleGenerated)]

@@ -37,7 +37,11 @@ MODELS = (
     ),
     *("gemma2", "gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
+    *("qwen2_moe", "glm4_moe", "deepseek_v3", "moonlight", "glm4_moe_lite"),
+    "gpt_oss",
 )
+# Tensor parallelism alone cannot split experts with biases.
+UNSPLIT = ("gpt_oss",)
 TOKENS = list(range(3, 51))
 
 
@@ -70,14 +74,16 @@ def ranks(request: pytest.FixtureRequest, trainer: Trainer, models: Path, expect
     size = request.param
     spec = trainer.spec(size, training__use_rmpad=True, model__megatron__tensor_model_parallel_size=size)
     attempt = trainer.prepare(f"parity{size}", spec)
-    torch.save({"tokens": TOKENS, "models": str(models), "expected": expected}, attempt.path / "expected.pt")
+    given = {name: value for name, value in expected.items() if size == 1 or name not in UNSPLIT}
+    torch.save({"tokens": TOKENS, "models": str(models), "expected": given}, attempt.path / "expected.pt")
     trainer.finish(attempt, trainer.start(attempt, script=SCRIPT))
     return json.loads((attempt.path / "found.json").read_text())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(ranks: dict[str, Any], name: str) -> None:
-    assert ranks["logits"][name] < 1e-4
+    if len(ranks["logits"]) == len(MODELS) or name not in UNSPLIT:
+        assert ranks["logits"][name] < 1e-4
 
 
 @pytest.mark.real_model

@@ -14,6 +14,7 @@ from sftd.domain.model.rules import MODEL, check_architecture
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from sftd.wire.model.text_part import text_name
 from tests.builders.paths import ROOT
 from tests.builders.plan.model_configs import DENSE
 
@@ -33,6 +34,20 @@ QWEN3_MOE = DENSE | {
     "norm_topk_prob": True,
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
+}
+DEEPSEEK = DENSE | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -77,6 +92,12 @@ def test_experts_are_read_as_their_publishers_write_them(tmp_path: Path) -> None
     renamed = {k: v for k, v in QWEN3_MOE.items() if k not in ("num_experts", "norm_topk_prob")}
     other = read_shape(folder_of(tmp_path, renamed | {"num_local_experts": 6}), {})
     assert (other.num_experts, other.norm_topk_prob) == (6, False)
+    sparse = QWEN3_MOE | {"mlp_only_layers": [3], "decoder_sparse_step": 2, "num_hidden_layers": 6}
+    assert read_shape(folder_of(tmp_path, sparse), {}).layers_without_experts == (0, 2, 3, 4)
+    deepseek = read_shape(folder_of(tmp_path, DEEPSEEK), {})
+    assert (deepseek.head_dim, deepseek.rotary_dim, deepseek.num_key_value_heads) == (24, 8, 4)
+    assert (deepseek.shared_expert_intermediate_size, deepseek.layers_without_experts) == (96, (0, 1, 2))
+    assert (deepseek.routed_scaling_factor, deepseek.norm_topk_prob, deepseek.q_lora_rank) == (2.5, True, 0)
     dense = read_shape(folder_of(tmp_path, DENSE), {})
     assert (dense.num_experts, dense.unsupported) == (0, ())
 
@@ -103,9 +124,8 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
             "4 ranks ÷ PP 1 = 4",
         ),
         (QWEN3_MOE, [(TP, 2)], SP, "turn it on"),
-        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 FFN units"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, [], "model.partial_pretrain", "mlp_only_layers"),
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, [], "model.partial_pretrain", "decoder_sparse_step"),
+        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 units of an expert"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, [], "model.partial_pretrain", "(scoring_func)"),
         (QWEN3_MOE | {"shared_expert_intermediate_size": 4}, [], "model.partial_pretrain", "shared experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 7}, [], "model.partial_pretrain", "7 of 6 experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 1}, [], "model.partial_pretrain", "1 of 6 experts"),
@@ -207,7 +227,7 @@ def test_a_tokenizer_is_one_of_several_files(tmp_path: Path) -> None:
         DENSE | {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "attention_bias": True},
         DENSE
         | {
-            "architectures": ["GptOssForCausalLM"],
+            "architectures": ["JambaForCausalLM"],
             "sliding_window": 128,
             "rope_scaling": {"rope_type": "yarn"},
         },
@@ -269,6 +289,78 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     plain = exported_config(folder, {"rope_theta": 7.0}, "float32")
     assert (plain["rope_theta"], plain["rope_scaling"]) == (7.0, None)
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_an_exported_config_does_not_say_that_its_weights_are_compressed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}})
+    assert "quantization_config" not in exported_config(folder, {}, "bfloat16")
+
+
+INSIDE = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "torch_dtype": "bfloat16",
+    "image_token_id": 7,
+    "text_config": {k: v for k, v in DENSE.items() if k != "architectures"} | {"model_type": "qwen3_vl_text"},
+    "vision_config": {"hidden_size": 1},
+}
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(True, False), (False, True), (None, True), (False, False)])
+def test_a_language_model_inside_another_is_read_as_one_by_itself(
+    tmp_path: Path, outside: bool | None, inside: bool
+) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"tie_word_embeddings": inside}}
+    if outside is not None:
+        config["tie_word_embeddings"] = outside
+    alone = DENSE | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": bool(outside or inside)}
+    expected = read_shape(folder_of(tmp_path, alone), {})
+    assert read_shape(folder_of(tmp_path, config), {}) == expected
+
+
+def test_an_unknown_language_model_inside_another_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"model_type": "bert"}}
+    with pytest.raises(
+        Refused, match=r"Qwen3VLForConditionalGeneration is not supported.*the model_type inside is bert"
+    ):
+        read_shape(folder_of(tmp_path, config), {})
+
+
+def test_an_export_changes_the_config_of_the_language_model_inside_only(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [1, 1, 2]}
+    whole = INSIDE | {"text_config": INSIDE["text_config"] | {"rope_parameters": rope}}
+    folder = folder_of(tmp_path, whole)
+    assert exported_config(folder, {}, "float32") == whole | {
+        "torch_dtype": "float32",
+        "text_config": whole["text_config"] | {"torch_dtype": "float32"},
+    }
+    override = {"rope_theta": 7.0, "tie_word_embeddings": True}
+    trained, found = read_shape(folder, override), exported_config(folder, override, "bfloat16")
+    assert found["text_config"]["rope_parameters"] == rope | {"rope_theta": 7.0}
+    assert "rope_theta" not in found
+    assert read_shape(folder_of(tmp_path, found), {}) == trained
+
+
+def test_answers_end_as_the_language_model_inside_says(tmp_path: Path) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"eos_token_id": [5, 6]}}
+    assert model_folder.stop_ids(folder_of(tmp_path, config)) == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "alone"),
+    [
+        ("model.language_model.layers.0.a", "model.layers.0.a"),
+        ("language_model.model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("base_model.model.model.language_model.layers.0.a", "base_model.model.model.layers.0.a"),
+        *(
+            (name, name)
+            for name in ("lm_head.weight", "model.visual.a", "vision_tower.a", "model.layers.0.a")
+        ),
+    ],
+)
+def test_a_weight_inside_has_the_name_of_one_by_itself(stored: str, alone: str) -> None:
+    assert text_name(stored) == alone
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:

@@ -54,12 +54,22 @@ Cut = Literal["whole", "rows", "columns", "vocabulary"]
 
 
 @dataclass(frozen=True)
+class OfExpert:
+    """Expert `number` of a tensor that holds all experts [experts, …]: `apart` converts its part to the tensors that `Rule.how`
+    joins, `together` is the inverse."""
+
+    number: int
+    apart: Callable[[Tensor], list[Tensor]]
+    together: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One parameter: `target` is its name in Megatron, `sources` are its tensors in the folder.
 
     `cut`: how tensor-parallel ranks split each source: not at all, by rows, by columns, or by rows after padding the
     vocabulary to a multiple of the ranks. `parts`: if the first source holds several tensors one below the other, the number of
-    rows of each; they are split and joined like sources.
+    rows of each; they are split and joined like sources. `expert`: if the source holds a tensor for each expert, which one this is.
     """
 
     target: str
@@ -67,10 +77,13 @@ class Rule:
     cut: Cut = "whole"
     how: Join = ONE
     parts: Callable[[ModelShape], tuple[int, ...]] | None = None
+    expert: OfExpert | None = None
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
-        """The tensors of the folder, from the whole parameter."""
+        """The tensors of the folder, or an expert's parts of them, from the whole parameter."""
         parts = self.how.split(whole, shape)
+        if self.expert is not None:
+            return [self.expert.together(parts)]
         count = 1 if self.parts is None else len(self.parts(shape))
         return [torch.cat(parts[:count]), *parts[count:]]
 
@@ -111,6 +124,8 @@ def attention_rules(shape: ModelShape) -> list[Rule]:
         rules.append(Rule(f"{qkv}.bias", tuple(f"{s}.bias" for s in sources), "rows", GROUPED))
     if shape.output_bias:
         rules.append(Rule("self_attention.linear_proj.bias", ("o_proj.bias",)))
+    if shape.attention_sinks:
+        rules.append(Rule("self_attention.core_attention.sinks", ("sinks",), "rows"))
     if shape.qk_norm:
         rules += _qk_norms(shape)
     return [rule.below("", "self_attn.") for rule in rules]
@@ -140,12 +155,21 @@ def feed_forward_rules(shape: ModelShape, size: int) -> list[Rule]:
 
 
 def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
-    """The router and the given experts of an MoE layer. A rank that holds only some of the experts holds them unsplit."""
-    where = FAMILIES[shape.architecture].feed_forward
+    """The router, the given experts and the shared one of an MoE layer. A rank that holds only some of the experts holds them
+    unsplit."""
+    family = FAMILIES[shape.architecture]
+    where = family.feed_forward
     expert = feed_forward_rules(shape, shape.moe_intermediate_size)
     if len(experts) < shape.num_experts:
         expert = [replace(rule, cut="whole") for rule in expert]
     rules = [Rule("mlp.router.weight", (f"{where}.gate.weight",))]
+    if shape.router == "sigmoid":
+        rules.append(Rule("mlp.router.correction_bias", (f"{where}.gate.e_score_correction_bias",)))
+    if size := shape.shared_expert_intermediate_size:
+        shared = f"{where}.{family.shared_expert}"
+        rules += [rule.below("mlp.shared_experts.", f"{shared}.") for rule in feed_forward_rules(shape, size)]
+        if shape.shared_expert_gate:
+            rules.append(Rule("mlp.shared_experts.gate_weight", (f"{shared}_gate.weight",)))
     for local, number in enumerate(experts):
         names = f"mlp.experts.local_experts.{local}.", f"{where}.experts.{number}."
         rules += [rule.below(*names) for rule in expert]
@@ -154,12 +178,12 @@ def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
 
 def layer_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     """All parameters of a layer of Llama or one of its relatives, dense or MoE."""
-    return [*norm_rules(shape), *attention_rules(shape), *mlp_rules(shape, experts)]
+    return [*norm_rules(shape), *attention_rules(shape), *mlp_rules(shape, layer, experts)]
 
 
-def mlp_rules(shape: ModelShape, experts: range) -> list[Rule]:
+def mlp_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     """A layer's MLP, or its router and experts."""
-    if shape.num_experts:
+    if shape.has_experts(layer):
         return expert_rules(shape, experts)
     where = FAMILIES[shape.architecture].feed_forward
     dense = feed_forward_rules(shape, shape.intermediate_size)
