@@ -85,6 +85,7 @@ class Family:
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
+    `also_inside`: other `model_type`s of the same language model inside a vision-language model.
     `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
     """
@@ -94,6 +95,7 @@ class Family:
     models: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (MLP_BIAS, ATTENTION_BIAS)
+    also_inside: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = (
         *("default", "linear", "llama3", "yarn"),

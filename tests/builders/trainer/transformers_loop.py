@@ -49,6 +49,13 @@ def reference(run: Run, steps: int) -> tuple[list[float], list[float], Any]:
         total = 0.0
         optimizer.zero_grad()
         for ids, labels in batch:
+            if "dynamic_rope" in spec.model.partial_pretrain:
+                # It would use the frequencies of the longest sample so far.
+                rotary = model.model.rotary_emb
+                rotary.max_seq_len_cached, rotary.inv_freq = (
+                    rotary.original_max_seq_len,
+                    rotary.original_inv_freq,
+                )
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
             loss = (
                 torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / tokens
