@@ -1,17 +1,21 @@
-"""NF4: the code book, its rounding, the same bits in every share of a matrix."""
+"""NF4: the code book, its rounding, the same bits in every share of a matrix. MXFP4, in which gpt-oss is published, and the
+activation of its experts."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from itertools import pairwise
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from sftd.trainer.model.quantize import nf4
+from sftd.trainer.model import ops
+from sftd.trainer.model.quantize import mxfp4, nf4
 
 CPU = torch.device("cpu")
 
@@ -109,3 +113,36 @@ def test_a_product_dequantises_again_in_backward(monkeypatch: pytest.MonkeyPatch
     y.sum().backward()
     expected = dequantize(weight.quantized, torch.float32)
     torch.testing.assert_close(x.grad, expected.sum(0).expand(3, 64))
+
+
+def test_mxfp4_values_are_those_of_transformers_converter() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    # Every byte, under small and large scales.
+    blocks = torch.arange(256).repeat(3).to(torch.uint8).view(2, 4, 6, 16)
+    scales = torch.linspace(100, 150, 48).to(torch.uint8).view(2, 4, 6)
+    found = mxfp4.values(blocks, scales)
+    assert found.shape == (2, 192, 4)
+    assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))
+
+
+def test_in_mxfp4_only_blocks_with_scales_are_one_tensor() -> None:
+    names = ["e.gate_blocks", "e.gate_scales", "e.gate_bias", "other_blocks", "a.weight"]
+    assert mxfp4.stored(names) == {
+        "e.gate": ("e.gate_blocks", "e.gate_scales"),
+        "e.gate_bias": ("e.gate_bias",),
+        "other_blocks": ("other_blocks",),
+        "a.weight": ("a.weight",),
+    }
+
+
+def test_gpt_oss_activation_is_clamped_as_in_transformers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    gate, up = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(1)) * 10
+    in_turn = torch.stack((gate, up), dim=-1).flatten(-2)
+    of_gpt_oss: Any = SimpleNamespace(alpha=1.702, limit=7.0)
+    expected = GptOssExperts._apply_gate(of_gpt_oss, in_turn)
+    torch.testing.assert_close(ops.clamped_swiglu(torch.cat((gate, up), dim=-1)), expected)
