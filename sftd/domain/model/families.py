@@ -282,6 +282,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="GptOssForCausalLM",
             model_type="gpt_oss",
+            models="gpt-oss 20B and 120B",
             fields={
                 "attention_bias": True,
                 "output_bias": True,
