@@ -32,6 +32,11 @@ is out of date.
 
 sftd reads a Hugging Face folder: config.json, safetensors, tokenizer. The first of `architectures` in config.json chooses the family;
 any other is refused at submit. A new family is an entry of that file: "A dense model family" in [architecture.md](architecture.md).
+
+In the folder of a model that sees images (config.json has a `text_config`), sftd trains the language model, on text, if the `model_type`
+inside is one of the table or {also}. `sftd export` writes the whole folder: the language model under its names there, the other
+weights byte for byte. An export as a PEFT folder adapts the modules of the language model only. In `model.freeze` the weights have
+the names of a language model by itself.
 """
 OPTIONS = """\
 ## Options of config.json
@@ -43,7 +48,7 @@ TESTED = """\
 ## What is tested
 
 On random tiny models in FP32, for every family: logits beside transformers, loading and export bit for bit, five training steps
-beside transformers (loss to 1e-5, gradient norm to 1e-4) and an answer after them. Then five packed steps on two ranks beside one
+beside transformers (loss to 1e-5, gradient norm to 1e-4) and an answer after them. Then two packed steps on two ranks beside one
 rank's padded ones: "tested", or "refused" at submit, with the reason. Of LoRA "as PEFT" is five steps beside PEFT's; "accepted" is
 what no test of this family trains.
 """
@@ -171,7 +176,8 @@ def meanings() -> Iterator[str]:
 def markdown() -> str:
     """The whole page."""
     keys = [key for key in LLAMA.config_keys() if key not in {option.key for option in LLAMA.refused}]
-    lines = [INTRODUCTION, *table(*families())]
+    also = ", ".join(f"`{name}`" for family in FAMILIES.values() for name in family.also_inside)
+    lines = [INTRODUCTION.format(also=also), *table(*families())]
     lines += [OPTIONS.format(keys=code(keys), rope=code(ROPE_KEYS)), *table(*options())]
     lines += [
         "The names of the second column are those of sftd's own description of a model:",

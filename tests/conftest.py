@@ -10,16 +10,19 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import sqlalchemy as sa
 
-from sftd.store.database.engine import Store, open_engine
-from sftd.store.database.migrate import upgrade
 from tests.builders import postgres
 from tests.builders import warm_python as warm_start
+
+# Imported where they are used: machines of tests/gpu need no packages of databases.
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from sftd.store.database.engine import Store
 
 # CI judges the change at hand and not the luck of a draw; a developer's runs look for new cases.
 # No deadlines: how long an example takes says how busy the machine is.
@@ -109,6 +112,8 @@ def warm_python() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[sa.URL]:
     """URL of a PostgreSQL server of our own, on a Unix socket."""
+    import sqlalchemy as sa
+
     # Not pytest's tmp_path: a socket's path may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="sftd-pg-")
     try:
@@ -124,6 +129,8 @@ def postgres_server() -> Iterator[sa.URL]:
 
 
 def _run_sql(url: sa.URL, statement: str) -> None:
+    import sqlalchemy as sa
+
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:
         connection.exec_driver_sql(statement)
@@ -132,6 +139,9 @@ def _run_sql(url: sa.URL, statement: str) -> None:
 @pytest.fixture(scope="session")
 def postgres_template(postgres_server: sa.URL) -> str:
     """Name of a database with migrated tables, to be copied."""
+    from sftd.store.database.engine import open_engine
+    from sftd.store.database.migrate import upgrade
+
     _run_sql(postgres_server, "CREATE DATABASE sftd_template")
     engine = open_engine(_text(postgres_server.set(database="sftd_template")))
     upgrade(engine)
@@ -146,6 +156,9 @@ def _text(url: sa.URL) -> str:
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with migrated tables, to be copied."""
+    from sftd.store.database.engine import open_engine
+    from sftd.store.database.migrate import upgrade
+
     path = tmp_path_factory.mktemp("template") / "sftd.db"
     engine = open_engine(f"sqlite:///{path}")
     upgrade(engine)
@@ -191,6 +204,8 @@ def shared_database_url(
 @pytest.fixture
 def empty_engine(empty_database_url: str) -> Iterator[sa.Engine]:
     """An engine on a database without tables."""
+    from sftd.store.database.engine import open_engine
+
     engine = open_engine(empty_database_url)
     yield engine
     engine.dispose()
@@ -199,6 +214,8 @@ def empty_engine(empty_database_url: str) -> Iterator[sa.Engine]:
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
     """A store with the migrated tables and nothing in them, without views."""
+    from sftd.store.database.engine import Store, open_engine
+
     engine = open_engine(database_url)
     yield Store(engine)
     engine.dispose()

@@ -30,6 +30,9 @@ def gpus() -> int:
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU on this machine: nothing of tests/gpu was run")
+    for number in range(torch.cuda.device_count()):
+        # Gives the backward thread of each GPU its CUDA context. torch warns when a thread's first operation is a matrix product.
+        torch.ones(1, device=f"cuda:{number}", requires_grad=True).exp().backward()
     return torch.cuda.device_count()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -20,13 +19,7 @@ if TYPE_CHECKING:
     from sftd.wire.attempt.directory import AttemptDir
     from tests.builders.trainer.trainers import Run, Trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    # The first matrix product of a backward thread: torch then sets the context that the thread lacks.
-    pytest.mark.filterwarnings(
-        "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 TOGETHER = RANKS / "together_ranks.py"
 KERNELS = RANKS / "kernels_interpreted.py"
@@ -64,28 +57,18 @@ EXACTLY = ("padded", "packed", "lean", "lora", "qlora")
 TP2, PP2, CP2 = (
     {f"{MEGATRON}{kind}_parallel_size": 2} for kind in ("tensor_model", "pipeline_model", "context")
 )
-TWO_GPUS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "dp2-selective": RECOMPUTE | {"model__recompute": "selective"},
-    "tp2": TP2,
-    "tp2-sp": TP2 | {MEGATRON + "sequence_parallel": True},
-    "pp2": PP2,
-    "pp2-packed": PP2 | PACKED,
-    "pp2-vpp2": PP2 | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
-    "pp2-vpp2-packed": PP2 | PACKED | {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
-    "tp2-sp-lora": LORA | TP2 | {MEGATRON + "sequence_parallel": True},
-    "pp2-qlora": QLORA | PP2,
-    "cp2": CP2,
-    "cp2-packed": CP2 | PACKED,
+SP, VPP2 = (
+    {MEGATRON + "sequence_parallel": True},
+    {MEGATRON + "virtual_pipeline_model_parallel_size": 2},
+)
+# Layout → what is trained in it, in one torchrun.
+TWO_GPUS: dict[str, dict[str, dict[str, Any]]] = {
+    "dp2": {"padded": {}, "selective": RECOMPUTE | {"model__recompute": "selective"}},
+    "tp2": {"padded": TP2, "sp": TP2 | SP, "sp-lora": LORA | TP2 | SP},
+    "pp2": {"padded": PP2, "packed": PP2 | PACKED, "qlora": QLORA | PP2},
+    "pp2-vpp2": {"padded": PP2 | VPP2, "packed": PP2 | VPP2 | PACKED},
+    "cp2": {"padded": CP2, "packed": CP2 | PACKED},
 }
-
-
-def train_together(trainer: Trainer, attempts: Mapping[str, AttemptDir]) -> dict[str, Run]:
-    """Train the attempts in one torchrun, in order."""
-    first = next(iter(attempts.values()))
-    (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
-    whole = trainer.finish(first, trainer.start(first, script=TOGETHER))
-    return {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
 
 
 def prepare(trainer: Trainer, ranks: int, variants: Mapping[str, dict[str, Any]]) -> dict[str, AttemptDir]:
@@ -95,7 +78,15 @@ def prepare(trainer: Trainer, ranks: int, variants: Mapping[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def one(on_gpu: Trainer) -> dict[str, Run]:
     """The runs of `ONE_GPU`."""
-    return train_together(on_gpu, prepare(on_gpu, 1, ONE_GPU))
+    return on_gpu.together(prepare(on_gpu, 1, ONE_GPU), TOGETHER)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(on_cpu: Trainer) -> dict[str, Run]:
+    """Those of them in FP32, on the CPU."""
+    return on_cpu.together(
+        prepare(on_cpu, 1, {name: given for name, given in ONE_GPU.items() if "fp32" in name}), TOGETHER
+    )
 
 
 def losses(run: Run) -> list[float]:
@@ -178,8 +169,8 @@ def test_deterministic_attention_is_right_and_the_same_again(
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed", "lora", "qlora"])
-def test_fp32_agrees_with_the_cpu(one: dict[str, Run], on_cpu: Trainer, rows: str) -> None:
-    gpu, cpu = one[f"fp32-{rows}"], on_cpu.run(f"fp32-{rows}", **ONE_GPU[f"fp32-{rows}"])
+def test_fp32_agrees_with_the_cpu(one: dict[str, Run], on_the_cpu: dict[str, Run], rows: str) -> None:
+    gpu, cpu = one[f"fp32-{rows}"], on_the_cpu[f"fp32-{rows}"]
     assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-4)
     assert gpu.events(ModelLoaded)[0].dtype == "float32"
 
@@ -217,7 +208,7 @@ def resumed(on_gpu: Trainer, one: dict[str, Run]) -> dict[str, Run]:
             checkpoint=published.path,
             checkpoint_digest=published.manifest_digest,
         )
-    return train_together(on_gpu, attempts)
+    return on_gpu.together(attempts, TOGETHER)
 
 
 @pytest.mark.parametrize("rows", EXACTLY)
@@ -227,15 +218,19 @@ def test_resume_is_bit_for_bit(one: dict[str, Run], resumed: dict[str, Run], row
     assert exact(resumed[rows]) == {n: step for n, step in exact(whole).items() if n > 3}
 
 
-@pytest.mark.parametrize("name", TWO_GPUS)
-def test_layouts_agree_with_one_gpu(on_gpu: Trainer, gpus: int, one: dict[str, Run], name: str) -> None:
+@pytest.mark.parametrize("layout", TWO_GPUS)
+def test_layouts_agree_with_one_gpu(on_gpu: Trainer, gpus: int, one: dict[str, Run], layout: str) -> None:
     if gpus < 2:
         pytest.skip("one GPU on this machine: layouts of two were not run")
     # Packed samples in BF16, for which there is a kernel of its own.
-    dtype, tolerance, reference = (
-        ({}, 2e-2, "bf16-packed") if "packed" in name else (FP32, 1e-4, "fp32-padded")
-    )
-    if "lora" in name:
-        reference = f"fp32-{name.rpartition('-')[2]}"
-    two = on_gpu.run(name, ranks=2, **dtype, **TWO_GPUS[name])
-    assert losses(two) == pytest.approx(losses(one[reference]), rel=tolerance)
+    variants = {
+        f"{layout}-{name}": given if name == "packed" else given | FP32
+        for name, given in TWO_GPUS[layout].items()
+    }
+    for name, two in on_gpu.together(prepare(on_gpu, 2, variants), TOGETHER).items():
+        last = name.rpartition("-")[2]
+        reference = {"packed": "bf16-packed", "lora": "fp32-lora", "qlora": "fp32-qlora"}.get(
+            last, "fp32-padded"
+        )
+        tolerance = 2e-2 if last == "packed" else 1e-4
+        assert losses(two) == pytest.approx(losses(one[reference]), rel=tolerance), name

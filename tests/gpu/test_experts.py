@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -50,13 +49,20 @@ def of_experts(models: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def runs(on_gpu: Trainer, of_experts: dict[str, dict[str, Any]]) -> dict[str, Run]:
     """The runs, in one process."""
+    return train(on_gpu, of_experts)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(on_cpu: Trainer, of_experts: dict[str, dict[str, Any]]) -> dict[str, Run]:
+    """Those in FP32, one by one on the CPU."""
+    return train(on_cpu, {name: given for name, given in of_experts.items() if name.startswith("fp32")})
+
+
+def train(trainer: Trainer, runs: dict[str, dict[str, Any]]) -> dict[str, Run]:
     attempts = {
-        name: on_gpu.prepare(f"experts-{name}", on_gpu.spec(1, **given)) for name, given in of_experts.items()
+        name: trainer.prepare(f"experts-{name}", trainer.spec(1, **given)) for name, given in runs.items()
     }
-    first = attempts["fp32"]
-    (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
-    whole = on_gpu.finish(first, on_gpu.start(first, script=RANKS / "together_ranks.py"))
-    return {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
+    return trainer.together(attempts, RANKS / "together_ranks.py")
 
 
 def test_experts_computed_together_are_right_and_the_same_again(gpus: int) -> None:
@@ -70,10 +76,9 @@ def test_experts_computed_together_are_right_and_the_same_again(gpus: int) -> No
 
 @pytest.mark.parametrize("name", ["fp32", "fp32-lora", "fp32-qlora"])
 def test_fp32_agrees_with_one_by_one_on_the_cpu(
-    runs: dict[str, Run], on_cpu: Trainer, of_experts: dict[str, dict[str, Any]], name: str
+    runs: dict[str, Run], on_the_cpu: dict[str, Run], name: str
 ) -> None:
-    expected = on_cpu.run(f"experts-{name}", **of_experts[name])
-    for step, event in expected.steps().items():
+    for step, event in on_the_cpu[name].steps().items():
         assert runs[name].steps()[step].loss == pytest.approx(event.loss, rel=1e-4)
         assert runs[name].steps()[step].grad_norm == pytest.approx(event.grad_norm, rel=1e-3)
 

@@ -134,6 +134,7 @@ FAMILIES: dict[str, Family] = {
             architecture="Qwen3ForCausalLM",
             model_type="qwen3",
             models="Qwen3 0.6B to 32B",
+            also_inside=("qwen3_vl_text",),
             fields={"qk_norm": True, **_QWEN_WINDOWS},
         ),
         Family(
@@ -176,6 +177,11 @@ FAMILIES: dict[str, Family] = {
                 "logit_softcap": Key(float, ("final_logit_softcapping",), default=None),
                 "layers_without_window": _layers_without_window(6),
                 "window_rope_theta": Key(float, ("rope_local_base_freq",), default=10000.0),
+                # The models that see images leave them out.
+                "num_attention_heads": Key(int, default=8),
+                "num_key_value_heads": Key(int, default=4),
+                "vocab_size": Key(int, default=262208),
+                "max_position_embeddings": Key(int, default=131072),
             },
             refused=_GEMMA_REFUSED,
             activations=_GELU,
@@ -258,6 +264,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="Qwen3_5ForCausalLM",
             model_type="qwen3_5_text",
+            models="the language model of Qwen3.5 and 3.6, dense",
             fields={
                 "head_dim": Key(int, default=256),
                 "qk_norm": True,
@@ -275,6 +282,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             architecture="GptOssForCausalLM",
             model_type="gpt_oss",
+            models="gpt-oss 20B and 120B",
             fields={
                 "attention_bias": True,
                 "output_bias": True,

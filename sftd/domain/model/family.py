@@ -95,6 +95,7 @@ class Family:
     config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
+    `also_inside`: other `model_type`s of the same language model inside a vision-language model.
     `shared_expert`: name of the shared expert below the others.
     `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
@@ -105,6 +106,7 @@ class Family:
     models: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[Untrained, ...] = (MLP_BIAS, ATTENTION_BIAS)
+    also_inside: tuple[str, ...] = ()
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = (
         *("default", "linear", "llama3", "yarn"),
@@ -154,9 +156,9 @@ def _rope(
     transformers 4 as keys of their own. An override takes precedence over all forms. `window_theta`: what the keys of transformers 4
     say about layers with a window."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    of_windows = rope.get("sliding_attention")
+    of_windows: dict[str, Any] | None = rope.get("sliding_attention")
     if any(kind in rope for kind in ("full_attention", "sliding_attention")):
-        rope = dict(rope.get("full_attention") or of_windows)
+        rope = dict(rope.get("full_attention") or of_windows or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
     if of_windows is not None:
         other = {"rope_theta": theta} | of_windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from itertools import takewhile
 
 import msgspec
 
@@ -42,8 +43,14 @@ def nearest_family(architecture: str) -> str | None:
     """The supported architecture of the same name before its version (`Qwen3VLForConditionalGeneration`: Qwen), with the most
     similar version and variant. None if no name is the same."""
     name = _stem(architecture)
+
+    def similarity(known: str) -> tuple[int, float]:
+        stem = _stem(known)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(name, stem, strict=False))
+        return len(list(same)), SequenceMatcher(a=name, b=stem).ratio()
+
     related = [known for known in FAMILIES if name and _word(_stem(known)) == _word(name)]
-    return max(related, key=lambda known: SequenceMatcher(a=name, b=_stem(known)).ratio(), default=None)
+    return max(related, key=similarity, default=None)
 
 
 def _stem(architecture: str) -> str:

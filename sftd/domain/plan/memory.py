@@ -267,7 +267,7 @@ class _Layer:
         queries, keys = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
         if s.num_experts and not self._is_cpu:
             # Those of all experts of a rank.
-            f *= s.num_experts / model.megatron.expert_model_parallel_size
+            f *= s.num_experts // model.megatron.expert_model_parallel_size
         rows = max(2 * f / split, (queries + 2 * keys) / self._tp)
         # On a CPU, the levels and their product with the scales, both in FP32.
         return (8 if self._is_cpu else self._width) * rows * s.hidden_size

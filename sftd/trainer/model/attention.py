@@ -104,8 +104,8 @@ class CausalAttention(MegatronModule):
         """`mask`: the causal mask if the queries are not all of the tokens, but the last of them."""
         if self._has_options(k.shape[2]):
             if _is_half_on_gpu(q) and self.softcap is None:
-                by_token = (x.transpose(1, 2) for x in (q, k, v))
-                return self._flash(*by_token, (None, None, q.shape[2], k.shape[2])).transpose(1, 2)
+                query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+                return self._flash(query, key, value, (None, None, q.shape[2], k.shape[2])).transpose(1, 2)
             return attention_options.blocks(
                 q, k, v, self.sinks, scale=self.scale, window=self.window, softcap=self.softcap
             )
@@ -129,13 +129,13 @@ class CausalAttention(MegatronModule):
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         ends = chunk.cu_seqlens_q, chunk.cu_seqlens_k, chunk.longest_query, chunk.longest_key
         if self._has_options(chunk.longest_key):
-            out = self._flash(q, k, v, ends)
-        elif not self.is_grouped or _varlen_takes_groups():
+            return self._flash(q, k, v, ends)[:, None]
+        if not self.is_grouped or _varlen_takes_groups():
             from torch.nn.attention.varlen import varlen_attn
 
             # Causal, aligned so that the last query sees the last key.
             options: dict[str, Any] = {"enable_gqa": True} if self.is_grouped else {}
-            out = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
+            out: Any = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
         else:
             # Before torch 2.12, varlen_attn supports equal head counts only, but its kernel supports groups.
             out, *_ = torch.ops.aten._flash_attention_forward(

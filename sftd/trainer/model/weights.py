@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -25,6 +25,7 @@ from sftd.trainer.model.quantize import mxfp4
 from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
+from sftd.wire.model.text_part import text_name
 
 
 def model_rules(
@@ -165,32 +166,36 @@ def _vocabulary_rows(folder: Folder, name: str, rows: int, shape: ModelShape, la
 
 
 class Folder:
-    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request."""
+    """The weights of a folder, by default a model's, in one file or shards. Tensors are read on request. Those of a language model
+    inside a vision-language model have the names of one by itself."""
 
     def __init__(self, path: str, stack: ExitStack, files: Sequence[str] | None = None) -> None:
         folder = Path(path)
         self.path = path
-        self._files: dict[str, Any] = {}
+        found: dict[str, tuple[Any, str]] = {}
         for name in weight_files(folder) if files is None else files:
             try:
                 file = stack.enter_context(safe_open(folder / name, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{folder / name} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
-        # Name → the tensors that it is stored as.
-        self._stored = mxfp4.stored(self._files)
+            found |= {text_name(stored): (file, stored) for stored in file.keys()}  # noqa: SIM118
+        # Name → files, and names there, of the tensors that it is stored as.
+        self._places = {name: [found[part] for part in parts] for name, parts in mxfp4.stored(found).items()}
 
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._stored)
+        return set(self._places)
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in its file; its own if it is compressed there."""
+        places = self._places[name]
+        return places[0][1] if len(places) == 1 else name
 
     def read(self, name: str, dim: int | None = None, part: tuple[int, int] = (0, 1)) -> Tensor:
         """The tensor, or share i of n equal shares along `dim` for `part` = (i, n). Raises `UserError` when the tensor is
         missing or cannot be split so."""
-        if name not in self._files:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        piece = self._files[name].get_slice(name)
+        piece = self._pieces(name)[0]
         if dim is None:
             return piece[:]
         shape = piece.get_shape()
@@ -204,12 +209,14 @@ class Folder:
 
     def rows(self, name: str) -> int:
         """First dimension of a tensor. Raises `UserError` when it is missing."""
-        if name not in self._stored:
-            raise UserError(f"the weights in {self.path} lack {name}")
-        stored = self._stored[name][0]
-        return int(self._files[stored].get_slice(stored).get_shape()[0])
+        return int(self._pieces(name)[0].get_shape()[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, fewer if it ends before `stop`; decompressed if it is stored in MXFP4."""
-        parts = [self._files[stored].get_slice(stored)[start:stop] for stored in self._stored[name]]
-        return parts[0] if len(parts) == 1 else mxfp4.values(*parts)
+        parts = [piece[start:stop] for piece in self._pieces(name)]
+        return cast(Tensor, parts[0]) if len(parts) == 1 else mxfp4.values(*parts)
+
+    def _pieces(self, name: str) -> list[Any]:
+        if name not in self._places:
+            raise UserError(f"the weights in {self.path} lack {name}")
+        return [file.get_slice(stored) for file, stored in self._places[name]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.peft import CONFIG, WEIGHTS, PeftAdapter
 from sftd.wire.model.folder import tensors
+from sftd.wire.model.text_part import text_name
 
 _WHERE = "model.lora.adapter"
 
@@ -30,7 +31,9 @@ def read(folder: str) -> PeftAdapter:
             if not isinstance(config.get(key, 1), int | float):
                 raise ValueError(f"{key} is not a number")
         name = WEIGHTS
-        return PeftAdapter(config, tensors(path / WEIGHTS))
+        return PeftAdapter(
+            config, {text_name(name): shape for name, shape in tensors(path / WEIGHTS).items()}
+        )
     except FileNotFoundError:
         raise Refused(Problem(_WHERE, f"{folder} holds no {name}", fix)) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -6,21 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftd.domain.errors import Problem, Refused
+import msgspec
+
+from sftd.domain.errors import Problem, Refused, shorten
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.family import ROPE_KEYS
 from sftd.domain.model.rules import check_architecture
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.text.words import counted
 from sftd.wire.model.digest import INDEX, read_header, weight_files
+from sftd.wire.model.text_part import is_vision_language, text_config, with_text
 
 _WHERE = "model.partial_pretrain"
+_MISSING: Any = object()
 # A tokenizer needs one of these files.
 _TOKENIZER = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.py")
 
 
 def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a model folder, updated with `override`. Raises `Refused`."""
+    """config.json of the language model in a folder, updated with `override`. Raises `Refused`."""
+    return text_config(_whole_config(folder)) | override
+
+
+def _whole_config(folder: str) -> dict[str, Any]:
     path = Path(folder)
     fix = "give a folder that holds config.json, *.safetensors and the tokenizer"
     if path.is_file():
@@ -35,7 +43,7 @@ def read_config(folder: str, override: dict[str, Any]) -> dict[str, Any]:
         raise Refused(Problem(_WHERE, f"{folder}/config.json cannot be read: {error}", fix)) from None
     if not isinstance(config, dict):
         raise Refused(Problem(_WHERE, f"{folder}/config.json is not a mapping", fix))
-    return config | override
+    return config
 
 
 def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
@@ -44,6 +52,11 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
     # Check this first: an unsupported architecture lacks keys, and a missing key would be a misleading error.
     architecture = _architecture(config)
     if problem := check_architecture(architecture):
+        if is_vision_language(config):
+            kind = shorten(str(config["text_config"].get("model_type")))
+            problem = msgspec.structs.replace(
+                problem, what=f"{problem.what} (the model_type inside is {kind})"
+            )
         raise Refused(problem)
     try:
         return FAMILIES[architecture].shape(config, override)
@@ -59,6 +72,12 @@ def read_shape(folder: str, override: dict[str, Any]) -> ModelShape:
         ) from None
 
 
+def is_language_part(folder: str) -> bool:
+    """Whether the language model in a folder is inside a vision-language model. Raises `Refused`."""
+    whole = _whole_config(folder)
+    return text_config(whole) is not whole
+
+
 def _architecture(config: dict[str, Any]) -> str:
     named = config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else ""
@@ -69,13 +88,21 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
 
     `read_shape` returns the same shape for it as for `folder` with `override`. Raises `Refused`.
     """
-    config = read_config(folder, override)
+    whole = _whole_config(folder)
+    before = text_config(whole)
+    config = before | override
     if not override.keys().isdisjoint(ROPE_KEYS):
         # Write both formats in full: transformers 4 reads the two keys, transformers 5 the one mapping.
         shape = read_shape(folder, override)
         scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
         config |= {"rope_scaling": scaling, **theta}
-        rope = {"rope_type": "default"} | (scaling or {}) | theta
+        # Those that no override has: which dimensions are rotated, and the positions of images.
+        kept = {
+            name: value
+            for name, value in (before.get("rope_parameters") or {}).items()
+            if name == "partial_rotary_factor" or name.startswith("mrope_")
+        }
+        rope = kept | {"rope_type": "default"} | (scaling or {}) | theta
         if (local := shape.window_rope_theta) is not None:
             config["rope_local_base_freq"] = local
             rope = {
@@ -85,8 +112,13 @@ def exported_config(folder: str, override: dict[str, Any], dtype: str) -> dict[s
         config["rope_parameters"] = rope
     # The exported weights are not compressed.
     config.pop("quantization_config", None)
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return config | {key: dtype}
+    key = "torch_dtype" if "torch_dtype" in whole and "dtype" not in whole else "dtype"
+    if before is whole:
+        return config | {key: dtype}
+    changed = {name: value for name, value in config.items() if before.get(name, _MISSING) != value}
+    if key in before:
+        changed[key] = dtype
+    return with_text(whole, changed) | {key: dtype}
 
 
 def check_weights(folder: str) -> None:
@@ -141,7 +173,7 @@ def stop_ids(folder: str) -> tuple[int, ...]:
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         try:
-            named = json.loads((Path(folder) / name).read_text()).get("eos_token_id")
+            named = text_config(json.loads((Path(folder) / name).read_text())).get("eos_token_id")
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
         found.update(i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ process.prepare()
 import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sftd.domain.model.families import FAMILIES  # noqa: E402
@@ -28,7 +30,9 @@ from sftd.trainer.data.sequence_shards import spans  # noqa: E402
 from sftd.trainer.model import attention  # noqa: E402
 from sftd.trainer.model.attention import CausalAttention  # noqa: E402
 from sftd.trainer.model.kernels import attention_options  # noqa: E402
+from sftd.trainer.model.quantize import mxfp4  # noqa: E402
 from sftd.trainer.model.rope import RotaryEmbedding  # noqa: E402
+from sftd.trainer.model.weights import Folder  # noqa: E402
 from sftd.trainer.runtime.session import Layout  # noqa: E402
 
 LENGTH, HEADS, GROUPS, DIM = 40, 4, 2, 8
@@ -235,6 +239,19 @@ def rope_of_samples(scaling: dict[str, Any]) -> float:
     return max(found)
 
 
+def mxfp4_of_a_folder(where: Path) -> float:
+    """An expert of a folder in MXFP4, whose blocks and scales are in different files."""
+    blocks = torch.arange(3 * 4 * 2 * 16).view(3, 4, 2, 16).to(torch.uint8)
+    scales = torch.arange(120, 144).view(3, 4, 2).to(torch.uint8)
+    save_file({"e_blocks": blocks, "b": scales[0]}, where / "1.safetensors")
+    save_file({"e_scales": scales}, where / "2.safetensors")
+    with ExitStack() as stack:
+        folder = Folder(str(where), stack, ["1.safetensors", "2.safetensors"])
+        assert (folder.names, folder.rows("e")) == ({"e", "b"}, 3)
+        found = folder.read_rows("e", 1, 2)
+    return float(not torch.equal(found, mxfp4.values(blocks, scales)[1:2]))
+
+
 def main(path: str) -> None:
     attention_options._BLOCK = 16
     found = {"long window": long_window()}
@@ -243,6 +260,7 @@ def main(path: str) -> None:
             found[f"{name} {rows}"] = in_rows(options, ends)
             found[f"{name} {rows} cp2"] = in_shares(options, ends)
         found[f"{name} cached"] = cached(options)
+    found["mxfp4"] = mxfp4_of_a_folder(Path(path).parent)
     short, long = ([1.0 + step * pair for pair in range(8)] for step in (0.1, 2.0))
     found["longrope"] = rope_of_samples(
         {

@@ -1,19 +1,25 @@
-"""Run by torchrun: trains several attempts of one rank one after the other, each in a session of its own.
+"""Run by torchrun: trains several attempts one after the other, those of one rank each in a session of its own, those of several
+ranks, which have the layout of the first, in one session: such ranks would not find each other again.
 
-Starting a process costs more on a GPU machine than training a tiny model. (Two ranks would not find each other again.)
+Starting a process costs more on a GPU machine than training a tiny model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from sftd.trainer.runtime import process
 
 process.prepare()
 
+import torch  # noqa: E402
+
+from sftd.domain.plan.sizes import weights_dtype  # noqa: E402
 from sftd.trainer.loop.attempt import RankAttempt  # noqa: E402
 from sftd.trainer.runtime import session as sessions  # noqa: E402
 from sftd.trainer.runtime.reporter import Reporter  # noqa: E402
@@ -22,12 +28,18 @@ from sftd.wire.attempt.directory import AttemptDir  # noqa: E402
 
 def main(path: str) -> None:
     paths = json.loads(Path(path, "attempts.json").read_text())
+    is_alone, session = os.environ["WORLD_SIZE"] == "1", None
     for attempt in map(AttemptDir, paths):
         order = attempt.order()
-        session = sessions.start(order.spec)
+        if session is None or is_alone:
+            session = sessions.start(order.spec)
+        dtype = getattr(torch, weights_dtype(order.spec, session.device.type))
         reporter = Reporter(attempt, session.layout.reports)
-        RankAttempt(attempt, order, session, reporter, time.perf_counter()).run()
+        RankAttempt(attempt, order, replace(session, dtype=dtype), reporter, time.perf_counter()).run()
         reporter.close()
+        if is_alone:
+            sessions.close()
+    if not is_alone:
         sessions.close()
 
 

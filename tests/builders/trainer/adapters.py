@@ -27,7 +27,13 @@ def write_adapter(model: Path, folder: Path, alpha: int) -> Path:
         has_experts = any("experts" in name for name, _ in network.named_modules())
         targets = [f"{p}_proj" for p in "qkvo"] if has_experts else "all-linear"
         config = peft.LoraConfig(
-            r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=alpha,
+            target_modules=targets,
+            # Of a gated delta net sftd adapts the last product.
+            exclude_modules=r".*\.in_proj_\w+",
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
         peft.get_peft_model(network, config).save_pretrained(folder)
     return folder

@@ -12,9 +12,10 @@ from sftd.domain.spec.spec import Spec
 from tests.builders.trainer.tiny_models import MODELS
 from tests.builders.trainer.trainers import MEGATRON
 
-# Five steps on one rank, padded, compared with transformers; and what the layouts have in common, which are packed.
+# Five steps on one rank, padded, compared with transformers. The learning rate does not depend on their number.
 ONE_RANK: dict[str, Any] = {
     "trainer__max_steps": 5,
+    "scheduler__type": "constant",
     "trainer__save_interval": 0,
     "trainer__val_check_interval": 0,
     "trainer__val_before_train": False,
@@ -27,9 +28,9 @@ TP2, PP2, CP2, EP2 = (
     {f"{MEGATRON}{kind}_parallel_size": 2}
     for kind in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
-# Two ranks each.
+# Two ranks each, packed, for two steps: the second one's loss depends on every gradient.
 LAYOUTS: dict[str, dict[str, Any]] = {
-    name: ONE_RANK | {"training__use_rmpad": True} | layout
+    name: ONE_RANK | {"training__use_rmpad": True, "trainer__max_steps": 2} | layout
     for name, layout in {
         "TP": TP2,
         "TP+SP": TP2 | {MEGATRON + "sequence_parallel": True},

@@ -328,6 +328,43 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+_EYES = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 4}
+_QWEN_EYES = _EYES | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+_SMALL_EYES = _EYES | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+# Models that see images, with a language model of a family inside.
+VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3_5_vision": (
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        {"text_config": MODELS["qwen3_5"][2], "vision_config": _QWEN_EYES},
+    ),
+    "qwen3_vision": (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        {
+            "text_config": MODELS["qwen3"][2] | {"pad_token_id": 0},
+            "vision_config": _QWEN_EYES | {"deepstack_visual_indexes": [0]},
+        },
+    ),
+    "gemma3_vision": (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": MODELS["gemma3"][2],
+            "vision_config": _SMALL_EYES | {"model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3_vision": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "text_config": MODELS["mistral"][2] | {"model_type": "mistral"},
+            "vision_config": _SMALL_EYES | {"model_type": "pixtral", "head_dim": 16},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 _WIDE = {"hidden_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": False}
 # Models whose matrices two ranks can share in blocks of 64 columns.
 WIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -353,10 +390,14 @@ def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] =
     import transformers
 
     _, config, extra = models[name]
+    if "text_config" in extra:
+        return getattr(transformers, config)(**extra | {"text_config": _SIZES | extra["text_config"]})
     return getattr(transformers, config)(**_SIZES | extra)
 
 
-def write_models(folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS) -> None:
+def write_models(
+    folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS | VISION
+) -> None:
     """Write tiny models into a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

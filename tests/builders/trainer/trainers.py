@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -195,6 +196,20 @@ class Trainer:
         if any(code != expect for code in codes):
             pytest.fail(f"exit codes {codes}\n{run.output[-6000:]}")
         return run
+
+    def together(
+        self, attempts: Mapping[str, AttemptDir], script: Path, warm: WarmTrainer | None = None
+    ) -> dict[str, Run]:
+        """Run a script of tests/builders/ranks on attempts of one layout, one after the other in one set of processes: by torchrun, or
+        without it on the `warm` ones."""
+        first = next(iter(attempts.values()))
+        (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
+        if warm is None:
+            whole = self.finish(first, self.start(first, script=script))
+        else:
+            ranks = first.order().spec.world_size
+            whole = self.ended(first, warm.script(script, [str(first.path)], ranks, first.output_log))
+        return {name: Run(a, whole.code, whole.output) for name, a in attempts.items()}
 
     def run(self, name: str, ranks: int = 1, **overrides: Any) -> Run:
         """Train an attempt from the pretrained model to its end, once per name in the whole test session."""

@@ -1,5 +1,6 @@
 """Attention with windows, sinks and soft-capped scores is that of a dense mask in plain PyTorch: padded, packed, in the shares of
-context-parallel ranks, with a key-value cache, and around FlashAttention; outputs and gradients, in FP64. RoPE that depends on the length is that of each sample alone."""
+context-parallel ranks, with a key-value cache, and around FlashAttention; outputs and gradients, in FP64. RoPE that depends on the length is that of each
+sample alone. An expert in MXFP4 is read from its blocks and scales."""
 
 from __future__ import annotations
 
@@ -19,5 +20,5 @@ def test_attention_is_that_of_a_dense_mask(warm: WarmTrainer, tmp_path: Path) ->
     out, log = tmp_path / "found.json", tmp_path / "log"
     assert warm.script(SCRIPT, [str(out)], 1, log).wait() == [0], log.read_text()
     found = json.loads(out.read_text())
-    assert len(found) == 32
+    assert len(found) == 33
     assert {name: difference for name, difference in found.items() if not difference < 1e-6} == {}

@@ -130,10 +130,7 @@ def runs_of(trainer: Trainer, selected: dict[str, list[str]]) -> Callable[[str],
                 )
                 for name in selected[layout]
             }
-            first = next(iter(attempts.values()))
-            (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in attempts.values()]))
-            whole = trainer.finish(first, trainer.start(first, script=SCRIPT))
-            done[layout] = {name: type(whole)(a, whole.code, whole.output) for name, a in attempts.items()}
+            done[layout] = trainer.together(attempts, SCRIPT)
         return done[layout]
 
     return find

@@ -62,7 +62,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 # Models whose five steps are compared with peft's.
-PEFT = ("llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+PEFT = ("llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "qwen3_5")
 
 
 def train(

@@ -135,11 +135,7 @@ class Numerics:
                 )
                 for key, overrides in attempts.items()
             }
-            first = next(iter(prepared.values()))
-            (first.path / "attempts.json").write_text(json.dumps([str(a.path) for a in prepared.values()]))
-            started = self._warm.script(TRAIN_ATTEMPTS, [str(first.path)], ranks, first.output_log)
-            whole = self._trainer.ended(first, started)
-            self._done[name] = {key: Run(a, whole.code, whole.output) for key, a in prepared.items()}
+            self._done[name] = self._trainer.together(prepared, TRAIN_ATTEMPTS, self._warm)
         assert self._done[name], f"the ranks of {name} have failed: see the first test of them"
         return self._done[name]
 

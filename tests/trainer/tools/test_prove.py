@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,11 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "phi3": ("phi3", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
     "merged_glm4": ("glm4", {"model__lora__rank": RANK}, True),
     "mixtral": ("mixtral", {"model__lora__rank": RANK}, False),
+    # Inside models that see images.
+    "qwen3_5_vision": ("qwen3_5_vision", {}, False),
+    "gemma3_vision": ("gemma3_vision", {}, False),
+    "qwen3_vision": ("qwen3_vision", {"model__lora__rank": RANK}, False),
+    "mistral3_vision": ("mistral3_vision", {"model__lora__rank": RANK}, True),
     "qwen3_moe": ("qwen3_moe", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
 }
 
@@ -64,6 +70,8 @@ def write_adapter(model: Path, folder: Path) -> Path:
     tensors = {}
     for name, weight in load_file(model / "model.safetensors").items():
         module, _, kind = name.rpartition(".")
+        if module.startswith(("vision_tower", "model.visual")):
+            continue
         if kind == "weight" and module.rpartition(".")[2] in (*PROJECTIONS, *JOINED):
             rows, columns = weight.shape
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, columns) / columns**0.5
@@ -164,6 +172,34 @@ def test_an_export_computes_what_the_trainer_does(exports: dict[str, tuple[Path,
     assert ("peft" in found["versions"]) == is_peft
     whole = {"config.json", "generation_config.json", "model.safetensors"}
     assert names & whole == (set() if is_peft else whole)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_vision", "gemma3_vision", "mistral3_vision"])
+def test_a_vision_language_model_is_exported_whole(
+    exports: dict[str, tuple[Path, Path]], models: Path, name: str
+) -> None:
+    from safetensors.torch import load_file
+
+    folder, original = exports[name][0], models / name
+    found, known = (load_file(path / "model.safetensors") for path in (folder, original))
+    assert found.keys() == known.keys()
+    changed = {key for key in known if not found[key].equal(known[key])}
+    # The one with a merged adapter has it in the language model.
+    is_merged = CASES[name][2]
+    assert changed == {
+        key for key in known if is_merged and "language_model.model.layers" in key and "proj" in key
+    }
+    config, before = (json.loads((path / "config.json").read_text()) for path in (folder, original))
+    assert config == before
+
+
+def test_an_adapter_of_a_language_model_inside_leaves_the_rest_alone(
+    exports: dict[str, tuple[Path, Path]],
+) -> None:
+    config = json.loads((exports["qwen3_vision"][0] / "adapter_config.json").read_text())
+    pattern = config["target_modules"]
+    assert re.fullmatch(pattern, "model.language_model.layers.1.self_attn.q_proj")
+    assert not re.fullmatch(pattern, "model.visual.blocks.0.attn.q_proj")
 
 
 def test_the_config_of_an_adapter_is_that_of_the_spec(

@@ -14,6 +14,7 @@ from sftd.domain.model.rules import MODEL, check_architecture
 from sftd.domain.spec.parse import parse
 from sftd.wire.model import folder as model_folder
 from sftd.wire.model.folder import exported_config, read_shape
+from sftd.wire.model.text_part import text_name
 from tests.builders.paths import ROOT
 from tests.builders.plan.model_configs import DENSE
 
@@ -288,6 +289,78 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     plain = exported_config(folder, {"rope_theta": 7.0}, "float32")
     assert (plain["rope_theta"], plain["rope_scaling"]) == (7.0, None)
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_an_exported_config_does_not_say_that_its_weights_are_compressed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}})
+    assert "quantization_config" not in exported_config(folder, {}, "bfloat16")
+
+
+INSIDE = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "torch_dtype": "bfloat16",
+    "image_token_id": 7,
+    "text_config": {k: v for k, v in DENSE.items() if k != "architectures"} | {"model_type": "qwen3_vl_text"},
+    "vision_config": {"hidden_size": 1},
+}
+
+
+@pytest.mark.parametrize(("outside", "inside"), [(True, False), (False, True), (None, True), (False, False)])
+def test_a_language_model_inside_another_is_read_as_one_by_itself(
+    tmp_path: Path, outside: bool | None, inside: bool
+) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"tie_word_embeddings": inside}}
+    if outside is not None:
+        config["tie_word_embeddings"] = outside
+    alone = DENSE | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": bool(outside or inside)}
+    expected = read_shape(folder_of(tmp_path, alone), {})
+    assert read_shape(folder_of(tmp_path, config), {}) == expected
+
+
+def test_an_unknown_language_model_inside_another_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"model_type": "bert"}}
+    with pytest.raises(
+        Refused, match=r"Qwen3VLForConditionalGeneration is not supported.*the model_type inside is bert"
+    ):
+        read_shape(folder_of(tmp_path, config), {})
+
+
+def test_an_export_changes_the_config_of_the_language_model_inside_only(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [1, 1, 2]}
+    whole = INSIDE | {"text_config": INSIDE["text_config"] | {"rope_parameters": rope}}
+    folder = folder_of(tmp_path, whole)
+    assert exported_config(folder, {}, "float32") == whole | {
+        "torch_dtype": "float32",
+        "text_config": whole["text_config"] | {"torch_dtype": "float32"},
+    }
+    override = {"rope_theta": 7.0, "tie_word_embeddings": True}
+    trained, found = read_shape(folder, override), exported_config(folder, override, "bfloat16")
+    assert found["text_config"]["rope_parameters"] == rope | {"rope_theta": 7.0}
+    assert "rope_theta" not in found
+    assert read_shape(folder_of(tmp_path, found), {}) == trained
+
+
+def test_answers_end_as_the_language_model_inside_says(tmp_path: Path) -> None:
+    config = INSIDE | {"text_config": INSIDE["text_config"] | {"eos_token_id": [5, 6]}}
+    assert model_folder.stop_ids(folder_of(tmp_path, config)) == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "alone"),
+    [
+        ("model.language_model.layers.0.a", "model.layers.0.a"),
+        ("language_model.model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("base_model.model.model.language_model.layers.0.a", "base_model.model.model.layers.0.a"),
+        *(
+            (name, name)
+            for name in ("lm_head.weight", "model.visual.a", "vision_tower.a", "model.layers.0.a")
+        ),
+    ],
+)
+def test_a_weight_inside_has_the_name_of_one_by_itself(stored: str, alone: str) -> None:
+    assert text_name(stored) == alone
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
     v, decay, beta = (
         chunks.split(x.float()).unflatten(2, (groups, -1)).movedim(1, 3) for x in (v, decay, beta)
     )
-    q, total, beta = q * q.shape[-1] ** -0.5, decay.cumsum(-1), beta.unsqueeze(-1)
+    q, beta = q * q.shape[-1] ** -0.5, beta.unsqueeze(-1)
     upper = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    # A sum up to each token. CUDA's cumsum does not repeat its bits.
+    total = torch.where(upper, 0, decay.unsqueeze(-2)).sum(-1)
     # Exponents above the diagonal are positive and may overflow.
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(upper, float("-inf")).exp()
     since, until = total.exp().unsqueeze(-1), (total[..., -1:] - total).exp().unsqueeze(-1)

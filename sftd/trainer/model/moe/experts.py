@@ -1,4 +1,5 @@
-"""Mixture of experts: Megatron's dropless MoELayer with SequentialMLP, which computes a rank's experts one by one.
+"""Mixture of experts: Megatron's dropless MoELayer with SequentialMLP, which computes a rank's experts one by one; on GPUs `grouped`
+computes them together.
 
 With expert parallelism (EP) each rank holds some of the experts, unsplit; an EP group spans tensor-, context- and
 data-parallel ranks of a pipeline stage. Without EP every expert is split over the tensor-parallel ranks like a dense

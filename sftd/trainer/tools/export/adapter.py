@@ -18,6 +18,7 @@ from sftd.domain.spec.model_section import Lora, Model
 from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import lora as adapters
 from sftd.trainer.model.families.rules import Rule
+from sftd.wire.model.text_part import name_in_peft
 
 
 def check(shape: ModelShape, spec: Model) -> None:
@@ -26,11 +27,11 @@ def check(shape: ModelShape, spec: Model) -> None:
         raise Refused(problems)
 
 
-def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) -> int:
+def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model, *, is_inside: bool) -> int:
     """Write a whole model's adapters as `adapter_model.safetensors` and `adapter_config.json`. Returns the number of elements.
 
     Experts get PEFT's names from before transformers 5, a module for each expert: peft converts them for the parameter that
-    holds all experts, and so they load in either.
+    holds all experts, and so they load in either. `is_inside`: the model is that inside a vision-language model.
     """
     own = dict(model.named_parameters())
     parts = weights.model_rules(
@@ -43,9 +44,13 @@ def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model) 
         if found and rule.parts is not None:
             found, count = _joined(rule, found, shape)
             joined[rule.sources[0].split(".")[-2]] = count
-        tensors |= {PREFIX + name: tensor.contiguous() for name, tensor in found.items()}
+        names = {name: name_in_peft(name) if is_inside else name for name in found}
+        tensors |= {PREFIX + names[name]: tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    modules = sorted({name.split(".")[-3] for name in tensors})
+    modules: list[str] | str = sorted({name.split(".")[-3] for name in tensors})
+    if is_inside:
+        # Modules that see images have the same names.
+        modules = rf".*\.language_model\..*\.({'|'.join(modules)})"
     config = _config(spec, shape, modules) | _patterns(spec.lora, joined)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return sum(tensor.numel() for tensor in tensors.values())
@@ -86,7 +91,7 @@ def _patterns(lora: Lora, joined: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _config(spec: Model, shape: ModelShape, modules: list[str]) -> dict[str, Any]:
+def _config(spec: Model, shape: ModelShape, modules: list[str] | str) -> dict[str, Any]:
     lora = spec.lora
     alpha, is_rslora = lora.alpha, lora.rslora
     if is_rslora and _has_experts(shape, lora):

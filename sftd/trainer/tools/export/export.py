@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sftd.domain.spec.spec import Spec
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.trainer.errors import UserError
 from sftd.trainer.model import weights
+from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.quantize.products import values_of
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.tools.export import adapter
@@ -30,7 +32,7 @@ from sftd.trainer.tools.protocol import EventWriter
 from sftd.wire.attempt.directory import fsync_dir
 from sftd.wire.checkpoint import manifest as manifests
 from sftd.wire.model.digest import kept_files
-from sftd.wire.model.folder import exported_config, read_shape
+from sftd.wire.model.folder import exported_config, is_language_part, read_shape
 
 
 def export(
@@ -62,7 +64,7 @@ def export(
     manifest = manifests.verify(checkpoint, digest)
     folder, override = spec.model.partial_pretrain, spec.model.override_config
     shape = read_shape(folder, override)
-    is_adapter = bool(spec.model.lora.rank) and not merge
+    is_inside, is_adapter = is_language_part(folder), bool(spec.model.lora.rank) and not merge
     if is_adapter:
         adapter.check(shape, spec.model)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +79,9 @@ def export(
             if name != "config.json" and not (is_adapter and name == "generation_config.json"):
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, partial / name)
+        if is_inside and not is_adapter:
+            for path in Path(folder).glob("*processor_config.json"):
+                shutil.copyfile(path, partial / path.name)
         write_template(partial, template)
         session = one_rank(spec, device="cpu", dtype=manifest.dtype)
         try:
@@ -84,11 +89,12 @@ def export(
             (model,) = read_model(spec, shape, session, checkpoint)
             _check_space(model, partial, is_adapter=is_adapter)
             if is_adapter:
-                parameters = adapter.write(partial, model, shape, spec.model)
+                parameters = adapter.write(partial, model, shape, spec.model, is_inside=is_inside)
             else:
-                parameters = write_shards(
-                    partial, _tensors(model, shape, spec.model.lora, events), shard_bytes
-                )
+                tensors = _tensors(model, shape, spec.model.lora, events)
+                if is_inside:
+                    tensors = _with_others(tensors, folder, shape)
+                parameters = write_shards(partial, tensors, shard_bytes)
         finally:
             sessions.close()
         events.progress("digest", path=str(partial))
@@ -124,6 +130,22 @@ def _check_space(model: torch.nn.Module, partial: Path, *, is_adapter: bool) -> 
         raise UserError(
             f"{partial} has {free} bytes free, the weights need {need}: make room, or export elsewhere"
         )
+
+
+def _with_others(
+    tensors: Iterator[tuple[str, torch.Tensor]], folder: str, shape: ModelShape
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a language model under their names inside the model of `folder`, and its other tensors as they are."""
+    with ExitStack() as stack:
+        source = weights.Folder(folder, stack)
+        # Also those that are not exported: they are no other tensors.
+        inside = {family_of(shape).output}
+        for name, tensor in tensors:
+            inside.add(name)
+            yield source.stored_name(name), tensor
+        for name in sorted(source.names - inside):
+            if source.stored_name(name) == name:
+                yield name, source.read(name)
 
 
 @torch.no_grad()

@@ -93,7 +93,9 @@ def compare(folder: Path, file: Path, events: Any) -> dict[str, Any]:
             scales.append(row["logits"].abs().max())
         # NaN if one is.
         largest = float(torch.cat(differences).max())
-        tolerance = _tolerance(reference.rounding, float(torch.stack(scales).max()), model.config)
+        tolerance = _tolerance(
+            reference.rounding, float(torch.stack(scales).max()), model.config.get_text_config()
+        )
         tokens, difference = 0, ""
         for number in range(reference.rows):
             events.progress(f"the export's answer {number + 1} of {reference.rows}")
@@ -121,14 +123,25 @@ def _load(folder: Path, dtype: Any, *, is_peft: bool) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    load = transformers.AutoModelForCausalLM.from_pretrained
     if not is_peft:
-        return load(folder, dtype=dtype, local_files_only=True).float().eval()
+        return _load_model(str(folder), dtype=dtype).float().eval()
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(folder))
-    base = load(config.base_model_name_or_path, revision=config.revision, dtype=dtype, local_files_only=True)
+    base = _load_model(config.base_model_name_or_path, revision=config.revision, dtype=dtype)
     return peft.PeftModel.from_pretrained(base, str(folder)).float().eval()
+
+
+def _load_model(path: str, **options: Any) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        path, revision=options.get("revision"), local_files_only=True
+    )
+    # A model that sees images gets text only.
+    is_text = config.get_text_config() is config
+    model = transformers.AutoModelForCausalLM if is_text else transformers.AutoModelForImageTextToText
+    return model.from_pretrained(path, local_files_only=True, **options)
 
 
 def _tolerance(dtype: str, largest: float, config: Any) -> float:
