@@ -51,7 +51,8 @@ class LatentAttention(MegatronModule):
             "init_method": config.init_method,
             "tp_group": pg_collection.tp,
         }
-        self.linear_q_a = self.q_a_layernorm = None
+        self.linear_q_a: Any = None
+        self.q_a_layernorm: Any = None
         if shape.q_lora_rank:
             self.linear_q_a = _Whole(config, h, shape.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config, shape.q_lora_rank, _EPS)
