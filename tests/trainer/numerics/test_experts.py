@@ -53,7 +53,7 @@ FREEZE: dict[str, Any] = {"model__freeze": [r"0\.mlp\.experts\..*\.down", r"1\.m
 # What is trained one by one in one rank: model, overrides.
 ONE_BY_ONE: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("qwen3_moe", {}),
-    "mixtral": ("mixtral", {}),
+    "biased": ("gpt_oss", {}),
     "frozen": ("qwen3_moe", FREEZE),
     "lora": ("qwen3_moe", LORA),
     "qlora": ("qwen3_moe", LORA | {"model__quantize": "nf4"}),
@@ -61,7 +61,7 @@ ONE_BY_ONE: dict[str, tuple[str, dict[str, Any]]] = {
 # And together, as on GPUs: which of them, ranks, overrides.
 TOGETHER: dict[str, tuple[str, int, dict[str, Any]]] = {
     "selective": ("whole", 1, FULL | {"model__recompute": "selective"}),
-    "full_packed": ("mixtral", 1, FULL | {"training__use_rmpad": True}),
+    "full_packed": ("biased", 1, FULL | {"training__use_rmpad": True}),
     "frozen": ("frozen", 1, {}),
     "qlora": ("qlora", 1, {}),
     "ep2": ("whole", 2, EP2),

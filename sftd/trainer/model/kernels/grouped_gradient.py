@@ -34,22 +34,21 @@ def add_weight_gradient(
     first = tl.where(expert == 0, 0, first)
     last = tl.load(ends + expert)
     if first < last:
+        row = tl.arange(0, ROWS)
+        # Offsets of 32 bits from places of 64: they take fewer registers.
+        left_offset, right_offset = (
+            row[:, None] * height + out[None, :],
+            row[:, None] * width + column[None, :],
+        )
+        is_left, is_right = (out < height)[None, :], (column < width)[None, :]
         total = tl.zeros((TILE_HEIGHT, TILE_WIDTH), tl.float32)
-        for start in range(first, last, ROWS):
-            row = start + tl.arange(0, ROWS)
-            place = row.to(tl.int64)[:, None]
-            left = tl.load(
-                dy + place * height + out[None, :],
-                mask=(row < last)[:, None] & (out < height)[None, :],
-                other=0.0,
-            )
-            right = tl.load(
-                x + place * width + column[None, :],
-                mask=(row < last)[:, None] & (column < width)[None, :],
-                other=0.0,
-            )
+        for done in range(0, last - first, ROWS):
+            is_row = (row < last - first - done)[:, None]
+            place = (first + done).to(tl.int64)
+            left = tl.load(dy + place * height + left_offset, mask=is_row & is_left, other=0.0)
+            right = tl.load(x + place * width + right_offset, mask=is_row & is_right, other=0.0)
             total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
-        place = gradient + expert * stride + out.to(tl.int64)[:, None] * width + column[None, :]
+        place = gradient + expert * stride + (out[:, None] * width + column[None, :])
         is_inside = (out < height)[:, None] & (column < width)[None, :]
         tl.store(place, tl.load(place, mask=is_inside) + total, mask=is_inside)
 
