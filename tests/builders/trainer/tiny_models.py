@@ -307,7 +307,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
             "shared_expert_intermediate_size": 48,
-            "mlp_only_layers": [0],
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
