@@ -21,12 +21,13 @@ from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.sizes import checkpoint_bytes
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
-from sftd.trainer.model import experts, weights
 from sftd.trainer.model import model as models
+from sftd.trainer.model import weights
 from sftd.trainer.model.adapters import frozen, lora
 from sftd.trainer.model.adapters.linears import Adapters, adapters_of, sum_partial_gradients
 from sftd.trainer.model.grouped import experts as grouped
 from sftd.trainer.model.grouped.adapters import GroupedAdapters
+from sftd.trainer.model.moe import experts
 from sftd.trainer.optimizer import optimizer as optimizers
 from sftd.trainer.runtime.session import Session
 

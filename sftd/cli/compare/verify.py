@@ -119,7 +119,13 @@ def verify_command(
 
 
 # Keys that decide which tensors a checkpoint has.
-_CONTENT = {"model.lora.rank", "model.lora.targets", "model.freeze", "optimizer.precision"}
+_CONTENT = {
+    "model.lora.rank",
+    "model.lora.targets",
+    "model.freeze",
+    "model.freeze_router",
+    "optimizer.precision",
+}
 
 
 def _changed(

@@ -132,8 +132,8 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
 def what_is_trained(model: Model) -> str:
     """What of the model is trained, if not all of it."""
     lora = model.lora
-    if model.freeze:
-        return f"all weights but {', '.join(model.freeze)}"
+    if model.frozen:
+        return f"all weights but {', '.join(model.frozen)}"
     if not lora.rank:
         return ""
     stored = f", beside weights in {model.quantize}" if model.quantize != "none" else ""

@@ -21,6 +21,8 @@ Payload = dict[str, Any]
 UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
     ("RunSubmitted", 1): lambda payload: payload | {"model_files": None},
     ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
+    ("StepCompleted", 2): lambda payload: payload | {"load_balancing_loss": None, "z_loss": None},
+    ("ValidationCompleted", 1): lambda payload: payload | {"expert_load": None},
     ("StopRequested", 1): lambda payload: payload | {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): lambda payload: (
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}

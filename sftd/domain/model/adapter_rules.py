@@ -87,7 +87,7 @@ def some_experts_frozen(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 def stage_without_training(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Each pipeline stage has an optimizer."""
     stages = spec.model.megatron.pipeline_model_parallel_size
-    for stage in range(stages if spec.model.freeze and shape.num_hidden_layers % stages == 0 else 0):
+    for stage in range(stages if spec.model.frozen and shape.num_hidden_layers % stages == 0 else 0):
         if not held(spec, shape, stage).trained:
             what = f"freezes all weights of pipeline stage {stage} of {stages}"
             yield Problem("model.freeze", what, "use fewer stages, or freeze fewer layers")

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sftd.domain.model.family import ATTENTION_BIAS, MLP_BIAS, ROPE_KEYS, Family, Key, Untrained
-
-_OTHER_EXPERTS = (
-    Untrained("mlp_only_layers", "dense layers between its MoE layers"),
-    Untrained("decoder_sparse_step", "dense layers between its MoE layers", neutral=(1,)),
-    Untrained("shared_expert_intermediate_size", "shared experts"),
-    Untrained("router_jitter_noise", "router noise"),
+from sftd.domain.model.family import (
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    ROPE_KEYS,
+    SWITCHED_WINDOW,
+    Family,
+    Key,
+    Untrained,
+    full_attention,
 )
+from sftd.domain.model.mixtures import MIXTURES
 
 
 def _every_fourth(config: Mapping[str, Any]) -> list[int]:
@@ -40,11 +43,6 @@ def _rsqrt(number: Any) -> float:
     return math.pow(float(number), -0.5)
 
 
-def _full(types: Sequence[str]) -> tuple[int, ...]:
-    """The layers without a window in config.json's `layer_types`."""
-    return tuple(number for number, kind in enumerate(types) if kind != "sliding_attention")
-
-
 def _layers_without_window(interval: int) -> Key:
     """Each `interval`th layer has none, unless config.json says otherwise."""
 
@@ -53,7 +51,7 @@ def _layers_without_window(interval: int) -> Key:
         kinds = ["sliding_attention"] * (every - 1) + ["full_attention"]
         return [kinds[number % every] for number in range(int(config["num_hidden_layers"]))]
 
-    return Key(_full, ("layer_types",), default=default)
+    return Key(full_attention, ("layer_types",), default=default)
 
 
 def _from_window_layers(config: Mapping[str, Any]) -> list[str]:
@@ -82,11 +80,9 @@ def _linear(types: Sequence[str]) -> tuple[int, ...]:
     return tuple(number for number, kind in enumerate(types) if kind == "linear_attention")
 
 
-# Qwen's config.json has a window that is used only if the switch says so.
-_SWITCHED_WINDOW = Key(int, default=None, switch="use_sliding_window")
 _QWEN_WINDOWS = {
-    "sliding_window": _SWITCHED_WINDOW,
-    "layers_without_window": Key(_full, ("layer_types",), default=_from_window_layers),
+    "sliding_window": SWITCHED_WINDOW,
+    "layers_without_window": Key(full_attention, ("layer_types",), default=_from_window_layers),
 }
 _GEMMA: dict[str, Any] = {
     "hidden_act": Key(str, ("hidden_activation", "hidden_act"), default="gelu_pytorch_tanh"),
@@ -148,8 +144,8 @@ FAMILIES: dict[str, Family] = {
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
                 "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
-                "sliding_window": _SWITCHED_WINDOW,
-                "layers_without_window": Key(_full, ("layer_types",), default=_windows_without_rope),
+                "sliding_window": SWITCHED_WINDOW,
+                "layers_without_window": Key(full_attention, ("layer_types",), default=_windows_without_rope),
             },
         ),
         Family(
@@ -262,7 +258,7 @@ FAMILIES: dict[str, Family] = {
             models="Ministral 8B",
             fields={
                 "sliding_window": Key(int, default=4096),
-                "layers_without_window": Key(_full, ("layer_types",), default=()),
+                "layers_without_window": Key(full_attention, ("layer_types",), default=()),
             },
         ),
         Family(
@@ -309,34 +305,7 @@ FAMILIES: dict[str, Family] = {
             rope_theta=150000.0,
             joined_experts=True,
         ),
-        Family(
-            architecture="MixtralForCausalLM",
-            model_type="mixtral",
-            models="Mixtral 8x7B and 8x22B",
-            fields={
-                "num_experts": Key(int, ("num_local_experts",)),
-                "num_experts_per_tok": Key(int, default=2),
-                "moe_intermediate_size": Key(int, ("intermediate_size",)),
-            },
-            refused=(MLP_BIAS, ATTENTION_BIAS, *_OTHER_EXPERTS),
-            feed_forward="block_sparse_moe",
-            projections=("w1", "w3", "w2"),
-        ),
-        Family(
-            architecture="Qwen3MoeForCausalLM",
-            model_type="qwen3_moe",
-            models="Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
-            fields={
-                "qk_norm": True,
-                "sliding_window": _SWITCHED_WINDOW,
-                # Published configs have num_experts; configs written by transformers 5 have num_local_experts.
-                "num_experts": Key(int, ("num_experts", "num_local_experts")),
-                "num_experts_per_tok": Key(int, default=8),
-                "moe_intermediate_size": Key(int),
-                "norm_topk_prob": Key(bool, default=False),
-            },
-            refused=(MLP_BIAS, ATTENTION_BIAS, *_OTHER_EXPERTS),
-        ),
+        *MIXTURES,
     )
 }
 

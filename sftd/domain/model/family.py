@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,20 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 class Key:
     """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
     value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
-    field is None."""
+    field is None. With `is_joint`, `kind` takes config.json, for several keys together."""
 
     kind: Callable[[Any], Any]
     names: tuple[str, ...] = ()
     default: Any = _REQUIRED
     switch: str = ""
+    is_joint: bool = False
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
         """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
         if self.switch and not config.get(self.switch):
             return None
+        if self.is_joint:
+            return self.kind(config)
         names = self.names or (name,)
         value = next((config[key] for key in names if config.get(key) is not None), self.default)
         if value is _REQUIRED:
@@ -55,6 +58,11 @@ class Untrained:
         return f"{self.what} ({self.key})" if self.what else self.key
 
 
+def full_attention(types: Sequence[str]) -> tuple[int, ...]:
+    """The layers without a window in config.json's `layer_types`."""
+    return tuple(number for number, kind in enumerate(types) if kind != "sliding_attention")
+
+
 # The fields of Llama's config.json, which most later families share.
 LLAMA: dict[str, Any] = {
     "hidden_size": Key(int),
@@ -74,6 +82,8 @@ LLAMA: dict[str, Any] = {
     "attention_bias": False,
     "qk_norm": False,
 }
+# Qwen's config.json has a window that is used only if the switch says so.
+SWITCHED_WINDOW = Key(int, default=None, switch="use_sliding_window")
 MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 
 
@@ -86,6 +96,7 @@ class Family:
     tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
     the folder. `projections`: names of gate, up and down there.
     `also_inside`: other `model_type`s of the same language model inside a vision-language model.
+    `shared_expert`: name of the shared expert below the others.
     `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
     `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
     """
@@ -106,6 +117,7 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     feed_forward: str = "mlp"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: str = "shared_experts"
     fused: Mapping[str, str] = field(default_factory=dict)
     joined_experts: bool = False
 
@@ -144,7 +156,7 @@ def _rope(
     transformers 4 as keys of their own. An override takes precedence over all forms. `window_theta`: what the keys of transformers 4
     say about layers with a window."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    of_windows = rope.get("sliding_attention")
+    of_windows: dict[str, Any] | None = rope.get("sliding_attention")
     if any(kind in rope for kind in ("full_attention", "sliding_attention")):
         rope = dict(rope.get("full_attention") or of_windows or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", default))

@@ -48,7 +48,8 @@ def training_flops(
 ) -> float:
     """Floating-point operations of forward and backward over `tokens` tokens in segments of Σ n² = `squared_lengths`.
 
-    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n². The first term is two
+    6 · (parameters in matrix products) · tokens + 6 · layers · heads · head_dim · Σ n² (of latent attention the mean of a
+    head's two widths). The first term is two
     operations per parameter and token forward and four backward (Kaplan et al. 2020). The second is QKᵀ and PV, each
     2 · n² · heads · head_dim forward, halved because attention is causal, and tripled to include the backward pass.
     With a window w, n² is 2wn − w² in segments longer than w, as if all had the length Σ n² ÷ tokens.
@@ -62,7 +63,8 @@ def training_flops(
     """
     squared_lengths = _mean_squares(shape, tokens, squared_lengths)
     nets = len(shape.delta_layers)
-    attention = 6 * (shape.num_hidden_layers - nets) * shape.num_attention_heads * shape.head_dim
+    widths = shape.head_dim + (shape.v_head_dim or shape.head_dim)
+    attention = 3 * (shape.num_hidden_layers - nets) * shape.num_attention_heads * widths
     recurrences = 18 * nets * shape.delta_value_heads * shape.delta_key_dim * shape.delta_value_dim
     found = 6.0 * matmul_parameters(shape) * tokens + float(attention) * squared_lengths
     found += float(recurrences) * tokens

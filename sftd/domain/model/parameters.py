@@ -84,6 +84,7 @@ def _held(encoded_model: bytes, encoded_shape: bytes, stage: int) -> Held:
         for weights, numbers in layer_kinds(shape)
         if (places := [number for number in numbers if number in layers])
         for weight in weights
+        if not weight.is_buffer
     )
     for weight, places in held_weights:
         here = shape.num_experts // m.expert_model_parallel_size if weight.is_expert else 1

@@ -13,6 +13,7 @@ from sftd.domain.errors import Problem, quote, shorten
 from sftd.domain.model import adapter_rules
 from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.files import ModelFiles, differences
+from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
@@ -75,6 +76,15 @@ def expert_parallel_without_experts(spec: Spec, shape: ModelShape) -> Iterator[P
         yield Problem(_EP, f"{ep}, but {shape.architecture} has no experts to shard", "set it to 1")
 
 
+def router_keys_without_router(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Only a mixture of experts has routers."""
+    model = spec.model
+    asked = {"freeze_router": model.freeze_router}
+    asked |= {f"moe.{key}": value > 0 for key, value in msgspec.to_builtins(model.moe).items()}
+    for key in [key for key, is_set in asked.items() if is_set and not shape.num_experts]:
+        yield Problem(f"model.{key}", f"is set, but {shape.architecture} has no router", "leave it out")
+
+
 def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The router needs a choice: with a single expert, whose weight is normalised to 1, it gets no gradient."""
     least = 2 if shape.norm_topk_prob else 1
@@ -82,6 +92,22 @@ def experts_of_a_token(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         what = f"config.json routes a token to {shape.num_experts_per_tok} of {shape.num_experts} experts"
         fix = f"use a model with {least} to {shape.num_experts} (num_experts_per_tok)"
         yield Problem(_MODEL, what, fix)
+
+
+def groups_of_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """A group is chosen by its two best experts, and the chosen groups hold all experts of a token."""
+    groups, chosen = shape.router_groups, shape.router_topk_group
+    if not shape.num_experts or chosen >= groups:
+        return
+    each, rest = divmod(shape.num_experts, groups)
+    if rest or each < 2 or chosen * each < shape.num_experts_per_tok:
+        what = (
+            f"config.json takes {shape.num_experts_per_tok} experts of {chosen} of {groups} groups (n_group, topk_group) "
+            f"of its {shape.num_experts} experts"
+        )
+        yield Problem(
+            _MODEL, what, "use a model whose groups have equal sizes of at least 2 and enough experts"
+        )
 
 
 def experts_not_divided(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
@@ -128,10 +154,6 @@ def other_rope(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(_MODEL, what, f"use {' or '.join(known)} RoPE")
 
 
-def _ffn_units(shape: ModelShape) -> int:
-    return shape.moe_intermediate_size if shape.num_experts else shape.intermediate_size
-
-
 def delta_net_over_context(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The recurrence of a gated delta net goes through all tokens of a sample."""
     cp = spec.model.megatron.context_parallel_size
@@ -150,20 +172,29 @@ def quantized_delta_net(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         yield Problem("model.quantize", what, "set it to none")
 
 
+def quantized_latent_attention(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Values are computed from the latent dimensions, whose projections no test has in four bits."""
+    if shape.kv_lora_rank and spec.model.quantize != "none":
+        what = f"is {spec.model.quantize}, which sftd does not support for the latent attention of {shape.architecture}"
+        yield Problem("model.quantize", what, "set it to none")
+
+
 def layers_not_divided_by_tp(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """Tensor-parallel ranks hold equal parts of each layer."""
     tp = spec.model.megatron.tensor_model_parallel_size
+    has_dense_layers = not shape.num_experts or bool(shape.layers_without_experts)
+    # Expert parallelism does not split an expert.
+    splits_experts = spec.model.megatron.expert_model_parallel_size == 1
     numbers = {
         "attention heads": shape.num_attention_heads,
         "key-value heads": shape.num_key_value_heads,
-        "FFN units": _ffn_units(shape),
+        "FFN units": shape.intermediate_size if has_dense_layers else 0,
+        "units of an expert": shape.moe_intermediate_size if splits_experts else 0,
+        "units of the shared expert": shape.shared_expert_intermediate_size,
     }
     if shape.delta_layers:
         numbers["key heads of gated delta nets"] = shape.delta_key_heads
     sizes = ", ".join(str(n) for n in range(1, 65) if all(number % n == 0 for number in numbers.values()))
-    if spec.model.megatron.expert_model_parallel_size > 1:
-        # Expert parallelism does not split an expert.
-        del numbers["FFN units"]
     for part, number in numbers.items():
         if number % tp:
             what = f"{tp} does not divide the model's {number} {part}"
@@ -180,6 +211,16 @@ def layers_not_divided_by_pp(spec: Spec, shape: ModelShape) -> Iterator[Problem]
         yield Problem(_MEGATRON + key, what, "use sizes whose product divides the layers")
 
 
+def stage_without_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
+    """Experts have an optimizer of their own, which all stages or none must have."""
+    stages = spec.model.megatron.pipeline_model_parallel_size
+    if shape.num_experts and shape.num_hidden_layers % stages == 0:
+        trained = [held(spec, shape, stage).experts for stage in range(stages)]
+        if any(trained) and not all(trained):
+            what = f"stage {trained.index(0)} of {stages} trains no experts, but another one does"
+            yield Problem(_MEGATRON + "pipeline_model_parallel_size", what, "use fewer stages")
+
+
 def longer_than_pretrained(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """The model was not pretrained on later positions."""
     length, positions = spec.data.sequence_length, shape.max_position_embeddings
@@ -191,7 +232,9 @@ MODEL = Rules(
     refuse=(
         unsupported_parts,
         expert_parallel_without_experts,
+        router_keys_without_router,
         experts_of_a_token,
+        groups_of_experts,
         experts_not_divided,
         experts_of_a_whole_sequence,
         biased_experts_split,
@@ -199,8 +242,10 @@ MODEL = Rules(
         other_rope,
         delta_net_over_context,
         quantized_delta_net,
+        quantized_latent_attention,
         layers_not_divided_by_tp,
         layers_not_divided_by_pp,
+        stage_without_experts,
         *adapter_rules.ADAPTERS.refuse,
     ),
     warn=(longer_than_pretrained, *adapter_rules.ADAPTERS.warn),

@@ -30,9 +30,17 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Ends: embeddings are multiplied by `embedding_scale`; `logit_softcap` bounds logits as `score_softcap` does scores.
 
-    In a mixture of experts (MoE) every layer has `num_experts` experts of `moe_intermediate_size` units. A token is routed
-    to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones with
-    `norm_topk_prob`. With `expert_bias`, the router and the products of experts have biases.
+    Latent attention (MLA) with `kv_lora_rank`, the width of what keys and values are computed from; queries are computed from
+    `q_lora_rank` dimensions (0: from the hidden state). A head's queries and keys have `head_dim` dimensions, the last
+    `qk_rope_head_dim` of which are rotated and, in the keys, common to all heads. Its values have `v_head_dim`.
+
+    In a mixture of experts (MoE) every layer but `layers_without_experts` has `num_experts` experts of `moe_intermediate_size`
+    units. A token is routed to `num_experts_per_tok` experts, weighted by the softmax over all experts, or over the chosen ones
+    with `norm_topk_prob`. With the `router` sigmoid, the weights are sigmoids, divided by their sum with `norm_topk_prob`; the
+    choice adds a bias of each expert, which is not trained, and is limited to the best `router_topk_group` of
+    `router_groups` groups. Weights are multiplied by `routed_scaling_factor`. Every token also passes a shared expert of
+    `shared_expert_intermediate_size` units, multiplied by a sigmoid of the token with `shared_expert_gate`.
+    With `expert_bias`, the router and the products of experts have biases.
     `unsupported` lists features of config.json that the trainer does not support."""
 
     architecture: str
@@ -78,16 +86,31 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     delta_key_dim: int = 0
     delta_value_dim: int = 0
     delta_kernel: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    layers_without_experts: tuple[int, ...] = ()
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    router_groups: int = 1
+    router_topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
     unsupported: tuple[str, ...] = ()
 
     def window(self, layer: int) -> int | None:
         """Attention span of layer `layer` in tokens; None if unlimited."""
         return None if layer in self.layers_without_window else self.sliding_window
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer` is a mixture of experts."""
+        return bool(self.num_experts) and layer not in self.layers_without_experts
+
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def query_heads(self) -> int:

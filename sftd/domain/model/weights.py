@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from sftd.domain.model.families import FAMILIES
+from sftd.domain.model.family import Family
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.spec.model_section import Megatron, Model
 
@@ -29,7 +30,7 @@ class Weight(NamedTuple):
     """A weight of a decoder layer. `name` is relative to the layer; `{}` in it stands for the number of an expert. It has `rows`
     × `columns` elements (one column: a vector). Tensor-parallel ranks split its rows or columns (`cut`). `projection` is its
     name in `model.lora.targets`. It is `share` of a tensor of the folder, where several weights are one. `is_joined`: the tensor
-    holds those of all experts."""
+    holds those of all experts. `is_buffer`: it is never trained, and kept in FP32."""
 
     name: str
     rows: int
@@ -37,6 +38,7 @@ class Weight(NamedTuple):
     cut: Literal["", "rows", "columns"] = ""
     projection: str = ""
     share: float = 1.0
+    is_buffer: bool = False
     is_joined: bool = False
 
     @property
@@ -77,21 +79,55 @@ def layer_weights(shape: ModelShape, layer: int = -1) -> list[Weight]:
         found += [Weight("self_attn.q_norm.weight", d), Weight("self_attn.k_norm.weight", d)]
     if layer in shape.delta_layers:
         found = found[: len(family.norms)] + _delta_net(shape)
-    below, f = family.feed_forward, shape.intermediate_size
+    if shape.kv_lora_rank:
+        found = found[: len(family.norms)] + _latent_attention(shape)
+    below = family.feed_forward
     if family.joined_experts:
         return [*found, *_joined_experts(shape, below)]
-    if shape.num_experts:
-        found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
-        below, f = f"{below}.experts.{{}}", shape.moe_intermediate_size
+    if not shape.has_experts(range(shape.num_hidden_layers)[layer]):
+        return [*found, *_gated(family, below, shape.intermediate_size, h)]
+    found.append(Weight(f"{below}.gate.weight", shape.num_experts, h))
+    if shape.router == "sigmoid":
+        found.append(Weight(f"{below}.gate.e_score_correction_bias", shape.num_experts, is_buffer=True))
+    if shape.shared_expert_intermediate_size:
+        shared = f"{below}.{family.shared_expert}"
+        found += _gated(family, shared, shape.shared_expert_intermediate_size, h)
+        if shape.shared_expert_gate:
+            found.append(Weight(f"{shared}_gate.weight", 1, h))
+    return [*found, *_gated(family, f"{below}.experts.{{}}", shape.moe_intermediate_size, h)]
+
+
+def _gated(family: Family, below: str, f: int, h: int) -> list[Weight]:
+    """A gated MLP of `f` units, or an expert."""
     gate, up, down = family.projections
     return [
-        *found,
         *_joined(
             f"{below}.{family.fused['gate_up']}" if "gate_up" in family.fused else "",
             Weight(f"{below}.{gate}.weight", f, h, "rows", "gate"),
             Weight(f"{below}.{up}.weight", f, h, "rows", "up"),
         ),
         Weight(f"{below}.{down}.weight", h, f, "columns", "down"),
+    ]
+
+
+def _latent_attention(shape: ModelShape) -> list[Weight]:
+    """Every rank holds the projections to the latent dimensions whole."""
+    h, heads, r = shape.hidden_size, shape.num_attention_heads, shape.qk_rope_head_dim
+    latent, keyed = shape.kv_lora_rank, shape.head_dim - r + shape.v_head_dim
+    queries = shape.q_lora_rank
+    name = "self_attn.q_b_proj.weight" if queries else "self_attn.q_proj.weight"
+    found = [Weight(name, heads * shape.head_dim, queries or h, "rows", "q")]
+    if queries:
+        found += [
+            Weight("self_attn.q_a_proj.weight", queries, h),
+            Weight("self_attn.q_a_layernorm.weight", queries),
+        ]
+    return [
+        *found,
+        Weight("self_attn.kv_a_proj_with_mqa.weight", latent + r, h),
+        Weight("self_attn.kv_a_layernorm.weight", latent),
+        Weight("self_attn.kv_b_proj.weight", heads * keyed, latent, "rows"),
+        Weight("self_attn.o_proj.weight", h, heads * shape.v_head_dim, "columns", "o"),
     ]
 
 
@@ -135,6 +171,16 @@ def _joined(name: str, *parts: Weight) -> list[Weight]:
     return [part._replace(name=f"{name}.weight", share=part.rows / rows) for part in parts]
 
 
+def adapted_products(shape: ModelShape) -> list[list[Weight]]:
+    """The weights of a layer that may get adapters, by the product that computes them."""
+    found: dict[tuple[str, str], list[Weight]] = {}
+    for weight in layer_weights(shape):
+        for product, projections in PRODUCTS.items():
+            if weight.projection in projections:
+                found.setdefault((product, weight.name.rsplit(".", 2)[0]), []).append(weight)
+    return list(found.values())
+
+
 def layer_kinds(shape: ModelShape) -> list[tuple[list[Weight], list[int]]]:
     """Weights of each kind of layer, and the numbers of the layers of that kind."""
     found: dict[tuple[Weight, ...], list[int]] = {}
@@ -159,9 +205,9 @@ def frozen(expressions: Iterable[str], names: Iterable[str]) -> list[str]:
 def frozen_shares(model: Model, shape: ModelShape) -> Mapping[tuple[int, str], float]:
     """(layer, name of a `Weight`) → share of its elements that `model.freeze` freezes, which is below 1 only where some experts
     are frozen; weights outside of the layers are at layer -1. Weights that are trained are left out."""
-    if not model.freeze:
+    if not model.frozen:
         return {}
-    return _frozen_shares(tuple(model.freeze), msgspec.json.encode(shape))
+    return _frozen_shares(tuple(model.frozen), msgspec.json.encode(shape))
 
 
 # A search plans thousands of layouts of one model. A shape with RoPE scaling has no hash.
@@ -184,7 +230,11 @@ def idle_layers(model: Model, shape: ModelShape) -> int:
     layers = range(shape.num_hidden_layers)
     # The shares of all experts add up to almost 1.
     is_trained = (
-        any(shares.get((layer, weight.name), 0.0) < 0.999 for weight in layer_weights(shape, layer))
+        any(
+            shares.get((layer, weight.name), 0.0) < 0.999
+            for weight in layer_weights(shape, layer)
+            if not weight.is_buffer
+        )
         for layer in layers
     )
     return next((layer for layer, found in zip(layers, is_trained, strict=True) if found), len(layers))

@@ -10,7 +10,7 @@ from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.flops import peak_flops, training_flops
 from sftd.domain.model.parameters import held
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import PRODUCTS, layer_weights
+from sftd.domain.model.weights import adapted_products
 from sftd.domain.plan import experts
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import NF4_BYTES, WEIGHT_BYTES, weights_dtype, whole_recomputed
@@ -170,8 +170,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
 def _adapter_elements(spec: Spec, shape: ModelShape) -> float:
     """Elements that the adapters of all layers read and write for a token, over the ranks that share it."""
     chosen, found = spec.model.lora.projections, 0
-    for product in PRODUCTS.values():
-        parts = [weight for weight in layer_weights(shape) if weight.projection in product]
+    for parts in adapted_products(shape):
         if any(weight.projection in chosen for weight in parts):
             times = shape.num_experts_per_tok if parts[0].is_expert else 1
             found += times * (parts[0].columns + sum(weight.rows for weight in parts))

@@ -9,7 +9,7 @@ import msgspec
 
 from sftd.domain.model.parameters import held, padded_vocabulary
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import PRODUCTS, frozen_shares, idle_layers, layer_weights
+from sftd.domain.model.weights import PRODUCTS, adapted_products, frozen_shares, idle_layers, layer_weights
 from sftd.domain.plan import experts
 from sftd.domain.plan.batch import Workload
 from sftd.domain.plan.sizes import (
@@ -138,8 +138,7 @@ def _joined_bytes(spec: Spec, shape: ModelShape, work: Workload, width: int) -> 
     if not lora.rank:
         return 0
     elements = 0
-    for product in PRODUCTS.values():
-        parts = [weight for weight in layer_weights(shape) if weight.projection in product]
+    for parts in adapted_products(shape):
         count = sum(weight.projection in lora.projections for weight in parts)
         here = shape.num_experts // m.expert_model_parallel_size if parts[0].is_expert else 1
         split = m.expert_tensor_parallel_size if parts[0].is_expert else m.tensor_model_parallel_size
@@ -268,7 +267,7 @@ class _Layer:
         queries, keys = s.num_attention_heads * s.head_dim, s.num_key_value_heads * s.head_dim
         if s.num_experts and not self._is_cpu:
             # Those of all experts of a rank.
-            f *= s.num_experts / model.megatron.expert_model_parallel_size
+            f *= s.num_experts // model.megatron.expert_model_parallel_size
         rows = max(2 * f / split, (queries + 2 * keys) / self._tp)
         # On a CPU, the levels and their product with the scales, both in FP32.
         return (8 if self._is_cpu else self._width) * rows * s.hidden_size
@@ -293,11 +292,11 @@ class _Layer:
 
     def _shrunk(self) -> float:
         """What adapters keep: A x of each projection."""
-        of_each = {w.projection: w for w in layer_weights(self._shape) if w.projection in self._adapted}
+        adapted = [w for w in layer_weights(self._shape) if w.projection in self._adapted]
         ranks = sum(
             (self._shape.num_experts_per_tok if weight.is_expert else 1)
             / (self._shared if weight.cut == "columns" or weight.is_expert else 1)
-            for weight in of_each.values()
+            for weight in adapted
         )
         return self._width * self._spec.model.lora.rank * ranks
 
@@ -330,6 +329,9 @@ class _Layer:
         if s.attention_gate:
             # The gate, its sigmoid, and the gated output.
             kept += 3 * q
+        if s.kv_lora_rank:
+            # The latent dimensions before and after their norms, on every rank; keys and values before their parts are joined.
+            kept += 2 * e * (s.kv_lora_rank + s.q_lora_rank) / self._shared + k
         if self._is_cpu and self._spec.training.use_rmpad:
             # The outputs of the segments, and their concatenation.
             kept += q
@@ -357,18 +359,19 @@ class _Layer:
     def feed_forward(self) -> float:
         """Bytes per token that the MLP keeps until backward."""
         s, e = self._shape, self._width
+        # Gate, up and their product; on a CPU silu(gate) too.
+        gated = (3 if self._is_cpu else 2) + self._input_share("down")
         if not s.num_experts:
-            # Gate, up and their product; on a CPU silu(gate) too.
-            kept = (3 if self._is_cpu else 2) * e * s.intermediate_size / self._tp
-            return kept + self._input_share("down") * self._activated()
+            return gated * self._activated()
+        shared = gated * e * s.shared_expert_intermediate_size / self._tp
         if not self._is_cpu:
-            return experts.kept_bytes(self._spec, s, e, self._input_share("gate_up"))
+            return shared + experts.kept_bytes(self._spec, s, e, self._input_share("gate_up"))
         split = self._spec.model.megatron.expert_tensor_parallel_size
         # Per expert of a token: the token on both ways, gate, up, silu(gate), their product, the product scaled by the
         # expert's weight twice, and indices.
         f = s.moe_intermediate_size / split
         sent = s.num_experts_per_tok * (e * (2 * s.hidden_size + 6 * f) + 40)
-        return sent / self._shared
+        return shared + sent / self._shared
 
     def _activated(self) -> float:
         """Input of the down projection."""

@@ -50,10 +50,10 @@ def quantised_without_adapters(spec: Spec) -> Iterator[Problem]:
 
 def frozen_under_adapters(spec: Spec) -> Iterator[Problem]:
     """Adapters freeze the whole model."""
-    if spec.model.freeze and spec.model.lora.rank:
+    if spec.model.frozen and spec.model.lora.rank:
         what = f"is set, but with {_RANK} {spec.model.lora.rank} only the adapters are trained: all else is frozen"
         fix = f"leave it out; {_TARGETS} decides which projections get an adapter"
-        yield Problem("model.freeze", what, fix)
+        yield Problem("model.freeze" if spec.model.freeze else "model.freeze_router", what, fix)
 
 
 def unusable_expression(spec: Spec) -> Iterator[Problem]:

@@ -107,6 +107,32 @@ class Lora(Section, frozen=True):
         return tuple(name for name in PROJECTIONS if self.rank and name in named)
 
 
+class Moe(Section, frozen=True):
+    """`model.moe`: losses of the routers of a mixture of experts, besides that of the tokens. Off in most fine-tuning."""
+
+    load_balancing_loss: Annotated[
+        Annotated[float, Meta(ge=0.0)],
+        Meta(
+            description="coefficient of the load-balancing loss, which is 1 where each sample uses all experts evenly (0.001 is common)"
+        ),
+    ] = 0.0
+    z_loss: Annotated[
+        Annotated[float, Meta(ge=0.0)],
+        Meta(
+            description="coefficient of the z loss, the mean square of the logarithm of the sum of a router's exponentials (0.001 is common)"
+        ),
+    ] = 0.0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a coefficient is not 0."""
+        return self.load_balancing_loss > 0 or self.z_loss > 0
+
+
+# The router's weights in the folder of any family.
+_ROUTER = r"\.(gate|router)\.(weight|bias)$"
+
+
 class Model(Section, frozen=True):
     """`model`: the model to train."""
 
@@ -149,6 +175,9 @@ class Model(Section, frozen=True):
             "^model.embed_tokens; each must match one"
         ),
     ] = msgspec.field(default_factory=list)
+    freeze_router: Annotated[
+        bool, Meta(description="leave the routers of a mixture of experts as they are, as model.freeze would")
+    ] = False
     quantize: Annotated[
         Literal["none", "nf4"],
         Meta(
@@ -156,9 +185,15 @@ class Model(Section, frozen=True):
         ),
     ] = "none"
     lora: Lora = Lora()
+    moe: Moe = Moe()
     megatron: Megatron = Megatron()
 
     @property
     def is_partly_frozen(self) -> bool:
         """Whether the run needs the model folder at every attempt: its checkpoints hold the trained weights only."""
-        return self.lora.rank > 0 or bool(self.freeze)
+        return self.lora.rank > 0 or bool(self.frozen)
+
+    @property
+    def frozen(self) -> list[str]:
+        """Regular expressions of the weights that are not trained."""
+        return [*self.freeze, *([_ROUTER] if self.freeze_router else [])]

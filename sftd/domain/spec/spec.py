@@ -135,7 +135,9 @@ _DEFAULTS = Spec()
 _ADDED_KEYS = (
     ("checkpoint", "after_success"),
     ("model", "freeze"),
+    ("model", "freeze_router"),
     ("model", "lora"),
+    ("model", "moe"),
     ("model", "quantize"),
     ("model", "recompute_layers"),
     ("optimizer", "precision"),

@@ -96,7 +96,7 @@ def half_frozen_product(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
 def nothing_left_to_train(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """At least one weight is trained."""
     names = _names(spec, facts)
-    if names and len(frozen(spec.model.freeze, names)) == len(names):
+    if names and len(frozen(spec.model.frozen, names)) == len(names):
         what = f"matches all {len(names)} weights of the model: nothing would be trained"
         yield Problem(_FREEZE, what, "name fewer weights, or train adapters: model.lora.rank")
 

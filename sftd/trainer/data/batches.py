@@ -162,6 +162,9 @@ class Batching:
         mine = np.concatenate([np.arange(*span) for span in spans(length, cp_rank, cp)])
         labels = labels[:, mine]
         layout.positions = upload(positions[mine], self.device)
+        numbers = self._numbers(is_real, ends)
+        layout.samples = upload(np.ascontiguousarray(numbers[:, mine].T), self.device)
+        layout.sample_count = len(labels) if ends is None else len(ends) - 1
         layout.lengths = upload(np.ascontiguousarray(lengths[:, mine].T), self.device)
         if keys.any():
             layout.dropout_keys = upload(np.ascontiguousarray(keys[:, mine].T), self.device)
@@ -176,3 +179,13 @@ class Batching:
             trained=places.size,
             real=int(is_real[:, mine].sum()),
         )
+
+    @staticmethod
+    def _numbers(is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], ends: Ints | None) -> Ints:
+        """The number of each token's sample in the micro-batch, -1 of padding."""
+        rows, length = is_real.shape
+        if ends is None:
+            numbers = np.arange(rows)[:, None].repeat(length, axis=1)
+        else:
+            numbers = np.repeat(np.arange(len(ends) - 1), np.diff(ends))[None]
+        return np.where(is_real, numbers, -1)

@@ -70,6 +70,8 @@ class SequenceLayout(PackedSeqParams):
 
     positions: int64 [s], each token's position in its own sample.
     lengths: int64 [s, b], the number of tokens of each token's sample; None if that is the number of all tokens so far.
+    samples: int64 [s, b], the number of each token's sample in the micro-batch, -1 of padding; None for a generated answer.
+    sample_count: number of samples in the micro-batch.
     chunks: this rank's s tokens in the whole stream, in order; None for rows without packing and context parallelism.
     is_packed: whether samples lie end to end (b is 1).
     dropout_keys: int64 [s, b], see `adapters.dropout`; None without dropout.
@@ -78,6 +80,8 @@ class SequenceLayout(PackedSeqParams):
 
     positions: Tensor = None  # type: ignore[assignment]  # PackedSeqParams' fields all have defaults
     lengths: Tensor | None = None
+    samples: Tensor | None = None
+    sample_count: int = 0
     chunks: list[Chunk] | None = None
     is_packed: bool = False
     dropout_keys: Tensor | None = None

@@ -35,6 +35,7 @@ from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop.meter import Meter
 from sftd.trainer.loop.validate import validate
 from sftd.trainer.model.files_check import checked_spec
+from sftd.trainer.model.moe import balance
 from sftd.trainer.runtime import process
 from sftd.trainer.runtime import session as sessions
 from sftd.trainer.runtime.reporter import Reporter
@@ -72,6 +73,8 @@ class _Sums:
 
     loss: float
     grad_norm: float
+    load_balancing: float
+    z: float
     real: int
     padded: int
     stop: bool
@@ -236,7 +239,10 @@ class RankAttempt:
         )
         # The GPU is still computing, so this costs no time.
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
-        sums = self._sum(loss, norm, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches))
+        router = balance.take_losses(self._trainee.chunks, loss.device)
+        sums = self._sum(
+            loss, norm, router, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches)
+        )
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
             recorded, run_id = self._order.weights, self._order.run_id
@@ -262,6 +268,8 @@ class RankAttempt:
             seconds=seconds,
             mfu=self._meter.mfu(sums.real, float((lengths**2).sum()), seconds),
             peak_memory_bytes=sums.peak_memory,
+            load_balancing_loss=sums.load_balancing if self._spec.model.moe.load_balancing_loss else None,
+            z_loss=sums.z if self._spec.model.moe.z_loss else None,
         )
         self._reporter.emit(event)
         self._judge(event)
@@ -313,7 +321,7 @@ class RankAttempt:
         rows = self._samples.rows(place, size)
         return rows, self._batching.batches(self._train, rows, place)
 
-    def _sum(self, loss: Tensor, norm: Tensor, real: int, padded: int) -> _Sums:
+    def _sum(self, loss: Tensor, norm: Tensor, router: Tensor, real: int, padded: int) -> _Sums:
         """Reduce a step's results and stop requests over the ranks in one small all-reduce.
 
         Here the host waits for the GPU.
@@ -325,17 +333,20 @@ class RankAttempt:
         memory[dist.get_rank()] = float(self._meter.peak_memory())
         counts = [real * layout.counts, padded * layout.counts, wants_stop, self._checkpoints.is_written]
         mine = torch.tensor([*counts, *memory], dtype=torch.float64).to(loss.device, non_blocking=True)
-        vector = torch.cat([(loss * layout.counts)[None], mine])
+        # Each rank has the routers' losses of its own tokens and layers.
+        vector = torch.cat([(loss * layout.counts)[None], router, mine])
         dist.all_reduce(vector)
         values = torch.cat([vector, norm[None]]).tolist()
         return _Sums(
             loss=values[0],
             grad_norm=values[-1],
-            real=int(values[1]),
-            padded=int(values[2]),
-            stop=values[3] > 0,
-            is_written=values[4] == dist.get_world_size(),
-            peak_memory=int(max(values[5:-1])),
+            load_balancing=values[1],
+            z=values[2],
+            real=int(values[3]),
+            padded=int(values[4]),
+            stop=values[5] > 0,
+            is_written=values[6] == dist.get_world_size(),
+            peak_memory=int(max(values[7:-1])),
         )
 
     def _validate(self) -> None:

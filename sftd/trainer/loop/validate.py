@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sftd.domain.log.events import ValidationCompleted
 from sftd.trainer.data.batches import Batching
 from sftd.trainer.data.rows import Rows
+from sftd.trainer.model.moe import balance
 from sftd.trainer.runtime.session import Session
 from sftd.trainer.trainee import Trainee
 
@@ -26,12 +27,14 @@ def validate(
     by_length = np.argsort(rows.lengths, kind="stable")
     loss = tokens = 0.0
     trainee.train(False)
+    balance.count_load(trainee.chunks, session.device)
     with torch.no_grad():
         for start in range(0, len(rows), round_size):
             batches = batching.batches(rows, by_length[start : start + round_size])
             loss += float(trainee.losses(batches, divisor=1, forward_only=True))
             tokens += sum(batch.trained for batch in batches)
     trainee.train(True)
+    load = balance.take_load(trainee.chunks, trainee.shape, session.device)
     sums = torch.tensor(
         [loss, tokens] if session.layout.counts else [0.0, 0.0], dtype=torch.float64, device=session.device
     )
@@ -43,4 +46,5 @@ def validate(
         tokens=int(tokens),
         rows=len(rows),
         seconds=time.perf_counter() - started,
+        expert_load=load,
     )

@@ -135,7 +135,7 @@ class CausalAttention(MegatronModule):
 
             # Causal, aligned so that the last query sees the last key.
             options: dict[str, Any] = {"enable_gqa": True} if self.is_grouped else {}
-            out = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
+            out: Any = varlen_attn(q, k, v, *ends, scale=self.scale, window_size=(-1, 0), **options)
         else:
             # Before torch 2.12, varlen_attn supports equal head counts only, but its kernel supports groups.
             out, *_ = torch.ops.aten._flash_attention_forward(

@@ -19,6 +19,7 @@ from sftd.domain.model.shape import ModelShape
 from sftd.trainer.data.token_keys import TokenKeys
 from sftd.trainer.model import ops
 from sftd.trainer.model.attention import CausalAttention
+from sftd.trainer.model.moe import experts
 from sftd.trainer.model.norm import HeadsNorm, RMSNorm
 from sftd.trainer.model.quantize import products
 from sftd.trainer.model.recompute import computed_again
@@ -70,6 +71,8 @@ class DecoderLayer(TransformerLayer):
         if self.number == 0 and self.shape.embedding_scale != 1.0:
             # Rounded as transformers rounds it.
             hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
+        if self.is_moe_layer:
+            self.mlp.router.layout = packed_seq_params
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
         with self._recomputing(normed, self.input_layernorm, residual):
             qkv = self.project_in(normed)
@@ -82,10 +85,10 @@ class DecoderLayer(TransformerLayer):
             added = self.post_mlp_norm(added)
         return residual + added, None
 
-    def project_in(self, normed: Tensor) -> Tensor:
-        """Projection of attention's input: [s, b, h] → [s, b, …]."""
+    def project_in(self, normed: Tensor) -> Any:
+        """What `attend` takes, from [s, b, h]: Megatron's qkv [s, b, …]."""
         qkv, _bias = self.self_attention.linear_qkv(normed)
-        return cast(Tensor, qkv)
+        return qkv
 
     def project(self, attended: Tensor) -> Tensor:
         """Output projection of attention: [s, b, heads · d] → [s, b, h]."""
@@ -113,7 +116,7 @@ class DecoderLayer(TransformerLayer):
             return nullcontext()
         return computed_again(tensor, function, argument)
 
-    def attend(self, qkv: Tensor, angles: Tensor, layout: Any) -> Tensor:
+    def attend(self, qkv: Any, angles: Tensor, layout: Any) -> Tensor:
         """Megatron's qkv [s, b, …] and `RotaryEmbedding`'s output → [s, b, heads · d]."""
         attention = self.self_attention
         groups, head_dim = (
@@ -154,16 +157,21 @@ def _normed(x: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]
     return ops.add_rms_norm(x, delta, norm.scale, norm.eps)
 
 
-def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer) -> Any:
-    """Megatron's layer spec with layers of class `module`."""
+def decoder_layer(shape: ModelShape, module: type[DecoderLayer] = DecoderLayer, layer: int = -1) -> Any:
+    """Megatron's spec of layer `layer` (default: the last) as a `module`."""
     is_normed = shape.qk_norm and not shape.qk_norm_over_heads
+    has_experts = shape.has_experts(range(shape.num_hidden_layers)[layer])
     spec = get_gpt_layer_local_spec(
-        num_experts=shape.num_experts or None, qk_layernorm=is_normed, normalization="RMSNorm"
+        num_experts=shape.num_experts if has_experts else None,
+        qk_layernorm=is_normed,
+        normalization="RMSNorm",
     )
     spec.module = module
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp if shape.norm_place == "after" else RMSNorm
-    attention = layer.self_attention.submodules
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp if shape.norm_place == "after" else RMSNorm
+    if has_experts:
+        parts.mlp = experts.feed_forward(parts.mlp)
+    attention = parts.self_attention.submodules
     attention.core_attention = CausalAttention
     if is_normed:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

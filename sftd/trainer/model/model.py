@@ -25,15 +25,16 @@ from torch import Tensor
 
 from sftd.domain.model.parameters import padded_vocabulary
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.model.weights import layer_kinds
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
 from sftd.trainer.data.sequence_layout import SequenceLayout
-from sftd.trainer.model import experts
 from sftd.trainer.model.embedding import embed
 from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.gradients import accumulate_weight_gradient
 from sftd.trainer.model.grouped import experts as grouped
 from sftd.trainer.model.loss import linear_cross_entropy, softcapped
+from sftd.trainer.model.moe import experts
 from sftd.trainer.model.norm import RMSNorm
 from sftd.trainer.model.rope import RotaryEmbedding
 from sftd.trainer.runtime.megatron_edges.training import accumulate_weight_gradients
@@ -99,12 +100,13 @@ def transformer_config(spec: Spec, shape: ModelShape, session: Session) -> Trans
         overlap_p2p_comm=not is_cpu and layout.vpp > 1,
         deterministic_mode=False,
         # Megatron joins equal weights of all layers to one tensor of a checkpoint, but some of them may be frozen or absent.
-        hetereogenous_dist_checkpoint=bool(spec.model.freeze or shape.delta_layers),
+        hetereogenous_dist_checkpoint=bool(spec.model.frozen) or len(layer_kinds(shape)) > 1,
         **experts.config_fields(spec, shape),
         **recompute,
     )
     # DecoderLayer and its parts read these.
     config.quantize, config.model_shape = spec.model.quantize, shape
+    config.moe_losses, config.global_batch = spec.model.moe, spec.data.train_batch_size
     return config
 
 

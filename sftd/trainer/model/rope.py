@@ -96,9 +96,6 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tupl
     def turning(times: float) -> float:
         return shape.rotary_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(shape.rope_theta))
 
-    def gain(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     low, high = turning(float(scaling.get("beta_fast") or 32)), turning(float(scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
@@ -109,8 +106,18 @@ def _yarn(frequency: Tensor, scaling: dict[str, Any], shape: ModelShape) -> tupl
     if scaling.get("attention_factor") is not None:
         return found, float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return found, gain(scaling["mscale"]) / gain(scaling["mscale_all_dim"])
-    return found, gain(1.0)
+        return found, _gain(factor, scaling["mscale"]) / _gain(factor, scaling["mscale_all_dim"])
+    return found, _gain(factor, 1.0)
+
+
+def _gain(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def score_gain(shape: ModelShape) -> float:
+    """What DeepSeek-V3 multiplies scores of attention by on top of YaRN's: the square of the gain of `mscale_all_dim`."""
+    scaling = shape.rope_scaling or {}
+    return _gain(float(scaling.get("factor") or 1), float(scaling.get("mscale_all_dim") or 0)) ** 2
 
 
 class RotaryEmbedding(torch.nn.Module):

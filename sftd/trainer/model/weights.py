@@ -59,10 +59,15 @@ def load(chunks: list[GPTModel], path: str, shape: ModelShape, layout: Layout) -
         folder = Folder(path, stack)
         for chunk in chunks:
             _refuse_unknown(folder, shape, layers_of(chunk, layout))
-            own = dict(chunk.named_parameters())
+            own = tensors_of(chunk)
             for rule in chunk_rules(chunk, shape, layout):
                 fill(own.pop(rule.target), rule, folder, chunk.vocab_size, shape, layout)
             assert not own, f"no weight mapping for {sorted(own)}"
+
+
+def tensors_of(chunk: torch.nn.Module) -> dict[str, Any]:
+    """The parameters by name, and the routers' biases, which are buffers."""
+    return dict(chunk.named_parameters()) | dict(chunk.named_buffers())
 
 
 def layers_of(chunk: GPTModel, layout: Layout) -> range:

@@ -26,9 +26,18 @@ def _is(rank: int) -> bool:
 
 def experts_together() -> None:
     """Compute experts on a CPU as on a GPU, with PyTorch in the place of the kernels."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
     from sftd.trainer.model.grouped import experts
 
-    vars(experts)["groups"] = lambda _device: True
+    group = experts.group
+
+    def group_all(model: Any) -> None:
+        group(model)
+        found = [module for module in model.modules() if isinstance(module, SequentialMLP)]
+        assert all(isinstance(module, experts.GroupedExperts) for module in found), "some stay one by one"
+
+    vars(experts).update(groups=lambda _device: True, group=group_all)
 
 
 def cannot_open(rank: int, path: str, code: str, *, writing: bool, times: int = 10**9) -> None:

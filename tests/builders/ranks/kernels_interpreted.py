@@ -3,9 +3,14 @@ forward and backward against what sftd/trainer/model/ops.py computes on a CPU, a
 
 from __future__ import annotations
 
+import atexit
+import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +21,10 @@ from sftd.trainer.model import cross_entropy_cpu, ops
 from sftd.trainer.model.adapters.dropout import Dropout, threshold
 from sftd.trainer.model.gradients import accumulate_grouped_weight_gradient
 from sftd.trainer.model.grouped import rows as rows_of_experts
+from sftd.trainer.model.grouped.activation import ACTIVATIONS, Activation, RowBias
 from sftd.trainer.model.kernels import (
     cross_entropy,
+    expert_bias,
     grouped_gradient,
     nf4,
     norm,
@@ -170,29 +177,68 @@ def check_routing() -> None:
 
 
 def check_weighted_swiglu() -> None:
-    for width in (40, 1030):
-        x, weight, dy = random(7, 2 * width), random(7), random(7, width)
-        there = [each.to(DEVICE) for each in (dy, x, weight)]
-        again = weighted_swiglu.backward(there[0], there[1], there[2])[0]
-        assert torch.equal(again, weighted_swiglu.forward(there[1], there[2])), "not what forward computed"
-        compare(_Weighted.apply, lambda a, b: ops.swiglu(a) * b[:, None], x, weight)
+    """gpt-oss's clamps and biases too."""
+    for width, experts, act in ((40, 0, "silu"), (1030, 0, "silu"), (1030, 3, "clamped_swiglu")):
+        x, weight = random(7, 2 * width) * 6, random(7)
+        bias = None
+        if experts:
+            bias = RowBias(random(experts, 2 * width), torch.tensor([0, 0, 2, 2, 2, 1, 0], dtype=torch.int32))
+        there = None if bias is None else RowBias(*(each.to(DEVICE) for each in bias))
+        kernel = partial(_weighted, bias=there, is_clamped=act == "clamped_swiglu")
+        compare(kernel, partial(_on_cpu, bias=bias, function=ACTIVATIONS[act]), x, weight)
+
+
+def _weighted(x: Tensor, weight: Tensor, bias: RowBias | None, is_clamped: bool) -> Any:
+    return _Weighted.apply(x, weight, bias, is_clamped)
+
+
+def _on_cpu(x: Tensor, weight: Tensor, bias: RowBias | None, function: Activation) -> Any:
+    return _OnCpu.apply(x, weight, bias, function)
 
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: RowBias | None, is_clamped: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return weighted_swiglu.forward(x, weight)
+        ctx.bias, ctx.is_clamped = bias or (None, None), is_clamped
+        ctx.y = weighted_swiglu.forward(x, weight, *ctx.bias, is_clamped=is_clamped)
+        return ctx.y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return weighted_swiglu.backward(grads[0], x, weight)[1:]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = weighted_swiglu.backward(grads[0], *ctx.saved_tensors, *ctx.bias, is_clamped=ctx.is_clamped)
+        assert torch.equal(found[0], ctx.y), "not what forward computed"
+        return *found[1:], None, None
+
+
+class _OnCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: RowBias | None, function: Activation) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.function = bias, function
+        return function.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.function.backward(grads[0], *ctx.saved_tensors, ctx.bias)[1:], None, None
+
+
+def check_expert_bias() -> None:
+    bias = RowBias(random(3, 2050), torch.tensor([2, 0, 0, 1, 2], dtype=torch.int32))
+    y, weight, d_weight, dy = random(5, 2050), random(5), random(5), random(5, 2050) + 1
+    mine = [each.to(DEVICE, copy=True) for each in (y, d_weight)]
+    there = [each.to(DEVICE) for each in bias]
+    expert_bias.add_(mine[0], weight.to(DEVICE), *there)
+    expert_bias.add_weight_gradient_(dy.to(DEVICE), mine[1], *there)
+    bias.add_to(y, weight)
+    bias.add_weight_gradient_to(d_weight, dy)
+    for a, b in zip(mine, (y, d_weight), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-4)
 
 
 def check_grouped_gradient() -> None:
-    # The first and the last matrix have no rows; numbers of rows and sizes are multiples of nothing.
-    ends, places = torch.tensor([0, 1, 71, 71], dtype=torch.int32), ((4, 70, 150), (11000, 150, 1))
+    # The second and the last matrix have no rows; numbers of rows and sizes are multiples of nothing.
+    ends, places = torch.tensor([3, 3, 71, 71], dtype=torch.int32), ((4, 70, 150), (11000, 150, 1))
     x, dy, before = random(71, 150), random(71, 70), random(45000)
     mine, theirs = before.to(DEVICE, copy=True), before.clone()
     grouped_gradient.accumulate(x.to(DEVICE), dy.to(DEVICE), ends.to(DEVICE), mine.as_strided(*places, 9))
@@ -235,7 +281,47 @@ def check_lean() -> None:
         assert not any(x[0] for x in theirs)
 
 
+def recorded(path: str) -> None:
+    """Write the launches to a file: of each kind of arguments the first."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches: dict[str, dict[str, Any]] = {}
+    run = InterpretedFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        parameters = inspect.signature(self.fn).parameters
+        values = dict(zip(parameters, args, strict=False)) | given
+        fixed = {name: values.pop(name) for name, p in parameters.items() if "constexpr" in str(p.annotation)}
+        kinds = {name: _kind(values.pop(name)) for name in parameters if name in values}
+        switches = [value for value in fixed.values() if isinstance(value, bool)]
+        launch = {
+            "module": self.fn.__module__,
+            "name": self.fn.__name__,
+            "kinds": kinds,
+            "fixed": fixed,
+            "options": values,
+        }
+        launches.setdefault(str((self.fn.__name__, kinds, switches)), launch)
+        run(self, *args, grid=grid, warmup=warmup, **given)
+
+    InterpretedFunction.run = record
+    atexit.register(lambda: Path(path).write_text(json.dumps(list(launches.values()))))
+
+
+def _kind(value: Any) -> str:
+    """Triton's name of an argument's type."""
+    if isinstance(value, Tensor):
+        short = {"bfloat16": "bf16", "float32": "fp32", "bool": "i1"}
+        name = str(value.dtype).removeprefix("torch.")
+        return "*" + short.get(name, name.replace("uint", "u").replace("int", "i"))
+    if isinstance(value, float):
+        return "fp32"
+    return "i1" if isinstance(value, bool) else "i32" if abs(value) < 2**31 else "i64"
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        recorded(sys.argv[2])
     for name, check in (
         ("norm", check_norm),
         ("swiglu", check_swiglu),
@@ -245,6 +331,7 @@ if __name__ == "__main__":
         ("nf4", check_nf4),
         ("routing", check_routing),
         ("weighted_swiglu", check_weighted_swiglu),
+        ("expert_bias", check_expert_bias),
         ("grouped_gradient", check_grouped_gradient),
         ("lean", check_lean),
     ):

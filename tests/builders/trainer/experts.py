@@ -13,4 +13,9 @@ EP2 = {MEGATRON + "expert_model_parallel_size": 2}
 
 def overrides_of(models: Path, **overrides: Any) -> dict[str, Any]:
     sampled = {"trainer__sample_prompts": ["abc"], "trainer__sample_max_tokens": 8}
-    return {"model__partial_pretrain": str(models / MODEL), **sampled, **overrides}
+    routers = {
+        "model__moe__load_balancing_loss": 0.5,
+        "model__moe__z_loss": 0.01,
+        "trainer__val_before_train": True,
+    }
+    return {"model__partial_pretrain": str(models / MODEL), **sampled, **routers, **overrides}

@@ -44,6 +44,22 @@ _YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 4.0,
 }
+_SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -258,6 +274,57 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "initializer_range": 0.1,
         },
     ),
+    # A gated shared expert; a dense layer.
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0],
+            "initializer_range": 0.1,
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        _SIGMOID | {"use_qk_norm": True, "attention_bias": True},
+    ),
+    # Latent queries, a value narrower than its key, groups of experts, YaRN in the scale of attention.
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SIGMOID
+        | _LATENT
+        | {
+            "q_lora_rank": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    # Moonlight's shape: queries from the hidden state; weights of the experts that do not sum to one.
+    "moonlight": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SIGMOID
+        | _LATENT
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
+        _SIGMOID | _LATENT | {"q_lora_rank": 24, "v_head_dim": 24},
+    ),
 }
 
 
@@ -352,7 +419,8 @@ def write_models(
             network = getattr(transformers, model)(config_of(name, models)).float()
             with torch.no_grad():
                 # Norms start at one and biases at zero, which would hide a wrong mapping.
-                for name_, parameter in network.named_parameters():
+                routers = (item for item in network.named_buffers() if item[0].endswith("correction_bias"))
+                for name_, parameter in (*network.named_parameters(), *routers):
                     if parameter.dim() == 1 or name_.endswith("_bias"):
                         parameter.add_(torch.randn_like(parameter) * 0.1)
             network.save_pretrained(folder / name)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.log.events import ModelLoaded, SampleGenerated
@@ -14,7 +17,7 @@ from tests.builders.trainer.experts import EP2, overrides_of
 from tests.builders.trainer.resumes import exact, resume, weights_digests
 from tests.builders.trainer.tiny_models import WIDE, write_models
 from tests.builders.trainer.trainers import MEGATRON
-from tests.builders.trainer.transformers_loop import reference
+from tests.builders.trainer.transformers_loop import expert_load, reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,21 +43,26 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "pp2": (2, {MEGATRON + "pipeline_model_parallel_size": 2}),
 }
-# Experts computed together, as on GPUs: model, ranks, overrides.
-LORA: dict[str, Any] = {"model__lora__rank": 4, "optimizer__lr": 1e-2}
-SELECTIVE: dict[str, Any] = {"model__enable_gradient_checkpointing": True, "model__recompute": "selective"}
 SHORT: dict[str, Any] = {"trainer__max_steps": 3, "trainer__save_interval": 0, "data__val_files": []}
+FULL: dict[str, Any] = {"model__enable_gradient_checkpointing": True}
+LORA: dict[str, Any] = {"model__lora__rank": 4, "optimizer__lr": 1e-2}
+FREEZE: dict[str, Any] = {"model__freeze": [r"0\.mlp\.experts\..*\.down", r"1\.mlp\.experts"]}
+# What is trained one by one in one rank: model, overrides.
+ONE_BY_ONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole": ("qwen3_moe", {}),
+    "mixtral": ("mixtral", {}),
+    "frozen": ("qwen3_moe", FREEZE),
+    "lora": ("qwen3_moe", LORA),
+    "qlora": ("qwen3_moe", LORA | {"model__quantize": "nf4"}),
+}
+# And together, as on GPUs: which of them, ranks, overrides.
 TOGETHER: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "selective": ("qwen3_moe", 1, SELECTIVE),
-    "full_packed": (
-        "mixtral",
-        1,
-        {"model__enable_gradient_checkpointing": True, "training__use_rmpad": True},
-    ),
-    "some_frozen": ("qwen3_moe", 1, {"model__freeze": [r"0\.mlp\.experts\..*\.down", r"1\.mlp\.experts"]}),
-    "qlora": ("qwen3_moe", 1, LORA | {"model__quantize": "nf4"}),
-    "ep2": ("qwen3_moe", 2, EP2 | SELECTIVE),
-    "lora_tp2": ("qwen3_moe", 2, LORA | TP2),
+    "selective": ("whole", 1, FULL | {"model__recompute": "selective"}),
+    "full_packed": ("mixtral", 1, FULL | {"training__use_rmpad": True}),
+    "frozen": ("frozen", 1, {}),
+    "qlora": ("qlora", 1, {}),
+    "ep2": ("whole", 2, EP2),
+    "lora_tp2": ("lora", 2, TP2),
 }
 
 
@@ -69,10 +77,20 @@ def ep2(trainer: Trainer, models: Path) -> Run:
 
 
 def test_one_rank_equals_a_plain_pytorch_loop(one_rank: Run) -> None:
-    losses, norms, _ = reference(one_rank, 5)
+    balance: list[list[float]] = []
+    losses, norms, _ = reference(one_rank, 5, balance)
     steps = list(one_rank.steps().values())[:5]
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-5)
+    for step, expected in zip(steps, balance, strict=True):
+        assert [step.load_balancing_loss, step.z_loss] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_validation_says_which_share_the_fullest_expert_of_each_layer_has(one_rank: Run) -> None:
+    spec = one_rank.attempt.order().spec
+    rows = pq.read_table(spec.data.val_files[0])["input_ids"].to_pylist()
+    found = one_rank.validations()[0].expert_load
+    assert found == pytest.approx(expert_load(spec.model.partial_pretrain, rows), abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -85,8 +103,12 @@ def test_layout_changes_nothing_but_rounding(
         found = run.steps()[step]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.load_balancing_loss == pytest.approx(expected.load_balancing_loss, rel=1e-5)
+        assert found.z_loss == pytest.approx(expected.z_loss, rel=1e-5)
     for step, validation in one_rank.validations().items():
         assert run.validations()[step].loss == pytest.approx(validation.loss, rel=1e-5)
+        # Rounding may turn the choice of a token.
+        assert run.validations()[step].expert_load == pytest.approx(validation.expert_load, abs=0.002)
     assert run.events(ModelLoaded)[0].parameters == one_rank.events(ModelLoaded)[0].parameters
     assert run.events(ModelLoaded)[0].parameters == whole_model(read_shape(str(models / "qwen3_moe"), {}))
     texts = [(s.step, s.text) for s in one_rank.events(SampleGenerated)]
@@ -133,26 +155,41 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(
-    trainer: Trainer, warm: WarmTrainer, name: str, ranks: int, overrides: dict[str, Any], *, together: bool
-) -> Run:
-    attempt = trainer.prepare(f"experts_{name}-{together}", trainer.spec(ranks, **overrides))
-    return trainer.train(warm, attempt, faults=[("experts_together", {})] if together else [])
+Train = Callable[..., "Run"]
+
+
+@pytest.fixture(scope="module")
+def train(trainer: Trainer, warm: WarmTrainer, models: Path, wide: Path) -> Train:
+    """Trains one of `ONE_BY_ONE` a few steps."""
+
+    def run(name: str, which: str, ranks: int = 1, faults: Sequence[Any] = (), **more: Any) -> Run:
+        model, overrides = ONE_BY_ONE[which]
+        folder = wide if which == "qlora" else models
+        given = SHORT | overrides | more | {"model__partial_pretrain": str(folder / model)}
+        attempt = trainer.prepare(f"experts_{name}", trainer.spec(ranks, **given))
+        return trainer.train(warm, attempt, faults=faults)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_by_one(train: Train) -> Callable[[str], Run]:
+    """The run of `ONE_BY_ONE` of that name."""
+    return cache(lambda which: train(f"one_by_one_{which}", which))
 
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_experts_computed_together_train_as_one_by_one(
-    trainer: Trainer, warm: WarmTrainer, models: Path, wide: Path, name: str
+    train: Train, one_by_one: Callable[[str], Run], name: str
 ) -> None:
-    model, ranks, overrides = TOGETHER[name]
-    folder = wide if "model__quantize" in overrides else models
-    overrides = SHORT | overrides | {"model__partial_pretrain": str(folder / model)}
+    which, ranks, overrides = TOGETHER[name]
     found, expected = (
-        train(trainer, warm, name, ranks, overrides, together=together) for together in (True, False)
+        train(f"together_{name}", which, ranks, [("experts_together", {})], **overrides),
+        one_by_one(which),
     )
     assert found.steps().keys() == expected.steps().keys()
     for step, event in expected.steps().items():
-        assert found.steps()[step].loss == pytest.approx(event.loss, rel=1e-6)
+        assert found.steps()[step].loss == pytest.approx(event.loss, rel=2e-6)
         assert found.steps()[step].grad_norm == pytest.approx(event.grad_norm, rel=1e-5)
 
 

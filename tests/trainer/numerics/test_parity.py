@@ -37,6 +37,7 @@ MODELS = (
     ),
     *("gemma2", "gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
     *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
+    *("qwen2_moe", "glm4_moe", "deepseek_v3", "moonlight", "glm4_moe_lite"),
     "gpt_oss",
 )
 # Tensor parallelism alone cannot split experts with biases.

@@ -19,6 +19,7 @@ from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.log.events import CheckpointPublished, ModelLoaded, SampleGenerated
 from sftd.wire.checkpoint import manifest as manifests
 from sftd.wire.checkpoint import reduction as checkpoint_reduction
+from sftd.wire.model.folder import read_shape
 from tests.builders.durability import Trace
 from tests.builders.paths import RANKS
 from tests.builders.trainer.experts import EP2, overrides_of
@@ -98,11 +99,8 @@ def publish_and_export(
     def spec_of(model: str) -> Any:
         dtype = "bfloat16" if model == BF16 else "float32"
         # A layout of the ranks is the same with experts or without.
-        expert = (
-            {}
-            if "moe" in model or model in ("mixtral", "gpt_oss")
-            else {MEGATRON + "expert_model_parallel_size": 1}
-        )
+        has_experts = read_shape(str(folders[model]), {}).num_experts
+        expert = {} if has_experts else {MEGATRON + "expert_model_parallel_size": 1}
         given = overrides | expert | {MEGATRON + "params_dtype": dtype}
         return trainer.spec(ranks, model__partial_pretrain=str(folders[model]), **given)
 

@@ -106,7 +106,14 @@ def test_every_event_type_of_every_version_is_in_the_golden_file() -> None:
 # What each old version did not say, as it must be read today.
 UPCAST: dict[tuple[str, int], dict[str, Any]] = {
     ("RunSubmitted", 1): {"model_files": None},
-    ("StepCompleted", 1): {"mfu": None, "peak_memory_bytes": None},
+    ("StepCompleted", 1): {
+        "mfu": None,
+        "peak_memory_bytes": None,
+        "load_balancing_loss": None,
+        "z_loss": None,
+    },
+    ("StepCompleted", 2): {"load_balancing_loss": None, "z_loss": None},
+    ("ValidationCompleted", 1): {"expert_load": None},
     ("StopRequested", 1): {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
     ("AttemptPreempted", 1): {"reason": ""},

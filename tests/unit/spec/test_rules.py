@@ -217,9 +217,26 @@ REFUSED: dict[str, list[Row]] = {
         )
     ],
     "expert_parallel_without_experts": [Row(EP, "no experts to shard", {EP: 2})],
+    "router_keys_without_router": [
+        Row("model.freeze_router", "has no router", {"model.freeze_router": True}, fix="leave it out"),
+        Row("model.moe.z_loss", "has no router", {"model.moe.z_loss": 0.1}),
+    ],
     "experts_of_a_token": [
         Row("model.partial_pretrain", "a token to 1 of 8", shape=EXPERTS | {"num_experts_per_tok": 1}),
         Row("model.partial_pretrain", "a token to 9 of 8", shape=EXPERTS | {"num_experts_per_tok": 9}),
+    ],
+    "groups_of_experts": [
+        Row(
+            "model.partial_pretrain",
+            "takes 2 experts of 1 of 3 groups",
+            shape=EXPERTS | {"router_groups": 3, "router_topk_group": 1},
+            fix="groups have equal sizes",
+        ),
+        Row(
+            "model.partial_pretrain",
+            "takes 3 experts of 1 of 4 groups",
+            shape=EXPERTS | {"router_groups": 4, "router_topk_group": 1, "num_experts_per_tok": 3},
+        ),
     ],
     "experts_not_divided": [
         Row(EP, "3 does not divide the model's 8 experts", {EP: 3, BATCH: 9}, shape=EXPERTS, fix="1, 2, 4, 8")
@@ -250,6 +267,9 @@ REFUSED: dict[str, list[Row]] = {
     "quantized_delta_net": [
         Row(QUANTIZE, "is nf4", {QUANTIZE: "nf4", RANK: 8}, shape={"delta_layers": (0,)} | DELTA_NET)
     ],
+    "quantized_latent_attention": [
+        Row(QUANTIZE, "latent attention", {QUANTIZE: "nf4", RANK: 8}, shape={"kv_lora_rank": 32}, fix="none")
+    ],
     "layers_not_divided_by_tp": [
         Row(
             TP,
@@ -259,10 +279,31 @@ REFUSED: dict[str, list[Row]] = {
         ),
         Row(TP, "4 does not divide the model's 2 key-value heads", {TP: 4}, fix="use one of 1, 2"),
         Row(TP, "2 does not divide the model's 127 FFN units", {TP: 2}, shape={"intermediate_size": 127}),
+        Row(
+            TP,
+            "2 does not divide the model's 33 units of the shared expert",
+            {TP: 2, SP: True, EP: 2},
+            shape=EXPERTS | {"shared_expert_intermediate_size": 33},
+        ),
+        Row(
+            TP,
+            "2 does not divide the model's 127 FFN units",
+            {TP: 2, SP: True, EP: 2},
+            shape=EXPERTS | {"layers_without_experts": (0,), "intermediate_size": 127},
+        ),
     ],
     "layers_not_divided_by_pp": [
         Row(PP, "the model's 4 layers", {PP: 3}),
         Row(VPP, "PP 2 × VPP 4 = 8", {PP: 2, VPP: 4}),
+    ],
+    "stage_without_experts": [
+        Row(
+            PP,
+            "stage 0 of 2 trains no experts",
+            {PP: 2},
+            shape=EXPERTS | {"layers_without_experts": (0, 1)},
+            fix="fewer stages",
+        )
     ],
     "rank_above_matrix": [
         Row(RANK, "33 is more than a side of the 32 × 64 matrix of k", {RANK: 33}, fix="to 32 or less"),

@@ -35,6 +35,20 @@ QWEN3_MOE = DENSE | {
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
+DEEPSEEK = DENSE | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -78,6 +92,12 @@ def test_experts_are_read_as_their_publishers_write_them(tmp_path: Path) -> None
     renamed = {k: v for k, v in QWEN3_MOE.items() if k not in ("num_experts", "norm_topk_prob")}
     other = read_shape(folder_of(tmp_path, renamed | {"num_local_experts": 6}), {})
     assert (other.num_experts, other.norm_topk_prob) == (6, False)
+    sparse = QWEN3_MOE | {"mlp_only_layers": [3], "decoder_sparse_step": 2, "num_hidden_layers": 6}
+    assert read_shape(folder_of(tmp_path, sparse), {}).layers_without_experts == (0, 2, 3, 4)
+    deepseek = read_shape(folder_of(tmp_path, DEEPSEEK), {})
+    assert (deepseek.head_dim, deepseek.rotary_dim, deepseek.num_key_value_heads) == (24, 8, 4)
+    assert (deepseek.shared_expert_intermediate_size, deepseek.layers_without_experts) == (96, (0, 1, 2))
+    assert (deepseek.routed_scaling_factor, deepseek.norm_topk_prob, deepseek.q_lora_rank) == (2.5, True, 0)
     dense = read_shape(folder_of(tmp_path, DENSE), {})
     assert (dense.num_experts, dense.unsupported) == (0, ())
 
@@ -104,9 +124,8 @@ def test_a_model_that_fits_has_no_problem(tmp_path: Path, config: dict[str, Any]
             "4 ranks ÷ PP 1 = 4",
         ),
         (QWEN3_MOE, [(TP, 2)], SP, "turn it on"),
-        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 FFN units"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, [], "model.partial_pretrain", "mlp_only_layers"),
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, [], "model.partial_pretrain", "decoder_sparse_step"),
+        (QWEN3_MOE | {"moe_intermediate_size": 33}, [(TP, 2), (SP, True)], TP, "33 units of an expert"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, [], "model.partial_pretrain", "(scoring_func)"),
         (QWEN3_MOE | {"shared_expert_intermediate_size": 4}, [], "model.partial_pretrain", "shared experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 7}, [], "model.partial_pretrain", "7 of 6 experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 1}, [], "model.partial_pretrain", "1 of 6 experts"),

@@ -93,10 +93,11 @@ class StepCompleted(OfStep, Event, frozen=True):
     `tokens` counts trained tokens (label is not -100), `tokens_real` excludes padding, `tokens_padded` includes it.
     `tokens_total` counts the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the global row
     numbers in order. `mfu` is the model FLOPs utilization in 0 … 1, None if the device's peak FLOP/s is unknown.
-    `peak_memory_bytes` is the largest use of any rank so far (tensors on a GPU, the process on a CPU).
+    `peak_memory_bytes` is the largest use of any rank so far (tensors on a GPU, the process on a CPU). `load_balancing_loss` and
+    `z_loss` are those of `model.moe`, without their coefficients and not part of `loss`; None where they are off.
     """
 
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     progress: ClassVar[str] = ""
 
     step: int
@@ -113,6 +114,8 @@ class StepCompleted(OfStep, Event, frozen=True):
     seconds: float
     mfu: float | None = None
     peak_memory_bytes: int | None = None
+    load_balancing_loss: float | None = None
+    z_loss: float | None = None
 
     def details(self) -> str:
         # Short, so that a line of `sftd logs`, which starts with the attempt, usually fits 80 columns.
@@ -120,12 +123,19 @@ class StepCompleted(OfStep, Event, frozen=True):
             f"loss {loss(self.loss)}  grad {self.grad_norm:.3f}  lr {self.lr:.2e}"
             + (f"  {self.tokens_real / self.seconds:,.0f} tok/s" if self.seconds > 0 else "")
             + (f"  MFU {self.mfu:.1%}  {memory(self.peak_memory_bytes or 0)}" if self.mfu is not None else "")
+            + (f"  balance {self.load_balancing_loss:.3f}" if self.load_balancing_loss is not None else "")
+            + (f"  z {self.z_loss:.3g}" if self.z_loss is not None else "")
         )
 
 
 class ValidationCompleted(OfStep, Event, frozen=True):
-    """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens."""
+    """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens.
 
+    `expert_load`: number of each layer with experts → share of the tokens' choices that went to the expert with the most of them.
+    None for a dense model. No token is ever dropped.
+    """
+
+    schema_version: ClassVar[int] = 2
     progress: ClassVar[str] = "validation "
 
     step: int
@@ -133,9 +143,14 @@ class ValidationCompleted(OfStep, Event, frozen=True):
     tokens: int
     rows: int
     seconds: float
+    expert_load: dict[int, float] | None = None
 
     def details(self) -> str:
-        return f"loss {loss(self.loss)} over {counted(self.tokens, 'token')}"
+        found = f"loss {loss(self.loss)} over {counted(self.tokens, 'token')}"
+        if self.expert_load:
+            fullest = max(self.expert_load, key=self.expert_load.__getitem__)
+            found += f"; fullest expert {self.expert_load[fullest]:.1%} (layer {fullest})"
+        return found
 
 
 class SampleGenerated(OfStep, Event, frozen=True):

@@ -104,7 +104,11 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     highest[recorded.type] = event.step
     at = millis(recorded.occurred_at)
     if isinstance(event, e.ValidationCompleted):
-        return [MetricPoint("val_loss", event.loss, at, event.step)]
+        loads = {f"expert_load/layer_{layer}": load for layer, load in (event.expert_load or {}).items()}
+        return [
+            MetricPoint(key, value, at, event.step)
+            for key, value in ({"val_loss": event.loss} | loads).items()
+        ]
     # MLflow's page shows the section `system/`, and no other, below the keys without a prefix.
     values = {
         "loss": event.loss,
@@ -119,13 +123,18 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
         values["system/mfu"] = event.mfu
     if event.peak_memory_bytes is not None:
         values["system/peak_memory_gib"] = event.peak_memory_bytes / 2**30
+    for key in ("load_balancing_loss", "z_loss"):
+        if (value := getattr(event, key)) is not None:
+            values[key] = value
     return [MetricPoint(key, value, at, event.step) for key, value in values.items()]
 
 
 def most_points(event: e.Event) -> int:
     """An upper bound of the event's number of points."""
     if isinstance(event, e.StepCompleted):
-        return 8
+        return 10
+    if isinstance(event, e.ValidationCompleted):
+        return 1 + len(event.expert_load or {})
     if isinstance(event, e.SystemSampled):
         return 3 + 4 * len(event.gpus)
     return 1

@@ -15,10 +15,10 @@ from sftd.trainer.runtime.session import Layout
 def freeze(chunks: list[GPTModel], model: Model, shape: ModelShape, layout: Layout) -> None:
     """Turn the gradients of the weights off whose names in the model folder match one of `model.freeze`. Raises `UserError` where
     Megatron computes weights that match together with weights that do not."""
-    for chunk in chunks if model.freeze else ():
-        own = dict(chunk.named_parameters())
+    for chunk in chunks if model.frozen else ():
+        own = weights.tensors_of(chunk)
         for rule in weights.chunk_rules(chunk, shape, layout):
-            matching = frozen(model.freeze, rule.sources)
+            matching = frozen(model.frozen, rule.sources)
             if matching and len(matching) < len(rule.sources):
                 rest = ", ".join(name for name in rule.sources if name not in matching)
                 raise UserError(

@@ -33,6 +33,7 @@ from sftd.trainer.runtime.session import Layout
 # Megatron's products of a layer, and the projections in each, in the order of the `sources` of its rule.
 FUSED = {
     "linear_qkv": ("q", "k", "v"),
+    "linear_q": ("q",),
     "linear_proj": ("o",),
     "linear_fc1": ("gate", "up"),
     "linear_fc2": ("down",),
@@ -78,7 +79,7 @@ def _rows(
     height: int, projections: tuple[str, ...], shape: ModelShape
 ) -> tuple[int, dict[str, tuple[int, int]]]:
     """`groups` and `rows` of `Adapters` for a product of `height` rows."""
-    if projections[0] != "q":
+    if projections != FUSED["linear_qkv"]:
         each = height // len(projections)
         return 1, {name: (i * each, each) for i, name in enumerate(projections)}
     d, queries = shape.head_dim, shape.query_heads // shape.num_key_value_heads

@@ -51,13 +51,13 @@ _DELTA_NET = tuple(rule.below("self_attention.", "linear_attn.") for rule in (
 def _rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     if layer not in shape.delta_layers:
         return layer_rules(shape, layer, experts)
-    return [*norm_rules(shape), *_DELTA_NET, *mlp_rules(shape, experts)]
+    return [*norm_rules(shape), *_DELTA_NET, *mlp_rules(shape, layer, experts)]
 
 
 def _layer(shape: ModelShape, number: int) -> Any:
     if number not in shape.delta_layers:
-        return decoder_layer(shape)
-    spec = decoder_layer(shape, DeltaLayer)
+        return decoder_layer(shape, layer=number)
+    spec = decoder_layer(shape, DeltaLayer, number)
     spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet)
     return spec
 

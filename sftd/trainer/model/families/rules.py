@@ -155,12 +155,21 @@ def feed_forward_rules(shape: ModelShape, size: int) -> list[Rule]:
 
 
 def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
-    """The router and the given experts of an MoE layer. A rank that holds only some of the experts holds them unsplit."""
-    where = FAMILIES[shape.architecture].feed_forward
+    """The router, the given experts and the shared one of an MoE layer. A rank that holds only some of the experts holds them
+    unsplit."""
+    family = FAMILIES[shape.architecture]
+    where = family.feed_forward
     expert = feed_forward_rules(shape, shape.moe_intermediate_size)
     if len(experts) < shape.num_experts:
         expert = [replace(rule, cut="whole") for rule in expert]
     rules = [Rule("mlp.router.weight", (f"{where}.gate.weight",))]
+    if shape.router == "sigmoid":
+        rules.append(Rule("mlp.router.correction_bias", (f"{where}.gate.e_score_correction_bias",)))
+    if size := shape.shared_expert_intermediate_size:
+        shared = f"{where}.{family.shared_expert}"
+        rules += [rule.below("mlp.shared_experts.", f"{shared}.") for rule in feed_forward_rules(shape, size)]
+        if shape.shared_expert_gate:
+            rules.append(Rule("mlp.shared_experts.gate_weight", (f"{shared}_gate.weight",)))
     for local, number in enumerate(experts):
         names = f"mlp.experts.local_experts.{local}.", f"{where}.experts.{number}."
         rules += [rule.below(*names) for rule in expert]
@@ -169,12 +178,12 @@ def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
 
 def layer_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     """All parameters of a layer of Llama or one of its relatives, dense or MoE."""
-    return [*norm_rules(shape), *attention_rules(shape), *mlp_rules(shape, experts)]
+    return [*norm_rules(shape), *attention_rules(shape), *mlp_rules(shape, layer, experts)]
 
 
-def mlp_rules(shape: ModelShape, experts: range) -> list[Rule]:
+def mlp_rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     """A layer's MLP, or its router and experts."""
-    if shape.num_experts:
+    if shape.has_experts(layer):
         return expert_rules(shape, experts)
     where = FAMILIES[shape.architecture].feed_forward
     dense = feed_forward_rules(shape, shape.intermediate_size)

@@ -25,7 +25,7 @@ class TrainedFamily:
     """
 
     layer_rules: Callable[[ModelShape, int, range], list[Rule]] = layer_rules
-    layer_spec: Callable[[ModelShape, int], Any] = lambda shape, layer: decoder_layer(shape)
+    layer_spec: Callable[[ModelShape, int], Any] = lambda shape, layer: decoder_layer(shape, layer=layer)
     layers: str = "model.layers"
     unread: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     embedding: str = "model.embed_tokens.weight"

@@ -7,9 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -17,11 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from sftd.trainer.model.gradients import mark_accumulated
-from sftd.trainer.model.grouped.activation import SWIGLU, Activation
+from sftd.trainer.model.grouped.activation import ACTIVATIONS, Activation, RowBias
 from sftd.trainer.model.grouped.adapters import GroupedAdapters
 from sftd.trainer.model.grouped.dispatch import Dispatcher
 from sftd.trainer.model.grouped.products import GroupedProduct
-from sftd.trainer.model.grouped.rows import ExpertRows, spread
+from sftd.trainer.model.grouped.rows import ExpertRows, experts_of, spread
 from sftd.trainer.model.recompute import computed_again
 
 # Rows and weights of grouped products lie at multiples of 16 bytes.
@@ -40,33 +38,33 @@ def group(model: GPTModel) -> None:
         if isinstance(mixture, MoELayer) and _fits(mixture):
             mixture.experts.__class__ = GroupedExperts
             mixture.experts.recomputes = layer.recompute_input_layernorm
+            mixture.experts.activation = ACTIVATIONS[mixture.config.model_shape.hidden_act]
             mixture.token_dispatcher.__class__ = Dispatcher
 
 
 def _fits(mixture: MoELayer) -> bool:
-    experts, config = mixture.experts, mixture.config
-    if type(experts) is not SequentialMLP or type(mixture.token_dispatcher) is not MoEAlltoAllTokenDispatcher:
+    """A family's own kind of SequentialMLP computes the shape's activation too, with the products' biases."""
+    experts, dispatcher = mixture.experts, mixture.token_dispatcher
+    if not isinstance(experts, SequentialMLP) or type(dispatcher) is not MoEAlltoAllTokenDispatcher:
         return False
     linears = [
         linear for expert in experts.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)
     ]
     return (
-        all(type(expert) is MLP for expert in experts.local_experts)
-        and config.activation_func is F.silu
-        and config.gated_linear_unit
-        and config.activation_func_clamp_value is None
-        and not config.glu_linear_offset
-        and all(linear.bias is None and linear.weight.shape[1] % _ALIGNED == 0 for linear in linears)
-        and mixture.token_dispatcher.shared_experts is None
+        mixture.config.model_shape.hidden_act in ACTIVATIONS
+        and all(linear.weight.shape[1] % _ALIGNED == 0 for linear in linears)
+        # Ranks that split an expert would each add its bias.
+        and (dispatcher.tp_size == 1 or all(linear.bias is None for linear in linears))
+        and dispatcher.shared_experts is None
     )
 
 
 class GroupedExperts(SequentialMLP):
-    """The experts of a rank: gate and up in one product, SwiGLU times the weights of the rows, down."""
+    """The experts of a rank: gate and up in one product, the activation times the weights of the rows, down."""
 
     # Whether backward makes the rows again that forward spread, from the tokens.
     recomputes: bool
-    activation: Activation = SWIGLU
+    activation: Activation
     gate_up: GroupedProduct
     down: GroupedProduct
     # Parameters of the autograd function, and whether Megatron's hook needs a gradient of each.
@@ -100,31 +98,49 @@ class _Experts(Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, ends: Tensor, experts: GroupedExperts, *hooked: Any
     ) -> Tensor:
-        gate_up, z_up = experts.gate_up.forward(x, ends)
-        y, z_down = experts.down.forward(experts.activation.forward(gate_up, weights), ends)
-        ctx.save_for_backward(
-            x if experts.gate_up.keeps_input else None, weights, ends, gate_up, z_up, z_down
-        )
+        up, down = experts.gate_up, experts.down
+        numbers = experts_of(ends, x.shape[0]) if up.bias is not None or down.bias is not None else None
+        gate_up, z_up = up.forward(x, ends)
+        activated = experts.activation.forward(gate_up, weights, _bias(up, numbers))
+        y, z_down = down.forward(activated, ends)
+        if bias := _bias(down, numbers):
+            bias.add_to(y, weights)
+        kept = x if up.keeps_input else None
+        ctx.save_for_backward(kept, weights, ends, numbers, gate_up, z_up, z_down)
         ctx.experts, ctx.hooked = experts, hooked
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, ends, gate_up, z_up, z_down = ctx.saved_tensors
+        x, weights, ends, numbers, gate_up, z_up, z_down = ctx.saved_tensors
         experts, dy = ctx.experts, grads[0].contiguous()
-        d_activated, dz = experts.down.input_gradient(dy, ends)
-        activated, d_gate_up, d_weights = experts.activation.backward(d_activated, gate_up, weights)
+        up, down = experts.gate_up, experts.down
+        d_activated, dz = down.input_gradient(dy, ends)
+        activated, d_gate_up, d_weights = experts.activation.backward(
+            d_activated, gate_up, weights, _bias(up, numbers)
+        )
         del d_activated
-        if experts.down.keeps_input:
-            experts.down.accumulate(activated, dy, z_down, dz, ends)
+        if down.keeps_input:
+            down.accumulate(activated, dy, z_down, dz, ends)
+        if bias := _bias(down, numbers):
+            bias.add_weight_gradient_to(d_weights, dy)
+            down.bias.accumulate(weights[:, None].to(dy.dtype), dy, ends)
+        if up.bias is not None:
+            up.bias.accumulate(torch.ones_like(d_gate_up[:, :1]), d_gate_up, ends)
         del activated, dy
         dx, dz = None, None
-        if ctx.needs_input_grad[0] or experts.gate_up.adapters is not None:
-            dx, dz = experts.gate_up.input_gradient(d_gate_up, ends)
-        if experts.gate_up.keeps_input:
-            experts.gate_up.accumulate(x, d_gate_up, z_up, dz, ends)
+        if ctx.needs_input_grad[0] or up.adapters is not None:
+            dx, dz = up.input_gradient(d_gate_up, ends)
+        if up.keeps_input:
+            up.accumulate(x, d_gate_up, z_up, dz, ends)
         hooks = [mark_accumulated(weight) if experts.is_hooked else None for weight in ctx.hooked]
         return dx, d_weights, None, None, *hooks
+
+
+def _bias(product: GroupedProduct, numbers: Tensor | None) -> RowBias | None:
+    if product.bias is None or numbers is None:
+        return None
+    return RowBias(product.bias.values().contiguous(), numbers)
 
 
 def place(chunks: Iterable[GPTModel], *, is_hooked: bool = False) -> list[GroupedAdapters]:

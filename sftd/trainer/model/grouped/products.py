@@ -6,55 +6,48 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftd.trainer.model.adapters.linears import main_grad
-from sftd.trainer.model.gradients import accumulate_grouped_weight_gradient
 from sftd.trainer.model.grouped.adapters import GroupedAdapters
-from sftd.trainer.model.grouped.buffers import place, together
+from sftd.trainer.model.grouped.buffers import ParameterGroup, place
 from sftd.trainer.model.quantize.nf4 import Quantized
 from sftd.trainer.model.quantize.products import quantized
 
 
 class GroupedProduct:
     """y = W x for each expert's rows, and its gradients. `linears`: Megatron's products of the experts, in the order of the rows.
-
-    Megatron's data parallelism has placed trained weights, and their FP32 gradients, at equal distances in one buffer; frozen ones
-    are placed here. Where the distances differ, because padding of a bucket lies between two experts, the weights are copied when
-    they are used, and gradients are added one by one.
-    """
+    Their biases, if any, are added by the caller."""
 
     def __init__(self, linears: Sequence[Any]) -> None:
-        self._weights: list[Any] = [linear.weight for linear in linears]
-        self._quantized: Quantized | None = None
-        self._view: Tensor | None = None
-        # Of a layer's experts all or none are trained.
-        self.trained = [weight for weight in self._weights if hasattr(weight, "main_grad")]
-        stored = [quantized(weight) for weight in self._weights]
-        if stored[0] is not None:
-            self._quantized = _joined(stored)
-        else:
-            if not self.trained:
-                place(self._weights)
-            self._view = together([weight.detach() for weight in self._weights])
-        self._gradient = together([main_grad(weight) for weight in self.trained]) if self.trained else None
+        weights = [linear.weight for linear in linears]
+        stored = [quantized(weight) for weight in weights]
+        self._dtype, self._count = weights[0].dtype, len(weights)
+        self._quantized = None if stored[0] is None else _joined(stored)
+        self._weights = None if stored[0] is not None else ParameterGroup(weights)
+        self.bias: ParameterGroup | None = None
+        if linears[0].bias is not None:
+            self.bias = ParameterGroup([linear.bias for linear in linears])
         self.adapters: GroupedAdapters | None = None
         if hasattr(linears[0], "adapters"):
             self.adapters = GroupedAdapters([linear.adapters for linear in linears])
 
     @property
+    def trained(self) -> list[Any]:
+        """The parameters that are trained, without the adapters."""
+        return [each for group in (self._weights, self.bias) if group is not None for each in group.trained]
+
+    @property
     def keeps_input(self) -> bool:
         """Whether a gradient needs the product's input."""
-        return bool(self.trained) or self.adapters is not None
+        return self.adapters is not None or (self._weights is not None and bool(self._weights.trained))
 
     def values(self) -> Tensor:
         """The weights [experts, out, in]."""
-        if self._quantized is not None:
-            whole = self._quantized.dequantize(self._weights[0].dtype)
-            return whole.unflatten(0, (len(self._weights), -1))
-        return torch.stack(self._weights) if self._view is None else self._view
+        if self._weights is not None:
+            return self._weights.values()
+        assert self._quantized is not None
+        return self._quantized.dequantize(self._dtype).unflatten(0, (self._count, -1))
 
     def forward(self, x: Tensor, ends: Tensor) -> tuple[Tensor, Tensor | None]:
         """x [n, in] → (y [n, out], A x [n, r] with adapters)."""
@@ -79,14 +72,8 @@ class GroupedProduct:
         """Add the gradients of the weights and adapters to their FP32 gradients."""
         if self.adapters is not None and z is not None and dz is not None:
             self.adapters.accumulate(x, dz, z, dy, ends)
-        if self._gradient is not None:
-            accumulate_grouped_weight_gradient(x, dy, ends, self._gradient)
-        elif self.trained:
-            shape = len(self._weights), *self._weights[0].shape
-            found = torch.zeros(shape, dtype=torch.float32, device=x.device)
-            accumulate_grouped_weight_gradient(x, dy, ends, found)
-            for weight, gradient in zip(self.trained, found, strict=True):
-                main_grad(weight).add_(gradient)
+        if self._weights is not None:
+            self._weights.accumulate(x, dy, ends)
 
 
 def multiply(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

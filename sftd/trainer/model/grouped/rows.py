@@ -47,6 +47,12 @@ def ends_of(counts: Tensor) -> Tensor:
     return counts.cumsum(0, dtype=torch.int32)
 
 
+def experts_of(ends: Tensor, count: int) -> Tensor:
+    """The expert, in their order, of each of `count` rows: int32."""
+    rows = torch.arange(count, dtype=torch.int32, device=ends.device)
+    return torch.searchsorted(ends, rows, out_int32=True, side="right")
+
+
 def spread(tokens: Tensor, slots: Tensor) -> Tensor:
     """tokens [t, h], slots [t, k] → [t · k, h]: each token in each of its rows."""
     if tokens.is_cuda:

@@ -153,7 +153,7 @@ def _tensors(
     model: torch.nn.Module, shape: ModelShape, spec: Lora, events: EventWriter
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every tensor of the Hugging Face folder. Empties the model's parameters on the way."""
-    own = dict(model.named_parameters())
+    own = weights.tensors_of(model)
     layers, all_experts = range(shape.num_hidden_layers), range(shape.num_experts)
     output = "shared" if shape.tie_word_embeddings else "own"
     parts = list(weights.model_rules(shape, layers, all_experts, is_first=True, output=output))
