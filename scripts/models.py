@@ -42,7 +42,8 @@ OPTIONS = """\
 ## Options of config.json
 
 Every family reads {keys}, and RoPE from {rope}. The table has what else a family reads, and what all its models have. "Refused": sftd
-refuses a config.json that asks for it, at submit. Other activations and RoPE scalings than the named ones are refused, too.
+refuses a config.json that asks for it, at submit. Other activations and RoPE scalings than the named ones are refused, too. Where
+none is named, RoPE scalings are those of Llama.
 """
 TESTED = """\
 ## What is tested
@@ -89,21 +90,16 @@ def options() -> Iterator[tuple[str, ...]]:
         fixed = {name: how for name, how in family.fields.items() if not isinstance(how, Key)}
         always = (name if value is True else f"{name}: {value}" for name, value in fixed.items())
         own = (key for key in family.config_keys() if key not in LLAMA.config_keys() and key not in refused)
-        scalings = (kind for kind in family.rope_types if kind != "default")
+        scalings = [kind for kind in family.rope_types if kind != "default"]
+        is_other = family is LLAMA or family.rope_types != LLAMA.rope_types
         yield (
             name_of(family),
             code(always),
             code(own),
             code(family.activations),
-            code(scalings),
+            code(scalings) if is_other else "",
             code(option.key for option in family.refused),
         )
-
-
-def shape_of(architecture: str) -> ModelShape:
-    """The shape of the tiny model whose layouts are tested."""
-    config = config_of(FIRST[architecture]).to_dict()
-    return FAMILIES[architecture].shape(config, {})
 
 
 def tested() -> Iterator[tuple[str, ...]]:

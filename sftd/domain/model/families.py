@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sftd.domain.model.delta_nets import DELTA_NETS
 from sftd.domain.model.family import (
     ATTENTION_BIAS,
     MLP_BIAS,
@@ -64,20 +65,6 @@ def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
     """SmolLM3's default of `layer_types`."""
     marks = config.get("no_rope_layers") or _every_fourth(config)
     return ["full_attention" if mark else "sliding_attention" for mark in marks]
-
-
-def _three_of_four(config: Mapping[str, Any]) -> list[str]:
-    """Qwen3.5's default of `layer_types`."""
-    interval = int(config.get("full_attention_interval", 4))
-    return [
-        "full_attention" if (number + 1) % interval == 0 else "linear_attention"
-        for number in range(int(config["num_hidden_layers"]))
-    ]
-
-
-def _linear(types: Sequence[str]) -> tuple[int, ...]:
-    """The places of layers without attention in `layer_types`."""
-    return tuple(number for number, kind in enumerate(types) if kind == "linear_attention")
 
 
 _QWEN_WINDOWS = {
@@ -262,24 +249,6 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         Family(
-            architecture="Qwen3_5ForCausalLM",
-            model_type="qwen3_5_text",
-            models="the language model of Qwen3.5 and 3.6, dense",
-            fields={
-                "head_dim": Key(int, default=256),
-                "qk_norm": True,
-                "norm_offset": 1.0,
-                "attention_gate": True,
-                "partial_rotary_factor": Key(float, default=0.25),
-                "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four),
-                "delta_key_heads": Key(int, ("linear_num_key_heads",), default=16),
-                "delta_value_heads": Key(int, ("linear_num_value_heads",), default=32),
-                "delta_key_dim": Key(int, ("linear_key_head_dim",), default=128),
-                "delta_value_dim": Key(int, ("linear_value_head_dim",), default=128),
-                "delta_kernel": Key(int, ("linear_conv_kernel_dim",), default=4),
-            },
-        ),
-        Family(
             architecture="GptOssForCausalLM",
             model_type="gpt_oss",
             models="gpt-oss 20B and 120B",
@@ -305,6 +274,7 @@ FAMILIES: dict[str, Family] = {
             rope_theta=150000.0,
             joined_experts=True,
         ),
+        *DELTA_NETS,
         *MIXTURES,
     )
 }

@@ -97,7 +97,7 @@ class Family:
     the folder. `projections`: names of gate, up and down there.
     `also_inside`: other `model_type`s of the same language model inside a vision-language model.
     `shared_expert`: name of the shared expert below the others.
-    `fused`: matrices that the folder holds one below the other as one: `qkv` or `gate_up` → its name.
+    `fused`: matrices that the folder holds one below the other as one: `qkv`, `gate_up`, or of a delta net `qkvz` and `ba` → its name.
     `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
     """
 

@@ -28,7 +28,7 @@ def _by_sparse_step(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(number for number in layers if number in dense or (number + 1) % step)
 
 
-_BY_SPARSE_STEP = Key(_by_sparse_step, ("mlp_only_layers", "decoder_sparse_step"), is_joint=True)
+BY_SPARSE_STEP = Key(_by_sparse_step, ("mlp_only_layers", "decoder_sparse_step"), is_joint=True)
 
 
 def _shared_units(config: Mapping[str, Any]) -> int:
@@ -100,7 +100,7 @@ MIXTURES = (
             "num_experts_per_tok": Key(int, default=8),
             "moe_intermediate_size": Key(int),
             "norm_topk_prob": Key(bool, default=False),
-            "layers_without_experts": _BY_SPARSE_STEP,
+            "layers_without_experts": BY_SPARSE_STEP,
         },
         refused=(MLP_BIAS, ATTENTION_BIAS, *_OTHER_EXPERTS),
     ),
@@ -114,7 +114,7 @@ MIXTURES = (
             "num_experts_per_tok": Key(int, default=4),
             "moe_intermediate_size": Key(int),
             "norm_topk_prob": Key(bool, default=False),
-            "layers_without_experts": _BY_SPARSE_STEP,
+            "layers_without_experts": BY_SPARSE_STEP,
             "sliding_window": SWITCHED_WINDOW,
             "layers_without_window": Key(full_attention, ("layer_types",), default=()),
             "shared_expert_intermediate_size": Key(int),

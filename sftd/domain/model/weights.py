@@ -150,11 +150,12 @@ def _delta_net(shape: ModelShape) -> list[Weight]:
     h, heads = shape.hidden_size, shape.delta_value_heads
     values = heads * shape.delta_value_dim
     convolved = 2 * shape.delta_key_heads * shape.delta_key_dim + values
+    fused = FAMILIES[shape.architecture].fused
+    sizes = {"qkv": convolved, "z": values, "b": heads, "a": heads}
+    if "qkvz" in fused:
+        sizes = {"qkvz": convolved + values, "ba": 2 * heads}
     return [
-        Weight("linear_attn.in_proj_qkv.weight", convolved, h, "rows"),
-        Weight("linear_attn.in_proj_z.weight", values, h, "rows"),
-        Weight("linear_attn.in_proj_b.weight", heads, h, "rows"),
-        Weight("linear_attn.in_proj_a.weight", heads, h, "rows"),
+        *(Weight(f"linear_attn.in_proj_{name}.weight", rows, h, "rows") for name, rows in sizes.items()),
         Weight("linear_attn.conv1d.weight", convolved, shape.delta_kernel, "rows"),
         Weight("linear_attn.A_log", heads, 1, "rows"),
         Weight("linear_attn.dt_bias", heads, 1, "rows"),

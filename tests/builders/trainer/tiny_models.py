@@ -60,6 +60,16 @@ _LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+_DELTA_NETS: dict[str, Any] = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "initializer_range": 0.05,
+    "pad_token_id": 0,
+}
 # Name → (transformers model, config, what its config gets besides the sizes).
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
@@ -129,20 +139,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"tie_word_embeddings": True, "no_rope_layer_interval": 3, "pad_token_id": 0},
     ),
     # Layer 1 has attention; three values for each key of the delta nets.
-    "qwen3_5": (
-        "Qwen3_5ForCausalLM",
-        "Qwen3_5TextConfig",
-        {
-            "head_dim": 32,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 6,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 24,
-            "initializer_range": 0.1,
-            "pad_token_id": 0,
-        },
-    ),
+    "qwen3_5": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _DELTA_NETS),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",
@@ -285,6 +282,33 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 48,
             "mlp_only_layers": [0],
             "initializer_range": 0.1,
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        _DELTA_NETS
+        | {
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        _DELTA_NETS
+        | {
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [0],
+            "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     "glm4_moe": (

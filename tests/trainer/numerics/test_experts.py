@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 
 from sftd.domain.log.events import ModelLoaded, SampleGenerated
-from sftd.domain.model.parameters import whole_model
+from sftd.domain.model.parameters import trained_parameters, whole_model
+from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.model_section import Model
 from sftd.wire.model.folder import read_shape
 from tests.builders.paths import RANKS
 from tests.builders.trainer.experts import EP2, overrides_of
@@ -66,6 +69,21 @@ TOGETHER: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
+SIGMOID = ModelShape(
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"), 1),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "qk_norm"), False),
+    architecture="",
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling=None,
+    num_experts=8,
+    num_experts_per_tok=3,
+    router="sigmoid",
+    routed_scaling_factor=2.5,
+)
+
+
 @pytest.fixture(scope="module")
 def one_rank(trainer: Trainer, models: Path) -> Run:
     return trainer.run("experts", 1, **overrides_of(models))
@@ -91,6 +109,46 @@ def test_a_validation_says_which_share_the_fullest_expert_of_each_layer_has(one_
     rows = pq.read_table(spec.data.val_files[0])["input_ids"].to_pylist()
     found = one_rank.validations()[0].expert_load
     assert found == pytest.approx(expert_load(spec.model.partial_pretrain, rows), abs=1e-9)
+
+
+def test_the_lowest_of_experts_with_equal_scores_is_chosen() -> None:
+    import torch
+
+    from sftd.trainer.model.moe.routing import route
+
+    shape = msgspec.structs.replace(SIGMOID, router_groups=2, router_topk_group=1)
+    weights, experts = route(torch.zeros(50, 8), shape, torch.zeros(8))
+    assert experts.tolist() == [[0, 1, 2]] * 50
+    assert weights.tolist() == [[pytest.approx(2.5 / 3)] * 3] * 50
+    # The bias chooses the group and the experts, and is not part of the weights.
+    bias = torch.tensor([0.0, 0.0, 0.9, 0.0, 0.0, 0.5, 0.0, 0.5])
+    _, experts = route(torch.zeros(1, 8), shape, bias)
+    assert experts.tolist() == [[5, 7, 4]]
+    _, experts = route(torch.zeros(1, 8), SIGMOID, bias)
+    assert experts.tolist() == [[2, 5, 7]]
+
+
+def test_the_bias_of_a_router_keeps_its_bits_in_a_bf16_model() -> None:
+    import torch
+
+    from sftd.trainer.model.moe.routing import CorrectionBias
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), CorrectionBias(2, torch.device("cpu")))
+    before = torch.tensor([1.0 + 2**-20, 0.1])
+    model[1].values.copy_(before)
+    model.bfloat16()
+    assert model[0].weight.dtype == torch.bfloat16
+    assert torch.equal(model[1].values, before)
+
+
+def test_a_frozen_router_is_not_trained(models: Path) -> None:
+    for name, frozen in {
+        "qwen3_moe": 2 * 8 * 64,
+        "deepseek_v3": 3 * 8 * 64,
+        "gpt_oss": 2 * (4 * 64 + 4),
+    }.items():
+        shape = read_shape(str(models / name), {})
+        assert trained_parameters(Model(freeze_router=True), shape) == whole_model(shape) - frozen
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -10,36 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.builders.paths import RANKS
-from tests.builders.trainer.tiny_models import real_model
+from tests.builders.trainer.tiny_models import MODELS, real_model
 
 if TYPE_CHECKING:
     from tests.builders.trainer.trainers import Trainer
 
 SCRIPT = RANKS / "parity_ranks.py"
-MODELS = (
-    *(
-        "llama_tied",
-        "llama",
-        "llama2",
-        "llama3_rope",
-        "mistral",
-        "mistral_window",
-        "qwen2",
-        "qwen2_window",
-        "qwen2_untied",
-        "qwen3",
-        "smollm3",
-        "qwen3_5",
-        "yarn_rope",
-        "linear_rope",
-        "dynamic_rope",
-        "proportional_rope",
-    ),
-    *("gemma2", "gemma3", "olmo2", "olmo3", "glm4", "phi3", "ministral", "ministral3"),
-    *("mixtral", "qwen3_moe", "qwen3_moe_plain"),
-    *("qwen2_moe", "glm4_moe", "deepseek_v3", "moonlight", "glm4_moe_lite"),
-    "gpt_oss",
-)
 # Tensor parallelism alone cannot split experts with biases.
 UNSPLIT = ("gpt_oss",)
 TOKENS = list(range(3, 51))

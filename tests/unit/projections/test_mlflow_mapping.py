@@ -111,6 +111,18 @@ def test_redone_step_gives_nothing_and_validations_count_apart() -> None:
     assert highest == {"StepCompleted": 4, "ValidationCompleted": 3}
 
 
+def test_routers_have_metrics_where_there_are_any() -> None:
+    seen = e.ValidationCompleted(step=3, loss=2, tokens=1, rows=1, seconds=1, expert_load={1: 0.25, 3: 0.5})
+    found = {point.key: point.value for point in mapping.points(recorded(seen), {})}
+    assert found == {"val_loss": 2, "expert_load/layer_1": 0.25, "expert_load/layer_3": 0.5}
+    assert len(found) == mapping.most_points(seen)
+    assert "fullest expert 50.0% (layer 3)" in seen.details()
+    trained = step(4, load_balancing_loss=1.5, z_loss=9.0)
+    values = {point.key: point.value for point in mapping.points(recorded(trained), {})}
+    assert (values["load_balancing_loss"], values["z_loss"]) == (1.5, 9.0)
+    assert "balance 1.500  z 9" in trained.details()
+
+
 def test_a_look_at_the_host_has_the_names_of_mlflow_s_own_and_counts_looks() -> None:
     gpu = e.GpuSample(
         index=3,

@@ -132,7 +132,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
 def most_points(event: e.Event) -> int:
     """An upper bound of the event's number of points."""
     if isinstance(event, e.StepCompleted):
-        return 10
+        return 8 + (event.load_balancing_loss is not None) + (event.z_loss is not None)
     if isinstance(event, e.ValidationCompleted):
         return 1 + len(event.expert_load or {})
     if isinstance(event, e.SystemSampled):

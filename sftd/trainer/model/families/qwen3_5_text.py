@@ -1,4 +1,4 @@
-"""The text model of Qwen3.5: in most layers a gated delta net; in the others attention with partial RoPE whose output is gated."""
+"""The language models of Qwen3.5 and Qwen3-Next: in most layers a gated delta net; in the others attention with partial RoPE whose output is gated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from sftd.domain.model.families import FAMILIES
 from sftd.domain.model.shape import ModelShape
 from sftd.trainer.model.delta.net import DeltaLayer, GatedDeltaNet
 from sftd.trainer.model.families.rules import (
@@ -36,22 +37,30 @@ _CHANNELS = Join(
     lambda parts, shape: _by_key_head(parts, shape).squeeze(1),
     lambda whole, shape: separate(whole[:, None], shape.delta_rows[:3]),
 )
+# Those of Qwen3-Next, which are ordered by key heads as `linear_in` is.
+_ORDERED = Join(
+    lambda parts, shape: interleave(parts, parts[0].shape[0] // sum(shape.delta_rows[:4])),
+    lambda whole, shape: separate(whole, (sum(shape.delta_rows[:4]), sum(shape.delta_rows[4:]))),
+)
 # fmt: off
-_DELTA_NET = tuple(rule.below("self_attention.", "linear_attn.") for rule in (
-    Rule("linear_in.weight", tuple(f"in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")), "rows", _PROJECTIONS, _joined_rows),
+_APART = Rule("linear_in.weight", tuple(f"in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")), "rows", _PROJECTIONS, _joined_rows)
+_TOGETHER = Rule("linear_in.weight", ("in_proj_qkvz.weight", "in_proj_ba.weight"), "rows", _ORDERED)
+_OTHERS = (
     Rule("convolution", ("conv1d.weight",), "rows", _CHANNELS, _joined_rows),
     Rule("log_decay", ("A_log",), "rows"),
     Rule("decay_bias", ("dt_bias",), "rows"),
     Rule("norm", ("norm.weight",)),
     Rule("linear_proj.weight", ("out_proj.weight",), "columns"),
-))
+)
 # fmt: on
 
 
 def _rules(shape: ModelShape, layer: int, experts: range) -> list[Rule]:
     if layer not in shape.delta_layers:
         return layer_rules(shape, layer, experts)
-    return [*norm_rules(shape), *_DELTA_NET, *mlp_rules(shape, layer, experts)]
+    projections = _TOGETHER if "qkvz" in FAMILIES[shape.architecture].fused else _APART
+    net = [rule.below("self_attention.", "linear_attn.") for rule in (projections, *_OTHERS)]
+    return [*norm_rules(shape), *net, *mlp_rules(shape, layer, experts)]
 
 
 def _layer(shape: ModelShape, number: int) -> Any:

@@ -164,7 +164,7 @@ def expert_rules(shape: ModelShape, experts: range) -> list[Rule]:
         expert = [replace(rule, cut="whole") for rule in expert]
     rules = [Rule("mlp.router.weight", (f"{where}.gate.weight",))]
     if shape.router == "sigmoid":
-        rules.append(Rule("mlp.router.correction_bias", (f"{where}.gate.e_score_correction_bias",)))
+        rules.append(Rule("mlp.router.correction.values", (f"{where}.gate.e_score_correction_bias",)))
     if size := shape.shared_expert_intermediate_size:
         shared = f"{where}.{family.shared_expert}"
         rules += [rule.below("mlp.shared_experts.", f"{shared}.") for rule in feed_forward_rules(shape, size)]
