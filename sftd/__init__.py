@@ -1,3 +1,3 @@
 """sftd: an event-sourced experiment tracker and training daemon for supervised fine-tuning."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -226,8 +226,7 @@ def test_what_can_run_others_code_is_called_where_it_is_known() -> None:
     assert sorted(calls("from_pretrained")) == sorted(
         [
             "sftd/trainer/loop/generate.py",
-            "sftd/trainer/tools/export/prove.py",
-            "sftd/trainer/tools/export/prove.py",
+            *["sftd/trainer/tools/export/prove.py"] * 4,
             "sftd/trainer/tools/prepare/demo_model.py",
             "sftd/trainer/tools/prepare/demo_model.py",
             "sftd/trainer/chat/tokenizer.py",
