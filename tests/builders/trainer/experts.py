@@ -17,5 +17,7 @@ def overrides_of(models: Path, **overrides: Any) -> dict[str, Any]:
         "model__moe__load_balancing_loss": 0.5,
         "model__moe__z_loss": 0.01,
         "trainer__val_before_train": True,
+        # So that there is padding.
+        "training__micro_batch_size_per_gpu": 2,
     }
     return {"model__partial_pretrain": str(models / MODEL), **sampled, **routers, **overrides}

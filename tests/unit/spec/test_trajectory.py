@@ -124,6 +124,8 @@ NOT_FREE = {
     "model.lora.rslora": True,
     "model.lora.targets": ["q"],
     "model.megatron.params_dtype": "float32",
+    "model.moe.load_balancing_loss": 0.5,
+    "model.moe.z_loss": 0.5,
     "model.megatron.seed": 1,
     "model.megatron.use_distributed_optimizer": False,
     "model.moe.load_balancing_loss": 0.01,
