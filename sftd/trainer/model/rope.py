@@ -40,16 +40,11 @@ def inverse_frequencies(shape: ModelShape) -> tuple[Tensor, float]:
     return frequency, 1.0
 
 
-def _by_length(shape: ModelShape, layout: SequenceLayout) -> Tensor:
-    """`inverse_frequencies` for sequences of each token's length: FP32 [s, b, d / 2], or [1, 1, d / 2] for one length."""
-    scaling, d = shape.rope_scaling or {}, shape.rotary_dim
-    lengths = layout.positions.max()[None, None] + 1 if layout.lengths is None else layout.lengths
-    if shape.rope_type == "longrope":
-        plain = _unscaled(shape.rope_theta, shape).to(lengths.device)
-        short, long = (_longrope(plain, scaling, name) for name in ("short_factor", "long_factor"))
-        return torch.where(lengths[..., None] > int(scaling[_ORIGINAL]), long, short)
-    # Dynamic NTK scaling (transformers `modeling_rope_utils._compute_dynamic_ntk_parameters`).
-    factor, most = float(scaling["factor"]), shape.max_position_embeddings
+def _dynamic(shape: ModelShape, lengths: Tensor) -> Tensor:
+    """Dynamic NTK scaling (transformers `modeling_rope_utils._compute_dynamic_ntk_parameters`) for sequences of lengths int64 [s, b]:
+    FP32 [s, b, d / 2]."""
+    factor, most = float((shape.rope_scaling or {})["factor"]), shape.max_position_embeddings
+    d = shape.rotary_dim
     growth = factor * lengths.clamp(min=most).float() / most - (factor - 1)
     exponent = torch.arange(0, d, 2, device=lengths.device).float() / d
     return 1.0 / (shape.rope_theta * growth ** (d / (d - 2)))[..., None] ** exponent
@@ -62,7 +57,7 @@ def _unscaled(theta: float, shape: ModelShape) -> Tensor:
 
 def _longrope(frequency: Tensor, scaling: dict[str, Any], factors: str) -> Tensor:
     """LongRoPE (Ding et al. 2024): each dimension is stretched by a factor of its own."""
-    return frequency / torch.tensor(scaling[factors], dtype=torch.float32, device=frequency.device)
+    return frequency / torch.tensor(scaling[factors], dtype=torch.float32)
 
 
 def _longrope_gain(scaling: dict[str, Any], shape: ModelShape) -> float:
@@ -132,6 +127,11 @@ class RotaryEmbedding(torch.nn.Module):
         # Not a buffer: a BF16 model casts its buffers, but the angles need FP32.
         frequencies, self._gain = inverse_frequencies(shape)
         self.frequencies = frequencies.to(device)
+        # Those of long sequences.
+        self._long = None
+        if shape.rope_type == "longrope":
+            plain = _unscaled(shape.rope_theta, shape)
+            self._long = _longrope(plain, shape.rope_scaling or {}, "long_factor").to(device)
         self._local = None
         if shape.window_rope_theta is not None:
             self._local = _unscaled(shape.window_rope_theta, shape).to(device)
@@ -148,7 +148,7 @@ class RotaryEmbedding(torch.nn.Module):
         layers with a window."""
         positions = layout.positions
         if self._shape.rope_type in ("longrope", "dynamic"):
-            angles = positions.float()[:, None, None] * _by_length(self._shape, layout)
+            angles = positions.float()[:, None, None] * self._by_length(layout)
         else:
             angles = torch.outer(positions.float(), self.frequencies)
         found = torch.stack((angles.cos(), angles.sin()))
@@ -161,6 +161,14 @@ class RotaryEmbedding(torch.nn.Module):
         )
         local = local.expand_as(angles)
         return torch.cat((found, local.cos()[None], local.sin()[None]))
+
+    def _by_length(self, layout: SequenceLayout) -> Tensor:
+        """Frequencies for the length of each token's sequence: FP32 [s, b, rotary_dim / 2], or [1, 1, …] for one length."""
+        lengths = layout.positions.max()[None, None] + 1 if layout.lengths is None else layout.lengths
+        if self._long is None:
+            return _dynamic(self._shape, lengths)
+        is_long = lengths > int((self._shape.rope_scaling or {})[_ORIGINAL])
+        return torch.where(is_long[..., None], self._long, self.frequencies)
 
 
 def for_layer(angles: Tensor, shape: ModelShape, layer: int) -> Tensor:
