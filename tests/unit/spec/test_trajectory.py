@@ -128,8 +128,6 @@ NOT_FREE = {
     "model.moe.z_loss": 0.5,
     "model.megatron.seed": 1,
     "model.megatron.use_distributed_optimizer": False,
-    "model.moe.load_balancing_loss": 0.01,
-    "model.moe.z_loss": 0.01,
     "model.name": "megatron-sft",
     "model.override_config": {"rope_theta": 5.0},
     "model.partial_pretrain": "/other",
