@@ -133,7 +133,7 @@ def what_is_trained(model: Model) -> str:
     """What of the model is trained, if not all of it."""
     lora = model.lora
     if model.frozen:
-        return f"all weights but {', '.join(model.frozen)}"
+        return f"all weights but {', '.join([*model.freeze, *['the routers'] * model.freeze_router])}"
     if not lora.rank:
         return ""
     stored = f", beside weights in {model.quantize}" if model.quantize != "none" else ""

@@ -29,7 +29,7 @@ _FIELDS: dict[str, Any] = {
     "norm_offset": 1.0,
     "attention_gate": True,
     "partial_rotary_factor": Key(float, default=0.25),
-    "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four),
+    "delta_layers": Key(_linear, ("layer_types",), default=_three_of_four, also=("full_attention_interval",)),
     "delta_key_heads": Key(int, ("linear_num_key_heads",), default=16),
     "delta_value_heads": Key(int, ("linear_num_value_heads",), default=32),
     "delta_key_dim": Key(int, ("linear_key_head_dim",), default=128),

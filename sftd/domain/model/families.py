@@ -52,7 +52,7 @@ def _layers_without_window(interval: int) -> Key:
         kinds = ["sliding_attention"] * (every - 1) + ["full_attention"]
         return [kinds[number % every] for number in range(int(config["num_hidden_layers"]))]
 
-    return Key(full_attention, ("layer_types",), default=default)
+    return Key(full_attention, ("layer_types",), default=default, also=("sliding_window_pattern",))
 
 
 def _from_window_layers(config: Mapping[str, Any]) -> list[str]:
@@ -69,7 +69,9 @@ def _windows_without_rope(config: Mapping[str, Any]) -> list[str]:
 
 _QWEN_WINDOWS = {
     "sliding_window": SWITCHED_WINDOW,
-    "layers_without_window": Key(full_attention, ("layer_types",), default=_from_window_layers),
+    "layers_without_window": Key(
+        full_attention, ("layer_types",), default=_from_window_layers, also=("max_window_layers",)
+    ),
 }
 _GEMMA: dict[str, Any] = {
     "hidden_act": Key(str, ("hidden_activation", "hidden_act"), default="gelu_pytorch_tanh"),
@@ -130,7 +132,9 @@ FAMILIES: dict[str, Family] = {
             models="SmolLM3 3B",
             fields={
                 "tie_word_embeddings": Key(bool, default=True),
-                "layers_without_rope": Key(_without, ("no_rope_layers",), default=_every_fourth),
+                "layers_without_rope": Key(
+                    _without, ("no_rope_layers",), default=_every_fourth, also=("no_rope_layer_interval",)
+                ),
                 "sliding_window": SWITCHED_WINDOW,
                 "layers_without_window": Key(full_attention, ("layer_types",), default=_windows_without_rope),
             },

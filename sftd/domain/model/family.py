@@ -18,13 +18,14 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL)
 class Key:
     """How a field of `ModelShape` is read from config.json: the first of the keys `names` (default: the field's name) with a
     value, converted by `kind`; else `default`, which may be a function of config.json. If the key `switch` is false, the
-    field is None. With `is_joint`, `kind` takes config.json, for several keys together."""
+    field is None. With `is_joint`, `kind` takes config.json, for several keys together. `also`: further keys that `default` reads."""
 
     kind: Callable[[Any], Any]
     names: tuple[str, ...] = ()
     default: Any = _REQUIRED
     switch: str = ""
     is_joint: bool = False
+    also: tuple[str, ...] = ()
 
     def read(self, name: str, config: Mapping[str, Any]) -> Any:
         """The value of the field `name`. Raises `KeyError` if it is missing, and the errors of `kind`."""
@@ -127,7 +128,7 @@ class Family:
             key
             for name, how in (LLAMA | dict(self.fields)).items()
             if isinstance(how, Key)
-            for key in (*(how.names or (name,)), how.switch)
+            for key in (*(how.names or (name,)), how.switch, *how.also)
         ]
         return [*filter(None, read), *(option.key for option in self.refused)]
 

@@ -74,6 +74,16 @@ _OTHER_ROUTERS = (
     Untrained("moe_layer_freq", "dense layers between its MoE layers", neutral=(None, 1)),
 )
 
+
+def _alternating(config: Mapping[str, Any]) -> list[str]:
+    """Qwen2-MoE's default of `layer_types`: a window in every other layer below `max_window_layers`."""
+    below = int(config.get("max_window_layers", 28))
+    return [
+        "full_attention" if number % 2 or number >= below else "sliding_attention"
+        for number in range(int(config["num_hidden_layers"]))
+    ]
+
+
 MIXTURES = (
     Family(
         architecture="MixtralForCausalLM",
@@ -116,7 +126,9 @@ MIXTURES = (
             "norm_topk_prob": Key(bool, default=False),
             "layers_without_experts": BY_SPARSE_STEP,
             "sliding_window": SWITCHED_WINDOW,
-            "layers_without_window": Key(full_attention, ("layer_types",), default=()),
+            "layers_without_window": Key(
+                full_attention, ("layer_types",), default=_alternating, also=("max_window_layers",)
+            ),
             "shared_expert_intermediate_size": Key(int),
             "shared_expert_gate": True,
         },

@@ -103,6 +103,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Attention span of layer `layer` in tokens; None if unlimited."""
         return None if layer in self.layers_without_window else self.sliding_window
 
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts."""
+        return self.num_hidden_layers - len(self.layers_without_experts) if self.num_experts else 0
+
     def has_experts(self, layer: int) -> bool:
         """Whether layer `layer` is a mixture of experts."""
         return bool(self.num_experts) and layer not in self.layers_without_experts

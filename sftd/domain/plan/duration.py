@@ -144,7 +144,7 @@ def step_seconds(spec: Spec, shape: ModelShape, work: Workload, machine: Machine
         passed = _adapter_elements(spec, shape) + _recomputed_elements(spec, shape)
         seconds += work.computed * passed * WEIGHT_BYTES[dtype] / _MEMORY_BYTES / spec.world_size
     if shape.num_experts:
-        moved = shape.num_hidden_layers * experts.moved_bytes(shape, WEIGHT_BYTES[dtype])
+        moved = shape.expert_layers * experts.moved_bytes(shape, WEIGHT_BYTES[dtype])
         seconds += work.computed * moved / _MEMORY_BYTES / spec.world_size
     seconds *= _TENSOR_PARALLEL ** math.log2(m.tensor_model_parallel_size)
     if spec.training.deterministic:

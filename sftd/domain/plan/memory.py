@@ -357,12 +357,14 @@ class _Layer:
         return self._is_cpu or self._shape.qk_norm
 
     def feed_forward(self) -> float:
-        """Bytes per token that the MLP keeps until backward."""
-        s, e = self._shape, self._width
+        """Bytes per token that the MLP or the experts keep until backward, mean of the layers."""
+        share = self._shape.expert_layers / self._shape.num_hidden_layers
         # Gate, up and their product; on a CPU silu(gate) too.
         gated = (3 if self._is_cpu else 2) + self._input_share("down")
-        if not s.num_experts:
-            return gated * self._activated()
+        return share * self._experts(gated) + (1 - share) * gated * self._activated()
+
+    def _experts(self, gated: float) -> float:
+        s, e = self._shape, self._width
         shared = gated * e * s.shared_expert_intermediate_size / self._tp
         if not self._is_cpu:
             return shared + experts.kept_bytes(self._spec, s, e, self._input_share("gate_up"))

@@ -120,12 +120,14 @@ def other_frozen_weights_than_checkpoint(spec: Spec, facts: SubmitFacts) -> Iter
     if parent is None or parent.checkpoint is None:
         return
     own = parent.spec.model
-    if set(spec.model.frozen) != set(own.frozen):
-        frozen = f"without {json.dumps(own.frozen)}" if own.frozen else "with all weights"
-        what = (
-            f"is {json.dumps(spec.model.frozen)}, but the checkpoint of step {parent.checkpoint} is {frozen}"
-        )
+    of_step = f"the checkpoint of step {parent.checkpoint}"
+    if set(spec.model.freeze) != set(own.freeze):
+        frozen = f"without {json.dumps(own.freeze)}" if own.freeze else "with all weights"
+        what = f"is {json.dumps(spec.model.freeze)}, but {of_step} is {frozen}"
         yield Problem("model.freeze", what, _from_export(parent, own.lora.rank))
+    if spec.model.freeze_router != own.freeze_router:
+        what = f"{json.dumps(spec.model.freeze_router)}, but {json.dumps(own.freeze_router)} in {of_step}"
+        yield Problem("model.freeze_router", what, _from_export(parent, own.lora.rank))
     if spec.model.quantize != own.quantize and spec.model.lora.rank and own.lora.rank:
         what = f"is {spec.model.quantize}, but the adapters of step {parent.checkpoint} were trained with {own.quantize}"
         yield Problem("model.quantize", what, _from_export(parent, own.lora.rank))

@@ -529,6 +529,13 @@ REFUSED: dict[str, list[Row]] = {
     ],
     "other_frozen_weights_than_checkpoint": [
         Row(FREEZE, 'is ["a"], but the checkpoint of step 3 is with all', {FREEZE: ["a"]}, parent()),
+        Row(
+            "model.freeze_router",
+            "true, but false in the checkpoint of step 3",
+            {"model.freeze_router": True},
+            parent(model=msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(SHAPE, **EXPERTS)))),
+            shape=EXPERTS,
+        ),
         Row(FREEZE, 'is [], but the checkpoint of step 3 is without ["a"]', {}, parent(keys={FREEZE: ["a"]})),
         Row(QUANTIZE, "were trained with nf4", LORA, parent(keys=LORA | {QUANTIZE: "nf4"}), fix="--merge"),
     ],

@@ -49,7 +49,7 @@ class Balance:
                 self.chosen += (is_chosen & (samples >= 0)[:, None]).sum(dim=0)
         elif self._losses.is_used and torch.is_grad_enabled():
             # With full recomputation only the second forward has gradients.
-            share = (samples >= 0) / (lengths * self._global_batch * self._layers)
+            share = (samples >= 0) / (lengths * self._global_batch * self.shape.expert_layers)
             balancing = share @ self._unevenness(logits, is_chosen, samples, lengths, layout.sample_count)
             z = share @ logits.logsumexp(dim=-1).square()
             both = torch.stack((balancing, z))
@@ -57,10 +57,6 @@ class Balance:
             coefficients = both.new_tensor((self._losses.load_balancing_loss, self._losses.z_loss))
             return cast(Tensor, _WithLoss.apply(weights, both @ coefficients))
         return weights
-
-    @property
-    def _layers(self) -> int:
-        return self.shape.num_hidden_layers - len(self.shape.layers_without_experts)
 
     def _mine(self, of_tokens: Tensor) -> Tensor:
         """[s, b] → [tokens] of those that this rank routes."""
