@@ -160,7 +160,7 @@ def load(spec: Spec, shape: ModelShape, session: Session, *, pretrained: bool) -
     model = models.distribute(config, chunks, session)
     optimizer = optimizers.build(spec, model, session)
     config.grad_scale_func = optimizer.scale_loss
-    together = grouped.place(chunks, is_hooked=model[0].ddp_config.overlap_grad_reduce)
+    together = grouped.bind_parameters(chunks, is_hooked=model[0].ddp_config.overlap_grad_reduce)
     adapters: list[Adapters | GroupedAdapters] = [*together, *adapters_of(chunks, besides=together)]
     config.finalize_model_grads_func = partial(_finalize, adapters)
     no_sync = [module.no_sync for module in model]
@@ -187,7 +187,7 @@ def for_answers(spec: Spec, shape: ModelShape, session: Session, chunks: list[GP
     """A trainee for generation only, from loaded chunks. It has no gradients or optimizer, so `step` fails."""
     config = models.transformer_config(spec, shape, session)
     model: list[Any] = [Float16Module(config, c) if config.bf16 else c for c in chunks]
-    grouped.place(chunks)
+    grouped.bind_parameters(chunks)
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     nothing: Any = None
     return Trainee(shape, config, chunks, model, nothing, session, 0.0, parameters, 0, 0, [])

@@ -139,8 +139,8 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
             for layer in model.decoder.layers[config.recompute_num_layers :]:
                 layer.recompute_input_layernorm = True
         experts.mark(model)
-        if grouped.groups(session.device):
-            grouped.group(model)
+        if grouped.are_grouped(session.device):
+            grouped.use_grouped_experts(model)
         # `to`, except that quantised weights stay where they have no memory.
         chunks.append(model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(session.device)))
     return chunks

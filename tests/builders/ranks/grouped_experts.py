@@ -19,7 +19,7 @@ from sftd.trainer.model.adapters.linears import Adapter, Adapters  # noqa: E402
 from sftd.trainer.model.grouped.activation import ACTIVATIONS  # noqa: E402
 from sftd.trainer.model.grouped.experts import _Experts  # noqa: E402
 from sftd.trainer.model.grouped.products import GroupedProduct  # noqa: E402
-from sftd.trainer.model.grouped.rows import Collect, Spread, place  # noqa: E402
+from sftd.trainer.model.grouped.rows import Collect, Spread, rows_of_tokens  # noqa: E402
 from sftd.trainer.model.quantize.nf4 import Quantized  # noqa: E402
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
@@ -120,7 +120,7 @@ def together(
     if is_async:
         # Waiting for the device is an error from here on.
         torch.cuda.set_sync_debug_mode("error")
-    slots, ends = place(taken, case.taken, case.experts)
+    slots, ends = rows_of_tokens(taken, case.taken, case.experts)
     x, row_weights = Spread.apply(tokens, weights, taken, slots)
     out = Collect.apply(_Experts.apply(x, row_weights, ends, experts, *hooked), slots)
     out.backward(d_out.detach())

@@ -159,7 +159,7 @@ def check_routing() -> None:
     scores = random(13, 6)
     scores[:, 4] = -9.0
     taken = torch.zeros(13, 6, dtype=torch.bool).scatter_(1, scores.topk(3, 1).indices, True)
-    slots, _ends = rows_of_experts.place(taken, 3, 3)
+    slots, _ends = rows_of_experts.rows_of_tokens(taken, 3, 3)
     ordinals = taken.t().contiguous().cumsum(1, dtype=torch.int32)
     counts = [int(n) for n in ordinals[:, -1]]
     order = (2, 1, 0, 5, 4, 3)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sftd.trainer.model.adapters.linears import Adapter, Adapters, main_grad
 from sftd.trainer.model.gradients import accumulate_grouped_weight_gradient
-from sftd.trainer.model.grouped.buffers import together
+from sftd.trainer.model.grouped.buffers import as_one_view
 
 # Rows of a grouped product lie at multiples of 16 bytes.
 _ALIGNED = 8
@@ -78,12 +78,12 @@ class GroupedAdapters(torch.nn.Module):
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     tensors = [tensor.detach() for tensor in tensors]
-    view = together(tensors)
+    view = as_one_view(tensors)
     return torch.stack(tensors) if view is None else view
 
 
 def _add(gradients: list[Tensor], found: Tensor, factor: float) -> None:
-    view = together(gradients)
+    view = as_one_view(gradients)
     if view is not None:
         view.add_(found, alpha=factor)
     else:

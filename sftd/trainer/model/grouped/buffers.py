@@ -12,7 +12,7 @@ from sftd.trainer.model.adapters.linears import main_grad
 from sftd.trainer.model.gradients import accumulate_grouped_weight_gradient
 
 
-def together(tensors: Sequence[Tensor]) -> Tensor | None:
+def as_one_view(tensors: Sequence[Tensor]) -> Tensor | None:
     """Tensors of one shape and contiguous, as a view [number, …] of their memory; None unless they lie in one buffer, in this
     order and at equal distances."""
     first = tensors[0]
@@ -30,7 +30,7 @@ def together(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (stride, *first.stride()), first.storage_offset())
 
 
-def place(tensors: Sequence[Tensor]) -> Tensor:
+def into_one_buffer(tensors: Sequence[Tensor]) -> Tensor:
     """Move tensors of one shape into one buffer [number, …], and return it."""
     buffer = torch.stack([tensor.detach() for tensor in tensors])
     for tensor, part in zip(tensors, buffer, strict=True):
@@ -50,10 +50,10 @@ class ParameterGroup:
         # Of a layer's experts all or none are trained.
         self.trained = [parameter for parameter in parameters if hasattr(parameter, "main_grad")]
         if not self.trained:
-            place(parameters)
+            into_one_buffer(parameters)
         self._each = [parameter.detach() for parameter in parameters]
-        self._values = together(self._each)
-        self._gradients = together([main_grad(each) for each in self.trained]) if self.trained else None
+        self._values = as_one_view(self._each)
+        self._gradients = as_one_view([main_grad(each) for each in self.trained]) if self.trained else None
 
     def values(self) -> Tensor:
         """The values [experts, …]."""

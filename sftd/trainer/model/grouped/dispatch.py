@@ -7,7 +7,7 @@ from typing import cast
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from sftd.trainer.model.grouped.rows import Collect, ExpertRows, Spread, descending, ends_of, place
+from sftd.trainer.model.grouped.rows import Collect, ExpertRows, Spread, descending, ends_of, rows_of_tokens
 
 
 class Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -32,7 +32,7 @@ class Dispatcher(MoEAlltoAllTokenDispatcher):
         self.routing_map, self.probs = routing_map, probs
         tokens = hidden_states.flatten(0, -2)
         here, self.tokens_per_expert = self.num_local_experts, None
-        self.slots, ends = place(routing_map, self.config.moe_router_topk, here)
+        self.slots, ends = rows_of_tokens(routing_map, self.config.moe_router_topk, here)
         if self.is_local:
             self.rows = ExpertRows(ends, (tokens, self.slots))
         else:

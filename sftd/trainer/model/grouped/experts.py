@@ -26,12 +26,12 @@ from sftd.trainer.model.recompute import computed_again
 _ALIGNED = 8
 
 
-def groups(device: torch.device) -> bool:
+def are_grouped(device: torch.device) -> bool:
     """Whether experts on this device are computed together."""
     return device.type == "cuda"
 
 
-def group(model: GPTModel) -> None:
+def use_grouped_experts(model: GPTModel) -> None:
     """Have the layers of a built model compute their experts together, where the experts are what `GroupedExperts` computes."""
     for layer in model.decoder.layers:
         mixture = layer.mlp
@@ -71,7 +71,7 @@ class GroupedExperts(SequentialMLP):
     hooked: list[Any]
     is_hooked: bool
 
-    def place(self, *, is_hooked: bool) -> Iterator[GroupedAdapters]:
+    def bind_parameters(self, *, is_hooked: bool) -> Iterator[GroupedAdapters]:
         """Find, or put, the experts' weights in one buffer, once Megatron has placed what is trained. Yields their adapters."""
         experts = list(self.local_experts)[::-1]
         self.gate_up = GroupedProduct([expert.linear_fc1 for expert in experts])
@@ -143,7 +143,7 @@ def _bias(product: GroupedProduct, numbers: Tensor | None) -> RowBias | None:
     return RowBias(product.bias.values().contiguous(), numbers)
 
 
-def place(chunks: Iterable[GPTModel], *, is_hooked: bool = False) -> list[GroupedAdapters]:
+def bind_parameters(chunks: Iterable[GPTModel], *, is_hooked: bool = False) -> list[GroupedAdapters]:
     """Prepare grouped experts for training, or for answers. Call this once the weights are where they stay. `is_hooked`: Megatron
     reduces a gradient as soon as backward has it. Returns the experts' adapters."""
     return [
@@ -151,5 +151,5 @@ def place(chunks: Iterable[GPTModel], *, is_hooked: bool = False) -> list[Groupe
         for chunk in chunks
         for module in chunk.modules()
         if isinstance(module, GroupedExperts)
-        for adapters in module.place(is_hooked=is_hooked)
+        for adapters in module.bind_parameters(is_hooked=is_hooked)
     ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftd.trainer.model.grouped.adapters import GroupedAdapters
-from sftd.trainer.model.grouped.buffers import ParameterGroup, place
+from sftd.trainer.model.grouped.buffers import ParameterGroup, into_one_buffer
 from sftd.trainer.model.quantize.nf4 import Quantized
 from sftd.trainer.model.quantize.products import quantized
 
@@ -87,6 +87,7 @@ def _joined(stored: Sequence[Any]) -> Quantized:
     """Quantised matrices as one, one below the other. They share its memory."""
     whole = copy.copy(stored[0])
     whole.codes, whole.scales = (
-        place([getattr(each, name) for each in stored]).flatten(0, 1) for name in ("codes", "scales")
+        into_one_buffer([getattr(each, name) for each in stored]).flatten(0, 1)
+        for name in ("codes", "scales")
     )
     return cast(Quantized, whole)

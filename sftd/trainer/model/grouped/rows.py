@@ -22,7 +22,7 @@ class ExpertRows(NamedTuple):
     source: tuple[Tensor, Tensor] | None = None
 
 
-def place(taken: Tensor, count: int, here: int) -> tuple[Tensor, Tensor]:
+def rows_of_tokens(taken: Tensor, count: int, here: int) -> tuple[Tensor, Tensor]:
     """taken bool [t, experts], `count` in each row → (rows of each token int32 [t, count], experts ascending; where the rows of
     each expert end, int32 [experts]). Rows are sorted by rank of `here` experts, descending expert, token."""
     # A sum of integers has the same bits in any order.
@@ -33,7 +33,7 @@ def place(taken: Tensor, count: int, here: int) -> tuple[Tensor, Tensor]:
     if taken.is_cuda:
         from sftd.trainer.model.kernels import routing
 
-        return routing.place(taken.contiguous(), ordinals, starts, count), ends
+        return routing.rows_of_tokens(taken.contiguous(), ordinals, starts, count), ends
     return (ordinals + (starts - 1)[:, None]).t()[taken].view(-1, count), ends
 
 

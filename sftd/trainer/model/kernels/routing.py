@@ -67,7 +67,7 @@ def collect_tokens(rows, slots, out, width, TAKEN: tl.constexpr, BLOCK: tl.const
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=is_inside)
 
 
-def place(taken: Tensor, ordinals: Tensor, starts: Tensor, count: int) -> Tensor:
+def rows_of_tokens(taken: Tensor, ordinals: Tensor, starts: Tensor, count: int) -> Tensor:
     """taken bool [t, experts] with `count` in each row, ordinals int32 [experts, t], starts int32 [experts] → the rows of each
     token int32 [t, count]: starts + ordinals − 1 of its experts, ascending."""
     tokens, experts = taken.shape
