@@ -30,14 +30,14 @@ def experts_together() -> None:
 
     from sftd.trainer.model.grouped import experts
 
-    group = experts.group
+    group = experts.use_grouped_experts
 
     def group_all(model: Any) -> None:
         group(model)
         found = [module for module in model.modules() if isinstance(module, SequentialMLP)]
         assert all(isinstance(module, experts.GroupedExperts) for module in found), "some stay one by one"
 
-    vars(experts).update(groups=lambda _device: True, group=group_all)
+    vars(experts).update(are_grouped=lambda _device: True, use_grouped_experts=group_all)
 
 
 def cannot_open(rank: int, path: str, code: str, *, writing: bool, times: int = 10**9) -> None:
