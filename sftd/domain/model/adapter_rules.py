@@ -8,7 +8,7 @@ from sftd.domain.errors import Problem
 from sftd.domain.model.parameters import held
 from sftd.domain.model.peft import merged_only
 from sftd.domain.model.shape import ModelShape
-from sftd.domain.model.weights import NF4_BLOCK, frozen_shares, layer_weights
+from sftd.domain.model.weights import NF4_BLOCK, frozen_shares, layer_kinds, layer_weights
 from sftd.domain.rules import Rules
 from sftd.domain.spec.spec import Spec
 
@@ -19,7 +19,8 @@ _TP = "model.megatron.tensor_model_parallel_size"
 def rank_above_matrix(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     """B A has the rank of its narrow side at most: a larger one only costs memory."""
     lora = spec.model.lora
-    if adapted := [weight for weight in layer_weights(shape) if weight.projection in lora.projections]:
+    weights = (weight for weights, _ in layer_kinds(shape) for weight in weights)
+    if adapted := [weight for weight in weights if weight.projection in lora.projections]:
         narrow = min(adapted, key=lambda weight: min(weight.rows, weight.columns))
         most = min(narrow.rows, narrow.columns)
         if lora.rank > most:
@@ -55,7 +56,8 @@ def uneven_blocks(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
         return
     m = spec.model.megatron
     uneven: dict[tuple[int, int], list[str]] = {}
-    for weight in (weight for weight in layer_weights(shape) if weight.projection):
+    every = (weight for weights, _ in layer_kinds(shape) for weight in weights if weight.projection)
+    for weight in dict.fromkeys(every):
         split = m.expert_tensor_parallel_size if weight.is_expert else m.tensor_model_parallel_size
         tp = split if weight.cut == "columns" else 1
         if weight.columns % (tp * NF4_BLOCK):

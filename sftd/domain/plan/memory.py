@@ -227,6 +227,9 @@ class _Layer:
             inputs = {"qkv": hidden}
             if not self._is_cpu:
                 inputs["gate_up"] = experts.spared_bytes(self._spec, self._shape, self._width)
+        if self._shape.norm_place == "after":
+            # The inputs of both products are the residual stream itself.
+            inputs = {"down": self._activated()}
         parts = [size * self._input_share(product) for product, size in inputs.items()]
         selective = whole - sum(parts)
         # The layers that are recomputed whole come last in backward: the others have been freed by then.
@@ -304,6 +307,12 @@ class _Layer:
         # The residual stream before attention and before the MLP, and the outputs of both norms, kept by the products.
         # On a CPU both norms keep their normalised input too, for the gradient of their weight.
         parts = 2 + self._input_share("qkv") + self._input_share("gate_up")
+        # What attention and MLP add, before it is normed; with norms after them only, in the place of the inputs.
+        parts += {
+            "before": 0.0,
+            "both": 2.0,
+            "after": 2.0 - self._input_share("qkv") - self._input_share("gate_up"),
+        }[self._shape.norm_place]
         if self._is_cpu:
             parts += 2 * self._norm_share()
         if self._shape.num_experts:
@@ -354,13 +363,15 @@ class _Layer:
         return 4 * (9 * (2 * keys + values) + 3 * (keys + values) + s.delta_value_heads * by_head) / self._tp
 
     def _keeps_qkv(self) -> bool:
-        return self._is_cpu or self._shape.qk_norm
+        # The kernel that cuts and rotates keeps nothing, but it rotates whole heads of neighbouring halves only.
+        is_plain = self._shape.rotary_dim == self._shape.head_dim and not self._shape.rope_interleaved
+        return self._is_cpu or self._shape.qk_norm or not is_plain
 
     def feed_forward(self) -> float:
         """Bytes per token that the MLP or the experts keep until backward, mean of the layers."""
         share = self._shape.expert_layers / self._shape.num_hidden_layers
-        # Gate, up and their product; on a CPU silu(gate) too.
-        gated = (3 if self._is_cpu else 2) + self._input_share("down")
+        # Gate, up and their product; the activated gate too, unless one kernel computes both.
+        gated = (3 if self._is_cpu or self._shape.hidden_act != "silu" else 2) + self._input_share("down")
         return share * self._experts(gated) + (1 - share) * gated * self._activated()
 
     def _experts(self, gated: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -29,7 +30,7 @@ from sftd.trainer.model.rope import for_layer, grown
 class DecoderLayer(TransformerLayer):
     """Megatron's layer (parameters, sharding, checkpoints) with its own forward.
 
-    `x + attention(norm(x))`, then `x + mlp(norm(x))`; `ModelShape.norm_place` puts norms behind attention and MLP too, or
+    `x + attention(norm(x))`, then `x + mlp(norm(x))`; `ModelShape.norm_place` puts norms after attention and MLP too, or
     instead. With selective recomputation, backward recomputes the outputs of the norms before them and the activation: a
     third less memory for a few elementwise passes.
     """
@@ -42,6 +43,8 @@ class DecoderLayer(TransformerLayer):
         shape = self.shape = config.model_shape
         # Megatron counts from 1, and over all stages.
         self.number = self.layer_number - 1
+        # Rounded as transformers rounds it.
+        self._embedding_scale = float(torch.tensor(shape.embedding_scale, dtype=config.params_dtype))
         # Norms of what attention and MLP add to the residual stream.
         self.post_attention_norm, self.post_mlp_norm = (
             None if shape.norm_place == "before" else RMSNorm(config, shape.hidden_size, shape.rms_norm_eps)
@@ -69,8 +72,7 @@ class DecoderLayer(TransformerLayer):
             # Here, because recomputation may run a layer of an earlier micro-batch.
             self.dropout_keys.current = packed_seq_params.dropout_keys
         if self.number == 0 and self.shape.embedding_scale != 1.0:
-            # Rounded as transformers rounds it.
-            hidden_states = hidden_states * hidden_states.new_tensor(self.shape.embedding_scale)
+            hidden_states = hidden_states * self._embedding_scale
         if self.is_moe_layer:
             self.mlp.router.layout = packed_seq_params
         residual, normed = _normed(hidden_states, None, self.input_layernorm)
@@ -111,7 +113,7 @@ class DecoderLayer(TransformerLayer):
     def _recomputing(
         self, tensor: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor
     ) -> AbstractContextManager[None]:
-        # model.transformer_config sets this for selective recomputation.
+        # model.build sets this for selective recomputation. What is not normed is kept anyway.
         if not self.recompute_input_layernorm or tensor is argument:
             return nullcontext()
         return computed_again(tensor, function, argument)

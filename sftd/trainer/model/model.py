@@ -135,8 +135,9 @@ def build(config: TransformerConfig, shape: ModelShape, session: Session) -> lis
         model.rotary_pos_emb = RotaryEmbedding(shape, session.device)
         if shape.logit_softcap is not None and model.post_process:
             model.output_layer.register_forward_hook(_bounded)
-        if config.recompute_method == "block":
-            for layer in model.decoder.layers[config.recompute_num_layers :]:
+        if config.recompute_method == "block" or config.recompute_granularity == "selective":
+            # Megatron sets it only for layers with a norm before attention.
+            for layer in model.decoder.layers[config.recompute_num_layers or 0 :]:
                 layer.recompute_input_layernorm = True
         experts.mark(model)
         if grouped.are_grouped(session.device):

@@ -52,10 +52,10 @@ class Balance:
             share = (samples >= 0) / (lengths * self._global_batch * self.shape.expert_layers)
             balancing = share @ self._unevenness(logits, is_chosen, samples, lengths, layout.sample_count)
             z = share @ logits.logsumexp(dim=-1).square()
-            both = torch.stack((balancing, z))
-            self.sums = both.detach().double() + (0 if self.sums is None else self.sums)
-            coefficients = both.new_tensor((self._losses.load_balancing_loss, self._losses.z_loss))
-            return cast(Tensor, _WithLoss.apply(weights, both @ coefficients))
+            both = torch.stack((balancing, z)).detach().double()
+            self.sums = both if self.sums is None else both + self.sums
+            loss = balancing * self._losses.load_balancing_loss + z * self._losses.z_loss
+            return cast(Tensor, _WithLoss.apply(weights, loss))
         return weights
 
     def _mine(self, of_tokens: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ def route(logits: Tensor, shape: ModelShape, bias: Tensor | None = None) -> tupl
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest scores of each row and their places, the largest first."""
-    values, places = scores.sort(dim=-1, descending=True, stable=True)
-    return values[:, :count], places[:, :count]
+    # A copy, which lets go of the places of all scores; the gradient then needs only these.
+    places = scores.detach().sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+    return scores.gather(1, places), places
 
 
 def _of_best_groups(scores: Tensor, shape: ModelShape) -> Tensor:
