@@ -89,7 +89,8 @@ def blocks(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """softmax(cap(QKᵀ · scale))V with cap(x) = softcap · tanh(x / softcap), a block of queries at a time, with scores in FP32.
+    """softmax(cap(QKᵀ · scale))V with cap(x) = softcap · tanh(x / softcap), a block of queries at a time. Products
+    QKᵀ have the dtype of the queries, as in transformers; the rest of the scores is FP32.
 
     query [b, heads, n, d], key [b, groups, m, d], value [b, groups, m, e] → [b, heads, n, e]. The queries are the last of the keys.
     A query sees `window` keys, itself included. sinks [heads]: a score of each head that takes part in its softmax and has no
