@@ -90,16 +90,23 @@ MLP_BIAS, ATTENTION_BIAS = Untrained("mlp_bias"), Untrained("attention_bias")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one `architecture` and `model_type`, as config.json names them. `models`: what people call them.
+    """A model family.
 
-    `fields`: differences from Llama's shape: field → `Key`, or a constant. `refused`: unsupported features of its
-    config.json. `activations`, `rope_types`: the supported ones. `rope_theta`: its default. `added(shape, tp)`: parameters per layer and
-    tensor-parallel rank besides those of Llama and of the shape's options. `norms`: names of a layer's norms of hidden states. `feed_forward`: name of a layer's MLP or experts in
-    the folder. `projections`: names of gate, up and down there.
+    `architecture`, `model_type`: its names in config.json.
+    `models`: what people call its models.
+    `fields`: differences from Llama's shape, field → `Key` or a constant.
+    `refused`: unsupported features of its config.json.
     `also_inside`: other `model_type`s of the same language model inside a vision-language model.
-    `shared_expert`: name of the shared expert below the others.
-    `fused`: matrices that the folder holds one below the other as one: `qkv`, `gate_up`, or of a delta net `qkvz` and `ba` → its name.
-    `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as gpt-oss has it.
+    `activations`: the supported activations.
+    `rope_types`: the supported RoPE scalings.
+    `added(shape, tp)`: parameters per layer and tensor-parallel rank besides those of Llama and of the shape's options.
+    `rope_theta`: default of the RoPE base.
+    `norms`: names of a layer's norms of hidden states, in the folder.
+    `feed_forward`: name of a layer's MLP or experts, in the folder.
+    `projections`: names of gate, up and down under `feed_forward`.
+    `shared_expert`: name of the shared expert under `feed_forward`.
+    `fused`: matrices stacked into one tensor of the folder (`qkv`, `gate_up`; delta nets: `qkvz`, `ba`) → its name.
+    `joined_experts`: whether a tensor of the folder holds a matrix of all experts of a layer, as in gpt-oss.
     """
 
     architecture: str
@@ -165,7 +172,7 @@ def _rope(
         other = {"rope_theta": theta} | of_windows
         window_theta = None if other == rope | {"rope_theta": theta} else float(other["rope_theta"])
         if window_theta is not None and _is_scaled(other):
-            raise ValueError("layers with a sliding window have a RoPE scaling of their own")
+            raise ValueError("sftd does not support a RoPE scaling of its own for sliding-window layers")
     factor = rope.get("partial_rotary_factor")
     if "rope_parameters" not in override:
         if "rope_scaling" in override:

@@ -22,7 +22,7 @@ _MODEL = "model.partial_pretrain"
 _LENGTH = "data.sequence_length"
 _MEGATRON = "model.megatron."
 _EP = _MEGATRON + "expert_model_parallel_size"
-_RECIPE = 'docs/architecture.md, "A dense model family"'
+_RECIPE = 'docs/architecture.md, "A model family"'
 # A name comes from a file of the user.
 _LONGEST_NAME = 100
 
@@ -102,8 +102,8 @@ def groups_of_experts(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
     each, rest = divmod(shape.num_experts, groups)
     if rest or each < 2 or chosen * each < shape.num_experts_per_tok:
         what = (
-            f"config.json takes {shape.num_experts_per_tok} experts of {chosen} of {groups} groups (n_group, topk_group) "
-            f"of its {shape.num_experts} experts"
+            f"config.json routes a token to {shape.num_experts_per_tok} experts in {chosen} of {groups} groups "
+            f"(n_group, topk_group), but {shape.num_experts} experts do not allow that"
         )
         yield Problem(
             _MODEL, what, "use a model whose groups have equal sizes of at least 2 and enough experts"
@@ -173,7 +173,7 @@ def quantized_delta_net(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
 
 
 def quantized_latent_attention(spec: Spec, shape: ModelShape) -> Iterator[Problem]:
-    """Values are computed from the latent dimensions, whose projections no test has in four bits."""
+    """No test covers the projections of latent attention in four bits."""
     if shape.kv_lora_rank and spec.model.quantize != "none":
         what = f"is {spec.model.quantize}, which sftd does not support for the latent attention of {shape.architecture}"
         yield Problem("model.quantize", what, "set it to none")

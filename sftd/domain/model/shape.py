@@ -24,14 +24,15 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `rope_interleaved` in pairs of neighbours. `layers_without_rope` are the numbers of the layers whose queries and keys are
     not rotated. Layers with a window use `window_rope_theta` without scaling, if it is given.
 
-    With `attention_gate`, `q_proj` has a gate for each element of a head's output besides its query. `delta_layers` have a gated
-    delta net instead of attention, with `delta_value_heads` heads of `delta_value_dim`, of which each of `delta_key_heads` keys and
-    queries of `delta_key_dim` serves an equal number, after a convolution over `delta_kernel` tokens.
+    With `attention_gate`, `q_proj` also computes a gate for each element of a head's output. The layers `delta_layers` have a
+    gated delta net instead of attention: a causal convolution over `delta_kernel` tokens, `delta_key_heads` heads of queries
+    and keys (`delta_key_dim`) and `delta_value_heads` value heads (`delta_value_dim`); each key head serves an equal number of
+    value heads.
 
-    Ends: embeddings are multiplied by `embedding_scale`; `logit_softcap` bounds logits as `score_softcap` does scores.
+    Embeddings and logits: embeddings are multiplied by `embedding_scale`; `logit_softcap` bounds logits as `score_softcap` does scores.
 
-    Latent attention (MLA) with `kv_lora_rank`, the width of what keys and values are computed from; queries are computed from
-    `q_lora_rank` dimensions (0: from the hidden state). A head's queries and keys have `head_dim` dimensions, the last
+    `kv_lora_rank` > 0 selects latent attention (MLA): it is the width from which keys and values are computed. Queries are computed
+    from `q_lora_rank` dimensions (0: from the hidden state). A head's queries and keys have `head_dim` dimensions, the last
     `qk_rope_head_dim` of which are rotated and, in the keys, common to all heads. Its values have `v_head_dim`.
 
     In a mixture of experts (MoE) every layer but `layers_without_experts` has `num_experts` experts of `moe_intermediate_size`
@@ -41,6 +42,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `router_groups` groups. Weights are multiplied by `routed_scaling_factor`. Every token also passes a shared expert of
     `shared_expert_intermediate_size` units, multiplied by a sigmoid of the token with `shared_expert_gate`.
     With `expert_bias`, the router and the products of experts have biases.
+
     `unsupported` lists features of config.json that the trainer does not support."""
 
     architecture: str

@@ -119,7 +119,7 @@ class Moe(Section, frozen=True):
     z_loss: Annotated[
         Annotated[float, Meta(ge=0.0)],
         Meta(
-            description="coefficient of the z loss, the mean square of the logarithm of the sum of a router's exponentials (0.001 is common)"
+            description="coefficient of the router z-loss: the mean of log² Σ exp of the router's logits (0.001 is common)"
         ),
     ] = 0.0
 
@@ -175,9 +175,7 @@ class Model(Section, frozen=True):
             "^model.embed_tokens; each must match one"
         ),
     ] = msgspec.field(default_factory=list)
-    freeze_router: Annotated[
-        bool, Meta(description="leave the routers of a mixture of experts as they are, as model.freeze would")
-    ] = False
+    freeze_router: Annotated[bool, Meta(description="freeze the routers of a mixture of experts")] = False
     quantize: Annotated[
         Literal["none", "nf4"],
         Meta(

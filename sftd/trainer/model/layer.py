@@ -29,7 +29,7 @@ from sftd.trainer.model.rope import for_layer, grown
 class DecoderLayer(TransformerLayer):
     """Megatron's layer (parameters, sharding, checkpoints) with its own forward.
 
-    `x + attention(norm(x))`, then `x + mlp(norm(x))`; `ModelShape.norm_place` puts norms behind attention and MLP too, or
+    `x + attention(norm(x))`, then `x + mlp(norm(x))`; `ModelShape.norm_place` puts norms after attention and MLP too, or
     instead. With selective recomputation, backward recomputes the outputs of the norms before them and the activation: a
     third less memory for a few elementwise passes.
     """

@@ -152,7 +152,9 @@ def _read_expert(folder: Folder, rule: Rule, shape: ModelShape) -> list[Tensor]:
     assert rule.expert is not None
     name, number = rule.sources[0], rule.expert.number
     if (found := folder.rows(name)) != shape.num_experts:
-        raise UserError(f"{name} has {found} rows, but config.json specifies {shape.num_experts} experts")
+        raise UserError(
+            f"{folder.path}: {name} holds {found} experts, but config.json specifies {shape.num_experts}"
+        )
     return rule.expert.apart(folder.read_rows(name, number, number + 1)[0])
 
 

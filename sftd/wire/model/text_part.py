@@ -19,8 +19,8 @@ def is_vision_language(config: Mapping[str, Any]) -> bool:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the language model, with the architecture of its family: of a model that is none and has a known one inside,
-    else `config` itself."""
+    """The language model's config.json with its family's architecture, if `config` is of a vision-language model around a
+    supported one; else `config` itself."""
     if not is_vision_language(config):
         return config
     text: dict[str, Any] = config["text_config"]

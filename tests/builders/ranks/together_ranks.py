@@ -1,5 +1,5 @@
-"""Run by torchrun: trains several attempts one after the other, those of one rank each in a session of its own, those of several
-ranks, which have the layout of the first, in one session: such ranks would not find each other again.
+"""Train several attempts in one set of processes. Attempts of one rank get a session each; attempts of several ranks share the
+first one's session, because the ranks cannot rendezvous twice.
 
 Starting a process costs more on a GPU machine than training a tiny model.
 """

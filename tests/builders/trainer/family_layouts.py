@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "PP": PP2,
         "CP": CP2,
         "EP": EP2,
-        "TP and EP": TP2 | EP2 | {MEGATRON + "sequence_parallel": True},
+        "TP+SP+EP": TP2 | EP2 | {MEGATRON + "sequence_parallel": True},
     }.items()
 }
 # Architecture → its first model of `MODELS`.

@@ -354,7 +354,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 _EYES = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 4}
 _QWEN_EYES = _EYES | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
 _SMALL_EYES = _EYES | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
-# Models that see images, with a language model of a family inside.
+# Vision-language models, with a language model of a family inside.
 VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_5_vision": (
         "Qwen3_5ForConditionalGeneration",

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "phi3": ("phi3", {"model__lora__rank": RANK, "model__lora__rslora": True}, False),
     "merged_glm4": ("glm4", {"model__lora__rank": RANK}, True),
     "mixtral": ("mixtral", {"model__lora__rank": RANK}, False),
-    # Inside models that see images.
+    # Inside vision-language models.
     "qwen3_5_vision": ("qwen3_5_vision", {}, False),
     "gemma3_vision": ("gemma3_vision", {}, False),
     "qwen3_vision": ("qwen3_vision", {"model__lora__rank": RANK}, False),

@@ -228,13 +228,13 @@ REFUSED: dict[str, list[Row]] = {
     "groups_of_experts": [
         Row(
             "model.partial_pretrain",
-            "takes 2 experts of 1 of 3 groups",
+            "a token to 2 experts in 1 of 3 groups",
             shape=EXPERTS | {"router_groups": 3, "router_topk_group": 1},
             fix="groups have equal sizes",
         ),
         Row(
             "model.partial_pretrain",
-            "takes 3 experts of 1 of 4 groups",
+            "a token to 3 experts in 1 of 4 groups",
             shape=EXPERTS | {"router_groups": 4, "router_topk_group": 1, "num_experts_per_tok": 3},
         ),
     ],

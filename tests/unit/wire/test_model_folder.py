@@ -260,7 +260,7 @@ def test_the_nearest_supported_family_has_the_same_name(name: str, nearest: str 
     what = f"{name} is not supported" if name else "config.json names no architecture"
     assert problem.what == what + (f"; the nearest supported family is {nearest}" if nearest else "")
     assert "docs/models.md: llama, mistral, " in problem.fix
-    assert 'docs/architecture.md, "A dense model family"' in problem.fix
+    assert 'docs/architecture.md, "A model family"' in problem.fix
 
 
 def test_the_recipe_that_a_refusal_names_exists() -> None:
@@ -423,7 +423,7 @@ def test_layers_with_and_without_a_window_have_their_own_rope(tmp_path: Path) ->
     assert rope(scaled, default) == (10000.0, LLAMA3_ROPE, 10000.0)
     assert rope(scaled, scaled) == (10000.0, LLAMA3_ROPE, None)
     assert rope(default | {"rope_theta": 1e6}, default, rope_theta=5.0) == (5.0, None, 10000.0)
-    with pytest.raises(Refused, match="a RoPE scaling of their own"):
+    with pytest.raises(Refused, match="a RoPE scaling of its own"):
         rope(default, scaled)
 
 

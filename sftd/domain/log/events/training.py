@@ -132,7 +132,7 @@ class ValidationCompleted(OfStep, Event, frozen=True):
     """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens.
 
     `expert_load`: number of each layer with experts → share of the tokens' choices that went to the expert with the most of them.
-    None for a dense model. No token is ever dropped.
+    None for a dense model.
     """
 
     schema_version: ClassVar[int] = 2

@@ -1,4 +1,4 @@
-"""The language models of Qwen3.5 and Qwen3-Next: in most layers a gated delta net; in the others attention with partial RoPE whose output is gated."""
+"""Language models of Qwen3.5 and Qwen3-Next: most layers have a gated delta net, the others gated attention with partial RoPE."""
 
 from __future__ import annotations
 

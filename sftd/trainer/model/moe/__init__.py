@@ -1,1 +1,1 @@
-"""Mixtures of experts: the router, the experts and what Megatron needs to know of them."""
+"""Mixtures of experts: router, losses and load, experts."""

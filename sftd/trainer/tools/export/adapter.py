@@ -49,7 +49,7 @@ def write(folder: Path, model: torch.nn.Module, shape: ModelShape, spec: Model, 
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     modules: list[str] | str = sorted({name.split(".")[-3] for name in tensors})
     if is_inside:
-        # Modules that see images have the same names.
+        # The vision modules have the same names.
         modules = rf".*\.language_model\..*\.({'|'.join(modules)})"
     config = _config(spec, shape, modules) | _patterns(spec.lora, joined)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -138,7 +138,7 @@ def _load_model(path: str, **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(
         path, revision=options.get("revision"), local_files_only=True
     )
-    # A model that sees images gets text only.
+    # A vision-language model gets text only.
     is_text = config.get_text_config() is config
     model = transformers.AutoModelForCausalLM if is_text else transformers.AutoModelForImageTextToText
     return model.from_pretrained(path, local_files_only=True, **options)
