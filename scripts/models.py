@@ -185,7 +185,7 @@ def deeper() -> Iterator[tuple[str, ...]]:
 
 def meanings() -> Iterator[str]:
     """The paragraphs on the fields of a shape."""
-    # The last one is on what no model has.
+    # The last one is on refused features.
     _, *paragraphs, _ = cleandoc(ModelShape.__doc__ or "").split("\n\n")
     for paragraph in paragraphs:
         yield paragraph

@@ -1,7 +1,8 @@
 """Write a Hugging Face folder of random weights in the shape of a real model:
 
-    python scripts/write_random_model.py llama2-7b|llama3.1-8b|llama3.2-1b|llama3.2-3b|qwen3-0.6b|smollm2-135m|qwen3-moe|\
-        tiny|tiny-deep|tiny-moe DIR [--dtype bfloat16] [--seed 0]
+    python scripts/write_random_model.py SHAPE DIR [--dtype bfloat16] [--seed 0]
+
+SHAPE: llama2-7b, llama3.1-8b, llama3.2-1b, llama3.2-3b, qwen3-0.6b, smollm2-135m, qwen3-moe, tiny, tiny-deep or tiny-moe.
 
 For benchmarks without downloads, where the values of the weights do not matter. Matrices are normal(0, 0.02), norms are one.
 Uses a GPU if there is one. There is no tokenizer: training without sample prompts needs none.
