@@ -291,6 +291,13 @@ def test_an_exported_config_says_its_rope_in_both_spellings(tmp_path: Path) -> N
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
 
 
+def test_compressed_weights_that_the_trainer_does_not_read_are_refused(tmp_path: Path) -> None:
+    shape = read_shape(folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "fp8"}}), {})
+    assert shape.unsupported == ("weights in fp8 (quantization_config)",)
+    shape = read_shape(folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}}), {})
+    assert shape.unsupported == ()
+
+
 def test_an_exported_config_does_not_say_that_its_weights_are_compressed(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, DENSE | {"quantization_config": {"quant_method": "mxfp4"}})
     assert "quantization_config" not in exported_config(folder, {}, "bfloat16")
