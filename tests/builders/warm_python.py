@@ -30,6 +30,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -229,6 +230,9 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], ignored: Sequen
     """Run what `argv` runs, as its process would."""
     code = 1
     try:
+        # What ends with the process that was forked, such as numbers of descriptors, which another has here by then: closing one
+        # took gloo's away from its thread, and that aborted ranks at random.
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
         os.environ.clear()
         os.environ.update(environment)
         _show_environment(environment)

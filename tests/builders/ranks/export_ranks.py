@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import replace
 
@@ -42,7 +41,3 @@ def main(path: str) -> None:
 if __name__ == "__main__":
     # As the trainer's own main module: a rank that a signal ends prints its stacks.
     record(main)(sys.argv[1])
-    # A fork's exit functions may close a number of a descriptor that gloo's thread has by then, which aborts the rank.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

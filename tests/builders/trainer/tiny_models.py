@@ -418,6 +418,11 @@ def config_of(name: str, models: Mapping[str, tuple[str, str, dict[str, Any]]] =
     return getattr(transformers, config)(**_SIZES | extra)
 
 
+def _character(number: int) -> str:
+    """Printable ASCII, and then letters: a terminal shows each of them."""
+    return chr(33 + number) if number < 94 else chr(192 + number - 94)
+
+
 def write_models(
     folder: Path, models: Mapping[str, tuple[str, str, dict[str, Any]]] = MODELS | VISION
 ) -> None:
@@ -429,7 +434,7 @@ def write_models(
         from tokenizers import Tokenizer, decoders, pre_tokenizers
         from tokenizers.models import WordLevel
 
-        words = {"<eos>": 0, "<bos>": 1, "<unk>": 2} | {chr(33 + i): 3 + i for i in range(VOCAB - 3)}
+        words = {"<eos>": 0, "<bos>": 1, "<unk>": 2} | {_character(i): 3 + i for i in range(VOCAB - 3)}
         tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
         tokenizer.decoder = decoders.Fuse()
