@@ -165,7 +165,7 @@ def check_routing() -> None:
     order = (2, 1, 0, 5, 4, 3)
     starts = torch.tensor([sum(counts[j] for j in order[: order.index(i)]) for i in range(6)])
     there = [x.to(DEVICE) for x in (taken, ordinals, starts.int())]
-    assert torch.equal(routing.place(there[0], there[1], there[2], 3).cpu(), slots)
+    assert torch.equal(routing.rows_of_tokens(there[0], there[1], there[2], 3).cpu(), slots)
     assert sorted(slots.flatten().tolist()) == list(range(39))
     x, rows, weights = random(13, 2050), random(39, 2050), random(13, 6)
     on, where = slots.to(DEVICE), there[0]
