@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
@@ -178,7 +179,8 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     log.set_up(settings.log_format)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        # In a thread: `set` takes a lock, which the interrupted main thread may hold on its way into `wait`.
+        signal.signal(number, lambda *_: _thread.start_new_thread(stop.set, ()))
     # Fail before taking over runs: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):
