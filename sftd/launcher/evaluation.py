@@ -39,7 +39,7 @@ _USER_ERROR = 2
 _MOST_BYTES = 16 << 20
 _MOST_METRICS = 1000
 # The names that MLflow accepts.
-_METRIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,99}")
+_METRIC = re.compile(r"(?=.{1,100}\Z)[A-Za-z0-9_][A-Za-z0-9_. -]*(?:/[A-Za-z0-9_][A-Za-z0-9_. -]*)*")
 
 
 class Done(msgspec.Struct, frozen=True):

@@ -43,6 +43,11 @@ FIELDS: dict[str, set[str]] = {
     "data --step attempts": {"attempt", "version", "agrees", "is_shown"},
     "data --row": _ROW | {"run_id", "train_digest", "steps", "read_other_files", "problems"},
     "doctor": {"check", "state", "said", "fix"},
+    "eval": {
+        *("name", "step", "status", "since", "daemon", "manifest_digest", "metrics", "questions"),
+        *("questions_digest", "seconds", "answers", "message"),
+    },
+    "eval --against": {"question", "prompt", "reference", "ours", "theirs", "our_score", "their_score"},
     "export": _EXPORTED,
     "export --prove": _EXPORTED | {"proof"},
     "export --register": _EXPORTED | {"registered"},

@@ -43,6 +43,10 @@ def figure_texts(figures: Figures) -> list[tuple[str, str]]:
         ("lowest loss", at(f.lowest_loss, f.lowest_loss_step)),
         ("last validation", output.loss(f.val_loss)),
         ("best validation", at(f.best_val_loss, f.best_val_step)),
+        (
+            "evaluations",
+            ", ".join(f"{name} {value:.4g} at step {step}" for name, (value, step) in f.metrics.items()),
+        ),
         ("trained tokens", f"{f.tokens:,}" if f.tokens else ""),
         ("tokens/s", some(f.tokens_per_second, f"{f.tokens_per_second or 0:,.0f}")),
         ("MFU", some(f.mfu, f"{f.mfu or 0:.1%}")),

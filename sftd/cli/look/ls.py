@@ -77,7 +77,9 @@ def ls_command(
         since=_since(since, now),
         removed=removed,
     )
-    rows = runs.list_runs(store, wanted, limit=limit if sort == "age" else None)
+    rows = runs.list_runs(
+        store, wanted, limit=limit if sort == "age" else None, with_metrics="metrics" in chosen
+    )
     if sort != "age":
         rows = sorted(rows, key=SORTS[sort])[:limit]
     if as_json:

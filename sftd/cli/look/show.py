@@ -26,6 +26,10 @@ _LEFT_OUT = {
     "CheckpointStarted",
     "CheckpointPublished",
     "CheckpointDeleted",
+    "EvaluationRequested",
+    "EvaluationStarted",
+    "EvaluationInterrupted",
+    "EvaluationCompleted",
 }
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sftd.domain.log.events import Recorded
     from sftd.domain.run.goodput import Ledger
-    from sftd.domain.run.state import Run
+    from sftd.domain.run.state import EvaluationState, Run
     from sftd.domain.spec.model_section import Model
 
 # More anomalies of one kind in one attempt are counted, not listed.
@@ -116,6 +116,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ),
         ("loss", output.loss(run.loss)),
         ("validation", ", ".join(validation)),
+        ("evaluation", "\n".join(_evaluations(run))),
         ("tokens", f"{run.tokens_counted:,} trained" if run.tokens_counted else ""),
         ("redone steps", _redone(run, history) if run.steps_redone else ""),
         ("last verified", _last_replay(run)),
@@ -127,6 +128,27 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("disk", _disk(run)),
         ("warnings", "\n".join(submitted.warnings) if submitted else ""),
     ]
+
+
+def _evaluations(run: Run) -> list[str]:
+    """For each evaluation its newest result, and what waits, runs or failed."""
+    return [
+        f"{name}: {_evaluation([x for x in run.evaluations if x.name == name])}"
+        for name in dict.fromkeys(x.name for x in run.evaluations)
+    ]
+
+
+def _evaluation(states: list[EvaluationState]) -> str:
+    parts = []
+    if done := [x for x in states if x.status == "done"]:
+        metrics = ", ".join(f"{key} {value:.4g}" for key, value in done[-1].metrics.items())
+        parts.append(f"{metrics} (step {done[-1].step})")
+    parts += [
+        f"{status} at {', '.join(steps[-3:])}"
+        for status in ("running", "pending", "failed")
+        if (steps := [str(x.step) for x in states if x.status == status])
+    ]
+    return "; ".join(parts)
 
 
 def what_is_trained(model: Model) -> str:

@@ -61,6 +61,7 @@ _CELLS: dict[str, Callable[[RunRow, int], str]] = {
     "values": lambda row, now: values(row),
     "user": lambda row, now: row.user,
     "message": lambda row, now: row.message or "",
+    "metrics": lambda row, now: row.metrics,
 }
 COLUMNS = tuple(_CELLS)
 _USUAL = ("name", "run", "status", "step", "loss", "val", "age", "took", "try", "size")
@@ -68,7 +69,7 @@ _RIGHT = frozenset({"step", "loss", "val", "age", "took", "try", "size"})
 # Columns that a narrow screen drops, in this order, if names would wrap at fewer characters than this.
 _DROPPED = {"size": 36, "try": 36, "loss": 28, "took": 24, "step": 14}
 # Users write these texts: they wrap, down to this width, and are never cut.
-_WRAPPED, _NARROWEST = ("name", "values", "project", "sweep", "message"), 10
+_WRAPPED, _NARROWEST = ("name", "values", "project", "sweep", "message", "metrics"), 10
 
 
 def _number(text: str | None) -> tuple[bool, float]:
@@ -178,7 +179,9 @@ def row_json(row: RunRow) -> dict[str, Any]:
     """A run as JSON values."""
     import msgspec
 
-    return msgspec.structs.asdict(row) | {
+    fields = msgspec.structs.asdict(row)
+    del fields["metrics"]
+    return fields | {
         "submitted_at": output.iso(row.submitted_at),
         "started_at": output.iso(row.started_at),
         "ended_at": output.iso(row.ended_at),

@@ -66,6 +66,9 @@ def run_lines(board: RunBoard, width: int, height: int | None) -> list[Text]:
         lines.append(Text(f"{run.cause}: {output.printable(run.message)}", "bold red"))
     if board.row is not None and board.row.kind:
         lines.append(Text(f"waits for: {output.printable(board.row.waits_for)}", "yellow"))
+    if run.metrics:
+        metrics = (f"{name} {value:.4g} (step {step})" for name, (value, step) in run.metrics.items())
+        lines.append(Text(output.printable(", ".join(metrics)), "cyan"))
     lines.append(Text())
     total = height if height is not None else 40
     events = [_event(r, board.at, named=False) for r in board.notices]

@@ -209,6 +209,12 @@ class Run(msgspec.Struct, frozen=True):
         return next((x for x in self.evaluations if (x.name, x.step) == (name, step)), None)
 
     @property
+    def metrics(self) -> dict[str, tuple[float, int]]:
+        """`NAME/METRIC` of the evaluations → newest value and its step."""
+        done = [x for x in self.evaluations if x.status == "done"]
+        return {f"{x.name}/{key}": (value, x.step) for x in done for key, value in x.metrics.items()}
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Total bytes of the run's own checkpoints, according to the log."""
         return sum(c.bytes for c in self.checkpoints if not c.is_parents)

@@ -27,7 +27,8 @@ _TAIL = 0.05
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """A run in numbers; None is unknown. `inherited_steps` and their tokens are those of parents, before the fork. Validations,
-    time, devices and speed are the run's own. `tail_loss` is the mean over the last 5 % of the steps."""
+    time, devices and speed are the run's own. `tail_loss` is the mean over the last 5 % of the steps.
+    `metrics` are the newest of evaluations: name → value, step."""
 
     run_id: str
     status: str
@@ -57,6 +58,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     device_hours: float
     cost: float | None
     message: str | None
+    metrics: dict[str, tuple[float, int]]
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -166,6 +168,7 @@ def _figures(run: Run, history: RunCurves, ledger: Ledger, now: Micros, price: f
         device_hours=hours,
         cost=None if price is None else hours * price,
         message=f"{run.cause}: {run.message}" if run.cause else None,
+        metrics=run.metrics,
     )
 
 

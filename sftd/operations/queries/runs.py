@@ -13,7 +13,7 @@ from sftd.domain.log.events import Micros, Recorded
 from sftd.domain.run.goodput import Ledger
 from sftd.domain.run.state import Run
 from sftd.store.database.engine import Store
-from sftd.store.database.tables import view_files, view_runs, view_variants
+from sftd.store.database.tables import view_evaluations, view_files, view_runs, view_variants
 from sftd.store.log import event_store
 from sftd.store.log.goodput import read_ledger
 from sftd.store.log.runs import load_run
@@ -22,7 +22,8 @@ from sftd.store.queries.resolve import members, resolve_id
 
 class RunRow(msgspec.Struct, frozen=True):
     """A line of `sftd ls`. Times are µs since the epoch. `changed` is a JSON object with the settings of a sweep's point or of
-    a fork; None for other runs. `bytes` is the size of its own checkpoints by the log."""
+    a fork; None for other runs. `bytes` is the size of its own checkpoints by the log. `metrics` are the newest of its evaluations, if
+    they were asked for."""
 
     run_id: str
     status: str
@@ -43,6 +44,7 @@ class RunRow(msgspec.Struct, frozen=True):
     sweep: str | None
     changed: str | None
     bytes: int
+    metrics: str = ""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -123,11 +125,15 @@ _ELSEWHERE = {
     "bytes": sa.func.coalesce(view_files.c.bytes, 0),
 }
 _COLUMNS = tuple(
-    _ELSEWHERE[name] if name in _ELSEWHERE else view_runs.c[name] for name in RunRow.__struct_fields__
+    _ELSEWHERE[name] if name in _ELSEWHERE else view_runs.c[name]
+    for name in RunRow.__struct_fields__
+    if name != "metrics"
 )
 
 
-def list_runs(store: Store, wanted: Filter | None = None, *, limit: int | None = None) -> list[RunRow]:
+def list_runs(
+    store: Store, wanted: Filter | None = None, *, limit: int | None = None, with_metrics: bool = False
+) -> list[RunRow]:
     """Runs, newest first."""
     query = (
         sa.select(*_COLUMNS)
@@ -139,10 +145,28 @@ def list_runs(store: Store, wanted: Filter | None = None, *, limit: int | None =
     with store.read() as connection:
         try:
             # Rows of the driver: SQLAlchemy's row objects are slow for ten thousand runs.
-            return [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
+            rows = [RunRow(*row) for row in connection.execute(query).cursor.fetchall()]
         except UnicodeEncodeError:
             # An argument that is not UTF-8 has surrogates. No run has such a name.
             return []
+        found = _metrics(connection) if with_metrics else {}
+    return (
+        [msgspec.structs.replace(row, metrics=found.get(row.run_id, "")) for row in rows] if found else rows
+    )
+
+
+def _metrics(connection: sa.Connection) -> dict[str, str]:
+    """Run → its newest metrics in one line."""
+    c = view_evaluations.c
+    query = sa.select(c.run_id, c.name, c.metrics).where(c.status == "done").order_by(c.step, c.name)
+    found: dict[str, dict[str, float]] = {}
+    for run_id, name, metrics in connection.execute(query):
+        for key, value in msgspec.json.decode(metrics, type=dict[str, float]).items():
+            found.setdefault(run_id, {})[f"{name}/{key}"] = value
+    return {
+        run_id: ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        for run_id, metrics in found.items()
+    }
 
 
 def count_runs(store: Store) -> int:

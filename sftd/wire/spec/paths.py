@@ -10,6 +10,12 @@ from glob import escape, glob, has_magic
 import msgspec
 
 from sftd.domain.errors import Problem, Refused, quote, shorten
+from sftd.domain.spec.evaluation_section import (
+    EVALUATIONS,
+    CommandEvaluation,
+    HarnessEvaluation,
+    PromptsEvaluation,
+)
 from sftd.domain.spec.spec import Spec
 from sftd.wire.model.hub_cache import cached_model, is_hub_id
 
@@ -33,7 +39,8 @@ def resolve(
     folders of data by their files in name order, and a hub id by the model's folder in the local cache.
 
     `beside` is the folder of the config: the error points out files that exist only there. Paths of `resolved`, an earlier
-    spec, stay as they are. Raises `Refused` with every unusable path. Does not check that files exist; reading them does.
+    spec, stay as they are. Raises `Refused` with every unusable path. Does not check that other files than those of
+    evaluations exist; reading them does.
     """
     paths = _Paths(base, beside, environ, _all_paths(resolved) if resolved else frozenset())
     replace = msgspec.structs.replace
@@ -58,6 +65,7 @@ def resolve(
             if spec.checkpoint.save_dir
             else "",
         ),
+        evaluation=[paths.evaluation(x) for x in spec.evaluation],
     )
     if paths.problems:
         raise Refused(paths.problems)
@@ -66,7 +74,19 @@ def resolve(
 
 def _all_paths(spec: Spec) -> frozenset[str]:
     own = spec.model.partial_pretrain, spec.model.lora.adapter, spec.checkpoint.save_dir
-    return frozenset((*own, *spec.data.train_files, *spec.data.val_files))
+    evaluated = (path for x in spec.evaluation for path in _evaluation_paths(x))
+    return frozenset((*own, *spec.data.train_files, *spec.data.val_files, *evaluated))
+
+
+def _evaluation_paths(evaluation: EVALUATIONS) -> list[str]:
+    """The texts of an evaluation that are or may be paths."""
+    match evaluation:
+        case PromptsEvaluation(file=file):
+            return [file]
+        case HarnessEvaluation(tasks=tasks):
+            return tasks
+        case CommandEvaluation(argv=argv):
+            return argv
 
 
 def model_folder(where: str, text: str, base: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -127,6 +147,32 @@ class _Paths:
                 return path
         self._look_beside(where, text)
         return path
+
+    def evaluation(self, evaluation: EVALUATIONS) -> EVALUATIONS:
+        """The evaluation with absolute paths: its file of questions, which must exist, and those of its tasks or arguments that are
+        names of files."""
+        replace = msgspec.structs.replace
+        match evaluation:
+            case PromptsEvaluation(file=text):
+                where = f"evaluation.{evaluation.name}.file"
+                file = self.path(where, text)
+                if (
+                    text not in self._resolved
+                    and not os.path.isfile(file)
+                    and not self._look_beside(where, text)
+                ):
+                    what = f"{shorten(file)} is not a file"
+                    self._refuse(where, what, "give a JSONL or Parquet file of questions")
+                return replace(evaluation, file=file)
+            case HarnessEvaluation(tasks=texts):
+                return replace(evaluation, tasks=[self._existing(text) for text in texts])
+            case CommandEvaluation(argv=texts):
+                return replace(evaluation, argv=[self._existing(text) for text in texts])
+
+    def _existing(self, text: str) -> str:
+        """The absolute path of a file; any other text unchanged."""
+        path = self._absolute(text)
+        return path if text and os.path.isfile(path) else text
 
     def _files(self, where: str, text: str) -> list[str]:
         known = len(self.problems)

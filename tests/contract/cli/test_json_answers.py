@@ -721,6 +721,7 @@ def figures(world: World, run_id: str, **changes: Any) -> dict[str, Any]:
         "best_val_step": None,
         "devices": 2,
         "message": None,
+        "metrics": {},
     } | changes
 
 

@@ -52,6 +52,21 @@ def written(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> 
     ended = e.RunFailed(cause="crash", message=EVIL)
     sample = e.SampleGenerated(step=1, prompt=EVIL, text=EVIL, tokens=1, stopped=True)
     append(store, "bad-run-1", [first, joined, *attempt, step(1), sample, saved, odd, step(2), failed, ended])
+    asked = [e.EvaluationRequested(name=name, step=1, by=EVIL) for name in ("done", EVIL)]
+    done = e.EvaluationCompleted(
+        name="done",
+        step=1,
+        kind=EVIL,
+        metrics={EVIL: 1.0},
+        questions=1,
+        questions_digest=EVIL,
+        manifest_digest="m",
+        environment={EVIL: EVIL},
+        seconds=1.0,
+        answers=f"/no/{EVIL}",
+    )
+    lost = e.EvaluationFailed(name=EVIL, step=1, cause=EVIL, message=EVIL, will_retry=True)
+    append(store, "bad-run-1", [*asked, done, lost])
     append(store, "bad-run-2", [first, joined])
     append(store, "bad-run-3", [first, joined, *attempt, step(1), evil(published(1), manifest_digest="m")])
     append(store, "bad-run-4", [first, e.RunHeld(by=EVIL, reason=EVIL)])
@@ -100,7 +115,7 @@ def evil(event: Any, **given: Any) -> Any:
 TRIED = {
     "ls": [
         "",
-        "--columns name,project,sweep,values,user,message",
+        "--columns name,project,sweep,values,user,message,metrics",
         "EVIL",
         "--sort name",
         "--json",
@@ -142,6 +157,14 @@ TRIED = {
     "plan": ["evil.yaml", "EVIL.yaml"],
     "config": ["EVIL"],
     "generate": ["bad-run-1 -p x", "EVIL -p x"],
+    "eval": [
+        "bad-run-1 --list",
+        "bad-run-1 --list --json",
+        "bad-run-1 EVIL --against EVIL",
+        "bad-run-1 EVIL --against 1",
+        "bad-run-1 --cancel",
+        "bad-run-1 EVIL",
+    ],
     "export": ["bad-run-1 EVIL", "bad-run-1 no-such/EVIL"],
     "gc": ["--dry-run", "EVIL"],
     "rm": ["EVIL", "bad-run-1", "bad-run-1 --yes"],

@@ -97,6 +97,13 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     if isinstance(event, e.SystemSampled):
         highest[recorded.type] = number = highest.get(recorded.type, -1) + 1
         return _system_points(event, millis(recorded.occurred_at), number)
+    if isinstance(event, e.EvaluationCompleted):
+        # A repeated evaluation of a step gives a second point at that step: MLflow shows the later one.
+        at = millis(recorded.occurred_at)
+        return [
+            MetricPoint(f"{event.name}/{name}", value, at, event.step)
+            for name, value in event.metrics.items()
+        ]
     if not isinstance(event, e.StepCompleted | e.ValidationCompleted):
         return []
     if event.step <= highest.get(recorded.type, -1):
@@ -135,6 +142,8 @@ def most_points(event: e.Event) -> int:
         return 8 + (event.load_balancing_loss is not None) + (event.z_loss is not None)
     if isinstance(event, e.ValidationCompleted):
         return 1 + len(event.expert_load or {})
+    if isinstance(event, e.EvaluationCompleted):
+        return len(event.metrics)
     if isinstance(event, e.SystemSampled):
         return 3 + 4 * len(event.gpus)
     return 1

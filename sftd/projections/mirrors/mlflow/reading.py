@@ -25,7 +25,7 @@ _SAMPLES = e.SampleGenerated.__name__
 _SYSTEM = e.SystemSampled.__name__
 _LIFECYCLE = e.names(*e.types_where("is_lifecycle"))
 # Other types are not decoded, because a newer sftd may have written them.
-MIRRORED = (*_LIFECYCLE, *STEPS, _SAMPLES, _SYSTEM)
+MIRRORED = (*_LIFECYCLE, *STEPS, _SAMPLES, _SYSTEM, e.EvaluationCompleted.__name__)
 
 
 def recover(connection: sa.Connection, run_id: str, cursor: int) -> tuple[Run, dict[str, int]]:
