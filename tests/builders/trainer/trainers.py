@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -173,7 +175,10 @@ class Trainer:
 
     def finish(self, attempt: AttemptDir, process: subprocess.Popen[bytes], *, expect: int | None = 0) -> Run:
         """Wait for the end; anything but the expected exit code fails the test with the output."""
-        code = process.wait(timeout=PATIENCE)
+        try:
+            code = process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(_hung(attempt, process))
         output = attempt.output_log.read_text(errors="replace")
         if expect is not None and code != expect:
             pytest.fail(f"exit code {code}\n{output[-6000:]}")
@@ -217,3 +222,30 @@ class Trainer:
             attempt = self.prepare(name, self.spec(ranks, **overrides))
             self._done[name] = self.finish(attempt, self.start(attempt))
         return self._done[name]
+
+
+def _hung(attempt: AttemptDir, process: subprocess.Popen[bytes]) -> str:
+    """What the ranks of an attempt that does not end are doing, and what they printed. Ends them."""
+    ranks = []
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            # A warm rank has its own environment, but not its own command line.
+            environment = other.environ()
+            if "RANK" in environment and str(attempt.path) in environment.get("TORCHELASTIC_ERROR_FILE", ""):
+                ranks.append(other)
+    told = [f"not ended after {PATIENCE:.0f} s; ranks {sorted(rank.pid for rank in ranks)}"]
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            # The trainer answers with its stacks; a rank that has not begun it ends.
+            rank.send_signal(signal.SIGUSR1)
+            states = [Path(f"/proc/{rank.pid}/task/{t.id}/wchan").read_text() for t in rank.threads()]
+            told.append(f"{rank.pid}: {rank.status()}, threads wait in {states}")
+    psutil.wait_procs(ranks, timeout=5.0)
+    process.kill()
+    for rank in ranks:
+        with contextlib.suppress(psutil.Error):
+            rank.kill()
+    process.wait()
+    for file in sorted(attempt.stacks_dir.glob("*")):
+        told.append(f"{file.name}:\n{file.read_text(errors='replace')}")
+    return "\n".join([*told, attempt.output_log.read_text(errors="replace")[-6000:]])
