@@ -246,6 +246,5 @@ def _hung(attempt: AttemptDir, process: subprocess.Popen[bytes]) -> str:
         with contextlib.suppress(psutil.Error):
             rank.kill()
     process.wait()
-    for file in sorted(attempt.stacks_dir.glob("*")):
-        told.append(f"{file.name}:\n{file.read_text(errors='replace')}")
+    told += [f"{f.name}:\n{f.read_text(errors='replace')}" for f in sorted(attempt.stacks_dir.glob("*"))]
     return "\n".join([*told, attempt.output_log.read_text(errors="replace")[-6000:]])
