@@ -25,7 +25,7 @@ from sftd.wire.attempt import journal
 from sftd.wire.attempt.directory import AttemptDir, Order
 from tests.builders import warm_python
 from tests.builders.holds import Holds
-from tests.builders.patience import PATIENCE
+from tests.builders.patience import HUNG, PATIENCE
 from tests.builders.trainer.tiny_models import TRAIN_ROWS
 from tests.builders.warm_ranks import Fault, Ranks, WarmTrainer
 
@@ -219,9 +219,27 @@ class Trainer:
     def run(self, name: str, ranks: int = 1, **overrides: Any) -> Run:
         """Train an attempt from the pretrained model to its end, once per name in the whole test session."""
         if name not in self._done:
-            attempt = self.prepare(name, self.spec(ranks, **overrides))
-            self._done[name] = self.finish(attempt, self.start(attempt))
+            spec = self.spec(ranks, **overrides)
+            attempt = self.prepare(name, spec)
+            process = self.start(attempt)
+            if (stacks := self._hangs(attempt, process)) is not None:
+                # Twice in 20,000 starts, and not explained: of warm ones only, so a cold one decides. The end of the session says it.
+                (self.models.parent / f"{HUNG}{name}.txt").write_text(stacks)
+                attempt = self.prepare(name, spec)
+                process = self.start(attempt, cold=True)
+                if (stacks := self._hangs(attempt, process)) is not None:
+                    pytest.fail(stacks)
+            self._done[name] = self.finish(attempt, process)
         return self._done[name]
+
+    @staticmethod
+    def _hangs(attempt: AttemptDir, process: subprocess.Popen[bytes]) -> str | None:
+        """Wait for the end. The stacks if it does not come within half of the patience."""
+        try:
+            process.wait(timeout=PATIENCE / 2)
+        except subprocess.TimeoutExpired:
+            return _hung(attempt, process)
+        return None
 
 
 def _hung(attempt: AttemptDir, process: subprocess.Popen[bytes]) -> str:
@@ -233,7 +251,7 @@ def _hung(attempt: AttemptDir, process: subprocess.Popen[bytes]) -> str:
             environment = other.environ()
             if "RANK" in environment and str(attempt.path) in environment.get("TORCHELASTIC_ERROR_FILE", ""):
                 ranks.append(other)
-    told = [f"not ended after {PATIENCE:.0f} s; ranks {sorted(rank.pid for rank in ranks)}"]
+    told = [f"{attempt.path} did not end in time; ranks {sorted(rank.pid for rank in ranks)}"]
     for rank in ranks:
         with contextlib.suppress(psutil.Error):
             # The trainer answers with its stacks; a rank that has not begun it ends.
