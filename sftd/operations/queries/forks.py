@@ -70,7 +70,7 @@ def inspect(
         )
     return preflight.inspect(
         spec,
-        lambda digest: trajectory.forked_order(parent, step, spec, digest),
+        lambda train: trajectory.forked_order(parent, step, spec, train.digest, train.sources)[0],
         known=SubmitFacts(parent=known, hosts=hosts, has_checkpoint=point is not None),
         home=home,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sftd.wire.data.columns import UnusableFile
 from sftd.wire.data.rows import DataFile, Slice
 
 Ints = npt.NDArray[np.int64]
-# Files of a spool: int32 [tokens, 2], id and label of each token; int64 [rows, 4], see `Rows`; two counts.
+# Files of a spool: int32 [tokens, 2], id and label of each token; int64 [rows, 4], see `Rows`; counts.
 _TOKENS, _INDEX, _COUNTS = "tokens", "index", "counts.json"
 
 
@@ -36,7 +37,8 @@ class Rows:
 
     lengths: int64 [rows], tokens of each usable row after truncation. trained: int64 [rows], number of its trained
     labels. numbers: int64 [rows], its index among all rows of the files. truncated_rows: number of rows longer than
-    `sequence_length`. dropped_rows: number of rows without a trained label; they are not in the index.
+    `sequence_length`. dropped_rows: number of rows without a trained label; they are not in the index. file_ends: number of
+    usable rows up to the end of each file.
     """
 
     def __init__(self, spool: Path) -> None:
@@ -47,7 +49,8 @@ class Rows:
         self._starts = index[:, 1]
         self.lengths: Ints = index[:, 2]
         self.trained: Ints = index[:, 3]
-        self.truncated_rows, self.dropped_rows = json.loads((spool / _COUNTS).read_text())
+        self.truncated_rows, self.dropped_rows, ends = json.loads((spool / _COUNTS).read_text())
+        self.file_ends: list[int] = ends
 
     def __len__(self) -> int:
         return int(self.lengths.size)
@@ -77,11 +80,12 @@ def write_spool(
     Raises `DataError` for a file with unreadable or unusable contents, `DataNotDecoded` if the spool cannot be written.
     """
     truncated = dropped = start = number = 0
+    usable = dict.fromkeys(range(len(paths)), 0)
     try:
         with open(spool / _TOKENS, "wb") as tokens, open(spool / _INDEX, "wb") as index:
-            for path, rows in _slices(paths, vocab_size):
+            for file, rows in _slices(paths, vocab_size):
                 if truncation == "error":
-                    _refuse_long(path, rows, sequence_length)
+                    _refuse_long(paths[file], rows, sequence_length)
                 begins, ends = rows.kept(sequence_length, truncation)
                 trained = rows.count(rows.labels != IGNORE_INDEX, begins, ends)
                 is_used, used = trained > 0, ends - begins
@@ -91,13 +95,15 @@ def write_spool(
                     tokens.write(pairs.astype(np.int32).tobytes())
                 truncated += int((used < rows.lengths).sum())
                 dropped += int((~is_used).sum())
+                usable[file] += int(is_used.sum())
                 numbers = number + np.flatnonzero(is_used)
                 number += used.size
                 used = used[is_used]
                 starts = start + np.cumsum(used) - used
                 index.write(np.stack((numbers, starts, used, trained[is_used]), axis=1).tobytes())
                 start += int(used.sum())
-        (spool / _COUNTS).write_text(json.dumps([truncated, dropped]))
+        counts = [truncated, dropped, list(itertools.accumulate(usable.values()))]
+        (spool / _COUNTS).write_text(json.dumps(counts))
     except OSError as error:
         raise DataNotDecoded(
             f"the decoded rows of {', '.join(paths)} (8 bytes per token) cannot be written to {spool}: {error}"
@@ -111,12 +117,13 @@ def _map(path: Path, dtype: npt.DTypeLike, width: int) -> npt.NDArray[Any]:
     return np.asarray(np.memmap(path, dtype, mode="r")).reshape(-1, width)
 
 
-def _slices(paths: list[str], vocab_size: int) -> Iterator[tuple[str, Slice]]:
-    for path in paths:
+def _slices(paths: list[str], vocab_size: int) -> Iterator[tuple[int, Slice]]:
+    """The index of each slice's file, and the slice."""
+    for number, path in enumerate(paths):
         try:
             with DataFile(path, judges=False) as file:
                 for rows in file.slices(vocab_size):
-                    yield path, rows
+                    yield number, rows
         except UnusableFile as error:
             raise DataError(f"{path}: {error.what}. To fix it, {error.fix}") from error
 

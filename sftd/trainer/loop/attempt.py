@@ -29,7 +29,7 @@ from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress
 from sftd.trainer.checkpoint.weights_digest import WeightsDigest
 from sftd.trainer.data.batches import Batching, MicroBatch
 from sftd.trainer.data.rows import Ints, Rows, write_spool
-from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.sample_order import mixture_of, order_of, samples_digest
 from sftd.trainer.data.spool import shared_folder
 from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop.meter import Meter
@@ -128,7 +128,7 @@ class RankAttempt:
         if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.loop.generate import Generator
 
-            template = chat_template.of_files(self._spec.data.train_files)
+            template = chat_template.of_files(self._spec.data.all_train_files)
             self._generator = Generator(self._spec, session, shape.vocab_size, template)
 
     def run(self) -> None:
@@ -186,12 +186,16 @@ class RankAttempt:
                 return Rows(spool)
 
         is_replay = self._order.last_step is not None
-        self._train, self._val = rows(data.train_files), rows([] if is_replay else data.val_files)
+        val_files = [] if is_replay else data.all_val_files
+        self._train, self._val = rows(data.all_train_files), rows(val_files)
         if not len(self._train):
             raise DataError(
-                f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
+                f"no row of {', '.join(data.all_train_files)} has a trained label within {data.sequence_length} tokens"
             )
-        planned = spec.planned_steps(len(self._train))
+        epoch_rows: int | None = len(self._train)
+        if data.sources:
+            epoch_rows = mixture_of(spec, self._train, self._order.mixture).epoch_rows
+        planned = spec.planned_steps(epoch_rows)
         # Forks and runs that left samples out have a different plan.
         is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
         if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
@@ -199,11 +203,11 @@ class RankAttempt:
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"
             )
-        self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
+        self._samples = order_of(spec, self._train, self._order.mixture)
         self._batching = Batching.of(spec, self._session)
         if self._session.layout.reports:
-            train_digest = _unchanged(data.train_files, self._order.train_digest)
-            val_digest = _unchanged([] if is_replay else data.val_files, self._order.val_digest)
+            train_digest = _unchanged(data.all_train_files, self._order.train_digest)
+            val_digest = _unchanged(val_files, self._order.val_digest)
             self._reporter.emit(
                 DataBound(
                     train_rows=len(self._train),

@@ -85,7 +85,7 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
         spec = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, quantize="none"))
     events.progress("reading the data files")
     rows = _rows(order, arguments.position)
-    digest = files_digest(spec.data.train_files)
+    digest = files_digest(spec.data.all_train_files)
     events.progress("verifying the checkpoint")
     manifest = verify(arguments.checkpoint, arguments.digest)
     events.progress("loading the trainer's model")
@@ -111,16 +111,16 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
 def _rows(order: Order, position: int) -> list[tuple[list[int], list[bool]]]:
     """Ids and marks of trained tokens of the rows to compare on: the first from `position` on that the run trained on, and
     the first of its validation data."""
-    from sftd.trainer.data.sample_order import SampleOrder
+    from sftd.trainer.data.sample_order import order_of
     from sftd.trainer.tools.seen_rows import tokens_of, usable
 
     data = order.spec.data
-    rows = usable(data, data.train_files)
-    samples = SampleOrder(len(rows), seed=order.spec.model.megatron.seed, shuffle=data.shuffle)
+    rows = usable(data, data.all_train_files)
+    samples = order_of(order.spec, rows, order.mixture)
     numbers = rows.numbers[samples.rows(position, min(_ROWS, len(rows)))]
-    found = tokens_of(data, data.train_files, numbers)
-    if data.val_files:
-        found += tokens_of(data, data.val_files, usable(data, data.val_files).numbers[:_ROWS])
+    found = tokens_of(data, data.all_train_files, numbers)
+    if val_files := data.all_val_files:
+        found += tokens_of(data, val_files, usable(data, val_files).numbers[:_ROWS])
     return found
 
 
