@@ -116,6 +116,7 @@ UPCAST: dict[tuple[str, int], dict[str, Any]] = {
     ("ValidationCompleted", 1): {"expert_load": None},
     ("StopRequested", 1): {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
+    ("RunForked", 1): {"mixture": None},
     ("AttemptPreempted", 1): {"reason": ""},
     ("ModelLoaded", 1): {"trained_parameters": None},
 }
