@@ -107,6 +107,7 @@ class EvaluationState(msgspec.Struct, frozen=True):
     manifest_digest: str = ""
     metrics: dict[str, float] = {}
     questions: int = 0
+    questions_digest: str = ""
     seconds: float = 0.0
     answers: str | None = None
     message: str = ""
