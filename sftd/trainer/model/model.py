@@ -176,9 +176,11 @@ def distribute(
     ]
 
 
-def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float) -> Tensor:
-    """Σ cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar. On an inner stage: its hidden states
-    [s, b, h]."""
+def loss_share(
+    model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float, figures: Tensor
+) -> Tensor:
+    """Σ weight · cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar; adds to `figures`, see
+    `linear_cross_entropy`. On an inner stage: its hidden states [s, b, h]."""
     core = _core(model)
     embedded = None
     if core.pre_process:
@@ -194,7 +196,7 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
         labels=batch.labels,
         packed_seq_params=batch.layout,
         output_processor=_sum_of_losses,
-        output_processor_context=(vocab_size, divisor, batch.places, core),
+        output_processor_context=(vocab_size, divisor, batch, core, figures),
     )
     return cast(Tensor, output)
 
@@ -212,11 +214,12 @@ def _sum_of_losses(
     output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
-    context: tuple[int, float, Tensor, GPTModel],
+    context: tuple[int, float, MicroBatch, GPTModel, Tensor],
     **_: object,
 ) -> Tensor:
     """GPTModel's hook after the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
-    vocab_size, divisor, places, core = context
+    vocab_size, divisor, batch, core, figures = context
+    places = batch.places
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)
     else:
@@ -233,6 +236,9 @@ def _sum_of_losses(
         vocab_size=vocab_size,
         weight_is_shared=core.pre_process and output_weight is not None,
         softcap=core.config.model_shape.logit_softcap,
+        weights=batch.weights,
+        figures=figures,
+        sources=batch.sources,
     )
 
 
