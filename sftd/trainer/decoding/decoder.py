@@ -30,12 +30,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a text's tokens after its prompt: Σ log-probability in nats, their number, whether each is the most probable token."""
+    """Of a text's tokens after its prompt: Σ log-probability in nats, their number, whether each is the most probable token.
+    `seconds`: of its batch."""
 
     number: int
     total: float
     tokens: int
     is_greedy: bool
+    seconds: float
 
 
 class Decoder:
@@ -89,6 +91,7 @@ class Decoder:
         """Of each text (token ids, number of prompt tokens before those that count; at least 1), in the order in which they are
         computed."""
         for numbers in self._batches([len(ids) for ids, _ in texts]):
+            begun = time.perf_counter()
             rows = [texts[number] for number in numbers]
             tokens = self._padded([ids for ids, _ in rows])
             lengths = torch.tensor([len(ids) for ids, _ in rows], device=self._device)
@@ -107,9 +110,10 @@ class Decoder:
             forward = partial(predict.log_likelihoods, places=at, shape=self._trainee.shape)
             found = self._run(forward, tokens, layout, empty).cpu()
             counts = [len(ids) - prompt for ids, prompt in rows]
+            seconds = time.perf_counter() - begun
             for number, count, each in zip(numbers, counts, found.split(counts, dim=1), strict=True):
                 total, greedy = each.double().sum(dim=1).tolist()
-                yield Likelihood(number, total, count, greedy == count)
+                yield Likelihood(number, total, count, greedy == count, seconds)
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Numbers of the rows of each batch: similar lengths together, the longest first, so that memory suffices from then on."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.log.events import SampleGenerated
 from sftd.domain.spec.spec import Spec
-from sftd.trainer.chat.template import BoundTemplate
-from sftd.trainer.chat.tokenizer import check_has_tokenizer, stop_token_ids
 from sftd.trainer.decoding.decoder import Decoder
-from sftd.trainer.errors import UserError
+from sftd.trainer.decoding.prompts import Prompts
 from sftd.trainer.trainee import Trainee
 
 # Prompts that are answered at a time.
@@ -22,38 +17,21 @@ class Generator:
     """Answers `trainer.sample_prompts`. Every rank takes part."""
 
     def __init__(self, spec: Spec, vocab_size: int, template: ChatTemplate | None) -> None:
-        """`template` renders the prompts like the training data; None selects the model folder's template.
-
-        Raises `UserError` for an unusable tokenizer or prompt.
-        """
-        # Importing transformers takes seconds. Only runs with sample prompts pay for it.
-        from transformers import AutoTokenizer
-
-        folder = spec.model.partial_pretrain
-        try:
-            check_has_tokenizer(Path(folder))
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=spec.model.trust_remote_code
-            )
-            self._stops = stop_token_ids(self._tokenizer, Path(folder))
-        except Exception as error:  # a broken tokenizer folder can raise anything
-            raise UserError(f"the prompts need the tokenizer of {folder}: {error}") from error
-        self._template = BoundTemplate(self._tokenizer, template)
-        self._prompts = {prompt: self._checked(prompt, vocab_size) for prompt in spec.trainer.sample_prompts}
+        """See `Prompts`. Raises `UserError` for an unusable tokenizer or prompt."""
+        self._prompts = Prompts(spec.model, vocab_size, template)
+        self._ids = {prompt: self._prompts.ids(prompt) for prompt in spec.trainer.sample_prompts}
         self._limit = spec.trainer.sample_max_tokens
 
     def answers(self, step: int, trainee: Trainee) -> list[SampleGenerated]:
         """One event for each prompt. Weights, gradients and random streams are unchanged."""
         trainee.train(False)
-        prompts = list(self._prompts)
-        found = Decoder(trainee, rows=_ROWS).answers(
-            list(self._prompts.values()), limit=self._limit, stops=lambda tokens: tokens[-1] in self._stops
-        )
+        texts, prompts = list(self._ids), list(self._ids.values())
+        found = Decoder(trainee, rows=_ROWS).answers(prompts, limit=self._limit, stops=self._prompts.ends)
         events = [
             SampleGenerated(
                 step=step,
-                prompt=prompts[answer.number],
-                text=self._tokenizer.decode(answer.tokens, skip_special_tokens=True),
+                prompt=texts[answer.number],
+                text=self._prompts.text(answer.tokens),
                 tokens=len(answer.tokens),
                 stopped=answer.is_stopped,
             )
@@ -61,12 +39,3 @@ class Generator:
         ]
         trainee.train(True)
         return events
-
-    def _checked(self, prompt: str, vocab_size: int) -> list[int]:
-        try:
-            ids = self._template.prompt_ids(prompt)
-        except Exception as error:  # a chat template is a program and can raise anything
-            raise UserError(f"the prompt {prompt!r} cannot be rendered: {error}") from error
-        if not ids or max(ids) >= vocab_size:
-            raise UserError(f"the prompt {prompt!r} has no tokens, or tokens outside the model's vocabulary")
-        return ids

@@ -375,7 +375,7 @@ def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Pa
 
     def asked(chosen: ChatTemplate | None) -> str:
         made: Any = Generator(spec, len(tokenizer), chosen)
-        return str(tokenizer.decode(made._prompts["1+1?"]))
+        return str(tokenizer.decode(made._ids["1+1?"]))
 
     bos = tokenizer.bos_token
     shown: Any = tokenizer.apply_chat_template([QUESTION], tokenize=True, add_generation_prompt=True)
