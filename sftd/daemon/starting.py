@@ -14,7 +14,7 @@ from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import Entry, Limits
 from sftd.domain.run.failures import Cause, Failure
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Launcher
 from sftd.operations.context import Context
