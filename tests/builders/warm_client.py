@@ -30,7 +30,7 @@ _HEAVY = (
     *("torch.distributed.run", "sftd.trainer"),
     *(
         f"sftd.trainer.tools.{tool}"
-        for tool in ("answer", "export", "export.prove", "export.reference", "probe")
+        for tool in ("answer", "evaluate", "export", "export.prove", "export.reference", "probe")
     ),
     *(f"{_BUILDERS}/{name}.py" for name in ("warm_ranks", "ranks/export_all")),
     *(

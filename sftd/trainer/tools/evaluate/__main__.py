@@ -47,16 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, CheckpointInvalid, Refused, msgspec.MsgspecError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return _USER_ERROR
+    finally:
+        events.close()
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace, events: Any) -> None:
-    from sftd.domain.spec.evaluation_section import LmEval, Prompts
+    from sftd.domain.spec.evaluation_section import HarnessEvaluation, PromptsEvaluation
     from sftd.trainer.tools.evaluate import harness, questions
 
-    evaluation = msgspec.json.decode(arguments.evaluation.read_bytes(), type=Prompts | LmEval)
+    evaluation = msgspec.json.decode(
+        arguments.evaluation.read_bytes(), type=PromptsEvaluation | HarnessEvaluation
+    )
     # Before the checkpoint is read, which may take minutes.
-    asked = questions.read(evaluation) if isinstance(evaluation, Prompts) else None
+    asked = questions.read(evaluation) if isinstance(evaluation, PromptsEvaluation) else None
     if asked is None:
         harness.check_installed()
 
@@ -67,7 +71,7 @@ def _evaluate(arguments: argparse.Namespace, events: Any) -> None:
     quiet_third_parties()
     set_cuda_defaults()
     from sftd.trainer.decoding.decoder import Decoder
-    from sftd.trainer.decoding.prompts import Prompts as Renderer
+    from sftd.trainer.decoding.prompts import Prompts
     from sftd.trainer.runtime import session as sessions
     from sftd.trainer.tools.evaluate.ask import ask
     from sftd.trainer.tools.load_model import one_rank, one_rank_spec, read_model
@@ -82,7 +86,7 @@ def _evaluate(arguments: argparse.Namespace, events: Any) -> None:
     events.progress("loading")
     spec = one_rank_spec(order.spec, device=arguments.device, dtype=manifest.dtype)
     shape = read_shape(spec.model.partial_pretrain, spec.model.override_config)
-    renderer = Renderer(spec.model, shape.vocab_size, order.template)
+    renderer = Prompts(spec.model, shape.vocab_size, order.template)
     session = one_rank(spec, device=arguments.device, dtype=manifest.dtype)
     trainee = for_answers(spec, shape, session, read_model(spec, shape, session, arguments.checkpoint))
     decoder = Decoder(trainee, rows=evaluation.batch_size)
@@ -90,7 +94,7 @@ def _evaluate(arguments: argparse.Namespace, events: Any) -> None:
     def progress(done: int, total: int) -> None:
         events.progress("answering", done=done, total=total)
 
-    if isinstance(evaluation, Prompts):
+    if isinstance(evaluation, PromptsEvaluation):
         assert asked is not None
         result = ask(evaluation, asked, decoder, renderer, progress)
     else:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from itertools import islice
 
-from sftd.domain.spec.evaluation_section import Prompts
+from sftd.domain.spec.evaluation_section import PromptsEvaluation
 from sftd.trainer.decoding.decoder import Decoder
-from sftd.trainer.decoding.prompts import Prompts as Renderer
+from sftd.trainer.decoding.prompts import Prompts
 from sftd.trainer.errors import UserError
 from sftd.trainer.tools.evaluate.questions import Asked, Question
-from sftd.trainer.tools.evaluate.result import Result, mean
+from sftd.trainer.tools.evaluate.result import Result
+from sftd.trainer.tools.evaluate.scores import is_right, mean
 
 Progress = Callable[[int, int], None]
 
 
 def ask(
-    evaluation: Prompts, asked: Asked, decoder: Decoder, renderer: Renderer, progress: Progress
+    evaluation: PromptsEvaluation, asked: Asked, decoder: Decoder, renderer: Prompts, progress: Progress
 ) -> Result:
     """Metrics and answers. Raises `UserError` with the line of a question that cannot be rendered.
 
@@ -55,26 +54,8 @@ def ask(
     return Result(mean(evaluation.metric, [row["score"] for row in rows]), rows, asked.digest)
 
 
-def is_right(metric: str, answer: str, references: list[str]) -> bool:
-    """Whether the answer scores 1, see `ask`."""
-    if metric == "exact_match":
-        return " ".join(answer.split()) in [" ".join(reference.split()) for reference in references]
-    if metric == "regex":
-        return any(re.search(pattern, answer) for pattern in references)
-    try:
-        json.loads(answer, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _refuse(constant: str) -> None:
-    # NaN and Infinity are no JSON.
-    raise ValueError(constant)
-
-
 def _choose(
-    asked: Asked, prompts: list[list[int]], decoder: Decoder, renderer: Renderer, progress: Progress
+    asked: Asked, prompts: list[list[int]], decoder: Decoder, renderer: Prompts, progress: Progress
 ) -> Result:
     texts = [
         (prompt + _of(question, renderer.continuation, choice), len(prompt))

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sftd.domain.spec.evaluation_section import LmEval
+from sftd.domain.spec.evaluation_section import HarnessEvaluation
 from sftd.trainer.errors import UserError
 from sftd.trainer.tools.evaluate.result import Result
 
@@ -25,7 +25,7 @@ def check_installed() -> None:
 
 
 def run(
-    evaluation: LmEval,
+    evaluation: HarnessEvaluation,
     decoder: Any,
     renderer: Any,
     max_length: int,

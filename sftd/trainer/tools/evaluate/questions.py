@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftd.domain.spec.evaluation_section import Prompts
+from sftd.domain.spec.evaluation_section import PromptsEvaluation
 from sftd.trainer.errors import UserError
 
 _FIX = "fix: correct the row or remove it"
@@ -48,7 +48,7 @@ class Asked:
     digest: str
 
 
-def read(evaluation: Prompts) -> Asked:
+def read(evaluation: PromptsEvaluation) -> Asked:
     """The questions of the file. Raises `UserError` with the line of one that its metric cannot use."""
     path = Path(evaluation.file)
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +44,3 @@ class Result:
         partial.replace(path)
         fsync_dir(path.parent)
         return path
-
-
-def mean(name: str, scores: Sequence[float]) -> dict[str, float]:
-    """The mean of scores of 0 or 1, and of several its standard error √(p · (1 − p) / (n − 1)), as metrics."""
-    count = len(scores)
-    p = sum(scores) / count
-    return {name: p} | ({f"{name}_stderr": math.sqrt(p * (1 - p) / (count - 1))} if count > 1 else {})
