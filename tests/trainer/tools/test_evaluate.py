@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,26 @@ def test_a_choice_is_the_most_likely_one(trainer: Trainer, base: Run, tmp_path: 
     assert [(row["answer"], row["score"]) for row in answers] == [(sample.text, 1.0), (sample.text, 0.0)]
 
 
-def test_without_its_package_lm_eval_is_refused(trainer: Trainer, base: Run, tmp_path: Path) -> None:
-    code, events, errors = evaluate(trainer, base, tmp_path, kind="lm_eval", tasks=["arc_easy"])
-    assert (code, events) == (2, [])
-    assert "needs the package lm_eval, which is not installed; fix: pip install lm_eval" in errors
+def test_lm_eval_asks_the_checkpoint_or_names_the_missing_package(
+    trainer: Trainer, base: Run, tmp_path: Path
+) -> None:
+    sample = base.events(SampleGenerated)[-1]
+    file, task = tmp_path / "questions.jsonl", tmp_path / "task.yaml"
+    written(file, [{"question": "a", "choices": ["~~", sample.text], "answer": n % 2} for n in range(4)])
+    task.write_text(
+        "task: local\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        f"metric_list: [{{metric: acc}}]\ndataset_kwargs:\n  data_files: {{test: {file}}}\n"
+    )
+    code, events, errors = evaluate(trainer, base, tmp_path, kind="lm_eval", tasks=[str(task)], limit=2)
+    if find_spec("lm_eval") is None:
+        assert (code, events) == (2, [])
+        assert "lm_eval, which is not installed; fix: pip install 'lm_eval" in errors
+        return
+    assert code == 0, errors
+    assert (events[-1]["metrics"]["local.acc"], events[-1]["questions"]) == (0.5, 2)
+    answers = pq.read_table(events[-1]["answers"]).to_pylist()
+    assert sorted(row["score"] for row in answers) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 from sftd.domain.spec.evaluation_section import PromptsEvaluation
 from sftd.trainer.decoding.decoder import Decoder
@@ -29,7 +30,7 @@ def ask(
     progress(0, len(prompts))
     if evaluation.metric == "choice":
         return _choose(asked, prompts, decoder, renderer, progress)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for answer in decoder.answers(
         prompts,
         limit=evaluation.max_tokens,
@@ -67,7 +68,8 @@ def _choose(
         found.append(likelihood)
         progress(done * len(prompts) // len(texts), len(prompts))
     found.sort(key=lambda likelihood: likelihood.number)
-    rows, normalised, in_order = [], [], iter(found)
+    rows: list[dict[str, Any]] = []
+    normalised, in_order = [], iter(found)
     for number, question in enumerate(asked.questions):
         its = list(islice(in_order, len(question.choices)))
         best = max(range(len(its)), key=lambda n: its[n].total)

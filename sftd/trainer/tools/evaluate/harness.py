@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from sftd.domain.spec.evaluation_section import HarnessEvaluation
@@ -20,7 +20,7 @@ def check_installed() -> None:
     """Raise `UserError` without the harness."""
     if find_spec("lm_eval") is None:
         raise UserError(
-            "an evaluation of kind lm_eval needs the package lm_eval, which is not installed; fix: pip install lm_eval"
+            "an evaluation of kind lm_eval needs the package lm_eval, which is not installed; fix: pip install 'lm_eval>=0.4.13'"
         )
 
 
@@ -36,14 +36,13 @@ def run(
 
     Prompts are bare text, as the harness makes them without a chat template. Raises `UserError` for a task that cannot be run.
     """
-    from lm_eval import evaluator, utils
+    from lm_eval import evaluator
 
     model = _model(decoder, renderer, max_length, progress)
-    tasks = [utils.load_yaml_config(task) if Path(task).is_file() else task for task in evaluation.tasks]
     try:
         found = evaluator.simple_evaluate(
             model=model,
-            tasks=tasks,
+            tasks=list(evaluation.tasks),
             num_fewshot=evaluation.num_fewshot,
             limit=evaluation.limit,
             # Of standard errors that have no formula. The harness's default takes minutes.
@@ -59,7 +58,8 @@ def run(
         f"{task}.{key.removesuffix(',none').replace(',', '.')}": float(value)
         for task, values in found["results"].items()
         for key, value in values.items()
-        if isinstance(value, int | float) and "," in key
+        # A word perplexity may overflow; a value that cannot be computed is a text.
+        if "," in key and isinstance(value, int | float) and math.isfinite(value)
     }
     samples = [(task, sample) for task, samples in found["samples"].items() for sample in samples]
     hashes = "".join(sample[key] for _, sample in samples for key in ("prompt_hash", "target_hash"))
@@ -84,7 +84,7 @@ def _model(decoder: Any, renderer: Any, max_length: int, progress: Callable[[int
     from lm_eval.api.model import TemplateLM
 
     # Here, because the package may be missing.
-    class CheckpointModel(TemplateLM):  # type: ignore[misc]
+    class CheckpointModel(TemplateLM):
         """The harness's seam to a model."""
 
         tokenizer = renderer.tokenizer

@@ -96,12 +96,13 @@ def _question(where: str, row: Any, metric: str) -> Question:
         raise refuse("a question must be an object")
     if ("prompt" in row) == ("messages" in row):
         raise refuse("a question has either `prompt` or `messages`")
-    prompt = row.get("prompt", row.get("messages"))
+    prompt: Any = row.get("prompt", row.get("messages"))
     if "prompt" in row and not (isinstance(prompt, str) and prompt):
         raise refuse("`prompt` must be a text that is not empty")
     if "messages" in row and not (prompt and _are(prompt, dict)):
         raise refuse("`messages` must be a list of messages that is not empty")
-    references, choices = [], []
+    references: Any = []
+    choices: Any = []
     if metric == "choice":
         choices = row.get("choices")
         if not (_are(choices, str) and len(choices) > 1 and all(choices)):
