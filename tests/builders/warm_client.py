@@ -35,7 +35,7 @@ _HEAVY = (
     *(f"{_BUILDERS}/{name}.py" for name in ("warm_ranks", "ranks/export_all")),
     *(
         f"{os.path.dirname(os.path.dirname(_BUILDERS))}/scripts/{name}.py"
-        for name in ("bench_checkpoint", "bench_trainer", "write_random_model")
+        for name in ("bench_checkpoint", "bench_generate", "bench_trainer", "write_random_model")
     ),
 )
 
