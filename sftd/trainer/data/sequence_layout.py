@@ -52,6 +52,26 @@ class KeyValueCache:
         """Count the tokens of each answer that `append` stored, without padding."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
+    def join(self, other: KeyValueCache) -> None:
+        """Add the answers of another cache after these."""
+        rows, length = len(self.lengths), max([0, *self.lengths])
+        count, others = len(other.lengths), max(other.lengths)
+        for layer, theirs in other.layers.items():
+            if not rows:
+                self.layers[layer] = theirs
+                continue
+            joined = []
+            for mine, new in zip(self.layers[layer], theirs, strict=True):
+                stop = max(length, others)
+                place = mine.new_zeros(
+                    rows + count, mine.shape[1], stop + max(64, stop // 2), *mine.shape[3:]
+                )
+                place[:rows, :, :length] = mine[:rows, :, :length]
+                place[rows:, :, :others] = new[:count, :, :others]
+                joined.append(place)
+            self.layers[layer] = tuple(joined)
+        self.lengths = self.lengths + other.lengths
+
     def drop(self, row: int) -> None:
         """Remove an answer. The last one takes its place."""
         length = self.lengths.pop()

@@ -20,7 +20,7 @@ from sftd.trainer.trainee import LossFunction, Trainee
 
 @dataclass(frozen=True)
 class Answer:
-    """`number`: of the prompt. `tokens`: the new ones, with that which stopped it. `seconds`: since its batch began."""
+    """`number`: of the prompt. `tokens`: the new ones, with that which stopped it. `seconds`: since the model got the prompt."""
 
     number: int
     tokens: list[int]
@@ -48,7 +48,7 @@ class Decoder:
     """
 
     def __init__(self, trainee: Trainee, *, rows: int) -> None:
-        """`rows`: of a batch."""
+        """`rows`: texts that are computed at a time."""
         self._trainee, self._rows = trainee, rows
         self._device, self._layout = trainee.session.device, trainee.session.layout
         self._multiple = self._layout.tp if trainee.config.sequence_parallel else 1
@@ -67,30 +67,46 @@ class Decoder:
 
         Greedy without a temperature. A sampled token is a function of the seed, the prompt's number and the token's place.
         """
-        for numbers in self._batches([len(prompt) for prompt in prompts]):
-            begun = time.perf_counter()
-            cache = KeyValueCache([0] * len(numbers))
-            feed = [prompts[number] for number in numbers]
-            new: dict[int, list[int]] = {number: [] for number in numbers}
-            while numbers:
-                draws = [_draw(seed, number, len(new[number])) for number in numbers] if temperature else []
-                found = self._next(cache, feed, temperature, draws)
-                # From the end, because the last row takes the place of one that leaves.
-                for row in reversed(range(len(numbers))):
-                    tokens = new[numbers[row]]
-                    tokens.append(found[row])
-                    is_stopped = stops(tokens)
-                    if is_stopped or len(tokens) == limit:
-                        yield Answer(numbers[row], tokens, is_stopped, time.perf_counter() - begun)
-                        cache.drop(row)
-                        numbers[row] = numbers[-1]
-                        numbers.pop()
-                feed = [new[number][-1:] for number in numbers]
+        waiting = self._longest_first([len(prompt) for prompt in prompts])
+        cache, numbers = KeyValueCache([]), list[int]()
+        new: dict[int, list[int]] = {number: [] for number in waiting}
+        begun: dict[int, float] = {}
+
+        def feed(cache: KeyValueCache, numbers: list[int], rows: list[list[int]]) -> None:
+            draws = [_draw(seed, number, len(new[number])) for number in numbers] if temperature else []
+            for number, token in zip(numbers, self._next(cache, rows, temperature, draws), strict=True):
+                new[number].append(token)
+
+        while waiting or numbers:
+            first = 0
+            if waiting and 2 * len(numbers) <= self._rows:
+                # Half of the rows are free: other prompts take their places.
+                first, free = len(numbers), self._rows - len(numbers)
+                fresh, waiting = waiting[:free], waiting[free:]
+                begun |= dict.fromkeys(fresh, time.perf_counter())
+                started = KeyValueCache([0] * len(fresh))
+                feed(started, fresh, [prompts[number] for number in fresh])
+                cache.join(started)
+                numbers += fresh
+            else:
+                feed(cache, numbers, [new[number][-1:] for number in numbers])
+            # From the end, because the last row takes the place of one that leaves.
+            for row in reversed(range(first, len(numbers))):
+                number = numbers[row]
+                tokens = new[number]
+                is_stopped = stops(tokens)
+                if is_stopped or len(tokens) == limit:
+                    yield Answer(number, tokens, is_stopped, time.perf_counter() - begun[number])
+                    cache.drop(row)
+                    numbers[row] = numbers[-1]
+                    numbers.pop()
 
     def likelihoods(self, texts: Sequence[tuple[list[int], int]]) -> Iterator[Likelihood]:
         """Of each text (token ids, number of prompt tokens before those that count; at least 1), in the order in which they are
         computed."""
-        for numbers in self._batches([len(ids) for ids, _ in texts]):
+        order = self._longest_first([len(ids) for ids, _ in texts])
+        for first in range(0, len(order), self._rows):
+            numbers = order[first : first + self._rows]
             begun = time.perf_counter()
             rows = [texts[number] for number in numbers]
             tokens = self._padded([ids for ids, _ in rows])
@@ -115,11 +131,9 @@ class Decoder:
                 total, greedy = each.double().sum(dim=1).tolist()
                 yield Likelihood(number, total, count, greedy == count, seconds)
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Numbers of the rows of each batch: similar lengths together, the longest first, so that memory suffices from then on."""
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-        for first in range(0, len(order), self._rows):
-            yield order[first : first + self._rows]
+    def _longest_first(self, lengths: list[int]) -> list[int]:
+        """Numbers of the texts: similar lengths together, and the longest first, so that memory suffices from then on."""
+        return sorted(range(len(lengths)), key=lambda number: -lengths[number])
 
     def _padded(self, rows: list[list[int]]) -> Tensor:
         """Tokens int64 [b, s], zeros on the right. Sequence parallelism needs a multiple of its ranks."""

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 # Gemma 2 has soft-capped logits. The vocabulary of llama2 is padded on two ranks.
 MODELS = ("gemma2", "llama2")
-PROMPTS = [
-    [5 + n * place % 240 for place in range(length)] for n, length in ((3, 5), (7, 40), (11, 17), (13, 1))
-]
+# Step of the token ids, and length. Answers end at different places, and waiting prompts take their rows.
+SIZES = ((3, 5), (7, 40), (11, 17), (13, 1), (17, 9), (19, 30), (23, 2), (29, 22))
+PROMPTS = [[5 + n * place % 240 for place in range(length)] for n, length in SIZES]
 TEXTS = [[[*prompt, 9, 17, 9, 30], max(1, len(prompt))] for prompt in PROMPTS]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sftd.trainer.checkpoint.folder_swap import fsync_file
 from sftd.wire.attempt.directory import fsync_dir
 
-# question: the number of the question from 0. seconds: from the start of its batch to the end of the answer.
+# question: the number of the question from 0. seconds: from when the model got the prompt to the end of the answer.
 _COLUMNS = pa.schema(
     [
         ("question", pa.int64()),
