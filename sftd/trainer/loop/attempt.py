@@ -111,7 +111,7 @@ class RankAttempt:
             from sftd.trainer.loop.generate import Generator
 
             template = chat_template.of_files(self._spec.data.all_train_files)
-            self._generator = Generator(self._spec, session, shape.vocab_size, template)
+            self._generator = Generator(self._spec, shape.vocab_size, template)
 
     def run(self) -> None:
         """Train to the last planned step, or to the first step boundary at which a stop was requested."""
