@@ -1,12 +1,15 @@
 """Converts a row of a file, in any supported shape, to a checked conversation.
 
 Shapes, by their fields: `messages` (role and content), `conversations` (ShareGPT's from and value), `prompt` and
-`completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`).
-Any shape may have `tools`, the model's tools, and `chat_template_kwargs`, variables of the chat template.
+`completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`); or
+the row itself is the list of messages. Any shape may have `tools` (or `functions`), the model's tools, and
+`chat_template_kwargs`, variables of the chat template.
 """
 
+import ast
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +20,10 @@ from sftd.trainer.chat.tool_arguments import ParsedArguments
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ALIASES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
@@ -28,11 +33,13 @@ _ALIASES = {
     "ipython": "tool",
 }
 _CALLS = frozenset({"function_call", "tool_call"})
-
+# Other names of a message's content.
+_CONTENTS = ("value", "text")
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 # Fields of a message that are read here or used by templates.
 _FIELDS = frozenset(
-    {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
+    {"role", "content", "from", *_CONTENTS, "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
     | {"reasoning_content", "reasoning", "thinking", *MARKS}
 )
 # Keywords of a JSON schema whose value may be null.
@@ -72,6 +79,8 @@ class Conversation:
 def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
     """Read a row. `keys` names the fields of the chat; None detects them. Raises ChatError."""
     keys = keys or RowKeys()
+    if isinstance(row, list) and not keys.named:
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise ChatError(f"the row is {_kind(row)}, not an object with the fields of a chat")
     given = {name: value for name, value in row.items() if value is not None}
@@ -115,7 +124,7 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
         )
     return Conversation(
         checked,
-        _tools(given.get("tools")),
+        _tools(given.get("tools", given.get("functions"))),
         shape,
         _template_args(given.get("chat_template_kwargs")),
         is_trained,
@@ -137,7 +146,18 @@ def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ChatError(f"{what} is text that is not JSON ({error})") from error
+        if (made := _python_value(value)) is None:
+            raise ChatError(f"{what} is text that is not JSON ({error})") from error
+        return made
+
+
+def _python_value(text: str) -> Any:
+    """The value of a list or dict as Python prints it, which pandas writes into CSV; None for other text."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of unusual escapes
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _template_args(value: Any) -> dict[str, Any]:
@@ -178,16 +198,17 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     _take_marks(given, number)
     if "from" in given and "role" not in given:
         given["role"] = given.pop("from")
-        if "value" in given and "content" not in given:
-            given["content"] = given.pop("value")
-    role = given.get("role")
-    if isinstance(role, str) and role in _CALLS:
-        given |= {"role": "assistant", "tool_calls": given.get("content"), "content": ""}
-    elif isinstance(role, str):
-        given["role"] = _ALIASES.get(role, role)
-    role = given.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ChatError(f"message {number} has the role {role!r}; use one of {', '.join(sorted(_ROLES))}")
+    if "content" not in given and (name := next((n for n in _CONTENTS if n in given), None)):
+        given["content"] = given.pop(name)
+    named = given.get("role")
+    role = named.lower() if isinstance(named, str) else None
+    if role in _CALLS:
+        given |= {"tool_calls": given.get("content"), "content": ""}
+        role = "assistant"
+    role = _ALIASES.get(str(role), role)
+    if role is None or role not in _ROLES:
+        raise ChatError(f"message {number} has the role {named!r}; use one of {', '.join(sorted(_ROLES))}")
+    given["role"] = role
     if role == "assistant" and "function_call" in given:  # OpenAI's older form
         given.setdefault("tool_calls", given.pop("function_call"))
     if "tool_calls" in given:
@@ -234,7 +255,7 @@ def _content(content: Any, number: int, role: str) -> str:
 def _text_part(part: Any) -> str | None:
     """The text of one part of a content; None for other parts, such as images."""
     if isinstance(part, dict):
-        part = part.get("text") if part.get("type", "text") == "text" else None
+        part = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
     return part if isinstance(part, str) else None
 
 

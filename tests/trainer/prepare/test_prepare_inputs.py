@@ -54,6 +54,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ({"prompt": "q", "response": "a", "messages": None}, "prompt+response"),
         ({"instruction": "q", "input": "", "output": "a"}, "instruction+output"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *ANSWER]}, "messages"),
+        (
+            {"messages": [{"role": "human", "content": [{"type": "input_text", "text": "q"}]}, *ANSWER]},
+            "messages",
+        ),
+        ({"conversation": [{"role": "User", "text": "q"}, {"role": "AI", "value": "a"}]}, "conversation"),
+        ({"messages": str(QUESTION + ANSWER)}, "messages"),
     ],
 )
 def test_a_chat_is_the_same_in_every_shape(row: dict[str, Any], shape: str) -> None:
@@ -80,7 +86,8 @@ def test_alpacas_input_and_history_are_part_of_the_chat() -> None:
 )
 def test_tool_calls_come_as_templates_expect_them(call: dict[str, Any]) -> None:
     result = {"from": "observation", "value": "2"}
-    chat = conversation({"messages": [*QUESTION, call, result, *ANSWER], "tools": json.dumps([CALL])})
+    field = "functions" if "from" in call else "tools"
+    chat = conversation({"messages": [*QUESTION, call, result, *ANSWER], field: json.dumps([CALL])})
     assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert chat.messages[2] == {"role": "tool", "content": "2"}
     assert chat.tools == [CALL]
@@ -154,10 +161,17 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "j.ndjson.xz").write_bytes(lzma.compress((tmp_path / "f.jsonl").read_bytes()))
     (tmp_path / "k.jsonl").write_text("\n".join(json.dumps(row, indent=2) for row in wanted))
     (tmp_path / "l.json").write_text("\n\n" + json.dumps(wanted))
+    for name, codec in (("m.jsonl.zst", "zstd"), ("n.json.lz4", "lz4")):
+        with pa.CompressedOutputStream(str(tmp_path / name), codec) as stream:
+            stream.write((tmp_path / ("f.jsonl" if codec == "zstd" else "d.json")).read_bytes())
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == wanted, path
         assert open_source(path).rows == 40
         assert [p.first for p in pieces(open_source(path), RowKeys())][:2] == [1, 8]
+    chats = [row["messages"] for row in wanted]
+    for path in (write_jsonl(tmp_path / "o.jsonl", chats), tmp_path / "p.json"):
+        (tmp_path / "p.json").write_text(json.dumps(chats))
+        assert [conversation(row).messages for row in read(path)] == chats
     (tmp_path / "d.json").write_text('[{"messages": 1}, {"mess')
     with pytest.raises(PrepareError, match=r"d.json, row 2 is not JSON"):
         read(tmp_path / "d.json")
@@ -194,7 +208,8 @@ def test_csv_is_read_by_its_columns(models: dict[str, Path], tmp_path: Path) -> 
             r"e.jsonl.gz is broken \(Compressed file ended",
         ),
         ("f.jsonl.gz", b"{}", r"f.jsonl.gz is broken \(Not a gzipped file"),
-        ("g.jsonl.zst", b"", r"g.jsonl.zst cannot be read directly: decompress it"),
+        ("g.jsonl.zst", b"{}", r"g.jsonl.zst is broken \(ZSTD decompress failed"),
+        ("g.jsonl.zip", b"", r"g.jsonl.zip cannot be read directly: unpack it"),
         ("h.jsonl", b'{\n "a": 1,\n}\n', r"h.jsonl, row 1 is not JSON"),
     ],
 )
