@@ -9,6 +9,7 @@ the row itself is the list of messages. Any shape may have `tools` (or `function
 import ast
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,15 +53,16 @@ class Conversation:
     """A checked conversation. `messages` have role, content (text) and, for an assistant, tool_calls; an answer with the
     `weight` 0 is not trained. `tools`: in the form for a template, or None. `shape`: the source field or fields.
 
-    `template_args`: the row's variables for the template. `is_trained`: False for a row marked as not trained. `unread`: the
-    row's unused fields. `unknown`: fields of messages that only a template could use. `ignored`: marks that have no effect.
+    `template_args`: the row's variables for the template. `weight`: of the row's loss; 0 for a row marked as not trained.
+    `unread`: the row's unused fields. `unknown`: fields of messages that only a template could use. `ignored`: marks that have
+    no effect.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     shape: str
     template_args: dict[str, Any] = field(default_factory=dict)
-    is_trained: bool = True
+    weight: float = 1.0
     unread: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -98,8 +100,10 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
                 f"the row has no messages: the field {shape!r} must be a list of objects with role and content, "
                 "and not empty. Fix or remove the row, or name the field that holds the chat"
             )
-    ignored = [f"{name} of a row" for name in MARKS if name in given and not _is_mark(given[name])]
-    is_trained = all(given[name] for name in MARKS if name in given and _is_mark(given[name]))
+    weight = None if _number(given.get("weight")) is None else _weight(given["weight"], "the row")
+    marks = {name: given[name] for name in MARKS if name in given and (name != "weight" or weight is None)}
+    ignored = [f"{name} of a row" for name, value in marks.items() if not _is_mark(value)]
+    is_trained = all(value for value in marks.values() if _is_mark(value))
     unknown = {
         name for message in messages if isinstance(message, dict) for name in message if name not in _FIELDS
     }
@@ -127,7 +131,7 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
         _tools(given.get("tools", given.get("functions"))),
         shape,
         _template_args(given.get("chat_template_kwargs")),
-        is_trained,
+        (1.0 if weight is None else weight) * is_trained,
         tuple(name for name in list(given)[:_MAX_KEYS] if not keys.reads(name)),
         tuple(sorted(map(str, unknown))[:_MAX_KEYS]),
         tuple(ignored),
@@ -137,6 +141,21 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
 def _is_mark(value: Any) -> bool:
     """Whether a value is a valid mark: a boolean, 0 or 1."""
     return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the number that a text has, as in CSV; None for other values."""
+    try:
+        return float(value) if isinstance(value, bool | int | float | str) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _weight(value: Any, where: str) -> float:
+    weight = _number(value)
+    if weight is not None and 0 <= weight < math.inf:
+        return weight
+    raise ChatError(f"{where} has the weight {str(value)[:40]}; it must be a number that is 0 or greater")
 
 
 def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
@@ -224,17 +243,19 @@ def _message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _take_marks(message: dict[str, Any], number: int) -> None:
-    """Replace a message's marks with its `weight`: 0 or 1."""
+    """Replace a message's marks with its `weight`, a number that is 0 or greater."""
     marks = {name: message.pop(name) for name in MARKS if name in message}
+    if "weight" in marks:
+        marks["weight"] = _weight(marks["weight"], f"message {number}")
     for name, value in marks.items():
-        if not _is_mark(value):
+        if name != "weight" and not _is_mark(value):
             raise ChatError(
                 f"message {number} has the {name} {str(value)[:40]}; it can only be 0 or 1, false or true"
             )
     if len({bool(value) for value in marks.values()}) > 1:
         raise ChatError(f"the marks of message {number} contradict each other: {', '.join(marks)}")
     if marks:
-        message["weight"] = int(next(iter(marks.values())))
+        message["weight"] = float(next(iter(marks.values())))
 
 
 def _content(content: Any, number: int, role: str) -> str:

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from sftd.trainer.chat.errors import ChatError, PrepareError
 from sftd.trainer.chat.rows import conversation
 from sftd.trainer.chat.shapes import RowKeys
-from sftd.trainer.tools.prepare import tokenize_files
+from sftd.trainer.tools.prepare import row_file, tokenize_files
 from sftd.trainer.tools.prepare.sources import chat_files, json_text
 from sftd.trainer.tools.prepare.sources.chat_files import Piece, open_source, pieces, rows_of
 from sftd.trainer.tools.prepare.sources.dataset_folder import expand
@@ -100,7 +101,8 @@ def test_tool_calls_come_as_templates_expect_them(call: dict[str, Any]) -> None:
             {"messages": [*QUESTION, {**ANSWER[0], "weight": 0}]},
             "all of the assistant's messages have the weight 0",
         ),
-        ({"messages": [*QUESTION, {**ANSWER[0], "weight": 0.5}]}, "weight 0.5; it can only be 0 or 1"),
+        ({"messages": [*QUESTION, {**ANSWER[0], "weight": -1}]}, "message 2 has the weight -1; it must be"),
+        ({"messages": QUESTION + ANSWER, "weight": "nan"}, "the row has the weight nan; it must be a number"),
         (
             {"messages": [*QUESTION, {"role": "assistant", "tool_calls": ["f"]}]},
             "tool call of message 2 is not an obj",
@@ -278,17 +280,44 @@ def test_the_marks_of_other_tools_leave_an_answer_untrained(
 
     for no, yes in ((False, True), (0, 1)):
         assert trained(**{mark: no}) < trained(**{mark: yes}) == trained()
-    with pytest.raises(ChatError, match=f"message 2 has the {mark} maybe; it can only be 0 or 1"):
+    with pytest.raises(ChatError, match=f"message 2 has the {mark} maybe; it (can only be 0|must be a num)"):
         conversation({"messages": [*QUESTION, {**ANSWER[0], mark: "maybe"}]})
     if mark != "weight":
         with pytest.raises(ChatError, match="the marks of message 2 contradict each other"):
             conversation({"messages": [*QUESTION, {**ANSWER[0], mark: False, "weight": 1}]})
 
 
+@pytest.mark.parametrize("options", [{}, {"val_rows": 2, "max_length": 130}])
+def test_weights_other_than_0_and_1_have_a_column(
+    options: dict[str, Any], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_file, "_ROW_GROUP_ROWS", 2)
+    turns = [{**ANSWER[0], "weight": w, "content": c} for w, c in ((0, "none"), (0.25, "some"), (1, "all"))]
+    wanted = [*rows(5), {"messages": [m for a in turns for m in (*QUESTION, a)], "weight": "2"}]
+    plain = prepare(write_jsonl(tmp_path / "c.jsonl", rows(5)), models["qwen2.5"], tmp_path / "t.parquet")
+    assert "loss_weights" not in pq.read_schema(plain["path"]).names
+    source = write_jsonl(tmp_path / "c.jsonl", wanted)
+    done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet", **options)
+    files = [pq.read_table(one["path"]) for one in (done, done["val"]) if one]
+    (table,) = (file.to_pylist() for file in files if "loss_weights" in file.column_names)
+    tokenizer = AutoTokenizer.from_pretrained(models["qwen2.5"])
+    found: dict[float, list[int]] = {}
+    for row in table:
+        for id_, label, weight in zip(row["input_ids"], row["labels"], row["loss_weights"], strict=True):
+            assert (weight == 0) == (label == -100)
+            found.setdefault(weight, []).append(id_)
+    texts = {weight: tokenizer.decode(ids) for weight, ids in found.items() if weight}
+    assert texts[0.5] == "some<|im_end|>"
+    assert texts[1] == "a<|im_end|>" * (len(table) - 1)
+    assert options or texts[2] == "all<|im_end|>"
+    assert done["warnings"][-1].startswith("1 row with weights other than 0 and 1: the column loss_weights")
+    assert sorted(path.name for path in tmp_path.glob("*.partial*")) == []
+
+
 def test_what_is_not_used_is_counted_and_told(models: dict[str, Path], tmp_path: Path) -> None:
     chat = [{**QUESTION[0], "training": True}, {**ANSWER[0], "train_detail": [], "name": "Bo"}]
     wanted = [
-        {"messages": chat, "id": 1, "loss_type": "a", "weight": 0.5},
+        {"messages": chat, "id": 1, "loss_type": "a", "weight": "heavy", "loss": 0.5},
         {"messages": QUESTION + ANSWER, "id": 2},
         {"messages": QUESTION + ANSWER, "train": False},
     ]
@@ -297,13 +326,14 @@ def test_what_is_not_used_is_counted_and_told(models: dict[str, Path], tmp_path:
     card = json.loads(Path(done["card"]).read_text())
     assert card["chats"]["with_fields_not_used"] == {
         "id": 2,
+        "loss of a row": 1,
         "loss_type": 1,
         "train_detail of messages": 1,
         "weight of a row": 1,
         "weight of a user message": 1,
     }
     assert card["chats"]["dropped_by_reason"] == {"the row is marked as not trained": 1}
-    not_used = "loss_type (1 chat), train_detail of messages (1 chat), weight of a row (1 chat), "
+    not_used = "loss of a row (1 chat), loss_type (1 chat), train_detail of messages (1 chat), weight of a row (1 chat), "
     assert done["warnings"] == [
         f"sftd does not use {not_used}weight of a user message (1 chat)",
         "1 row marked as not trained: left out",

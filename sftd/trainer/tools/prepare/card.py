@@ -181,6 +181,7 @@ def make_card(
                 "truncated": file.truncated,
                 "cut_tokens": file.cut_tokens,
                 "cut_trained_tokens": file.cut_trained_tokens,
+                "weighted_rows": file.weighted,
             }
             for (split, file), done in zip(files, published, strict=True)
         },
@@ -242,6 +243,10 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         more = len(not_used) - len(shown)
         warnings.append(
             "sftd does not use " + ", ".join(shown) + (f" and {counted(more, 'more field')}" if more else "")
+        )
+    if weighted := sum(file.weighted for file in files):
+        warnings.append(
+            f"{counted(weighted, 'row')} with weights other than 0 and 1: the column loss_weights has the weight of each token"
         )
     if marked := counts.dropped.get(NOT_TRAINED):
         warnings.append(f"{counted(marked, 'row')} marked as not trained: left out")

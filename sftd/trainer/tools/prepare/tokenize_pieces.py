@@ -77,11 +77,12 @@ class TokenizeOptions:
 class Row:
     """One row to write: `input_ids` and unshifted `labels` (int32), and the 8-byte key that determines its split.
 
-    `cut`: number of tokens cut from its chat. `cut_trained`: number of trained ones among them.
+    `weights`: of the loss of each trained token (float32); None if all are 1. `cut`: number of tokens cut from its chat. `cut_trained`: number of trained ones among them.
     """
 
     input_ids: Any
     labels: Any
+    weights: Any
     key: bytes
     cut: int
     cut_trained: int
@@ -124,7 +125,7 @@ class PieceTokenizer:
     def __call__(self, piece: Piece) -> Done:
         """Tokenise one piece. Raises PrepareError at the first unusable row, unless `skip_bad_rows` is set."""
         options, done = self._options, Done()
-        rendered: list[tuple[str, bytes, RenderedChat]] = []
+        rendered: list[tuple[str, bytes, float, RenderedChat]] = []
         for place, row in rows_of(piece):
             done.seen += 1
             try:
@@ -140,7 +141,7 @@ class PieceTokenizer:
                     raise PrepareError(f"{place}: {why}. (--skip-bad-rows leaves such rows out.)") from error
                 done.rejected.append((place, why))
                 continue
-            if not chat.is_trained:
+            if not chat.weight:
                 done.dropped[NOT_TRAINED] = done.dropped.get(NOT_TRAINED, 0) + 1
                 continue
             done.chats += 1
@@ -155,9 +156,9 @@ class PieceTokenizer:
             ):
                 if kind is not None:
                     counts[kind] = counts.get(kind, 0) + 1
-            rendered += [(place, key, text) for text in texts]
-        masked = self.masker.encode([text for _, _, text in rendered])
-        for (place, key, text), whole in zip(rendered, masked, strict=True):
+            rendered += [(place, key, chat.weight, text) for text in texts]
+        masked = self.masker.encode([text for *_, text in rendered])
+        for (place, key, weight, text), whole in zip(rendered, masked, strict=True):
             done.unstopped += whole.unstopped
             done.unknown += whole.loses
             done.as_shown += text.as_shown
@@ -166,7 +167,7 @@ class PieceTokenizer:
             if isinstance(kept, str):
                 done.dropped[kept] = done.dropped.get(kept, 0) + 1
             else:
-                done.rows.append(_row(whole, kept, key))
+                done.rows.append(_row(whole, kept, key, weight))
         return done
 
     def _masker(self, chat: Conversation) -> ChatMasker:
@@ -205,12 +206,15 @@ class PieceTokenizer:
         return self._words[name]
 
 
-def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
+def _row(whole: MaskedChat, kept: slice, key: bytes, weight: float) -> Row:
     ids = np.asarray(whole.input_ids, np.int32)
     labels = np.asarray(whole.labels, np.int32)
     left = labels[kept]
+    weights = None
+    if whole.weights is not None or weight != 1:
+        weights = np.float32(weight) * np.asarray(whole.weights or [1.0] * len(ids), np.float32)[kept]
     trained, still = (int((targets(part) != IGNORE_INDEX).sum()) for part in (labels, left))
-    return Row(ids[kept], left, key, len(labels) - len(left), trained - still)
+    return Row(ids[kept], left, weights, key, len(labels) - len(left), trained - still)
 
 
 def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:
