@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,12 +70,25 @@ class Conversation:
 
     def key(self) -> bytes:
         """8-byte hash of the conversation's content, independent of its place and of the shape of its row."""
+        return self._digest(self.messages, str.strip)
+
+    def loose_key(self) -> bytes:
+        """As `key`, but equal for texts that differ in case and whitespace only."""
+        return self._digest(self.messages, _loosened)
+
+    def prompt_key(self) -> bytes:
+        """As `loose_key`, of the user's messages alone."""
+        asked = [{"content": m["content"]} for m in self.messages if m["role"] == "user"]
+        return self._digest(asked, _loosened)
+
+    def _digest(self, messages: list[dict[str, Any]], text_of: Callable[[str], str]) -> bytes:
         content = [
-            {k: v.strip() if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
-            for message in self.messages
+            {k: text_of(v) if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
+            for message in messages
         ]
         # Parquet has types that JSON lacks, such as times.
-        text = json.dumps([content, self.tools], sort_keys=True, ensure_ascii=False, default=str)
+        tools = self.tools if messages is self.messages else None
+        text = json.dumps([content, tools], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
@@ -141,6 +155,10 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
 def _is_mark(value: Any) -> bool:
     """Whether a value is a valid mark: a boolean, 0 or 1."""
     return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def _loosened(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _number(value: Any) -> float | None:

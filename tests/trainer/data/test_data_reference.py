@@ -184,7 +184,7 @@ def test_data_and_prepare_cut_and_mark_a_row_as_training_does(
             assert (part, any(predicted)) == ("no trained token is left", False)
         else:
             assert (row.ids[part], any(predicted)) == (seen, True)
-            made = tokenize_pieces._row(chat, part, b"", 1.0)
+            made = tokenize_pieces._row(chat, part, "", tokenize_pieces._Chat(b"", b"", b""))
             assert made.cut_trained == sum(row.predicted(99, "right")) - sum(predicted)
 
 

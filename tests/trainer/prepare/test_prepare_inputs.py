@@ -536,7 +536,9 @@ def test_the_splits_of_a_folder_are_kept_and_a_leak_is_told(models: dict[str, Pa
     options: dict[str, Any] = {"val_split": "test", "val_out": tmp_path / "v.parquet"}
     done = prepare(tmp_path / "set", models["qwen2.5"], tmp_path / "t.parquet", **options)
     assert (done["rows"], done["val"]["rows"]) == (10, 4)
-    assert done["warnings"] == ["2 training rows with a chat that is also in the validation split"]
+    assert done["warnings"] == [
+        "2 training rows with a chat that is also in the validation data; the first (from 0) in t.parquet: 8, 9"
+    ]
     with pytest.raises(PrepareError, match="none of the sources is a folder"):
         prepare(tmp_path / "set/train.jsonl", models["qwen2.5"], tmp_path / "t.parquet", **options)
 

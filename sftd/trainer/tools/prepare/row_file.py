@@ -134,7 +134,8 @@ class Spool:
             ("input_ids", pa.list_(pa.int32())),
             ("labels", pa.list_(pa.int32())),
             ("weights", pa.list_(pa.float32())),
-            ("key", pa.binary(8)),
+            *((name, pa.binary(8)) for name in ("key", "loose", "prompt")),
+            ("place", pa.string()),
             ("cut", pa.int64()),
             ("cut_trained", pa.int64()),
         ]
@@ -161,10 +162,10 @@ class Spool:
             for batch in reader:
                 columns = {name: batch.column(name) for name in batch.schema.names}
                 for n in range(batch.num_rows):
-                    ids, labels = (columns[name][n].values.to_numpy() for name in ("input_ids", "labels"))
-                    weights = columns["weights"][n].values
-                    key, cut, lost = (columns[name][n].as_py() for name in ("key", "cut", "cut_trained"))
-                    yield Row(ids, labels, None if weights is None else weights.to_numpy(), key, cut, lost)
+                    cells = {name: column[n] for name, column in columns.items()}
+                    lists = {name: cells.pop(name).values for name in ("input_ids", "labels", "weights")}
+                    arrays = {n: None if v is None else v.to_numpy() for n, v in lists.items()}
+                    yield Row(**arrays, **{name: cell.as_py() for name, cell in cells.items()})
 
     def discard(self) -> None:
         """Remove the file."""
