@@ -164,8 +164,9 @@ class Spool:
                 for n in range(batch.num_rows):
                     cells = {name: column[n] for name, column in columns.items()}
                     lists = {name: cells.pop(name).values for name in ("input_ids", "labels", "weights")}
-                    arrays = {n: None if v is None else v.to_numpy() for n, v in lists.items()}
-                    yield Row(**arrays, **{name: cell.as_py() for name, cell in cells.items()})
+                    fields: dict[str, Any] = {name: cell.as_py() for name, cell in cells.items()}
+                    fields |= {name: v if v is None else v.to_numpy() for name, v in lists.items()}
+                    yield Row(**fields)
 
     def discard(self) -> None:
         """Remove the file."""
