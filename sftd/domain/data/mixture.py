@@ -169,7 +169,9 @@ class Mixture:
             number = max(n for n, (at, _) in enumerate(stages) if at <= position)
             end = stages[number + 1][0] if number + 1 < len(stages) else None
             wanted = stages[number][1]
-            ended = [most is not None and cursor >= most for cursor, most in zip(cursors, limits, strict=True)]
+            ended = [
+                most is not None and cursor >= most for cursor, most in zip(cursors, limits, strict=True)
+            ]
             weights = [Fraction(0) if over else weight for weight, over in zip(wanted, ended, strict=True)]
             # All that the stage reads has ended: it begins again.
             is_again = not any(weights)

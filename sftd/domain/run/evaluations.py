@@ -17,13 +17,13 @@ def checkpoint_of(run: Run, step: int) -> CheckpointInfo | None:
     return next((c for c in run.checkpoints if c.step == step), None)
 
 
-def request(run: Run, step: int | None, name: str | None, by: str) -> list[e.EvaluationRequested]:
+def request(run: Run, step: int | None, name: str | None, by: str) -> tuple[int, list[e.EvaluationRequested]]:
     """Request the evaluation `name`, or all of the spec, of the checkpoint of `step`; None is the timeline's newest. One that
-    waits or runs is not requested again. Raises `Refused`."""
+    waits or runs is not requested again. Returns the step and the requests. Raises `Refused`."""
     refuse_removed(run)
     names = [evaluation.name for evaluation in run.spec.evaluation]
     if not names:
-        fix = f"submit runs with `evaluation`, or add it: `sftd resume {run.run_id} --set evaluation=…`"
+        fix = "submit a run with `evaluation`; a resume may add it"
         raise Refused(Problem(run.run_id, "its config has no evaluation", fix))
     if name is not None and name not in names:
         raise Refused(
@@ -36,7 +36,7 @@ def request(run: Run, step: int | None, name: str | None, by: str) -> list[e.Eva
         what = "has no checkpoint" if step is None else f"has no checkpoint of step {step}"
         raise Refused(Problem(run.run_id, what, f"use --step with one of {have}" if have else "wait for one"))
     known = {x.name for x in run.evaluations if x.step == chosen and x.is_open}
-    return [
+    return chosen, [
         e.EvaluationRequested(name=wanted, step=chosen, by=by)
         for wanted in ([name] if name is not None else names)
         if wanted not in known

@@ -89,6 +89,7 @@ def _completed(event: e.EvaluationCompleted, run: Run, recorded: e.Recorded) -> 
             daemon="",
             metrics=event.metrics,
             questions=event.questions,
+            questions_digest=event.questions_digest,
             seconds=event.seconds,
             answers=event.answers,
             manifest_digest=event.manifest_digest,

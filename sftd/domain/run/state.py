@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from sftd.domain.log import events as e
-from sftd.domain.log.timeline import order_up_to
 from sftd.domain.data.facts import SourceFacts
 from sftd.domain.data.mixture import MixtureStart
+from sftd.domain.log import events as e
+from sftd.domain.log.timeline import order_up_to
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
 
 Status = Literal[
@@ -107,6 +107,7 @@ class EvaluationState(msgspec.Struct, frozen=True):
     manifest_digest: str = ""
     metrics: dict[str, float] = {}
     questions: int = 0
+    questions_digest: str = ""
     seconds: float = 0.0
     answers: str | None = None
     message: str = ""

@@ -127,10 +127,12 @@ def forked_order(
     if train_digest == parent.train_digest and same_order(parent.spec, spec):
         return OrderStart(step, position), parent.mixture_start
     if not sources or not parent.sources or any(key in _ORDER for key in changes(parent.spec, spec)):
-        return OrderStart(step, 0), MixtureStart(step)
+        return OrderStart(step, 0), MixtureStart(step if sources else 0)
     read = mixture.of_facts(parent.spec, parent.sources, parent.mixture_start).cursors(position)
     own = _rows_by_name(spec, sources)
-    same = {name for name, rows in _rows_by_name(parent.spec, parent.sources).items() if own.get(name) == rows}
+    same = {
+        name for name, rows in _rows_by_name(parent.spec, parent.sources).items() if own.get(name) == rows
+    }
     start = MixtureStart(step, {name: count for name, count in read.items() if name in same and count})
     return OrderStart(step, start.position), start
 

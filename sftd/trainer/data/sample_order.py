@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sftd.domain.data.mixture import Mixture, MixtureStart, SourceSize
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.rows import Rows
+from sftd.trainer.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 
@@ -93,13 +94,17 @@ def _number(name: str) -> int:
 
 
 def mixture_of(spec: Spec, rows: Rows, start: MixtureStart) -> Mixture:
-    """The mixture of a spec with sources, whose files have the usable `rows`."""
-    sizes = [SourceSize(last - first, int(rows.trained[first:last].sum())) for first, last in _ranges(spec, rows)]
+    """The mixture of a spec with sources, whose files have the usable `rows`. Raises `DataError`."""
+    sizes = []
+    for source, (first, last) in zip(spec.data.sources, _ranges(spec, rows), strict=True):
+        if first == last:
+            raise DataError(f"no row of the source {source.name} has a trained label")
+        sizes.append(SourceSize(last - first, int(rows.trained[first:last].sum())))
     return Mixture(spec.data, sizes, batch_size=spec.data.train_batch_size, start=start)
 
 
 def order_of(spec: Spec, rows: Rows, start: MixtureStart) -> SampleOrder | MixedOrder:
-    """The sample order of a run. `rows`: the usable ones of its training files."""
+    """The sample order of a run. `rows`: the usable ones of its training files. Raises `DataError`."""
     seed, shuffle = spec.model.megatron.seed, spec.data.shuffle
     if not spec.data.sources:
         return SampleOrder(len(rows), seed=seed, shuffle=shuffle)

@@ -210,7 +210,7 @@ def test_an_evaluation_whose_daemon_was_killed_starts_again_once_and_its_late_re
     # A user gives it up, and asks for it again.
     run = find_run(log, run_id)
     asked = decisions.request(run, None, None, "ada")
-    assert asked == [e.EvaluationRequested(name="slow", step=1, by="ada")]
+    assert asked == (1, [e.EvaluationRequested(name="slow", step=1, by="ada")])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log.events.base import AfterStop, Event, NoticeFacts, NoticeKind, Severity
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.text.words import changes, counted, first_line, size

@@ -133,10 +133,10 @@ def _row(model: GPTModel, ids: list[int], marks: list[bool], vocab_size: int) ->
     trained = [place for place, is_trained in enumerate(marks) if is_trained]
     # The token before predicts it.
     places = [place - 1 for place in trained[:: -(-len(trained) // _POSITIONS)]]
-    cache, feed, logits = KeyValueCache(), ids[: trained[0]], []
+    cache, feed, logits = KeyValueCache([0]), ids[: trained[0]], []
     for _ in range(_NEW_TOKENS):
         logits.append(_logits(model, feed, [len(feed) - 1], vocab_size, cache))
-        cache.length = trained[0] + len(logits) - 1
+        cache.advance([len(feed)])
         feed = [int(logits[-1].argmax())]
     return {
         "ids": torch.tensor(ids),
@@ -156,7 +156,7 @@ def _logits(
     from sftd.trainer.data.sequence_layout import SequenceLayout
 
     tokens = torch.tensor([ids])
-    positions = torch.arange(len(ids)) + (cache.length if cache else 0)
+    positions = torch.arange(len(ids)) + (cache.lengths[0] if cache else 0)
     found: Any = model(
         tokens,
         positions[None],
