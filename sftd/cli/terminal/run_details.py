@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from sftd.cli.terminal import output
+from sftd.cli.terminal import output, sources
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _facts(run: Run, history: list[Recorded], speed: float | None) -> list[tuple
         ("submitted", f"{output.clock(run.submitted_at)} by {run.user}"),
         ("model", spec.model.partial_pretrain),
         ("trained", what_is_trained(spec.model)),
-        ("data", ", ".join(spec.data.train_files)),
+        ("data", ", ".join(spec.data.train_files) or "\n".join(sources.of_run(run))),
         ("layout", output.layout(spec.parallel_sizes)),
         (
             "batch",
