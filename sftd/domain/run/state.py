@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from sftd.domain.data.facts import SourceFacts
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log import events as e
 from sftd.domain.log.timeline import order_up_to
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
@@ -53,12 +55,13 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
 
 class ForkPoint(msgspec.Struct, frozen=True):
     """Where a fork starts: the parent's step (0 is the pretrained model), and the position in the sample order from which the
-    fork reads (None in the state of an older sftd)."""
+    fork reads (None in the state of an older sftd). `mixture`: where its mixture of sources begins, None at their first rows."""
 
     parent: str
     step: int
     tokens_total: int
     sample: int | None = None
+    mixture: MixtureStart | None = None
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -86,6 +89,35 @@ class Saving(msgspec.Struct, frozen=True):
     val_loss: float | str | None
 
 
+EvaluationStatus = Literal["pending", "running", "done", "failed"]
+
+
+class EvaluationState(msgspec.Struct, frozen=True):
+    """An evaluation of the checkpoint of `step`, which has its status since `since`. `tries` counts starts. While it runs,
+    `daemon` runs it, and `started` is the stream version of its start: only the daemon of that start may record its end.
+    `answers` is the Parquet file of the answers on the host that evaluated."""
+
+    name: str
+    step: int
+    status: EvaluationStatus
+    since: e.Micros
+    tries: int = 0
+    started: int = 0
+    daemon: str = ""
+    manifest_digest: str = ""
+    metrics: dict[str, float] = {}
+    questions: int = 0
+    questions_digest: str = ""
+    seconds: float = 0.0
+    answers: str | None = None
+    message: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the evaluation waits or runs."""
+        return self.status in ("pending", "running")
+
+
 class Run(msgspec.Struct, frozen=True):
     """The state of a run at `version`. Holds only values that decisions and summaries need; steps stay in the log."""
 
@@ -98,6 +130,8 @@ class Run(msgspec.Struct, frozen=True):
     # sha256 of the data files as submitted.
     train_digest: str = ""
     val_digest: str = ""
+    # Of the mixture, if the run has one.
+    sources: tuple[SourceFacts, ...] = ()
     planned_steps: int = 0
     fork: ForkPoint | None = None
     # Positions of the timeline's steps in the sample order: each piece applies from its step. Empty: from 0.
@@ -146,6 +180,8 @@ class Run(msgspec.Struct, frozen=True):
     # Step → forks of a rejected checkpoint. The forks may still load it, and it may be published again.
     rejected_pins: dict[int, tuple[str, ...]] = {}
     last_replay: Replay | None = None
+    # Of the timeline's checkpoints and of those that a user requested, by step and name.
+    evaluations: tuple[EvaluationState, ...] = ()
     # Values of the checkpoint being written: training may be further along when it is published.
     saving: Saving | None = None
     # Over all attempts.
@@ -172,6 +208,10 @@ class Run(msgspec.Struct, frozen=True):
     def pins(self) -> dict[int, tuple[str, ...]]:
         """Step → forks that start from its checkpoint, rejected checkpoints included."""
         return {c.step: c.forks for c in self.checkpoints if c.forks} | self.rejected_pins
+
+    def evaluation_of(self, name: str, step: int) -> EvaluationState | None:
+        """The evaluation of a step's checkpoint, if it was ever due."""
+        return next((x for x in self.evaluations if (x.name, x.step) == (name, step)), None)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -205,6 +245,11 @@ class Run(msgspec.Struct, frozen=True):
         """Position of the first sample of the timeline's 0-based `step` in the sample order."""
         piece = next((o for o in reversed(self.order) if o.step <= step), FROM_THE_BEGINNING)
         return piece.position(step, self.spec.data.train_batch_size)
+
+    @property
+    def mixture_start(self) -> MixtureStart:
+        """Where the run's mixture of sources begins."""
+        return self.fork.mixture if self.fork and self.fork.mixture else MixtureStart()
 
     @property
     def first_step(self) -> int:

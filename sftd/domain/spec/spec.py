@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from sftd.domain.spec.evaluation_section import EVALUATIONS
 from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.on_resume import FREE
 from sftd.domain.spec.sections import (
     Checkpoint,
     Data,
@@ -50,6 +54,11 @@ class Spec(Section, frozen=True):
     trainer: Trainer = Trainer()
     checkpoint: Checkpoint = Checkpoint()
     launch: Launch = Launch()
+    evaluation: Annotated[
+        list[EVALUATIONS],
+        Meta(description="evaluations of checkpoints; see the keys of each kind below"),
+        FREE,
+    ] = msgspec.field(default_factory=list)
 
     @property
     def model_parallel_size(self) -> int:
@@ -112,14 +121,16 @@ class Spec(Section, frozen=True):
         group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
         return -(-count // group) * group
 
-    def planned_steps(self, train_rows: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
-        """Optimizer steps of the whole run over `train_rows` usable rows, including the steps before `start`.
+    def planned_steps(self, train_rows: int | None, start: OrderStart = FROM_THE_BEGINNING) -> int:
+        """Optimizer steps of the whole run over `train_rows` usable rows, including the steps before `start`. None: a mixture of
+        sources that are repeated, which has no epochs.
 
         An epoch sees every row at least once. Its last batch is filled from the next epoch, so that every step has the same
         number of samples and no row is dropped.
         """
         if self.trainer.max_steps is not None:
             return self.trainer.max_steps
+        assert train_rows is not None, "such a mixture has trainer.max_steps"
         left = max(0, (self.trainer.epochs or 1) * train_rows - start.sample)
         return start.step - (-left // self.data.train_batch_size)
 
@@ -134,6 +145,9 @@ _DEFAULTS = Spec()
 # Keys that were added later, so that digests of older specs do not include them.
 _ADDED_KEYS = (
     ("checkpoint", "after_success"),
+    ("data", "sources"),
+    ("data", "stages"),
+    ("data", "weights_by"),
     ("model", "freeze"),
     ("model", "freeze_router"),
     ("model", "lora"),
@@ -148,9 +162,11 @@ _ADDED_KEYS = (
 def canonical_json(spec: Spec) -> bytes:
     """The spec as JSON with sorted keys: equal specs give equal bytes.
 
-    A key of `_ADDED_KEYS` is omitted if it has its default, so that an older spec keeps its digest.
+    `evaluation` and the keys of `_ADDED_KEYS` are omitted if they have their defaults, so that an older spec keeps its digest.
     """
     written = msgspec.to_builtins(spec)
+    if not spec.evaluation:
+        del written["evaluation"]
     for section, key in _ADDED_KEYS:
         if getattr(getattr(spec, section), key) == getattr(getattr(_DEFAULTS, section), key):
             del written[section][key]

@@ -14,7 +14,7 @@ from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit import adapter_rules
 from sftd.domain.submit.facts import SubmitFacts
@@ -80,6 +80,14 @@ def nothing_to_train(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
             )
             fix = "check the masks that `sftd prepare` made, or raise data.sequence_length"
             yield Problem(where, what, fix)
+
+
+def source_without_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
+    """Each source of a mixture must have rows to give."""
+    for source in facts.train.sources if facts.train is not None else ():
+        if not source.rows:
+            what = f"no row of {source.name} has a trained label within {spec.data.sequence_length} tokens"
+            yield Problem("data.sources", what, "remove the source, or raise data.sequence_length")
 
 
 def _too_long(spec: Spec, data: DataFacts) -> str:
@@ -201,6 +209,7 @@ FACTS = Rules(
         save_folder_not_writable,
         prompts_without_tokenizer,
         nothing_to_train,
+        source_without_rows,
         rows_not_to_truncate,
         *adapter_rules.ADAPTERS.refuse,
     ),

@@ -17,7 +17,7 @@ from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, Step
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.trainer import trainee as trainees
@@ -27,7 +27,7 @@ from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress
 from sftd.trainer.checkpoint.weights_digest import WeightsDigest
 from sftd.trainer.data.batches import Batching, MicroBatch
 from sftd.trainer.data.rows import Ints, Rows, write_spool
-from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.sample_order import mixture_of, order_of, samples_digest
 from sftd.trainer.data.spool import shared_folder
 from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop.figures import figures_of
@@ -110,8 +110,8 @@ class RankAttempt:
         if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.loop.generate import Generator
 
-            template = chat_template.of_files(self._spec.data.train_files)
-            self._generator = Generator(self._spec, session, shape.vocab_size, template)
+            template = chat_template.of_files(self._spec.data.all_train_files)
+            self._generator = Generator(self._spec, shape.vocab_size, template)
 
     def run(self) -> None:
         """Train to the last planned step, or to the first step boundary at which a stop was requested."""
@@ -156,7 +156,7 @@ class RankAttempt:
     def _bind_data(self, shape: ModelShape) -> None:
         spec, data = self._spec, self._spec.data
 
-        def rows(paths: list[str]) -> Rows:
+        def rows(paths: list[str], sources: list[int]) -> Rows:
             decode = partial(
                 write_spool,
                 paths=paths,
@@ -165,15 +165,22 @@ class RankAttempt:
                 vocab_size=shape.vocab_size,
             )
             with shared_folder(self._attempt.rows_dir, decode) as spool:
-                return Rows(spool)
+                return Rows(spool, sources)
 
         is_replay = self._order.last_step is not None
-        self._train, self._val = rows(data.train_files), rows([] if is_replay else data.val_files)
+        val_files = [] if is_replay else data.all_val_files
+        numbers = range(len(data.sources))
+        self._train = rows(data.all_train_files, [n for n in numbers for _ in data.sources[n].files])
+        of_sources = [n for n in numbers for _ in data.sources[n].val_files]
+        self._val = rows(val_files, [*[len(numbers)] * len(data.val_files), *of_sources])
         if not len(self._train):
             raise DataError(
-                f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
+                f"no row of {', '.join(data.all_train_files)} has a trained label within {data.sequence_length} tokens"
             )
-        planned = spec.planned_steps(len(self._train))
+        epoch_rows: int | None = len(self._train)
+        if data.sources:
+            epoch_rows = mixture_of(spec, self._train, self._order.mixture).epoch_rows
+        planned = spec.planned_steps(epoch_rows)
         # Forks and runs that left samples out have a different plan.
         is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
         if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
@@ -181,13 +188,15 @@ class RankAttempt:
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"
             )
-        # Figures by source, if there are several.
-        self._sources: list[str] = []
-        self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
+        # Figures by source, if there are several. Validation files without a source are one, too.
+        names = [source.name for source in data.sources]
+        self._sources = names if len(names) > 1 else []
+        self._val_sources = [*names, "val_files"] if self._sources and data.val_files else self._sources
+        self._samples = order_of(spec, self._train, self._order.mixture)
         self._batching = Batching.of(spec, self._session)
         if self._session.layout.reports:
-            train_digest = _unchanged(data.train_files, self._order.train_digest)
-            val_digest = _unchanged([] if is_replay else data.val_files, self._order.val_digest)
+            train_digest = _unchanged(data.all_train_files, self._order.train_digest)
+            val_digest = _unchanged(val_files, self._order.val_digest)
             self._reporter.emit(
                 DataBound(
                     train_rows=len(self._train),
@@ -324,7 +333,13 @@ class RankAttempt:
             round_size = self._spec.data.train_batch_size
             self._reporter.emit(
                 validate(
-                    step, self._trainee, self._val, self._batching, self._session, round_size, self._sources
+                    step,
+                    self._trainee,
+                    self._val,
+                    self._batching,
+                    self._session,
+                    round_size,
+                    self._val_sources,
                 )
             )
         if self._generator:
