@@ -17,6 +17,7 @@ import pytest
 
 from tests.builders import postgres
 from tests.builders import warm_python as warm_start
+from tests.builders.patience import HUNG
 
 # Imported where they are used: machines of tests/gpu need no packages of databases.
 if TYPE_CHECKING:
@@ -77,6 +78,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _PURE[0] in item.path.parents or _PURE[1] in item.path.parents:
             item.add_marker(pytest.mark.timeout(_PURE_SECONDS), append=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the stacks of attempts that hung under a warm Python and then ended under a cold one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and (factory := getattr(config, "_tmp_path_factory", None)):
+        for file in sorted(factory.getbasetemp().glob(f"{HUNG}*.txt")):
+            terminalreporter.section(f"{file.name}: hung, and was started again", red=True)
+            terminalreporter.write_line(file.read_text())
 
 
 @pytest.fixture(scope="session")

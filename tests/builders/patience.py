@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 
 PATIENCE = 840.0
+# Before the names of files, in the folder of the session, with the stacks of what hung and was started again.
+HUNG = "hung-"
 
 
 def until(condition: Callable[[], object], what: str = "not in time", *, every: float = 0.02) -> None:

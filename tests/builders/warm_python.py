@@ -233,6 +233,8 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], ignored: Sequen
         # What ends with the process that was forked, such as numbers of descriptors, which another has here by then: closing one
         # took gloo's away from its thread, and that aborted ranks at random.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+        # So that no garbage of that process is collected here, which may close descriptors as well.
+        gc.freeze()
         os.environ.clear()
         os.environ.update(environment)
         _show_environment(environment)

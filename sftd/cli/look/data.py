@@ -170,17 +170,17 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
 
     out = output.console()
     rows = answer["rows"]
-    epochs = " and ".join(str(epoch) for epoch in dict.fromkeys(row["epoch"] for row in rows))
     out.print(
-        f"[bold]{answer['run_id']}[/], step {answer['step']}: {counted(len(rows), 'row')} of epoch {epochs}, "
-        f"{answer['tokens']} trained tokens",
+        f"[bold]{answer['run_id']}[/], step {answer['step']}: {_counts(rows)}, {answer['tokens']} trained tokens",
         soft_wrap=True,
     )
-    names = ("row", "length", "trained", "place", *(["text"] if text else []))
+    source = ["source"] if "source" in rows[0] else []
+    names = ("row", "length", "trained", *source, "place", *(["text"] if text else []))
     table = output.table(*names, right=names[:3], dim=["place"], fold=["place", "text"])
     for row in rows:
         place = f"{row['file']}:{row['row_in_file']}"
-        cells: list[Any] = [str(row["row"]), str(row["length"]), str(row["trained"]), Text(place)]
+        cells: list[Any] = [str(row["row"]), str(row["length"]), str(row["trained"])]
+        cells += [*(Text(row[name]) for name in source), Text(place)]
         table.add_row(*cells, *([_marked(row["segments"])] if text else []))
     out.print(table)
     digest = answer["samples_digest"][:16]
@@ -194,6 +194,18 @@ def _print_rows(answer: dict[str, Any], *, text: bool) -> None:
         elif attempt["agrees"]:
             out.print(f"attempt {attempt['attempt']} saw other rows, which a rollback skipped")
     _print_problems(answer["problems"])
+
+
+def _counts(rows: list[dict[str, Any]]) -> str:
+    """The number of rows and their epochs, which each source of a mixture counts by itself."""
+    by_source: dict[str, list[int]] = {}
+    for row in rows:
+        by_source.setdefault(row.get("source", ""), []).append(row["epoch"])
+    return ", ".join(
+        f"{counted(len(epochs), 'row')} of {f'{output.escape(source)}, ' if source else ''}"
+        f"epoch {' and '.join(map(str, dict.fromkeys(epochs)))}"
+        for source, epochs in by_source.items()
+    )
 
 
 def _marked(segments: list[dict[str, Any]]) -> Any:
@@ -212,8 +224,9 @@ def _marked(segments: list[dict[str, Any]]) -> Any:
 
 def _print_steps(answer: dict[str, Any]) -> None:
     out = output.console()
+    source = f" (source {output.escape(answer['source'])})" if "source" in answer else ""
     out.print(
-        f"row {answer['row']} is row {answer['row_in_file']} of {output.escape(answer['file'])}: "
+        f"row {answer['row']} is row {answer['row_in_file']} of {output.escape(answer['file'])}{source}: "
         f"{counted(answer['length'], 'token')}, {answer['trained']} trained",
         soft_wrap=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sftd.cli.terminal import output
+from sftd.cli.terminal import output, sources
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def print_plan(
     out.print()
     for name, value in _other_facts(plan):
         out.print(f"  [dim]{name:6}[/] {value}", soft_wrap=True)
+    for number, line in enumerate(sources.planned(spec, facts.train.sources, facts.planned_steps)):
+        out.print(f"  [dim]{'' if number else 'data':6}[/] {output.escape(line)}", soft_wrap=True)
     out.print()
     _print_layouts(spec, layouts, target)
     if instead:

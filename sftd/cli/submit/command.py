@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sftd.cli import app
-from sftd.cli.terminal import output
+from sftd.cli.terminal import output, sources
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def _preview(spec: Spec, found: Preflight, *, stderr: bool = False) -> None:
         xray.show(spec, found, out, "cuda")
         return
     xray.show(spec, found, out, target.machine.device)
+    for line in sources.planned(spec, found.train.sources, found.planned_steps):
+        out.print(f"  {output.escape(line)}", soft_wrap=True)
     plan = make_plan(spec, plan_facts(found), target.machine, known_pace(found.shape, target.machine))
     out.print(f"  {summary(plan)}", soft_wrap=True)
     if not target.fits(plan.needed, spec.world_size):

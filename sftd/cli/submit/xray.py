@@ -28,7 +28,7 @@ def show(spec: Spec, found: Preflight, out: Console, device: str) -> None:
     """Print the X-ray. `device` is `cuda` or `cpu`; it decides the padded lengths."""
     from rich.padding import Padding
 
-    path = spec.data.train_files[0]
+    path = spec.data.all_train_files[0]
     rows = list(_rows(spec, path))
     texts = _texts(spec.model.partial_pretrain, [ids for row in rows for ids, _ in row])
     out.print(

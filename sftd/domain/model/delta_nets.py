@@ -54,7 +54,7 @@ DELTA_NETS = (
     Family(
         architecture="Qwen3_5MoeForCausalLM",
         model_type="qwen3_5_moe_text",
-        models="the language model of Qwen3.5 and 3.6 with experts, saved with a weight for each expert",
+        models="the language model of Qwen3.5 and 3.6 with experts",
         # There is no dense layer.
         fields=_FIELDS | _EXPERTS | {"intermediate_size": Key(int, ("moe_intermediate_size",))},
         shared_expert="shared_expert",

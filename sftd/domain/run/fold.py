@@ -8,13 +8,15 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.data.facts import SourceFacts
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
 from sftd.domain.log.timeline import order_after_skip
-from sftd.domain.run import exactness, fold_evaluations
-from sftd.domain.run.fold_files import FILES
-from sftd.domain.run.fold_stops import HALTS, NO_STOP
+from sftd.domain.run import exactness
+from sftd.domain.run.folds import evaluations
+from sftd.domain.run.folds.files import FILES
+from sftd.domain.run.folds.stops import HALTS, NO_STOP
 from sftd.domain.run.state import CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
 from sftd.domain.spec.spec import OrderStart, Spec
 
@@ -49,6 +51,7 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
         user=event.user,
         train_digest=_digest(event.data, "train"),
         val_digest=_digest(event.data, "val"),
+        sources=msgspec.convert((event.data.get("train") or {}).get("sources", ()), tuple[SourceFacts, ...]),
         planned_steps=event.planned_steps,
         submitted_at=recorded.occurred_at,
     )
@@ -74,7 +77,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
         )
     return _set(
         run,
-        fork=ForkPoint(event.parent, event.step, event.tokens_total, event.sample),
+        fork=ForkPoint(event.parent, event.step, event.tokens_total, event.sample, event.mixture),
         order=order,
         step=event.step,
         highest_step=event.step,
@@ -178,7 +181,7 @@ def _rewind(run: Run, step: int) -> Run:
         checkpoints=tuple(
             _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
         ),
-        evaluations=fold_evaluations.up_to(run, step),
+        evaluations=evaluations.up_to(run, step),
     )
 
 
@@ -264,7 +267,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
-        evaluations=fold_evaluations.due(run, event.step, event.manifest_digest, recorded.occurred_at),
+        evaluations=evaluations.due(run, event.step, event.manifest_digest, recorded.occurred_at),
         rejected_pins=pins,
         attempt_progressed=run.attempt_progressed
         or event.step > run.attempt_base
@@ -278,7 +281,7 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
-        evaluations=fold_evaluations.without(run, event.step),
+        evaluations=evaluations.without(run, event.step),
         rejected_pins=run.rejected_pins | pins,
         # Counts as progress: the next attempt starts from another checkpoint, and there is a finite number of them.
         attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
@@ -375,5 +378,5 @@ def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
 
 
-for _type, _fold in (HALTS | FILES | fold_evaluations.EVALUATIONS).items():
+for _type, _fold in (HALTS | FILES | evaluations.EVALUATIONS).items():
     _apply.register(_type, _fold)

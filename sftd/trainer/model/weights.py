@@ -5,8 +5,10 @@ At a load, a rank reads only its own slices. An export converts the whole parame
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +28,34 @@ from sftd.trainer.model.quantize.products import quantized
 from sftd.trainer.runtime.session import Layout
 from sftd.wire.model.digest import weight_files
 from sftd.wire.model.text_part import text_name
+
+# A matrix of an expert as a family names it.
+_OF_EXPERT = re.compile(r"(?P<experts>.*\bexperts\.)(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
+
+
+def joined_name(name: str) -> str:
+    """Name of the tensor that holds a matrix of every expert in some folders, such as those of Qwen3.5: [experts, rows, columns],
+    the gate's rows above the up projection's. `name` itself if it is not of an expert."""
+    if (found := _OF_EXPERT.fullmatch(name)) is None:
+        return name
+    return found["experts"] + ("down_proj" if found["matrix"] == "down" else "gate_up_proj")
+
+
+@dataclass(frozen=True)
+class _ExpertSlice:
+    """A matrix in a tensor of all experts, read like a tensor's slice."""
+
+    whole: Any
+    number: int
+    rows: range
+
+    def get_shape(self) -> list[int]:
+        return [len(self.rows), self.whole.get_shape()[2]]
+
+    def __getitem__(self, window: Any) -> Any:
+        rows, columns = window if isinstance(window, tuple) else (window, slice(None))
+        first, last, _ = rows.indices(len(self.rows))
+        return self.whole[self.number, self.rows.start + first : self.rows.start + last, columns]
 
 
 def model_rules(
@@ -116,7 +146,8 @@ def _refuse_unknown(folder: Folder, shape: ModelShape, layers: range) -> None:
     family = family_of(shape)
     for number in layers:
         rules = family.layer_rules(shape, number, range(shape.num_experts))
-        known = {*family.unread, *(source for rule in rules for source in rule.sources)}
+        sources = [source for rule in rules for source in rule.sources]
+        known = {*family.unread, *sources, *map(joined_name, sources)}
         prefix = f"{family.layers}.{number}."
         names = {name.removeprefix(prefix) for name in folder.names if name.startswith(prefix)}
         if unknown := names - known:
@@ -190,7 +221,10 @@ class Folder:
         return set(self._places)
 
     def stored_name(self, name: str) -> str:
-        """Name of a tensor in its file; its own if it is compressed there."""
+        """Name of a tensor in its file; its own if it is compressed there, an expert's if it is joined there."""
+        if name not in self._places:
+            stored, word = self._places[joined_name(name)][0][1], "experts."
+            return stored.rpartition(word)[0] + word + name.rpartition(word)[2]
         places = self._places[name]
         return places[0][1] if len(places) == 1 else name
 
@@ -220,5 +254,17 @@ class Folder:
 
     def _pieces(self, name: str) -> list[Any]:
         if name not in self._places:
-            raise UserError(f"the weights in {self.path} lack {name}")
+            return [self._expert_slice(name)]
         return [file.get_slice(stored) for file, stored in self._places[name]]
+
+    def _expert_slice(self, name: str) -> _ExpertSlice:
+        found = _OF_EXPERT.fullmatch(name)
+        if found is None or (joined := joined_name(name)) not in self._places:
+            raise UserError(f"the weights in {self.path} lack {name}")
+        (whole,) = self._pieces(joined)
+        experts, height, _ = whole.get_shape()
+        if (number := int(found["number"])) >= experts:
+            raise UserError(f"{self.path}: {joined} holds {experts} experts, but config.json specifies more")
+        half = height // 2
+        rows = {"gate": range(half), "up": range(half, height), "down": range(height)}[found["matrix"]]
+        return _ExpertSlice(whole, number, rows)

@@ -21,7 +21,8 @@ from sftd.wire.attempt.directory import make_private
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 5.0
 
-_stop_signalled = threading.Event()
+# Signals that end training. No threading.Event: its lock is not reentrant, and a second signal may arrive within the handler.
+_stop_signals: list[int] = []
 # torchrun sets these for each rank.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -102,13 +103,13 @@ def stop_on(number: signal.Signals) -> None:
     signal.signal(number, _on_stop_signal)
 
 
-def _on_stop_signal(_signal: int, _frame: FrameType | None) -> None:
-    _stop_signalled.set()
+def _on_stop_signal(number: int, _frame: FrameType | None) -> None:
+    _stop_signals.append(number)
 
 
 def stop_signalled() -> bool:
     """Whether this process received a signal that ends training."""
-    return _stop_signalled.is_set()
+    return bool(_stop_signals)
 
 
 def leave_stack_on_request(path: Path) -> None:

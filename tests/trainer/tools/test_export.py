@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 ALL = RANKS / "export_all.py"
 BF16 = "llama_bf16"
+# Qwen3.5 with the experts of a layer in one tensor, as it is published; exported as transformers saves it.
+JOINED = "qwen3_5_moe"
 GIVEN = ChatTemplate(text="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}?")
 
 
@@ -79,7 +82,27 @@ def folders(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     (bf16 / "config.json").write_text(json.dumps(config))
     (bf16 / "additional_chat_templates").mkdir()
     (bf16 / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
-    return {name: models / name for name in MODELS} | {BF16: bf16}
+    joined = tmp_path_factory.mktemp("joined") / JOINED
+    shutil.copytree(models / JOINED, joined)
+    save_file(with_joined_experts(tensors(joined)), joined / "model.safetensors", metadata={"format": "pt"})
+    return {name: models / name for name in MODELS} | {BF16: bf16, JOINED: joined}
+
+
+def with_joined_experts(weights: dict[str, Any]) -> dict[str, Any]:
+    """The same weights with the matrices of a layer's experts in two tensors."""
+    import torch
+
+    whole: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in [name for name in weights if ".experts." in name]:
+        layer, _, rest = name.partition(".experts.")
+        number, matrix, _ = rest.split(".")
+        whole.setdefault(layer, {}).setdefault(int(number), {})[matrix] = weights.pop(name)
+    for layer, experts in whole.items():
+        each = [experts[number] for number in range(len(experts))]
+        pairs = [torch.cat((e["gate_proj"], e["up_proj"])) for e in each]
+        weights[f"{layer}.experts.gate_up_proj"] = torch.stack(pairs)
+        weights[f"{layer}.experts.down_proj"] = torch.stack([e["down_proj"] for e in each])
+    return weights
 
 
 def publish_and_export(
@@ -155,9 +178,9 @@ def of_four_ranks(
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
 def test_what_was_loaded_is_exported_bit_for_bit(
-    of_one_rank: dict[str, Path], folders: dict[str, Path], name: str
+    of_one_rank: dict[str, Path], folders: dict[str, Path], models: Path, name: str
 ) -> None:
-    out, original = of_one_rank[name], folders[name]
+    out, original = of_one_rank[name], folders[BF16] if name == BF16 else models / name
     assert differences(out, original) == []
     assert json.loads((out / "config.json").read_text()) == json.loads((original / "config.json").read_text())
     names = {path.relative_to(original) for path in original.rglob("*")}
@@ -165,6 +188,32 @@ def test_what_was_loaded_is_exported_bit_for_bit(
     for copied in names:
         if copied.name not in ("config.json", "model.safetensors") and (original / copied).is_file():
             assert (out / copied).read_bytes() == (original / copied).read_bytes()
+
+
+def test_a_matrix_of_an_expert_is_read_from_the_tensor_of_all(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from sftd.trainer.errors import UserError
+    from sftd.trainer.runtime.megatron_edges.noise import quiet_third_parties
+
+    quiet_third_parties()
+    from sftd.trainer.model import weights
+
+    inside, alone = "model.language_model.layers.0.mlp.experts.", "model.layers.0.mlp.experts."
+    both, down = torch.rand(3, 8, 5), torch.rand(3, 5, 4)
+    save_file({f"{inside}gate_up_proj": both, f"{inside}down_proj": down}, tmp_path / "model.safetensors")
+    with ExitStack() as stack:
+        folder = weights.Folder(str(tmp_path), stack)
+        up = f"{alone}2.up_proj.weight"
+        assert folder.read(up).equal(both[2, 4:])
+        assert folder.read(up, 0, (1, 2)).equal(both[2, 6:])
+        assert folder.read(f"{alone}1.down_proj.weight", 1, (0, 2)).equal(down[1, :, :2])
+        assert folder.stored_name(up) == f"{inside}2.up_proj.weight"
+        with pytest.raises(UserError, match="gate_up_proj holds 3 experts"):
+            folder.read(f"{alone}3.gate_proj.weight")
+        with pytest.raises(UserError, match="lack model"):
+            folder.read("model.norm.weight")
 
 
 def test_an_export_survives_a_power_cut(of_one_rank: dict[str, Path]) -> None:
@@ -176,9 +225,9 @@ def test_an_export_survives_a_power_cut(of_one_rank: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, BF16])
 def test_export_is_the_same_from_the_weights_alone_of_tensor_pipeline_and_expert_parallel_ranks(
-    of_four_ranks: dict[str, Path], folders: dict[str, Path], name: str
+    of_four_ranks: dict[str, Path], folders: dict[str, Path], models: Path, name: str
 ) -> None:
-    assert differences(of_four_ranks[name], folders[name]) == []
+    assert differences(of_four_ranks[name], folders[BF16] if name == BF16 else models / name) == []
     # The template of the training data is the exported folder's only one.
     assert (of_four_ranks[name] / "chat_template.jinja").read_text() == GIVEN.text
     assert not (of_four_ranks[name] / "additional_chat_templates").exists()

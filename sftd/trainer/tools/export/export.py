@@ -141,7 +141,7 @@ def _with_others(
         # Also those that are not exported: they are no other tensors.
         inside = {family_of(shape).output}
         for name, tensor in tensors:
-            inside.add(name)
+            inside |= {name, weights.joined_name(name)}
             yield source.stored_name(name), tensor
         for name in sorted(source.names - inside):
             if source.stored_name(name) == name:

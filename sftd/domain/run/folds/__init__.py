@@ -1,0 +1,1 @@
+"""Folds of groups of events, which `fold` puts together."""
