@@ -93,7 +93,7 @@ def test_results_are_listed_and_shown(run: Callable[..., Result]) -> None:
     assert "evaluation sums: exact_match 0.6667" in run("logs", RUN).stdout
 
 
-def test_answers_are_compared_side_by_side(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_answers_are_compared_side_by_side(run: Callable[..., Result], log: Store, tmp_path: Path) -> None:
     said = run("eval", RUN, "sums", "--against", "1").stdout
     assert "3 questions, 2 better and 1 worse" in said
     assert "1+1?" in said
@@ -102,8 +102,16 @@ def test_answers_are_compared_side_by_side(run: Callable[..., Result], tmp_path:
     assert [(row["ours"], row["theirs"]) for row in rows] == [("3", "2"), ("4", "5"), ("6", "7")]
     # The same evaluation of the same run, by its name.
     assert "0 better and 0 worse" in run("eval", RUN, "sums", "--against", RUN).stdout
-    (tmp_path / "1.parquet").write_bytes(b"nonsense")
+    other = msgspec.structs.replace(
+        completed(2, tmp_path / "3.parquet", ["2", "4", "6"], [1.0, 1.0, 1.0]), questions_digest="other"
+    )
+    append(log, RUN, [e.EvaluationRequested(name="sums", step=2, by="ada"), other])
     refused = run("eval", RUN, "sums", "--against", "1")
+    assert (refused.exit_code, "had other questions" in refused.stderr) == (2, True)
+    refused = run("eval", RUN, "sums", "--step", "1", "--against", "nonsense")
+    assert refused.exit_code == 2
+    (tmp_path / "1.parquet").write_bytes(b"nonsense")
+    refused = run("eval", RUN, "sums", "--against", "1", "--step", "1")
     assert (refused.exit_code, "cannot be read" in refused.stderr) == (2, True)
 
 

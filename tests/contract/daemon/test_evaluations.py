@@ -158,7 +158,10 @@ def test_an_evaluation_makes_room_for_a_run_and_runs_once_on_two_daemons(
         log, tmp_path / "c", command("slow", f"while ! test -e {go}; do sleep 0.01; done; {GOOD}")
     )
     one, two = daemon(), daemon()
+    (seen,) = evaluations.waiting(log)
     one.tick()
+    # Another daemon saw it wait at the same moment.
+    assert evaluations.start(log, CONTEXT, seen, daemon="another", devices=[]) is None
     two.tick()
     (started,) = one._evaluator._running
     assert two._evaluator._running == []
