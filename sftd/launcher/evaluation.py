@@ -35,6 +35,8 @@ _TIED = (
     'wait "$run"; code=$?; kill "$watch"; exit "$code"'
 )
 _USER_ERROR = 2
+_OUTPUT = "output"
+_LAST_BYTES = 4096
 # A program may print in an endless loop.
 _MOST_BYTES = 16 << 20
 _MOST_METRICS = 1000
@@ -42,7 +44,7 @@ _MOST_METRICS = 1000
 _METRIC = re.compile(r"(?=.{1,100}\Z)[A-Za-z0-9_][A-Za-z0-9_. -]*(?:/[A-Za-z0-9_][A-Za-z0-9_. -]*)*")
 
 
-class Done(msgspec.Struct, frozen=True):
+class ToolResult(msgspec.Struct, frozen=True):
     """The last line of the tool `evaluate`. `answers` is the Parquet file with the answers."""
 
     metrics: dict[str, Any]
@@ -120,7 +122,7 @@ class EvaluationProcess:
 
     @property
     def _output(self) -> Path:
-        return self._folder / "output"
+        return self._folder / _OUTPUT
 
     @property
     def _errors(self) -> Path:
@@ -160,12 +162,12 @@ class EvaluationProcess:
     def _completed(self) -> e.EvaluationCompleted:
         text = self._output.read_text(errors="replace")
         if isinstance(self._evaluation, CommandEvaluation):
-            done = Done(_one_object(text), environment={"argv": self._evaluation.argv})
+            done = ToolResult(_one_object(text), environment={"argv": self._evaluation.argv})
             answers = self._folder / "answers.parquet"
             done = msgspec.structs.replace(done, answers=str(answers) if answers.is_file() else None)
         else:
             try:
-                done = msgspec.json.decode(text.strip().rpartition("\n")[2], type=Done)
+                done = msgspec.json.decode(text.strip().rpartition("\n")[2], type=ToolResult)
             except msgspec.MsgspecError as error:
                 raise Unusable(f"the tool's last line is not a result ({error}): {_seen(text)}") from None
         metrics = usable_metrics(done.metrics, text)
@@ -207,6 +209,17 @@ class EvaluationProcess:
 def token_of(run_id: str, started: EvaluationState) -> str:
     """The text that marks every process of a started evaluation."""
     return f"evaluation {run_id} {started.started}"
+
+
+def progress(folder: Path) -> str:
+    """What a tool that writes into `folder` of this host is doing; empty if unknown."""
+    try:
+        lines = (folder / _OUTPUT).read_bytes()[-_LAST_BYTES:].splitlines()
+        last = msgspec.json.decode(lines[-1], type=dict[str, Any])
+    except (OSError, IndexError, msgspec.MsgspecError):
+        return ""
+    stage, done, total = last.get("stage", ""), last.get("done"), last.get("total")
+    return f"{stage} {done} of {total}" if done is not None and total else str(stage)
 
 
 def _signal_name(number: int) -> str:

@@ -98,8 +98,10 @@ def _wait(
     store: Store, settings: Settings, run_id: str, asked: list[EvaluationState]
 ) -> list[EvaluationState]:
     from sftd.cli.terminal.progress import spinner
+    from sftd.launcher.evaluation import progress
     from sftd.operations.queries import evaluations
     from sftd.operations.queries import runs as run_queries
+    from sftd.wire.attempt.directory import RunDir
 
     output.when_interrupted(f"The evaluation stays queued; `sftd eval {run_id} --list` shows it.")
     keys = [(x.name, x.step) for x in asked]
@@ -113,6 +115,8 @@ def _wait(
             how = f"running, {output.duration((app.context().now() - first.since) / 1e6)}"
             if first.status == "pending":
                 how = evaluations.what_it_waits_for(store, app.context(), run, settings.silent_micros)
+            elif doing := progress(RunDir(settings.home, run_id).evaluation(first.name, first.step)):
+                how = f"{doing}, {output.duration((app.context().now() - first.since) / 1e6)}"
             stage = "running" if first.status == "running" else how
             where = f"{first.name}, step {first.step}"
             show(f"{where}: {how}", f"{where}: {stage}")

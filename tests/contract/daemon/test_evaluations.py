@@ -34,7 +34,7 @@ from tests.builders.log.clock import CONTEXT
 from tests.builders.log.histories import step
 from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
 from tests.builders.patience import PATIENCE
-from tests.contract.daemon.test_loop import Launcher
+from tests.builders.process.idle_launcher import Launcher
 
 GOOD = """echo '{"exact_match": 0.5, "tokens": 12}'"""
 ENV = """test "$SFTD_EVALUATION_NAME $SFTD_EVALUATION_STEP" = "env 1" && test -z "$SFTD_NOTIFY_WEBHOOK" && echo '{"ok": 1}'"""

@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from sftd.daemon.loop import Daemon
 from sftd.domain.log import events as e
 from sftd.domain.model.files import ModelFile, ModelFiles
-from sftd.domain.queue.demand import Need
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.failures import Failure, Remains
 from sftd.domain.spec.sections import Launch, Trainer
@@ -37,62 +36,16 @@ from sftd.store.database.file import DatabaseExchanged
 from sftd.store.log import event_store
 from sftd.store.queue import daemons, leases
 from sftd.store.queue.daemons import DaemonRow
-from sftd.wire.attempt.directory import AttemptDir, Order, ProcessFile, RunDir
+from sftd.wire.attempt.directory import AttemptDir, Order, RunDir
 from sftd.wire.attempt.journal import JournalWriter, Line
 from sftd.wire.preflight import Preflight
 from tests.builders.log.clock import CONTEXT
 from tests.builders.log.histories import step
 from tests.builders.log.specs import FACTS, LEASE, SHAPE, SPEC
+from tests.builders.process.idle_launcher import Launcher
 
 # One of the host's two devices.
 ONE_DEVICE = msgspec.structs.replace(SPEC, launch=Launch(threads_per_rank=1))
-
-
-class Attempt:
-    """Lives until it is killed."""
-
-    def __init__(self, directory: AttemptDir, devices: list[str]) -> None:
-        self.directory = directory
-        self.process: ProcessFile | None = ProcessFile(pid=1, create_time=1.0, host="h", devices=devices)
-        self.is_killed = False
-        self.stacks_seconds = 1.0
-        self.left = [Remains(None)]
-
-    def is_alive(self) -> bool:
-        return not self.is_killed
-
-    def kill(self) -> list[int]:
-        self.is_killed = True
-        return []
-
-    def report(self) -> None:
-        return None
-
-    def ask_for_stacks(self) -> None:
-        raise AssertionError("it does not hang")
-
-    def stacks(self) -> list[str]:
-        return []
-
-    def remains(self) -> Remains:
-        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
-
-
-class Launcher:
-    """Notes what it starts, and finds it again."""
-
-    def __init__(self) -> None:
-        self.started: list[Attempt] = []
-
-    def start(
-        self, directory: AttemptDir, order: Order, need: Need, devices: list[str]
-    ) -> tuple[Any, list[str]]:
-        directory.create(order)
-        self.started.append(Attempt(directory, devices))
-        return self.started[-1], []
-
-    def adopt(self, directory: AttemptDir, fallback_token: str) -> Any:
-        return next(a for a in self.started if a.directory.path == directory.path)
 
 
 @pytest.fixture

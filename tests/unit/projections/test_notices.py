@@ -50,6 +50,14 @@ SAID = {
         "anomaly: the checkpoint of step 20 was rejected: rank-0.pt: digest differs",
     ),
     "AttemptLaunched": ("started", "started on node1"),
+    "EvaluationCompleted": (
+        "metrics",
+        "evaluation arithmetic of step 40: exact_match 0.51, exact_match_stderr 0.05 (100 questions)",
+    ),
+    "EvaluationFailed": (
+        "failed",
+        "evaluation arithmetic of step 40 failed: timeout: it did not end within 60 s",
+    ),
     "AttemptFailed": (
         "retrying",
         "failed at step 1,234 of 5,000, and will be tried again: out of memory: rank 0: OutOfMemoryError",

@@ -56,7 +56,7 @@ class EvaluationCompleted(OfStep, Event, frozen=True):
     has none. `environment` describes the process that evaluated. `answers` is the Parquet file with the answers."""
 
     progress: ClassVar[str] = "evaluation "
-    notice_kind: ClassVar[NoticeKind | None] = "evaluated"
+    notice_kind: ClassVar[NoticeKind | None] = "metrics"
 
     name: str
     step: int
