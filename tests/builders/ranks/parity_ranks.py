@@ -134,10 +134,11 @@ def packing(model: Any, spec: Spec, session: Session) -> dict[str, Any]:
     batching = Batching.of(spec, session)
     generator = torch.Generator().manual_seed(4)
     samples = []
-    for length in (11, 17, 7):
+    for source, length in enumerate((11, 17, 7)):
         tokens = torch.randint(3, 250, (length,), generator=generator).numpy()
-        samples.append(Sample(tokens, tokens))
+        samples.append(Sample(tokens, tokens, source=source))
     batch = batching.make(samples, 40)
+    assert batch.sources is not None
     before = logits(model, batch.tokens, batch.layout)
     tokens = batch.tokens.clone()
     tokens[0, 15] += 1
@@ -147,6 +148,7 @@ def packing(model: Any, spec: Spec, session: Session) -> dict[str, Any]:
     return {
         "neighbours_unchanged": torch.equal(before[:11], after[:11]) and torch.equal(before[28:], after[28:]),
         "perturbed_changed": not torch.equal(before[15:28], after[15:28]),
+        "sources": batch.sources.tolist(),
         "packed_against_alone": (before[11:28] - apart).abs().max().item(),
     }
 

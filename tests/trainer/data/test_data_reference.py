@@ -161,6 +161,46 @@ def test_the_trainer_reads_the_rows_that_submit_counted(
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
+def test_the_trainer_reads_the_weights_of_the_labels(
+    files: tuple[list[str], list[list[Row]]], cut: Cut, tmp_path: Path
+) -> None:
+    """The first of three files has no weights, the last weighs tokens and rows."""
+    (plain, *_), (unweighted, *_) = files
+    draw = random.Random(7)
+    rows, paths = list(unweighted), [plain]
+    weights = [[1.0] * len(row.ids) for row in unweighted]
+    for name in ("tokens", "both"):
+        more = make_rows(len(rows), 40)
+        by_token = [[draw.choice([0.0, 0.5, 1.0, 3.0]) for _ in row.ids] for row in more]
+        by_row = [draw.choice([0.0, 1.0, 2.0]) if name == "both" else 1.0 for _ in more]
+        columns = {
+            "input_ids": [row.ids for row in more],
+            "labels": [row.labels for row in more],
+            "loss_weights": by_token,
+        }
+        paths.append(str(tmp_path / f"{name}.parquet"))
+        pq.write_table(pa.table(columns | ({"weight": by_row} if name == "both" else {})), paths[-1])
+        found = [[w * of for w in each] for each, of in zip(by_token, by_row, strict=True)]
+        for row, each in zip(more, found, strict=True):
+            row.labels = [-100 if w == 0 else label for label, w in zip(row.labels, each, strict=True)]
+        rows += more
+        weights += found
+    (tmp_path / "spool").mkdir()
+    write_spool(tmp_path / "spool", paths, sequence_length=cut[0], truncation=cut[1], vocab_size=VOCABULARY)
+    found_rows = Rows(tmp_path / "spool")
+    usable = [n for n, row in enumerate(rows) if any(row.predicted(*cut))]
+    assert found_rows.numbers.tolist() == usable
+    for place, number in enumerate(usable):
+        part = slice(-cut[0], None) if cut[1] == "left" else slice(cut[0])
+        seen, predicted = weights[number][part], rows[number].predicted(*cut)
+        of_trained = [w for w, is_one in zip(seen, predicted, strict=True) if is_one]
+        assert found_rows.weights[place] == sum(of_trained)
+        sample = found_rows[place]
+        assert sample.weights is not None
+        assert sample.weights[sample.labels != -100].tolist() == of_trained
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
 def test_the_x_ray_shows_the_first_rows_as_they_are_trained(
     files: tuple[list[str], list[list[Row]]], cut: Cut
 ) -> None:

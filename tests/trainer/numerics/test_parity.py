@@ -104,3 +104,4 @@ def test_a_packed_sample_does_not_see_its_neighbours(ranks: dict[str, Any]) -> N
     assert ranks["neighbours_unchanged"]
     assert ranks["perturbed_changed"]
     assert ranks["packed_against_alone"] < 1e-4
+    assert ranks["sources"] == [0] * 11 + [1] * 17 + [2] * 7
