@@ -31,6 +31,9 @@ def values(row: RunRow) -> str:
     """The values that distinguish the run in its sweep, or from its parent: `lr 0.001, seed 2`."""
 
     def shown(value: Any) -> str:
+        if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            # Their names: whole entries, such as sources, would fill the screen.
+            return " + ".join(str(entry.get("name", "…")) for entry in value)
         return value.rpartition("/")[2] if isinstance(value, str) else output.compact(value)
 
     return ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in row.changes.items())

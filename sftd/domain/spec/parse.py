@@ -23,9 +23,14 @@ def _struct_type(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+def _bare(annotation: Any) -> Any:
+    """A type without its metadata."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
 def entry_types(annotation: Any) -> list[type[Section]]:
     """The types of the entries of a key whose value is a list of mappings; empty for other keys."""
-    bare = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    bare = _bare(annotation)
     if get_origin(bare) is not list:
         return []
     (item,) = get_args(bare)
@@ -171,15 +176,30 @@ def _word(kind: inspect.Type) -> str:
     return _WORDS[type(kind)]
 
 
+def _with_lists(entries: Any, types: list[type[Section]]) -> Any:
+    """Entries with a text in the place of a list as a list of it."""
+    lists = {name for cls in types for name, kind, _ in leaves(cls) if get_origin(_bare(kind)) is list}
+    if not isinstance(entries, list):
+        return entries
+    return [
+        {key: [value] if key in lists and isinstance(value, str) else value for key, value in entry.items()}
+        if isinstance(entry, Mapping)
+        else entry
+        for entry in entries
+    ]
+
+
 def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
     if isinstance(value, str) and any(isinstance(kind, inspect.ListType) for kind in _kinds(path)):
         value = [value]
+    if types := entry_types(LEAVES[path]):
+        value = _with_lists(value, types)
     try:
         converted = msgspec.convert(value, LEAVES[path])
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         reason = shorten(reason)
-        if entry_types(LEAVES[path]):
+        if types:
             # The place in the list, such as `[0].name`.
             where = shorten(path + place.removesuffix("`"))
             problems.append(

@@ -26,22 +26,35 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Source(Section, frozen=True):
-    """An entry of `data.sources`. Without `weight` it is read `epochs` times."""
+    """An entry of `data.sources`: files with a share of their own."""
 
-    name: str
-    files: list[str]
-    weight: NonNegative | None = None
-    epochs: Annotated[float, Meta(gt=0.0)] | None = None
-    val_files: list[str] = msgspec.field(default_factory=list)
-    max_rows: Size | None = None
-    on_exhausted: Literal["repeat", "stop"] = "repeat"
+    name: Annotated[str, Meta(description="name of the source, in events and metrics")]
+    files: Annotated[list[str], Meta(description="Parquet files, as train_files")]
+    weight: Annotated[
+        NonNegative | None, Meta(description="share of the source, beside the weights of the others")
+    ] = None
+    epochs: Annotated[
+        Annotated[float, Meta(gt=0.0)] | None,
+        Meta(description="in place of weights: how often the source is read; 1 when not set"),
+    ] = None
+    val_files: Annotated[list[str], Meta(description="Parquet files to validate on, as train_files")] = (
+        msgspec.field(default_factory=list)
+    )
+    max_rows: Annotated[Size | None, Meta(description="use only this many rows, the first ones")] = None
+    on_exhausted: Annotated[
+        Literal["repeat", "stop"],
+        Meta(description="with a weight, after the last row: begin again, or leave the share to the others"),
+    ] = "repeat"
 
 
 class Stage(Section, frozen=True):
-    """An entry of `data.stages`: other weights of sources, by name, up to and with a step."""
+    """An entry of `data.stages`: other weights of sources up to and with a step."""
 
-    until_step: Size
-    weights: dict[str, NonNegative]
+    until_step: Annotated[Size, Meta(description="last step of the stage")]
+    weights: Annotated[
+        dict[str, NonNegative],
+        Meta(description="weights by name of the source; the others keep their own"),
+    ]
 
 
 class Data(Section, frozen=True):
@@ -56,10 +69,7 @@ class Data(Section, frozen=True):
     )
     sources: Annotated[
         list[Source],
-        Meta(
-            description="a mixture, instead of train_files: a list of {name, files, weight or epochs, val_files, max_rows, "
-            "on_exhausted}, see mixtures.md"
-        ),
+        Meta(description="a mixture, in place of train_files: a list of sources with shares of their own"),
     ] = msgspec.field(default_factory=list)
     weights_by: Annotated[
         Literal["rows", "tokens"],
@@ -68,7 +78,7 @@ class Data(Section, frozen=True):
     stages: Annotated[
         list[Stage],
         Meta(
-            description="a curriculum: a list of {until_step, weights}; after the last stage the weights of sources apply"
+            description="a curriculum: a list of stages with other weights; after the last one the weights of sources apply"
         ),
     ] = msgspec.field(default_factory=list)
     train_batch_size: Annotated[

@@ -26,7 +26,7 @@ _SAVE_DIR = "checkpoint.save_dir"
 
 def _data(facts: SubmitFacts) -> Iterator[tuple[str, DataFacts]]:
     if facts.train is not None:
-        yield _TRAIN, facts.train
+        yield "data.sources" if facts.train.sources else _TRAIN, facts.train
     if facts.val is not None:
         yield _VAL, facts.val
 

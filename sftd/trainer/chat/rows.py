@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sftd.trainer.chat.blocks import function_of, without_blocks
 from sftd.trainer.chat.errors import ChatError
 from sftd.trainer.chat.shapes import ALPACA, MARKS, RowKeys, require_shape
 from sftd.trainer.chat.tool_arguments import ParsedArguments
@@ -122,12 +123,15 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
         name for message in messages if isinstance(message, dict) for name in message if name not in _FIELDS
     }
     checked = []
+    messages = [part for message in messages for part in without_blocks(message)]
     for number, message in enumerate(messages, start=1):
         made = _message(message, number)
         if made["role"] != "assistant" and made.pop("weight", 0):
             ignored.append(f"weight of a {made['role']} message")
         checked.append(made)
     system = given.get("system", "")
+    if isinstance(system, list):
+        system = _joined(system)
     if not isinstance(system, str):
         raise ChatError(f"the field 'system' is {_kind(system)}, not a text")
     if system.strip() and checked[0]["role"] != "system":
@@ -277,10 +281,8 @@ def _take_marks(message: dict[str, Any], number: int) -> None:
 
 
 def _content(content: Any, number: int, role: str) -> str:
-    if isinstance(content, list):
-        texts = [_text_part(part) for part in content]
-        if None not in texts:
-            return "".join(filter(None, texts))
+    if isinstance(content, list) and (joined := _joined(content)) is not None:
+        return joined
     if role == "tool" and isinstance(content, dict | list):
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
@@ -289,6 +291,12 @@ def _content(content: Any, number: int, role: str) -> str:
             "into it; images cannot be trained on"
         )
     return content
+
+
+def _joined(parts: list[Any]) -> str | None:
+    """The text of a content in parts; None if some are not text."""
+    texts = [_text_part(part) for part in parts]
+    return None if None in texts else "".join(filter(None, texts))
 
 
 def _text_part(part: Any) -> str | None:
@@ -327,7 +335,9 @@ def _tools(tools: Any) -> list[Any] | None:
         return None
     if isinstance(tools, list):
         try:
-            tools = [_schema(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+            tools = [
+                _schema(function_of(json.loads(tool) if isinstance(tool, str) else tool)) for tool in tools
+            ]
         except ValueError as error:
             raise ChatError(f"the field 'tools' has a text that is not JSON ({error})") from error
         if all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):

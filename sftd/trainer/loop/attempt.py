@@ -168,11 +168,13 @@ class RankAttempt:
                 return Rows(spool, sources)
 
         is_replay = self._order.last_step is not None
-        val_files = [] if is_replay else data.all_val_files
         numbers = range(len(data.sources))
         self._train = rows(data.all_train_files, [n for n in numbers for _ in data.sources[n].files])
-        of_sources = [n for n in numbers for _ in data.sources[n].val_files]
-        self._val = rows(val_files, [*[len(numbers)] * len(data.val_files), *of_sources])
+        val_files, of_sources = data.all_val_files, [n for n in numbers for _ in data.sources[n].val_files]
+        of_sources = [len(numbers)] * len(data.val_files) + of_sources
+        if is_replay:
+            val_files, of_sources = [], []
+        self._val = rows(val_files, of_sources)
         if not len(self._train):
             raise DataError(
                 f"no row of {', '.join(data.all_train_files)} has a trained label within {data.sequence_length} tokens"

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sftd.domain.log.events import CheckpointPublished, StepCompleted, TrainingResumed
+from sftd.launcher.tools import run_tool
 from sftd.wire.checkpoint import manifest as manifests
 from tests.builders.trainer.trainers import MEGATRON
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.builders.trainer.trainers import Run, Trainer
     from tests.builders.warm_ranks import WarmTrainer
 
@@ -25,16 +28,27 @@ PP2 = {
     MEGATRON + "pipeline_model_parallel_size": 2,
     MEGATRON + "virtual_pipeline_model_parallel_size": 2,
 }
+# Two sources, whose files `Exactness` fills in. The first is read to its end before the second stage, the second again and again.
+SOURCES = [
+    {"name": "long", "weight": 3, "max_rows": 20, "on_exhausted": "stop"},
+    {"name": "short", "weight": 1},
+]
+MIXED = {
+    "data__train_files": [],
+    "data__sources": SOURCES,
+    "data__weights_by": "tokens",
+    "data__stages": [{"until_step": 2, "weights": {"long": 1}}],
+}
 LORA = {"model__lora__rank": 4, "model__lora__dropout": 0.1, "optimizer__lr": 1e-2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
     "tp2": (2, TP2),
     "pp2_vpp2": (2, PP2),
-    "lean": (2, {"optimizer__precision": "lean"}),
-    "lora": (2, TP2 | LORA),
+    "lean": (2, MIXED | {"optimizer__precision": "lean"}),
+    "lora": (2, MIXED | TP2 | LORA),
 }
-OTHERS: dict[str, tuple[int, dict[str, Any]]] = {"lora_pp2_vpp2": (2, PP2 | LORA)}
+OTHERS: dict[str, tuple[int, dict[str, Any]]] = {"lora_pp2_vpp2": (2, MIXED | PP2 | LORA)}
 PLAN = {
     "trainer__max_steps": STEPS,
     "trainer__save_interval": 2,
@@ -46,8 +60,9 @@ PLAN = {
 class Exactness:
     """Attempts of the tiny Llama in the warm process."""
 
-    def __init__(self, trainer: Trainer, warm: WarmTrainer) -> None:
+    def __init__(self, trainer: Trainer, warm: WarmTrainer, data: Path) -> None:
         self._trainer = trainer
+        self._data = data
         self._warm = warm
         self._whole: dict[str, Run] = {}
 
@@ -76,7 +91,12 @@ class Exactness:
             order = newest(resumed, step)
             if step is None:
                 order["checkpoint_dir"] = resumed.attempt.order().checkpoint_dir
-        attempt = self._trainer.prepare(name, self._trainer.spec(ranks, **PLAN | sizes | overrides), **order)
+        options = PLAN | sizes | overrides
+        if "data__sources" in options:
+            files = (self._data / f"{file}.parquet" for file in ("train", "val"))
+            of_files = zip(SOURCES, files, strict=True)
+            options["data__sources"] = [{**source, "files": [str(file)]} for source, file in of_files]
+        attempt = self._trainer.prepare(name, self._trainer.spec(ranks, **options), **order)
         if kill_at is not None:
             self._warm.holds.at(attempt.path, kill_at, kind)
         started = self._warm.attempt(attempt.path, ranks, attempt.output_log)
@@ -98,7 +118,7 @@ def newest(run: Run, step: int | None) -> dict[str, Any]:
 def exact(run: Run) -> dict[int, tuple[Any, ...]]:
     """What must be the same bit for bit."""
     return {
-        s.step: (s.loss.hex(), s.grad_norm.hex(), s.lr, s.epoch, s.tokens_total, s.samples_digest)
+        s.step: (s.loss.hex(), s.grad_norm.hex(), s.lr, s.epoch, s.tokens_total, s.samples_digest, s.sources)
         for s in run.events(StepCompleted)
     }
 
@@ -110,8 +130,8 @@ def contents(run: Run) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def attempts(trainer: Trainer, warm: WarmTrainer) -> Exactness:
-    return Exactness(trainer, warm)
+def attempts(trainer: Trainer, warm: WarmTrainer, data: Path) -> Exactness:
+    return Exactness(trainer, warm, data)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,3 +162,32 @@ def test_another_layout_goes_on_within_rounding(attempts: Exactness, chain: tupl
     for step, event in run.steps().items():
         assert event.loss == pytest.approx(first.steps()[step].loss, rel=1e-5)
         assert event.samples_digest == first.steps()[step].samples_digest
+
+
+def test_a_mixture_reads_the_same_rows_in_every_layout(attempts: Exactness) -> None:
+    """Two copies of the model, each with half of a step's rows, and two ranks that share them: the rows that the files, the
+    weights and the stages give, and the figures of each source."""
+    whole, other = attempts.whole("lean"), attempts.whole("lora")
+    at = [str(step * 8) for step in range(STEPS)]
+    seen = run_tool("seen_rows", [str(whole.attempt.order_file), "--at", *at], lambda _: None)["seen"]
+    for step, found in enumerate(seen, 1):
+        by_source = {
+            name: (
+                len(rows := [row for row in found["rows"] if row["source"] == name]),
+                sum(r["trained"] for r in rows),
+            )
+            for name in ("long", "short")
+        }
+        for event in (whole.steps()[step], other.steps()[step]):
+            assert event.samples_digest == found["samples_digest"]
+            assert event.sources is not None
+            counts = {name: (of.rows, of.tokens) for name, of in event.sources.items()}
+            assert counts == {name: count for name, count in by_source.items() if count[0]}
+            losses = sum(of.loss * of.tokens for of in event.sources.values())
+            assert event.loss == pytest.approx(losses / event.tokens, rel=1e-6)
+    # The second stage gives the first source more of the rows; once all of it is read, it gives none.
+    first, second, last = ([row["source"] for row in seen[n]["rows"]].count("long") for n in (1, 2, -1))
+    assert 0 < first < second
+    assert last == 0
+    rows = [row["row"] for found in seen for row in found["rows"] if row["source"] == "long"]
+    assert len(set(rows)) == len(rows) == 20

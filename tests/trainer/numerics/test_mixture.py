@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sftd.domain.log.events import CheckpointPublished
 from tests.builders.trainer.resumes import exact, resume
 from tests.builders.trainer.trainers import MEGATRON
 
@@ -74,3 +75,20 @@ def test_a_resume_goes_on_with_the_rows_of_each_source(
     assert exact(resumed) == {step: numbers for step, numbers in exact(one_rank).items() if step > 3}
     figures = {step: s.sources for step, s in one_rank.steps().items() if step > 3}
     assert {s.step: s.sources for s in resumed.steps().values()} == figures
+
+
+def test_steps_are_computed_again_without_validation_rows(
+    trainer: Trainer, warm: WarmTrainer, data: Path, one_rank: Run
+) -> None:
+    published = next(e for e in one_rank.events(CheckpointPublished) if e.step == 3)
+    attempt = trainer.prepare(
+        "mixture_again",
+        trainer.spec(1, **mixture(data)),
+        checkpoint=published.path,
+        checkpoint_digest=published.manifest_digest,
+        checkpoint_dir=one_rank.attempt.order().checkpoint_dir,
+        last_step=5,
+    )
+    again = trainer.train(warm, attempt)
+    assert exact(again) == {step: numbers for step, numbers in exact(one_rank).items() if step in (4, 5)}
+    assert not again.validations()

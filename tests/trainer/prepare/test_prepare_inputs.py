@@ -77,6 +77,35 @@ def test_alpacas_input_and_history_are_part_of_the_chat() -> None:
     assert contents == ["Hi", "Hello", "Add.\n\n1, 2", "3"]
 
 
+def test_anthropics_blocks_are_calls_results_and_reasoning() -> None:
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "2"}]}
+    said = [{"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "text", "text": "Wait."}, use]
+    row = {
+        "system": [{"type": "text", "text": "s"}],
+        "messages": [
+            *QUESTION,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": [result, {"type": "text", "text": "Well?"}]},
+            *ANSWER,
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+    }
+    chat = conversation(row)
+    assert [message["role"] for message in chat.messages] == [
+        *("system", "user", "assistant", "tool", "user", "assistant")
+    ]
+    assert chat.messages[2] == {
+        "role": "assistant",
+        "content": "Wait.",
+        "reasoning_content": "Hm.",
+        "tool_calls": [{"id": "1", **CALL}],
+    }
+    assert [message["content"] for message in chat.messages[3:]] == ["2", "Well?", "a"]
+    parameters = {"name": "f", "description": "", "parameters": {"type": "object"}}
+    assert chat.tools == [{"type": "function", "function": parameters}]
+
+
 @pytest.mark.parametrize(
     "call",
     [
