@@ -99,6 +99,8 @@ class Plain:
     norms: list[float] = field(default_factory=list)
     # Of each step: share of the trained tokens with the highest logit, and their mean entropy.
     figures: list[tuple[float, float]] = field(default_factory=list)
+    # Of each step: Σ weight · cross-entropy of each row.
+    by_row: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings():
@@ -165,6 +167,7 @@ class Plain:
                 for label, w in list(zip(labels, row, strict=True))[1:]
                 if label != -100
             )
+        self.by_row.append([found.item() for found, _, _ in looks])
         loss = sum(found for found, _, _ in looks) / divisor
         self.figures.append(
             (sum(right for _, right, _ in looks) / tokens, sum(e for *_, e in looks) / tokens)

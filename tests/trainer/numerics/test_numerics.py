@@ -102,6 +102,7 @@ def weights_of(number: int, row: plain.Row) -> list[float]:
 
 
 TRAIN = make_rows([5, 2, 0, 17, 9, 31, 12, 0, 3, 20, 7, 14], seed=1)
+MORE = make_rows([8, 0, 6, 25, 3], seed=3)
 # Two rounds of at most four, the second of three.
 VALIDATE = make_rows([11, 2, 20, 0, 33, 5, 4, 13], seed=2)
 
@@ -114,6 +115,7 @@ class Numerics:
         write(folder / "train.parquet", TRAIN)
         write(folder / "val.parquet", VALIDATE)
         write(folder / "weighted.parquet", TRAIN, weights=True)
+        write(folder / "more.parquet", MORE)
         self._trainer = Trainer(folder / "attempts", folder, folder)
         self.folder = folder
         self._warm = warm
@@ -123,8 +125,17 @@ class Numerics:
     def spec(self, ranks: int = 1, **overrides: Any) -> Any:
         """Three steps of four rows; `overrides` as those of `Trainer.spec`."""
         steps = overrides.get("trainer__max_steps", 3)
-        if files := overrides.get("data__train_files"):
-            overrides |= {"data__train_files": [str(self.folder / name) for name in files]}
+        for key in ("data__train_files", "data__val_files"):
+            if files := overrides.get(key):
+                overrides |= {key: [str(self.folder / name) for name in files]}
+        if sources := overrides.get("data__sources"):
+            overrides["data__sources"] = [
+                {
+                    k: [str(self.folder / name) for name in v] if k.endswith("files") else v
+                    for k, v in source.items()
+                }
+                for source in sources
+            ]
         given = {
             "model__partial_pretrain": str(self.folder / "model"),
             "data__sequence_length": LONGEST,
@@ -208,6 +219,35 @@ class Numerics:
         return model
 
     @cached_property
+    def mixed(self) -> tuple[Plain, list[dict[str, tuple[int, int, float]]]]:
+        """After three steps that take rows of two sources in turn, in the order of their files; the rows, trained tokens and loss
+        of each source in each step. The first source has weights."""
+        model, found = self.model(0).copy(), []
+        of_sources = [plain.usable(rows, LONGEST) for rows in (TRAIN, MORE)]
+        for step in range(3):
+            batch, weights, sums = [], [], []
+            for place in range(BATCH * step, BATCH * (step + 1)):
+                rows = of_sources[place % 2]
+                number, row = rows[place // 2 % len(rows)]
+                batch.append(row)
+                weights.append([1.0] * len(row[0]) if place % 2 else weights_of(number, row))
+                sums.append(
+                    sum(w for w, label in list(zip(weights[-1], row[1], strict=False))[1:] if label != -100)
+                )
+            model.step(batch, settings(THREE[step]), weights=weights)
+            found.append(
+                {
+                    name: (
+                        BATCH // 2,
+                        sum(map(count, batch[side::2])),
+                        sum(model.by_row[-1][side::2]) / sum(sums[side::2]),
+                    )
+                    for side, name in enumerate(SOURCES)
+                }
+            )
+        return model, found
+
+    @cached_property
     def three(self) -> Plain:
         """The reference after the three steps that the layouts train."""
         return learn(self, self.model(0).copy(), range(3), THREE)
@@ -261,6 +301,16 @@ def assert_validated(run: Run, step: int, model: Plain) -> None:
     assert found.entropy == pytest.approx(entropy, rel=ROUNDING)
 
 
+SOURCES = ("letters", "more-b")
+MIXED: dict[str, Any] = {
+    "data__train_files": [],
+    "data__val_files": [],
+    "data__sources": [
+        {"name": SOURCES[0], "weight": 1.0, "files": ["weighted.parquet"], "val_files": ["val.parquet"]},
+        {"name": SOURCES[1], "weight": 1.0, "files": ["more.parquet"], "val_files": ["more.parquet"]},
+    ],
+    "data__shuffle": False,
+}
 WEIGHTED = {"data__train_files": ["weighted.parquet"], "data__val_files": []}
 PACKED = {"training__use_rmpad": True, "training__micro_batch_tokens": 33}
 ALONE: dict[str, dict[str, Any]] = {
@@ -435,16 +485,40 @@ TP4 = {MEGATRON + "tensor_model_parallel_size": 4}
 ASKED = {"trainer__sample_prompts": list(PROMPTS), "trainer__sample_max_tokens": ANSWER}
 # Name → (ranks, attempts).
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "dp2": (2, {"padded": {}, "packed": PACKED}),
-    "cp4": (4, {"padded": CP4, "packed": CP4 | PACKED, "weighted": CP4 | PACKED | WEIGHTED}),
+    "dp2": (2, {"padded": {}, "packed": PACKED, "mixed": PACKED | MIXED}),
+    "cp4": (
+        4,
+        {"padded": CP4, "packed": CP4 | PACKED, "weighted": CP4 | PACKED | WEIGHTED, "mixed": CP4 | MIXED},
+    ),
     "tp4": (
         4,
         {
             "padded": TP4 | ASKED,
             "packed": TP4 | ASKED | PACKED | {MEGATRON + "sequence_parallel": True},
+            "mixed": TP4 | MIXED | {MEGATRON + "sequence_parallel": True},
         },
     ),
 }
+
+
+def assert_mixed(run: Run, numerics: Numerics) -> None:
+    """Steps and validations of two sources, each by itself and together."""
+    model, by_source = numerics.mixed
+    assert_as(run, model)
+    for step, expected in zip(run.events(StepCompleted), by_source, strict=True):
+        assert list(step.sources) == list(SOURCES)
+        for name, (rows, tokens, loss) in expected.items():
+            found = step.sources[name]
+            assert (found.rows, found.tokens) == (rows, tokens)
+            assert found.loss == pytest.approx(loss, rel=ROUNDING)
+    validation = run.validations()[3]
+    for name, rows in zip(SOURCES, (VALIDATE, MORE), strict=True):
+        usable = [row for _, row in plain.usable(rows, LONGEST)]
+        loss, tokens, *_ = model.validation(usable)
+        found = validation.sources[name]
+        assert (found.rows, found.tokens) == (len(usable), tokens)
+        assert found.loss == pytest.approx(loss, rel=ROUNDING)
+    assert validation.tokens == sum(found.tokens for found in validation.sources.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -453,12 +527,16 @@ def test_layouts_train_and_validate_as_a_plain_loop(numerics: Numerics, layout: 
         if name == "weighted":
             assert_as(run, numerics.weighted)
             continue
+        if name == "mixed":
+            assert_mixed(run, numerics)
+            continue
         assert_as(run, numerics.three)
         assert_validated(run, 0, numerics.model(0))
         assert_validated(run, 3, numerics.three)
         weights = numerics.three.network.parameters()
         assert run.events(ModelLoaded)[0].parameters == sum(p.numel() for p in weights)
         for step, event in enumerate(run.events(StepCompleted)):
+            assert event.sources is None
             rows = [row for _, row in numerics.batch(step)]
             lengths = [len(ids) for ids, _ in rows]
             assert (event.tokens, event.tokens_real) == (sum(map(count, rows)), sum(lengths))
@@ -470,7 +548,9 @@ def test_layouts_train_and_validate_as_a_plain_loop(numerics: Numerics, layout: 
 
 def test_a_padded_vocabulary_never_answers(numerics: Numerics) -> None:
     """Twelve places for nine tokens on four ranks, of which the last has none."""
-    for run in numerics.train("tp4", *LAYOUTS["tp4"]).values():
+    for name, run in numerics.train("tp4", *LAYOUTS["tp4"]).items():
+        if name == "mixed":
+            continue
         found = run.events(SampleGenerated)
         assert len(found) == 2 * len(PROMPTS)
         models = {0: numerics.model(0), 3: numerics.three}

@@ -7,7 +7,7 @@ import math
 import msgspec
 import pytest
 
-from sftd.domain.log.events import StepCompleted
+from sftd.domain.log.events import SourceFigures, StepCompleted
 from sftd.domain.repro.steps import REDONE_DIFFERS, compare
 from sftd.domain.run.loss_watch import LossWatch, losses_before
 
@@ -55,6 +55,23 @@ def test_rounding_ends_at_its_tolerance(dtype: str, name: str, tolerance: float)
         assert differing(is_exact=True, dtype=dtype, **{name: was * factor}) == {name}
     for factor in (1 - 1.01 * tolerance, 1 / (1 - 1.01 * tolerance)):
         assert differing(is_exact=False, dtype=dtype, **{name: was * factor}) == {name}
+
+
+def test_figures_are_compared_bit_for_bit_if_the_record_has_them() -> None:
+    sources = {"a": SourceFigures(rows=1, tokens=2, loss=1.5)}
+    figures = {"token_accuracy": 0.5, "entropy": math.nan, "sources": sources}
+    was = msgspec.structs.replace(WAS, **figures)
+    assert differing(is_exact=True, was=was) == set()
+    others = {
+        "token_accuracy": 0.25,
+        "entropy": 1.0,
+        "sources": {"a": SourceFigures(rows=1, tokens=2, loss=1.25)},
+    }
+    for name, value in others.items():
+        assert differing(is_exact=True, was=was, **{name: value}) == {name}
+        # Rounding changes which of two tokens is more probable, and an older sftd recorded none.
+        assert differing(is_exact=False, was=was, **{name: value}) == set()
+        assert differing(is_exact=True, **{name: value}) == set()
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "lr"])
