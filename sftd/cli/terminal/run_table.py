@@ -36,7 +36,11 @@ def values(row: RunRow) -> str:
             return " + ".join(str(entry.get("name", "…")) for entry in value)
         return value.rpartition("/")[2] if isinstance(value, str) else output.compact(value)
 
-    return ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in row.changes.items())
+    def short(key: str) -> str:
+        # The keys of a source are those of others, too.
+        return key.removeprefix("data.sources.") if "data.sources." in key else key.rpartition(".")[2]
+
+    return ", ".join(f"{short(key)} {shown(value)}" for key, value in row.changes.items())
 
 
 def _took(row: RunRow) -> str:

@@ -143,14 +143,16 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
         new_planned=new.planned_steps,
         anomalies=run.anomalies,
     )
-    digests = {
+    contents = {
         "data.train_files": (run.train_digest, new.train_digest),
+        # A file may have moved from one source to another.
+        "data.sources": (run.sources, new.sources),
         "data.val_files": (run.val_digest, new.val_digest),
     }
     problems = []
     for key in guilty:
         # Data files are compared by content, not by path.
-        if key not in changes or key in digests:
+        if key not in changes or trajectory.is_files(key):
             continue
         was, now = changes[key]
         what = f"is {quote(now)}, but {run.run_id} has {quote(was)}"
@@ -160,7 +162,7 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
     if not problems:
         problems += [
             Problem(key, f"the contents of the files changed since {run.run_id} began")
-            for key, (was, now) in digests.items()
+            for key, (was, now) in contents.items()
             if was != now
         ]
     return problems

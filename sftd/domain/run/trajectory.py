@@ -26,10 +26,13 @@ _ORDER = (
 )
 # Keys whose values follow from other keys, so that a list of changes omits them.
 _DERIVED = ("training.gradient_accumulation_steps",)
+# The lists whose entries have keys of their own.
+_ENTRIES = ("data.sources", "evaluation")
 
 
 def flatten(spec: Spec) -> dict[str, Any]:
-    """Dotted key → value. Lists and `model.override_config` are values."""
+    """Dotted key → value. Lists and `model.override_config` are values. Entries with a name are their names in order, and their
+    keys as in `data.sources.NAME.weight`."""
     flat: dict[str, Any] = {}
 
     def walk(section: msgspec.Struct, prefix: str) -> None:
@@ -37,6 +40,14 @@ def flatten(spec: Spec) -> dict[str, Any]:
             value = getattr(section, name)
             if isinstance(value, msgspec.Struct):
                 walk(value, f"{prefix}{name}.")
+            elif isinstance(value, list) and value and hasattr(value[0], "name"):
+                flat[prefix + name] = [entry.name for entry in value]
+                for entry in value:
+                    inner = f"{prefix}{name}.{entry.name}."
+                    walk(entry, inner)
+                    del flat[f"{inner}name"]
+                    if (kind := entry.__struct_config__.tag) is not None:
+                        flat[f"{inner}kind"] = kind
             else:
                 flat[prefix + name] = value
 
@@ -45,12 +56,12 @@ def flatten(spec: Spec) -> dict[str, Any]:
 
 
 def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
-    """Dotted key → [old value, new value] for each key that differs."""
+    """Dotted key → [old value, new value] for each key that differs. A new entry of a list had no value, None."""
     before, after = flatten(old), flatten(new)
     return {
-        key: msgspec.to_builtins([before[key], value])
+        key: msgspec.to_builtins([before.get(key), value])
         for key, value in after.items()
-        if value != before[key] and key not in _DERIVED
+        if value != before.get(key) and key not in _DERIVED and (value != [] or key in before)
     }
 
 
@@ -61,7 +72,8 @@ def is_derived(key: str) -> bool:
 
 def on_resume(key: str) -> OnResume:
     """The effect of a new value of this key on a run's existing steps: the mark of its field, or `fixed`."""
-    marks = [meta.extra["on_resume"] for meta in getattr(LEAVES[key], "__metadata__", ()) if meta.extra]
+    annotation = LEAVES.get(key) or LEAVES[next(name for name in _ENTRIES if key.startswith(f"{name}."))]
+    marks = [meta.extra["on_resume"] for meta in getattr(annotation, "__metadata__", ()) if meta.extra]
     return marks[0] if marks else OnResume.FIXED
 
 
@@ -103,6 +115,12 @@ def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]
     return guilty
 
 
+def is_files(key: str) -> bool:
+    """Whether this key is a list of data files, which are compared by content."""
+    is_of_source = key.startswith("data.sources.") and key.endswith((".files", ".val_files"))
+    return is_of_source or key in ("data.train_files", "data.val_files")
+
+
 def same_order(old: Spec, new: Spec) -> bool:
     """Whether both specs read the same samples in the same order from the same data."""
     return not any(key in _ORDER for key in changes(old, new)) and _mixing(old) == _mixing(new)
@@ -124,7 +142,8 @@ def forked_order(
     parent has too, with the same rows in the same order, goes on after the rows that the parent has read of it.
     """
     position = parent.sample_position(step)
-    if train_digest == parent.train_digest and same_order(parent.spec, spec):
+    same_files = train_digest == parent.train_digest and tuple(sources) == parent.sources
+    if same_files and same_order(parent.spec, spec):
         return OrderStart(step, position), parent.mixture_start
     if not sources or not parent.sources or any(key in _ORDER for key in changes(parent.spec, spec)):
         return OrderStart(step, 0), MixtureStart(step if sources else 0)
