@@ -19,7 +19,7 @@ from sftd.trainer.trainee import LossFunction, Trainee
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """`number`: of the prompt. `tokens`: the new ones, with that which stopped it. `seconds`: since the model got the prompt."""
 
     number: int
@@ -61,7 +61,7 @@ class Decoder:
         stops: Callable[[list[int]], bool],
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[GeneratedAnswer]:
         """The answer of each prompt of at least one token, in the order in which they end. An answer ends after `limit` tokens or
         where `stops(its tokens)` is true.
 
@@ -96,7 +96,7 @@ class Decoder:
                 tokens = new[number]
                 is_stopped = stops(tokens)
                 if is_stopped or len(tokens) == limit:
-                    yield Answer(number, tokens, is_stopped, time.perf_counter() - begun[number])
+                    yield GeneratedAnswer(number, tokens, is_stopped, time.perf_counter() - begun[number])
                     cache.drop(row)
                     numbers[row] = numbers[-1]
                     numbers.pop()
