@@ -218,13 +218,16 @@ def figure_facts(
     """What the last step and the last validation measured besides the loss, and the sources of each."""
     from sftd.domain.log.events import perplexity
 
-    for name, event in (("last step", step), ("last validation", validation)):
+    for name, of_sources, event in (
+        ("last step", "by source", step),
+        ("last validation", "validation by source", validation),
+    ):
         if event is not None and event.token_accuracy is not None:
             text = f"accuracy {event.token_accuracy:.1%}, perplexity {perplexity(event.loss):.4g}"
             yield name, f"{text}, entropy {event.entropy or 0.0:.3f} nats"
         if event is not None and event.sources:
             yield (
-                "by source",
+                of_sources,
                 "\n".join(
                     f"{output.printable(source)}: loss {output.loss(figures.loss)}, "
                     f"{counted(figures.rows, 'row')}, {counted(figures.tokens, 'token')}"

@@ -136,7 +136,14 @@ def test_a_forks_few_steps_are_all_drawn_and_a_slow_one_counts_for_its_time(log:
 def test_what_is_not_finite_and_what_is_not_printable_is_shown(log: Store) -> None:
     run = drive(log)
     nasty = e.AttemptFailed(cause="crash", message="\x1b[2Jgone\nnext", exit_code=1)
-    append(log, run, [step(1, math.nan), step(2, 1.0), step(3, math.inf), nasty], at=CONTEXT.now())
+    sources = {name: e.SourceFigures(rows=1, tokens=1, loss=math.nan) for name in ("a\x1b[2J", "b")}
+    last = step(3, math.inf, token_accuracy=0.375, entropy=math.nan, sources=sources)
+    append(log, run, [step(1, math.nan), step(2, 1.0), last, nasty], at=CONTEXT.now())
+    one = RunObserver(log, CONTEXT, Limits(), SILENT, run).look()
+    of_run = "\n".join(line.plain for line in run_lines(one, 120, 40))
+    assert "\x1b" not in of_run
+    assert "accuracy 37.5%" in of_run
+    assert "loss by source  a [2J nan  b nan" in of_run
     board = observer(log).look()
     text = "\n".join(line.plain for line in board_lines(board, 120, 40))
     assert "\x1b" not in text

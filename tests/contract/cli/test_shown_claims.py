@@ -6,6 +6,7 @@ The claims are what a person trusts without a look at the log, so each is compar
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,11 @@ VALIDATIONS = [
     e.ValidationCompleted(step=number, loss=loss, tokens=1, rows=1, seconds=1.0)
     for number, loss in ((1, 3.5), (2, 2.5), (3, 2.75))
 ]
+# A log that was imported may have any name.
+SOURCES = {
+    "do[bold]cs\x1b": e.SourceFigures(rows=3, tokens=2, loss=1.25),
+    "math": e.SourceFigures(rows=1, tokens=1, loss=math.nan),
+}
 
 
 @pytest.fixture
@@ -89,7 +95,8 @@ def test_the_last_verification_is_what_came_of_it(log: Store, show: Show) -> Non
 def test_the_numbers_of_a_run_have_their_own_names(log: Store, show: Show) -> None:
     steps: list[e.Event] = []
     for number, validation in enumerate(VALIDATIONS, 1):
-        steps += [step(number, 10.0 / number, tokens=number, seconds=2.0), validation]
+        figures = {"token_accuracy": number / 8, "entropy": 1.5, "sources": SOURCES}
+        steps += [step(number, 10.0 / number, tokens=number, seconds=2.0, **figures), validation]
     append(log, "run", [submitted(spec(steps=10, name="mine")), *claimed(), *steps, published(3)])
     facts = show("run")
     assert (facts["name"], facts["project"], facts["status"]) == ("mine", "default", "running")
@@ -97,6 +104,9 @@ def test_the_numbers_of_a_run_have_their_own_names(log: Store, show: Show) -> No
     # Seven steps of two seconds are left; 20 tokens of a step are not padding.
     assert facts["steps"] == "3 of 10, 14s left, 10 tokens/s"
     assert facts["loss"] == "3.3333"
+    assert facts["last step"] == "accuracy 37.5%, perplexity 28.03, entropy 1.500 nats"
+    assert facts["by source"] == "do[bold]cs : loss 1.2500, 3 rows, 2 tokens"
+    assert "last validation" not in facts
     assert facts["tokens"] == "6 trained"
     assert facts["disk"] == "1 B in 1 checkpoint, 1 of them missing here"
     assert facts["submitted"].endswith(" by ada")
