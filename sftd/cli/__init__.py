@@ -47,6 +47,7 @@ _TASKS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Use the model": {
         "generate": ("steer.generate", "Answer prompts from a checkpoint."),
+        "eval": ("steer.evaluate", "Evaluate a checkpoint, list results, compare answers."),
         "export": ("steer.export", "Write a checkpoint's model as a Hugging Face folder."),
     },
     "Operate": {
@@ -110,6 +111,7 @@ HINTS: dict[str, str] = {
     "diff": "`sftd compare RUN RUN` shows what differs.",
     "sweep": "`sftd submit CONFIG --grid KEY=VALUE,VALUE` queues a sweep, `sftd show SWEEP` ranks its runs.",
     "tokenize": "`sftd prepare` turns chats into tokenised Parquet.",
+    "benchmark": "`sftd eval RUN` evaluates a checkpoint.",
     "chat": "`sftd generate RUN -p PROMPT` answers a prompt.",
     "version": "`sftd --version` prints the version.",
 }

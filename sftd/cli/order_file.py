@@ -17,21 +17,11 @@ if TYPE_CHECKING:
 def order_file(
     run: Run, checkpoint: CheckpointInfo | None, model: str = "", template: ChatTemplate | None = None
 ) -> Iterator[str]:
-    """The path of a temporary order.json, built from the log: the attempt's own folder may be deleted or on another host.
-    The tool reads config and tokenizer from `model`, by default the run's model folder. `template` is the chat template
-    of the run's data."""
-    import msgspec
-
+    """The path of a temporary order.json; see `tool_order` for the arguments."""
     from sftd.wire.attempt.directory import AttemptDir
-    from sftd.wire.attempt.orders import order_of
+    from sftd.wire.attempt.orders import tool_order
 
-    if model:
-        spec = msgspec.structs.replace(
-            run.spec, model=msgspec.structs.replace(run.spec.model, partial_pretrain=model)
-        )
-        run = msgspec.structs.replace(run, spec=spec)
     with tempfile.TemporaryDirectory(prefix="sftd-") as folder:
         directory = AttemptDir(Path(folder) / "attempt")
-        parent = Path(checkpoint.path).parent if checkpoint else ""
-        directory.create(order_of(run, checkpoint, checkpoint_dir=parent, template=template))
+        directory.create(tool_order(run, checkpoint, model, template))
         yield str(directory.order_file)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from sftd.daemon.driven import Driven
+from sftd.daemon.evaluator import Evaluator
 from sftd.daemon.log import Outage
 from sftd.daemon.metrics import Metrics
 from sftd.daemon.mirror_turn import of_mirrors
@@ -65,6 +66,7 @@ class Daemon:
         self._file = database_file.watch(store.engine.url)
         self._driven = Driven(store, context, inventory, me.daemon_id)
         self._starter = Starter(store, context, settings, inventory, launcher, self._driven, limits, me)
+        self._evaluator = Evaluator(store, context, settings, inventory, me)
         self._workers = [*notices, *of_mirrors(mirrors, settings, store, context, me.daemon_id)]
         self._stop = stop or threading.Event()
         self._metrics = Metrics(store, settings, inventory, me.daemon_id, mirrors)
@@ -77,7 +79,7 @@ class Daemon:
         self._stop.set()
 
     def run(self, *, drain: bool = False) -> None:
-        """Tick until stopped; with `drain`, until no run waits and none is driven. Raises `DatabaseExchanged` and `NotAlone`."""
+        """Tick until stopped; with `drain`, until no run or evaluation waits and none is driven. Raises `DatabaseExchanged` and `NotAlone`."""
         registered = drained = exchanged = False
         try:
             while not self._stop.is_set():
@@ -93,7 +95,7 @@ class Daemon:
                     busy = self.tick()
                     self._metrics.write_when_due(self._driven.supervisors, self._context.now())
                     self._sampler.sample_when_due(self._driven.supervisors.values())
-                    if drain and not self._driven.supervisors and self._starter.nothing_left():
+                    if drain and not self._driven.supervisors and self._nothing_left():
                         drained = True
                         self._metrics.write({}, self._context.now())
                         break
@@ -115,6 +117,7 @@ class Daemon:
 
     def _end(self, patience: float, *, may_write: bool) -> None:
         """Stop the workers. Without `may_write`, leave the database alone."""
+        self._end_evaluations(may_write=may_write)
         if may_write:
             for worker in self._workers:
                 worker.end()
@@ -123,6 +126,16 @@ class Daemon:
             worker.stop(max(0.0, deadline - time.monotonic()))
         if may_write:
             self._unregister()
+
+    def _end_evaluations(self, *, may_write: bool) -> None:
+        try:
+            self._evaluator.end(may_write=may_write)
+        except DATABASE_ERRORS as error:
+            # The next daemon finds them lost. The processes end with this one.
+            log.warning("the database: %s", str(error.orig).strip())
+
+    def _nothing_left(self) -> bool:
+        return self._starter.nothing_left() and self._evaluator.nothing_left()
 
     def _register(self) -> None:
         self._registration.register()
@@ -142,9 +155,13 @@ class Daemon:
         if time.monotonic() >= self._renew_at:
             self._renew()
             self._starter.adopt()
+            self._evaluator.recover()
             self._renew_at = time.monotonic() + self._settings.lease_seconds / 3
         has_ended = self._driven.tick()
+        # Before the starter: a run takes the devices of evaluations.
+        self._evaluator.make_room(self._starter.head)
         busy = self._starter.tick() or has_ended
+        busy = self._evaluator.tick(self._starter.head) or busy
         if busy:
             for worker in self._workers:
                 worker.wake()

@@ -12,9 +12,10 @@ from sftd.daemon.rescuer import make_way, not_observed, orphaned
 from sftd.daemon.supervisor import Supervisor
 from sftd.domain.errors import SftdError
 from sftd.domain.log import events as e
+from sftd.domain.queue.demand import Need
 from sftd.domain.queue.order import Entry, Limits
 from sftd.domain.run.failures import Cause, Failure
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.launcher.inventory import Inventory
 from sftd.launcher.seam import Launcher
 from sftd.operations.context import Context
@@ -97,6 +98,15 @@ class Starter:
             )
             state = "is alive" if attempt.is_alive() else "has ended meanwhile"
             of_run(lease.run_id, lease.attempt).info("adopted attempt %d, which %s", lease.attempt, state)
+
+    def head(self) -> tuple[Need, str] | None:
+        """The need and the id of the run whose turn it is but whose devices are in use."""
+        with self._store.read() as connection:
+            now = self._store.clock(connection, self._context.now())
+            turn = turns.next_turn(connection, now, self._fits, self._limits)
+        if turn is None or turn.fits:
+            return None
+        return self._inventory.need(turn.entry.demand), turn.entry.run_id
 
     def nothing_left(self) -> bool:
         """Whether no daemon drives a run, and no waiting run can ever start here."""

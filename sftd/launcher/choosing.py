@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sftd.domain.spec.launchers import LOCAL, SLURM, LauncherKind, holder_of, kind_of
+from sftd.domain.spec.launch.launchers import LOCAL, SLURM, LauncherKind, holder_of, kind_of
 from sftd.launcher.inventory import Need
 from sftd.launcher.local import LocalAttempt
 from sftd.launcher.seam import Attempt, Launcher, Registered

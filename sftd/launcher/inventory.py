@@ -162,6 +162,11 @@ class Inventory:
         """Free the devices of `holder`."""
         self._held.pop(holder, None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no device and no place is held."""
+        return not self._held
+
     def describe(self) -> dict[str, int]:
         """Number of devices of each kind, and of places of each launcher that has any."""
         places = {name: len(all_of) for name, all_of in self.places.items() if all_of}

@@ -28,7 +28,8 @@ class ToolFailed(SftdError):
         self.exit_code = exit_code
 
 
-def _argv(module: str, arguments: list[str]) -> list[str]:
+def tool_argv(module: str, arguments: list[str]) -> list[str]:
+    """The command of a tool."""
     # -P: the user's working folder may hold a file with a module's name.
     return [sys.executable, "-P", "-m", f"sftd.trainer.tools.{module}", *arguments]
 
@@ -46,7 +47,7 @@ def run_tool(
     # passwords.
     env = {name: value for name, value in without_secrets(os.environ).items() if name not in _RANK}
     with subprocess.Popen(
-        _argv(module, arguments),
+        tool_argv(module, arguments),
         env=env,
         stdin=stdin,
         stdout=subprocess.PIPE,

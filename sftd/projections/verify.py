@@ -19,6 +19,7 @@ from sftd.store.database.tables import (
     projection_positions,
     queue,
     view_checkpoints,
+    view_evaluations,
     view_files,
     view_goodput,
     view_runs,
@@ -104,6 +105,12 @@ def _views(connection: sa.Connection, log: _Log) -> Iterator[str]:
     checkpoints = [row for run in runs.values() for row in views.checkpoint_rows(run)]
     yield from _differences(
         connection, view_checkpoints, {(row["run_id"], row["step"]): row for row in checkpoints}
+    )
+    evaluations = [row for run in runs.values() for row in views.evaluation_rows(run)]
+    yield from _differences(
+        connection,
+        view_evaluations,
+        {(row["run_id"], row["name"], row["step"]): row for row in evaluations},
     )
     files = {(run_id,): row for run_id, run in runs.items() for row in views.files_rows(run)}
     yield from _differences(connection, view_files, files)

@@ -1,5 +1,5 @@
-"""The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files` and `view_goodput`. They are pure functions of
-the log and always up to date with it.
+"""The SQL views `view_runs`, `view_variants`, `view_checkpoints`, `view_files`, `view_evaluations` and `view_goodput`. They are
+pure functions of the log and always up to date with it.
 
 `catch_up` runs inside every transaction that appends events (see `Store.before_commit`), and `rebuild` makes the
 views again. Both use `_apply`, so their results cannot differ.
@@ -21,13 +21,20 @@ from sftd.domain.run.fold import fold
 from sftd.domain.run.retention import why_kept
 from sftd.domain.run.state import Run
 from sftd.store.database.engine import Store, Tx, insert
-from sftd.store.database.tables import view_checkpoints, view_files, view_goodput, view_runs, view_variants
+from sftd.store.database.tables import (
+    view_checkpoints,
+    view_evaluations,
+    view_files,
+    view_goodput,
+    view_runs,
+    view_variants,
+)
 from sftd.store.log import event_store, positions
 from sftd.store.log import goodput as goodput_store
 from sftd.store.log.runs import decode_state, encode_state
 
 NAME = "views"
-TABLES = (view_runs, view_variants, view_checkpoints, view_files, view_goodput)
+TABLES = (view_runs, view_variants, view_checkpoints, view_files, view_evaluations, view_goodput)
 _BATCH = 1000
 # More events than a daemon ever appends at once.
 _PART = 10_000
@@ -76,7 +83,9 @@ def _apply(connection: sa.Connection, batch: Sequence[Recorded]) -> None:
     _write_goodput(connection, runs, new)
     for run_id, run in runs.items():
         if _kept(run) != _kept(before[run_id]):
-            _write_checkpoints(connection, run)
+            _replace(connection, view_checkpoints, run_id, checkpoint_rows(run))
+        if run.evaluations != before[run_id].evaluations:
+            _replace(connection, view_evaluations, run_id, evaluation_rows(run))
     _write_files(connection, [run for run_id, run in runs.items() if _files(run) != _files(before[run_id])])
 
 
@@ -195,7 +204,23 @@ def checkpoint_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _write_checkpoints(connection: sa.Connection, run: Run) -> None:
-    connection.execute(sa.delete(view_checkpoints).where(view_checkpoints.c.run_id == run.run_id))
-    if rows := checkpoint_rows(run):
-        connection.execute(sa.insert(view_checkpoints), rows)
+def _replace(connection: sa.Connection, table: sa.Table, run_id: str, rows: list[dict[str, Any]]) -> None:
+    """Replace the rows of a run."""
+    connection.execute(sa.delete(table).where(table.c.run_id == run_id))
+    if rows:
+        connection.execute(sa.insert(table), rows)
+
+
+def evaluation_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `view_evaluations` for a run."""
+    return [
+        {
+            "run_id": run.run_id,
+            "name": x.name,
+            "step": x.step,
+            "status": x.status,
+            "since": x.since,
+            "metrics": msgspec.json.encode(x.metrics).decode(),
+        }
+        for x in run.evaluations
+    ]

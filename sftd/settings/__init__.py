@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 # The kinds of notices; `domain/notices.py` maps them to events.
-NOTIFY_KINDS = ("ended", "failed", "anomaly", "started", "retrying", "paused")
+NOTIFY_KINDS = ("ended", "failed", "anomaly", "started", "retrying", "paused", "evaluated")
 # Prefixes of variables that may hold secrets and that trainers do not need.
 WITHHELD = ("SFTD_DATABASE_URL", "MLFLOW_TRACKING_", "SFTD_NOTIFY_")
 

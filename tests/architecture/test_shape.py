@@ -81,9 +81,9 @@ def test_nothing_is_left_over(path: Path) -> None:
 
 # A launcher's own modules, its section and row, its settings, its entry in the registry, and an example for people.
 NAMES_SLURM = {
-    "domain/spec/slurm.py",
+    "domain/spec/launch/slurm.py",
     "domain/spec/sections.py",
-    "domain/spec/launchers.py",
+    "domain/spec/launch/launchers.py",
     "settings/__init__.py",
     "launcher/choosing.py",
     "cli/submit/command.py",

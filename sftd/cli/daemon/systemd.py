@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 
-from sftd.domain.spec.launchers import KINDS
+from sftd.domain.spec.launch.launchers import KINDS
 from sftd.settings import Settings
 
 # Variables that the daemon and its training need from the shell, if they are set there.

@@ -47,7 +47,7 @@ def doctor_command(as_json: bool) -> None:
 
 def _examine(settings: Settings) -> Iterator[Finding]:
     from sftd.cli.doctor import host, services
-    from sftd.domain.spec.launchers import KINDS
+    from sftd.domain.spec.launch.launchers import KINDS
     from sftd.launcher.choosing import LAUNCHERS
     from sftd.projections.mirrors import MIRRORS
 

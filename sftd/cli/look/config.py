@@ -6,6 +6,7 @@ import types
 from typing import Any, Union, get_args, get_origin
 
 import click
+from msgspec import NODEFAULT
 
 from sftd.cli.terminal import output
 
@@ -97,6 +98,8 @@ def _meaning(annotation: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
+    from sftd.domain.spec.parse import entry_types
+
     metadata = getattr(annotation, "__metadata__", ())
     if metadata:
         base = _type(annotation.__origin__)
@@ -109,6 +112,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(a) for a in get_args(annotation))
     if annotation is type(None):
         return "null"
+    if entry_types(annotation):
+        return "list of mappings"
     if origin is list:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is dict:
@@ -148,11 +153,11 @@ def reference() -> str:
     section = None
     for row in keys():
         name, _, key = row["key"].rpartition(".")
-        if name != section:
-            section = name
+        if (name or key) != section:
+            section = name or key
             lines += [
                 "",
-                f"## `{name}`",
+                f"## `{section}`",
                 "",
                 "| key | type | default | resume | meaning |",
                 "|---|---|---|---|---|",
@@ -161,6 +166,7 @@ def reference() -> str:
         lines.append(
             f"| `{key}` | {kind} | `{_shown(row['default']) or '""'}` | {row['on_resume']} | {row['meaning']} |"
         )
+    lines += _entries()
     lines += [
         "",
         "## Other names",
@@ -172,6 +178,29 @@ def reference() -> str:
     for alias in ALIASES:
         lines.append(f"| `{alias}` | {_alias_target(alias)} |")
     return "\n".join(lines) + "\n"
+
+
+def _entries() -> list[str]:
+    """A table for each type of entry of keys whose values are lists of mappings."""
+    from sftd.domain.spec.parse import LEAVES, entry_types, leaves
+
+    lines = []
+    for path, annotation in LEAVES.items():
+        for cls in entry_types(annotation):
+            tag = cls.__struct_config__
+            kind = f" with `{tag.tag_field}: {tag.tag}`" if tag.tag_field else ""
+            lines += [
+                "",
+                f"### An entry of `{path}`{kind}",
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+            for key, entry, default in leaves(cls):
+                shown = "required" if default is NODEFAULT else f"`{_shown(default) or '""'}`"
+                kind = _type(entry).replace("|", "\\|")
+                lines.append(f"| `{key}` | {kind} | {shown} | {_meaning(entry)} |")
+    return lines
 
 
 def _alias_target(alias: str) -> str:

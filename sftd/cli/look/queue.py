@@ -54,7 +54,7 @@ def queue_json(row: QueueRow) -> dict[str, Any]:
 
 
 def _job(row: QueueRow) -> str:
-    from sftd.domain.spec.launchers import kind_of
+    from sftd.domain.spec.launch.launchers import kind_of
 
     return kind_of(row.launcher).describe(row.job) if row.job else ""
 

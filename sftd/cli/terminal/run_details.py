@@ -32,7 +32,7 @@ def state_json(run: Run) -> dict[str, Any]:
 
 
 def _job(run: Run) -> str:
-    from sftd.domain.spec.launchers import kind_of
+    from sftd.domain.spec.launch.launchers import kind_of
 
     return kind_of(run.spec.launch.launcher).describe(run.job_report) if run.job_report else ""
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from sftd.cli.terminal import output
 from sftd.cli.terminal.plot import Series, plot, sparkline
 from sftd.domain.compare.curves import thin, width_for
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.text.words import counted
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 
 # Name of the device count in a daemon's inventory → device kind, which is the prefix of each device's name.

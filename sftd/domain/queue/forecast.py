@@ -11,7 +11,7 @@ import msgspec
 from sftd.domain.log.events import Micros
 from sftd.domain.queue.demand import HOST_DEVICES, need
 from sftd.domain.queue.order import Entry, Gate, Limits, Wait
-from sftd.domain.spec.launchers import LOCAL, kind_of
+from sftd.domain.spec.launch.launchers import LOCAL, kind_of
 
 # The limit on simulated ends of runs: later starts are too uncertain.
 _ROUNDS = 100

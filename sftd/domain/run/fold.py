@@ -12,7 +12,7 @@ from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
 from sftd.domain.log.timeline import order_after_skip
-from sftd.domain.run import exactness
+from sftd.domain.run import exactness, fold_evaluations
 from sftd.domain.run.fold_files import FILES
 from sftd.domain.run.fold_stops import HALTS, NO_STOP
 from sftd.domain.run.state import CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
@@ -178,6 +178,7 @@ def _rewind(run: Run, step: int) -> Run:
         checkpoints=tuple(
             _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
         ),
+        evaluations=fold_evaluations.up_to(run, step),
     )
 
 
@@ -263,6 +264,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
+        evaluations=fold_evaluations.due(run, event.step, event.manifest_digest, recorded.occurred_at),
         rejected_pins=pins,
         attempt_progressed=run.attempt_progressed
         or event.step > run.attempt_base
@@ -276,6 +278,7 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
+        evaluations=fold_evaluations.without(run, event.step),
         rejected_pins=run.rejected_pins | pins,
         # Counts as progress: the next attempt starts from another checkpoint, and there is a finite number of them.
         attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
@@ -372,5 +375,5 @@ def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
 
 
-for _type, _fold in (HALTS | FILES).items():
+for _type, _fold in (HALTS | FILES | fold_evaluations.EVALUATIONS).items():
     _apply.register(_type, _fold)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from sftd.domain.log import events as e
+from sftd.domain.run.fold_evaluations import without
 from sftd.domain.run.state import Run
 
 _set = msgspec.structs.replace
@@ -52,7 +53,9 @@ def _reduced(event: e.CheckpointReduced, run: Run, recorded: e.Recorded) -> Run:
 
 
 def _deleted(event: e.CheckpointDeleted, run: Run, recorded: e.Recorded) -> Run:
-    return _set(run, checkpoints=tuple(c for c in run.checkpoints if c.path != event.path))
+    kept = tuple(c for c in run.checkpoints if c.path != event.path)
+    gone = any(c.step == event.step for c in run.checkpoints) and not any(c.step == event.step for c in kept)
+    return _set(run, checkpoints=kept, evaluations=without(run, event.step) if gone else run.evaluations)
 
 
 def _removed(event: e.RunRemoved, run: Run, recorded: e.Recorded) -> Run:

@@ -19,6 +19,9 @@ def why_kept(run: Run) -> dict[int, list[str]]:
         if c.is_parents:
             reasons[c.step].append("the parent's: not this run's to delete")
         reasons[c.step] += [f"fork {name} starts from it" for name in c.forks]
+    for x in run.evaluations:
+        if x.is_open and x.step in reasons:
+            reasons[x.step].append(f"evaluation {x.name} is {x.status}")
     if run.status != "succeeded":
         # Until the new timeline reaches their steps, these are the only checkpoints of the steps. Also, an attempt may be
         # about to overwrite such a folder.

@@ -86,6 +86,35 @@ class Saving(msgspec.Struct, frozen=True):
     val_loss: float | str | None
 
 
+EvaluationStatus = Literal["pending", "running", "done", "failed"]
+
+
+class EvaluationState(msgspec.Struct, frozen=True):
+    """An evaluation of the checkpoint of `step`, which has its status since `since`. `tries` counts starts. While it runs,
+    `daemon` runs it, and `started` is the stream version of its start: only the daemon of that start may record its end.
+    `answers` is the Parquet file of the answers on the host that evaluated."""
+
+    name: str
+    step: int
+    status: EvaluationStatus
+    since: e.Micros
+    tries: int = 0
+    started: int = 0
+    daemon: str = ""
+    manifest_digest: str = ""
+    metrics: dict[str, float] = {}
+    questions: int = 0
+    questions_digest: str = ""
+    seconds: float = 0.0
+    answers: str | None = None
+    message: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the evaluation waits or runs."""
+        return self.status in ("pending", "running")
+
+
 class Run(msgspec.Struct, frozen=True):
     """The state of a run at `version`. Holds only values that decisions and summaries need; steps stay in the log."""
 
@@ -146,6 +175,8 @@ class Run(msgspec.Struct, frozen=True):
     # Step → forks of a rejected checkpoint. The forks may still load it, and it may be published again.
     rejected_pins: dict[int, tuple[str, ...]] = {}
     last_replay: Replay | None = None
+    # Of the timeline's checkpoints and of those that a user requested, by step and name.
+    evaluations: tuple[EvaluationState, ...] = ()
     # Values of the checkpoint being written: training may be further along when it is published.
     saving: Saving | None = None
     # Over all attempts.
@@ -172,6 +203,10 @@ class Run(msgspec.Struct, frozen=True):
     def pins(self) -> dict[int, tuple[str, ...]]:
         """Step → forks that start from its checkpoint, rejected checkpoints included."""
         return {c.step: c.forks for c in self.checkpoints if c.forks} | self.rejected_pins
+
+    def evaluation_of(self, name: str, step: int) -> EvaluationState | None:
+        """The evaluation of a step's checkpoint, if it was ever due."""
+        return next((x for x in self.evaluations if (x.name, x.step) == (name, step)), None)
 
     @property
     def checkpoint_bytes(self) -> int:

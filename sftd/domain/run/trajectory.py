@@ -44,7 +44,7 @@ def changes(old: Spec, new: Spec) -> dict[str, list[Any]]:
     """Dotted key → [old value, new value] for each key that differs."""
     before, after = flatten(old), flatten(new)
     return {
-        key: [before[key], value]
+        key: msgspec.to_builtins([before[key], value])
         for key, value in after.items()
         if value != before[key] and key not in _DERIVED
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import inspect
@@ -24,16 +23,26 @@ def _struct_type(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+def entry_types(annotation: Any) -> list[type[Section]]:
+    """The types of the entries of a key whose value is a list of mappings; empty for other keys."""
+    bare = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+    if get_origin(bare) is not list:
+        return []
+    (item,) = get_args(bare)
+    return [found for kind in get_args(item) or (item,) if (found := _struct_type(kind))]
+
+
 def leaves(cls: type[Section] = Spec, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted path, annotated type, default) of every key of the spec, in the order of the structs."""
+    """(dotted path, annotated type, default) of every key of the spec, in the order of the structs. The default is
+    `msgspec.NODEFAULT` for a required key, which only an entry of a list has."""
     hints = get_type_hints(cls, include_extras=True)
     for field in msgspec.structs.fields(cls):
         path = prefix + field.name
         if section := _struct_type(hints[field.name]):
             yield from leaves(section, path + ".")
         else:
-            default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-            yield path, hints[field.name], default
+            has_factory = field.default_factory is not msgspec.NODEFAULT
+            yield path, hints[field.name], field.default_factory() if has_factory else field.default
 
 
 LEAVES: dict[str, Any] = {path: annotation for path, annotation, _ in leaves()}
@@ -168,7 +177,15 @@ def _convert(path: str, value: Any, problems: list[Problem]) -> Any:
     try:
         converted = msgspec.convert(value, LEAVES[path])
     except msgspec.ValidationError as error:
-        reason = shorten(re.sub(r" - at `.*`$", "", str(error)))
+        reason, _, place = str(error).partition(" - at `$")
+        reason = shorten(reason)
+        if entry_types(LEAVES[path]):
+            # The place in the list, such as `[0].name`.
+            where = shorten(path + place.removesuffix("`"))
+            problems.append(
+                Problem(where, reason, "give the keys of an entry that `sftd config --markdown` lists")
+            )
+            return None
         fix = "give " + " or ".join(map(_word, _kinds(path)))
         is_word = isinstance(value, str) and value.lower() in _YAML_1_1_BOOLEANS
         if is_word and any(isinstance(kind, inspect.BoolType) for kind in _kinds(path)):

@@ -1,5 +1,5 @@
-"""Rules of a spec that need neither model nor data. Those of `launch` are in `launch_rules`, those of adapters in
-`adapter_rules`."""
+"""Rules of a spec that need neither model nor data. Those of `launch` are in `launch/rules`, of adapters in `adapter_rules`, of
+evaluations in `evaluation_rules`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem, quote
 from sftd.domain.rules import Rules
-from sftd.domain.spec import adapter_rules, launch_rules
+from sftd.domain.spec import adapter_rules, evaluation_rules
+from sftd.domain.spec.launch import rules as launch_rules
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
 
@@ -299,6 +300,7 @@ SPEC = Rules(
         sequence_parallel_alone,
         *adapter_rules.ADAPTERS.refuse,
         *launch_rules.LAUNCH.refuse,
+        *evaluation_rules.EVALUATION.refuse,
         ranks_of_no_whole_copy,
         experts_not_shared_evenly,
         packed_micro_batch_too_short,

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from sftd.domain.spec.evaluation_section import EVALUATIONS
 from sftd.domain.spec.model_section import Model
+from sftd.domain.spec.on_resume import FREE
 from sftd.domain.spec.sections import (
     Checkpoint,
     Data,
@@ -50,6 +54,11 @@ class Spec(Section, frozen=True):
     trainer: Trainer = Trainer()
     checkpoint: Checkpoint = Checkpoint()
     launch: Launch = Launch()
+    evaluation: Annotated[
+        list[EVALUATIONS],
+        Meta(description="evaluations of checkpoints; see the keys of each kind below"),
+        FREE,
+    ] = msgspec.field(default_factory=list)
 
     @property
     def model_parallel_size(self) -> int:
@@ -148,9 +157,11 @@ _ADDED_KEYS = (
 def canonical_json(spec: Spec) -> bytes:
     """The spec as JSON with sorted keys: equal specs give equal bytes.
 
-    A key of `_ADDED_KEYS` is omitted if it has its default, so that an older spec keeps its digest.
+    `evaluation` and the keys of `_ADDED_KEYS` are omitted if they have their defaults, so that an older spec keeps its digest.
     """
     written = msgspec.to_builtins(spec)
+    if not spec.evaluation:
+        del written["evaluation"]
     for section, key in _ADDED_KEYS:
         if getattr(getattr(spec, section), key) == getattr(getattr(_DEFAULTS, section), key):
             del written[section][key]

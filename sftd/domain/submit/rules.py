@@ -14,7 +14,7 @@ from sftd.domain.plan.disk import Storage, storage
 from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit import adapter_rules
 from sftd.domain.submit.facts import SubmitFacts

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from sftd.domain.finding import Finding, broken, ok, warning
-from sftd.domain.spec.launchers import SLURM
+from sftd.domain.spec.launch.launchers import SLURM
 from sftd.launcher.slurm import commands as slurm_commands
 from sftd.launcher.slurm.commands import Partition, Unanswered
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from sftd.domain.spec.slurm import asks_for_gpus
+from sftd.domain.spec.launch.slurm import asks_for_gpus
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.command import (
     ONE_HOST,

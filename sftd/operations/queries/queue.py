@@ -10,7 +10,7 @@ from sftd.domain.log.events import JobReported, Micros
 from sftd.domain.queue.demand import need
 from sftd.domain.queue.forecast import HostCapacity, Outlook, look_ahead
 from sftd.domain.queue.order import Entry, Limits
-from sftd.domain.spec.launchers import LOCAL, kind_of
+from sftd.domain.spec.launch.launchers import LOCAL, kind_of
 from sftd.operations.context import Context, current
 from sftd.operations.queries.placing import placed
 from sftd.store.database.engine import Store

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # The Alembic revision that makes these tables. A test compares it with the head of migrations/.
-SCHEMA_REVISION = "0008"
+SCHEMA_REVISION = "0009"
 
 # Events that are not steps have their own index. The database uses it only for queries that contain this exact condition.
 NO_STEP = sa.text("type <> 'StepCompleted'")
@@ -183,6 +183,19 @@ view_files = sa.Table(
     sa.Column("run_id", sa.String(64), primary_key=True),
     sa.Column("bytes", sa.BigInteger, nullable=False),
     sa.Column("removed_at", sa.BigInteger),
+)
+
+# The evaluations of each run's checkpoints. `metrics` is a JSON object, name → value.
+view_evaluations = sa.Table(
+    "view_evaluations",
+    metadata,
+    sa.Column("run_id", sa.String(64), primary_key=True),
+    sa.Column("name", sa.String(100), primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("since", sa.BigInteger, nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),
+    sa.Index("ix_view_evaluations_status", "status"),
 )
 
 # Where each run's time went up to `version`, as JSON (`goodput.Fold`). A run without a row is folded from its log.

@@ -19,7 +19,7 @@ from sftd.domain.log.events import AnomalyDetected, DataBound, ModelLoaded, Step
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.loss_watch import LossWatch, What
-from sftd.domain.spec.launchers import kind_of
+from sftd.domain.spec.launch.launchers import kind_of
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.trainer import trainee as trainees

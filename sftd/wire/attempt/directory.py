@@ -319,6 +319,10 @@ class RunDir:
         """Folder of attempt `number` (from 1)."""
         return attempt_dir(self.path, number)
 
+    def evaluation(self, name: str, step: int) -> Path:
+        """Folder of the evaluation `name` of the checkpoint of `step`: its order, output and answers."""
+        return self.path / "evaluations" / name / f"step-{step:08d}"
+
     def checkpoint_dir(self, save_dir: str) -> Path:
         """Folder of the run's checkpoints. Runs never share one."""
         return Path(save_dir) / self.path.name if save_dir else self.path / "checkpoints"

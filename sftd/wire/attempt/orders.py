@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.log.model_record import ModelRecord
@@ -53,3 +56,16 @@ def order_of(
         last_step=last_step,
         template=template,
     )
+
+
+def tool_order(
+    run: Run, checkpoint: CheckpointInfo | None, model: str = "", template: ChatTemplate | None = None
+) -> Order:
+    """The order for a tool, built from the log: the attempt's own folder may be deleted or on another host. The tool reads config
+    and tokenizer from `model`, by default the run's model folder. `template` is the chat template of the run's data."""
+    if model:
+        replace = msgspec.structs.replace
+        spec = replace(run.spec, model=replace(run.spec.model, partial_pretrain=model))
+        run = replace(run, spec=spec)
+    parent = Path(checkpoint.path).parent if checkpoint else ""
+    return order_of(run, checkpoint, checkpoint_dir=parent, template=template)

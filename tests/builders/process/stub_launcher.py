@@ -12,8 +12,8 @@ from sftd.domain.errors import Problem
 from sftd.domain.finding import Finding, ok
 from sftd.domain.rules import Rules
 from sftd.domain.run.failures import Remains
-from sftd.domain.spec import launchers
-from sftd.domain.spec.launchers import LauncherKind
+from sftd.domain.spec.launch import launchers
+from sftd.domain.spec.launch.launchers import LauncherKind
 from sftd.domain.spec.spec import Spec
 from sftd.launcher import choosing, processes
 from sftd.launcher.command import environment, torchrun_argv, wrapped_argv

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sftd.domain.spec.launchers import KINDS, kind_of
+from sftd.domain.spec.launch.launchers import KINDS, kind_of
 from sftd.domain.spec.sections import Launch
 from sftd.domain.spec.spec import Spec
 from sftd.launcher import local, processes

@@ -16,7 +16,7 @@ from sftd.domain.log.events import AttemptLaunched, JobReported
 from sftd.domain.queue.demand import Demand, Need, need
 from sftd.domain.queue.forecast import HostCapacity, look_ahead
 from sftd.domain.queue.order import Entry, Limits, Wait
-from sftd.domain.spec.launchers import KINDS, holder_of, kind_of
+from sftd.domain.spec.launch.launchers import KINDS, holder_of, kind_of
 from sftd.domain.spec.rules import SPEC
 from sftd.domain.spec.sections import Launch, Slurm
 from sftd.domain.spec.spec import Spec

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sftd.domain.errors import Refused
+from sftd.domain.spec.launch.slurm import asks_for_gpus
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.sections import Slurm
-from sftd.domain.spec.slurm import asks_for_gpus
 from sftd.launcher.slurm import script as slurm_script
 from sftd.wire.spec.file import parse_overrides
 from tests.builders.paths import GOLDEN

@@ -67,12 +67,12 @@ def having(flag: str, value: object = True) -> set[str]:
 
 def test_what_each_type_of_event_is() -> None:
     assert having("severity", "problem") == {
-        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "ExportDiverged", "ReplayDiverged",
-        "RunFailed",
+        "AnomalyDetected", "AttemptFailed", "AttemptLost", "CheckpointRejected", "EvaluationFailed", "ExportDiverged",
+        "ReplayDiverged", "RunFailed",
     }  # fmt: skip
     assert having("severity", "detail") == {
         "CheckpointDeleted", "CheckpointPinned", "CheckpointReduced", "CheckpointStarted", "CheckpointUnpinned", "DataBound",
-        "SampleGenerated", "TrainingResumed", "WeightsDigested",
+        "EvaluationInterrupted", "EvaluationRequested", "EvaluationStarted", "SampleGenerated", "TrainingResumed", "WeightsDigested",
     }  # fmt: skip
     assert EVENT_TYPES.keys() == having("severity", "news") | having("severity", "problem") | having(
         "severity", "detail"

@@ -207,6 +207,35 @@ SAID: list[tuple[e.Event, str]] = [
         ),
         "CPU 12 %, 1.0 GiB, GPU 3 97 % 5.0 GiB",
     ),
+    (e.EvaluationRequested(name="a", step=7, by="ada"), "step 7  a, by ada"),
+    (
+        e.EvaluationStarted(
+            name="a", step=7, checkpoint="/c", manifest_digest="m", daemon="d", devices=["cpu:0", "cpu:1"]
+        ),
+        "step 7  a on cpu:0, cpu:1, by d",
+    ),
+    (
+        e.EvaluationInterrupted(name="a", step=7, reason="made room for calm-fox"),
+        "step 7  a: made room for calm-fox",
+    ),
+    (
+        e.EvaluationCompleted(
+            name="a",
+            step=7,
+            kind="prompts",
+            metrics={"exact_match": 0.5123},
+            questions=9,
+            questions_digest="q",
+            manifest_digest="m",
+            environment={},
+            seconds=1.0,
+        ),
+        "step 7  a: exact_match 0.5123",
+    ),
+    (
+        e.EvaluationFailed(name="a", step=7, cause="timeout", message="after 9 s", will_retry=False),
+        "step 7  a: timeout: after 9 s",
+    ),
     (
         e.ReplayVerified(from_step=4, to_step=9, is_exact=True, environment={}, by="ada"),
         "steps 5 to 9 match the log bit for bit, verified by ada",
@@ -249,6 +278,8 @@ PROGRESS = {
     "CheckpointRejected",
     "CheckpointDeleted",
     "AnomalyDetected",
+    "EvaluationCompleted",
+    "EvaluationFailed",
 }
 
 

@@ -15,7 +15,7 @@ from sftd.domain.model.peft import PeftAdapter, tensors_of
 from sftd.domain.model.rules import MODEL
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.disk import storage
-from sftd.domain.spec.launchers import KINDS
+from sftd.domain.spec.launch.launchers import KINDS
 from sftd.domain.spec.model_section import PROJECTIONS
 from sftd.domain.spec.parse import parse
 from sftd.domain.spec.rules import SPEC
@@ -72,6 +72,7 @@ FREEZE, QUANTIZE, DROPOUT = "model.freeze", "model.quantize", "model.lora.dropou
 ADAPTER = "model.lora.adapter"
 STARTED = {RANK: 4, "model.lora.alpha": 8, TARGETS: ["q", "v"], ADAPTER: "/a"}
 LAYER = "model.layers.0.self_attn."
+COMMAND = {"kind": "command", "name": "c", "argv": ["x"]}
 CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 
 
@@ -125,6 +126,29 @@ class Row(msgspec.Struct, frozen=True):
 
 # Rule → runs that it refuses.
 REFUSED: dict[str, list[Row]] = {
+    "evaluations_of_one_name": [
+        Row("evaluation", "2 evaluations have the name c", {"evaluation": [COMMAND, COMMAND]})
+    ],
+    "evaluation_between_checkpoints": [
+        Row(
+            "evaluation.c.every_steps",
+            "150 is not a multiple of trainer.save_interval 100",
+            {"evaluation": [COMMAND | {"every_steps": 150}]},
+            fix="use 200",
+        ),
+        Row(
+            "evaluation.c.every_steps",
+            "only the last step has a checkpoint",
+            {"evaluation": [COMMAND | {"every_steps": 100}], SAVE: 0},
+        ),
+    ],
+    "devices_of_one_process": [
+        Row(
+            "evaluation.p.devices",
+            "runs on one device",
+            {"evaluation": [{"kind": "prompts", "name": "p", "file": "/q", "devices": 2}]},
+        )
+    ],
     # The spec alone.
     "no_model": [Row("model.partial_pretrain", "is not set", {"model.path": ""}, fix="Hugging Face folder")],
     "no_train_files": [

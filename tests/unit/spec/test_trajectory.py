@@ -57,6 +57,7 @@ def test_a_policy_that_would_have_skipped_other_steps_is_another_trajectory(
 
 
 FREE = {
+    "evaluation": [{"kind": "command", "name": "c", "argv": ["x"]}],
     "checkpoint.after_success": "all",
     "checkpoint.async_save": True,
     "checkpoint.keep_best": 3,

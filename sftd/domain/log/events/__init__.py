@@ -30,6 +30,11 @@ from sftd.domain.log.events.checkpoints import ExportDiverged as ExportDiverged
 from sftd.domain.log.events.checkpoints import ExportProven as ExportProven
 from sftd.domain.log.events.checkpoints import ModelExported as ModelExported
 from sftd.domain.log.events.checkpoints import ModelRegistered as ModelRegistered
+from sftd.domain.log.events.evaluations import EvaluationCompleted as EvaluationCompleted
+from sftd.domain.log.events.evaluations import EvaluationFailed as EvaluationFailed
+from sftd.domain.log.events.evaluations import EvaluationInterrupted as EvaluationInterrupted
+from sftd.domain.log.events.evaluations import EvaluationRequested as EvaluationRequested
+from sftd.domain.log.events.evaluations import EvaluationStarted as EvaluationStarted
 from sftd.domain.log.events.recorded import NewEvent as NewEvent
 from sftd.domain.log.events.recorded import Recorded as Recorded
 from sftd.domain.log.events.runs import ResumeRequested as ResumeRequested

@@ -7,7 +7,7 @@ from typing import ClassVar
 import msgspec
 
 from sftd.domain.log.events.base import Event, Micros, NoticeFacts, NoticeKind, Severity
-from sftd.domain.spec.launchers import holder_of
+from sftd.domain.spec.launch.launchers import holder_of
 from sftd.domain.text.words import first_line, memory
 
 

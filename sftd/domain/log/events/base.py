@@ -12,7 +12,7 @@ AfterStop = Literal["cancelled", "paused", "queued"]
 # A problem is shown in red and stays on the screen. A detail repeats an event before or after it, so short views omit it.
 Severity = Literal["detail", "news", "problem"]
 # The kinds of events that a user can be notified of.
-NoticeKind = Literal["ended", "failed", "anomaly", "started", "retrying", "paused"]
+NoticeKind = Literal["ended", "failed", "anomaly", "started", "retrying", "paused", "evaluated"]
 
 
 class NoticeFacts(NamedTuple):

@@ -13,7 +13,7 @@ from sftd.domain.log import events as e
 from sftd.domain.run.goodput import ACCOUNTS, Ledger
 from sftd.domain.run.state import Run, Status
 from sftd.domain.run.trajectory import changes
-from sftd.domain.spec.launchers import KINDS
+from sftd.domain.spec.launch.launchers import KINDS
 from sftd.domain.spec.spec import Spec
 
 TAG_RUN = "sftd.run"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem
 from sftd.domain.rules import Rules
-from sftd.domain.spec.launchers import KINDS, kind_of
+from sftd.domain.spec.launch.launchers import KINDS, kind_of
 from sftd.domain.spec.sections import Launch
 from sftd.domain.spec.spec import Spec
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from sftd.domain.errors import Problem
 from sftd.domain.rules import Rules
-from sftd.domain.spec import slurm
+from sftd.domain.spec.launch import slurm
 from sftd.domain.spec.spec import Spec
 
 
